@@ -1,0 +1,3 @@
+"""Fine-tuning experiments on Ray."""
+
+__version__ = "0.1.0"

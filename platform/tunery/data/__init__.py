@@ -1,0 +1,1 @@
+"""Rows: reading, damaging on purpose, scoring, selecting."""

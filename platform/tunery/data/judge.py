@@ -1,0 +1,71 @@
+"""How well a score or a filter tells planted rows from intact ones. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def auc(badness: Floats, bad: Bools) -> float | None:
+    """Area under the ROC curve: the chance that a bad row scores worse than a good one, ties counting half.
+
+    By the rank sum of Mann and Whitney (1947). None when there are only good or only bad rows.
+    """
+    n_bad, n_good = int(bad.sum()), int((~bad).sum())
+    if n_bad == 0 or n_good == 0:
+        return None
+    _, inverse, counts = np.unique(badness, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
+
+
+def auc_by_kind(badness: Floats, planted: Sequence[str]) -> dict[str, float]:
+    """AUC of each kind of damage against the intact rows."""
+    kinds = np.array(planted)
+    result: dict[str, float] = {}
+    for kind in sorted(set(planted) - {""}):
+        among = (kinds == kind) | (kinds == "")
+        value = auc(badness[among], kinds[among] == kind)
+        if value is not None:
+            result[kind] = value
+    return result
+
+
+def histogram(values: Floats, bad: Bools | None, bins: int = 40) -> dict[str, list[float]]:
+    """Counts over bins that are evenly spaced in the logarithm; values that are not positive numbers are left out."""
+    usable = np.isfinite(values) & (values > 0)
+    if not usable.any():
+        return {"edges": [], "counts": [], "planted": []}
+    low, high = values[usable].min(), values[usable].max()
+    edges = np.geomspace(low, max(high, low * 1.0001), bins + 1)
+    edges[0], edges[-1] = low, max(high, edges[-1])
+    counts, _ = np.histogram(values[usable], edges)
+    planted = np.histogram(values[usable & bad], edges)[0] if bad is not None else np.zeros(bins, dtype=int)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "planted": planted.tolist()}
+
+
+def filter_quality(dropped: Bools, badness: Floats | None, planted: Sequence[str]) -> dict[str, Any]:
+    """Precision and recall of the dropped rows as a finding of the planted ones, beside a random filter's.
+
+    A random filter that drops as many rows finds planted ones at their rate among all: precision is that rate, recall
+    the share of rows that it drops. Those are its exact expectations, not one draw.
+    """
+    bad = np.array([kind != "" for kind in planted])
+    total, n_dropped, hits = int(bad.sum()), int(dropped.sum()), int((dropped & bad).sum())
+    kinds = np.array(planted)
+    return {
+        "total": total,
+        "dropped": hits,
+        "precision": hits / n_dropped if n_dropped else None,
+        "recall": hits / total if total else None,
+        "recall_by_kind": {kind: float(dropped[kinds == kind].mean()) for kind in sorted(set(planted) - {""})},
+        "auc": auc(badness, bad) if badness is not None else None,
+        "random_precision": total / len(bad),
+        "random_recall": n_dropped / len(bad),
+    }

@@ -1,0 +1,124 @@
+"""The `evaluate` stage: loss and perplexity of each model on each set, on Ray Data.
+
+One pipeline for all models: the units of work are (model, shard of a set), models one after another, and an actor
+holds one model at a time; so actors start, and load torch, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tunery.errors import RowsLost
+from tunery.models.load import Source, source_of
+from tunery.spec import Compute, Evaluate
+from tunery.spec.stages import model_name
+from tunery.store import StageContext, StageResult
+from tunery.store.rows import count_rows, shards
+
+
+class EvaluationActor:
+    """Sums the negative log-likelihood of shards under one model after another."""
+
+    def __init__(self, max_length: int, compute: Compute) -> None:
+        import torch
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        gpu = compute.device == "gpu"
+        bf16 = gpu and compute.precision != "fp32" and torch.cuda.is_bf16_supported()
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        self._device = "cuda" if gpu else "cpu"
+        self._max_length = max_length
+        self._loaded: tuple[str, Any, Any] = ("", None, None)
+
+    def _load(self, source: str) -> tuple[Any, Any]:
+        from tunery.models.load import load_model, load_tokenizer
+
+        if self._loaded[0] != source:
+            self._loaded = ("", None, None)  # let go of the last one before the next takes memory
+            where: Source = json.loads(source)
+            model = load_model(where, self._dtype).to(self._device).eval()
+            self._loaded = (source, model, load_tokenizer(where))
+        return self._loaded[1], self._loaded[2]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from tunery.models.encode import encode
+        from tunery.models.likelihood import answer_nll
+
+        nlls, tokens, rows = [], [], []
+        for source, shard in zip(batch["source"], batch["shard"], strict=True):
+            model, tokenizer = self._load(str(source))
+            encoded = encode(
+                pq.read_table(shard, columns=["text", "messages"]).to_pylist(), tokenizer, self._max_length
+            )
+            pairs = answer_nll(model, encoded, tokenizer.pad_token_id)
+            nlls.append(math.fsum(nll for nll, _ in pairs))
+            tokens.append(sum(count for _, count in pairs))
+            rows.append(len(pairs))
+        keys = ("index", "model", "set")
+        return {key: list(batch[key]) for key in keys} | {"nll": nlls, "tokens": tokens, "rows": rows}
+
+
+def make_metrics(context: StageContext) -> StageResult:
+    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows."""
+    import ray.data
+
+    stage, compute = context.spec, context.compute
+    assert isinstance(stage, Evaluate) and compute.workers != "auto"
+    paths = {name: artifact.path for name, artifact in context.inputs.items()}
+    units = [
+        {
+            "model": model_name(model),
+            "set": name,
+            "source": json.dumps(source_of(model, paths, context.folder)),
+            "shard": str(shard),
+        }
+        for model in stage.models
+        for name, stage_name in stage.data.items()
+        for shard in shards(paths[stage_name])
+    ]
+    units = [{"index": index, **unit} for index, unit in enumerate(units)]
+    expected = {name: count_rows(paths[stage_name]) for name, stage_name in stage.data.items()}
+    total = len(stage.models) * sum(expected.values())
+    started = time.time()
+    context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
+    results = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        EvaluationActor,
+        fn_constructor_args=(stage.max_length, compute),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(units))),
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=1 if compute.device == "gpu" else 0,
+    )
+    done: list[dict[str, Any]] = []
+    for row in results.iter_rows():
+        done.append(row)
+        context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
+    done.sort(key=lambda row: int(row["index"]))  # sums in one order, whichever actor was first
+    table = [_total(done, model_name(model), name) for model in stage.models for name in stage.data]
+    for result in table:
+        if result["rows"] != expected[result["set"]]:
+            raise RowsLost(
+                context.name, f"{expected[result['set']]} rows of `{result['set']}` went in, {result['rows']} came out"
+            )
+    (context.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
+    return StageResult({"results": table}, {"seconds": time.time() - started})
+
+
+def _total(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
+    mine = [row for row in done if row["model"] == model and row["set"] == name]
+    nll = math.fsum(float(row["nll"]) for row in mine)
+    tokens = sum(int(row["tokens"]) for row in mine)
+    loss = nll / tokens if tokens else math.nan
+    return {
+        "model": model,
+        "set": name,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
+        "tokens": tokens,
+        "rows": sum(int(row["rows"]) for row in mine),
+    }

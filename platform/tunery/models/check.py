@@ -1,0 +1,62 @@
+"""Is a model folder whole? Told before anything runs, without torch; and how many parameters it has."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
+
+
+class BadModel(ValueError):
+    """A model that can't be loaded, with cause and remedy."""
+
+    def __init__(self, message: str, cause: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message, self.cause, self.remedy = message, cause, remedy
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises BadModel when the folder lacks config, weights or tokenizer."""
+    if not folder.is_dir():
+        raise BadModel(
+            f"there is no model folder `{folder}`",
+            "a path that starts with / ./ ../ or ~ is a folder; paths start at the experiment's folder",
+            "correct the path, or give a hub name such as Qwen/Qwen3-0.6B",
+        )
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+    remedy = "save the model with `save_pretrained`, weights, config and tokenizer in one folder"
+    if not (folder / "config.json").is_file():
+        raise BadModel(f"`{folder}` is no model: it has no config.json", f"it holds: {found}", remedy)
+    if missing := missing_weights(folder):
+        raise BadModel(
+            f"the model folder `{folder}` has no weights: {missing} is missing", f"it holds: {found}", remedy
+        )
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise BadModel(f"the model folder `{folder}` has no tokenizer", f"it holds: {found}", remedy)
+
+
+def missing_weights(folder: Path) -> str:
+    """ "" when all weight files are there, else the name of one that is missing."""
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return ""
+    for name in INDEXES:
+        if (folder / name).is_file():
+            needed = set(json.loads((folder / name).read_text())["weight_map"].values())
+            return next((shard for shard in sorted(needed) if not (folder / shard).is_file()), "")
+    return WEIGHTS[0]
+
+
+def count_parameters(folder: Path) -> int | None:
+    """From the headers of the safetensors files; None when there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total if files else None

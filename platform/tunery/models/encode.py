@@ -1,0 +1,87 @@
+"""Rows to tokens, the same for scoring, training and evaluation: what a filter sees is what training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunery.store.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`answer` is the index of the first token that counts: 0 for a text, the answer's first for a conversation.
+
+    The very first token of a sequence is never predicted, so it never counts.
+    """
+
+    ids: list[int]
+    answer: int
+    truncated: bool
+
+    @property
+    def counted(self) -> int:
+        """Tokens that have a loss."""
+        return max(0, len(self.ids) - max(self.answer, 1))
+
+    @property
+    def labels(self) -> list[int]:
+        """`ids` with -100 where no loss counts, as transformers has it."""
+        return [-100] * self.answer + self.ids[self.answer :]
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Tokens of each row, cut at the end to `max_length`.
+
+    Prompt and answer are tokenised apart, so that the boundary is where generation will find it. A text ends with the
+    end token; a conversation as its chat template says.
+    """
+    parts = [_prompt_and_answer(row, tokenizer) for row in rows]
+    prompts = _tokenise([prompt for prompt, _ in parts], tokenizer)
+    answers = _tokenise([answer for _, answer in parts], tokenizer)
+    encoded = []
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        ids = prompt + answer
+        if not row.get("messages") and tokenizer.eos_token_id is not None:
+            ids = [*ids, tokenizer.eos_token_id]
+        encoded.append(Encoded(ids[:max_length], min(len(prompt), max_length), len(ids) > max_length))
+    return encoded
+
+
+def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    messages = row.get("messages")
+    if not messages:
+        return "", row["text"]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    if messages[-1]["role"] != "assistant":
+        return whole, ""
+    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    # Templates that rewrite earlier turns (thinking parts dropped, dates): find the answer itself.
+    at = whole.rfind(messages[-1]["content"])
+    return (whole[:at], whole[at:]) if at > 0 else ("", whole)
+
+
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not any(texts):
+        return [[] for _ in texts]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def blocks(encoded: Iterable[Encoded], length: int) -> Iterator[list[int]]:
+    """All tokens one after another, cut into blocks of `length`; the rest that fills no block is left out.
+
+    Documents share blocks without a mask between them, as in GPT-3 (https://arxiv.org/abs/2005.14165, section 2.2).
+    """
+    pending: list[int] = []
+    for item in encoded:
+        pending.extend(item.ids)
+        while len(pending) >= length:
+            yield pending[:length]
+            pending = pending[length:]

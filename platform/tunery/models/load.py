@@ -1,0 +1,100 @@
+"""Loading a model and its tokenizer: a hub name, a Hugging Face folder, or an artifact of this store.
+
+A model artifact holds `model/` (a whole model) or `adapter/` (PEFT, to be laid on its base) and `base.json` that says
+what the base is. Adapters are merged on loading, so that whoever scores, evaluates or trains on sees one plain model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunery.errors import TuneryError
+from tunery.models.scratch import CHAT_TEMPLATE
+from tunery.spec import Pretrained
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Source = dict[str, Any]
+"""{"artifact": path} | {"pretrained": path or hub name, "revision": hub revision or None}: fits into JSON."""
+
+
+def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path) -> Source:
+    """Where a stage's model comes from; `artifacts` by stage name, `folder` where relative paths start."""
+    if isinstance(model, str):
+        return {"artifact": str(artifacts[model])}
+    if model.is_folder:
+        return {"pretrained": str((folder / Path(model.pretrained).expanduser()).resolve()), "revision": None}
+    return {"pretrained": model.pretrained, "revision": model.revision}
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """With a padding token and a chat template: tunery's own where the model brings none."""
+    from transformers import AutoTokenizer
+
+    if "artifact" in source:
+        artifact = Path(source["artifact"])
+        tokenizer = AutoTokenizer.from_pretrained(artifact / ("model" if (artifact / "model").is_dir() else "adapter"))
+    else:
+        tokenizer = _from_hub(AutoTokenizer, source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _plain_template(tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model in `dtype`, adapters merged."""
+    from transformers import AutoModelForCausalLM
+
+    if "pretrained" in source:
+        return _from_hub(AutoModelForCausalLM, source, dtype=dtype)
+    artifact = Path(source["artifact"])
+    if (artifact / "model").is_dir():
+        return AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=dtype)
+    from peft import PeftModel
+
+    base = load_model(base_of(artifact), dtype)
+    return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
+
+
+def base_of(artifact: Path) -> Source:
+    """What an adapter lies on. Artifacts are named relative to the store, so that a store can be moved."""
+    base: Source = json.loads((artifact / "base.json").read_text())
+    return {"artifact": str(artifact.parent / base["artifact"])} if "artifact" in base else base
+
+
+def write_base(folder: Path, source: Source) -> None:
+    named = {"artifact": Path(source["artifact"]).name} if "artifact" in source else source
+    (folder / "base.json").write_text(json.dumps(named, indent=1) + "\n")
+
+
+def _from_hub(auto: Any, source: Source, **options: Any) -> Any:
+    name, revision = source["pretrained"], source["revision"]
+    try:
+        return auto.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise TuneryError(
+            f"the model `{name}` can't be loaded",
+            cause=str(error).strip().splitlines()[0],
+            remedy="check the name and revision, the network (HF_HUB_OFFLINE), and HF_TOKEN for gated models; "
+            "or download it and give the folder, such as {pretrained: ./models/name}",
+        ) from error
+
+
+def _plain_template(end: str | None) -> str:
+    """tunery's chat template with role words instead of the special tokens that a foreign tokenizer lacks."""
+    if end is None:
+        raise TuneryError(
+            "the model's tokenizer has neither a chat template nor an end token",
+            remedy="set `eos_token` in its tokenizer_config.json",
+        )
+    return (
+        CHAT_TEMPLATE.replace("'<|' + message['role'] + '|>'", r"message['role'] + ': '")
+        .replace("'<|assistant|>'", "'assistant: '")
+        .replace("'<|end|>'", json.dumps(end))
+    )

@@ -1,0 +1,164 @@
+"""Making stages: one at a time, each under its lease, skipped when its artifact is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import StageError, TuneryError
+from tunery.runner.failures import explain
+from tunery.runner.identity import fingerprints, stage_seed
+from tunery.runner.stages import STAGES
+from tunery.spec import Experiment
+from tunery.spec.graph import order
+from tunery.store import Artifact, StageContext, Store
+from tunery.track.events import EventLog
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run happens; the same for the stages of the file and for those of its trials."""
+
+    store: Store
+    run: Path
+    """The run's folder."""
+    folder: Path
+    """Of the experiment's file."""
+
+    @property
+    def events(self) -> Path:
+        return self.run / "events"
+
+    @property
+    def logs(self) -> Path:
+        return self.run / "logs"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a trial's trainings differ from those of the file: in the trial's own process, and heard by Tune."""
+
+    id: str = ""
+    in_process: bool = False
+    report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
+    callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
+
+
+def execute(
+    experiment: Experiment,
+    where: Where,
+    log: EventLog,
+    trial: Trial | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> dict[str, Artifact]:
+    """Make every stage of `experiment` (whose compute is resolved); returns the artifacts by stage name.
+
+    `prepare` is called before the first stage that needs Ray. Raises StageError, after a stage_failed event.
+    """
+    trial = trial or Trial()
+    known = fingerprints(experiment, where.folder)
+    made: dict[str, Artifact] = {}
+    for name in order(experiment.stages):
+        stage = experiment.stages[name]
+        print_, own, inputs = known[name]
+        artifact = where.store.find(stage.kind, print_)
+        if artifact is None:
+            if STAGES[stage.kind].needs_ray:
+                prepare()
+            artifact = _make(name, experiment, where, log, trial, print_, {"identity": own, "inputs": inputs}, made)
+        else:
+            _tell_finished(log, name, artifact, reused=True, seconds=0.0, trial=trial.id)
+        made[name] = artifact
+    return made
+
+
+def _make(
+    name: str,
+    experiment: Experiment,
+    where: Where,
+    log: EventLog,
+    trial: Trial,
+    print_: str,
+    described: Mapping[str, Any],
+    made: Mapping[str, Artifact],
+) -> Artifact:
+    stage = experiment.stages[name]
+    started = time.time()
+
+    def emit(event: str, **values: Any) -> None:
+        log.write(event, **{"stage": name, **values})
+
+    def waiting(holder: str) -> None:
+        emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} makes it")
+
+    emit("stage_started", kind=stage.kind, fingerprint=print_, detail="")
+    try:
+        with where.store.lease(stage.kind, print_, waiting):
+            if (artifact := where.store.find(stage.kind, print_)) is not None:  # made while we waited
+                _tell_finished(log, name, artifact, reused=True, seconds=time.time() - started, trial=trial.id)
+                return artifact
+            work = where.store.work(stage.kind, print_)
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            context = StageContext(
+                name=name,
+                trial=trial.id,
+                spec=stage,
+                inputs={item.stage: made[item.stage] for item in stage.inputs()},
+                seed=stage_seed(stage, experiment),
+                folder=where.folder,
+                out=out,
+                work=work,
+                events=where.events,
+                logs=where.logs,
+                compute=experiment.compute,
+                emit=emit,
+                in_process=trial.in_process,
+                report=lambda metrics: trial.report(name, metrics),
+                callbacks=trial.callbacks(name),
+            )
+            result = STAGES[stage.kind].load()(context)
+            seconds = time.time() - started
+            artifact = where.store.commit(
+                out,
+                {"kind": stage.kind, "fingerprint": print_, **described, "facts": result.facts},
+                {**result.measured, "seconds": seconds},
+            )
+            shutil.rmtree(work, ignore_errors=True)
+    except Exception as error:
+        told = explain(error, name, where)
+        emit(
+            "stage_failed", kind=stage.kind, message=told.message, cause=told.cause, remedy=told.remedy, log=_log(told)
+        )
+        raise told from error
+    _tell_finished(log, name, artifact, reused=False, seconds=seconds, trial=trial.id)
+    return artifact
+
+
+def _tell_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool, seconds: float, trial: str) -> None:
+    """A reused artifact tells its facts and its curve again, so that a run's log is whole by itself."""
+    if reused and (artifact.path / "history.jsonl").is_file():
+        for line in (artifact.path / "history.jsonl").read_text().splitlines():
+            point = json.loads(line)
+            step = point.pop("step")
+            log.write("metrics", stage=name, step=int(step), values=point)
+    log.write(
+        "stage_finished",
+        stage=name,
+        kind=artifact.kind,
+        fingerprint=artifact.fingerprint,
+        reused=reused,
+        seconds=seconds,
+        artifact=str(artifact.path),
+        facts=artifact.facts,
+    )
+
+
+def _log(error: TuneryError) -> str:
+    return error.log if isinstance(error, StageError) else ""

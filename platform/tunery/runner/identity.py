@@ -1,0 +1,79 @@
+"""Fingerprints of an experiment's stages, worked out before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunery.data.read import source_identity
+from tunery.runner.stages import STAGES
+from tunery.spec import Dataset, Evaluate, Experiment, Pretrained, Stage, Training
+from tunery.spec.graph import order
+from tunery.spec.stages import model_name
+from tunery.store import fingerprint
+from tunery.store.fingerprint import folder_digest
+
+
+def stage_seed(stage: Stage, experiment: Experiment) -> int:
+    own = stage.seed if isinstance(stage, Training) else None
+    return experiment.seed if own is None else own
+
+
+def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
+    where chance plays a part, the content that it reads from outside, and the version of how it is made."""
+    fields = stage.model_dump(mode="json", exclude={"kind", "seed"})
+    for item in stage.inputs():
+        _blank(fields, item.path)
+    result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
+    if isinstance(stage, Training) or (isinstance(stage, Dataset) and stage.corrupt):
+        result["seed"] = stage_seed(stage, experiment)
+    if isinstance(stage, Dataset):
+        result["content"] = source_identity(stage, folder)
+    if isinstance(stage, Evaluate):
+        result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
+    for model in pretrained_models(stage):
+        if model.is_folder:
+            result[f"content of {model.pretrained}"] = folder_digest(model_folder(model, folder))
+    return result
+
+
+def pretrained_models(stage: Stage) -> list[Pretrained]:
+    """Models that a stage takes from outside the experiment."""
+    if isinstance(stage, Evaluate):
+        models: list[Any] = list(stage.models)
+    else:
+        models = [getattr(stage, "model", None), *(scorer.perplexity for scorer in getattr(stage, "by", ()))]
+    return [model for model in models if isinstance(model, Pretrained)]
+
+
+def model_folder(model: Pretrained, folder: Path) -> Path:
+    return (folder / Path(model.pretrained).expanduser()).resolve()
+
+
+def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, str]]]:
+    """By stage: (fingerprint, identity, fingerprints of its inputs by field path), inputs before users."""
+    result: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {}
+    for name in order(experiment.stages):
+        stage = experiment.stages[name]
+        own = identity(stage, experiment, folder)
+        inputs = {".".join(map(str, item.path)): result[item.stage][0] for item in stage.inputs()}
+        result[name] = (fingerprint(stage.kind, own, inputs), own, inputs)
+    return result
+
+
+def _blank(fields: Any, path: tuple[str | int, ...]) -> None:
+    *parents, last = path
+    for key in parents:
+        fields = fields[key]
+    fields[last] = None
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What changed between two identities, a phrase each: "learning_rate 0.001 -> 0.002"."""
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,54 @@
+"""The whole experiment, and how it is computed and tracked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunery.spec.search import Search
+from tunery.spec.stages import AUTO, Auto, Spec, Stage
+
+
+class Compute(Spec):
+    """How, never what: outside every fingerprint. The result is the same up to floating-point order."""
+
+    workers: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Training workers; auto: one a GPU, without GPUs two (or one on a single core)."""
+    workers_per_trial: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Of each trial of a search; auto: one, so that trials run side by side."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Sequences per forward pass and worker; auto: the largest up to 8 that divides the worker's share."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the GPU has it, else fp32."""
+    gradient_checkpointing: bool = False
+    checkpoint_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Optimizer steps between checkpoints; auto: a tenth of the training, at least 20."""
+    max_failures: Annotated[int, Field(ge=0)] = 0
+    """How often a training whose worker died goes on from its last checkpoint before the run ends with the error."""
+    object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO
+    """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
+
+
+class Wandb(Spec):
+    project: str = "tunery"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when an API key is set, else offline (sync later with `wandb sync`)."""
+
+
+class Tracking(Spec):
+    wandb: Wandb = Wandb()
+
+
+class Experiment(Spec):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    seed: int
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    search: Search | None = None
+    compute: Compute = Compute()
+    tracking: Tracking = Tracking()

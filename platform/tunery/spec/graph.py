@@ -1,0 +1,60 @@
+"""The order of stages, and which of them a stage needs. Pure functions over a checked experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tunery.spec.stages import Stage
+
+
+def inputs_of(stage: Stage) -> tuple[str, ...]:
+    """Names of the stages that `stage` reads, each once, in the order of its fields."""
+    return tuple(dict.fromkeys(item.stage for item in stage.inputs()))
+
+
+def order(stages: Mapping[str, Stage]) -> tuple[str, ...]:
+    """Inputs before users, otherwise the order of the file. The graph has no cycle (see `find_cycle`)."""
+    done: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in done:
+            for needed in inputs_of(stages[name]):
+                visit(needed)
+            done[name] = None
+
+    for name in stages:
+        visit(name)
+    return tuple(done)
+
+
+def closure(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[str, Stage]:
+    """`wanted` and everything that they need, in the order of the file."""
+    needed: set[str] = set()
+    queue = list(wanted)
+    while queue:
+        name = queue.pop()
+        if name not in needed:
+            needed.add(name)
+            queue.extend(inputs_of(stages[name]))
+    return {name: stage for name, stage in stages.items() if name in needed}
+
+
+def find_cycle(stages: Mapping[str, Stage]) -> tuple[str, ...] | None:
+    """A cycle as the names along it (first == last), or None. References to unknown stages are left to others."""
+    finished: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> tuple[str, ...] | None:
+        if name in trail:
+            return (*trail[trail.index(name) :], name)
+        if name in finished:
+            return None
+        for needed in inputs_of(stages[name]):
+            if needed in stages and (cycle := walk(needed, (*trail, name))):
+                return cycle
+        finished.add(name)
+        return None
+
+    for name in stages:
+        if cycle := walk(name, ()):
+            return cycle
+    return None

@@ -1,0 +1,109 @@
+"""YAML 1.2 with positions: plain data, and the line of every key and value.
+
+PyYAML reads YAML 1.1, where `no` is false and `1e-5` is text. Here its parser builds the nodes and the YAML 1.2 core
+schema (https://yaml.org/spec/1.2.2/#103-core-schema) says what a plain scalar means: `no` is a word, `1e-5` a number.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from tunery.errors import SpecError
+
+Path = tuple[str | int, ...]
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_TRUE = re.compile(r"true|True|TRUE")
+_FALSE = re.compile(r"false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_OCTAL = re.compile(r"0o[0-7]+")
+_HEX = re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF = re.compile(r"([-+]?)\.(inf|Inf|INF)")
+_NAN = re.compile(r"\.(nan|NaN|NAN)")
+
+
+@dataclass(frozen=True)
+class YamlSource:
+    """`data` is what the file says; `lines[path]` is the 1-based line where the key (or list item) of `path` stands."""
+
+    file: str
+    text: str
+    data: Any
+    lines: dict[Path, int]
+
+    def line(self, path: Path) -> int:
+        """The line of `path`, or of its nearest ancestor that stands in the file (a missing key has no line)."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+
+def read_yaml(text: str, file: str) -> YamlSource:
+    """Parse one document. Raises SpecError with the line for YAML that is broken or has a key twice."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SpecError(
+            f"not valid YAML: {error.problem or error.context}",
+            file=file,
+            line=mark.line + 1 if mark else 0,
+            remedy="check the indentation, and quote text that holds ': ' or ' #'",
+        ) from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"not valid YAML: {error}", file=file) from None
+    lines: dict[Path, int] = {}
+    data = None if node is None else _build(node, (), lines, file)
+    return YamlSource(file=file, text=text, data=data, lines=lines)
+
+
+def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return node.value if node.style in ("'", '"', "|", ">") else plain_scalar(node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, index), lines, file) for index, item in enumerate(node.value)]
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise SpecError("a key must be a word, not a list or a mapping", file=file, line=line)
+        if key in result:
+            raise SpecError(
+                f"`{'.'.join(map(str, (*path, key)))}` is given twice",
+                file=file,
+                line=line,
+                cause=f"it already stands in line {lines[(*path, key)]}",
+                remedy="rename one of the two, or remove it",
+            )
+        lines[(*path, key)] = line
+        result[key] = _build(value_node, (*path, key), lines, file)
+    return result
+
+
+def plain_scalar(text: str) -> Any:
+    """What an unquoted YAML 1.2 scalar means: null, bool, int, float or text."""
+    if _NULL.fullmatch(text):
+        return None
+    if _TRUE.fullmatch(text):
+        return True
+    if _FALSE.fullmatch(text):
+        return False
+    if _INT.fullmatch(text):
+        return int(text)
+    if _OCTAL.fullmatch(text):
+        return int(text[2:], 8)
+    if _HEX.fullmatch(text):
+        return int(text[2:], 16)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if match := _INF.fullmatch(text):
+        return float(f"{match.group(1)}inf")
+    if _NAN.fullmatch(text):
+        return float("nan")
+    return text

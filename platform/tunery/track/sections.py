@@ -1,0 +1,248 @@
+"""What a report shows of a run, by section: pure functions from the run's state to tables and figures.
+
+A section for which the run has nothing (yet) is empty, and the page leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tunery.track.charts import Cut, Series, histogram_chart, line_chart
+from tunery.track.flows import Level, funnel_chart, lost_note
+from tunery.track.notes import listed
+from tunery.track.sheets import Figure, Table, table
+from tunery.track.snapshot import RunState, StageState
+from tunery.track.wording import as_number, count, measure, plain, strings
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate"})
+NOT_CURVES = frozenset(
+    {"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch", "loss", "eval_loss"}
+)
+
+
+def comparison(state: RunState) -> Table | None:
+    """The result: the table that the run ended with."""
+    columns, rows = state.comparison.get("columns"), state.comparison.get("rows")
+    return table(columns, rows, notes=state.comparison.get("notes") or []) if columns and rows else None
+
+
+def leaderboard(state: RunState) -> Table | None:
+    """Models by sets: each number that the evaluations gave, the best of a column marked."""
+    results = [result for stage in state.stages.values() for result in listed(stage.facts.get("results"))]
+    models = list(dict.fromkeys(str(result.get("model", "")) for result in results))
+    sets = list(dict.fromkeys(str(result.get("set", "")) for result in results))
+    values: dict[tuple[str, str, str], object] = {}
+    for result in results:
+        for key, value in result.items():
+            if key not in ("model", "set", "tokens", "rows") and as_number(value) is not None:
+                values[str(result.get("model", "")), str(result.get("set", "")), str(key)] = value
+    measures = list(dict.fromkeys(key for _, _, key in values))
+    columns = [
+        (name, key) for name in sets for key in measures if any((model, name, key) in values for model in models)
+    ]
+    if not columns:
+        return None
+    best = {
+        index: "lowest" if key in LOWER_IS_BETTER else "highest"
+        for index, (_, key) in enumerate(columns, start=1)
+        if key in LOWER_IS_BETTER | HIGHER_IS_BETTER
+    }
+    rows = [[model, *(values.get((model, name, key)) for name, key in columns)] for model in models]
+    return table(
+        ["model", *(f"{name} {key.replace('_', ' ')}" for name, key in columns)],
+        rows,
+        best=best,
+        notes=_set_sizes(results),
+    )
+
+
+def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:
+    sizes: dict[str, str] = {}
+    for result in results:
+        rows, tokens = as_number(result.get("rows")), as_number(result.get("tokens"))
+        parts = [f"{count(rows)} rows"] * (rows is not None) if rows is not None else []
+        parts += [f"{count(tokens)} tokens"] if tokens is not None else []
+        if parts:
+            sizes.setdefault(str(result.get("set", "")), f"{result.get('set', '')}: {', '.join(parts)}")
+    return ["; ".join(sizes.values())] if sizes else []
+
+
+def funnels(state: RunState) -> list[Figure]:
+    """For each dataset: rows read, readable, and kept by each select that goes back to it."""
+    figures = []
+    for stage in state.stages.values():
+        if stage.kind != "dataset" or as_number(stage.facts.get("rows")) is None:
+            continue
+        levels = list(_funnel(state, stage))
+        planted = any(level.planted for level in levels)
+        keys = [("good", "rows"), ("bad", "planted bad rows")] if planted else []
+        source = str(stage.facts.get("source") or "")
+        figures.append(Figure(stage.name, funnel_chart(levels), note=source, keys=keys))
+    return figures
+
+
+def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
+    rows, quarantined = (
+        as_number(dataset.facts.get("rows")) or 0,
+        as_number(dataset.facts.get("quarantined")) or 0,
+    )
+    kinds = dataset.facts.get("planted")
+    planted = sum(as_number(n) or 0 for kind, n in kinds.items() if kind) if isinstance(kinds, Mapping) else 0
+    yield Level("read", rows + quarantined, planted=planted)
+    if quarantined:
+        yield Level("readable", rows, f"−{count(quarantined)} quarantined", planted)
+    depths = {dataset.name: 0}
+    for stage in state.stages.values():
+        above = [name for name in stage.inputs if name in depths]
+        before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
+        if not above or stage.kind in ("pretrain", "sft", "evaluate") or (before is None and kept is None):
+            continue
+        depths[stage.name] = depths[above[0]] + (kept is not None)
+        if kept is not None:
+            truth = stage.facts.get("planted")
+            total, dropped = (
+                (as_number(truth.get(key)) or 0) if isinstance(truth, Mapping) else 0 for key in ("total", "dropped")
+            )
+            yield Level(
+                f"kept by {stage.name}",
+                kept,
+                lost_note(before or kept, kept),
+                total - dropped,
+                depths[stage.name] - 1,
+            )
+
+
+def score_figures(state: RunState) -> list[Figure]:
+    """For each score: its histogram, the cuts of selects that use it, how well it finds the planted rows."""
+    figures = []
+    for stage in state.stages.values():
+        scores = stage.facts.get("scores")
+        for name, score in scores.items() if isinstance(scores, Mapping) else ():
+            if isinstance(score, Mapping):
+                figures.append(_score_figure(state, stage, str(name), score))
+    return [figure for figure in figures if figure.svg]
+
+
+def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[str, Any]) -> Figure:
+    histogram = score.get("histogram")
+    drawn = histogram if isinstance(histogram, Mapping) else {}
+    edges, counts, planted = (
+        [as_number(v) or 0 for v in drawn.get(key) or []] for key in ("edges", "counts", "planted")
+    )
+    cuts = [
+        Cut(value, f"{select.name}: {plain(rule.get('rule'))}, cut at {measure(value)}")
+        for select in state.stages.values()
+        if _goes_back(state, select, stage)
+        for rule in _rules(select, name)
+        if (value := as_number(rule.get("cut"))) is not None
+    ]
+    known = {cut.value for cut in cuts}
+    for trial in state.search.trials.values() if state.search else ():
+        for select in trial.stages.values():
+            for rule in _rules(select, name):
+                value = as_number(rule.get("cut"))
+                if value is not None and value not in known and len(cuts) < 5:
+                    known.add(value)
+                    cuts.append(Cut(value, f"{plain(rule.get('rule'))} (in trials)", quiet=True))
+    auc, median = as_number(score.get("auc")), as_number(score.get("median"))
+    said = [f"median {measure(median)}"] if median is not None else []
+    said += [f"AUC {auc:.3f} at finding planted rows (0.5 is chance)"] if auc is not None else []
+    keys = [("good", "rows as they were"), ("bad", "planted bad rows")] if any(planted) else []
+    tables = [*_auc_tables(score, name), *_select_tables(state, name)]
+    return Figure(
+        f"{name} ({stage.name})",
+        histogram_chart(edges, counts, planted, cuts, name),
+        "; ".join(said),
+        keys,
+        tables,
+    )
+
+
+def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
+    return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
+
+
+def _goes_back(state: RunState, stage: StageState, to: StageState) -> bool:
+    """Whether `stage` reads, directly or through others, what `to` made. Unknown inputs don't rule it out."""
+    open_names, seen = list(stage.inputs), {stage.name}
+    if not open_names:
+        return True
+    while open_names:
+        name = open_names.pop()
+        if name == to.name:
+            return True
+        if name not in seen and name in state.stages:
+            seen.add(name)
+            open_names += state.stages[name].inputs
+    return False
+
+
+def _auc_tables(score: Mapping[str, Any], name: str) -> list[Table]:
+    by_kind = score.get("auc_by_kind")
+    rows = [[kind, as_number(auc)] for kind, auc in by_kind.items()] if isinstance(by_kind, Mapping) else []
+    if as_number(score.get("auc")) is not None:
+        rows.append(["all", as_number(score.get("auc"))])
+    return [table(["planted rows", f"AUC of {name}"], rows)] if rows else []
+
+
+def _select_tables(state: RunState, score: str) -> list[Table]:
+    rows = []
+    for stage in state.stages.values():
+        truth = stage.facts.get("planted")
+        if _rules(stage, score) and isinstance(truth, Mapping):
+            measures = (
+                as_number(truth.get(key)) for key in ("precision", "random_precision", "recall", "random_recall")
+            )
+            rows.append([stage.name, *measures])
+    return [table(["dropped by", "precision", "at random", "recall", "at random"], rows)] if rows else []
+
+
+def curve_figures(state: RunState) -> list[Figure]:
+    """Loss curves, one chart a kind of training; what else a training reported follows in own charts."""
+    trained = [stage for stage in state.stages.values() if stage.points]
+    colours = {stage.name: index for index, stage in enumerate(trained)}
+    figures = []
+    for kind in dict.fromkeys(stage.kind for stage in trained):
+        group = [stage for stage in trained if stage.kind == kind]
+        by_rows = all("rows" in values for stage in group for values in stage.points.values())
+        unit = "rows seen" if by_rows else "steps"
+        series = [
+            Series(f"{stage.name} {word}", _points(stage, key, by_rows), colours[stage.name], word)
+            for stage in group
+            for key, word in (("loss", "train"), ("eval_loss", "eval"))
+        ]
+        if any(one.points for one in series):
+            keys = (
+                [("train-key", "train"), ("eval-key", "eval (held out)")]
+                if any(s.style == "eval" and s.points for s in series)
+                else []
+            )
+            figures.append(Figure(f"{kind or 'training'}: loss", line_chart(series, unit, "loss"), keys=keys))
+        others = dict.fromkeys(
+            key for stage in group for values in stage.points.values() for key in values if key not in NOT_CURVES
+        )
+        for key in list(others)[:4]:
+            lines = [Series(stage.name, _points(stage, key, by_rows), colours[stage.name], "eval") for stage in group]
+            name = key.replace("_", " ")
+            figures.append(Figure(f"{kind or 'training'}: {name}", line_chart(lines, unit, name)))
+    return figures
+
+
+def _points(stage: StageState, key: str, by_rows: bool) -> list[tuple[float, float]]:
+    return [(p.values["rows"] if by_rows else p.step, p.values[key]) for p in stage.curve if key in p.values]
+
+
+def question(text: str) -> str:
+    """The comment lines that an experiment opens with: what it asks."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return "\n".join(lines).strip()
+
+
+def versions(state: RunState) -> list[tuple[str, str]]:
+    return [(str(name), ", ".join(strings(value)) or plain(value)) for name, value in state.versions.items()]

@@ -1,0 +1,214 @@
+"""What a run looks like at one moment: stages, trials, the search and the run, and what follows from them.
+
+Filled by `tunery.track.state` from the event log; read by the terminal's table and by the report.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+Status = Literal["waiting", "running", "done", "reused", "failed"]
+TrialStatus = Literal["waiting", "running", "done", "stopped", "failed"]
+RunStatus = Literal["waiting", "running", "done", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a training's curves. `values`: those of loss, eval_loss, rows .. measured at `step`."""
+
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage failed, in the words of the error that it raised."""
+
+    stage: str
+    message: str
+    cause: str = ""
+    remedy: str = ""
+    log: str = ""
+    trial: str = ""
+
+
+@dataclass
+class StageState:
+    """One stage of the run, or of one trial when `trial` is set."""
+
+    name: str
+    kind: str = ""
+    trial: str = ""
+    inputs: list[str] = field(default_factory=list)
+    status: Status = "waiting"
+    detail: str = ""
+    fingerprint: str = ""
+    artifact: str = ""
+    started: float | None = None
+    finished: float | None = None
+    seconds: float | None = None
+    done: float = 0
+    total: float = 0
+    """0 when it is not known."""
+    unit: str = ""
+    rate: float | None = None
+    """Units per second over the last `RATE_WINDOW_SECONDS` (state.py)."""
+    eta_seconds: float | None = None
+    """As of the last progress event; `time_left` counts on from there."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+    error: Failure | None = None
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
+    """(time, done) of the progress events that the speed is taken over."""
+
+    @property
+    def curve(self) -> list[Point]:
+        return [Point(step, self.points[step]) for step in sorted(self.points)]
+
+    def elapsed(self, now: float) -> float | None:
+        """Seconds used so far, or in all once it has ended."""
+        if self.seconds is not None:
+            return self.seconds
+        if self.started is None or self.status == "waiting":
+            return None
+        return max(0.0, (self.finished or now) - self.started)
+
+    def time_left(self, now: float) -> float | None:
+        if self.status != "running" or self.eta_seconds is None or not self.recent:
+            return None
+        return max(0.0, self.eta_seconds - (now - self.recent[-1][0]))
+
+    def reset(self) -> None:
+        """Back to waiting, as a new invocation begins. The curve and what it belongs to are kept."""
+        fresh = StageState(self.name, self.kind, self.trial, self.inputs)
+        fresh.fingerprint, fresh.points = self.fingerprint, self.points
+        self.__dict__.update(fresh.__dict__)
+
+
+@dataclass
+class TrialState:
+    """One trial of the search. `points` are intermediate values of the metric that belong to no stage."""
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    status: TrialStatus = "waiting"
+    value: float | None = None
+    started: float | None = None
+    seconds: float | None = None
+    error: str = ""
+    stages: dict[str, StageState] = field(default_factory=dict)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def current(self) -> StageState | None:
+        """The stage that the trial is at: the one that runs, else the last one that has begun."""
+        begun = [stage for stage in self.stages.values() if stage.status != "waiting"]
+        running = [stage for stage in begun if stage.status == "running"]
+        return running[-1] if running else begun[-1] if begun else None
+
+
+@dataclass
+class SearchState:
+    metric: str = ""
+    mode: str = "min"
+    planned: int = 0
+    scheduler: str = ""
+    space: dict[str, str] = field(default_factory=dict)
+    max_concurrent: int = 0
+    reason: str = ""
+    started: float | None = None
+    seconds: float | None = None
+    finished: bool = False
+    best_name: str = ""
+    """As the search itself told at its end; `best` before that is the best of the finished trials."""
+    trials: dict[str, TrialState] = field(default_factory=dict)
+
+    @property
+    def ranked(self) -> list[TrialState]:
+        """Best first; trials without a value last."""
+        sign = -1.0 if self.mode == "max" else 1.0
+        with_value = [trial for trial in self.trials.values() if trial.value is not None]
+        without = [trial for trial in self.trials.values() if trial.value is None]
+        return sorted(with_value, key=lambda trial: sign * (trial.value or 0.0)) + without
+
+    @property
+    def best(self) -> TrialState | None:
+        if self.best_name in self.trials:
+            return self.trials[self.best_name]
+        # A trial that was stopped early reached its value on a smaller budget than the others.
+        finished = [trial for trial in self.ranked if trial.value is not None and trial.status == "done"]
+        return finished[0] if finished else None
+
+    def count(self, *statuses: TrialStatus) -> int:
+        return sum(trial.status in statuses for trial in self.trials.values())
+
+    @property
+    def total(self) -> int:
+        return max(self.planned, len(self.trials))
+
+    def time_left(self, now: float) -> float | None:
+        """What is left of a typical trial for each open one, spread over those that run at a time."""
+        times = [t.seconds for t in self.trials.values() if t.status in ("done", "stopped") and t.seconds]
+        if self.finished or not times:
+            return None
+        typical = median(times)
+        running = [trial for trial in self.trials.values() if trial.status == "running"]
+        waiting = self.total - self.count("running", "done", "stopped", "failed")
+        left = sum(max(0.0, typical - (now - (trial.started or now))) for trial in running)
+        return (left + waiting * typical) / max(1, self.max_concurrent or len(running))
+
+    def curve(self, trial: TrialState) -> list[tuple[int, float]]:
+        """(step, value) on the way to the trial's metric.
+
+        The metric itself where it was reported, else the held-out loss (or the loss) of the stage that the
+        metric names: of `eval.sft.domain.loss` that is the training stage `sft`.
+        """
+        own = [
+            (step, trial.points[step][self.metric])
+            for step in sorted(trial.points)
+            if self.metric in trial.points[step]
+        ]
+        if own:
+            return own
+        trained = [stage for stage in trial.stages.values() if stage.points]
+        named = [stage for stage in trained if stage.name in self.metric.split(".")]
+        for stage in (named or trained)[-1:]:
+            for key in (self.metric, self.metric.rpartition(".")[2], "eval_loss", "loss"):
+                values = [(point.step, point.values[key]) for point in stage.curve if key in point.values]
+                # A metric that ends in `loss` is a held-out loss: the training's own is the last resort.
+                if values and (key != "loss" or not any("eval_loss" in point.values for point in stage.curve)):
+                    return values
+        return []
+
+
+@dataclass
+class RunState:
+    run: str = ""
+    file: str = ""
+    text: str = ""
+    command: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+    status: RunStatus = "waiting"
+    message: str = ""
+    invocations: int = 0
+    started: float | None = None
+    seconds: float | None = None
+    ray_start_seconds: float | None = None
+    last_event: float | None = None
+    stages: dict[str, StageState] = field(default_factory=dict)
+    search: SearchState | None = None
+    comparison: dict[str, Any] = field(default_factory=dict)
+    overhead: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Of the run's own stages; a failed trial is told with the trial and does not fail the run."""
+        return [stage.error for stage in self.stages.values() if stage.error]
+
+    def elapsed(self, now: float) -> float | None:
+        if self.seconds is not None:
+            return self.seconds
+        return None if self.started is None else max(0.0, now - self.started)

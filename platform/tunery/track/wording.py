@@ -1,0 +1,142 @@
+"""How numbers, times and overrides are said to people: one voice for the terminal and the report.
+
+Pure functions from values to text. Nothing here may fail on a value that it does not expect: facts come
+from stage kinds that this version may not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def as_number(value: object) -> float | None:
+    """`value` as a finite number, or None: a NaN loss or a missing fact is not drawn and not said."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def strings(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def count(value: float) -> str:
+    """4000 -> '4,000'."""
+    return f"{value:,.0f}"
+
+
+def measure(value: float, digits: int = 4) -> str:
+    """A loss, a perplexity, a learning rate: about `digits` digits, with thousands separated."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 10**digits:
+        return f"{value:,.0f}"
+    if size < 0.01:
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    # Below 1 the zeros after the point are no digits of the value: 0.0123, but 0.456 like 1.234.
+    decimals = digits - 1 - max(0, math.floor(math.log10(size))) + (size < 0.1)
+    return f"{value:,.{decimals}f}"
+
+
+def share(part: float, whole: float) -> str:
+    """Part of a whole in percent, without claiming 100% or 0% for what only rounds to it."""
+    if whole <= 0:
+        return "0%"
+    percent = 100 * part / whole
+    rounded = f"{percent:.0f}"
+    return f"{percent:.1f}%" if (rounded in ("0", "100") and part not in (0, whole)) or percent < 1 else f"{rounded}%"
+
+
+def duration(seconds: float) -> str:
+    """65 -> '1m 05s'."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def speed(rate: float, unit: str) -> str:
+    """1240 rows in a second -> '1,240 rows/s'; slower than one in ten seconds is told by the minute."""
+    if 0 < rate < 0.1:
+        return f"{rate * 60:.2g} {unit}/min"
+    return f"{count(rate) if rate >= 10 else f'{rate:.1f}' if rate >= 1 else f'{rate:.2f}'} {unit}/s"
+
+
+def size(number_of_bytes: float) -> str:
+    value = number_of_bytes
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:,.0f} {unit}" if unit in ("B", "KiB") else f"{value:,.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
+def plain(value: object, key: str = "") -> str:
+    """Any value of a fact, an override or a cell as text; `key` tells bytes and seconds by their name."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        number = as_number(value)
+        if number is None:
+            return str(value)
+        if key.endswith("bytes"):
+            return size(number)
+        if key.endswith("seconds"):
+            return duration(number)
+        said = f"{value:,}" if isinstance(value, int) else measure(number)
+        return said.rstrip("0").rstrip(".") if "." in said and "e" not in said else said
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {plain(item, str(name))}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
+
+
+def cells(values: Sequence[object]) -> list[str]:
+    """The cells of one column: numbers with the same decimals, no more than they need, line up."""
+    numbers = [number for value in values if isinstance(value, float) and (number := as_number(value)) is not None]
+    largest = max((abs(number) for number in numbers), default=0.0)
+    smallest = min((abs(number) for number in numbers if number), default=0.0)
+    if not numbers or smallest < 0.01:
+        return [plain(value) for value in values]
+    most = 3 if largest < 10 else 2 if largest < 100 else 1 if largest < 1000 else 0
+    decimals = next((d for d in range(most) if all(abs(round(number, d) - number) < 1e-9 for number in numbers)), most)
+    return [
+        f"{value:,.{decimals}f}" if isinstance(value, float) and math.isfinite(value) else plain(value)
+        for value in values
+    ]
+
+
+def is_numeric(values: Iterable[object]) -> bool:
+    """Whether a column holds numbers (and gaps) only, and so is set flush right."""
+    present = [value for value in values if value is not None]
+    return bool(present) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
+
+
+def short_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Each path's shortest ending that no other path shares: 'sft.learning_rate' -> 'learning_rate'."""
+    parts = {path: path.split(".") for path in dict.fromkeys(paths)}
+    short: dict[str, str] = {}
+    for path, names in parts.items():
+        others = [other for other in parts if other != path]
+        endings = (".".join(names[-length:]) for length in range(1, len(names) + 1))
+        short[path] = next(
+            (end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others)), path
+        )
+    return short
+
+
+def overrides_text(overrides: Mapping[str, object], names: Mapping[str, str] | None = None) -> str:
+    """{'sft.epochs': 2} -> 'sft.epochs=2', or with the shorter `names` 'epochs=2'."""
+    return "  ".join(f"{(names or {}).get(path, path)}={plain(value)}" for path, value in overrides.items())

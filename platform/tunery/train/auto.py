@@ -1,0 +1,56 @@
+"""What `auto` becomes, and by which rule. Pure; the same for the plan that is printed and the training that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.spec import AUTO, Pretrain, Scratch, Sft, Training
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A field's value and the rule that it came from."""
+
+    field: str
+    value: Any
+    rule: str
+
+
+def resolve(stage: Training, rows: int) -> tuple[Training, list[Resolved]]:
+    """The stage with no `auto` left, for `rows` training sequences."""
+    resolved: list[Resolved] = []
+    if stage.epochs == AUTO:
+        resolved.append(Resolved("epochs", *_epochs(stage, rows)))
+    if stage.learning_rate == AUTO:
+        resolved.append(Resolved("learning_rate", *_learning_rate(stage)))
+    if stage.global_batch_size == AUTO:
+        resolved.append(Resolved("global_batch_size", *_global_batch_size(rows)))
+    return stage.model_copy(update={item.field: item.value for item in resolved}), resolved
+
+
+def _epochs(stage: Training, rows: int) -> tuple[float, str]:
+    if isinstance(stage, Pretrain):
+        # Up to 4 repetitions of the data are worth nearly as much as new data:
+        # Muennighoff et al. 2023 (https://arxiv.org/abs/2305.16264).
+        return (4.0, "few rows (< 100,000): repeat up to 4 times") if rows < 100_000 else (1.0, "100,000 rows or more")
+    if rows < 10_000:
+        return 3.0, "fewer than 10,000 rows"
+    return (2.0, "fewer than 100,000 rows") if rows < 100_000 else (1.0, "100,000 rows or more")
+
+
+def _learning_rate(stage: Training) -> tuple[float, str]:
+    if isinstance(stage, Pretrain) and isinstance(stage.model, Scratch):
+        return 2e-3, "a small model from scratch"
+    if isinstance(stage, Sft) and stage.tuner != "full":
+        # LoRA wants about ten times the rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
+        return 2e-4, "LoRA: ten times full fine-tuning's rate"
+    return 2e-5, "full fine-tuning of a pretrained model"
+
+
+def _global_batch_size(rows: int) -> tuple[int, str]:
+    if rows < 1_000:
+        return 8, "fewer than 1,000 rows"
+    if rows < 10_000:
+        return 16, "fewer than 10,000 rows"
+    return (64, "fewer than 100,000 rows") if rows < 100_000 else (128, "100,000 rows or more")

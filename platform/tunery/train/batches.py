@@ -1,0 +1,72 @@
+"""Steps, batches and data order. The rows of a step depend on seed and global batch size alone.
+
+How many workers share a step, and in how many micro batches, changes nothing but the order of additions: so a run
+with other `compute` ends at the same losses, up to floating point.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunery.errors import RequestError
+
+LARGEST_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Batching:
+    steps: int
+    global_batch_size: int
+    workers: int
+    micro_batch_size: int
+    accumulation: int
+    """Micro batches per step and worker: global = workers x micro x accumulation."""
+
+
+def plan_batches(
+    rows: int, epochs: float, global_batch_size: int, workers: int, micro_batch_size: int | None
+) -> Batching:
+    """`micro_batch_size` None picks it. Raises RequestError when the global batch can't be shared out."""
+    if global_batch_size % workers:
+        raise RequestError(
+            f"global_batch_size {global_batch_size} can't be split over {workers} workers",
+            remedy=f"use a multiple of {workers}, or fewer workers",
+        )
+    share = global_batch_size // workers
+    if micro_batch_size is None:
+        micro_batch_size = max(size for size in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % size == 0)
+    if share % micro_batch_size:
+        raise RequestError(
+            f"micro_batch_size {micro_batch_size} does not divide a worker's share of {share} sequences a step",
+            cause=f"global_batch_size {global_batch_size} over {workers} workers",
+            remedy="use a divisor of the share, or micro_batch_size: auto",
+        )
+    steps = max(1, math.ceil(round(rows * epochs / global_batch_size, 9)))
+    return Batching(steps, global_batch_size, workers, micro_batch_size, share // micro_batch_size)
+
+
+def data_order(lengths: Sequence[int], steps: int, global_batch_size: int, seed: int) -> list[int]:
+    """steps x global_batch_size row indices: one shuffled epoch after another, no partial batch at their edges.
+
+    Within a step rows stand by length, longest first, so that micro batches are padded little and the one that needs
+    most memory comes first.
+    """
+    shuffle = random.Random(seed)
+    order: list[int] = []
+    while len(order) < steps * global_batch_size:
+        epoch = list(range(len(lengths)))
+        shuffle.shuffle(epoch)
+        order.extend(epoch)
+    return [
+        index
+        for start in range(0, steps * global_batch_size, global_batch_size)
+        for index in sorted(order[start : start + global_batch_size], key=lambda index: (-lengths[index], index))
+    ]
+
+
+def at_even_steps(steps: int, times: int) -> list[int]:
+    """`times` steps (fewer when there are fewer) spread evenly over 1..steps, the last one at the end."""
+    return sorted({math.ceil(steps * (index + 1) / times) for index in range(times)})

@@ -1,0 +1,108 @@
+"""The `pretrain` and `sft` stages: a Ray Train run each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from typing import Any
+
+from tunery.models.load import source_of
+from tunery.spec import Pretrain, Scratch, Sft
+from tunery.store import StageContext, StageResult
+from tunery.train.auto import resolve
+from tunery.train.worker import Job, Report, train
+
+
+def make_model(context: StageContext) -> StageResult:
+    """Facts: rows, tokens, steps, losses and what `auto` became. Measured: speed, memory, time to the first step."""
+    spec = context.spec
+    assert isinstance(spec, Pretrain | Sft)
+    rows = int(context.inputs[spec.data].facts.get("kept", context.inputs[spec.data].facts.get("rows", 0)))
+    resolved_spec, resolved = resolve(spec, rows)
+    assert isinstance(resolved_spec, Pretrain | Sft)
+    model: dict[str, Any]
+    if isinstance(spec.model, Scratch):
+        model = {"scratch": spec.model.scratch}
+    else:
+        model = source_of(spec.model, {name: item.path for name, item in context.inputs.items()}, context.folder)
+    workers = context.compute.workers
+    assert workers != "auto", "resolved by the runner"
+    job = Job(
+        stage=context.name,
+        trial=context.trial,
+        spec=resolved_spec,
+        seed=context.seed,
+        model=model,
+        rows=context.inputs[spec.data].path,
+        eval_rows=context.inputs[spec.eval_data].path if spec.eval_data else None,
+        out=context.out,
+        work=context.work,
+        events=context.events,
+        compute=context.compute,
+        workers=workers,
+        started=time.time(),
+    )
+    if context.in_process:
+        _train_here(job, context.report)
+    else:
+        _train_on_workers(job, context)
+    outcome = json.loads((context.work / "outcome.json").read_text())
+    shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
+    changed = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
+    return StageResult({**outcome["facts"], "resolved": changed}, outcome["measured"])
+
+
+def _train_on_workers(job: Job, context: StageContext) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    compute = context.compute
+    gpu = compute.device == "gpu"
+    TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "report": bool(context.callbacks)},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+        ),
+        run_config=RunConfig(
+            # A name that is used twice would make Ray resume from its own state: ours is in the work folder.
+            name=f"{job.work.name}-{time.time_ns()}",
+            storage_path=str(context.logs / "ray-train"),
+            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
+            callbacks=list(context.callbacks),
+        ),
+    ).fit()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    def report(metrics: dict[str, float]) -> None:
+        if config["report"]:
+            ray.train.report(metrics)
+
+    train(config["job"], report)
+
+
+def _train_here(job: Job, report: Report) -> None:
+    """Ray Train's local mode (num_workers=0): the loop runs in this process, which a trial has for itself.
+
+    Saves the start of a controller, three helpers and a worker, 20 s of a 30 s trial on two cores; and the process
+    keeps torch loaded for the next trial.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    TorchTrainer(
+        lambda: train(dataclasses.replace(job, workers=1), report),
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),
+    ).fit()

@@ -1,0 +1,264 @@
+"""Planted damage: as much as asked for, of every kind, recorded truly, and the same every time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunery.data import corrupt as corrupt_module
+from tunery.data.corrupt import KINDS, Row, corrupt
+
+WORDS = [
+    "the",
+    "parser",
+    "returns",
+    "a",
+    "tuple",
+    "with",
+    "every",
+    "option",
+    "and",
+    "leaves",
+    "unknown",
+    "ones",
+]
+
+
+MakeRows = Callable[[int], list[Row]]
+
+
+def sentence(number: int, length: int = 14) -> str:
+    rng = random.Random(number)
+    return f"Entry {number}: " + " ".join(rng.choice(WORDS) for _ in range(length)) + "."
+
+
+def text_rows(count: int) -> list[Row]:
+    return [{"text": sentence(number), "group": f"g{number}"} for number in range(count)]
+
+
+def chat_rows(count: int) -> list[Row]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is entry {number}?"},
+                {"role": "assistant", "content": sentence(number)},
+            ],
+            "group": f"g{number}",
+        }
+        for number in range(count)
+    ]
+
+
+def content(row: Row) -> str:
+    found = row["text"] if "text" in row else row["messages"][-1]["content"]
+    assert isinstance(found, str)
+    return found
+
+
+def of_kind(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
+    """Original and damaged contents of the rows with this damage."""
+    damaged = corrupt(rows, 1.0, seed=3)
+    return [(content(old), content(new)) for old, new in zip(rows, damaged, strict=True) if new["planted"] == kind]
+
+
+BOTH = pytest.mark.parametrize("make", [text_rows, chat_rows])
+
+
+@BOTH
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.333, 1.0])
+def test_share_is_exact_and_the_truth_column_tells_which(make: MakeRows, share: float) -> None:
+    rows = make(101)
+    damaged = corrupt(rows, share, seed=0)
+    assert len(damaged) == len(rows)
+    assert sum(row["planted"] != "" for row in damaged) == round(share * 101)
+    for old, new in zip(rows, damaged, strict=True):
+        assert (content(old).split() != content(new).split()) == (new["planted"] != "")
+        assert new["planted"] in ("", *KINDS)
+
+
+@BOTH
+def test_kinds_get_equal_shares(make: MakeRows) -> None:
+    kinds = Counter(row["planted"] for row in corrupt(make(203), 0.5, seed=1))
+    counts = [kinds[kind] for kind in KINDS]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_single_damaged_row_is_not_always_of_the_same_kind() -> None:
+    kinds = {row["planted"] for seed in range(40) for row in corrupt(text_rows(10), 0.1, seed)}
+    assert kinds == {"", *KINDS}
+
+
+@BOTH
+def test_everything_but_the_content_stays(make: MakeRows) -> None:
+    rows = make(60)
+    for old, new in zip(rows, corrupt(rows, 0.6, seed=5), strict=True):
+        assert set(new) == {*old, "planted"}
+        assert new["group"] == old["group"]
+        if "messages" in old:
+            assert new["messages"][:-1] == old["messages"][:-1]
+            assert new["messages"][-1]["role"] == "assistant"
+
+
+@BOTH
+def test_given_rows_are_not_changed(make: MakeRows) -> None:
+    rows = make(60)
+    before = copy.deepcopy(rows)
+    corrupt(rows, 1.0, seed=5)
+    assert rows == before
+
+
+def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    rows = chat_rows(80)
+    assert corrupt(rows, 0.3, seed=7) == corrupt(rows, 0.3, seed=7)
+    assert corrupt(rows, 0.3, seed=7) != corrupt(rows, 0.3, seed=8)
+
+
+def test_result_does_not_depend_on_the_hash_seed() -> None:
+    code = (
+        "import json, sys\n"
+        "from tunery.data.corrupt import corrupt\n"
+        "print(json.dumps(corrupt(json.load(sys.stdin), 0.5, 11)))"
+    )
+    rows = chat_rows(40) + text_rows(40)
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(rows),
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(corrupt_module.__file__).parents[2]),
+                "PYTHONHASHSEED": hash_seed,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert results[0] == results[1]
+    assert json.loads(results[0]) == corrupt(rows, 0.5, 11)
+
+
+@BOTH
+def test_shuffled_rows_have_the_same_words_and_the_same_layout(make: MakeRows) -> None:
+    rows = make(80)
+    pairs = of_kind("shuffled", rows)
+    assert pairs
+    for old, new in pairs:
+        assert sorted(old.split()) == sorted(new.split())
+    lines = [{"text": f" one {number}\n\n  two three\n- four five\n"} for number in range(40)]
+    for old, new in of_kind("shuffled", lines):
+        assert re.findall(r"\s+", old) == re.findall(r"\s+", new)
+
+
+def test_swapped_answers_come_from_another_row() -> None:
+    rows = chat_rows(80)
+    answers = {content(row) for row in rows}
+    pairs = of_kind("swapped", rows)
+    assert pairs
+    assert all(new in answers and new != old for old, new in pairs)
+
+
+def test_swapped_texts_keep_their_first_half_and_end_as_another_row_does() -> None:
+    rows = text_rows(80)
+    pairs = of_kind("swapped", rows)
+    assert pairs
+    for old, new in pairs:
+        assert new.startswith(old[: len(old) * 3 // 10])
+        assert any(new.endswith(content(row)[-20:]) for row in rows if content(row) != old)
+
+
+@BOTH
+def test_cut_rows_stop_within_a_word_at_a_fifth_to_three_fifths(make: MakeRows) -> None:
+    pairs = of_kind("cut", make(80))
+    assert pairs
+    for old, new in pairs:
+        assert old.startswith(new)
+        assert 0.2 <= len(new) / len(old) <= 0.6
+        assert old[len(new) - 1].isalnum()
+        assert old[len(new)].isalnum()
+
+
+@BOTH
+def test_repeated_rows_say_one_phrase_up_to_about_the_original_length(make: MakeRows) -> None:
+    pairs = of_kind("repeated", make(80))
+    assert pairs
+    for old, new in pairs:
+        words = new.split()
+        period = next(n for n in range(1, len(words)) if words == (words[:n] * len(words))[: len(words)])
+        assert len(words) / period >= 3
+        assert " ".join(words[:period]) in " ".join(old.split())
+        assert 0.9 * len(old) <= len(new) <= 2 * len(old)
+
+
+def test_rows_too_short_for_a_kind_get_one_that_fits() -> None:
+    rows: list[Row] = [{"messages": [{"role": "assistant", "content": word}]} for word in ("y", "n") * 20]
+    damaged = corrupt(rows, 1.0, seed=2)
+    kinds = Counter(row["planted"] for row in damaged)
+    assert kinds == {"swapped": 20, "repeated": 20}
+    assert all(content(old) != content(new) for old, new in zip(rows, damaged, strict=True))
+
+
+def test_empty_rows_are_left_alone_as_long_as_others_do() -> None:
+    rows: list[Row] = [{"text": ""}, *text_rows(9)]
+    for seed in range(20):
+        damaged = corrupt(rows, 0.9, seed)
+        assert damaged[0]["planted"] == ""
+        assert all(row["planted"] for row in damaged[1:])
+
+
+def test_share_that_cannot_be_reached_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"only 9 of 10 rows can be damaged, and share 1\.0 asks for 10"):
+        corrupt([{"text": ""}, *text_rows(9)], 1.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "message"),
+    [
+        ([{"text": "a"}], 1.5, "share is 1.5"),
+        ([{"text": "a"}], -0.1, "share is -0.1"),
+        ([{"text": "a"}, {"prompt": "b"}], 0.5, "row 1 has neither 'text' nor 'messages'"),
+        ([{"messages": []}], 0.5, "row 0 has neither"),
+        ([{"text": None}], 0.5, "row 0 holds NoneType"),
+        ([{"text": "a", "planted": ""}], 0.5, "row 0 has the key 'planted' already"),
+    ],
+)
+def test_unusable_arguments_are_refused(rows: list[Row], share: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        corrupt(rows, share, seed=0)
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert corrupt([], 0.5, seed=0) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text(alphabet="ab é.\n\x1c\x85\u00a0\u200b", max_size=60).filter(str.strip), max_size=30),
+    st.floats(min_value=0, max_value=1),
+    st.integers(),
+    st.booleans(),
+)
+def test_whatever_the_rows_the_count_is_exact_and_damage_is_real(
+    contents: list[str], share: float, seed: int, chat: bool
+) -> None:
+    rows: list[Row] = [{"text": text} for text in contents]
+    if chat:
+        rows = [{"messages": [{"role": "assistant", "content": text}]} for text in contents]
+    damaged = corrupt(rows, share, seed)
+    assert sum(row["planted"] != "" for row in damaged) == round(share * len(rows))
+    for old, new in zip(rows, damaged, strict=True):
+        assert (content(old).split() != content(new).split()) == (new["planted"] != "")

@@ -1,0 +1,49 @@
+"""The event log: what one process wrote, another reads, whole and in order."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from tunery.track.events import EventLog, EventReader, read_events
+
+
+def test_half_written_line_is_skipped_and_the_next_event_kept(tmp_path: Path) -> None:
+    path = tmp_path / "driver.jsonl"
+    EventLog(path).write("run_started", run="a")
+    with path.open("a") as file:
+        file.write('{"t": 1.0, "event": "progr')  # the writer was killed here
+    EventLog(path).write("run_finished", state="done")
+    assert [event["event"] for event in read_events(tmp_path)] == ["run_started", "run_finished"]
+
+
+def test_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    path, reader = tmp_path / "driver.jsonl", EventReader(tmp_path)
+    line = '{"t": 1.0, "event": "progress", "done": 3}\n'
+    path.write_text(line[:15])
+    assert reader.new() == []
+    path.write_text(line)
+    assert [event["done"] for event in reader.new()] == [3]
+    assert reader.new() == []
+
+
+def test_two_writers_are_merged_by_time(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"t": 1, "event": "x"}\n{"t": 4, "event": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"t": 2, "event": "x"}\n{"t": 3, "event": "x"}\n')
+    assert [event["t"] for event in read_events(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_writer_of_a_stage_marks_its_events(tmp_path: Path) -> None:
+    EventLog(tmp_path / "t1-sft.jsonl", stage="sft", trial="t1").write("metrics", step=1, values={"loss": math.nan})
+    (event,) = read_events(tmp_path)
+    assert (event["stage"], event["trial"]) == ("sft", "t1")
+    assert math.isnan(event["values"]["loss"])
+
+
+def test_line_that_is_no_event_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[1, 2]\n{"event": "x"}\n\n{"t": 2, "event": "x"}\n')
+    assert len(read_events(tmp_path)) == 1
+
+
+def test_run_without_events_reads_as_empty(tmp_path: Path) -> None:
+    assert read_events(tmp_path / "nowhere") == []

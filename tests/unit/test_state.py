@@ -1,0 +1,173 @@
+"""The fold of the event log: what a run looks like after the events so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sample_run import START, Event, events_until, failed_events, sample_events
+
+from tunery.track.notes import note
+from tunery.track.state import RunState, replay
+
+
+def event(name: str, at: float = 0.0, **values: Any) -> Event:
+    return {"t": START + at, "event": name, **values}
+
+
+def started(stage: str = "sft", at: float = 0.0, fingerprint: str = "f") -> Event:
+    return event("stage_started", at, stage=stage, kind="sft", fingerprint=fingerprint)
+
+
+def test_resumed_run_keeps_each_step_once_and_the_later_one() -> None:
+    first = [event("metrics", step=step, values={"loss": 9.0}, stage="sft") for step in (10, 20, 30)]
+    again = [event("metrics", step=step, values={"loss": 5.0}, stage="sft") for step in (20, 30, 40)]
+    opening = event("run_started", stages=[{"name": "sft", "kind": "sft", "inputs": []}])
+    state = replay([opening, started(), *first, opening, started(), *again])
+    curve = state.stages["sft"].curve
+    assert [(point.step, point.values["loss"]) for point in curve] == [
+        (10, 9.0),
+        (20, 5.0),
+        (30, 5.0),
+        (40, 5.0),
+    ]
+
+
+def test_curve_of_an_edited_stage_starts_afresh() -> None:
+    before = [started(fingerprint="old"), event("metrics", step=10, values={"loss": 9.0}, stage="sft")]
+    state = replay([*before, started(fingerprint="new")])
+    assert state.stages["sft"].curve == []
+
+
+def test_train_and_eval_loss_of_one_step_are_one_point() -> None:
+    events = [event("metrics", step=10, values={key: 1.0}, stage="sft") for key in ("loss", "eval_loss")]
+    (point,) = replay([started(), *events]).stages["sft"].curve
+    assert set(point.values) == {"loss", "eval_loss"}
+
+
+def test_new_invocation_puts_stages_back_to_waiting() -> None:
+    events = sample_events()
+    second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
+    state = replay(events[: second + 1])
+    assert {stage.status for stage in state.stages.values()} == {"waiting"}
+    assert state.stages["base"].points
+    assert state.stages["docs"].facts == {}
+    assert (state.invocations, state.status) == (2, "running")
+
+
+def test_speed_and_time_left_come_from_the_recent_past() -> None:
+    slow = [event("progress", at, stage="sft", done=at, total=1_000, unit="steps") for at in range(0, 100, 10)]
+    fast = [
+        event("progress", 100 + at, stage="sft", done=90 + 10 * at, total=1_000, unit="steps") for at in range(1, 41)
+    ]
+    stage = replay([started(), *slow, *fast]).stages["sft"]
+    assert stage.rate == pytest.approx(10)
+    assert stage.eta_seconds == pytest.approx((1_000 - 490) / 10)
+    assert stage.time_left(START + 150) == pytest.approx(51 - 10)
+
+
+def test_progress_that_starts_again_lower_gives_no_negative_speed() -> None:
+    events = [event("progress", at, stage="sft", done=done, total=100) for at, done in ((0, 50), (10, 60), (20, 5))]
+    assert replay([started(), *events]).stages["sft"].rate is None
+
+
+def test_finished_stage_ignores_progress_that_comes_late() -> None:
+    finished = event("stage_finished", 9, stage="sft", kind="sft", seconds=9, facts={"loss": 1.5})
+    late = event("progress", 8, stage="sft", done=7, total=10, unit="steps")
+    stage = replay([started(), finished, late]).stages["sft"]
+    assert (stage.status, stage.facts["loss"], stage.done) == ("done", 1.5, 0)
+
+
+def test_failed_stage_keeps_cause_and_remedy() -> None:
+    state = replay(failed_events())
+    (failure,) = state.failures
+    assert (state.status, state.stages["sft"].status, state.stages["eval"].status) == (
+        "failed",
+        "failed",
+        "waiting",
+    )
+    assert "79.1 GiB" in failure.cause
+    assert "micro_batch_size" in failure.remedy
+
+
+def test_failed_trial_does_not_fail_the_run() -> None:
+    state = replay(sample_events())
+    assert state.search is not None
+    assert state.search.trials["t07"].error == "loss is NaN at step 60"
+    assert state.failures == []
+    assert state.status == "done"
+
+
+def test_best_trial_is_the_lowest_that_ran_to_its_end() -> None:
+    def trial(name: str, status: str, value: float | None) -> Event:
+        return event("trial_finished", trial=name, overrides={}, state=status, value=value, seconds=1)
+
+    ended = [
+        trial("a", "done", 3.0),
+        trial("b", "done", 2.0),
+        trial("c", "stopped", 1.0),
+        trial("d", "failed", None),
+    ]
+    state = replay([event("search_started", metric="m", mode="min", trials=4), *ended])
+    assert state.search is not None
+    assert state.search.best is state.search.trials["b"]
+    assert [one.name for one in state.search.ranked] == ["c", "b", "a", "d"]
+    state.search.mode = "max"
+    assert state.search.best is state.search.trials["a"]
+
+
+def test_resumed_search_keeps_its_finished_trials() -> None:
+    opening = event("search_started", metric="m", mode="min", trials=3, space={"a.b": "one of 1, 2"})
+    done = event("trial_finished", trial="t0", overrides={"a.b": 1}, state="done", value=2.0, seconds=4)
+    cut_off = event("trial_started", trial="t1", overrides={"a.b": 2})
+    state = replay([opening, done, cut_off, event("run_started", stages=[]), opening])
+    assert state.search is not None
+    assert {name: trial.status for name, trial in state.search.trials.items()} == {
+        "t0": "done",
+        "t1": "waiting",
+    }
+
+
+def test_time_left_of_a_search_counts_open_trials_over_those_at_a_time() -> None:
+    opening = event("search_started", metric="m", mode="min", trials=5, max_concurrent=2)
+    done = event("trial_finished", 10, trial="t0", overrides={}, state="done", value=2.0, seconds=10)
+    running = event("trial_started", 10, trial="t1", overrides={})
+    state = replay([opening, done, running])
+    assert state.search is not None
+    assert state.search.time_left(START + 14) == pytest.approx((6 + 3 * 10) / 2)
+
+
+def test_curve_of_a_trial_is_that_of_the_stage_its_metric_names() -> None:
+    state = replay(sample_events())
+    assert state.search is not None
+    trial = state.search.trials["t00"]
+    held_out = [(p.step, p.values["eval_loss"]) for p in trial.stages["sft"].curve if "eval_loss" in p.values]
+    assert state.search.curve(trial) == held_out != []
+
+
+def test_events_that_are_unknown_or_bare_change_nothing_and_never_fail() -> None:
+    kinds = {e["event"] for e in sample_events()}
+    state = replay([{"t": 1.0, "event": kind} for kind in [*sorted(kinds), "something_new"]])
+    assert isinstance(state, RunState)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_any_part_of_a_log_can_be_folded(fraction: float) -> None:
+    state = replay(events_until(fraction))
+    assert state.status in ("running", "interrupted")
+    assert all(note(stage) is not None for stage in state.stages.values())
+
+
+def test_note_says_the_main_fact_of_each_stage() -> None:
+    stages = replay(sample_events()).stages
+    assert note(stages["docs"]) == "reused: 4,000 rows, 12 quarantined"
+    assert note(stages["clean"]) == "kept 80%: 3,200 of 4,000"
+    assert note(stages["sft"]) == "loss 3.060 → eval 3.190"
+    assert note(stages["eval"]) == "best sft: loss 3.191 on domain"
+
+
+def test_note_of_an_unknown_kind_shows_its_first_facts() -> None:
+    finished = event(
+        "stage_finished", stage="ppo", kind="ppo", seconds=1, facts={"mean_reward": 0.51, "x": [1], "n": 1200}
+    )
+    assert note(replay([finished]).stages["ppo"]) == "mean reward 0.51, n 1,200"

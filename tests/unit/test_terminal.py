@@ -1,0 +1,181 @@
+"""What the terminal shows: the live picture, the closing table, and plain lines without a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from sample_run import Event, events_until, failed_events, sample_events
+
+from tunery.track.events import EventReader
+from tunery.track.state import RunState, replay
+from tunery.track.terminal import PlainLines, Terminal, final_table, render
+
+
+def drawn(picture: RenderableType, width: int) -> list[str]:
+    # Wider than asked for: a line that is too long shows as such and is not folded by the console.
+    console = Console(width=width + 200, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(picture)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def at(fraction: float) -> tuple[RunState, float]:
+    events = events_until(fraction)
+    return replay(events), events[-1]["t"] + 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 109, 110, 200])
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.3, 0.6, 0.8])
+def test_no_line_is_wider_than_the_terminal(width: int, fraction: float) -> None:
+    state, now = at(fraction)
+    assert max(map(cell_len, drawn(render(state, width, now), width))) <= width
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_long_names_and_errors_stay_within_the_terminal(width: int) -> None:
+    events = json.loads(json.dumps(failed_events()).replace('"sft"', f'"{"a_long_stage_name_" * 6}"'))
+    events[-2]["message"] = "a very long message " * 20
+    state = replay(events)
+    lines = drawn(render(state, width, 0.0), width)
+    assert max(map(cell_len, lines)) <= width
+    assert sum(len(line) for line in lines if "a very long message" in line) > 300
+
+
+def test_each_stage_takes_one_line_at_80_columns() -> None:
+    state, now = at(0.3)
+    lines = drawn(render(state, 80, now), 80)
+    for name in state.stages:
+        assert sum(line[3:].startswith(f"{name} ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_running_stage_shows_amount_speed_and_time_left(width: int) -> None:
+    state, now = at(0.3)
+    line = next(line for line in drawn(render(state, width, now), width) if line.startswith("●"))
+    assert re.search(r"\d+/400 steps +3\.\d steps/s .*\d+s", line)
+
+
+def test_search_shows_best_and_running_trials() -> None:
+    state, now = at(0.6)
+    said = "\n".join(drawn(render(state, 80, now), 80))
+    assert "of 12 trials" in said
+    assert re.search(r"best +3\.\d+ +t\d\d", said)
+    assert said.count("●") == 2
+
+
+def test_failure_is_told_with_cause_and_remedy() -> None:
+    said = "\n".join(drawn(render(replay(failed_events()), 80, 0.0), 80))
+    assert "the GPU has 79.1 GiB" in said
+    assert "set compute.micro_batch_size to 32" in said
+
+
+def test_picture_of_many_stages_fits_a_low_terminal_and_keeps_the_running_one() -> None:
+    stages = [{"name": f"s{index:02d}", "kind": "dataset", "inputs": []} for index in range(40)]
+    opening: Event = {"t": 1.0, "event": "run_started", "run": "r", "stages": stages}
+    state = replay([opening, {"t": 2.0, "event": "stage_started", "stage": "s30", "kind": "dataset"}])
+    lines = drawn(render(state, 80, 3.0, height=15), 80)
+    assert len(lines) < 15
+    assert any("s30" in line for line in lines)
+    assert "more stages" in lines[-1]
+
+
+def test_comparison_lines_up_and_tells_its_notes() -> None:
+    lines = drawn(final_table(replay(sample_events()), 80), 80)
+    rows = [line for line in lines if re.match(r" (base|raw|sft) ", line)]
+    assert len(rows) == 3
+    assert len({row.index(".") for row in rows}) == 1
+    assert any("noise" in line for line in lines)
+
+
+def test_comparison_too_wide_for_the_terminal_loses_nothing() -> None:
+    columns = ["model", *(f"measure_number_{index}" for index in range(12))]
+    row: list[Any] = ["sft", *(1000.5 + index for index in range(12))]
+    state = replay([{"t": 1.0, "event": "comparison", "columns": columns, "rows": [row], "notes": []}])
+    lines = drawn(final_table(state, 60), 60)
+    assert max(map(cell_len, lines)) <= 60
+    assert all(any(column in line for line in lines) for column in columns)
+
+
+def follow(folder: Path, events: list[Event], console: Console) -> None:
+    """Write `events` while a Terminal follows, as if the run went on now."""
+    shift = time.time() - events[0]["t"]
+    log = folder / "events" / "driver.jsonl"
+    log.parent.mkdir(parents=True)
+    with Terminal(console, "quickstart", folder, EventReader(log.parent)):
+        moved = [json.dumps({**event, "t": event["t"] + shift}) for event in events]
+        log.write_text("\n".join(moved) + "\n")
+
+
+def test_without_a_terminal_there_are_plain_lines_and_no_escape_codes(tmp_path: Path) -> None:
+    out = io.StringIO()
+    follow(tmp_path, sample_events(), Console(file=out, width=80))
+    said = out.getvalue()
+    assert "\x1b" not in said
+    assert "docs: done in 3.2s: 4,000 rows, 12 quarantined" in said
+    assert "trial t07: failed" in said
+    assert said.count("sft: started") == 1
+
+
+def test_without_a_terminal_progress_is_told_at_most_every_30_seconds() -> None:
+    def told(every: float) -> list[str]:
+        opening: Event = {"t": 0.0, "event": "stage_started", "stage": "sft", "kind": "sft"}
+        steps: list[Event] = [
+            {
+                "t": step * every,
+                "event": "progress",
+                "stage": "sft",
+                "done": step,
+                "total": 100,
+                "unit": "steps",
+            }
+            for step in range(1, 101)
+        ]
+        state, lines = replay([opening, *steps]), PlainLines(since=0.0)
+        return [line for step in steps for line in lines.lines(state, step)]
+
+    assert len(told(every=3.0)) == 10
+    assert len(told(every=0.1)) == 0
+
+
+def test_earlier_invocations_are_not_told_again(tmp_path: Path) -> None:
+    events = failed_events()
+    shift = time.time() - 60 - events[-1]["t"]
+    log = tmp_path / "events" / "driver.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(json.dumps({**event, "t": event["t"] + shift}) + "\n" for event in events))
+    out = io.StringIO()
+    with Terminal(Console(file=out, width=80), "quickstart", tmp_path, EventReader(log.parent)) as terminal:
+        pass
+    assert terminal.state.status == "failed"
+    assert out.getvalue() == ""
+
+
+def test_failure_without_a_terminal_tells_cause_and_remedy(tmp_path: Path) -> None:
+    out = io.StringIO()
+    follow(tmp_path, failed_events(), Console(file=out, width=80))
+    assert "sft: failed: rank 1 ran out of GPU memory" in out.getvalue()
+    assert "remedy: set compute.micro_batch_size" in out.getvalue()
+
+
+def test_log_file_that_holds_ascii_only_gets_its_lines(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii") as out:
+        follow(tmp_path, sample_events(), Console(file=out, width=80))
+        out.flush()
+        assert b"loss 3.060 ? eval 3.190" in raw.getvalue()
+
+
+def test_on_a_terminal_the_final_state_is_drawn(tmp_path: Path) -> None:
+    out = io.StringIO()
+    follow(tmp_path, sample_events(), Console(file=out, width=100, height=40, force_terminal=True))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "12 of 12 trials" in shown
+    assert "domain perplexity" in shown
