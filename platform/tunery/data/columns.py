@@ -16,7 +16,7 @@ from typing import Any
 
 from tunery.store.rows import Row
 
-Columns = Mapping[str, str]
+Columns = Mapping[Any, str]
 Convert = Callable[[Mapping[str, Any]], Row]
 
 
@@ -126,4 +126,8 @@ def _filled(value: Any, what: str) -> str:
         raise BadRow(f"{what} is {type(value).__name__}, not text")
     if not value.strip():
         raise BadRow(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{what} is not Unicode: it holds half of a surrogate pair") from None
     return value

@@ -25,7 +25,8 @@ def make_dataset(context: StageContext) -> StageResult:
     ids: set[str] = set()
     duplicates = 0
 
-    with (context.out / "quarantine.jsonl").open("w", encoding="utf-8") as file:
+    # What UTF-8 has no bytes for (half of a surrogate pair) is written as the JSON escape that it was read from.
+    with (context.out / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
 
         def quarantine(line: Quarantined) -> None:
             nonlocal quarantined

@@ -6,6 +6,7 @@ Works as a stream: no file is held in memory but a .json array, which can't be p
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tunery.store.rows import Row, Shape, shape_of
 
 BUILTIN = "builtin:python-docs"
 ENDINGS = (".jsonl", ".json")
+PROBED = 1000
+"""Records of a file that are looked at before a run: enough to get past a head of bad ones, read in no time."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def check_source(stage: Dataset, folder: Path) -> None:
 
 def find_files(stage: Dataset, folder: Path) -> list[Path]:
     """The files of a source, by name. Raises BadSource when there is none or one of an unknown form."""
-    paths = [Path(found) for found in sorted(glob.glob(str(folder / stage.source), recursive=True))]
+    paths = [folder / found for found in sorted(glob.glob(stage.source, root_dir=folder, recursive=True))]
     if not paths:
         raise BadSource(
             "source",
@@ -93,10 +96,7 @@ def source_identity(stage: Dataset, folder: Path) -> Any:
 def read_source(stage: Dataset, folder: Path, quarantine: Callable[[Quarantined], None]) -> Iterator[Row]:
     """Rows of the stage's split and limit, with group, source and line; not yet damaged, without ids."""
     rows = _builtin(stage) if stage.source == BUILTIN else _files(stage, folder, quarantine)
-    for taken, row in enumerate(rows):
-        if taken == stage.limit:
-            return
-        yield row
+    yield from itertools.islice(rows, stage.limit)
 
 
 def _wanted(stage: Dataset) -> Callable[[str], bool]:
@@ -174,24 +174,30 @@ def _parse(raw: bytes) -> Any:
         return BadRow(f"not UTF-8: byte {raw[error.start]:#04x} at position {error.start}")
     except json.JSONDecodeError as error:
         return BadRow(f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        return BadRow("not JSON that can be read: a number is too long")
     except RecursionError:
         return BadRow("not JSON that can be read: nested too deep")
 
 
 def _first_usable(path: Path, stage: Dataset) -> bool:
-    """Whether some record can be read. Raises BadSource when the first one that is JSON has columns that don't fit."""
-    for _, _, parsed in _records(path):
+    """Whether some record can be read. Raises BadSource when the columns of none of the first `PROBED` fit."""
+    misfit: NoShape | None = None
+    for _, _, parsed in itertools.islice(_records(path), PROBED):
         if isinstance(parsed, dict):
             try:
                 converter(parsed, stage.columns)
             except NoShape as error:
-                raise BadSource(
-                    "columns" if stage.columns else "source",
-                    f"the columns of `{path.name}` don't fit",
-                    cause=str(error),
-                    remedy="name them, such as `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
-                ) from None
-            return True
+                misfit = misfit or error
+            else:
+                return True
+    if misfit is not None:
+        raise BadSource(
+            "columns" if stage.columns else "source",
+            f"the columns of `{path.name}` don't fit",
+            cause=str(misfit),
+            remedy="name them, such as `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
+        )
     return False
 
 

@@ -20,11 +20,10 @@ from tunery.data.judge import auc, auc_by_kind, histogram
 from tunery.data.scorers import SCORERS
 from tunery.errors import RowsLost
 from tunery.models.load import Source, source_of
+from tunery.models.pool import map_units, score_dtype
 from tunery.spec import Compute, Score
 from tunery.store import StageContext, StageResult
 from tunery.store.rows import shards
-
-SCORE_COLUMNS = ("nll", "tokens", "truncated")
 
 
 class ScoringActor:
@@ -36,10 +35,9 @@ class ScoringActor:
         from tunery.models.load import load_model, load_tokenizer
 
         torch.set_num_threads(compute.cpus_per_worker)
-        gpu = compute.device == "gpu"
-        bf16 = gpu and compute.precision != "fp32" and torch.cuda.is_bf16_supported()
+        device = "cuda" if compute.device == "gpu" else "cpu"
         self._tokenizer = load_tokenizer(source)
-        self._model = load_model(source, torch.bfloat16 if bf16 else torch.float32).to("cuda" if gpu else "cpu").eval()
+        self._model = load_model(source, score_dtype(compute)).to(device).eval()
         self._scorer = SCORERS[score]
         self._score, self._max_length, self._out = score, max_length, Path(out)
 
@@ -83,22 +81,13 @@ def make_scores(context: StageContext) -> StageResult:
 
 
 def _run_actors(context: StageContext, source: Source, name: str, files: list[str], target: Path) -> None:
-    import ray.data
-
     stage, compute = context.spec, context.compute
-    assert isinstance(stage, Score) and compute.workers != "auto"
-    total = int(context.inputs[stage.data].facts.get("kept", context.inputs[stage.data].facts.get("rows", 0)))
+    assert isinstance(stage, Score)
+    total = int(context.inputs[stage.data].facts["rows"])
     done = 0
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
-    results = ray.data.from_items([{"shard": path} for path in files], override_num_blocks=len(files)).map_batches(
-        ScoringActor,
-        fn_constructor_args=(source, name, stage.max_length, compute, str(target)),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(files))),
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=1 if compute.device == "gpu" else 0,
-    )
-    for row in results.iter_rows():
+    arguments = (source, name, stage.max_length, compute, str(target))
+    for row in map_units(ScoringActor, arguments, [{"shard": path} for path in files], compute, context.in_process):
         done += int(row["rows"])
         context.emit("progress", done=done, total=total, unit="rows")
 

@@ -95,7 +95,7 @@ def passing(badness: Floats, rule: Keep) -> tuple[Bools, float]:
     passed[order] = True
     if rule.quantile < 1:
         passed &= np.isfinite(comparable)
-    return passed, float(comparable[order[-1]]) if len(order) else -math.inf
+    return passed, float(comparable[passed].max()) if passed.any() else -math.inf
 
 
 def describe(score: str, rule: Keep) -> str:

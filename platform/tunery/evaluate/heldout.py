@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tunery.errors import RowsLost
 from tunery.models.load import Source, source_of
+from tunery.models.pool import map_units, score_dtype
 from tunery.spec import Compute, Evaluate
 from tunery.spec.stages import model_name
 from tunery.store import StageContext, StageResult
@@ -28,10 +29,8 @@ class EvaluationActor:
         import torch
 
         torch.set_num_threads(compute.cpus_per_worker)
-        gpu = compute.device == "gpu"
-        bf16 = gpu and compute.precision != "fp32" and torch.cuda.is_bf16_supported()
-        self._dtype = torch.bfloat16 if bf16 else torch.float32
-        self._device = "cuda" if gpu else "cpu"
+        self._dtype = score_dtype(compute)
+        self._device = "cuda" if compute.device == "gpu" else "cpu"
         self._max_length = max_length
         self._loaded: tuple[str, Any, Any] = ("", None, None)
 
@@ -65,10 +64,8 @@ class EvaluationActor:
 
 def make_metrics(context: StageContext) -> StageResult:
     """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows."""
-    import ray.data
-
     stage, compute = context.spec, context.compute
-    assert isinstance(stage, Evaluate) and compute.workers != "auto"
+    assert isinstance(stage, Evaluate)
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
     units = [
         {
@@ -81,21 +78,13 @@ def make_metrics(context: StageContext) -> StageResult:
         for name, stage_name in stage.data.items()
         for shard in shards(paths[stage_name])
     ]
-    units = [{"index": index, **unit} for index, unit in enumerate(units)]
+    numbered: list[dict[str, Any]] = [{"index": index, **unit} for index, unit in enumerate(units)]
     expected = {name: count_rows(paths[stage_name]) for name, stage_name in stage.data.items()}
     total = len(stage.models) * sum(expected.values())
     started = time.time()
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
-    results = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        EvaluationActor,
-        fn_constructor_args=(stage.max_length, compute),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(units))),
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=1 if compute.device == "gpu" else 0,
-    )
     done: list[dict[str, Any]] = []
-    for row in results.iter_rows():
+    for row in map_units(EvaluationActor, (stage.max_length, compute), numbered, compute, context.in_process):
         done.append(row)
         context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
     done.sort(key=lambda row: int(row["index"]))  # sums in one order, whichever actor was first

@@ -6,19 +6,24 @@ Nothing here starts Ray, imports torch or writes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from tunery.data.read import BUILTIN, BadSource, check_source, first_shape
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.identity import model_folder, pretrained_models
-from tunery.spec import Dataset, Experiment, Score, Select, Sft, Stage, Training
+from tunery.spec import Dataset, Dimension, Experiment, Score, Select, Sft, Stage, Training
+from tunery.spec.graph import closure
 from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
+from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
+from tunery.train.auto import GLOBAL_BATCH_SIZES
 from tunery.train.batches import plan_batches
 
 MOST_COMBINATIONS = 10_000
@@ -32,7 +37,7 @@ def check(experiment: Experiment, source: YamlSource, store: Store, workers: int
         errors += _check_stage(name, stage, experiment, source, folder)
         errors += _check_batches(name, stage, experiment, source, workers)
     if not errors:
-        errors += _check_space(experiment, source, trial_workers)
+        errors += _check_space(experiment, source, folder, trial_workers)
     if errors:
         raise SpecErrors(errors)
     store.check_writable()
@@ -92,28 +97,62 @@ def _root(experiment: Experiment, name: str) -> Dataset:
 def _check_batches(
     name: str, stage: Stage, experiment: Experiment, source: YamlSource, workers: int
 ) -> Iterator[SpecError]:
-    if isinstance(stage, Training) and stage.global_batch_size != "auto":
+    """`auto` is only refused when nothing that it can become would do: the rows are not counted yet."""
+    if isinstance(stage, Training):
         micro = experiment.compute.micro_batch_size
-        try:
-            plan_batches(1, 1, stage.global_batch_size, workers, None if micro == "auto" else micro)
-        except RequestError as error:
+        sizes = GLOBAL_BATCH_SIZES if stage.global_batch_size == "auto" else (stage.global_batch_size,)
+        errors: list[RequestError] = []
+        for size in sizes:
+            try:
+                plan_batches(1, 1, size, workers, None if micro == "auto" else micro)
+            except RequestError as error:
+                errors.append(error)
+        if len(errors) == len(sizes):
             at = ("stages", name, "global_batch_size")
-            yield error_at(source, at, f"{name}: {error.message}", cause=error.cause, remedy=error.remedy)
+            yield error_at(source, at, f"{name}: {errors[0].message}", cause=errors[0].cause, remedy=errors[0].remedy)
 
 
-def _check_space(experiment: Experiment, source: YamlSource, workers: int) -> Iterator[SpecError]:
-    """Every combination of choices (and ends of ranges) must be an experiment whose batches can be shared out."""
+def _check_space(experiment: Experiment, source: YamlSource, folder: Path, workers: int) -> Iterator[SpecError]:
+    """Every combination of choices (and ends of ranges) must be an experiment whose files are there and whose batches
+    can be shared out over a trial's workers. Told is the first that is not."""
     if experiment.search is None:
         return
-    names = list(experiment.search.space)
-    values = [dimension.values for dimension in experiment.search.space.values()]
+    space = experiment.search.space
+    seen: set[str] = set()
+    values = [_values(path, dimension) for path, dimension in space.items()]
     for combination in itertools.islice(itertools.product(*values), MOST_COMBINATIONS):
-        overrides: dict[str, Any] = dict(zip(names, combination, strict=True))
-        trial = with_overrides(experiment, overrides)
-        for path in names:
-            name = path.split(".")[0]
-            for error in _check_batches(name, trial.stages[name], trial, source, workers):
-                yield error_at(
-                    source, ("search", "space", path), f"a trial with {overrides}: {error.message}", remedy=error.remedy
-                )
+        overrides: dict[str, Any] = dict(zip(space, combination, strict=True))
+        try:
+            trial = with_overrides(experiment, overrides)
+        except ValidationError as error:
+            cause = error.errors()[0]["msg"]
+            yield error_at(source, ("search", "space"), f"no trial can have {overrides} together", cause=cause)
+            return
+        for name, stage in closure(trial.stages, [experiment.search.metric.split(".")[0]]).items():
+            key = f"{name} {stage.model_dump_json()}"
+            if key in seen:
+                continue
+            seen.add(key)
+            wrong = [*_check_batches(name, stage, trial, source, workers)]
+            if stage != experiment.stages[name]:
+                wrong += _check_stage(name, stage, trial, source, folder)
+            if wrong:
+                searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}
+                with_values = f"with {searched} " if searched else ""
+                message = f"a trial {with_values}can't work: {wrong[0].message}"
+                yield error_at(source, _blamed(name, space), message, cause=wrong[0].cause, remedy=wrong[0].remedy)
                 return
+
+
+def _values(path: str, dimension: Dimension) -> Sequence[Any]:
+    """All choices and the ends of ranges; of a range of batch sizes every one, for they fit or not one by one."""
+    if dimension.randint is not None and path.endswith(".global_batch_size"):
+        return range(*dimension.randint)
+    return dimension.values
+
+
+def _blamed(name: str, space: Iterable[str]) -> KeyPath:
+    """Where a trial's bad stage comes from: the searched batch size, another searched field of it, or the stage."""
+    own = [path for path in space if path.split(".")[0] == name]
+    own.sort(key=lambda path: not path.endswith(".global_batch_size"))
+    return ("search", "space", own[0]) if own else ("stages", name, "global_batch_size")

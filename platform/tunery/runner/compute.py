@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,16 @@ class Hardware:
 def local_hardware() -> Hardware:
     """This machine, without asking Ray or torch."""
     gpus = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        gpus = min(gpus, len([part for part in visible.split(",") if part.strip()]))
-    return Hardware(len(os.sched_getaffinity(0)), gpus, "this machine")
+    visible = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Hardware(len(os.sched_getaffinity(0)), visible, "this machine")
+
+
+def visible_gpus(present: int, cuda_visible_devices: str | None) -> int:
+    """How many of the GPUs CUDA shows: the ones listed, up to the first -1."""
+    if cuda_visible_devices is None:
+        return present
+    listed = [part.strip() for part in cuda_visible_devices.split(",")]
+    return min(present, len([*itertools.takewhile(lambda part: part not in ("", "-1"), listed)]))
 
 
 def resolve_compute(compute: Compute, hardware: Hardware) -> tuple[Compute, dict[str, str]]:
@@ -39,24 +46,27 @@ def resolve_compute(compute: Compute, hardware: Hardware) -> tuple[Compute, dict
         rules["device"] = f"{hardware.where} has {hardware.gpus} GPUs"
     values["device"] = device
     room = hardware.gpus if device == "gpu" else hardware.cpus // compute.cpus_per_worker
-    workers = compute.workers
-    if workers == "auto":
+    if compute.workers != "auto":
+        workers = compute.workers
+    else:
         workers = max(1, room if device == "gpu" else min(2, room))
         rules["workers"] = "one a GPU" if device == "gpu" else f"at most 2 on {hardware.cpus} CPUs"
     per_trial = compute.workers_per_trial
-    if per_trial == "auto":
+    if not isinstance(per_trial, int):
         per_trial = 1
         rules["workers_per_trial"] = "trials run side by side, one worker each"
     values |= {"workers": workers, "workers_per_trial": per_trial}
     if (needed := max(workers, per_trial)) > room:
         unit = "GPU" if device == "gpu" else f"{compute.cpus_per_worker} CPU"
         has = f"{hardware.gpus} GPUs" if device == "gpu" else f"{hardware.cpus} CPUs"
-        raise RequestError(
-            f"compute needs {needed} workers x {unit}; {hardware.where} has {has}",
-            remedy=f"set `compute: {{workers: {max(room, 1)}}}`, or connect to a larger cluster (RAY_ADDRESS)"
-            if room
-            else "set `compute: {device: cpu}`, or connect to a cluster with GPUs (RAY_ADDRESS)",
-        )
+        field = "workers" if needed == workers else "workers_per_trial"
+        if room:
+            remedy = f"set `compute: {{{field}: {room}}}`, or connect to a larger cluster (RAY_ADDRESS)"
+        elif device == "gpu":
+            remedy = "set `compute: {device: cpu}`, or connect to a cluster with GPUs (RAY_ADDRESS)"
+        else:
+            remedy = f"set `compute: {{cpus_per_worker: {hardware.cpus}}}` or less, or connect to a larger cluster"
+        raise RequestError(f"compute needs {needed} workers x {unit}; {hardware.where} has {has}", remedy=remedy)
     return compute.model_copy(update=values), rules
 
 

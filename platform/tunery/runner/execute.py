@@ -41,9 +41,11 @@ class Where:
 
 @dataclass(frozen=True)
 class Trial:
-    """How a trial's trainings differ from those of the file: in the trial's own process, and heard by Tune."""
+    """How a trial's stages differ from those of the file: trained in the trial's own process, and heard by Tune."""
 
     id: str = ""
+    label: str = ""
+    """Added to the names of stages in the event log, where the same stages ran before with other values."""
     in_process: bool = False
     report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
     callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
@@ -54,11 +56,10 @@ def execute(
     where: Where,
     log: EventLog,
     trial: Trial | None = None,
-    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Artifact]:
     """Make every stage of `experiment` (whose compute is resolved); returns the artifacts by stage name.
 
-    `prepare` is called before the first stage that needs Ray. Raises StageError, after a stage_failed event.
+    Ray must have been started when a stage is missing that needs it. Raises StageError, after a stage_failed event.
     """
     trial = trial or Trial()
     known = fingerprints(experiment, where.folder)
@@ -68,11 +69,9 @@ def execute(
         print_, own, inputs = known[name]
         artifact = where.store.find(stage.kind, print_)
         if artifact is None:
-            if STAGES[stage.kind].needs_ray:
-                prepare()
             artifact = _make(name, experiment, where, log, trial, print_, {"identity": own, "inputs": inputs}, made)
-        else:
-            _tell_finished(log, name, artifact, reused=True, seconds=0.0, trial=trial.id)
+        elif not trial.label:
+            _tell_finished(log, name, artifact, reused=True, seconds=0.0)
         made[name] = artifact
     return made
 
@@ -91,7 +90,7 @@ def _make(
     started = time.time()
 
     def emit(event: str, **values: Any) -> None:
-        log.write(event, **{"stage": name, **values})
+        log.write(event, **{"stage": name + trial.label, **values})
 
     def waiting(holder: str) -> None:
         emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} makes it")
@@ -100,7 +99,7 @@ def _make(
     try:
         with where.store.lease(stage.kind, print_, waiting):
             if (artifact := where.store.find(stage.kind, print_)) is not None:  # made while we waited
-                _tell_finished(log, name, artifact, reused=True, seconds=time.time() - started, trial=trial.id)
+                _tell_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
             work = where.store.work(stage.kind, print_)
             out = work / "out"
@@ -132,16 +131,16 @@ def _make(
             )
             shutil.rmtree(work, ignore_errors=True)
     except Exception as error:
-        told = explain(error, name, where)
+        told = explain(error, name, where, trial.id)
         emit(
             "stage_failed", kind=stage.kind, message=told.message, cause=told.cause, remedy=told.remedy, log=_log(told)
         )
         raise told from error
-    _tell_finished(log, name, artifact, reused=False, seconds=seconds, trial=trial.id)
+    _tell_finished(log, name + trial.label, artifact, reused=False, seconds=seconds)
     return artifact
 
 
-def _tell_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool, seconds: float, trial: str) -> None:
+def _tell_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool, seconds: float) -> None:
     """A reused artifact tells its facts and its curve again, so that a run's log is whole by itself."""
     if reused and (artifact.path / "history.jsonl").is_file():
         for line in (artifact.path / "history.jsonl").read_text().splitlines():

@@ -24,10 +24,10 @@ FULL = 4 << 20
 """A disk with less left than this, in bytes, is called full."""
 
 
-def explain(error: BaseException, stage: str, where: Where) -> TuneryError:
+def explain(error: BaseException, stage: str, where: Where, trial: str = "") -> TuneryError:
     """The same error when it is one of ours (found anywhere in the chain), else a StageError."""
     where.logs.mkdir(parents=True, exist_ok=True)
-    log = where.logs / f"{stage}-error.txt"
+    log = where.logs / f"{trial or 'run'}-{stage}-error.txt"
     try:
         log.write_text("".join(traceback.format_exception(error)))
     except OSError:  # a full disk must not hide itself

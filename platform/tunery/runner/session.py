@@ -39,6 +39,11 @@ class RaySession:
         self._logs = logs
         self._hardware: Hardware | None = None
 
+    @property
+    def hardware(self) -> Hardware | None:
+        """None while Ray has not been needed."""
+        return self._hardware
+
     def start(self, compute: Compute) -> Hardware:
         """Connects to RAY_ADDRESS, or starts Ray here with all CPUs and GPUs. Again and again does nothing."""
         if self._hardware is not None:

@@ -149,13 +149,16 @@ def _check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecEr
         yield error_at(source, ("search", "metric"), f"nobody logs `{search.metric}`", cause=cause, remedy=remedy)
         return
     metric_stage = search.metric.split(".")[0]
-    if search.scheduler == "asha" and search.metric.count(".") != 1:
+    while_training = [name for name in known if name.count(".") == 1]
+    if search.scheduler == "asha" and search.metric not in while_training:
         yield error_at(
             source,
             ("search", "scheduler"),
             f"asha can't stop trials early by `{search.metric}`",
             cause="that is measured once, after the training",
-            remedy=f"aim at one of: {', '.join(name for name in known if name.count('.') == 1) or 'none'}",
+            remedy=f"aim at one of: {', '.join(while_training)}"
+            if while_training
+            else "use `scheduler: none`, or give a training `eval_data` and aim at its eval_loss",
         )
     if search.algorithm == "grid":
         yield from _check_grid(search, source)
@@ -178,7 +181,9 @@ def _check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecEr
                 )
                 break
             if errors := list(_check_references(trial, source)):
-                yield error_at(source, at, f"`{path}` can't be {value!r}", cause=errors[0].message)
+                yield error_at(
+                    source, at, f"`{path}` can't be {value!r}", cause=errors[0].message, remedy=errors[0].remedy
+                )
                 break
         else:
             if path.split(".")[0] not in reached:
@@ -220,6 +225,8 @@ def _translate_all(details: list[ErrorDetails], source: YamlSource) -> list[Spec
     missing because it is misspelled is told once."""
     errors: dict[str, SpecError] = {}
     for detail in details:
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # pydantic counts the good items only; the bad ones are told by themselves
         error = _translate(detail, source)
         if error.message in errors:
             errors[error.message].cause += f", or {_sentence(detail).removeprefix('it should be ')}"
@@ -248,7 +255,11 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
         kinds = [stage.model_fields["kind"].annotation.__args__[0] for stage in _members(Stage)]
         if kind == "union_tag_not_found":
             return error_at(source, path, f"`{shown}` lacks `kind`", remedy=f"one of: {', '.join(kinds)}")
-        given = str(detail.get("ctx", {}).get("tag"))
+        given = str(detail["ctx"]["tag"])
+        if detail["ctx"]["discriminator"] != "'kind'":
+            cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
+            remedy = "name a stage that gives a model, or write {pretrained: <folder or hub name>}"
+            return error_at(source, path, f"`{shown}` can't be {_shorten(detail['input'])}", cause=cause, remedy=remedy)
         return error_at(source, (*path, "kind"), f"there is no stage kind `{given}`", remedy=nearest(given, kinds))
     value = _shorten(detail["input"])
     return error_at(source, path, f"`{shown}` can't be {value}", cause=_sentence(detail))
@@ -274,11 +285,13 @@ def _path_in_file(loc: tuple[int | str, ...], data: Any) -> KeyPath:
     path: list[int | str] = []
     here = data
     for key in loc:
-        if (isinstance(here, dict) and key in here) or (isinstance(here, list) and isinstance(key, int) and key < len(here)):
-            here = here[key]
+        if isinstance(here, dict):
+            found = key in here
         else:
-            continue
-        path.append(key)
+            found = isinstance(here, list) and isinstance(key, int) and key < len(here)
+        if found:
+            here = here[key]
+            path.append(key)
     return tuple(path)
 
 

@@ -7,6 +7,7 @@ computed (workers, ZeRO stage, micro batches) is `Compute`, and does not.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ Gives = Literal["rows", "scored", "model", "metrics"]
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ class Pretrained(Spec):
 
 def _model_tag(value: object) -> str:
     """Which form of a model reference this is, so that an error speaks of the form that was meant."""
-    if isinstance(value, Scratch) or (isinstance(value, dict) and "scratch" in value):
+    if isinstance(value, dict):
+        near = [form for form in ("scratch", "pretrained") if difflib.get_close_matches(form, value, n=1)]
+        return near[0] if near else "pretrained"
+    if isinstance(value, Scratch):
         return "scratch"
-    if isinstance(value, Pretrained) or isinstance(value, dict):
-        return "pretrained"
-    return "stage"
+    return "pretrained" if isinstance(value, Pretrained) else "stage"
 
 
 Model = Annotated[Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")], Discriminator(_model_tag)]
@@ -210,7 +214,7 @@ class Training(Spec):
 
 
 class Pretrain(Training):
-    """Next-token prediction on whole texts, concatenated and cut into blocks of `max_length`; from scratch or continued."""
+    """Next-token prediction on whole texts, one after another, cut into blocks of `max_length`; new or continued."""
 
     kind: Literal["pretrain"]
     model: NewOrModel

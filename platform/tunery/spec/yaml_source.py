@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+")
+_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # Python refuses to read longer ones
 _OCTAL = re.compile(r"0o[0-7]+")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -48,31 +48,49 @@ def read_yaml(text: str, file: str) -> YamlSource:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        begin = error.context_mark
+        mark = error.problem_mark or begin
         raise SpecError(
             f"not valid YAML: {error.problem or error.context}",
             file=file,
             line=mark.line + 1 if mark else 0,
+            cause=f"{error.context} that starts in line {begin.line + 1}" if error.context and begin else "",
             remedy="check the indentation, and quote text that holds ': ' or ' #'",
         ) from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"not valid YAML: {error}", file=file) from None
+    except yaml.reader.ReaderError as error:
+        raise SpecError(
+            f"not valid YAML: the character {error.character:#04x} can't stand in a text",
+            file=file,
+            line=text.count("\n", 0, error.position) + 1,
+            remedy="remove it, or write it in double quotes as an escape",
+        ) from None
+    except RecursionError:
+        remedy = "an experiment has a handful of levels"
+        raise SpecError("the file is nested too deep", file=file, line=1, remedy=remedy) from None
     lines: dict[Path, int] = {}
-    data = None if node is None else _build(node, (), lines, file)
+    data = None if node is None else _build(node, (), lines, file, ())
     return YamlSource(file=file, text=text, data=data, lines=lines)
 
 
-def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> Any:
+def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, within: tuple[yaml.Node, ...]) -> Any:
+    """`within` are the nodes around this one: an alias to one of them would have no end."""
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style in ("'", '"', "|", ">") else plain_scalar(node.value)
+    if any(node is outer for outer in within):
+        raise SpecError(
+            f"`{'.'.join(map(str, path))}` holds itself", file=file, line=lines[path[:-1]], remedy="remove the alias"
+        )
+    within = (*within, node)
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*path, index), lines, file) for index, item in enumerate(node.value)]
+        return [_build(item, (*path, index), lines, file, within) for index, item in enumerate(node.value)]
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise SpecError("a key must be a word, not a list or a mapping", file=file, line=line)
+        if key == "<<" and key_node.style is None:
+            raise SpecError("YAML 1.2 has no merge key `<<`", file=file, line=line, remedy="write the keys out")
         if key in result:
             raise SpecError(
                 f"`{'.'.join(map(str, (*path, key)))}` is given twice",
@@ -82,7 +100,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> An
                 remedy="rename one of the two, or remove it",
             )
         lines[(*path, key)] = line
-        result[key] = _build(value_node, (*path, key), lines, file)
+        result[key] = _build(value_node, (*path, key), lines, file, within)
     return result
 
 

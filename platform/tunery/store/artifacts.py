@@ -53,7 +53,7 @@ class Store:
     def check_writable(self) -> None:
         """Without leaving anything behind: the nearest folder that exists must let us write."""
         folder = self.root
-        while not folder.exists():
+        while not os.path.exists(folder):  # unlike Path.exists, False where we may not look
             folder = folder.parent
         if not folder.is_dir():
             raise StoreError(
@@ -101,7 +101,7 @@ def read_artifact(path: Path) -> Artifact | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         measured = json.loads((path / "measured.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return Artifact(path, manifest, measured)
 

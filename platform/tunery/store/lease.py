@@ -1,7 +1,8 @@
 """A lease: who is making an artifact right now. A file with a heartbeat, taken over when its holder is dead.
 
-The holder touches the file every `HEARTBEAT` seconds from a thread. It counts as dead when it is a process of this
-host that no longer runs, or when the file has not been touched for `EXPIRY` seconds (a process of another host).
+The holder touches the file every `HEARTBEAT` seconds from a thread. A process of this host counts as dead when it no
+longer runs (one that is only stopped lives, however old its last heartbeat), a process of another host when the file
+has not been touched for `EXPIRY` seconds.
 Checking and taking over happen under a file lock, so that two who find the same dead holder can't both succeed.
 """
 
@@ -82,7 +83,7 @@ class Lease:
 
     def _is_ours(self) -> bool:
         try:
-            return json.loads(self.path.read_text()).get("token") == self._token
+            return bool(json.loads(self.path.read_text()).get("token") == self._token)
         except (OSError, ValueError):
             return False
 
@@ -98,21 +99,20 @@ def _living_holder(path: Path) -> str | None:
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    if age > EXPIRY:
-        return None
-    if owner["host"] == socket.gethostname() and _start(owner["pid"]) != owner["start"]:
-        return None
-    return f"process {owner['pid']} on {owner['host']}"
+    dead = _start(owner["pid"]) != owner["start"] if owner["host"] == socket.gethostname() else age > EXPIRY
+    return None if dead else f"process {owner['pid']} on {owner['host']}"
 
 
 def _start(pid: int) -> str:
     """When process `pid` started (jiffies since boot), so that a reused pid is not taken for its former owner.
 
-    "" when there is no such process. Where /proc is missing, whether it lives is all that can be told.
+    "" when there is no such process, or only what is left of it until its parent asks (a zombie). Where /proc is
+    missing, whether it lives is all that can be told.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except FileNotFoundError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self").exists():
             return ""
     try:

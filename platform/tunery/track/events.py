@@ -7,7 +7,8 @@ killed writer left half-written is skipped.
 Every event has `t` (seconds since the epoch), `event`, and, where it belongs to a stage, `stage` (its name in the
 file) and `trial` ("" outside a search). The kinds of event and their further keys:
 
-    run_started      run, file, text (the experiment as written), stages ([{name, kind, inputs: [..]}]), versions, command
+    run_started      run, file, text (the experiment as written), stages ([{name, kind, inputs: [..]}]), versions,
+                     command
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
     progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters
@@ -18,7 +19,7 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     trial_started    trial, overrides {path: value}
     trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (metric or null), seconds, error
     search_finished  best (trial), best_overrides, value, seconds
-    comparison       columns [..], rows [[..]], notes [..]                        the table a run ends with
+    comparison       title, columns [..], rows [[..]], notes [..]                 a table that the run ends with
     overhead         first_step_seconds, ray_start_seconds, between_stages_seconds (list), stage_launch_seconds {..}
     run_finished     state ("done" | "failed" | "interrupted"), seconds, message
 """

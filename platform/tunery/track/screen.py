@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -64,10 +66,19 @@ def render(state: RunState, width: int, now: float, height: int | None = None) -
 
 
 def final_table(state: RunState, width: int) -> RenderableType:
-    """The comparison that the run ends with, and its notes. Rows become blocks where columns don't fit."""
-    columns: list[str] = state.comparison.get("columns") or []
-    rows: list[list[object]] = state.comparison.get("rows") or []
-    notes = [Text(f"  {line}", style="dim") for line in state.comparison.get("notes") or []]
+    """The comparisons that the run ends with, a table each under its title."""
+    return Group(*(_titled(title, told, width) for title, told in state.comparisons.items()))
+
+
+def _titled(title: str, told: dict[str, Any], width: int) -> RenderableType:
+    return Group(Text(""), Text(title, style="bold"), _comparison(told, width))
+
+
+def _comparison(told: dict[str, Any], width: int) -> RenderableType:
+    """One table and its notes. Rows become blocks where columns don't fit."""
+    columns: list[str] = told.get("columns") or []
+    rows: list[list[object]] = told.get("rows") or []
+    notes = [Text(f"  {line}", style="dim") for line in told.get("notes") or []]
     if not columns or not rows:
         return Group(*notes)
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]

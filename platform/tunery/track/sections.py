@@ -22,10 +22,13 @@ NOT_CURVES = frozenset(
 )
 
 
-def comparison(state: RunState) -> Table | None:
-    """The result: the table that the run ended with."""
-    columns, rows = state.comparison.get("columns"), state.comparison.get("rows")
-    return table(columns, rows, notes=state.comparison.get("notes") or []) if columns and rows else None
+def comparisons(state: RunState) -> list[tuple[str, Table]]:
+    """The result: the tables that the run ended with, under their titles."""
+    return [
+        (title, table(told["columns"], told["rows"], notes=told.get("notes") or []))
+        for title, told in state.comparisons.items()
+        if told["columns"] and told["rows"]
+    ]
 
 
 def leaderboard(state: RunState) -> Table | None:

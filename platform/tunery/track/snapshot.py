@@ -200,7 +200,8 @@ class RunState:
     last_event: float | None = None
     stages: dict[str, StageState] = field(default_factory=dict)
     search: SearchState | None = None
-    comparison: dict[str, Any] = field(default_factory=dict)
+    comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The tables that the run ends with, by title."""
     overhead: dict[str, Any] = field(default_factory=dict)
 
     @property

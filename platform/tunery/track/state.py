@@ -44,7 +44,7 @@ def _run_started(state: RunState, event: Event) -> None:
     versions = event.get("versions")
     state.versions = dict(versions) if isinstance(versions, dict) else {}
     state.status, state.message, state.started, state.seconds = "running", "", _time(event), None
-    state.ray_start_seconds, state.comparison, state.overhead = None, {}, {}
+    state.ray_start_seconds, state.comparisons, state.overhead = None, {}, {}
     state.invocations += 1
     before, state.stages = state.stages, {}
     for told in event.get("stages") or []:
@@ -160,7 +160,8 @@ def _trial_finished(state: RunState, event: Event) -> None:
     told = event.get("state")
     trial.status = told if told in ("done", "stopped", "failed") else "done"
     trial.value, trial.seconds = as_number(event.get("value")), as_number(event.get("seconds"))
-    trial.error = str(event.get("error") or "")
+    failures = [stage.error.message for stage in trial.stages.values() if stage.error]
+    trial.error = str(event.get("error") or "") or "".join(failures[:1])
     for stage in trial.stages.values():
         if stage.status == "running":  # a scheduler stopped the trial in the middle of it
             stage.status, stage.finished = "done", _time(event)
@@ -175,7 +176,7 @@ def _search_finished(state: RunState, event: Event) -> None:
 
 def _comparison(state: RunState, event: Event) -> None:
     rows = [list(row) for row in event.get("rows") or [] if isinstance(row, list | tuple)]
-    state.comparison = {
+    state.comparisons[str(event.get("title") or "Result")] = {
         "columns": strings(event.get("columns")),
         "rows": rows,
         "notes": strings(event.get("notes")),

@@ -68,7 +68,7 @@ class Terminal:
         self._draw_result()
 
     def _draw_result(self) -> None:
-        if not self.state.comparison:
+        if not self.state.comparisons:
             return
         table = final_table(self.state, self.console.width)
         if self._live:

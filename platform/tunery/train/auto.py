@@ -7,6 +7,9 @@ from typing import Any
 
 from tunery.spec import AUTO, Pretrain, Scratch, Sft, Training
 
+GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
+"""All that `auto` may become: what no number of rows makes fit is told before the rows are counted."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -49,8 +52,9 @@ def _learning_rate(stage: Training) -> tuple[float, str]:
 
 
 def _global_batch_size(rows: int) -> tuple[int, str]:
+    few, more, many, most = GLOBAL_BATCH_SIZES
     if rows < 1_000:
-        return 8, "fewer than 1,000 rows"
+        return few, "fewer than 1,000 rows"
     if rows < 10_000:
-        return 16, "fewer than 10,000 rows"
-    return (64, "fewer than 100,000 rows") if rows < 100_000 else (128, "100,000 rows or more")
+        return more, "fewer than 10,000 rows"
+    return (many, "fewer than 100,000 rows") if rows < 100_000 else (most, "100,000 rows or more")

@@ -19,7 +19,7 @@ def make_model(context: StageContext) -> StageResult:
     """Facts: rows, tokens, steps, losses and what `auto` became. Measured: speed, memory, time to the first step."""
     spec = context.spec
     assert isinstance(spec, Pretrain | Sft)
-    rows = int(context.inputs[spec.data].facts.get("kept", context.inputs[spec.data].facts.get("rows", 0)))
+    rows = int(context.inputs[spec.data].facts["rows"])
     resolved_spec, resolved = resolve(spec, rows)
     assert isinstance(resolved_spec, Pretrain | Sft)
     model: dict[str, Any]
@@ -95,13 +95,14 @@ def _train_here(job: Job, report: Report) -> None:
     Saves the start of a controller, three helpers and a worker, 20 s of a 30 s trial on two cores; and the process
     keeps torch loaded for the next trial.
     """
-    from accelerate.state import AcceleratorState, GradientState
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    TorchTrainer(
+    from tunery.train.worker_setup import forget_training
+
+    forget_training()
+    # Not TorchTrainer: that one ends a local run by destroying the process group, which the next trial needs.
+    DataParallelTrainer(
         lambda: train(dataclasses.replace(job, workers=1), report),
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),

@@ -23,8 +23,7 @@ def prepare_process(device: str, threads: int) -> None:
     deepspeed.logger.setLevel("WARNING")
     __compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:  # a trial that trains in its own process has no launcher
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= ALONE
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "gpu" else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -32,6 +31,27 @@ def prepare_process(device: str, threads: int) -> None:
         # transformers would initialise it with the GPU's backend; ZeRO-3 on CPU then fails with
         # "train_batch_size 4 != 2*1*1" (DeepSpeed 0.19.8, transformers 5.23).
         comm.init_distributed("nccl" if device == "gpu" else "gloo")
+
+
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+
+
+def forget_training() -> None:
+    """Makes ready for one more training in this process: accelerate keeps the last one's plugin in module globals.
+
+    The process group stays: DeepSpeed has groups of it in many places (deepspeed.utils.groups, 0.19.8).
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def pick_dtype(precision: str, device: str) -> str:

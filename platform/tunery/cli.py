@@ -1,0 +1,123 @@
+"""The commands. No logic here: each calls one function and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunery.errors import Interrupted, RequestError, TuneryError
+
+if TYPE_CHECKING:
+    from tunery.spec import Experiment
+    from tunery.spec.yaml_source import YamlSource
+    from tunery.store import Store
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+File = Annotated[Path, typer.Argument(help="The experiment, a .yaml file.", show_default=False)]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="TUNERY_STORE", help="Where artifacts, runs and reports are kept.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+DEFAULT_STORE = Path(".tunery")
+
+
+def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
+    from tunery.run import check_all
+    from tunery.spec import load
+    from tunery.store import Store as TheStore
+
+    experiment, source = load(file)
+    the_store = TheStore(store)
+    return check_all(experiment, source, the_store), source, the_store
+
+
+@app.command()
+def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Check an experiment: its text, its files and models, its search space. Starts and writes nothing."""
+    experiment, _, _ = _checked(file, store)
+    if as_json:
+        print(json.dumps({"file": str(file), "name": experiment.name, "stages": len(experiment.stages)}))
+    else:
+        searched = f", {experiment.search.trials} trials" if experiment.search else ""
+        print(f"{file}: ok ({experiment.name}: {len(experiment.stages)} stages{searched})")
+
+
+@app.command()
+def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Show what a run would do: stages, what is reused and why the rest is not, rows, steps, memory, time."""
+    from rich.console import Console
+
+    from tunery.runner.plan import make_plan, render_plan
+
+    experiment, source, the_store = _checked(file, store)
+    planned = make_plan(experiment, Path(source.file).parent, the_store)
+    if as_json:
+        print(json.dumps(planned.as_json(), indent=1))
+    else:
+        Console(highlight=False).print(render_plan(planned))
+
+
+@app.command()
+def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Run an experiment. What is done already is skipped; an interrupted run goes on by the same command."""
+    experiment, source, the_store = _checked(file, store)
+    from tunery.live import run_live
+
+    told = run_live(experiment, source, the_store, quiet=as_json)
+    if as_json:
+        print(json.dumps(told.as_json(), indent=1))
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.", show_default=False)],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Draw a run's report anew: one HTML file that needs nothing else."""
+    from tunery.store import Store as TheStore
+    from tunery.track.report import write_report
+
+    folder = Path(run) if (Path(run) / "events").is_dir() else TheStore(store).run(run)
+    if not (folder / "events").is_dir():
+        runs = TheStore(store).root / "runs"
+        known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+        raise RequestError(f"there is no run `{run}` in {store}", remedy=f"known runs: {', '.join(known) or 'none'}")
+    print(write_report(folder))
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        app(standalone_mode=False)
+    except TuneryError as error:
+        _say(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say(Interrupted("stopped"))
+        sys.exit(Interrupted.exit_code)
+    except Exception as error:
+        shown = getattr(error, "show", None)  # click's own usage errors
+        if shown is None:
+            raise
+        shown()
+        sys.exit(2)
+    finally:
+        _flush()
+
+
+def _say(error: TuneryError) -> None:
+    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `tunery plan | head`: the reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+

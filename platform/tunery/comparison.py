@@ -1,0 +1,96 @@
+"""The tables that a run ends with, from the facts of its artifacts. Pure.
+
+Each is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunery.spec import Evaluate, Experiment, Select
+from tunery.spec.graph import closure
+from tunery.store import Artifact
+
+Table = dict[str, Any]
+
+
+def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """How well each selection found the planted bad rows, beside a random filter that drops as many."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        judged = made[name].facts.get("planted") if isinstance(stage, Select) else None
+        if not judged:
+            continue
+        facts = made[name].facts
+        caught = f"{judged['dropped']:,} of {judged['total']:,}"
+        rows.append([name, f"{facts['dropped']:,}", caught, judged["precision"], judged["recall"], judged["auc"]])
+        expected = judged["random_recall"] * judged["total"]
+        rows.append(
+            ["random filter", f"{facts['dropped']:,}", f"{expected:,.0f} of {judged['total']:,}"]
+            + [judged["random_precision"], judged["random_recall"], 0.5]
+        )
+        kinds = ", ".join(f"{kind} {recall:.0%}" for kind, recall in judged["recall_by_kind"].items())
+        notes.append(f"{name} caught by kind of damage: {kinds}")
+    if not rows:
+        return None
+    columns = ["filter", "dropped", "planted rows caught", "precision", "recall", "AUC"]
+    return {"title": "Planted bad rows", "columns": columns, "rows": rows, "notes": notes}
+
+
+def loss_table(
+    experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]
+) -> Table | None:
+    """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
+    rows: list[list[Any]] = []
+    searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Evaluate):
+            continue
+        for result in made[name].facts["results"]:
+            rows.append(_loss_row(result, result["model"], experiment, made))
+        for result in best[name].facts["results"] if name in best else []:
+            if _depends(experiment, result["model"], searched):
+                rows.append(_loss_row(result, f"{result['model']} (best trial)", experiment, best))
+    if not rows:
+        return None
+    rows.sort(key=lambda row: (row[1], row[2]))
+    columns = ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": []}
+
+
+def _loss_row(
+    result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]
+) -> list[Any]:
+    facts = made[result["model"]].facts if result["model"] in experiment.stages else {}
+    return [label, result["set"], result["loss"], result["perplexity"], facts.get("rows", ""), facts.get("steps", "")]
+
+
+def _depends(experiment: Experiment, model: str, searched: set[str]) -> bool:
+    return model in experiment.stages and bool(searched & closure(experiment.stages, [model]).keys())
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The last part of each path, or the whole path where two end alike."""
+    last = [path.split(".")[-1] for path in paths]
+    return [short if last.count(short) == 1 else path for short, path in zip(last, paths, strict=True)]
+
+
+def search_table(experiment: Experiment, found: Artifact | None) -> Table | None:
+    """The trials, best first."""
+    if found is None or experiment.search is None:
+        return None
+    paths = list(experiment.search.space)
+    trials = found.facts["trials"]
+    rows = [
+        [trial["trial"], *(trial["overrides"].get(path) for path in paths), trial["state"], trial["value"]]
+        for trial in trials
+    ]
+    states = [trial["state"] for trial in trials]
+    note = f"{len(trials)} trials: " + ", ".join(
+        f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states
+    )
+    columns = ["trial", *short_names(paths), "state", experiment.search.metric]
+    return {"title": "Search, best first", "columns": columns, "rows": rows, "notes": [note]}
+

@@ -1,0 +1,95 @@
+"""A run with its live view: terminal, W&B and report, all drawn from the event log."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from tunery.errors import TuneryError
+from tunery.run import run_experiment
+from tunery.runner.session import RaySession, noise_to
+from tunery.spec import Experiment
+from tunery.spec.yaml_source import YamlSource
+from tunery.store import Store
+from tunery.track.events import EventLog, EventReader
+from tunery.track.report import write_report
+from tunery.track.terminal import Terminal
+from tunery.track.wandb_mirror import WandbMirror
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where to look when a run has ended."""
+
+    run: str
+    folder: Path
+    report: Path
+    wandb: str
+    results: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "wandb": self.wandb,
+            "results": self.results,
+        }
+
+
+def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> Told:
+    """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted."""
+    folder = store.run(experiment.name)
+    with noise_to(folder / "logs" / "driver.log") as out, _sigterm_interrupts():
+        log = EventLog(folder / "events" / "driver.jsonl")
+        session = RaySession(log, folder / "logs")
+        mirror = WandbMirror(
+            experiment.tracking.wandb, experiment.name, folder, experiment.model_dump(mode="json", exclude_none=True)
+        )
+        console = Console(file=out, quiet=quiet, highlight=False)
+        mirror.start()
+        error: TuneryError | None = None
+        artifacts = None
+        try:
+            with Terminal(console, experiment.name, folder, EventReader(folder / "events")):
+                try:
+                    artifacts = run_experiment(experiment, source, store, session).artifacts
+                except TuneryError as failed:
+                    error = failed
+        finally:
+            report = write_report(folder)
+            synced = mirror.close()
+            session.stop()
+        if synced.text:
+            console.print(f"W&B:    {synced.text}", soft_wrap=True)
+        console.print(f"report: {report}", soft_wrap=True)
+        console.print(f"logs:   {folder / 'logs'}", soft_wrap=True)
+    if error is not None:
+        raise error
+    results = {
+        name: artifact.facts.get("results", artifact.facts.get("eval_loss"))
+        for name, artifact in (artifacts or {}).items()
+        if artifact.kind in ("evaluate", "pretrain", "sft")
+    }
+    return Told(experiment.name, folder, report, synced.text, results)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM (kill, a cluster's scheduler) ends a run as Ctrl-C does: cleanly, and resumable."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,45 @@
+"""A pool of actors that hold models, on Ray Data: units of work in, results out, in whatever order they are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tunery.spec import Compute
+
+Unit = dict[str, Any]
+
+
+def map_units(
+    actor: type, arguments: tuple[Any, ...], units: list[Unit], compute: Compute, in_process: bool
+) -> Iterator[Unit]:
+    """`actor(*arguments)` is made once a worker, then called with batches {column: [value]} of one unit each.
+
+    `in_process` does the same without Ray, for a trial: it has its CPU or GPU already, and would wait for ever for
+    actors that need another one.
+    """
+    if in_process:
+        mine = actor(*arguments)
+        for unit in units:
+            yield {key: values[0] for key, values in mine({key: [value] for key, value in unit.items()}).items()}
+        return
+    import ray.data
+
+    assert compute.workers != "auto", "resolved by the runner"
+    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        actor,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(units))),
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=1 if compute.device == "gpu" else 0,
+    )
+    yield from dataset.iter_rows()
+
+
+def score_dtype(compute: Compute) -> Any:
+    """torch's dtype for scoring and evaluating: as in training, bf16 where the GPU has it, unless fp32 is asked for."""
+    import torch
+
+    bf16 = compute.device == "gpu" and compute.precision != "fp32" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32

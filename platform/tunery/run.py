@@ -1,0 +1,176 @@
+"""One run of an experiment: its stages, its search, the best trial measured, and the comparison that it ends with."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tunery
+from tunery.comparison import filter_table, loss_table, search_table
+from tunery.errors import Interrupted, TuneryError
+from tunery.runner.check import check
+from tunery.runner.compute import concurrent_trials, local_hardware, resolve_compute
+from tunery.runner.execute import Trial, Where, execute
+from tunery.runner.identity import fingerprints
+from tunery.runner.session import RaySession
+from tunery.search.space import curve_stage, metric_stage
+from tunery.spec import Evaluate, Experiment, Select, Training
+from tunery.spec.graph import closure, inputs_of
+from tunery.spec.overrides import with_overrides
+from tunery.spec.yaml_source import YamlSource
+from tunery.store import Artifact, Store
+from tunery.track.events import EventLog
+
+
+@dataclass(frozen=True)
+class Outcome:
+    artifacts: dict[str, Artifact]
+    search: Artifact | None
+
+
+def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Experiment:
+    """Everything that can be known before Ray starts; returns the experiment with `compute` resolved for here.
+
+    Raises SpecErrors, StoreError or RequestError; nothing is written.
+    """
+    import os
+
+    # A cluster's size is known only to the cluster: there the workers are checked once Ray is connected.
+    if os.environ.get("RAY_ADDRESS"):
+        auto = experiment.compute
+        workers = 1 if auto.workers == "auto" else auto.workers
+        per_trial = 1 if auto.workers_per_trial == "auto" else auto.workers_per_trial
+        check(experiment, source, store, workers, per_trial)
+        return experiment
+    compute, _ = resolve_compute(experiment.compute, local_hardware())
+    assert compute.workers != "auto", "resolved"
+    assert compute.workers_per_trial != "auto", "resolved"
+    check(experiment, source, store, compute.workers, compute.workers_per_trial)
+    return experiment.model_copy(update={"compute": compute})
+
+
+def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:
+    """Everything in the file. The run's event log tells all of it; raises the first error, after telling it."""
+    where = Where(store, store.run(experiment.name), Path(source.file).parent)
+    log = EventLog(where.events / "driver.jsonl")
+    begin = time.time()
+    log.write(
+        "run_started",
+        run=experiment.name,
+        file=source.file,
+        text=source.text,
+        stages=[
+            {"name": name, "kind": stage.kind, "inputs": list(inputs_of(stage))}
+            for name, stage in experiment.stages.items()
+        ],
+        versions=_versions(),
+        command="tunery " + " ".join(sys.argv[1:]),
+    )
+    try:
+        outcome = _run(experiment, where, log, session)
+    except KeyboardInterrupt:
+        message = "stopped; the same command goes on from the last finished stage or checkpoint"
+        log.write("run_finished", state="interrupted", seconds=time.time() - begin, message=message)
+        raise Interrupted(message) from None
+    except TuneryError as error:
+        log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(error))
+        raise
+    log.write("run_finished", state="done", seconds=time.time() - begin, message="")
+    return outcome
+
+
+def _run(experiment: Experiment, where: Where, log: EventLog, session: RaySession) -> Outcome:
+    if _needs_ray(experiment, where):
+        hardware = session.start(experiment.compute)
+        compute, _ = resolve_compute(experiment.compute, hardware)
+        experiment = experiment.model_copy(update={"compute": compute})
+    made = execute(experiment, where, log)
+    found: Artifact | None = None
+    best: dict[str, Artifact] = {}
+    if experiment.search is not None:
+        from tunery.search.tune import Room, run_search
+
+        hardware = session.hardware or local_hardware()
+        room = Room(*concurrent_trials(experiment.compute, hardware))
+        found = run_search(experiment, where, log, room, _rows_of(experiment, made))
+        best = _measure_best(experiment, where, log, found)
+    for table in (
+        filter_table(experiment, made),
+        loss_table(experiment, made, best),
+        search_table(experiment, found),
+    ):
+        if table is not None:
+            log.write("comparison", **table)
+    return Outcome(made, found)
+
+
+def _needs_ray(experiment: Experiment, where: Where) -> bool:
+    from tunery.runner.stages import STAGES
+    from tunery.search.tune import search_fingerprint
+
+    stages = experiment.stages
+    missing = [
+        name
+        for name, (print_, _, _) in fingerprints(experiment, where.folder).items()
+        if where.store.find(stages[name].kind, print_) is None
+    ]
+    if any(STAGES[stages[name].kind].needs_ray for name in missing):
+        return True
+    if experiment.search is None:
+        return False
+    found = where.store.find("search", search_fingerprint(experiment, where.folder)[0])
+    if found is None:
+        return True
+    best = _best_experiment(experiment, found)
+    return any(
+        where.store.find(best.stages[name].kind, print_) is None
+        for name, (print_, _, _) in fingerprints(best, where.folder).items()
+    )
+
+
+def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> int:
+    """Rows that the searched training could see at most: those before any selection."""
+    name = curve_stage(experiment)
+    if name is None:
+        return 0
+    stage = experiment.stages[name]
+    assert isinstance(stage, Training), "a curve belongs to a training"
+    data = stage.data
+    while isinstance(selection := experiment.stages[data], Select):
+        data = selection.data
+    return int(made[data].facts["rows"])
+
+
+def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
+    """The evaluate stages that depend on what was searched, with the best trial's values."""
+    assert experiment.search is not None, "there was a search"
+    best = with_overrides(experiment, found.facts["best"]["overrides"])
+    searched = {path.split(".")[0] for path in experiment.search.space}
+    wanted = [
+        name
+        for name, stage in best.stages.items()
+        if isinstance(stage, Evaluate) and searched & closure(best.stages, [name]).keys()
+    ] or [metric_stage(experiment.search.metric)]
+    return best.model_copy(update={"stages": closure(best.stages, wanted), "search": None})
+
+
+def _measure_best(experiment: Experiment, where: Where, log: EventLog, found: Artifact) -> dict[str, Artifact]:
+    """The best trial's model on the evaluate stages' sets; what the trials made is not made again."""
+    best = _best_experiment(experiment, found)
+    return execute(best, where, log, Trial(label=" (best trial)"))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("ray", "torch", "transformers", "trl", "peft", "deepspeed", "wandb")
+    versions = {"tunery": tunery.__version__, "python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,251 @@
+"""What a run would do, worked out without Ray and without making anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tunery.data.read import read_source
+from tunery.models.check import count_parameters
+from tunery.models.scratch import SHAPES
+from tunery.runner.compute import concurrent_trials, local_hardware, resolve_compute
+from tunery.runner.identity import difference, fingerprints, model_folder
+from tunery.spec import Compute, Dataset, Evaluate, Experiment, Lora, Pretrain, Pretrained, Scratch, Select, Sft, Stage
+from tunery.spec.graph import order
+from tunery.store import Artifact, Store
+from tunery.track.wording import duration
+from tunery.train.auto import resolve
+from tunery.train.batches import plan_batches
+from tunery.train.deepspeed_config import model_state_bytes
+
+CHARACTERS_PER_TOKEN = 3.3
+"""Of a small byte-level BPE on English and code; to estimate the tokens of rows that were never tokenised."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    kind: str
+    fingerprint: str
+    reused: bool
+    why: str
+    """Why it is not reused."""
+    rows: int | None = None
+    steps: int | None = None
+    memory_bytes: int | None = None
+    """Per rank: weights, gradients and optimizer; activations come on top."""
+    seconds: float | None = None
+    auto: dict[str, str] = field(default_factory=dict)
+    """field: what `auto` became, and the rule."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    experiment: str
+    store: str
+    stages: list[PlannedStage]
+    search: str
+    compute: dict[str, Any]
+    rules: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(experiment: Experiment, folder: Path, store: Store) -> Plan:
+    """Raises RequestError when the workers can't be placed on this machine."""
+    hardware = local_hardware()
+    compute, rules = resolve_compute(experiment.compute, hardware)
+    known = fingerprints(experiment, folder)
+    before = _last_run(store, experiment.name)
+    estimate = _Estimates(experiment, folder, compute)
+    stages = []
+    for name in order(experiment.stages):
+        stage = experiment.stages[name]
+        print_, identity, inputs = known[name]
+        artifact = store.find(stage.kind, print_)
+        why = "" if artifact else _why(name, identity, inputs, before)
+        stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
+    search = ""
+    if experiment.search is not None:
+        trials, reason = concurrent_trials(compute, hardware)
+        search = (
+            f"{experiment.search.trials} trials ({experiment.search.algorithm}, scheduler "
+            f"{experiment.search.scheduler}), {trials} at once: {reason}"
+        )
+    shown = compute.model_dump(exclude_defaults=False)
+    return Plan(experiment.name, str(store.root), stages, search, shown, rules)
+
+
+def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
+    """By stage: manifest and measured of what the last run of this name made or used."""
+    from tunery.track.events import read_events
+
+    found: dict[str, dict[str, Any]] = {}
+    for event in read_events(store.run(name) / "events"):
+        if event["event"] == "stage_finished" and not event.get("trial"):
+            path = Path(event["artifact"])
+            if (path / "manifest.json").is_file():
+                manifest = json.loads((path / "manifest.json").read_text())
+                found[event["stage"]] = {**manifest, "measured": json.loads((path / "measured.json").read_text())}
+    return found
+
+
+def _why(name: str, identity: dict[str, Any], inputs: dict[str, str], before: dict[str, dict[str, Any]]) -> str:
+    last = before.get(name)
+    if last is None:
+        return "never made"
+    changed = difference(last["identity"], json.loads(json.dumps(identity)))
+    changed += [f"{path} changed" for path in inputs if last["inputs"].get(path) != inputs[path]]
+    return ", ".join(changed) or "its artifact was removed"
+
+
+class _Estimates:
+    """Rows, steps, memory and time of stages, from artifacts where there are some, else from what they will read."""
+
+    def __init__(self, experiment: Experiment, folder: Path, compute: Compute) -> None:
+        self._experiment, self._folder, self._compute = experiment, folder, compute
+        self._rows: dict[str, int] = {}
+        self._characters: dict[str, int] = {}
+        self._parameters: dict[str, int | None] = {}
+
+    def stage(
+        self,
+        name: str,
+        stage: Stage,
+        print_: str,
+        artifact: Artifact | None,
+        why: str,
+        before: dict[str, Any] | None,
+    ) -> PlannedStage:
+        make: Callable[..., PlannedStage] = partial(
+            PlannedStage, name, stage.kind, print_, artifact is not None, why
+        )
+        facts = artifact.facts if artifact else {}
+        if "parameters" in facts:
+            self._parameters[name] = facts["parameters"]
+        if isinstance(stage, Evaluate):
+            sets = sum(self._rows[data] for data in stage.data.values())
+            rows = sets * len(stage.models)
+            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+        if isinstance(stage, Pretrain | Sft):
+            return self._training(make, name, stage, artifact, before)
+        rows = int(facts["rows"]) if artifact else self._count(name, stage)
+        self._rows[name] = rows
+        self._characters.setdefault(name, self._characters.get(getattr(stage, "data", ""), 0))
+        scale = rows / max(1, before["facts"].get("rows", rows)) if before else 1.0
+        return make(rows=rows, seconds=self._seconds(artifact, before, scale))
+
+    def _count(self, name: str, stage: Any) -> int:
+        if isinstance(stage, Dataset):
+            rows = list(read_source(stage, self._folder, lambda line: None))
+            self._characters[name] = sum(_length(row) for row in rows)
+            return len(rows)
+        rows_in = self._rows[stage.data]
+        if isinstance(stage, Select):
+            shares = [rule.quantile for rule in stage.keep.values() if rule.quantile is not None]
+            return round(rows_in * min(shares, default=1.0))
+        return rows_in
+
+    def _training(
+        self,
+        make: Callable[..., PlannedStage],
+        name: str,
+        stage: Pretrain | Sft,
+        artifact: Artifact | None,
+        before: dict[str, Any] | None,
+    ) -> PlannedStage:
+        rows = self._rows[stage.data]
+        resolved, rules = resolve(stage, rows)
+        assert resolved.global_batch_size != "auto", "resolved"
+        assert resolved.epochs != "auto", "resolved"
+        sequences = rows
+        if isinstance(stage, Pretrain):
+            characters = self._characters.get(stage.data, 0)
+            sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
+        workers = self._compute.workers
+        assert workers != "auto", "resolved"
+        micro = self._compute.micro_batch_size
+        batching = plan_batches(
+            sequences, resolved.epochs, resolved.global_batch_size, workers, None if micro == "auto" else micro
+        )
+        steps = artifact.facts["steps"] if artifact else batching.steps
+        parameters = self._parameters.setdefault(name, self._size(stage))
+        trainable = self._trainable(stage, parameters)
+        memory = None
+        if parameters is not None and trainable is not None:
+            bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
+            memory = model_state_bytes(parameters, trainable, self._compute.zero_stage, workers, bf16)
+        scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
+        auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
+        seconds = self._seconds(artifact, before, scale)
+        return make(rows=rows, steps=steps, memory_bytes=memory, seconds=seconds, auto=auto)
+
+    def _size(self, stage: Pretrain | Sft) -> int | None:
+        if isinstance(stage.model, Scratch):
+            return SHAPES[stage.model.scratch].parameters
+        if isinstance(stage.model, Pretrained):
+            return count_parameters(model_folder(stage.model, self._folder)) if stage.model.is_folder else None
+        return self._parameters.get(stage.model)
+
+    @staticmethod
+    def _trainable(stage: Pretrain | Sft, parameters: int | None) -> int | None:
+        """LoRA's share depends on the layers' shapes, which a plan does not read: 2 r / width of a linear layer, at
+        a width of about sqrt(parameters / 100)."""
+        if parameters is None or isinstance(stage, Pretrain) or isinstance(stage.tuner, str):
+            return parameters
+        lora: Lora = stage.tuner.lora
+        return min(parameters, round(parameters * 2 * lora.rank / max(1.0, math.sqrt(parameters / 100))))
+
+    @staticmethod
+    def _seconds(artifact: Artifact | None, before: dict[str, Any] | None, scale: float) -> float | None:
+        if artifact is not None:
+            return 0.0
+        return before["measured"]["seconds"] * scale if before else None
+
+
+def _length(row: dict[str, Any]) -> int:
+    return len(row["text"]) if row.get("text") else sum(len(turn["content"]) for turn in row["messages"])
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("stage", "kind"):
+        table.add_column(column)
+    for column in ("rows", "steps", "memory/rank", "time"):
+        table.add_column(column, justify="right")
+    table.add_column("plan")
+    for stage in plan.stages:
+        state = Text("reused", style="green") if stage.reused else Text(f"run: {stage.why}")
+        table.add_row(
+            stage.name,
+            stage.kind,
+            "" if stage.rows is None else f"{stage.rows:,}",
+            "" if stage.steps is None else f"{stage.steps:,}",
+            "" if stage.memory_bytes is None else _bytes(stage.memory_bytes),
+            "?" if stage.seconds is None else "" if stage.reused else duration(stage.seconds),
+            state,
+        )
+    lines: list[RenderableType] = [Text(f"{plan.experiment}  (store {plan.store})", style="bold"), table]
+    lines += [
+        Text(f"  auto: {stage.name}.{name} = {value}")
+        for stage in plan.stages
+        for name, value in stage.auto.items()
+    ]
+    lines += [Text(f"  auto: compute.{name} = {plan.compute[name]} ({rule})") for name, rule in plan.rules.items()]
+    if plan.search:
+        lines.append(Text(f"  search: {plan.search}"))
+    return Group(*lines)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,197 @@
+"""The search as a whole: Ray Tune over trials, its outcome an artifact like any other."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import StageError
+from tunery.runner.execute import Where
+from tunery.runner.failures import explain
+from tunery.runner.identity import fingerprints
+from tunery.search.space import metric_stage, most_rows, parameter_space, trial_id
+from tunery.search.trial import FINISHED, TrialFunction
+from tunery.spec import Experiment
+from tunery.spec.graph import closure
+from tunery.store import Artifact, fingerprint
+from tunery.track.events import EventLog
+
+VERSION = 1
+"""Raised when a change makes a search give other trials."""
+REDUCTION_FACTOR = 3
+"""ASHA keeps the best third at each rung (eta in the paper)."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many trials run at once, and why."""
+
+    trials: int
+    reason: str
+
+
+def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int) -> Artifact:
+    """The search's artifact: facts are the trials and the best one's overrides.
+
+    `rows` is how many rows the searched training sees at most in an epoch. Raises StageError when no trial ended.
+    """
+    search = experiment.search
+    assert search is not None, "called for experiments with a search"
+    print_, described = search_fingerprint(experiment, where.folder)
+    log.write(
+        "search_started",
+        metric=search.metric,
+        mode=search.mode,
+        trials=search.trials,
+        scheduler=search.scheduler,
+        space={path: dimension.describe() for path, dimension in search.space.items()},
+        max_concurrent=room.trials,
+        reason=room.reason,
+    )
+    artifact = where.store.find("search", print_)
+    if artifact is None:
+        with where.store.lease("search", print_, lambda holder: time.sleep(1)):
+            artifact = where.store.find("search", print_) or _search(
+                experiment, where, log, room, rows, print_, described
+            )
+    else:
+        for trial in artifact.facts["trials"]:
+            log.write("trial_finished", **trial)
+    best = artifact.facts["best"]
+    log.write(
+        "search_finished",
+        best=best["trial"],
+        best_overrides=best["overrides"],
+        value=best["value"],
+        seconds=artifact.facts["seconds"],
+    )
+    return artifact
+
+
+def search_fingerprint(experiment: Experiment, folder: Path) -> tuple[str, dict[str, Any]]:
+    """A search depends on its spec and on every stage that its metric needs."""
+    assert experiment.search is not None, "called for experiments with a search"
+    needed = experiment.model_copy(
+        update={"stages": closure(experiment.stages, [metric_stage(experiment.search.metric)])}
+    )
+    inputs = {name: item[0] for name, item in fingerprints(needed, folder).items()}
+    identity = {"version": VERSION, "seed": experiment.seed, **experiment.search.model_dump(mode="json")}
+    return fingerprint("search", identity, inputs), {"identity": identity, "inputs": inputs}
+
+
+def _search(
+    experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, print_: str, described: dict[str, Any]
+) -> Artifact:
+    search = experiment.search
+    assert search is not None, "checked by run_search"
+    work = where.store.work("search", print_)
+    begin = time.time()
+    try:
+        results = _tuner(experiment, where, log, room, rows, work).fit()
+    except Exception as error:
+        raise explain(error, "search", where) from error
+    trials = [_outcome(result, search.metric) for result in results]
+    trials = sorted({trial["trial"]: trial for trial in trials}.values(), key=lambda trial: _rank(trial, search.mode))
+    if trials[0]["state"] != "done":
+        errors = "\n  ".join(sorted({trial["error"] for trial in trials if trial["error"]})[:3])
+        raise StageError("search", "no trial ran to its end", cause=errors, remedy="see the trials' logs in the report")
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "trials.json").write_text(json.dumps(trials, indent=1) + "\n")
+    artifact = where.store.commit(
+        out,
+        {"kind": "search", "fingerprint": print_, **described, "facts": {"trials": trials, "best": trials[0]}},
+        {"seconds": time.time() - begin},
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return artifact
+
+
+def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, work: Path) -> Any:
+    """A new one, or the one of an earlier try that was cut off: its finished trials are kept, the others go on."""
+    from ray import tune
+
+    from tunery.search.progress import TellTrials
+
+    search = experiment.search
+    assert search is not None, "checked by run_search"
+    key = search.metric.split(".")[-1]
+    compute = experiment.compute
+    in_process = compute.workers_per_trial == 1
+    # A trial that trains on workers of its own takes no CPU itself: drivers must never hold what their workers need.
+    cpus = compute.cpus_per_worker if in_process else 0
+    gpus = 1 if in_process and compute.device == "gpu" else 0
+    trainable = tune.with_resources(TrialFunction(experiment, where).__call__, {"CPU": cpus, "GPU": gpus})
+    scheduler = None
+    if search.scheduler == "asha":
+        longest = most_rows(experiment, rows)
+        scheduler = tune.schedulers.ASHAScheduler(
+            time_attr="rows",
+            metric=key,
+            mode=search.mode,
+            max_t=max(longest, REDUCTION_FACTOR**2),
+            grace_period=max(1, longest // REDUCTION_FACTOR**2),
+            reduction_factor=REDUCTION_FACTOR,
+        )
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    if tune.Tuner.can_restore(str(work / "tune")):
+        return tune.Tuner.restore(
+            str(work / "tune"), trainable=trainable, resume_unfinished=True, restart_errored=True
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=parameter_space(search),
+        tune_config=tune.TuneConfig(
+            # A scheduler brings metric and mode itself.
+            metric=None if scheduler else key,
+            mode=None if scheduler else search.mode,
+            num_samples=1 if search.algorithm == "grid" else search.trials,
+            search_alg=BasicVariantGenerator(random_state=experiment.seed),
+            scheduler=scheduler,
+            max_concurrent_trials=room.trials,
+            reuse_actors=in_process,
+            trial_name_creator=lambda trial: trial_id(trial.config),
+            trial_dirname_creator=lambda trial: f"{trial_id(trial.config)}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(work),
+            verbose=0,
+            callbacks=[TellTrials(log, search.metric)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _outcome(result: Any, metric: str) -> dict[str, Any]:
+    overrides = dict(result.config or {})
+    metrics = result.metrics or {}
+    value = metrics.get(metric.split(".")[-1])
+    state = "failed" if result.error else "done" if metrics.get(FINISHED) else "stopped"
+    return {
+        "trial": trial_id(overrides),
+        "overrides": overrides,
+        "state": state,
+        "value": value,
+        "rows": metrics.get("rows"),
+        "seconds": metrics.get("time_total_s"),
+        "error": _first_line(result.error) if result.error else "",
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
+
+
+def _rank(trial: dict[str, Any], mode: str) -> tuple[bool, float]:
+    """Trials that ran to their end first, best first: a stopped trial has no model."""
+    value = trial["value"] if trial["value"] is not None else math.nan
+    worst = math.isnan(value)
+    return trial["state"] != "done" or worst, math.inf if worst else (value if mode == "min" else -value)

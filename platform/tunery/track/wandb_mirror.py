@@ -1,0 +1,292 @@
+"""W&B, drawn from the event log by one thread of the driver.
+
+Workers never import wandb: there is one writer, no key travels to the workers, and nothing has to know its rank. What
+W&B is told is decided in `wandb_translate`; here it is only told. W&B may fail (no network, full disk, a deleted run)
+without the experiment: what was lost is counted, and told once when the mirror is closed.
+
+Everything is kept under `<run>/wandb`, also the files of tables that wait for their upload, which wandb would put into
+the user's home.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunery.spec import Wandb
+from tunery.track.events import Event, EventReader
+from tunery.track.wandb_translate import INTERRUPTED, Action, Axis, Finish, Log, Open, Summarize, Translator, run_id
+from tunery.track.wandb_values import Drawn, Histogram, Table
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+
+POLL_SECONDS = 1.0
+SETTLE_SECONDS = 2.0
+"""Events wait this long: a stage's end, read from one file, must not overtake its last point in another."""
+INIT_SECONDS = 60.0
+FINISH_SECONDS = 60.0
+"""How long one run's upload may hold up the others; what is missing then waits on disk for `wandb sync`."""
+CLOSE_SECONDS = 300.0
+LOG_HEADER_BYTES = 7
+"""A .wandb file no larger than this holds nothing: its writer was killed at once."""
+TRIES = 3
+"""Runs in a row that can't be opened before W&B is left alone: without a network each costs INIT_SECONDS."""
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """What became of the mirror. `place`: the project's URL, or offline the folder of all runs."""
+
+    mode: Mode
+    place: str = ""
+    runs: int = 0
+    lost: int = 0
+    """Things (runs, points, summaries) that W&B was not told."""
+    error: str = ""
+    """The first thing that went wrong."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the table that the run ends with."""
+        if self.mode == "disabled":
+            return []
+        where = self.place if self.mode == "online" else f"wandb sync {shlex.quote(self.place)}"
+        lines = [f"W&B ({self.mode}): {where}"] if self.runs else []
+        if self.error:
+            lines.append(f"W&B: {self.error}" + (f" ({self.lost:,} things are missing there)" if self.lost else ""))
+        return lines
+
+
+class WandbMirror:
+    """`start()` after the run's `run_started` is written, `close()` after its `run_finished`.
+
+    Not shared between threads; all calls of wandb are made by the mirror's own.
+    """
+
+    def __init__(self, settings: Wandb, run: str, folder: Path, experiment: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._run = run
+        self._folder = folder
+        self._experiment = experiment
+        self._mode: Mode = "disabled"
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._runs: dict[str, wandb.Run] = {}
+        self._opened: set[str] = set()
+        self._failed_in_a_row = 0
+        self._lost = 0
+        self._error = ""
+        self._place = str(folder / "wandb")
+
+    def start(self) -> None:
+        if wanted_mode(self._settings.mode, os.environ) == "disabled":
+            return
+        self._mode = "offline"
+        self._thread = threading.Thread(target=self._follow, name="wandb-mirror", daemon=True)
+        self._thread.start()
+
+    def close(self) -> Mirrored:
+        """Tells W&B the rest of the log and ends all its runs. Again and again gives the same."""
+        if self._thread is not None:
+            self._closing.set()
+            self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                self._failed(f"still uploading after {CLOSE_SECONDS:.0f} s; what is missing is in {self._place}")
+        return Mirrored(self._mode, self._place, len(self._opened), self._lost, self._error)
+
+    # The thread.
+
+    def _follow(self) -> None:
+        # Everything that is not foreseen ends the mirror, never the experiment; close() tells it.
+        try:
+            with _environment(self._folder / "wandb"):
+                self._mode = self._resolve()
+                try:
+                    self._draw()
+                finally:
+                    self._tell_all([Finish(id, INTERRUPTED) for id in self._runs])
+        except Exception as error:
+            self._failed(_said(error), lost=1)
+
+    def _resolve(self) -> Mode:
+        wanted = wanted_mode(self._settings.mode, os.environ)
+        if wanted == "offline":
+            return "offline"
+        try:
+            found = has_key()
+        except Exception as error:  # a key of the wrong form
+            self._failed(f"{_said(error)}; written offline instead")
+            return "offline"
+        if not found and wanted == "online":
+            self._failed("no API key is set: log in with `wandb login`; written offline instead")
+        return "online" if found else "offline"
+
+    def _draw(self) -> None:
+        reader = EventReader(self._folder / "events")
+        translator = Translator(self._run, self._experiment, _drawn(self._folder / "wandb"))
+        waiting: list[Event] = []
+        translate: Callable[[list[Event]], list[Action]] = translator.start
+        closing = False
+        while not closing:
+            closing = self._closing.wait(POLL_SECONDS) or self._closing.is_set()
+            waiting = sorted(waiting + reader.new(), key=lambda event: float(event["t"]))
+            settled = time.time() - SETTLE_SECONDS
+            ready = [event for event in waiting if closing or event["t"] <= settled]
+            waiting = waiting[len(ready) :]
+            if ready:
+                self._tell_all(translate(ready))
+                translate = translator.translate
+        report, whole = self._folder / "report.html", run_id(self._run)
+        if report.is_file() and whole in self._runs:
+            self._attempt(lambda: self._runs[whole].save(report, base_path=self._folder, policy="end", glob=False))
+        self._tell_all(translator.close())
+        if translator.late:
+            self._failed("points came after the end of their stage", lost=translator.late)
+
+    def _tell_all(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Open) and self._failed_in_a_row < TRIES:
+                self._attempt(lambda action=action: self._open(action))  # type: ignore[misc]
+                self._failed_in_a_row = 0 if action.id in self._runs else self._failed_in_a_row + 1
+            elif action.id in self._runs:
+                self._attempt(lambda action=action: self._tell(action))  # type: ignore[misc]
+            else:
+                self._lost += 1
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._failed(_said(error), lost=1)
+
+    def _failed(self, problem: str, lost: int = 0) -> None:
+        self._error = self._error or problem
+        self._lost += lost
+
+    # The calls of wandb.
+
+    def _open(self, action: Open) -> None:
+        import wandb
+
+        run = wandb.init(
+            project=self._settings.project,
+            entity=self._settings.entity,
+            dir=str(self._folder),
+            id=action.id,
+            name=action.name,
+            group=self._run,
+            job_type=action.job_type,
+            config=action.config,
+            mode="online" if self._mode == "online" else "offline",
+            resume="allow",
+            reinit="create_new",  # several runs are open at a time
+            settings=_settings(),
+        )
+        self._runs[action.id] = run
+        self._opened.add(action.id)
+        if self._mode == "online":
+            self._place = run.project_url or self._place
+
+    def _tell(self, action: Action) -> None:
+        run = self._runs[action.id]
+        match action:
+            case Axis(prefix=prefix):
+                run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+            case Log(values=values, time=at):
+                run.log({**{name: _drawable(value) for name, value in values.items()}, "_timestamp": at})
+            case Summarize(values=values):
+                run.summary.update(values)
+            case Finish(exit_code=exit_code):
+                del self._runs[action.id]
+                run.finish(exit_code=exit_code)
+
+
+def wanted_mode(mode: str, environment: Mapping[str, str]) -> str:
+    """`auto`: what WANDB_MODE says, and else still `auto`; a mode that the file names stands."""
+    if mode != "auto":
+        return mode
+    told = environment.get("WANDB_MODE", "").strip().lower()
+    # wandb's own former names. `shared` is for several writers, and here is one.
+    names = {"": "auto", "dryrun": "offline", "run": "online", "shared": "online"}
+    told = names.get(told, told)
+    return told if told in ("auto", "online", "disabled") else "offline"
+
+
+def has_key() -> bool:
+    """Whether wandb finds a key (WANDB_API_KEY, netrc, its settings). Asks nobody and does not reach the network."""
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def _settings() -> wandb.Settings:
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        symlink=False,  # the report is part of the run, not a link out of it
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        # The driver's CPU and GPU load would be drawn as if it were the training's, which may run on other machines.
+        x_disable_stats=True,
+        # A list of all installed packages a run: 0.1 s and 20 kB each, and the versions are in the comparison's config.
+        x_save_requirements=False,
+        # By default 15 s of history are lost with a process that is killed.
+        x_transaction_log_flush_interval=POLL_SECONDS,
+    )
+
+
+def _drawable(value: Drawn) -> Any:
+    import wandb
+
+    match value:
+        case Table(columns=columns, rows=rows):
+            return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+        case Histogram(edges=edges, counts=counts):
+            return wandb.Histogram(np_histogram=(counts, edges))
+        case _:
+            return value
+
+
+def _drawn(folder: Path) -> set[str]:
+    """The ids of the runs that earlier invocations have written to: wandb's file of a run is `run-<id>.wandb`."""
+    files = [path for path in folder.glob("*/run-*.wandb") if path.stat().st_size > LOG_HEADER_BYTES]
+    return {path.stem.removeprefix("run-") for path in files}
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """What wandb takes from the environment alone: no lines on the terminal, and its files in the run's folder."""
+    wanted = {
+        "WANDB_SILENT": "true",
+        "WANDB_DATA_DIR": str((folder / "data").absolute()),
+        "WANDB_CACHE_DIR": str((folder / "cache").absolute()),
+    }
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

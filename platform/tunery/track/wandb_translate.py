@@ -1,0 +1,364 @@
+"""From the event log to what W&B is to be told, as plain data: no wandb is needed to read or to test it.
+
+One W&B run for every stage that did work in this invocation of the command, one for every trial that it started, and
+one for the whole ("comparison"), all in one group. The ids are hashes, so that the resumed command goes on in the same
+W&B runs:
+
+    job_type      id is the hash of               name          x-axis
+    stage kind    run, stage, fingerprint         run/stage     step
+    trial         run, trial, overrides           trial         <stage>/step, since a trial may train more than once
+    comparison    run                             run           none
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.track.events import Event
+from tunery.track.snapshot import RunState
+from tunery.track.state import apply
+from tunery.track.wandb_values import Drawn, Table, flatten, histograms, numbers, table
+
+INTERRUPTED = 255
+"""W&B's exit code for what was stopped from outside."""
+EXIT_CODES = {"done": 0, "failed": 1}
+CURVES = ("metrics", "progress")
+"""Events that the tables at the end don't need: they are not folded, so that no curve is held in memory."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """A W&B run begins, or goes on when it was begun before."""
+
+    id: str
+    name: str
+    job_type: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Metrics named `<prefix>...` are drawn over `<prefix>step`."""
+
+    id: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Log:
+    """A line of the run's history. `time`: seconds since the epoch, when it was measured."""
+
+    id: str
+    values: dict[str, Drawn]
+    time: float
+
+
+@dataclass(frozen=True)
+class Summarize:
+    id: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finish:
+    id: str
+    exit_code: int = 0
+
+
+Action = Open | Axis | Log | Summarize | Finish
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage between its stage_started and its end. A run of the file's own has a W&B run of its own."""
+
+    id: str
+    kind: str
+    fingerprint: str
+
+
+def plan(events: Sequence[Event], run: str, experiment: Mapping[str, Any], drawn: Collection[str] = ()) -> list[Action]:
+    """All that W&B is told of a whole log."""
+    translator = Translator(run, experiment, drawn)
+    return [*translator.start(events), *translator.translate([]), *translator.close()]
+
+
+def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") -> str:
+    """W&B's id: 20 hexadecimal digits, the same for the same work."""
+    return hashlib.sha256(json.dumps([run, stage, trial, fingerprint]).encode()).hexdigest()[:20]
+
+
+class Translator:
+    """`start` with what the log holds already, `translate` what comes, `close` at the end.
+
+    `drawn` are the ids that an earlier invocation has told W&B about: of the others, what was measured before an
+    interruption is told again when they go on, and so no part of a curve is missing or told twice.
+    """
+
+    def __init__(self, run: str, experiment: Mapping[str, Any], drawn: Collection[str] = ()) -> None:
+        self.late = 0
+        """Points that came after the end of their stage, and were left out."""
+        self._run = run
+        self._experiment = experiment
+        self._drawn = drawn
+        self._state = RunState()
+        self._whole = run_id(run)
+        self._before: dict[str, list[Log]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: dict[str, set[str]] = {}  # id -> the prefixes whose axis is told
+        self._begun: dict[tuple[str, str], _Begun] = {}  # by trial and stage
+        self._ended: set[tuple[str, str]] = set()
+        self._trials: dict[str, str] = {}  # trial -> id, while it runs
+
+    def start(self, events: Sequence[Event]) -> list[Action]:
+        """The first events. Invocations before the last `run_started` among them were told at their time."""
+        starts = [index for index, event in enumerate(events) if event["event"] == "run_started"]
+        now = starts[-1] if starts else 0
+        for action in self.translate(events[:now]):
+            if isinstance(action, Log):
+                self._before.setdefault(action.id, []).append(action)
+            elif isinstance(action, Finish) and action.exit_code == 0:
+                self._before.pop(action.id, None)
+        self._forget()
+        self.late = 0
+        return self.translate(events[now:])
+
+    def translate(self, events: Iterable[Event]) -> list[Action]:
+        actions: list[Action] = []
+        for event in events:
+            kind = str(event["event"])
+            if kind == "run_started":
+                self._forget()  # in a log of several invocations: what an earlier one left open goes on by itself
+            if kind not in CURVES:
+                apply(self._state, event)
+            if self._whole not in self._open:
+                actions += self._begin(self._whole, self._run, "comparison", self._config())
+            handler = _HANDLERS.get(kind)
+            if handler is not None:
+                actions += handler(self, event)
+        return actions
+
+    def close(self) -> list[Action]:
+        """The tables and the summary of the whole; what is still open was interrupted."""
+        if self._whole not in self._open:
+            return []
+        actions: list[Action] = [Finish(id, INTERRUPTED) for id in self._open if id != self._whole]
+        pictures: dict[str, Drawn] = {}
+        for title, told in self._state.comparisons.items():
+            pictures[_slug(title)] = table(told["columns"], told["rows"])
+        if self._state.search and self._state.search.trials:
+            pictures["trials"] = self._trial_table()
+        for name, stage in self._state.stages.items():
+            pictures |= histograms(stage.facts, f"{name}.")
+        if pictures:
+            actions.append(Log(self._whole, pictures, self._state.last_event or 0.0))
+        exit_code = EXIT_CODES.get(self._state.status, INTERRUPTED)
+        return [*actions, Summarize(self._whole, self._summary()), Finish(self._whole, exit_code)]
+
+    # What a stage of the file does, and what a stage of a trial does.
+
+    def _stage_started(self, event: Event) -> list[Action]:
+        trial, stage, fingerprint = _trial(event), _stage(event), str(event.get("fingerprint", ""))
+        id = self._trials.get(trial, "") if trial else run_id(self._run, stage, "", fingerprint)
+        self._begun[trial, stage] = _Begun(id, str(event.get("kind", "")), fingerprint)
+        self._ended.discard((trial, stage))
+        return []  # it may only wait for another run that makes the same: the first sign of work opens its W&B run
+
+    def _progress(self, event: Event) -> list[Action]:
+        begun = self._begun.get((_trial(event), _stage(event)))
+        return self._work(event, begun) if begun and event.get("done") else []
+
+    def _metrics(self, event: Event) -> list[Action]:
+        trial, stage = _trial(event), _stage(event)
+        values = {"step": event.get("step"), **(event.get("values") or {})}
+        if trial and not stage:
+            return self._points(event, self._trials.get(trial, ""), values, prefix="")
+        begun = self._begun.get((trial, stage))
+        if begun is None:  # the curve of a reused stage, told again for the report
+            self.late += (trial, stage) in self._ended
+            return []
+        return self._work(event, begun) + self._points(event, begun.id, values, prefix=f"{stage}/" if trial else "")
+
+    def _points(self, event: Event, id: str, values: Mapping[str, Any], prefix: str) -> list[Action]:
+        if id not in self._open:
+            self.late += 1
+            return []
+        point = Log(id, {prefix + name: number for name, number in numbers(values).items()}, float(event["t"]))
+        if prefix in self._open[id]:
+            return [point]
+        self._open[id].add(prefix)
+        return [Axis(id, prefix), point]
+
+    def _stage_finished(self, event: Event) -> list[Action]:
+        begun, facts = self._end(event), event.get("facts") or {}
+        if _trial(event):
+            return self._of_trial(event, flatten(facts, f"{_stage(event)}."))
+        if event.get("reused") and begun.id not in self._open:
+            return []
+        actions = self._work(event, begun)
+        pictures = histograms(facts)
+        if pictures:
+            actions.append(Log(begun.id, pictures, float(event["t"])))
+        more = {"seconds": event.get("seconds"), "reused": bool(event.get("reused")), "artifact": event.get("artifact")}
+        return [*actions, Summarize(begun.id, flatten({**facts, **more})), self._finish(begun.id, 0)]
+
+    def _stage_failed(self, event: Event) -> list[Action]:
+        begun = self._end(event)
+        told = {f"error.{key}": event[key] for key in ("message", "cause", "remedy", "log") if event.get(key)}
+        if _trial(event):
+            return self._of_trial(event, flatten(told, f"{_stage(event)}."))
+        return [*self._work(event, begun), Summarize(begun.id, told), self._finish(begun.id, 1)]
+
+    def _end(self, event: Event) -> _Begun:
+        """The stage that ends here. One whose beginning was not told is known by what its end tells."""
+        key = _trial(event), _stage(event)
+        begun = self._begun.pop(key, None)
+        if begun is not None or not event.get("reused"):
+            self._ended.add(key)
+        fingerprint = str(event.get("fingerprint", ""))
+        told = _Begun(run_id(self._run, _stage(event), "", fingerprint), str(event.get("kind", "")), fingerprint)
+        return begun or told
+
+    def _of_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
+        id = self._trials.get(_trial(event), "")
+        return [Summarize(id, values)] if id in self._open else []
+
+    def _work(self, event: Event, begun: _Begun) -> list[Action]:
+        """A stage of the file shows that it works: its W&B run is opened, once."""
+        if _trial(event) or begun.id in self._open:
+            return []
+        stage = _stage(event)
+        config = {**self._spec(stage), "stage": stage, "fingerprint": begun.fingerprint}
+        return self._begin(begun.id, f"{self._run}/{stage}", begun.kind, config)
+
+    # Trials.
+
+    def _trial_started(self, event: Event) -> list[Action]:
+        trial = _trial(event)
+        overrides = event.get("overrides") or {}
+        id = run_id(self._run, "", trial, json.dumps(overrides, sort_keys=True))
+        self._trials[trial] = id
+        return [] if id in self._open else self._begin(id, trial, "trial", dict(overrides))
+
+    def _trial_finished(self, event: Event) -> list[Action]:
+        id = self._trials.pop(_trial(event), "")
+        if id not in self._open:  # of an earlier invocation, told again: it is in the table
+            return []
+        metric = self._state.search.metric if self._state.search else ""
+        told = {key: event.get(key) for key in ("state", "seconds")} | {"error": event.get("error") or None}
+        values = flatten({**told, metric or "value": event.get("value")})
+        return [Summarize(id, values), self._finish(id, 1 if event.get("state") == "failed" else 0)]
+
+    # Runs.
+
+    def _begin(self, id: str, name: str, job_type: str, config: dict[str, Any]) -> list[Action]:
+        self._open[id] = set()
+        actions: list[Action] = [Open(id, name, job_type, config)]
+        before = self._before.pop(id, [])
+        for point in before if id not in self._drawn else ():
+            for prefix in sorted({_prefix(name) for name in point.values} - self._open[id]):
+                self._open[id].add(prefix)
+                actions.append(Axis(id, prefix))
+            actions.append(point)
+        return actions
+
+    def _finish(self, id: str, exit_code: int) -> Finish:
+        self._open.pop(id, None)
+        return Finish(id, exit_code)
+
+    # What the whole is described with.
+
+    def _config(self) -> dict[str, Any]:
+        return {**self._experiment, "versions": self._state.versions, "command": self._state.command}
+
+    def _spec(self, stage: str) -> dict[str, Any]:
+        """The stage as the file has it; of `sft (best trial)` with the best trial's values."""
+        stages = self._experiment.get("stages") or {}
+        name, _, label = stage.partition(" (")
+        spec: dict[str, Any] = copy.deepcopy(dict(stages.get(name) or {}))
+        best = self._state.search.best if label and self._state.search else None
+        for path, value in best.overrides.items() if best else ():
+            first, *inner, last = path.split(".")
+            if first == name:
+                place = spec
+                for key in inner:
+                    place = place.setdefault(key, {})
+                place[last] = value
+        return spec
+
+    def _summary(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"state": self._state.status, "seconds": self._state.seconds}
+        values["message"] = self._state.message or None
+        for title, told in self._state.comparisons.items():
+            values |= _cells(_slug(title), told["columns"], told["rows"])
+        if (search := self._state.search) is not None:
+            values["search.trials"] = {state: search.count(state) for state in ("done", "stopped", "failed")}
+            if search.best is not None:
+                best = {"trial": search.best.name, "value": search.best.value, "overrides": search.best.overrides}
+                values["search.best"] = best
+        values["overhead"] = self._state.overhead
+        for name, stage in self._state.stages.items():
+            values |= flatten(stage.facts, f"{name}.")
+        return flatten(values)
+
+    def _trial_table(self) -> Table:
+        search = self._state.search
+        assert search is not None, "asked for when there are trials"
+        paths = list(search.space) or sorted({path for trial in search.trials.values() for path in trial.overrides})
+        rows = [
+            [trial.name, trial.status, trial.value, *map(trial.overrides.get, paths), trial.seconds, trial.error]
+            for trial in search.ranked
+        ]
+        return table(["trial", "state", search.metric or "value", *paths, "seconds", "error"], rows)
+
+
+_HANDLERS = {
+    "stage_started": Translator._stage_started,
+    "progress": Translator._progress,
+    "metrics": Translator._metrics,
+    "stage_finished": Translator._stage_finished,
+    "stage_failed": Translator._stage_failed,
+    "trial_started": Translator._trial_started,
+    "trial_finished": Translator._trial_finished,
+}
+
+
+def _cells(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The numbers of a table by `<table>.<the row's leading words>.<column>`."""
+    found: dict[str, Any] = {}
+    for index, row in enumerate(rows):
+        words: list[str] = []
+        for cell in row:
+            if not isinstance(cell, str):
+                break
+            words.append(cell)
+        told = numbers(dict(zip(columns, row, strict=False)))
+        label = ".".join([name, *words])
+        if any(f"{label}.{column}" in found for column in told):
+            label += f".{index}"
+        found |= {f"{label}.{column}": number for column, number in told.items()}
+    return found
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "result"
+
+
+def _prefix(name: str) -> str:
+    return name[: name.rfind("/") + 1]
+
+
+def _stage(event: Event) -> str:
+    return str(event.get("stage") or "")
+
+
+def _trial(event: Event) -> str:
+    return str(event.get("trial") or "")

@@ -1,0 +1,25 @@
+"""What several tests of the experiment file share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunery.spec import Experiment, load
+from tunery.spec.yaml_source import YamlSource
+
+LoadText = Callable[[str], tuple[Experiment, YamlSource]]
+
+
+@pytest.fixture
+def load_text(tmp_path: Path) -> LoadText:
+    """Load an experiment from its text, as the file exp.yaml in tmp_path."""
+
+    def load_it(text: str) -> tuple[Experiment, YamlSource]:
+        path = tmp_path / "exp.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load(path)
+
+    return load_it

@@ -1,0 +1,176 @@
+"""Trials as an experiment with other values; the order of stages and what they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tunery.spec import Dataset, Evaluate, Experiment, Keep, Perplexity, Pretrain, Score, Scratch, Select, Sft, Stage
+from tunery.spec.graph import closure, find_cycle, inputs_of, order
+from tunery.spec.overrides import PathError, with_overrides
+
+EXPERIMENT = Experiment(
+    name="x",
+    seed=1,
+    stages={
+        "docs": Dataset(kind="dataset", source="a.jsonl"),
+        "base": Pretrain(
+            kind="pretrain", data="docs", model=Scratch(scratch="tiny"), epochs=1.0, learning_rate=1e-3, warmup=0.1
+        ),
+        "scored": Score(kind="score", data="docs", by=(Perplexity(perplexity="base"),)),
+        "clean": Select(kind="select", data="scored", keep={"perplexity": Keep(quantile=0.8)}),
+        "sft": Sft(kind="sft", data="clean", model="base", epochs="auto", learning_rate=1e-4),
+        "eval": Evaluate(kind="evaluate", models=("base", "sft"), data={"held": "docs"}),
+    },
+)
+
+
+def value_at(experiment: Experiment, path: str) -> Any:
+    here: Any = experiment.model_dump(mode="json")["stages"]
+    for key in path.split("."):
+        here = here[int(key)] if isinstance(here, list) else here[key]
+    return here
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("sft.learning_rate", 1e-5),
+        ("sft.epochs", 3),
+        ("sft.epochs", "auto"),
+        ("sft.seed", 5),
+        ("sft.seed", None),
+        ("sft.tuner", {"lora": {"rank": 4, "alpha": "auto", "dropout": 0.0, "target_modules": "auto"}}),
+        ("clean.keep.perplexity.quantile", 0.5),
+        ("scored.by.0.perplexity", "sft"),
+        ("eval.data.held", "clean"),
+        ("eval.models.1", "docs"),
+        ("docs.limit", 10),
+    ],
+)
+def test_any_field_can_get_another_value_and_nothing_else_changes(path: str, value: object) -> None:
+    trial = with_overrides(EXPERIMENT, {path: value})
+    assert value_at(trial, path) == value
+    assert with_overrides(trial, {path: value_at(EXPERIMENT, path)}) == EXPERIMENT
+
+
+def test_several_values_are_put_in_together() -> None:
+    trial = with_overrides(EXPERIMENT, {"sft.epochs": 2, "base.warmup": 0.0})
+    assert (value_at(trial, "sft.epochs"), value_at(trial, "base.warmup")) == (2, 0.0)
+
+
+def test_no_override_gives_an_equal_experiment_and_leaves_the_given_one() -> None:
+    before = EXPERIMENT.model_dump_json()
+    assert with_overrides(EXPERIMENT, {}) == EXPERIMENT
+    with_overrides(EXPERIMENT, {"sft.epochs": 2})
+    assert EXPERIMENT.model_dump_json() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("sft", "write <stage>.<field>"),
+        ("sft.learningrate", "did you mean `learning_rate`?"),
+        ("stf.epochs", "did you mean `sft`?"),
+        ("sft.zzz", "`sft` has: data, epochs"),
+        ("eval.models.2", "`eval.models` has: no fields"),
+        ("eval.models.-1", "`eval.models` has: no fields"),
+        ("sft.epochs.x", "`sft.epochs` has: no fields"),
+        ("clean.keep.perplexity.quantil", "did you mean `quantile`?"),
+        ("", "write <stage>.<field>"),
+        ("sft.", "`sft` has: data"),
+    ],
+)
+def test_path_to_no_field_names_the_nearest(path: str, remedy: str) -> None:
+    with pytest.raises(PathError) as caught:
+        with_overrides(EXPERIMENT, {path: 1})
+    assert f"`{path}`" in str(caught.value)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("sft.epochs", -1), ("sft.epochs", "soon"), ("sft.max_length", 2.5), ("sft.learning_rate", float("inf"))],
+)
+def test_value_that_does_not_fit_the_field_is_refused(path: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        with_overrides(EXPERIMENT, {path: value})
+
+
+# Graphs of evaluate stages, whose `data` may name any number of other stages.
+
+
+def stage_reading(names: list[str]) -> Stage:
+    return Evaluate(kind="evaluate", models=("m",), data={"m": "m"} | {name: name for name in names})
+
+
+MODEL = {"m": Dataset(kind="dataset", source="a.jsonl")}
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> dict[str, Stage]:
+    """Without cycles, in any order of the file."""
+    size = draw(st.integers(1, 8))
+    reads = {f"s{index}": [f"s{earlier}" for earlier in range(index) if draw(st.booleans())] for index in range(size)}
+    names = draw(st.permutations(list(reads)))
+    return MODEL | {name: stage_reading(reads[name]) for name in names}
+
+
+@given(graphs())
+def test_order_puts_every_input_before_its_users_and_names_each_stage_once(stages: dict[str, Stage]) -> None:
+    names = order(stages)
+    assert sorted(names) == sorted(stages)
+    for name in names:
+        for needed in inputs_of(stages[name]):
+            assert names.index(needed) < names.index(name)
+
+
+@given(graphs())
+def test_order_of_the_file_stays_where_inputs_stand_before_users(stages: dict[str, Stage]) -> None:
+    ordered = {name: stages[name] for name in order(stages)}
+    assert order(ordered) == tuple(ordered)
+
+
+@given(graphs(), st.data())
+def test_closure_is_the_smallest_part_that_can_run_by_itself(stages: dict[str, Stage], data: st.DataObject) -> None:
+    wanted = data.draw(st.sets(st.sampled_from(sorted(stages)), min_size=1))
+    needed = closure(stages, wanted)
+    assert wanted <= needed.keys()
+    assert list(needed) == [name for name in stages if name in needed]
+    used = {name for stage in needed.values() for name in inputs_of(stage)}
+    assert used <= needed.keys()
+    assert needed.keys() - wanted <= used
+    assert closure(stages, needed) == needed
+
+
+@given(graphs())
+def test_graph_without_cycle_is_told_as_such(stages: dict[str, Stage]) -> None:
+    assert find_cycle(stages) is None
+
+
+@given(graphs(), st.data())
+def test_cycle_is_found_and_leads_along_references_back_to_its_start(
+    stages: dict[str, Stage], data: st.DataObject
+) -> None:
+    user = data.draw(st.sampled_from([name for name in stages if name != "m"]))
+    used = data.draw(st.sampled_from(sorted(closure(stages, [user]).keys() - {"m"})))
+    closed = {**stages, used: stage_reading([*inputs_of(stages[used]), user])}
+    cycle = find_cycle(closed)
+    assert cycle is not None
+    assert cycle[0] == cycle[-1]
+    assert len(cycle) > 1
+    for reader, read in zip(cycle, cycle[1:], strict=False):
+        assert read in inputs_of(closed[reader])
+
+
+def test_reference_to_an_unknown_stage_is_no_cycle() -> None:
+    assert find_cycle({"a": stage_reading(["nowhere"])}) is None
+
+
+def test_inputs_are_named_once_in_the_order_of_the_fields() -> None:
+    both = Evaluate(kind="evaluate", models=("base", "sft"), data={"a": "docs", "b": "docs", "c": "more"})
+    assert inputs_of(both) == ("base", "sft", "docs", "more")
