@@ -31,7 +31,7 @@ class Told:
     run: str
     folder: Path
     report: Path
-    wandb: str
+    wandb: list[str]
     results: dict[str, Any]
 
     def as_json(self) -> dict[str, Any]:
@@ -67,10 +67,9 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
             report = write_report(folder)
             synced = mirror.close()
             session.stop()
-        if synced.text:
-            console.print(f"W&B:    {synced.text}", soft_wrap=True)
-        console.print(f"report: {report}", soft_wrap=True)
-        console.print(f"logs:   {folder / 'logs'}", soft_wrap=True)
+        console.print()
+        for line in (f"report: {report}", *synced.notes, f"logs:   {folder / 'logs'}"):
+            console.print(line, soft_wrap=True)
     if error is not None:
         raise error
     results = {
@@ -78,7 +77,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         for name, artifact in (artifacts or {}).items()
         if artifact.kind in ("evaluate", "pretrain", "sft")
     }
-    return Told(experiment.name, folder, report, synced.text, results)
+    return Told(experiment.name, folder, report, list(synced.notes), results)
 
 
 @contextmanager

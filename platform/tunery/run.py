@@ -22,7 +22,8 @@ from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
-from tunery.track.events import EventLog
+from tunery.track.events import EventLog, read_events
+from tunery.track.overhead import overhead
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def _run(experiment: Experiment, where: Where, log: EventLog, session: RaySessio
     ):
         if table is not None:
             log.write("comparison", **table)
+    log.write("overhead", **overhead(read_events(where.events)))
     return Outcome(made, found)
 
 

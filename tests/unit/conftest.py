@@ -6,9 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tunery.spec import Experiment, load
 from tunery.spec.yaml_source import YamlSource
+
+# A slow example says that the machine is busy, not that the code is wrong.
+settings.register_profile("tunery", deadline=None)
+settings.load_profile("tunery")
 
 LoadText = Callable[[str], tuple[Experiment, YamlSource]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -163,7 +164,7 @@ def test_cycle_is_found_and_leads_along_references_back_to_its_start(
     assert cycle is not None
     assert cycle[0] == cycle[-1]
     assert len(cycle) > 1
-    for reader, read in zip(cycle, cycle[1:], strict=False):
+    for reader, read in itertools.pairwise(cycle):
         assert read in inputs_of(closed[reader])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import StageError
+from tunery.interrupt import interruptible
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
@@ -92,7 +93,7 @@ def _search(
     work = where.store.work("search", print_)
     begin = time.time()
     try:
-        results = _tuner(experiment, where, log, room, rows, work).fit()
+        results = interruptible(_tuner(experiment, where, log, room, rows, work).fit)
     except Exception as error:
         raise explain(error, "search", where) from error
     trials = [_outcome(result, search.metric) for result in results]

@@ -22,7 +22,7 @@ class Compute(Spec):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Sequences per forward pass and worker; auto: the largest up to 8 that divides the worker's share."""
+    """Sequences per forward pass and worker; auto: the largest up to 4 that divides the worker's share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the GPU has it, else fp32."""
     gradient_checkpointing: bool = False

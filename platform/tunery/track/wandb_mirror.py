@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,14 +34,14 @@ Mode = Literal["online", "offline", "disabled"]
 POLL_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
 """Events wait this long: a stage's end, read from one file, must not overtake its last point in another."""
-INIT_SECONDS = 60.0
+INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
-"""How long one run's upload may hold up the others; what is missing then waits on disk for `wandb sync`."""
-CLOSE_SECONDS = 300.0
+"""How long W&B may keep the mirror waiting. After that it goes on offline, and `wandb sync` uploads later."""
+CLOSE_SECONDS = 180.0
 LOG_HEADER_BYTES = 7
 """A .wandb file no larger than this holds nothing: its writer was killed at once."""
 TRIES = 3
-"""Runs in a row that can't be opened before W&B is left alone: without a network each costs INIT_SECONDS."""
+"""Runs in a row that can't be opened, not even offline, before W&B is left alone."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Mirrored:
     """Things (runs, points, summaries) that W&B was not told."""
     error: str = ""
     """The first thing that went wrong."""
+    partly_online: bool = False
+    """It began online and went on offline."""
 
     @property
     def notes(self) -> list[str]:
         """Lines for the table that the run ends with."""
         if self.mode == "disabled":
             return []
-        where = self.place if self.mode == "online" else f"wandb sync {shlex.quote(self.place)}"
+        # Where W&B was lost on the way, the runs that it has in part are synced as well.
+        how = "--include-online " if self.partly_online else ""
+        where = self.place if self.mode == "online" else f"wandb sync {how}{shlex.quote(self.place)}"
         lines = [f"W&B ({self.mode}): {where}"] if self.runs else []
         if self.error:
             lines.append(f"W&B: {self.error}" + (f" ({self.lost:,} things are missing there)" if self.lost else ""))
@@ -68,9 +73,9 @@ class Mirrored:
 
 
 class WandbMirror:
-    """`start()` after the run's `run_started` is written, `close()` after its `run_finished`.
+    """`start()` before the run's first event is written, `close()` after its last.
 
-    Not shared between threads; all calls of wandb are made by the mirror's own.
+    What the log holds at `start()` is of earlier invocations. All calls of wandb are made by the mirror's own thread.
     """
 
     def __init__(self, settings: Wandb, run: str, folder: Path, experiment: Mapping[str, Any]) -> None:
@@ -79,6 +84,8 @@ class WandbMirror:
         self._folder = folder
         self._experiment = experiment
         self._mode: Mode = "disabled"
+        self._reader = EventReader(folder / "events")
+        self._earlier: list[Event] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._runs: dict[str, wandb.Run] = {}
@@ -86,12 +93,13 @@ class WandbMirror:
         self._failed_in_a_row = 0
         self._lost = 0
         self._error = ""
-        self._place = str(folder / "wandb")
+        self._project_url = ""
 
     def start(self) -> None:
         if wanted_mode(self._settings.mode, os.environ) == "disabled":
             return
         self._mode = "offline"
+        self._earlier = self._reader.new()
         self._thread = threading.Thread(target=self._follow, name="wandb-mirror", daemon=True)
         self._thread.start()
 
@@ -101,8 +109,10 @@ class WandbMirror:
             self._closing.set()
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
-                self._failed(f"still uploading after {CLOSE_SECONDS:.0f} s; what is missing is in {self._place}")
-        return Mirrored(self._mode, self._place, len(self._opened), self._lost, self._error)
+                self._failed(f"still uploading after {CLOSE_SECONDS:.0f} s; the rest is in {self._folder / 'wandb'}")
+        place = self._project_url if self._mode == "online" else str(self._folder / "wandb")
+        partly = self._mode == "offline" and self._project_url != ""
+        return Mirrored(self._mode, place, len(self._opened), self._lost, self._error, partly)
 
     # The thread.
 
@@ -132,23 +142,21 @@ class WandbMirror:
         return "online" if found else "offline"
 
     def _draw(self) -> None:
-        reader = EventReader(self._folder / "events")
         translator = Translator(self._run, self._experiment, _drawn(self._folder / "wandb"))
+        translator.before(self._earlier)
+        self._earlier.clear()
         waiting: list[Event] = []
-        translate: Callable[[list[Event]], list[Action]] = translator.start
         closing = False
         while not closing:
             closing = self._closing.wait(POLL_SECONDS) or self._closing.is_set()
-            waiting = sorted(waiting + reader.new(), key=lambda event: float(event["t"]))
+            waiting = sorted(waiting + self._reader.new(), key=lambda event: float(event["t"]))
             settled = time.time() - SETTLE_SECONDS
             ready = [event for event in waiting if closing or event["t"] <= settled]
             waiting = waiting[len(ready) :]
-            if ready:
-                self._tell_all(translate(ready))
-                translate = translator.translate
+            self._tell_all(translator.translate(ready))
         report, whole = self._folder / "report.html", run_id(self._run)
         if report.is_file() and whole in self._runs:
-            self._attempt(lambda: self._runs[whole].save(report, base_path=self._folder, policy="end", glob=False))
+            self._attempt(partial(self._runs[whole].save, report, base_path=self._folder, policy="end", glob=False))
         self._tell_all(translator.close())
         if translator.late:
             self._failed("points came after the end of their stage", lost=translator.late)
@@ -156,10 +164,10 @@ class WandbMirror:
     def _tell_all(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Open) and self._failed_in_a_row < TRIES:
-                self._attempt(lambda action=action: self._open(action))  # type: ignore[misc]
+                self._attempt(partial(self._open_or_go_offline, action))
                 self._failed_in_a_row = 0 if action.id in self._runs else self._failed_in_a_row + 1
             elif action.id in self._runs:
-                self._attempt(lambda action=action: self._tell(action))  # type: ignore[misc]
+                self._attempt(partial(self._tell, action))
             else:
                 self._lost += 1
 
@@ -174,6 +182,20 @@ class WandbMirror:
         self._lost += lost
 
     # The calls of wandb.
+
+    def _open_or_go_offline(self, action: Open) -> None:
+        try:
+            self._open(action)
+        except Exception as error:
+            if self._mode == "offline":
+                raise
+            self._go_offline(error)
+            _free_ids(self._runs)
+            self._open(action)
+
+    def _go_offline(self, error: Exception) -> None:
+        self._mode = "offline"
+        self._failed(f"{_said(error)}; written offline from then on")
 
     def _open(self, action: Open) -> None:
         import wandb
@@ -195,7 +217,7 @@ class WandbMirror:
         self._runs[action.id] = run
         self._opened.add(action.id)
         if self._mode == "online":
-            self._place = run.project_url or self._place
+            self._project_url = run.project_url or ""
 
     def _tell(self, action: Action) -> None:
         run = self._runs[action.id]
@@ -208,7 +230,10 @@ class WandbMirror:
                 run.summary.update(values)
             case Finish(exit_code=exit_code):
                 del self._runs[action.id]
-                run.finish(exit_code=exit_code)
+                try:
+                    run.finish(exit_code=exit_code)
+                except TimeoutError as error:  # not lost: it is on disk
+                    self._go_offline(error)
 
 
 def wanted_mode(mode: str, environment: Mapping[str, str]) -> str:
@@ -227,6 +252,18 @@ def has_key() -> bool:
     import wandb
 
     return bool(wandb.login(prompt=False, verify=False))
+
+
+def _free_ids(open_runs: Mapping[str, wandb.Run]) -> None:
+    """A run that could not be opened keeps its id "in use" until wandb's service ends, which needs all runs ended.
+
+    So a network that is missing from the start loses nothing; one that breaks while runs are open loses the one run
+    that was to be opened then.
+    """
+    import wandb
+
+    if not open_runs and wandb.run is None:
+        wandb.teardown()
 
 
 def _settings() -> wandb.Settings:
@@ -272,19 +309,25 @@ def _drawn(folder: Path) -> set[str]:
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """What wandb takes from the environment alone: no lines on the terminal, and its files in the run's folder."""
-    wanted = {
+    """What wandb takes from the environment alone. The user's own choice of silence and folders stands."""
+    chosen = {
         "WANDB_SILENT": "true",
         "WANDB_DATA_DIR": str((folder / "data").absolute()),
         "WANDB_CACHE_DIR": str((folder / "cache").absolute()),
+        **os.environ,
+        # wandb's reports of its own errors look up their server even offline.
+        "WANDB_ERROR_REPORTING": "false",
     }
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
+    before = {name: os.environ.get(name) for name in chosen if os.environ.get(name) != chosen[name]}
+    os.environ.update({name: chosen[name] for name in before})
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _said(error: Exception) -> str:

@@ -84,9 +84,11 @@ class _Begun:
 
 
 def plan(events: Sequence[Event], run: str, experiment: Mapping[str, Any], drawn: Collection[str] = ()) -> list[Action]:
-    """All that W&B is told of a whole log."""
+    """All that W&B is told of a whole log; of several invocations the last one is mirrored."""
+    starts = [index for index, event in enumerate(events) if event["event"] == "run_started"] or [0]
     translator = Translator(run, experiment, drawn)
-    return [*translator.start(events), *translator.translate([]), *translator.close()]
+    translator.before(events[: starts[-1]])
+    return [*translator.translate(events[starts[-1] :]), *translator.close()]
 
 
 def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") -> str:
@@ -95,7 +97,7 @@ def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") ->
 
 
 class Translator:
-    """`start` with what the log holds already, `translate` what comes, `close` at the end.
+    """`before` takes what the log holds already, `translate` what comes, `close` is the end.
 
     `drawn` are the ids that an earlier invocation has told W&B about: of the others, what was measured before an
     interruption is told again when they go on, and so no part of a curve is missing or told twice.
@@ -118,25 +120,23 @@ class Translator:
         self._ended: set[tuple[str, str]] = set()
         self._trials: dict[str, str] = {}  # trial -> id, while it runs
 
-    def start(self, events: Sequence[Event]) -> list[Action]:
-        """The first events. Invocations before the last `run_started` among them were told at their time."""
-        starts = [index for index, event in enumerate(events) if event["event"] == "run_started"]
-        now = starts[-1] if starts else 0
-        for action in self.translate(events[:now]):
+    def before(self, events: Iterable[Event]) -> None:
+        """What the log holds of earlier invocations, which W&B was told at their time. At most once, and first."""
+        for action in self.translate(events):
             if isinstance(action, Log):
                 self._before.setdefault(action.id, []).append(action)
             elif isinstance(action, Finish) and action.exit_code == 0:
                 self._before.pop(action.id, None)
         self._forget()
         self.late = 0
-        return self.translate(events[now:])
 
     def translate(self, events: Iterable[Event]) -> list[Action]:
         actions: list[Action] = []
         for event in events:
             kind = str(event["event"])
             if kind == "run_started":
-                self._forget()  # in a log of several invocations: what an earlier one left open goes on by itself
+                actions += [Finish(id, INTERRUPTED) for id in self._open]  # left open by an invocation that was killed
+                self._forget()
             if kind not in CURVES:
                 apply(self._state, event)
             if self._whole not in self._open:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from tunery.errors import RequestError
 
-LARGEST_MICRO_BATCH = 8
+LARGEST_MICRO_BATCH = 4
+"""Of `auto`: rows stand by length within a step, so that small micro batches are padded little, and workers that take
+turns along that order get like loads. A GPU with room for more is better used with an explicit number."""
 
 
 @dataclass(frozen=True)

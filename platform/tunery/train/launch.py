@@ -8,6 +8,7 @@ import shutil
 import time
 from typing import Any
 
+from tunery.interrupt import interruptible
 from tunery.models.load import source_of
 from tunery.spec import Pretrain, Scratch, Sft
 from tunery.store import StageContext, StageResult
@@ -60,7 +61,7 @@ def _train_on_workers(job: Job, context: StageContext) -> None:
 
     compute = context.compute
     gpu = compute.device == "gpu"
-    TorchTrainer(
+    trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "report": bool(context.callbacks)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -76,7 +77,8 @@ def _train_on_workers(job: Job, context: StageContext) -> None:
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
             callbacks=list(context.callbacks),
         ),
-    ).fit()
+    )
+    interruptible(trainer.fit)
 
 
 def _worker(config: dict[str, Any]) -> None:

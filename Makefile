@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all a fresh machine needs: Python 3.11 to 3.13, make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+STORE ?= .tunery
+
+.PHONY: demo test unit check format gpu report constraints clean
+
+demo: $(READY)  ## the main job: one experiment from raw rows to a compared and tracked result
+	$(BIN)/tunery run experiments/quickstart.yaml --store $(STORE)
+
+test: $(READY)  ## all tests, with real Ray, DeepSpeed, TRL and W&B
+	$(BIN)/python -m pytest
+
+unit: $(READY)  ## the tests that start no Ray, in seconds
+	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
+
+check: $(READY)  ## ruff, mypy, import-linter, and every experiment validates
+	$(BIN)/ruff check platform tests benchmarks
+	$(BIN)/ruff format --check platform tests benchmarks
+	$(BIN)/mypy
+	PYTHONPATH=platform $(BIN)/lint-imports
+	for file in experiments/*.yaml; do $(BIN)/tunery validate $$file || exit 1; done
+
+format: $(READY)
+	$(BIN)/ruff format platform tests benchmarks
+	$(BIN)/ruff check --fix platform tests benchmarks
+
+gpu:  ## the quickstart on one GPU and on two, ZeRO-2 and ZeRO-3, beside the CPU; on a host that has tunery's packages
+	$(PYTHON) benchmarks/gpu_matches_cpu.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+constraints:  ## pin what is installed now
+	(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//; s/ @ file.*//' | sort -f) \
+		> constraints.new && mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv .tunery build *.egg-info platform/*.egg-info

@@ -1,0 +1,1 @@
+"""The event log, and what is drawn from it: terminal, W&B, report."""

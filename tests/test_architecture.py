@@ -1,0 +1,169 @@
+"""The house's rules: what may import what, which fields are used, and that what is shipped works."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tunery.spec
+from tunery.runner.check import check
+from tunery.spec import load
+from tunery.spec.stages import Spec
+from tunery.store import Store
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "platform" / "tunery"
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.y*ml"))
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+# Fields: each is read somewhere, or it is a promise that nobody keeps.
+
+
+def models_of_the_spec() -> list[type[Spec]]:
+    modules = [
+        importlib.import_module(f"tunery.spec.{found.name}") for found in pkgutil.iter_modules(tunery.spec.__path__)
+    ]
+    found = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Spec) and value is not Spec
+    }
+    return sorted(found, key=lambda model: (model.__module__, model.__name__))
+
+
+def declared_fields() -> list[tuple[str, str]]:
+    """(class, field) of every field, at the class that declares it."""
+    return [
+        (model.__name__, field)
+        for model in models_of_the_spec()
+        for field in model.__annotations__
+        if field in model.model_fields
+    ]
+
+
+def names_read(tree: ast.AST, inside: str = "") -> set[tuple[str, str]]:
+    """(name of an attribute that is read, class around it), of `x.name` and of getattr(x, "name")."""
+    found: set[tuple[str, str]] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add((node.attr, inside))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            found |= {(arg.value, inside) for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+        found |= names_read(node, node.name if isinstance(node, ast.ClassDef) else inside)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reads() -> set[tuple[str, str]]:
+    return set().union(*(names_read(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES))
+
+
+@pytest.mark.parametrize(("model", "field"), declared_fields())
+def test_every_field_of_an_experiment_is_read_outside_its_own_class(
+    model: str, field: str, reads: set[tuple[str, str]]
+) -> None:
+    # By name: a field that shares its name with another attribute is taken for read when that one is.
+    assert [around for name, around in reads if name == field and around != model], f"nothing reads {model}.{field}"
+
+
+# Imports.
+
+
+def test_imports_go_down_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlinter.cli import lint_imports
+
+    monkeypatch.chdir(ROOT)
+    failed = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert not failed, capsys.readouterr().out
+
+
+def test_every_room_has_a_floor() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = config["tool"]["importlinter"]["contracts"]
+    floors = {
+        room.strip(" ()").removeprefix("tunery.") for layer in contract["layers"] for room in re.split("[|:]", layer)
+    }
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert rooms - {"__init__", "__main__"} == floors
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    # One without __init__.py imports from a checkout, and is left out of what is installed.
+    assert [str(path.parent) for path in SOURCES if not (path.parent / "__init__.py").is_file()] == []
+
+
+def test_source_root_does_not_shadow_pythons_platform() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+
+
+LIGHT = ["tunery", "tunery.spec", "tunery.store", "tunery.runner.check", "tunery.runner.stages", "tunery.cli"]
+HEAVY = ["torch", "ray", "transformers", "trl", "deepspeed", "datasets", "wandb"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_planning_loads_neither_torch_nor_ray(module: str) -> None:
+    code = f"import {module}, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT / "platform")},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == []
+
+
+# What is shipped.
+
+
+def test_there_are_experiments() -> None:
+    assert EXPERIMENTS
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_shipped_experiment_is_right(path: Path, tmp_path: Path) -> None:
+    experiment, source = load(path)
+    workers, trial_workers = experiment.compute.workers, experiment.compute.workers_per_trial
+    check(
+        experiment,
+        source,
+        Store(tmp_path),
+        2 if workers == "auto" else workers,
+        1 if trial_workers == "auto" else trial_workers,
+    )
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_shipped_experiment_opens_with_its_question(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert "?" in first
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
+def test_readme_has_a_line_for_every_file_of_the_package() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [
+        str(path.relative_to(PACKAGE))
+        for path in SOURCES
+        if path.name != "__init__.py" and not re.search(rf"\b{re.escape(path.name)}\b", text)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.name != "__main__.py"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_module_opens_with_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

@@ -1,0 +1,366 @@
+"""Fingerprints: what changes a stage's result changes its fingerprint and those after it, and nothing else does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunery.runner import identity as identity_module
+from tunery.runner.identity import difference, fingerprints, identity, stage_seed
+from tunery.runner.stages import STAGES
+from tunery.spec import Compute, Evaluate, Experiment, Stage, Training
+from tunery.spec.graph import closure
+from tunery.spec.overrides import with_overrides
+from tunery.store.fingerprint import LENGTH, file_digest, fingerprint, folder_digest
+
+STAGES_OF_FILE: dict[str, dict[str, Any]] = {
+    "docs": {"kind": "dataset", "source": "a.jsonl"},
+    "more": {"kind": "dataset", "source": "b.jsonl", "corrupt": 0.2},
+    "base": {"kind": "pretrain", "data": "docs", "model": {"scratch": "tiny"}, "epochs": 2, "learning_rate": 1e-3},
+    "other": {"kind": "pretrain", "data": "docs", "model": {"pretrained": "./model"}, "epochs": 1, "learning_rate": 1},
+    "scored": {"kind": "score", "data": "docs", "by": [{"perplexity": "base"}]},
+    "again": {"kind": "score", "data": "more", "by": [{"perplexity": "base"}]},
+    "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}}},
+    "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
+    "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
+}
+
+# By kind of stage, the field and other values that it may have, each to give a fingerprint of its own.
+OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
+    ("docs", "source"): ["b.jsonl", "*.jsonl", "builtin:python-docs"],
+    ("docs", "subset"): ["texts", "questions", "preferences", "prompts"],
+    ("docs", "split"): ["train", "validation", "test"],
+    ("docs", "holdout"): [0.2, 0.3],
+    ("docs", "limit"): [10, 20],
+    ("docs", "corrupt"): [0.1, 1.0],
+    ("docs", "columns"): [{"text": "a"}, {"text": "b"}, {"prompt": "a"}],
+    ("scored", "data"): ["more"],
+    ("scored", "by"): [[{"perplexity": "other"}], [{"perplexity": {"pretrained": "./model"}}]],
+    ("scored", "max_length"): [64],
+    ("clean", "data"): ["again"],
+    ("clean", "keep"): [{"perplexity": rule} for rule in ({"quantile": 0.5}, {"threshold": 0.8}, {"threshold": 9.0})],
+    ("base", "model"): [
+        {"scratch": "small"},
+        {"pretrained": "./model"},
+        {"pretrained": "org/name"},
+        {"pretrained": "org/name", "revision": "abc"},
+    ],
+    ("sft", "model"): ["other", {"pretrained": "./model"}],
+    ("sft", "tuner"): [
+        {"lora": values}
+        for values in ({}, {"rank": 4}, {"alpha": 4.0}, {"dropout": 0.1}, {"target_modules": ["q_proj"]})
+    ],
+    ("eval", "models"): [["sft", "base"], ["base"], ["base", "other"]],
+    ("eval", "data"): [{"one": "docs"}, {"one": "more", "two": "docs"}, {"one": "docs", "three": "more"}],
+    ("eval", "max_length"): [64],
+    **{
+        (name, field): values
+        for name in ("base", "sft")
+        for field, values in {
+            "data": ["more"],
+            "epochs": [3, 0.5, "auto"],
+            "learning_rate": [0.5, "auto"],
+            "global_batch_size": [8, 16],
+            "max_length": [64],
+            "schedule": ["linear", "constant"],
+            "warmup": [0.0],
+            "weight_decay": [0.1],
+            "max_grad_norm": [0.5],
+            "eval_data": ["more"],
+            "evaluations": [2],
+            "seed": [4, 5],
+        }.items()
+    },
+}
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "sft", "eval")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    return tmp_path
+
+
+def experiment_of(stages: dict[str, dict[str, Any]], **values: Any) -> Experiment:
+    return Experiment.model_validate_json(json.dumps({"name": "x", "seed": 17, "stages": stages} | values))
+
+
+EXPERIMENT = experiment_of(STAGES_OF_FILE)
+
+
+def prints(experiment: Experiment, folder: Path) -> dict[str, str]:
+    return {name: found[0] for name, found in fingerprints(experiment, folder).items()}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+def users_of(experiment: Experiment, *names: str) -> set[str]:
+    """`names` and whatever depends on them."""
+    return {user for user in experiment.stages if closure(experiment.stages, [user]).keys() & set(names)}
+
+
+def kinds() -> list[type[Stage]]:
+    union = get_args(Stage)[0]
+    return list(get_args(union))
+
+
+def test_every_field_of_every_kind_of_stage_is_tried_below() -> None:
+    assert {type(EXPERIMENT.stages[name]) for name in ONE_OF_EACH_KIND} == set(kinds())
+    fields = {
+        (name, field)
+        for name in ONE_OF_EACH_KIND
+        for field in type(EXPERIMENT.stages[name]).model_fields
+        if field != "kind"
+    }
+    assert fields == OTHER_VALUES.keys()
+
+
+@pytest.mark.parametrize(("stage", "field"), OTHER_VALUES)
+def test_field_changes_its_stage_and_what_depends_on_it_and_no_other(stage: str, field: str, folder: Path) -> None:
+    before = prints(EXPERIMENT, folder)
+    seen = {before[stage]}
+    for value in OTHER_VALUES[stage, field]:
+        trial = with_overrides(EXPERIMENT, {f"{stage}.{field}": value})
+        after = prints(trial, folder)
+        assert changed(before, after) == users_of(trial, stage)
+        assert after[stage] not in seen, "two values give one fingerprint"
+        seen.add(after[stage])
+
+
+def test_kind_of_a_stage_belongs_to_its_fingerprint(folder: Path) -> None:
+    # Same fields, other trainer.
+    sft = {"kind": "sft", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4}
+    stages = {name: STAGES_OF_FILE[name] for name in ("docs", "base")}
+    found = prints(experiment_of(stages | {"a": sft, "b": {**sft, "kind": "pretrain"}}), folder)
+    assert found["a"] != found["b"]
+
+
+COMPUTE: dict[str, list[Any]] = {
+    "workers": [2, 4],
+    "workers_per_trial": [2],
+    "device": ["cpu", "gpu"],
+    "cpus_per_worker": [2],
+    "zero_stage": [0, 1, 3],
+    "micro_batch_size": [1, 8],
+    "precision": ["fp32", "bf16"],
+    "gradient_checkpointing": [True],
+    "checkpoint_steps": [5],
+    "max_failures": [3],
+    "object_store_gb": [2.0],
+}
+
+
+def test_nothing_of_how_it_is_computed_changes_a_fingerprint(folder: Path) -> None:
+    assert COMPUTE.keys() == Compute.model_fields.keys()
+    before = prints(EXPERIMENT, folder)
+    for field, values in COMPUTE.items():
+        for value in values:
+            other = experiment_of(STAGES_OF_FILE, compute={field: value})
+            assert getattr(other.compute, field) != getattr(EXPERIMENT.compute, field)
+            assert prints(other, folder) == before, field
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "y"},
+        {"tracking": {"wandb": {"project": "p", "mode": "disabled"}}},
+        {"search": {"metric": "m", "mode": "min", "trials": 2, "space": {"sft.epochs": {"choice": [1]}}}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_name_tracking_and_search_change_no_fingerprint(values: dict[str, Any], folder: Path) -> None:
+    assert prints(experiment_of(STAGES_OF_FILE, **values), folder) == prints(EXPERIMENT, folder)
+
+
+def renamed(old: str, new: str) -> Experiment:
+    data = EXPERIMENT.model_dump(mode="json")
+    for name, stage in EXPERIMENT.stages.items():
+        for item in stage.inputs():
+            if item.stage == old:
+                *parents, last = item.path
+                here = data["stages"][name]
+                for key in parents:
+                    here = here[key]
+                here[last] = new
+    data["stages"] = {new if name == old else name: stage for name, stage in data["stages"].items()}
+    return Experiment.model_validate_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("old", STAGES_OF_FILE)
+def test_renamed_stage_changes_nothing_but_evaluations_whose_results_bear_its_name(old: str, folder: Path) -> None:
+    other = renamed(old, "fresh")
+    after = prints(other, folder)
+    after[old] = after.pop("fresh")
+    bearers = {name for name, stage in EXPERIMENT.stages.items() if isinstance(stage, Evaluate) and old in stage.models}
+    assert changed(prints(EXPERIMENT, folder), after) == bearers
+
+
+@pytest.mark.parametrize("names", [sorted(STAGES_OF_FILE), list(reversed(STAGES_OF_FILE))], ids=["sorted", "reversed"])
+def test_order_of_the_stages_in_the_file_changes_no_fingerprint(names: list[str], folder: Path) -> None:
+    moved = experiment_of({name: STAGES_OF_FILE[name] for name in names})
+    assert prints(moved, folder) == prints(EXPERIMENT, folder)
+
+
+def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(folder / name, elsewhere)
+    shutil.copytree(folder / "model", elsewhere / "model")
+    assert prints(EXPERIMENT, elsewhere) == prints(EXPERIMENT, folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "readers"), [("a.jsonl", ["docs"]), ("b.jsonl", ["more"]), ("model/model.safetensors", ["other"])]
+)
+def test_content_of_files_changes_their_readers(file: str, readers: list[str], folder: Path) -> None:
+    before = prints(EXPERIMENT, folder)
+    text = (folder / file).read_bytes()
+    (folder / file).write_bytes(text.swapcase())
+    assert changed(before, prints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *readers)
+    (folder / file).write_bytes(text)
+    assert prints(EXPERIMENT, folder) == before
+
+
+def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) -> None:
+    pattern = experiment_of({"docs": {"kind": "dataset", "source": "*.jsonl"}})
+    before = prints(pattern, folder)
+    (folder / "c.jsonl").write_text('{"text": "three"}\n')
+    assert changed(before, prints(pattern, folder)) == {"docs"}
+
+
+def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
+    other = experiment_of(STAGES_OF_FILE, seed=18)
+    by_chance = {"more", "base", "other"}  # planted damage, and trainings without a seed of their own
+    assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
+    for name in ("docs", "scored", "clean", "eval"):
+        assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
+
+
+def test_own_seed_of_a_training_stands_before_the_experiments(folder: Path) -> None:
+    assert [stage_seed(EXPERIMENT.stages[name], EXPERIMENT) for name in ("base", "sft")] == [17, 3]
+    explicit = with_overrides(EXPERIMENT, {"base.seed": 17})
+    assert prints(explicit, folder) == prints(EXPERIMENT, folder), "the same seed, only written down"
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_new_version_of_how_a_kind_is_made_makes_it_and_its_users_anew(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prints(EXPERIMENT, folder)
+    newer = dataclasses.replace(STAGES[kind], version=STAGES[kind].version + 1)
+    monkeypatch.setattr(identity_module, "STAGES", STAGES | {kind: newer})
+    of_kind = [name for name, stage in EXPERIMENT.stages.items() if stage.kind == kind]
+    assert changed(before, prints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *of_kind)
+
+
+def test_every_kind_of_stage_is_in_the_table_of_how_they_are_made() -> None:
+    assert {get_args(kind.model_fields["kind"].annotation)[0] for kind in kinds()} == STAGES.keys()
+
+
+def test_identity_can_be_kept_as_json_and_read_back(folder: Path) -> None:
+    for name, (own, described, inputs) in fingerprints(EXPERIMENT, folder).items():
+        kept = json.loads(json.dumps(described))
+        assert fingerprint(EXPERIMENT.stages[name].kind, kept, inputs) == own
+
+
+@pytest.mark.parametrize("name", [name for name, stage in EXPERIMENT.stages.items() if isinstance(stage, Training)])
+def test_difference_says_what_changed_in_words(name: str, folder: Path) -> None:
+    before = identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
+    after = identity(with_overrides(EXPERIMENT, {f"{name}.learning_rate": 0.002}).stages[name], EXPERIMENT, folder)
+    assert difference(before, after) == [f"learning_rate {before['learning_rate']} -> 0.002"]
+    assert difference(before, before) == []
+    assert difference({"a": 1}, {"b": 2}) == ["a 1 -> absent", "b absent -> 2"]
+
+
+# The hash itself.
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.randoms())
+def test_order_of_keys_does_not_matter(values: dict[str, Any], random: Any) -> None:
+    items = list(values.items())
+    random.shuffle(items)
+    found = fingerprint("sft", values, {})
+    assert found == fingerprint("sft", dict(items), {})
+    assert len(found) == LENGTH
+    assert int(found, 16) >= 0
+
+
+def test_kind_identity_and_each_input_by_its_field_all_count() -> None:
+    found = [
+        fingerprint("sft", {"a": 1}, {"data": "1", "model": "2"}),
+        fingerprint("pretrain", {"a": 1}, {"data": "1", "model": "2"}),
+        fingerprint("sft", {"a": 2}, {"data": "1", "model": "2"}),
+        fingerprint("sft", {"a": "1"}, {"data": "1", "model": "2"}),
+        fingerprint("sft", {"a": 1}, {"data": "2", "model": "1"}),
+        fingerprint("sft", {"a": 1}, {"data": "1"}),
+        fingerprint("sft", {}, {"a": "1", "data": "1", "model": "2"}),
+    ]
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
+def test_fingerprints_stay_what_they_were_in_earlier_releases() -> None:
+    # A change here would make every store forget what it holds.
+    assert fingerprint("sft", {"version": 1, "epochs": 1.0, "ü": None}, {"data": "ab"}) == "27bf2994485b0a26"
+
+
+def test_digest_of_a_folder_sees_content_names_and_depth_but_no_times(tmp_path: Path) -> None:
+    def make(name: str, files: dict[str, bytes]) -> Path:
+        for file, content in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return tmp_path / name
+
+    base = {"config.json": b"{}", "model.safetensors": b"w"}
+    same = folder_digest(make("a", base))
+    assert folder_digest(make("b", base)) == same
+    for number, other in enumerate(
+        [
+            {**base, "model.safetensors": b"x"},
+            {**base, "more.json": b""},
+            {"config.json": b"{}", "deep/model.safetensors": b"w"},
+            {"config.json": b"{}w", "model.safetensors": b""},
+        ]
+    ):
+        assert folder_digest(make(f"other{number}", other)) != same
+
+
+@pytest.mark.parametrize("at", [0, 1 << 20, (1 << 21) - 1, (3 << 20) - 1])
+def test_digest_of_a_folder_sees_both_ends_of_large_files(at: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    content = bytearray(3 << 20 if at > 1 << 21 or at == 0 else 1 << 21)
+    path.write_bytes(content)
+    before = folder_digest(tmp_path)
+    content[at] = 1
+    path.write_bytes(content)
+    assert folder_digest(tmp_path) != before
+
+
+def test_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_digest(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    (tmp_path / "large").write_bytes(b"a" * 1_000_000)
+    assert file_digest(tmp_path / "large") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"

@@ -1,0 +1,256 @@
+"""Which rows pass a rule, and how well a filter finds planted damage, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunery.data.judge import auc, auc_by_kind, filter_quality, histogram
+from tunery.data.select import describe, make_selection, passing
+from tunery.errors import StageError
+from tunery.spec import Compute, Keep, Select
+from tunery.store import Artifact, StageContext, StageResult
+from tunery.store.rows import SHARD, read_rows, shards, write_rows
+
+NAN, INF = math.nan, math.inf
+FEW_VALUES = st.sampled_from([0.0, 1.0, 1.5, 2.0, -3.0, 1e300, INF])
+"""Few, so that ties are many."""
+SCORES = st.lists(FEW_VALUES | st.floats(allow_nan=False), min_size=1, max_size=40)
+QUANTILES = st.floats(0.001, 1.0)
+
+
+# passing
+
+
+@given(SCORES, QUANTILES)
+def test_quantile_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[float], quantile: float) -> None:
+    badness = np.array([score if math.isfinite(score) else 1e308 for score in scores])
+    passed, cut = passing(badness, Keep(quantile=quantile))
+    assert passed.sum() == round(quantile * len(scores))
+    if passed.any():
+        assert cut == badness[passed].max()
+        assert (badness[~passed] >= cut).all(), "a dropped row is better than a kept one"
+    else:
+        assert cut == -INF
+
+
+@given(SCORES, QUANTILES)
+def test_ties_at_the_cut_go_to_the_rows_that_come_first(scores: list[float], quantile: float) -> None:
+    badness = np.array(scores)
+    passed, cut = passing(badness, Keep(quantile=min(quantile, 0.999)))
+    at_cut = passed[badness == cut]
+    assert not (np.diff(at_cut.astype(int)) > 0).any()
+
+
+@given(SCORES, QUANTILES, QUANTILES)
+def test_smaller_quantile_keeps_a_part_of_what_a_larger_keeps(scores: list[float], one: float, other: float) -> None:
+    few, _ = passing(np.array(scores), Keep(quantile=min(one, other)))
+    many, _ = passing(np.array(scores), Keep(quantile=max(one, other)))
+    assert (few <= many).all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule", "passed", "cut"),
+    [
+        ([3, 1, 2, 4], Keep(quantile=0.5), [0, 1, 1, 0], 2),
+        ([1, 1, 1, 1], Keep(quantile=0.5), [1, 1, 0, 0], 1),
+        ([2, 1, 1, 2], Keep(quantile=0.75), [1, 1, 1, 0], 2),
+        ([3, 1, 2], Keep(quantile=1.0), [1, 1, 1], 3),
+        ([3, NAN, 2], Keep(quantile=1.0), [1, 1, 1], INF),
+        ([3, NAN, 2], Keep(quantile=0.9), [1, 0, 1], 3),
+        ([NAN, NAN, 2], Keep(quantile=0.6), [0, 0, 1], 2),
+        ([NAN, NAN], Keep(quantile=0.5), [0, 0], -INF),
+        ([3, 1], Keep(quantile=0.1), [0, 0], -INF),
+        ([1, 2, 3, NAN], Keep(threshold=2.0), [1, 1, 0, 0], 2),
+        ([1, 2], Keep(threshold=0.5), [0, 0], 0.5),
+    ],
+)
+def test_rows_that_pass_by_hand(scores: list[float], rule: Keep, passed: list[int], cut: float) -> None:
+    found, at = passing(np.array(scores, dtype=float), rule)
+    assert found.tolist() == [bool(value) for value in passed]
+    assert at == cut
+
+
+@given(st.lists(FEW_VALUES | st.just(NAN), min_size=1), st.floats(0.01, 0.99), st.sampled_from([0.0, 1.5, 1e301]))
+def test_row_without_a_score_never_passes(scores: list[float], quantile: float, threshold: float) -> None:
+    badness = np.array(scores)
+    for rule in (Keep(quantile=quantile), Keep(threshold=threshold)):
+        assert not (passing(badness, rule)[0] & np.isnan(badness)).any()
+
+
+def test_rule_is_described_as_it_was_written() -> None:
+    assert describe("perplexity", Keep(quantile=0.8)) == "perplexity quantile 0.8"
+    assert describe("perplexity", Keep(threshold=12.5)) == "perplexity threshold 12.5"
+
+
+# auc
+
+
+def pair_count(badness: list[float], bad: list[bool]) -> float:
+    pairs = [
+        (b, g)
+        for b, is_bad in zip(badness, bad, strict=True)
+        if is_bad
+        for g, other in zip(badness, bad, strict=True)
+        if not other
+    ]
+    return sum(1.0 if b > g else 0.5 if b == g else 0.0 for b, g in pairs) / len(pairs)
+
+
+@given(st.lists(st.tuples(FEW_VALUES | st.floats(allow_nan=False), st.booleans()), min_size=1, max_size=30))
+def test_auc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[float, bool]]) -> None:
+    badness, bad = [score for score, _ in rows], [is_bad for _, is_bad in rows]
+    found = auc(np.array(badness), np.array(bad))
+    if all(bad) or not any(bad):
+        assert found is None
+    else:
+        assert found == pytest.approx(pair_count(badness, bad))
+        assert auc(np.array(badness), ~np.array(bad)) == pytest.approx(1 - found)
+
+
+@pytest.mark.parametrize(
+    ("badness", "bad", "value"),
+    [
+        ([1, 2, 3, 4], [0, 0, 1, 1], 1.0),
+        ([1, 2, 3, 4], [1, 1, 0, 0], 0.0),
+        ([1, 1, 1, 1], [0, 1, 0, 1], 0.5),
+        ([1, 2, 2, 3], [0, 0, 1, 1], 0.875),
+    ],
+)
+def test_auc_by_hand(badness: list[float], bad: list[int], value: float) -> None:
+    assert auc(np.array(badness, dtype=float), np.array(bad, dtype=bool)) == value
+
+
+def test_auc_of_each_kind_of_damage_leaves_the_other_kinds_out() -> None:
+    badness = np.array([1.0, 2.0, 3.0, 4.0, 0.0])
+    assert auc_by_kind(badness, ["", "", "cut", "swapped", "repeated"]) == {"cut": 1.0, "repeated": 0.0, "swapped": 1.0}
+    assert auc_by_kind(badness, ["cut"] * 5) == {}
+    assert auc_by_kind(badness, [""] * 5) == {}
+
+
+# filter_quality
+
+
+def test_quality_of_a_filter_by_hand() -> None:
+    # Ten rows; four are damaged. The filter drops five, three of them damaged.
+    planted = ["", "cut", "", "cut", "", "swapped", "", "swapped", "", ""]
+    dropped = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], dtype=bool)
+    badness = np.array([7, 8, 1, 9, 2, 10, 3, 4, 6, 5], dtype=float)
+    quality = filter_quality(dropped, badness, planted)
+    assert quality == {
+        "total": 4,
+        "dropped": 3,
+        "precision": 3 / 5,
+        "recall": 3 / 4,
+        "recall_by_kind": {"cut": 1.0, "swapped": 0.5},
+        # Of 4 x 6 pairs, 6 + 6 + 6 are in order, and 4 (worse than 1, 2, 3) gives 3.
+        "auc": 21 / 24,
+        "random_precision": 4 / 10,
+        "random_recall": 5 / 10,
+    }
+
+
+def test_quality_without_damage_without_dropped_rows_and_without_one_score_has_no_numbers_there() -> None:
+    none = filter_quality(np.array([True, False]), np.array([1.0, 2.0]), ["", ""])
+    assert (none["recall"], none["auc"], none["precision"], none["random_precision"]) == (None, None, 0.0, 0.0)
+    kept = filter_quality(np.array([False, False]), None, ["", "cut"])
+    assert (kept["precision"], kept["recall"], kept["auc"]) == (None, 0.0, None)
+
+
+# histogram
+
+
+@given(st.lists(st.floats(1e-6, 1e300) | st.sampled_from([0.0, -1.0, NAN, INF]), max_size=50), st.randoms())
+def test_histogram_counts_every_positive_number_once(values: list[float], random: Any) -> None:
+    bad = np.array([random.random() < 0.5 for _ in values], dtype=bool)
+    found = histogram(np.array(values, dtype=float), bad, bins=10)
+    usable = np.array([math.isfinite(value) and value > 0 for value in values], dtype=bool)
+    assert sum(found["counts"]) == usable.sum()
+    assert sum(found["planted"]) == (usable & bad).sum()
+    assert all(part <= count for part, count in zip(found["planted"], found["counts"], strict=True))
+    if usable.any():
+        assert len(found["edges"]) == len(found["counts"]) + 1 == 11
+        assert found["edges"] == sorted(found["edges"])
+
+
+def test_histogram_bins_are_even_in_the_logarithm() -> None:
+    found = histogram(np.array([1.0, 5.0, 50.0, 1000.0]), None, bins=3)
+    assert found["edges"] == pytest.approx([1, 10, 100, 1000])
+    assert found["counts"] == [2, 1, 1]
+    assert found["planted"] == [0, 0, 0]
+
+
+# The stage.
+
+
+def select(
+    folder: Path, scores: list[float], keep: dict[str, Keep], planted: list[str | None]
+) -> tuple[StageResult, Path]:
+    scored, out = folder / "scored", folder / "out"
+    out.mkdir(parents=True)
+    write_rows(
+        ({"id": f"{n:016x}", "text": f"row {n}", "line": n, "planted": kind} for n, kind in enumerate(planted)), scored
+    )
+    (scored / "scores").mkdir()
+    for index, shard in enumerate(shards(scored)):
+        part = scores[index * SHARD : (index + 1) * SHARD]
+        pq.write_table(pa.table({"perplexity": pa.array(part, pa.float64())}), scored / "scores" / shard.name)
+    context = StageContext(
+        name="clean",
+        trial="",
+        spec=Select(kind="select", data="scored", keep=keep),
+        inputs={"scored": Artifact(scored, {"kind": "score", "fingerprint": "0", "facts": {}}, {})},
+        seed=0,
+        folder=folder,
+        out=out,
+        work=folder,
+        events=folder,
+        logs=folder,
+        compute=Compute(),
+        emit=lambda *args, **values: None,
+    )
+    return make_selection(context), out
+
+
+def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: Path) -> None:
+    count = SHARD + 100  # two shards
+    scores = [float((n * 37) % count) for n in range(count)]
+    scores[5] = NAN
+    result, out = select(tmp_path, scores, {"perplexity": Keep(quantile=0.75)}, [""] * count)
+    kept = [row["line"] for row in read_rows(out)]
+    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    facts = result.facts
+    assert facts["rows"] == facts["kept"] == len(kept) == round(0.75 * count)
+    assert facts["kept"] + facts["dropped"] == facts["rows_in"] == count
+    assert kept == sorted(kept)
+    assert sorted([*kept, *(line["line"] for line in dropped)]) == list(range(count))
+    assert max(scores[n] for n in kept) == facts["rules"][0]["cut"]
+    assert min(scores[line["line"]] for line in dropped if line["line"] != 5) >= facts["rules"][0]["cut"]
+    assert 5 not in kept
+    assert {line["rule"] for line in dropped} == {"perplexity quantile 0.75"}
+    assert facts["rules"][0]["dropped"] == len(dropped)
+
+
+def test_selection_is_judged_where_all_planted_damage_is_known(tmp_path: Path) -> None:
+    planted: list[str | None] = ["", "", "cut", "cut"]
+    result, _ = select(tmp_path / "known", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, planted)
+    quality = result.facts["planted"]
+    assert (quality["total"], quality["dropped"], quality["precision"], quality["auc"]) == (2, 1, 0.5, 0.5)
+    result, _ = select(tmp_path / "unknown", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, [*planted[:3], None])
+    assert result.facts["planted"] is None
+
+
+def test_selection_that_keeps_nothing_says_which_rule_dropped_what(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no row of 3 passes") as caught:
+        select(tmp_path, [1, 2, 3], {"perplexity": Keep(threshold=0.5)}, [""] * 3)
+    assert "`perplexity threshold 0.5` dropped 3" in caught.value.cause
+    assert caught.value.remedy

@@ -1,0 +1,334 @@
+"""What W&B is told of an event log, without wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from sample_run import METRIC, START, Event, failed_events, sample_events
+
+from tunery.track.wandb_mirror import Mirrored, wanted_mode
+from tunery.track.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
+from tunery.track.wandb_values import Histogram, Table, flatten, histograms, table
+
+EXPERIMENT = {
+    "name": "quickstart",
+    "stages": {
+        "sft": {"kind": "sft", "learning_rate": "auto", "tuner": {"lora": {"rank": 16}}},
+        "clean": {"kind": "select", "keep": {"perplexity": {"quantile": 0.8}}},
+    },
+}
+WHOLE = run_id("quickstart")
+
+
+def event(name: str, at: float = 0.0, **values: Any) -> Event:
+    return {"t": START + at, "event": name, **values}
+
+
+def told(events: list[Event], **more: Any) -> list[Any]:
+    return list(plan(events, "quickstart", EXPERIMENT, **more))
+
+
+def of(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
+    return [action for action in actions if isinstance(action, kind) and (id is None or action.id == id)]
+
+
+def opened(actions: list[Any], name: str) -> Open:
+    (found,) = {action.id: action for action in of(Open, actions) if action.name == name}.values()
+    assert isinstance(found, Open)
+    return found
+
+
+def points(events: list[Event], stage: str, trial: str = "") -> list[dict[str, Any]]:
+    prefix = f"{stage}/" if trial else ""
+    return [
+        {prefix + name: value for name, value in {"step": e["step"], **e["values"]}.items()}
+        for e in events
+        if e["event"] == "metrics" and (e["stage"], e.get("trial", "")) == (stage, trial)
+    ]
+
+
+def training(stage: str = "sft", **more: Any) -> list[Event]:
+    return [
+        event("run_started", run="quickstart", stages=[]),
+        event("stage_started", 1, stage=stage, kind="sft", fingerprint="f", **more),
+        event("metrics", 2, stage=stage, step=1, values={"loss": 2.0}, **more),
+    ]
+
+
+def test_a_run_for_each_stage_that_worked_each_trial_and_the_whole() -> None:
+    runs = of(Open, told(sample_events()))
+    assert Counter(run.job_type for run in runs) == {
+        "pretrain": 1, "score": 1, "select": 1, "sft": 2, "evaluate": 1, "trial": 12, "comparison": 1
+    }  # fmt: skip
+    assert "quickstart/docs" not in {run.name for run in runs}, "docs was reused in the last invocation"
+
+
+def test_every_run_is_opened_once_and_finished_last() -> None:
+    actions = told(sample_events())
+    for run in of(Open, actions):
+        own = [action for action in actions if action.id == run.id]
+        assert own[0] is run
+        assert isinstance(own[-1], Finish)
+        assert len(of(Open, own)) == len(of(Finish, own)) == 1
+
+
+def test_ids_are_the_same_again_and_differ_by_run_stage_trial_and_fingerprint() -> None:
+    events = sample_events()
+    assert [run.id for run in of(Open, told(events))] == [run.id for run in of(Open, told(events))]
+    ids = {run_id("a"), run_id("b"), run_id("a", "s"), run_id("a", "s", "t"), run_id("a", "s", "t", "f")}
+    assert len(ids) == 5
+    assert all(id.isalnum() and len(id) <= 32 for id in ids)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_actions_do_not_depend_on_how_the_log_is_cut_into_reads(size: int) -> None:
+    events = sample_events()
+    second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
+    translator = Translator("quickstart", EXPERIMENT)
+    translator.before(events[:second])
+    actions: list[Any] = []
+    for start in range(second, len(events), size):
+        actions += translator.translate(events[start : start + size])
+    assert [*actions, *translator.close()] == told(events)
+
+
+def test_curve_of_an_interrupted_stage_is_told_whole_unless_wandb_had_its_beginning() -> None:
+    events = sample_events()
+    base = opened(told(events), "quickstart/base")
+    both = points(events, "base")
+    assert [log.values for log in of(Log, told(events), base.id)] == both
+    later = [log.values for log in of(Log, told(events, drawn={base.id}), base.id)]
+    second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
+    assert later == points(events[second:], "base")
+    assert 0 < len(later) < len(both)
+
+
+def test_each_point_is_told_when_it_was_measured_over_the_step() -> None:
+    events = sample_events()
+    actions = told(events)
+    sft = opened(actions, "quickstart/sft")
+    assert of(Axis, actions, sft.id) == [Axis(sft.id, "")]
+    times = [e["t"] for e in events if e["event"] == "metrics" and e["stage"] == "sft" and "trial" not in e]
+    assert [log.time for log in of(Log, actions, sft.id)] == times
+
+
+def test_curves_of_a_trial_carry_the_name_of_the_stage() -> None:
+    events = sample_events()
+    actions = told(events)
+    for name in ("t00", "t07"):
+        trial = opened(actions, name)
+        assert of(Axis, actions, trial.id) == [Axis(trial.id, "sft/")]
+        assert [log.values for log in of(Log, actions, trial.id)] == points(events, "sft", name)
+
+
+def test_trial_is_described_by_its_overrides_its_metric_and_its_end() -> None:
+    events = sample_events()
+    actions = told(events)
+    ends = {e["trial"]: e for e in events if e["event"] == "trial_finished"}
+    for name, end in ends.items():
+        trial = opened(actions, name)
+        assert trial.config == end["overrides"]
+        summary = {key: value for action in of(Summarize, actions, trial.id) for key, value in action.values.items()}
+        assert summary["state"] == end["state"]
+        assert summary.get(METRIC) == end["value"]
+        assert of(Finish, actions, trial.id) == [Finish(trial.id, 1 if end["state"] == "failed" else 0)]
+
+
+def test_finished_search_that_is_told_again_opens_no_trials_but_is_in_the_table() -> None:
+    again = event("trial_finished", 2, trial="t1", overrides={"sft.epochs": 2}, state="done", value=1.5, seconds=3.0)
+    space = {"sft.epochs": "one of 1, 2"}
+    search = event("search_started", 1, metric=METRIC, mode="min", trials=1, space=space)
+    actions = told([event("run_started", stages=[]), search, again])
+    assert [run.job_type for run in of(Open, actions)] == ["comparison"]
+    (log,) = of(Log, actions)
+    expected = Table(["trial", "state", METRIC, "sft.epochs", "seconds", "error"], [["t1", "done", 1.5, 2, 3.0, ""]])
+    assert log.values["trials"] == expected
+
+
+def test_stage_that_another_run_made_while_it_waited_is_no_run() -> None:
+    events = [
+        event("run_started", stages=[]),
+        event("stage_started", stage="docs", kind="dataset", fingerprint="f"),
+        event("progress", stage="docs", done=0, total=None, unit="", detail="waiting: host:1 makes it"),
+        event("stage_finished", stage="docs", kind="dataset", fingerprint="f", reused=True, facts={}),
+    ]
+    assert [run.name for run in of(Open, told(events))] == ["quickstart"]
+
+
+def test_curve_of_a_reused_stage_is_not_drawn_again_and_is_not_missing() -> None:
+    translator = Translator("quickstart", EXPERIMENT)
+    again = event("metrics", stage="base", step=1, values={"loss": 1.0})
+    end = event("stage_finished", stage="base", kind="pretrain", fingerprint="f", reused=True, facts={})
+    actions = translator.translate([event("run_started", stages=[]), again, end])
+    assert [run.name for run in of(Open, actions)] == ["quickstart"]
+    assert translator.late == 0
+
+
+def test_point_after_the_end_of_its_stage_is_counted() -> None:
+    translator = Translator("quickstart", EXPERIMENT)
+    end = event("stage_finished", 3, stage="sft", kind="sft", fingerprint="f", reused=False, facts={})
+    late = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0})
+    actions = translator.translate([*training(), end, late])
+    assert len(of(Log, actions)) == 1
+    assert translator.late == 1
+
+
+def test_failed_stage_ends_with_its_error() -> None:
+    actions = told(failed_events())
+    sft = opened(actions, "quickstart/sft")
+    (summary,) = of(Summarize, actions, sft.id)
+    assert summary.values["error.message"] == "rank 1 ran out of GPU memory at step 40"
+    assert summary.values["error.remedy"] == "set compute.micro_batch_size to 32 or to auto"
+    assert of(Finish, actions) [-2:] == [Finish(sft.id, 1), Finish(WHOLE, 1)]  # fmt: skip
+
+
+def test_what_runs_when_the_log_ends_is_marked_as_interrupted() -> None:
+    finished = of(Finish, told(training()))
+    assert [(action.id == WHOLE, action.exit_code) for action in finished] == [
+        (False, INTERRUPTED),
+        (True, INTERRUPTED),
+    ]
+
+
+def test_stage_is_configured_by_its_spec() -> None:
+    sft = opened(told(sample_events()), "quickstart/sft")
+    assert sft.config == {**EXPERIMENT["stages"]["sft"], "stage": "sft", "fingerprint": "f-sft"}  # type: ignore[index]
+
+
+def test_stage_of_the_best_trial_is_configured_by_its_values() -> None:
+    overrides = {"sft.tuner.lora.rank": 4, "clean.keep.perplexity.quantile": 0.5}
+    best = [
+        event("trial_finished", 1, trial="t1", overrides=overrides, state="done", value=1.0, seconds=1.0),
+        event("search_finished", 2, best="t1", best_overrides=overrides, value=1.0, seconds=1.0),
+    ]
+    start, *rest = training("sft (best trial)")
+    sft = opened(told([start, *best, *rest]), "quickstart/sft (best trial)")
+    assert sft.config["tuner"] == {"lora": {"rank": 4}}
+    assert EXPERIMENT["stages"]["sft"]["tuner"] == {"lora": {"rank": 16}}, "the experiment itself is left alone"  # type: ignore[index]
+
+
+def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
+    events = sample_events()
+    actions = told(events)
+    comparison = next(e for e in events if e["event"] == "comparison")
+    (log,) = of(Log, actions, WHOLE)
+    assert log.values["result"] == Table(comparison["columns"], comparison["rows"])
+    assert len(log.values["trials"].rows) == 12
+    counts = next(
+        e["facts"]["scores"]["perplexity"]["histogram"]["counts"]
+        for e in events
+        if e.get("stage") == "scored" and "facts" in e
+    )
+    assert log.values["scored.scores.perplexity.histogram"].counts == counts
+    (summary,) = of(Summarize, actions, WHOLE)
+    assert summary.values["result.sft.domain loss"] == 3.191
+    assert summary.values["clean.kept"] == 3_200
+    assert summary.values["docs.rows"] == 4_000, "reused stages are facts of the whole as well"
+    assert summary.values["eval.sft.domain.loss"] == 3.191, "as a search names it"
+    assert summary.values["search.trials.failed"] == 1
+
+
+def test_two_rows_of_the_same_name_keep_their_numbers_apart() -> None:
+    row = event("comparison", title="Loss", columns=["model", "loss"], rows=[["a", 1.0], ["a", 2.0]], notes=[])
+    (summary,) = of(Summarize, told([event("run_started", stages=[]), row]), WHOLE)
+    assert (summary.values["loss.a.loss"], summary.values["loss.a.1.loss"]) == (1.0, 2.0)
+
+
+def test_diverged_loss_stays_in_the_curve() -> None:
+    nan = event("metrics", 3, stage="sft", step=2, values={"loss": math.nan, "note": "x", "best": None})
+    last = of(Log, told([*training(), nan]))[-1]
+    assert set(last.values) == {"step", "loss"}
+    assert math.isnan(last.values["loss"])
+
+
+def test_log_without_events_tells_nothing() -> None:
+    assert told([]) == []
+
+
+def test_facts_become_flat_names() -> None:
+    facts = {
+        "loss": math.nan,
+        "best": -math.inf,
+        "done": True,
+        "none": None,
+        "nested": {"rate": {"value": 1e-3, "rule": "why"}},
+        "results": [{"model": "sft", "set": "domain", "loss": 2.0}, {"model": "sft", "set": "general", "loss": 3.0}],
+        "rules": [{"score": "perplexity", "rule": "quantile 0.8", "dropped": 8}],
+        "planted": {"": 3, "cut": 1},
+        "unnamed": [{"x": 1}, {"x": 2}],
+        "twice": [{"name": "a", "x": 1}, {"name": "a", "x": 2}],
+        "short": [1, math.inf],
+        "long": list(range(1_000)),
+        "odd": [1, {"x": 2}],
+        "histogram": {"edges": [0, 1], "counts": [2]},
+    }
+    flat = flatten(facts)
+    assert flat == {
+        "loss": "NaN",
+        "best": "-Infinity",
+        "done": True,
+        "nested.rate.value": 1e-3,
+        "nested.rate.rule": "why",
+        "sft.domain.loss": 2.0,
+        "sft.general.loss": 3.0,
+        "rules.perplexity.rule": "quantile 0.8",
+        "rules.perplexity.dropped": 8,
+        "planted.none": 3,
+        "planted.cut": 1,
+        "unnamed.0.x": 1,
+        "unnamed.1.x": 2,
+        "twice.a.x": 1,
+        "twice.a.1.x": 2,
+        "short": [1, "Infinity"],
+        "long.count": 1_000,
+        "odd": '[1, {"x": 2}]',
+    }
+    assert flat["done"] is True
+    json.dumps(flat, allow_nan=False)
+
+
+def test_histograms_are_found_wherever_they_are_and_empty_ones_left_out() -> None:
+    drawn = {"edges": [1.0, 2.0, 3.0], "counts": [4, 5], "planted": [0, 1]}
+    empty = {"edges": [], "counts": [], "planted": []}
+    found = histograms({"scores": {"perplexity": {"histogram": drawn}, "other": {"histogram": empty}}}, "scored.")
+    assert found == {
+        "scored.scores.perplexity.histogram": Histogram([1.0, 2.0, 3.0], [4, 5]),
+        "scored.scores.perplexity.histogram_planted": Histogram([1.0, 2.0, 3.0], [0, 1]),
+    }
+
+
+def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
+    made = table(["a", "b"], [[1], [1, 2, 3], [math.nan, {"x": 1}]])
+    assert made.rows == [[1, None], [1, 2], ["NaN", '{"x": 1}']]
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "mode"),
+    [
+        ("auto", {}, "auto"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "Offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": "online"}, "online"),
+        ("auto", {"WANDB_MODE": "no such mode"}, "offline"),
+        ("offline", {"WANDB_MODE": "online"}, "offline"),
+        ("disabled", {"WANDB_MODE": "online"}, "disabled"),
+    ],
+)
+def test_wandb_mode_of_the_environment_decides_what_the_file_leaves_open(
+    named: str, environment: dict[str, str], mode: str
+) -> None:
+    assert wanted_mode(named, environment) == mode
+
+
+def test_notes_say_how_to_sync_and_what_is_missing() -> None:
+    assert Mirrored("disabled").notes == []
+    assert Mirrored("offline", "my runs/wandb", 3).notes == ["W&B (offline): wandb sync 'my runs/wandb'"]
+    assert Mirrored("online", "https://wandb.ai/me/p", 3).notes == ["W&B (online): https://wandb.ai/me/p"]
+    (_, problem) = Mirrored("offline", "r", 3, lost=2, error="OSError: disk full").notes
+    assert problem == "W&B: OSError: disk full (2 things are missing there)"
+    assert "--include-online" in Mirrored("offline", "r", 3, partly_online=True).notes[0]
