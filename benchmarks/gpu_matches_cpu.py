@@ -40,7 +40,7 @@ def run(arm: str, seed: int, search: bool) -> tuple[dict[str, float], float]:
         experiment.pop("search")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "experiment.yaml"
-        file.write_text(yaml.safe_dump(experiment).replace("0.003\n", "3e-3\n"))
+        file.write_text(yaml.safe_dump(experiment))
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{os.environ.get('PYTHONPATH', '')}"}
         begin = time.time()
         done = subprocess.run(
@@ -63,7 +63,9 @@ def run(arm: str, seed: int, search: bool) -> tuple[dict[str, float], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19], help="of the CPU arm; others use the first")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[17, 18, 19], help="of the CPU arm; others use the first"
+    )
     parser.add_argument("--search", action="store_true", help="run the search as well")
     arguments = parser.parse_args()
     cpu: list[dict[str, float]] = []

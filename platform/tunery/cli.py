@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tunery.spec.yaml_source import YamlSource
     from tunery.store import Store
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tuning experiments on Ray."
+)
 File = Annotated[Path, typer.Argument(help="The experiment, a .yaml file.", show_default=False)]
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="TUNERY_STORE", help="Where artifacts, runs and reports are kept.")
@@ -119,5 +121,3 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # `tunery plan | head`: the reader went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-

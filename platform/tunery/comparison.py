@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.spec import Evaluate, Experiment, Select
+from tunery.spec import Evaluate, Experiment, Score, Select, Stage, Training
 from tunery.spec.graph import closure
 from tunery.store import Artifact
 
@@ -28,8 +28,14 @@ def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
         rows.append([name, f"{facts['dropped']:,}", caught, judged["precision"], judged["recall"], judged["auc"]])
         expected = judged["random_recall"] * judged["total"]
         rows.append(
-            ["random filter", f"{facts['dropped']:,}", f"{expected:,.0f} of {judged['total']:,}"]
-            + [judged["random_precision"], judged["random_recall"], 0.5]
+            [
+                "random filter",
+                f"{facts['dropped']:,}",
+                f"{expected:,.0f} of {judged['total']:,}",
+                judged["random_precision"],
+                judged["random_recall"],
+                0.5,
+            ]
         )
         kinds = ", ".join(f"{kind} {recall:.0%}" for kind, recall in judged["recall_by_kind"].items())
         notes.append(f"{name} caught by kind of damage: {kinds}")
@@ -39,9 +45,7 @@ def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     return {"title": "Planted bad rows", "columns": columns, "rows": rows, "notes": notes}
 
 
-def loss_table(
-    experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]
-) -> Table | None:
+def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
     """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
     rows: list[list[Any]] = []
     searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
@@ -57,12 +61,59 @@ def loss_table(
         return None
     rows.sort(key=lambda row: (row[1], row[2]))
     columns = ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
-    return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": []}
+    notes = filter_verdicts(experiment, made)
+    return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": notes}
 
 
-def _loss_row(
-    result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]
-) -> list[Any]:
+SMALL = 0.01
+"""Nats per token: at the size of the quickstart, other seeds move a loss by as much."""
+
+
+def filter_verdicts(experiment: Experiment, made: Mapping[str, Artifact]) -> list[str]:
+    """Did filtering help? For every model trained on selected rows that has a twin: same steps, all rows."""
+    stages = experiment.stages
+    losses = {
+        (result["model"], result["set"]): result["loss"]
+        for name, stage in stages.items()
+        if isinstance(stage, Evaluate)
+        for result in made[name].facts["results"]
+    }
+    notes = []
+    for (filtered, data), loss in losses.items():
+        for (other, other_data), other_loss in losses.items():
+            if data == other_data and _is_twin(stages.get(filtered), stages.get(other), stages):
+                same = made[filtered].facts["steps"] == made[other].facts["steps"]
+                if not same:
+                    continue
+                verdict = (
+                    "helped"
+                    if loss < other_loss - SMALL
+                    else "hurt"
+                    if loss > other_loss + SMALL
+                    else "made no difference"
+                )
+                notes.append(
+                    f"filtering {verdict} on {data}: {filtered} {loss:.3f}, {other} {other_loss:.3f} "
+                    f"({loss - other_loss:+.3f}) after the same number of steps"
+                )
+    return notes
+
+
+def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, Stage]) -> bool:
+    """`other` is trained as `filtered` is, but on the rows before the selection."""
+    if not isinstance(filtered, Training) or not isinstance(other, Training):
+        return False
+    own = {"data", "epochs"}  # fewer rows for more epochs: the caller compares the steps
+    if filtered.model_dump(exclude=own) != other.model_dump(exclude=own):
+        return False
+    data = stages[filtered.data]
+    if not isinstance(data, Select):
+        return False
+    scored = stages[data.data]
+    return isinstance(scored, Score) and other.data in (data.data, scored.data)
+
+
+def _loss_row(result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]) -> list[Any]:
     facts = made[result["model"]].facts if result["model"] in experiment.stages else {}
     return [label, result["set"], result["loss"], result["perplexity"], facts.get("rows", ""), facts.get("steps", "")]
 
@@ -72,9 +123,11 @@ def _depends(experiment: Experiment, model: str, searched: set[str]) -> bool:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or the whole path where two end alike."""
+    """The last part of each path, or the whole path where two end alike; in words, so that a heading can break."""
     last = [path.split(".")[-1] for path in paths]
-    return [short if last.count(short) == 1 else path for short, path in zip(last, paths, strict=True)]
+    return [
+        (short if last.count(short) == 1 else path).replace("_", " ") for short, path in zip(last, paths, strict=True)
+    ]
 
 
 def search_table(experiment: Experiment, found: Artifact | None) -> Table | None:
@@ -91,6 +144,5 @@ def search_table(experiment: Experiment, found: Artifact | None) -> Table | None
     note = f"{len(trials)} trials: " + ", ".join(
         f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states
     )
-    columns = ["trial", *short_names(paths), "state", experiment.search.metric]
+    columns = ["trial", *short_names(paths), "state", *short_names([experiment.search.metric])]
     return {"title": "Search, best first", "columns": columns, "rows": rows, "notes": [note]}
-

@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tunery.errors import TuneryError
+from tunery.errors import RequestError, TuneryError
 from tunery.run import run_experiment
 from tunery.runner.session import RaySession, noise_to
 from tunery.spec import Experiment
 from tunery.spec.yaml_source import YamlSource
-from tunery.store import Store
+from tunery.store import Lease, LeaseHeld, Store
 from tunery.track.events import EventLog, EventReader
 from tunery.track.report import write_report
 from tunery.track.terminal import Terminal
@@ -47,7 +47,7 @@ class Told:
 def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> Told:
     """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted."""
     folder = store.run(experiment.name)
-    with noise_to(folder / "logs" / "driver.log") as out, _sigterm_interrupts():
+    with _alone(folder), noise_to(folder / "logs" / "driver.log") as out, _sigterm_interrupts():
         log = EventLog(folder / "events" / "driver.jsonl")
         session = RaySession(log, folder / "logs")
         mirror = WandbMirror(
@@ -78,6 +78,19 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         if artifact.kind in ("evaluate", "pretrain", "sft")
     }
     return Told(experiment.name, folder, report, list(synced.notes), results)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two runs of one name would write one event log: the second is refused while the first lives."""
+    try:
+        with Lease(folder / "lease"):
+            yield
+    except LeaseHeld as held:
+        raise RequestError(
+            f"a run of this name is going on already: {held.holder}",
+            remedy="wait for it, or give the experiment another name (what both need is still made once)",
+        ) from None
 
 
 @contextmanager

@@ -6,13 +6,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tunery
 from tunery.comparison import filter_table, loss_table, search_table
 from tunery.errors import Interrupted, TuneryError
 from tunery.runner.check import check
-from tunery.runner.compute import concurrent_trials, local_hardware, resolve_compute
+from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.execute import Trial, Where, execute
 from tunery.runner.identity import fingerprints
 from tunery.runner.session import RaySession
@@ -46,7 +45,7 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
         per_trial = 1 if auto.workers_per_trial == "auto" else auto.workers_per_trial
         check(experiment, source, store, workers, per_trial)
         return experiment
-    compute, _ = resolve_compute(experiment.compute, local_hardware())
+    compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
     assert compute.workers != "auto", "resolved"
     assert compute.workers_per_trial != "auto", "resolved"
     check(experiment, source, store, compute.workers, compute.workers_per_trial)
@@ -86,7 +85,7 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
 def _run(experiment: Experiment, where: Where, log: EventLog, session: RaySession) -> Outcome:
     if _needs_ray(experiment, where):
         hardware = session.start(experiment.compute)
-        compute, _ = resolve_compute(experiment.compute, hardware)
+        compute, _ = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
         experiment = experiment.model_copy(update={"compute": compute})
     made = execute(experiment, where, log)
     found: Artifact | None = None

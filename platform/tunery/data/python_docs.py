@@ -146,7 +146,7 @@ def unimportable_modules() -> dict[str, str]:
 
 
 def rows(subset: Subset, wanted: Callable[[str], bool] = lambda group: True) -> Iterator[Row]:
-    """The rows of a subset whose group is `wanted`, in the order of a hash of their names: the first n are a fair sample of all.
+    """The rows of a subset whose group is `wanted`, in the order of a hash of their names: the first n are a sample.
 
     Every row has `group`, the object's name: rows of one group belong in one split. Beside it stand
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ def make_selection(context: StageContext) -> StageResult:
     for score, rule in stage.keep.items():
         values = np.concatenate([table[score].to_numpy() for table in tables])
         badness = values if SCORERS[score].good == "low" else -values
-        passed, cut = passing(badness, rule)
+        passed, cut = passing(badness, rule, SCORERS[score].good)
         described = describe(score, rule)
         for index in np.flatnonzero(kept & ~passed):
             reasons[index] = described
@@ -80,15 +80,17 @@ def make_selection(context: StageContext) -> StageResult:
     )
 
 
-def passing(badness: Floats, rule: Keep) -> tuple[Bools, float]:
+def passing(badness: Floats, rule: Keep, good: Literal["low", "high"] = "low") -> tuple[Bools, float]:
     """Which rows pass, and the worst badness that does. Rows without a score (NaN) never pass, save quantile 1.
 
+    `badness` is the score where low is good, else its negative; a threshold is on the score itself.
     quantile q keeps the round(q n) best; ties at the cut go to the rows that come first, so the share is exact.
     """
     n = len(badness)
     comparable = _without_nan(badness)
     if rule.threshold is not None:
-        return comparable <= rule.threshold, rule.threshold
+        worst = rule.threshold if good == "low" else -rule.threshold
+        return comparable <= worst, worst
     assert rule.quantile is not None, "a rule has one of the two"
     passed = np.zeros(n, dtype=bool)
     order = np.argsort(comparable, kind="stable")[: round(rule.quantile * n)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.errors import RequestError
-from tunery.spec import Compute
+from tunery.spec import Compute, Experiment, Training
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,16 @@ def visible_gpus(present: int, cuda_visible_devices: str | None) -> int:
     return min(present, len([*itertools.takewhile(lambda part: part not in ("", "-1"), listed)]))
 
 
-def resolve_compute(compute: Compute, hardware: Hardware) -> tuple[Compute, dict[str, str]]:
-    """Compute with no `auto` in workers and device, and the rule behind each.
+def batch_sizes(experiment: Experiment) -> list[int]:
+    """The global batch sizes that an experiment names, outside its search."""
+    stages = [stage for stage in experiment.stages.values() if isinstance(stage, Training)]
+    return [stage.global_batch_size for stage in stages if stage.global_batch_size != "auto"]
+
+
+def resolve_compute(
+    compute: Compute, hardware: Hardware, batches: Sequence[int] = ()
+) -> tuple[Compute, dict[str, str]]:
+    """Compute with no `auto` in workers and device, and the rule behind each; `batches` must be shared out evenly.
 
     Raises RequestError when the workers can never be placed there.
     """
@@ -49,8 +58,10 @@ def resolve_compute(compute: Compute, hardware: Hardware) -> tuple[Compute, dict
     if compute.workers != "auto":
         workers = compute.workers
     else:
-        workers = max(1, room if device == "gpu" else min(2, room))
+        most = max(1, room if device == "gpu" else min(2, room))
+        workers = next(count for count in range(most, 0, -1) if all(size % count == 0 for size in batches))
         rules["workers"] = "one a GPU" if device == "gpu" else f"at most 2 on {hardware.cpus} CPUs"
+        rules["workers"] += "" if workers == most else ", as many as share out every global batch size"
     per_trial = compute.workers_per_trial
     if not isinstance(per_trial, int):
         per_trial = 1

@@ -17,11 +17,12 @@ from rich.text import Text
 from tunery.data.read import read_source
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
-from tunery.runner.compute import concurrent_trials, local_hardware, resolve_compute
+from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
 from tunery.spec import Compute, Dataset, Evaluate, Experiment, Lora, Pretrain, Pretrained, Scratch, Select, Sft, Stage
 from tunery.spec.graph import order
 from tunery.store import Artifact, Store
+from tunery.store.rows import read_rows
 from tunery.track.wording import duration
 from tunery.train.auto import resolve
 from tunery.train.batches import plan_batches
@@ -64,7 +65,7 @@ class Plan:
 def make_plan(experiment: Experiment, folder: Path, store: Store) -> Plan:
     """Raises RequestError when the workers can't be placed on this machine."""
     hardware = local_hardware()
-    compute, rules = resolve_compute(experiment.compute, hardware)
+    compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
     known = fingerprints(experiment, folder)
     before = _last_run(store, experiment.name)
     estimate = _Estimates(experiment, folder, compute)
@@ -127,9 +128,7 @@ class _Estimates:
         why: str,
         before: dict[str, Any] | None,
     ) -> PlannedStage:
-        make: Callable[..., PlannedStage] = partial(
-            PlannedStage, name, stage.kind, print_, artifact is not None, why
-        )
+        make: Callable[..., PlannedStage] = partial(PlannedStage, name, stage.kind, print_, artifact is not None, why)
         facts = artifact.facts if artifact else {}
         if "parameters" in facts:
             self._parameters[name] = facts["parameters"]
@@ -141,6 +140,8 @@ class _Estimates:
             return self._training(make, name, stage, artifact, before)
         rows = int(facts["rows"]) if artifact else self._count(name, stage)
         self._rows[name] = rows
+        if artifact is not None:
+            self._characters[name] = sum(map(_length, read_rows(artifact.path, ["text", "messages"])))
         self._characters.setdefault(name, self._characters.get(getattr(stage, "data", ""), 0))
         scale = rows / max(1, before["facts"].get("rows", rows)) if before else 1.0
         return make(rows=rows, seconds=self._seconds(artifact, before, scale))
@@ -237,9 +238,7 @@ def render_plan(plan: Plan) -> RenderableType:
         )
     lines: list[RenderableType] = [Text(f"{plan.experiment}  (store {plan.store})", style="bold"), table]
     lines += [
-        Text(f"  auto: {stage.name}.{name} = {value}")
-        for stage in plan.stages
-        for name, value in stage.auto.items()
+        Text(f"  auto: {stage.name}.{name} = {value}") for stage in plan.stages for name, value in stage.auto.items()
     ]
     lines += [Text(f"  auto: compute.{name} = {plan.compute[name]} ({rule})") for name, rule in plan.rules.items()]
     if plan.search:

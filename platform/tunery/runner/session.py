@@ -1,4 +1,4 @@
-"""One run of an experiment: Ray started once, the event log followed, the ending told."""
+"""Ray, started once a run; and what libraries print, kept out of the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUIET = {
 
 
 class RaySession:
-    """Ray, started at the first need and then kept: `cluster(compute)` gives its hardware."""
+    """Ray, started at the first need and then kept."""
 
     def __init__(self, log: EventLog, logs: Path) -> None:
         self._log = log

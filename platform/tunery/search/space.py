@@ -80,9 +80,7 @@ def metric_of(facts: Mapping[str, Any], metric: str) -> float:
     if len(rest) == 1:
         return float(facts[rest[0]])
     model, data, name = rest
-    return next(
-        float(result[name]) for result in facts["results"] if (result["model"], result["set"]) == (model, data)
-    )
+    return next(float(result[name]) for result in facts["results"] if (result["model"], result["set"]) == (model, data))
 
 
 def curve_stage(experiment: Experiment) -> str | None:

@@ -54,7 +54,9 @@ class TrialFunction:
 
         log = EventLog(self.where.events / f"{identifier}.jsonl", trial=identifier)
         begin = time.time()
-        made = execute(trial_spec, self.where, log, Trial(identifier, in_process=in_process, report=report, callbacks=callbacks))
+        made = execute(
+            trial_spec, self.where, log, Trial(identifier, in_process=in_process, report=report, callbacks=callbacks)
+        )
         artifact = made[metric_stage(metric)]
         if curve and not last["rows"]:
             # Trained by an earlier run: its evaluations are told to the scheduler as if they came now.

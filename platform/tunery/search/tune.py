@@ -15,7 +15,7 @@ from tunery.interrupt import interruptible
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
-from tunery.search.space import metric_stage, most_rows, parameter_space, trial_id
+from tunery.search.space import metric_stage, most_rows, parameter_space, trial_experiment, trial_id
 from tunery.search.trial import FINISHED, TrialFunction
 from tunery.spec import Experiment
 from tunery.spec.graph import closure
@@ -111,7 +111,17 @@ def _search(
         {"seconds": time.time() - begin},
     )
     shutil.rmtree(work, ignore_errors=True)
+    _drop_leftovers(experiment, where, trials)
     return artifact
+
+
+def _drop_leftovers(experiment: Experiment, where: Where, trials: list[dict[str, Any]]) -> None:
+    """Stopped trials leave checkpoints behind that nobody goes on from once the search is over."""
+    for trial in trials:
+        if trial["state"] == "stopped":
+            stages = trial_experiment(experiment, trial["overrides"])
+            for name, (print_, _, _) in fingerprints(stages, where.folder).items():
+                shutil.rmtree(where.store.work(stages.stages[name].kind, print_), ignore_errors=True)
 
 
 def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, work: Path) -> Any:
@@ -143,9 +153,7 @@ def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     if tune.Tuner.can_restore(str(work / "tune")):
-        return tune.Tuner.restore(
-            str(work / "tune"), trainable=trainable, resume_unfinished=True, restart_errored=True
-        )
+        return tune.Tuner.restore(str(work / "tune"), trainable=trainable, resume_unfinished=True, restart_errored=True)
     return tune.Tuner(
         trainable,
         param_space=parameter_space(search),

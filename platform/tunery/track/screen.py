@@ -8,7 +8,6 @@ once it has ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import Any
 
 from rich import box

@@ -53,7 +53,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         self.model.train()
         metrics = {"eval_loss": float(totals[0] / totals[1].clamp(min=1))}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +71,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         rows_per_step: int,
         total: int,
         emit: Callable[..., None],
+        written_by: str,
         report: Report,
     ) -> None:
         self.evaluate_at = set(evaluate_at)
@@ -79,6 +80,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.rows_per_step = rows_per_step
         self.total = total
         self.emit = emit
+        self.written_by = written_by
         self.report = report
         self.first_step_at: float | None = None
         self.history: list[dict[str, float]] = []
@@ -130,24 +132,26 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         if dist.get_rank() == 0:
             lines = "".join(json.dumps(point) + "\n" for point in self.history)
             (self.checkpoints / f"checkpoint-{state.global_step}" / HISTORY).write_text(lines)
-            mark_whole(self.checkpoints, state.global_step, dist.get_world_size())
+            mark_whole(self.checkpoints, state.global_step, self.written_by)
 
 
-def mark_whole(checkpoints: Path, step: int, world_size: int) -> None:
-    (checkpoints / f"checkpoint-{step}" / "whole").write_text(str(world_size))
+def written_by(workers: int, zero_stage: int, dtype: str) -> str:
+    """What a DeepSpeed checkpoint can be loaded by: the same number of workers, ZeRO stage and precision."""
+    return f"{workers} workers, ZeRO-{zero_stage}, {dtype}"
+
+
+def mark_whole(checkpoints: Path, step: int, written_by: str) -> None:
+    (checkpoints / f"checkpoint-{step}" / "whole").write_text(written_by)
     for older in checkpoints.glob("checkpoint-*"):
         if int(older.name.split("-")[1]) < step:
             shutil.rmtree(older)
 
 
-def last_checkpoint(checkpoints: Path, world_size: int) -> Path | None:
-    """The newest whole checkpoint that this number of workers can load; half-written ones are left alone.
-
-    DeepSpeed's checkpoints load at the world size that wrote them only.
-    """
+def last_checkpoint(checkpoints: Path, written_by: str) -> Path | None:
+    """The newest whole checkpoint that was written by workers like ours; half-written ones are left alone."""
     whole = [
         path
         for path in checkpoints.glob("checkpoint-*")
-        if (path / "whole").is_file() and (path / "whole").read_text() == str(world_size)
+        if (path / "whole").is_file() and (path / "whole").read_text() == written_by
     ]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)

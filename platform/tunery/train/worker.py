@@ -79,14 +79,15 @@ def train(job: Job, report: Report) -> None:
         )
     evaluation = _tokens(job.spec, read_rows(job.eval_rows, ["text", "messages"]), tokenizer) if job.eval_rows else None
     spec = job.spec
-    assert spec.epochs != "auto" and spec.global_batch_size != "auto", "resolved by the launcher"
+    assert spec.epochs != "auto", "resolved by the launcher"
+    assert spec.global_batch_size != "auto", "resolved by the launcher"
     micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
     batching = plan_batches(len(data.ids), spec.epochs, spec.global_batch_size, world, micro)
     trainer, steps = _trainer(job, source, tokenizer, data, evaluation, batching, dtype, emit, report)
 
     from tunery.train.trainer import HISTORY, last_checkpoint
 
-    checkpoint = last_checkpoint(job.work / "checkpoints", world)
+    checkpoint = last_checkpoint(job.work / "checkpoints", steps.written_by)
     dist.barrier()
     resumed = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     if checkpoint:
@@ -195,7 +196,7 @@ def _trainer(
     from tunery.models.load import load_model
     from tunery.models.tuners import lora_config
     from tunery.train.deepspeed_config import deepspeed_config
-    from tunery.train.trainer import Steps, Trainer
+    from tunery.train.trainer import Steps, Trainer, written_by
 
     spec, compute = job.spec, job.compute
     size = batching.global_batch_size
@@ -239,7 +240,8 @@ def _trainer(
         size,
         batching.steps,
         emit,
-        lambda step, metrics: report({"step": float(step), "rows": float(step * size), **metrics}),
+        written_by(batching.workers, compute.zero_stage, dtype),
+        lambda step, metrics: _report_unless_last(report, step, size, batching.steps, metrics),
     )
     trainer = Trainer(
         model=model,
@@ -252,6 +254,13 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, steps
+
+
+def _report_unless_last(report: Report, step: int, size: int, steps: int, metrics: dict[str, float]) -> None:
+    """A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one is
+    told with the finished artifact (search/trial.py)."""
+    if step < steps:
+        report({"step": float(step), "rows": float(step * size), **metrics})
 
 
 def _save(trainer: Any, tokenizer: Any, source: dict[str, Any], job: Job, rank: int) -> None:

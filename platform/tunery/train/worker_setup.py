@@ -25,8 +25,10 @@ def prepare_process(device: str, threads: int) -> None:
     if "RANK" not in os.environ:  # a trial that trains in its own process has no launcher
         os.environ |= ALONE
     if not torch.distributed.is_initialized():
+        from torch._C._distributed_c10d import HashStore
+
         backend = "nccl" if device == "gpu" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if not comm.is_initialized():
         # transformers would initialise it with the GPU's backend; ZeRO-3 on CPU then fails with
         # "train_batch_size 4 != 2*1*1" (DeepSpeed 0.19.8, transformers 5.23).

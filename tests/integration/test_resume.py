@@ -1,0 +1,114 @@
+"""Killed, interrupted, failed: the same command goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Bench, wait_for
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the measured times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "measured.json"
+    }
+
+
+def checkpoints(bench: Bench) -> list[Path]:
+    return list(bench.store.glob("work/sft-*/checkpoints/checkpoint-*/whole"))
+
+
+def worker_pids() -> list[int]:
+    """Training workers, by the title that Ray gives their processes while they train."""
+    found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Bench, before_sft: Bench) -> None:
+    first = before_sft.start()
+    wait_for(lambda: checkpoints(before_sft), process=first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    wait_for(lambda: not worker_pids(), seconds=60)
+    assert checkpoints(before_sft)
+    assert not before_sft.artifacts("sft")
+    second = before_sft.tunery("run", str(before_sft.file))
+    assert second.returncode == 0, second.stdout + second.stderr
+    resumed = [
+        e["facts"]["resumed_from"]
+        for e in before_sft.events()
+        if e["event"] == "stage_finished" and e["stage"] == "sft"
+    ]
+    assert resumed[0] >= 10, "it began again from nothing"
+    assert contents(before_sft.only("sft")) == contents(made.only("sft"))
+    assert contents(before_sft.only("evaluate")) == contents(made.only("evaluate"))
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Bench) -> None:
+    run = before_sft.start()
+    wait_for(lambda: checkpoints(before_sft), process=run)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, out + err
+    assert "the same command goes on" in err
+    assert "Traceback" not in out + err
+    assert (before_sft.run / "report.html").is_file()
+    wait_for(lambda: not worker_pids(), seconds=60)
+
+
+def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Bench) -> None:
+    finished = {path.name for path in (before_sft.store / "artifacts").iterdir()}
+    run = before_sft.start()
+    wait_for(lambda: checkpoints(before_sft), process=run)
+    os.kill(worker_pids()[0], signal.SIGKILL)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 1, out + err
+    assert "stage sft: a worker process was killed" in err
+    assert "Traceback" not in out + err
+    assert finished <= {path.name for path in (before_sft.store / "artifacts").iterdir()}
+    assert checkpoints(before_sft), "the last checkpoint must stay"
+
+
+def test_a_worker_out_of_memory_is_named(before_sft: Bench) -> None:
+    """Ray's memory monitor kills the training worker, because nearly all memory counts as too much."""
+    done = before_sft.tunery(
+        "run", str(before_sft.file), RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "out of memory" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("small")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    for _ in range(20):
+        if subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False).returncode == 0:
+            break
+        time.sleep(0.5)
+
+
+def test_a_full_disk_is_named_and_nothing_finished_is_lost(before_sft: Bench, small_disk: Path) -> None:
+    shutil.copytree(before_sft.store, small_disk / "store")
+    finished = {path.name for path in (small_disk / "store" / "artifacts").iterdir()}
+    bench = Bench(small_disk)
+    shutil.copy(before_sft.file, bench.file)
+    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the disk is full" in done.stderr, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert finished <= {path.name for path in (bench.store / "artifacts").iterdir()}

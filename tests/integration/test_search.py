@@ -1,0 +1,58 @@
+"""A search: trials share what they have in common, a restarted one goes on, and the best is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+from conftest import Bench, facts, wait_for
+
+
+def searched(experiment: dict) -> None:
+    experiment["stages"]["sft"]["epochs"] = 1
+    experiment["search"] = {
+        "metric": "sft.eval_loss",
+        "mode": "min",
+        "trials": 4,
+        "algorithm": "grid",
+        "space": {
+            "sft.learning_rate": {"choice": [1e-3, 3e-3]},
+            "clean.keep.perplexity.quantile": {"choice": [0.5, 0.8]},
+        },
+    }
+
+
+def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Bench) -> None:
+    before_sft.write(searched)
+    first = before_sft.start()
+    done = lambda: [e for e in before_sft.events() if e["event"] == "trial_finished"]  # noqa: E731
+    wait_for(lambda: (before_sft.run / "events").is_dir() and done(), process=first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    trained_before = {path.name for path in before_sft.artifacts("sft")}
+    assert trained_before
+    second = before_sft.tunery("run", str(before_sft.file))
+    assert second.returncode == 0, second.stdout + second.stderr
+    (search,) = before_sft.artifacts("search")
+    trials = facts(search)["trials"]
+    assert [trial["state"] for trial in trials] == ["done"] * 4
+    assert facts(search)["best"]["value"] == min(trial["value"] for trial in trials)
+    made = Counter(
+        event["fingerprint"]
+        for event in before_sft.events()
+        if event["event"] == "stage_finished" and not event["reused"]
+    )
+    assert max(made.values()) == 1, "something was made twice"
+    assert len(before_sft.artifacts("score")) == 1
+    assert len(before_sft.artifacts("select")) == 2
+    assert len(before_sft.artifacts("sft")) == 4
+    table = next(event for event in before_sft.events() if event.get("title", "").startswith("Held-out loss"))
+    assert any("best trial" in str(row[0]) for row in table["rows"])
+    third = before_sft.tunery("run", str(before_sft.file), "--json")
+    assert json.loads(third.stdout)["run"] == "small"
+    assert len(list(Path(before_sft.store / "artifacts").iterdir())) == len(
+        {path.name for path in (before_sft.store / "artifacts").iterdir()}
+    )
