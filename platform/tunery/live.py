@@ -64,9 +64,11 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
                 except TuneryError as failed:
                     error = failed
         finally:
-            report = write_report(folder)
-            synced = mirror.close()
-            session.stop()
+            session.stop()  # first: workers may still write into a stage whose lease is given back
+            try:
+                report = write_report(folder)
+            finally:
+                synced = mirror.close()
         console.print()
         for line in (f"report: {report}", *synced.notes, f"logs:   {folder / 'logs'}"):
             console.print(line, soft_wrap=True)

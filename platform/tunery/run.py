@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import tunery
 from tunery.comparison import filter_table, loss_table, search_table
-from tunery.errors import Interrupted, TuneryError
+from tunery.errors import Interrupted
 from tunery.runner.check import check
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.execute import Trial, Where, execute
+from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.session import RaySession
 from tunery.search.space import curve_stage, metric_stage
@@ -70,22 +72,27 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
         command="tunery " + " ".join(sys.argv[1:]),
     )
     try:
-        outcome = _run(experiment, where, log, session)
+        outcome = _run(experiment, source, where, log, session)
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last finished stage or checkpoint"
         log.write("run_finished", state="interrupted", seconds=time.time() - begin, message=message)
         raise Interrupted(message) from None
-    except TuneryError as error:
-        log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(error))
-        raise
+    except Exception as error:
+        told = explain(error, "run", where)
+        with suppress(OSError):  # on a full disk the error matters more than its place in the log
+            log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(told))
+        raise told from error
     log.write("run_finished", state="done", seconds=time.time() - begin, message="")
     return outcome
 
 
-def _run(experiment: Experiment, where: Where, log: EventLog, session: RaySession) -> Outcome:
+def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog, session: RaySession) -> Outcome:
     if _needs_ray(experiment, where):
         hardware = session.start(experiment.compute)
         compute, _ = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
+        assert compute.workers != "auto", "resolved"
+        assert compute.workers_per_trial != "auto", "resolved"
+        check(experiment, source, where.store, compute.workers, compute.workers_per_trial)
         experiment = experiment.model_copy(update={"compute": compute})
     made = execute(experiment, where, log)
     found: Artifact | None = None
@@ -93,8 +100,7 @@ def _run(experiment: Experiment, where: Where, log: EventLog, session: RaySessio
     if experiment.search is not None:
         from tunery.search.tune import Room, run_search
 
-        hardware = session.hardware or local_hardware()
-        room = Room(*concurrent_trials(experiment.compute, hardware))
+        room = Room(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
         found = run_search(experiment, where, log, room, _rows_of(experiment, made))
         best = _measure_best(experiment, where, log, found)
     for table in (

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -250,7 +249,7 @@ def test_lease_is_given_back_after_use_and_after_an_error(tmp_path: Path) -> Non
 def test_living_holder_keeps_out_others_and_is_named(holder: int, tmp_path: Path) -> None:
     with pytest.raises(LeaseHeld) as caught, Lease(tmp_path / "lease"):
         pass
-    assert caught.value.holder == f"process {holder} on {socket.gethostname()}"
+    assert caught.value.holder == f"process {holder} on {lease_module._host()}"
 
 
 def test_second_holder_waits_until_the_first_gives_back(tmp_path: Path, quick: Callable[[float], None]) -> None:
@@ -295,7 +294,7 @@ def test_stopped_process_keeps_its_lease_however_long_it_sleeps(holder: int, tmp
 
 
 def test_reused_process_id_is_not_taken_for_the_former_owner(tmp_path: Path) -> None:
-    foreign(tmp_path / "lease", 0, host=socket.gethostname(), pid=os.getpid(), start="1")
+    foreign(tmp_path / "lease", 0, host=lease_module._host(), pid=os.getpid(), start="1")
     with Lease(tmp_path / "lease"):
         pass
 
@@ -348,7 +347,7 @@ def test_exactly_one_of_many_contenders_wins(how: str, tmp_path: Path) -> None:
     for number in range(rounds):
         path = tmp_path / f"lease{number}"
         if how == "dead":
-            foreign(path, 0, host=socket.gethostname(), pid=os.getpid(), start="1")
+            foreign(path, 0, host=lease_module._host(), pid=os.getpid(), start="1")
         elif how == "expired":
             foreign(path, EXPIRY + 1)
         start, done, won = FORK.Barrier(contenders), FORK.Event(), FORK.Queue()

@@ -62,6 +62,10 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
 
 
+def is_adapter(source: Source) -> bool:
+    return "artifact" in source and not (Path(source["artifact"]) / "model").is_dir()
+
+
 def base_of(artifact: Path) -> Source:
     """What an adapter lies on. Artifacts are named relative to the store, so that a store can be moved."""
     base: Source = json.loads((artifact / "base.json").read_text())

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,9 @@ def _make(
             shutil.rmtree(work, ignore_errors=True)
     except Exception as error:
         told = explain(error, name, where, trial.id)
-        emit(
-            "stage_failed", kind=stage.kind, message=told.message, cause=told.cause, remedy=told.remedy, log=_log(told)
-        )
+        with suppress(OSError):  # on a full disk the error matters more than its place in the log
+            story = {"message": told.message, "cause": told.cause, "remedy": told.remedy, "log": _log(told)}
+            emit("stage_failed", kind=stage.kind, **story)
         raise told from error
     _tell_finished(log, name + trial.label, artifact, reused=False, seconds=seconds)
     return artifact

@@ -12,6 +12,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunery.errors import StageError, TuneryError
@@ -26,9 +27,9 @@ FULL = 4 << 20
 
 def explain(error: BaseException, stage: str, where: Where, trial: str = "") -> TuneryError:
     """The same error when it is one of ours (found anywhere in the chain), else a StageError."""
-    where.logs.mkdir(parents=True, exist_ok=True)
     log = where.logs / f"{trial or 'run'}-{stage}-error.txt"
     try:
+        where.logs.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)))
     except OSError:  # a full disk must not hide itself
         pass
@@ -53,7 +54,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         workers = getattr(link, "worker_failures", None)
         if isinstance(workers, dict):
             queue += sorted(workers.values(), key=lambda failure: bool(FOLLOWERS.search(str(failure))))
-        for next_link in (getattr(link, "cause", None), link.__cause__, link.__context__):
+        context = None if link.__suppress_context__ else link.__context__
+        for next_link in (getattr(link, "cause", None), link.__cause__, context):
             if isinstance(next_link, BaseException):
                 queue.append(next_link)
 
@@ -64,10 +66,10 @@ def _cause(chain: list[BaseException], where: Where) -> tuple[str, str, str]:
     whole = "\n".join(texts)
     again = "then give the same command again: it goes on from the last checkpoint"
     if _disk_full(chain, whole, where):
-        free = shutil.disk_usage(where.store.root).free
+        place = _full_place(chain, where)
         return (
             "the disk is full",
-            f"{where.store.root} has {free / 1e6:,.0f} MB left",
+            f"{place} has {shutil.disk_usage(place).free / 1e6:,.0f} MB left",
             f"free some space or give another --store, {again}",
         )
     if ("OutOfMemoryError" in names and "RayError" not in names) or "CUDA out of memory" in whole:
@@ -82,7 +84,8 @@ def _cause(chain: list[BaseException], where: Where) -> tuple[str, str, str]:
             _line(whole, "memory"),
             "lower compute.micro_batch_size or compute.workers, or use a machine with more memory; " + again,
         )
-    if names & {"ActorDiedError", "WorkerCrashedError", "NodeDiedError", "ActorUnavailableError"}:
+    died = "worker process has died" in whole or "WorkerHealthCheckFailedError" in names
+    if died or names & {"ActorDiedError", "WorkerCrashedError", "NodeDiedError", "ActorUnavailableError"}:
         signal = re.search(r"SIG[A-Z]+", whole)
         return (
             "a worker process was killed",
@@ -106,6 +109,12 @@ def _disk_full(chain: list[BaseException], whole: str, where: Where) -> bool:
     if os.strerror(errno.ENOSPC) in whole:
         return True
     return shutil.disk_usage(where.store.root).free < FULL
+
+
+def _full_place(chain: list[BaseException], where: Where) -> Path:
+    """The folder that was written to, where the error names it; else the store."""
+    names = [Path(str(link.filename)).parent for link in chain if isinstance(link, OSError) and link.filename]
+    return next((name for name in names if name.is_dir()), where.store.root)
 
 
 def _line(text: str, word: str) -> str:

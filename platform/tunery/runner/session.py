@@ -68,6 +68,7 @@ class RaySession:
             where = "this machine"
             gigabytes = 0.5 if compute.object_store_gb == "auto" else compute.object_store_gb
             ray.init(
+                address="local",  # not a cluster that happens to run here: RAY_ADDRESS names the one that is meant
                 num_cpus=len(os.sched_getaffinity(0)),
                 object_store_memory=int(gigabytes * 1e9),
                 include_dashboard=_dashboard_is_there(),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.runner.execute import Trial, Where, execute
+from tunery.runner.identity import fingerprints
 from tunery.search.space import curve_stage, metric_of, metric_stage, trial_experiment, trial_id
 from tunery.spec import Experiment
 from tunery.track.events import EventLog
@@ -54,18 +55,24 @@ class TrialFunction:
 
         log = EventLog(self.where.events / f"{identifier}.jsonl", trial=identifier)
         begin = time.time()
+        made_before = self._is_made(trial_spec, metric_stage(metric))
         made = execute(
             trial_spec, self.where, log, Trial(identifier, in_process=in_process, report=report, callbacks=callbacks)
         )
         artifact = made[metric_stage(metric)]
-        if curve and not last["rows"]:
-            # Trained by an earlier run: its evaluations are told to the scheduler as if they came now.
-            for point in _evaluations(artifact.path / "history.jsonl"):
+        if curve and made_before:
+            # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last
+            # one: that is this trial's own last report.
+            for point in _evaluations(artifact.path / "history.jsonl")[:-1]:
                 report(curve, {name: point[name] for name in ("step", "rows", "eval_loss")})
         value = metric_of(artifact.facts, metric)
         rows = artifact.facts.get("steps", 0) * artifact.facts.get("global_batch_size", 0)
         # A last report of its own: `rows` must not fall behind what the scheduler has seen.
         tune.report({key: value, "rows": float(max(rows, last["rows"])), FINISHED: 1.0, "seconds": time.time() - begin})
+
+    def _is_made(self, experiment: Experiment, stage: str) -> bool:
+        print_ = fingerprints(experiment, self.where.folder)[stage][0]
+        return self.where.store.find(experiment.stages[stage].kind, print_) is not None
 
 
 def _evaluations(history: Path) -> list[dict[str, float]]:

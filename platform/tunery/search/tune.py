@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tunery.search.space import metric_stage, most_rows, parameter_space, trial_
 from tunery.search.trial import FINISHED, TrialFunction
 from tunery.spec import Experiment
 from tunery.spec.graph import closure
-from tunery.store import Artifact, fingerprint
+from tunery.store import Artifact, LeaseHeld, fingerprint
 from tunery.track.events import EventLog
 
 VERSION = 1
@@ -36,10 +37,11 @@ class Room:
     reason: str
 
 
-def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int) -> Artifact:
+def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room | None, rows: int) -> Artifact:
     """The search's artifact: facts are the trials and the best one's overrides.
 
-    `rows` is how many rows the searched training sees at most in an epoch. Raises StageError when no trial ended.
+    `room` may be None when Ray has not been started, because the search is known to be done. `rows` is how many rows
+    the searched training sees at most in an epoch. Raises StageError when no trial ended.
     """
     search = experiment.search
     assert search is not None, "called for experiments with a search"
@@ -51,11 +53,12 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room, 
         trials=search.trials,
         scheduler=search.scheduler,
         space={path: dimension.describe() for path, dimension in search.space.items()},
-        max_concurrent=room.trials,
-        reason=room.reason,
+        max_concurrent=room.trials if room else None,
+        reason=room.reason if room else "",
     )
     artifact = where.store.find("search", print_)
     if artifact is None:
+        assert room is not None, "a search that is not done needs Ray"
         with where.store.lease("search", print_, lambda holder: time.sleep(1)):
             artifact = where.store.find("search", print_) or _search(
                 experiment, where, log, room, rows, print_, described
@@ -81,6 +84,11 @@ def search_fingerprint(experiment: Experiment, folder: Path) -> tuple[str, dict[
         update={"stages": closure(experiment.stages, [metric_stage(experiment.search.metric)])}
     )
     inputs = {name: item[0] for name, item in fingerprints(needed, folder).items()}
+    for path, dimension in experiment.search.space.items():
+        for value in dimension.choice or ():  # a choice may lead to other stages, files or models
+            trial = trial_experiment(experiment, {path: value})
+            for name, item in fingerprints(trial, folder).items():
+                inputs[f"{path}={value}: {name}"] = item[0]
     identity = {"version": VERSION, "seed": experiment.seed, **experiment.search.model_dump(mode="json")}
     return fingerprint("search", identity, inputs), {"identity": identity, "inputs": inputs}
 
@@ -96,9 +104,12 @@ def _search(
         results = interruptible(_tuner(experiment, where, log, room, rows, work).fit)
     except Exception as error:
         raise explain(error, "search", where) from error
-    trials = [_outcome(result, search.metric) for result in results]
-    trials = sorted({trial["trial"]: trial for trial in trials}.values(), key=lambda trial: _rank(trial, search.mode))
-    if trials[0]["state"] != "done":
+    outcomes = [_outcome(result, search.metric) for result in results]
+    trials: list[dict[str, Any]] = []
+    for outcome in sorted(outcomes, key=lambda trial: _rank(trial, search.mode)):
+        if outcome["trial"] not in {trial["trial"] for trial in trials}:  # the same values drawn twice are one trial
+            trials.append(outcome)
+    if _rank(trials[0], search.mode)[0]:
         errors = "\n  ".join(sorted({trial["error"] for trial in trials if trial["error"]})[:3])
         raise StageError("search", "no trial ran to its end", cause=errors, remedy="see the trials' logs in the report")
     out = work / "out"
@@ -118,25 +129,34 @@ def _search(
 def _drop_leftovers(experiment: Experiment, where: Where, trials: list[dict[str, Any]]) -> None:
     """Stopped trials leave checkpoints behind that nobody goes on from once the search is over."""
     for trial in trials:
-        if trial["state"] == "stopped":
-            stages = trial_experiment(experiment, trial["overrides"])
-            for name, (print_, _, _) in fingerprints(stages, where.folder).items():
-                shutil.rmtree(where.store.work(stages.stages[name].kind, print_), ignore_errors=True)
+        if trial["state"] != "stopped":
+            continue
+        stages = trial_experiment(experiment, trial["overrides"])
+        for name, (print_, _, _) in fingerprints(stages, where.folder).items():
+            kind = stages.stages[name].kind
+            with suppress(LeaseHeld), where.store.lease(kind, print_):  # another run may be at it
+                shutil.rmtree(where.store.work(kind, print_), ignore_errors=True)
 
 
 def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, work: Path) -> Any:
-    """A new one, or the one of an earlier try that was cut off: its finished trials are kept, the others go on."""
+    """A new one also when an earlier try was cut off: the same seed draws the same trials, and what those had made
+    comes from the store, finished models whole and unfinished ones from their checkpoints. (Tuner.restore of Ray 2.60
+    forgets ASHA's rungs, and falls back to a single trial without values when its state was cut off in the writing.)
+    """
     from ray import tune
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from tunery.search.progress import TellTrials
 
+    shutil.rmtree(work / "tune", ignore_errors=True)
     search = experiment.search
     assert search is not None, "checked by run_search"
     key = search.metric.split(".")[-1]
     compute = experiment.compute
     in_process = compute.workers_per_trial == 1
-    # A trial that trains on workers of its own takes no CPU itself: drivers must never hold what their workers need.
-    cpus = compute.cpus_per_worker if in_process else 0
+    # A trial that trains on workers of its own takes next to no CPU itself: drivers must never hold what their workers
+    # need. Not 0: Tune (2.60) refuses a trial without any resource.
+    cpus = compute.cpus_per_worker if in_process else 0.01
     gpus = 1 if in_process and compute.device == "gpu" else 0
     trainable = tune.with_resources(TrialFunction(experiment, where).__call__, {"CPU": cpus, "GPU": gpus})
     scheduler = None
@@ -149,11 +169,8 @@ def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows
             max_t=max(longest, REDUCTION_FACTOR**2),
             grace_period=max(1, longest // REDUCTION_FACTOR**2),
             reduction_factor=REDUCTION_FACTOR,
+            stop_last_trials=False,  # a trial ends by itself, with its model; at max_t it would be stopped before
         )
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-
-    if tune.Tuner.can_restore(str(work / "tune")):
-        return tune.Tuner.restore(str(work / "tune"), trainable=trainable, resume_unfinished=True, restart_errored=True)
     return tune.Tuner(
         trainable,
         param_space=parameter_space(search),

@@ -88,7 +88,10 @@ class Store:
         _write_json(folder / "measured.json", measured)
         _write_json(folder / "manifest.json", manifest)
         _sync_tree(folder)
-        if final.exists():  # never seen by find() without a manifest: a leftover that somebody half deleted
+        if (made := read_artifact(final)) is not None:  # by somebody who took our lease for dead: the same result
+            shutil.rmtree(folder)
+            return made
+        if final.exists():  # without a manifest: a leftover that somebody half deleted
             shutil.rmtree(final)
         folder.rename(final)
         _sync(final.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,18 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over names, sizes and content of all files below `folder`; of large files the first and last MiB.
+    """sha256 over the names and bytes of all files below `folder`.
 
-    Model folders hold tens of gigabytes: reading them whole at every plan would take minutes, and weights that
-    differ, differ in their first and last MiB, or in their config.
+    About a second a gigabyte, so a process reads a folder once, until a file's size or time changes.
     """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [path.stat() for path in files]
+    return _digest(folder, tuple(zip(files, ((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats), strict=True)))
+
+
+@cache
+def _digest(folder: Path, files: tuple[tuple[Path, tuple[int, int, int]], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            if size > 1 << 21:
-                file.seek(-(1 << 20), 2)
-            digest.update(file.read(1 << 20))
+    for path, _ in files:
+        digest.update(f"{path.relative_to(folder)}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()

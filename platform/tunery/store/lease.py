@@ -72,7 +72,7 @@ class Lease:
                 return holder
             owner = {
                 "token": self._token,
-                "host": socket.gethostname(),
+                "host": _host(),
                 "pid": os.getpid(),
                 "start": _start(os.getpid()),
             }
@@ -99,8 +99,17 @@ def _living_holder(path: Path) -> str | None:
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    dead = _start(owner["pid"]) != owner["start"] if owner["host"] == socket.gethostname() else age > EXPIRY
+    dead = _start(owner["pid"]) != owner["start"] if owner["host"] == _host() else age > EXPIRY
     return None if dead else f"process {owner['pid']} on {owner['host']}"
+
+
+def _host() -> str:
+    """Host and process namespace: two containers may share a host's name, and each other's process numbers mean
+    nothing to them."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _start(pid: int) -> str:

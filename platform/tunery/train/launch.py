@@ -104,8 +104,12 @@ def _train_here(job: Job, report: Report) -> None:
 
     forget_training()
     # Not TorchTrainer: that one ends a local run by destroying the process group, which the next trial needs.
-    DataParallelTrainer(
+    trainer = DataParallelTrainer(
         lambda: train(dataclasses.replace(job, workers=1), report),
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    finally:
+        forget_training()

@@ -86,6 +86,12 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.history: list[dict[str, float]] = []
         """Points of the curves, of earlier tries too."""
         self._last_progress = 0.0
+        self._saved_at = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saved_at = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.time()
@@ -95,10 +101,12 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             self._last_progress = now
             self.emit("progress", done=state.global_step, total=self.total, unit="steps")
         control.should_evaluate = state.global_step in self.evaluate_at
-        control.should_save = state.global_step % self.save_every == 0 and state.global_step < self.total
-        # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: log before saving, so
-        # that a resumed run logs the same points.
-        control.should_log |= control.should_save
+        # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
+        # logged, so that a resumed run logs the same points, however often checkpoints are written.
+        due = state.global_step - self._saved_at >= self.save_every and control.should_log
+        if due and state.global_step < self.total:
+            control.should_save = True
+            self._saved_at = state.global_step
 
     def on_log(
         self,
@@ -145,6 +153,13 @@ def mark_whole(checkpoints: Path, step: int, written_by: str) -> None:
     for older in checkpoints.glob("checkpoint-*"):
         if int(older.name.split("-")[1]) < step:
             shutil.rmtree(older)
+
+
+def drop_foreign(checkpoints: Path, written_by: str) -> None:
+    """Checkpoints of other settings, and half-written ones: ours may have to be written under their names."""
+    for path in checkpoints.glob("checkpoint-*"):
+        if not (path / "whole").is_file() or (path / "whole").read_text() != written_by:
+            shutil.rmtree(path)
 
 
 def last_checkpoint(checkpoints: Path, written_by: str) -> Path | None:

@@ -62,10 +62,13 @@ def train(job: Job, report: Report) -> None:
     emit("progress", done=0, total=None, unit="steps", detail="loading model and rows")
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
-    source = _new_model(job, rank) if "scratch" in job.model else job.model
+    from tunery.models.load import is_adapter, load_tokenizer
 
-    from tunery.models.load import load_tokenizer
-
+    source = job.model
+    if "scratch" in source:
+        source = _new_model(job, rank)
+    elif compute.zero_stage == 3 and is_adapter(source):
+        source = _merged(job, source, rank)
     tokenizer = load_tokenizer(source)
     data = _tokens(job.spec, read_rows(job.rows, ["text", "messages"]), tokenizer)
     if not data.ids:
@@ -78,6 +81,15 @@ def train(job: Job, report: Report) -> None:
             remedy=f"change max_length (now {job.spec.max_length}), or give other rows",
         )
     evaluation = _tokens(job.spec, read_rows(job.eval_rows, ["text", "messages"]), tokenizer) if job.eval_rows else None
+    if evaluation is not None and not evaluation.ids:
+        raise StageError(
+            job.stage,
+            f"none of the {evaluation.rows} rows of `{job.spec.eval_data}` can be evaluated",
+            cause=f"they are shorter than a block of max_length ({job.spec.max_length}) tokens"
+            if isinstance(job.spec, Pretrain)
+            else "every answer is empty, or cut off because the question alone fills max_length",
+            remedy="change max_length, or give other rows as eval_data",
+        )
     spec = job.spec
     assert spec.epochs != "auto", "resolved by the launcher"
     assert spec.global_batch_size != "auto", "resolved by the launcher"
@@ -85,8 +97,11 @@ def train(job: Job, report: Report) -> None:
     batching = plan_batches(len(data.ids), spec.epochs, spec.global_batch_size, world, micro)
     trainer, steps = _trainer(job, source, tokenizer, data, evaluation, batching, dtype, emit, report)
 
-    from tunery.train.trainer import HISTORY, last_checkpoint
+    from tunery.train.trainer import HISTORY, drop_foreign, last_checkpoint
 
+    if rank == 0:
+        drop_foreign(job.work / "checkpoints", steps.written_by)
+    dist.barrier()
     checkpoint = last_checkpoint(job.work / "checkpoints", steps.written_by)
     dist.barrier()
     resumed = int(checkpoint.name.split("-")[1]) if checkpoint else 0
@@ -168,6 +183,23 @@ def _new_model(job: Job, rank: int) -> dict[str, Any]:
     if rank == 0 and not (folder / "whole").is_file():
         texts = (_plain_text(row) for row in read_rows(job.rows, ["text", "messages"]))
         write_scratch_model(folder, job.model["scratch"], texts, job.seed)
+        (folder / "whole").touch()
+    dist.barrier()
+    return {"pretrained": str(folder), "revision": None}
+
+
+def _merged(job: Job, source: dict[str, Any], rank: int) -> dict[str, Any]:
+    """An adapter merged into its base by rank 0 alone: under ZeRO-3 the base would load in pieces, and PEFT (0.21)
+    merges whole weights only."""
+    import torch
+    import torch.distributed as dist
+
+    from tunery.models.load import load_model, load_tokenizer
+
+    folder = job.work / "merged"
+    if rank == 0 and not (folder / "whole").is_file():
+        load_model(source, torch.float32).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
         (folder / "whole").touch()
     dist.barrier()
     return {"pretrained": str(folder), "revision": None}
@@ -276,7 +308,7 @@ def _save(trainer: Any, tokenizer: Any, source: dict[str, Any], job: Job, rank: 
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)
         if adapter:
-            write_base(job.out, source)
+            write_base(job.out, job.model if "scratch" not in job.model else source)
 
 
 def _facts(job: Job, data: Tokens, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:

@@ -46,14 +46,24 @@ ALONE = {
 
 
 def forget_training() -> None:
-    """Makes ready for one more training in this process: accelerate keeps the last one's plugin in module globals.
+    """Makes ready for something else in this process: accelerate and transformers keep the last training's
+    configuration in module globals, and under ZeRO-3 every model loaded after it would come in pieces.
 
     The process group stays: DeepSpeed has groups of it in many places (deepspeed.utils.groups, 0.19.8).
     """
-    from accelerate.state import AcceleratorState, GradientState
+    import gc
 
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def pick_dtype(precision: str, device: str) -> str:
