@@ -154,11 +154,12 @@ def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows
     key = search.metric.split(".")[-1]
     compute = experiment.compute
     in_process = compute.workers_per_trial == 1
-    # A trial that trains on workers of its own takes next to no CPU itself: drivers must never hold what their workers
-    # need. Not 0: Tune (2.60) refuses a trial without any resource.
-    cpus = compute.cpus_per_worker if in_process else 0.01
-    gpus = 1 if in_process and compute.device == "gpu" else 0
-    trainable = tune.with_resources(TrialFunction(experiment, where).__call__, {"CPU": cpus, "GPU": gpus})
+    resources: dict[str, float] = {"CPU": compute.cpus_per_worker, "GPU": 1 if compute.device == "gpu" else 0}
+    if not in_process:
+        # Its workers take the CPUs and GPUs, and the driver must hold none of them: a hundredth of a CPU would keep
+        # the last worker out. A byte of memory, because Tune (2.60) refuses a trial without any resource.
+        resources = {"CPU": 0, "memory": 1}
+    trainable = tune.with_resources(TrialFunction(experiment, where).__call__, resources)
     scheduler = None
     if search.scheduler == "asha":
         longest = most_rows(experiment, rows)
