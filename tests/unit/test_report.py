@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sample_run import Event, events_until, failed_events, sample_events, write_run
 
+from tunery.track import sections
 from tunery.track.axes import log_ticks, nice_ticks, spread
 from tunery.track.charts import Cut, Series, histogram_chart, line_chart, thinned
 from tunery.track.report import report_html, write_report
@@ -223,3 +224,14 @@ def test_long_curves_are_thinned_and_keep_their_end() -> None:
     points = [(float(index), float(index)) for index in range(10_000)]
     assert len(thinned(points)) <= 260
     assert thinned(points)[-1] == points[-1]
+
+
+def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:
+    def evaluated(stage: str, loss: float) -> dict:
+        result = {"model": "sft", "set": "heldout", "loss": loss, "perplexity": 9.0, "rows": 3, "tokens": 30}
+        return {"t": 1.0, "event": "stage_finished", "stage": stage, "kind": "evaluate", "fingerprint": stage,
+                "reused": False, "seconds": 1.0, "artifact": "", "facts": {"results": [result]}}  # fmt: skip
+
+    table = sections.leaderboard(replay([evaluated("eval", 2.5), evaluated("eval (best trial)", 2.25)]))
+    assert table is not None
+    assert [row[0].text for row in table.rows] == ["sft", "sft, eval (best trial)"]

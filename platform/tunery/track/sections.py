@@ -33,7 +33,7 @@ def comparisons(state: RunState) -> list[tuple[str, Table]]:
 
 def leaderboard(state: RunState) -> Table | None:
     """Models by sets: each number that the evaluations gave, the best of a column marked."""
-    results = [result for stage in state.stages.values() for result in listed(stage.facts.get("results"))]
+    results = _distinct_results(state)
     models = list(dict.fromkeys(str(result.get("model", "")) for result in results))
     sets = list(dict.fromkeys(str(result.get("set", "")) for result in results))
     values: dict[tuple[str, str, str], object] = {}
@@ -59,6 +59,20 @@ def leaderboard(state: RunState) -> Table | None:
         best=best,
         notes=_set_sizes(results),
     )
+
+
+def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
+    """Results of all evaluations. Where a later one measured a model of the same name otherwise (the best trial's
+    beside the file's own), that row names its stage too."""
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for stage in state.stages.values():
+        for result in listed(stage.facts.get("results")):
+            model, name = str(result.get("model", "")), str(result.get("set", ""))
+            earlier = found.setdefault((model, name), result)
+            if earlier != result:
+                label = f"{model}, {stage.name}"
+                found[label, name] = {**result, "model": label}
+    return list(found.values())
 
 
 def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:
