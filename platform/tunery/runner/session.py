@@ -49,7 +49,6 @@ class RaySession:
         if self._hardware is not None:
             return self._hardware
         begin = time.time()
-        self._log.write("progress", done=0, total=None, unit="", detail="starting Ray")
         import logging
 
         import ray

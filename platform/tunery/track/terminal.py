@@ -47,7 +47,8 @@ class Terminal:
     def __enter__(self) -> Terminal:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             # auto_refresh would draw from a second thread; the follower draws whenever it has read the log.
-            self._live = Live(console=self.console, auto_refresh=False, get_renderable=None)
+            # What libraries print to sys.stdout and sys.stderr goes to the run's log, not above the table.
+            self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
         self._thread.start()
         return self
