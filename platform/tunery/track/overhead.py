@@ -27,6 +27,8 @@ def overhead(events: Iterable[Event]) -> dict[str, Any]:
             begun, ray_start, first_step, between, launch, started, ended = when, None, None, [], {}, {}, None
         elif kind == "ray_started":
             ray_start = event["seconds"]
+        elif kind == "search_started":
+            ended = None  # the time until the best trial is measured is the search's work
         elif event.get("trial") or not name:
             continue
         elif kind == "stage_started":

@@ -1,0 +1,39 @@
+"""What a run spends besides work, from its log."""
+
+from __future__ import annotations
+
+from tunery.track.overhead import overhead
+
+
+def at(t: float, event: str, **values: object) -> dict:
+    return {"t": t, "event": event, **values}
+
+
+EVENTS = [
+    at(0, "run_started"),
+    at(5, "ray_started", seconds=5.0),
+    at(5, "stage_started", stage="base"),
+    at(25, "progress", stage="base", done=1, unit="steps"),
+    at(40, "stage_finished", stage="base", reused=False),
+    at(41, "stage_started", stage="eval"),
+    at(50, "stage_finished", stage="eval", reused=False),
+    at(50, "search_started"),
+    at(60, "progress", stage="base", trial="a", done=1, unit="steps"),
+    at(90, "stage_started", stage="eval (best trial)"),
+    at(99, "stage_finished", stage="eval (best trial)", reused=False),
+]
+
+
+def test_first_step_launches_and_gaps_are_measured_and_a_search_is_no_gap() -> None:
+    assert overhead(EVENTS) == {
+        "first_step_seconds": 25,
+        "ray_start_seconds": 5.0,
+        "between_stages_seconds": [1],
+        "stage_launch_seconds": {"base": 20},
+    }
+
+
+def test_only_the_last_invocation_counts() -> None:
+    again = [*EVENTS, at(200, "run_started"), at(201, "stage_finished", stage="base", reused=True)]
+    assert overhead(again)["first_step_seconds"] is None
+    assert overhead(again)["between_stages_seconds"] == []
