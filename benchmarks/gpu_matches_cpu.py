@@ -32,8 +32,8 @@ ARMS = {
 }
 
 
-def run(arm: str, seed: int, search: bool) -> tuple[dict[str, float], float]:
-    """Losses by model, and seconds."""
+def run(arm: str, seed: int, search: bool, limit: float) -> tuple[dict[str, float], float]:
+    """Losses by model, and seconds. An arm that takes longer than `limit` seconds has none; its log's end is shown."""
     experiment = yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text())
     experiment |= {"seed": seed, "compute": ARMS[arm], "tracking": {"wandb": {"mode": "disabled"}}}
     if not search:
@@ -43,13 +43,14 @@ def run(arm: str, seed: int, search: bool) -> tuple[dict[str, float], float]:
         file.write_text(yaml.safe_dump(experiment))
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}:{os.environ.get('PYTHONPATH', '')}"}
         begin = time.time()
-        done = subprocess.run(
-            [sys.executable, "-m", "tunery", "run", str(file), "--store", f"{folder}/store", "--json"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-m", "tunery", "run", str(file), "--store", f"{folder}/store", "--json"]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
+        except subprocess.TimeoutExpired:
+            print(f"{arm:8} seed {seed}  was cut off after {limit:.0f} s; the last events of each log:", flush=True)
+            for log in sorted(Path(folder).glob("store/runs/*/events/*.jsonl")):
+                print(log.name, *(line[:300] for line in log.read_text().splitlines()[-3:]), sep="\n  ", flush=True)
+            return {}, limit
         seconds = time.time() - begin
         if done.returncode:
             for log in Path(folder).glob("store/runs/*/logs/*error.txt"):
@@ -67,12 +68,13 @@ def main() -> None:
         "--seeds", nargs="+", type=int, default=[17, 18, 19], help="of the CPU arm; others use the first"
     )
     parser.add_argument("--search", action="store_true", help="run the search as well")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one arm")
     arguments = parser.parse_args()
     cpu: list[dict[str, float]] = []
     for arm in arguments.arms:
         for seed in arguments.seeds if arm == "cpu" else arguments.seeds[:1]:
-            losses, seconds = run(arm, seed, arguments.search)
-            if arm == "cpu":
+            losses, seconds = run(arm, seed, arguments.search, arguments.limit)
+            if arm == "cpu" and losses:
                 cpu.append(losses)
             shown = "  ".join(f"{model} {loss:.4f}{distance(cpu, model, loss)}" for model, loss in losses.items())
             print(f"{arm:8} seed {seed}  {seconds:5.0f} s  {shown}", flush=True)
