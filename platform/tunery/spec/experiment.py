@@ -11,10 +11,12 @@ from tunery.spec.stages import AUTO, Auto, Spec, Stage
 
 
 class Compute(Spec):
-    """How, never what: outside every fingerprint. The result is the same up to floating-point order."""
+    """How, never what: outside every fingerprint. The result is the same up to floating-point order,
+    but for `precision` (bf16 rounds more) and for LoRA's dropout, which each worker draws for itself."""
 
     workers: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Training workers; auto: one a GPU, without GPUs two (or one on a single core)."""
+    """Training workers; auto: one a GPU, without GPUs two (or one on a single core), or fewer where that many can't
+    share out every stage's global batch size."""
     workers_per_trial: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Of each trial of a search; auto: one, so that trials run side by side."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -27,9 +29,11 @@ class Compute(Spec):
     """auto: bf16 where the GPU has it, else fp32."""
     gradient_checkpointing: bool = False
     checkpoint_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Optimizer steps between checkpoints; auto: a tenth of the training, at least 20."""
+    """Optimizer steps between checkpoints, each written at the next step whose loss is logged; auto: a tenth of the
+    training, at least 20."""
     max_failures: Annotated[int, Field(ge=0)] = 0
-    """How often a training whose worker died goes on from its last checkpoint before the run ends with the error."""
+    """How often a training whose worker died goes on from its last checkpoint before the run ends with the error;
+    not in trials of one worker, which train in their own process."""
     object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO
     """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
 
