@@ -56,7 +56,9 @@ class RaySession:
         if os.environ.get("RAY_ADDRESS"):
             where = f"the cluster at {os.environ['RAY_ADDRESS']}"
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env=_worker_environment())
+                ray.init(
+                    log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": _worker_environment()}
+                )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise TuneryError(
                     f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}",
@@ -65,15 +67,16 @@ class RaySession:
                 ) from error
         else:
             where = "this machine"
+            # Workers inherit it from this process. As a runtime_env it would cost each new worker process 1.3 s (2 cores).
+            os.environ.update(_worker_environment())
             gigabytes = 0.5 if compute.object_store_gb == "auto" else compute.object_store_gb
             ray.init(
                 address="local",  # not a cluster that happens to run here: RAY_ADDRESS names the one that is meant
                 num_cpus=len(os.sched_getaffinity(0)),
                 object_store_memory=int(gigabytes * 1e9),
-                include_dashboard=_dashboard_is_there(),
+                include_dashboard=compute.workers_per_trial not in ("auto", 1) and _dashboard_is_there(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env=_worker_environment(),
             )
             _link_logs(self._logs)
         resources = ray.cluster_resources()
@@ -92,15 +95,16 @@ class RaySession:
             ray.shutdown()
 
 
-def _worker_environment() -> dict[str, dict[str, str]]:
+def _worker_environment() -> dict[str, str]:
     """Workers import the tunery that the driver runs, also from a source tree that is not installed."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
-    return {"env_vars": {**QUIET, "PYTHONPATH": path}}
+    return {**QUIET, "PYTHONPATH": path}
 
 
 def _dashboard_is_there() -> bool:
-    """Its State API frees the resources of stopped trials (Ray 2.60); bare installations of Ray lack it."""
+    """Its State API frees the resources of stopped trials that have workers of their own (Ray 2.60); nothing else here
+    needs it, and it costs 1.5 s and a dozen processes. Bare installations of Ray lack it."""
     import importlib.util
 
     return importlib.util.find_spec("aiohttp_cors") is not None
