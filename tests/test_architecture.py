@@ -17,7 +17,7 @@ import pytest
 import tunery.spec
 from tunery.runner.check import check
 from tunery.spec import load
-from tunery.spec.stages import Spec
+from tunery.spec.reference import Spec
 from tunery.store import Store
 
 ROOT = Path(__file__).parents[1]

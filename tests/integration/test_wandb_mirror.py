@@ -65,9 +65,13 @@ class Stored:
 
 
 def stored(folder: Path) -> list[Stored]:
-    """All runs under `folder`/wandb, in the order of their beginning."""
+    """All runs under `folder`/wandb, in the order of their beginning; W&B's own process may be a moment late."""
     files = sorted((folder / "wandb").glob("*run-*/run-*.wandb"))
-    return sorted((read(path) for path in files), key=lambda run: run.run.start_time.ToNanoseconds())
+    runs, deadline = [read(path) for path in files], time.time() + 20
+    while not all(run.run and run.exit_code is not None for run in runs) and time.time() < deadline:
+        time.sleep(0.1)
+        runs = [read(path) for path in files]
+    return sorted(runs, key=lambda run: run.run.start_time.ToNanoseconds())
 
 
 def read(path: Path) -> Stored:

@@ -17,7 +17,7 @@ from tunery.errors import RowsLost
 from tunery.models.load import Source, source_of
 from tunery.models.pool import map_units, score_dtype
 from tunery.spec import Compute, Evaluate
-from tunery.spec.stages import model_name
+from tunery.spec.reference import model_name
 from tunery.store import StageContext, StageResult
 from tunery.store.rows import count_rows, shards
 

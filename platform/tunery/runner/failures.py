@@ -84,6 +84,9 @@ def _cause(chain: list[BaseException], where: Where) -> tuple[str, str, str]:
             _line(whole, "memory"),
             "lower compute.micro_batch_size or compute.workers, or use a machine with more memory; " + again,
         )
+    if "error raised in its creation task" in whole:  # Ray's own actor, of a training or of a pool
+        told = [line.strip() for line in whole.splitlines() if re.match(r"\s*\w+(Error|Exception|Interrupt)\b", line)]
+        return "a worker could not start", told[-1][:300] if told else "", "the whole story is in the log"
     died = "worker process has died" in whole or "WorkerHealthCheckFailedError" in names
     if died or names & {"ActorDiedError", "WorkerCrashedError", "NodeDiedError", "ActorUnavailableError"}:
         signal = re.search(r"SIG[A-Z]+", whole)

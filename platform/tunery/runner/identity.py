@@ -10,7 +10,7 @@ from tunery.data.read import source_identity
 from tunery.runner.stages import STAGES
 from tunery.spec import Dataset, Evaluate, Experiment, Pretrained, Stage, Training
 from tunery.spec.graph import order
-from tunery.spec.stages import model_name
+from tunery.spec.reference import model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
@@ -44,7 +44,7 @@ def pretrained_models(stage: Stage) -> list[Pretrained]:
     if isinstance(stage, Evaluate):
         models: list[Any] = list(stage.models)
     else:
-        models = [getattr(stage, "model", None), *(scorer.perplexity for scorer in getattr(stage, "by", ()))]
+        models = [getattr(stage, "model", None), *(scorer.model for scorer in getattr(stage, "by", ()))]
     return [model for model in models if isinstance(model, Pretrained)]
 
 

@@ -67,7 +67,7 @@ class RaySession:
                 ) from error
         else:
             where = "this machine"
-            # Workers inherit it from this process. As a runtime_env it would cost each new worker process 1.3 s (2 cores).
+            # Workers inherit it from this process; as a runtime_env it costs each new worker process 1.3 s (2 cores).
             os.environ.update(_worker_environment())
             gigabytes = 0.5 if compute.object_store_gb == "auto" else compute.object_store_gb
             ray.init(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tunery.spec import Dimension, Evaluate, Experiment, Search, Training
 from tunery.spec.graph import closure
 from tunery.spec.overrides import with_overrides
-from tunery.spec.stages import model_name
+from tunery.spec.reference import model_name
 
 if TYPE_CHECKING:
     from ray.tune.search.sample import Domain

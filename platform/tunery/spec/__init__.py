@@ -2,19 +2,16 @@
 
 from tunery.spec.experiment import Compute, Experiment, Tracking, Wandb
 from tunery.spec.load import load, parse
+from tunery.spec.reference import AUTO, Pretrained, Scratch
+from tunery.spec.scorers import Ifd, Perplexity, Scorer, ScorerSpec
 from tunery.spec.search import Dimension, Search
 from tunery.spec.stages import (
-    AUTO,
     Dataset,
     Evaluate,
     Keep,
     Lora,
-    Perplexity,
     Pretrain,
-    Pretrained,
     Score,
-    Scorer,
-    Scratch,
     Select,
     Sft,
     Stage,
@@ -29,6 +26,7 @@ __all__ = [
     "Dimension",
     "Evaluate",
     "Experiment",
+    "Ifd",
     "Keep",
     "Lora",
     "Perplexity",
@@ -36,6 +34,7 @@ __all__ = [
     "Pretrained",
     "Score",
     "Scorer",
+    "ScorerSpec",
     "Scratch",
     "Search",
     "Select",

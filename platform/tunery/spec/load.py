@@ -19,8 +19,9 @@ from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.spec import graph
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
+from tunery.spec.reference import Spec, model_name
 from tunery.spec.search import Search
-from tunery.spec.stages import Evaluate, Select, Spec, Stage, Training, model_name
+from tunery.spec.stages import Evaluate, Score, Select, Stage, Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource, read_yaml
 
@@ -114,8 +115,9 @@ def _wanted(gives: tuple[str, ...]) -> str:
 def _check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
     for name, stage in experiment.stages.items():
         if isinstance(stage, Select):
-            scorers = experiment.stages[stage.data].by  # type: ignore[union-attr]  # _check_references saw to it
-            made = [score for scorer in scorers for score in type(scorer).model_fields]
+            scored = experiment.stages[stage.data]
+            assert isinstance(scored, Score), "_check_references saw to it"
+            made = [scorer.score for scorer in scored.by]
             for score in stage.keep:
                 if score not in made:
                     yield error_at(

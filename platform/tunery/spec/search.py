@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunery.spec.stages import Spec
+from tunery.spec.reference import Spec
 
 Pair = Annotated[tuple[float, float], Field()]
 

@@ -7,77 +7,24 @@ computed (workers, ZeRO stage, micro batches) is `Compute`, and does not.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-AUTO: Literal["auto"] = "auto"
-Auto = Literal["auto"]
-Gives = Literal["rows", "scored", "model", "metrics"]
-
-
-class Spec(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-@dataclass(frozen=True)
-class Input:
-    """A reference from a stage's field (`path`, within the stage) to another stage, and what that stage may give."""
-
-    path: tuple[str | int, ...]
-    stage: str
-    wants: tuple[Gives, ...]
-
-
-class Scratch(Spec):
-    """A new model with random weights, and a byte-level BPE tokenizer trained on the stage's rows."""
-
-    scratch: Literal["tiny", "small"]
-    """tiny: a Llama of about 1 M parameters, small: about 3 M (see models/scratch.py for the shapes)."""
-
-
-class Pretrained(Spec):
-    """A Hugging Face model: a local folder (relative to the experiment's file) or a hub name."""
-
-    pretrained: str
-    revision: str | None = None
-    """Hub revision (a commit hash makes the experiment repeatable); not for folders."""
-
-    @property
-    def is_folder(self) -> bool:
-        return self.pretrained.startswith(("/", "./", "../", "~"))
-
-    @model_validator(mode="after")
-    def _revision_is_for_hub_names(self) -> Pretrained:
-        if self.revision is not None and self.is_folder:
-            raise ValueError(f"a folder ({self.pretrained}) has no revision")
-        return self
-
-
-def _model_tag(value: object) -> str:
-    """Which form of a model reference this is, so that an error speaks of the form that was meant."""
-    if isinstance(value, dict):
-        near = [form for form in ("scratch", "pretrained") if difflib.get_close_matches(form, value, n=1)]
-        return near[0] if near else "pretrained"
-    if isinstance(value, Scratch):
-        return "scratch"
-    return "pretrained" if isinstance(value, Pretrained) else "stage"
-
-
-Model = Annotated[Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")], Discriminator(_model_tag)]
-"""A stage's name, or `{pretrained: folder or hub name}`."""
-
-NewOrModel = Annotated[
-    Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")] | Annotated[Scratch, Tag("scratch")],
-    Discriminator(_model_tag),
-]
-"""The same, or `{scratch: tiny}`."""
+from tunery.spec.reference import (
+    AUTO,
+    Auto,
+    Gives,
+    Input,
+    Model,
+    NewOrModel,
+    Pretrained,
+    Spec,
+    model_inputs,
+    model_name,
+)
+from tunery.spec.scorers import Scorer
 
 ROWS: tuple[Gives, ...] = ("rows", "scored")
 
@@ -106,32 +53,29 @@ class Dataset(Spec):
         return iter(())
 
 
-class Perplexity(Spec):
-    """Perplexity of a row's answer given its question (of the whole text where there is no answer), by `perplexity`.
-
-    Marion et al. 2023, "When Less is More" (https://arxiv.org/abs/2309.04564). Lower is better.
-    """
-
-    perplexity: Model
-
-
-Scorer = Perplexity
-
-
 class Score(Spec):
     """Every row gets scores; none is dropped."""
 
     kind: Literal["score"]
     gives: ClassVar[Gives] = "scored"
     data: str
-    by: Annotated[tuple[Scorer, ...], Field(min_length=1, max_length=1)]
+    by: Annotated[tuple[Scorer, ...], Field(min_length=1)]
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens; what is longer is cut at the end, and counted."""
 
     def inputs(self) -> Iterator[Input]:
         yield Input(("data",), self.data, ROWS)
         for index, scorer in enumerate(self.by):
-            yield from _model_inputs(("by", index, "perplexity"), scorer.perplexity)
+            for item in scorer.inputs():
+                yield Input(("by", index, *item.path), item.stage, item.wants)
+
+    @field_validator("by")
+    @classmethod
+    def _distinct(cls, by: tuple[Scorer, ...]) -> tuple[Scorer, ...]:
+        names = [scorer.score for scorer in by]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two scores are called {', '.join(twice)}: give one of them a `name`")
+        return by
 
 
 class Keep(Spec):
@@ -221,7 +165,7 @@ class Pretrain(Training):
 
     def inputs(self) -> Iterator[Input]:
         yield from super().inputs()
-        yield from _model_inputs(("model",), self.model)
+        yield from model_inputs(("model",), self.model)
 
 
 class Sft(Training):
@@ -233,7 +177,7 @@ class Sft(Training):
 
     def inputs(self) -> Iterator[Input]:
         yield from super().inputs()
-        yield from _model_inputs(("model",), self.model)
+        yield from model_inputs(("model",), self.model)
 
 
 class Evaluate(Spec):
@@ -248,7 +192,7 @@ class Evaluate(Spec):
 
     def inputs(self) -> Iterator[Input]:
         for index, model in enumerate(self.models):
-            yield from _model_inputs(("models", index), model)
+            yield from model_inputs(("models", index), model)
         for name, stage in self.data.items():
             yield Input(("data", name), stage, ROWS)
 
@@ -259,20 +203,6 @@ class Evaluate(Spec):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} is named twice")
         return models
-
-
-def _model_inputs(path: tuple[str | int, ...], model: str | Pretrained | Scratch) -> Iterator[Input]:
-    if isinstance(model, str):
-        yield Input(path, model, ("model",))
-
-
-def model_name(model: str | Pretrained | Scratch) -> str:
-    """What a model is called in results: its stage's name, or the last part of its folder or hub name."""
-    if isinstance(model, str):
-        return model
-    if isinstance(model, Scratch):
-        return f"scratch-{model.scratch}"
-    return re.split(r"[/\\]", model.pretrained.rstrip("/\\"))[-1]
 
 
 Stage = Annotated[Dataset | Score | Select | Pretrain | Sft | Evaluate, Field(discriminator="kind")]

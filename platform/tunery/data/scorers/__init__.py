@@ -1,0 +1,1 @@
+"""Scorers: one file an algorithm; table.py says which there are."""

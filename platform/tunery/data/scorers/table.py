@@ -1,0 +1,80 @@
+"""The table of scorers, and what each kind of them has to offer.
+
+Functions are named, not imported: planning an experiment loads none of them. Three kinds:
+
+    row         scores a row from itself alone (and from what the spec names): make(spec, inputs) gives a RowScorer
+    likelihood  scores a row by what a causal language model makes of its tokens: make(spec) gives a LikelihoodScorer;
+                scorers of one model share its forward passes
+    across      scores a row by the other rows (duplicates): make(spec) gives an AcrossScorer
+
+Scores of the first two are kept by row id in the store's score tables, so that a row is scored once; those of the third
+change with every row that is added, and are worked out anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tunery.store.rows import Row
+
+Columns = dict[str, list[Any]]
+"""A value a row under each name. `score` (float, NaN where a row has none) is the score itself; any other column
+explains it, and stands in the table as `<score>_<name>`."""
+
+View = Literal["answer", "whole", "alone"]
+"""Which tokens count, and what the model sees before them:
+answer: the last answer's tokens after all that comes before it (of a text, all tokens);
+whole: all tokens but the first;
+alone: the last answer's tokens after nothing but the template's opening of an answer."""
+
+
+class RowScorer(Protocol):
+    def __call__(self, rows: Sequence[Row]) -> Columns:
+        """Columns of `rows`, each as long as they are. Sees all columns of a row but `planted`."""
+        ...
+
+
+class LikelihoodScorer(Protocol):
+    views: tuple[View, ...]
+    """What must be known of every row."""
+
+    def __call__(self, sums: Mapping[View, Sequence[tuple[float, int]]]) -> Columns:
+        """From (sum of -log p in nats, number of tokens) a row, for each of its views."""
+        ...
+
+
+class AcrossScorer(Protocol):
+    def sketch(self, rows: Sequence[Row]) -> Columns:
+        """What has to be kept of each row to compare it with others; runs on many shards at once."""
+        ...
+
+    def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
+        """The columns of each shard in turn, from the sketches of all (a Parquet file a shard, columns as `sketch`
+        named them). Never holds all rows in memory: what is large goes through files in `work`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    reads: Literal["row", "likelihood", "across"]
+    make: str
+    """module:callable"""
+    good: Literal["low", "high"]
+    """Which end is good: what `quantile` keeps, and the sign of an AUC against planted rows."""
+    version: int
+    """Raised when the same row gets another score: kept scores are then not used again."""
+
+    def load(self) -> Callable[..., Any]:
+        module, name = self.make.split(":")
+        made: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return made
+
+
+KINDS: dict[str, Kind] = {
+    "perplexity": Kind("likelihood", "tunery.data.scorers.perplexity:PerplexityScorer", good="low", version=1),
+    "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=1),
+}

@@ -1,0 +1,37 @@
+"""What the user reads of an error that a library raised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+from tunery.runner.execute import Where
+from tunery.runner.failures import explain
+from tunery.store import Store
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Where:
+    (tmp_path / "store").mkdir()
+    return Where(Store(tmp_path / "store"), tmp_path / "run", tmp_path)
+
+
+def died(text: str) -> RayActorError:
+    error = ActorDiedError()
+    error.error_msg = text
+    return error
+
+
+def test_killed_worker_is_told_as_such(where: Where) -> None:
+    told = explain(died("The actor died unexpectedly: Worker exit: SIGKILL"), "sft", where)
+    assert told.message == "a worker process was killed"
+    assert "SIGKILL" in told.cause
+
+
+def test_worker_that_raised_before_its_work_is_not_called_killed(where: Where) -> None:
+    text = "The actor died because of an error raised in its creation task, ray::A.__init__()\nValueError: no such file x"
+    told = explain(died(text), "sft", where)
+    assert told.message == "a worker could not start"
+    assert told.cause == "ValueError: no such file x"
+    assert "ValueError" in (where.logs / "run-sft-error.txt").read_text()
