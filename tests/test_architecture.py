@@ -18,6 +18,7 @@ import tunery.spec
 from tunery.runner.check import check
 from tunery.spec import load
 from tunery.spec.reference import Spec
+from tunery.spec.scorers import ScorerSpec
 from tunery.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,8 @@ def declared_fields() -> list[tuple[str, str]]:
         (model.__name__, field)
         for model in models_of_the_spec()
         for field in model.__annotations__
-        if field in model.model_fields
+        # A scorer's first field is its key and is asked for as such (ScorerSpec.kind).
+        if field in model.model_fields and not (issubclass(model, ScorerSpec) and field == model.kind())
     ]
 
 

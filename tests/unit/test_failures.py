@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
+
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.store import Store
@@ -30,7 +31,7 @@ def test_killed_worker_is_told_as_such(where: Where) -> None:
 
 
 def test_worker_that_raised_before_its_work_is_not_called_killed(where: Where) -> None:
-    text = "The actor died because of an error raised in its creation task, ray::A.__init__()\nValueError: no such file x"
+    text = "The actor died because of an error raised in its creation task, ray::A.x()\nValueError: no such file x"
     told = explain(died(text), "sft", where)
     assert told.message == "a worker could not start"
     assert told.cause == "ValueError: no such file x"

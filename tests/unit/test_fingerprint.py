@@ -28,7 +28,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "other": {"kind": "pretrain", "data": "docs", "model": {"pretrained": "./model"}, "epochs": 1, "learning_rate": 1},
     "scored": {"kind": "score", "data": "docs", "by": [{"perplexity": "base"}]},
     "again": {"kind": "score", "data": "more", "by": [{"perplexity": "base"}]},
-    "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}}},
+    "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}, "random": {"top_k": 9}}},
     "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
 }
@@ -43,10 +43,33 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("docs", "corrupt"): [0.1, 1.0],
     ("docs", "columns"): [{"text": "a"}, {"text": "b"}, {"prompt": "a"}],
     ("scored", "data"): ["more"],
-    ("scored", "by"): [[{"perplexity": "other"}], [{"perplexity": {"pretrained": "./model"}}]],
+    ("scored", "by"): [
+        [{"perplexity": "other"}],
+        [{"perplexity": {"pretrained": "./model"}}],
+        [{"perplexity": "base", "of": "whole"}],
+        [{"perplexity": "base", "name": "ppl"}],
+        [{"perplexity": "base"}, {"ifd": "base"}],
+    ],
     ("scored", "max_length"): [64],
     ("clean", "data"): ["again"],
-    ("clean", "keep"): [{"perplexity": rule} for rule in ({"quantile": 0.5}, {"threshold": 0.8}, {"threshold": 9.0})],
+    ("clean", "keep"): [
+        {score: rule}
+        for score in ("perplexity", "random")
+        for rule in (
+            {"quantile": 0.5},
+            {"threshold": 0.8},
+            {"top_k": 9},
+            {"as_many_as": "docs"},
+            {"range": [0.8, None]},
+        )
+    ],
+    ("clean", "combine"): ["any"],
+    ("clean", "quota"): [
+        {"per": "source", "rows": 5},
+        {"per": "group", "rows": 5},
+        {"per": "group", "rows": 5, "by": "random"},
+    ],
+    ("clean", "seed"): [4, 5],
     ("base", "model"): [
         {"scratch": "small"},
         {"pretrained": "./model"},
@@ -247,9 +270,9 @@ def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) 
 
 def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
-    by_chance = {"more", "base", "other"}  # planted damage, and trainings without a seed of their own
+    by_chance = {"more", "base", "other", "clean"}  # planted damage, trainings without a seed of their own, `random`
     assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
-    for name in ("docs", "scored", "clean", "eval"):
+    for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
 
 

@@ -156,7 +156,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "rows where scored rows are needed": (
         [("data: scored, keep", "data: docs, keep")],
         13,
-        ["`clean.data` needs scored rows, but `docs` is a dataset stage", "stages that fit: scored"],
+        ["`clean.keep` uses the score `perplexity`, which `docs` does not make", "`docs` is a dataset stage"],
     ),
     "new model where a trained one is needed": (
         [("model: base, epochs", "model: {scratch: tiny}, epochs")],
@@ -186,7 +186,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "two rules on one score": (
         [("{quantile: 0.8}", "{quantile: 0.8, threshold: 3}")],
         13,
-        ["give either `quantile` or `threshold`"],
+        ["give one of `quantile`, `top_k`, `as_many_as`, `threshold`, `range`"],
     ),
     "threshold that keeps everything": ([("{quantile: 0.8}", "{threshold: .inf}")], 13, ["finite number"]),
     "search path that no field has": (

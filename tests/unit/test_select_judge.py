@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.data.judge import auc, auc_by_kind, filter_quality, histogram
-from tunery.data.select import describe, make_selection, passing
+from tunery.data.rules import describe, find_cut
+from tunery.data.select import make_selection
 from tunery.errors import StageError
 from tunery.spec import Compute, Keep, Select
 from tunery.store import Artifact, StageContext, StageResult
@@ -29,6 +30,14 @@ QUANTILES = st.floats(0.001, 1.0)
 
 
 # passing
+
+
+def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndarray, float]:
+    """The rule's cut found and applied in pieces, as a stage does."""
+    middle = len(badness) // 2
+    pieces = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
+    cut = find_cut(pieces, rule, good, len(badness), None)
+    return np.concatenate([cut.passing(piece) for piece in pieces()]), cut.worst
 
 
 @given(SCORES, QUANTILES)
@@ -65,7 +74,7 @@ def test_smaller_quantile_keeps_a_part_of_what_a_larger_keeps(scores: list[float
         ([1, 1, 1, 1], Keep(quantile=0.5), [1, 1, 0, 0], 1),
         ([2, 1, 1, 2], Keep(quantile=0.75), [1, 1, 1, 0], 2),
         ([3, 1, 2], Keep(quantile=1.0), [1, 1, 1], 3),
-        ([3, NAN, 2], Keep(quantile=1.0), [1, 1, 1], INF),
+        ([3, NAN, 2], Keep(quantile=1.0), [1, 1, 1], 3),
         ([3, NAN, 2], Keep(quantile=0.9), [1, 0, 1], 3),
         ([NAN, NAN, 2], Keep(quantile=0.6), [0, 0, 1], 2),
         ([NAN, NAN], Keep(quantile=0.5), [0, 0], -INF),
@@ -170,10 +179,10 @@ def test_quality_without_damage_without_dropped_rows_and_without_one_score_has_n
 
 
 @given(st.lists(st.floats(1e-6, 1e300) | st.sampled_from([0.0, -1.0, NAN, INF]), max_size=50), st.randoms())
-def test_histogram_counts_every_positive_number_once(values: list[float], random: Any) -> None:
+def test_histogram_counts_every_finite_number_once(values: list[float], random: Any) -> None:
     bad = np.array([random.random() < 0.5 for _ in values], dtype=bool)
-    found = histogram(np.array(values, dtype=float), bad, bins=10)
-    usable = np.array([math.isfinite(value) and value > 0 for value in values], dtype=bool)
+    found = histogram(lambda: iter([(np.array(values, dtype=float), bad)]), bins=10)
+    usable = np.array([math.isfinite(value) for value in values], dtype=bool)
     assert sum(found["counts"]) == usable.sum()
     assert sum(found["planted"]) == (usable & bad).sum()
     assert all(part <= count for part, count in zip(found["planted"], found["counts"], strict=True))
@@ -183,7 +192,7 @@ def test_histogram_counts_every_positive_number_once(values: list[float], random
 
 
 def test_histogram_bins_are_even_in_the_logarithm() -> None:
-    found = histogram(np.array([1.0, 5.0, 50.0, 1000.0]), None, bins=3)
+    found = histogram(lambda: iter([(np.array([1.0, 5.0]), None), (np.array([50.0, 1000.0]), None)]), bins=3)
     assert found["edges"] == pytest.approx([1, 10, 100, 1000])
     assert found["counts"] == [2, 1, 1]
     assert found["planted"] == [0, 0, 0]
@@ -213,6 +222,7 @@ def select(
         folder=folder,
         out=out,
         work=folder,
+        scores=folder,
         events=folder,
         logs=folder,
         compute=Compute(),

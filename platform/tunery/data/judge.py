@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,17 +38,40 @@ def auc_by_kind(badness: Floats, planted: Sequence[str]) -> dict[str, float]:
     return result
 
 
-def histogram(values: Floats, bad: Bools | None, bins: int = 40) -> dict[str, list[float]]:
-    """Counts over bins that are evenly spaced in the logarithm; values that are not positive numbers are left out."""
-    usable = np.isfinite(values) & (values > 0)
-    if not usable.any():
+Judged = tuple[Floats, Bools | None]
+"""Scores, and which of them are of planted rows where that is known."""
+
+
+def histogram(pieces: Callable[[], Iterable[Judged]], bins: int = 40) -> dict[str, list[float]]:
+    """Counts over evenly spaced bins, in two passes: {"edges", "counts", "planted"}.
+
+    A score that is positive and spreads over more than a factor of ten is spaced by its logarithm (perplexity); others
+    (shares, counts) linearly. What is not finite is left out.
+    """
+    low, high = math.inf, -math.inf
+    for values, _ in pieces():
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if low > high:
         return {"edges": [], "counts": [], "planted": []}
-    low, high = values[usable].min(), values[usable].max()
-    edges = np.geomspace(low, max(high, low * 1.0001), bins + 1)
-    edges[0], edges[-1] = low, max(high, edges[-1])
-    counts, _ = np.histogram(values[usable], edges)
-    planted = np.histogram(values[usable & bad], edges)[0] if bad is not None else np.zeros(bins, dtype=int)
+    edges = _edges(low, high, bins)
+    counts, planted = np.zeros(bins, dtype=int), np.zeros(bins, dtype=int)
+    for values, bad in pieces():
+        counts += np.histogram(values, edges)[0]
+        if bad is not None:
+            planted += np.histogram(values[bad], edges)[0]
     return {"edges": edges.tolist(), "counts": counts.tolist(), "planted": planted.tolist()}
+
+
+def _edges(low: float, high: float, bins: int) -> Floats:
+    logarithmic = low > 0 and high > 10 * low
+    if logarithmic:
+        edges = np.geomspace(low, high, bins + 1)
+    else:
+        edges = np.linspace(low, high if high > low else low + max(abs(low), 1.0) * 1e-4, bins + 1)
+    edges[0], edges[-1] = low, max(high, edges[-1])
+    return edges
 
 
 def filter_quality(dropped: Bools, badness: Floats | None, planted: Sequence[str]) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""The `score` stage, on Ray Data: shards of rows stream through a pool of actors that each hold the model.
+"""The `score` stage, on Ray Data: shards of rows stream through pools of actors, and no row is scored twice.
 
-The unit of work is a shard of the dataset, whose size depends on the number of rows alone; so every score is computed
-from the same batches whatever the number of actors, and the table comes out the same to the byte.
+The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
+same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that share a model
+share an actor and its forward passes; row scorers share one; a scorer that compares rows runs by itself.
+
+A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
+were scored before, in any run of the store, come from its score tables (store/score_table.py).
 """
 
 from __future__ import annotations
 
-import math
-import shutil
+import json
+import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,117 +21,274 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.data.judge import auc, auc_by_kind, histogram
-from tunery.data.scorers import SCORERS
-from tunery.errors import RowsLost
+from tunery.data.score_facts import describe_scores
+from tunery.data.score_unit import Pass, Scored, score_unit
+from tunery.data.scorers.table import KINDS, AcrossScorer
+from tunery.errors import RowsLost, StageError
+from tunery.models.likelihood import View
 from tunery.models.load import Source, source_of
 from tunery.models.pool import map_units, score_dtype
-from tunery.spec import Compute, Score
-from tunery.store import StageContext, StageResult
-from tunery.store.rows import shards
+from tunery.spec import Compute, Pretrained, Score, ScorerSpec
+from tunery.store import StageContext, StageResult, fingerprint
+from tunery.store.fingerprint import folder_digest
+from tunery.store.rows import Row, shards, strings
+from tunery.store.score_table import ScoreTable, as_numbers
 
 
-class ScoringActor:
-    """Loads the model once, then scores one shard of rows after another."""
+class LikelihoodActor:
+    """Holds one model, for all scorers that ask it."""
 
-    def __init__(self, source: Source, score: str, max_length: int, compute: Compute, out: str) -> None:
+    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute):
         import torch
 
+        from tunery.models.likelihood import Likelihood
         from tunery.models.load import load_model, load_tokenizer
 
         torch.set_num_threads(compute.cpus_per_worker)
         device = "cuda" if compute.device == "gpu" else "cpu"
+        self._job, self._max_length = job, max_length
+        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec) for spec in specs}
         self._tokenizer = load_tokenizer(source)
-        self._model = load_model(source, score_dtype(compute)).to(device).eval()
-        self._scorer = SCORERS[score]
-        self._score, self._max_length, self._out = score, max_length, Path(out)
+        pad = self._tokenizer.pad_token_id
+        assert isinstance(pad, int), "load_tokenizer saw to it"
+        self._likelihood = Likelihood(load_model(source, score_dtype(compute)).to(device).eval(), pad)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"shard": [path]} -> {"shard", "rows"}; the scores are written beside the others, one file a shard."""
-        counts = []
-        for shard in batch["shard"]:
-            # `planted` is the truth that a filter is judged by: no scorer may see it.
-            rows = pq.read_table(shard, columns=["id", "text", "messages"]).to_pylist()
-            scores = self._scorer.score(rows, self._model, self._tokenizer, self._max_length)
-            table = pa.Table.from_pylist([{"id": row["id"], **score} for row, score in zip(rows, scores, strict=True)])
-            final = self._out / Path(shard).name
-            temporary = final.with_suffix(".tmp")
-            pq.write_table(table, temporary)
-            temporary.rename(final)
-            counts.append(len(scores))
-        return {"shard": list(batch["shard"]), "rows": counts}
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        from tunery.models.encode import encode
+        from tunery.models.likelihood import view_sums
+
+        encoded = encode(rows, self._tokenizer, self._max_length)
+        views: dict[View, None] = {view: None for score in scores for view in self._scorers[score].views}
+        sums = view_sums(self._likelihood, encoded, list(views))
+        truncated = [item.truncated for item in encoded]
+        return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
+
+
+class RowActor:
+    """Holds the scorers that need nothing but the row."""
+
+    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
+        self._job = job
+        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec, inputs) for spec in specs}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        return {score: self._scorers[score](rows) for score in scores}
+
+
+class SketchActor:
+    """What a scorer that compares rows has to know of each."""
+
+    def __init__(self, job: Pass, spec: ScorerSpec):
+        self._job = job
+        self._scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        return {scores[0]: {"score": [0.0] * len(rows), **self._scorer.sketch(rows)}}
+
+
+def _units(batch: dict[str, Any], job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, Any]:
+    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost"}, a unit each."""
+    told = [score_unit(Path(shard), job, score) for shard in batch["shard"]]
+    return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}
 
 
 def make_scores(context: StageContext) -> StageResult:
-    """Writes rows/ (as they came) and scores/ (a table a shard, same rows in the same order)."""
+    """Writes rows/ (as they came, without the lost ones), scores/ (a table a shard, same rows in the same order:
+    id, and for each scorer its score and what explains it), and quarantine.jsonl."""
     stage = context.spec
     assert isinstance(stage, Score)
-    data = context.inputs[stage.data]
-    (scorer,) = stage.by
-    (name,) = type(scorer).model_fields
-    source = source_of(
-        getattr(scorer, name), {key: artifact.path for key, artifact in context.inputs.items()}, context.folder
-    )
-    files = shards(data.path)
-    target = context.out / "scores"
-    target.mkdir()
+    files = shards(context.inputs[stage.data].path)
     started = time.time()
-    _run_actors(context, source, name, [str(path) for path in files], target)
+    run = f"{os.getpid()}-{time.time_ns()}"
+    passes = list(_passes(context, stage, run))
+    counted = {"scored": 0, "known": 0, "resumed": 0}
+    total = len(passes) * int(context.inputs[stage.data].facts["rows"])
+    context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
+    done = 0
+    for job, actor, arguments in passes:
+        for told in _run_pass(context, job, actor, arguments, files):
+            done += told["rows"]
+            for key in counted:
+                counted[key] += told.get(key, 0)
+            context.emit("progress", done=done, total=total, unit="rows")
     seconds = time.time() - started
+    lost = _combine(context, [job for job, _, _ in passes], files)
+    for job, _, _ in passes:
+        _keep_scores(context, job)
+    facts = describe_scores(context.out, stage.by)
+    if facts["rows_out"] + lost != facts["rows_in"] + lost or not facts["rows_out"]:
+        raise RowsLost(context.name, f"{facts['rows_in']} rows went in, {facts['rows_out']} came out, {lost} were lost")
+    facts["rows_in"] += lost
+    return StageResult(
+        {**facts, "quarantined": lost},
+        {
+            "rows_scored": counted["scored"],
+            "rows_known": counted["known"],
+            "rows_resumed": counted["resumed"],
+            "tokens_per_second": facts["tokens"] / seconds,
+            "rows_per_second": facts["rows_out"] / seconds,
+            "score_seconds": seconds,
+        },
+    )
 
-    (context.out / "rows").mkdir()
-    for path in files:
-        shutil.copyfile(path, context.out / "rows" / path.name)
-    return _check_and_describe(context, name, seconds)
+
+def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pass, type, tuple[Any, ...]]]:
+    """What goes over the rows together, with its actor and the actor's further arguments."""
+    paths = {name: artifact.path for name, artifact in context.inputs.items()}
+    by_model: dict[str, list[ScorerSpec]] = {}
+    by_row: list[ScorerSpec] = []
+    across: list[ScorerSpec] = []
+    specs: Sequence[ScorerSpec] = stage.by
+    for spec in specs:
+        reads = KINDS[spec.kind()].reads
+        if reads == "likelihood":
+            assert spec.model is not None, "a likelihood is a model's"
+            by_model.setdefault(json.dumps(source_of(spec.model, paths, context.folder)), []).append(spec)
+        else:
+            (by_row if reads == "row" else across).append(spec)
+    for source, mine in by_model.items():
+        further = (mine, json.loads(source), stage.max_length, context.compute)
+        yield _pass(context, mine, run), LikelihoodActor, further
+    if by_row:
+        yield _pass(context, by_row, run), RowActor, (by_row, paths)
+    for spec in across:
+        yield _pass(context, [spec], run, keep=False), SketchActor, (spec,)
 
 
-def _run_actors(context: StageContext, source: Source, name: str, files: list[str], target: Path) -> None:
+def _pass(context: StageContext, specs: Sequence[ScorerSpec], run: str, keep: bool = True) -> Pass:
+    scores = tuple(spec.score for spec in specs)
+    folder = context.work / "passes" / "+".join(scores)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {spec.score: context.scores / _scorer_fingerprint(context, spec) for spec in specs} if keep else {}
+    return Pass("+".join(scores), scores, folder, run, tables)
+
+
+def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
+    """All that a row's score depends on besides the row; the name of the score is not among it."""
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Score)
-    total = int(context.inputs[stage.data].facts["rows"])
-    done = 0
-    context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
-    arguments = (source, name, stage.max_length, compute, str(target))
-    for row in map_units(ScoringActor, arguments, [{"shard": path} for path in files], compute, context.in_process):
-        done += int(row["rows"])
-        context.emit("progress", done=done, total=total, unit="rows")
+    kind = KINDS[spec.kind()]
+    own: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": kind.version}
+    if kind.reads == "likelihood":
+        # Scores in bf16 differ in the third digit from those in fp32, so they are not mixed.
+        own |= {"max_length": stage.max_length, "precision": "fp32" if compute.device == "cpu" else compute.precision}
+    if isinstance(spec.model, Pretrained) and spec.model.is_folder:
+        own["content"] = folder_digest((context.folder / Path(spec.model.pretrained).expanduser()).resolve())
+    inputs = {".".join(map(str, item.path)): context.inputs[item.stage].fingerprint for item in spec.inputs()}
+    return fingerprint("scorer", {key: value for key, value in own.items() if key not in inputs}, inputs)
 
 
-def _check_and_describe(context: StageContext, name: str, seconds: float) -> StageResult:
-    rows_in = rows_out = tokens = truncated = 0
-    values: list[float] = []
-    planted: list[str | None] = []
-    for path in shards(context.out):
-        kept = pq.read_table(path, columns=["id", "planted"]).to_pydict()
-        table = pq.read_table(context.out / "scores" / path.name).to_pydict()
-        rows_in += len(kept["id"])
-        rows_out += len(table["id"])
-        if kept["id"] != table["id"]:
-            raise RowsLost(context.name, f"the scores of {path.name} are not those of its rows")
-        tokens += sum(table["tokens"])
-        truncated += sum(table["truncated"])
-        values += table[name]
-        planted += kept["planted"]
-    if rows_in != rows_out:
-        raise RowsLost(context.name, f"{rows_in} rows went in, {rows_out} came out")
-    bad = None if None in planted else np.array([kind != "" for kind in planted])
-    badness = np.array(values) if SCORERS[name].good == "low" else -np.array(values)
-    badness = np.where(np.isnan(badness), math.inf, badness)
-    described = {
-        "histogram": histogram(np.array(values), bad),
-        "median": float(np.nanmedian(values)),
-        "unscored": int(np.isnan(values).sum()),
-        "auc": None if bad is None else auc(badness, bad),
-        "auc_by_kind": {} if bad is None else auc_by_kind(badness, [str(kind) for kind in planted]),
-    }
-    return StageResult(
-        {
-            "rows": rows_out,
-            "rows_in": rows_in,
-            "rows_out": rows_out,
-            "tokens": tokens,
-            "truncated": truncated,
-            "scores": {name: described},
-        },
-        {"tokens_per_second": tokens / seconds, "rows_per_second": rows_out / seconds, "score_seconds": seconds},
-    )
+def _run_pass(
+    context: StageContext, job: Pass, actor: type, arguments: tuple[Any, ...], files: list[Path]
+) -> Iterator[dict[str, int]]:
+    """Counts of each unit; those whose file is there already come first."""
+    todo = []
+    for path in files:
+        if (job.folder / path.name).is_file():
+            rows = int(pq.read_metadata(path).num_rows)
+            yield {"rows": rows, "resumed": rows}
+        else:
+            todo.append({"shard": str(path)})
+    if todo:
+        yield from map_units(actor, (job, *arguments), todo, context.compute, context.in_process)
+
+
+def _combine(context: StageContext, passes: Sequence[Pass], files: Sequence[Path]) -> int:
+    """The passes' columns side by side, and the rows as they came; both without what some pass has lost.
+
+    Returns how many rows are in quarantine.jsonl.
+    """
+    stage = context.spec
+    assert isinstance(stage, Score)
+    (context.out / "rows").mkdir()
+    (context.out / "scores").mkdir()
+    across = {job.name: _resolved(context, stage, job, files) for job in passes if not job.tables}
+    count = 0
+    with (context.out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
+        for path in files:
+            lost: dict[int, str] = {}
+            columns: dict[str, Any] = {}
+            for job in passes:
+                result = pq.read_table(job.folder / path.name)
+                columns.setdefault("id", result["id"])
+                if result["id"] != columns["id"]:
+                    raise RowsLost(context.name, f"the scores of {path.name} are not those of its rows")
+                reasons = job.folder / f"{path.stem}.lost.json"
+                if reasons.is_file():
+                    lost |= {int(index): why for index, why in json.loads(reasons.read_text()).items()}
+                if job.name in across:
+                    columns |= next(across[job.name])
+                else:
+                    columns |= {name: result[name] for name in result.column_names if _is_score(name)}
+            scores = pa.table(columns)
+            final = context.out / "rows" / path.name
+            if not lost:
+                os.link(path, final)  # the same bytes, once on the disk; artifacts never change
+            else:
+                count += len(lost)
+                whole = pq.read_table(path)
+                kept = np.setdiff1d(np.arange(len(whole)), np.fromiter(lost, np.int64))
+                for index, why in sorted(lost.items()):
+                    row = whole.slice(index, 1).to_pylist()[0]
+                    told = {"source": row["source"], "line": row["line"], "id": row["id"], "reason": why}
+                    quarantine.write(json.dumps(told, ensure_ascii=False) + "\n")
+                pq.write_table(whole.take(kept), final)
+                scores = scores.take(kept)
+            pq.write_table(scores, context.out / "scores" / path.name)
+    if count and not any(pq.read_metadata(path).num_rows for path in shards(context.out)):
+        first = json.loads((context.out / "quarantine.jsonl").read_text().splitlines()[0])
+        raise StageError(context.name, f"none of {count:,} rows can be scored", cause=first["reason"])
+    return count
+
+
+def _is_score(column: str) -> bool:
+    return column not in ("id", "lost") and not column.startswith("known:")
+
+
+def _resolved(context: StageContext, stage: Score, job: Pass, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """A shard's columns after the other, of a scorer that compares rows; its sketches have the score's prefix."""
+    (spec,) = (spec for spec in stage.by if spec.score == job.scores[0])
+    scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
+    scratch = context.work / "across" / job.name
+    scratch.mkdir(parents=True, exist_ok=True)
+    plain: list[Path] = []
+    for path in files:
+        table = pq.read_table(job.folder / path.name)
+        prefix = f"{spec.score}_"
+        table = table.select([name for name in table.column_names if name == "id" or name.startswith(prefix)])
+        plain.append(scratch / path.name)
+        pq.write_table(table.rename_columns([name.removeprefix(prefix) for name in table.column_names]), plain[-1])
+    for columns in scorer.resolve(plain, scratch):
+        yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
+
+
+def _keep_scores(context: StageContext, job: Pass) -> None:
+    """Add what is new to the score tables, for whoever meets the same rows again."""
+    for score, folder in job.tables.items():
+        fresh = rows = 0
+        for path in sorted(job.folder.glob("part-*.parquet")):
+            known = pq.read_table(path, columns=[f"known:{score}"])[0].to_numpy()
+            fresh += int((~known).sum())
+            rows += len(known)
+        if fresh:
+            ScoreTable(folder).add(context.out.parent.name, _fresh(job, score), fresh)
+
+
+def _fresh(job: Pass, score: str) -> Iterator[pa.Table]:
+    for path in sorted(job.folder.glob("part-*.parquet")):
+        table = pq.read_table(path)
+        wanted = np.flatnonzero(~(table[f"known:{score}"].to_numpy() | table["lost"].to_numpy()))
+        table = table.take(wanted)
+        own = [name for name in table.column_names if name == score or name.startswith(f"{score}_")]
+        columns: dict[str, Any] = {"id": pa.array(as_numbers(strings(table["id"])))}
+        columns |= {"score" if name == score else name.removeprefix(f"{score}_"): table[name] for name in own}
+        yield pa.table(columns)

@@ -35,13 +35,15 @@ class EvaluationActor:
         self._loaded: tuple[str, Any, Any] = ("", None, None)
 
     def _load(self, source: str) -> tuple[Any, Any]:
+        from tunery.models.likelihood import Likelihood
         from tunery.models.load import load_model, load_tokenizer
 
         if self._loaded[0] != source:
             self._loaded = ("", None, None)  # let go of the last one before the next takes memory
             where: Source = json.loads(source)
             model = load_model(where, self._dtype).to(self._device).eval()
-            self._loaded = (source, model, load_tokenizer(where))
+            tokenizer = load_tokenizer(where)
+            self._loaded = (source, Likelihood(model, tokenizer.pad_token_id), tokenizer)
         return self._loaded[1], self._loaded[2]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -50,11 +52,11 @@ class EvaluationActor:
 
         nlls, tokens, rows = [], [], []
         for source, shard in zip(batch["source"], batch["shard"], strict=True):
-            model, tokenizer = self._load(str(source))
+            likelihood, tokenizer = self._load(str(source))
             encoded = encode(
                 pq.read_table(shard, columns=["text", "messages"]).to_pylist(), tokenizer, self._max_length
             )
-            pairs = answer_nll(model, encoded, tokenizer.pad_token_id)
+            pairs = answer_nll(likelihood, encoded)
             nlls.append(math.fsum(nll for nll, _ in pairs))
             tokens.append(sum(count for _, count in pairs))
             rows.append(len(pairs))

@@ -22,11 +22,18 @@ class Encoded:
     ids: list[int]
     answer: int
     truncated: bool
+    opening: list[int]
+    """What the chat template puts before an answer ("<|assistant|>"): the prompt's last tokens, none for a text."""
 
     @property
     def counted(self) -> int:
         """Tokens that have a loss."""
         return max(0, len(self.ids) - max(self.answer, 1))
+
+    @property
+    def alone(self) -> list[int]:
+        """The counted tokens after nothing but the opening."""
+        return self.opening + self.ids[self.answer :]
 
     @property
     def labels(self) -> list[int]:
@@ -43,12 +50,14 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     parts = [_prompt_and_answer(row, tokenizer) for row in rows]
     prompts = _tokenise([prompt for prompt, _ in parts], tokenizer)
     answers = _tokenise([answer for _, answer in parts], tokenizer)
+    opening = _tokenise([_opening(tokenizer)], tokenizer)[0]
     encoded = []
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         ids = prompt + answer
         if not row.get("messages") and tokenizer.eos_token_id is not None:
             ids = [*ids, tokenizer.eos_token_id]
-        encoded.append(Encoded(ids[:max_length], min(len(prompt), max_length), len(ids) > max_length))
+        cut = min(len(prompt), max_length)
+        encoded.append(Encoded(ids[:max_length], cut, len(ids) > max_length, opening if prompt else []))
     return encoded
 
 
@@ -65,6 +74,14 @@ def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[st
     # Templates that rewrite earlier turns (thinking parts dropped, dates): find the answer itself.
     at = whole.rfind(messages[-1]["content"])
     return (whole[:at], whole[at:]) if at > 0 else ("", whole)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `add_generation_prompt` adds to a conversation; "" where the template knows no such thing."""
+    question = [{"role": "user", "content": "?"}]
+    without = str(tokenizer.apply_chat_template(question, tokenize=False))
+    with_it = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    return with_it[len(without) :] if with_it.startswith(without) else ""
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

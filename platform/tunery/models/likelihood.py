@@ -1,9 +1,18 @@
-"""Negative log-likelihood of answers under a causal language model, without a batch's logits ever in memory at once."""
+"""Negative log-likelihood of tokens under a causal language model, without a batch's logits ever in memory.
+
+Three things make it fast. Sequences of like length share a forward pass, up to a budget of tokens. They are padded on
+the right and no attention mask is given: under causal attention a token never sees what comes after it, so padding
+changes nothing that counts, and attention keeps its fast path. And the head, the largest matrix of a small model, is
+applied to the hidden states of the counted tokens only, a piece at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from tunery.models.encode import Encoded
 
@@ -11,40 +20,136 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-LOGIT_BYTES = 1 << 29
-"""At most so much memory for the logits of one forward, in fp32."""
-MOST_TOKENS = 8192
+    Logits = Callable[[torch.Tensor], torch.Tensor]
+
+View = Literal["answer", "whole", "alone"]
+"""Which tokens count, and what the model sees before them:
+answer: the last answer's tokens after all that comes before it (of a text, all tokens);
+whole: all tokens but the first;
+alone: the last answer's tokens after nothing but the template's opening of an answer."""
+LOGIT_BYTES = 1 << 28
+"""At most so much memory for logits, in fp32."""
+BATCH_TOKENS = 8192
+"""Padded tokens in one forward pass."""
 
 
-def token_budget(vocabulary: int) -> int:
-    """Padded tokens in one forward pass."""
-    return max(1, min(MOST_TOKENS, LOGIT_BYTES // (4 * vocabulary)))
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence, and the index of the first token that counts (1 at the least: nothing predicts the very first)."""
+
+    ids: Sequence[int]
+    first: int
+
+    @property
+    def counted(self) -> int:
+        return max(0, len(self.ids) - self.first)
 
 
-def answer_nll(model: PreTrainedModel, encoded: Sequence[Encoded], pad: int) -> list[tuple[float, int]]:
+class Likelihood:
+    """A model made ready: `nll` can be asked again and again."""
+
+    def __init__(self, model: PreTrainedModel, pad: int, batch_tokens: int = BATCH_TOKENS) -> None:
+        self._model, self._pad = model, pad
+        self._budget = batch_tokens
+        self._vocabulary = model.config.get_text_config().vocab_size
+        self._head: Logits | None = model.get_output_embeddings()
+        if not _head_is_plain(model):
+            # Gemma caps its logits, Cohere scales them: such a model makes its own, and fewer tokens share a forward.
+            self._head = None
+            self._budget = max(1, min(batch_tokens, LOGIT_BYTES // (4 * self._vocabulary)))
+
+    def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
+        """-log p in nats of the counted tokens of each sequence, float32, in the order of `sequences`."""
+        results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
+        for batch in _batches(sequences, self._budget):
+            rows = [sequences[index] for index in batch]
+            values = self._forward(rows)
+            ends = np.cumsum([row.counted for row in rows])[:-1]
+            for index, row in zip(batch, np.split(values, ends), strict=True):
+                results[index] = row
+        return results
+
+    def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
+        """All counted tokens of `rows`, one row after another."""
+        import torch
+
+        longest = max(len(row.ids) for row in rows)
+        device = self._model.device
+        ids_bt = torch.tensor([[*row.ids, *[self._pad] * (longest - len(row.ids))] for row in rows], device=device)
+        # The token at t is predicted from the hidden state at t - 1.
+        places_n = torch.tensor(
+            [b * longest + t - 1 for b, row in enumerate(rows) for t in range(row.first, len(row.ids))], device=device
+        )
+        targets_n = ids_bt.flatten()[places_n + 1]
+        with torch.inference_mode():
+            if self._head is None:
+                logits_bv = self._model(input_ids=ids_bt, use_cache=False).logits.flatten(0, 1)
+                return _nll(logits_bv[places_n], targets_n).cpu().numpy()
+            hidden_bth = self._model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
+            hidden_nh = hidden_bth.flatten(0, 1)[places_n]
+            piece = max(1, LOGIT_BYTES // (4 * self._vocabulary))
+            nll_n = torch.cat(
+                [
+                    _nll(self._head(hidden_nh[start : start + piece]), targets_n[start : start + piece])
+                    for start in range(0, len(places_n), piece)
+                ]
+            )
+        return nll_n.cpu().numpy()
+
+
+def answer_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tuple[float, int]]:
     """(sum of -log p over the counted tokens in nats, their number) for each of `encoded`, in its order.
 
-    Rows of like length share a forward pass, so that little is padded. An empty answer has (0.0, 0).
+    An empty answer has (0.0, 0).
     """
+    return view_sums(likelihood, encoded, ["answer"])["answer"]
+
+
+def view_sums(
+    likelihood: Likelihood, encoded: Sequence[Encoded], views: Sequence[View]
+) -> dict[View, list[tuple[float, int]]]:
+    """(sum of -log p in nats, tokens) of each of `encoded` in each view; one forward serves `answer` and `whole`.
+
+    A text, and a conversation without a question before its answer, has nothing to compare: (0.0, 0) alone.
+    """
+    wanted: list[Tokens] = []
+    along = [view for view in views if view != "alone"]
+    if along:
+        # Counting from the first token gives the answer's tokens, too.
+        firsts = [1 if "whole" in along else max(item.answer, 1) for item in encoded]
+        wanted += [Tokens(item.ids, first) for item, first in zip(encoded, firsts, strict=True)]
+    if "alone" in views:
+        wanted += [Tokens(item.alone, max(len(item.opening), 1)) if item.opening else _NOTHING for item in encoded]
+    told = likelihood.nll(wanted)
+    sums: dict[View, list[tuple[float, int]]] = {}
+    for view in along:
+        counts = [item.counted if view == "answer" else max(0, len(item.ids) - 1) for item in encoded]
+        sums[view] = [_sum(values[len(values) - n :]) for values, n in zip(told, counts, strict=False)]
+    if "alone" in views:
+        sums["alone"] = [_sum(values) for values in told[-len(encoded) :]]
+    return sums
+
+
+_NOTHING = Tokens((), 0)
+
+
+def _sum(values: np.ndarray) -> tuple[float, int]:
+    return float(values.sum(dtype=np.float64)), len(values)
+
+
+def _nll(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
     import torch
 
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
-    for batch in _batches(encoded, token_budget(model.config.get_text_config().vocab_size)):
-        sums = _forward(model, [encoded[index] for index in batch], pad)
-        for index, value in zip(batch, sums.tolist(), strict=True):
-            results[index] = (value, encoded[index].counted)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return results
+    return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")
 
 
-def _batches(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
+def _batches(sequences: Sequence[Tokens], budget: int) -> Iterator[list[int]]:
     """Indices in batches of like length whose padded size stays within `budget` tokens; at least one row each."""
     batch: list[int] = []
-    for index in sorted(range(len(encoded)), key=lambda index: (len(encoded[index].ids), index)):
-        if encoded[index].counted == 0:
+    for index in sorted(range(len(sequences)), key=lambda index: (len(sequences[index].ids), index)):
+        if sequences[index].counted == 0:
             continue
-        if batch and len(encoded[index].ids) * (len(batch) + 1) > budget:
+        if batch and len(sequences[index].ids) * (len(batch) + 1) > budget:
             yield batch
             batch = []
         batch.append(index)
@@ -52,16 +157,15 @@ def _batches(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _forward(model: PreTrainedModel, rows: Sequence[Encoded], pad: int) -> torch.Tensor:
+def _head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether the head alone, laid on the base model's hidden states, gives the model's logits."""
     import torch
 
-    longest = max(len(row.ids) for row in rows)
-    ids_bt = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows], device=model.device)
-    mask_bt = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows], device=model.device)
-    labels_bt = torch.tensor([row.labels + [-100] * (longest - len(row.ids)) for row in rows], device=model.device)
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.inference_mode():
-        logits_btv = model(input_ids=ids_bt, attention_mask=mask_bt, use_cache=False).logits
-        nll_bt = torch.nn.functional.cross_entropy(
-            logits_btv[:, :-1].float().transpose(1, 2), labels_bt[:, 1:], ignore_index=-100, reduction="none"
-        )
-    return nll_bt.double().sum(dim=1)
+        whole = model(input_ids=ids, use_cache=False).logits
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return ours.shape == whole.shape and torch.allclose(ours.float(), whole.float(), rtol=1e-3, atol=1e-4)

@@ -115,6 +115,7 @@ def _make(
                 folder=where.folder,
                 out=out,
                 work=work,
+                scores=where.store.scores,
                 events=where.events,
                 logs=where.logs,
                 compute=experiment.compute,

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunery.data.read import source_identity
 from tunery.runner.stages import STAGES
-from tunery.spec import Dataset, Evaluate, Experiment, Pretrained, Stage, Training
+from tunery.spec import RANDOM, Dataset, Evaluate, Experiment, Pretrained, Select, Stage, Training
 from tunery.spec.graph import order
 from tunery.spec.reference import model_name
 from tunery.store import fingerprint
@@ -16,7 +16,7 @@ from tunery.store.fingerprint import folder_digest
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
-    own = stage.seed if isinstance(stage, Training) else None
+    own = stage.seed if isinstance(stage, Training | Select) else None
     return experiment.seed if own is None else own
 
 
@@ -27,7 +27,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     for item in stage.inputs():
         _blank(fields, item.path)
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
-    if isinstance(stage, Training) or (isinstance(stage, Dataset) and stage.corrupt):
+    by_chance = isinstance(stage, Select) and RANDOM in (*stage.keep, stage.quota and stage.quota.by)
+    if isinstance(stage, Training) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)

@@ -6,11 +6,13 @@ from tunery.spec.reference import AUTO, Pretrained, Scratch
 from tunery.spec.scorers import Ifd, Perplexity, Scorer, ScorerSpec
 from tunery.spec.search import Dimension, Search
 from tunery.spec.stages import (
+    RANDOM,
     Dataset,
     Evaluate,
     Keep,
     Lora,
     Pretrain,
+    Quota,
     Score,
     Select,
     Sft,
@@ -21,6 +23,7 @@ from tunery.spec.stages import (
 
 __all__ = [
     "AUTO",
+    "RANDOM",
     "Compute",
     "Dataset",
     "Dimension",
@@ -32,6 +35,7 @@ __all__ = [
     "Perplexity",
     "Pretrain",
     "Pretrained",
+    "Quota",
     "Score",
     "Scorer",
     "ScorerSpec",

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunery.spec.search import Search
 from tunery.spec.reference import AUTO, Auto, Spec
+from tunery.spec.search import Search
 from tunery.spec.stages import Stage
 
 

@@ -21,7 +21,7 @@ from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.reference import Spec, model_name
 from tunery.spec.search import Search
-from tunery.spec.stages import Evaluate, Score, Select, Stage, Training
+from tunery.spec.stages import RANDOM, Evaluate, Score, Select, Stage, Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource, read_yaml
 
@@ -114,18 +114,22 @@ def _wanted(gives: tuple[str, ...]) -> str:
 
 def _check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
     for name, stage in experiment.stages.items():
-        if isinstance(stage, Select):
-            scored = experiment.stages[stage.data]
-            assert isinstance(scored, Score), "_check_references saw to it"
-            made = [scorer.score for scorer in scored.by]
-            for score in stage.keep:
-                if score not in made:
-                    yield error_at(
-                        source,
-                        ("stages", name, "keep", score),
-                        f"`{name}.keep` uses the score `{score}`, which `{stage.data}` does not make",
-                        remedy=nearest(score, made),
-                    )
+        if not isinstance(stage, Select):
+            continue
+        scored = experiment.stages[stage.data]
+        made = [scorer.score for scorer in scored.by] if isinstance(scored, Score) else []
+        used: list[tuple[KeyPath, str]] = [(("keep", score), score) for score in stage.keep]
+        if stage.quota is not None and stage.quota.by is not None:
+            used.append((("quota", "by"), stage.quota.by))
+        for path, score in used:
+            if score not in (*made, RANDOM):
+                yield error_at(
+                    source,
+                    ("stages", name, *path),
+                    f"`{name}.{path[0]}` uses the score `{score}`, which `{stage.data}` does not make",
+                    cause="" if made else f"`{stage.data}` is a {scored.kind} stage, which makes no scores",
+                    remedy=nearest(score, [*made, RANDOM]),
+                )
 
 
 def metrics_of(experiment: Experiment) -> list[str]:

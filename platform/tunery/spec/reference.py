@@ -74,6 +74,7 @@ NewOrModel = Annotated[
 ]
 """The same, or `{scratch: tiny}`."""
 
+
 def model_inputs(path: tuple[str | int, ...], model: str | Pretrained | Scratch) -> Iterator[Input]:
     if isinstance(model, str):
         yield Input(path, model, ("model",))
@@ -86,5 +87,3 @@ def model_name(model: str | Pretrained | Scratch) -> str:
     if isinstance(model, Scratch):
         return f"scratch-{model.scratch}"
     return re.split(r"[/\\]", model.pretrained.rstrip("/\\"))[-1]
-
-

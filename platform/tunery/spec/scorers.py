@@ -22,7 +22,7 @@ class ScorerSpec(Spec):
 
     @classmethod
     def kind(cls) -> str:
-        return next(field for field in cls.model_fields if field != "name")
+        return next((field for field in cls.model_fields if field != "name"), "")
 
     @property
     def score(self) -> str:

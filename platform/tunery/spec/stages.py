@@ -79,30 +79,70 @@ class Score(Spec):
 
 
 class Keep(Spec):
-    """One rule on one score. Which end is good belongs to the scorer (low for perplexity)."""
+    """One rule on one score. Rows without a score never pass, save by `quantile: 1`."""
 
     quantile: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep this share, the best by the score."""
+    """Keep this share of all rows, the best by the score; of rows at the cut those that come first."""
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    """Keep so many rows, the best by the score."""
+    as_many_as: str | None = None
+    """Keep as many rows, the best by the score, as another stage has: with `random`, its control."""
     threshold: float | None = None
     """Keep the rows at or on the good side of this score."""
+    range: Annotated[tuple[float | None, float | None], Field(min_length=2, max_length=2)] | None = None
+    """Keep the rows from the one to the other score, both included; null leaves an end open."""
+    best: Literal["low", "high"] | None = None
+    """Which end of the score is the good one; else the scorer's own (low for perplexity, high for language)."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Keep:
-        if (self.quantile is None) == (self.threshold is None):
-            raise ValueError("give either `quantile` or `threshold`")
+        given = [name for name in KEEP_RULES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(f'`{name}`' for name in KEEP_RULES)}")
+        if self.range is not None:
+            low, high = self.range
+            if low is None and high is None:
+                raise ValueError("both ends of the range are open")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"the range ends ({high:g}) before it begins ({low:g})")
+            if self.best is not None:
+                raise ValueError("a range has no good end: remove `best`")
         return self
 
 
+KEEP_RULES = ("quantile", "top_k", "as_many_as", "threshold", "range")
+RANDOM = "random"
+"""A score that every row has: evenly spread over [0, 1), from the row's id and the stage's seed."""
+
+
+class Quota(Spec):
+    """At most so many rows of each source or group, the best by a score (those that come first where none is named)."""
+
+    per: Literal["source", "group"]
+    rows: Annotated[int, Field(gt=0)]
+    by: str | None = None
+
+
 class Select(Spec):
-    """The rows that pass every rule; the dropped ones are listed with the rule that dropped them."""
+    """The rows that pass; the dropped ones are listed with the rule that dropped them."""
 
     kind: Literal["select"]
     gives: ClassVar[Gives] = "rows"
     data: str
     keep: Annotated[dict[str, Keep], Field(min_length=1)]
+    """By score. Each rule looks at all rows, whatever the others drop."""
+    combine: Literal["all", "any"] = "all"
+    """A row passes when all rules keep it, or any of them."""
+    quota: Quota | None = None
+    """Applied to the rows that pass."""
+    seed: int | None = None
+    """Of the score `random`; the experiment's when not given."""
 
     def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ("scored",))
+        yield Input(("data",), self.data, ROWS)
+        for score, rule in self.keep.items():
+            if rule.as_many_as is not None:
+                yield Input(("keep", score, "as_many_as"), rule.as_many_as, ROWS)
 
 
 class Lora(Spec):

@@ -78,6 +78,11 @@ class Store:
     def lease(self, kind: str, fingerprint: str, wait: Callable[[str], None] | None = None) -> Lease:
         return Lease(self.root / "leases" / f"{kind}-{fingerprint}", wait)
 
+    @property
+    def scores(self) -> Path:
+        """The folder of score tables (store/score_table.py)."""
+        return self.root / "scores"
+
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
 

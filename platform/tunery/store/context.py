@@ -25,6 +25,8 @@ class StageContext:
     """Of the experiment's file: relative paths in it start there."""
     out: Path
     work: Path
+    scores: Path
+    """The store's score tables (store/score_table.py)."""
     events: Path
     """The run's folder of event logs, for workers that write their own."""
     logs: Path

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tunery.data.scorers.table import Columns, View
+from tunery.data.scorers.table import Columns
+from tunery.models.likelihood import View
 from tunery.spec import Ifd
 
 

@@ -19,17 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tunery.models.likelihood import View
 from tunery.store.rows import Row
 
 Columns = dict[str, list[Any]]
 """A value a row under each name. `score` (float, NaN where a row has none) is the score itself; any other column
 explains it, and stands in the table as `<score>_<name>`."""
-
-View = Literal["answer", "whole", "alone"]
-"""Which tokens count, and what the model sees before them:
-answer: the last answer's tokens after all that comes before it (of a text, all tokens);
-whole: all tokens but the first;
-alone: the last answer's tokens after nothing but the template's opening of an answer."""
 
 
 class RowScorer(Protocol):

@@ -1,0 +1,95 @@
+"""What a score stage tells of its scores, read back from its table in constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tunery.data.cut import kth_smallest
+from tunery.data.judge import Floats, auc, auc_by_kind, histogram
+from tunery.data.scorers.table import KINDS
+from tunery.spec import ScorerSpec
+from tunery.store.rows import shards
+
+JUDGED = 1 << 22
+"""AUC against planted rows needs all of a score at once: for corpora of at most so many rows."""
+
+
+def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
+    """rows_in and rows_out of the artifact's tables, tokens, truncated; and of each score its histogram, median,
+    how many rows have none, and how well it tells planted rows apart."""
+    files = shards(artifact)
+    rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
+    scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
+    names = pq.read_schema(artifact / "scores" / files[0].name).names
+    # Every likelihood scorer of a row counts the same tokens: those of the first are told.
+    first = next((spec.score for spec in by if f"{spec.score}_tokens" in names), None)
+    tokens = sum(int(piece.sum()) for piece in column(artifact, f"{first}_tokens")) if first else 0
+    cut = next((spec.score for spec in by if f"{spec.score}_truncated" in names), None)
+    truncated = sum(int(piece.sum()) for piece in column(artifact, f"{cut}_truncated")) if cut else 0
+    planted = _planted(artifact) if rows <= JUDGED else None
+    described = {spec.score: _describe(artifact, spec, rows, planted) for spec in by}
+    return {
+        "rows": scored,
+        "rows_in": rows,
+        "rows_out": scored,
+        "tokens": tokens,
+        "truncated": truncated,
+        "scores": described,
+    }
+
+
+def column(artifact: Path, name: str) -> Iterator[Any]:
+    """A column of the score table, a numpy array a shard."""
+    for path in shards(artifact):
+        yield pq.read_table(artifact / "scores" / path.name, columns=[name])[0].to_numpy()
+
+
+def _describe(artifact: Path, spec: ScorerSpec, rows: int, planted: Sequence[str] | None) -> dict[str, Any]:
+    unscored = sum(int(np.isnan(piece).sum()) for piece in column(artifact, spec.score))
+    usable = rows - unscored
+    middle = sorted({(usable - 1) // 2, usable // 2}) if usable else []
+    median = [kth_smallest(lambda: column(artifact, spec.score), k) for k in middle]
+    good = KINDS[spec.kind()].good
+    told: dict[str, Any] = {
+        "good": good,
+        "histogram": histogram(lambda: _with_planted(artifact, spec.score, planted)),
+        "median": sum(median) / len(median) if median else None,
+        "unscored": unscored,
+        "auc": None,
+        "auc_by_kind": {},
+    }
+    if planted is not None and rows:
+        badness = as_badness(np.concatenate(list(column(artifact, spec.score))), good)
+        told["auc"] = auc(badness, np.array([kind != "" for kind in planted]))
+        told["auc_by_kind"] = auc_by_kind(badness, planted)
+    return told
+
+
+def as_badness(values: Floats, good: str) -> Floats:
+    """Higher is worse; a row without a score is as bad as can be."""
+    return np.where(np.isnan(values), math.inf, values if good == "low" else -values)
+
+
+def _planted(artifact: Path) -> list[str] | None:
+    """The kind of damage of each row; None where it is not known of all."""
+    kinds: list[str] = []
+    for path in shards(artifact):
+        piece = pq.read_table(path, columns=["planted"])[0].to_pylist()
+        if None in piece:
+            return None
+        kinds += cast(list[str], piece)
+    return kinds
+
+
+def _with_planted(artifact: Path, score: str, planted: Sequence[str] | None) -> Iterator[tuple[Floats, Any]]:
+    start = 0
+    for piece in column(artifact, score):
+        bad = None if planted is None else np.array([kind != "" for kind in planted[start : start + len(piece)]], bool)
+        start += len(piece)
+        yield piece, bad

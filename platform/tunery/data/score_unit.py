@@ -1,0 +1,182 @@
+"""One unit of scoring: a shard of rows through the scorers of one pass, with what is known already left out.
+
+A unit's result is one Parquet file beside the others, renamed into place when it is whole: a job that was killed skips
+the units whose files are there. What a unit needs to survive its own death stands in a journal beside it.
+
+A row that kills its worker (a native library's crash, memory) would kill every next one, too. So a unit that is begun
+again in the same run goes row by row and writes down which one it is about to score; a row that was in hand at two
+deaths is quarantined, and the others are scored. Deaths of other runs don't count: those were somebody's kill.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunery.data.scorers.table import Columns
+from tunery.store.rows import Row
+from tunery.store.score_table import ScoreTable, as_numbers
+
+Array = Any
+"""pyarrow's; its stubs want an element type that is not known here."""
+DEATHS = 2
+"""A row that was in hand so often when its worker died is not tried again."""
+HOPELESS = 20
+Scored = dict[str, Columns]
+"""By score."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Scorers that go over the rows together."""
+
+    name: str
+    scores: tuple[str, ...]
+    folder: Path
+    """Where the units' files are written."""
+    run: str
+    """Of this invocation; deaths of others don't count."""
+    tables: dict[str, Path] = field(default_factory=dict)
+    """By score, the folder of its kept scores; scores without one are worked out anew."""
+
+
+def score_unit(shard: Path, job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, int]:
+    """Score the rows of `shard`; returns how many were scored, known before, and quarantined.
+
+    `score(rows, scores)` works out the named scores of rows. Writes `<shard>.parquet` (id, the columns of each score,
+    known:<score>, lost) and, where rows were quarantined, `<shard>.lost.json`.
+    """
+    # `planted` is the truth that a filter is judged by: no scorer may see it.
+    names = [name for name in pq.read_schema(shard).names if name != "planted"]
+    rows = pq.read_table(shard, columns=names).to_pylist()
+    ids = as_numbers(row["id"] for row in rows)
+    columns: dict[str, Array] = {"id": pa.array([row["id"] for row in rows])}
+    journal = _Journal(job.folder / f"{shard.stem}.journal", job.run)
+    lost: dict[int, str] = {}
+    missing = {name: np.ones(len(rows), dtype=bool) for name in job.scores}
+    kept: dict[str, pa.Table] = {}
+    for name in job.scores:
+        if name in job.tables:
+            known, table = ScoreTable(job.tables[name]).find(ids)
+            missing[name] = ~known
+            if table is not None:
+                kept[name] = table
+    # Scores of one pass share their forwards: rows that lack the same ones go together.
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index in range(len(rows)):
+        if lacking := tuple(name for name in job.scores if missing[name][index]):
+            groups.setdefault(lacking, []).append(index)
+    fresh: dict[str, list[tuple[int, dict[str, Any]]]] = {name: [] for name in job.scores}
+    for lacking, indices in groups.items():
+        for index, told in _try(rows, indices, lacking, score, journal, lost):
+            for name in lacking:
+                fresh[name].append((index, told[name]))
+    for name in job.scores:
+        columns |= _merge(name, len(rows), kept.get(name), np.flatnonzero(~missing[name]), fresh[name])
+        columns[f"known:{name}"] = pa.array(~missing[name])
+    columns["lost"] = pa.array([index in lost for index in range(len(rows))])
+    if lost:
+        (job.folder / f"{shard.stem}.lost.json").write_text(json.dumps(lost))
+    final = job.folder / shard.name
+    temporary = final.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.rename(final)
+    journal.remove()
+    touched = sum(len(indices) for indices in groups.values())
+    return {"rows": len(rows), "scored": touched - len(lost), "known": len(rows) - touched, "lost": len(lost)}
+
+
+def _try(
+    rows: Sequence[Row],
+    indices: list[int],
+    lacking: tuple[str, ...],
+    score: Callable[[Sequence[Row], Sequence[str]], Scored],
+    journal: _Journal,
+    lost: dict[int, str],
+) -> list[tuple[int, dict[str, Any]]]:
+    """(index, by score the values of its columns) of all rows but those that are lost."""
+    if not journal.deaths:
+        try:
+            return _split(indices, score([rows[index] for index in indices], lacking))
+        except Exception:  # of some row: found one by one below, and told with it
+            journal.write("one by one")
+    done: list[tuple[int, dict[str, Any]]] = []
+    for index in indices:
+        if journal.in_hand[index] >= DEATHS:
+            lost[index] = f"killed its worker {journal.in_hand[index]} times"
+            continue
+        journal.write(f"row {index}")
+        try:
+            done += _split([index], score([rows[index]], lacking))
+        except Exception as error:
+            lost[index] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        if not done and len(lost) == HOPELESS:
+            # Not the rows: whatever is wrong is wrong with all of them, and must not empty the dataset one by one.
+            raise RuntimeError(f"none of the first {len(lost)} rows can be scored; {next(iter(lost.values()))}")
+    return done
+
+
+def _split(indices: list[int], scored: Scored) -> list[tuple[int, dict[str, Any]]]:
+    return [
+        (index, {name: {key: values[place] for key, values in columns.items()} for name, columns in scored.items()})
+        for place, index in enumerate(indices)
+    ]
+
+
+def _merge(
+    score: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: list[tuple[int, dict[str, Any]]]
+) -> dict[str, Array]:
+    """The columns of a score, named as in the table, from what was known and what is new; NaN for lost rows."""
+    keys = list(fresh[0][1]) if fresh else kept.column_names if kept is not None else ["score"]
+    result: dict[str, Array] = {}
+    for key in keys:
+        values: list[Any] = [float("nan") if key == "score" else None] * count
+        if kept is not None:
+            for index, value in zip(known.tolist(), kept[key].to_pylist(), strict=True):
+                values[index] = value
+        for index, told in fresh:
+            values[index] = told[key]
+        array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
+        # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
+        named = score if key == "score" else f"{score}_{key}"
+        result[named] = array.cast(pa.string()) if pa.types.is_null(array.type) else array
+    return result
+
+
+class _Journal:
+    """Lines "begin RUN" and "row I", appended before each is done; gone when the unit is whole."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        begins = [line for line in lines if line.startswith("begin ")]
+        self.in_hand: Counter[int] = Counter()
+        self.deaths = 0
+        mine = False
+        last: int | None = None
+        for line in [*lines, f"begin {run}"]:
+            if line.startswith("begin "):
+                if mine:
+                    self.deaths += 1
+                    if last is not None:
+                        self.in_hand[last] += 1
+                mine, last = line == f"begin {run}", None
+            elif line.startswith("row "):
+                last = int(line[4:])
+        assert self.deaths <= len(begins)
+        self.write(f"begin {run}")
+
+    def write(self, line: str) -> None:
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)

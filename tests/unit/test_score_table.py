@@ -1,0 +1,72 @@
+"""Kept scores: found by row id, in any order, whatever run they came in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunery.store import score_table
+from tunery.store.score_table import ScoreTable, as_numbers
+
+
+def table(ids: np.ndarray) -> pa.Table:
+    return pa.table({"id": ids, "score": ids.astype(float) / 7, "words": [f"w{value}" for value in ids.tolist()]})
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=60, unique=True), st.data())
+def test_what_was_added_is_found_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
+) -> None:
+    kept = ScoreTable(tmp_path_factory.mktemp("scores") / "s")
+    added = data.draw(st.lists(st.sampled_from(numbers), unique=True))
+    cut = data.draw(st.integers(0, len(added)))
+    for name, part in (("a", added[:cut]), ("b", added[cut:])):
+        kept.add(name, [table(np.array(part, np.uint64))], rows=data.draw(st.sampled_from([1, 2**22])))
+    ids = np.array(numbers, np.uint64)
+    known, found = kept.find(ids)
+    assert known.tolist() == [number in added for number in numbers]
+    if found is None:
+        assert not added
+    else:
+        assert found.equals(table(ids[known]).drop_columns(["id"]))
+
+
+def test_large_runs_are_split_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_table, "PARTITION_ROWS", 100)
+    ids = np.random.default_rng(0).integers(0, 2**64 - 1, 1000, np.uint64)
+    ScoreTable(tmp_path).add("a", (table(ids[start : start + 70]) for start in range(0, 1000, 70)), rows=1000)
+    assert len(list((tmp_path / "a").iterdir())) == 16
+    known, found = ScoreTable(tmp_path).find(ids[::-1])
+    assert known.all()
+    assert found is not None
+    assert found["score"].to_numpy().tolist() == (ids[::-1].astype(float) / 7).tolist()
+
+
+def test_row_twice_in_a_run_is_kept_once(tmp_path: Path) -> None:
+    ids = np.array([5, 5, 3], np.uint64)
+    ScoreTable(tmp_path).add("a", [table(ids)], rows=3)
+    known, found = ScoreTable(tmp_path).find(ids)
+    assert known.all()
+    assert found is not None
+    assert found["words"].to_pylist() == ["w5", "w5", "w3"]
+
+
+def test_half_written_run_is_not_seen(tmp_path: Path) -> None:
+    def fails() -> object:
+        yield table(np.array([1], np.uint64))
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        ScoreTable(tmp_path).add("a", fails(), rows=1)
+    assert ScoreTable(tmp_path).find(np.array([1], np.uint64))[1] is None
+
+
+def test_ids_are_numbers_of_16_hex_digits() -> None:
+    assert as_numbers(["00000000000000ff", "ffffffffffffffff"]).tolist() == [255, 2**64 - 1]
+    assert as_numbers([]).tolist() == []

@@ -1,0 +1,167 @@
+"""A unit of scoring: what is known is not worked out again, what kills is found, and no other row is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tunery.data.score_unit import DEATHS, HOPELESS, Pass, Scored, score_unit
+from tunery.store.rows import Row, row_id, shards, write_rows
+from tunery.store.score_table import ScoreTable
+
+
+class Killed(BaseException):
+    """What a process's death looks like to a test that stays alive."""
+
+
+def rows_of(count: int) -> list[Row]:
+    rows: list[Row] = [{"text": f"row {n}", "planted": "cut", "line": n} for n in range(count)]
+    return [{**row, "id": row_id(row)} for row in rows]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    write_rows(rows_of(10), tmp_path / "data")
+    (path,) = shards(tmp_path / "data")
+    return path
+
+
+def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> Pass:
+    (folder / "out").mkdir(exist_ok=True)
+    return Pass("a", scores, folder / "out", run, tables)
+
+
+def plain(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+    values = [float(row["text"].split()[1]) for row in rows]
+    return {score: {"score": values, "why": [row["text"] for row in rows]} for score in scores}
+
+
+def result(folder: Path, shard: Path) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = pq.read_table(folder / "out" / shard.name).to_pydict()
+    return found
+
+
+def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path: Path) -> None:
+    seen: list[Row] = []
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        seen.extend(rows)
+        return plain(rows, scores)
+
+    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "known": 0, "lost": 0}
+    found = result(tmp_path, shard)
+    assert found["id"] == [row["id"] for row in rows_of(10)]
+    assert found["a"] == [float(n) for n in range(10)]
+    assert found["a_why"] == [f"row {n}" for n in range(10)]
+    assert all("planted" not in row for row in seen)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "nothing but the result is left"
+
+
+def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path) -> None:
+    score_unit(shard, job(tmp_path), plain)
+    made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
+    table = made.select(["a", "a_why"]).rename_columns(["score", "why"])
+    from tunery.store.score_table import as_numbers
+
+    kept = table.append_column("id", [as_numbers(made["id"].to_pylist())])
+    ScoreTable(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
+    asked: list[str] = []
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        asked.extend(row["text"] for row in rows)
+        return plain(rows, scores)
+
+    before = result(tmp_path, shard)
+    told = score_unit(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
+    assert told == {"rows": 10, "scored": 8, "known": 2, "lost": 0}
+    assert asked == [f"row {n}" for n in range(10) if n not in (1, 4)]
+    after = result(tmp_path, shard)
+    assert after["known:a"] == [n in (1, 4) for n in range(10)]
+    assert {name: after[name] for name in ("id", "a", "a_why")} == {name: before[name] for name in ("id", "a", "a_why")}
+
+
+def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(shard: Path, tmp_path: Path) -> None:
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        if any(row["text"] == "row 3" for row in rows):
+            raise ValueError("a strange row")
+        return plain(rows, scores)
+
+    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
+    found = result(tmp_path, shard)
+    assert found["lost"] == [n == 3 for n in range(10)]
+    assert math.isnan(found["a"][3])
+    assert found["a"][4] == 4.0
+    reasons = json.loads((tmp_path / "out" / f"{shard.stem}.lost.json").read_text())
+    assert reasons == {"3": "ValueError: a strange row"}
+
+
+def test_fault_of_every_row_is_raised_instead_of_losing_them_all(tmp_path: Path) -> None:
+    write_rows(rows_of(50), tmp_path / "many")
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        raise ValueError("the model is broken")
+
+    with pytest.raises(RuntimeError, match=f"none of the first {HOPELESS} rows can be scored; ValueError: the model"):
+        score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
+
+
+def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp_path: Path) -> None:
+    scored: list[str] = []
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        if any(row["text"] == "row 6" for row in rows):
+            raise Killed
+        scored.extend(row["text"] for row in rows)
+        return plain(rows, scores)
+
+    for _ in range(1 + DEATHS):  # the whole unit, then one by one
+        with pytest.raises(Killed):
+            score_unit(shard, job(tmp_path), score)
+    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
+    assert result(tmp_path, shard)["lost"] == [n == 6 for n in range(10)]
+    assert "killed its worker 2 times" in (tmp_path / "out" / f"{shard.stem}.lost.json").read_text()
+
+
+def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
+    def killed(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        raise Killed
+
+    for run in ("1", "2", "3", "4"):
+        with pytest.raises(Killed):
+            score_unit(shard, job(tmp_path, run), killed)
+    batches: list[int] = []
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        batches.append(len(rows))
+        return plain(rows, scores)
+
+    assert score_unit(shard, job(tmp_path, "5"), score)["lost"] == 0
+    assert batches == [10], "all at once: nothing is suspected"
+
+
+def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path) -> None:
+    from tunery.store.score_table import as_numbers
+
+    score_unit(shard, job(tmp_path), plain)
+    made = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
+    kept = made.select(["a", "a_why"]).rename_columns(["score", "why"])
+    kept = kept.append_column("id", [as_numbers(made["id"].to_pylist())]).select(["id", "score", "why"])
+    ScoreTable(tmp_path / "kept").add("r", [kept], 6)
+    asked: list[tuple[int, tuple[str, ...]]] = []
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        asked.append((len(rows), tuple(scores)))
+        return plain(rows, scores)
+
+    (tmp_path / "both").mkdir()
+    both = Pass("ab", ("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
+    score_unit(shard, both, score)
+    assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
+    found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
+    assert found["a"] == found["b"] == [float(n) for n in range(10)]
