@@ -96,8 +96,11 @@ class SketchActor:
 
 
 def _units(batch: dict[str, Any], job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, Any]:
-    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost"}, a unit each."""
-    told = [score_unit(Path(shard), job, score) for shard in batch["shard"]]
+    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, a unit each."""
+    told: list[dict[str, float]] = []
+    for shard in batch["shard"]:
+        begin = time.time()
+        told.append({**score_unit(Path(shard), job, score), "seconds": time.time() - begin})
     return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}
 
 
@@ -110,13 +113,13 @@ def make_scores(context: StageContext) -> StageResult:
     started = time.time()
     run = f"{os.getpid()}-{time.time_ns()}"
     passes = list(_passes(context, stage, run))
-    counted = {"scored": 0, "known": 0, "resumed": 0}
+    counted: dict[str, float] = {"scored": 0, "known": 0, "resumed": 0, "seconds": 0}
     total = len(passes) * int(context.inputs[stage.data].facts["rows"])
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
     done = 0
     for job, actor, arguments in passes:
         for told in _run_pass(context, job, actor, arguments, files):
-            done += told["rows"]
+            done += int(told["rows"])
             for key in counted:
                 counted[key] += told.get(key, 0)
             context.emit("progress", done=done, total=total, unit="rows")
@@ -131,12 +134,13 @@ def make_scores(context: StageContext) -> StageResult:
     return StageResult(
         {**facts, "quarantined": lost},
         {
-            "rows_scored": counted["scored"],
-            "rows_known": counted["known"],
-            "rows_resumed": counted["resumed"],
+            "rows_scored": int(counted["scored"]),
+            "rows_known": int(counted["known"]),
+            "rows_resumed": int(counted["resumed"]),
             "tokens_per_second": facts["tokens"] / seconds,
             "rows_per_second": facts["rows_out"] / seconds,
             "score_seconds": seconds,
+            "actor_seconds": counted["seconds"],
         },
     )
 
@@ -189,8 +193,8 @@ def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
 
 def _run_pass(
     context: StageContext, job: Pass, actor: type, arguments: tuple[Any, ...], files: list[Path]
-) -> Iterator[dict[str, int]]:
-    """Counts of each unit; those whose file is there already come first."""
+) -> Iterator[dict[str, float]]:
+    """Counts of each unit, and an actor's seconds with it; those whose file is there already come first."""
     todo = []
     for path in files:
         if (job.folder / path.name).is_file():

@@ -68,7 +68,7 @@ class ScoreTable:
         bits = max(0, int(np.ceil(np.log2(max(rows, 1) / PARTITION_ROWS))))
         _spill(tables, temporary, bits)
         for spilled in sorted(temporary.glob("*.spill")):
-            with pa.OSFile(str(spilled)) as file, pa.ipc.open_stream(file) as reader:
+            with pa.OSFile(str(spilled), "rb") as file, pa.ipc.open_stream(file) as reader:
                 whole = reader.read_all()
             _, first = np.unique(whole["id"].to_numpy(), return_index=True)
             _write_one_batch(whole.take(first), spilled.with_suffix(".arrow"))
