@@ -1,9 +1,12 @@
-"""Ctrl-C that reaches us, whatever a library does with signals."""
+"""Ends that come from outside: Ctrl-C that reaches us, and a last word when the process is gone at once."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,3 +35,30 @@ def interruptible(call: Callable[[], T]) -> T:
     if error:
         raise error[0]
     return outcome[0]
+
+
+@contextmanager
+def last_words(words: str) -> Iterator[None]:
+    """While inside, `words` go to standard error if this process ends without leaving.
+
+    That is so after kill -9, and when Ray's node process (raylet) dies: Ray 2.60 then ends the driver from C++
+    (core_worker, QuickExit), where no handler of Python's runs, and standard error is a log file by then. A forked
+    child waits for the end of a pipe. Enter before threads are started.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(writing)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if os.read(reading, 1) == b"":
+                os.write(2, words.encode())
+        finally:
+            os._exit(0)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        os.write(writing, b".")
+        os.close(writing)
+        os.waitpid(child, 0)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from tunery.errors import RequestError, TuneryError
+from tunery.interrupt import last_words
 from tunery.run import run_experiment
 from tunery.runner.session import RaySession, noise_to
 from tunery.spec import Experiment
@@ -47,7 +48,12 @@ class Told:
 def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> Told:
     """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted."""
     folder = store.run(experiment.name)
-    with _alone(folder), noise_to(folder / "logs" / "driver.log") as out, _sigterm_interrupts():
+    with (
+        last_words(_killed(folder)),
+        _alone(folder),
+        noise_to(folder / "logs" / "driver.log") as out,
+        _sigterm_interrupts(),
+    ):
         log = EventLog(folder / "events" / "driver.jsonl")
         session = RaySession(log, folder / "logs")
         mirror = WandbMirror(
@@ -80,6 +86,15 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         if artifact.kind in ("evaluate", "pretrain", "sft")
     }
     return Told(experiment.name, folder, report, list(synced.notes), results)
+
+
+def _killed(folder: Path) -> str:
+    return f"""
+error: the run's process was killed
+cause: by somebody or the system (kill -9, out of memory), or Ray's node process (raylet) was, and took it along
+remedy: look at the memory of the machine (dmesg), then give the same command again: it goes on from where it was
+log: {folder / "logs" / "driver.log"}
+"""
 
 
 @contextmanager

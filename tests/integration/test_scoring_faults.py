@@ -1,0 +1,171 @@
+"""Scoring on Ray Data with everything killed that can be: nothing is lost, nothing is scored twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from conftest import ENVIRONMENT, ROOT, Bench, wait_for
+
+ROWS = 30_720  # 30 shards
+
+
+def prepared(bench: Bench, made: Bench) -> Bench:
+    """An experiment that scores many short rows by the model of the small experiment."""
+    words = ["path", "join", "list", "sort", "file", "open", "read", "line", "text", "code"]
+    with (bench.folder / "rows.jsonl").open("w") as file:
+        for n in range(ROWS):
+            file.write(json.dumps({"text": f"{n} " + " ".join(words[n % 10 : n % 10 + n % 7])}) + "\n")
+
+    def change(experiment: dict) -> None:
+        kept = {name: experiment["stages"][name] for name in ("texts", "base")}
+        kept["rows"] = {"kind": "dataset", "source": "rows.jsonl"}
+        kept["scored"] = {"kind": "score", "data": "rows", "by": [{"perplexity": "base"}, {"ifd": "base"}]}
+        experiment["stages"] = kept
+
+    bench.write(change)
+    for kind in ("dataset", "pretrain"):
+        for artifact in made.artifacts(kind):
+            shutil.copytree(artifact, bench.store / "artifacts" / artifact.name)
+    return bench
+
+
+def raylet(bench: Bench) -> int:
+    """The pid of the raylet of this run's own Ray."""
+    session = (bench.run / "logs" / "ray").resolve().parent.name
+    found = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=True)
+    return int(found.stdout.split()[0])
+
+
+def actors(bench: Bench) -> list[int]:
+    found = subprocess.run(
+        ["pgrep", "-P", str(raylet(bench)), "-f", "ray::.*LikelihoodActor"], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def parts(bench: Bench) -> list[Path]:
+    return list(bench.store.glob("work/score-*/passes/*/part-*.parquet"))
+
+
+def in_process(bench: Bench) -> Path:
+    """The same scores without Ray, as a trial of a search makes them."""
+    code = (
+        "import sys; from pathlib import Path; from tunery.spec import load; from tunery.store import Store\n"
+        "from tunery.runner.execute import Trial, Where, execute; from tunery.track.events import EventLog\n"
+        "experiment, source = load(Path(sys.argv[1])); store = Path(sys.argv[2])\n"
+        "where = Where(Store(store), store / 'run', Path(sys.argv[1]).parent)\n"
+        "print(execute(experiment, where, EventLog(where.events / 'e.jsonl'), Trial(in_process=True))['scored'].path)"
+    )
+    store = bench.folder / "undisturbed"
+    shutil.copytree(bench.store, store)
+    command = [sys.executable, "-c", code, str(bench.file), str(store)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=bench.folder)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1])
+
+
+def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(made: Bench, tmp_path: Path) -> None:
+    bench = prepared(Bench(tmp_path), made)
+    undisturbed = in_process(bench)
+
+    first = bench.start()
+    wait_for(lambda: len(parts(bench)) >= 2, process=first)
+    os.kill(raylet(bench), signal.SIGKILL)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 1, out + err
+    assert "Traceback" not in out + err
+    assert "raylet" in err
+    assert "the same command" in err
+
+    before = len(parts(bench))
+    second = bench.start()
+    wait_for(lambda: len(parts(bench)) >= before + 2, process=second)
+    left = actors(bench)
+    os.kill(second.pid, signal.SIGKILL)
+    second.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), seconds=60)
+
+    before = len(parts(bench))
+    assert before < 30, "too late to disturb anything"
+    third = bench.start()
+    wait_for(lambda: len(parts(bench)) > before, process=third)
+    os.kill(actors(bench)[0], signal.SIGKILL)
+    out, err = third.communicate(timeout=120)
+    assert third.returncode == 0, out + err
+
+    scored = bench.only("score")
+    for path in sorted((undisturbed / "scores").iterdir()):
+        assert path.read_bytes() == (scored / "scores" / path.name).read_bytes(), path.name
+    assert (scored / "quarantine.jsonl").read_bytes() == b""
+    measured = json.loads((scored / "measured.json").read_text())
+    assert measured["rows_resumed"] + measured["rows_scored"] == ROWS
+    assert measured["rows_resumed"] >= 4 * 1024
+    assert len({row for path in scored.glob("rows/*") for row in pq.read_table(path)["id"].to_pylist()}) == ROWS
+
+
+def test_one_per_cent_of_new_rows_is_all_that_is_scored(made: Bench, tmp_path: Path) -> None:
+    bench = prepared(Bench(tmp_path), made)
+    text = (bench.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3000]
+    (bench.folder / "rows.jsonl").write_text("".join(text))
+    in_process_here(bench)
+    new = [json.dumps({"text": f"a new row {n}"}) + "\n" for n in range(30)]
+    (bench.folder / "rows.jsonl").write_text("".join([*new[:10], *text[:2000], *new[10:], *text[2000:]]))
+    scored = in_process_here(bench)
+    measured = json.loads((scored / "measured.json").read_text())
+    assert (measured["rows_scored"], measured["rows_known"]) == (30, 3000)
+
+
+def in_process_here(bench: Bench) -> Path:
+    shutil.rmtree(bench.folder / "undisturbed", ignore_errors=True)
+    scored = in_process(bench)
+    shutil.copytree(bench.folder / "undisturbed" / "scores", bench.store / "scores", dirs_exist_ok=True)
+    return scored
+
+
+KILLER = """
+import os, sys
+from pathlib import Path
+import ray
+from tunery.data.score_unit import Pass, score_unit
+from tunery.models.pool import map_units
+from tunery.spec import Compute
+
+class Actor:
+    def __init__(self, job):
+        self.job = job
+    def __call__(self, batch):
+        def score(rows, scores):
+            if any(row["text"] == "row 700" for row in rows):
+                os.kill(os.getpid(), 9)
+            return {"a": {"score": [1.0] * len(rows)}}
+        told = [score_unit(Path(shard), self.job, score) for shard in batch["shard"]]
+        return {key: [unit[key] for unit in told] for key in told[0]}
+
+folder = Path(sys.argv[1])
+ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+job = Pass("a", ("a",), folder / "out", "run")
+units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
+told = list(map_units(Actor, (job,), units, Compute(workers=2, device="cpu"), False))
+print(sum(unit["scored"] for unit in told), sum(unit["lost"] for unit in told))
+"""
+
+
+def test_row_that_kills_its_actor_is_quarantined_and_the_job_ends_well(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "platform"))
+    from tunery.store.rows import row_id, write_rows
+
+    rows = ({"text": f"row {n}"} for n in range(2500))
+    write_rows(({**row, "id": row_id(row)} for row in rows), tmp_path)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2499 1"
+    assert json.loads((tmp_path / "out" / "part-00000.lost.json").read_text()) == {"700": "killed its worker 2 times"}
