@@ -119,7 +119,7 @@ class Page:
 
     def _holds(self, expression: str) -> bool:
         try:
-            return bool(self.run(expression))
+            return bool(self.run(f"Boolean({expression})"))
         except AssertionError:  # between two documents there is nothing to ask
             return False
 
@@ -153,7 +153,7 @@ class Page:
 
     @property
     def errors(self) -> list[str]:
-        """What this page complained about: exceptions, and whatever its console or the browser's log called an error."""
+        """What the browser complained about in this page: exceptions, and errors in its log."""
         found = []
         for event in self._browser.events:
             if event.get("sessionId") != self._session:

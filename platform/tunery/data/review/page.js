@@ -91,7 +91,10 @@ function verdictInto(line, id) {
   const filter = state.filter[id];
   const decision = state.decided[id];
   line.replaceChildren();
-  if (!filter) return;
+  if (!filter) {
+    if (state.ids[at] !== undefined) line.append("Would you train on this row?");
+    return;
+  }
   const past = { keep: "kept", drop: "dropped" };
   if (decision) line.append(id === state.ids[at] ? "You " : "You just ", element("b", decision, past[decision]), " it; the filter ");
   else line.append("The filter ");
@@ -142,10 +145,10 @@ function finish() {
 // `at` says which row; what is on the page follows.
 async function show() {
   const id = state.ids[at];
-  $("finished").hidden = id !== undefined;
-  $("row").hidden = id === undefined;
   if (id === undefined) {
     shown = null;
+    $("row").hidden = true;
+    $("finished").hidden = false;
     finish();
     frame();
     return;
@@ -155,6 +158,8 @@ async function show() {
     if (state.ids[at] !== id) return; // somebody moved on while it was fetched
     $("row").replaceChildren(...content.turns.map(turnOf));
     shown = id;
+    $("row").hidden = false;
+    $("finished").hidden = true;
     window.scrollTo(0, 0);
     const next = openAfter(at);
     if (state.ids[next]) row(state.ids[next]).catch(() => {}); // told when it is shown
