@@ -9,7 +9,7 @@ const $ = (id) => document.getElementById(id);
 let state = null; // as the server tells it
 let at = 0; // place of the row shown; state.ids.length: the end
 let shown = null; // id of the row whose content is on the page: only that one can be decided
-let busy = false;
+let working = Promise.resolve(); // one thing after another
 let said = ""; // id of the row that the line above the keys speaks of, when it isn't the one shown
 const rows = new Map();
 
@@ -155,7 +155,6 @@ async function show() {
   }
   if (id !== shown) {
     const content = await row(id);
-    if (state.ids[at] !== id) return; // somebody moved on while it was fetched
     $("row").replaceChildren(...content.turns.map(turnOf));
     shown = id;
     $("row").hidden = false;
@@ -177,28 +176,32 @@ function openAfter(place) {
   return ids.length;
 }
 
-async function work(task) {
-  if (busy) return; // a decision is about a row that has been seen, so none is kept for later
-  busy = true;
-  try {
-    await task();
-    $("problem").hidden = true;
-  } catch (error) {
-    $("problem").textContent = error.message;
-    $("problem").hidden = false;
-  } finally {
-    busy = false;
-  }
+function work(task) {
+  document.body.setAttribute("aria-busy", "true");
+  const mine = working.then(async () => {
+    try {
+      await task();
+      $("problem").hidden = true;
+    } catch (error) {
+      $("problem").textContent = error.message;
+      $("problem").hidden = false;
+    }
+    if (working === mine) document.body.setAttribute("aria-busy", "false");
+  });
+  working = mine;
 }
 
-const decide = (decision) => work(async () => {
-  const id = state?.ids[at];
-  if (id === undefined || id !== shown) return;
-  state = await ask("decide", { id, decision });
-  said = id;
-  at = openAfter(at);
-  await show();
-});
+// About the row that is on the page when the key goes down: a second press before the next row is there is about none.
+function decide(decision) {
+  const id = shown;
+  work(async () => {
+    if (id === null || id !== shown || id !== state.ids[at]) return;
+    state = await ask("decide", { id, decision });
+    said = id;
+    at = openAfter(at);
+    await show();
+  });
+}
 
 const undo = () => work(async () => {
   if (!state || state.undo === null) return;
