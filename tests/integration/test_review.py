@@ -170,7 +170,7 @@ def test_keys_keep_drop_undo_and_move(chromium: Chromium, bench: ReviewBench) ->
         decided(page, 1)
         assert read_decisions(bench.decisions) == {ids[0]: "keep"}
         assert shown(page) == ids[1]
-        assert page.text("#verdict").startswith("You just kept it; the filter ")
+        assert page.text("#verdict").startswith("Last row: you kept it, the filter ")
         assert "perplexity" in page.text("#verdict")
         page.press("d")
         decided(page, 2)

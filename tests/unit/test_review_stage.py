@@ -333,11 +333,12 @@ def test_report_terminal_and_comparison_tell_agreement_and_threshold(bench: Revi
     assert any("2 rows wait" in note for note in found["notes"])
     state = replay(read_events(bench.where.events))
     assert outcome(state.stages["checked"]).startswith(f"agrees on {agreed:.0%} of 10 reviewed")
-    ((name, tables),) = reviews(state)
+    ((name, (tables, strata)),) = reviews(state)
     assert name == "checked"
     assert tables[0].rows[0][0].text == "filter kept"
     assert "kappa" in tables[0].notes[0]
-    assert len(tables) == 3
+    assert tables[1].rows[0][0].text == "perplexity"
+    assert len(strata[0].rows) == 6
     page = report_html(state)
     assert "Review near the cut" in page
     assert "best threshold" in page

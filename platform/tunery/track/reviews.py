@@ -13,14 +13,15 @@ from tunery.track.wording import as_number, count, measure, share
 Facts = Mapping[str, Any]
 
 
-def reviews(state: RunState) -> list[tuple[str, list[Table]]]:
-    """For each review stage that has ended: its name, then who decided what, where they agree, and the thresholds."""
+def reviews(state: RunState) -> list[tuple[str, list[list[Table]]]]:
+    """For each review stage that has ended: its name and two columns, of who decided what with the thresholds, and of
+    where they agree."""
     found = []
     for stage in state.stages.values():
         agreed = stage.facts.get("agreement")
         if stage.kind == "review" and isinstance(agreed, Mapping):
-            tables = [_cases(agreed, stage.facts), *_strata(stage.facts), *_thresholds(stage.facts)]
-            found.append((stage.name, tables))
+            columns = [[_cases(agreed, stage.facts), *_thresholds(stage.facts)], _strata(stage.facts)]
+            found.append((stage.name, columns))
     return found
 
 

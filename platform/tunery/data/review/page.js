@@ -96,9 +96,9 @@ function verdictInto(line, id) {
     return;
   }
   const past = { keep: "kept", drop: "dropped" };
-  if (decision) line.append(id === state.ids[at] ? "You " : "You just ", element("b", decision, past[decision]), " it; the filter ");
-  else line.append("The filter ");
-  line.append(decision === filter.decision ? "did too" : element("b", filter.decision, past[filter.decision]));
+  if (id !== state.ids[at]) line.append("Last row: "); // not the one on the page, which nobody shall be told of yet
+  if (decision) line.append("you ", element("b", decision, past[decision]), " it, ");
+  line.append("the filter ", decision === filter.decision ? "did too" : element("b", filter.decision, past[filter.decision]));
   if (decision !== filter.decision) line.append(" it");
   const scores = filter.scores.map((s) => s.name.replaceAll("_", " ") + " " + number(s.value) + ", cut " + number(s.cut));
   if (scores.length) line.append(" (" + scores.join("; ") + ")");
