@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunery.errors import Interrupted, RequestError, TuneryError
+from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from tunery.spec import Experiment
@@ -25,7 +27,6 @@ StoreOption = Annotated[
     Path, typer.Option("--store", envvar="TUNERY_STORE", help="Where artifacts, runs and reports are kept.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
-DEFAULT_STORE = Path(".tunery")
 
 
 def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
@@ -41,12 +42,18 @@ def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
 @app.command()
 def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
     """Check an experiment: its text, its files and models, its search space. Starts and writes nothing."""
-    experiment, _, _ = _checked(file, store)
+    from tunery.runner.check import waiting
+
+    experiment, source, _ = _checked(file, store)
+    notes = waiting(experiment, source)
     if as_json:
-        print(json.dumps({"file": str(file), "name": experiment.name, "stages": len(experiment.stages)}))
+        told = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": notes}
+        print(json.dumps(told))
     else:
         searched = f", {experiment.search.trials} trials" if experiment.search else ""
         print(f"{file}: ok ({experiment.name}: {len(experiment.stages)} stages{searched})")
+        for note in notes:
+            print(f"note: {note}")
 
 
 @app.command()
@@ -57,7 +64,7 @@ def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) 
     from tunery.runner.plan import make_plan, render_plan
 
     experiment, source, the_store = _checked(file, store)
-    planned = make_plan(experiment, Path(source.file).parent, the_store)
+    planned = make_plan(experiment, source, the_store)
     if as_json:
         print(json.dumps(planned.as_json(), indent=1))
     else:
@@ -73,6 +80,31 @@ def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -
     told = run_live(experiment, source, the_store, quiet=as_json)
     if as_json:
         print(json.dumps(told.as_json(), indent=1))
+
+
+@app.command()
+def review(
+    file: File,
+    stage: Annotated[str, typer.Argument(help="The review stage whose rows to look at.", show_default=False)],
+    store: StoreOption = DEFAULT_STORE,
+    xlsx: Annotated[
+        Path | None, typer.Option(help="Write them to this workbook instead of showing a page.", show_default=False)
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the page on 127.0.0.1; 0 takes a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    show_filter: Annotated[
+        bool, typer.Option("--show-filter", help="Show score and verdict before the decision; they lead the eye.")
+    ] = False,
+) -> None:
+    """Look at rows near a filter's cut and decide: keep or drop. On a page of this machine, or in a workbook."""
+    experiment, source, the_store = _checked(file, store)
+    from tunery.runner.review import find_review, serve_review, write_review
+
+    pending = find_review(experiment, source, the_store, stage)
+    if xlsx is not None:
+        write_review(pending, xlsx, show_filter=show_filter, say=print)
+    else:
+        serve_review(pending, port=port, show_filter=show_filter, browser=browser, say=partial(print, flush=True))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.spec import Evaluate, Experiment, Score, Select, Stage, Training
+from tunery.spec import Evaluate, Experiment, Review, Score, Select, Stage, Training
 from tunery.spec.graph import closure
 from tunery.store import Artifact
 
@@ -20,7 +20,7 @@ def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
-        judged = made[name].facts.get("planted") if isinstance(stage, Select) else None
+        judged = made[name].facts.get("planted") if isinstance(stage, Select | Review) else None
         if not judged:
             continue
         facts = made[name].facts
@@ -43,6 +43,45 @@ def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
         return None
     columns = ["filter", "dropped", "planted rows caught", "precision", "recall", "AUC"]
     return {"title": "Planted bad rows", "columns": columns, "rows": rows, "notes": notes}
+
+
+def review_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """How far each reviewed filter and the reviewer agree, and the threshold that would agree best."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Review):
+            continue
+        facts = made[name].facts
+        agreed = facts["agreement"]
+        for found in facts["thresholds"]:
+            rows.append(
+                [
+                    f"{stage.data} in {name}",
+                    f"{agreed['reviewed']:,}",
+                    agreed["share"],
+                    agreed["kappa"],
+                    found["score"],
+                    found["cut"],
+                    found["threshold"],
+                    found["agreement"],
+                ]
+            )
+            if found["beyond_reviewed"]:
+                notes.append(
+                    f"{name}: by {found['score']} the best threshold is at the end of what was reviewed; one further "
+                    "away may agree better"
+                )
+        notes.append(
+            f"{name}: {facts['restored']:,} dropped rows came back, {facts['removed']:,} kept ones went"
+            + (f"; {facts['asked'] - facts['answered']:,} rows wait" if facts["asked"] > facts["answered"] else "")
+        )
+    if not rows:
+        return None
+    columns = ["filter", "reviewed", "agreement", "kappa", "score", "cut", "best threshold", "agreement there"]
+    notes.append("near the cut only: far from it a filter is right more often")
+    title = "Filter and reviewer near the cut"
+    return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
@@ -107,6 +146,8 @@ def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, S
     if filtered.model_dump(exclude=own) != other.model_dump(exclude=own):
         return False
     data = stages[filtered.data]
+    if isinstance(data, Review):
+        data = stages[data.data]
     if not isinstance(data, Select):
         return False
     scored = stages[data.data]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tunery
-from tunery.comparison import filter_table, loss_table, search_table
+from tunery.comparison import filter_table, loss_table, review_table, search_table
 from tunery.errors import Interrupted
 from tunery.runner.check import check
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
@@ -18,7 +18,7 @@ from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.session import RaySession
 from tunery.search.space import curve_stage, metric_stage
-from tunery.spec import Evaluate, Experiment, Select, Training
+from tunery.spec import Evaluate, Experiment, Review, Select, Training
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
@@ -56,7 +56,7 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
 
 def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:
     """Everything in the file. The run's event log tells all of it; raises the first error, after telling it."""
-    where = Where(store, store.run(experiment.name), Path(source.file).parent)
+    where = Where(store, store.run(experiment.name), Path(source.file))
     log = EventLog(where.events / "driver.jsonl")
     begin = time.time()
     log.write(
@@ -105,6 +105,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         best = _measure_best(experiment, where, log, found)
     for table in (
         filter_table(experiment, made),
+        review_table(experiment, made),
         loss_table(experiment, made, best),
         search_table(experiment, found),
     ):
@@ -146,7 +147,7 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> int:
     stage = experiment.stages[name]
     assert isinstance(stage, Training), "a curve belongs to a training"
     data = stage.data
-    while isinstance(selection := experiment.stages[data], Select):
+    while isinstance(selection := experiment.stages[data], Select | Review):
         data = selection.data
     return int(made[data].facts["rows"])
 

@@ -29,6 +29,8 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "scored": {"kind": "score", "data": "docs", "by": [{"perplexity": "base"}]},
     "again": {"kind": "score", "data": "more", "by": [{"perplexity": "base"}]},
     "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}, "random": {"top_k": 9}}},
+    "strict": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.4}}},
+    "checked": {"kind": "review", "data": "clean", "decisions": "checked.jsonl"},
     "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
 }
@@ -70,6 +72,9 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         {"per": "group", "rows": 5, "by": "random"},
     ],
     ("clean", "seed"): [4, 5],
+    ("checked", "data"): ["strict"],
+    ("checked", "decisions"): ["other.jsonl", "checked.xlsx"],
+    ("checked", "rows"): [1, 50],
     ("base", "model"): [
         {"scratch": "small"},
         {"pretrained": "./model"},
@@ -103,13 +108,14 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         }.items()
     },
 }
-ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "sft", "eval")
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "sft", "eval")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    (tmp_path / "checked.jsonl").write_text('{"id": "a", "decision": "keep"}\n')
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
@@ -243,7 +249,7 @@ def test_order_of_the_stages_in_the_file_changes_no_fingerprint(names: list[str]
 def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Path) -> None:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    for name in ("a.jsonl", "b.jsonl"):
+    for name in ("a.jsonl", "b.jsonl", "checked.jsonl"):
         shutil.copy(folder / name, elsewhere)
     shutil.copytree(folder / "model", elsewhere / "model")
     assert prints(EXPERIMENT, elsewhere) == prints(EXPERIMENT, folder)
@@ -261,6 +267,21 @@ def test_content_of_files_changes_their_readers(file: str, readers: list[str], f
     assert prints(EXPERIMENT, folder) == before
 
 
+def test_decisions_change_a_review_by_what_they_say_and_not_by_how_it_is_written(folder: Path) -> None:
+    def with_lines(*lines: str) -> dict[str, str]:
+        (folder / "checked.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return prints(EXPERIMENT, folder)
+
+    keep, drop = '{"id": "a", "decision": "keep", "t": 1}', '{"id": "a", "decision": "drop"}'
+    other, none = '{"id": "b", "decision": "keep"}', '{"id": "b", "decision": null, "undo": true}'
+    before = with_lines(keep)
+    assert changed(before, with_lines(drop)) == users_of(EXPERIMENT, "checked")
+    assert changed(before, with_lines(keep, other)) == {"checked"}
+    assert with_lines(drop, other, none, keep) == before, "the last decision on each row is the same"
+    (folder / "checked.jsonl").unlink()
+    assert prints(EXPERIMENT, folder) == with_lines(), "no file, no decisions"
+
+
 def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) -> None:
     pattern = experiment_of({"docs": {"kind": "dataset", "source": "*.jsonl"}})
     before = prints(pattern, folder)
@@ -270,7 +291,8 @@ def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) 
 
 def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
-    by_chance = {"more", "base", "other", "clean"}  # planted damage, trainings without a seed of their own, `random`
+    # Planted damage, trainings without a seed of their own, `random`, which rows a person is asked about.
+    by_chance = {"more", "base", "other", "clean", "checked"}
     assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)

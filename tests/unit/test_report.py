@@ -179,8 +179,9 @@ def test_facts_of_any_shape_are_shown() -> None:
         "scores": {"perplexity": {"histogram": None}},
         "results": [{"model": "m"}],
     }
-    for facts in (odd, strange, {"rules": [3], "rows_in": 1, "kept": None}, {}):
-        for kind in ("ppo", "dataset", "score", "select", "sft", "evaluate"):
+    reviewed = {"agreement": {"share": "most"}, "strata": [{}], "thresholds": [{"score": 1}, 2], "asked": "x"}
+    for facts in (odd, strange, reviewed, {"rules": [3], "rows_in": 1, "kept": None}, {}):
+        for kind in ("ppo", "dataset", "score", "select", "review", "sft", "evaluate"):
             finished: Event = {
                 "t": 1.0,
                 "event": "stage_finished",

@@ -9,7 +9,7 @@ grows with the data is the list of dropped rows on disk, and with a quota 100 by
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -23,7 +23,7 @@ from tunery.data.rules import Cut, QuotaCut, describe, find_cut, random_scores
 from tunery.data.score_facts import JUDGED
 from tunery.errors import RowsLost, StageError
 from tunery.spec import RANDOM, Keep, Select
-from tunery.store import StageContext, StageResult
+from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import shards, strings, write_tables
 
 
@@ -34,6 +34,9 @@ class Rule:
     good: Literal["low", "high"]
     cut: Cut
     dropped: int = 0
+    """Rows that this rule was the one to drop."""
+    passed: int = 0
+    """Rows that it would keep by itself."""
 
     @property
     def described(self) -> str:
@@ -50,7 +53,7 @@ def make_selection(context: StageContext) -> StageResult:
     assert isinstance(stage, Select)
     data = context.inputs[stage.data]
     table = ScoredRows(data.path, context.seed)
-    goods: dict[str, str] = {name: told["good"] for name, told in data.facts.get("scores", {}).items()}
+    goods = goods_of(data)
     rules = [_rule(context, table, score, keep, goods) for score, keep in stage.keep.items()]
     quota = _see_quota(stage, table, _again(rules), goods) if stage.quota else None
     judged = table.rows <= JUDGED
@@ -141,12 +144,22 @@ class _Columns(dict[str, Floats]):
         return self[score]
 
 
-def _rule(context: StageContext, table: ScoredRows, score: str, keep: Keep, goods: dict[str, str]) -> Rule:
-    good: Any = keep.best or goods.get(score, "low")
+def _rule(context: StageContext, table: ScoredRows, score: str, keep: Keep, goods: Mapping[str, str]) -> Rule:
     like = None if keep.as_many_as is None else int(context.inputs[keep.as_many_as].facts["rows"])
+    return rule_of(table, score, keep, goods, like)
+
+
+def rule_of(table: ScoredRows, score: str, keep: Keep, goods: Mapping[str, str], as_many: int | None) -> Rule:
+    """A rule with its cut in the rows at hand; `goods` is which end of each score is good, by its scorer."""
+    good: Any = keep.best or goods.get(score, "low")
     sign = 1.0 if keep.range is not None or good == "low" else -1.0
-    cut = find_cut(lambda: (sign * piece for piece in table.column(score)), keep, good, table.rows, like)
+    cut = find_cut(lambda: (sign * piece for piece in table.column(score)), keep, good, table.rows, as_many)
     return Rule(score, keep, good, cut)
+
+
+def goods_of(scored: Artifact) -> dict[str, str]:
+    """Which end of each score is good, as the score stage tells it."""
+    return {name: told["good"] for name, told in scored.facts.get("scores", {}).items() if "good" in told}
 
 
 def _again(rules: Sequence[Rule]) -> list[Rule]:
@@ -164,6 +177,7 @@ def decide(stage: Select, rules: Sequence[Rule], scores: Any) -> tuple[Bools, li
     reasons = [""] * len(kept)
     open_rows = ~kept
     for rule, passed in zip(rules, passes, strict=True):
+        rule.passed += int(passed.sum())
         mine = open_rows & ~passed
         rule.dropped += int(mine.sum())
         if stage.combine == "all":
@@ -177,7 +191,7 @@ def decide(stage: Select, rules: Sequence[Rule], scores: Any) -> tuple[Bools, li
     return kept, reasons
 
 
-def _see_quota(stage: Select, table: ScoredRows, rules: Sequence[Rule], goods: dict[str, str]) -> QuotaCut:
+def _see_quota(stage: Select, table: ScoredRows, rules: Sequence[Rule], goods: Mapping[str, str]) -> QuotaCut:
     assert stage.quota is not None
     quota, start = QuotaCut(stage.quota.rows), 0
     for shard in table.files:
@@ -213,6 +227,7 @@ def _told(rule: Rule) -> dict[str, Any]:
         "cut": cuts[0] if cuts else None,
         "cuts": cuts,
         "dropped": rule.dropped,
+        "passed": rule.passed,
     }
 
 

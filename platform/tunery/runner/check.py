@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunery.data.read import BUILTIN, BadSource, check_source, first_shape
+from tunery.data.review.decisions import BadDecisions, decisions_path, read_decisions
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.identity import model_folder, pretrained_models
-from tunery.spec import Dataset, Dimension, Experiment, Score, Select, Sft, Stage, Training
+from tunery.spec import Dataset, Dimension, Experiment, Review, Score, Select, Sft, Stage, Training
 from tunery.spec.graph import closure
 from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
@@ -43,6 +44,17 @@ def check(experiment: Experiment, source: YamlSource, store: Store, workers: int
     store.check_writable()
 
 
+def waiting(experiment: Experiment, source: YamlSource) -> list[str]:
+    """What a run will stop for: nothing is wrong with it, but somebody has to do something first."""
+    folder = Path(source.file).parent
+    return [
+        f"`{name}` waits for decisions, there are none in {stage.decisions} yet: `tunery run` makes `{stage.data}` "
+        f"and stops there; then `tunery review {source.file} {name}`"
+        for name, stage in experiment.stages.items()
+        if isinstance(stage, Review) and not read_decisions(decisions_path(stage, folder))
+    ]
+
+
 def _check_stage(
     name: str, stage: Stage, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
@@ -53,6 +65,13 @@ def _check_stage(
         except BadSource as error:
             yield error_at(
                 source, (*at, error.field), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
+            )
+    if isinstance(stage, Review):
+        try:
+            read_decisions(decisions_path(stage, folder))
+        except BadDecisions as error:
+            yield error_at(
+                source, (*at, "decisions"), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
             )
     for model in pretrained_models(stage):
         if model.is_folder:
@@ -88,7 +107,7 @@ def _check_has_answers(
 
 def _root(experiment: Experiment, name: str) -> Dataset:
     stage = experiment.stages[name]
-    while isinstance(stage, Score | Select):
+    while isinstance(stage, Score | Select | Review):
         stage = experiment.stages[stage.data]
     assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
     return stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from tunery.runner.identity import fingerprints, stage_seed
 from tunery.runner.stages import STAGES
 from tunery.spec import Experiment
 from tunery.spec.graph import order
-from tunery.store import Artifact, StageContext, Store
+from tunery.store import DEFAULT_STORE, Artifact, StageContext, Store
 from tunery.track.events import EventLog
 
 
@@ -28,8 +29,19 @@ class Where:
     store: Store
     run: Path
     """The run's folder."""
-    folder: Path
-    """Of the experiment's file."""
+    file: Path
+    """The experiment's."""
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in the experiment's file start."""
+        return self.file.parent
+
+    def command(self, verb: str, *words: str) -> str:
+        """The command line that does `verb` with this experiment and store, for a message that says what to do."""
+        default = self.store.root == DEFAULT_STORE.absolute()
+        store = () if default else ("--store", str(self.store.root))
+        return shlex.join(("tunery", verb, str(self.file), *words, *store))
 
     @property
     def events(self) -> Path:
@@ -120,6 +132,8 @@ def _make(
                 logs=where.logs,
                 compute=experiment.compute,
                 emit=emit,
+                identity=described["identity"],
+                command=where.command,
                 in_process=trial.in_process,
                 report=lambda metrics: trial.report(name, metrics),
                 callbacks=trial.callbacks(name),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tunery.data.read import source_identity
+from tunery.data.review.decisions import decisions_identity
 from tunery.runner.stages import STAGES
-from tunery.spec import RANDOM, Dataset, Evaluate, Experiment, Pretrained, Select, Stage, Training
+from tunery.spec import RANDOM, Dataset, Evaluate, Experiment, Pretrained, Review, Select, Stage, Training
 from tunery.spec.graph import order
 from tunery.spec.reference import model_name
 from tunery.store import fingerprint
@@ -28,10 +29,12 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         _blank(fields, item.path)
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
     by_chance = isinstance(stage, Select) and RANDOM in (*stage.keep, stage.quota and stage.quota.by)
-    if isinstance(stage, Training) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
+    if isinstance(stage, Training | Review) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)
+    if isinstance(stage, Review):
+        result["content"] = decisions_identity(stage, folder)
     if isinstance(stage, Evaluate):
         result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
     for model in pretrained_models(stage):

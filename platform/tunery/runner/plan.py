@@ -17,10 +17,12 @@ from rich.text import Text
 from tunery.data.read import read_source
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
+from tunery.runner.check import waiting
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
 from tunery.spec import Compute, Dataset, Evaluate, Experiment, Lora, Pretrain, Pretrained, Scratch, Select, Sft, Stage
 from tunery.spec.graph import order
+from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
 from tunery.track.wording import duration
@@ -57,13 +59,16 @@ class Plan:
     search: str
     compute: dict[str, Any]
     rules: dict[str, str]
+    notes: list[str]
+    """What the run will stop for, until somebody does something about it."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def make_plan(experiment: Experiment, folder: Path, store: Store) -> Plan:
+def make_plan(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
     """Raises RequestError when the workers can't be placed on this machine."""
+    folder = Path(source.file).parent
     hardware = local_hardware()
     compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
     known = fingerprints(experiment, folder)
@@ -84,7 +89,7 @@ def make_plan(experiment: Experiment, folder: Path, store: Store) -> Plan:
             f"{experiment.search.scheduler}), {trials} at once: {reason}"
         )
     shown = compute.model_dump(exclude_defaults=False)
-    return Plan(experiment.name, str(store.root), stages, search, shown, rules)
+    return Plan(experiment.name, str(store.root), stages, search, shown, rules, waiting(experiment, source))
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
@@ -243,6 +248,7 @@ def render_plan(plan: Plan) -> RenderableType:
     lines += [Text(f"  auto: compute.{name} = {plan.compute[name]} ({rule})") for name, rule in plan.rules.items()]
     if plan.search:
         lines.append(Text(f"  search: {plan.search}"))
+    lines += [Text(f"  note: {note}") for note in plan.notes]
     return Group(*lines)
 
 

@@ -108,8 +108,15 @@ def _check_references(experiment: Experiment, source: YamlSource) -> Iterable[Sp
 
 
 def _wanted(gives: tuple[str, ...]) -> str:
-    words = {"rows": "rows", "scored": "scored rows", "model": "a model", "metrics": "metrics"}
-    return " or ".join(words[give] for give in gives)
+    words = {
+        "rows": "rows",
+        "scored": "scored rows",
+        "selected": "selected rows",
+        "model": "a model",
+        "metrics": "metrics",
+    }
+    # Whoever takes rows takes a selection's too: nobody has to be told.
+    return " or ".join(words[give] for give in gives if give != "selected" or "rows" not in gives)
 
 
 def _check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
-Gives = Literal["rows", "scored", "model", "metrics"]
+Gives = Literal["rows", "scored", "selected", "model", "metrics"]
 
 
 class Spec(BaseModel):

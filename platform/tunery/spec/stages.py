@@ -1,8 +1,8 @@
 """The stages of an experiment, one frozen model a kind.
 
 A stage names its inputs by the names of other stages (`inputs`), and gives one kind of artifact (`gives`): rows,
-scored rows, a model, or metrics. Every field changes the stage's result and so belongs to its fingerprint; how it is
-computed (workers, ZeRO stage, micro batches) is `Compute`, and does not.
+scored rows, selected rows, a model, or metrics. Every field changes the stage's result and so belongs to its
+fingerprint; how it is computed (workers, ZeRO stage, micro batches) is `Compute`, and does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tunery.spec.reference import (
 )
 from tunery.spec.scorers import Scorer
 
-ROWS: tuple[Gives, ...] = ("rows", "scored")
+ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 
 class Dataset(Spec):
@@ -127,7 +127,7 @@ class Select(Spec):
     """The rows that pass; the dropped ones are listed with the rule that dropped them."""
 
     kind: Literal["select"]
-    gives: ClassVar[Gives] = "rows"
+    gives: ClassVar[Gives] = "selected"
     data: str
     keep: Annotated[dict[str, Keep], Field(min_length=1)]
     """By score. Each rule looks at all rows, whatever the others drop."""
@@ -143,6 +143,30 @@ class Select(Spec):
         for score, rule in self.keep.items():
             if rule.as_many_as is not None:
                 yield Input(("keep", score, "as_many_as"), rule.as_many_as, ROWS)
+
+
+class Review(Spec):
+    """A person's decisions on rows near the cut of a `select` stage, which beat the filter's."""
+
+    kind: Literal["review"]
+    gives: ClassVar[Gives] = "rows"
+    data: str
+    decisions: str
+    """A .jsonl file, as `tunery review` writes it, or an .xlsx one, relative to the experiment's file. It may be
+    missing until somebody has decided: its content belongs to the fingerprint, as a dataset's does."""
+    rows: Annotated[int, Field(gt=0)] = 100
+    """To look at: half of them on either side of the cut. 100 tell an agreement of 80% to within 8 points (one
+    standard error is 4), and take a person about half an hour."""
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input(("data",), self.data, ("selected",))
+
+    @field_validator("decisions")
+    @classmethod
+    def _known_ending(cls, decisions: str) -> str:
+        if not decisions.endswith((".jsonl", ".xlsx")):
+            raise ValueError("it should end in .jsonl or .xlsx")
+        return decisions
 
 
 class Lora(Spec):
@@ -245,5 +269,5 @@ class Evaluate(Spec):
         return models
 
 
-Stage = Annotated[Dataset | Score | Select | Pretrain | Sft | Evaluate, Field(discriminator="kind")]
+Stage = Annotated[Dataset | Score | Select | Review | Pretrain | Sft | Evaluate, Field(discriminator="kind")]
 """One line a kind; a new kind is added here, in runner.STAGES, and in its room."""

@@ -1,8 +1,17 @@
 """The content-addressed store: fingerprints, artifacts with manifests, atomic commits, leases."""
 
-from tunery.store.artifacts import Artifact, Store
+from tunery.store.artifacts import DEFAULT_STORE, Artifact, Store
 from tunery.store.context import StageContext, StageResult
 from tunery.store.fingerprint import fingerprint
 from tunery.store.lease import Lease, LeaseHeld
 
-__all__ = ["Artifact", "Lease", "LeaseHeld", "StageContext", "StageResult", "Store", "fingerprint"]
+__all__ = [
+    "DEFAULT_STORE",
+    "Artifact",
+    "Lease",
+    "LeaseHeld",
+    "StageContext",
+    "StageResult",
+    "Store",
+    "fingerprint",
+]

@@ -23,6 +23,9 @@ from typing import Any
 from tunery.errors import StoreError
 from tunery.store.lease import Lease
 
+DEFAULT_STORE = Path(".tunery")
+"""Where a store is when nobody says: below the folder that the command is given in."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -103,6 +106,23 @@ class Store:
         artifact = read_artifact(final)
         assert artifact is not None, "just committed"
         return artifact
+
+
+def input_of(artifact: Artifact, field: str, kind: str) -> Artifact:
+    """What `artifact` was made from at `field` of its stage, a `kind` artifact: it lies in the same store.
+
+    An artifact's fingerprint covers those of its inputs, so who reads through it reads nothing that its own
+    fingerprint leaves out. Raises StoreError when somebody removed it.
+    """
+    path = artifact.path.parent / f"{kind}-{artifact.manifest['inputs'][field]}"
+    found = read_artifact(path)
+    if found is None:
+        raise StoreError(
+            f"{path} isn't there any more",
+            cause=f"{artifact.path.name} was made from it",
+            remedy="give `tunery run` again: it makes what is missing",
+        )
+    return found
 
 
 def read_artifact(path: Path) -> Artifact | None:

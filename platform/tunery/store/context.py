@@ -34,6 +34,10 @@ class StageContext:
     """With no `auto` left in it (see runner.resolve_compute)."""
     emit: Callable[..., None]
     """emit("progress", done=.., total=.., unit=..): into the run's event log, in the name of this stage."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage's fingerprint was worked out from (see runner.identity)."""
+    command: Callable[..., str] = lambda *words: " ".join(("tunery", *words))
+    """command("review", "checked"): the command line that does that with this experiment and store."""
     in_process: bool = False
     """Train in this process (a trial has one for itself) instead of on Ray Train workers."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None

@@ -70,6 +70,15 @@ def _select(facts: Facts) -> str:
     return f"kept {share(kept, rows)}: {count(kept)} of {count(rows)}"
 
 
+def _review(facts: Facts) -> str:
+    kept, agreed = as_number(facts.get("kept")), facts.get("agreement")
+    told = agreed if isinstance(agreed, Mapping) else {}
+    reviewed, agreeing = as_number(told.get("reviewed")), as_number(told.get("agreed"))
+    if kept is None or reviewed is None or agreeing is None:
+        return ""
+    return f"agrees on {share(agreeing, reviewed)} of {count(reviewed)} reviewed, kept {count(kept)} rows"
+
+
 def _training(facts: Facts) -> str:
     loss, held_out = as_number(facts.get("loss")), as_number(facts.get("eval_loss"))
     if loss is None:
@@ -97,6 +106,7 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "dataset": _dataset,
     "score": _score,
     "select": _select,
+    "review": _review,
     "pretrain": _training,
     "sft": _training,
     "evaluate": _evaluate,

@@ -1,0 +1,109 @@
+"""A store with scored and selected rows, made without a model: the scores are given, the rest is the real thing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunery.runner.execute import Where, execute
+from tunery.runner.identity import fingerprints
+from tunery.spec import Experiment, load
+from tunery.spec.graph import closure
+from tunery.spec.yaml_source import YamlSource
+from tunery.store import Artifact, Store
+from tunery.store.rows import Row, read_rows, shards
+from tunery.track.events import EventLog
+
+TEXT = """
+# A filter and who looks at it.
+name: small
+seed: 17
+stages:
+  questions: {kind: dataset, source: %s}
+  scored:  {kind: score, data: questions, by: [{perplexity: {pretrained: nobody/loads-this}}]}
+  clean:   {kind: select, data: scored, keep: {perplexity: {quantile: 0.5}}}
+  checked: {kind: review, data: clean, rows: 12, decisions: decisions/checked.jsonl}
+"""
+BUILTIN = '"builtin:python-docs", subset: questions, split: train, limit: 120, corrupt: 0.2'
+
+
+@dataclass
+class ReviewBench:
+    """A folder with an experiment and a store whose dataset and score artifacts are there."""
+
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "experiment.yaml"
+
+    @property
+    def decisions(self) -> Path:
+        return self.folder / "decisions" / "checked.jsonl"
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder / "store")
+
+    @property
+    def where(self) -> Where:
+        return Where(self.store, self.store.run("small"), self.file)
+
+    def load(self) -> tuple[Experiment, YamlSource]:
+        return load(self.file)
+
+    def make(self, *names: str) -> dict[str, Artifact]:
+        experiment, _ = self.load()
+        wanted = experiment.model_copy(update={"stages": closure(experiment.stages, names)})
+        return execute(wanted, self.where, EventLog(self.where.events / "driver.jsonl"))
+
+    def decide(self, decided: dict[str, str | None]) -> None:
+        self.decisions.parent.mkdir(exist_ok=True)
+        with self.decisions.open("a") as file:
+            for id, decision in decided.items():
+                file.write(json.dumps({"id": id, "decision": decision}) + "\n")
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    return [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(count)]
+
+
+def review_bench(
+    folder: Path,
+    source: str | Sequence[dict[str, Any]],
+    score: Callable[[int, Row], float] = lambda index, row: float(index + 1),
+    text: str = TEXT,
+) -> ReviewBench:
+    """Rows of `source` (the fields of a dataset, or rows for a file), each with the score that `score` gives it."""
+    bench = ReviewBench(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(source, str):
+        lines = [json.dumps(row, ensure_ascii=True) for row in source]
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        source = "rows.jsonl"
+    bench.file.write_text(text % source)
+    rows = bench.make("questions")["questions"]
+    experiment, _ = bench.load()
+    print_, identity, inputs = fingerprints(experiment, folder)["scored"]
+    out = bench.store.work("score", print_) / "out"
+    (out / "rows").mkdir(parents=True)
+    (out / "scores").mkdir()
+    index = 0
+    for shard in shards(rows.path):
+        (out / "rows" / shard.name).write_bytes(shard.read_bytes())
+        table = pq.read_table(shard).to_pylist()
+        values = [score(index + place, row) for place, row in enumerate(table)]
+        index += len(table)
+        ids = [row["id"] for row in table]
+        pq.write_table(pa.table({"id": ids, "perplexity": pa.array(values, pa.float64())}), out / "scores" / shard.name)
+    count = sum(1 for _ in read_rows(rows.path, ["id"]))
+    facts = {"rows": count, "rows_in": count, "rows_out": count, "scores": {}}
+    manifest = {"kind": "score", "fingerprint": print_, "identity": identity, "inputs": inputs, "facts": facts}
+    bench.store.commit(out, manifest, {"seconds": 0.0})
+    return bench

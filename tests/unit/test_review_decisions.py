@@ -1,0 +1,301 @@
+"""Decisions on disk: what is read back is what was decided, and what can't be a decision is an error with its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openpyxl import Workbook, load_workbook
+
+from tunery.data.review.decisions import BadDecisions, DecisionLog, fold, read_decisions
+from tunery.data.review.shown import Item, Verdict
+from tunery.data.review.workbook import LONGEST, write_workbook
+
+# .jsonl
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_last_line_of_a_row_counts_and_null_takes_it_back(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "d.jsonl",
+        '\ufeff{"id": "a", "decision": "keep", "t": 1, "who": "me"}',
+        '{"id": "b", "decision": "drop"}',
+        "",
+        '{"id": "a", "decision": "drop"}\r',
+        '{"id": "b", "decision": null}',
+    )
+    assert read_decisions(path) == {"a": "drop"}
+
+
+def test_file_that_is_not_there_holds_no_decisions(tmp_path: Path) -> None:
+    assert read_decisions(tmp_path / "no" / "d.jsonl") == {}
+    assert read_decisions(tmp_path / "no.xlsx") == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "a", "decision": "maybe"}',
+        '{"id": "a", "decision": "Keep"}',
+        '{"id": "a"}',
+        '{"id": 7, "decision": "keep"}',
+        '{"id": "", "decision": "keep"}',
+        '{"id": "a", "decision": ["keep"]}',
+        '["a", "keep"]',
+        '"keep"',
+        "keep a",
+        "null",
+    ],
+)
+def test_line_that_is_no_decision_is_told_with_its_place(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"id": "b", "decision": "keep"}', line)
+    with pytest.raises(BadDecisions) as caught:
+        read_decisions(path)
+    assert f"{path}:2: `{line}` is no decision" in caught.value.message
+    assert caught.value.remedy
+
+
+def test_line_without_its_end_was_never_saved_and_is_cut_off_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"id": "a", "decision": "keep"}\n{"id": "b", "deci')
+    assert read_decisions(path) == {"a": "keep"}
+    log = DecisionLog(path)
+    log.decide("c", "drop")
+    log.close()
+    assert read_decisions(path) == {"a": "keep", "c": "drop"}
+
+
+def test_two_reviews_of_one_file_are_one_too_many(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "d.jsonl")
+    with pytest.raises(BadDecisions, match="another `tunery review`"):
+        DecisionLog(tmp_path / "d.jsonl")
+    log.close()
+    DecisionLog(tmp_path / "d.jsonl").close()
+
+
+def test_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadDecisions, match="can't be written"):
+        DecisionLog(tmp_path / "file" / "d.jsonl")
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["keep", "drop", "undo"]), st.sampled_from("abc")), max_size=30)
+
+
+@given(STEPS, st.integers(0, 30))
+def test_undo_goes_back_step_by_step_also_after_a_restart(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]], restart_at: int
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "d.jsonl"
+    log = DecisionLog(path)
+    past: list[dict[str, str]] = [{}]
+    for number, (what, id) in enumerate(steps):
+        if number == restart_at:
+            log.close()
+            log = DecisionLog(path)
+        if what == "undo":
+            undone = log.undo()
+            assert (undone is None) == (len(past) == 1)
+            past = past[:-1] or past
+        else:
+            log.decide(id, what)  # type: ignore[arg-type]
+            past.append({**past[-1], id: what})
+        assert log.decided == past[-1]
+        assert read_decisions(path) == past[-1]
+    log.close()
+    assert fold(path, path.read_bytes())[0] == past[-1]
+
+
+def test_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = DecisionLog(tmp_path / "d.jsonl")
+    log.decide("a", "keep")
+    whole = os.write
+
+    def half(file: int, data: Any) -> int:
+        whole(file, bytes(data)[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half)
+    for act in (lambda: log.decide("b", "drop"), log.undo):
+        with pytest.raises(OSError, match="No space"):
+            act()
+    monkeypatch.undo()
+    assert log.decided == {"a": "keep"}
+    log.decide("c", "drop")
+    log.close()
+    assert read_decisions(tmp_path / "d.jsonl") == {"a": "keep", "c": "drop"}
+
+
+def test_decision_is_on_the_disk_when_decide_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = DecisionLog(tmp_path / "d.jsonl")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    log.decide("a", "keep")
+    assert synced == [(tmp_path / "d.jsonl").stat().st_size]
+    (line,) = (json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines())
+    assert (line["id"], line["decision"]) == ("a", "keep")
+    assert line["t"].startswith("20")
+    log.close()
+
+
+# .xlsx
+
+
+def item(id: str, question: str, answer: str, keep: bool = True, score: float = 3.5) -> Item:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Item(id, {"text": None, "messages": turns, "rejected": None}, Verdict(keep, {"perplexity": score}, {}))
+
+
+HOSTILE = ['=HYPERLINK("http://x","y")', "+1", "@SUM(1)", "-2", "a\x00\x1b[31mred\x07", "x" * 50_000]
+
+
+def test_workbook_gives_back_what_was_decided_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "w.xlsx"
+    rows = [item(f"{n:016d}", text, text) for n, text in enumerate(HOSTILE)]
+    write_workbook(path, rows, {"0000000000000001": "drop"}, show_filter=False)
+    assert read_decisions(path) == {"0000000000000001": "drop"}, "ids of digits alone stay text"
+    book = load_workbook(path)
+    sheet = book["review"]
+    header = [cell.value for cell in sheet[1]]
+    assert header == ["id", "question", "answer", "decision"]
+    for number, said in ((2, "keep"), (3, None), (4, " DROP "), (7, "Keep")):
+        sheet.cell(number, 4).value = said
+    book.save(path)
+    assert read_decisions(path) == {
+        "0000000000000000": "keep",
+        "0000000000000002": "drop",
+        "0000000000000005": "keep",
+    }
+
+
+def test_row_that_looks_like_a_formula_is_a_text(tmp_path: Path) -> None:
+    write_workbook(tmp_path / "w.xlsx", [item("a", text, text) for text in HOSTILE[:4]], {}, show_filter=True)
+    sheet = load_workbook(tmp_path / "w.xlsx")["review"]
+    for number, text in enumerate(HOSTILE[:4], 2):
+        for column in (2, 3):
+            cell = sheet.cell(number, column)
+            assert (cell.value, cell.data_type, cell.quotePrefix) == (text, "s", True)
+
+
+def test_text_that_a_cell_cannot_hold_is_cut_and_says_so_and_controls_are_replaced(tmp_path: Path) -> None:
+    write_workbook(tmp_path / "w.xlsx", [item("a", HOSTILE[4], "x" * 50_000)], {}, show_filter=False)
+    sheet = load_workbook(tmp_path / "w.xlsx")["review"]
+    assert sheet["B2"].value == "a\ufffd\ufffd[31mred\ufffd"
+    assert sheet["C2"].value.startswith("x" * LONGEST + "\n[cut here: 50,000 characters")
+    assert len(sheet["C2"].value) < 32_767
+
+
+def test_workbook_offers_keep_and_drop_and_stays_readable(tmp_path: Path) -> None:
+    write_workbook(tmp_path / "w.xlsx", [item("a", "Why?", "Because.\n" * 40)] * 3, {}, show_filter=False)
+    sheet = load_workbook(tmp_path / "w.xlsx")["review"]
+    (choice,) = sheet.data_validations.dataValidation
+    assert (choice.type, choice.formula1, str(choice.sqref)) == ("list", '"keep,drop"', "D2:D4")
+    assert sheet.freeze_panes == "B2"
+    assert sheet["C2"].alignment.wrap_text
+    assert sheet.column_dimensions["C"].width > 50
+    assert 200 < sheet.row_dimensions[2].height <= 409
+
+
+def test_filter_is_out_of_sight_unless_asked_for(tmp_path: Path) -> None:
+    rows = [item("a", "q", "r", keep=False), item("b", "q", "r", score=float("nan"))]
+    write_workbook(tmp_path / "hidden.xlsx", rows, {}, show_filter=False)
+    book = load_workbook(tmp_path / "hidden.xlsx")
+    assert [cell.value for cell in book["review"][1]] == ["id", "question", "answer", "decision"]
+    assert book.worksheets[1].sheet_state == "hidden"
+    assert [[cell.value for cell in row] for row in book.worksheets[1]] == [
+        ["id", "filter", "perplexity"],
+        ["a", "drop", 3.5],
+        ["b", "keep", None],
+    ]
+    write_workbook(tmp_path / "shown.xlsx", rows, {}, show_filter=True)
+    book = load_workbook(tmp_path / "shown.xlsx")
+    assert [cell.value for cell in book["review"][1]] == [
+        "id",
+        "question",
+        "answer",
+        "filter",
+        "perplexity",
+        "decision",
+    ]
+    assert len(book.worksheets) == 1
+
+
+def test_texts_conversations_and_pairs_have_their_columns(tmp_path: Path) -> None:
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    verdict = Verdict(True, {}, {})
+    rows = [
+        Item("1", {"text": "t", "messages": None, "rejected": None}, verdict),
+        Item("2", {"text": None, "messages": [user, assistant, user, assistant], "rejected": None}, verdict),
+        Item("3", {"text": None, "messages": [user, assistant], "rejected": [assistant]}, verdict),
+        Item("4", {"text": None, "messages": [user], "rejected": None}, verdict),
+    ]
+    write_workbook(tmp_path / "w.xlsx", rows, {}, show_filter=False)
+    found = [[cell.value for cell in row] for row in load_workbook(tmp_path / "w.xlsx")["review"]]
+    assert found == [
+        ["id", "text", "question", "answer", "rejected", "decision"],
+        ["1", "t", None, None, None, None],
+        ["2", None, "user: q\n\nassistant: a\n\nuser: q", "a", None, None],
+        ["3", None, "q", "a", "a", None],
+        ["4", None, "q", None, None, None],
+    ]
+
+
+def sheet_of(path: Path, rows: list[list[Any]], title: str = "review") -> Path:
+    book = Workbook()
+    book.active.title = title
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+    return path
+
+
+BAD_SHEETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    "no decision": (
+        lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["b", "perhaps"]]),
+        ["sheet `review`, row 3: `perhaps` is no decision", "keep or drop"],
+    ),
+    "no id": (
+        lambda path: sheet_of(path, [["id", "decision"], [None, "keep"]]),
+        ["row 2: `None` is no row's id"],
+    ),
+    "id that became a number": (
+        lambda path: sheet_of(path, [["id", "decision"], [1234567890123456, "keep"]]),
+        ["row 2: `1234567890123456` is no row's id", "into numbers"],
+    ),
+    "two decisions": (
+        lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["a", "drop"]]),
+        ["row 3: `drop`, but `keep` above, for the row a"],
+    ),
+    "column gone": (
+        lambda path: sheet_of(path, [["id", "verdict"]], "other"),
+        ["sheet `other`, row 1: there is no column `decision`", "id, verdict"],
+    ),
+    "empty": (lambda path: sheet_of(path, []), ["no column `id`", "its columns are: none"]),
+    "no workbook": (lambda path: write(path, "id,decision"), ["is no .xlsx workbook"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHEETS)
+def test_bad_workbook_is_told_with_sheet_row_and_value(case: str, tmp_path: Path) -> None:
+    make, wanted = BAD_SHEETS[case]
+    path = make(tmp_path / "d.xlsx")
+    with pytest.raises(BadDecisions) as caught:
+        read_decisions(path)
+    assert str(path) in str(caught.value)
+    for words in wanted:
+        assert words in str(caught.value)
+
+
+def test_columns_of_a_workbook_may_stand_in_any_order_and_others_between_them(tmp_path: Path) -> None:
+    rows = [["note", "Decision", "x", "ID"], [None, "keep", 1, "a"], [], ["n", None, None, "b"]]
+    assert read_decisions(sheet_of(tmp_path / "d.xlsx", rows, "Sheet1")) == {"a": "keep"}

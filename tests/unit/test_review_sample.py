@@ -1,0 +1,125 @@
+"""Which rows a person is asked about."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunery.data.review.filtered import ranks_from_cut
+from tunery.data.review.sample import BANDS, Sample, draw, shared_out
+from tunery.data.rules import find_cut
+from tunery.spec import Keep
+
+
+def distances(kept: int, dropped: int) -> np.ndarray:
+    """Of rows in the order of their scores: -0.5 is the last one kept."""
+    return np.arange(kept + dropped) - kept + 0.5
+
+
+def sample_of(kept: int, dropped: int, rows: int, seed: int = 17, sources: list[str] | None = None) -> Sample:
+    n = kept + dropped
+    return draw([f"{index:016x}" for index in range(n)], sources or ["a"] * n, distances(kept, dropped), rows, seed)
+
+
+@given(st.dictionaries(st.integers(0, 20), st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 100))
+def test_shares_are_as_equal_as_the_room_allows(room: dict[int, int], total: int) -> None:
+    shares = shared_out(room, total)
+    assert sum(shares.values()) == min(total, sum(room.values()))
+    assert all(shares[key] <= room[key] for key in room)
+    # Who has room left got as much as anybody, but for what can't be halved.
+    open_ = [shares[key] for key in room if shares[key] < room[key]]
+    assert not open_ or min(open_) >= max(shares.values()) - 1
+
+
+def test_shares_by_hand() -> None:
+    assert shared_out({"a": 10, "b": 10}, 5) == {"a": 3, "b": 2}
+    assert shared_out({"a": 1, "b": 10, "c": 0}, 8) == {"a": 1, "b": 7, "c": 0}
+    assert shared_out({"a": 2, "b": 2}, 100) == {"a": 2, "b": 2}
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 120), st.integers(0, 3))
+def test_sample_has_as_many_different_rows_as_asked_or_all(kept: int, dropped: int, rows: int, seed: int) -> None:
+    sample = sample_of(kept, dropped, rows, seed)
+    ids = [row.id for row in sample.rows]
+    assert len(ids) == len(set(ids)) == min(rows, kept + dropped)
+    for row in sample.rows:
+        assert (row.stratum.side == "kept") == (row.index < kept)
+        assert row.id == f"{row.index:016x}"
+    asked = Counter(row.stratum for row in sample.rows)
+    assert all(asked[stratum] <= there for stratum, there in sample.available.items())
+
+
+def test_both_sides_and_all_bands_are_asked_about_alike() -> None:
+    sample = sample_of(600, 400, 60)
+    assert Counter(row.stratum.side for row in sample.rows) == {"kept": 30, "dropped": 30}
+    assert set(Counter((row.stratum.side, row.stratum.band) for row in sample.rows).values()) == {10}
+
+
+def test_rows_lie_near_the_cut_in_large_data_too() -> None:
+    large = sample_of(70_000, 30_000, 60)
+    far = max(abs(distances(70_000, 30_000)[row.index]) for row in large.rows)
+    assert 6_000 < far <= 15_000, "within 15% of all rows, and not at the cut alone"
+    small = sample_of(60, 40, 30)
+    assert max(abs(distances(60, 40)[row.index]) for row in small.rows) <= 35
+
+
+def test_bands_lie_one_outside_the_other() -> None:
+    sample = sample_of(600, 400, 60)
+    away = {
+        band: [abs(distances(600, 400)[row.index]) for row in sample.rows if row.stratum.band == band] for band in BANDS
+    }
+    assert max(away["nearest"]) < min(away["near"])
+    assert max(away["near"]) < min(away["farther"])
+
+
+def test_side_with_few_rows_leaves_its_share_to_the_other() -> None:
+    sample = sample_of(195, 5, 40)
+    assert Counter(row.stratum.side for row in sample.rows) == {"kept": 35, "dropped": 5}
+
+
+def test_every_source_is_asked_about_however_small() -> None:
+    sources = ["large"] * 1000
+    sources[495], sources[505] = "small", "small"
+    sample = sample_of(500, 500, 60, sources=sources)
+    assert Counter(row.stratum.source for row in sample.rows)["small"] == 2
+
+
+def test_same_arguments_give_the_same_sample_and_another_seed_another() -> None:
+    assert sample_of(600, 400, 60) == sample_of(600, 400, 60)
+    one, other = ({row.id for row in sample_of(600, 400, 60, seed).rows} for seed in (17, 18))
+    assert one != other
+    assert [row.id for row in sample_of(600, 400, 60).rows] != sorted(row.id for row in sample_of(600, 400, 60).rows)
+
+
+def test_order_mixes_the_sides() -> None:
+    sides = [row.stratum.side for row in sample_of(600, 400, 60).rows]
+    turns = sum(one != other for one, other in itertools.pairwise(sides))
+    assert turns > 15, "a row's place tells of its verdict"
+
+
+def test_copies_of_a_row_are_asked_about_once() -> None:
+    ids = ["a", "b", "a", "c", "b", "d"]
+    sample = draw(ids, ["s"] * 6, distances(3, 3), 6, 17)
+    assert sorted(row.id for row in sample.rows) == ["a", "b", "c", "d"]
+    assert sum(sample.available.values()) == 4
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, np.inf]), min_size=1, max_size=30),
+    st.floats(0.05, 1.0) | st.none(),
+    st.sampled_from([0.5, 1.0, 2.5]),
+)
+def test_rank_from_the_cut_is_below_zero_exactly_where_the_rule_passes(
+    scores: list[float], quantile: float | None, threshold: float
+) -> None:
+    badness = np.array(scores)
+    rule = Keep(quantile=quantile) if quantile else Keep(threshold=threshold)
+    passed = find_cut(lambda: iter([badness]), rule, "low", len(badness), None).passing(badness)
+    ranks = ranks_from_cut(badness, passed)
+    assert ((ranks < 0) == passed).all()
+    assert sorted(ranks) == pytest.approx(np.arange(len(scores)) - passed.sum() + 0.5)
