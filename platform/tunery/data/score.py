@@ -23,7 +23,7 @@ from tunery.models.load import Source, source_of
 from tunery.models.pool import map_units, score_dtype
 from tunery.spec import Compute, Score
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import shards
+from tunery.store.rows import CONTENT, shards
 
 
 class ScoringActor:
@@ -46,7 +46,7 @@ class ScoringActor:
         counts = []
         for shard in batch["shard"]:
             # `planted` is the truth that a filter is judged by: no scorer may see it.
-            rows = pq.read_table(shard, columns=["id", "text", "messages"]).to_pylist()
+            rows = pq.read_table(shard, columns=["id", *CONTENT]).to_pylist()
             scores = self._scorer.score(rows, self._model, self._tokenizer, self._max_length)
             table = pa.Table.from_pylist([{"id": row["id"], **score} for row, score in zip(rows, scores, strict=True)])
             final = self._out / Path(shard).name

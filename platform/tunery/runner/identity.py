@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunery.data.read import source_identity
+from tunery.data.sources import source_identity
 from tunery.runner.stages import STAGES
 from tunery.spec import Dataset, Evaluate, Experiment, Pretrained, Stage, Training
 from tunery.spec.graph import order

@@ -26,7 +26,7 @@ class StageKind:
 
 
 STAGES = {
-    "dataset": StageKind("tunery.data.dataset:make_dataset", 1, needs_ray=False),
+    "dataset": StageKind("tunery.data.dataset:make_dataset", 2, needs_ray=False),
     "score": StageKind("tunery.data.score:make_scores", 1, needs_ray=True),
     "select": StageKind("tunery.data.select:make_selection", 1, needs_ray=False),
     "pretrain": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
