@@ -17,7 +17,16 @@ from tunery.data.filesystem import Damaged, File, OutOfReach
 from tunery.data.formats import READERS, format_of
 from tunery.data.formats.hub import Ambiguous, HubDataset, hub_rows
 from tunery.data.formats.record import EXCERPT, BadRow, Record
-from tunery.data.sources import BUILTIN, BadSource, Builtin, ambiguous, check_fields, find_parts, out_of_reach
+from tunery.data.sources import (
+    BUILTIN,
+    BadSource,
+    Builtin,
+    ambiguous,
+    check_fields,
+    find_parts,
+    out_of_reach,
+    sources_of,
+)
 from tunery.data.split import split_of
 from tunery.spec import Dataset
 from tunery.store.rows import Row, Shape, shape_of
@@ -71,7 +80,9 @@ def check_source(stage: Dataset, folder: Path) -> None:
 
 def described(stage: Dataset) -> str:
     """The sources in a few words: the first ones by name."""
-    sources = [f"{source}/{stage.subset}" if source == BUILTIN and stage.subset else source for source in stage.sources]
+    sources = [
+        f"{source}/{stage.subset}" if source == BUILTIN and stage.subset else source for source in sources_of(stage)
+    ]
     return ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
 
 
@@ -190,7 +201,7 @@ def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
 
 def first_shape(stage: Dataset, folder: Path) -> Shape:
     """The shape of a source's first usable row. Raises BadSource when there is none."""
-    if stage.sources[0] == BUILTIN:
+    if sources_of(stage)[0] == BUILTIN:
         shapes: dict[str, Shape] = {"texts": "text", "preferences": "preference", "prompts": "prompt"}
         return shapes.get(stage.subset or "", "conversation")
     unlimited = stage.model_copy(update={"split": "all", "limit": 1})

@@ -38,11 +38,15 @@ Part = File | HubDataset | Builtin
 """One thing that is read: all of them have a `name` and an `identity()`."""
 
 
+def sources_of(stage: Dataset) -> tuple[str, ...]:
+    return (stage.source,) if isinstance(stage.source, str) else stage.source
+
+
 def find_parts(stage: Dataset, folder: Path) -> list[Part]:
     """What the stage's sources are, in their order and each once. Raises BadSource when one is not there, is of an
     unknown form or out of reach."""
     parts: dict[Part, None] = {}
-    for source in stage.sources:
+    for source in sources_of(stage):
         try:
             found = _parts_of(source, stage, folder)
         except OutOfReach as error:

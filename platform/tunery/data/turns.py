@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.data.formats.record import BadRow, Twice
+from tunery.data.formats.record import BadRow, Unusable
 from tunery.store.rows import Turn
 
 ROLES = {
@@ -38,8 +38,8 @@ def turns(value: Any, what: str = "messages") -> list[Turn]:
         value = _parsed(value, what)
     if isinstance(value, Mapping):
         value = [value]
-    if isinstance(value, Twice):
-        raise BadRow(f"{what} stands twice, with different values")
+    if isinstance(value, Unusable):
+        raise BadRow(f"{what} {value.reason}")
     if not isinstance(value, list) or not value:
         raise BadRow(f"{what} is not a list of turns")
     return [_one_turn(item, number) for number, item in enumerate(value, 1)]
@@ -122,7 +122,7 @@ def as_json(value: Any, what: str) -> str:
     """JSON text in one form. Raises BadRow for what JSON has not."""
 
     def refuse(part: object) -> Any:
-        raise BadRow(f"{what} holds {'a key twice' if isinstance(part, Twice) else type(part).__name__}")
+        raise BadRow(f"{what} holds {f'what {part.reason}' if isinstance(part, Unusable) else type(part).__name__}")
 
     try:
         text = json.dumps(value, ensure_ascii=False, default=refuse)
@@ -137,8 +137,8 @@ def filled(value: Any, what: str) -> str:
     """The text. Raises BadRow where it is missing, empty or no text."""
     if value is None:
         raise BadRow(f"{what} is missing")
-    if isinstance(value, Twice):
-        raise BadRow(f"{what} stands twice, with different values")
+    if isinstance(value, Unusable):
+        raise BadRow(f"{what} {value.reason}")
     if not isinstance(value, str):
         raise BadRow(f"{what} is {type(value).__name__}, not text")
     if not value.strip():

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunery.data.read import check_source, described, first_shape
-from tunery.data.sources import BUILTIN, BadSource
+from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.identity import model_folder, pretrained_models
@@ -77,7 +77,7 @@ def _check_has_answers(
     except BadSource:  # told at the dataset
         return
     if shape in ("text", "prompt"):
-        what = f"subset `{root.subset}`" if BUILTIN in root.sources else f"`{described(root)}`"
+        what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{described(root)}`"
         yield error_at(
             source,
             ("stages", name, field),

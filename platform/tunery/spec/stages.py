@@ -122,10 +122,6 @@ class Dataset(Spec):
     columns: dict[ColumnRole, str] | None = None
     """Names of the source's columns, where they are not recognised by themselves."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,) if isinstance(self.source, str) else self.source
-
     def inputs(self) -> Iterator[Input]:
         return iter(())
 

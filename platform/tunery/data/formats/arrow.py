@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunery.data.filesystem import Damaged, File, OutOfReach, open_seekable
-from tunery.data.formats.record import EXCERPT, BadRow, Record, from_pairs, table_row
+from tunery.data.formats.record import EXCERPT, BadRow, Record, Unusable, from_pairs, table_row
 from tunery.spec import Dataset
 
 BATCH = 1024
@@ -68,23 +68,27 @@ def _batches(raw: Any) -> Iterator[Any]:
         yield from pa.ipc.open_stream(raw)
 
 
-def _values(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
-    """The rows of a batch; where some can't become Python values (text that is no UTF-8, a date in the year 300,000)
-    it is those that are lost."""
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; values that can't become Python's (text that is no UTF-8, a date in the year 300,000) are
+    Unusable."""
+    import pyarrow as pa
+
     names = batch.schema.names
     try:
         columns = [column.to_pylist() for column in batch.columns]
-    except Exception:
-        for index in range(batch.num_rows):
-            try:
-                pairs = [(name, batch.column(at)[index].as_py()) for at, name in enumerate(names)]
-            except Exception as error:
-                yield BadRow(f"a value can't be read: {_first_line(error)}")
-            else:
-                yield table_row(from_pairs(pairs))
-        return
+    except (ValueError, OverflowError, pa.ArrowException):
+        columns = [[_value(column, index) for index in range(batch.num_rows)] for column in batch.columns]
     for cells in zip(*columns, strict=True):
         yield table_row(from_pairs(list(zip(names, cells, strict=True))))
+
+
+def _value(column: Any, index: int) -> Any:
+    import pyarrow as pa
+
+    try:
+        return column[index].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unusable(f"can't be read: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -20,8 +20,11 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True)
-class Twice:
-    """In the place of a value whose key stands twice with different values: which one is meant is unknown."""
+class Unusable:
+    """In the place of a value that can't be had. It costs the row only where the row needs that value."""
+
+    reason: str
+    """Follows the value's name: "stands twice, with different values"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,13 @@ class Record:
 
 
 def from_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of keys and values; a key that stands twice with different values has none of them, but Twice."""
+    """A dict of keys and values; a key that stands twice with different values is Unusable: which is meant?"""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen and seen[key] != value:
-                found[key] = Twice()
+                found[key] = Unusable("stands twice, with different values")
             seen.setdefault(key, value)
     return found
 
