@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import openpyxl.chart
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -360,9 +361,9 @@ def _merge(book: Any) -> None:
     book.active.merge_cells("A2:A4")
 
 
-def _hide(book: Any) -> None:
+def _with_chart(book: Any) -> None:
     book.active["C9"].number_format = "0.00"
-    book.create_chartsheet()
+    book.create_chartsheet().add_chart(openpyxl.chart.BarChart())
 
 
 WORKBOOKS = [
@@ -376,7 +377,7 @@ WORKBOOKS = [
     Hostile("formula.xlsx", workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), ["b"], 1, "formula in B2 has no value"),
     Hostile("computed.xlsx", with_cached(workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), "2"), ["2", "b"]),
     Hostile("error.xlsx", workbook([HEAD, ["q", "#N/A"], ["q", "b"]]), ["b"], 1, "the error #N/A in B2"),
-    Hostile("gaps.xlsx", workbook([[], HEAD, [], ["q", "a"], [None, None], ["q", None], ["q", "b"]], change=_hide), ["a", "b"], 1, "answer is missing"),
+    Hostile("gaps.xlsx", workbook([[], HEAD, [], ["q", "a"], [None, None], ["q", None], ["q", "b"]], change=_with_chart), ["a", "b"], 1, "answer is missing"),
     Hostile("empty.xlsx", workbook([])),
     Hostile("not-a-zip.xlsx", b"PK\x03\x04 but no", [], 1, "the whole file"),
     Hostile("empty-file.xlsx", b"", [], 1, "the whole file"),
@@ -459,3 +460,98 @@ def test_folder_of_all_hostile_files_becomes_one_dataset(tmp_path: Path) -> None
     assert sorted((row["source"].split("#")[0], said(row)) for row in read_rows(out)) == expected
     assert (result.facts["rows"], result.facts["quarantined"]) == (len(expected), sum(file.bad for file in files))
     assert len(quarantine_of(out)) == result.facts["quarantined"]
+
+
+# Made by hypothesis.
+
+
+def read_bytes(name: str, content: bytes, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(content)
+        return read(Path(folder), name, **fields)
+
+
+@given(st.binary(max_size=400), st.sampled_from(["", ".gz", ".zst"]))
+@FEW
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "xlsx", "parquet", "arrow"])
+def test_any_bytes_under_any_name_are_told(ending: str, content: bytes, packing: str) -> None:
+    rows, _ = read_bytes(f"a.{ending}{packing}", content)
+    assert not rows
+
+
+@given(st.binary(max_size=400), st.sampled_from(["line", "paragraph", "document"]))
+@FEW
+def test_any_bytes_as_text_are_rows_or_quarantine(content: bytes, by: str) -> None:
+    rows, bad = read_bytes("a.txt", content, sample_by=by)
+    assert bool(rows or bad) == bool(content.removeprefix(codecs.BOM_UTF8).strip())
+
+
+@given(st.data())
+@FEW
+@pytest.mark.parametrize("file", [WORKBOOKS[2], COLUMNS[13], COLUMNS[14], COLUMNS[15]], ids=lambda file: file.name)
+def test_file_with_any_damage_gives_no_row_that_was_not_there(file: Hostile, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(file.content) - 1))
+    damage = data.draw(st.binary(min_size=1, max_size=30))
+    rows, _ = read_bytes(file.name, file.content[:at] + damage + file.content[at + len(damage) :])
+    assert len(rows) <= len(file.good) + 1
+
+
+ANSWERS = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=8)
+
+
+@given(ANSWERS, st.sampled_from([",", ";", "\t"]), st.booleans(), st.sampled_from(["\n", "\r\n"]))
+@FEW
+def test_whatever_a_table_quotes_comes_back(answers: list[str], delimiter: str, bom: bool, newline: str) -> None:
+    answers = [answer.replace("\0", "0").replace("\r", "") or "x" for answer in answers]
+    answers = [answer if answer.strip() else "x" for answer in answers]
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=newline)
+    writer.writerow(["question", "answer"])
+    writer.writerows([["q", answer] for answer in answers])
+    rows, bad = read_bytes("a.csv", (codecs.BOM_UTF8 if bom else b"") + out.getvalue().encode())
+    assert ([said(row) for row in rows], bad) == (answers, [])
+
+
+BROKEN = ['q,"open', 'q,"open" more', '"q,a', "q,a,b,c", "q", "q,\0"]
+
+
+@given(st.lists(st.sampled_from([*BROKEN, "good", 'q,"a ""good"" one"']), max_size=20))
+@FEW
+def test_broken_record_of_a_table_costs_no_other(records: list[str]) -> None:
+    written = [f"q,good {index}" if record == "good" else record for index, record in enumerate(records)]
+    rows, _ = read_bytes("a.csv", lines("question,answer", *written))
+    expected = [
+        (number, line[2:].strip('"').replace('""', '"')) for number, line in enumerate(written, 2) if "good" in line
+    ]
+    assert [(row["line"], said(row)) for row in rows if "good" in said(row) and "\n" not in said(row)] == expected
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = "text messages conversations prompt completion chosen rejected label tools system role content".split()
+RECORDS = st.dictionaries(
+    st.sampled_from(NAMES),
+    VALUES
+    | st.lists(
+        st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "tool_calls"]),
+            VALUES | st.sampled_from(["user", "assistant", "human", "gpt", "function_call"]),
+        )
+    ),
+    max_size=5,
+)
+
+
+@given(st.lists(RECORDS, max_size=6), st.sampled_from([None, 1, 4]))
+@FEW
+def test_any_records_become_the_same_rows_from_lines_and_from_an_array(records: list[Any], indent: int | None) -> None:
+    in_lines, bad = read_bytes("a.jsonl", lines(*(json.dumps(record) for record in records)))
+    in_array, bad_there = read_bytes("a.json", json.dumps(records, indent=indent).encode())
+    for row in in_lines + in_array:
+        del row["source"], row["line"]
+    assert in_lines == in_array
+    assert [line.reason for line in bad] == [line.reason for line in bad_there]
+    assert len(in_lines) + len(bad) == len(records)

@@ -46,7 +46,7 @@ def arrow(file: File, stage: Dataset) -> Iterator[Record]:
         try:
             for batch in _batches(raw):
                 for start in range(0, batch.num_rows, BATCH):
-                    for value in _values(batch.slice(start, BATCH)):
+                    for value in _validated(batch.slice(start, BATCH)):
                         number += 1
                         yield Record(number, value)
         except OutOfReach:
@@ -66,6 +66,23 @@ def _batches(raw: Any) -> Iterator[Any]:
             yield opened.get_batch(index)
     else:
         yield from pa.ipc.open_stream(raw)
+
+
+def _validated(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
+    """The rows of a batch that comes from a file as it stands: where one is damaged, taking its values without a look
+    at their offsets ends the process."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        if batch.num_rows == 1:
+            yield BadRow(f"not what Arrow's format says: {_first_line(error)}")
+        else:
+            for index in range(batch.num_rows):
+                yield from _validated(batch.slice(index, 1))
+    else:
+        yield from _values(batch)
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any]]:
