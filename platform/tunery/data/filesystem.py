@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -52,7 +52,7 @@ class File:
     size: int
     version: str = ""
     """Of a remote file: when it was changed, since its content is not read to know it."""
-    below_a_folder: bool = False
+    below_a_folder: bool = field(default=False, compare=False)
     """Found because its folder was named: it may be of another kind than rows."""
 
     @property
@@ -72,7 +72,7 @@ class File:
         try:
             return file_digest(Path(self.path))
         except OSError as error:
-            raise OutOfReach(_reason(error)) from error
+            raise OutOfReach(f"`{self.name}`: {_reason(error)}") from error
 
 
 def find(source: str, folder: Path) -> list[File]:
@@ -186,7 +186,7 @@ def open_seekable(file: File) -> IO[bytes]:
 def _open_raw(file: File) -> IO[bytes]:
     try:
         if file.is_remote:
-            return io.BufferedReader(_RemoteFile(_remote(file.name[:5]).open_input_file(file.path)), 1 << 20)
+            return io.BufferedReader(_RemoteFile(file.name, _remote(file.name[:5]).open_input_file(file.path)), 1 << 20)
         return open(file.path, "rb")
     except OSError as error:
         raise OutOfReach(f"`{file.name}`: {_reason(error)}") from error
@@ -195,8 +195,8 @@ def _open_raw(file: File) -> IO[bytes]:
 class _RemoteFile(io.RawIOBase):
     """An Arrow file whose errors are OutOfReach: a lost connection must not pass for a damaged file."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, name: str, file: Any) -> None:
+        self._name, self._file = name, file
 
     def readable(self) -> bool:
         return True
@@ -208,7 +208,7 @@ class _RemoteFile(io.RawIOBase):
         try:
             piece = self._file.read(len(buffer))
         except OSError as error:
-            raise OutOfReach(_reason(error)) from error
+            raise OutOfReach(f"`{self._name}`: {_reason(error)}") from error
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -272,8 +272,8 @@ class _Stream:
 
 
 def _reason(error: OSError) -> str:
-    """The first sentence of what a library says, without its address book."""
+    """The first sentence of what a library says."""
     text = error.strerror or str(error).strip() or type(error).__name__
-    if match := re.search(r"Could not resolve host[^.]*|Couldn't resolve host[^.]*", text):
-        return match[0]
+    if re.search("resolve host", text):
+        return "no network: the host's name can't be resolved"
     return re.split(r"(?<=[^.])\. |\n|; Details", text)[0][:300]

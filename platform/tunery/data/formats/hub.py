@@ -120,4 +120,5 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _reason(error: Exception) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return "HF_HUB_OFFLINE is set, so the hub is not asked"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return "no network: the host's name can't be resolved" if "Name or service not known" in text else text
