@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import COLUMNS, HAND_MADE, WORKBOOKS, Hostile, lines, said
+from hostile_files import COLUMNS, HAND_MADE, JSON_FILES, JSON_LINES, TABLES, TEXTS, WORKBOOKS, Hostile, lines, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_read import dataset, make, quarantine_of
 
+from tunery.data.formats import json_values, tables, text
+from tunery.data.formats import lines as formats_lines
 from tunery.data.read import Quarantined, Tally, read_source
 from tunery.store.rows import Row, read_rows
 
@@ -53,6 +57,59 @@ def test_folder_of_all_hostile_files_becomes_one_dataset(tmp_path: Path) -> None
     assert sorted((row["source"].split("#")[0], said(row)) for row in read_rows(out)) == expected
     assert (result.facts["rows"], result.facts["quarantined"]) == (len(expected), sum(file.bad for file in files))
     assert len(quarantine_of(out)) == result.facts["quarantined"]
+
+
+# Sizes: of the pieces that a file is read in, of a record, of what is in memory.
+
+
+@pytest.mark.parametrize("piece", [3, 7, 64])
+def test_pieces_that_a_file_is_read_in_change_nothing(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [file for file in JSON_FILES + JSON_LINES + TABLES + TEXTS[:6] if len(file.content) < 5_000]
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.content)
+    before = [read(tmp_path, file.name, **file.fields) for file in files]
+    for module in (json_values, formats_lines):
+        monkeypatch.setattr(module, "CHUNK", piece)
+    assert [read(tmp_path, file.name, **file.fields) for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("a.jsonl", '{"text": "one"}\n', '\n{"text": "two"}'),
+        ("a.json", '[\n{"text": "one"},\n', ',\n{"text": "two"}\n]'),
+        ("a.csv", "text\none\n", "\ntwo\n"),
+        ("a.txt", "one\n", "\ntwo\n"),
+    ],
+)
+def test_record_longer_than_the_longest_is_quarantined_unread(
+    name: str, before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (json_values, formats_lines, tables, text):
+        monkeypatch.setattr(module, "LONGEST", 1000)
+    for module in (json_values, formats_lines):
+        monkeypatch.setattr(module, "CHUNK", 64)
+    (tmp_path / name).write_text(before + '{"text": "' + "x" * 5000 + '"}' + after)
+    rows, (bad,) = read(tmp_path, name)
+    assert [said(row) for row in rows] == ["one", "two"]
+    assert "bytes" in bad.reason
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz"])
+def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
+    record = '{"text": "%s"}' % ("x" * 4000)
+    content = {"json": f"[{','.join([record] * 2000)}]", "csv": "text\n" + f'"{"x" * 4000}"\n' * 2000}
+    whole = content.get(name.split(".")[1], f"{record}\n" * 2000).encode()
+    (tmp_path / name).write_bytes(gzip.compress(whole, 1) if name.endswith("gz") else whole)
+    del content, whole
+    tracemalloc.start()
+    count = sum(1 for _ in read_source(dataset(name), tmp_path, pytest.fail))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 2000
+    assert peak < 6 << 20, f"{peak:,} bytes for a file of 8 MB"
 
 
 # Made by hypothesis.

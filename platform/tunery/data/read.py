@@ -74,7 +74,7 @@ def check_source(stage: Dataset, folder: Path) -> None:
         "source",
         f"`{described(stage)}` holds no row",
         cause=f"no line of it can be read; the first: {wrong}" if wrong else "every file is empty",
-        remedy="give a file with at least one row",
+        remedy="give a file with at least one row; for a JSON array in a .jsonl file say `format: json`",
     )
 
 

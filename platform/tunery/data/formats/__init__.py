@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tunery.data.filesystem import File
-from tunery.data.formats.arrow import arrow, parquet
+from tunery.data.formats.arrow import arrow_rows, parquet_rows
 from tunery.data.formats.excel import workbook
-from tunery.data.formats.json_values import json_values
+from tunery.data.formats.json_values import json_records
 from tunery.data.formats.lines import json_lines
 from tunery.data.formats.record import Record
 from tunery.data.formats.tables import comma_separated, tab_separated
@@ -20,12 +20,12 @@ stands before either has been given."""
 
 READERS: dict[str, Reader] = {
     "jsonl": json_lines,
-    "json": json_values,
+    "json": json_records,
     "csv": comma_separated,
     "tsv": tab_separated,
     "xlsx": workbook,
-    "parquet": parquet,
-    "arrow": arrow,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
     "text": plain_text,
 }
 

@@ -12,7 +12,7 @@ from tunery.spec import Dataset
 BATCH = 1024
 
 
-def parquet(file: File, stage: Dataset) -> Iterator[Record]:
+def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
     """Rows by number. A row group that can't be read costs its rows, and reading goes on at the next one."""
     import pyarrow.parquet as pq
 
@@ -39,7 +39,7 @@ def parquet(file: File, stage: Dataset) -> Iterator[Record]:
                 number = end
 
 
-def arrow(file: File, stage: Dataset) -> Iterator[Record]:
+def arrow_rows(file: File, stage: Dataset) -> Iterator[Record]:
     """Rows by number, of the file format and of the stream format (which Hugging Face's `save_to_disk` writes)."""
     with open_seekable(file) as raw:
         number = 0

@@ -24,7 +24,7 @@ _SCALAR = re.compile(rb'[^\s,"\[\]{}]+')
 _CLOSES = {b"]": b"[", b"}": b"{"}
 
 
-def json_values(file: File, stage: Dataset) -> Iterator[Record]:
+def json_records(file: File, stage: Dataset) -> Iterator[Record]:
     """Elements of arrays at the top, and all other values at the top, numbered from 1."""
     with open_stream(file) as stream:
         window = _Window(stream)
