@@ -356,6 +356,7 @@ TABLES = [
     ),
     Hostile("nul.csv", lines("question,answer", b"q,a\0", "q,b"), ["b"], 1, "NUL"),
     Hostile("same-names.csv", lines("question,answer,answer", "q,a,x", "q,b,b"), ["b"], 1, "twice"),
+    Hostile("utf-16.csv", "question,answer\nq,a\n".encode("utf-16"), [], 1, "the whole file: it looks like UTF-16"),
     Hostile("header-alone.csv", b"question,answer\n"),
     Hostile("empty.csv", b""),
     Hostile("long-cell.csv", lines("question,answer", "q," + "y" * 300_000), ["y" * 300_000]),

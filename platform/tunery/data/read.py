@@ -70,11 +70,12 @@ def check_source(stage: Dataset, folder: Path) -> None:
         if usable:
             return
         wrong = wrong or reason
+    array = "; for a JSON array in a .jsonl file say `format: json`" if ".jsonl" in wrong else ""
     raise BadSource(
         "source",
         f"`{described(stage)}` holds no row",
         cause=f"no line of it can be read; the first: {wrong}" if wrong else "every file is empty",
-        remedy="give a file with at least one row; for a JSON array in a .jsonl file say `format: json`",
+        remedy=f"give a file with at least one row{array}",
     )
 
 
@@ -148,10 +149,8 @@ def _records(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
 
 
 def _convert(value: Any, stage: Dataset, converters: dict[Any, Convert]) -> Row:
-    if isinstance(value, BadRow):
-        raise value
     if not isinstance(value, Mapping):
-        raise BadRow(f"a row must be an object, this is {type(value).__name__}")
+        raise _no_row(value)
     key = tuple(value), tuple(field is None for field in value.values())
     if key not in converters:
         if len(converters) == _SHAPES_KEPT:
@@ -161,6 +160,11 @@ def _convert(value: Any, stage: Dataset, converters: dict[Any, Convert]) -> Row:
         return converters[key](value)
     except RecursionError:
         raise BadRow("nested too deep") from None
+
+
+def _no_row(value: Any) -> BadRow:
+    """What is wrong with a value that has no columns."""
+    return value if isinstance(value, BadRow) else BadRow(f"a row must be an object, this is {type(value).__name__}")
 
 
 def _first_question(row: Row) -> str:
@@ -183,8 +187,7 @@ def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
                 else:
                     return True, ""
             elif not wrong:
-                what = record.value if isinstance(record.value, BadRow) else type(record.value).__name__
-                wrong = f"{part.name}:{record.line}: {str(what)[:EXCERPT]}"
+                wrong = f"{part.name}:{record.line}: {str(_no_row(record.value))[:EXCERPT]}"
     except OutOfReach as error:
         raise out_of_reach(error) from error
     except Ambiguous as error:

@@ -52,12 +52,21 @@ def json_lines(file: File, stage: Dataset) -> Iterator[Record]:
                 yield Record(number, parse(line), line)
 
 
+def not_utf8(raw: bytes, error: UnicodeDecodeError) -> BadRow:
+    hint = (
+        "; it looks like UTF-16: save the file as UTF-8"
+        if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        else ""
+    )
+    return BadRow(f"not UTF-8: byte {raw[error.start]:#04x} at position {error.start}{hint}")
+
+
 def parse(raw: bytes) -> Any:
     """The JSON value, or a BadRow that says why there is none."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=from_pairs)
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte {raw[error.start]:#04x} at position {error.start}")
+        return not_utf8(raw, error)
     except json.JSONDecodeError as error:
         return BadRow(f"not JSON: {error.msg} at column {error.colno}")
     except ValueError:  # Python reads no whole number of more than 4,300 digits

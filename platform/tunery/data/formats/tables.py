@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from tunery.data.filesystem import File, open_stream
+from tunery.data.filesystem import Damaged, File, open_stream
 from tunery.data.formats.lines import lines
 from tunery.data.formats.record import LONGEST, BadRow, Record, from_pairs
 from tunery.spec import Dataset
@@ -44,6 +44,8 @@ def _records(file: File, delimiter: str | None) -> Iterator[Record]:
             number, text, cells = row
             if isinstance(cells, BadRow):
                 yield Record(number, cells, text)
+            elif header is None and text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+                raise Damaged("it looks like UTF-16: save the file as UTF-8")
             elif header is None:
                 if delimiter is None and (delimiter := _delimiter(text)) != ",":
                     rows.again(number, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tunery.data.filesystem import File, open_stream
-from tunery.data.formats.lines import lines
+from tunery.data.formats.lines import lines, not_utf8
 from tunery.data.formats.record import LONGEST, BadRow, Record
 from tunery.spec import Dataset
 
@@ -58,4 +58,4 @@ def _parsed(sample: bytes) -> dict[str, str] | BadRow:
     try:
         return {"text": sample.decode("utf-8")}
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte {sample[error.start]:#04x} at position {error.start}")
+        return not_utf8(sample, error)
