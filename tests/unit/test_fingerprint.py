@@ -37,7 +37,13 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
 
 # By kind of stage, the field and other values that it may have, each to give a fingerprint of its own.
 OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
-    ("docs", "source"): ["b.jsonl", "*.jsonl", "builtin:python-docs"],
+    ("docs", "source"): ["b.jsonl", "*.jsonl", "builtin:python-docs", ["b.jsonl", "a.jsonl"], ["a.jsonl", "b.jsonl"]],
+    ("docs", "format"): ["json", "text"],
+    ("docs", "sample_by"): ["line", "paragraph", "document"],
+    ("docs", "sheet"): ["a", "b"],
+    ("docs", "config"): ["main"],
+    ("docs", "hub_split"): ["train"],
+    ("docs", "revision"): ["v1"],
     ("docs", "subset"): ["texts", "questions", "preferences", "prompts"],
     ("docs", "split"): ["train", "validation", "test"],
     ("docs", "holdout"): [0.2, 0.3],

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 
 from tunery.data.corrupt import corrupt
-from tunery.data.read import Quarantined, read_source
-from tunery.errors import StageError
+from tunery.data.duplicates import DuplicateCount
+from tunery.data.filesystem import OutOfReach
+from tunery.data.read import Quarantined, Tally, described, read_source
+from tunery.errors import RowsLost, StageError
 from tunery.spec import Dataset
 from tunery.store import StageContext, StageResult
 from tunery.store.rows import Row, Shape, row_id, shape_of, write_rows
 
 
 def make_dataset(context: StageContext) -> StageResult:
-    """Facts: rows, quarantined, duplicates (rows whose id was there before), shape, source, split, planted by kind."""
+    """Facts: records, and what became of them: rows, quarantined, other_splits; duplicates (rows whose id was there
+    before), shape (the most frequent one), source, split, planted by kind.
+
+    Streams; but where rows are to be damaged (`corrupt`) all of them are in memory.
+    """
     stage = context.spec
     assert isinstance(stage, Dataset)
     planted: Counter[str] = Counter()
     shapes: Counter[Shape] = Counter()
-    quarantined = 0
-    ids: set[str] = set()
-    duplicates = 0
+    tally = Tally()
+    shutil.rmtree(context.work / "ids", ignore_errors=True)  # of a run that was cut off
+    duplicates = DuplicateCount(context.work / "ids")
 
     # What UTF-8 has no bytes for (half of a surrogate pair) is written as the JSON escape that it was read from.
     with (context.out / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
 
         def quarantine(line: Quarantined) -> None:
-            nonlocal quarantined
-            quarantined += 1
             file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
 
         def finished() -> Iterator[Row]:
-            nonlocal duplicates
-            rows: Iterator[Row] = read_source(stage, context.folder, quarantine)
+            rows: Iterator[Row] = read_source(stage, context.folder, quarantine, tally)
             if stage.corrupt:
                 rows = iter(corrupt(list(rows), stage.corrupt, context.seed))
             for count, row in enumerate(rows, 1):
                 row = {**row, "id": row_id(row)}
-                duplicates += row["id"] in ids
-                ids.add(row["id"])
+                duplicates.add(row["id"])
                 shapes[shape_of(row)] += 1
                 if row.get("planted") is not None:
                     planted[row["planted"]] += 1
@@ -49,23 +53,40 @@ def make_dataset(context: StageContext) -> StageResult:
                     context.emit("progress", done=count, total=None, unit="rows")
                 yield row
 
-        rows = write_rows(finished(), context.out)
+        try:
+            rows = write_rows(finished(), context.out)
+        except OutOfReach as error:
+            raise StageError(
+                context.name,
+                f"{error}",
+                cause=f"the file or the network failed after {tally.records:,} records",
+                remedy="give the same command again once it can be read",
+            ) from error
 
+    if tally.records != rows + tally.quarantined + tally.other_splits:
+        raise RowsLost(
+            context.name,
+            f"{tally.records} records were read, and {rows} rows, {tally.quarantined} quarantined and "
+            f"{tally.other_splits} of other splits came of them",
+        )
     if rows == 0:
+        with (context.out / "quarantine.jsonl").open(encoding="utf-8") as file:
+            first = [line.rstrip("\n") for line in itertools.islice(file, 3)]
         raise StageError(
             context.name,
-            f"`{stage.source}` gave no row",
-            cause=f"{quarantined} lines could not be read, and the split is `{stage.split}`",
-            remedy="see the first reasons below, or choose another split"
-            + "".join(f"\n  {line}" for line in (context.out / "quarantine.jsonl").read_text().splitlines()[:3]),
+            f"`{described(stage)}` gave no row",
+            cause=f"{tally.quarantined} lines could not be read, and the split is `{stage.split}`",
+            remedy="see the first reasons below, or choose another split" + "".join(f"\n  {line}" for line in first),
         )
     return StageResult(
         {
             "rows": rows,
-            "quarantined": quarantined,
-            "duplicates": duplicates,
+            "records": tally.records,
+            "quarantined": tally.quarantined,
+            "other_splits": tally.other_splits,
+            "duplicates": duplicates.total(),
             "shape": shapes.most_common(1)[0][0],
-            "source": f"{stage.source}/{stage.subset}" if stage.subset else stage.source,
+            "source": described(stage),
             "split": stage.split,
             "planted": dict(sorted(planted.items())),
         }

@@ -19,7 +19,7 @@ from tunery.models.pool import map_units, score_dtype
 from tunery.spec import Compute, Evaluate
 from tunery.spec.reference import model_name
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import count_rows, shards
+from tunery.store.rows import CONTENT, count_rows, shards
 
 
 class EvaluationActor:
@@ -53,9 +53,7 @@ class EvaluationActor:
         nlls, tokens, rows = [], [], []
         for source, shard in zip(batch["source"], batch["shard"], strict=True):
             likelihood, tokenizer = self._load(str(source))
-            encoded = encode(
-                pq.read_table(shard, columns=["text", "messages"]).to_pylist(), tokenizer, self._max_length
-            )
+            encoded = encode(pq.read_table(shard, columns=CONTENT).to_pylist(), tokenizer, self._max_length)
             pairs = answer_nll(likelihood, encoded)
             nlls.append(math.fsum(nll for nll, _ in pairs))
             tokens.append(sum(count for _, count in pairs))

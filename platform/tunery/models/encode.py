@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunery.store.rows import Row
 
@@ -62,17 +63,26 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
 
 
 def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    messages = row.get("messages")
-    if not messages:
+    if not row.get("messages"):
         return "", row["text"]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    messages = [_message(turn) for turn in row["messages"]]
+    tools = json.loads(row["tools"]) if row.get("tools") else None
+    whole = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     if messages[-1]["role"] != "assistant":
         return whole, ""
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    prompt = str(tokenizer.apply_chat_template(messages[:-1], tools=tools, tokenize=False, add_generation_prompt=True))
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
     # Templates that rewrite earlier turns (thinking parts dropped, dates): find the answer itself.
-    at = whole.rfind(messages[-1]["content"])
+    answer = messages[-1]["content"]
+    if not answer:  # tool calls alone: they begin where the whole leaves the prompt
+        return _split(
+            whole, next((at for at, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+        )
+    return _split(whole, whole.rfind(answer))
+
+
+def _split(whole: str, at: int) -> tuple[str, str]:
     return (whole[:at], whole[at:]) if at > 0 else ("", whole)
 
 
@@ -82,6 +92,14 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     without = str(tokenizer.apply_chat_template(question, tokenize=False))
     with_it = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     return with_it[len(without) :] if with_it.startswith(without) else ""
+
+
+def _message(turn: Row) -> dict[str, Any]:
+    """A turn as chat templates take it: they ask whether there is `tool_calls`, so it is left out where it is null."""
+    message: dict[str, Any] = {"role": turn["role"], "content": turn["content"]}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = json.loads(turn["tool_calls"])
+    return message
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

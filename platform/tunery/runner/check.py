@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunery.data.read import BUILTIN, BadSource, check_source, first_shape
+from tunery.data.read import check_source, described, first_shape
 from tunery.data.review.decisions import BadDecisions, decisions_path, read_decisions
+from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.identity import model_folder, pretrained_models
@@ -95,7 +96,7 @@ def _check_has_answers(
     except BadSource:  # told at the dataset
         return
     if shape in ("text", "prompt"):
-        what = f"subset `{root.subset}`" if root.source == BUILTIN else f"`{root.source}`"
+        what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{described(root)}`"
         yield error_at(
             source,
             ("stages", name, field),

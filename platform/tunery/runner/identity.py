@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunery.data.read import source_identity
 from tunery.data.review.decisions import decisions_identity
+from tunery.data.sources import source_identity
 from tunery.runner.stages import STAGES
 from tunery.spec import RANDOM, Dataset, Evaluate, Experiment, Pretrained, Review, Select, Stage, Training
 from tunery.spec.graph import order

@@ -14,7 +14,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunery.data.filesystem import OutOfReach
 from tunery.data.read import read_source
+from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
@@ -153,9 +155,14 @@ class _Estimates:
 
     def _count(self, name: str, stage: Any) -> int:
         if isinstance(stage, Dataset):
-            rows = list(read_source(stage, self._folder, lambda line: None))
-            self._characters[name] = sum(_length(row) for row in rows)
-            return len(rows)
+            count = characters = 0
+            try:
+                for row in read_source(stage, self._folder, lambda line: None):
+                    count, characters = count + 1, characters + _length(row)
+            except OutOfReach as error:
+                raise RequestError(f"{name}: {error}", remedy="check the network and permissions") from error
+            self._characters[name] = characters
+            return count
         rows_in = self._rows[stage.data]
         if isinstance(stage, Select):
             shares = [rule.quantile for rule in stage.keep.values() if rule.quantile is not None]

@@ -29,13 +29,33 @@ from tunery.spec.scorers import Scorer
 ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 
+ColumnRole = Literal[
+    "text", "prompt", "input", "completion", "messages", "chosen", "rejected", "label", "system", "tools"
+]
+
+
 class Dataset(Spec):
     """Rows, read from a builtin corpus or from files, in one schema (store/rows.py)."""
 
     kind: Literal["dataset"]
     gives: ClassVar[Gives] = "rows"
-    source: str
-    """`builtin:python-docs`, or a path or glob of .jsonl or .json files, relative to the experiment's file."""
+    source: Annotated[str, Tag("text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("list")] = Field(
+        discriminator=Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "text")
+    )
+    """`builtin:python-docs`; a path, a pattern or a folder, relative to the experiment's file or with s3:// or gs://;
+    `hub:org/name`; or a list of these. Formats and shapes: docs/data.md."""
+    format: Literal["jsonl", "json", "csv", "tsv", "xlsx", "parquet", "arrow", "text"] | None = None
+    """Of all files of the source, where their endings don't tell it."""
+    sample_by: Literal["line", "paragraph", "document"] | None = None
+    """What is a row of a plain text; a line when not given, as in Hugging Face's text loader."""
+    sheet: str | None = None
+    """The sheet of Excel files to read; all when not given."""
+    config: str | None = None
+    """Of a hub dataset; may be left out where there is one, or one named default."""
+    hub_split: str | None = None
+    """Of a hub dataset, or of a saved DatasetDict; may be left out where there is one."""
+    revision: str | None = None
+    """Of a hub dataset: branch, tag or commit; the main branch when not given. Its commit is looked up in any case."""
     subset: Literal["texts", "questions", "preferences", "prompts"] | None = None
     """Which rows of a builtin source; files have none."""
     split: Literal["train", "validation", "test", "all"] = "all"
@@ -46,8 +66,8 @@ class Dataset(Spec):
     """At most so many rows, from the top."""
     corrupt: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Plant this share of bad rows, told apart in the column `planted` that no scorer reads: to judge a filter."""
-    columns: dict[Literal["text", "prompt", "completion", "messages", "rejected"], str] | None = None
-    """Names of the file's columns, where they are not recognised by themselves."""
+    columns: dict[ColumnRole, str] | None = None
+    """Names of the source's columns, where they are not recognised by themselves."""
 
     def inputs(self) -> Iterator[Input]:
         return iter(())

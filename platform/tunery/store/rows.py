@@ -1,16 +1,21 @@
-"""The row: one schema for texts, conversations, preference pairs and prompts, in Parquet shards.
+"""The row: one schema for texts, conversations, preference pairs, rated answers and prompts, in Parquet shards.
 
-    id        16 hex digits: hash of the normalised content (text, messages, rejected)
+    id        16 hex digits: hash of the normalised content (text, messages, rejected, label, tools)
     text      of a plain text, else null
     messages  the conversation, its last turn the answer (none in a prompt), else null
     rejected  the worse answer of a preference pair, else null
+    label     of a rated answer: whether it is wanted, else null
+    tools     tools that the assistant may call: JSON text of a list, as OpenAI has it, else null
     group     what must not straddle splits (the documented object; the first user turn)
-    source    file or builtin corpus
-    line      1-based line (jsonl) or index (json) in the source
+    source    file (of a workbook with its sheet), hub dataset or builtin corpus
+    line      1-based line (row of a sheet; number of a record in .json, .parquet, .arrow and on the hub) in the source
     planted   kind of planted damage, "" for none, null when unknown. Only judges read it, never scorers.
 
-A stage of rows writes `rows/part-00000.parquet` and so on. The size of shards depends on the number of rows alone, so
-the same rows make the same files whatever the number of workers.
+A turn is {role, content, tool_calls}: a role is system, user, assistant or tool; tool_calls is JSON text of OpenAI's
+list, null when there is none.
+
+A stage of rows writes `rows/part-00000.parquet` and so on. Where a shard ends depends on the rows alone, so the same
+rows make the same files whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -20,39 +25,63 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
-Shape = Literal["text", "conversation", "preference", "prompt"]
+Shape = Literal["text", "conversation", "preference", "rated", "prompt"]
 
-_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+class Turn(TypedDict):
+    role: str
+    content: str
+    tool_calls: NotRequired[str | None]
+
+
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
         ("messages", _TURNS),
         ("rejected", _TURNS),
+        ("label", pa.bool_()),
+        ("tools", pa.string()),
         ("group", pa.string()),
         ("source", pa.string()),
         ("line", pa.int64()),
         ("planted", pa.string()),
     ]
 )
+CONTENT = ["text", "messages", "tools"]
+"""The columns that become tokens."""
+
 SHARD = 1024
-"""Rows in a shard: also the unit of work of a scorer."""
+"""Rows in each of the first 64 shards: also the unit of work of a scorer, so that few rows spread over workers too.
+The next 64 have four times as many and all others sixteen times, so that 100 million rows are about 6,000 files."""
+SHARD_BYTES = 32 << 20
+"""Content at which a shard ends before it has its rows: what a worker holds at once. A single row may be larger."""
 
 
 def row_id(row: Row) -> str:
     """Same content, same id: Unicode NFC, trailing white space of each turn dropped."""
-    content = [
-        _normal(row.get("text")),
-        [[turn["role"], _normal(turn["content"])] for turn in row.get("messages") or ()],
-        [[turn["role"], _normal(turn["content"])] for turn in row.get("rejected") or ()],
-    ]
+    content: list[Any] = [_normal(row.get("text")), _turns(row.get("messages")), _turns(row.get("rejected"))]
+    # Rows without them keep the id that they had before there were such columns.
+    if row.get("label") is not None or row.get("tools") is not None:
+        content.append([row.get("label"), row.get("tools")])
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def _turns(turns: list[Turn] | None) -> list[list[str | None]]:
+    return [
+        [turn["role"], _normal(turn["content"]), *([calls] if (calls := turn.get("tool_calls")) else [])]
+        for turn in turns or ()
+    ]
 
 
 def _normal(text: str | None) -> str | None:
@@ -64,46 +93,79 @@ def shape_of(row: Row) -> Shape:
         return "preference"
     if not row.get("messages"):
         return "text"
+    if row.get("label") is not None:
+        return "rated"
     return "conversation" if row["messages"][-1]["role"] == "assistant" else "prompt"
 
 
 def write_rows(rows: Iterable[Row], folder: Path) -> int:
     """Write shards below `folder`/rows; returns the number of rows. Streams: one shard in memory at a time."""
-    target = folder / "rows"
-    target.mkdir(parents=True)
-    shard: list[Row] = []
-    count = 0
-    for row in rows:
-        shard.append(row)
-        count += 1
-        if len(shard) == SHARD:
-            _write_shard(shard, target)
-            shard = []
-    if shard or count == 0:
-        _write_shard(shard, target)
-    return count
-
-
-def _write_shard(rows: list[Row], target: Path) -> None:
-    index = sum(1 for _ in target.iterdir())
-    full = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
-    pq.write_table(pa.Table.from_pylist(full, SCHEMA), target / f"part-{index:05d}.parquet")
+    return write_tables(_tables(rows), folder)
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
-    """The same from tables of rows, which do not pass through Python; returns the number of rows."""
+    """The same for tables of SCHEMA of any size, such as filtered shards: the same rows make the same files."""
     target = folder / "rows"
     target.mkdir(parents=True)
-    waiting, count, index = SCHEMA.empty_table(), 0, 0
+    shard: list[pa.Table] = []
+    index = count = rows = size = 0
     for table in tables:
-        waiting = pa.concat_tables([waiting, table.select(SCHEMA.names).cast(SCHEMA)])
         count += table.num_rows
-        while waiting.num_rows >= SHARD:
-            pq.write_table(waiting.slice(0, SHARD).combine_chunks(), target / f"part-{index:05d}.parquet")
-            waiting, index = waiting.slice(SHARD), index + 1
-    if waiting.num_rows or not index:
-        pq.write_table(waiting.combine_chunks(), target / f"part-{index:05d}.parquet")
+        sizes = _content_bytes(table).cumsum()
+        start = 0
+        while start < table.num_rows:
+            before = int(sizes[start - 1]) if start else 0
+            fitting = int(np.searchsorted(sizes, before + SHARD_BYTES - size, side="right")) - start
+            taken = min(_rows_in(index) - rows, max(fitting, 0 if rows else 1), table.num_rows - start)
+            shard.append(table.slice(start, taken))
+            start, rows = start + taken, rows + taken
+            size += int(sizes[start - 1]) - before if taken else 0
+            if rows == _rows_in(index) or start < table.num_rows:
+                _write_shard(shard, target, index)
+                shard, index, rows, size = [], index + 1, 0, 0
+    if rows or count == 0:
+        _write_shard(shard, target, index)
     return count
+
+
+def _rows_in(shard: int) -> int:
+    return SHARD * (1 if shard < 64 else 4 if shard < 128 else 16)
+
+
+def _tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    pending: list[Row] = []
+    size = 0
+    for row in rows:
+        pending.append({name: row.get(name) for name in SCHEMA.names})
+        size += len(row.get("text") or "") + sum(len(turn["content"]) for turn in row.get("messages") or ())
+        if len(pending) == SHARD or size > SHARD_BYTES // 4:
+            yield pa.Table.from_pylist(pending, SCHEMA)
+            pending, size = [], 0
+    if pending:
+        yield pa.Table.from_pylist(pending, SCHEMA)
+
+
+def _content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Bytes of text and turns of each row."""
+    total = np.zeros(table.num_rows, dtype=np.int64)
+    total += _lengths(table["text"])
+    for name in ("messages", "rejected"):
+        turns = table[name].combine_chunks()
+        counts = np.asarray(pc.fill_null(pc.list_value_length(turns), 0), dtype=np.int64)
+        before = np.concatenate([[0], _lengths(pc.struct_field(pc.list_flatten(turns), "content")).cumsum()])
+        ends = counts.cumsum()
+        total += before[ends] - before[ends - counts]
+    return total
+
+
+def _lengths(texts: Any) -> npt.NDArray[np.int64]:
+    return np.asarray(pc.fill_null(pc.binary_length(texts), 0), dtype=np.int64)
+
+
+def _write_shard(tables: list[pa.Table], target: Path, index: int) -> None:
+    # One chunk a column: pages end where chunks do, and bytes shall not depend on the tables that rows came in.
+    whole = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
+    pq.write_table(whole, target / f"part-{index:05d}.parquet")
 
 
 def strings(column: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from tunery.errors import StageError
 from tunery.models.encode import Encoded
 from tunery.spec import Compute, Pretrain, Sft
-from tunery.store.rows import Row, read_rows
+from tunery.store.rows import CONTENT, Row, read_rows
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, plan_batches
 
@@ -70,7 +70,7 @@ def train(job: Job, report: Report) -> None:
     elif compute.zero_stage == 3 and is_adapter(source):
         source = _merged(job, source, rank)
     tokenizer = load_tokenizer(source)
-    data = _tokens(job.spec, read_rows(job.rows, ["text", "messages"]), tokenizer)
+    data = _tokens(job.spec, read_rows(job.rows, CONTENT), tokenizer)
     if not data.ids:
         raise StageError(
             job.stage,
@@ -80,7 +80,7 @@ def train(job: Job, report: Report) -> None:
             else f"all texts together have fewer than max_length ({job.spec.max_length}) tokens",
             remedy=f"change max_length (now {job.spec.max_length}), or give other rows",
         )
-    evaluation = _tokens(job.spec, read_rows(job.eval_rows, ["text", "messages"]), tokenizer) if job.eval_rows else None
+    evaluation = _tokens(job.spec, read_rows(job.eval_rows, CONTENT), tokenizer) if job.eval_rows else None
     if evaluation is not None and not evaluation.ids:
         raise StageError(
             job.stage,
@@ -181,7 +181,7 @@ def _new_model(job: Job, rank: int) -> dict[str, Any]:
 
     folder = job.work / "new"
     if rank == 0 and not (folder / "whole").is_file():
-        texts = (_plain_text(row) for row in read_rows(job.rows, ["text", "messages"]))
+        texts = (_plain_text(row) for row in read_rows(job.rows, CONTENT))
         write_scratch_model(folder, job.model["scratch"], texts, job.seed)
         (folder / "whole").touch()
     dist.barrier()

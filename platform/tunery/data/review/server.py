@@ -47,6 +47,8 @@ class ReviewServer(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
+    """Python's 5 refuses connections (ECONNRESET) when many tabs reload at once."""
 
     def __init__(self, session: ReviewSession, port: int = 0) -> None:
         self.session = session

@@ -1,0 +1,112 @@
+"""Parquet and Arrow files (also Feather 2, and those of saved Hugging Face datasets); one batch in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tunery.data.filesystem import Damaged, File, OutOfReach, open_seekable
+from tunery.data.formats.record import EXCERPT, BadRow, Record, Unusable, from_pairs, table_row
+from tunery.spec import Dataset
+
+BATCH = 1024
+
+
+def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
+    """Rows by number. A row group that can't be read costs its rows, and reading goes on at the next one."""
+    import pyarrow.parquet as pq
+
+    with open_seekable(file) as raw:
+        try:
+            opened = pq.ParquetFile(raw)
+        except OutOfReach:
+            raise
+        except Exception as error:
+            raise Damaged(f"not a Parquet file that can be read: {_first_line(error)}") from error
+        number = 0
+        for group in range(opened.num_row_groups):
+            end = number + opened.metadata.row_group(group).num_rows
+            try:
+                for batch in opened.iter_batches(batch_size=BATCH, row_groups=[group]):
+                    for value in _values(batch):
+                        number += 1
+                        yield Record(number, value)
+            except OutOfReach:
+                raise
+            except Exception as error:
+                reason = f"rows {number + 1} to {end} can't be read: {_first_line(error)}"
+                yield Record(number + 1, BadRow(reason))
+                number = end
+
+
+def arrow_rows(file: File, stage: Dataset) -> Iterator[Record]:
+    """Rows by number, of the file format and of the stream format (which Hugging Face's `save_to_disk` writes)."""
+    with open_seekable(file) as raw:
+        number = 0
+        try:
+            for batch in _batches(raw):
+                for start in range(0, batch.num_rows, BATCH):
+                    for value in _validated(batch.slice(start, BATCH)):
+                        number += 1
+                        yield Record(number, value)
+        except OutOfReach:
+            raise
+        except Exception as error:
+            raise Damaged(f"not an Arrow file that can be read: {_first_line(error)}") from error
+
+
+def _batches(raw: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    head = raw.read(6)
+    raw.seek(0)
+    if head == b"ARROW1":
+        opened = pa.ipc.open_file(raw)
+        for index in range(opened.num_record_batches):
+            yield opened.get_batch(index)
+    else:
+        yield from pa.ipc.open_stream(raw)
+
+
+def _validated(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
+    """The rows of a batch that comes from a file as it stands: where one is damaged, taking its values without a look
+    at their offsets ends the process."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        if batch.num_rows == 1:
+            yield BadRow(f"not what Arrow's format says: {_first_line(error)}")
+        else:
+            for index in range(batch.num_rows):
+                yield from _validated(batch.slice(index, 1))
+    else:
+        yield from _values(batch)
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a batch; values that can't become Python's (text that is no UTF-8, a date in the year 300,000) are
+    Unusable."""
+    import pyarrow as pa
+
+    names = batch.schema.names
+    try:
+        columns = [column.to_pylist() for column in batch.columns]
+    except (ValueError, OverflowError, pa.ArrowException):
+        columns = [[_value(column, index) for index in range(batch.num_rows)] for column in batch.columns]
+    for cells in zip(*columns, strict=True):
+        yield table_row(from_pairs(list(zip(names, cells, strict=True))))
+
+
+def _value(column: Any, index: int) -> Any:
+    import pyarrow as pa
+
+    try:
+        return column[index].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unusable(f"can't be read: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:EXCERPT]

@@ -1,0 +1,143 @@
+"""The row schema on disk: ids, shards, duplicates; and what of a row becomes tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunery.data import duplicates
+from tunery.data.duplicates import DuplicateCount
+from tunery.models.encode import encode
+from tunery.store import rows as store
+from tunery.store.rows import Row, read_rows, row_id, shards, write_rows, write_tables
+
+
+def turns(*contents: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": said} for index, said in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "a text"}, "e524906c052d8514"),
+        ({"messages": turns("q", "a")}, "2dbc5682d0d34079"),
+        ({"messages": turns("q", "a"), "rejected": turns("b")}, "eae1114ebd9d6e51"),
+    ],
+)
+def test_row_of_no_newer_column_keeps_its_id_for_ever(row: Row, expected: str) -> None:
+    assert row_id(row) == expected
+    nulls = {"label": None, "tools": None, "messages": None, "rejected": None, **row}
+    nulls["messages"] = nulls["messages"] and [{**turn, "tool_calls": None} for turn in nulls["messages"]]
+    assert row_id(nulls) == expected
+
+
+def test_label_tools_and_tool_calls_belong_to_the_id() -> None:
+    row: Row = {"messages": turns("q", "a")}
+    calling = [turns("q")[0], {"role": "assistant", "content": "a", "tool_calls": "[]"}]
+    others = [{**row, "label": True}, {**row, "label": False}, {**row, "tools": "[]"}, {"messages": calling}]
+    assert len({row_id(other) for other in [row, *others]}) == 5
+
+
+def texts(count: int, length: int = 1) -> Iterator[Row]:
+    for number in range(count):
+        yield {"id": f"{number:016x}", "text": str(number % 10) * length, "source": "s", "line": number + 1}
+
+
+def sizes(folder: Path) -> list[int]:
+    return [pq.read_metadata(path).num_rows for path in shards(folder)]
+
+
+def test_shards_grow_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SHARD", 2)
+    assert write_rows(texts(64 * 2 + 64 * 8 + 70), tmp_path) == 64 * 2 + 64 * 8 + 70
+    assert sizes(tmp_path) == [2] * 64 + [8] * 64 + [32, 32, 6]
+    assert [row["line"] for row in read_rows(tmp_path)] == list(range(1, 64 * 2 + 64 * 8 + 71))
+
+
+def test_shard_ends_at_its_bytes_and_a_larger_row_has_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    lengths = [40, 40, 20, 1, 500, 60, 50, 100, 100]
+    rows = [{"id": "0" * 16, "messages": turns("ä" * (length // 2), "x" * (length % 2))} for length in lengths]
+    write_rows(rows, tmp_path)
+    assert sizes(tmp_path) == [3, 1, 1, 1, 1, 1, 1]
+
+
+def test_no_row_is_one_empty_shard(tmp_path: Path) -> None:
+    assert write_rows([], tmp_path / "a") == write_tables([], tmp_path / "b") == 0
+    assert sizes(tmp_path / "a") == sizes(tmp_path / "b") == [0]
+    assert pq.read_schema(shards(tmp_path / "b")[0]).names == store.SCHEMA.names
+
+
+@given(st.lists(st.integers(0, 120), max_size=12), st.data())
+@settings(max_examples=20, derandomize=True)
+def test_same_rows_make_the_same_files_whatever_tables_they_come_in(lengths: list[int], data: st.DataObject) -> None:
+    rows = [{"id": f"{n:016x}", "text": "x" * length, "line": n} for n, length in enumerate(lengths)]
+    whole = pa.Table.from_pylist([{name: row.get(name) for name in store.SCHEMA.names} for row in rows], store.SCHEMA)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
+    pieces = [whole.slice(start, end - start) for start, end in itertools.pairwise([0, *cuts, len(rows)])]
+    with pytest.MonkeyPatch.context() as patch:
+        import tempfile
+
+        patch.setattr(store, "SHARD", 3)
+        patch.setattr(store, "SHARD_BYTES", 100)
+        with tempfile.TemporaryDirectory() as folder:
+            one, two = Path(folder) / "one", Path(folder) / "two"
+            assert write_rows(rows, one) == write_tables(pieces, two) == len(rows)
+            assert [path.read_bytes() for path in shards(one)] == [path.read_bytes() for path in shards(two)]
+            assert [row["line"] for row in read_rows(one)] == list(range(len(rows)))
+
+
+@given(st.lists(st.integers(0, 60) | st.integers(2**64 - 9, 2**64 - 1), max_size=80))
+@settings(max_examples=20, derandomize=True)
+def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) -> None:
+    import tempfile
+
+    for in_memory in (7, 1000):
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            patch.setattr(duplicates, "IN_MEMORY", in_memory)
+            count = DuplicateCount(Path(folder) / "ids")
+            for number in ids:
+                count.add(f"{number:016x}")
+            assert count.total() == len(ids) - len(set(ids))
+            assert not (Path(folder) / "ids").exists()
+
+
+class Template:
+    """A tokenizer whose template writes down what it is given, as JSON."""
+
+    eos_token_id = None
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, Any]] = []
+
+    def apply_chat_template(self, messages: Any, tools: Any = None, **_: Any) -> str:
+        self.seen.append((messages, tools))
+        return json.dumps(tools) + "".join(json.dumps(message) + "\n" for message in messages)
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+        return {"input_ids": [list(text.encode()) for text in texts]}
+
+
+def test_tools_and_tool_calls_reach_the_chat_template_as_objects_and_nulls_do_not(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    messages = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}]
+    write_rows([{"messages": messages, "tools": json.dumps(tools)}, {"messages": turns("q", "a")}], tmp_path)
+    template = Template()
+    one, two = encode(list(read_rows(tmp_path, store.CONTENT)), template, 1000)  # type: ignore[arg-type]
+    called = {"role": "assistant", "content": "", "tool_calls": calls}
+    assert template.seen[0] == ([*turns("q"), called], tools)
+    assert template.seen[2] == (turns("q", "a"), None)
+    assert json.loads(bytes(one.ids[one.answer :])) == called
+    assert json.loads(bytes(two.ids[two.answer :])) == {"role": "assistant", "content": "a"}
