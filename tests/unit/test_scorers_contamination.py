@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scorer_rows import answer_row, hostile_rows, text_row
 
 from tunery.data.scorers.contamination import SHORTEST, ContaminationScorer, Index
-from tunery.data.scorers.ngrams import word_hashes
+from tunery.data.scorers.ngrams import Words
 from tunery.spec import Contamination
 from tunery.store.rows import Row, write_rows
 
@@ -108,7 +108,15 @@ letters = st.text("ab", min_size=1, max_size=16)
 
 
 @settings(max_examples=150)
-@given(text=letters, known=st.lists(letters, max_size=4), n=st.sampled_from([3, 9, 10, 13]))
-def test_hits_are_those_of_a_plain_search(text: str, known: list[str], n: int) -> None:
-    index = Index(n).of(word_hashes(known))
-    assert index.hits(word_hashes([text])[0]).tolist() == naive(text, known, n)
+@given(
+    texts=st.lists(letters, min_size=1, max_size=3),
+    known=st.lists(letters, max_size=4),
+    n=st.sampled_from([3, 9, 10, 13]),
+)
+def test_hits_are_those_of_a_plain_search(texts: list[str], known: list[str], n: int) -> None:
+    index = Index(n, [Words.of([" ".join(one)]) for one in known])
+    rows = Words.of([" ".join(one) for one in texts])
+    hits = index.hits(rows)
+    for number, one in enumerate(texts):
+        assert hits[(rows.text == number) & rows.starts(n)].tolist() == naive(one, known, n)
+    assert not hits[~rows.starts(n)].any()

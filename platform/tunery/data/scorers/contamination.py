@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunery.data.scorers.ngrams import Hashes, ngram_hashes, word_hashes
+from tunery.data.scorers.ngrams import Hashes, Integers, Words
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import Part, part, words
+from tunery.data.scorers.texts import Part, part
 from tunery.spec import Contamination
 from tunery.store.rows import Row, read_rows
 
@@ -33,74 +32,83 @@ SHORTEST = 8
 """Words that two texts of different length must share in a row: fewer are in everything."""
 _READ = 1024
 """Rows of a set at a time."""
+_NONE = np.zeros(0, dtype=np.uint64)
 
 
 class ContaminationScorer:
     def __init__(self, spec: Contamination, inputs: Mapping[str, Path]) -> None:
         settings = spec.contamination
         self._of, self._n = settings.of, settings.ngram
-        self._sets = {name: Index(self._n).of(_texts(inputs[name], self._of)) for name in settings.sets}
+        self._sets = {name: Index(self._n, _texts(inputs[name], self._of)) for name in settings.sets}
 
     def __call__(self, rows: Sequence[Row]) -> Columns:
         """score: in [0, 1], NaN where there is no word; set: the one that most of the n-grams are in, or ""."""
-        found = [self._overlap(hashed) for hashed in _hashed(rows, self._of)]
-        return {"score": [score for score, _ in found], "set": [name for _, name in found]}
+        text = _words(rows, self._of)
+        ngrams = text.starts(self._n)
+        total = np.bincount(text.text[ngrams], minlength=len(rows))
+        hits = [index.hits(text) for index in self._sets.values()]
+        counts = np.array([np.bincount(text.text[hit], minlength=len(rows)) for hit in hits])
+        together = np.bincount(text.text[np.logical_or.reduce(hits)], minlength=len(rows))
+        # Of sets with as many, the first in the experiment's file.
+        names = [list(self._sets)[most] for most in counts.argmax(axis=0).tolist()]
+        return {
+            "score": [hit / count if count else math.nan for hit, count in zip(together.tolist(), total, strict=True)],
+            "set": [name if hit else "" for name, hit in zip(names, together, strict=True)],
+        }
 
-    def _overlap(self, hashed: Hashes) -> tuple[float, str]:
-        if not len(hashed):
-            return math.nan, ""
-        hits = {name: index.hits(hashed) for name, index in self._sets.items()}
-        # The first of equals, in the order of the experiment's file.
-        most = max(hits, key=lambda name: int(hits[name].sum()))
-        score = float(np.logical_or.reduce(list(hits.values())).mean())
-        return score, most if score else ""
 
-
-def _texts(artifact: Path, of: Part) -> Iterable[Hashes]:
+def _texts(artifact: Path, of: Part) -> Iterator[Words]:
     rows = read_rows(artifact, columns=["text", "messages"])
     while some := list(islice(rows, _READ)):
-        yield from _hashed(some, of)
+        yield _words(some, of)
 
 
-def _hashed(rows: Sequence[Row], of: Part) -> list[Hashes]:
-    return word_hashes([words(part(row, of) or "") for row in rows])
+def _words(rows: Sequence[Row], of: Part) -> Words:
+    return Words.of([part(row, of) or "" for row in rows])
 
 
-@dataclass
 class Index:
     """The n-grams of one set, as sorted hashes by their length in words."""
 
-    n: int
-    within: dict[int, Hashes] = field(default_factory=dict)
-    """Runs of SHORTEST to n words in texts."""
-    whole: dict[int, Hashes] = field(default_factory=dict)
-    """Texts of fewer than n words."""
-
-    def of(self, texts: Iterable[Hashes]) -> Index:
+    def __init__(self, n: int, texts: Iterable[Words]) -> None:
+        self._n = n
         within: dict[int, _Sorted] = defaultdict(_Sorted)
         whole: dict[int, _Sorted] = defaultdict(_Sorted)
-        for hashed in texts:
-            for length in range(min(SHORTEST, self.n), min(self.n, len(hashed)) + 1):
-                within[length].add(ngram_hashes(hashed, length))
-            if 0 < len(hashed) < self.n:
-                whole[len(hashed)].add(ngram_hashes(hashed, self.n))
-        self.within = {length: kept.all() for length, kept in within.items()}
-        self.whole = {length: kept.all() for length, kept in whole.items()}
-        return self
+        for some in texts:
+            for length, hashes in some.runs(n):
+                if length >= min(SHORTEST, n):
+                    within[length].add(hashes[some.left >= length])
+                if length < n:
+                    whole[length].add(hashes[(some.size == length) & (some.left == length)])
+        self._within = {length: kept.all() for length, kept in within.items()}
+        """Runs of SHORTEST to n words in texts."""
+        self._whole = {length: kept.all() for length, kept in whole.items()}
+        """Texts of fewer than n words."""
 
-    def hits(self, hashed: Hashes) -> NDArray[np.bool_]:
-        """Which n-grams of a text of at least one word (one a place where an n-gram starts) are in the set."""
-        length = min(self.n, len(hashed))
-        grams = ngram_hashes(hashed, self.n)
-        found = _among(grams, self.within.get(length))
-        if length < self.n:
-            return found | _among(grams, self.whole.get(length))
-        for shorter, texts in self.whole.items():
-            if shorter >= SHORTEST:
-                starts = np.flatnonzero(_among(ngram_hashes(hashed, shorter), texts))
-                for start in starts.tolist():  # n-grams that contain the shorter text
-                    found[max(0, start + shorter - self.n) : start + 1] = True
+    def hits(self, rows: Words) -> NDArray[np.bool_]:
+        """At each word: whether the n-gram that starts there is in the set."""
+        found = np.zeros(len(rows.hashes), dtype=np.bool_)
+        for length, hashes in rows.runs(self._n):
+            within, whole = self._within.get(length, _NONE), self._whole.get(length, _NONE)
+            if length == self._n:
+                found |= (rows.left >= length) & _among(hashes, within)
+                continue
+            alone = np.flatnonzero((rows.size == length) & (rows.left == length))
+            found[alone] = _among(hashes[alone], within) | _among(hashes[alone], whole)
+            if length >= SHORTEST and len(whole):
+                longer = np.flatnonzero((rows.size >= self._n) & (rows.left >= length))
+                self._mark(found, rows, longer[_among(hashes[longer], whole)], length)
         return found
+
+    def _mark(self, found: NDArray[np.bool_], rows: Words, places: Integers, length: int) -> None:
+        """Sets the n-grams that contain the runs of `length` words from `places` on."""
+        since, left = rows.size[places] - rows.left[places], rows.left[places]
+        lowest = places - np.minimum(since, self._n - length)
+        highest = places - np.maximum(0, self._n - left)
+        edges = np.zeros(len(found) + 1, dtype=np.int64)
+        np.add.at(edges, lowest, 1)
+        np.add.at(edges, highest + 1, -1)
+        found |= np.cumsum(edges[:-1]) > 0
 
 
 class _Sorted:
@@ -123,9 +131,9 @@ class _Sorted:
         return self._sorted
 
 
-def _among(hashes: Hashes, known: Hashes | None) -> NDArray[np.bool_]:
+def _among(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
     """Which of `hashes` are in the sorted `known`."""
-    if known is None or not len(known):
+    if not len(known):
         return np.zeros(len(hashes), dtype=np.bool_)
     places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
     found: NDArray[np.bool_] = known[places] == hashes

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from tunery.data.scorers.ngrams import mixed, ngram_hashes, word_hashes
+from tunery.data.scorers.ngrams import Words, mixed
 from tunery.data.scorers.spill import (
     RECORDS,
     Block,
@@ -41,7 +41,7 @@ from tunery.data.scorers.spill import (
     run_starts,
 )
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import part, words
+from tunery.data.scorers.texts import part
 from tunery.spec import NearDuplicates
 from tunery.store.rows import Row
 
@@ -68,15 +68,13 @@ class NearDuplicatesScorer:
 
     def sketch(self, rows: Sequence[Row]) -> Columns:
         """id; signature: 4 bytes a hash function, None where there is no word."""
-        hashed = word_hashes([words(part(row, self._of) or "") for row in rows])
-        grams = [ngram_hashes(one, self._n) for one in hashed]
-        ends = np.cumsum([0, *map(len, grams)]).astype(np.uint64)
-        flat = np.concatenate([*grams, np.zeros(0, dtype=np.uint64)])
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, ends, self._hashes, SEED)
+        grams, counts = Words.of([part(row, self._of) or "" for row in rows]).ngrams(self._n)
+        ends = np.cumsum([0, *counts]).astype(np.uint64)
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, ends, self._hashes, SEED)
         signatures = np.array(matrix.to_rows(), dtype="<u4").reshape(len(rows), self._hashes)
         return {
             "id": [row["id"] for row in rows],
-            "signature": [one.tobytes() if len(kept) else None for one, kept in zip(signatures, grams, strict=True)],
+            "signature": [one.tobytes() if count else None for one, count in zip(signatures, counts, strict=True)],
         }
 
     def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
