@@ -1,7 +1,7 @@
 """Exact duplicates: how many rows before this one have the same content.
 
 Sketches are 8 bytes a row (a hash of the content: that two of 100 M rows share one by chance has odds of 1 in 4,000).
-They are counted through files parted by hash, some 2 M rows in memory at a time, in two passes over 16 bytes a row: 3.2
+They are counted through files parted by hash, some 1 M rows in memory at a time, in two passes over 16 bytes a row: 3.2
 GB of files for 100 M rows. A content that stands in m rows is counted in one piece, which takes some 64 m bytes.
 """
 

@@ -5,7 +5,7 @@ its second occurrence on, so that a text that says everything twice is half dupl
 in words, lines or paragraphs, without the white space between them; and an n-gram that occurs once is no repetition.
 
 A row at a time, in time n log n of its words, so 100 M rows are a matter of CPU hours alone (benchmarks/rule_scorers.py
-has rows/s). Of a row, the first 5 M characters are looked at: the paper's longest page has a tenth of that.
+has rows/s). Of a row, the first LONGEST characters are looked at.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import lines, part
+from tunery.data.scorers.texts import LONGEST, lines, part
 from tunery.spec import Gopher, GopherRules
 from tunery.store.rows import Row
 
-LONGEST = 5_000_000
-"""Characters: bounds the memory that one row can take."""
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 BULLETS = ("•", "‣", "⁃", "◦", "●", "○", "■", "□", "▪", "▫", "- ", "* ", "– ")
 """Hyphens and asterisks with the space after them: `-1` and `*args` start no list."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from tunery.data.scorers.texts import words
+from tunery.data.scorers.texts import LONGEST, words
 
 Hashes = NDArray[np.uint64]
 Integers = NDArray[np.int64]
@@ -19,7 +19,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost by 
 
 @dataclass(frozen=True)
 class Words:
-    """The words of some texts, end to end; all arrays have an entry a word."""
+    """The words of some texts (of each the first LONGEST characters), end to end; all arrays have an entry a word."""
 
     texts: int
     hashes: Hashes
@@ -33,7 +33,7 @@ class Words:
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Words:
-        split = [words(text) for text in texts]
+        split = [words(text[:LONGEST]) for text in texts]
         sizes = np.array([len(some) for some in split], dtype=np.int64)
         (hashes,) = RMinHash.hash_token_sets([[word for some in split for word in some]])
         size = np.repeat(sizes, sizes)
@@ -41,14 +41,14 @@ class Words:
         return cls(len(split), np.array(hashes, dtype=np.uint64), np.repeat(np.arange(len(split)), sizes), size, left)
 
     def runs(self, longest: int) -> Iterator[tuple[int, Hashes]]:
-        """For each length up to `longest`: a hash, at each word, of the run of so many words from it on. Where fewer
-        are `left`, it means nothing."""
+        """For each length up to `longest`: a hash, at each word, of the run of so many words from it on: other for
+        other runs, but not evenly spread. Where fewer are `left`, it means nothing."""
         rolled = np.zeros(len(self.hashes), dtype=np.uint64)
         for length in range(1, longest + 1):
             last = self.hashes[length - 1 :]
             rolled = rolled * _BASE
             rolled[: len(last)] += last
-            yield length, mixed(rolled)
+            yield length, rolled
 
     def starts(self, n: int) -> NDArray[np.bool_]:
         """Where n-grams start; a text of fewer than n words is one."""
@@ -56,12 +56,12 @@ class Words:
         return first_of_few | (self.left >= n)
 
     def ngrams(self, n: int) -> tuple[Hashes, Integers]:
-        """Hashes of all n-grams, in their order, and how many each text has."""
+        """Evenly spread hashes of all n-grams, in their order, and how many each text has."""
         found = np.zeros(len(self.hashes), dtype=np.uint64)
         for length, hashes in self.runs(n):
             found = np.where(self.size >= length, hashes, found)
         starts = self.starts(n)
-        return found[starts], np.bincount(self.text[starts], minlength=self.texts)
+        return mixed(found[starts]), np.bincount(self.text[starts], minlength=self.texts)
 
 
 def mixed(values: Hashes) -> Hashes:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Records = NDArray[np.void]
 
-RECORDS = 2_000_000
-"""In memory at a time: 32 MB of two numbers each, and some times that while they are sorted."""
+RECORDS = 1_000_000
+"""In memory at a time: 16 MB of two numbers each, and some times that while they are sorted."""
 
 
 class Partitions:

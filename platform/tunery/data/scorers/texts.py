@@ -22,6 +22,10 @@ _UNSPACED = (
 """Scripts that put no spaces between words: each of their characters counts as a word."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
+LONGEST = 2_000_000
+"""Characters of a row that are looked at where its words are compared: bounds the memory that one row can take, at some
+500 MB. The longest page that Gopher's rules let through has a third of them."""
+
 _NFC_PIECE = 256
 """Characters. Normalising a run of combining marks takes time quadratic in its length; no real word is so long."""
 
