@@ -131,7 +131,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             "{c4: {braces: 1}}": ["`stages.scored.by.1.c4.braces` can't be 1", "valid boolean"],
             "{language: EN}": ['`stages.scored.by.1.language` can\'t be "EN"', "did you mean `en`?"],
             "{language: klingon}": ['can\'t be "klingon"', "no language with this ISO 639 code"],
-            "{duplicates: near}": ['`stages.scored.by.1.duplicates` can\'t be "near"', "'exact'"],
+            "{duplicates: near}": ['`stages.scored.by.1.duplicates` can\'t be "near"', "'exact' or 'normalised'"],
             "{duplicates: exact, of: whole}": ['`stages.scored.by.1.of` can\'t be "whole"', "'row', 'question'"],
             "{near_duplicates: {treshold: 0.5}}": ["has no key `treshold`", "did you mean `threshold`?"],
             "{near_duplicates: {threshold: 0}}": ["near_duplicates.threshold` can't be 0", "greater than 0"],

@@ -16,13 +16,13 @@ from tunery.data.scorers import near_duplicates
 from tunery.data.scorers.duplicates import DuplicatesScorer
 from tunery.data.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbours
 from tunery.data.scorers.spill import Partitions, part_of
-from tunery.data.scorers.texts import normal
+from tunery.data.scorers.texts import composed, normal
 from tunery.spec import Duplicates, NearDuplicates
 from tunery.store.rows import Row
 
 
-def exact(of: str = "row", records: int = 1000) -> DuplicatesScorer:
-    return DuplicatesScorer(Duplicates.model_validate({"duplicates": "exact", "of": of}), records)
+def exact(of: str = "row", records: int = 1000, how: str = "exact") -> DuplicatesScorer:
+    return DuplicatesScorer(Duplicates.model_validate({"duplicates": how, "of": of}), records)
 
 
 def near(records: int = 10_000, **settings: object) -> NearDuplicatesScorer:
@@ -38,21 +38,36 @@ def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("of", "scores"), [("row", [0, 0, 0, 0]), ("question", [0, 1, 0, 2]), ("answer", [0, 0, 1, math.nan])]
+    ("how", "of", "scores"),
+    [
+        ("exact", "row", [0, 0, 0, 0, 0]),
+        ("exact", "question", [0, 0, 0, 1, 0]),
+        ("exact", "answer", [0, 0, 0, math.nan, 1]),
+        ("normalised", "row", [0, 0, 0, 0, 1]),
+        ("normalised", "question", [0, 1, 0, 2, 3]),
+        ("normalised", "answer", [0, 0, 1, math.nan, 2]),
+    ],
 )
-def test_part_is_compared_without_case_and_white_space(tmp_path: Path, of: str, scores: list[float]) -> None:
+def test_what_is_compared_and_how_closely_are_settings(tmp_path: Path, how: str, of: str, scores: list[float]) -> None:
     rows = [
         answer_row("Same thing.", "Why\nis it?"),
         answer_row("Other.", "why is  IT?"),
         answer_row("same  thing. ", "How?"),
-        prompt_row("Why is it?"),
+        prompt_row("Why\nis it? "),
+        answer_row("Same thing. ", "Why is it?"),
     ]
-    assert across(exact(of), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
+    assert across(exact(of, how=how), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
+
+
+def test_rejected_answers_are_part_of_the_row(tmp_path: Path) -> None:
+    rows = [answer_row("yes"), {**answer_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
+    assert across(exact(how="normalised"), rows, tmp_path)["score"] == [0, 0]
 
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
     assert normal("Cafe\u0301 noir") == normal("caf\u00e9  noir ")
     assert normal("caf\u00e9") != normal("cafe")
+    assert composed("Cafe\u0301\n noir") == "Caf\u00e9\n noir"
 
 
 @pytest.mark.parametrize("records", [1, 3, 50])
@@ -198,7 +213,14 @@ def test_signature_is_the_same_in_every_process() -> None:
 @settings(max_examples=25)
 @given(rows=st.lists(hostile_rows, min_size=1, max_size=6))
 def test_no_row_stops_them(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
-    for scorer in (exact(), exact("question"), exact("answer"), near(of="whole"), near(of="question")):
+    for scorer in (
+        exact(),
+        exact("question"),
+        exact("answer"),
+        exact(how="normalised"),
+        near(of="whole"),
+        near(of="question"),
+    ):
         columns = across(scorer, rows, tmp_path_factory.mktemp("rows"), shard=2)
         assert {len(values) for values in columns.values()} == {len(rows)}
 

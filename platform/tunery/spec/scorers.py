@@ -202,8 +202,8 @@ LANGUAGES = tuple(_CODES.split())
 class Language(ScorerSpec):
     """Probability that the row is in the language, by py3langid. Higher is better.
 
-    Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). It is low where there is little to go by: of
-    short answers about code, ask for 0.1 rather than for 0.9.
+    Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). It is low where there is little to go by: 0.9
+    drops 30% of the builtin answers, all of them English; 0.1 drops 3%, and each of 70 sentences in 14 other languages.
     """
 
     language: str
@@ -223,10 +223,11 @@ class Language(ScorerSpec):
 class Duplicates(ScorerSpec):
     """How many rows before this one have the same content: 0 for the first. Lower is better; keep those at 0."""
 
-    duplicates: Literal["exact"]
+    duplicates: Literal["exact", "normalised"]
+    """exact: as the row's id has it (Unicode NFC, white space at the end dropped); normalised: case and the amount of
+    white space aside as well."""
     of: Literal["row", "question", "answer"] = "row"
-    """row: by the row's id (Unicode NFC, white space at the end of turns dropped); question or answer: that alone, case
-    and the amount of white space aside."""
+    """row: all there is, roles and rejected answers too."""
 
 
 class NearDuplicatesSettings(Spec):

@@ -16,22 +16,33 @@ import numpy as np
 
 from tunery.data.scorers.spill import RECORDS, Partitions, block_numbers, blocks_of, part_of, read_shards, run_starts
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import normal, part
+from tunery.data.scorers.texts import composed, normal, part
 from tunery.spec import Duplicates
 from tunery.store.rows import Row
 
 
 class DuplicatesScorer:
     def __init__(self, spec: Duplicates, records: int = RECORDS) -> None:
-        self._of, self._records = spec.of, records
+        self._of, self._exact, self._records = spec.of, spec.duplicates == "exact", records
 
     def sketch(self, rows: Sequence[Row]) -> Columns:
         """key: 8 bytes; None where there is no content."""
         return {"key": [self._key(row) for row in rows]}
 
     def _key(self, row: Row) -> bytes | None:
-        content = str(row["id"]) if self._of == "row" else normal(part(row, self._of) or "")
+        content = self._content(row)
         return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest() if content else None
+
+    def _content(self, row: Row) -> str:
+        if self._of != "row":
+            text = part(row, self._of) or ""
+            return composed(text).rstrip() if self._exact else normal(text)
+        if self._exact:
+            return str(row["id"])
+        turns = [*(row.get("messages") or ()), {"role": "rejected", "content": ""}, *(row.get("rejected") or ())]
+        return "\n".join(
+            [normal(row.get("text") or ""), *(f"{turn['role']}: {normal(turn['content'] or '')}" for turn in turns)]
+        )
 
     def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
         """score: 0 for the first of equal rows, 1 for the second and so on; NaN where there is no content."""

@@ -22,6 +22,8 @@ _UNSPACED = (
 """Scripts that put no spaces between words: each of their characters counts as a word."""
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
+_SPACE = re.compile(r"(\s+)")
+
 LONGEST = 2_000_000
 """Characters of a row that are looked at where its words are compared: bounds the memory that one row can take, at some
 500 MB. The longest page that Gopher's rules let through has a third of them."""
@@ -56,10 +58,14 @@ def lines(text: str) -> list[str]:
 
 def normal(text: str) -> str:
     """Without differences of case, of composed and decomposed characters, and of white space."""
-    spaced = " ".join(text.casefold().split())
-    return spaced if spaced.isascii() else " ".join(map(_composed, spaced.split(" ")))
+    return composed(" ".join(text.casefold().split()))
 
 
-def _composed(word: str) -> str:
-    pieces = (word[start : start + _NFC_PIECE] for start in range(0, len(word), _NFC_PIECE))
+def composed(text: str) -> str:
+    """In Unicode NFC, word by word: nothing composes across white space."""
+    if text.isascii():
+        return text
+    pieces = (
+        word[start : start + _NFC_PIECE] for word in _SPACE.split(text) for start in range(0, len(word), _NFC_PIECE)
+    )
     return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
