@@ -82,7 +82,7 @@ def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float
             scorer(table)
         else:
             sketches.append(work / path.name)
-            pq.write_table(pa.table(scorer.sketch(table)), sketches[-1])
+            pq.write_table(pa.table({"id": [row["id"] for row in table], **scorer.sketch(table)}), sketches[-1])
         rows += len(table)
         if number == 3:
             before = peak()

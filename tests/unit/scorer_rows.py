@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,19 @@ hostile_rows = st.one_of(
 )
 
 
-def across(scorer: AcrossScorer, rows: list[Row], folder: Path, shard: int = 7) -> dict[str, list[Any]]:
-    """What a stage would write: sketches of shards, then all their columns in a row."""
+def across(
+    scorer: AcrossScorer, rows: list[Row], folder: Path, shard: int = 7, killed: int = 0
+) -> dict[str, list[Any]]:
+    """What a stage would write: sketches of shards, then all their columns in a row; after a try that was killed when
+    so many shards were done."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = [rows[start : start + shard] for start in range(0, len(rows), shard)]
     sketches = []
     for number, some in enumerate(shards):
         sketches.append(folder / f"sketch-{number:05d}.parquet")
-        pq.write_table(pa.table(scorer.sketch(some)), sketches[-1])
+        pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.sketch(some)}), sketches[-1])
     joined: Columns = {}
+    list(islice(scorer.resolve(sketches, folder / "work"), killed))
     resolved = list(scorer.resolve(sketches, folder / "work"))
     assert [len(columns["score"]) for columns in resolved] == [len(some) for some in shards]
     for columns in resolved:

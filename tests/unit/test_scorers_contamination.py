@@ -84,7 +84,7 @@ def test_row_without_words_has_no_score(tmp_path: Path) -> None:
     assert columns["score"][1] == 0
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(rows=st.lists(hostile_rows, max_size=4))
 def test_no_row_stops_it(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
     held = scorer(tmp_path_factory.mktemp("sets"), {"test": rows})
@@ -107,7 +107,7 @@ def naive(text: str, known: list[str], n: int) -> list[bool]:
 letters = st.text("ab", min_size=1, max_size=16)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     texts=st.lists(letters, min_size=1, max_size=3),
     known=st.lists(letters, max_size=4),

@@ -67,13 +67,12 @@ class NearDuplicatesScorer:
         self._records = records
 
     def sketch(self, rows: Sequence[Row]) -> Columns:
-        """id; signature: 4 bytes a hash function, None where there is no word."""
+        """signature: 4 bytes a hash function, None where there is no word."""
         grams, counts = Words.of([part(row, self._of) or "" for row in rows]).ngrams(self._n)
         ends = np.cumsum([0, *counts]).astype(np.uint64)
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, ends, self._hashes, SEED)
         signatures = np.array(matrix.to_rows(), dtype="<u4").reshape(len(rows), self._hashes)
         return {
-            "id": [row["id"] for row in rows],
             "signature": [one.tobytes() if count else None for one, count in zip(signatures, counts, strict=True)],
         }
 
@@ -102,6 +101,8 @@ class NearDuplicatesScorer:
                         ],
                     }
                     start += count
+        for name in ("signatures.bin", "ids.bin"):
+            (work / name).unlink()
 
     def _find_pairs(self, blocks: list[Block], pairs: Partitions, work: Path) -> NDArray[np.bool_]:
         """Writes candidates to `pairs`; returns which rows have a signature."""

@@ -7,6 +7,7 @@ order. Each part of each step is bounded by a number of records, whatever the nu
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Partitions:
     """Numbered files of records. Appending keeps at most `buffer` records in memory."""
 
     def __init__(self, folder: Path, fields: dict[str, str], buffer: int = RECORDS) -> None:
+        # What a killed try appended must not be appended to.
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._folder, self._buffer = folder, buffer
         self._type = np.dtype(list(fields.items()))

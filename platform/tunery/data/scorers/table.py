@@ -53,8 +53,9 @@ class AcrossScorer(Protocol):
         ...
 
     def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
-        """The columns of each shard in turn, from the sketches of all (a Parquet file a shard, columns as `sketch`
-        named them). Never holds all rows in memory: what is large goes through files in `work`."""
+        """The columns of each shard in turn, from the sketches of all: a Parquet file a shard, with the rows' `id`
+        and the columns of `sketch` (null where a row could not be sketched). Never holds all rows in memory: what is
+        large goes through files in `work`, which may hold those of a try that was killed."""
         ...
 
 
