@@ -8,8 +8,8 @@ candidates, and candidates are compared by their signatures. Signatures are rens
 plain MinHash (0.025 for 0.031).
 
 Sketches are 4 K bytes a row (512 for K = 128). Bands, candidates and their signatures go through files, so memory does
-not grow with the rows but for one byte each; files of some 1.5 kB a row do. 2 M rows take minutes of one core and 3 GB;
-100 M rows would take 150 GB of disk and some hours of one process, which is the limit: past that, bands want to be
+not grow with the rows but for two bytes each; files of some 1.5 kB a row do. 2 M rows take two minutes of one core and
+3 GB; 100 M rows would take 150 GB of disk and hours of one process, which is the limit: past that, bands want to be
 shared out to machines.
 
 A row is compared with at most 2 * NEIGHBOURS earlier rows a band, of those that differ in their signature: where
