@@ -5,7 +5,7 @@ Arabic sentences about programming): as right as fastText's compressed lid.176 (
 called English, 68 of 70 foreign sentences named rightly, none called English), without a compiled module or a
 downloader; lingua is 96 MB, needs 1.3 GB of memory and named 59 of 70.
 
-A row at a time, about 4,000 short rows/s a core, so 100 M rows take 7 core hours; the model takes about 80 MB a process.
+A row at a time, about 4,000 short rows/s a core, so 100 M rows take 7 core hours; the model takes 80 MB a process.
 """
 
 from __future__ import annotations
