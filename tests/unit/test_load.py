@@ -18,7 +18,7 @@ from tunery.errors import (
     StoreError,
     TuneryError,
 )
-from tunery.spec import Dataset, Pretrain, Sft, load
+from tunery.spec import Dataset, Gopher, Pretrain, Score, Sft, load
 
 GOOD = """\
 name: x
@@ -112,6 +112,45 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         [("by: [{perplexity: base}]", "by: [{perplexty: base}]")],
         12,
         ["`stages.scored.by.0` has no key `perplexty`", "did you mean `perplexity`?"],
+    ),
+    "scorer near none": (
+        [("by: [{perplexity: base}]", "by: [{zzz: base}]")],
+        12,
+        ['`stages.scored.by.0` can\'t be {"zzz": "base"}', "first key is its kind", "known: perplexity, ifd, length"],
+    ),
+    **{
+        f"scorer {wrong}": ([("by: [{perplexity: base}]", f"by: [{{perplexity: base}}, {wrong}]")], 12, words)
+        for wrong, words in {
+            "{lenght: words}": ["`stages.scored.by.1` has no key `lenght`", "did you mean `length`?"],
+            "{length: word}": ['`stages.scored.by.1.length` can\'t be "word"', "'words', 'chars' or 'lines'"],
+            "{length: words, off: answer}": ["`stages.scored.by.1` has no key `off`", "did you mean `of`?"],
+            "{gopher: {words_mn: 3}}": ["`stages.scored.by.1.gopher` has no key `words_mn`", "mean `words_min`?"],
+            "{gopher: {words_min: few}}": ["`stages.scored.by.1.gopher.words_min` can't be", "valid integer"],
+            "{gopher: {top_2gram_max: 2}}": ["gopher.top_2gram_max` can't be 2", "less than or equal to 1"],
+            "{gopher: null}": ["`stages.scored.by.1.gopher` can't be null"],
+            "{c4: {braces: 1}}": ["`stages.scored.by.1.c4.braces` can't be 1", "valid boolean"],
+            "{language: EN}": ['`stages.scored.by.1.language` can\'t be "EN"', "did you mean `en`?"],
+            "{language: klingon}": ['can\'t be "klingon"', "no language with this ISO 639 code"],
+            "{duplicates: near}": ['`stages.scored.by.1.duplicates` can\'t be "near"', "'exact' or 'normalised'"],
+            "{duplicates: exact, of: whole}": ['`stages.scored.by.1.of` can\'t be "whole"', "'row', 'question'"],
+            "{near_duplicates: {treshold: 0.5}}": ["has no key `treshold`", "did you mean `threshold`?"],
+            "{near_duplicates: {threshold: 0}}": ["near_duplicates.threshold` can't be 0", "greater than 0"],
+            "{contamination: {}}": ["`stages.scored.by.1.contamination` lacks `sets`"],
+            "{contamination: {sets: []}}": ["contamination.sets` can't be []", "at least 1"],
+            "{contamination: {sets: more}}": ['contamination.sets` can\'t be "more"', "valid array"],
+            "{contamination: {sets: [more, more]}}": ["more is named twice"],
+            "{contamination: {sets: [mroe]}}": [
+                "`scored.by.1.contamination.sets.0` refers to stage `mroe`",
+                "did you mean `more`?",
+            ],
+            "{contamination: {sets: [base]}}": ["needs rows or scored rows, but `base` is a pretrain stage"],
+            "{contamination: {sets: [clean]}}": ["cycle: scored -> clean -> scored"],
+        }.items()
+    },
+    "two scores of one name": (
+        [("by: [{perplexity: base}]", "by: [{length: words}, {length: chars}]")],
+        12,
+        ["two scores are called length: give one of them a `name`"],
     ),
     "no scorer": ([("by: [{perplexity: base}]", "by: []")], 12, ["`stages.scored.by` can't be []", "at least 1"]),
     "missing key": ([("    data: docs\n", "")], 6, ["`stages.base` lacks `data`", "add `data: ...`"]),
@@ -403,3 +442,31 @@ def test_what_load_raises_survives_pickling_with_file_and_line(load_text: LoadTe
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
     assert (copy.errors[0].file, copy.errors[0].line) == (str(tmp_path / "exp.yaml"), 10)
+
+
+def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text: LoadText) -> None:
+    scorers = (
+        "{perplexity: base}, {length: words}, {length: chars, of: question, name: long_question},"
+        " {gopher: {}}, {gopher: {words_min: null, of: whole}, name: gopher_whole}, {c4: {braces: false}},"
+        " {language: en}, {duplicates: exact, of: question}, {near_duplicates: {threshold: 0.7}},"
+        " {contamination: {sets: [more], ngram: 8}}"
+    )
+    scored = load_text(edited(("by: [{perplexity: base}]", f"by: [{scorers}]")))[0].stages["scored"]
+    assert isinstance(scored, Score)
+    assert [scorer.score for scorer in scored.by] == [
+        "perplexity",
+        "length",
+        "long_question",
+        "gopher",
+        "gopher_whole",
+        "c4",
+        "language",
+        "duplicates",
+        "near_duplicates",
+        "contamination",
+    ]
+    assert [item.stage for item in scored.inputs()] == ["docs", "base", "more"]
+    assert [item.path for item in scored.inputs()][-1] == ("by", 9, "contamination", "sets", 0)
+    gopher = scored.by[4]
+    assert isinstance(gopher, Gopher)
+    assert (gopher.gopher.words_min, gopher.gopher.words_max, gopher.gopher.of) == (None, 100_000, "whole")

@@ -3,7 +3,21 @@
 from tunery.spec.experiment import Compute, Experiment, Tracking, Wandb
 from tunery.spec.load import load, parse
 from tunery.spec.reference import AUTO, Pretrained, Scratch
-from tunery.spec.scorers import Ifd, Perplexity, Scorer, ScorerSpec
+from tunery.spec.scorers import (
+    C4,
+    C4Rules,
+    Contamination,
+    Duplicates,
+    Gopher,
+    GopherRules,
+    Ifd,
+    Language,
+    Length,
+    NearDuplicates,
+    Perplexity,
+    Scorer,
+    ScorerSpec,
+)
 from tunery.spec.search import Dimension, Search
 from tunery.spec.stages import (
     RANDOM,
@@ -24,15 +38,24 @@ from tunery.spec.stages import (
 
 __all__ = [
     "AUTO",
+    "C4",
+    "C4Rules",
     "RANDOM",
     "Compute",
+    "Contamination",
     "Dataset",
     "Dimension",
+    "Duplicates",
     "Evaluate",
     "Experiment",
+    "Gopher",
+    "GopherRules",
     "Ifd",
     "Keep",
+    "Language",
+    "Length",
     "Lora",
+    "NearDuplicates",
     "Perplexity",
     "Pretrain",
     "Pretrained",

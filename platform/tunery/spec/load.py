@@ -20,6 +20,7 @@ from tunery.spec import graph
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.reference import Spec, model_name
+from tunery.spec.scorers import SCORERS
 from tunery.spec.search import Search
 from tunery.spec.stages import RANDOM, Evaluate, Score, Select, Stage, Training
 from tunery.spec.yaml_source import Path as KeyPath
@@ -269,6 +270,15 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
         if kind == "union_tag_not_found":
             return error_at(source, path, f"`{shown}` lacks `kind`", remedy=f"one of: {', '.join(kinds)}")
         given = str(detail["ctx"]["tag"])
+        if detail["ctx"]["discriminator"] == "_scorer_tag()":
+            known = [scorer.kind() for scorer in SCORERS]
+            return error_at(
+                source,
+                path,
+                f"`{shown}` can't be {_shorten(detail['input'])}",
+                cause="a scorer is a mapping whose first key is its kind",
+                remedy=nearest(given.removesuffix(" scorer"), known),
+            )
         if detail["ctx"]["discriminator"] != "'kind'":
             cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
             remedy = "name a stage that gives a model, or write {pretrained: <folder or hub name>}"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
 Gives = Literal["rows", "scored", "selected", "model", "metrics"]
+ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 
 class Spec(BaseModel):

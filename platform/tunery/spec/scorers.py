@@ -9,9 +9,16 @@ import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from tunery.spec.reference import Input, Model, Pretrained, Spec, model_inputs
+from tunery.spec.reference import ROWS, Input, Model, Pretrained, Spec, model_inputs
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Part = Literal["answer", "whole"]
+AnyPart = Literal["answer", "question", "whole"]
+"""What is looked at. answer: the last turn of a conversation; question: its user turns; whole: all its turns. Of a
+plain text, answer and whole are the text, and there is no question. Rejected answers are not looked at."""
 
 
 class ScorerSpec(Spec):
@@ -70,23 +77,245 @@ class Ifd(ScorerSpec):
         return self.ifd
 
 
-SCORERS: tuple[type[ScorerSpec], ...] = (Perplexity, Ifd)
+class Length(ScorerSpec):
+    """How long the answer is. Meant for a range in `keep`; as for `quantile`, longer is better.
+
+    Zhao et al. 2024, "Long Is More for Alignment" (https://arxiv.org/abs/2402.04833): the 1,000 longest answers are a
+    baseline that is hard to beat.
+    """
+
+    length: Literal["words", "chars", "lines"]
+    """words: what white space separates (a sentence of Chinese is one: take chars); chars: Unicode code points; lines:
+    those that are not blank."""
+    of: AnyPart = "answer"
+
+
+class GopherRules(Spec):
+    """The rules' limits; `null` switches a rule off. A rule is violated beyond its limit, not at it.
+
+    Words are what white space separates. The rules were made for web pages in English: on answers of a few sentences
+    `words_min` and `stop_words_min` only say that they are short, and on code or on scripts without spaces
+    `mean_word_max`, `stop_words_min` and `alphabetic_words_min` say nothing. Switch those off there.
+    """
+
+    of: Part = "answer"
+    words_min: Count | None = 50
+    """Words (A1.1)."""
+    words_max: Count | None = 100_000
+    """Words (A1.1)."""
+    mean_word_min: Annotated[float, Field(ge=0)] | None = 3.0
+    """Characters (A1.1)."""
+    mean_word_max: Annotated[float, Field(ge=0)] | None = 10.0
+    """Characters (A1.1)."""
+    hashes_max: Annotated[float, Field(ge=0)] | None = 0.1
+    """Hash signs a word (A1.1)."""
+    ellipses_max: Annotated[float, Field(ge=0)] | None = 0.1
+    """Ellipses, as three dots or one character, a word (A1.1)."""
+    bullet_lines_max: Share | None = 0.9
+    """Share of the lines that start with a bullet point (A1.1)."""
+    ellipsis_lines_max: Share | None = 0.3
+    """Share of the lines that end with an ellipsis (A1.1)."""
+    alphabetic_words_min: Share | None = 0.8
+    """Share of the words with at least one letter (A1.1)."""
+    stop_words_min: Annotated[int, Field(ge=1, le=8)] | None = 2
+    """How many of `the be to of and that have with` occur, in any case (A1.1)."""
+    duplicate_lines_max: Share | None = 0.3
+    """Share of the lines that stood before (table A1, as all below)."""
+    duplicate_paragraphs_max: Share | None = 0.3
+    """Share of the paragraphs (parted by blank lines) that stood before."""
+    duplicate_line_chars_max: Share | None = 0.2
+    """Share of the lines' characters that are in lines that stood before."""
+    duplicate_paragraph_chars_max: Share | None = 0.2
+    """Share of the paragraphs' characters that are in paragraphs that stood before."""
+    top_2gram_max: Share | None = 0.2
+    """Share of the words' characters that are in occurrences of the most frequent pair of words, if it occurs twice."""
+    top_3gram_max: Share | None = 0.18
+    top_4gram_max: Share | None = 0.16
+    duplicate_5grams_max: Share | None = 0.15
+    """Share of the words' characters that are in runs of 5 words that stood before; each character counts once."""
+    duplicate_6grams_max: Share | None = 0.14
+    duplicate_7grams_max: Share | None = 0.13
+    duplicate_8grams_max: Share | None = 0.12
+    duplicate_9grams_max: Share | None = 0.11
+    duplicate_10grams_max: Share | None = 0.1
+
+
+class Gopher(ScorerSpec):
+    """How many of MassiveText's quality and repetition rules a row violates. Lower is better.
+
+    Rae et al. 2021, "Scaling Language Models" (https://arxiv.org/abs/2112.11446), section A1.1 and table A1, who drop a
+    page for one violation.
+    """
+
+    gopher: GopherRules
+
+
+class C4Rules(Spec):
+    """The rules' limits; `null` or `false` switches a rule off.
+
+    The paper takes lines out of pages; rows are kept or dropped whole, so a rule on lines is violated when it would
+    take out more than `failing_lines_max` of them, and sentences are counted in what all of them leave. Not here: the
+    list of bad words (a file of somebody else's), citation marks (removed there, not judged), repeated spans of three
+    sentences (see `duplicates`) and the language (see `language`).
+    On short answers `sentences_min` only says that they are short; on code, `braces` and `terminal_punctuation` say
+    that it is code.
+    """
+
+    of: Part = "answer"
+    failing_lines_max: Share = 0.5
+    """Share of the lines; ours, the paper has no such limit. 0: as soon as one line fails."""
+    terminal_punctuation: bool = True
+    """A line ends with a period, an exclamation or question mark (also of other scripts) or an end quotation mark."""
+    line_words_min: Count | None = 5
+    """Words a line."""
+    javascript: bool = True
+    """A line does not name Javascript."""
+    policy: bool = True
+    """A line does not speak of terms of use, privacy policies or cookies."""
+    sentences_min: Count | None = 3
+    """Sentences in the lines that pass the rules above."""
+    lorem_ipsum: bool = True
+    """The words `lorem ipsum` do not occur."""
+    braces: bool = True
+    """There is no curly bracket."""
+
+
+class C4(ScorerSpec):
+    """How many of C4's rules a row violates. Lower is better.
+
+    Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (https://arxiv.org/abs/1910.10683), section 2.2.
+    """
+
+    c4: C4Rules
+
+
+_CODES = """
+ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr fuv fy ga
+gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko ku ky la lb lg lij
+ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru rw sa sdh se si sk sl sn so
+sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue zh zu
+"""
+LANGUAGES = tuple(_CODES.split())
+"""ISO 639 codes that the detector knows."""
+
+
+class Language(ScorerSpec):
+    """Probability that the row is in the language, by py3langid. Higher is better.
+
+    Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). It is low where there is little to go by: 0.9
+    drops 30% of the builtin answers, all of them English; 0.1 drops 3%, and each of 70 sentences in 14 other languages.
+    """
+
+    language: str
+    """ISO 639 code: en, de, zh."""
+    of: AnyPart = "answer"
+
+    @field_validator("language")
+    @classmethod
+    def _known(cls, language: str) -> str:
+        if language not in LANGUAGES:
+            near = difflib.get_close_matches(language.lower(), LANGUAGES, n=1, cutoff=0.5)
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"no language with this ISO 639 code is known, as en, de, zh{meant}")
+        return language
+
+
+class Duplicates(ScorerSpec):
+    """How many rows before this one have the same content: 0 for the first. Lower is better; keep those at 0."""
+
+    duplicates: Literal["exact", "normalised"]
+    """exact: as the row's id has it (Unicode NFC, white space at the end dropped); normalised: case and the amount of
+    white space aside as well."""
+    of: Literal["row", "question", "answer"] = "row"
+    """row: all there is, roles and rejected answers too."""
+
+
+class NearDuplicatesSettings(Spec):
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Jaccard similarity of the sets of n-grams from which on rows are near duplicates (Lee et al. 2022, 4.2)."""
+    ngram: Count = 5
+    """Words (Lee et al. 2022, appendix A); a shorter text is one n-gram."""
+    permutations: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Hash functions: the estimate's standard error is at most 0.5 / sqrt(permutations), 0.044 for 128. Four bytes each
+    a row."""
+    of: AnyPart = "whole"
+
+
+class NearDuplicates(ScorerSpec):
+    """Similarity to the most similar earlier row, 0 where none reaches the threshold. Lower is better; keep those at 0.
+
+    MinHash (Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900) with LSH, as in Lee et al. 2022, "Deduplicating
+    Training Data Makes Language Models Better" (https://arxiv.org/abs/2107.06499).
+    """
+
+    near_duplicates: NearDuplicatesSettings
+
+
+class ContaminationSettings(Spec):
+    sets: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Stages whose rows must not be among those that are scored: evaluation sets."""
+    ngram: Annotated[int, Field(ge=2)] = 13
+    """Words (appendix C; the paper takes 8 to 13). Shorter texts use their whole length."""
+    of: AnyPart = "whole"
+    """In the scored rows and in the sets' alike."""
+
+    @field_validator("sets")
+    @classmethod
+    def _distinct(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in sets if sets.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} is named twice")
+        return sets
+
+
+class Contamination(ScorerSpec):
+    """Share of the row's n-grams that occur in an evaluation set. Lower is better; keep those at 0.
+
+    Brown et al. 2020, "Language Models are Few-Shot Learners" (https://arxiv.org/abs/2005.14165), appendix C.
+    """
+
+    contamination: ContaminationSettings
+
+    def inputs(self) -> Iterator[Input]:
+        for index, stage in enumerate(self.contamination.sets):
+            yield Input(("contamination", "sets", index), stage, ROWS)
+
+
+SCORERS: tuple[type[ScorerSpec], ...] = (
+    Perplexity,
+    Ifd,
+    Length,
+    Gopher,
+    C4,
+    Language,
+    Duplicates,
+    NearDuplicates,
+    Contamination,
+)
 
 
 def _scorer_tag(value: Any) -> str:
-    """Which scorer is meant, so that an error speaks of that one."""
+    """Which scorer is meant, so that an error speaks of that one. Other than its key: what names the place of an error
+    holds both, and the file has the key alone."""
     if isinstance(value, ScorerSpec):
-        return value.kind()
+        return f"{value.kind()} scorer"
     if isinstance(value, dict) and value:
         kinds = [scorer.kind() for scorer in SCORERS]
-        for key in value:
-            if near := difflib.get_close_matches(str(key), kinds, n=1):
-                return near[0]
-        return str(next(iter(value)))
+        given = [str(key) for key in value]
+        exact = [key for key in given if key in kinds]
+        near = [kind for key in given for kind in difflib.get_close_matches(key, kinds, n=1)]
+        return f"{(exact or near or given)[0]} scorer"
     return "no scorer"
 
 
 Scorer = Annotated[
-    Annotated[Perplexity, Tag("perplexity")] | Annotated[Ifd, Tag("ifd")],
+    Annotated[Perplexity, Tag("perplexity scorer")]
+    | Annotated[Ifd, Tag("ifd scorer")]
+    | Annotated[Length, Tag("length scorer")]
+    | Annotated[Gopher, Tag("gopher scorer")]
+    | Annotated[C4, Tag("c4 scorer")]
+    | Annotated[Language, Tag("language scorer")]
+    | Annotated[Duplicates, Tag("duplicates scorer")]
+    | Annotated[NearDuplicates, Tag("near_duplicates scorer")]
+    | Annotated[Contamination, Tag("contamination scorer")],
     Discriminator(_scorer_tag),
 ]

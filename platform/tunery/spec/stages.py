@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from tunery.spec.reference import (
     AUTO,
+    ROWS,
     Auto,
     Gives,
     Input,
@@ -25,9 +26,6 @@ from tunery.spec.reference import (
     model_name,
 )
 from tunery.spec.scorers import Scorer
-
-ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
-
 
 ColumnRole = Literal[
     "text", "prompt", "input", "completion", "messages", "chosen", "rejected", "label", "system", "tools"

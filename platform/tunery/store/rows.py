@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,6 +69,11 @@ SHARD_BYTES = 32 << 20
 """Content at which a shard ends before it has its rows: what a worker holds at once. A single row may be larger."""
 
 
+_SPACE = re.compile(r"(\s+)")
+_NFC_PIECE = 256
+"""Characters. Normalising a run of combining marks takes time quadratic in its length; no real word is so long."""
+
+
 def row_id(row: Row) -> str:
     """Same content, same id: Unicode NFC, trailing white space of each turn dropped."""
     content: list[Any] = [_normal(row.get("text")), _turns(row.get("messages")), _turns(row.get("rejected"))]
@@ -85,7 +91,17 @@ def _turns(turns: list[Turn] | None) -> list[list[str | None]]:
 
 
 def _normal(text: str | None) -> str | None:
-    return None if text is None else unicodedata.normalize("NFC", text).rstrip()
+    return None if text is None else composed(text).rstrip()
+
+
+def composed(text: str) -> str:
+    """In Unicode NFC, word by word: nothing composes across white space."""
+    if text.isascii():
+        return text
+    pieces = (
+        word[start : start + _NFC_PIECE] for word in _SPACE.split(text) for start in range(0, len(word), _NFC_PIECE)
+    )
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
 
 def shape_of(row: Row) -> Shape:

@@ -48,8 +48,9 @@ class AcrossScorer(Protocol):
         ...
 
     def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
-        """The columns of each shard in turn, from the sketches of all (a Parquet file a shard, columns as `sketch`
-        named them). Never holds all rows in memory: what is large goes through files in `work`."""
+        """The columns of each shard in turn, from the sketches of all: a Parquet file a shard, with the rows' `id`
+        and the columns of `sketch` (null where a row could not be sketched). Never holds all rows in memory: what is
+        large goes through files in `work`, which may hold those of a try that was killed."""
         ...
 
 
@@ -72,4 +73,13 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "perplexity": Kind("likelihood", "tunery.data.scorers.perplexity:PerplexityScorer", good="low", version=1),
     "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=1),
+    "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=1),
+    "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=1),
+    "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=1),
+    "language": Kind("row", "tunery.data.scorers.language:LanguageScorer", good="high", version=1),
+    "contamination": Kind("row", "tunery.data.scorers.contamination:ContaminationScorer", good="low", version=1),
+    "duplicates": Kind("across", "tunery.data.scorers.duplicates:DuplicatesScorer", good="low", version=1),
+    "near_duplicates": Kind(
+        "across", "tunery.data.scorers.near_duplicates:NearDuplicatesScorer", good="low", version=1
+    ),
 }

@@ -1,0 +1,123 @@
+"""n-grams of evaluation sets, found in rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scorer_rows import answer_row, hostile_rows, text_row
+
+from tunery.data.scorers.contamination import SHORTEST, ContaminationScorer, Index
+from tunery.data.scorers.ngrams import Words
+from tunery.spec import Contamination
+from tunery.store.rows import Row, write_rows
+
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
+
+
+def scorer(tmp_path: Path, sets: dict[str, list[Row]], **settings: object) -> ContaminationScorer:
+    for name, rows in sets.items():
+        write_rows(rows, tmp_path / name)
+    spec = Contamination.model_validate({"contamination": {"sets": tuple(sets), **settings}})
+    return ContaminationScorer(spec, {name: tmp_path / name for name in sets})
+
+
+def words(start: int, end: int) -> str:
+    return " ".join(LETTERS[start:end])
+
+
+def test_score_is_the_share_of_the_rows_ngrams_that_occur_in_a_set(tmp_path: Path) -> None:
+    # The row's words 0 to 20 have eight 13-grams; the set's 3 to 18 have three of them.
+    columns = scorer(tmp_path, {"test": [text_row(words(3, 18))]})([text_row(words(0, 20)), text_row(words(12, 26))])
+    assert columns == {"score": [3 / 8, 0.0], "set": ["test", ""]}
+
+
+def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
+    held = scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="answer")
+    assert held([answer_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "score"),
+    [
+        (words(0, 5), 1.0),  # the same short text
+        (words(0, 4), 0.0),  # four words of it: too few
+        (words(10, 18), 1.0),  # eight words of a long text
+        (words(10, 17), 0.0),  # seven words of it: too few
+    ],
+)
+def test_short_row_is_one_ngram_of_its_whole_length(tmp_path: Path, row: str, score: float) -> None:
+    held = scorer(tmp_path, {"test": [text_row(words(0, 5)), text_row(words(6, 24))]})
+    assert held([text_row(row)])["score"] == [score]
+
+
+def test_short_text_of_a_set_is_found_in_a_longer_row(tmp_path: Path) -> None:
+    held = scorer(tmp_path, {"test": [text_row(words(4, 13))]})
+    # Words 4 to 13 are in the n-grams that start at 0 to 4, of eight.
+    assert held([text_row(words(0, 20))])["score"] == [5 / 8]
+    assert scorer(tmp_path / "few", {"test": [text_row(words(4, 11))]})([text_row(words(0, 20))])["score"] == [0.0]
+
+
+def test_sets_count_together_and_the_one_with_most_is_named(tmp_path: Path) -> None:
+    held = scorer(tmp_path, {"one": [text_row(words(0, 14))], "two": [text_row(words(2, 18))]})
+    assert held([text_row(words(0, 20))]) == {"score": [6 / 8], "set": ["two"]}
+
+
+@pytest.mark.parametrize(("of", "score"), [("question", 1.0), ("answer", 0.0)])
+def test_same_part_of_rows_and_sets_is_compared(tmp_path: Path, of: str, score: float) -> None:
+    held = scorer(tmp_path, {"test": [answer_row("yes", "What is it?")]}, of=of)
+    assert held([answer_row("no", "What is it?")])["score"] == [score]
+
+
+def test_characters_of_scripts_without_spaces_are_words(tmp_path: Path) -> None:
+    text = "该函数返回目录中所有文件的列表如果值为负数"
+    held = scorer(tmp_path, {"test": [text_row(text)]})
+    assert held([text_row("前言" + text[:13])])["score"] == [pytest.approx(1 / 3)]
+
+
+def test_row_without_words_has_no_score(tmp_path: Path) -> None:
+    columns = scorer(tmp_path, {"test": [text_row("")]})([text_row("?!"), text_row("word")])
+    assert math.isnan(columns["score"][0])
+    assert columns["score"][1] == 0
+
+
+@settings(max_examples=20)
+@given(rows=st.lists(hostile_rows, max_size=4))
+def test_no_row_stops_it(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
+    held = scorer(tmp_path_factory.mktemp("sets"), {"test": rows})
+    columns = held(rows)
+    assert [len(values) for values in columns.values()] == [len(rows)] * 2
+    assert all(score == 1 or math.isnan(score) for score in columns["score"])
+
+
+def naive(text: str, known: list[str], n: int) -> list[bool]:
+    def within(gram: str) -> bool:
+        return any(gram in one for one in known)
+
+    if len(text) < n:
+        return [text in known or (len(text) >= min(SHORTEST, n) and within(text))]
+    short = [one for one in known if SHORTEST <= len(one) < n]
+    grams = [text[start : start + n] for start in range(len(text) - n + 1)]
+    return [within(gram) or any(one in gram for one in short) for gram in grams]
+
+
+def test_hits_are_those_of_a_plain_search() -> None:
+    draw = random.Random(0)
+
+    def piece() -> str:
+        # Of one text of a's and a few b's: those of a set are in the rows now and then.
+        start = draw.randint(0, 12)
+        return "aaabaaaaaaaabaaaaaaaaaaaaabaa"[start : start + draw.randint(1, 17)]
+
+    for _ in range(1500):
+        n = draw.choice([3, 9, 10, 13])
+        texts, known = [piece() for _ in range(draw.randint(1, 3))], [piece() for _ in range(draw.randint(0, 4))]
+        rows = Words.of([" ".join(one) for one in texts])
+        hits = Index(n, [Words.of([" ".join(one)]) for one in known]).hits(rows)
+        for number, one in enumerate(texts):
+            assert hits[(rows.text == number) & rows.starts(n)].tolist() == naive(one, known, n)
+        assert not hits[~rows.starts(n)].any()
