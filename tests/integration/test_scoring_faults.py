@@ -75,7 +75,8 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     bench = prepared(Bench(tmp_path), made)
     undisturbed = in_process(bench)
 
-    first = bench.start()
+    soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+    first = bench.start(**soon)
     wait_for(lambda: len(parts(bench)) >= 2, process=first)
     os.kill(raylet(bench), signal.SIGKILL)
     out, err = first.communicate(timeout=120)
