@@ -76,7 +76,9 @@ def plain_logits(folder: Path, *inputs: Any, **options: Any) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
-        logits: np.ndarray = model(**tokenizer(*inputs, return_tensors="pt", **options)).logits[0].numpy()
+        logits: np.ndarray = (
+            model(**tokenizer(*([text] for text in inputs), return_tensors="pt", **options)).logits[0].numpy()
+        )
     return logits
 
 
@@ -361,7 +363,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path: Path, loads: Counter[str]) -> None:
     told = make(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
     assert loads == {"colours": 1, "reward": 1}
-    assert (told.facts["rows_in"], told.facts["rows_out"], told.facts["truncated"]) == (len(ROWS), len(ROWS), 2)
+    assert (told.facts["rows_in"], told.facts["rows_out"]) == (len(ROWS), len(ROWS))
+    cut = [classifier(folder / name, LIMIT)(ROWS).truncated for name in ("colours", "reward")]
+    assert 0 < sum(cut[0]) < sum(cut[1]) < len(ROWS)
+    assert told.facts["truncated"] == np.logical_or(*cut).sum()
     assert told.facts["scores"]["classifier"]["good"] == "high"
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
