@@ -74,11 +74,11 @@ def score_unit(shard: Path, job: Pass, score: Callable[[Sequence[Row], Sequence[
     for index in range(len(rows)):
         if lacking := tuple(name for name in job.scores if missing[name][index]):
             groups.setdefault(lacking, []).append(index)
-    fresh: dict[str, list[tuple[int, dict[str, Any]]]] = {name: [] for name in job.scores}
+    fresh: dict[str, list[tuple[Sequence[int], Columns]]] = {name: [] for name in job.scores}
     for lacking, indices in groups.items():
-        for index, told in _try(rows, indices, lacking, score, journal, lost):
+        for places, told in _try(rows, indices, lacking, score, journal, lost):
             for name in lacking:
-                fresh[name].append((index, told[name]))
+                fresh[name].append((places, told[name]))
     for name in job.scores:
         columns |= _merge(name, len(rows), kept.get(name), np.flatnonzero(~missing[name]), fresh[name])
         columns[f"known:{name}"] = pa.array(~missing[name])
@@ -101,21 +101,21 @@ def _try(
     score: Callable[[Sequence[Row], Sequence[str]], Scored],
     journal: _Journal,
     lost: dict[int, str],
-) -> list[tuple[int, dict[str, Any]]]:
-    """(index, by score the values of its columns) of all rows but those that are lost."""
+) -> list[tuple[Sequence[int], Scored]]:
+    """(places, their columns by score) of all rows but those that are lost: all at once, or row by row."""
     if not journal.deaths:
         try:
-            return _split(indices, score([rows[index] for index in indices], lacking))
+            return [(indices, score([rows[index] for index in indices], lacking))]
         except Exception:  # of some row: found one by one below, and told with it
             journal.write("one by one")
-    done: list[tuple[int, dict[str, Any]]] = []
+    done: list[tuple[Sequence[int], Scored]] = []
     for index in indices:
         if journal.in_hand[index] >= DEATHS:
             lost[index] = f"killed its worker {journal.in_hand[index]} times"
             continue
         journal.write(f"row {index}")
         try:
-            done += _split([index], score([rows[index]], lacking))
+            done.append(([index], score([rows[index]], lacking)))
         except Exception as error:
             lost[index] = f"{type(error).__name__}: {str(error).strip()[:300]}"
         if not done and len(lost) == HOPELESS:
@@ -124,15 +124,8 @@ def _try(
     return done
 
 
-def _split(indices: list[int], scored: Scored) -> list[tuple[int, dict[str, Any]]]:
-    return [
-        (index, {name: {key: values[place] for key, values in columns.items()} for name, columns in scored.items()})
-        for place, index in enumerate(indices)
-    ]
-
-
 def _merge(
-    score: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: list[tuple[int, dict[str, Any]]]
+    score: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: Sequence[tuple[Sequence[int], Columns]]
 ) -> dict[str, Array]:
     """The columns of a score, named as in the table, from what was known and what is new; NaN for lost rows."""
     keys = list(fresh[0][1]) if fresh else kept.column_names if kept is not None else ["score"]
@@ -142,8 +135,9 @@ def _merge(
         if kept is not None:
             for index, value in zip(known.tolist(), kept[key].to_pylist(), strict=True):
                 values[index] = value
-        for index, told in fresh:
-            values[index] = told[key]
+        for places, told in fresh:
+            for index, value in zip(places, told[key], strict=True):
+                values[index] = value
         array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
         # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
         named = score if key == "score" else f"{score}_{key}"
