@@ -27,7 +27,11 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "base": {"kind": "pretrain", "data": "docs", "model": {"scratch": "tiny"}, "epochs": 2, "learning_rate": 1e-3},
     "other": {"kind": "pretrain", "data": "docs", "model": {"pretrained": "./model"}, "epochs": 1, "learning_rate": 1},
     "scored": {"kind": "score", "data": "docs", "by": [{"perplexity": "base"}]},
-    "again": {"kind": "score", "data": "more", "by": [{"perplexity": "base"}]},
+    "again": {
+        "kind": "score",
+        "data": "more",
+        "by": [{"perplexity": "base"}, {"reward": {"pretrained": "./model"}}],
+    },
     "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}, "random": {"top_k": 9}}},
     "strict": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.4}}},
     "checked": {"kind": "review", "data": "clean", "decisions": "checked.jsonl"},
@@ -57,6 +61,12 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         [{"perplexity": "base", "of": "whole"}],
         [{"perplexity": "base", "name": "ppl"}],
         [{"perplexity": "base"}, {"ifd": "base"}],
+        [{"reward": {"pretrained": "./model"}}],
+        [{"reward": {"pretrained": "org/name"}}],
+        [{"reward": {"pretrained": "org/name", "revision": "abc"}}],
+        [{"classifier": {"pretrained": "./model"}, "label": "good"}],
+        [{"classifier": {"pretrained": "./model"}, "label": 1}],
+        [{"classifier": {"pretrained": "./model"}, "label": 1, "temperature": 2.0}],
     ],
     ("scored", "max_length"): [64],
     ("clean", "data"): ["again"],
@@ -262,7 +272,7 @@ def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("file", "readers"), [("a.jsonl", ["docs"]), ("b.jsonl", ["more"]), ("model/model.safetensors", ["other"])]
+    ("file", "readers"), [("a.jsonl", ["docs"]), ("b.jsonl", ["more"]), ("model/model.safetensors", ["other", "again"])]
 )
 def test_content_of_files_changes_their_readers(file: str, readers: list[str], folder: Path) -> None:
     before = prints(EXPERIMENT, folder)

@@ -121,6 +121,17 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     **{
         f"scorer {wrong}": ([("by: [{perplexity: base}]", f"by: [{{perplexity: base}}, {wrong}]")], 12, words)
         for wrong, words in {
+            "{reward: base}": [
+                "`scored.by.1.reward` needs a reward model or classifier, but `base` is a pretrain stage",
+                "none; write {pretrained: <folder or hub name>}",
+            ],
+            "{reward: bsae}": ["`scored.by.1.reward` refers to stage `bsae`", "did you mean `base`?"],
+            "{reward: {scratch: tiny}}": ['`stages.scored.by.1.reward` can\'t be {"scratch": "tiny"}'],
+            "{rewrad: {pretrained: a/b}}": ["`stages.scored.by.1` has no key `rewrad`", "did you mean `reward`?"],
+            "{classifier: base, label: good}": ["`scored.by.1.classifier` needs a reward model or classifier"],
+            "{classifier: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `label`"],
+            "{classifier: {pretrained: a/b}, label: -1}": ["`stages.scored.by.1.label` can't be -1", "or equal to 0"],
+            "{classifier: {pretrained: a/b}, label: x, temperature: 0}": ["temperature` can't be 0", "greater than 0"],
             "{lenght: words}": ["`stages.scored.by.1` has no key `lenght`", "did you mean `length`?"],
             "{length: word}": ['`stages.scored.by.1.length` can\'t be "word"', "'words', 'chars' or 'lines'"],
             "{length: words, off: answer}": ["`stages.scored.by.1` has no key `off`", "did you mean `of`?"],
@@ -449,7 +460,8 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
         "{perplexity: base}, {length: words}, {length: chars, of: question, name: long_question},"
         " {gopher: {}}, {gopher: {words_min: null, of: whole}, name: gopher_whole}, {c4: {braces: false}},"
         " {language: en}, {duplicates: exact, of: question}, {near_duplicates: {threshold: 0.7}},"
-        " {contamination: {sets: [more], ngram: 8}}"
+        " {contamination: {sets: [more], ngram: 8}}, {reward: {pretrained: a/b}},"
+        " {classifier: {pretrained: a/b, revision: abc}, label: 1, temperature: 0.5}"
     )
     scored = load_text(edited(("by: [{perplexity: base}]", f"by: [{scorers}]")))[0].stages["scored"]
     assert isinstance(scored, Score)
@@ -464,6 +476,8 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
         "duplicates",
         "near_duplicates",
         "contamination",
+        "reward",
+        "classifier",
     ]
     assert [item.stage for item in scored.inputs()] == ["docs", "base", "more"]
     assert [item.path for item in scored.inputs()][-1] == ("by", 9, "contamination", "sets", 0)

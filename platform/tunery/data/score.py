@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +21,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunery.data.score_actors import ClassificationActor, LikelihoodActor, RowActor, SketchActor
 from tunery.data.score_facts import describe_scores
-from tunery.data.score_unit import Pass, Scored, score_unit
+from tunery.data.score_unit import Pass
 from tunery.data.scorers.table import KINDS, AcrossScorer
 from tunery.errors import RowsLost, StageError
-from tunery.models.likelihood import View
-from tunery.models.load import Source, source_of
-from tunery.models.pool import map_units, score_dtype
-from tunery.spec import Compute, Pretrained, Score, ScorerSpec
+from tunery.models.load import source_of
+from tunery.models.pool import map_units
+from tunery.spec import Pretrained, Score, ScorerSpec
 from tunery.store import StageContext, StageResult, fingerprint
 from tunery.store.fingerprint import folder_digest
-from tunery.store.rows import Row, shards, strings
+from tunery.store.rows import shards, strings
 from tunery.store.score_table import ScoreTable, as_numbers
 
-
-class LikelihoodActor:
-    """Holds one model, for all scorers that ask it."""
-
-    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute):
-        import torch
-
-        from tunery.models.likelihood import Likelihood
-        from tunery.models.load import load_model, load_tokenizer
-
-        torch.set_num_threads(compute.cpus_per_worker)
-        device = "cuda" if compute.device == "gpu" else "cpu"
-        self._job, self._max_length = job, max_length
-        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec) for spec in specs}
-        self._tokenizer = load_tokenizer(source)
-        pad = self._tokenizer.pad_token_id
-        assert isinstance(pad, int), "load_tokenizer saw to it"
-        self._likelihood = Likelihood(load_model(source, score_dtype(compute)).to(device).eval(), pad)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
-
-    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        from tunery.models.encode import encode
-        from tunery.models.likelihood import view_sums
-
-        encoded = encode(rows, self._tokenizer, self._max_length)
-        views: dict[View, None] = {view: None for score in scores for view in self._scorers[score].views}
-        sums = view_sums(self._likelihood, encoded, list(views))
-        truncated = [item.truncated for item in encoded]
-        return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
-
-
-class RowActor:
-    """Holds the scorers that need nothing but the row."""
-
-    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
-        self._job = job
-        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec, inputs) for spec in specs}
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
-
-    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        return {score: self._scorers[score](rows) for score in scores}
-
-
-class SketchActor:
-    """What a scorer that compares rows has to know of each."""
-
-    def __init__(self, job: Pass, spec: ScorerSpec):
-        self._job = job
-        self._scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
-
-    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        return {scores[0]: {"score": [0.0] * len(rows), **self._scorer.sketch(rows)}}
-
-
-def _units(batch: dict[str, Any], job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, Any]:
-    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, a unit each."""
-    told: list[dict[str, float]] = []
-    for shard in batch["shard"]:
-        begin = time.time()
-        told.append({**score_unit(Path(shard), job, score), "seconds": time.time() - begin})
-    return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}
+MODEL_ACTORS: dict[str, type] = {"likelihood": LikelihoodActor, "classification": ClassificationActor}
+"""By what scorers read: those of one model share an actor and its forward passes."""
 
 
 def make_scores(context: StageContext) -> StageResult:
@@ -148,20 +82,20 @@ def make_scores(context: StageContext) -> StageResult:
 def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pass, type, tuple[Any, ...]]]:
     """What goes over the rows together, with its actor and the actor's further arguments."""
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
-    by_model: dict[str, list[ScorerSpec]] = {}
+    by_model: dict[tuple[type, str], list[ScorerSpec]] = {}
     by_row: list[ScorerSpec] = []
     across: list[ScorerSpec] = []
     specs: Sequence[ScorerSpec] = stage.by
     for spec in specs:
         reads = KINDS[spec.kind()].reads
-        if reads == "likelihood":
-            assert spec.model is not None, "a likelihood is a model's"
-            by_model.setdefault(json.dumps(source_of(spec.model, paths, context.folder)), []).append(spec)
+        if reads in MODEL_ACTORS:
+            assert spec.model is not None, "it reads what a model makes of a row"
+            source = json.dumps(source_of(spec.model, paths, context.folder))
+            by_model.setdefault((MODEL_ACTORS[reads], source), []).append(spec)
         else:
             (by_row if reads == "row" else across).append(spec)
-    for source, mine in by_model.items():
-        further = (mine, json.loads(source), stage.max_length, context.compute)
-        yield _pass(context, mine, run), LikelihoodActor, further
+    for (actor, source), mine in by_model.items():
+        yield _pass(context, mine, run), actor, (mine, json.loads(source), stage.max_length, context.compute)
     if by_row:
         yield _pass(context, by_row, run), RowActor, (by_row, paths)
     for spec in across:
@@ -182,7 +116,7 @@ def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
     assert isinstance(stage, Score)
     kind = KINDS[spec.kind()]
     own: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": kind.version}
-    if kind.reads == "likelihood":
+    if kind.reads in MODEL_ACTORS:
         # Scores in bf16 differ in the third digit from those in fp32, so they are not mixed.
         own |= {"max_length": stage.max_length, "precision": "fp32" if compute.device == "cpu" else compute.precision}
     if isinstance(spec.model, Pretrained) and spec.model.is_folder:

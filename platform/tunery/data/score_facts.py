@@ -21,17 +21,17 @@ JUDGED = 1 << 22
 
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
-    """rows_in and rows_out of the artifact's tables, tokens, truncated; and of each score its histogram, median,
-    how many rows have none, and how well it tells planted rows apart."""
+    """rows_in and rows_out of the artifact's tables, tokens, truncated (rows that were too long for some model); and of
+    each score its histogram, median, how many rows have none, and how well it tells planted rows apart."""
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
     names = pq.read_schema(artifact / "scores" / files[0].name).names
-    # Every likelihood scorer of a row counts the same tokens: those of the first are told.
+    # Scorers of one model count the same tokens: those of the first model are told.
     first = next((spec.score for spec in by if f"{spec.score}_tokens" in names), None)
     tokens = sum(int(piece.sum()) for piece in column(artifact, f"{first}_tokens")) if first else 0
-    cut = next((spec.score for spec in by if f"{spec.score}_truncated" in names), None)
-    truncated = sum(int(piece.sum()) for piece in column(artifact, f"{cut}_truncated")) if cut else 0
+    cuts = [f"{spec.score}_truncated" for spec in by if f"{spec.score}_truncated" in names]
+    truncated = _rows_with_any(artifact, cuts)
     planted = _planted(artifact) if rows <= JUDGED else None
     described = {spec.score: _describe(artifact, spec, rows, planted) for spec in by}
     return {
@@ -48,6 +48,15 @@ def column(artifact: Path, name: str) -> Iterator[Any]:
     """A column of the score table, a numpy array a shard."""
     for path in shards(artifact):
         yield pq.read_table(artifact / "scores" / path.name, columns=[name])[0].to_numpy()
+
+
+def _rows_with_any(artifact: Path, names: Sequence[str]) -> int:
+    """Rows with True in one of the columns, or in several."""
+    total = 0
+    for path in shards(artifact) if names else ():
+        table = pq.read_table(artifact / "scores" / path.name, columns=list(names))
+        total += int(np.logical_or.reduce([column.to_numpy() for column in table.columns]).sum())
+    return total
 
 
 def _describe(artifact: Path, spec: ScorerSpec, rows: int, planted: Sequence[str] | None) -> dict[str, Any]:

@@ -62,12 +62,17 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return encoded
 
 
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A whole conversation as the tokenizer's chat template has it."""
+    messages, tools = _conversation(row)
+    return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+
+
 def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not row.get("messages"):
         return "", row["text"]
-    messages = [_message(turn) for turn in row["messages"]]
-    tools = json.loads(row["tools"]) if row.get("tools") else None
-    whole = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+    messages, tools = _conversation(row)
+    whole = rendered(row, tokenizer)
     if messages[-1]["role"] != "assistant":
         return whole, ""
     prompt = str(tokenizer.apply_chat_template(messages[:-1], tools=tools, tokenize=False, add_generation_prompt=True))
@@ -92,6 +97,11 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     without = str(tokenizer.apply_chat_template(question, tokenize=False))
     with_it = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     return with_it[len(without) :] if with_it.startswith(without) else ""
+
+
+def _conversation(row: Row) -> tuple[list[dict[str, Any]], Any]:
+    """Messages and tools, as chat templates take them."""
+    return [_message(turn) for turn in row["messages"]], json.loads(row["tools"]) if row.get("tools") else None
 
 
 def _message(turn: Row) -> dict[str, Any]:

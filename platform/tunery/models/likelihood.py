@@ -8,13 +8,14 @@ applied to the hidden states of the counted tokens only, a piece at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from tunery.models.encode import Encoded
+from tunery.models.packing import BATCH_TOKENS, length_batches
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,6 @@ whole: all tokens but the first;
 alone: the last answer's tokens after nothing but the template's opening of an answer."""
 LOGIT_BYTES = 1 << 28
 """At most so much memory for logits, in fp32."""
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Padded tokens in one forward pass: on a CPU so few that activations stay in its caches (2 cores, 1 M parameters:
-4,096 tokens take two thirds of the time a token of 16,384)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Likelihood:
     def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
         """-log p in nats of the counted tokens of each sequence, float32, in the order of `sequences`."""
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-        for batch in _batches(sequences, self._budget):
+        for batch in length_batches([len(row.ids) if row.counted else 0 for row in sequences], self._budget):
             rows = [sequences[index] for index in batch]
             values = self._forward(rows)
             ends = np.cumsum([row.counted for row in rows])[:-1]
@@ -142,20 +140,6 @@ def _nll(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")
-
-
-def _batches(sequences: Sequence[Tokens], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of like length whose padded size stays within `budget` tokens; at least one row each."""
-    batch: list[int] = []
-    for index in sorted(range(len(sequences)), key=lambda index: (len(sequences[index].ids), index)):
-        if sequences[index].counted == 0:
-            continue
-        if batch and len(sequences[index].ids) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _head_is_plain(model: PreTrainedModel) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunery.errors import TuneryError
+from tunery.models.check import BadModel
+from tunery.models.labels import Labels, labels_of
 from tunery.models.scratch import CHAT_TEMPLATE
 from tunery.spec import Pretrained
 
@@ -33,17 +35,22 @@ def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path)
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """With a padding token and a chat template: tunery's own where the model brings none."""
-    from transformers import AutoTokenizer
-
-    if "artifact" in source:
-        artifact = Path(source["artifact"])
-        tokenizer = AutoTokenizer.from_pretrained(artifact / ("model" if (artifact / "model").is_dir() else "adapter"))
-    else:
-        tokenizer = _from_hub(AutoTokenizer, source)
+    tokenizer = load_own_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _plain_template(tokenizer.eos_token)
+    return tokenizer
+
+
+def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """As the model brings it."""
+    from transformers import AutoTokenizer
+
+    if "artifact" in source:
+        artifact = Path(source["artifact"])
+        return AutoTokenizer.from_pretrained(artifact / ("model" if (artifact / "model").is_dir() else "adapter"))
+    tokenizer: PreTrainedTokenizerBase = _from_hub(AutoTokenizer, source)
     return tokenizer
 
 
@@ -60,6 +67,29 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
     base = load_model(base_of(artifact), dtype)
     return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
+
+
+def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
+    """A sequence-classification model in `dtype`, and what it tells apart.
+
+    Raises TuneryError for a model without such a head: transformers would give it one of random weights.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if "artifact" in source:
+        source = {"pretrained": str(Path(source["artifact"]) / "model"), "revision": None}
+    name = source["pretrained"]
+    model, told = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
+    try:
+        if missing := sorted(told["missing_keys"]):
+            raise BadModel(
+                f"`{name}` has no classification head",
+                f"it has no weights for {', '.join(missing[:4])}",
+                "take a model that was trained to classify; a language model scores by `perplexity` or `ifd`",
+            )
+        return model, labels_of(model.config.to_dict(), name)
+    except BadModel as error:
+        raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
 
 
 def is_adapter(source: Source) -> bool:

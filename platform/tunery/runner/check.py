@@ -17,8 +17,23 @@ from tunery.data.review.decisions import BadDecisions, decisions_path, read_deci
 from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
+from tunery.models.labels import labels_of_folder
 from tunery.runner.identity import model_folder, pretrained_models
-from tunery.spec import Dataset, Dimension, Experiment, Review, Score, Select, Sft, Stage, Training
+from tunery.spec import (
+    ClassificationSpec,
+    Classifier,
+    Dataset,
+    Dimension,
+    Experiment,
+    Pretrained,
+    Review,
+    Score,
+    ScorerSpec,
+    Select,
+    Sft,
+    Stage,
+    Training,
+)
 from tunery.spec.graph import closure
 from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
@@ -74,16 +89,38 @@ def _check_stage(
             yield error_at(
                 source, (*at, "decisions"), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
             )
+    whole = True
     for model in pretrained_models(stage):
         if model.is_folder:
             try:
                 check_model_folder(model_folder(model, folder))
             except BadModel as error:
+                whole = False
                 yield error_at(source, at, f"{name}: {error.message}", cause=error.cause, remedy=error.remedy)
+    if isinstance(stage, Score) and whole:
+        for index, scorer in enumerate(stage.by):
+            try:
+                _check_labels(scorer, folder)
+            except BadModel as error:
+                yield error_at(
+                    source, (*at, "by", index), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
+                )
     if isinstance(stage, Sft):
         for field in ("data", "eval_data"):
             if (data := getattr(stage, field)) is not None:
                 yield from _check_has_answers(name, field, data, experiment, source, folder)
+
+
+def _check_labels(scorer: ScorerSpec, folder: Path) -> None:
+    """Raises BadModel where a model folder can't give the scorer's labels; one on the hub is looked at when it is
+    loaded."""
+    model = scorer.model
+    if isinstance(scorer, ClassificationSpec) and isinstance(model, Pretrained) and model.is_folder:
+        labels = labels_of_folder(model_folder(model, folder))
+        if isinstance(scorer, Classifier):
+            labels.index(scorer.label, model.pretrained)
+        else:
+            labels.check_single(model.pretrained)
 
 
 def _check_has_answers(

@@ -6,6 +6,8 @@ from tunery.spec.reference import AUTO, Pretrained, Scratch
 from tunery.spec.scorers import (
     C4,
     C4Rules,
+    ClassificationSpec,
+    Classifier,
     Contamination,
     Duplicates,
     Gopher,
@@ -15,6 +17,7 @@ from tunery.spec.scorers import (
     Length,
     NearDuplicates,
     Perplexity,
+    Reward,
     Scorer,
     ScorerSpec,
 )
@@ -41,6 +44,8 @@ __all__ = [
     "C4",
     "C4Rules",
     "RANDOM",
+    "ClassificationSpec",
+    "Classifier",
     "Compute",
     "Contamination",
     "Dataset",
@@ -61,6 +66,7 @@ __all__ = [
     "Pretrained",
     "Quota",
     "Review",
+    "Reward",
     "Score",
     "Scorer",
     "ScorerSpec",

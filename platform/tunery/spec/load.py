@@ -19,7 +19,7 @@ from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.spec import graph
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
-from tunery.spec.reference import Spec, model_name
+from tunery.spec.reference import ROWS, Spec, model_name
 from tunery.spec.scorers import SCORERS
 from tunery.spec.search import Search
 from tunery.spec.stages import RANDOM, Evaluate, Score, Select, Stage, Training
@@ -28,6 +28,7 @@ from tunery.spec.yaml_source import YamlSource, read_yaml
 
 METRICS_OF_EVALUATE = ("loss", "perplexity")
 METRICS_OF_TRAINING = ("eval_loss",)
+_FROM_OUTSIDE = "none; write {pretrained: <folder or hub name>}"
 
 
 def load(path: Path) -> tuple[Experiment, YamlSource]:
@@ -91,12 +92,14 @@ def _check_references(experiment: Experiment, source: YamlSource) -> Iterable[Sp
                 )
             elif stages[item.stage].gives not in item.wants:
                 fitting = [other for other, stage in stages.items() if stage.gives in item.wants and other != name]
+                # Models may come from outside the experiment, rows may not.
+                otherwise = "none; add one" if set(item.wants) & set(ROWS) else _FROM_OUTSIDE
                 yield error_at(
                     source,
                     at,
                     f"`{field}` needs {_wanted(item.wants)}, but `{item.stage}` is a {stages[item.stage].kind} stage",
                     cause=f"a {stages[item.stage].kind} stage gives {_wanted((stages[item.stage].gives,))}",
-                    remedy=f"stages that fit: {', '.join(fitting) or 'none; add one'}",
+                    remedy=f"stages that fit: {', '.join(fitting) or otherwise}",
                 )
     if cycle := graph.find_cycle(stages):
         yield error_at(
@@ -114,6 +117,7 @@ def _wanted(gives: tuple[str, ...]) -> str:
         "scored": "scored rows",
         "selected": "selected rows",
         "model": "a model",
+        "classifier": "a reward model or classifier",
         "metrics": "metrics",
     }
     # Whoever takes rows takes a selection's too: nobody has to be told.

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
-Gives = Literal["rows", "scored", "selected", "model", "metrics"]
+Gives = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
+"""What a stage makes. classifier: a sequence-classification model, as reward models are; no kind of
+stage makes one yet."""
 ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 

@@ -77,6 +77,53 @@ class Ifd(ScorerSpec):
         return self.ifd
 
 
+class ClassificationSpec(ScorerSpec):
+    """What scorers by a sequence-classification model have in common.
+
+    A conversation is shown to it by its own chat template, or, where it has none, as a pair of texts (see
+    models/classify.py). Its hub revision or its folder's content belongs to the score.
+    """
+
+    def inputs(self) -> Iterator[Input]:
+        if isinstance(self.model, str):
+            yield Input((self.kind(),), self.model, ("classifier",))
+
+
+class Reward(ClassificationSpec):
+    """What a reward model gives a row: the one logit of its head, without bounds. Higher is better.
+
+    Stiennon et al. 2020, "Learning to summarize from human feedback" (https://arxiv.org/abs/2009.01325). Any
+    sequence-classification model with one label will do, one that was trained to a regression, too.
+    """
+
+    reward: Model
+
+    @property
+    def model(self) -> str | Pretrained:
+        return self.reward
+
+
+class Classifier(ClassificationSpec):
+    """Probability of one label under a text classifier. Higher is better: name the label of good rows, or give
+    `best: low` in `keep`.
+
+    A softmax over the labels; a sigmoid for each where the model's config says `multi_label_classification`, and for a
+    model of one label. As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), whose own classifier
+    is a regression: take `reward` for such a one.
+    """
+
+    classifier: Model
+    label: str | Annotated[int, Field(ge=0)]
+    """Its name or its number, as `id2label` in the model's config.json has them."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it: above 1 probabilities are drawn together, below 1 apart (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, the order of the rows stays."""
+
+    @property
+    def model(self) -> str | Pretrained:
+        return self.classifier
+
+
 class Length(ScorerSpec):
     """How long the answer is. Meant for a range in `keep`; as for `quantile`, longer is better.
 
@@ -283,6 +330,8 @@ class Contamination(ScorerSpec):
 SCORERS: tuple[type[ScorerSpec], ...] = (
     Perplexity,
     Ifd,
+    Reward,
+    Classifier,
     Length,
     Gopher,
     C4,
@@ -310,6 +359,8 @@ def _scorer_tag(value: Any) -> str:
 Scorer = Annotated[
     Annotated[Perplexity, Tag("perplexity scorer")]
     | Annotated[Ifd, Tag("ifd scorer")]
+    | Annotated[Reward, Tag("reward scorer")]
+    | Annotated[Classifier, Tag("classifier scorer")]
     | Annotated[Length, Tag("length scorer")]
     | Annotated[Gopher, Tag("gopher scorer")]
     | Annotated[C4, Tag("c4 scorer")]

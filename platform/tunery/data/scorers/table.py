@@ -1,14 +1,16 @@
 """The table of scorers, and what each kind of them has to offer.
 
-Functions are named, not imported: planning an experiment loads none of them. Three kinds:
+Functions are named, not imported: planning an experiment loads none of them. Four kinds:
 
-    row         scores a row from itself alone (and from what the spec names): make(spec, inputs) gives a RowScorer
-    likelihood  scores a row by what a causal language model makes of its tokens: make(spec) gives a LikelihoodScorer;
-                scorers of one model share its forward passes
-    across      scores a row by the other rows (duplicates): make(spec) gives an AcrossScorer
+    row             scores a row from itself alone (and from what the spec names): make(spec, inputs) gives a RowScorer
+    likelihood      scores a row by what a causal language model makes of its tokens: make(spec) gives a
+                    LikelihoodScorer; scorers of one model share its forward passes
+    classification  scores a row by the logits of a sequence-classification model: make(spec, labels, name of the model)
+                    gives a ClassificationScorer; scorers of one model share its forward passes
+    across          scores a row by the other rows (duplicates): make(spec) gives an AcrossScorer
 
-Scores of the first two are kept by row id in the store's score tables, so that a row is scored once; those of the third
-change with every row that is added, and are worked out anew.
+Scores of the first three are kept by row id in the store's score tables, so that a row is scored once; those of the
+last change with every row that is added, and are worked out anew.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from tunery.models.likelihood import View
 from tunery.store.rows import Row
@@ -42,6 +46,12 @@ class LikelihoodScorer(Protocol):
         ...
 
 
+class ClassificationScorer(Protocol):
+    def __call__(self, logits_nl: np.ndarray) -> Columns:
+        """From the model's logits, (rows, labels) in float32; those of a row without a token are NaN."""
+        ...
+
+
 class AcrossScorer(Protocol):
     def sketch(self, rows: Sequence[Row]) -> Columns:
         """What has to be kept of each row to compare it with others; runs on many shards at once."""
@@ -56,7 +66,7 @@ class AcrossScorer(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    reads: Literal["row", "likelihood", "across"]
+    reads: Literal["row", "likelihood", "classification", "across"]
     make: str
     """module:callable"""
     good: Literal["low", "high"]
@@ -73,6 +83,8 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "perplexity": Kind("likelihood", "tunery.data.scorers.perplexity:PerplexityScorer", good="low", version=1),
     "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=1),
+    "reward": Kind("classification", "tunery.data.scorers.reward:RewardScorer", good="high", version=1),
+    "classifier": Kind("classification", "tunery.data.scorers.classifier:ClassifierScorer", good="high", version=1),
     "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=1),
     "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=1),
     "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=1),

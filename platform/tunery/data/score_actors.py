@@ -1,0 +1,120 @@
+"""What goes over the shards of rows, one actor a worker: each holds the scorers of a pass, and the model they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunery.data.score_unit import Pass, Scored, score_unit
+from tunery.data.scorers.table import KINDS, AcrossScorer, ClassificationScorer, Columns
+from tunery.errors import TuneryError
+from tunery.models.check import BadModel
+from tunery.models.likelihood import View
+from tunery.models.load import Source
+from tunery.models.pool import score_dtype
+from tunery.spec import Compute, ScorerSpec
+from tunery.store.rows import Row
+
+
+class LikelihoodActor:
+    """Holds one model, for all scorers that ask it."""
+
+    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute):
+        import torch
+
+        from tunery.models.likelihood import Likelihood
+        from tunery.models.load import load_model, load_tokenizer
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        self._job, self._max_length = job, max_length
+        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec) for spec in specs}
+        self._tokenizer = load_tokenizer(source)
+        pad = self._tokenizer.pad_token_id
+        assert isinstance(pad, int), "load_tokenizer saw to it"
+        self._likelihood = Likelihood(load_model(source, score_dtype(compute)).to(device).eval(), pad)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        from tunery.models.encode import encode
+        from tunery.models.likelihood import view_sums
+
+        encoded = encode(rows, self._tokenizer, self._max_length)
+        views: dict[View, None] = {view: None for score in scores for view in self._scorers[score].views}
+        sums = view_sums(self._likelihood, encoded, list(views))
+        truncated = [item.truncated for item in encoded]
+        return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
+
+
+class ClassificationActor:
+    """Holds one sequence-classification model, for all scorers that ask it."""
+
+    def __init__(
+        self, job: Pass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute
+    ) -> None:
+        import torch
+
+        from tunery.models.classify import SequenceClassifier
+        from tunery.models.load import load_classifier, load_own_tokenizer
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        self._job = job
+        model, labels = load_classifier(source, score_dtype(compute))
+        name = source.get("pretrained", source.get("artifact"))
+        try:
+            self._scorers: dict[str, ClassificationScorer] = {
+                spec.score: KINDS[spec.kind()].load()(spec, labels, name) for spec in specs
+            }
+        except BadModel as error:  # of a folder it was told before; what is on the hub is only seen here
+            raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        self._classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(source), max_length)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        found = self._classifier(rows)
+        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
+        return {score: {**self._scorers[score](found.logits), **seen} for score in scores}
+
+
+class RowActor:
+    """Holds the scorers that need nothing but the row."""
+
+    def __init__(self, job: Pass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
+        self._job = job
+        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec, inputs) for spec in specs}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        return {score: self._scorers[score](rows) for score in scores}
+
+
+class SketchActor:
+    """What a scorer that compares rows has to know of each."""
+
+    def __init__(self, job: Pass, spec: ScorerSpec):
+        self._job = job
+        self._scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        return {scores[0]: {"score": [0.0] * len(rows), **self._scorer.sketch(rows)}}
+
+
+def _units(batch: dict[str, Any], job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, Any]:
+    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, a unit each."""
+    told: list[dict[str, float]] = []
+    for shard in batch["shard"]:
+        begin = time.time()
+        told.append({**score_unit(Path(shard), job, score), "seconds": time.time() - begin})
+    return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}

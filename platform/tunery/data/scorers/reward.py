@@ -1,0 +1,19 @@
+"""The score of a reward model: its one logit, as it is (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tunery.data.scorers.table import Columns
+from tunery.models.labels import Labels
+from tunery.spec import Reward
+
+
+class RewardScorer:
+    def __init__(self, spec: Reward, labels: Labels, model: str) -> None:
+        """Raises BadModel where `model` has several labels."""
+        labels.check_single(model)
+
+    def __call__(self, logits_nl: np.ndarray) -> Columns:
+        """score: without bounds, NaN for a row without a token."""
+        return {"score": logits_nl[:, 0].astype(np.float64).tolist()}
