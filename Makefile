@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 STORE ?= .tunery
+SPREAD := -n logical --maxprocesses 8
 
 .PHONY: demo test unit check format gpu report constraints clean
 
@@ -10,10 +11,11 @@ demo: $(READY)  ## the main job: one experiment from raw rows to a compared and 
 	$(BIN)/tunery run experiments/quickstart.yaml --store $(STORE)
 
 test: $(READY)  ## all tests, with real Ray, DeepSpeed, TRL and W&B
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest tests/integration
 
 unit: $(READY)  ## the tests that start no Ray, in seconds
-	$(BIN)/python -m pytest tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
 
 check: $(READY)  ## ruff, mypy, import-linter, and every experiment validates
 	$(BIN)/ruff check platform tests benchmarks

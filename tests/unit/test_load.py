@@ -116,7 +116,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "scorer near none": (
         [("by: [{perplexity: base}]", "by: [{zzz: base}]")],
         12,
-        ['`stages.scored.by.0` can\'t be {"zzz": "base"}', "first key is its kind", "known: perplexity, ifd, length"],
+        ['`stages.scored.by.0` can\'t be {"zzz": "base"}', "first key is its kind", "known: perplexity, ifd, reward"],
     ),
     **{
         f"scorer {wrong}": ([("by: [{perplexity: base}]", f"by: [{{perplexity: base}}, {wrong}]")], 12, words)
