@@ -312,7 +312,14 @@ def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor
 CPU = Compute(workers=1, device="cpu", cpus_per_worker=1)
 
 
-def make(folder: Path, tmp_path: Path, name: str, by: list[dict[str, Any]], max_length: int = 64) -> StageResult:
+def make(
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    by: list[dict[str, Any]],
+    max_length: int = 64,
+    near: Artifact | None = None,
+) -> StageResult:
     data = tmp_path / "data"
     if not data.exists():
         write_rows([{**row, "planted": ""} for row in ROWS], data)
@@ -324,7 +331,7 @@ def make(folder: Path, tmp_path: Path, name: str, by: list[dict[str, Any]], max_
         name="scored",
         trial="",
         spec=Score.model_validate_json(json.dumps(spec)),
-        inputs={"docs": Artifact(data, manifest, {})},
+        inputs={"docs": Artifact(data, manifest, {})} | ({"near": near} if near else {}),
         seed=0,
         folder=folder,
         out=tmp_path / name / "out",

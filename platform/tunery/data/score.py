@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.data.score_actors import ClassificationActor, LikelihoodActor, RowActor, SketchActor
+from tunery.data.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RowActor, SketchActor
 from tunery.data.score_facts import describe_scores
 from tunery.data.score_unit import Pass
 from tunery.data.scorers.table import KINDS, AcrossScorer
@@ -34,7 +34,11 @@ from tunery.store.fingerprint import folder_digest
 from tunery.store.rows import shards, strings
 from tunery.store.score_table import ScoreTable, as_numbers
 
-MODEL_ACTORS: dict[str, type] = {"likelihood": LikelihoodActor, "classification": ClassificationActor}
+MODEL_ACTORS: dict[str, type] = {
+    "likelihood": LikelihoodActor,
+    "classification": ClassificationActor,
+    "embedding": EmbeddingActor,
+}
 """By what scorers read: those of one model share an actor and its forward passes."""
 
 
@@ -95,7 +99,8 @@ def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pas
         else:
             (by_row if reads == "row" else across).append(spec)
     for (actor, source), mine in by_model.items():
-        yield _pass(context, mine, run), actor, (mine, json.loads(source), stage.max_length, context.compute)
+        further: tuple[Any, ...] = (mine, json.loads(source), stage.max_length, context.compute)
+        yield _pass(context, mine, run), actor, (*further, paths) if actor is EmbeddingActor else further
     if by_row:
         yield _pass(context, by_row, run), RowActor, (by_row, paths)
     for spec in across:
