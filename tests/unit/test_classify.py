@@ -31,6 +31,7 @@ from tunery.models.encode import encode
 from tunery.models.labels import Labels, labels_of
 from tunery.models.load import load_classifier, load_own_tokenizer
 from tunery.models.packing import length_batches
+from tunery.models.shown import RowReader, Seen
 from tunery.runner.check import check
 from tunery.spec import Classifier, Compute, Pretrained, Reward, Score
 from tunery.store import Artifact, StageContext, StageResult, Store
@@ -139,6 +140,18 @@ def test_rows_that_share_a_batch_change_nothing(name: str, folder: Path) -> None
         together = classifier(folder / name, batch_tokens=budget)
         np.testing.assert_allclose(together(ROWS).logits, expected, atol=1e-5)
         np.testing.assert_allclose(together(ROWS[::-1]).logits[::-1], expected, atol=1e-5)
+
+
+def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None:
+    ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
+    model, _ = load_classifier(source(folder / "three"), torch.float32)
+    reader = RowReader(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
+    inputs = reader.tensors([Seen(row, [0] * len(row), False) for row in ids])
+    assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
+    with torch.inference_mode():
+        expected = torch.cat([plain(input_ids=torch.tensor([row])).logits for row in ids])
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_batches_hold_each_sequence_once_within_the_budget() -> None:

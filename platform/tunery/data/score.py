@@ -1,8 +1,9 @@
 """The `score` stage, on Ray Data: shards of rows stream through pools of actors, and no row is scored twice.
 
 The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
-same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that share a model
-share an actor and its forward passes; row scorers share one; a scorer that compares rows runs by itself.
+same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that read
+the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; row scorers share one; a
+scorer that compares rows runs by itself.
 
 A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
 were scored before, in any run of the store, come from its score tables (store/score_table.py).

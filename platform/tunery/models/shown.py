@@ -59,10 +59,10 @@ class RowReader:
         longest = max(len(item.ids) for item in batch)
         pad = self._pad
         if pad is None:
-            # A model that pools then takes the last position of a row and refuses several rows. With a token that none
-            # of these rows has for padding, the last one that is not padding is the same.
-            used = {token for item in batch for token in item.ids}
-            pad = next(token for token in range(len(used) + 1) if token not in used)
+            # A model that pools then takes the last position of a row and refuses several rows. With padding, it takes
+            # the last token that is not the padding's: the same, if that is no row's last.
+            last = {item.ids[-1] for item in batch}
+            pad = next(token for token in range(len(last) + 1) if token not in last)
             self._config.pad_token_id = pad
         gaps = [longest - len(item.ids) for item in batch]
         inputs = {
