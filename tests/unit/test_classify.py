@@ -72,6 +72,11 @@ def classifier(folder: Path, max_length: int = 512, batch_tokens: int | None = N
     return SequenceClassifier(model.eval(), load_own_tokenizer(source(folder)), max_length, batch_tokens)
 
 
+def test_encoder_of_the_tests_tells_first_from_second_text(folder: Path) -> None:
+    pair = AutoTokenizer.from_pretrained(folder / "colours")(["why"], ["red"])
+    assert pair["token_type_ids"] == [[0, 0, 0, 1, 1]]
+
+
 def plain_logits(folder: Path, *inputs: Any, **options: Any) -> np.ndarray:
     """Of one row, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
