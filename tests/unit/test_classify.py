@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,14 @@ def test_encoder_of_the_tests_tells_first_from_second_text(folder: Path) -> None
     assert pair["token_type_ids"] == [[0, 0, 0, 1, 1]]
 
 
+@cache
+def plain(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
 def plain_logits(folder: Path, *inputs: Any, **options: Any) -> np.ndarray:
     """Of one row, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, model = plain(folder)
     with torch.inference_mode():
         logits: np.ndarray = (
             model(**tokenizer(*([text] for text in inputs), return_tensors="pt", **options)).logits[0].numpy()
@@ -396,11 +401,12 @@ def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
     assert table["id"] == [row["id"] for row in ROWS]
+    colours, rewarder = classifier(folder / "colours", LIMIT), classifier(folder / "reward", LIMIT)
     for row, green, red, reward in zip(ROWS, *(table[name] for name in ("classifier", "red", "reward")), strict=True):
-        logits = classifier(folder / "colours", LIMIT)([row]).logits[0]
+        logits = colours([row]).logits[0]
         weights = np.exp(logits - logits.max())
         assert (red, green) == pytest.approx(tuple(weights[:2] / weights.sum()), abs=1e-5)
-        assert reward == pytest.approx(classifier(folder / "reward", LIMIT)([row]).logits[0, 0], abs=1e-5)
+        assert reward == pytest.approx(rewarder([row]).logits[0, 0], abs=1e-5)
     assert set(table["classifier_found"]) <= set(COLOURS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,14 @@ def pretrained(folder: Path) -> dict[str, Any]:
     return {"pretrained": str(folder), "revision": None}
 
 
+@cache
+def plain(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+
 def plain_embedding(folder: Path, row: Row) -> np.ndarray:
     """By transformers alone: the mean over all tokens, to length 1."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, model = plain(folder)
     options: dict[str, Any] = {"return_tensors": "pt"}
     if not row["messages"]:
         tokens = tokenizer(row["text"], **options)
@@ -56,7 +62,7 @@ def plain_embedding(folder: Path, row: Row) -> np.ndarray:
     else:
         tokens = tokenizer(*([turn["content"]] for turn in row["messages"]), **options)
     with torch.inference_mode():
-        mean: np.ndarray = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state[0].mean(0).numpy()
+        mean: np.ndarray = model(**tokens).last_hidden_state[0].mean(0).numpy()
     return mean / float(np.linalg.norm(mean))
 
 
