@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tunery.models.encode import encode
 from tunery.models.labels import Labels, labels_of
 from tunery.models.load import load_classifier, load_own_tokenizer
 from tunery.models.packing import length_batches
+from tunery.models.shown import RowReader, Seen
 from tunery.runner.check import check
 from tunery.spec import Classifier, Compute, Pretrained, Reward, Score
 from tunery.store import Artifact, StageContext, StageResult, Store
@@ -71,10 +73,19 @@ def classifier(folder: Path, max_length: int = 512, batch_tokens: int | None = N
     return SequenceClassifier(model.eval(), load_own_tokenizer(source(folder)), max_length, batch_tokens)
 
 
+def test_encoder_of_the_tests_tells_first_from_second_text(folder: Path) -> None:
+    pair = AutoTokenizer.from_pretrained(folder / "colours")(["why"], ["red"])
+    assert pair["token_type_ids"] == [[0, 0, 0, 1, 1]]
+
+
+@cache
+def plain(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
 def plain_logits(folder: Path, *inputs: Any, **options: Any) -> np.ndarray:
     """Of one row, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, model = plain(folder)
     with torch.inference_mode():
         logits: np.ndarray = (
             model(**tokenizer(*([text] for text in inputs), return_tensors="pt", **options)).logits[0].numpy()
@@ -139,6 +150,18 @@ def test_rows_that_share_a_batch_change_nothing(name: str, folder: Path) -> None
         together = classifier(folder / name, batch_tokens=budget)
         np.testing.assert_allclose(together(ROWS).logits, expected, atol=1e-5)
         np.testing.assert_allclose(together(ROWS[::-1]).logits[::-1], expected, atol=1e-5)
+
+
+def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None:
+    ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
+    model, _ = load_classifier(source(folder / "three"), torch.float32)
+    reader = RowReader(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
+    inputs = reader.tensors([Seen(row, [0] * len(row), False) for row in ids])
+    assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
+    with torch.inference_mode():
+        expected = torch.cat([plain(input_ids=torch.tensor([row])).logits for row in ids])
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_batches_hold_each_sequence_once_within_the_budget() -> None:
@@ -312,7 +335,14 @@ def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor
 CPU = Compute(workers=1, device="cpu", cpus_per_worker=1)
 
 
-def make(folder: Path, tmp_path: Path, name: str, by: list[dict[str, Any]], max_length: int = 64) -> StageResult:
+def make(
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+    by: list[dict[str, Any]],
+    max_length: int = 64,
+    near: Artifact | None = None,
+) -> StageResult:
     data = tmp_path / "data"
     if not data.exists():
         write_rows([{**row, "planted": ""} for row in ROWS], data)
@@ -324,7 +354,7 @@ def make(folder: Path, tmp_path: Path, name: str, by: list[dict[str, Any]], max_
         name="scored",
         trial="",
         spec=Score.model_validate_json(json.dumps(spec)),
-        inputs={"docs": Artifact(data, manifest, {})},
+        inputs={"docs": Artifact(data, manifest, {})} | ({"near": near} if near else {}),
         seed=0,
         folder=folder,
         out=tmp_path / name / "out",
@@ -371,11 +401,12 @@ def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
     assert table["id"] == [row["id"] for row in ROWS]
+    colours, rewarder = classifier(folder / "colours", LIMIT), classifier(folder / "reward", LIMIT)
     for row, green, red, reward in zip(ROWS, *(table[name] for name in ("classifier", "red", "reward")), strict=True):
-        logits = classifier(folder / "colours", LIMIT)([row]).logits[0]
+        logits = colours([row]).logits[0]
         weights = np.exp(logits - logits.max())
         assert (red, green) == pytest.approx(tuple(weights[:2] / weights.sum()), abs=1e-5)
-        assert reward == pytest.approx(classifier(folder / "reward", LIMIT)([row]).logits[0, 0], abs=1e-5)
+        assert reward == pytest.approx(rewarder([row]).logits[0, 0], abs=1e-5)
     assert set(table["classifier_found"]) <= set(COLOURS)
 
 

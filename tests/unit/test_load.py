@@ -132,6 +132,10 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             "{classifier: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `label`"],
             "{classifier: {pretrained: a/b}, label: -1}": ["`stages.scored.by.1.label` can't be -1", "or equal to 0"],
             "{classifier: {pretrained: a/b}, label: x, temperature: 0}": ["temperature` can't be 0", "greater than 0"],
+            "{embedding: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `near`"],
+            "{embedding: base, near: mroe}": ["`scored.by.1.near` refers to stage `mroe`", "did you mean `more`?"],
+            "{embedding: more, near: more}": ["`scored.by.1.embedding` needs a model, but `more` is a dataset stage"],
+            "{embedding: base, near: base}": ["`scored.by.1.near` needs rows or scored rows, but `base`"],
             "{lenght: words}": ["`stages.scored.by.1` has no key `lenght`", "did you mean `length`?"],
             "{length: word}": ['`stages.scored.by.1.length` can\'t be "word"', "'words', 'chars' or 'lines'"],
             "{length: words, off: answer}": ["`stages.scored.by.1` has no key `off`", "did you mean `of`?"],
@@ -461,7 +465,8 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
         " {gopher: {}}, {gopher: {words_min: null, of: whole}, name: gopher_whole}, {c4: {braces: false}},"
         " {language: en}, {duplicates: exact, of: question}, {near_duplicates: {threshold: 0.7}},"
         " {contamination: {sets: [more], ngram: 8}}, {reward: {pretrained: a/b}},"
-        " {classifier: {pretrained: a/b, revision: abc}, label: 1, temperature: 0.5}"
+        " {classifier: {pretrained: a/b, revision: abc}, label: 1, temperature: 0.5},"
+        " {embedding: base, near: docs}"
     )
     scored = load_text(edited(("by: [{perplexity: base}]", f"by: [{scorers}]")))[0].stages["scored"]
     assert isinstance(scored, Score)
@@ -478,9 +483,14 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
         "contamination",
         "reward",
         "classifier",
+        "embedding",
     ]
-    assert [item.stage for item in scored.inputs()] == ["docs", "base", "more"]
-    assert [item.path for item in scored.inputs()][-1] == ("by", 9, "contamination", "sets", 0)
+    assert [item.stage for item in scored.inputs()] == ["docs", "base", "more", "base", "docs"]
+    assert [item.path for item in scored.inputs()][2:] == [
+        ("by", 9, "contamination", "sets", 0),
+        ("by", 12, "embedding"),
+        ("by", 12, "near"),
+    ]
     gopher = scored.by[4]
     assert isinstance(gopher, Gopher)
     assert (gopher.gopher.words_min, gopher.gopher.words_max, gopher.gopher.of) == (None, 100_000, "whole")

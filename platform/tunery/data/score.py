@@ -1,8 +1,9 @@
 """The `score` stage, on Ray Data: shards of rows stream through pools of actors, and no row is scored twice.
 
 The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
-same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that share a model
-share an actor and its forward passes; row scorers share one; a scorer that compares rows runs by itself.
+same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that read
+the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; row scorers share one; a
+scorer that compares rows runs by itself.
 
 A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
 were scored before, in any run of the store, come from its score tables (store/score_table.py).
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.data.score_actors import ClassificationActor, LikelihoodActor, RowActor, SketchActor
+from tunery.data.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RowActor, SketchActor
 from tunery.data.score_facts import describe_scores
 from tunery.data.score_unit import Pass
 from tunery.data.scorers.table import KINDS, AcrossScorer
@@ -34,7 +35,11 @@ from tunery.store.fingerprint import folder_digest
 from tunery.store.rows import shards, strings
 from tunery.store.score_table import ScoreTable, as_numbers
 
-MODEL_ACTORS: dict[str, type] = {"likelihood": LikelihoodActor, "classification": ClassificationActor}
+MODEL_ACTORS: dict[str, type] = {
+    "likelihood": LikelihoodActor,
+    "classification": ClassificationActor,
+    "embedding": EmbeddingActor,
+}
 """By what scorers read: those of one model share an actor and its forward passes."""
 
 
@@ -95,7 +100,8 @@ def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pas
         else:
             (by_row if reads == "row" else across).append(spec)
     for (actor, source), mine in by_model.items():
-        yield _pass(context, mine, run), actor, (mine, json.loads(source), stage.max_length, context.compute)
+        further: tuple[Any, ...] = (mine, json.loads(source), stage.max_length, context.compute)
+        yield _pass(context, mine, run), actor, (*further, paths) if actor is EmbeddingActor else further
     if by_row:
         yield _pass(context, by_row, run), RowActor, (by_row, paths)
     for spec in across:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunery.data.score_unit import Pass, Scored, score_unit
+from tunery.data.scorers.embedding import EmbeddingScorer, reference_rows
 from tunery.data.scorers.table import KINDS, AcrossScorer, ClassificationScorer, Columns
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
 from tunery.models.likelihood import View
 from tunery.models.load import Source
 from tunery.models.pool import score_dtype
-from tunery.spec import Compute, ScorerSpec
+from tunery.spec import Compute, Embedding, ScorerSpec
 from tunery.store.rows import Row
 
 
@@ -81,6 +84,53 @@ class ClassificationActor:
         found = self._classifier(rows)
         seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
         return {score: {**self._scorers[score](found.logits), **seen} for score in scores}
+
+
+class EmbeddingActor:
+    """Holds one model without its head, and the embeddings of the reference rows of all scorers that ask it."""
+
+    def __init__(
+        self,
+        job: Pass,
+        specs: Sequence[ScorerSpec],
+        source: Source,
+        max_length: int,
+        compute: Compute,
+        inputs: dict[str, Path],
+    ) -> None:
+        import torch
+
+        from tunery.models.embed import Embedder
+        from tunery.models.load import load_encoder, load_own_tokenizer
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        model = load_encoder(source, score_dtype(compute)).to(device).eval()
+        self._job = job
+        self._embedder = Embedder(model, load_own_tokenizer(source), max_length)
+        self._scorers = {spec.score: self._scorer(spec, inputs) for spec in specs}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> EmbeddingScorer:
+        assert isinstance(spec, Embedding)
+        references = reference_rows(inputs[spec.near])
+        vectors = self._embedder(references).vectors
+        there = np.flatnonzero(~np.isnan(vectors[:, 0]))
+        if not len(there):
+            raise TuneryError(
+                f"no row of `{spec.near}` can be compared with",
+                cause=f"the model sees no token in any of {len(references):,}",
+                remedy="name a stage whose rows are not empty in `near`",
+            )
+        scorer: EmbeddingScorer = KINDS[spec.kind()].load()(vectors[there], [references[n]["id"] for n in there])
+        return scorer
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        found = self._embedder(rows)
+        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
+        return {score: {**self._scorers[score](found.vectors), **seen} for score in scores}
 
 
 class RowActor:

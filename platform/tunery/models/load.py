@@ -92,6 +92,25 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
 
 
+def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without its head, encoder or causal, in `dtype`: it gives hidden states."""
+    from transformers import AutoModel
+
+    if "artifact" in source:
+        causal: PreTrainedModel = load_model(source, dtype).base_model
+        return causal
+    model, told = _from_hub(AutoModel, source, dtype=dtype, output_loading_info=True)
+    # Models that were not trained with a pooler get one of random weights; nobody asks it here.
+    if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):
+        raise TuneryError(
+            f"`{source['pretrained']}` can't be loaded without its head",
+            cause=f"it has no weights for {', '.join(missing[:4])}",
+            remedy="take a model of an architecture that transformers knows, saved by `save_pretrained`",
+        )
+    encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
+    return encoder
+
+
 def is_adapter(source: Source) -> bool:
     return "artifact" in source and not (Path(source["artifact"]) / "model").is_dir()
 

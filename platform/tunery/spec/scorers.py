@@ -81,7 +81,7 @@ class ClassificationSpec(ScorerSpec):
     """What scorers by a sequence-classification model have in common.
 
     A conversation is shown to it by its own chat template, or, where it has none, as a pair of texts (see
-    models/classify.py). Its hub revision or its folder's content belongs to the score.
+    models/shown.py). Its hub revision or its folder's content belongs to the score.
     """
 
     def inputs(self) -> Iterator[Input]:
@@ -122,6 +122,27 @@ class Classifier(ClassificationSpec):
     @property
     def model(self) -> str | Pretrained:
         return self.classifier
+
+
+class Embedding(ScorerSpec):
+    """Cosine similarity to the most similar row of another stage. Higher is better: more like what is wanted.
+
+    Of the mean of the model's last hidden states over the row's tokens, as in Reimers & Gurevych 2019, "Sentence-BERT"
+    (https://arxiv.org/abs/1908.10084). A row that is in the other stage, too, has 1.
+    """
+
+    embedding: Model
+    """An encoder, or a causal language model without its head."""
+    near: str
+    """Stage that gives the reference rows; of more than 2,048, so many by a hash of their ids."""
+
+    @property
+    def model(self) -> str | Pretrained:
+        return self.embedding
+
+    def inputs(self) -> Iterator[Input]:
+        yield from super().inputs()
+        yield Input(("near",), self.near, ROWS)
 
 
 class Length(ScorerSpec):
@@ -332,6 +353,7 @@ SCORERS: tuple[type[ScorerSpec], ...] = (
     Ifd,
     Reward,
     Classifier,
+    Embedding,
     Length,
     Gopher,
     C4,
@@ -361,6 +383,7 @@ Scorer = Annotated[
     | Annotated[Ifd, Tag("ifd scorer")]
     | Annotated[Reward, Tag("reward scorer")]
     | Annotated[Classifier, Tag("classifier scorer")]
+    | Annotated[Embedding, Tag("embedding scorer")]
     | Annotated[Length, Tag("length scorer")]
     | Annotated[Gopher, Tag("gopher scorer")]
     | Annotated[C4, Tag("c4 scorer")]

@@ -1,15 +1,17 @@
 """The table of scorers, and what each kind of them has to offer.
 
-Functions are named, not imported: planning an experiment loads none of them. Four kinds:
+Functions are named, not imported: planning an experiment loads none of them. Five kinds:
 
     row             scores a row from itself alone (and from what the spec names): make(spec, inputs) gives a RowScorer
     likelihood      scores a row by what a causal language model makes of its tokens: make(spec) gives a
                     LikelihoodScorer; scorers of one model share its forward passes
     classification  scores a row by the logits of a sequence-classification model: make(spec, labels, name of the model)
                     gives a ClassificationScorer; scorers of one model share its forward passes
+    embedding       scores a row by how near it is to reference rows: make(their vectors, their ids) gives an
+                    EmbeddingScorer; scorers of one model share its forward passes
     across          scores a row by the other rows (duplicates): make(spec) gives an AcrossScorer
 
-Scores of the first three are kept by row id in the store's score tables, so that a row is scored once; those of the
+Scores of all but the last are kept by row id in the store's score tables, so that a row is scored once; those of the
 last change with every row that is added, and are worked out anew.
 """
 
@@ -66,7 +68,7 @@ class AcrossScorer(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    reads: Literal["row", "likelihood", "classification", "across"]
+    reads: Literal["row", "likelihood", "classification", "embedding", "across"]
     make: str
     """module:callable"""
     good: Literal["low", "high"]
@@ -85,6 +87,7 @@ KINDS: dict[str, Kind] = {
     "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=1),
     "reward": Kind("classification", "tunery.data.scorers.reward:RewardScorer", good="high", version=1),
     "classifier": Kind("classification", "tunery.data.scorers.classifier:ClassifierScorer", good="high", version=1),
+    "embedding": Kind("embedding", "tunery.data.scorers.embedding:EmbeddingScorer", good="high", version=1),
     "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=1),
     "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=1),
     "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=1),

@@ -1,0 +1,59 @@
+"""Embeddings of rows: the mean of a model's last hidden states over a row's tokens, of length 1.
+
+Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3: of the ways to pool, the mean is
+the best there. What the model sees of a row stands in models/shown.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunery.models.packing import BATCH_TOKENS, length_batches
+from tunery.models.shown import RowReader
+from tunery.store.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Embedded:
+    vectors: np.ndarray
+    """(rows, hidden size), float32, each of length 1; NaN for a row without a token."""
+    tokens: list[int]
+    """That the model saw of each row."""
+    truncated: list[bool]
+
+
+class Embedder:
+    """A model without its head, made ready: it can be asked again and again."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        batch_tokens: int | None = None,
+    ) -> None:
+        """Rows are cut to `max_length` tokens, or to what the model has positions for, whichever is less."""
+        self._model, self._read = model, RowReader(model, tokenizer, max_length)
+        self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
+
+    def __call__(self, rows: Sequence[Row]) -> Embedded:
+        import torch
+
+        seen = self._read(rows)
+        lengths = [len(item.ids) for item in seen]
+        vectors_nh = np.full((len(rows), self._model.config.get_text_config().hidden_size), np.nan, np.float32)
+        for batch in length_batches(lengths, self._budget):
+            inputs = self._read.tensors([seen[index] for index in batch])
+            with torch.inference_mode():
+                hidden_bth = self._model(**inputs).last_hidden_state.float()
+                counts_bt1 = inputs["attention_mask"][:, :, None]
+                mean_bh = (hidden_bth * counts_bt1).sum(1) / counts_bt1.sum(1)
+                vectors_nh[batch] = torch.nn.functional.normalize(mean_bh, dim=1).cpu().numpy()
+        return Embedded(vectors_nh, lengths, [item.truncated for item in seen])
