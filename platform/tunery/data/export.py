@@ -126,6 +126,8 @@ class Layout:
     rows: int
     simple: bool
     """Questions and answers are texts, not turns."""
+    calls: bool
+    """Some chosen or rejected answer calls tools: then those are turns."""
 
     def fields(self, row: Row) -> Row:
         """A row's content, as the columns have it; turns are lists."""
@@ -137,10 +139,8 @@ class Layout:
         judged: list[Turn] = []
         if shape == "preference":
             chosen = turns.pop()
-            if self.simple:
-                found |= {"chosen": chosen["content"], "rejected": row["rejected"][-1]["content"]}
-            else:
-                found |= {"chosen": [chosen], "rejected": row["rejected"]}
+            sides = {"chosen": [chosen], "rejected": row["rejected"]}
+            found |= sides if self.calls else {name: side[-1]["content"] for name, side in sides.items()}
         elif self.simple and turns[-1]["role"] == "assistant":
             judged = [turns.pop()]
         if not self.simple:
@@ -152,7 +152,7 @@ class Layout:
 
 def layout_of(rows: Iterator[Row]) -> Layout:
     """By looking at all of them."""
-    simple, count = True, 0
+    simple, calls, count = True, False, 0
     found: set[str] = set()
     for row in rows:
         count += 1
@@ -162,6 +162,7 @@ def layout_of(rows: Iterator[Row]) -> Layout:
             continue
         simple = simple and _is_simple(row)
         found |= {name for name in ("tools", "label") if row[name] is not None}
+        calls = calls or (row["rejected"] and any(t.get("tool_calls") for t in (turns[-1], *row["rejected"])))
         found |= {"system"} if turns[0]["role"] == "system" else set()
         found |= {"rejected"} if row["rejected"] else {"answer"} if turns[-1]["role"] == "assistant" else set()
     names = ["text"] if "text" in found else []
@@ -171,7 +172,7 @@ def layout_of(rows: Iterator[Row]) -> Layout:
         names += ["completion"] if simple and "answer" in found else []
         names += ["chosen", "rejected"] if "rejected" in found else []
         names += [name for name in ("label", "tools") if name in found]
-    return Layout(tuple(names), count, simple)
+    return Layout(tuple(names), count, simple, bool(calls))
 
 
 def _is_simple(row: Row) -> bool:
@@ -209,7 +210,7 @@ def _export(verdicts: _Verdicts, out: Path) -> Written:
 
 
 def _type(name: str, layout: Layout) -> Any:
-    if name in ("chosen", "rejected") and not layout.simple:
+    if name in ("chosen", "rejected") and layout.calls:
         return _TURNS
     return _TYPES.get(name, pa.string())
 
@@ -256,7 +257,7 @@ def _jsonl(path: Path, types: Mapping[str, Any], done: Written) -> Iterator[Writ
                 if value is not None or name in ("source", "line")
             }
             if "tools" in told:
-                told["tools"] = json.loads(told["tools"])
+                told["tools"] = json.loads(str(told["tools"]))
             file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
     with path.open("w", encoding="utf-8") as file:
