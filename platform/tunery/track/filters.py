@@ -37,7 +37,8 @@ class Decile:
 @dataclass(frozen=True)
 class Filter:
     name: str
-    rules: Table
+    tables: list[Table]
+    """What each rule did; and how well they found planted rows, where those are known."""
     score: str
     deciles: list[Decile]
 
@@ -117,7 +118,7 @@ def filters(state: RunState) -> list[Filter]:
         if stage.kind != "select" or not rules or not isinstance(samples, Mapping):
             continue
         deciles = [_decile(told) for told in listed(samples.get("deciles"))]
-        found.append(Filter(stage.name, _rules(stage, rules), plain(samples.get("score")), deciles))
+        found.append(Filter(stage.name, [_rules(stage, rules), *_quality(stage)], plain(samples.get("score")), deciles))
     return found
 
 
@@ -125,7 +126,7 @@ def _rules(stage: StageState, rules: list[Mapping[str, Any]]) -> Table:
     rows = [
         [
             plain(rule.get("rule")),
-            " and ".join(measure(cut) for cut in cuts_of(rule)) or "none",
+            " and ".join(_number(cut) for cut in cuts_of(rule)) or "none",
             as_number(rule.get("passed")),
             as_number(rule.get("dropped")),
         ]
@@ -140,10 +141,21 @@ def _rules(stage: StageState, rules: list[Mapping[str, Any]]) -> Table:
     return table(["rule", "cut", "passes by itself", "dropped" if every else "would drop"], rows, notes=notes)
 
 
+def _quality(stage: StageState) -> list[Table]:
+    truth = _mapping(stage.facts.get("planted"))
+    measures = [as_number(truth.get(key)) for key in ("precision", "recall", "random_precision", "random_recall")]
+    if measures[0] is None:
+        return []
+    rows = [["this filter", *measures[:2]], ["dropping as many at random", *measures[2:]]]
+    by_kind = {str(kind): as_number(recall) for kind, recall in _mapping(truth.get("recall_by_kind")).items()}
+    columns = ["planted rows", "precision", "recall", *(f"recall: {kind}" for kind in by_kind)]
+    return [table(columns, [[*rows[0], *by_kind.values()], rows[1]])]
+
+
 def _decile(told: Mapping[str, Any]) -> Decile:
     kept, dropped = as_number(told.get("kept")) or 0, as_number(told.get("dropped")) or 0
     low, high = as_number(told.get("low")), as_number(told.get("high"))
-    ends = [measure(end) for end in dict.fromkeys((low, high)) if end is not None]
+    ends = [_number(end) for end in dict.fromkeys((low, high)) if end is not None]
     rows = [
         Shown(verdict, _measured(row.get("score")), plain(row.get("text")), str(row.get("planted") or ""))
         for key, verdict in (("kept_rows", True), ("dropped_rows", False))
@@ -156,7 +168,12 @@ def _decile(told: Mapping[str, Any]) -> Decile:
 
 def _measured(value: object) -> str:
     number = as_number(value)
-    return measure(number) if number is not None else ""
+    return _number(number) if number is not None else ""
+
+
+def _number(value: float) -> str:
+    """Lengths and counts of rules without decimals."""
+    return count(value) if float(value).is_integer() else measure(value)
 
 
 def quarantines(state: RunState) -> list[tuple[str, list[Table]]]:

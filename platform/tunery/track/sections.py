@@ -173,24 +173,11 @@ def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[
         histogram_chart(edges, counts, planted, cuts, name),
         "; ".join(said),
         keys,
-        _select_tables(state, name),
     )
 
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
     return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
-
-
-def _select_tables(state: RunState, score: str) -> list[Table]:
-    rows = []
-    for stage in state.stages.values():
-        truth = stage.facts.get("planted")
-        if _rules(stage, score) and isinstance(truth, Mapping):
-            measures = (
-                as_number(truth.get(key)) for key in ("precision", "random_precision", "recall", "random_recall")
-            )
-            rows.append([stage.name, *measures])
-    return [table(["dropped by", "precision", "at random", "recall", "at random"], rows)] if rows else []
 
 
 def curve_figures(state: RunState) -> list[Figure]:

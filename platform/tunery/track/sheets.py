@@ -38,7 +38,6 @@ class Figure:
     svg: str
     note: str = ""
     keys: list[tuple[str, str]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
     small: bool = False
 
 
