@@ -10,7 +10,7 @@ from tunery.track.heat import heat_chart
 from tunery.track.notes import listed
 from tunery.track.sheets import Figure, Table, table
 from tunery.track.snapshot import RunState, StageState
-from tunery.track.wording import as_number, count, measure, plain, share
+from tunery.track.wording import as_number, count, measure, plain
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _decile(told: Mapping[str, Any]) -> Decile:
         for key, verdict in (("kept_rows", True), ("dropped_rows", False))
         for row in listed(told.get(key))
     ]
-    said = f"{count(kept)} kept, {count(dropped)} dropped ({share(kept, kept + dropped)} kept)"
+    said = f"{count(kept)} kept, {count(dropped)} dropped"
     percent = round(100 * kept / (kept + dropped)) if kept + dropped else 0
     return Decile(" – ".join(ends), said, percent, rows, bool(kept and dropped))
 

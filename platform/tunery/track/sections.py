@@ -150,11 +150,11 @@ def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[
         [as_number(v) or 0 for v in drawn.get(key) or []] for key in ("edges", "counts", "planted")
     )
     cuts = [
-        Cut(value, f"{select.name}: {plain(rule.get('rule')) + ', ' if first == 0 else ''}cut at {measure(value)}")
+        Cut(value, f"{select.name}: {said}")
         for select in state.stages.values()
         if goes_back(state, select, stage)
         for rule in _rules(select, name)
-        for first, value in enumerate(cuts_of(rule))
+        for value, said in zip(cuts_of(rule), _cut_labels(rule), strict=True)
     ]
     known = {cut.value for cut in cuts}
     for trial in state.search.trials.values() if state.search else ():
@@ -174,6 +174,12 @@ def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[
         "; ".join(said),
         keys,
     )
+
+
+def _cut_labels(rule: Mapping[str, Any]) -> list[str]:
+    """One for each of the rule's cuts; a range says both of its ends already."""
+    cuts, said = cuts_of(rule), plain(rule.get("rule"))
+    return [said, "the range's other end"] if len(cuts) == 2 else [f"{said}, cut at {measure(cut)}" for cut in cuts]
 
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
