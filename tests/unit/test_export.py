@@ -16,7 +16,7 @@ import pytest
 import tunery.data.export as export
 from tunery.data.export import ENDINGS, export_dropped, export_kept
 from tunery.data.read import read_source
-from tunery.errors import RequestError, StageError
+from tunery.errors import RequestError, StageError, TuneryError
 from tunery.spec import Dataset
 from tunery.store.rows import SHARD, Row, read_rows, row_id, shards, write_rows
 
@@ -198,3 +198,11 @@ def test_a_list_of_dropped_rows_that_is_not_of_these_rows_is_found_out(tmp_path:
     (selection / "dropped.jsonl").write_text('{"id": "0", "source": "other", "line": 1, "rule": "x"}\n')
     with pytest.raises(StageError, match="names a row"):
         export_kept(selection, filtered, tmp_path / "good.jsonl")
+
+
+def test_a_place_that_can_not_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    selection, filtered = artifacts(tmp_path, [{"text": "a"}], set())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TuneryError, match="can't be written") as caught:
+        export_kept(selection, filtered, tmp_path / "file" / "good.csv")
+    assert (caught.value.exit_code, caught.value.remedy[:9]) == (1, "make room")

@@ -9,8 +9,9 @@ import pytest
 
 from tunery.errors import RequestError, SpecErrors
 from tunery.filter.command import run_filter, write_experiment
-from tunery.filter.experiment import MARKER, Asked, Built, build
+from tunery.filter.experiment import MARKER, USUAL_KEEP, Asked, Built, build
 from tunery.spec import Experiment, load
+from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import Dataset, Score, Select
 from tunery.store import Store
 
@@ -93,6 +94,27 @@ def test_what_an_experiment_can_not_say_is_the_loaders_error_with_its_line() -> 
     assert caught.value.exit_code == 2
     assert [error.line > 0 for error in caught.value.errors] == [True, True]
     assert all(str(asked.file) in str(error) for error in caught.value.errors)
+
+
+@pytest.mark.parametrize("by", ["{}", "{lenght: words}", "{length: words, name: A b}", "{length: [}", "{3: x}"])
+def test_a_scorer_in_braces_is_checked_as_an_experiments(by: str) -> None:
+    asked = Asked(("rows.csv",), Path("good.csv"), (by,))
+    with pytest.raises(RequestError):
+        loaded(build(asked), asked)
+
+
+def test_every_score_has_a_usual_rule() -> None:
+    assert set(USUAL_KEEP) == {scorer.kind() for scorer in SCORERS}
+
+
+def test_a_place_that_can_not_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="can't be written") as caught:
+        write_experiment(tmp_path / "file" / "good.yaml", MARKER)
+    assert "--out" in caught.value.remedy
+    (tmp_path / "good.yaml").mkdir()
+    with pytest.raises(RequestError, match="can't be written"):
+        write_experiment(tmp_path / "good.yaml", MARKER)
 
 
 def test_two_rules_on_a_score_are_refused() -> None:

@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.errors import RequestError, StageError
+from tunery.errors import RequestError, StageError, TuneryError
 from tunery.store.rows import Row, Turn, shape_of, shards
 
 ENDINGS = (".jsonl", ".csv", ".xlsx", ".parquet")
@@ -195,17 +195,24 @@ def _export(verdicts: _Verdicts, out: Path) -> Written:
     columns = [*layout.content, "id", "source", "line", *verdicts.columns, *([] if verdicts.kept else ["rule"])]
     types = {name: verdicts.columns.get(name, _type(name, layout)) for name in columns}
     done = Written()
-    out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with _WRITERS[out.suffix](aside, types, done) as writer:
             for row, scores, rule in verdicts:
                 told = {"id": row["id"], "source": row["source"], "line": row["line"], **scores, "rule": rule}
                 writer.write({**layout.fields(row), **told})
                 done.rows += 1
         aside.replace(out)
+    except OSError as error:
+        raise TuneryError(
+            f"{out} can't be written",
+            cause=error.strerror or str(error),
+            remedy="make room, or give another place: nothing is scored again",
+        ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
     return done
 
 

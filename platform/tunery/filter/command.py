@@ -95,21 +95,32 @@ def write_experiment(path: Path, text: str) -> None:
         before = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         before = MARKER
-    except IsADirectoryError:
-        before = ""
+    except OSError as error:
+        raise _unwritable(path, error) from error
     if before != text and before.split("\n", 1)[0].rstrip("\r") != MARKER:
         raise RequestError(
             f"{path} is there already, and is not ours to overwrite",
             cause="a filter's experiment is written beside its output, under the same name",
             remedy="give --out another name, or move that file away",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> RequestError:
+    return RequestError(
+        f"the experiment {path} can't be written",
+        cause=error.strerror or str(error),
+        remedy="give --out another place: the experiment is written beside it",
+    )
 
 
 def _check_files(asked: Asked, dropped: Path | None) -> None:

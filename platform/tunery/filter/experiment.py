@@ -111,7 +111,7 @@ def build(asked: Asked, *, answers: bool = True) -> Built:
     if not keep:
         for scorer in by:
             kind = next((key for key in scorer if key != "name"), "")
-            keep |= [parse_keep(f"{score_of(scorer)} {USUAL_KEEP.get(kind, 'best 80%')}")]
+            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {USUAL_KEEP.get(kind, 'best 80%')}")[1]
         notes.append("rules: " + "; ".join(said(score, rule) for score, rule in keep.items()))
     made = {score_of(scorer) for scorer in by}
     for score in keep:
@@ -146,7 +146,7 @@ def _text(asked: Asked, by: Sequence[Scorer], keep: Mapping[str, Rule]) -> str:
     stages: dict[str, dict[str, Any]] = {ROWS: dataset(asked, asked.sources)}
     scorers = []
     for scorer in by:
-        if "contamination" in scorer and asked.by:
+        if "contamination" in scorer:
             scorer = {**scorer, "contamination": _with_sets(asked, scorer["contamination"], stages)}
         for kind in ("perplexity", "ifd"):
             if isinstance(model := scorer.get(kind), dict) and isinstance(model.get("pretrained"), str):
