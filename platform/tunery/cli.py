@@ -82,6 +82,54 @@ def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -
         print(json.dumps(told.as_json(), indent=1))
 
 
+@app.command("filter")
+def filter_rows(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders, patterns, s3://, gs:// or hub:org/name.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Where the good rows go: .jsonl, .csv, .xlsx or .parquet.", show_default=False)
+    ],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="A score, as length=words, gopher, language=en, perplexity=./model.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='A rule, as "length 3..500", "language >= 0.1", "perplexity best 80%", "random best 1000".',
+            show_default=False,
+        ),
+    ] = None,
+    any_rule: Annotated[bool, typer.Option("--any", help="Keep what passes any rule, instead of all.")] = False,
+    dropped: Annotated[
+        Path | None, typer.Option(help="Where the other rows go, each with its rule.", show_default=False)
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="What a column is, as prompt=Frage, where its name doesn't tell.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Read at most so many rows.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the score `random`.")] = 17,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Score rows, keep the good ones, write them to a file. Writes the experiment that does it beside that file."""
+    from rich.console import Console
+
+    from tunery.filter.command import render, run_filter
+    from tunery.filter.experiment import Asked
+    from tunery.store import Store as TheStore
+
+    asked = Asked(tuple(sources), out, tuple(by or ()), tuple(keep or ()), any_rule, tuple(column or ()), limit, seed)
+    say = (lambda note: None) if as_json else partial(print, flush=True)
+    told = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
+    if as_json:
+        print(json.dumps(told.as_json(), indent=1))
+    else:
+        Console(highlight=False).print(render(told))
+
+
 @app.command()
 def review(
     file: File,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ from tunery.run import run_experiment
 from tunery.runner.session import RaySession, noise_to
 from tunery.spec import Experiment
 from tunery.spec.yaml_source import YamlSource
-from tunery.store import Lease, LeaseHeld, Store
+from tunery.store import Artifact, Lease, LeaseHeld, Store
 from tunery.track.events import EventLog, EventReader
 from tunery.track.report import write_report
 from tunery.track.terminal import Terminal
@@ -34,6 +34,8 @@ class Told:
     report: Path
     wandb: list[str]
     results: dict[str, Any]
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """By stage."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -85,7 +87,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         for name, artifact in (artifacts or {}).items()
         if artifact.kind in ("evaluate", "pretrain", "sft")
     }
-    return Told(experiment.name, folder, report, list(synced.notes), results)
+    return Told(experiment.name, folder, report, list(synced.notes), results, artifacts or {})
 
 
 def _killed(folder: Path) -> str:

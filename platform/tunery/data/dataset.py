@@ -13,6 +13,7 @@ from tunery.data.corrupt import corrupt
 from tunery.data.duplicates import DuplicateCount
 from tunery.data.filesystem import OutOfReach
 from tunery.data.read import Quarantined, Tally, described, read_source
+from tunery.data.samples import quarantine_facts
 from tunery.errors import RowsLost, StageError
 from tunery.spec import Dataset
 from tunery.store import StageContext, StageResult
@@ -20,7 +21,8 @@ from tunery.store.rows import Row, Shape, row_id, shape_of, write_rows
 
 
 def make_dataset(context: StageContext) -> StageResult:
-    """Facts: records, and what became of them: rows, quarantined, other_splits; duplicates (rows whose id was there
+    """Facts: records, and what became of them: rows, quarantined (by reason, with the
+    first ones, in quarantine), other_splits; duplicates (rows whose id was there
     before), shape (the most frequent one), source, split, planted by kind.
 
     Streams; but where rows are to be damaged (`corrupt`) all of them are in memory.
@@ -83,6 +85,7 @@ def make_dataset(context: StageContext) -> StageResult:
             "rows": rows,
             "records": tally.records,
             "quarantined": tally.quarantined,
+            "quarantine": quarantine_facts(context.out / "quarantine.jsonl"),
             "other_splits": tally.other_splits,
             "duplicates": duplicates.total(),
             "shape": shapes.most_common(1)[0][0],

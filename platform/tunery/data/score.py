@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tunery.data.samples import quarantine_facts
 from tunery.data.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RowActor, SketchActor
 from tunery.data.score_facts import describe_scores
 from tunery.data.score_unit import Pass
@@ -71,7 +72,7 @@ def make_scores(context: StageContext) -> StageResult:
         raise RowsLost(context.name, f"{facts['rows_in']} rows went in, {facts['rows_out']} came out, {lost} were lost")
     facts["rows_in"] += lost
     return StageResult(
-        {**facts, "quarantined": lost},
+        {**facts, "quarantined": lost, "quarantine": quarantine_facts(context.out / "quarantine.jsonl")},
         {
             "rows_scored": int(counted["scored"]),
             "rows_known": int(counted["known"]),

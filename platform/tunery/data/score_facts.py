@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +20,15 @@ from tunery.store.rows import shards
 JUDGED = 1 << 22
 """AUC against planted rows needs all of a score at once: for corpora of at most so many rows."""
 
+STEPS = 24
+"""Of each axis where rows are counted by two scores at once."""
+PAIRS = 3
+
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
-    """rows_in and rows_out of the artifact's tables, tokens, truncated (rows that were too long for some model); and of
-    each score its histogram, median, how many rows have none, and how well it tells planted rows apart."""
+    """rows_in and rows_out of the artifact's tables, tokens, truncated (rows that were too long for some model); of
+    each score its histogram, median, how many rows have none, and how well it tells planted rows apart; and rows by two
+    scores at once."""
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
@@ -41,6 +47,7 @@ def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
         "tokens": tokens,
         "truncated": truncated,
         "scores": described,
+        "pairs": list(_pairs(artifact, by, described)),
     }
 
 
@@ -78,6 +85,32 @@ def _describe(artifact: Path, spec: ScorerSpec, rows: int, planted: Sequence[str
         told["auc"] = auc(badness, np.array([kind != "" for kind in planted]))
         told["auc_by_kind"] = auc_by_kind(badness, planted)
     return told
+
+
+def _pairs(artifact: Path, by: Sequence[ScorerSpec], described: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows by two scores at once, of the first scores that vary: {"x", "y", "x_edges", "y_edges", "counts"}, the counts
+    a row of them for each step of y. One more pass over two columns each."""
+    varied = [spec.score for spec in by if _spread(described[spec.score]["histogram"]["edges"])]
+    for x, y in itertools.islice(itertools.combinations(varied, 2), PAIRS):
+        edges = [thinned_edges(described[score]["histogram"]["edges"]) for score in (x, y)]
+        counts = np.zeros((STEPS, STEPS), dtype=int)
+        for xs, ys in zip(column(artifact, x), column(artifact, y), strict=True):
+            both = np.isfinite(xs) & np.isfinite(ys)
+            counts += np.histogram2d(ys[both], xs[both], [edges[1], edges[0]])[0].astype(int)
+        told = {"x": x, "y": y, "x_edges": edges[0].tolist(), "y_edges": edges[1].tolist()}
+        yield {**told, "counts": counts.tolist()}
+
+
+def _spread(edges: Sequence[float]) -> bool:
+    return len(edges) > 1 and edges[-1] > edges[0] + 1e-3 * max(abs(edges[0]), 1.0)
+
+
+def thinned_edges(edges: Sequence[float]) -> Floats:
+    """STEPS + 1 edges from the first to the last, spaced as the histogram's are: evenly, or by the logarithm."""
+    low, high = edges[0], edges[-1]
+    found = np.geomspace(low, high, STEPS + 1) if low > 0 and high > 10 * low else np.linspace(low, high, STEPS + 1)
+    found[0], found[-1] = low, high
+    return found
 
 
 def as_badness(values: Floats, good: str) -> Floats:

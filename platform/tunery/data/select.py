@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from tunery.data.judge import Bools, Floats, filter_quality
 from tunery.data.rules import Cut, QuotaCut, describe, find_cut, random_scores
+from tunery.data.samples import Samples, decile_edges
 from tunery.data.score_facts import JUDGED
 from tunery.errors import RowsLost, StageError
 from tunery.spec import RANDOM, Keep, Select
@@ -48,7 +49,8 @@ class Rule:
 
 
 def make_selection(context: StageContext) -> StageResult:
-    """Facts: rows_in, kept, dropped, and per rule its cut and how many it dropped; how well it found planted rows."""
+    """Facts: rows_in, kept, dropped, and per rule its cut and how many it dropped; a few rows at each decile of the
+    first rule's score; how well it found planted rows."""
     stage = context.spec
     assert isinstance(stage, Select)
     data = context.inputs[stage.data]
@@ -57,6 +59,7 @@ def make_selection(context: StageContext) -> StageResult:
     rules = [_rule(context, table, score, keep, goods) for score, keep in stage.keep.items()]
     quota = _see_quota(stage, table, _again(rules), goods) if stage.quota else None
     judged = table.rows <= JUDGED
+    samples = Samples(rules[0].score, decile_edges(lambda: table.column(rules[0].score), table.rows))
     planted: list[str | None] = []
     dropped_all: list[Bools] = []
     badness: list[Floats] = []
@@ -76,6 +79,7 @@ def make_selection(context: StageContext) -> StageResult:
                     kept &= within
                 start += len(rows)
                 _list_dropped(file, rows, kept, reasons)
+                samples.see(rows, scores[rules[0].score], kept)
                 if judged:
                     planted.extend(rows["planted"].to_pylist())
                     dropped_all.append(~kept)
@@ -106,6 +110,7 @@ def make_selection(context: StageContext) -> StageResult:
             "dropped": dropped,
             "combine": stage.combine,
             "rules": [_told(rule) for rule in rules],
+            "samples": samples.facts(),
             "planted": filter_quality(np.concatenate(dropped_all), _without_nan(single), truth) if known else None,
         }
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunery.track import reviews, sections, sweep, timing
+from tunery.track import filters, reviews, sections, sweep, timing
 from tunery.track.events import read_events
 from tunery.track.notes import note, outcome
 from tunery.track.sheets import fact
@@ -54,6 +54,10 @@ def report_html(state: RunState, name: str = "") -> str:
         leaderboard=sections.leaderboard(state),
         funnels=sections.funnels(state),
         scores=sections.score_figures(state),
+        aucs=filters.auc_tables(state),
+        heats=filters.heat_figures(state),
+        filters=filters.filters(state),
+        quarantines=filters.quarantines(state),
         reviews=reviews.reviews(state),
         curves=sections.curve_figures(state),
         search=search,

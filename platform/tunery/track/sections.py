@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunery.track.charts import Cut, Series, histogram_chart, line_chart
+from tunery.track.filters import cuts_of, goes_back
 from tunery.track.flows import Level, funnel_chart, lost_note
 from tunery.track.notes import listed
 from tunery.track.sheets import Figure, Table, table
@@ -132,7 +133,7 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
 
 
 def score_figures(state: RunState) -> list[Figure]:
-    """For each score: its histogram, the cuts of selects that use it, how well it finds the planted rows."""
+    """For each score: its histogram, and the cuts of selects that use it."""
     figures = []
     for stage in state.stages.values():
         scores = stage.facts.get("scores")
@@ -149,71 +150,40 @@ def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[
         [as_number(v) or 0 for v in drawn.get(key) or []] for key in ("edges", "counts", "planted")
     )
     cuts = [
-        Cut(value, f"{select.name}: {plain(rule.get('rule'))}, cut at {measure(value)}")
+        Cut(value, f"{select.name}: {said}")
         for select in state.stages.values()
-        if _goes_back(state, select, stage)
+        if goes_back(state, select, stage)
         for rule in _rules(select, name)
-        if (value := as_number(rule.get("cut"))) is not None
+        for value, said in zip(cuts_of(rule), _cut_labels(rule), strict=True)
     ]
     known = {cut.value for cut in cuts}
     for trial in state.search.trials.values() if state.search else ():
         for select in trial.stages.values():
             for rule in _rules(select, name):
-                value = as_number(rule.get("cut"))
-                if value is not None and value not in known and len(cuts) < 5:
-                    known.add(value)
-                    cuts.append(Cut(value, f"{plain(rule.get('rule'))} (in trials)", quiet=True))
+                for value in cuts_of(rule):
+                    if value not in known and len(cuts) < 5:
+                        known.add(value)
+                        cuts.append(Cut(value, f"{plain(rule.get('rule'))} (in trials)", quiet=True))
     auc, median = as_number(score.get("auc")), as_number(score.get("median"))
     said = [f"median {measure(median)}"] if median is not None else []
     said += [f"AUC {auc:.3f} at finding planted rows (0.5 is chance)"] if auc is not None else []
     keys = [("good", "rows as they were"), ("bad", "planted bad rows")] if any(planted) else []
-    tables = [*_auc_tables(score, name), *_select_tables(state, name)]
     return Figure(
         f"{name} ({stage.name})",
         histogram_chart(edges, counts, planted, cuts, name),
         "; ".join(said),
         keys,
-        tables,
     )
+
+
+def _cut_labels(rule: Mapping[str, Any]) -> list[str]:
+    """One for each of the rule's cuts; a range says both of its ends already."""
+    cuts, said = cuts_of(rule), plain(rule.get("rule"))
+    return [said, "the range's other end"] if len(cuts) == 2 else [f"{said}, cut at {measure(cut)}" for cut in cuts]
 
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
     return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
-
-
-def _goes_back(state: RunState, stage: StageState, to: StageState) -> bool:
-    """Whether `stage` reads, directly or through others, what `to` made. Unknown inputs don't rule it out."""
-    open_names, seen = list(stage.inputs), {stage.name}
-    if not open_names:
-        return True
-    while open_names:
-        name = open_names.pop()
-        if name == to.name:
-            return True
-        if name not in seen and name in state.stages:
-            seen.add(name)
-            open_names += state.stages[name].inputs
-    return False
-
-
-def _auc_tables(score: Mapping[str, Any], name: str) -> list[Table]:
-    by_kind = score.get("auc_by_kind")
-    rows = [[kind, as_number(auc)] for kind, auc in by_kind.items()] if isinstance(by_kind, Mapping) else []
-    if as_number(score.get("auc")) is not None:
-        rows.append(["all", as_number(score.get("auc"))])
-    return [table(["planted rows", f"AUC of {name}"], rows)] if rows else []
-
-
-def _select_tables(state: RunState, score: str) -> list[Table]:
-    rows = []
-    for stage in state.stages.values():
-        truth = stage.facts.get("planted")
-        if _rules(stage, score) and isinstance(truth, Mapping):
-            measures = (
-                as_number(truth.get(key)) for key in ("precision", "random_precision", "recall", "random_recall")
-            )
-            rows.append([stage.name, *measures])
-    return [table(["dropped by", "precision", "at random", "recall", "at random"], rows)] if rows else []
 
 
 def curve_figures(state: RunState) -> list[Figure]:

@@ -9,8 +9,8 @@ from typing import Any
 from tunery.track.notes import listed
 from tunery.track.wording import cells, is_numeric, plain
 
-DRAWN = frozenset({"histogram"})
-"""Facts that a chart shows and that nobody wants to read as numbers."""
+DRAWN = frozenset({"histogram", "pairs", "samples", "quarantine"})
+"""Facts that have a place of their own in the report, and that nobody wants to read as numbers."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Figure:
     svg: str
     note: str = ""
     keys: list[tuple[str, str]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
     small: bool = False
 
 

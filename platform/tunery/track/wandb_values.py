@@ -12,6 +12,8 @@ NAMING = ("model", "set", "score", "name", "trial")
 """The entries that name a row of a list: the results of an evaluation become `<model>.<set>.loss`, which is how a
 search names its metric."""
 LONGEST_LIST = 100
+REPORT_ONLY = frozenset({"samples", "quarantine", "pairs"})
+"""Facts that are for the local report alone: texts of rows, which nobody meant to upload, and counts for a chart."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ Drawn = float | Table | Histogram
 
 
 def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`facts` with names joined by dots; what is None is left out, histograms are `histograms`' part.
+    """`facts` with names joined by dots; what is None or REPORT_ONLY is left out, histograms are
+    `histograms`' part.
 
     Rows of a list go by their names (NAMING), and those of `results` without that word before them.
     Numbers that are not finite become W&B's own words for them ("NaN", "Infinity"): as floats wandb 0.31 leaves them
@@ -41,7 +44,7 @@ def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         path = f"{prefix}{name or 'none'}"  # rows by kind of damage, where intact rows have the kind ""
-        if value is None or _is_histogram(value):
+        if value is None or _is_histogram(value) or name in REPORT_ONLY:
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{path}.")

@@ -1,0 +1,1 @@
+"""`tunery filter`: files in, good rows out."""

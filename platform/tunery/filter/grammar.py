@@ -1,0 +1,177 @@
+"""What may be said in `--by` and `--keep`, and what it means in an experiment. Pure.
+
+--by length=words   --by gopher   --by language=en   --by perplexity=./model   --by "{length: chars, of: whole}"
+--keep "length 3..500"         from 3 to 500, both included; an end may be left out
+--keep "language >= 0.1"       at least; <= is at most
+--keep "perplexity best 80%"   so many of a hundred rows, the best by the score; lowest and highest name the end
+--keep "random best 1000"      so many rows
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from tunery.errors import RequestError
+from tunery.spec.load import nearest
+from tunery.spec.scorers import SCORERS
+from tunery.spec.yaml_source import plain_scalar, read_yaml
+
+Scorer = dict[str, Any]
+Rule = dict[str, Any]
+"""As they stand in an experiment's file: the loader checks what they say."""
+
+FORMS = "A..B, A.., ..B, >= A, <= A, best 80%, best 1000, lowest 80% or highest 80%"
+
+_WORD = re.compile(r"[a-z][a-z0-9_]*")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+_ENDS = {"best": None, "lowest": "low", "highest": "high"}
+
+
+def _model(value: str) -> Any:
+    return {"pretrained": value}
+
+
+_VALUES: Mapping[str, tuple[str | None, Callable[[str], Any]]] = {
+    "perplexity": (None, _model),
+    "ifd": (None, _model),
+    "reward": (None, _model),
+    "length": ("words", str),
+    "gopher": ("", lambda value: {}),
+    "c4": ("", lambda value: {}),
+    "language": (None, str),
+    "duplicates": ("normalised", str),
+    "near_duplicates": ("", lambda value: {"threshold": plain_scalar(value)} if value else {}),
+    "contamination": (None, lambda value: {"sets": [value]}),
+}
+"""By kind: the value that stands for none ("" where there is nothing to say; None where one must be given), and what a
+value becomes. The value of `contamination` is a source; who builds the experiment makes it a stage."""
+
+_ASKED = {
+    "perplexity": "a model's folder or hub name: `perplexity=./model`",
+    "ifd": "a model's folder or hub name: `ifd=./model`",
+    "reward": "a reward model's folder or hub name: `reward=./model`",
+    "language": "an ISO 639 code: `language=en`",
+    "contamination": "the rows that must not be there: `contamination=test.jsonl`",
+}
+
+
+_IN_FULL = {
+    "classifier": '`--by "{classifier: {pretrained: ./model}, label: good}"`',
+    "embedding": "it compares with another stage's rows: write an experiment (docs/extend.md, experiments/filter.yaml)",
+}
+"""Scores that one value is not enough for."""
+
+
+def parse_by(text: str) -> Scorer:
+    """`KIND`, `KIND=VALUE`, or a scorer as an experiment has it, in braces. Raises RequestError."""
+    if text.lstrip().startswith("{"):
+        scorer = read_yaml(text, "--by").data
+        assert isinstance(scorer, dict), "it is in braces"
+        return scorer
+    kind, equals, value = (part.strip() for part in text.partition("="))
+    if kind in _IN_FULL:
+        raise RequestError(f"`--by {text}` does not say enough", remedy=_IN_FULL[kind])
+    if kind not in _VALUES:
+        raise RequestError(f"`--by {text}` names no score", remedy=nearest(kind, [scorer.kind() for scorer in SCORERS]))
+    default, meant = _VALUES[kind]
+    if equals and not value:
+        raise RequestError(f"`--by {text}` has no value behind `=`", remedy=f"`--by {kind}={_example(kind)}`")
+    if not value and default is None:
+        raise RequestError(f"`--by {text}` lacks a value", remedy=f"add {_ASKED[kind]}")
+    if value and kind in ("gopher", "c4"):
+        raise RequestError(
+            f"`--by {text}` has a value, and {kind} has rules",
+            remedy=f'`--by {kind}`, or name the rules that differ: `--by "{{{kind}: {{of: whole}}}}"`',
+        )
+    return {kind: meant(value or default or "")}
+
+
+def _example(kind: str) -> str:
+    asked = _ASKED.get(kind)
+    return asked.rstrip("`").rpartition("=")[2] if asked else str(_VALUES[kind][0] or "0.8")
+
+
+def without_value(kind: str) -> Scorer | None:
+    """The scorer that a rule on `kind` needs, where it can be had without another word."""
+    return parse_by(kind) if kind in _VALUES and kind not in _ASKED else None
+
+
+def asked_for(kind: str) -> str:
+    """What a `--by` of this kind has to say, where it must say something; else ""."""
+    return _ASKED.get(kind) or _IN_FULL.get(kind, "")
+
+
+def score_of(scorer: Scorer) -> str:
+    """What its score is called."""
+    return str(scorer.get("name") or next((key for key in scorer if key != "name"), ""))
+
+
+def parse_keep(text: str) -> tuple[str, Rule]:
+    """`SCORE RULE`: the score, and the rule as an experiment has it. Raises RequestError."""
+    score, _, rule = text.strip().partition(" ")
+    rule = " ".join(rule.split())
+    glued = re.match(r"([a-z][a-z0-9_]*)\s*([<>=].*)", text.strip())
+    if glued:
+        score, rule = glued[1], " ".join(glued[2].split())
+    if not _WORD.fullmatch(score) or not rule:
+        raise _no_rule(text, "it is a score, a blank and a rule")
+    if ".." in rule:
+        low, _, high = rule.partition("..")
+        if not (low or high):
+            raise _no_rule(text, "both ends are open")
+        return score, {"range": [_number(end, text) if end.strip() else None for end in (low, high)]}
+    if rule.startswith((">=", "<=")):
+        return score, {"threshold": _number(rule[2:], text), "best": "high" if rule[0] == ">" else "low"}
+    if rule[0] in "<>=":
+        remedy = "`>=` and `<=` include their end" if rule[0] != "=" else "for one value give both ends: `gopher 0..0`"
+        raise _no_rule(text, f"there is no `{rule.split()[0].rstrip('0123456789.') or rule[0]}`; {remedy}")
+    word, _, amount = rule.partition(" ")
+    if word not in _ENDS:
+        raise _no_rule(text, f"`{rule}` is of no known form")
+    end = _ENDS[word]
+    told: Rule = {"best": end} if end else {}
+    if amount.endswith("%"):
+        _number(amount[:-1], text)
+        # Through decimals: 0.07, and not the 0.07 and a bit that floats make of 7 / 100.
+        return score, {"quantile": float(Decimal(amount[:-1].strip()) / 100), **told}
+    rows = _number(amount, text)
+    if not float(rows).is_integer():
+        raise _no_rule(text, f"{amount} is no number of rows")
+    return score, {"top_k": int(rows), **told}
+
+
+def said(score: str, rule: Rule) -> str:
+    """The rule as `--keep` has it: `parse_keep(said(score, rule))` is `(score, rule)`."""
+    word = {None: "best", "low": "lowest", "high": "highest"}[rule.get("best")]
+    if "range" in rule:
+        low, high = ("" if end is None else _plain(end) for end in rule["range"])
+        return f"{score} {low}..{high}"
+    if "threshold" in rule:
+        return f"{score} {'>=' if rule['best'] == 'high' else '<='} {_plain(rule['threshold'])}"
+    if "quantile" in rule:
+        return f"{score} {word} {_plain(Decimal(repr(rule['quantile'])) * 100)}%"
+    return f"{score} {word} {rule['top_k']}"
+
+
+def _plain(value: float | Decimal) -> str:
+    """Without an exponent's plus sign or a whole number's `.0`."""
+    text = format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
+    return text.removesuffix(".0")
+
+
+def _number(text: str, rule: str) -> int | float:
+    text = text.strip()
+    if not _NUMBER.fullmatch(text):
+        raise _no_rule(rule, f"`{text}` is no number")
+    value = float(text)
+    if not math.isfinite(value):
+        raise _no_rule(rule, f"{text} is too large for a number")
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else value
+
+
+def _no_rule(text: str, cause: str) -> RequestError:
+    return RequestError(f"`--keep {text}` is no rule", cause=cause, remedy=f"a score and one of: {FORMS}")

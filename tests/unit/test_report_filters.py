@@ -1,0 +1,154 @@
+"""Filters in the report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunery.data.score_facts import STEPS, describe_scores
+from tunery.spec.scorers import Gopher, Language, Length
+from tunery.store.rows import write_rows
+from tunery.track.filters import auc_tables, cuts_of, filters, heat_figures, quarantines
+from tunery.track.heat import heat_chart
+from tunery.track.report import report_html
+from tunery.track.state import RunState, replay
+from tunery.track.wandb_values import flatten
+
+HOSTILE = '<script>alert("x")</script> & more'
+ROW = {"text": HOSTILE, "score": 5.0, "planted": "cut"}
+RANGE = {"score": "length", "rule": "length from 3 to 40", "cut": 3.0, "cuts": [3.0, 40.0], "passed": 7, "dropped": 3}
+PAIR = {"x": "length", "y": "gopher", "x_edges": [1, 10, 50], "y_edges": [0, 1, 2], "counts": [[3, 0], [1, 900]]}
+SCORES: dict[str, Any] = {
+    "length": {
+        "auc": 0.6,
+        "auc_by_kind": {"cut": 0.9, "swapped": 0.5},
+        "histogram": {"edges": [1, 10, 50], "counts": [4, 900], "planted": [1, 0]},
+    },
+    "gopher": {"auc": 0.7, "auc_by_kind": {"cut": 0.4}},
+}
+QUARANTINE = {
+    "reasons": [{"reason": HOSTILE, "rows": 4}],
+    "first": [{"source": "a.csv", "line": 3, "reason": HOSTILE, "text": "q,"}],
+}
+SAMPLES = {
+    "score": "length",
+    "deciles": [
+        {"low": 1.0, "high": 9.0, "kept": 1, "dropped": 3, "kept_rows": [ROW], "dropped_rows": [ROW]},
+        {"low": 10.0, "high": 10.0, "kept": 6, "dropped": 0, "kept_rows": [ROW], "dropped_rows": []},
+    ],
+}
+
+
+def state(**select: Any) -> RunState:
+    stages = [("rows", "dataset", []), ("scored", "score", ["rows"]), ("clean", "select", ["scored"])]
+    facts: dict[str, dict[str, Any]] = {
+        "rows": {"rows": 10, "quarantined": 4, "quarantine": QUARANTINE},
+        "scored": {"rows_in": 10, "rows_out": 10, "scores": SCORES, "pairs": [PAIR]},
+        "clean": {"rows_in": 10, "kept": 7, "dropped": 3, "rules": [RANGE], "samples": SAMPLES, **select},
+    }
+    told = [{"name": name, "kind": kind, "inputs": inputs} for name, kind, inputs in stages]
+    events: list[dict[str, Any]] = [{"t": 1.0, "event": "run_started", "run": "x", "stages": told}]
+    for name, kind, _ in stages:
+        events.append({"t": 2.0, "event": "stage_finished", "stage": name, "kind": kind, "facts": facts[name]})
+    return replay(events)
+
+
+def test_all_scores_of_a_stage_are_in_one_table_by_kind_of_damage() -> None:
+    ((name, table),) = auc_tables(state())
+    assert name == "scored"
+    assert table.columns == ["score", "all damage", "cut", "swapped"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["length", "0.6", "0.9", "0.5"],
+        ["gopher", "0.7", "0.4", ""],
+    ]
+    assert [[cell.best for cell in row] for row in table.rows][1][1]
+
+
+def test_a_range_is_drawn_at_both_of_its_ends_and_an_older_logs_cut_at_one() -> None:
+    assert cuts_of(RANGE) == [3.0, 40.0]
+    assert cuts_of({"cut": 105.0}) == [105.0]
+    assert cuts_of({"cut": None, "cuts": []}) == []
+    page = report_html(state())
+    assert page.count('class="cut"') == 4, "two in the histogram, two in the heat map"
+    assert "clean: length from 3 to 40" in page
+
+
+def test_score_against_score_has_a_cell_for_every_count() -> None:
+    (figure,) = heat_figures(state())
+    assert figure.svg.count('class="heat') == 3
+    assert "900 rows" in figure.svg
+    assert "h8" in figure.svg
+    assert heat_chart([1, 2], [], [], ("a", "b")) == ""
+
+
+def test_rows_of_each_decile_are_shown_with_their_verdict_and_open_where_it_changes() -> None:
+    (found,) = filters(state())
+    assert [(part.title, part.percent, part.mixed) for part in found.deciles] == [
+        ("1 – 9", 25, True),
+        ("10", 100, False),
+    ]
+    assert [row.kept for row in found.deciles[0].rows] == [True, False]
+    page = report_html(state())
+    assert page.count("planted: cut") == 3
+    assert len(re.findall(r"<details open><summary><span class=\"meter\">", page)) == 1
+
+
+def test_texts_of_rows_are_escaped_and_stand_in_no_other_place() -> None:
+    page = report_html(state())
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert") == 5, "three rows, a reason, and the first row's reason"
+
+
+def test_a_quarantine_is_told_with_its_reasons() -> None:
+    ((name, tables),) = quarantines(state())
+    assert name == "rows"
+    assert [cell.text for cell in tables[1].rows[0]] == ["a.csv:3", HOSTILE, "q,"]
+
+
+def test_logs_without_the_facts_give_a_page_without_the_sections() -> None:
+    page = report_html(state(samples=None))
+    assert "What the filters did" not in page
+
+
+def test_texts_of_rows_are_not_uploaded() -> None:
+    flat = flatten({"kept": 7, "samples": SAMPLES, "quarantine": QUARANTINE, "pairs": [PAIR]})
+    assert flat == {"kept": 7}
+
+
+def test_rows_are_counted_by_two_scores_at_once(tmp_path: Path) -> None:
+    count = 3000  # three shards
+    random = np.random.default_rng(17)
+    columns = {"length": np.exp(random.normal(3, 1, count)), "gopher": random.integers(0, 5, count).astype(float)}
+    columns["language"] = np.full(count, 0.5)  # does not vary
+    columns["length"][7] = np.nan
+    write_rows(({"text": str(n), "id": f"{n:016x}"} for n in range(count)), tmp_path)
+    (tmp_path / "scores").mkdir()
+    start = 0
+    for path in sorted((tmp_path / "rows").iterdir()):
+        size = pq.read_metadata(path).num_rows
+        pq.write_table(
+            pa.table({name: values[start : start + size] for name, values in columns.items()}),
+            tmp_path / "scores" / path.name,
+        )
+        start += size
+    by = [
+        Length.model_validate({"length": "words"}),
+        Gopher.model_validate({"gopher": {}}),
+        Language.model_validate({"language": "en"}),
+    ]
+    (pair,) = describe_scores(tmp_path, by)["pairs"]
+    assert (pair["x"], pair["y"]) == ("length", "gopher")
+    counts = np.array(pair["counts"])
+    assert counts.shape == (STEPS, STEPS)
+    assert counts.sum() == count - 1
+    ratios = np.array(pair["x_edges"][1:]) / pair["x_edges"][:-1]
+    assert np.allclose(ratios, ratios[0]), "spaced by the logarithm"
+    for value in range(5):
+        row = int(np.clip(np.searchsorted(pair["y_edges"], value, side="right") - 1, 0, STEPS - 1))
+        usable = np.isfinite(columns["length"])
+        assert counts[row].sum() == (columns["gopher"][usable] == value).sum()
