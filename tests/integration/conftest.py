@@ -34,6 +34,22 @@ stages:
 compute: {workers: 2, zero_stage: 2, checkpoint_steps: 10}
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE": "offline", "COLUMNS": "120"}
+WITHOUT_RAY = """
+import json, sys
+from pathlib import Path
+from tunery.runner.compute import Hardware, resolve_compute
+from tunery.runner.execute import Trial, Where, execute
+from tunery.spec import load
+from tunery.store import Store
+from tunery.track.events import EventLog
+file, store = Path(sys.argv[1]), Path(sys.argv[2])
+experiment, _ = load(file)
+compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+where = Where(Store(store), store / "run", file)
+made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"),
+               Trial(in_process=True))
+print(json.dumps({name: {"path": str(item.path), "facts": item.facts} for name, item in made.items()}))
+"""
 
 
 @dataclass
@@ -85,6 +101,16 @@ class Bench:
             start_new_session=True,
             cwd=self.folder,
         )
+
+    def without_ray(self, store: Path) -> dict[str, dict]:
+        """The experiment's stages made as a trial of a search makes them, in one process: path and facts by stage."""
+        command = [sys.executable, "-c", WITHOUT_RAY, str(self.file), str(store)]
+        done = subprocess.run(
+            command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=self.folder, timeout=400
+        )
+        assert done.returncode == 0, done.stderr
+        made: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])
+        return made
 
     def artifacts(self, kind: str) -> list[Path]:
         return sorted((self.store / "artifacts").glob(f"{kind}-*"))

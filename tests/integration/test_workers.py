@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
-from conftest import Bench, facts
+from conftest import Bench
 
 LORA = {"lora": {"rank": 4}}
 
 
-def trained(bench: Bench, folder: str, **compute: object) -> dict[str, dict]:
-    """Facts of a full and a LoRA fine-tuning, from one run with a store of its own."""
+def two_trainings(bench: Bench, **compute: object) -> None:
+    """A full and a LoRA fine-tuning, and nothing after them."""
 
     def change(experiment: dict) -> None:
         experiment["stages"].pop("eval")
@@ -18,18 +20,16 @@ def trained(bench: Bench, folder: str, **compute: object) -> dict[str, dict]:
         experiment["compute"] = {**experiment["compute"], **compute}
 
     bench.write(change)
-    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = {event["stage"]: event["facts"] for event in bench.events() if event["event"] == "stage_finished"}
-    for path in bench.artifacts("sft"):
-        path.rename(bench.folder / f"{folder}-{path.name}")
-    return made
 
 
 def test_one_worker_and_two_under_zero_3_learn_the_same(before_sft: Bench) -> None:
-    alone = trained(before_sft, "alone", workers=1, zero_stage=0)
-    sharded = trained(before_sft, "sharded", workers=2, zero_stage=3, micro_batch_size=1)
-    assert facts(next(before_sft.folder.glob("sharded-sft-*")))["steps"] > 0
+    two_trainings(before_sft, workers=1, zero_stage=0)
+    shutil.copytree(before_sft.store, before_sft.folder / "alone")
+    alone = {name: made["facts"] for name, made in before_sft.without_ray(before_sft.folder / "alone").items()}
+    two_trainings(before_sft, workers=2, zero_stage=3, micro_batch_size=1)
+    done = before_sft.tunery("run", str(before_sft.file), WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    sharded = {event["stage"]: event["facts"] for event in before_sft.events() if event["event"] == "stage_finished"}
     for tuner in ("full", "lora"):
         for name in ("loss", "eval_loss"):
             assert sharded[tuner][name] == pytest.approx(alone[tuner][name], rel=1e-5), (tuner, name)

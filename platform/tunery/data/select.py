@@ -58,11 +58,9 @@ def make_selection(context: StageContext) -> StageResult:
     goods = goods_of(data)
     rules = [_rule(context, table, score, keep, goods) for score, keep in stage.keep.items()]
     quota = _see_quota(stage, table, _again(rules), goods) if stage.quota else None
-    judged = table.rows <= JUDGED
+    judge = Judge(table.rows)
+    single = len(rules) == 1 and rules[0].keep.range is None
     samples = Samples(rules[0].score, decile_edges(lambda: table.column(rules[0].score), table.rows))
-    planted: list[str | None] = []
-    dropped_all: list[Bools] = []
-    badness: list[Floats] = []
     written = 0
 
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file:
@@ -80,10 +78,7 @@ def make_selection(context: StageContext) -> StageResult:
                 start += len(rows)
                 _list_dropped(file, rows, kept, reasons)
                 samples.see(rows, scores[rules[0].score], kept)
-                if judged:
-                    planted.extend(rows["planted"].to_pylist())
-                    dropped_all.append(~kept)
-                    badness.append(rules[0].sign * scores[rules[0].score])
+                judge.see(rows["planted"], ~kept, rules[0].sign * scores[rules[0].score] if single else None)
                 context.emit("progress", done=start, total=table.rows, unit="rows")
                 yield rows.filter(pa.array(kept))
 
@@ -99,9 +94,6 @@ def make_selection(context: StageContext) -> StageResult:
             cause="; ".join(f"`{rule.described}` dropped {rule.dropped:,}" for rule in rules),
             remedy="loosen the rule; the scores' spread is in the report",
         )
-    truth = [kind for kind in planted if kind is not None]
-    single = np.concatenate(badness) if judged and len(rules) == 1 and rules[0].keep.range is None else None
-    known = judged and len(truth) == table.rows
     return StageResult(
         {
             "rows": written,
@@ -111,9 +103,37 @@ def make_selection(context: StageContext) -> StageResult:
             "combine": stage.combine,
             "rules": [_told(rule) for rule in rules],
             "samples": samples.facts(),
-            "planted": filter_quality(np.concatenate(dropped_all), _without_nan(single), truth) if known else None,
+            "planted": judge.quality(),
         }
     )
+
+
+class Judge:
+    """How well a filter finds planted rows; holds nothing from the first row on of which the truth is not known, and
+    nothing of rows that are too many to hold."""
+
+    def __init__(self, rows: int) -> None:
+        self._open = rows <= JUDGED
+        self._planted: list[str] = []
+        self._dropped: list[Bools] = []
+        self._badness: list[Floats] = []
+
+    def see(self, planted: Any, dropped: Bools, badness: Floats | None) -> None:
+        """The next rows, `planted` as an Arrow column. `badness`: where one score decides, else None; NaN counts as the worst."""
+        self._open = self._open and planted.null_count == 0
+        if not self._open:
+            self._planted, self._dropped, self._badness = [], [], []
+            return
+        self._planted += strings(planted)
+        self._dropped.append(dropped)
+        if badness is not None:
+            self._badness.append(np.where(np.isnan(badness), np.inf, badness))
+
+    def quality(self) -> dict[str, Any] | None:
+        if not self._open or not self._planted:
+            return None
+        badness = np.concatenate(self._badness) if self._badness else None
+        return filter_quality(np.concatenate(self._dropped), badness, self._planted)
 
 
 class ScoredRows:
@@ -234,7 +254,3 @@ def _told(rule: Rule) -> dict[str, Any]:
         "dropped": rule.dropped,
         "passed": rule.passed,
     }
-
-
-def _without_nan(values: Any) -> Any:
-    return None if values is None else np.where(np.isnan(values), np.inf, values)
