@@ -159,4 +159,6 @@ def test_row_that_kills_its_actor_is_quarantined_and_the_job_ends_well(tmp_path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "told 2499 1" in done.stdout.splitlines()
-    assert json.loads((tmp_path / "out" / "part-00000.lost.json").read_text()) == {"700": "killed its worker 2 times"}
+    assert json.loads((tmp_path / "out" / "part-00000.lost.json").read_text()) == {
+        "700": "its worker died 3 times, in the end over this row alone"
+    }

@@ -120,12 +120,12 @@ def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp
         scored.extend(row["text"] for row in rows)
         return plain(rows, scores)
 
-    for _ in range(1 + DEATHS):  # the whole unit, then one by one
+    for _ in range(DEATHS + 1):  # the whole unit, then one by one
         with pytest.raises(Killed):
             score_unit(shard, job(tmp_path), score)
     assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
     assert result(tmp_path, shard)["lost"] == [n == 6 for n in range(10)]
-    assert "killed its worker 2 times" in (tmp_path / "out" / f"{shard.stem}.lost.json").read_text()
+    assert "its worker died 3 times" in (tmp_path / "out" / f"{shard.stem}.lost.json").read_text()
 
 
 def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
@@ -165,3 +165,18 @@ def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path)
     assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
     found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
     assert found["a"] == found["b"] == [float(n) for n in range(10)]
+
+
+def test_one_death_changes_no_batch(shard: Path, tmp_path: Path) -> None:
+    batches: list[int] = []
+
+    def dies_once(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        batches.append(len(rows))
+        if len(batches) == 1:
+            raise Killed
+        return plain(rows, scores)
+
+    with pytest.raises(Killed):
+        score_unit(shard, job(tmp_path), dies_once)
+    assert score_unit(shard, job(tmp_path), dies_once)["lost"] == 0
+    assert batches == [10, 10]

@@ -3,9 +3,9 @@
 A unit's result is one Parquet file beside the others, renamed into place when it is whole: a job that was killed skips
 the units whose files are there. What a unit needs to survive its own death stands in a journal beside it.
 
-A row that kills its worker (a native library's crash, memory) would kill every next one, too. So a unit that is begun
-again in the same run goes row by row and writes down which one it is about to score; a row that was in hand at two
-deaths is quarantined, and the others are scored. Deaths of other runs don't count: those were somebody's kill.
+A row that kills its worker (a native library's crash, memory) would kill every next one, too. So a unit that died twice
+in the same run goes row by row and writes down which one it is about to score; a row that was in hand at a death is
+quarantined, and the others are scored. Deaths of other runs don't count: those were somebody's kill.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tunery.store.score_table import ScoreTable, as_numbers
 Array = Any
 """pyarrow's; its stubs want an element type that is not known here."""
 DEATHS = 2
-"""A row that was in hand so often when its worker died is not tried again."""
+"""So often a unit may die as a whole: once may be somebody's kill, and the same batches give the same bytes."""
 HOPELESS = 20
 Scored = dict[str, Columns]
 """By score."""
@@ -103,15 +103,15 @@ def _try(
     lost: dict[int, str],
 ) -> list[tuple[Sequence[int], Scored]]:
     """(places, their columns by score) of all rows but those that are lost: all at once, or row by row."""
-    if not journal.deaths:
+    if journal.deaths < DEATHS:
         try:
             return [(indices, score([rows[index] for index in indices], lacking))]
         except Exception:  # of some row: found one by one below, and told with it
             journal.write("one by one")
     done: list[tuple[Sequence[int], Scored]] = []
     for index in indices:
-        if journal.in_hand[index] >= DEATHS:
-            lost[index] = f"killed its worker {journal.in_hand[index]} times"
+        if journal.in_hand[index]:
+            lost[index] = f"its worker died {journal.deaths} times, in the end over this row alone"
             continue
         journal.write(f"row {index}")
         try:
