@@ -119,7 +119,7 @@ class Judge:
         self._badness: list[Floats] = []
 
     def see(self, planted: Any, dropped: Bools, badness: Floats | None) -> None:
-        """The next rows, `planted` as an Arrow column. `badness`: where one score decides, else None; NaN counts as the worst."""
+        """The next rows; `planted` is an Arrow column, `badness` is there where one score decides (NaN is worst)."""
         self._open = self._open and planted.null_count == 0
         if not self._open:
             self._planted, self._dropped, self._badness = [], [], []
