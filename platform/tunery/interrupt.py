@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -50,7 +50,8 @@ def last_words(words: str) -> Iterator[None]:
     if child == 0:
         try:
             os.close(writing)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are sent to the whole process group
+                signal.signal(number, signal.SIG_IGN)
             if os.read(reading, 1) == b"":
                 os.write(2, words.encode())
         finally:
@@ -59,6 +60,7 @@ def last_words(words: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.write(writing, b".")
+        with suppress(BrokenPipeError):  # the child is gone: there is nobody to be told
+            os.write(writing, b".")
         os.close(writing)
         os.waitpid(child, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -28,3 +30,23 @@ with last_words("gone at once"):
 def test_last_words_are_for_ends_that_leave_no_other(end: str, said: bool) -> None:
     done = subprocess.run([sys.executable, "-c", CODE, end], capture_output=True, text=True, timeout=20)
     assert ("gone at once" in done.stderr) == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_whole_group_leaves_the_end_to_the_process(number: signal.Signals) -> None:
+    """A cluster's scheduler and a terminal's Ctrl-C signal every process of the group, the forked one too."""
+    code = CODE.replace("import os, sys", "import os, signal, sys, time\nsignal.signal(15, signal.default_int_handler)")
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "print(1, flush=True); time.sleep(20)"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "1\n"
+    os.killpg(run.pid, number)
+    _, err = run.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    assert "BrokenPipeError" not in err
+    assert "gone at once" not in err

@@ -167,6 +167,11 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         12,
         ["two scores are called length: give one of them a `name`"],
     ),
+    "score with the name of a column": (
+        [("by: [{perplexity: base}]", "by: [{perplexity: base}, {length: words, name: random}]")],
+        12,
+        ["a score can't be called random"],
+    ),
     "no scorer": ([("by: [{perplexity: base}]", "by: []")], 12, ["`stages.scored.by` can't be []", "at least 1"]),
     "missing key": ([("    data: docs\n", "")], 6, ["`stages.base` lacks `data`", "add `data: ...`"]),
     "missing kind": ([("{kind: select, ", "{")], 13, ["`stages.clean` lacks `kind`", "dataset, score, select"]),

@@ -58,7 +58,7 @@ def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path:
     found = result(tmp_path, shard)
     assert found["id"] == [row["id"] for row in rows_of(10)]
     assert found["a"] == [float(n) for n in range(10)]
-    assert found["a_why"] == [f"row {n}" for n in range(10)]
+    assert found["a:why"] == [f"row {n}" for n in range(10)]
     assert all("planted" not in row for row in seen)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "nothing but the result is left"
 
@@ -66,7 +66,7 @@ def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path:
 def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path) -> None:
     score_unit(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
-    table = made.select(["a", "a_why"]).rename_columns(["score", "why"])
+    table = made.select(["a", "a:why"]).rename_columns(["score", "why"])
     from tunery.store.score_table import as_numbers
 
     kept = table.append_column("id", [as_numbers(made["id"].to_pylist())])
@@ -83,7 +83,7 @@ def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path) -> None:
     assert asked == [f"row {n}" for n in range(10) if n not in (1, 4)]
     after = result(tmp_path, shard)
     assert after["known:a"] == [n in (1, 4) for n in range(10)]
-    assert {name: after[name] for name in ("id", "a", "a_why")} == {name: before[name] for name in ("id", "a", "a_why")}
+    assert {name: after[name] for name in ("id", "a", "a:why")} == {name: before[name] for name in ("id", "a", "a:why")}
 
 
 def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(shard: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path)
 
     score_unit(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
-    kept = made.select(["a", "a_why"]).rename_columns(["score", "why"])
+    kept = made.select(["a", "a:why"]).rename_columns(["score", "why"])
     kept = kept.append_column("id", [as_numbers(made["id"].to_pylist())]).select(["id", "score", "why"])
     ScoreTable(tmp_path / "kept").add("r", [kept], 6)
     asked: list[tuple[int, tuple[str, ...]]] = []

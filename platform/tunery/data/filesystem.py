@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -175,12 +176,14 @@ def open_seekable(file: File) -> IO[bytes]:
     """
     if not file.endings[1]:
         return _open_raw(file)
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    with open_stream(file) as stream:
-        while piece := stream.read(PIECE):
-            unpacked.write(piece)
-    unpacked.seek(0)
-    return unpacked
+    with ExitStack() as stack:
+        unpacked = stack.enter_context(tempfile.TemporaryFile())
+        with open_stream(file) as stream:
+            while piece := stream.read(PIECE):
+                unpacked.write(piece)
+        unpacked.seek(0)
+        stack.pop_all()  # from here on the caller closes it
+        return unpacked
 
 
 def _open_raw(file: File) -> IO[bytes]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,9 +69,13 @@ def make_scores(context: StageContext) -> StageResult:
     for job, _, _ in passes:
         _keep_scores(context, job)
     facts = describe_scores(context.out, stage.by)
-    if facts["rows_out"] + lost != facts["rows_in"] + lost or not facts["rows_out"]:
-        raise RowsLost(context.name, f"{facts['rows_in']} rows went in, {facts['rows_out']} came out, {lost} were lost")
-    facts["rows_in"] += lost
+    rows_in = sum(int(pq.read_metadata(path).num_rows) for path in files)
+    if facts["rows"] != facts["rows_out"] or facts["rows_out"] + lost != rows_in:
+        raise RowsLost(
+            context.name,
+            f"{rows_in} rows went in; {facts['rows']} came out with {facts['rows_out']} scores, {lost} in quarantine",
+        )
+    facts["rows_in"] = rows_in
     return StageResult(
         {**facts, "quarantined": lost, "quarantine": quarantine_facts(context.out / "quarantine.jsonl")},
         {
@@ -171,13 +176,22 @@ def _combine(context: StageContext, passes: Sequence[Pass], files: Sequence[Path
                 if reasons.is_file():
                     lost |= {int(index): why for index, why in json.loads(reasons.read_text()).items()}
                 if job.name in across:
-                    columns |= next(across[job.name])
+                    found = next(across[job.name])
                 else:
-                    columns |= {name: result[name] for name in result.column_names if _is_score(name)}
+                    found = {name.replace(":", "_"): result[name] for name in result.column_names if _is_score(name)}
+                own = [name.replace(":", "_") for name in result.column_names if _is_score(name)]
+                if twice := sorted((columns.keys() & found.keys()) | {name for name in own if own.count(name) > 1}):
+                    raise StageError(
+                        context.name,
+                        f"two scores have a column `{twice[0]}`",
+                        cause="what explains a score stands under its name, `_` and what it is",
+                        remedy="give the score of that name another `name`",
+                    )
+                columns |= found
             scores = pa.table(columns)
             final = context.out / "rows" / path.name
             if not lost:
-                os.link(path, final)  # the same bytes, once on the disk; artifacts never change
+                _link(path, final)
             else:
                 count += len(lost)
                 whole = pq.read_table(path)
@@ -195,6 +209,14 @@ def _combine(context: StageContext, passes: Sequence[Pass], files: Sequence[Path
     return count
 
 
+def _link(path: Path, final: Path) -> None:
+    """The same bytes, once on the disk: artifacts never change. Some file systems know no hard links."""
+    try:
+        os.link(path, final)
+    except OSError:
+        shutil.copyfile(path, final)
+
+
 def _is_score(column: str) -> bool:
     return column not in ("id", "lost") and not column.startswith("known:")
 
@@ -208,7 +230,7 @@ def _resolved(context: StageContext, stage: Score, job: Pass, files: Sequence[Pa
     plain: list[Path] = []
     for path in files:
         table = pq.read_table(job.folder / path.name)
-        prefix = f"{spec.score}_"
+        prefix = f"{spec.score}:"
         table = table.select([name for name in table.column_names if name == "id" or name.startswith(prefix)])
         plain.append(scratch / path.name)
         pq.write_table(table.rename_columns([name.removeprefix(prefix) for name in table.column_names]), plain[-1])
@@ -233,7 +255,7 @@ def _fresh(job: Pass, score: str) -> Iterator[pa.Table]:
         table = pq.read_table(path)
         wanted = np.flatnonzero(~(table[f"known:{score}"].to_numpy() | table["lost"].to_numpy()))
         table = table.take(wanted)
-        own = [name for name in table.column_names if name == score or name.startswith(f"{score}_")]
+        own = [name for name in table.column_names if name == score or name.startswith(f"{score}:")]
         columns: dict[str, Any] = {"id": pa.array(as_numbers(strings(table["id"])))}
-        columns |= {"score" if name == score else name.removeprefix(f"{score}_"): table[name] for name in own}
+        columns |= {"score" if name == score else name.removeprefix(f"{score}:"): table[name] for name in own}
         yield pa.table(columns)

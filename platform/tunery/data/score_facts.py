@@ -26,9 +26,7 @@ PAIRS = 3
 
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
-    """rows_in and rows_out of the artifact's tables, tokens, truncated (rows that were too long for some model); of
-    each score its histogram, median, how many rows have none, and how well it tells planted rows apart; and rows by two
-    scores at once."""
+    """rows, rows_out (of the scores), tokens, truncated (rows that were too long for some model); of each score its histogram, median, how many rows have none, and how well it tells planted rows apart; rows by two scores."""
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
@@ -41,8 +39,7 @@ def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
     planted = _planted(artifact) if rows <= JUDGED else None
     described = {spec.score: _describe(artifact, spec, rows, planted) for spec in by}
     return {
-        "rows": scored,
-        "rows_in": rows,
+        "rows": rows,
         "rows_out": scored,
         "tokens": tokens,
         "truncated": truncated,

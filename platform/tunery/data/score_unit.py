@@ -127,7 +127,8 @@ def _try(
 def _merge(
     score: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: Sequence[tuple[Sequence[int], Columns]]
 ) -> dict[str, Array]:
-    """The columns of a score, named as in the table, from what was known and what is new; NaN for lost rows."""
+    """The columns of a score, from what was known and what is new; NaN for lost rows. `<score>` is the score itself,
+    `<score>:<key>` what explains it: no name of a score holds a colon."""
     keys = list(fresh[0][1]) if fresh else kept.column_names if kept is not None else ["score"]
     result: dict[str, Array] = {}
     for key in keys:
@@ -140,7 +141,7 @@ def _merge(
                 values[index] = value
         array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
         # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
-        named = score if key == "score" else f"{score}_{key}"
+        named = score if key == "score" else f"{score}:{key}"
         result[named] = array.cast(pa.string()) if pa.types.is_null(array.type) else array
     return result
 

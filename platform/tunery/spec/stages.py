@@ -71,6 +71,10 @@ class Dataset(Spec):
         return iter(())
 
 
+RANDOM = "random"
+"""A score that every row has: evenly spread over [0, 1), from the row's id and the stage's seed."""
+
+
 class Score(Spec):
     """Every row gets scores; none is dropped."""
 
@@ -93,6 +97,8 @@ class Score(Spec):
         names = [scorer.score for scorer in by]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two scores are called {', '.join(twice)}: give one of them a `name`")
+        if taken := sorted({RANDOM, "id", "known", "lost"} & set(names)):
+            raise ValueError(f"a score can't be called {', '.join(taken)}: that stands in every table")
         return by
 
 
@@ -129,8 +135,6 @@ class Keep(Spec):
 
 
 KEEP_RULES = ("quantile", "top_k", "as_many_as", "threshold", "range")
-RANDOM = "random"
-"""A score that every row has: evenly spread over [0, 1), from the row's id and the stage's seed."""
 
 
 class Quota(Spec):
