@@ -26,7 +26,8 @@ PAIRS = 3
 
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
-    """rows, rows_out (of the scores), tokens, truncated (rows that were too long for some model); of each score its histogram, median, how many rows have none, and how well it tells planted rows apart; rows by two scores."""
+    """rows, rows_out (of the scores), tokens, truncated (rows that were too long for some model); of each score its
+    histogram, median, how many rows have none, how well it tells planted rows apart; and rows by two scores at once."""
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
