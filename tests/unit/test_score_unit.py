@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data.score_unit import DEATHS, HOPELESS, Pass, Scored, score_unit
+from tunery.data.score_unit import DEATHS, HOPELESS, PIECE, Pass, Scored, score_unit
 from tunery.store.rows import Row, row_id, shards, write_rows
 from tunery.store.score_table import ScoreTable
 
@@ -30,6 +30,11 @@ def shard(tmp_path: Path) -> Path:
     write_rows(rows_of(10), tmp_path / "data")
     (path,) = shards(tmp_path / "data")
     return path
+
+
+@pytest.fixture(params=[PIECE, 4], ids=["in one piece", "in three pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.data.score_unit.PIECE", request.param)
 
 
 def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> Pass:
@@ -63,7 +68,7 @@ def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path:
     assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "nothing but the result is left"
 
 
-def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path) -> None:
+def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: None) -> None:
     score_unit(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
     table = made.select(["a", "a:why"]).rename_columns(["score", "why"])
@@ -86,7 +91,9 @@ def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path) -> None:
     assert {name: after[name] for name in ("id", "a", "a:why")} == {name: before[name] for name in ("id", "a", "a:why")}
 
 
-def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(shard: Path, tmp_path: Path) -> None:
+def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(
+    shard: Path, tmp_path: Path, pieces: None
+) -> None:
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(row["text"] == "row 3" for row in rows):
             raise ValueError("a strange row")
@@ -107,11 +114,13 @@ def test_fault_of_every_row_is_raised_instead_of_losing_them_all(tmp_path: Path)
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         raise ValueError("the model is broken")
 
-    with pytest.raises(RuntimeError, match=f"none of the first {HOPELESS} rows can be scored; ValueError: the model"):
+    with pytest.raises(
+        RuntimeError, match=f"none of {HOPELESS} rows one after the other can be scored; ValueError: the model"
+    ):
         score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
 
 
-def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp_path: Path) -> None:
+def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp_path: Path, pieces: None) -> None:
     scored: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -143,6 +152,23 @@ def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
 
     assert score_unit(shard, job(tmp_path, "5"), score)["lost"] == 0
     assert batches == [10], "all at once: nothing is suspected"
+
+
+def test_piece_of_which_every_row_is_lost_keeps_its_place(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunery.data.score_unit.PIECE", 4)
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        if any(4 <= row["line"] < 8 for row in rows):
+            raise ValueError("a strange row")
+        return {"a": {"score": [1.0] * len(rows), "sketch": [b"x"] * len(rows)}}
+
+    assert score_unit(shard, job(tmp_path), score)["lost"] == 4
+    found = result(tmp_path, shard)
+    assert found["lost"] == [4 <= n < 8 for n in range(10)]
+    assert found["a:sketch"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
+    assert set(json.loads((tmp_path / "out" / f"{shard.stem}.lost.json").read_text())) == {"4", "5", "6", "7"}
 
 
 def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path) -> None:

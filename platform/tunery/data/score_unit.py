@@ -30,6 +30,9 @@ Array = Any
 DEATHS = 2
 """So often a unit may die as a whole: once may be somebody's kill, and the same batches give the same bytes."""
 HOPELESS = 20
+PIECE = 2048
+"""Rows of a unit that are Python objects at a time: what bounds a worker's memory, with the bytes of a shard. The
+window, too, within which model scorers sort by length."""
 Scored = dict[str, Columns]
 """By score."""
 
@@ -56,19 +59,45 @@ def score_unit(shard: Path, job: Pass, score: Callable[[Sequence[Row], Sequence[
     """
     # `planted` is the truth that a filter is judged by: no scorer may see it.
     names = [name for name in pq.read_schema(shard).names if name != "planted"]
-    rows = pq.read_table(shard, columns=names).to_pylist()
-    ids = as_numbers(row["id"] for row in rows)
-    columns: dict[str, Array] = {"id": pa.array([row["id"] for row in rows])}
+    table = pq.read_table(shard, columns=names)
     journal = _Journal(job.folder / f"{shard.stem}.journal", job.run)
     lost: dict[int, str] = {}
+    pieces = [
+        _score_piece(table.slice(start, PIECE), start, job, score, journal, lost)
+        for start in range(0, max(1, len(table)), PIECE)
+    ]
+    if lost:
+        (job.folder / f"{shard.stem}.lost.json").write_text(json.dumps(lost))
+    final = job.folder / shard.name
+    temporary = final.with_suffix(".tmp")
+    pq.write_table(_joined([piece for piece, _ in pieces]), temporary)
+    temporary.rename(final)
+    journal.remove()
+    touched = sum(count for _, count in pieces)
+    return {"rows": len(table), "scored": touched - len(lost), "known": len(table) - touched, "lost": len(lost)}
+
+
+def _score_piece(
+    table: pa.Table,
+    start: int,
+    job: Pass,
+    score: Callable[[Sequence[Row], Sequence[str]], Scored],
+    journal: _Journal,
+    lost: dict[int, str],
+) -> tuple[pa.Table, int]:
+    """The columns of the rows from `start` of the unit, and how many of them some scorer did not know; adds to
+    `lost`, by the row's number in the unit."""
+    rows = table.to_pylist()
+    ids = as_numbers(row["id"] for row in rows)
+    columns: dict[str, Array] = {"id": pa.array([row["id"] for row in rows], pa.string())}
     missing = {name: np.ones(len(rows), dtype=bool) for name in job.scores}
     kept: dict[str, pa.Table] = {}
     for name in job.scores:
         if name in job.tables:
-            known, table = ScoreTable(job.tables[name]).find(ids)
+            known, found = ScoreTable(job.tables[name]).find(ids)
             missing[name] = ~known
-            if table is not None:
-                kept[name] = table
+            if found is not None:
+                kept[name] = found
     # Scores of one pass share their forwards: rows that lack the same ones go together.
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in range(len(rows)):
@@ -76,51 +105,48 @@ def score_unit(shard: Path, job: Pass, score: Callable[[Sequence[Row], Sequence[
             groups.setdefault(lacking, []).append(index)
     fresh: dict[str, list[tuple[Sequence[int], Columns]]] = {name: [] for name in job.scores}
     for lacking, indices in groups.items():
-        for places, told in _try(rows, indices, lacking, score, journal, lost):
+        for places, told in _try(rows, start, indices, lacking, score, journal, lost):
             for name in lacking:
                 fresh[name].append((places, told[name]))
     for name in job.scores:
         columns |= _merge(name, len(rows), kept.get(name), np.flatnonzero(~missing[name]), fresh[name])
         columns[f"known:{name}"] = pa.array(~missing[name])
-    columns["lost"] = pa.array([index in lost for index in range(len(rows))])
-    if lost:
-        (job.folder / f"{shard.stem}.lost.json").write_text(json.dumps(lost))
-    final = job.folder / shard.name
-    temporary = final.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.rename(final)
-    journal.remove()
-    touched = sum(len(indices) for indices in groups.values())
-    return {"rows": len(rows), "scored": touched - len(lost), "known": len(rows) - touched, "lost": len(lost)}
+    columns["lost"] = pa.array([start + index in lost for index in range(len(rows))], pa.bool_())
+    return pa.table(columns), sum(len(indices) for indices in groups.values())
 
 
 def _try(
     rows: Sequence[Row],
+    start: int,
     indices: list[int],
     lacking: tuple[str, ...],
     score: Callable[[Sequence[Row], Sequence[str]], Scored],
     journal: _Journal,
     lost: dict[int, str],
 ) -> list[tuple[Sequence[int], Scored]]:
-    """(places, their columns by score) of all rows but those that are lost: all at once, or row by row."""
+    """(places, their columns by score) of all rows but those that are lost: all at once, or row by row. `start` is the
+    first row's number in the unit."""
     if journal.deaths < DEATHS:
         try:
             return [(indices, score([rows[index] for index in indices], lacking))]
         except Exception:  # of some row: found one by one below, and told with it
             journal.write("one by one")
     done: list[tuple[Sequence[int], Scored]] = []
+    reasons: list[str] = []
     for index in indices:
-        if journal.in_hand[index]:
-            lost[index] = f"its worker died {journal.deaths} times, in the end over this row alone"
+        number = start + index
+        if journal.in_hand[number]:
+            lost[number] = f"its worker died {journal.deaths} times, in the end over this row alone"
             continue
-        journal.write(f"row {index}")
+        journal.write(f"row {number}")
         try:
             done.append(([index], score([rows[index]], lacking)))
         except Exception as error:
-            lost[index] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        if not done and len(lost) == HOPELESS:
+            lost[number] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            reasons.append(lost[number])
+        if not done and len(reasons) == HOPELESS:
             # Not the rows: whatever is wrong is wrong with all of them, and must not empty the dataset one by one.
-            raise RuntimeError(f"none of the first {len(lost)} rows can be scored; {next(iter(lost.values()))}")
+            raise RuntimeError(f"none of {len(reasons)} rows one after the other can be scored; {reasons[0]}")
     return done
 
 
@@ -140,10 +166,18 @@ def _merge(
             for index, value in zip(places, told[key], strict=True):
                 values[index] = value
         array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
-        # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
-        named = score if key == "score" else f"{score}:{key}"
-        result[named] = array.cast(pa.string()) if pa.types.is_null(array.type) else array
+        result[score if key == "score" else f"{score}:{key}"] = array
     return result
+
+
+def _joined(pieces: Sequence[pa.Table]) -> pa.Table:
+    """One chunk a column: pages of the file end where chunks do. A piece whose rows are all lost lacks columns."""
+    table = pa.concat_tables(pieces, promote_options="default").combine_chunks()
+    for index, column in enumerate(table.schema):
+        # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
+        if pa.types.is_null(column.type):
+            table = table.set_column(index, column.name, table[column.name].cast(pa.string()))
+    return table
 
 
 class _Journal:
