@@ -141,7 +141,7 @@ class Actor:
 
 folder = Path(sys.argv[1])
 ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-job = Pass("a", ("a",), folder / "out", "run")
+job = Pass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
 told = list(map_units(Actor, (job,), units, Compute(workers=2, device="cpu"), False))
 print("told", sum(unit["scored"] for unit in told), sum(unit["lost"] for unit in told))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
+from tunery.data.scorers.spill import Sketches
 from tunery.data.scorers.table import AcrossScorer, Columns
 from tunery.store.rows import Row, row_id
 
@@ -67,8 +68,8 @@ def across(
         sketches.append(folder / f"sketch-{number:05d}.parquet")
         pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.sketch(some)}), sketches[-1])
     joined: Columns = {}
-    list(islice(scorer.resolve(sketches, folder / "work"), killed))
-    resolved = list(scorer.resolve(sketches, folder / "work"))
+    list(islice(scorer.resolve(Sketches(tuple(sketches)), folder / "work"), killed))
+    resolved = list(scorer.resolve(Sketches(tuple(sketches)), folder / "work"))
     assert [len(columns["score"]) for columns in resolved] == [len(some) for some in shards]
     for columns in resolved:
         for name, values in columns.items():

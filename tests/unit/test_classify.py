@@ -325,7 +325,7 @@ def test_head_without_weights_is_refused_instead_of_drawn_at_random(folder: Path
 def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor(folder: Path, tmp_path: Path) -> None:
     spec = Classifier(classifier=Pretrained(pretrained="org/name"), label="grey")
     with pytest.raises(TuneryError, match=r"has no label `grey`\ncause: its labels: `red`, `green`, `blue`"):
-        ClassificationActor(Pass("a", ("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
+        ClassificationActor(Pass(("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
     with pytest.raises(BadModel):
         RewardScorer(Reward(reward="m"), Labels(("a", "b"), False), "m")
 

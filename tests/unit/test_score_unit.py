@@ -39,7 +39,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> Pass:
     (folder / "out").mkdir(exist_ok=True)
-    return Pass("a", scores, folder / "out", run, tables)
+    return Pass(scores, folder / "out", run, tables)
 
 
 def plain(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -186,7 +186,7 @@ def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path)
         return plain(rows, scores)
 
     (tmp_path / "both").mkdir()
-    both = Pass("ab", ("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
+    both = Pass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
     score_unit(shard, both, score)
     assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
     found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()

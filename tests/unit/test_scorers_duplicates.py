@@ -16,7 +16,7 @@ from scorer_rows import across, answer_row, hostile_rows, prompt_row, text_row
 from tunery.data.scorers import near_duplicates
 from tunery.data.scorers.duplicates import DuplicatesScorer
 from tunery.data.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbours
-from tunery.data.scorers.spill import Partitions, part_of
+from tunery.data.scorers.spill import Partitions, Sketches, part_of
 from tunery.data.scorers.texts import normal
 from tunery.spec import Duplicates, NearDuplicates
 from tunery.store.rows import Row, composed
@@ -203,7 +203,7 @@ def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -
         [math.nan] * 3, nan_ok=True
     )
     assert near().sketch([]) == {"signature": []}
-    assert list(near().resolve([], tmp_path / "none")) == []
+    assert list(near().resolve(Sketches(()), tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0])

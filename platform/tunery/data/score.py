@@ -2,8 +2,8 @@
 
 The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
 same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that read
-the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; row scorers share one; a
-scorer that compares rows runs by itself.
+the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; all that need no model
+share one pass over the rows on every CPU there is.
 
 A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
 were scored before, in any run of the store, come from its score tables (store/score_table.py).
@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tunery.data.samples import quarantine_facts
-from tunery.data.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RowActor, SketchActor
+from tunery.data.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RuleActor
 from tunery.data.score_facts import describe_scores
 from tunery.data.score_unit import Pass
+from tunery.data.scorers.spill import Sketches
 from tunery.data.scorers.table import KINDS, AcrossScorer
 from tunery.errors import RowsLost, StageError
 from tunery.models.load import source_of
@@ -43,6 +45,8 @@ MODEL_ACTORS: dict[str, type] = {
     "embedding": EmbeddingActor,
 }
 """By what scorers read: those of one model share an actor and its forward passes."""
+LONGEST_NAME = 100
+"""Of the folder of a pass: the names of its scores, and file systems take 255 bytes."""
 
 
 def make_scores(context: StageContext) -> StageResult:
@@ -94,8 +98,7 @@ def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pas
     """What goes over the rows together, with its actor and the actor's further arguments."""
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
     by_model: dict[tuple[type, str], list[ScorerSpec]] = {}
-    by_row: list[ScorerSpec] = []
-    across: list[ScorerSpec] = []
+    by_rule: list[ScorerSpec] = []
     specs: Sequence[ScorerSpec] = stage.by
     for spec in specs:
         reads = KINDS[spec.kind()].reads
@@ -104,22 +107,24 @@ def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[Pas
             source = json.dumps(source_of(spec.model, paths, context.folder))
             by_model.setdefault((MODEL_ACTORS[reads], source), []).append(spec)
         else:
-            (by_row if reads == "row" else across).append(spec)
+            by_rule.append(spec)
     for (actor, source), mine in by_model.items():
         further: tuple[Any, ...] = (mine, json.loads(source), stage.max_length, context.compute)
         yield _pass(context, mine, run), actor, (*further, paths) if actor is EmbeddingActor else further
-    if by_row:
-        yield _pass(context, by_row, run), RowActor, (by_row, paths)
-    for spec in across:
-        yield _pass(context, [spec], run, keep=False), SketchActor, (spec,)
+    if by_rule:
+        yield _pass(context, by_rule, run), RuleActor, (by_rule, paths)
 
 
-def _pass(context: StageContext, specs: Sequence[ScorerSpec], run: str, keep: bool = True) -> Pass:
+def _pass(context: StageContext, specs: Sequence[ScorerSpec], run: str) -> Pass:
     scores = tuple(spec.score for spec in specs)
-    folder = context.work / "passes" / "+".join(scores)
+    name = "+".join(scores)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{fingerprint('pass', {'scores': scores}, {})}"
+    folder = context.work / "passes" / name
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {spec.score: context.scores / _scorer_fingerprint(context, spec) for spec in specs} if keep else {}
-    return Pass("+".join(scores), scores, folder, run, tables)
+    # What a comparison with other rows gives is worked out anew: it changes with every row that is added.
+    kept = [spec for spec in specs if KINDS[spec.kind()].reads != "across"]
+    return Pass(scores, folder, run, {spec.score: context.scores / _scorer_fingerprint(context, spec) for spec in kept})
 
 
 def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
@@ -149,7 +154,8 @@ def _run_pass(
         else:
             todo.append({"shard": str(path)})
     if todo:
-        yield from map_units(actor, (job, *arguments), todo, context.compute, context.in_process)
+        on_cpu = actor is RuleActor
+        yield from map_units(actor, (job, *arguments), todo, context.compute, context.in_process, on_cpu)
 
 
 def _combine(context: StageContext, passes: Sequence[Pass], files: Sequence[Path]) -> int:
@@ -161,33 +167,33 @@ def _combine(context: StageContext, passes: Sequence[Pass], files: Sequence[Path
     assert isinstance(stage, Score)
     (context.out / "rows").mkdir()
     (context.out / "scores").mkdir()
-    across = {job.name: _resolved(context, stage, job, files) for job in passes if not job.tables}
+    across = {spec.score: _resolved(context, spec, passes, files) for spec in stage.by if _compares(spec)}
     count = 0
     with (context.out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
         for path in files:
             lost: dict[int, str] = {}
             columns: dict[str, Any] = {}
             for job in passes:
-                result = pq.read_table(job.folder / path.name)
+                own = [name for name in job.scores if name not in across]
+                result = _columns_of(job.folder / path.name, own)
                 columns.setdefault("id", result["id"])
                 if result["id"] != columns["id"]:
                     raise RowsLost(context.name, f"the scores of {path.name} are not those of its rows")
                 reasons = job.folder / f"{path.stem}.lost.json"
                 if reasons.is_file():
                     lost |= {int(index): why for index, why in json.loads(reasons.read_text()).items()}
-                if job.name in across:
-                    found = next(across[job.name])
-                else:
-                    found = {name.replace(":", "_"): result[name] for name in result.column_names if _is_score(name)}
-                own = [name.replace(":", "_") for name in result.column_names if _is_score(name)]
-                if twice := sorted((columns.keys() & found.keys()) | {name for name in own if own.count(name) > 1}):
+                found = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
+                for name in job.scores:
+                    found += next(across[name]).items() if name in across else ()
+                names = [*columns, *(name for name, _ in found)]
+                if twice := sorted({name for name in names if names.count(name) > 1}):
                     raise StageError(
                         context.name,
                         f"two scores have a column `{twice[0]}`",
                         cause="what explains a score stands under its name, `_` and what it is",
                         remedy="give the score of that name another `name`",
                     )
-                columns |= found
+                columns |= dict(found)
             scores = pa.table(columns)
             final = context.out / "rows" / path.name
             if not lost:
@@ -217,24 +223,24 @@ def _link(path: Path, final: Path) -> None:
         shutil.copyfile(path, final)
 
 
-def _is_score(column: str) -> bool:
-    return column not in ("id", "lost") and not column.startswith("known:")
+def _columns_of(path: Path, scores: Sequence[str]) -> pa.Table:
+    """id, and what the unit's file has of these scores: each with what explains it."""
+    names = [name for name in pq.read_schema(path).names if name.split(":")[0] in ("id", *scores)]
+    return pq.read_table(path, columns=names)
 
 
-def _resolved(context: StageContext, stage: Score, job: Pass, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _compares(spec: ScorerSpec) -> bool:
+    return KINDS[spec.kind()].reads == "across"
+
+
+def _resolved(
+    context: StageContext, spec: ScorerSpec, passes: Sequence[Pass], files: Sequence[Path]
+) -> Iterator[dict[str, Any]]:
     """A shard's columns after the other, of a scorer that compares rows; its sketches have the score's prefix."""
-    (spec,) = (spec for spec in stage.by if spec.score == job.scores[0])
+    (job,) = (job for job in passes if spec.score in job.scores)
     scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
-    scratch = context.work / "across" / job.name
-    scratch.mkdir(parents=True, exist_ok=True)
-    plain: list[Path] = []
-    for path in files:
-        table = pq.read_table(job.folder / path.name)
-        prefix = f"{spec.score}:"
-        table = table.select([name for name in table.column_names if name == "id" or name.startswith(prefix)])
-        plain.append(scratch / path.name)
-        pq.write_table(table.rename_columns([name.removeprefix(prefix) for name in table.column_names]), plain[-1])
-    for columns in scorer.resolve(plain, scratch):
+    sketches = Sketches(tuple(job.folder / path.name for path in files), f"{spec.score}:")
+    for columns in scorer.resolve(sketches, context.work / "across" / spec.score):
         yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
 
 
@@ -252,10 +258,9 @@ def _keep_scores(context: StageContext, job: Pass) -> None:
 
 def _fresh(job: Pass, score: str) -> Iterator[pa.Table]:
     for path in sorted(job.folder.glob("part-*.parquet")):
-        table = pq.read_table(path)
-        wanted = np.flatnonzero(~(table[f"known:{score}"].to_numpy() | table["lost"].to_numpy()))
-        table = table.take(wanted)
-        own = [name for name in table.column_names if name == score or name.startswith(f"{score}:")]
+        flags = pq.read_table(path, columns=[f"known:{score}", "lost"])
+        table = _columns_of(path, [score]).filter(pc.invert(pc.or_(flags[0], flags[1])))
         columns: dict[str, Any] = {"id": pa.array(as_numbers(strings(table["id"])))}
+        own = [name for name in table.column_names if name != "id"]
         columns |= {"score" if name == score else name.removeprefix(f"{score}:"): table[name] for name in own}
         yield pa.table(columns)

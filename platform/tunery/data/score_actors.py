@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from tunery.data.score_unit import Pass, Scored, score_unit
 from tunery.data.scorers.embedding import EmbeddingScorer, reference_rows
-from tunery.data.scorers.table import KINDS, AcrossScorer, ClassificationScorer, Columns
+from tunery.data.scorers.table import KINDS, AcrossScorer, ClassificationScorer, Columns, RowScorer
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
 from tunery.models.likelihood import View
@@ -133,12 +134,13 @@ class EmbeddingActor:
         return {score: {**self._scorers[score](found.vectors), **seen} for score in scores}
 
 
-class RowActor:
-    """Holds the scorers that need nothing but the row."""
+class RuleActor:
+    """Holds the scorers that need no model: those of the row alone, and of those that compare rows the part that is
+    done row by row, their sketches."""
 
     def __init__(self, job: Pass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
         self._job = job
-        self._scorers = {spec.score: KINDS[spec.kind()].load()(spec, inputs) for spec in specs}
+        self._scorers = {spec.score: _by_row(spec, inputs) for spec in specs}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _units(batch, self._job, self._score)
@@ -147,18 +149,13 @@ class RowActor:
         return {score: self._scorers[score](rows) for score in scores}
 
 
-class SketchActor:
-    """What a scorer that compares rows has to know of each."""
-
-    def __init__(self, job: Pass, spec: ScorerSpec):
-        self._job = job
-        self._scorer: AcrossScorer = KINDS[spec.kind()].load()(spec)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
-
-    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        return {scores[0]: {"score": [0.0] * len(rows), **self._scorer.sketch(rows)}}
+def _by_row(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
+    kind = KINDS[spec.kind()]
+    if kind.reads == "row":
+        scorer: RowScorer = kind.load()(spec, inputs)
+        return scorer
+    across: AcrossScorer = kind.load()(spec)
+    return lambda rows: {"score": [math.nan] * len(rows), **across.sketch(rows)}
 
 
 def _units(batch: dict[str, Any], job: Pass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, Any]:

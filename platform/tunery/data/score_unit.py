@@ -41,7 +41,6 @@ Scored = dict[str, Columns]
 class Pass:
     """Scorers that go over the rows together."""
 
-    name: str
     scores: tuple[str, ...]
     folder: Path
     """Where the units' files are written."""

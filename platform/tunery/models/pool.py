@@ -11,9 +11,15 @@ Unit = dict[str, Any]
 
 
 def map_units(
-    actor: type, arguments: tuple[Any, ...], units: list[Unit], compute: Compute, in_process: bool
+    actor: type,
+    arguments: tuple[Any, ...],
+    units: list[Unit],
+    compute: Compute,
+    in_process: bool,
+    on_cpu: bool = False,
 ) -> Iterator[Unit]:
-    """`actor(*arguments)` is made once a worker, then called with batches {column: [value]} of one unit each.
+    """`actor(*arguments)` is made once a worker, then called with batches {column: [value]} of one unit each. Work
+    that needs no model is done `on_cpu`: by one actor a CPU of the cluster, and no GPU is asked for.
 
     `in_process` does the same without Ray, for a trial: it has its CPU or GPU already, and would wait for ever for
     actors that need another one.
@@ -23,16 +29,18 @@ def map_units(
         for unit in units:
             yield {key: values[0] for key, values in mine({key: [value] for key, value in unit.items()}).items()}
         return
+    import ray
     import ray.data
 
     assert compute.workers != "auto", "resolved by the runner"
+    workers = int(ray.cluster_resources()["CPU"]) if on_cpu else compute.workers
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
         fn_constructor_args=arguments,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(units))),
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=1 if compute.device == "gpu" else 0,
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
+        num_cpus=1 if on_cpu else compute.cpus_per_worker,
+        num_gpus=1 if compute.device == "gpu" and not on_cpu else 0,
     )
     yield from dataset.iter_rows()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tunery.data.scorers.spill import RECORDS, Partitions, block_numbers, blocks_of, part_of, read_shards, run_starts
+from tunery.data.scorers.spill import RECORDS, Partitions, Sketches, block_numbers, part_of, run_starts
 from tunery.data.scorers.table import Columns
 from tunery.data.scorers.texts import normal, part
 from tunery.spec import Duplicates
@@ -44,12 +44,12 @@ class DuplicatesScorer:
             [normal(row.get("text") or ""), *(f"{turn['role']}: {normal(turn['content'] or '')}" for turn in turns)]
         )
 
-    def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
+    def resolve(self, sketches: Sketches, work: Path) -> Iterator[Columns]:
         """score: 0 for the first of equal rows, 1 for the second and so on; NaN where there is no content."""
-        blocks = blocks_of(sketches, self._records)
+        blocks = sketches.blocks(self._records)
         parts = 1 + sum(block.rows for block in blocks) // self._records
         by_key = Partitions(work / "keys", {"key": "<u8", "row": "<u8"}, self._records)
-        for first, sketch in read_shards(blocks, ["key"]):
+        for first, sketch in sketches.by_shard(blocks, ["key"]):
             there = np.array([key is not None for key in sketch["key"]], dtype=np.bool_)
             keys = np.frombuffer(b"".join(filter(None, sketch["key"])), dtype="<u8")
             by_key.append(part_of(keys, parts), key=keys, row=first + np.flatnonzero(there))

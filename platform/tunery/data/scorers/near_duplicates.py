@@ -34,10 +34,9 @@ from tunery.data.scorers.spill import (
     Block,
     Partitions,
     Records,
+    Sketches,
     block_numbers,
-    blocks_of,
     part_of,
-    read_shards,
     run_starts,
 )
 from tunery.data.scorers.table import Columns
@@ -76,14 +75,14 @@ class NearDuplicatesScorer:
             "signature": [one.tobytes() if count else None for one, count in zip(signatures, counts, strict=True)],
         }
 
-    def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
+    def resolve(self, sketches: Sketches, work: Path) -> Iterator[Columns]:
         """score: estimated Jaccard similarity to the most similar earlier row, 0 where none reaches the threshold, NaN
         where there is no word; nearest: the id of that row (of equals the first), or ""."""
         work.mkdir(parents=True, exist_ok=True)
         # A block's signatures are in memory at once.
-        blocks = blocks_of(sketches, max(1, self._records // self._hashes))
+        blocks = sketches.blocks(max(1, self._records // self._hashes))
         pairs = Partitions(work / "pairs", {"row": "<u8", "other": "<u8"}, self._records)
-        present = self._find_pairs(blocks, pairs, work)
+        present = self._find_pairs(sketches, blocks, pairs, work)
         with _Flat(work / "signatures.bin", 4 * self._hashes) as signatures, _Flat(work / "ids.bin", ID) as ids:
             for number, block in enumerate(blocks):
                 best, other = self._best(block, pairs.pieces(number, self._records), signatures)
@@ -104,7 +103,7 @@ class NearDuplicatesScorer:
         for name in ("signatures.bin", "ids.bin"):
             (work / name).unlink()
 
-    def _find_pairs(self, blocks: list[Block], pairs: Partitions, work: Path) -> NDArray[np.bool_]:
+    def _find_pairs(self, sketches: Sketches, blocks: list[Block], pairs: Partitions, work: Path) -> NDArray[np.bool_]:
         """Writes candidates to `pairs`; returns which rows have a signature."""
         rows = sum(block.rows for block in blocks)
         present = np.zeros(rows, dtype=np.bool_)
@@ -113,7 +112,7 @@ class NearDuplicatesScorer:
         by_band = Partitions(work / "bands", {"key": "<u8", "row": "<u8"}, self._records)
         by_whole = Partitions(work / "whole", {"key": "<u8", "row": "<u8"}, self._records)
         with (work / "signatures.bin").open("wb") as signatures, (work / "ids.bin").open("wb") as ids:
-            for first, sketch in read_shards(blocks, ["id", "signature"]):
+            for first, sketch in sketches.by_shard(blocks, ["id", "signature"]):
                 empty = bytes(4 * self._hashes)
                 joined = b"".join(one or empty for one in sketch["signature"])
                 signatures.write(joined)

@@ -94,6 +94,41 @@ def run_starts(keys: NDArray[np.uint64]) -> Integers:
 
 
 @dataclass(frozen=True)
+class Sketches:
+    """What a scorer keeps of each row to compare it with others: a Parquet file a shard, with the rows' `id`."""
+
+    files: tuple[Path, ...]
+    prefix: str = ""
+    """Of the columns' names in the files, which may hold other scorers' columns, too."""
+
+    def read(self, path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
+        stored = {name: name if name == "id" else self.prefix + name for name in columns}
+        table = pq.read_table(path, columns=list(stored.values()))
+        return {name: table[at].to_pylist() for name, at in stored.items()}
+
+    def blocks(self, rows: int) -> list[Block]:
+        """The shards in their order, in blocks of at least so many rows but the last."""
+        blocks: list[Block] = []
+        gathered: list[tuple[Path, int]] = []
+        first = 0
+        for shard in self.files:
+            gathered.append((shard, int(pq.read_metadata(shard).num_rows)))
+            count = sum(count for _, count in gathered)
+            if count >= rows or shard is self.files[-1]:
+                blocks.append(Block(first, count, tuple(gathered)))
+                gathered, first = [], first + count
+        return blocks
+
+    def by_shard(self, blocks: Sequence[Block], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+        """Number of the first row, and the columns, of each shard."""
+        for block in blocks:
+            first = block.first
+            for path, count in block.shards:
+                yield first, self.read(path, columns)
+                first += count
+
+
+@dataclass(frozen=True)
 class Block:
     """Shards of consecutive rows."""
 
@@ -103,29 +138,6 @@ class Block:
     """Each with its number of rows."""
 
 
-def blocks_of(shards: Sequence[Path], rows: int) -> list[Block]:
-    """The shards in their order, in blocks of at least so many rows but the last."""
-    blocks: list[Block] = []
-    gathered: list[tuple[Path, int]] = []
-    first = 0
-    for shard in shards:
-        gathered.append((shard, int(pq.read_metadata(shard).num_rows)))
-        count = sum(count for _, count in gathered)
-        if count >= rows or shard is shards[-1]:
-            blocks.append(Block(first, count, tuple(gathered)))
-            gathered, first = [], first + count
-    return blocks
-
-
 def block_numbers(blocks: Sequence[Block], rows: NDArray[np.uint64]) -> Integers:
     firsts = np.array([block.first for block in blocks], dtype=np.uint64)
     return (np.searchsorted(firsts, rows, side="right") - 1).astype(np.int64)
-
-
-def read_shards(blocks: Sequence[Block], columns: list[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """Number of the first row, and the columns, of each shard."""
-    for block in blocks:
-        first = block.first
-        for path, count in block.shards:
-            yield first, pq.read_table(path, columns=columns).to_pydict()
-            first += count

@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from tunery.data.scorers.spill import Sketches
 from tunery.models.likelihood import View
 from tunery.store.rows import Row
 
@@ -59,9 +60,9 @@ class AcrossScorer(Protocol):
         """What has to be kept of each row to compare it with others; runs on many shards at once."""
         ...
 
-    def resolve(self, sketches: Sequence[Path], work: Path) -> Iterator[Columns]:
-        """The columns of each shard in turn, from the sketches of all: a Parquet file a shard, with the rows' `id`
-        and the columns of `sketch` (null where a row could not be sketched). Never holds all rows in memory: what is
+    def resolve(self, sketches: Sketches, work: Path) -> Iterator[Columns]:
+        """The columns of each shard in turn, from the sketches of all, as `sketch` gave them (null where a row could
+        not be sketched). Never holds all rows in memory: what is
         large goes through files in `work`, which may hold those of a try that was killed."""
         ...
 
