@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -108,8 +109,8 @@ def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) ->
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
             patch.setattr(duplicates, "IN_MEMORY", in_memory)
             count = DuplicateCount(Path(folder) / "ids")
-            for number in ids:
-                count.add(f"{number:016x}")
+            for start in range(0, len(ids), 3):
+                count.add(np.array(ids[start : start + 3], dtype=np.uint64))
             assert count.total() == len(ids) - len(set(ids))
             assert not (Path(folder) / "ids").exists()
 

@@ -6,18 +6,21 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
+
+import pyarrow as pa
 
 from tunery.data.corrupt import corrupt
 from tunery.data.duplicates import DuplicateCount
 from tunery.data.filesystem import OutOfReach
-from tunery.data.read import Quarantined, Tally, described, read_source
+from tunery.data.read import Quarantine, Quarantined, Tally, as_tables, described, read_source
+from tunery.data.read_units import read_in_parallel, worth_reading_in_parallel
 from tunery.data.samples import quarantine_facts
 from tunery.errors import RowsLost, StageError
 from tunery.spec import Dataset
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import Row, Shape, row_id, shape_of, write_rows
+from tunery.store.rows import Row, strings, write_tables
+from tunery.store.score_table import as_numbers
 
 
 def make_dataset(context: StageContext) -> StageResult:
@@ -29,8 +32,6 @@ def make_dataset(context: StageContext) -> StageResult:
     """
     stage = context.spec
     assert isinstance(stage, Dataset)
-    planted: Counter[str] = Counter()
-    shapes: Counter[Shape] = Counter()
     tally = Tally()
     shutil.rmtree(context.work / "ids", ignore_errors=True)  # of a run that was cut off
     duplicates = DuplicateCount(context.work / "ids")
@@ -41,22 +42,16 @@ def make_dataset(context: StageContext) -> StageResult:
         def quarantine(line: Quarantined) -> None:
             file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
 
-        def finished() -> Iterator[Row]:
-            rows: Iterator[Row] = read_source(stage, context.folder, quarantine, tally)
-            if stage.corrupt:
-                rows = iter(corrupt(list(rows), stage.corrupt, context.seed))
-            for count, row in enumerate(rows, 1):
-                row = {**row, "id": row_id(row)}
-                duplicates.add(row["id"])
-                shapes[shape_of(row)] += 1
-                if row.get("planted") is not None:
-                    planted[row["planted"]] += 1
-                if count % 2000 == 0:
-                    context.emit("progress", done=count, total=None, unit="rows")
-                yield row
+        def counted() -> Iterator[pa.Table]:
+            count = 0
+            for table in _tables(context, stage, quarantine, tally):
+                duplicates.add(as_numbers(strings(table["id"])))
+                count += table.num_rows
+                context.emit("progress", done=count, total=None, unit="rows")
+                yield table
 
         try:
-            rows = write_rows(finished(), context.out)
+            rows = write_tables(counted(), context.out)
         except OutOfReach as error:
             raise StageError(
                 context.name,
@@ -88,9 +83,18 @@ def make_dataset(context: StageContext) -> StageResult:
             "quarantine": quarantine_facts(context.out / "quarantine.jsonl"),
             "other_splits": tally.other_splits,
             "duplicates": duplicates.total(),
-            "shape": shapes.most_common(1)[0][0],
+            "shape": tally.shapes.most_common(1)[0][0],
             "source": described(stage),
             "split": stage.split,
-            "planted": dict(sorted(planted.items())),
+            "planted": dict(sorted(tally.planted.items())),
         }
     )
+
+
+def _tables(context: StageContext, stage: Dataset, quarantine: Quarantine, tally: Tally) -> Iterator[pa.Table]:
+    if worth_reading_in_parallel(context, stage):
+        return read_in_parallel(context, stage, quarantine, tally)
+    rows: Iterator[Row] = read_source(stage, context.folder, quarantine, tally)
+    if stage.corrupt:
+        rows = iter(corrupt(list(rows), stage.corrupt, context.seed))
+    return as_tables(rows, tally)

@@ -44,6 +44,16 @@ class Bytes(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+@dataclass
+class Span:
+    """The lines of a file that start within these bytes: so that many can read a plain file of lines at once."""
+
+    begin: int
+    end: int
+    lines: int = field(default=0, compare=False)
+    """Counted while they are read."""
+
+
 @dataclass(frozen=True)
 class File:
     name: str
@@ -55,6 +65,8 @@ class File:
     """Of a remote file: when it was changed, since its content is not read to know it."""
     below_a_folder: bool = field(default=False, compare=False)
     """Found because its folder was named: it may be of another kind than rows."""
+    span: Span | None = field(default=None, compare=False)
+    """Only these of its lines; None: all of it."""
 
     @property
     def is_remote(self) -> bool:
@@ -166,7 +178,7 @@ def _remote(scheme: str) -> Any:
 
 def open_stream(file: File) -> _Stream:
     """The file's bytes in order, decompressed. Use it as a context. Raises OutOfReach."""
-    return _Stream(file)
+    return _Stream(file) if file.span is None else _SpanStream(file, file.span)
 
 
 def open_seekable(file: File) -> IO[bytes]:
@@ -272,6 +284,40 @@ class _Stream:
                 yield byte
         except OSError:
             return
+
+
+class _SpanStream(_Stream):
+    """Whole lines only: from the first one that starts in the span to the end of the last one that does."""
+
+    def __init__(self, file: File, span: Span) -> None:
+        super().__init__(file)
+        assert self._codec is None, "compressed bytes have no lines"
+        self._span, self._at, self._done = span, max(0, span.begin - 1), False
+        # The byte before the span tells whether a line starts with it.
+        self._skipping = span.begin > 0
+        self._raw.seek(self._at)
+
+    def read(self, size: int, /) -> bytes:
+        while not self._done:
+            piece, start = super().read(size), self._at
+            if not piece:
+                break
+            self._at += len(piece)
+            if self._skipping:
+                newline = piece.find(b"\n")
+                self._skipping = newline < 0
+                start, piece = start + newline + 1, b"" if newline < 0 else piece[newline + 1 :]
+                self._done = self._at >= self._span.end if self._skipping else start >= self._span.end
+            if self._done:
+                break
+            if self._at >= self._span.end:
+                last = piece.find(b"\n", max(0, self._span.end - 1 - start))
+                if last >= 0:
+                    piece, self._done = piece[: last + 1], True
+            if piece:
+                self._span.lines += piece.count(b"\n")
+                return piece
+        return b""
 
 
 def _reason(error: OSError) -> str:

@@ -6,10 +6,13 @@ Works as a stream: a record, or a batch of them, is in memory at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from tunery.data import python_docs
 from tunery.data.columns import Convert, NoShape, converter
@@ -29,7 +32,7 @@ from tunery.data.sources import (
 )
 from tunery.data.split import split_of
 from tunery.spec import Dataset
-from tunery.store.rows import Row, Shape, shape_of
+from tunery.store.rows import Row, Shape, row_id, shape_of, tables_of
 
 PROBED = 1000
 """Records of a file that are looked at before a run: enough to get past a head of bad ones, read in no time."""
@@ -56,6 +59,16 @@ class Tally:
     records: int = 0
     quarantined: int = 0
     other_splits: int = 0
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    """Of the rows."""
+    planted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        self.records += other.records
+        self.quarantined += other.quarantined
+        self.other_splits += other.other_splits
+        self.shapes += other.shapes
+        self.planted += other.planted
 
 
 def check_source(stage: Dataset, folder: Path) -> None:
@@ -95,12 +108,25 @@ def read_source(stage: Dataset, folder: Path, quarantine: Quarantine, tally: Tal
     yield from itertools.islice(_rows(stage, folder, quarantine, tally or Tally()), stage.limit)
 
 
+def as_tables(rows: Iterable[Row], tally: Tally) -> Iterator[pa.Table]:
+    """Rows with their ids, in tables of the schema; counted by shape and by planted damage."""
+
+    def finished() -> Iterator[Row]:
+        for row in rows:
+            tally.shapes[shape_of(row)] += 1
+            if row.get("planted") is not None:
+                tally.planted[row["planted"]] += 1
+            yield {**row, "id": row_id(row)}
+
+    return tables_of(finished())
+
+
 def _rows(stage: Dataset, folder: Path, quarantine: Quarantine, tally: Tally) -> Iterator[Row]:
     for part in find_parts(stage, folder):
         if isinstance(part, Builtin):
             yield from _builtin(part, stage, tally)
         else:
-            yield from _part(part, stage, quarantine, tally)
+            yield from read_part(part, stage, quarantine, tally)
 
 
 def _wanted(stage: Dataset) -> Callable[[str], bool]:
@@ -114,7 +140,8 @@ def _builtin(part: Builtin, stage: Dataset, tally: Tally) -> Iterator[Row]:
         yield {**row, "source": part.name, "line": number}
 
 
-def _part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, tally: Tally) -> Iterator[Row]:
+def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, tally: Tally) -> Iterator[Row]:
+    """Its rows of the stage's split. Raises OutOfReach."""
     wanted = _wanted(stage)
     converters: dict[Any, Convert] = {}
     for record in _records(part, stage):

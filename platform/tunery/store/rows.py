@@ -116,7 +116,7 @@ def shape_of(row: Row) -> Shape:
 
 def write_rows(rows: Iterable[Row], folder: Path) -> int:
     """Write shards below `folder`/rows; returns the number of rows. Streams: one shard in memory at a time."""
-    return write_tables(_tables(rows), folder)
+    return write_tables(tables_of(rows), folder)
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
@@ -148,7 +148,8 @@ def _rows_in(shard: int) -> int:
     return SHARD * (1 if shard < 64 else 4 if shard < 128 else 16)
 
 
-def _tables(rows: Iterable[Row]) -> Iterator[pa.Table]:
+def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    """The rows in tables of SCHEMA, of at most SHARD rows. Streams."""
     pending: list[Row] = []
     size = 0
     for row in rows:
