@@ -1,0 +1,133 @@
+"""The score stage in one process: every row that goes in comes out once, and a lost one is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tunery.data.score import LONGEST_NAME, make_scores
+from tunery.errors import RowsLost, StageError
+from tunery.spec import Compute, Score
+from tunery.store import Artifact, StageContext, StageResult
+from tunery.store.rows import Row, read_rows, row_id, shards, write_rows
+
+RULES: list[dict[str, Any]] = [{"length": "words"}, {"duplicates": "exact"}, {"near_duplicates": {"ngram": 1}}]
+
+
+def rows_of(count: int) -> list[Row]:
+    """Every tenth is the one before it again."""
+    rows: list[Row] = [{"text": " ".join(f"w{n}x{m}" for m in range(5 + n % 7)), "line": n} for n in range(count)]
+    for n in range(9, count, 10):
+        rows[n] = {**rows[n - 1], "line": n}
+    return [{**row, "id": row_id(row), "planted": None} for row in rows]
+
+
+def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULES) -> tuple[StageResult, Path]:
+    data, out = folder / "data", folder / "artifact"
+    if not data.exists():
+        write_rows(rows, data)
+    out.mkdir()
+    context = StageContext(
+        name="scored",
+        trial="",
+        spec=Score.model_validate({"kind": "score", "data": "data", "by": tuple(by)}),
+        inputs={"data": Artifact(data, {"kind": "dataset", "fingerprint": "0", "facts": {"rows": len(rows)}}, {})},
+        seed=0,
+        folder=folder,
+        out=out,
+        work=folder / "work",
+        scores=folder / "scores",
+        events=folder,
+        logs=folder,
+        compute=Compute(workers=1),
+        emit=lambda *_, **__: None,
+        in_process=True,
+    )
+    return make_scores(context), out
+
+
+def scores_of(out: Path) -> dict[str, list[Any]]:
+    (path,) = (out / "scores").iterdir()
+    found: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    return found
+
+
+def test_rules_go_over_the_rows_together_and_each_keeps_its_own(tmp_path: Path) -> None:
+    rows = rows_of(30)
+    result, out = score(tmp_path, rows)
+    found = scores_of(out)
+    assert list(found) == [
+        "id",
+        "length",
+        "length_question",
+        "duplicates",
+        "near_duplicates",
+        "near_duplicates_nearest",
+    ]
+    assert found["id"] == [row["id"] for row in rows]
+    assert found["length"] == [float(len(row["text"].split())) for row in rows]
+    again = [n % 10 == 9 for n in range(30)]
+    assert found["duplicates"] == [float(twice) for twice in again]
+    assert [similar == 1.0 for similar in found["near_duplicates"]] == again
+    assert [path.name for path in (tmp_path / "work" / "passes").iterdir()] == ["length+duplicates+near_duplicates"]
+    assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 30, 0)
+    assert result.measured["rows_scored"] == 30
+
+
+def test_only_scores_of_a_row_alone_are_kept_for_the_next_stage(tmp_path: Path) -> None:
+    score(tmp_path, rows_of(30))
+    assert len(list((tmp_path / "scores").iterdir())) == 1, "a comparison changes with every row that is added"
+
+
+def test_row_that_is_lost_under_way_is_an_error(tmp_path: Path) -> None:
+    score(tmp_path, rows_of(30))
+    (unit,) = (tmp_path / "work" / "passes").glob("*/part-*.parquet")
+    pq.write_table(pq.read_table(unit).slice(0, 29), unit)
+    (tmp_path / "artifact").rename(tmp_path / "first")
+    with pytest.raises(RowsLost, match="30 rows went in; 30 came out with 29 scores, 0 in quarantine"):
+        score(tmp_path, rows_of(30))
+
+
+def test_strange_row_is_quarantined_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunery.data.scorers.length import LengthScorer
+
+    whole = LengthScorer.__call__
+
+    def strange(self: LengthScorer, rows: Sequence[Row]) -> Any:
+        if any(row["line"] == 4 for row in rows):
+            raise ValueError("a strange row")
+        return whole(self, rows)
+
+    monkeypatch.setattr(LengthScorer, "__call__", strange)
+    rows = rows_of(30)
+    result, out = score(tmp_path, rows)
+    assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 29, 1)
+    assert [row["line"] for row in read_rows(out)] == [n for n in range(30) if n != 4]
+    assert scores_of(out)["id"] == [row["id"] for row in rows if row["line"] != 4]
+    told = json.loads((out / "quarantine.jsonl").read_text())
+    assert told == {"source": None, "line": 4, "id": rows[4]["id"], "reason": "ValueError: a strange row"}
+
+
+def test_many_scores_with_long_names_fit_a_file_system(tmp_path: Path) -> None:
+    by = [{"length": "words", "name": f"length_of_the_answer_in_words_number_{n}"} for n in range(20)]
+    _, out = score(tmp_path, rows_of(3), by)
+    assert set(scores_of(out)) > {f"length_of_the_answer_in_words_number_{n}" for n in range(20)}
+    (folder,) = (tmp_path / "work" / "passes").iterdir()
+    assert len(folder.name) < LONGEST_NAME + 30
+
+
+def test_two_scores_with_one_column_are_told(tmp_path: Path) -> None:
+    by = [{"near_duplicates": {}, "name": "near"}, {"length": "words", "name": "near_nearest"}]
+    with pytest.raises(StageError, match="two scores have a column `near_nearest`"):
+        score(tmp_path, rows_of(3), by)
+
+
+def test_shards_of_the_artifact_are_those_of_the_data(tmp_path: Path) -> None:
+    _, out = score(tmp_path, rows_of(1030), RULES[:1])
+    assert [path.name for path in shards(out)] == [path.name for path in sorted((out / "scores").iterdir())]
+    assert [path.read_bytes() for path in shards(out)] == [path.read_bytes() for path in shards(tmp_path / "data")]
