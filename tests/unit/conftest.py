@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tunery.spec import Experiment, load
 from tunery.spec.yaml_source import YamlSource
 
 # A slow example says that the machine is busy, not that the code is wrong.
-settings.register_profile("tunery", deadline=None)
-settings.load_profile("tunery")
+settings.register_profile("quick", deadline=None, max_examples=30)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 LoadText = Callable[[str], tuple[Experiment, YamlSource]]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.data import corrupt as corrupt_module
@@ -245,7 +245,6 @@ def test_no_rows_give_no_rows() -> None:
     assert corrupt([], 0.5, seed=0) == []
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.text(alphabet="ab é.\n\x1c\x85\u00a0\u200b", max_size=60).filter(str.strip), max_size=30),
     st.floats(min_value=0, max_value=1),

@@ -6,13 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.data.cut import kth_smallest
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(), min_size=1, max_size=40), st.data())
 def test_equals_sorting(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(values) - 1))

@@ -204,7 +204,6 @@ def test_no_good_row_is_lost_among_hostile_lines(
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100)
 def test_any_bytes_are_rows_or_quarantine(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.jsonl", "a.json"):
