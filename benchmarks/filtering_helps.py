@@ -1,7 +1,7 @@
 """Does filtering help? Fine-tuning at equal steps on all rows, a random share, and the best share by each score.
 
     python benchmarks/filtering_helps.py [--shares 0.8 0.5] [--seeds 17 18 19] [--epochs 1] [--scores perplexity ..]
-                                         [--store DIR]
+                                         [--device cpu] [--store DIR]
 
 The data is the quickstart's: 1,200 questions about Python's library, a fifth of them damaged on purpose, and a small
 model that is pre-trained on the documentation. Training sets:
@@ -65,7 +65,7 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "events/driver.jsonl").read_text().splitlines()]
 
 
-def prepare(scores: Sequence[str], shares: Sequence[float], folder: Path, store: Path) -> dict[str, Any]:
+def prepare(scores: Sequence[str], shares: Sequence[float], device: str, folder: Path, store: Path) -> dict[str, Any]:
     """The quickstart's stages up to the scores, a selection by each score and share, and beside the experiment's file
     the intact rows."""
     text = (ROOT / "experiments/quickstart.yaml").read_text().replace("e-3", ".0e-3")
@@ -80,7 +80,7 @@ def prepare(scores: Sequence[str], shares: Sequence[float], folder: Path, store:
         "name": "prepare",
         "seed": quickstart["seed"],
         "stages": stages,
-        "compute": quickstart["compute"],
+        "compute": {**quickstart["compute"], "device": device},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
     run = events(tunery(experiment, folder, store))
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19])
     parser.add_argument("--epochs", nargs="+", type=float, default=[1], help="over all rows")
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--store", type=Path, help="kept, so that a second call goes on; default: a temporary one")
     arguments = parser.parse_args()
     seeds: list[int] = arguments.seeds
@@ -153,7 +154,7 @@ def main() -> None:
         store = arguments.store or Path(temporary) / "store"
         folder = store / "filtering_helps"
         folder.mkdir(parents=True, exist_ok=True)
-        experiment = prepare(scores, arguments.shares, folder, store)
+        experiment = prepare(scores, arguments.shares, arguments.device, folder, store)
         for arms in [*fixed, *chosen]:
             losses |= measure(experiment, arms, seeds, arguments.epochs, folder, store)
     print(f"{'epochs':>6}  {'rows':22} {'held-out loss':>17}  {'less than all':>17}  {'less than random':>17}")
