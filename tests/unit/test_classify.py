@@ -16,7 +16,12 @@ import torch
 from conftest import LoadText
 from scorer_rows import answer_row, prompt_row, text_row
 from small_classifiers import write_encoder, write_language_model, write_reward_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from tunery.data.score import make_scores
 from tunery.data.score_actors import ClassificationActor
@@ -186,6 +191,24 @@ def test_long_rows_are_cut_at_the_end_and_counted(folder: Path) -> None:
 def test_model_with_fewer_positions_than_tokens_are_allowed_gets_as_many_as_it_has(folder: Path) -> None:
     found = classifier(folder / "colours", max_length=512)([text_row("red " * 100)])
     assert (found.tokens, found.truncated) == ([64], [True])
+
+
+def test_positions_that_stand_for_padding_take_no_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "colours")
+    shape = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        type_vocab_size=2,
+        pad_token_id=1,
+    )
+    reader = SequenceClassifier(RobertaForSequenceClassification(shape).eval(), tokenizer, 512)
+    found = reader([text_row("red " * 100)])
+    assert (found.tokens, found.truncated) == ([18], [True])
+    assert np.isfinite(found.logits).all()
 
 
 def test_row_without_a_token_has_no_score(folder: Path) -> None:
