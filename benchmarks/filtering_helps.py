@@ -84,7 +84,7 @@ def prepare(scores: Sequence[str], shares: Sequence[float], device: str, folder:
         "tracking": {"wandb": {"mode": "disabled"}},
     }
     run = events(tunery(experiment, folder, store))
-    (questions,) = (e["artifact"] for e in run if e["event"] == "stage_finished" and e["stage"] == "questions")
+    *_, questions = (e["artifact"] for e in run if e["event"] == "stage_finished" and e["stage"] == "questions")
     intact = [row["messages"] for row in read_rows(Path(questions)) if row["planted"] == ""]
     (folder / "intact.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in intact))
     stages["intact"] = {"kind": "dataset", "source": "intact.jsonl"}
