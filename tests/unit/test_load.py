@@ -313,6 +313,18 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         21,
         ["no field has the search path `sft.learnin_rate`", "did you mean `learning_rate`?"],
     ),
+    "searched score that nobody makes": (
+        [
+            ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
+            (
+                "keep: {perplexity: {quantile: 0.8}}",
+                "diverse: {by: embedding, method: score_first, score: perplexity}",
+            ),
+            ("sft.learning_rate: {loguniform: [1e-5, 1e-3]}", "clean.diverse.score: {choice: [random, ifd]}"),
+        ],
+        21,
+        ["`clean.diverse.score` can't be 'ifd'", "uses the score `ifd`, which `scored` does not make"],
+    ),
     "search path of no stage": (
         [("sft.learning_rate: {log", "stf.learning_rate: {log")],
         21,

@@ -235,7 +235,7 @@ def _check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecEr
                     remedy="change the dimension so that every value fits the field",
                 )
                 break
-            if errors := list(_check_references(trial, source)):
+            if errors := list(_check_references(trial, source)) or list(_check_scores(trial, source)):
                 yield error_at(
                     source, at, f"`{path}` can't be {value!r}", cause=errors[0].message, remedy=errors[0].remedy
                 )
