@@ -8,10 +8,10 @@ Done plainly, each choice is a pass over all vectors. Here a pass leaves the ACT
 and rows are chosen among them as long as the farthest is farther than any row outside can be, whose distances only
 shrink; then all rows meet the new centres in one product of matrices. The choice is the plain one's, row for row.
 
-Memory: ACTIVE vectors (256 MB at 1,024 dimensions) and the chosen places. Time: rows x chosen x dimensions x 2
-operations, as the plain one's, but in products of matrices, and a pass over the file for some hundred choices instead
-of for each. On paper, 100 M rows of 256 dimensions and 10,000 chosen: 5e14 operations, 1.5 h at 100 GFLOP/s; 100,000
-chosen are 14 h, and want a filter before.
+Memory: ACTIVE vectors (64 MB at 256 dimensions), a block's distances (64 MB) and the chosen places. Time: rows x
+chosen x dimensions x 2 operations, as the plain one's, but in products of matrices, and a pass over the file for some
+hundred choices instead of for each. On paper, 100 M rows of 256 dimensions and 10,000 chosen: 5e14 operations, 1.4 h at
+100 GFLOP/s; 100,000 chosen are 14 h, and want a filter before.
 """
 
 from __future__ import annotations
