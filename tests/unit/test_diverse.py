@@ -293,7 +293,7 @@ def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tm
     result, kept, dropped = run(tmp_path, data, spec)
     ids = [f"{n * 7919:016x}" for n in range(4)]
     assert kept == [ids[0], ids[2]]
-    assert dropped == {ids[1]: f"score_first: too similar to {ids[0]} (0.98)", ids[3]: "score_first 2 by vec"}
+    assert dropped == {ids[1]: f"score_first: too similar to {ids[0]} (0.985)", ids[3]: "score_first 2 by vec"}
     assert result.facts["diverse"]["too_similar"] == 1
 
 

@@ -39,9 +39,10 @@ Passing = Iterable[tuple[Scores, Bools, list[str]]]
 class Diversity:
     """Which rows were chosen, told a shard at a time."""
 
-    def __init__(self, candidates: Candidates, there: Bools, kept: Bools, rule: str, facts: dict[str, Any]) -> None:
-        """`there`: of each row that passed the rules, whether it is a candidate; `kept`: of each candidate."""
-        self._candidates, self._there, self._kept, self._rule, self.facts = candidates, there, kept, rule, facts
+    def __init__(self, candidates: Candidates, there: Bools, kept: Bools, lacking: str, facts: dict[str, Any]) -> None:
+        """`there`: of each row that passed the rules, whether it is a candidate; `kept`: of each candidate, whether it
+        was chosen; `lacking`: what rows lack that are none."""
+        self._candidates, self._there, self._kept, self.lacking, self.facts = candidates, there, kept, lacking, facts
         self.taken: Taken | None = None
         self._passed = self._candidate = 0
 
@@ -52,7 +53,7 @@ class Diversity:
             there = bool(self._there[self._passed])
             self._passed += 1
             if not there:
-                kept[index], reasons[index] = False, f"{self.facts['method']}: {self.facts['lacking']}"
+                kept[index], reasons[index] = False, f"{self.facts['method']}: {self.lacking}"
                 continue
             if not self._kept[self._candidate]:
                 kept[index], reasons[index] = False, self._why(self._candidate)
@@ -62,8 +63,8 @@ class Diversity:
     def _why(self, candidate: int) -> str:
         if self.taken is not None and (rival := int(self.taken.rival[candidate])) >= 0:
             id = int(self._candidates.ids[rival])
-            return f"score_first: too similar to {id:016x} ({self.taken.similarity[candidate]:.2f})"
-        return self._rule
+            return f"score_first: too similar to {id:016x} ({self.taken.similarity[candidate]:.3f})"
+        return str(self.facts["rule"])
 
 
 @contextmanager
@@ -90,10 +91,10 @@ def choose(
             "rule": describe_diverse(spec),
             "candidates": count,
             "without": int(len(there) - there.sum()),
-            "lacking": "no embedding" if spec.score is None else f"no embedding or no {spec.score}",
             "wanted": wanted,
         }
-        found = Diversity(candidates, there, kept, describe_diverse(spec), facts)
+        lacking = "no embedding" if spec.score is None else f"no embedding or no {spec.score}"
+        found = Diversity(candidates, there, kept, lacking, facts)
         if count:
             chosen = _chosen(context, spec, candidates, wanted, found)
             kept[chosen] = True

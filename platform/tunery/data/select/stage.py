@@ -133,7 +133,7 @@ def _list_dropped(file: TextIO, rows: pa.Table, kept: Bools, reasons: Sequence[s
 def _nothing_passes(context: StageContext, rows: int, rules: Sequence[Rule], diversity: Diversity | None) -> StageError:
     causes = [f"`{rule.described}` dropped {rule.dropped:,}" for rule in rules]
     if diversity is not None and diversity.facts["without"]:
-        causes.append(f"{diversity.facts['without']:,} rows have {diversity.facts['lacking']}")
+        causes.append(f"{diversity.facts['without']:,} rows have {diversity.lacking}")
     return StageError(
         context.name,
         f"no row of {rows:,} passes",
