@@ -45,6 +45,33 @@ def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     return {"title": "Planted bad rows", "columns": columns, "rows": rows, "notes": notes}
 
 
+def diversity_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """How near each selection's rows come to all that it chose among, beside as many rows drawn at random."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        told = made[name].facts.get("diverse") if isinstance(stage, Select) else None
+        if not told:
+            continue
+        of = f"{told['kept']:,} of {told['candidates']:,}"
+        for label, cover in ((f"{name} ({told['method']})", told["cover"]), ("as many at random", told["random"])):
+            rows.append([label, of, cover["radius"], cover["similarity"]])
+        if told["kept"] < told["wanted"]:
+            notes.append(f"{name}: {told['wanted']:,} rows were asked for, " + _why_fewer(told))
+    if not rows:
+        return None
+    notes.append("radius: from the worst covered row to the nearest kept one; similarity: mean cosine to that")
+    columns = ["choice", "kept", "radius", "similarity"]
+    return {"title": "Diversity", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _why_fewer(told: Mapping[str, Any]) -> str:
+    if told["method"] == "k_center":
+        return "all others have the same embedding as a kept one"
+    usual = "" if told["by_chance"] is None else f" (two rows have {told['by_chance']['median']:.2f} by chance)"
+    return f"all others are more similar to a kept one than {told['similarity']:g}{usual}"
+
+
 def review_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
     """How far each reviewed filter and the reviewer agree, and the threshold that would agree best."""
     rows: list[list[Any]] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tunery
-from tunery.comparison import filter_table, loss_table, review_table, search_table
+from tunery.comparison import diversity_table, filter_table, loss_table, review_table, search_table
 from tunery.errors import Interrupted
 from tunery.runner.check import check
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
@@ -105,6 +105,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         best = _measure_best(experiment, where, log, found)
     for table in (
         filter_table(experiment, made),
+        diversity_table(experiment, made),
         review_table(experiment, made),
         loss_table(experiment, made, best),
         search_table(experiment, found),

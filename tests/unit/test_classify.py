@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -365,14 +366,15 @@ def make(
     by: list[dict[str, Any]],
     max_length: int = 64,
     near: Artifact | None = None,
+    rows: Sequence[Row] = ROWS,
 ) -> StageResult:
     data = tmp_path / "data"
     if not data.exists():
-        write_rows([{**row, "planted": ""} for row in ROWS], data)
+        write_rows([{**row, "planted": ""} for row in rows], data)
     for part in ("out", "work"):
         (tmp_path / name / part).mkdir(parents=True)
     spec = {"kind": "score", "data": "docs", "by": by, "max_length": max_length}
-    manifest = {"kind": "dataset", "fingerprint": "0", "facts": {"rows": len(ROWS)}}
+    manifest = {"kind": "dataset", "fingerprint": "0", "facts": {"rows": len(rows)}}
     context = StageContext(
         name="scored",
         trial="",

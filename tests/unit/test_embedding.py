@@ -24,6 +24,7 @@ from tunery.models.embed import Embedder
 from tunery.models.load import load_encoder, load_own_tokenizer
 from tunery.store import Artifact
 from tunery.store.rows import Row, write_rows
+from tunery.store.vectors import vectors_of
 
 torch.set_num_threads(1)
 
@@ -131,6 +132,25 @@ def test_stage_scores_every_row_by_its_nearest_and_again_when_the_references_cha
     assert make(folder, tmp_path, "again", by, near=both).measured["rows_scored"] == 0
     other = make(folder, tmp_path, "other", by, near=near(tmp_path, references[:1], "b"))
     assert other.measured["rows_scored"] == len(ROWS)
+
+
+def test_without_references_the_vectors_are_kept_and_nothing_is_embedded_again(folder: Path, tmp_path: Path) -> None:
+    by = [{"embedding": {"pretrained": "./causal"}}]
+    nothing = text_row("")
+    told = make(folder, tmp_path, "one", by, rows=[*ROWS, nothing])
+    assert told.facts["vectors"] == {"embedding": {"rows": len(ROWS), "missing": 1, "dimensions": 16}}
+    assert told.facts["scores"] == {}
+    assert told.facts["tokens"] > 0
+    (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
+    table = pq.read_table(shard)
+    assert np.isnan(table["embedding"].to_numpy()).all()
+    expected = np.stack([plain_embedding(folder / "causal", row) for row in ROWS])
+    vectors = vectors_of(table["embedding_vector"])
+    np.testing.assert_allclose(vectors[:-1], expected, atol=1e-3)
+    assert np.isnan(vectors[-1]).all()
+    assert make(folder, tmp_path, "again", by, rows=[*ROWS, nothing]).measured["rows_scored"] == 0
+    (again,) = (tmp_path / "again" / "out" / "scores").iterdir()
+    np.testing.assert_array_equal(vectors_of(pq.read_table(again)["embedding_vector"]), vectors)
 
 
 def test_references_without_a_token_are_told(folder: Path, tmp_path: Path) -> None:

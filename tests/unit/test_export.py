@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from tunery.data.read import read_source
 from tunery.errors import RequestError, StageError, TuneryError
 from tunery.spec import Dataset
 from tunery.store.rows import SHARD, Row, read_rows, row_id, shards, write_rows
+from tunery.store.vectors import vector_column
 
 USER = {"role": "user", "content": 'Was ist "Ä"?\nZeile zwei, mit Komma'}
 ANSWER = {"role": "assistant", "content": "Ein Buchstabe.\n\n=1+1"}
@@ -164,6 +166,15 @@ def test_shapes_may_be_mixed_where_a_line_has_columns_of_its_own(tmp_path: Path)
     selection, filtered = artifacts(tmp_path, rows, set())
     export_kept(selection, filtered, tmp_path / "good.jsonl")
     assert [row_id(row) for row in read_back(tmp_path / "good.jsonl")] == [row["id"] for row in read_rows(filtered)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_vectors_are_left_out(tmp_path: Path, ending: str) -> None:
+    vectors = vector_column(np.ones((2, 3), np.float16))
+    scores = {"length": [1.0, 2.0], "embedding_vector": vectors}
+    selection, filtered = artifacts(tmp_path, [{"text": "a"}, {"text": "b"}], set(), scores)
+    export_kept(selection, filtered, tmp_path / f"good{ending}")
+    assert [list(row) for row in _lines(tmp_path / f"good{ending}")] == [["text", "id", "source", "line", "length"]] * 2
 
 
 def test_rows_without_scores_are_exported_too(tmp_path: Path) -> None:

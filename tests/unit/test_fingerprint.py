@@ -64,6 +64,8 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         [{"embedding": "base", "near": "more"}],
         [{"embedding": "base", "near": "docs"}],
         [{"embedding": {"pretrained": "./model"}, "near": "docs"}],
+        [{"embedding": {"pretrained": "./model"}}],
+        [{"embedding": "base"}],
         [{"reward": {"pretrained": "./model"}}],
         [{"reward": {"pretrained": "org/name"}}],
         [{"reward": {"pretrained": "org/name", "revision": "abc"}}],
@@ -80,6 +82,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
             {"quantile": 0.5},
             {"threshold": 0.8},
             {"top_k": 9},
+            {"fraction": 0.5},
             {"as_many_as": "docs"},
             {"range": [0.8, None]},
         )
@@ -89,6 +92,14 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         {"per": "source", "rows": 5},
         {"per": "group", "rows": 5},
         {"per": "group", "rows": 5, "by": "random"},
+    ],
+    ("clean", "diverse"): [
+        {"by": "embedding", "method": "k_center", "rows": 5},
+        {"by": "other", "method": "k_center", "rows": 5},
+        {"by": "embedding", "method": "k_center", "share": 0.5},
+        {"by": "embedding", "method": "score_first", "score": "random", "rows": 5},
+        {"by": "embedding", "method": "score_first", "score": "random", "rows": 5, "best": "high"},
+        {"by": "embedding", "method": "score_first", "score": "random", "rows": 5, "similarity": 0.5},
     ],
     ("clean", "seed"): [4, 5],
     ("checked", "data"): ["strict"],
@@ -188,6 +199,21 @@ def test_field_changes_its_stage_and_what_depends_on_it_and_no_other(stage: str,
         assert changed(before, after) == users_of(trial, stage)
         assert after[stage] not in seen, "two values give one fingerprint"
         seen.add(after[stage])
+
+
+def test_fields_that_came_later_change_no_fingerprint_where_they_are_not_given(folder: Path) -> None:
+    clean = EXPERIMENT.stages["clean"]
+    assert identity(clean, EXPERIMENT, folder) == {
+        "version": STAGES["select"].version,
+        "seed": 17,
+        "data": None,
+        "combine": "all",
+        "quota": None,
+        "keep": {
+            score: dict.fromkeys(("top_k", "as_many_as", "threshold", "range", "best")) | {"quantile": None} | own
+            for score, own in (("perplexity", {"quantile": 0.8}), ("random", {"top_k": 9}))
+        },
+    }
 
 
 def test_kind_of_a_stage_belongs_to_its_fingerprint(folder: Path) -> None:

@@ -132,7 +132,6 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             "{classifier: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `label`"],
             "{classifier: {pretrained: a/b}, label: -1}": ["`stages.scored.by.1.label` can't be -1", "or equal to 0"],
             "{classifier: {pretrained: a/b}, label: x, temperature: 0}": ["temperature` can't be 0", "greater than 0"],
-            "{embedding: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `near`"],
             "{embedding: base, near: mroe}": ["`scored.by.1.near` refers to stage `mroe`", "did you mean `more`?"],
             "{embedding: more, near: more}": ["`scored.by.1.embedding` needs a model, but `more` is a dataset stage"],
             "{embedding: base, near: base}": ["`scored.by.1.near` needs rows or scored rows, but `base`"],
@@ -245,13 +244,86 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "two rules on one score": (
         [("{quantile: 0.8}", "{quantile: 0.8, threshold: 3}")],
         13,
-        ["give one of `quantile`, `top_k`, `as_many_as`, `threshold`, `range`"],
+        ["give one of `quantile`, `top_k`, `as_many_as`, `fraction`, `threshold`, `range`"],
+    ),
+    "filter without a rule": (
+        [("keep: {perplexity: {quantile: 0.8}}", "combine: all")],
+        13,
+        ["`stages.clean` can't be", "it keeps all rows: give `keep`, `quota` or `diverse`"],
+    ),
+    "fraction of what no rule leaves": (
+        [("{quantile: 0.8}}", "{fraction: 0.8}}, combine: any")],
+        13,
+        ["take `quantile` with `combine: any`"],
+    ),
+    "diversity by a score": (
+        [("{quantile: 0.8}}", "{quantile: 0.8}}, diverse: {by: perplexity, method: k_center, rows: 9}")],
+        13,
+        ["`clean.diverse` compares rows by `perplexity`", "keeps no vectors", "`by: [{embedding: <model>}]`"],
+    ),
+    "diversity of rows without scores": (
+        [("scored, keep: {perplexity: {quantile: 0.8}}", "docs, diverse: {by: e, method: k_center, rows: 9}")],
+        13,
+        ["`clean.diverse` compares rows by `e`, of which `docs` keeps no vectors", "it is a dataset stage"],
+    ),
+    "diversity by vectors that are called otherwise": (
+        [
+            ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
+            ("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embeddings, method: k_center, rows: 9}"),
+        ],
+        13,
+        ["by `embeddings`", "did you mean `embedding`?"],
+    ),
+    "diversity by a score that nobody makes": (
+        [
+            ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
+            (
+                "keep: {perplexity: {quantile: 0.8}}",
+                "diverse: {by: embedding, method: score_first, score: perplexiti}",
+            ),
+        ],
+        13,
+        ["`clean.diverse` uses the score `perplexiti`", "did you mean `perplexity`?"],
+    ),
+    "rule on vectors": (
+        [
+            ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
+            ("keep: {perplexity:", "keep: {embedding:"),
+        ],
+        13,
+        ["`clean.keep` uses the score `embedding`, which is none", "give it `near` in `scored`"],
+    ),
+    "diversity of no method": (
+        [("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embedding, method: kcenter, rows: 9}")],
+        13,
+        ['`stages.clean.diverse.method` can\'t be "kcenter"', "'k_center' or 'score_first'"],
+    ),
+    "review of a choice without a cut": (
+        [
+            ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
+            ("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embedding, method: k_center, rows: 9}"),
+            ("  eval:", "  checked: {kind: review, data: clean, decisions: a.jsonl}\n  eval:"),
+        ],
+        15,
+        ["`checked` asks about rows near a cut, and `clean` has none"],
     ),
     "threshold that keeps everything": ([("{quantile: 0.8}", "{threshold: .inf}")], 13, ["finite number"]),
     "search path that no field has": (
         [("sft.learning_rate: {log", "sft.learnin_rate: {log")],
         21,
         ["no field has the search path `sft.learnin_rate`", "did you mean `learning_rate`?"],
+    ),
+    "searched score that nobody makes": (
+        [
+            ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
+            (
+                "keep: {perplexity: {quantile: 0.8}}",
+                "diverse: {by: embedding, method: score_first, score: perplexity}",
+            ),
+            ("sft.learning_rate: {loguniform: [1e-5, 1e-3]}", "clean.diverse.score: {choice: [random, ifd]}"),
+        ],
+        21,
+        ["`clean.diverse.score` can't be 'ifd'", "uses the score `ifd`, which `scored` does not make"],
     ),
     "search path of no stage": (
         [("sft.learning_rate: {log", "stf.learning_rate: {log")],

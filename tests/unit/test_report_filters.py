@@ -104,6 +104,32 @@ def test_texts_of_rows_are_escaped_and_stand_in_no_other_place() -> None:
     assert page.count("&lt;script&gt;alert") == 5, "three rows, a reason, and the first row's reason"
 
 
+def test_a_diverse_choice_is_shown_beside_chance_with_or_without_a_rule() -> None:
+    told = {
+        "rule": "score_first 7 by vec",
+        "kept": 7,
+        "candidates": 1200,
+        "compared": 1000,
+        "cover": {"radius": 0.3, "similarity": 0.98},
+        "random": {"radius": 0.5, "similarity": 0.97},
+        "by_chance": {"median": 0.82, "high": 0.94},
+        "too_similar": 3,
+        "similarity": 0.9,
+    }
+    (found,) = filters(state(diverse=told))
+    assert len(found.tables) == 2
+    (alone,) = filters(state(diverse=told, rules=[]))
+    (table,) = alone.tables
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["score_first 7 by vec", "0.3", "0.98"],
+        ["as many at random", "0.5", "0.97"],
+    ]
+    assert "7 of 1,200 rows, measured on 1,000 of them" in table.notes
+    assert "3 rows were too similar to a kept one (above 0.9)" in table.notes
+    assert filters(state(rules=[])) == []
+    assert "score_first 7 by vec" in report_html(state(diverse=told))
+
+
 def test_a_quarantine_is_told_with_its_reasons() -> None:
     ((name, tables),) = quarantines(state())
     assert name == "rows"

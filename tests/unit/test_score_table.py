@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tunery.store import score_table
 from tunery.store.score_table import ScoreTable, as_numbers
+from tunery.store.vectors import vector_column, vectors_of
 
 
 def table(ids: np.ndarray) -> pa.Table:
@@ -46,6 +47,21 @@ def test_large_runs_are_split_and_found_again(tmp_path: Path, monkeypatch: pytes
     assert known.all()
     assert found is not None
     assert found["score"].to_numpy().tolist() == (ids[::-1].astype(float) / 7).tolist()
+
+
+def test_large_vectors_are_split_into_more_files_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_table, "PARTITION_BYTES", 1 << 12)
+    ids = np.random.default_rng(0).integers(0, 2**64 - 1, 256, np.uint64)
+    vectors = np.random.default_rng(1).standard_normal((256, 32)).astype(np.float16)
+    whole = pa.table({"id": ids, "score": np.full(256, np.nan), "vector": vector_column(vectors)})
+    ScoreTable(tmp_path).add("a", (whole.slice(start, 50) for start in range(0, 256, 50)), rows=256)
+    assert len(list((tmp_path / "a").iterdir())) == 4  # 64 bytes a row: 16 KiB in files of 4
+    known, found = ScoreTable(tmp_path).find(ids[::-2])
+    assert known.all()
+    assert found is not None
+    np.testing.assert_array_equal(vectors_of(found["vector"]), vectors[::-2])
 
 
 def test_row_twice_in_a_run_is_kept_once(tmp_path: Path) -> None:

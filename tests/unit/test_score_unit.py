@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tunery.data.score_unit import DEATHS, HOPELESS, PIECE, Pass, Scored, score_unit
 from tunery.store.rows import Row, row_id, shards, write_rows
-from tunery.store.score_table import ScoreTable
+from tunery.store.score_table import ScoreTable, as_numbers
+from tunery.store.vectors import vectors_of
 
 
 class Killed(BaseException):
@@ -72,8 +74,6 @@ def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: No
     score_unit(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
     table = made.select(["a", "a:why"]).rename_columns(["score", "why"])
-    from tunery.store.score_table import as_numbers
-
     kept = table.append_column("id", [as_numbers(made["id"].to_pylist())])
     ScoreTable(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
     asked: list[str] = []
@@ -172,8 +172,6 @@ def test_piece_of_which_every_row_is_lost_keeps_its_place(
 
 
 def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path) -> None:
-    from tunery.store.score_table import as_numbers
-
     score_unit(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
     kept = made.select(["a", "a:why"]).rename_columns(["score", "why"])
@@ -191,6 +189,28 @@ def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path)
     assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
     found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
     assert found["a"] == found["b"] == [float(n) for n in range(10)]
+
+
+def test_vectors_pass_through_known_new_and_lost_rows(shard: Path, tmp_path: Path) -> None:
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        numbers = [int(row["text"].split()[1]) for row in rows]
+        if 3 in numbers:
+            raise ValueError("a strange row")
+        vectors = np.array([[number, 0.5, -number] for number in numbers], np.float16)
+        return {name: {"score": [math.nan] * len(rows), "vector": vectors} for name in scores}
+
+    score_unit(shard, job(tmp_path), score)
+    made = pq.read_table(tmp_path / "out" / shard.name)
+    expected = [[math.nan] * 3 if n == 3 else [n, 0.5, -n] for n in range(10)]
+    assert str(made["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
+    np.testing.assert_array_equal(vectors_of(made["a:vector"]), expected)
+    kept = made.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
+    kept = kept.append_column("id", [as_numbers(made.take([1, 4])["id"].to_pylist())])
+    ScoreTable(tmp_path / "kept").add("r", [kept], 2)
+    assert score_unit(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["known"] == 2
+    again = pq.read_table(tmp_path / "out" / shard.name)
+    assert again["known:a"].to_pylist() == [n in (1, 4) for n in range(10)]
+    np.testing.assert_array_equal(vectors_of(again["a:vector"]), expected)
 
 
 def test_one_death_changes_no_batch(shard: Path, tmp_path: Path) -> None:

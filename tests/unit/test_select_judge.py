@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tunery.data.judge import auc, auc_by_kind, filter_quality, histogram
 from tunery.data.rules import describe, find_cut
-from tunery.data.select import make_selection
+from tunery.data.select.stage import make_selection
 from tunery.errors import StageError
 from tunery.spec import Compute, Keep, Select
 from tunery.store import Artifact, StageContext, StageResult
@@ -202,7 +202,11 @@ def test_histogram_bins_are_even_in_the_logarithm() -> None:
 
 
 def select(
-    folder: Path, scores: list[float], keep: dict[str, Keep], planted: list[str | None]
+    folder: Path,
+    scores: list[float],
+    keep: dict[str, Keep],
+    planted: list[str | None],
+    length: list[float] | None = None,
 ) -> tuple[StageResult, Path]:
     scored, out = folder / "scored", folder / "out"
     out.mkdir(parents=True)
@@ -211,8 +215,10 @@ def select(
     )
     (scored / "scores").mkdir()
     for index, shard in enumerate(shards(scored)):
-        part = scores[index * SHARD : (index + 1) * SHARD]
-        pq.write_table(pa.table({"perplexity": pa.array(part, pa.float64())}), scored / "scores" / shard.name)
+        columns = {"perplexity": scores, "length": length or scores}
+        parts = {name: values[index * SHARD : (index + 1) * SHARD] for name, values in columns.items()}
+        table = pa.table({name: pa.array(part, pa.float64()) for name, part in parts.items()})
+        pq.write_table(table, scored / "scores" / shard.name)
     context = StageContext(
         name="clean",
         trial="",
@@ -248,6 +254,35 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
     assert 5 not in kept
     assert {line["rule"] for line in dropped} == {"perplexity quantile 0.75"}
     assert facts["rules"][0]["dropped"] == len(dropped)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        # The others leave rows 1, 2, 4, 6, 7: half of those that have a score, best first, ties by place.
+        ({"perplexity": Keep(fraction=0.5), "length": Keep(threshold=1.0)}, [2, 4]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(fraction=0.5)}, [2, 4]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(fraction=1.0)}, [1, 2, 4, 6]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(quantile=0.5)}, [2, 4]),
+        ({"perplexity": Keep(fraction=0.5)}, [0, 2, 3, 4]),
+        ({"perplexity": Keep(quantile=0.75)}, [0, 1, 2, 3, 4, 5]),
+        ({"perplexity": Keep(fraction=0.5), "length": Keep(fraction=0.5, best="high")}, [0, 3]),
+    ],
+)
+def test_fraction_is_of_the_rows_that_the_other_rules_leave(
+    keep: dict[str, Keep], kept: list[int], tmp_path: Path
+) -> None:
+    result, out = select(tmp_path, [0, 5, 2, 1, 2, 3, 5, NAN], keep, [""] * 8, length=[9, 1, 0, 9, 1, 9, 0, 1])
+    assert [row["line"] for row in read_rows(out)] == kept
+    assert result.facts["dropped"] == 8 - len(kept)
+
+
+def test_rows_that_a_fraction_leaves_to_another_rule_are_listed_under_that(tmp_path: Path) -> None:
+    keep = {"perplexity": Keep(fraction=0.5), "length": Keep(threshold=1.0)}
+    result, out = select(tmp_path, [9, 1, 2, 3, 4], keep, [""] * 5, length=[5, 0, 0, 0, 0])
+    rules = {line["line"]: line["rule"] for line in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
+    assert rules == {0: "length threshold 1", 3: "perplexity fraction 0.5", 4: "perplexity fraction 0.5"}
+    assert [(rule["passed"], rule["dropped"], rule["cut"]) for rule in result.facts["rules"]] == [(2, 2, 2), (4, 1, 1)]
 
 
 def test_selection_is_judged_where_all_planted_damage_is_known(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from tunery.errors import RequestError, StageError, TuneryError
 from tunery.store.rows import Row, Turn, shape_of, shards
+from tunery.store.vectors import is_vectors
 
 ENDINGS = (".jsonl", ".csv", ".xlsx", ".parquet")
 SHEET_ROWS = 1_048_575
@@ -88,7 +89,8 @@ class _Verdicts:
         first = scores / shards(filtered)[0].name
         self._scores = scores if first.is_file() else None
         schema = pq.read_schema(first) if self._scores else pa.schema([])
-        self.columns = {field.name: field.type for field in schema if field.name != "id"}
+        # Vectors are no cell of a table: who wants them finds them in the score artifact.
+        self.columns = {field.name: field.type for field in schema if field.name != "id" and not is_vectors(field.type)}
 
     def __iter__(self) -> Iterator[tuple[Row, Row, str]]:
         with (self._selection / "dropped.jsonl").open(encoding="utf-8") as file:

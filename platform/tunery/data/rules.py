@@ -48,7 +48,8 @@ class Cut:
 def find_cut(pieces: Pieces, rule: Keep, good: Literal["low", "high"], rows: int, as_many: int | None) -> Cut:
     """The cut of `rule` in a column of badness (the score where low is good, else its negative; a range: the score).
 
-    `rows` is the column's length, `as_many` what `as_many_as` came to.
+    `rows` is how many there are in all, `as_many` what `as_many_as` came to. Of a fraction the column holds those rows
+    alone that it is of.
     """
     if rule.range is not None:
         low, high = rule.range
@@ -58,14 +59,16 @@ def find_cut(pieces: Pieces, rule: Keep, good: Literal["low", "high"], rows: int
     if rule.quantile == 1:
         most = [float(np.nanmax(piece)) for piece in pieces() if not np.isnan(piece).all()]
         return Cut(max(most, default=-math.inf), None, all_rows=True)
+    usable = sum(int((~np.isnan(piece)).sum()) for piece in pieces())
     if rule.quantile is not None:
         wanted = round(rule.quantile * rows)
+    elif rule.fraction is not None:
+        wanted = round(rule.fraction * usable)
     elif rule.top_k is not None:
         wanted = rule.top_k
     else:
-        assert as_many is not None, "a rule has one of the five"
+        assert as_many is not None, "a rule has one of the six"
         wanted = as_many
-    usable = sum(int((~np.isnan(piece)).sum()) for piece in pieces())
     wanted = min(wanted, usable)
     if wanted == 0:
         return Cut(-math.inf, 0)
@@ -81,7 +84,7 @@ def describe(score: str, rule: Keep) -> str:
         return f"{score} from {_end(low)} to {_end(high)}"
     if rule.as_many_as is not None:
         return f"{score} as many as {rule.as_many_as}"
-    for name in ("quantile", "threshold"):
+    for name in ("quantile", "fraction", "threshold"):
         if (value := getattr(rule, name)) is not None:
             return f"{score} {name} {value:g}"
     return f"{score} top {rule.top_k:,}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunery.data.score_unit import Pass, Scored, score_unit
-from tunery.data.scorers.embedding import EmbeddingScorer, reference_rows
+from tunery.data.scorers.embedding import keep_vectors, reference_rows
 from tunery.data.scorers.table import KINDS, AcrossScorer, ClassificationScorer, Columns, RowScorer
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
@@ -114,8 +114,10 @@ class EmbeddingActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _units(batch, self._job, self._score)
 
-    def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> EmbeddingScorer:
+    def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
         assert isinstance(spec, Embedding)
+        if spec.near is None:
+            return keep_vectors
         references = reference_rows(inputs[spec.near])
         vectors = self._embedder(references).vectors
         there = np.flatnonzero(~np.isnan(vectors[:, 0]))
@@ -125,7 +127,9 @@ class EmbeddingActor:
                 cause=f"the model sees no token in any of {len(references):,}",
                 remedy="name a stage whose rows are not empty in `near`",
             )
-        scorer: EmbeddingScorer = KINDS[spec.kind()].load()(vectors[there], [references[n]["id"] for n in there])
+        scorer: Callable[[np.ndarray], Columns] = KINDS[spec.kind()].load()(
+            vectors[there], [references[n]["id"] for n in there]
+        )
         return scorer
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:

@@ -16,6 +16,7 @@ from tunery.data.judge import Floats, auc, auc_by_kind, histogram
 from tunery.data.scorers.table import KINDS
 from tunery.spec import ScorerSpec
 from tunery.store.rows import shards
+from tunery.store.vectors import vectors_of
 
 JUDGED = 1 << 22
 """AUC against planted rows needs all of a score at once: for corpora of at most so many rows."""
@@ -27,7 +28,8 @@ PAIRS = 3
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
     """rows, rows_out (of the scores), tokens, truncated (rows that were too long for some model); of each score its
-    histogram, median, how many rows have none, how well it tells planted rows apart; and rows by two scores at once."""
+    histogram, median, how many rows have none, how well it tells planted rows apart; rows by two scores at once; how
+    many rows have a vector."""
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
@@ -38,6 +40,8 @@ def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
     cuts = [f"{spec.score}_truncated" for spec in by if f"{spec.score}_truncated" in names]
     truncated = _rows_with_any(artifact, cuts)
     planted = _planted(artifact) if rows <= JUDGED else None
+    vectors = {spec.score: _describe_vectors(artifact, spec.score) for spec in by if spec.gives_vectors}
+    by = [spec for spec in by if not spec.gives_vectors]
     described = {spec.score: _describe(artifact, spec, rows, planted) for spec in by}
     return {
         "rows": rows,
@@ -46,6 +50,7 @@ def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
         "truncated": truncated,
         "scores": described,
         "pairs": list(_pairs(artifact, by, described)),
+        **({"vectors": vectors} if vectors else {}),
     }
 
 
@@ -83,6 +88,24 @@ def _describe(artifact: Path, spec: ScorerSpec, rows: int, planted: Sequence[str
         told["auc"] = auc(badness, np.array([kind != "" for kind in planted]))
         told["auc_by_kind"] = auc_by_kind(badness, planted)
     return told
+
+
+def _describe_vectors(artifact: Path, score: str) -> dict[str, int]:
+    """How many rows have a vector, how many have none, and its dimensions."""
+    there = missing = dimensions = 0
+    for vectors_nh in vector_pieces(artifact, score):
+        known = int((~np.isnan(vectors_nh[:, 0])).sum())
+        there, missing = there + known, missing + len(vectors_nh) - known
+        dimensions = vectors_nh.shape[1]
+    return {"rows": there, "missing": missing, "dimensions": dimensions}
+
+
+def vector_pieces(artifact: Path, score: str) -> Iterator[Any]:
+    """The vectors that a scorer kept, float16, (rows, dimensions) a shard; of a shard without rows there is none."""
+    for path in shards(artifact):
+        if pq.read_metadata(path).num_rows:
+            table = pq.read_table(artifact / "scores" / path.name, columns=[f"{score}_vector"])
+            yield vectors_of(table[0])
 
 
 def _pairs(artifact: Path, by: Sequence[ScorerSpec], described: dict[str, Any]) -> Iterator[dict[str, Any]]:

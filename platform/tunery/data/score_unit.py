@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from tunery.data.scorers.table import Columns
 from tunery.store.rows import Row
 from tunery.store.score_table import ScoreTable, as_numbers
+from tunery.store.vectors import is_vectors, vector_column, vectors_of
 
 Array = Any
 """pyarrow's; its stubs want an element type that is not known here."""
@@ -157,6 +158,12 @@ def _merge(
     keys = list(fresh[0][1]) if fresh else kept.column_names if kept is not None else ["score"]
     result: dict[str, Array] = {}
     for key in keys:
+        named = score if key == "score" else f"{score}:{key}"
+        if any(isinstance(told[key], np.ndarray) for _, told in fresh) or (
+            kept is not None and is_vectors(kept.schema.field(key).type)
+        ):
+            result[named] = _merge_vectors(key, count, kept, known, fresh)
+            continue
         values: list[Any] = [float("nan") if key == "score" else None] * count
         if kept is not None:
             for index, value in zip(known.tolist(), kept[key].to_pylist(), strict=True):
@@ -165,8 +172,21 @@ def _merge(
             for index, value in zip(places, told[key], strict=True):
                 values[index] = value
         array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
-        result[score if key == "score" else f"{score}:{key}"] = array
+        result[named] = array
     return result
+
+
+def _merge_vectors(
+    key: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: Sequence[tuple[Sequence[int], Columns]]
+) -> Array:
+    """The same for vectors, which no Python list would hold: NaN for lost rows."""
+    pieces: list[tuple[Any, np.ndarray]] = [(places, np.asarray(told[key])) for places, told in fresh]
+    if kept is not None:
+        pieces.append((known, vectors_of(kept[key])))
+    vectors_nh = np.full((count, pieces[0][1].shape[1]), np.nan, np.float16)
+    for places, piece_mh in pieces:
+        vectors_nh[places] = piece_mh
+    return vector_column(vectors_nh)
 
 
 def _joined(pieces: Sequence[pa.Table]) -> pa.Table:

@@ -15,6 +15,9 @@ from tunery.spec.reference import model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
+LATER = ("diverse", "fraction")
+"""Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
+
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
     own = stage.seed if isinstance(stage, Training | Select) else None
@@ -24,11 +27,11 @@ def stage_seed(stage: Stage, experiment: Experiment) -> int:
 def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
     where chance plays a part, the content that it reads from outside, and the version of how it is made."""
-    fields = stage.model_dump(mode="json", exclude={"kind", "seed"})
+    fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed"}))
     for item in stage.inputs():
         _blank(fields, item.path)
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
-    by_chance = isinstance(stage, Select) and RANDOM in (*stage.keep, stage.quota and stage.quota.by)
+    by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
     if isinstance(stage, Training | Review) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Dataset):
@@ -65,6 +68,12 @@ def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, d
         inputs = {".".join(map(str, item.path)): result[item.stage][0] for item in stage.inputs()}
         result[name] = (fingerprint(stage.kind, own, inputs), own, inputs)
     return result
+
+
+def _without_later(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {key: _without_later(value) for key, value in fields.items() if key not in LATER or value is not None}
+    return [_without_later(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def _blank(fields: Any, path: tuple[str | int, ...]) -> None:

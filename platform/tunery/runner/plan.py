@@ -165,8 +165,11 @@ class _Estimates:
             return count
         rows_in = self._rows[stage.data]
         if isinstance(stage, Select):
-            shares = [rule.quantile for rule in stage.keep.values() if rule.quantile is not None]
-            return round(rows_in * min(shares, default=1.0))
+            shares = [share for rule in stage.keep.values() for share in (rule.quantile, rule.fraction) if share]
+            rows = round(rows_in * min(shares, default=1.0))
+            if stage.diverse is not None:
+                rows = min(stage.diverse.rows or rows, round(rows * (stage.diverse.share or 1)))
+            return rows
         return rows_in
 
     def _training(

@@ -26,6 +26,7 @@ from tunery.spec.search import Dimension, Search
 from tunery.spec.stages import (
     RANDOM,
     Dataset,
+    Diverse,
     Evaluate,
     Keep,
     Lora,
@@ -51,6 +52,7 @@ __all__ = [
     "Contamination",
     "Dataset",
     "Dimension",
+    "Diverse",
     "Duplicates",
     "Embedding",
     "Evaluate",

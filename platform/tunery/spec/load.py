@@ -22,7 +22,7 @@ from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.reference import ROWS, Spec, model_name
 from tunery.spec.scorers import SCORERS
 from tunery.spec.search import Search
-from tunery.spec.stages import RANDOM, Evaluate, Score, Select, Stage, Training
+from tunery.spec.stages import RANDOM, Evaluate, Review, Score, Select, Stage, Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource, read_yaml
 
@@ -126,22 +126,59 @@ def _wanted(gives: tuple[str, ...]) -> str:
 
 def _check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
     for name, stage in experiment.stages.items():
-        if not isinstance(stage, Select):
-            continue
-        scored = experiment.stages[stage.data]
-        made = [scorer.score for scorer in scored.by] if isinstance(scored, Score) else []
-        used: list[tuple[KeyPath, str]] = [(("keep", score), score) for score in stage.keep]
-        if stage.quota is not None and stage.quota.by is not None:
-            used.append((("quota", "by"), stage.quota.by))
-        for path, score in used:
-            if score not in (*made, RANDOM):
+        if isinstance(stage, Review):
+            selection = experiment.stages[stage.data]
+            if isinstance(selection, Select) and not selection.keep:
                 yield error_at(
                     source,
-                    ("stages", name, *path),
-                    f"`{name}.{path[0]}` uses the score `{score}`, which `{stage.data}` does not make",
-                    cause="" if made else f"`{stage.data}` is a {scored.kind} stage, which makes no scores",
-                    remedy=nearest(score, [*made, RANDOM]),
+                    ("stages", name, "data"),
+                    f"`{name}` asks about rows near a cut, and `{stage.data}` has none",
+                    cause="it keeps rows by how alike they are, or so many of each source",
+                    remedy="name a select stage with a rule in `keep`",
                 )
+        if isinstance(stage, Select):
+            yield from _check_scores_of(name, stage, experiment, source)
+
+
+def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
+    """Each score that is named is made by the data, and each vector kept."""
+    scored = experiment.stages[stage.data]
+    scorers = scored.by if isinstance(scored, Score) else ()
+    made = [scorer.score for scorer in scorers if not scorer.gives_vectors]
+    vectors = [scorer.score for scorer in scorers if scorer.gives_vectors]
+    used: list[tuple[KeyPath, str]] = [(("keep", score), score) for score in stage.keep]
+    if stage.quota is not None and stage.quota.by is not None:
+        used.append((("quota", "by"), stage.quota.by))
+    if stage.diverse is not None and stage.diverse.score is not None:
+        used.append((("diverse", "score"), stage.diverse.score))
+    for path, score in used:
+        at = ("stages", name, *path)
+        if score in vectors:
+            yield error_at(
+                source,
+                at,
+                f"`{name}.{path[0]}` uses the score `{score}`, which is none",
+                cause=f"without `near` an embedding gives each row a vector, for `{name}.diverse.by`",
+                remedy=f"give it `near` in `{stage.data}`, or name another: {', '.join([*made, RANDOM])}",
+            )
+        elif score not in (*made, RANDOM):
+            yield error_at(
+                source,
+                at,
+                f"`{name}.{path[0]}` uses the score `{score}`, which `{stage.data}` does not make",
+                cause="" if made else f"`{stage.data}` is a {scored.kind} stage, which makes no scores",
+                remedy=nearest(score, [*made, RANDOM]),
+            )
+    if stage.diverse is not None and stage.diverse.by not in vectors:
+        by = stage.diverse.by
+        cause = f"it is a {scored.kind} stage" if not scorers else "only an embedding without `near` keeps some"
+        yield error_at(
+            source,
+            ("stages", name, "diverse", "by"),
+            f"`{name}.diverse` compares rows by `{by}`, of which `{stage.data}` keeps no vectors",
+            cause=cause,
+            remedy=nearest(by, vectors) if vectors else "let a score stage keep them: `by: [{embedding: <model>}]`",
+        )
 
 
 def metrics_of(experiment: Experiment) -> list[str]:
@@ -198,7 +235,7 @@ def _check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecEr
                     remedy="change the dimension so that every value fits the field",
                 )
                 break
-            if errors := list(_check_references(trial, source)):
+            if errors := list(_check_references(trial, source)) or list(_check_scores(trial, source)):
                 yield error_at(
                     source, at, f"`{path}` can't be {value!r}", cause=errors[0].message, remedy=errors[0].remedy
                 )

@@ -41,6 +41,11 @@ class ScorerSpec(Spec):
         """Of scorers that need one."""
         return None
 
+    @property
+    def gives_vectors(self) -> bool:
+        """Whether it keeps vectors of the rows instead of giving them a score."""
+        return False
+
     def inputs(self) -> Iterator[Input]:
         """Stages that the scorer reads, by path within it."""
         if self.model is not None:
@@ -128,13 +133,18 @@ class Embedding(ScorerSpec):
     """Cosine similarity to the most similar row of another stage. Higher is better: more like what is wanted.
 
     Of the mean of the model's last hidden states over the row's tokens, as in Reimers & Gurevych 2019, "Sentence-BERT"
-    (https://arxiv.org/abs/1908.10084). A row that is in the other stage, too, has 1.
+    (https://arxiv.org/abs/1908.10084). A row that is in the other stage, too, has 1. Without another stage there is no
+    score: the rows' vectors are kept, for `diverse` in a select stage.
     """
 
     embedding: Model
     """An encoder, or a causal language model without its head."""
-    near: str
+    near: str | None = None
     """Stage that gives the reference rows; of more than 2,048, so many by a hash of their ids."""
+
+    @property
+    def gives_vectors(self) -> bool:
+        return self.near is None
 
     @property
     def model(self) -> str | Pretrained:
@@ -142,7 +152,8 @@ class Embedding(ScorerSpec):
 
     def inputs(self) -> Iterator[Input]:
         yield from super().inputs()
-        yield Input(("near",), self.near, ROWS)
+        if self.near is not None:
+            yield Input(("near",), self.near, ROWS)
 
 
 class Length(ScorerSpec):

@@ -111,6 +111,9 @@ class Keep(Spec):
     """Keep so many rows, the best by the score."""
     as_many_as: str | None = None
     """Keep as many rows, the best by the score, as another stage has: with `random`, its control."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep this share of the rows that have this score and pass every rule without `fraction`, the best by the score:
+    `quantile` counts all rows, whatever the other rules drop."""
     threshold: float | None = None
     """Keep the rows at or on the good side of this score."""
     range: Annotated[tuple[float | None, float | None], Field(min_length=2, max_length=2)] | None = None
@@ -134,7 +137,7 @@ class Keep(Spec):
         return self
 
 
-KEEP_RULES = ("quantile", "top_k", "as_many_as", "threshold", "range")
+KEEP_RULES = ("quantile", "top_k", "as_many_as", "fraction", "threshold", "range")
 
 
 class Quota(Spec):
@@ -145,20 +148,75 @@ class Quota(Spec):
     by: str | None = None
 
 
+class Diverse(Spec):
+    """Few rows that stand for all: chosen by how alike they are, as the cosine of their embeddings has it."""
+
+    by: str
+    """A score of kind `embedding` without `near`: it keeps the rows' vectors."""
+    method: Literal["k_center", "score_first"]
+    """k_center: the row farthest from those that are kept, again and again (Gonzalez 1985,
+    https://doi.org/10.1016/0304-3975(85)90224-5; Sener & Savarese 2018, https://arxiv.org/abs/1708.00489): no choice
+    of as many rows leaves the worst one less than half as far from a kept one. Likes outliers: filter first.
+    score_first: best score first, less what is too similar to a row kept before (Liu et al. 2024, DEITA,
+    https://arxiv.org/abs/2312.15685)."""
+    rows: Annotated[int, Field(gt=0)] | None = None
+    """At most so many. Fewer where all others equal a kept one (k_center) or are too similar to one (score_first)."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same as a share of the rows that pass `keep` and `quota`."""
+    score: str | None = None
+    """Which rows come first, in score_first; of equal ones those that come first in the data."""
+    best: Literal["low", "high"] | None = None
+    """Which end of the score comes first; else the scorer's own."""
+    similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
+    """Cosine from above which rows are too similar, in score_first; 0.9 (DEITA's) when not given. What is high depends
+    on the model: the facts tell how similar rows are by chance."""
+
+    @model_validator(mode="after")
+    def _fields_of_its_method(self) -> Diverse:
+        if self.rows is not None and self.share is not None:
+            raise ValueError("give one of `rows`, `share`")
+        if self.method == "k_center":
+            if self.rows is None and self.share is None:
+                raise ValueError("k_center needs `rows` or `share`")
+            if given := [name for name in ("score", "best", "similarity") if getattr(self, name) is not None]:
+                raise ValueError(f"k_center looks at distances alone: remove `{given[0]}`, or take score_first")
+        elif self.score is None:
+            raise ValueError("score_first needs a `score`; `random` is always there")
+        return self
+
+
 class Select(Spec):
     """The rows that pass; the dropped ones are listed with the rule that dropped them."""
 
     kind: Literal["select"]
     gives: ClassVar[Gives] = "selected"
     data: str
-    keep: Annotated[dict[str, Keep], Field(min_length=1)]
-    """By score. Each rule looks at all rows, whatever the others drop."""
+    keep: dict[str, Keep] = Field(default_factory=dict)
+    """By score. Each rule looks at all rows, whatever the others drop (but for `fraction`). May be left out where there
+    is a `quota` or `diverse`."""
     combine: Literal["all", "any"] = "all"
     """A row passes when all rules keep it, or any of them."""
     quota: Quota | None = None
     """Applied to the rows that pass."""
+    diverse: Diverse | None = None
+    """Applied last, to the rows that pass both, so that what is kept is as many rows as it says."""
     seed: int | None = None
-    """Of the score `random`; the experiment's when not given."""
+    """Of the score `random`, and of the random choice that `diverse` is told beside; the experiment's when not
+    given."""
+
+    @model_validator(mode="after")
+    def _keeps_by_something(self) -> Select:
+        if not self.keep and self.quota is None and self.diverse is None:
+            raise ValueError("it keeps all rows: give `keep`, `quota` or `diverse`")
+        if self.combine == "any" and any(rule.fraction is not None for rule in self.keep.values()):
+            raise ValueError("`fraction` is of the rows that pass the other rules: take `quantile` with `combine: any`")
+        return self
+
+    @property
+    def ranked_by(self) -> tuple[str, ...]:
+        """Scores that rows are compared by, each once."""
+        others = (self.quota and self.quota.by, self.diverse and self.diverse.score)
+        return tuple(dict.fromkeys([*self.keep, *(score for score in others if score)]))
 
     def inputs(self) -> Iterator[Input]:
         yield Input(("data",), self.data, ROWS)

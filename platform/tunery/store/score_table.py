@@ -7,12 +7,14 @@ than memory likes, and sorted by id within a file. Files are memory-mapped, and 
 many actors of a machine share one copy in the page cache. Runs are immutable and renamed into place.
 
 Sizes on paper: 8 bytes a row for the id and 8 a column. 100 M rows with 3 columns are 3.2 GB in 512 files; a look-up of
-16,384 ids takes milliseconds when pages are warm. Each score stage that finds new rows adds a run, and a look-up asks
-every run: past some hundred runs they should be merged, which nothing does yet.
+16,384 ids takes milliseconds when pages are warm. Vectors are 2 bytes a dimension: of 1,024 dimensions 200 GB. Each
+score stage that finds new rows adds a run, and a look-up asks every run: past some hundred runs they should be merged,
+which nothing does yet.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,9 +25,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunery.store.vectors import row_bytes
+
 Ids = NDArray[np.uint64]
 PARTITION_ROWS = 1 << 18
 """At most about so many rows a file: it is sorted in memory."""
+PARTITION_BYTES = 1 << 28
+"""At most about so many bytes of vectors a file."""
+MOST_BITS = 9
+"""Of a split for vectors' sake: its files are written side by side, and a process may have so many open."""
 
 
 def as_numbers(ids: Iterable[str]) -> Ids:
@@ -65,13 +73,15 @@ class ScoreTable:
         temporary = self.folder / f".{run}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        bits = max(0, int(np.ceil(np.log2(max(rows, 1) / PARTITION_ROWS))))
-        _spill(tables, temporary, bits)
+        stream = iter(tables)
+        first = next(stream, None)
+        bits = 0 if first is None else _bits(rows, row_bytes(first.schema))
+        _spill(stream if first is None else itertools.chain([first], stream), temporary, bits)
         for spilled in sorted(temporary.glob("*.spill")):
             with pa.OSFile(str(spilled), "rb") as file, pa.ipc.open_stream(file) as reader:
                 whole = reader.read_all()
-            _, first = np.unique(whole["id"].to_numpy(), return_index=True)
-            _write_one_batch(whole.take(first), spilled.with_suffix(".arrow"))
+            _, once = np.unique(whole["id"].to_numpy(), return_index=True)
+            _write_one_batch(whole.take(once), spilled.with_suffix(".arrow"))
             spilled.unlink()
         try:
             temporary.rename(final)
@@ -82,6 +92,13 @@ class ScoreTable:
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
+
+
+def _bits(rows: int, vector_bytes: int) -> int:
+    """Of the prefix that splits so many rows, each with vectors of so many bytes."""
+    by_rows = int(np.ceil(np.log2(max(rows, 1) / PARTITION_ROWS)))
+    by_bytes = int(np.ceil(np.log2(max(rows * vector_bytes, 1) / PARTITION_BYTES)))
+    return max(0, by_rows, min(by_bytes, MOST_BITS))
 
 
 def _prefix(ids: Ids, bits: int) -> NDArray[np.uint64]:

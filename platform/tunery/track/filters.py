@@ -115,10 +115,12 @@ def filters(state: RunState) -> list[Filter]:
     found = []
     for stage in state.stages.values():
         rules, samples = listed(stage.facts.get("rules")), stage.facts.get("samples")
-        if stage.kind != "select" or not rules or not isinstance(samples, Mapping):
+        if stage.kind != "select" or not isinstance(samples, Mapping):
             continue
         deciles = [_decile(told) for told in listed(samples.get("deciles"))]
-        found.append(Filter(stage.name, [_rules(stage, rules), *_quality(stage)], plain(samples.get("score")), deciles))
+        tables = [*([_rules(stage, rules)] if rules else []), *_diversity(stage), *_quality(stage)]
+        if tables:
+            found.append(Filter(stage.name, tables, plain(samples.get("score")), deciles))
     return found
 
 
@@ -139,6 +141,34 @@ def _rules(stage: StageState, rules: list[Mapping[str, Any]]) -> Table:
             "a row counts for the first rule that dropped it" if every else "a row passes when any rule keeps it"
         )
     return table(["rule", "cut", "passes by itself", "dropped" if every else "would drop"], rows, notes=notes)
+
+
+def _diversity(stage: StageState) -> list[Table]:
+    """The chosen rows and as many at random: how near they come to all rows among which they were chosen."""
+    told = _mapping(stage.facts.get("diverse"))
+    rows = [
+        [label, as_number(cover.get("radius")), as_number(cover.get("similarity"))]
+        for label, cover in (
+            (plain(told.get("rule")), _mapping(told.get("cover"))),
+            ("as many at random", _mapping(told.get("random"))),
+        )
+        if cover
+    ]
+    if not rows:
+        return []
+    chance = _mapping(told.get("by_chance"))
+    notes = [
+        f"{count(as_number(told.get('kept')) or 0)} of {count(as_number(told.get('candidates')) or 0)} rows, measured "
+        f"on {count(as_number(told.get('compared')) or 0)} of them",
+        "radius: the distance from the worst covered row to the nearest kept one; similarity: the mean cosine to it",
+    ]
+    median, high = as_number(chance.get("median")), as_number(chance.get("high"))
+    if median is not None and high is not None:
+        often = f"two rows have a cosine of {measure(median)} by chance"
+        notes.append(f"{often}, one pair in twenty of more than {measure(high)}")
+    if (similar := as_number(told.get("too_similar"))) is not None:
+        notes.append(f"{count(similar)} rows were too similar to a kept one (above {plain(told.get('similarity'))})")
+    return [table(["choice", "radius", "similarity"], rows, notes=notes)]
 
 
 def _quality(stage: StageState) -> list[Table]:

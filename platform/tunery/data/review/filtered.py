@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tunery.data.judge import Bools, Floats
-from tunery.data.select import ScoredRows, goods_of, rule_of
+from tunery.data.select.scored import ScoredRows, goods_of
+from tunery.data.select.verdicts import passes, rules_of
 from tunery.errors import StoreError
 from tunery.spec import Keep
 from tunery.spec.stages import KEEP_RULES
@@ -60,36 +61,41 @@ def read_filtered(selection: Artifact) -> Filtered:
     rows = [pq.read_table(path, columns=["id", "source"]) for path in table.files]
     ids = [str(id) for piece in rows for id in piece["id"].to_pylist()]
     sources = [str(source or "") for piece in rows for source in piece["source"].to_pylist()]
-    scores: dict[str, Floats] = {}
     badness: dict[str, Floats] = {}
     signs: dict[str, float] = {}
     cuts: dict[str, float] = {}
-    goods = goods_of(scored)
-    passes: list[Bools] = []
-    distances: list[Floats] = []
+    keeps: dict[str, Keep] = {}
     for (score, described), told in zip(identity["keep"].items(), selection.facts["rules"], strict=True):
-        if not any(described[name] is not None for name in KEEP_RULES):
+        if not any(described.get(name) is not None for name in KEEP_RULES):
             # An identity leaves out the names of stages (`as_many_as`): what their number of rows came to is told.
             described = {**described, "top_k": told["passed"]}
-        keep = Keep.model_validate_json(json.dumps(described))
-        rule = rule_of(table, score, keep, goods, None)
-        scores[score] = np.concatenate(list(table.column(score)))
-        passes.append(rule.cut.passing(rule.sign * scores[score]))
-        if keep.range is not None:
+        keeps[score] = Keep.model_validate_json(json.dumps(described))
+    rules = rules_of(table, keeps, goods_of(scored), {})
+    scores = {score: np.concatenate(list(table.column(score))) for score in keeps}
+    passed_by = passes(rules, scores)
+    # A fraction's cut is one among the rows that the other rules keep: the others are beyond it, wherever they score.
+    plain = [passed for rule, passed in zip(rules, passed_by, strict=True) if rule.keep.fraction is None]
+    left = np.logical_and.reduce(plain) if plain else np.True_
+    distances: list[Floats] = []
+    for rule, passed in zip(rules, passed_by, strict=True):
+        score = rule.score
+        if rule.keep.range is not None:
             low, high = rule.cut.low, rule.cut.worst
             badness[score] = _without_nan(np.maximum(low - scores[score], scores[score] - high))
         else:
-            badness[score] = _without_nan(rule.sign * scores[score])
+            badness[score] = _without_nan(rule.badness(scores))
             signs[score], cuts[score] = rule.sign, rule.sign * rule.cut.worst
-        distances.append(ranks_from_cut(badness[score], passes[-1]))
+        among = badness[score] if rule.keep.fraction is None else np.where(left, badness[score], math.inf)
+        distances.append(ranks_from_cut(among, passed))
     every = identity["combine"] == "all"
-    kept = np.logical_and.reduce(passes) if every else np.logical_or.reduce(passes)
+    kept = np.logical_and.reduce(passed_by) if every else np.logical_or.reduce(passed_by)
     distance = np.maximum.reduce(distances) if every else np.minimum.reduce(distances)
-    passed = [row["id"] for row in read_rows(selection.path, ["id"])]
-    if identity["quota"] is not None:  # what passed the rules and not the quota lies far from every cut
-        kept = _places(ids, passed)
+    held = [row["id"] for row in read_rows(selection.path, ["id"])]
+    if identity["quota"] is not None or identity.get("diverse") is not None:
+        # What passed the rules and neither quota nor diversity lies far from every cut.
+        kept = _places(ids, held)
         distance = np.where(~kept & (distance < 0), len(ids), distance)
-    if [id for id, keep in zip(ids, kept, strict=True) if keep] != passed:
+    if [id for id, keep in zip(ids, kept, strict=True) if keep] != held:
         raise StoreError(
             f"{selection.path} doesn't hold the rows that its rules keep of {scored.path}",
             cause="one of the two was changed by hand, or another version of tunery made it",

@@ -1,4 +1,5 @@
-"""Cosine similarity to the nearest of a set of reference rows, of embeddings by a model (models/embed.py).
+"""Cosine similarity to the nearest of a set of reference rows, of embeddings by a model (models/embed.py); without
+reference rows, the embeddings themselves.
 
 Each process embeds the reference rows once and keeps their vectors, 8 MB for 2,048 of 1,024 dimensions; a shard of rows
 is compared with all of them in one product of matrices.
@@ -45,3 +46,8 @@ class EmbeddingScorer:
             "score": [score if there else math.nan for score, there in zip(scores, known, strict=True)],
             "nearest": [self._ids[at] if there else "" for at, there in zip(nearest, known, strict=True)],
         }
+
+
+def keep_vectors(vectors_nh: np.ndarray) -> Columns:
+    """score: NaN; vector: the embedding in float16, all NaN for a row without a token."""
+    return {"score": [math.nan] * len(vectors_nh), "vector": vectors_nh.astype(np.float16)}

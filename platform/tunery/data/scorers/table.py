@@ -8,7 +8,8 @@ Functions are named, not imported: planning an experiment loads none of them. Fi
     classification  scores a row by the logits of a sequence-classification model: make(spec, labels, name of the model)
                     gives a ClassificationScorer; scorers of one model share its forward passes
     embedding       scores a row by how near it is to reference rows: make(their vectors, their ids) gives an
-                    EmbeddingScorer; scorers of one model share its forward passes
+                    EmbeddingScorer; without reference rows it keeps the vector itself; scorers of one model share its
+                    forward passes
     across          scores a row by the other rows (duplicates): make(spec) gives an AcrossScorer
 
 Scores of all but the last are kept by row id in the store's score tables, so that a row is scored once; those of the
@@ -29,9 +30,10 @@ from tunery.data.scorers.spill import Sketches
 from tunery.models.likelihood import View
 from tunery.store.rows import Row
 
-Columns = dict[str, list[Any]]
-"""A value a row under each name. `score` (float, NaN where a row has none) is the score itself; any other column
-explains it, and stands in the table as `<score>_<name>`."""
+Columns = dict[str, Any]
+"""A value a row under each name: a list, or an array (rows, dimensions) of float16 where each row has a vector. `score`
+(float, NaN where a row has none) is the score itself; any other column explains it, and stands in the table as
+`<score>_<name>`."""
 
 
 class RowScorer(Protocol):

@@ -1,0 +1,380 @@
+"""Diversity: choices worked out by hand and by brute force, the same in whatever pieces the rows come."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tunery.data.review.filtered import read_filtered
+from tunery.data.select import candidates as candidates_module
+from tunery.data.select import k_center as k_center_module
+from tunery.data.select import score_first as score_first_module
+from tunery.data.select.candidates import MOST_DIMENSIONS, SCALE, Candidates, rounded
+from tunery.data.select.cover import by_chance, cover
+from tunery.data.select.k_center import k_center
+from tunery.data.select.score_first import by_score, score_first
+from tunery.data.select.stage import make_selection
+from tunery.errors import StageError
+from tunery.spec import Compute, Diverse, Keep, Quota, Select
+from tunery.store import Artifact, StageContext, StageResult
+from tunery.store.rows import SCHEMA, read_rows
+from tunery.store.vectors import vector_column
+
+NAN = math.nan
+
+
+def directions(*degrees: float) -> np.ndarray:
+    """Vectors of length 1 in the plane."""
+    angles = np.radians(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+
+
+@contextmanager
+def gathered(vectors: np.ndarray, badness: Sequence[float] | None = None) -> Iterator[tuple[Candidates, Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = Candidates(Path(folder), vectors.shape[1])
+        whole, there = rounded(vectors)
+        assert there.all()
+        count = len(vectors)
+        by = np.zeros(count) if badness is None else np.array(badness, float)
+        found.add(whole, np.arange(count, dtype=np.uint64), np.arange(count) / max(count, 1), by)
+        found.close()
+        yield found, Path(folder)
+
+
+@contextmanager
+def small_pieces() -> Iterator[None]:
+    """Few rows in memory and in a block, so that a few dozen rows take many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (candidates_module, k_center_module):
+            patch.setattr(module, "BLOCK", 7)
+        patch.setattr(k_center_module, "LEAST", 3)
+        patch.setattr(k_center_module, "ACTIVE", 5)
+        patch.setattr(k_center_module, "SHRINK", 2)
+        patch.setattr(score_first_module, "LOOKED_AT", 4)
+        patch.setattr(score_first_module, "RECORDS", 9)
+        yield
+
+
+VECTORS = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(1, 40), st.integers(0, 2**32 - 1))
+"""Rows, dimensions, how many of the rows differ, seed."""
+
+
+def drawn(shape: tuple[int, int, int, int]) -> np.ndarray:
+    rows, dimensions, different, seed = shape
+    draw = np.random.default_rng(seed)
+    vectors = draw.standard_normal((different, dimensions))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors[draw.integers(0, different, rows)].astype(np.float16)
+
+
+# k-center
+
+
+def test_k_center_by_hand() -> None:
+    # The mean points to 41 degrees: 20 is nearest to it, 180 farthest from that, then 100, then 0.
+    with gathered(directions(0, 10, 20, 100, 180)) as (candidates, _):
+        assert [k_center(candidates, wanted)[0] for wanted in (1, 2, 3, 4)] == [[2], [2, 4], [2, 4, 3], [2, 4, 3, 0]]
+
+
+def plain_k_center(candidates: Candidates, first: int, wanted: int) -> tuple[list[int], np.ndarray]:
+    """Gonzalez' greedy choice as it is written, in whole numbers."""
+    vectors = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
+    near = ((vectors - vectors[first]) ** 2).sum(axis=1)
+    chosen = [first]
+    while len(chosen) < wanted and near.max() > 0:
+        chosen.append(int(near.argmax()))
+        near = np.minimum(near, ((vectors - vectors[chosen[-1]]) ** 2).sum(axis=1))
+    return chosen, near
+
+
+@settings(max_examples=30)
+@given(VECTORS, st.integers(1, 60))
+def test_k_center_chooses_what_the_plain_greedy_chooses(shape: tuple[int, int, int, int], wanted: int) -> None:
+    with small_pieces(), gathered(drawn(shape)) as (candidates, _):
+        chosen, near = k_center(candidates, min(wanted, candidates.count))
+        expected, distances = plain_k_center(candidates, chosen[0], min(wanted, candidates.count))
+        assert chosen == expected
+        assert near.tolist() == distances.tolist()
+
+
+def test_k_center_ends_where_all_rows_lie_on_a_chosen_one() -> None:
+    with gathered(directions(0, 90, 0, 90, 0)) as (candidates, _):
+        assert len(k_center(candidates, 4)[0]) == 2
+
+
+@pytest.mark.parametrize("dimensions", [2, 64, MOST_DIMENSIONS])
+def test_every_product_is_exact_in_whatever_order_it_is_added_up(dimensions: int) -> None:
+    draw = np.random.default_rng(0)
+    extreme = np.vstack([np.ones((1, dimensions)), -np.ones((1, dimensions)), np.eye(2, dimensions)])
+    vectors = np.vstack([extreme, draw.standard_normal((20, dimensions))])
+    whole, _ = rounded((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
+    floats, integers = whole.astype(np.float32), whole.astype(np.int64)
+    exact = integers @ integers.T
+    assert (floats @ floats.T).tolist() == exact.tolist()
+    order = draw.permutation(dimensions)
+    assert (floats[:, order] @ floats[:, order].T).tolist() == exact.tolist()
+    assert [float(floats[0] @ row) for row in floats] == exact[0].tolist()
+    squares = np.diag(exact)
+    assert (squares[:, None] + squares - 2 * exact).max() <= 2**24
+    lengths = np.sqrt(squares)
+    assert np.abs(lengths / SCALE - 1).max() < 0.03
+
+
+# Score first.
+
+
+def test_score_first_by_hand() -> None:
+    # 10 degrees has the best score; 25 and 0 are too similar to it (20 degrees: a cosine of 0.94), 90 is not.
+    with gathered(directions(0, 10, 25, 90), badness=[3, 1, 2, 4]) as (candidates, work):
+        taken = score_first(candidates, 4, 0.94, work)
+        assert taken.chosen == [1, 3]
+        assert taken.rival.tolist() == [1, -1, 1, -1]
+        assert taken.similarity[2] == pytest.approx(math.cos(math.radians(15)), abs=1e-3)
+        assert score_first(candidates, 1, 0.94, work).chosen == [1]
+        assert score_first(candidates, 4, 1.0, work).chosen == [1, 2, 0, 3]
+
+
+@settings(max_examples=30)
+@given(VECTORS, st.integers(1, 60), st.sampled_from([-0.5, 0.0, 0.5, 0.9, 1.0]), st.integers(1, 5))
+def test_score_first_takes_what_a_plain_loop_takes(
+    shape: tuple[int, int, int, int], wanted: int, similarity: float, levels: int
+) -> None:
+    vectors = drawn(shape)
+    badness = np.random.default_rng(shape[3]).integers(0, levels, len(vectors)).astype(float)
+    with small_pieces(), gathered(vectors, badness.tolist()) as (candidates, work):
+        found = score_first(candidates, wanted, similarity, work)
+        whole = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
+        squares = (whole**2).sum(axis=1)
+        cosines = (whole @ whole.T) / np.sqrt(np.multiply.outer(squares, squares))
+        chosen: list[int] = []
+        for place in sorted(range(len(badness)), key=lambda place: (badness[place], place)):
+            if len(chosen) == wanted:
+                break
+            if all(cosines[place, other] <= similarity + 1e-9 for other in chosen):
+                chosen.append(place)
+                continue
+            rival = int(found.rival[place])
+            assert rival in chosen
+            assert cosines[place, rival] == pytest.approx(max(cosines[place, other] for other in chosen))
+        assert found.chosen == chosen
+        assert not set(chosen) & set(np.flatnonzero(np.asarray(found.rival) >= 0).tolist())
+        apart = cosines[np.ix_(chosen, chosen)][np.triu_indices(len(chosen), 1)]
+        assert (apart <= similarity + 1e-9).all(), "two kept rows are too similar"
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e300, math.inf, -math.inf]), max_size=60))
+def test_order_by_score_through_files_is_that_of_a_stable_sort(badness: list[float]) -> None:
+    with small_pieces(), tempfile.TemporaryDirectory() as work:
+        found = [int(place) for piece in by_score(np.array(badness), Path(work)) for place in piece]
+    assert found == sorted(range(len(badness)), key=lambda place: badness[place])
+
+
+# How far the chosen rows cover the others.
+
+
+def test_cover_by_hand() -> None:
+    with gathered(directions(0, 60, 180)) as (candidates, _):
+        told = cover(candidates, np.arange(3), np.array([0]))
+        assert told["radius"] == pytest.approx(2.0, abs=1e-3)
+        assert told["similarity"] == pytest.approx((1 + 0.5 - 1) / 3, abs=1e-3)
+        assert cover(candidates, np.arange(3), np.arange(3)) == {"radius": 0.0, "similarity": 1.0}
+        told = by_chance(candidates) or {}
+        assert told["median"] == pytest.approx(-0.5, abs=1e-3)  # of 0.5, -0.5 and -1
+
+
+# The stage.
+
+ROWS = 40
+
+
+def scored(folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Sequence[float] | None = None) -> Artifact:
+    """A score artifact whose shards end at `splits`."""
+    for name in ("rows", "scores"):
+        (folder / name).mkdir(parents=True)
+    ids = [f"{n * 7919 % 2**32:016x}" for n in range(len(vectors))]
+    values = list(range(len(vectors))) if scores is None else list(scores)
+    for number, (start, end) in enumerate(zip([0, *splits], [*splits, len(vectors)], strict=True)):
+        rows = [
+            {"id": ids[n], "text": f"row {n}", "source": "abc"[n % 3], "line": n, "planted": ""}
+            for n in range(start, end)
+        ]
+        name = f"part-{number:05d}.parquet"
+        pq.write_table(
+            pa.Table.from_pylist([{k: r.get(k) for k in SCHEMA.names} for r in rows], SCHEMA), folder / "rows" / name
+        )
+        columns: dict[str, Any] = {"id": ids[start:end], "length": pa.array(values[start:end], pa.float64())}
+        if end > start:
+            columns["vec_vector"] = vector_column(vectors[start:end])
+        pq.write_table(pa.table(columns), folder / "scores" / name)
+    facts = {"rows": len(vectors), "scores": {"length": {"good": "high"}}}
+    return Artifact(folder, {"kind": "score", "fingerprint": "f", "facts": facts}, {})
+
+
+def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[StageResult, list[str], dict[str, str]]:
+    """Facts, ids kept in their order, and by id the rule that dropped it."""
+    out = folder / "out"
+    out.mkdir(parents=True)
+    context = StageContext(
+        name="clean",
+        trial="",
+        spec=spec,
+        inputs={"scored": data},
+        seed=seed,
+        folder=folder,
+        out=out,
+        work=folder / "work",
+        scores=folder,
+        events=folder,
+        logs=folder,
+        compute=Compute(),
+        emit=lambda *args, **values: None,
+    )
+    result = make_selection(context)
+    assert not list((folder / "work").iterdir()), "what was on disk for the choice is gone"
+    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    return result, [row["id"] for row in read_rows(out)], {line["id"]: line["rule"] for line in dropped}
+
+
+def select(**fields: Any) -> Select:
+    return Select(kind="select", data="scored", **fields)
+
+
+def some_vectors(count: int = ROWS) -> np.ndarray:
+    vectors = np.random.default_rng(5).standard_normal((count, 8))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.mark.parametrize(
+    "diverse",
+    [
+        Diverse(by="vec", method="k_center", rows=7),
+        Diverse(by="vec", method="k_center", share=0.5),
+        Diverse(by="vec", method="score_first", rows=7, score="length"),
+        Diverse(by="vec", method="score_first", score="random", similarity=0.3),
+    ],
+    ids=lambda diverse: f"{diverse.method} {diverse.rows or diverse.share}",
+)
+def test_every_row_is_kept_or_listed_and_the_same_in_whatever_shards(tmp_path: Path, diverse: Diverse) -> None:
+    spec = select(diverse=diverse, keep={"length": Keep(range=(3, None))})
+    found = []
+    for number, splits in enumerate(([], [13], [1, 2, 2, 30])):
+        folder = tmp_path / str(number)
+        result, kept, dropped = run(folder, scored(folder / "scored", some_vectors(), splits), spec)
+        assert len(kept) + len(dropped) == ROWS
+        assert not set(kept) & set(dropped)
+        assert len(kept) == result.facts["kept"] == result.facts["diverse"]["kept"]
+        assert result.facts["diverse"]["candidates"] == ROWS - 3
+        found.append((result.facts["diverse"], kept, dropped))
+    assert all(other == found[0] for other in found)
+    if diverse.rows:
+        assert len(found[0][1]) == diverse.rows
+    elif diverse.share:
+        assert len(found[0][1]) == round(diverse.share * (ROWS - 3))
+
+
+def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tmp_path: Path) -> None:
+    data = scored(tmp_path / "scored", directions(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
+    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", best="low", rows=2))
+    result, kept, dropped = run(tmp_path, data, spec)
+    ids = [f"{n * 7919:016x}" for n in range(4)]
+    assert kept == [ids[0], ids[2]]
+    assert dropped == {ids[1]: f"score_first: too similar to {ids[0]} (0.985)", ids[3]: "score_first 2 by vec"}
+    assert result.facts["diverse"]["too_similar"] == 1
+
+
+def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: Path) -> None:
+    vectors = some_vectors(6)
+    vectors[2] = NAN
+    for name, spec, lacking in (
+        ("k", Diverse(by="vec", method="k_center", share=1.0), {2: "no embedding"}),
+        (
+            "s",
+            Diverse(by="vec", method="score_first", score="length", similarity=1.0),
+            {2: "no embedding or no length", 4: "no embedding or no length"},
+        ),
+    ):
+        data = scored(tmp_path / name / "scored", vectors, [3], scores=[0, 1, 2, 3, NAN, 5])
+        result, kept, dropped = run(tmp_path / name, data, select(diverse=spec))
+        assert dropped == {f"{n * 7919:016x}": f"{spec.method}: {why}" for n, why in lacking.items()}
+        assert (len(kept), result.facts["diverse"]["without"]) == (6 - len(lacking), len(lacking))
+
+
+def test_diversity_has_the_last_word_after_rules_and_quota(tmp_path: Path) -> None:
+    data = scored(tmp_path / "scored", some_vectors(), [20])
+    diverse = Diverse(by="vec", method="k_center", rows=5)
+    keep, quota = {"length": Keep(threshold=10.0)}, Quota(per="source", rows=4, by="length")
+    result, kept, dropped = run(tmp_path, data, select(keep=keep, quota=quota, diverse=diverse))
+    assert len(kept) == 5
+    assert result.facts["diverse"]["candidates"] == 12
+    reasons = list(dropped.values())
+    assert [reasons.count(why) for why in ("length threshold 10", "quota", "k_center 5 by vec")] == [10, 18, 7]
+
+
+def test_facts_tell_what_diversity_bought_beside_chance(tmp_path: Path) -> None:
+    # Nine tenths of the rows are alike: a random choice sees little else.
+    vectors = np.vstack([directions(*np.linspace(0, 5, 54)), directions(90, 120, 150, 180, 240, 300)])
+    spec = select(diverse=Diverse(by="vec", method="k_center", rows=7))
+    told = run(tmp_path / "a", scored(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
+    assert told["compared"] == 60
+    assert told["cover"]["radius"] < 0.1 < 0.5 < told["random"]["radius"]
+    assert told["cover"]["similarity"] > told["random"]["similarity"]
+    other = run(tmp_path / "b", scored(tmp_path / "b/scored", vectors, [30]), spec, seed=2)[0].facts["diverse"]
+    assert other["random"] != told["random"], "the random choice goes by the seed"
+    assert other["cover"] == told["cover"]
+
+
+def test_choice_among_no_rows_says_what_dropped_them(tmp_path: Path) -> None:
+    spec = select(keep={"length": Keep(threshold=1000.0)}, diverse=Diverse(by="vec", method="k_center", rows=2))
+    with pytest.raises(StageError, match="no row of 40 passes") as caught:
+        run(tmp_path, scored(tmp_path / "scored", some_vectors(), [20]), spec)
+    assert "`length threshold 1000` dropped 40" in caught.value.cause
+
+
+def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversity_dropped(tmp_path: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    data = scored(artifacts / "score-f", some_vectors(), [20])
+    spec = select(keep={"length": Keep(fraction=0.5)}, diverse=Diverse(by="vec", method="k_center", rows=5))
+    result, kept, _ = run(tmp_path, data, spec)
+    (artifacts / "score-f" / "manifest.json").write_text(json.dumps(data.manifest))
+    (artifacts / "score-f" / "measured.json").write_text("{}")
+    (tmp_path / "out").rename(artifacts / "select-g")
+    identity = spec.model_dump(mode="json", exclude={"kind", "seed"})
+    manifest = {"identity": identity, "inputs": {"data": "f"}, "facts": result.facts}
+    filtered = read_filtered(Artifact(artifacts / "select-g", manifest, {}))
+    assert [id for id, keep in zip(filtered.ids, filtered.kept, strict=True) if keep] == kept
+    assert (filtered.distance[20:] < 0).sum() == 5
+    assert (filtered.distance == ROWS).sum() == 15
+    assert sorted(filtered.distance[:20]) == [n + 0.5 for n in range(20)]
+
+
+# What may be asked for.
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "k_center"}, "needs `rows` or `share`"),
+        ({"method": "k_center", "rows": 3, "score": "length"}, "remove `score`"),
+        ({"method": "k_center", "rows": 3, "similarity": 0.5}, "remove `similarity`"),
+        ({"method": "score_first", "rows": 3}, "needs a `score`"),
+        ({"method": "score_first", "score": "length", "rows": 3, "share": 0.5}, "one of `rows`, `share`"),
+    ],
+)
+def test_fields_of_the_other_method_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Diverse(by="vec", **fields)
