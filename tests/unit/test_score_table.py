@@ -86,3 +86,43 @@ def test_half_written_run_is_not_seen(tmp_path: Path) -> None:
 def test_ids_are_numbers_of_16_hex_digits() -> None:
     assert as_numbers(["00000000000000ff", "ffffffffffffffff"]).tolist() == [255, 2**64 - 1]
     assert as_numbers([]).tolist() == []
+
+
+def test_many_small_runs_become_one_and_the_large_ones_stay(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).permutation(np.arange(1, 1000, dtype=np.uint64) << np.uint64(50))
+    kept = ScoreTable(tmp_path)
+    kept.add("large", [table(ids[:500])], 500)
+    pieces = np.array_split(ids[500:], score_table.MOST_RUNS - 1)
+    for number, piece in enumerate(pieces):
+        before = kept.find(ids)[0]
+        kept.add(f"r{number:02d}", [table(piece)], len(piece))
+        assert kept.find(ids)[0].sum() == before.sum() + len(piece)
+    runs = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert len(runs) == score_table.MOST_RUNS // 2 + 1
+    assert "large" in runs
+    assert len([name for name in runs if name.startswith("merged-")]) == 1
+    known, found = kept.find(ids)
+    assert known.all()
+    assert found is not None
+    assert found.equals(table(ids).drop_columns(["id"]))
+
+
+def test_run_that_is_merged_while_it_is_looked_up_is_found_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.arange(10, dtype=np.uint64)
+    kept = ScoreTable(tmp_path)
+    kept.add("a", [table(ids)], 10)
+    runs = ScoreTable._runs
+    seen: list[int] = []
+
+    def merged_after_listing(self: ScoreTable) -> list[Path]:
+        found = runs(self)
+        if not seen:
+            (tmp_path / "a").rename(tmp_path / "merged-1")
+        seen.append(len(found))
+        return found
+
+    monkeypatch.setattr(ScoreTable, "_runs", merged_after_listing)
+    assert kept.find(ids)[0].all()
+    assert seen == [1, 1]

@@ -8,12 +8,14 @@ many actors of a machine share one copy in the page cache. Runs are immutable an
 
 Sizes on paper: 8 bytes a row for the id and 8 a column. 100 M rows with 3 columns are 3.2 GB in 512 files; a look-up of
 16,384 ids takes milliseconds when pages are warm. Vectors are 2 bytes a dimension: of 1,024 dimensions 200 GB. Each
-score stage that finds new rows adds a run, and a look-up asks every run: past some hundred runs they should be merged,
-which nothing does yet.
+score stage that finds new rows adds a run, and a look-up asks every run; so when there are MOST_RUNS, the smaller half
+becomes one. Whoever read them has them mapped still, or looks again.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import itertools
 import os
 import shutil
@@ -34,6 +36,7 @@ PARTITION_BYTES = 1 << 28
 """At most about so many bytes of vectors a file."""
 MOST_BITS = 9
 """Of a split for vectors' sake: its files are written side by side, and a process may have so many open."""
+MOST_RUNS = 32
 
 
 def as_numbers(ids: Iterable[str]) -> Ids:
@@ -49,6 +52,13 @@ class ScoreTable:
 
     def find(self, ids: Ids) -> tuple[NDArray[np.bool_], pa.Table | None]:
         """Which of `ids` are known, and the columns of those, in the order of `ids`; None when none is."""
+        while True:
+            try:
+                return self._find(ids)
+            except FileNotFoundError:  # merged meanwhile: it is in another run now
+                _files.cache_clear()
+
+    def _find(self, ids: Ids) -> tuple[NDArray[np.bool_], pa.Table | None]:
         known = np.zeros(len(ids), dtype=bool)
         places: list[NDArray[np.int64]] = []
         found: list[pa.Table] = []
@@ -67,9 +77,30 @@ class ScoreTable:
 
         Streams: a partition in memory at a time. A run that is there already is left as it is.
         """
-        final = self.folder / run
-        if final.is_dir():
+        if not (self.folder / run).is_dir():
+            self._write(run, tables, rows)
+            self._merge()
+
+    def _merge(self) -> None:
+        """One run of the smaller half, where there are many; not while somebody else does it."""
+        if len(self._runs()) < MOST_RUNS:
             return
+        with (self.folder / ".merging").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            sizes = {run: sum(_mapped(path).num_rows for path in _files(run)) for run in self._runs()}
+            small = sorted(sizes, key=lambda run: (sizes[run], run.name))[: MOST_RUNS // 2]
+            name = "merged-" + hashlib.sha256("".join(run.name for run in small).encode()).hexdigest()[:16]
+            self._write(
+                name, (_mapped(path) for run in small for path in _files(run)), sum(sizes[run] for run in small)
+            )
+            for run in small:
+                shutil.rmtree(run)
+
+    def _write(self, run: str, tables: Iterable[pa.Table], rows: int) -> None:
+        final = self.folder / run
         temporary = self.folder / f".{run}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -147,7 +178,10 @@ def _find_in(run: Path, ids: Ids, wanted: NDArray[np.int64]) -> Iterator[tuple[N
 
 @cache
 def _files(run: Path) -> tuple[Path, ...]:
-    return tuple(sorted(run.glob("b*.arrow")))
+    files = tuple(sorted(run.glob("b*.arrow")))
+    if not files and not run.is_dir():
+        raise FileNotFoundError(run)
+    return files
 
 
 @cache
