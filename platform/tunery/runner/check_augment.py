@@ -1,0 +1,135 @@
+"""What can be checked of an `augment` stage before a run: that its rows can be worded anew, that its examples have
+answers, and that nothing which the experiment measures on can get into its rows without being named in `heldout`.
+
+Two stages are taken to share rows where both go back to the same file, hub dataset or builtin corpus, and to splits
+that overlap. Copies of rows in two files can't be seen before they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tunery.data.read import described, first_shape
+from tunery.data.sources import BadSource, Builtin, Part, find_parts
+from tunery.errors import SpecError
+from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training
+from tunery.spec.graph import lineage
+from tunery.spec.load import error_at
+from tunery.spec.yaml_source import Path as KeyPath
+from tunery.spec.yaml_source import YamlSource
+
+
+def check_augment(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    try:
+        yield from _check_shapes(name, stage, experiment, source, folder)
+        yield from _check_heldout(name, stage, experiment, source, folder)
+    except BadSource:  # told at the dataset
+        return
+
+
+def _check_shapes(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    at: KeyPath = ("stages", name)
+    data = _root(experiment, stage.data)
+    shape = first_shape(data, folder)
+    if shape == "text":
+        yield error_at(
+            source,
+            (*at, "data"),
+            f"`{name}.data` needs conversations or prompts, but `{described(data)}` holds texts",
+            cause="a text has no question to word anew",
+            remedy="use rows with questions",
+        )
+        return
+    if stage.few_shot is not None and stage.few_shot.counts[-1]:
+        given = stage.few_shot.examples
+        examples = _root(experiment, given or stage.data)
+        shape = first_shape(examples, folder)
+        if shape in ("text", "prompt"):
+            yield error_at(
+                source,
+                (*at, "few_shot", "examples") if given else (*at, "few_shot"),
+                f"`{name}.few_shot` needs examples with answers, but `{described(examples)}` holds {shape}s",
+                cause="" if given else f"no stage is named in `examples`, so they are the rows of `{stage.data}`",
+                remedy="name a stage with questions and answers in `examples`",
+            )
+
+
+def _check_heldout(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    shown = stage.few_shot.examples if stage.few_shot is not None else None
+    examples = shown or (stage.data if stage.few_shot is not None else None)
+    for measured, where in _measured_on(experiment):
+        line = lineage(experiment.stages, measured)
+        if _covering(line, experiment) & set(stage.heldout):
+            continue
+        through = name in line  # prompts to measure on: their rows are held out, their examples must not be
+        for used, field in ((None if through else stage.data, "data"), (examples, "few_shot.examples")):
+            why = _shared(_root(experiment, used), _root(experiment, measured), folder) if used is not None else ""
+            if not why:
+                continue
+            at = ("stages", name, "few_shot") if field != "data" else ("stages", name, "heldout")
+            yield error_at(
+                source,
+                at,
+                f"rows that `{where}` measures on can get into `{name}` by `{field}`",
+                cause=f"`{measured}` and `{used}` both read {why}",
+                remedy="name a stage of other rows in `few_shot.examples`, such as another split"
+                if through
+                else f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap",
+            )
+            break
+
+
+def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
+    """The stages of a lineage that have all groups of its first one: each has a part of what the next has, but for a
+    review, which may bring back rows that its filter dropped."""
+    reviewed = {stage.data for name in line if isinstance(stage := experiment.stages[name], Review)}
+    return set(line) - (reviewed - {line[0]})
+
+
+def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Each stage whose rows some loss is measured on, with the first field that names it."""
+    found: dict[str, str] = {}
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, Evaluate):
+            for key, data in stage.data.items():
+                found.setdefault(data, f"{name}.data.{key}")
+        if isinstance(stage, Training) and stage.eval_data is not None:
+            found.setdefault(stage.eval_data, f"{name}.eval_data")
+    yield from found.items()
+
+
+def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
+    """What both read, and their splits; "" where they can share no group. Raises BadSource."""
+    if not _overlap(one, other):
+        return ""
+    both = {_whole(part) for part in find_parts(one, folder)} & {_whole(part) for part in find_parts(other, folder)}
+    names = sorted(part if isinstance(part, str) else part.name for part in both)
+    splits = one.split if one.split == other.split else f"{other.split} and {one.split}"
+    return f"`{names[0]}`, split {splits}" if names else ""
+
+
+def _whole(part: Part) -> Part | str:
+    """Subsets of a builtin corpus speak of the same objects."""
+    return part.name.split("/")[0] if isinstance(part, Builtin) else part
+
+
+def _overlap(one: Dataset, other: Dataset) -> bool:
+    """Whether a group can be in both splits: a larger holdout moves groups out of train, and nowhere else."""
+    if "all" in (one.split, other.split) or one.split == other.split:
+        return True
+    if one.split == "train":
+        return other.holdout > one.holdout
+    return other.split == "train" and one.holdout > other.holdout
+
+
+def _root(experiment: Experiment, name: str) -> Dataset:
+    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
+    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
+    return stage
