@@ -62,28 +62,48 @@ def _check_shapes(
 def _check_heldout(
     name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    shown = stage.few_shot.examples if stage.few_shot is not None else None
-    examples = shown or (stage.data if stage.few_shot is not None else None)
-    for measured, where in _measured_on(experiment):
+    to_measure_on = _is_to_measure_on(name, experiment)
+    uses: list[tuple[str, str, str]] = []
+    if not to_measure_on:
+        uses.append(("heldout", stage.data, "measure on rows that it does not make, such as another split"))
+    if stage.few_shot is not None:
+        examples = stage.few_shot.examples or stage.data
+        uses.append(("few_shot", examples, "name other rows in `few_shot.examples`, such as another split"))
+    named, told = set(stage.heldout), set[str]()
+    # Datasets first: to name one covers what is made of it.
+    for measured, where in sorted(_measured_on(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))):
         line = lineage(experiment.stages, measured)
-        if _covering(line, experiment) & set(stage.heldout):
+        if _covering(line, experiment) & named:
             continue
-        through = name in line  # prompts to measure on: their rows are held out, their examples must not be
-        for used, field in ((None if through else stage.data, "data"), (examples, "few_shot.examples")):
-            why = _shared(_root(experiment, used), _root(experiment, measured), folder) if used is not None else ""
-            if not why:
-                continue
-            at = ("stages", name, "few_shot") if field != "data" else ("stages", name, "heldout")
-            yield error_at(
-                source,
-                at,
-                f"rows that `{where}` measures on can get into `{name}` by `{field}`",
-                cause=f"`{measured}` and `{used}` both read {why}",
-                remedy="name a stage of other rows in `few_shot.examples`, such as another split"
-                if through
-                else f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap",
-            )
-            break
+        for field, used, otherwise in uses:
+            shared = _shared(_root(experiment, used), _root(experiment, measured), folder)
+            remedy = f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap"
+            if to_measure_on or name in line:
+                remedy = otherwise
+            if shared and remedy not in told:
+                named.add(measured)
+                told.add(remedy)
+                yield error_at(
+                    source,
+                    ("stages", name, field),
+                    f"rows that `{where}` measures on can get into `{name}`, from `{used}`",
+                    cause=f"`{measured}` and `{used}` both read {shared}",
+                    remedy=remedy,
+                )
+                break
+
+
+def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
+    """Whether the stage's rows are prompts to measure on, which no model learns: then they are held out themselves, and
+    only their examples must not be."""
+    stages = experiment.stages
+    lines = [
+        lineage(stages, data)
+        for stage in stages.values()
+        if stage.gives in ("model", "classifier") and isinstance(data := getattr(stage, "data", None), str)
+    ]
+    measured = any(name in lineage(stages, other) for other, _ in _measured_on(experiment))
+    return measured and not any(name in line for line in lines)
 
 
 def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
@@ -112,7 +132,7 @@ def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
     both = {_whole(part) for part in find_parts(one, folder)} & {_whole(part) for part in find_parts(other, folder)}
     names = sorted(part if isinstance(part, str) else part.name for part in both)
     splits = one.split if one.split == other.split else f"{other.split} and {one.split}"
-    return f"`{names[0]}`, split {splits}" if names else ""
+    return f"`{names[0]}` (split {splits})" if names else ""
 
 
 def _whole(part: Part) -> Part | str:

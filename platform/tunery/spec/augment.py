@@ -51,7 +51,7 @@ class FewShot(Spec):
 
     shots: (
         Annotated[int, Field(ge=0), Tag("number")]
-        | Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], Tag("range")]
+        | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, max_length=2), Tag("range")]
     ) = Field(discriminator=Discriminator(lambda value: "range" if isinstance(value, list | tuple) else "number"))
     """How many examples; of a range one is drawn a variant, both ends included. With 0 in it zero-shot prompts stand
     among them, which helps both (Longpre et al. 2023)."""
@@ -67,7 +67,7 @@ class FewShot(Spec):
 
     @field_validator("shots")
     @classmethod
-    def _ascending(cls, shots: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _ascending(cls, shots: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if isinstance(shots, tuple) and shots[0] > shots[1]:
             raise ValueError(f"the range ends ({shots[1]}) before it begins ({shots[0]})")
         return shots

@@ -32,8 +32,8 @@ TEXT = 1200
 
 
 def make_augmented(context: StageContext) -> StageResult:
-    """Facts: rows_in, what became of them (augmented, unchanged by reason, heldout); rows, variants, originals; repeated
-    (variants that said the same as another of their row, and are left out); variants by template, by how they answer
+    """Facts: rows_in, what became of them (augmented, unchanged by reason, heldout); rows, variants, originals;
+    repeated (variants that said the same as another of their row, and are left out); variants by template, by answer
     and by number of examples; fewer_examples by reason; how many rows may serve as examples, and why others may not;
     a few rows before and after."""
     stage, seed = context.spec, context.seed
