@@ -60,7 +60,8 @@ class FewShot(Spec):
     layout: Literal["turns", "prompt"] = "turns"
     """As turns of their own before the question's, or as text within it."""
     example: Annotated[str, _with("question", "answer")] = "Q: {question}\nA: {answer}"
-    """How `prompt` writes an example; the question itself stands last, up to where its answer would begin."""
+    """How `prompt` writes an example; the question itself stands last, up to where its answer would begin. With
+    templates that lead to the answer themselves: `"{question}\\n{answer}"`."""
     max_chars: Annotated[int, Field(ge=1)] = 1600
     """Of the whole row, examples and answer included: examples that would make it longer are not taken. 512 tokens, the
     default `max_length`, are about 1,700 characters, and what is cut there is the answer."""
