@@ -138,7 +138,7 @@ class Augment(Spec):
             most = max(math.ceil(self.copies * direct), math.ceil(self.copies * (1 - direct)))
             if most > len(self.templates):
                 raise ValueError(
-                    f"{self.copies} copies can't all differ with {len(self.templates)} templates and no examples: "
+                    f"{self.copies} copies can't all differ by {len(self.templates)} of `templates` and no examples: "
                     "give more templates, `few_shot`, or fewer copies"
                 )
         return self

@@ -31,12 +31,10 @@ class Variant:
     template: int
     """Index of the one that words its question."""
     form: Form
-    wanted: int
-    """Examples that were drawn for it."""
     shots: int
     """Examples that it has."""
     fewer: str
-    """Why they are fewer than wanted; "" where they aren't."""
+    """Why they are fewer than were drawn, or none could be; "" where they aren't."""
 
 
 def variants(row: Row, stage: Augment, pool: Pool, seed: int) -> list[Variant] | str:
@@ -44,20 +42,17 @@ def variants(row: Row, stage: Augment, pool: Pool, seed: int) -> list[Variant] |
     at = asked_at(row)
     if at is None:
         return "no question"
-    alone = not_alone(row)
+    few_shot, without = stage.few_shot, ""
+    if few_shot is not None and few_shot.counts[-1] and (without := not_alone(row) or ""):
+        few_shot = None
     made = []
-    for copy, (form, template, shots) in enumerate(_plans(row, stage, seed)):
+    for copy, (form, template, shots) in enumerate(_plans(row, stage, few_shot, seed)):
         builder = _Builder(row, at, stage.templates[template], form, stage.chain_of_thought)
-        examples, fewer = [], ""
-        if shots and stage.few_shot is not None:
-            few_shot = stage.few_shot
-            examples = [] if alone else _examples(builder, few_shot, pool, shots, numbers(seed, row["id"], copy))
-            if len(examples) < shots:
-                fewer = alone or "no other example fits"
-            new = builder.built(examples, few_shot)
-        else:
-            new = builder.built([], None)
-        made.append(Variant(new, template, form, shots, len(examples), fewer))
+        examples: list[Exchange] = []
+        if shots and few_shot is not None:
+            examples = _examples(builder, few_shot, pool, shots, numbers(seed, row["id"], copy))
+        fewer = without or ("no other example fits" if len(examples) < shots else "")
+        made.append(Variant(builder.built(examples, few_shot), template, form, len(examples), fewer))
     return made
 
 
@@ -72,10 +67,10 @@ def distinct(row: Row, made: Sequence[Variant], with_row: bool) -> list[Variant]
     return kept
 
 
-def _plans(row: Row, stage: Augment, seed: int) -> Iterator[tuple[Form, int, int]]:
+def _plans(row: Row, stage: Augment, few_shot: FewShot | None, seed: int) -> Iterator[tuple[Form, int, int]]:
     """Form, template and number of examples of each copy. Copies of one form go through all pairs of a template and a
     number of examples, in an order drawn for the row, before one comes again."""
-    counts = stage.few_shot.counts if stage.few_shot is not None else range(1)
+    counts = few_shot.counts if few_shot is not None else range(1)
     pairs = len(stage.templates) * len(counts)
     drawn = numbers(seed, row["id"])
     forms = _forms(row, stage, drawn)
