@@ -101,7 +101,7 @@ def _examples(builder: _Builder, few_shot: FewShot, pool: Pool, shots: int, draw
     row = builder.row
     # What stands around an example, and around the question behind them, is shorter than the text that says it.
     around = len(few_shot.example) if few_shot.layout == "prompt" else 0
-    left = few_shot.max_chars - _length(builder.built([], few_shot)) - around
+    left = few_shot.max_chars - _length(builder.messages([], few_shot)) - around
 
     def fits(example: Exchange) -> bool:
         nonlocal left
@@ -134,6 +134,10 @@ class _Builder:
         return self.worded(example.question), answer
 
     def built(self, examples: Sequence[Exchange], few_shot: FewShot | None) -> Row:
+        new = {**self.row, "messages": self.messages(examples, few_shot)}
+        return {**new, "id": row_id(new)}
+
+    def messages(self, examples: Sequence[Exchange], few_shot: FewShot | None) -> list[Turn]:
         turns = self.row["messages"]
         before, asked, after = turns[: self.at], turns[self.at], turns[self.at + 1 :]
         question = self.worded(asked["content"])
@@ -145,9 +149,7 @@ class _Builder:
             else:
                 texts = [few_shot.example.format(question=q, answer=a) for q, a in shown]
                 question = "\n\n".join([*texts, _opening(few_shot.example, question)])
-        messages = [*before, *shots, {**asked, "content": question}, *self._answered(after)]
-        new = {**self.row, "messages": messages}
-        return {**new, "id": row_id(new)}
+        return [*before, *shots, {**asked, "content": question}, *self._answered(after)]
 
     def _answered(self, after: Sequence[Turn]) -> list[Turn]:
         if self.form != "direct" or self.thought is None or not after:
@@ -172,6 +174,6 @@ def _turn(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
-def _length(row: Row) -> int:
+def _length(turns: Sequence[Turn]) -> int:
     """Characters of all turns."""
-    return sum(len(turn["content"]) for turn in row["messages"])
+    return sum(len(turn["content"]) for turn in turns)

