@@ -93,6 +93,15 @@ def test_braces_survive_in_examples_and_their_layout() -> None:
     assert said(made)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
 
 
+def test_copies_go_through_all_templates_and_numbers_of_examples_before_a_pair_comes_again() -> None:
+    fields = {"templates": ["A {question}", "B {question}"], "few_shot": {"shots": [0, 2]}, "copies": 6}
+    pool = pool_of([row(f"q{number}", "a") for number in range(9)])
+    made = variants(row("own", "a"), augment(**fields), pool, 17)
+    assert not isinstance(made, str)
+    assert sorted((variant.template, variant.shots) for variant in made) == [(t, s) for t in (0, 1) for s in (0, 1, 2)]
+    assert [variant.template for variant in made] in ([0, 1] * 3, [1, 0] * 3)
+
+
 def test_as_many_copies_as_templates_have_each_of_them_in_an_order_of_the_row() -> None:
     templates = [f"{letter} {{question}}" for letter in "abcd"]
     orders = set()

@@ -102,7 +102,7 @@ class Augment(Spec):
     gives: ClassVar[Gives] = "rows"
     data: str
     templates: Annotated[tuple[Annotated[str, _with("question")], ...], Field(min_length=1)] = (PLAIN,)
-    """Of the last user turn. A row's variants take them in an order drawn for the row, so that as many copies as
+    """Of the last user turn. A row's variants take them in turn, in an order drawn for the row: as many copies as
     templates have each of them."""
     few_shot: FewShot | None = None
     chain_of_thought: ChainOfThought | None = None

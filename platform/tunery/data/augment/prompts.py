@@ -7,9 +7,9 @@ variant's number alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from string import Formatter
 from typing import Literal
 
@@ -68,19 +68,22 @@ def distinct(row: Row, made: Sequence[Variant], with_row: bool) -> list[Variant]
 
 
 def _plans(row: Row, stage: Augment, few_shot: FewShot | None, seed: int) -> Iterator[tuple[Form, int, int]]:
-    """Form, template and number of examples of each copy. Copies of one form go through all pairs of a template and a
-    number of examples, in an order drawn for the row, before one comes again."""
+    """Form, template and number of examples of each copy."""
+    forms = _forms(row, stage, numbers(seed, row["id"]))
     counts = few_shot.counts if few_shot is not None else range(1)
-    pairs = len(stage.templates) * len(counts)
-    drawn = numbers(seed, row["id"])
-    forms = _forms(row, stage, drawn)
-    orders = {
-        form: chain.from_iterable(shuffled(pairs, numbers(seed, row["id"], form, lap)) for lap in range(stage.copies))
-        for form in forms
-    }
+    pairs = {form: _pairs(len(stage.templates), counts, seed, row["id"], form) for form in forms}
     for form in forms:
-        template, count = divmod(next(orders[form]), len(counts))
-        yield form, template, counts[count]
+        yield form, *next(pairs[form])
+
+
+def _pairs(templates: int, counts: range, *key: object) -> Iterator[tuple[int, int]]:
+    """Template and number of examples, without end: the templates in turn, in an order drawn by the key, each with
+    the numbers of examples in an order of its own."""
+    order = list(shuffled(templates, numbers(*key)))
+    shots = {template: [counts[at] for at in shuffled(len(counts), numbers(*key, template))] for template in order}
+    for lap in itertools.count():
+        for template in order:
+            yield template, shots[template][lap % len(counts)]
 
 
 def _forms(row: Row, stage: Augment, drawn: Iterator[int]) -> list[Form]:
