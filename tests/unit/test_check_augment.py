@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from conftest import LoadText
 
 from tunery.errors import SpecError, SpecErrors
 from tunery.runner.check import check
+from tunery.runner.check_augment import _shared
+from tunery.spec import Dataset
 from tunery.spec.graph import lineage
 from tunery.store import Store
 from tunery.track.notes import outcome
@@ -115,7 +118,7 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             ("source: pairs.jsonl, split: test", "source: 'builtin:python-docs', subset: preferences, split: test"),
         ],
         HELDOUT,
-        ["both read `builtin:python-docs` (split test and all)"],
+        ["both read `builtin:python-docs/questions` (split test and all)"],
     ),
     "examples from held-out rows": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: [0, 2], examples: held}")],
@@ -142,6 +145,48 @@ def test_rows_that_are_measured_on_must_be_named_in_heldout(case: str, load_text
     assert (error.file, error.line) == (str(folder / "exp.yaml"), line)
     for word in words:
         assert word in str(error)
+
+
+HUB = {"source": "hub:org/name"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ({"source": "pairs.jsonl"}, {"source": "./link.jsonl"}, True),
+        ({"source": ["copy.jsonl", "pairs.jsonl"]}, {"source": "p*.jsonl"}, True),
+        ({"source": "pairs.jsonl"}, {"source": "copy.jsonl"}, False),
+        (HUB, {**HUB, "hub_split": "train", "revision": "v1"}, True),
+        ({**HUB, "hub_split": "train"}, {**HUB, "hub_split": "test"}, False),
+        ({**HUB, "config": "a"}, {**HUB, "config": "b"}, False),
+        (HUB, {"source": "pairs.jsonl"}, False),
+        ({"source": "pairs.jsonl", "split": "train"}, {"source": "pairs.jsonl", "split": "test"}, False),
+        ({"source": "pairs.jsonl", "split": "train"}, {"source": "pairs.jsonl", "split": "test", "holdout": 0.2}, True),
+        ({"source": "pairs.jsonl", "split": "test", "holdout": 0.3}, {"source": "pairs.jsonl", "split": "train"}, True),
+        (
+            {"source": "pairs.jsonl", "split": "train", "holdout": 0.3},
+            {"source": "pairs.jsonl", "split": "test"},
+            False,
+        ),
+        ({"source": "pairs.jsonl", "split": "test"}, {"source": "pairs.jsonl", "split": "validation"}, False),
+    ],
+)
+def test_datasets_share_rows_by_what_they_read_and_by_their_splits(
+    one: dict[str, Any], other: dict[str, Any], shared: bool, folder: Path
+) -> None:
+    (folder / "link.jsonl").symlink_to(folder / "pairs.jsonl")
+    datasets = [Dataset.model_validate_json(json.dumps({"kind": "dataset", **fields})) for fields in (one, other)]
+    assert bool(_shared(datasets[0], datasets[1], folder)) == shared
+    assert bool(_shared(datasets[1], datasets[0], folder)) == shared
+
+
+def test_a_search_may_not_make_splits_overlap(load_text: LoadText, folder: Path) -> None:
+    search = "search:\n  metric: sft.eval_loss\n  mode: min\n  trials: 1\n  space:\n    val.split: {choice: [%s]}\n"
+    end = ("worded: worded}}\n", "worded: worded}}\n" + search)
+    forgotten = ("    heldout: [val]\n", "")
+    assert errors(load_text, folder, forgotten, (end[0], end[1] % "validation, test")) == []
+    (error,) = errors(load_text, folder, forgotten, (end[0], end[1] % "validation, all"))
+    assert "a trial can't work: rows that `sft.eval_data` measures on can get into `prompts`" in error.message
 
 
 def test_naming_a_stage_covers_what_is_made_of_it(load_text: LoadText, folder: Path) -> None:

@@ -188,11 +188,13 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
             return
         for name, stage in closure(trial.stages, [experiment.search.metric.split(".")[0]]).items():
             key = f"{name} {stage.model_dump_json()}"
+            if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
+                key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
             if key in seen:
                 continue
             seen.add(key)
             wrong = [*_check_batches(name, stage, trial, source, workers)]
-            if stage != experiment.stages[name]:
+            if stage != experiment.stages[name] or isinstance(stage, Augment):
                 wrong += _check_stage(name, stage, trial, source, folder)
             if wrong:
                 searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}

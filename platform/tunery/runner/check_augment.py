@@ -7,9 +7,12 @@ that overlap. Copies of rows in two files can't be seen before they are read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tunery.data.filesystem import File
+from tunery.data.formats.hub import HubDataset
 from tunery.data.read import described, first_shape
 from tunery.data.sources import BadSource, Builtin, Part, find_parts
 from tunery.errors import SpecError
@@ -129,15 +132,26 @@ def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
     """What both read, and their splits; "" where they can share no group. Raises BadSource."""
     if not _overlap(one, other):
         return ""
-    both = {_whole(part) for part in find_parts(one, folder)} & {_whole(part) for part in find_parts(other, folder)}
-    names = sorted(part if isinstance(part, str) else part.name for part in both)
+    parts = find_parts(other, folder)
+    known = {_path(part) for part in parts if isinstance(part, File)}
     splits = one.split if one.split == other.split else f"{other.split} and {one.split}"
-    return f"`{names[0]}` (split {splits})" if names else ""
+    for part in find_parts(one, folder):
+        if _path(part) in known if isinstance(part, File) else any(_same(part, seen) for seen in parts):
+            return f"`{part.name}` (split {splits})"
+    return ""
 
 
-def _whole(part: Part) -> Part | str:
-    """Subsets of a builtin corpus speak of the same objects."""
-    return part.name.split("/")[0] if isinstance(part, Builtin) else part
+def _path(file: File) -> str:
+    """One for a file, whichever way it is named."""
+    return file.name if file.is_remote else os.path.realpath(file.path)
+
+
+def _same(one: Builtin | HubDataset, other: Part) -> bool:
+    """Subsets of a builtin corpus speak of the same objects; a config or split that is not named may be any."""
+    if isinstance(one, HubDataset) and isinstance(other, HubDataset):
+        named = ((one.config, other.config), (one.split, other.split))
+        return one.name == other.name and all(a == b or None in (a, b) for a, b in named)
+    return isinstance(one, Builtin) and isinstance(other, Builtin)
 
 
 def _overlap(one: Dataset, other: Dataset) -> bool:
