@@ -35,6 +35,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}, "random": {"top_k": 9}}},
     "strict": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.4}}},
     "checked": {"kind": "review", "data": "clean", "decisions": "checked.jsonl"},
+    "prompts": {"kind": "augment", "data": "clean", "templates": ["Q {question}", "{question}"], "heldout": ["more"]},
     "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
 }
@@ -105,6 +106,27 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("checked", "data"): ["strict"],
     ("checked", "decisions"): ["other.jsonl", "checked.xlsx"],
     ("checked", "rows"): [1, 50],
+    ("prompts", "data"): ["again"],
+    ("prompts", "templates"): [["{question}?"], ["{question}?", "{question}"]],
+    ("prompts", "few_shot"): [
+        {"shots": 1, **values}
+        for values in (
+            {},
+            {"shots": [0, 1]},
+            {"examples": "docs"},
+            {"examples": "strict"},
+            {"layout": "prompt"},
+            {"example": "{question}: {answer}"},
+            {"max_chars": 100},
+        )
+    ],
+    ("prompts", "chain_of_thought"): [
+        {"separator": "#", **values} for values in ({}, {"separator": "##"}, {"cue": "Think."}, {"direct": 0.5})
+    ],
+    ("prompts", "copies"): [2],
+    ("prompts", "originals"): [True],
+    ("prompts", "heldout"): [[], ["strict"], ["strict", "more"]],
+    ("prompts", "seed"): [4, 5],
     ("base", "model"): [
         {"scratch": "small"},
         {"pretrained": "./model"},
@@ -138,7 +160,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         }.items()
     },
 }
-ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "sft", "eval")
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "eval")
 
 
 @pytest.fixture
@@ -336,8 +358,8 @@ def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) 
 
 def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
-    # Planted damage, trainings without a seed of their own, `random`, which rows a person is asked about.
-    by_chance = {"more", "base", "other", "clean", "checked"}
+    # Planted damage, trainings without a seed of their own, `random`, which rows a person is asked about, prompts.
+    by_chance = {"more", "base", "other", "clean", "checked", "prompts"}
     assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)

@@ -18,8 +18,10 @@ from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.models.labels import labels_of_folder
+from tunery.runner.check_augment import check_augment
 from tunery.runner.identity import model_folder, pretrained_models
 from tunery.spec import (
+    Augment,
     ClassificationSpec,
     Classifier,
     Dataset,
@@ -29,12 +31,11 @@ from tunery.spec import (
     Review,
     Score,
     ScorerSpec,
-    Select,
     Sft,
     Stage,
     Training,
 )
-from tunery.spec.graph import closure
+from tunery.spec.graph import closure, lineage
 from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import Path as KeyPath
@@ -89,6 +90,8 @@ def _check_stage(
             yield error_at(
                 source, (*at, "decisions"), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
             )
+    if isinstance(stage, Augment):
+        yield from check_augment(name, stage, experiment, source, folder)
     whole = True
     for model in pretrained_models(stage):
         if model.is_folder:
@@ -144,9 +147,7 @@ def _check_has_answers(
 
 
 def _root(experiment: Experiment, name: str) -> Dataset:
-    stage = experiment.stages[name]
-    while isinstance(stage, Score | Select | Review):
-        stage = experiment.stages[stage.data]
+    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
     assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
     return stage
 
@@ -187,11 +188,13 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
             return
         for name, stage in closure(trial.stages, [experiment.search.metric.split(".")[0]]).items():
             key = f"{name} {stage.model_dump_json()}"
+            if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
+                key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
             if key in seen:
                 continue
             seen.add(key)
             wrong = [*_check_batches(name, stage, trial, source, workers)]
-            if stage != experiment.stages[name]:
+            if stage != experiment.stages[name] or isinstance(stage, Augment):
                 wrong += _check_stage(name, stage, trial, source, folder)
             if wrong:
                 searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}

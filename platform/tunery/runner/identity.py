@@ -9,7 +9,7 @@ from typing import Any
 from tunery.data.review.decisions import decisions_identity
 from tunery.data.sources import source_identity
 from tunery.runner.stages import STAGES
-from tunery.spec import RANDOM, Dataset, Evaluate, Experiment, Pretrained, Review, Select, Stage, Training
+from tunery.spec import RANDOM, Augment, Dataset, Evaluate, Experiment, Pretrained, Review, Select, Stage, Training
 from tunery.spec.graph import order
 from tunery.spec.reference import model_name
 from tunery.store import fingerprint
@@ -20,7 +20,7 @@ LATER = ("diverse", "fraction")
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
-    own = stage.seed if isinstance(stage, Training | Select) else None
+    own = stage.seed if isinstance(stage, Training | Select | Augment) else None
     return experiment.seed if own is None else own
 
 
@@ -32,7 +32,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         _blank(fields, item.path)
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
     by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
-    if isinstance(stage, Training | Review) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
+    if isinstance(stage, Training | Review | Augment) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)

@@ -22,7 +22,20 @@ from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
-from tunery.spec import Compute, Dataset, Evaluate, Experiment, Lora, Pretrain, Pretrained, Scratch, Select, Sft, Stage
+from tunery.spec import (
+    Augment,
+    Compute,
+    Dataset,
+    Evaluate,
+    Experiment,
+    Lora,
+    Pretrain,
+    Pretrained,
+    Scratch,
+    Select,
+    Sft,
+    Stage,
+)
 from tunery.spec.graph import order
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
@@ -170,6 +183,8 @@ class _Estimates:
             if stage.diverse is not None:
                 rows = min(stage.diverse.rows or rows, round(rows * (stage.diverse.share or 1)))
             return rows
+        if isinstance(stage, Augment):
+            return rows_in * (stage.copies + stage.originals)
         return rows_in
 
     def _training(

@@ -1,5 +1,6 @@
 """The experiment's schema and loader: pydantic and YAML, no Ray, no torch (a test holds that)."""
 
+from tunery.spec.augment import Augment, ChainOfThought, FewShot
 from tunery.spec.experiment import Compute, Experiment, Tracking, Wandb
 from tunery.spec.load import load, parse
 from tunery.spec.reference import AUTO, Pretrained, Scratch
@@ -46,6 +47,8 @@ __all__ = [
     "C4",
     "C4Rules",
     "RANDOM",
+    "Augment",
+    "ChainOfThought",
     "ClassificationSpec",
     "Classifier",
     "Compute",
@@ -57,6 +60,7 @@ __all__ = [
     "Embedding",
     "Evaluate",
     "Experiment",
+    "FewShot",
     "Gopher",
     "GopherRules",
     "Ifd",

@@ -39,6 +39,14 @@ def closure(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[str, Sta
     return {name: stage for name, stage in stages.items() if name in needed}
 
 
+def lineage(stages: Mapping[str, Stage], name: str) -> tuple[str, ...]:
+    """Where a stage's rows come from: its own name, that of the stage it reads as `data`, and so on to a dataset."""
+    found = [name]
+    while isinstance(data := getattr(stages[found[-1]], "data", None), str):
+        found.append(data)
+    return tuple(found)
+
+
 def find_cycle(stages: Mapping[str, Stage]) -> tuple[str, ...] | None:
     """A cycle as the names along it (first == last), or None. References to unknown stages are left to others."""
     finished: set[str] = set()

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from tunery.spec.augment import Augment
 from tunery.spec.reference import (
     AUTO,
     ROWS,
@@ -349,5 +350,5 @@ class Evaluate(Spec):
         return models
 
 
-Stage = Annotated[Dataset | Score | Select | Review | Pretrain | Sft | Evaluate, Field(discriminator="kind")]
+Stage = Annotated[Dataset | Score | Select | Review | Augment | Pretrain | Sft | Evaluate, Field(discriminator="kind")]
 """One line a kind; a new kind is added here, in runner.STAGES, and in its room."""

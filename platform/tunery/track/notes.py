@@ -79,6 +79,13 @@ def _review(facts: Facts) -> str:
     return f"agrees on {share(agreeing, reviewed)} of {count(reviewed)} reviewed, kept {count(kept)} rows"
 
 
+def _augment(facts: Facts) -> str:
+    rows, given, heldout = (as_number(facts.get(key)) for key in ("rows", "rows_in", "heldout"))
+    if rows is None or given is None:
+        return ""
+    return f"{count(rows)} rows of {count(given)}" + (f", {count(heldout)} held out" if heldout else "")
+
+
 def _training(facts: Facts) -> str:
     loss, held_out = as_number(facts.get("loss")), as_number(facts.get("eval_loss"))
     if loss is None:
@@ -107,6 +114,7 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "score": _score,
     "select": _select,
     "review": _review,
+    "augment": _augment,
     "pretrain": _training,
     "sft": _training,
     "evaluate": _evaluate,

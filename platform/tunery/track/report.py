@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunery.track import filters, reviews, sections, sweep, timing
+from tunery.track import augmented, filters, reviews, sections, sweep, timing
 from tunery.track.events import read_events
 from tunery.track.notes import note, outcome
 from tunery.track.sheets import fact
@@ -59,6 +59,7 @@ def report_html(state: RunState, name: str = "") -> str:
         filters=filters.filters(state),
         quarantines=filters.quarantines(state),
         reviews=reviews.reviews(state),
+        augmented=augmented.augmented(state),
         curves=sections.curve_figures(state),
         search=search,
         search_summary=sweep.summary(search) if search else "",

@@ -115,7 +115,9 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
     for stage in state.stages.values():
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
-        if not above or stage.kind in ("pretrain", "sft", "evaluate") or (before is None and kept is None):
+        # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
+        other = stage.kind in ("augment", "pretrain", "sft", "evaluate")
+        if not above or other or (before is None and kept is None):
             continue
         depths[stage.name] = depths[above[0]] + (kept is not None)
         if kept is not None:

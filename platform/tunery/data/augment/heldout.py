@@ -1,0 +1,63 @@
+"""Which rows are held out: by id, and by the group that must not straddle splits.
+
+Groups are compared without regard to case, white space and the composition of characters: the same question in other
+writing is the same question. In memory are 16 bytes a held-out row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from tunery.data.judge import Bools
+from tunery.data.scorers.texts import normal
+from tunery.store.rows import shards, strings
+from tunery.store.score_table import as_numbers
+
+Numbers = npt.NDArray[np.uint64]
+
+
+class Heldout:
+    def __init__(self, artifacts: Iterable[Path]) -> None:
+        ids, groups = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for artifact in artifacts:
+            for shard in shards(artifact):
+                table = pq.read_table(shard, columns=["id", "group"])
+                ids.append(as_numbers(strings(table["id"])))
+                groups.append(group_numbers(table["group"].to_pylist()))
+        self._ids, self._groups = np.unique(np.concatenate(ids)), np.unique(np.concatenate(groups))
+
+    def __len__(self) -> int:
+        """Distinct rows."""
+        return len(self._ids)
+
+    def among(self, ids: Sequence[str], groups: Sequence[str | None]) -> Bools:
+        """Which of the rows are held out."""
+        known = np.array([group is not None for group in groups], dtype=np.bool_)
+        held: Bools = _in(as_numbers(ids), self._ids) | (known & _in(group_numbers(groups), self._groups))
+        return held
+
+
+def group_numbers(groups: Iterable[str | None]) -> Numbers:
+    """A hash of each group; 0 where there is none."""
+    return np.array([group_number(group) for group in groups], dtype=np.uint64)
+
+
+def group_number(group: str | None) -> int:
+    if group is None:
+        return 0
+    digest = hashlib.blake2b(normal(group).encode("utf-8", "backslashreplace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") | 1  # never 0, which is no group
+
+
+def _in(numbers: Numbers, known: Numbers) -> Bools:
+    if not len(known):
+        return np.zeros(len(numbers), dtype=np.bool_)
+    places = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+    found: Bools = known[places] == numbers
+    return found

@@ -1,0 +1,104 @@
+"""The rows that examples are drawn from: at most MOST_EXAMPLES of them, picked by a hash of their ids.
+
+They are a sample of all rows that may serve, in one pass over them and in bounded memory: 4,096 examples of at most
+`max_chars` characters, some 20 MB. Of 100 million rows each example then stands before some 25,000 questions a shot;
+that examples repeat is how few-shot prompts are made by hand as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from tunery.data.augment.draw import shuffled
+from tunery.data.augment.exchange import Exchange, exchange_of
+from tunery.data.augment.heldout import Heldout
+from tunery.store.rows import Row, shards
+
+MOST_EXAMPLES = 4096
+TRIED = 64
+"""Examples looked at for each that is wanted: a row that hardly any fits is not taken through the whole pool."""
+
+Kind = tuple[str, bool]
+"""Examples fit rows of their kind: what the system says, and whether the answer holds reasoning that is looked for."""
+
+
+def read_pool(artifact: Path, heldout: Heldout, separator: str | None, longest: int, seed: int) -> Pool:
+    """From one pass over a stage's rows. Examples of more than `longest` characters are left out."""
+    pool = Pool()
+    heap: list[tuple[int, str, Exchange]] = []
+    ids: set[str] = set()
+    for row, held in _rows(artifact, heldout):
+        found = "held out" if held else exchange_of(row, separator)
+        if isinstance(found, Exchange) and len(found.question) + len(found.answer) > longest:
+            found = "longer than max_chars"
+        if isinstance(found, str):
+            pool.unfit[found] += 1
+            continue
+        pool.fit += 1
+        order = -_order(found.id, seed)  # a heap gives its smallest: here the one to go first
+        if found.id in ids or (len(heap) == MOST_EXAMPLES and order < heap[0][0]):
+            continue
+        ids.add(found.id)
+        if len(heap) < MOST_EXAMPLES:
+            heapq.heappush(heap, (order, found.id, found))
+        else:
+            ids.discard(heapq.heappushpop(heap, (order, found.id, found))[1])
+    for _, _, example in sorted(heap, key=lambda item: (-item[0], item[1])):
+        pool.add(example)
+    return pool
+
+
+@dataclass
+class Pool:
+    fit: int = 0
+    """Rows that may serve."""
+    unfit: Counter[str] = field(default_factory=Counter)
+    """The others, by reason."""
+    _by_kind: defaultdict[Kind, list[Exchange]] = field(default_factory=lambda: defaultdict(list))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_kind.values()))
+
+    def add(self, example: Exchange) -> None:
+        self._by_kind[example.system, example.final is not None].append(example)
+
+    def draw(
+        self, kind: Kind, shots: int, own: tuple[str, int], fits: Callable[[Exchange], bool], drawn: Iterator[int]
+    ) -> list[Exchange]:
+        """At most `shots` examples, no two of one group, none of them the row itself (`own`: its id and group) nor of
+        its group, each of which `fits` when it is its turn."""
+        found: list[Exchange] = []
+        if shots == 0:
+            return found
+        examples = self._by_kind.get(kind, [])
+        ids, groups = {own[0]}, {own[1]} - {0}
+        for tried, index in enumerate(shuffled(len(examples), drawn)):
+            if len(found) == shots or tried == TRIED * shots:
+                break
+            example = examples[index]
+            if example.id not in ids and example.group not in groups and fits(example):
+                found.append(example)
+                ids.add(example.id)
+                groups |= {example.group} - {0}
+        return found
+
+
+def _rows(artifact: Path, heldout: Heldout) -> Iterator[tuple[Row, bool]]:
+    columns = ["id", "messages", "label", "tools", "group"]
+    for shard in shards(artifact):
+        for batch in pq.ParquetFile(shard).iter_batches(1024, columns=columns):
+            rows: list[dict[str, Any]] = batch.to_pylist()
+            held = heldout.among([row["id"] for row in rows], [row["group"] for row in rows])
+            yield from zip(rows, held.tolist(), strict=True)
+
+
+def _order(row_id: str, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"example {seed} {row_id}".encode(), digest_size=16).digest(), "big")

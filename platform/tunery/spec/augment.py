@@ -1,0 +1,144 @@
+"""The stage kind `augment`: what its templates, examples and chains of thought may be."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from tunery.spec.reference import ROWS, Gives, Input, Spec
+
+PLAIN = "{question}"
+"""The template that changes nothing."""
+
+
+def _fields(text: str) -> list[str]:
+    """The names in braces, in their order. Raises ValueError where a brace is open, or holds more than a name."""
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{str(error).lower()}; a literal brace is written twice, {{{{ or }}}}") from None
+    for _, name, layout, conversion in pieces:
+        if layout or conversion:
+            raise ValueError(f"`{name}` stands with a format, and only the name may stand in the braces")
+    return [name for _, name, _, _ in pieces if name is not None]
+
+
+def _with(*known: str) -> AfterValidator:
+    """A text with each of these names in braces, the last one once and behind the others, and no others."""
+
+    def check(text: str) -> str:
+        found = _fields(text)
+        if unknown := sorted(set(found) - set(known)):
+            raise ValueError(
+                f"it names {', '.join(f'{{{name}}}' for name in unknown)}, "
+                f"and there is only {' and '.join(f'{{{name}}}' for name in known)}; a literal brace is written twice"
+            )
+        if missing := [name for name in known if name not in found]:
+            raise ValueError(f"it lacks {' and '.join(f'{{{name}}}' for name in missing)}")
+        if len(known) > 1 and (found[-1] != known[-1] or found.count(known[-1]) > 1):
+            raise ValueError(f"{{{known[-1]}}} should stand in it once, behind {{{known[0]}}}")
+        return text
+
+    return AfterValidator(check)
+
+
+class FewShot(Spec):
+    """Worked examples before the question (Brown et al. 2020, https://arxiv.org/abs/2005.14165)."""
+
+    shots: (
+        Annotated[int, Field(ge=0), Tag("number")]
+        | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, max_length=2), Tag("range")]
+    ) = Field(discriminator=Discriminator(lambda value: "range" if isinstance(value, list | tuple) else "number"))
+    """How many examples; of a range one is drawn a variant, both ends included. With 0 in it zero-shot prompts stand
+    among them, which helps both (Longpre et al. 2023)."""
+    examples: str | None = None
+    """The stage whose rows are the examples; the rows of `data` themselves when not given."""
+    layout: Literal["turns", "prompt"] = "turns"
+    """As turns of their own before the question's, or as text within it."""
+    example: Annotated[str, _with("question", "answer")] = "Q: {question}\nA: {answer}"
+    """How `prompt` writes an example; the question itself stands last, up to where its answer would begin. With
+    templates that lead to the answer themselves: `"{question}\\n{answer}"`."""
+    max_chars: Annotated[int, Field(ge=1)] = 1600
+    """Of the whole row, examples and answer included: examples that would make it longer are not taken. 512 tokens, the
+    default `max_length`, are about 1,700 characters, and what is cut there is the answer."""
+
+    @field_validator("shots")
+    @classmethod
+    def _ascending(cls, shots: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(shots, tuple) and shots[0] > shots[1]:
+            raise ValueError(f"the range ends ({shots[1]}) before it begins ({shots[0]})")
+        return shots
+
+    @property
+    def counts(self) -> range:
+        """The numbers of examples that may be drawn."""
+        low, high = (self.shots, self.shots) if isinstance(self.shots, int) else self.shots
+        return range(low, high + 1)
+
+
+class ChainOfThought(Spec):
+    """Answers that hold reasoning and, behind a separator, the final answer (Wei et al. 2022,
+    https://arxiv.org/abs/2201.11903), such as GSM8K's `... #### 42`."""
+
+    separator: Annotated[str, Field(min_length=1)]
+    """Where it stands several times the last one counts."""
+    cue: Annotated[str, Field(min_length=1)] = "Let's think step by step."
+    """On a line of its own below a question whose answer holds the reasoning (Kojima et al. 2022,
+    https://arxiv.org/abs/2205.11916); not below one with the final answer alone."""
+    direct: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the variants that are asked without the cue and answered by the final answer alone."""
+
+
+class Augment(Spec):
+    """Other wordings of the rows' questions, with examples and reasoning from the data itself, as in FLAN (Wei et al.
+    2021, https://arxiv.org/abs/2109.01652) and its collection (Longpre et al. 2023, https://arxiv.org/abs/2301.13688):
+    zero-shot, few-shot and chain-of-thought prompts mixed."""
+
+    kind: Literal["augment"]
+    gives: ClassVar[Gives] = "rows"
+    data: str
+    templates: Annotated[tuple[Annotated[str, _with("question")], ...], Field(min_length=1)] = (PLAIN,)
+    """Of the last user turn. A row's variants take them in turn, in an order drawn for the row: as many copies as
+    templates have each of them."""
+    few_shot: FewShot | None = None
+    chain_of_thought: ChainOfThought | None = None
+    copies: Annotated[int, Field(ge=1)] = 1
+    """Variants of a row."""
+    originals: bool = False
+    """Whether the rows as they were come out too, each before its variants."""
+    heldout: tuple[str, ...] = ()
+    """Stages to measure on: their rows, and rows of the same groups, neither serve as examples nor come out."""
+    seed: int | None = None
+    """Of what is drawn; the experiment's when not given."""
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input(("data",), self.data, ROWS)
+        if self.few_shot is not None and self.few_shot.examples is not None:
+            yield Input(("few_shot", "examples"), self.few_shot.examples, ROWS)
+        for index, stage in enumerate(self.heldout):
+            yield Input(("heldout", index), stage, ROWS)
+
+    @field_validator("templates", "heldout")
+    @classmethod
+    def _distinct(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({item for item in given if given.count(item) > 1}):
+            raise ValueError(f"{', '.join(map(repr, twice))} stands in it twice")
+        return given
+
+    @model_validator(mode="after")
+    def _different_prompts(self) -> Augment:
+        if self.templates == (PLAIN,) and self.few_shot is None and self.chain_of_thought is None:
+            raise ValueError("it changes nothing: give `templates`, `few_shot` or `chain_of_thought`")
+        if self.few_shot is None or self.few_shot.counts == range(1):
+            direct = self.chain_of_thought.direct if self.chain_of_thought else 0.0
+            most = max(math.ceil(self.copies * direct), math.ceil(self.copies * (1 - direct)))
+            if most > len(self.templates):
+                raise ValueError(
+                    f"{self.copies} copies can't all differ by {len(self.templates)} of `templates` and no examples: "
+                    "give more templates, `few_shot`, or fewer copies"
+                )
+        return self
