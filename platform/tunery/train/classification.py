@@ -6,6 +6,7 @@ the memory of every worker, as in every training here: 100,000 rows of 300 token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,14 +69,13 @@ class Classification:
         self._tokenizer = load_own_tokenizer(job.model)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._source = _headed(job, rank)
+        self._source, self._new = _headed(job, rank)
         self._read = RowReader(outline_with_head(self._source, LABELS), self._tokenizer, job.spec.max_length)
         self._data = self._examples(job.rows, "data")
         self._measured = self._examples(job.eval_rows, "eval_data") if job.eval_rows else Examples()
         self.lengths = [len(seen.ids) for seen in self._data.seen]
         labels = np.array(self._data.labels, np.int64)
         self._weights = class_weights(labels, len(LABELS)) if job.spec.balanced else np.ones(len(LABELS))
-        self._new: list[str] = []
 
     def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> ClassifierTrainer:
         settings = TrainingArguments(
@@ -83,6 +83,7 @@ class Classification:
         )
         set_seed(self._job.seed)  # every rank draws the same head
         model, new = load_with_new_head(self._source, LABELS, torch.float32)
+        new = self._new or new
         model.config.use_cache = False
         if not isinstance(self._spec.tuner, str):
             from peft import get_peft_model
@@ -175,19 +176,22 @@ class Classification:
         return {**inputs, "target": torch.tensor([label for _, label in batch])}
 
 
-def _headed(job: Job, rank: int) -> Source:
-    """Where the model is loaded from. An adapter is merged first, and under ZeRO-3, which loads weights in pieces, the
-    head must be drawn before: rank 0 writes the model whole then."""
+def _headed(job: Job, rank: int) -> tuple[Source, list[str]]:
+    """Where the model is loaded from, and the modules in it that were random, where loading won't tell. An adapter is
+    merged first, and under ZeRO-3, which loads weights in pieces, the head must be drawn before: rank 0 writes the
+    model whole then."""
     if job.compute.zero_stage < 3 and not is_adapter(job.model):
-        return job.model
+        return job.model, []
+    folder = job.work / "headed"
 
     def write(folder: Path) -> None:
         set_seed(job.seed)
-        model, _ = load_with_new_head(job.model, LABELS, torch.float32)
+        model, new = load_with_new_head(job.model, LABELS, torch.float32)
         model.save_pretrained(folder)
         load_own_tokenizer(job.model).save_pretrained(folder)
+        (folder / "new.json").write_text(json.dumps(new))
 
-    return once(job.work / "headed", rank, write)
+    return once(folder, rank, write), json.loads((folder / "new.json").read_text())
 
 
 class ClassifierTrainer(Trainer):  # type: ignore[misc]  # a subclass of what mypy takes for Any
