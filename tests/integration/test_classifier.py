@@ -39,8 +39,9 @@ def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
             },
         }
         if compute["workers"] == 2:
-            scorer = {"classifier": "judge", "label": "good", "temperature": "auto"}
-            stages["scored"] = {"kind": "score", "data": "rows", "by": [scorer]}
+            scorer = {"classifier": "judge", "label": "good"}
+            fitted = {**scorer, "temperature": "auto", "name": "fitted"}
+            stages["scored"] = {"kind": "score", "data": "rows", "by": [scorer, fitted]}
         experiment["compute"] = {**experiment["compute"], **compute}
 
     bench.write(change)
@@ -74,6 +75,7 @@ def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_
     with torch.no_grad():
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     good = model.config.label2id["good"]
-    probabilities = (logits / told["temperature"]).softmax(dim=1)[:, good].numpy()
-    assert facts(rated)["scores"]["classifier"]["median"] == pytest.approx(float(np.median(probabilities)), abs=1e-4)
+    for score, temperature in (("classifier", 1.0), ("fitted", told["temperature"])):
+        probabilities = (logits / temperature).softmax(dim=1)[:, good].numpy()
+        assert facts(rated)["scores"][score]["median"] == pytest.approx(float(np.median(probabilities)), abs=1e-5)
     assert "Classifiers" in done.stdout

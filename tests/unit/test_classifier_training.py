@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import LoadText
 from peft import get_peft_model
+from review_bench import TEXT as TEXT_OF_REVIEW
 from review_bench import questions, review_bench
 from small_classifiers import write_encoder, write_language_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
@@ -43,7 +44,8 @@ stages:
   clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}
   checked: {kind: review, data: clean, decisions: checked.jsonl, rows: 7}
   base: {kind: pretrain, data: docs, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3}
-  judge: {kind: classifier, data: DATA, eval_data: EVAL, model: base, epochs: 2, learning_rate: 1e-3, global_batch_size: 4}
+  judge: {kind: classifier, data: DATA, eval_data: EVAL, model: base, epochs: 2, learning_rate: 1e-3,
+          global_batch_size: 4}
   judged: {kind: score, data: plain, by: [SCORER]}
 """
 SCORER = "{classifier: judge, label: good}"
@@ -99,6 +101,15 @@ def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_pa
     assert checked.facts["decided"] == 2
 
 
+def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Path) -> None:
+    text = TEXT_OF_REVIEW.replace("data: scored, keep: {perplexity:", "data: questions, keep: {random:")
+    bench = review_bench(tmp_path, questions(40), text=text)
+    ids = [row["id"] for row in read_rows(bench.make("questions")["questions"].path, ["id"])]
+    bench.decide({ids[0]: "drop", ids[1]: "keep"})
+    checked = bench.make("checked")["checked"]
+    assert [row["label"] for row in read_rows(checked.path / DECIDED)] == [False, True]
+
+
 def test_every_held_out_row_counts_once_and_every_worker_has_as_many_batches() -> None:
     lengths = [5, 1, 9, 2, 7, 3, 3]
     for workers in (1, 2, 3):
@@ -131,13 +142,13 @@ def test_contrast_names_its_two_stages() -> None:
         ({"data": "{good: plain, bad: dosc}"}, 11, ["`judge.data.bad` refers to stage `dosc`", "`docs`"]),
         ({"data": "{review: clean}"}, 11, ["needs a review, but `clean` is a select stage", "write `data: clean`"]),
         ({"data": "{review: base}"}, 11, ["`judge.data.review` needs rows"]),
-        ({"scorer": "{classifier: judge, label: god}"}, 12, ["`judge` has no label `god`", "did you mean `good`?"]),
-        ({"scorer": "{classifier: judge, label: 2}"}, 12, ["`judge` has no label 2"]),
-        ({"scorer": "{reward: judge}"}, 12, ["`judge` is no reward model", "label: good}"]),
-        ({"scorer": "{perplexity: judge}"}, 12, ["needs a model, but `judge` is a classifier stage"]),
+        ({"scorer": "{classifier: judge, label: god}"}, 13, ["`judge` has no label `god`", "did you mean `good`?"]),
+        ({"scorer": "{classifier: judge, label: 2}"}, 13, ["`judge` has no label 2"]),
+        ({"scorer": "{reward: judge}"}, 13, ["`judge` is no reward model", "label: good}"]),
+        ({"scorer": "{perplexity: judge}"}, 13, ["needs a model, but `judge` is a classifier stage"]),
         (
             {"held_out": "null", "scorer": "{classifier: judge, label: good, temperature: auto}"},
-            12,
+            13,
             ["no temperature of its own", "`eval_data`"],
         ),
     ],
