@@ -39,7 +39,7 @@ seed: 1
 stages:
   rated: {kind: dataset, source: rated.jsonl}
   plain: {kind: dataset, source: plain.jsonl}
-  docs: {kind: dataset, source: "builtin:python-docs", subset: questions, limit: 20}
+  docs: {kind: dataset, source: plain.jsonl, limit: 3}
   scored: {kind: score, data: plain, by: [{length: words}]}
   clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}
   checked: {kind: review, data: clean, decisions: checked.jsonl, rows: 7}
@@ -71,7 +71,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("data", "rows"), [("rated", 6), ("{good: plain, bad: docs}", 26), ("{review: checked}", 7)], ids=str
+    ("data", "rows"), [("rated", 6), ("{good: plain, bad: docs}", 9), ("{review: checked}", 7)], ids=str
 )
 def test_labels_may_come_from_rows_from_two_stages_or_from_a_review(
     load_stage: Any, tmp_path: Path, data: str, rows: int

@@ -268,9 +268,6 @@ class Training(Spec, Generic[Data]):
     gives: ClassVar[Gives] = "model"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
     """What is measured on `eval_data`."""
-    kind: str
-    model: str | Pretrained | Scratch
-    """What the training begins with; which of these, each kind says."""
     data: Data
     epochs: Annotated[float, Field(gt=0)] | Auto
     learning_rate: Annotated[float, Field(gt=0)] | Auto
@@ -291,6 +288,9 @@ class Training(Spec, Generic[Data]):
     """How often, evenly spread, the last one at the end."""
     seed: int | None = None
     """Of weights, data order and dropout; the experiment's when not given."""
+    kind: str
+    model: str | Pretrained | Scratch
+    """What the training begins with; which of these, each kind says."""
 
     def inputs(self) -> Iterator[Input]:
         for field in ("data", "eval_data"):
