@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.spec import Evaluate, Experiment, Review, Score, Select, Stage, Training
+from tunery.spec import ClassifierTraining, Evaluate, Experiment, Review, Score, Select, Stage, Training
 from tunery.spec.graph import closure
 from tunery.store import Artifact
 
@@ -111,6 +111,29 @@ def review_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
+def classifier_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """What each classifier that was trained here learned from, and how well it tells held-out rows apart."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, ClassifierTraining):
+            continue
+        facts = made[name].facts
+        held_out = sum(facts["eval_labels"].values())
+        measures = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_auc", "temperature")]
+        rows.append([name, *(f"{facts['labels'][label]:,}" for label in ("good", "bad")), f"{held_out:,}", *measures])
+        if facts["unlabelled"]:
+            notes.append(f"{name}: {facts['unlabelled']:,} of {facts['rows']:,} rows bear no label and were left out")
+        if facts["eval_rows_trained_on"]:
+            notes.append(
+                f"{name}: {facts['eval_rows_trained_on']:,} of the held-out rows are among those it was trained on"
+            )
+    if not rows:
+        return None
+    columns = ["classifier", "good rows", "bad rows", "held-out rows", "loss", "accuracy", "AUC", "temperature"]
+    return {"title": "Classifiers", "columns": columns, "rows": rows, "notes": notes}
+
+
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
     """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
     rows: list[list[Any]] = []
@@ -171,6 +194,8 @@ def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, S
         return False
     own = {"data", "epochs"}  # fewer rows for more epochs: the caller compares the steps
     if filtered.model_dump(exclude=own) != other.model_dump(exclude=own):
+        return False
+    if not isinstance(filtered.data, str):
         return False
     data = stages[filtered.data]
     if isinstance(data, Review):

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tunery
-from tunery.comparison import diversity_table, filter_table, loss_table, review_table, search_table
+from tunery.comparison import (
+    classifier_table,
+    diversity_table,
+    filter_table,
+    loss_table,
+    review_table,
+    search_table,
+)
 from tunery.errors import Interrupted
 from tunery.runner.check import check
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
@@ -18,9 +25,10 @@ from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.session import RaySession
 from tunery.search.space import curve_stage, metric_stage
-from tunery.spec import Evaluate, Experiment, Review, Select, Training
+from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
+from tunery.spec.stages import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.track.events import EventLog, read_events
@@ -107,6 +115,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         filter_table(experiment, made),
         diversity_table(experiment, made),
         review_table(experiment, made),
+        classifier_table(experiment, made),
         loss_table(experiment, made, best),
         search_table(experiment, found),
     ):
@@ -147,10 +156,14 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> int:
         return 0
     stage = experiment.stages[name]
     assert isinstance(stage, Training), "a curve belongs to a training"
-    data = stage.data
-    while isinstance(selection := experiment.stages[data], Select | Review):
-        data = selection.data
-    return int(made[data].facts["rows"])
+    if isinstance(stage.data, Decisions):
+        return int(made[stage.data.review].facts["decided"])
+    rows = 0
+    for data in row_stages(stage.data).values():
+        while isinstance(selection := experiment.stages[data], Select | Review):
+            data = selection.data
+        rows += int(made[data].facts["rows"])
+    return rows
 
 
 def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:

@@ -236,10 +236,10 @@ JSON_LINES = [
     ),
     Hostile(
         "bad-label.jsonl",
-        lines(json.dumps({"messages": TURNS, "label": "good"}), *qa("b")),
+        lines(json.dumps({"messages": TURNS, "label": "fine"}), *qa("b")),
         ["b"],
         1,
-        "label is 'good'",
+        "label is 'fine'",
     ),
     Hostile(
         "rated-question.jsonl",

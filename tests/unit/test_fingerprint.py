@@ -37,8 +37,19 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "checked": {"kind": "review", "data": "clean", "decisions": "checked.jsonl"},
     "prompts": {"kind": "augment", "data": "clean", "templates": ["Q {question}", "{question}"], "heldout": ["more"]},
     "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
+    "judge": {
+        "kind": "classifier",
+        "data": "docs",
+        "model": "base",
+        "epochs": 1,
+        "learning_rate": 1e-4,
+        "eval_data": {"good": "docs", "bad": "more"},
+        "seed": 3,
+    },
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
 }
+
+LABELLED = [{"good": "more", "bad": "docs"}, {"good": "more", "bad": "scored"}, {"review": "checked"}]
 
 # By kind of stage, the field and other values that it may have, each to give a fingerprint of its own.
 OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
@@ -73,6 +84,8 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         [{"classifier": {"pretrained": "./model"}, "label": "good"}],
         [{"classifier": {"pretrained": "./model"}, "label": 1}],
         [{"classifier": {"pretrained": "./model"}, "label": 1, "temperature": 2.0}],
+        [{"classifier": "judge", "label": "good"}],
+        [{"classifier": "judge", "label": "good", "temperature": "auto"}],
     ],
     ("scored", "max_length"): [64],
     ("clean", "data"): ["again"],
@@ -138,14 +151,17 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         {"lora": values}
         for values in ({}, {"rank": 4}, {"alpha": 4.0}, {"dropout": 0.1}, {"target_modules": ["q_proj"]})
     ],
+    ("judge", "model"): ["other", {"pretrained": "./model"}],
+    ("judge", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
+    ("judge", "balanced"): [False],
     ("eval", "models"): [["sft", "base"], ["base"], ["base", "other"]],
     ("eval", "data"): [{"one": "docs"}, {"one": "more", "two": "docs"}, {"one": "docs", "three": "more"}],
     ("eval", "max_length"): [64],
     **{
         (name, field): values
-        for name in ("base", "sft")
+        for name in ("base", "sft", "judge")
         for field, values in {
-            "data": ["more"],
+            "data": ["more", *LABELLED] if name == "judge" else ["more"],
             "epochs": [3, 0.5, "auto"],
             "learning_rate": [0.5, "auto"],
             "global_batch_size": [8, 16],
@@ -154,13 +170,13 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
             "warmup": [0.0],
             "weight_decay": [0.1],
             "max_grad_norm": [0.5],
-            "eval_data": ["more"],
+            "eval_data": ["more", *LABELLED] if name == "judge" else ["more"],
             "evaluations": [2],
             "seed": [4, 5],
         }.items()
     },
 }
-ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "eval")
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "eval")
 
 
 @pytest.fixture
@@ -366,7 +382,7 @@ def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(fo
 
 
 def test_own_seed_of_a_training_stands_before_the_experiments(folder: Path) -> None:
-    assert [stage_seed(EXPERIMENT.stages[name], EXPERIMENT) for name in ("base", "sft")] == [17, 3]
+    assert [stage_seed(EXPERIMENT.stages[name], EXPERIMENT) for name in ("base", "sft", "judge")] == [17, 3, 3]
     explicit = with_overrides(EXPERIMENT, {"base.seed": 17})
     assert prints(explicit, folder) == prints(EXPERIMENT, folder), "the same seed, only written down"
 

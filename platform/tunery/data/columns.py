@@ -110,7 +110,8 @@ def _list(names: Any) -> str:
 
 
 def _text(fields: Fields) -> Row:
-    return {"text": filled(fields["text"], "text")}
+    row: Row = {"text": filled(fields["text"], "text")}
+    return row | {"label": _label(fields["label"])} if "label" in fields else row
 
 
 def _pair(fields: Fields) -> Row:
@@ -180,10 +181,12 @@ def _answer(value: Any, what: str) -> list[Turn]:
 
 
 def _label(value: Any) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
+    known = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}
     found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
     if found is None:
-        raise BadRow(f"label is {value!r:.40}, not true or false; name the `columns` to read rows without it")
+        raise BadRow(
+            f"label is {value!r:.40}, not true or false (1, 0; good, bad); name the `columns` to read rows without it"
+        )
     return found
 
 
@@ -192,7 +195,7 @@ FORMS: tuple[tuple[str, str, Callable[[Fields], Row]], ...] = (
     ("prompt completion rejected", "input system tools", _preference),
     ("messages", "label system tools", _messages),
     ("prompt completion", "input label system tools", _pair),
-    ("text", "", _text),
+    ("text", "label", _text),
     ("prompt", "input system tools", _prompt),
 )
 """What a shape needs, what it may have besides, and how it is made. Roles are those of `columns`."""

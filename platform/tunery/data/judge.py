@@ -9,21 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunery.models.metrics import auc
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-
-def auc(badness: Floats, bad: Bools) -> float | None:
-    """Area under the ROC curve: the chance that a bad row scores worse than a good one, ties counting half.
-
-    By the rank sum of Mann and Whitney (1947). None when there are only good or only bad rows.
-    """
-    n_bad, n_good = int(bad.sum()), int((~bad).sum())
-    if n_bad == 0 or n_good == 0:
-        return None
-    _, inverse, counts = np.unique(badness, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((ranks[bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
 
 
 def auc_by_kind(badness: Floats, planted: Sequence[str]) -> dict[str, float]:

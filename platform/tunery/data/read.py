@@ -234,11 +234,17 @@ def first_shape(stage: Dataset, folder: Path) -> Shape:
     if sources_of(stage)[0] == BUILTIN:
         shapes: dict[str, Shape] = {"texts": "text", "preferences": "preference", "prompts": "prompt"}
         return shapes.get(stage.subset or "", "conversation")
-    unlimited = stage.model_copy(update={"split": "all", "limit": 1})
+    return shape_of(first_rows(stage, folder, 1)[0])
+
+
+def first_rows(stage: Dataset, folder: Path, most: int) -> list[Row]:
+    """Of a source of files, whatever their split; at least one. Raises BadSource when there is none."""
+    unlimited = stage.model_copy(update={"split": "all", "limit": most})
     check_source(stage, folder)
     try:
-        for row in read_source(unlimited, folder, lambda line: None):
-            return shape_of(row)
+        rows = list(read_source(unlimited, folder, lambda line: None))
     except OutOfReach as error:
         raise out_of_reach(error) from error
-    raise BadSource("source", f"`{described(stage)}` holds no usable row")
+    if not rows:
+        raise BadSource("source", f"`{described(stage)}` holds no usable row")
+    return rows

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tunery.data.cut import kth_smallest
-from tunery.data.judge import Floats, auc, auc_by_kind, histogram
+from tunery.data.judge import Floats, auc_by_kind, histogram
 from tunery.data.scorers.table import KINDS
+from tunery.models.metrics import auc
 from tunery.spec import ScorerSpec
 from tunery.store.rows import shards
 from tunery.store.vectors import vectors_of

@@ -25,6 +25,8 @@ class Labels:
     """In the order of the logits."""
     independent: bool
     """A row may have several of them or none: each has a probability of its own, where else all share one."""
+    temperature: float | None = None
+    """By which probabilities fit best on rows that it wasn't trained on; None where nobody looked."""
 
     def shown(self) -> str:
         more = f" and {len(self.names) - MOST_SHOWN} more" if len(self.names) > MOST_SHOWN else ""
@@ -43,6 +45,16 @@ class Labels:
         near = difflib.get_close_matches(label.lower(), lower, n=1)
         remedy = f"did you mean `{lower[near[0]]}`?" if near else "take one of them, by its name or its number"
         raise BadModel(f"`{model}` has no label `{label}`", f"its labels: {self.shown()}", remedy)
+
+    def fitted_temperature(self, model: str) -> float:
+        """Raises BadModel where nobody looked for one."""
+        if self.temperature is None:
+            raise BadModel(
+                f"`{model}` has no temperature of its own",
+                "it is found on the `eval_data` of a `classifier` stage",
+                "name such a stage, or give a number",
+            )
+        return self.temperature
 
     def check_single(self, model: str) -> None:
         """Raises BadModel where there is more than the one score that a reward model gives."""

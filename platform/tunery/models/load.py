@@ -2,11 +2,14 @@
 
 A model artifact holds `model/` (a whole model) or `adapter/` (PEFT, to be laid on its base) and `base.json` that says
 what the base is. Adapters are merged on loading, so that whoever scores, evaluates or trains on sees one plain model.
+A classifier's adapter holds its head too, and `head.json` says what that tells apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +21,9 @@ from tunery.spec import Pretrained
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+HEAD = "head.json"
 Source = dict[str, Any]
 """{"artifact": path} | {"pretrained": path or hub name, "revision": hub revision or None}: fits into JSON."""
 
@@ -77,7 +81,14 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
     from transformers import AutoModelForSequenceClassification
 
     if "artifact" in source:
-        source = {"pretrained": str(Path(source["artifact"]) / "model"), "revision": None}
+        artifact = Path(source["artifact"])
+        temperature = json.loads((artifact / "manifest.json").read_text())["facts"].get("temperature")
+        if is_adapter(source):
+            model, names = _with_adapter_and_head(artifact, dtype)
+            return model, Labels(names, len(names) == 1, temperature)
+        folder: Source = {"pretrained": str(artifact / "model"), "revision": None}
+        model, labels = load_classifier(folder, dtype)
+        return model, dataclasses.replace(labels, temperature=temperature)
     name = source["pretrained"]
     model, told = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
     try:
@@ -90,6 +101,91 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         return model, labels_of(model.config.to_dict(), name)
     except BadModel as error:
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+
+
+def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence-classification model in `dtype` on the weights of a language model, to be trained, and its modules
+    whose weights are random. A head of as many labels that the model has already is kept.
+
+    Rows of a batch are told apart from their padding by `pad_token_id`, which its config has then. Raises TuneryError
+    when more than a head (and what pools for it) would be random.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if is_adapter(source):
+        whole = load_model(source, dtype)
+        model = AutoModelForSequenceClassification.from_config(_for_labels(source, labels), dtype=dtype)
+        setattr(model, model.base_model_prefix, getattr(whole, whole.base_model_prefix))
+        inherited = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict()}
+        return model, _modules(key for key in model.state_dict() if key not in inherited)
+    model, told = _from_hub(
+        AutoModelForSequenceClassification,
+        _folder_of(source),
+        config=_for_labels(source, labels),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    body = f"{model.base_model_prefix}."
+    if missing := [key for key in new if key.startswith(body) and "pooler" not in key]:
+        raise TuneryError(
+            f"`{source.get('pretrained', source.get('artifact'))}` can't be given a classification head",
+            cause=f"it has no weights for {', '.join(missing[:4])}",
+            remedy="take a language model of an architecture that transformers knows, saved by `save_pretrained`",
+        )
+    return model, _modules(new)
+
+
+def outline_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
+    """The same without any weights: what it takes is known before it is loaded."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        outline: PreTrainedModel = AutoModelForSequenceClassification.from_config(_for_labels(source, labels))
+    return outline
+
+
+def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    root = source
+    while is_adapter(root):
+        root = base_of(Path(root["artifact"]))
+    names = dict(enumerate(labels))
+    config: PretrainedConfig = _from_hub(
+        AutoConfig,
+        _folder_of(root),
+        num_labels=len(labels),
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        problem_type="single_label_classification" if len(labels) > 1 else None,
+    )
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        tokenizer = load_own_tokenizer(source)
+        text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return config
+
+
+def _modules(keys: Iterable[str]) -> list[str]:
+    """Of parameters, by name."""
+    return sorted({key.rpartition(".")[0] for key in keys})
+
+
+def write_head(folder: Path, labels: Sequence[str]) -> None:
+    """Beside an adapter that holds a classification head: what it tells apart."""
+    (folder / HEAD).write_text(json.dumps({"labels": list(labels)}) + "\n")
+
+
+def _with_adapter_and_head(artifact: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    from peft import PeftModel
+
+    names = tuple(json.loads((artifact / HEAD).read_text())["labels"])
+    base, _ = load_with_new_head(base_of(artifact), names, dtype)
+    # The head was trained and saved in full precision.
+    return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload().to(dtype), names
 
 
 def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -119,6 +215,11 @@ def base_of(artifact: Path) -> Source:
     """What an adapter lies on. Artifacts are named relative to the store, so that a store can be moved."""
     base: Source = json.loads((artifact / "base.json").read_text())
     return {"artifact": str(artifact.parent / base["artifact"])} if "artifact" in base else base
+
+
+def _folder_of(source: Source) -> Source:
+    """Of a whole model."""
+    return {"pretrained": str(Path(source["artifact"]) / "model"), "revision": None} if "artifact" in source else source
 
 
 def write_base(folder: Path, source: Source) -> None:

@@ -49,9 +49,9 @@ class RowReader:
         # What is cut is the end, whatever the tokenizer would do by itself; pairs lose of the longer text first.
         tokenizer.truncation_side = "right"
 
-    def tensors(self, batch: Sequence[Seen]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, (rows, longest) in int64 on the model's device, padded on the right;
-        token_type_ids where the model was trained with them."""
+    def tensors(self, batch: Sequence[Seen], device: str | None = None) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, (rows, longest) in int64 on the model's device or another, padded on the
+        right; token_type_ids where the model was trained with them."""
         import torch
 
         longest = max(len(item.ids) for item in batch)
@@ -69,7 +69,7 @@ class RowReader:
         }
         if self._typed:
             inputs["token_type_ids"] = [item.types + [0] * gap for item, gap in zip(batch, gaps, strict=True)]
-        return {name: torch.tensor(values, device=self._model.device) for name, values in inputs.items()}
+        return {name: torch.tensor(values, device=device or self._model.device) for name, values in inputs.items()}
 
     def __call__(self, rows: Sequence[Row]) -> list[Seen]:
         """Of each row what the model is shown."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from tunery.spec import AUTO, Lora
 
@@ -10,8 +11,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def lora_config(lora: Lora) -> PeftConfig:
-    """`all-linear` leaves out the output head, as PEFT defines it."""
+def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"], new: Sequence[str] = ()) -> PeftConfig:
+    """`all-linear` leaves out the output head, as PEFT defines it. A classification head, and the modules of `new`,
+    whose weights are random, are trained whole and saved with the adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -19,5 +21,7 @@ def lora_config(lora: Lora) -> PeftConfig:
         lora_alpha=2 * lora.rank if lora.alpha == AUTO else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.target_modules == AUTO else list(lora.target_modules),
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=list(new) or None,
+        exclude_modules=list(new) or None,
     )

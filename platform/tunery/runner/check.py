@@ -12,19 +12,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunery.data.read import check_source, described, first_shape
+from tunery.data.read import check_source, described, first_rows, first_shape
 from tunery.data.review.decisions import BadDecisions, decisions_path, read_decisions
 from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
-from tunery.models.labels import labels_of_folder
+from tunery.models.labels import Labels, labels_of_folder
 from tunery.runner.check_augment import check_augment
 from tunery.runner.identity import model_folder, pretrained_models
 from tunery.spec import (
+    AUTO,
+    LABELS,
     Augment,
     ClassificationSpec,
     Classifier,
+    ClassifierTraining,
     Dataset,
+    Decisions,
     Dimension,
     Experiment,
     Pretrained,
@@ -45,6 +49,8 @@ from tunery.train.auto import GLOBAL_BATCH_SIZES
 from tunery.train.batches import plan_batches
 
 MOST_COMBINATIONS = 10_000
+LOOKED_AT = 100
+"""Rows, for a label."""
 
 
 def check(experiment: Experiment, source: YamlSource, store: Store, workers: int, trial_workers: int) -> None:
@@ -103,27 +109,72 @@ def _check_stage(
     if isinstance(stage, Score) and whole:
         for index, scorer in enumerate(stage.by):
             try:
-                _check_labels(scorer, folder)
+                _check_labels(scorer, experiment, folder)
             except BadModel as error:
                 yield error_at(
                     source, (*at, "by", index), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
                 )
+    if isinstance(stage, ClassifierTraining):
+        yield from _check_has_labels(name, stage, experiment, source, folder)
     if isinstance(stage, Sft):
         for field in ("data", "eval_data"):
             if (data := getattr(stage, field)) is not None:
                 yield from _check_has_answers(name, field, data, experiment, source, folder)
 
 
-def _check_labels(scorer: ScorerSpec, folder: Path) -> None:
-    """Raises BadModel where a model folder can't give the scorer's labels; one on the hub is looked at when it is
-    loaded."""
+def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:
+    """Raises BadModel where a stage or a model folder can't give the scorer's labels; one on the hub is looked at when
+    it is loaded."""
     model = scorer.model
-    if isinstance(scorer, ClassificationSpec) and isinstance(model, Pretrained) and model.is_folder:
-        labels = labels_of_folder(model_folder(model, folder))
-        if isinstance(scorer, Classifier):
-            labels.index(scorer.label, model.pretrained)
-        else:
-            labels.check_single(model.pretrained)
+    if not isinstance(scorer, ClassificationSpec):
+        return
+    if isinstance(model, Pretrained) and model.is_folder:
+        name, labels = model.pretrained, labels_of_folder(model_folder(model, folder))
+    elif isinstance(model, str) and isinstance(stage := experiment.stages[model], ClassifierTraining):
+        name, labels = model, Labels(LABELS, False, None if stage.eval_data is None else 1.0)
+    else:
+        return
+    if isinstance(scorer, Classifier):
+        labels.index(scorer.label, name)
+        if scorer.temperature == AUTO:
+            labels.fitted_temperature(name)
+    else:
+        labels.check_single(name)
+
+
+def _check_has_labels(
+    name: str, stage: ClassifierTraining, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    """Where labels come from: the rows themselves, by the first of them, or a review."""
+    for field in ("data", "eval_data"):
+        data = getattr(stage, field)
+        at = ("stages", name, field)
+        if isinstance(data, Decisions) and not isinstance(experiment.stages[data.review], Review):
+            yield error_at(
+                source,
+                (*at, "review"),
+                f"`{name}.{field}.review` needs a review, but `{data.review}` is a "
+                f"{experiment.stages[data.review].kind} stage",
+                cause="labels are read from what a person decided",
+                remedy=f"for rows that bear labels, write `{field}: {data.review}`",
+            )
+        if not isinstance(data, str):
+            continue
+        root = _root(experiment, data)
+        try:
+            rows = [] if BUILTIN in sources_of(root) else first_rows(root, folder, LOOKED_AT)
+        except BadSource:  # told at the dataset
+            continue
+        if all(row.get("label") is None for row in rows):
+            looked = f", of {described(root)} not one of the first {len(rows):,}" if rows else ""
+            yield error_at(
+                source,
+                at,
+                f"`{name}.{field}` needs labelled rows, but those of `{data}` bear no label{looked}",
+                cause="a classifier learns from rows that are known to be good or bad",
+                remedy="name the column as `columns: {.., label: COLUMN}` in the dataset; or take two stages, "
+                "`{good: STAGE, bad: STAGE}`, or a review's decisions, `{review: STAGE}`",
+            )
 
 
 def _check_has_answers(

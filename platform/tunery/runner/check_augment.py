@@ -19,6 +19,7 @@ from tunery.errors import SpecError
 from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training
 from tunery.spec.graph import lineage
 from tunery.spec.load import error_at
+from tunery.spec.stages import row_stages
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
@@ -100,11 +101,8 @@ def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
     """Whether the stage's rows are prompts to measure on, which no model learns: then they are held out themselves, and
     only their examples must not be."""
     stages = experiment.stages
-    lines = [
-        lineage(stages, data)
-        for stage in stages.values()
-        if stage.gives in ("model", "classifier") and isinstance(data := getattr(stage, "data", None), str)
-    ]
+    trainings = [stage for stage in stages.values() if isinstance(stage, Training)]
+    lines = [lineage(stages, data) for stage in trainings for data in row_stages(stage.data).values()]
     measured = any(name in lineage(stages, other) for other, _ in _measured_on(experiment))
     return measured and not any(name in line for line in lines)
 
@@ -124,7 +122,8 @@ def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
             for key, data in stage.data.items():
                 found.setdefault(data, f"{name}.data.{key}")
         if isinstance(stage, Training) and stage.eval_data is not None:
-            found.setdefault(stage.eval_data, f"{name}.eval_data")
+            for path, data in row_stages(stage.eval_data).items():
+                found.setdefault(data, ".".join((name, "eval_data", *path)))
     yield from found.items()
 
 

@@ -26,6 +26,7 @@ from tunery.spec import (
     Augment,
     Compute,
     Dataset,
+    Decisions,
     Evaluate,
     Experiment,
     Lora,
@@ -33,10 +34,12 @@ from tunery.spec import (
     Pretrained,
     Scratch,
     Select,
-    Sft,
     Stage,
+    Training,
+    Tuner,
 )
 from tunery.spec.graph import order
+from tunery.spec.stages import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
@@ -156,7 +159,7 @@ class _Estimates:
             sets = sum(self._rows[data] for data in stage.data.values())
             rows = sets * len(stage.models)
             return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
-        if isinstance(stage, Pretrain | Sft):
+        if isinstance(stage, Training):
             return self._training(make, name, stage, artifact, before)
         rows = int(facts["rows"]) if artifact else self._count(name, stage)
         self._rows[name] = rows
@@ -191,11 +194,11 @@ class _Estimates:
         self,
         make: Callable[..., PlannedStage],
         name: str,
-        stage: Pretrain | Sft,
+        stage: Training[Any],
         artifact: Artifact | None,
         before: dict[str, Any] | None,
     ) -> PlannedStage:
-        rows = self._rows[stage.data]
+        rows = self._rows_read(stage.data)
         resolved, rules = resolve(stage, rows)
         assert resolved.global_batch_size != "auto", "resolved"
         assert resolved.epochs != "auto", "resolved"
@@ -210,8 +213,8 @@ class _Estimates:
             sequences, resolved.epochs, resolved.global_batch_size, workers, None if micro == "auto" else micro
         )
         steps = artifact.facts["steps"] if artifact else batching.steps
-        parameters = self._parameters.setdefault(name, self._size(stage))
-        trainable = self._trainable(stage, parameters)
+        parameters = self._parameters.setdefault(name, self._size(stage.model))
+        trainable = self._trainable(getattr(stage, "tuner", "full"), parameters)
         memory = None
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
@@ -221,20 +224,26 @@ class _Estimates:
         seconds = self._seconds(artifact, before, scale)
         return make(rows=rows, steps=steps, memory_bytes=memory, seconds=seconds, auto=auto)
 
-    def _size(self, stage: Pretrain | Sft) -> int | None:
-        if isinstance(stage.model, Scratch):
-            return SHAPES[stage.model.scratch].parameters
-        if isinstance(stage.model, Pretrained):
-            return count_parameters(model_folder(stage.model, self._folder)) if stage.model.is_folder else None
-        return self._parameters.get(stage.model)
+    def _rows_read(self, data: Any) -> int:
+        """By a training; of a review whose decisions it learns from, all that it asks for are decided."""
+        if isinstance(data, Decisions):
+            return getattr(self._experiment.stages[data.review], "rows", 0)
+        return sum(self._rows[stage] for stage in row_stages(data).values())
+
+    def _size(self, model: str | Pretrained | Scratch) -> int | None:
+        if isinstance(model, Scratch):
+            return SHAPES[model.scratch].parameters
+        if isinstance(model, Pretrained):
+            return count_parameters(model_folder(model, self._folder)) if model.is_folder else None
+        return self._parameters.get(model)
 
     @staticmethod
-    def _trainable(stage: Pretrain | Sft, parameters: int | None) -> int | None:
+    def _trainable(tuner: Tuner, parameters: int | None) -> int | None:
         """LoRA's share depends on the layers' shapes, which a plan does not read: 2 r / width of a linear layer, at
         a width of about sqrt(parameters / 100)."""
-        if parameters is None or isinstance(stage, Pretrain) or isinstance(stage.tuner, str):
+        if parameters is None or isinstance(tuner, str):
             return parameters
-        lora: Lora = stage.tuner.lora
+        lora: Lora = tuner.lora
         return min(parameters, round(parameters * 2 * lora.rank / max(1.0, math.sqrt(parameters / 100))))
 
     @staticmethod

@@ -29,9 +29,10 @@ STAGES = {
     "dataset": StageKind("tunery.data.dataset:make_dataset", 2, needs_ray=False),
     "score": StageKind("tunery.data.score:make_scores", 2, needs_ray=True),
     "select": StageKind("tunery.data.select.stage:make_selection", 2, needs_ray=False),
-    "review": StageKind("tunery.data.review.stage:make_review", 1, needs_ray=False),
+    "review": StageKind("tunery.data.review.stage:make_review", 2, needs_ray=False),
     "augment": StageKind("tunery.data.augment.stage:make_augmented", 1, needs_ray=False),
     "pretrain": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
     "sft": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "classifier": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
     "evaluate": StageKind("tunery.evaluate.heldout:make_metrics", 1, needs_ray=True),
 }

@@ -64,7 +64,7 @@ class TrialFunction:
             # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last
             # one: that is this trial's own last report.
             for point in _evaluations(artifact.path / "history.jsonl")[:-1]:
-                report(curve, {name: point[name] for name in ("step", "rows", "eval_loss")})
+                report(curve, {name: point[name] for name in ("step", "rows", key)})
         value = metric_of(artifact.facts, metric)
         rows = artifact.facts.get("steps", 0) * artifact.facts.get("global_batch_size", 0)
         # A last report of its own: `rows` must not fall behind what the scheduler has seen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -159,7 +160,9 @@ def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows
         # Its workers take the CPUs and GPUs, and the driver must hold none of them: a hundredth of a CPU would keep
         # the last worker out. A byte of memory, because Tune (2.60) refuses a trial without any resource.
         resources = {"CPU": 0, "memory": 1}
-    trainable = tune.with_resources(TrialFunction(experiment, where).__call__, resources)
+    # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
+    there = dataclasses.replace(where, file=where.file.absolute())
+    trainable = tune.with_resources(TrialFunction(experiment, there).__call__, resources)
     scheduler = None
     if search.scheduler == "asha":
         longest = most_rows(experiment, rows)

@@ -27,7 +27,6 @@ from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource, read_yaml
 
 METRICS_OF_EVALUATE = ("loss", "perplexity")
-METRICS_OF_TRAINING = ("eval_loss",)
 _FROM_OUTSIDE = "none; write {pretrained: <folder or hub name>}"
 
 
@@ -186,7 +185,7 @@ def metrics_of(experiment: Experiment) -> list[str]:
     names: list[str] = []
     for name, stage in experiment.stages.items():
         if isinstance(stage, Training) and stage.eval_data is not None:
-            names += [f"{name}.{metric}" for metric in METRICS_OF_TRAINING]
+            names += [f"{name}.{metric}" for metric in stage.metrics]
         if isinstance(stage, Evaluate):
             sets = [(model_name(model), data) for model in stage.models for data in stage.data]
             names += [f"{name}.{model}.{data}.{metric}" for model, data in sets for metric in METRICS_OF_EVALUATE]

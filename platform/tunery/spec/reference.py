@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
 Gives = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
-"""What a stage makes. classifier: a sequence-classification model, as reward models are; no kind of
-stage makes one yet."""
+"""What a stage makes. classifier: a sequence-classification model, as reward models are."""
 ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from tunery.spec.reference import ROWS, Input, Model, Pretrained, Spec, model_inputs
+from tunery.spec.reference import ROWS, Auto, Input, Model, Pretrained, Spec, model_inputs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -120,9 +120,10 @@ class Classifier(ClassificationSpec):
     classifier: Model
     label: str | Annotated[int, Field(ge=0)]
     """Its name or its number, as `id2label` in the model's config.json has them."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] | Auto = 1.0
     """Logits are divided by it: above 1 probabilities are drawn together, below 1 apart (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, the order of the rows stays."""
+    https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, the order of the rows stays. auto: the one that
+    fits the eval_data of a `classifier` stage best."""
 
     @property
     def model(self) -> str | Pretrained:

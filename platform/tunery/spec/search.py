@@ -54,7 +54,8 @@ class Search(Spec):
     """Trials of the experiment with other values; what they share is made once."""
 
     metric: str
-    """`<training stage>.eval_loss`, or `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`)."""
+    """`<training stage>.eval_loss` (a classifier's `.eval_accuracy`, `.eval_auc` too), or
+    `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`)."""
     mode: Literal["min", "max"]
     trials: Annotated[int, Field(ge=1)]
     algorithm: Literal["random", "grid"] = "random"

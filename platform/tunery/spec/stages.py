@@ -8,7 +8,7 @@ fingerprint; how it is computed (workers, ZeRO stage, micro batches) is `Compute
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from tunery.spec.reference import (
     Model,
     NewOrModel,
     Pretrained,
+    Scratch,
     Spec,
     model_inputs,
     model_name,
@@ -271,11 +272,62 @@ Tuner = Annotated[
 ]
 
 
-class Training(Spec):
-    """What `pretrain` and `sft` have in common."""
+class Contrast(Spec):
+    """Two stages in place of labels: all rows of one are good, all of the other bad.
+
+    As in DataComp-LM (Li et al. 2024, https://arxiv.org/abs/2406.11794), whose classifier tells wanted texts from web
+    pages. A row's own label is not looked at.
+    """
+
+    good: str
+    bad: str
+
+    @model_validator(mode="after")
+    def _two(self) -> Contrast:
+        if self.good == self.bad:
+            raise ValueError(f"`{self.good}` can't be good and bad")
+        return self
+
+
+class Decisions(Spec):
+    """The rows that a person decided on: kept ones are good, dropped ones bad."""
+
+    review: str
+    """A `review` stage."""
+
+
+Labelled = Annotated[
+    Annotated[str, Tag("stage")] | Annotated[Contrast, Tag("contrast")] | Annotated[Decisions, Tag("decisions")],
+    Discriminator(
+        lambda value: (
+            "decisions"
+            if isinstance(value, Decisions) or (isinstance(value, dict) and "review" in value)
+            else "contrast"
+            if isinstance(value, Contrast | dict)
+            else "stage"
+        )
+    ),
+]
+"""A stage whose rows bear labels, `{good: stage, bad: stage}`, or `{review: stage}`."""
+
+
+def row_stages(data: str | Contrast | Decisions) -> dict[tuple[str, ...], str]:
+    """The stages that `data` names, by path within it."""
+    if isinstance(data, str):
+        return {(): data}
+    return {(field,): getattr(data, field) for field in type(data).model_fields}
+
+
+Data = TypeVar("Data")
+
+
+class Training(Spec, Generic[Data]):
+    """What all trainings have in common. `Data` is how they name what they learn from."""
 
     gives: ClassVar[Gives] = "model"
-    data: str
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
+    """What is measured on `eval_data`."""
+    data: Data
     epochs: Annotated[float, Field(gt=0)] | Auto
     learning_rate: Annotated[float, Field(gt=0)] | Auto
     """Peak, of AdamW."""
@@ -289,40 +341,59 @@ class Training(Spec):
     """Share of the steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    eval_data: str | None = None
+    eval_data: Data | None = None
     """Rows that the loss is measured on while training (and never trained on)."""
     evaluations: Annotated[int, Field(ge=1)] = 4
     """How often, evenly spread, the last one at the end."""
     seed: int | None = None
     """Of weights, data order and dropout; the experiment's when not given."""
+    kind: str
+    model: str | Pretrained | Scratch
+    """What the training begins with; which of these, each kind says."""
 
     def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ROWS)
-        if self.eval_data is not None:
-            yield Input(("eval_data",), self.eval_data, ROWS)
+        for field in ("data", "eval_data"):
+            if (data := getattr(self, field)) is not None:
+                for path, stage in row_stages(data).items():
+                    yield Input((field, *path), stage, ROWS)
+        yield from model_inputs(("model",), self.model)
 
 
-class Pretrain(Training):
+class Pretrain(Training[str]):
     """Next-token prediction on whole texts, one after another, cut into blocks of `max_length`; new or continued."""
 
     kind: Literal["pretrain"]
     model: NewOrModel
 
-    def inputs(self) -> Iterator[Input]:
-        yield from super().inputs()
-        yield from model_inputs(("model",), self.model)
 
-
-class Sft(Training):
+class Sft(Training[str]):
     """Supervised fine-tuning on conversations: the loss counts the answer's tokens only."""
 
     kind: Literal["sft"]
     model: Model
     tuner: Tuner = "full"
 
-    def inputs(self) -> Iterator[Input]:
-        yield from super().inputs()
-        yield from model_inputs(("model",), self.model)
+
+LABELS = ("bad", "good")
+"""What a classifier that was trained here tells apart, by number."""
+
+
+class ClassifierTraining(Training[Labelled]):
+    """A text classifier that tells good rows from bad ones: a new head on a model, trained to cross-entropy.
+
+    As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): a few labels, and then any number of rows
+    filtered by `{classifier: STAGE, label: good}`. A row is shown to it as to the scorer (models/shown.py).
+    """
+
+    gives: ClassVar[Gives] = "classifier"
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_auc")
+    kind: Literal["classifier"]
+    model: Model
+    """A language model, causal or not: it gets a head with random weights, unless it has one of two labels."""
+    tuner: Tuner = "full"
+    balanced: bool = True
+    """Each label has half of the loss, however few of the rows have it: then 0.5 is between more like the good and
+    more like the bad ones. False: every row counts the same, and probabilities know how frequent the labels are."""
 
 
 class Evaluate(Spec):
@@ -350,5 +421,15 @@ class Evaluate(Spec):
         return models
 
 
-Stage = Annotated[Dataset | Score | Select | Review | Augment | Pretrain | Sft | Evaluate, Field(discriminator="kind")]
+Stage = Annotated[
+    Dataset | Score | Select | Review | Augment | Pretrain | Sft | ClassifierTraining | Evaluate,
+    Field(discriminator="kind"),
+]
 """One line a kind; a new kind is added here, in runner.STAGES, and in its room."""
+
+TRAININGS: tuple[str, ...] = tuple(
+    get_args(stage.model_fields["kind"].annotation)[0]
+    for stage in get_args(get_args(Stage)[0])
+    if issubclass(stage, Training)
+)
+"""The kinds that train."""

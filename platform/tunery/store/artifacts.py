@@ -108,17 +108,18 @@ class Store:
         return artifact
 
 
-def input_of(artifact: Artifact, field: str, kind: str) -> Artifact:
-    """What `artifact` was made from at `field` of its stage, a `kind` artifact: it lies in the same store.
+def input_of(artifact: Artifact, field: str) -> Artifact:
+    """What `artifact` was made from at `field` of its stage: it lies in the same store.
 
     An artifact's fingerprint covers those of its inputs, so who reads through it reads nothing that its own
     fingerprint leaves out. Raises StoreError when somebody removed it.
     """
-    path = artifact.path.parent / f"{kind}-{artifact.manifest['inputs'][field]}"
-    found = read_artifact(path)
+    name = f"*-{artifact.manifest['inputs'][field]}"
+    path = next(artifact.path.parent.glob(name), None)
+    found = None if path is None else read_artifact(path)
     if found is None:
         raise StoreError(
-            f"{path} isn't there any more",
+            f"{artifact.path.parent / name} isn't there any more",
             cause=f"{artifact.path.name} was made from it",
             remedy="give `tunery run` again: it makes what is missing",
         )

@@ -69,6 +69,10 @@ SHARD_BYTES = 32 << 20
 """Content at which a shard ends before it has its rows: what a worker holds at once. A single row may be larger."""
 
 
+DECIDED = "decided"
+"""In a review's artifact: a folder with the rows that a person decided on, their `label` whether they are kept."""
+
+
 _SPACE = re.compile(r"(\s+)")
 _NFC_PIECE = 256
 """Characters. Normalising a run of combining marks takes time quadratic in its length; no real word is so long."""

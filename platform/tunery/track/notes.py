@@ -93,6 +93,11 @@ def _training(facts: Facts) -> str:
     return f"loss {measure(loss)}" + (f" → eval {measure(held_out)}" if held_out is not None else "")
 
 
+def _classifier(facts: Facts) -> str:
+    area = as_number(facts.get("eval_auc"))
+    return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
+
+
 def _evaluate(facts: Facts) -> str:
     results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
@@ -117,5 +122,6 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "augment": _augment,
     "pretrain": _training,
     "sft": _training,
+    "classifier": _classifier,
     "evaluate": _evaluate,
 }

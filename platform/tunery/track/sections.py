@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tunery.spec import TRAININGS
 from tunery.track.charts import Cut, Series, histogram_chart, line_chart
 from tunery.track.filters import cuts_of, goes_back
 from tunery.track.flows import Level, funnel_chart, lost_note
@@ -116,7 +117,7 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
-        other = stage.kind in ("augment", "pretrain", "sft", "evaluate")
+        other = stage.kind in ("augment", *TRAININGS, "evaluate")
         if not above or other or (before is None and kept is None):
             continue
         depths[stage.name] = depths[above[0]] + (kept is not None)

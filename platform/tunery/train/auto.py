@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.spec import AUTO, Pretrain, Scratch, Sft, Training
+from tunery.spec import AUTO, ClassifierTraining, Pretrain, Scratch, Sft, Training
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
 """All that `auto` may become: what no number of rows makes fit is told before the rows are counted."""
@@ -20,7 +20,7 @@ class Resolved:
     rule: str
 
 
-def resolve(stage: Training, rows: int) -> tuple[Training, list[Resolved]]:
+def resolve(stage: Training[Any], rows: int) -> tuple[Training[Any], list[Resolved]]:
     """The stage with no `auto` left, for `rows` training sequences."""
     resolved: list[Resolved] = []
     if stage.epochs == AUTO:
@@ -32,7 +32,7 @@ def resolve(stage: Training, rows: int) -> tuple[Training, list[Resolved]]:
     return stage.model_copy(update={item.field: item.value for item in resolved}), resolved
 
 
-def _epochs(stage: Training, rows: int) -> tuple[float, str]:
+def _epochs(stage: Training[Any], rows: int) -> tuple[float, str]:
     if isinstance(stage, Pretrain):
         # Up to 4 repetitions of the data are worth nearly as much as new data:
         # Muennighoff et al. 2023 (https://arxiv.org/abs/2305.16264).
@@ -42,10 +42,10 @@ def _epochs(stage: Training, rows: int) -> tuple[float, str]:
     return (2.0, "fewer than 100,000 rows") if rows < 100_000 else (1.0, "100,000 rows or more")
 
 
-def _learning_rate(stage: Training) -> tuple[float, str]:
+def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
     if isinstance(stage, Pretrain) and isinstance(stage.model, Scratch):
         return 2e-3, "a small model from scratch"
-    if isinstance(stage, Sft) and stage.tuner != "full":
+    if isinstance(stage, Sft | ClassifierTraining) and stage.tuner != "full":
         # LoRA wants about ten times the rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
         return 2e-4, "LoRA: ten times full fine-tuning's rate"
     return 2e-5, "full fine-tuning of a pretrained model"

@@ -69,6 +69,19 @@ def data_order(lengths: Sequence[int], steps: int, global_batch_size: int, seed:
     ]
 
 
+def evaluation_batches(lengths: Sequence[int], size: int, rank: int, workers: int) -> list[tuple[list[int], bool]]:
+    """A worker's batches of row indices, rows of like length together, and whether a batch counts.
+
+    Every worker has as many, because under ZeRO-3 each forward pass gathers weights from all: the last ones may have a
+    batch that another has too, and that doesn't count.
+    """
+    indices = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    real = len(batches)
+    batches += [batches[0]] * (-real % workers)
+    return [(batch, number < real) for number, batch in enumerate(batches)][rank::workers]
+
+
 def at_even_steps(steps: int, times: int) -> list[int]:
     """`times` steps (fewer when there are fewer) spread evenly over 1..steps, the last one at the end."""
     return sorted({math.ceil(steps * (index + 1) / times) for index in range(times)})

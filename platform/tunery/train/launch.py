@@ -1,4 +1,4 @@
-"""The `pretrain` and `sft` stages: a Ray Train run each."""
+"""The stages that train (`pretrain`, `sft`, `classifier`): a Ray Train run each."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tunery.interrupt import interruptible
 from tunery.models.load import source_of
-from tunery.spec import Pretrain, Scratch, Sft
-from tunery.store import StageContext, StageResult
+from tunery.spec import Contrast, Decisions, Scratch, Training
+from tunery.spec.stages import row_stages
+from tunery.store import Artifact, StageContext, StageResult
+from tunery.store.rows import DECIDED
 from tunery.train.auto import resolve
-from tunery.train.worker import Job, Report, train
+from tunery.train.job import Job, Report, Rows
+from tunery.train.worker import train
 
 
 def make_model(context: StageContext) -> StageResult:
     """Facts: rows, tokens, steps, losses and what `auto` became. Measured: speed, memory, time to the first step."""
     spec = context.spec
-    assert isinstance(spec, Pretrain | Sft)
-    rows = int(context.inputs[spec.data].facts["rows"])
-    resolved_spec, resolved = resolve(spec, rows)
-    assert isinstance(resolved_spec, Pretrain | Sft)
+    assert isinstance(spec, Training)
+    resolved_spec, resolved = resolve(spec, _count(spec.data, context.inputs))
     model: dict[str, Any]
     if isinstance(spec.model, Scratch):
         model = {"scratch": spec.model.scratch}
@@ -36,8 +38,8 @@ def make_model(context: StageContext) -> StageResult:
         spec=resolved_spec,
         seed=context.seed,
         model=model,
-        rows=context.inputs[spec.data].path,
-        eval_rows=context.inputs[spec.eval_data].path if spec.eval_data else None,
+        rows=_rows(spec.data, context.inputs),
+        eval_rows=_rows(spec.eval_data, context.inputs) if spec.eval_data is not None else (),
         out=context.out,
         work=context.work,
         events=context.events,
@@ -53,6 +55,20 @@ def make_model(context: StageContext) -> StageResult:
     shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
     changed = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
     return StageResult({**outcome["facts"], "resolved": changed}, outcome["measured"])
+
+
+def _rows(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> tuple[Rows, ...]:
+    """Where they lie, and what label they get."""
+    if isinstance(data, Contrast):
+        return Rows(inputs[data.good].path, True), Rows(inputs[data.bad].path, False)
+    if isinstance(data, Decisions):
+        return (Rows(inputs[data.review].path / DECIDED),)
+    return (Rows(inputs[data].path),)
+
+
+def _count(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> int:
+    fact = "decided" if isinstance(data, Decisions) else "rows"
+    return sum(int(inputs[stage].facts[fact]) for stage in row_stages(data).values())
 
 
 def _train_on_workers(job: Job, context: StageContext) -> None:

@@ -33,7 +33,7 @@ class Filtered:
     """All rows in the order that they were scored in; the arrays have one entry a row."""
 
     scored: Path
-    """The score artifact: its rows are those that went into the filter."""
+    """The artifact of the rows that went into the filter, scored or not (by `random` they can be selected anyway)."""
     ids: list[str]
     sources: list[str]
     kept: Bools
@@ -55,7 +55,7 @@ def read_filtered(selection: Artifact) -> Filtered:
 
     Raises StoreError when those were removed, or when the rules don't give the rows that the artifact holds.
     """
-    scored = input_of(selection, "data", "score")
+    scored = input_of(selection, "data")
     identity = selection.manifest["identity"]
     table = ScoredRows(scored.path, int(identity.get("seed", 0)))
     rows = [pq.read_table(path, columns=["id", "source"]) for path in table.files]

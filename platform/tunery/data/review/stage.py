@@ -17,16 +17,18 @@ from tunery.data.review.sample import BANDS, Sample, draw
 from tunery.errors import RowsLost, StageError
 from tunery.spec import Review
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import Row, read_rows, write_rows
+from tunery.store.rows import DECIDED, Row, read_rows, write_rows
 
 BY_A_PERSON = "review"
 """The rule by which a person dropped a row, in dropped.jsonl."""
 
 
 def make_review(context: StageContext) -> StageResult:
-    """Writes rows/ and dropped.jsonl; needs somebody's decision on at least one row.
+    """Writes rows/, dropped.jsonl, and the decided rows with their labels (DECIDED, store/rows.py); needs somebody's
+    decision on at least one row.
 
-    Facts: rows_in, kept, dropped; restored and removed (rows on which the person changed the verdict); agreement with
+    Facts: rows_in, kept, dropped; decided (different rows); restored and removed (rows on
+    which the person changed the verdict); agreement with
     the filter, by stratum too; for each score the threshold that agrees best; how well both found planted rows.
     """
     stage = context.spec
@@ -59,12 +61,15 @@ def make_review(context: StageContext) -> StageResult:
         )
     rules = {line["id"]: line["rule"] for line in _lines(selection.path / "dropped.jsonl")}
     planted: list[str | None] = []
+    labelled: dict[str, Row] = {}
 
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file:
 
         def kept_rows() -> Iterator[Row]:
             for index, row in enumerate(read_rows(filtered.scored)):
                 planted.append(row["planted"])
+                if row["id"] in ours:
+                    labelled.setdefault(row["id"], {**row, "label": ours[row["id"]] == "keep"})
                 if kept[index]:
                     yield row
                 else:
@@ -75,6 +80,7 @@ def make_review(context: StageContext) -> StageResult:
     dropped = sum(1 for _ in _lines(context.out / "dropped.jsonl"))
     if written + dropped != len(kept) or written != int(kept.sum()):
         raise RowsLost(context.name, f"{len(kept)} rows went in, {written} kept, {dropped} dropped")
+    write_rows(labelled.values(), context.out / DECIDED)
     truth = [kind for kind in planted if kind is not None]
     return StageResult(
         {
@@ -82,6 +88,7 @@ def make_review(context: StageContext) -> StageResult:
             "rows_in": len(kept),
             "kept": written,
             "dropped": dropped,
+            "decided": len(labelled),
             "restored": int((kept & ~filtered.kept).sum()),
             "removed": int((~kept & filtered.kept).sum()),
             **compare(filtered, sample, ours),

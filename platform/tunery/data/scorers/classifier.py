@@ -7,13 +7,14 @@ import numpy as np
 
 from tunery.data.scorers.table import Columns
 from tunery.models.labels import Labels
-from tunery.spec import Classifier
+from tunery.spec import AUTO, Classifier
 
 
 class ClassifierScorer:
     def __init__(self, spec: Classifier, labels: Labels, model: str) -> None:
-        """Raises BadModel where `model` has no such label."""
-        self._labels, self._temperature = labels, spec.temperature
+        """Raises BadModel where `model` has no such label, or no temperature of its own where that is asked for."""
+        self._labels = labels
+        self._temperature = labels.fitted_temperature(model) if spec.temperature == AUTO else spec.temperature
         self._label = labels.index(spec.label, model)
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with three changes: our data order, an exact evaluation loss, and steps told to the event log."""
+"""Steps of a training: when to evaluate and to save, what is told of each, and which checkpoints count."""
 
 from __future__ import annotations
 
@@ -9,55 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
 
 HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
-
-
-class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
-    """The training set comes in the order in which it is to be seen (train/batches.py)."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loss in nats per answer token over the whole set.
-
-        transformers averages the means of batches, which weighs tokens by their batch and so changes with the number
-        of workers. Here sums and counts of tokens are added over all ranks. Every rank makes the same number of
-        forward passes, because under ZeRO-3 each of them gathers weights from all.
-        """
-        rank, world = dist.get_rank(), dist.get_world_size()
-        size = self.args.per_device_eval_batch_size
-        indices = sorted(range(len(self.eval_dataset)), key=lambda index: -len(self.eval_dataset[index]["input_ids"]))
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches += [batches[0]] * (-len(batches) % world)
-        real = len(range(0, len(indices), size))
-        loader = DataLoader(
-            self.eval_dataset, batch_sampler=batches[rank::world], collate_fn=self.data_collator, num_workers=0
-        )
-        self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for number, batch in zip(range(rank, len(batches), world), loader, strict=True):
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-            if number < real:
-                totals += torch.stack([-outputs.log_probs.double().sum(), outputs.label_mask.double().sum()])
-        dist.all_reduce(totals)
-        self.model.train()
-        metrics = {"eval_loss": float(totals[0] / totals[1].clamp(min=1))}
-        self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The manifest tells more, and a card would be written anew into every checkpoint."""
+CURVES = ("loss", "learning_rate", "grad_norm")
+"""What is told of a step, with all measures of the evaluations (`eval_..`)."""
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
@@ -116,8 +74,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        names = {"loss", "eval_loss", "learning_rate", "grad_norm"}
-        values = {name: float(value) for name, value in (logs or {}).items() if name in names}
+        told = {name: value for name, value in (logs or {}).items() if name in CURVES or name.startswith("eval_")}
+        values = {name: float(value) for name, value in told.items()}
         if not values:
             return
         values["rows"] = float(state.global_step * self.rows_per_step)

@@ -1,0 +1,94 @@
+"""A training, as it travels to its workers, and what all kinds of training do alike with files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunery.models.load import Source
+from tunery.spec import Compute, Training
+from tunery.store.rows import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An artifact's rows (or those of a folder in it), and the label of all of them where they don't bear one each."""
+
+    path: Path
+    label: bool | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs; plain data, so that it travels to any host that sees the store."""
+
+    stage: str
+    trial: str
+    spec: Training[Any]
+    """With no `auto` left in it."""
+    seed: int
+    model: dict[str, Any]
+    """models.load.Source, or {"scratch": name}."""
+    rows: tuple[Rows, ...]
+    eval_rows: tuple[Rows, ...]
+    out: Path
+    work: Path
+    events: Path
+    compute: Compute
+    workers: int
+    started: float
+    """When the stage was asked for, seconds since the epoch."""
+
+
+Report = Callable[[dict[str, float]], None]
+
+
+class Recipe(Protocol):
+    """What is special about a kind of training; train/worker.py does the rest. Made in every worker, from (job, rank),
+    after the process has been made ready and seeded. Raises StageError when the rows won't do."""
+
+    lengths: Sequence[int]
+    """Tokens of each training sequence."""
+
+    def trainer(self, arguments: dict[str, Any], order: list[int], steps: Any) -> Any:
+        """A transformers Trainer with its model: `arguments` are for its TrainingArguments, `order` the sequences to
+        be seen one after another, `steps` its callback. The arguments come first: under ZeRO-3 they make transformers
+        shard a model while it loads."""
+
+    def save(self, trainer: Any) -> None:
+        """Writes the model into job.out. All ranks take part."""
+
+    def counted(self) -> dict[str, Any]:
+        """Facts: what became of the rows."""
+
+    def found(self, trainer: Any) -> dict[str, Any]:
+        """Facts that the training brought, beyond its losses."""
+
+
+def rows_of(sources: Sequence[Rows], columns: list[str]) -> Iterator[Row]:
+    """One after another, with the label that a source gives all of its rows."""
+    for source in sources:
+        for row in read_rows(source.path, columns):
+            yield row if source.label is None else {**row, "label": source.label}
+
+
+def once(folder: Path, rank: int, write: Callable[[Path], None]) -> Source:
+    """A model that rank 0 writes, once; a later try finds it."""
+    import torch.distributed as dist
+
+    if rank == 0 and not (folder / "whole").is_file():
+        write(folder)
+        (folder / "whole").touch()
+    dist.barrier()
+    return {"pretrained": str(folder), "revision": None}
+
+
+def save_model(trainer: Any, folder: Path, tokenizer: Any, rank: int) -> None:
+    """All ranks take part (ZeRO-3 gathers); only what loads the model again is kept, and no paths or dates."""
+    trainer.save_model(str(folder))
+    if rank == 0:
+        tokenizer.save_pretrained(folder)
+        for name in ("training_args.bin", "README.md"):
+            (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""What `pretrain` and `sft` learn from: blocks of texts, or conversations whose answers count; by TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import TrainerCallback, TrainerControl
+from trl import SFTConfig, SFTTrainer
+
+from tunery.errors import StageError
+from tunery.models.encode import Encoded, blocks, encode
+from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
+from tunery.models.scratch import write_scratch_model
+from tunery.models.tuners import lora_config
+from tunery.spec import Pretrain, Sft
+from tunery.store.rows import CONTENT, Row
+from tunery.train.batches import evaluation_batches
+from tunery.train.job import Job, once, rows_of, save_model
+
+
+class LanguageModelling:
+    """A causal language model, new or not, whole or by an adapter."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        """Raises StageError when no row can be learned from, or none of eval_data measured."""
+        assert isinstance(job.spec, Pretrain | Sft)
+        self._job, self._spec, self._rank = job, job.spec, rank
+        source = job.model
+        if "scratch" in source:
+            source = _new_model(job, rank)
+        elif job.compute.zero_stage == 3 and is_adapter(source):
+            source = _merged(job, rank)
+        self._source: Source = source
+        self._tokenizer = load_tokenizer(source)
+        self._data = _tokens(self._spec, rows_of(job.rows, CONTENT), self._tokenizer)
+        if not self._data.ids:
+            raise StageError(
+                job.stage,
+                f"none of {self._data.rows} rows gives a training sequence",
+                cause="every answer is empty, or cut off because the question alone fills max_length"
+                if isinstance(job.spec, Sft)
+                else f"all texts together have fewer than max_length ({job.spec.max_length}) tokens",
+                remedy=f"change max_length (now {job.spec.max_length}), or give other rows",
+            )
+        self._measured = _tokens(self._spec, rows_of(job.eval_rows, CONTENT), self._tokenizer)
+        if job.eval_rows and not self._measured.ids:
+            raise StageError(
+                job.stage,
+                f"none of the {self._measured.rows} rows of `{job.spec.eval_data}` can be evaluated",
+                cause=f"they are shorter than a block of max_length ({job.spec.max_length}) tokens"
+                if isinstance(job.spec, Pretrain)
+                else "every answer is empty, or cut off because the question alone fills max_length",
+                remedy="change max_length, or give other rows as eval_data",
+            )
+        self.lengths = [len(ids) for ids in self._data.ids]
+
+    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> Trainer:
+        # Under ZeRO-3 these make transformers shard the model while it loads.
+        settings = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        model = load_model(self._source, torch.float32)
+        model.config.use_cache = False
+        tuner = self._spec.tuner if isinstance(self._spec, Sft) else "full"
+        return Trainer(
+            model=model,
+            args=settings,
+            train_dataset=self._data.dataset().select(order),
+            eval_dataset=self._measured.dataset() if self._job.eval_rows else None,
+            processing_class=self._tokenizer,
+            peft_config=None if isinstance(tuner, str) else lora_config(tuner.lora, "CAUSAL_LM"),
+            callbacks=[steps],
+        )
+
+    def save(self, trainer: Trainer) -> None:
+        adapter = isinstance(self._spec, Sft) and self._spec.tuner != "full"
+        trainer.model.config.use_cache = True
+        save_model(trainer, self._job.out / ("adapter" if adapter else "model"), self._tokenizer, self._rank)
+        if adapter and self._rank == 0:
+            write_base(self._job.out, self._job.model)
+
+    def counted(self) -> dict[str, Any]:
+        data = self._data
+        return {
+            "rows": data.rows,
+            "sequences": len(data.ids),
+            "truncated": data.truncated,
+            "unusable": data.unusable,
+        }
+
+    def found(self, trainer: Trainer) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Tokens:
+    """Training sequences."""
+
+    ids: list[list[int]]
+    labels: list[list[int]]
+    rows: int
+    truncated: int
+    unusable: int
+    """Rows without any token to learn from (an empty answer, or one cut off whole)."""
+
+    def dataset(self) -> Dataset:
+        return Dataset.from_dict({"input_ids": self.ids, "labels": self.labels})
+
+
+def _tokens(spec: Pretrain | Sft, rows: Iterable[Row], tokenizer: Any) -> Tokens:
+    encoded: list[Encoded] = []
+    pending: list[Row] = []
+    # Texts are cut into blocks anyway: only conversations are cut to length one by one.
+    longest = 10**9 if isinstance(spec, Pretrain) else spec.max_length
+    for row in rows:
+        pending.append(row)
+        if len(pending) == 1000:
+            encoded += encode(pending, tokenizer, longest)
+            pending = []
+    encoded += encode(pending, tokenizer, longest)
+    if isinstance(spec, Pretrain):
+        ids = list(blocks(encoded, spec.max_length))
+        return Tokens(ids, ids, len(encoded), 0, 0)
+    usable = [item for item in encoded if item.counted > 0]
+    return Tokens(
+        [item.ids for item in usable],
+        [item.labels for item in usable],
+        len(encoded),
+        sum(item.truncated for item in encoded),
+        len(encoded) - len(usable),
+    )
+
+
+def _new_model(job: Job, rank: int) -> Source:
+    texts = (_plain_text(row) for row in rows_of(job.rows, CONTENT))
+    name = job.model["scratch"]
+    return once(job.work / "new", rank, lambda folder: write_scratch_model(folder, name, texts, job.seed))
+
+
+def _plain_text(row: Row) -> str:
+    return row["text"] or "\n".join(turn["content"] for turn in row["messages"])
+
+
+def _merged(job: Job, rank: int) -> Source:
+    """An adapter merged into its base by rank 0 alone: under ZeRO-3 the base would load in pieces, and PEFT (0.21)
+    merges whole weights only."""
+
+    def write(folder: Any) -> None:
+        load_model(job.model, torch.float32).save_pretrained(folder)
+        load_tokenizer(job.model).save_pretrained(folder)
+
+    return once(job.work / "merged", rank, write)
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+    """With three changes: the training set comes in the order in which it is to be seen (train/batches.py), the
+    evaluation's loss is exact, and steps are told to the event log."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss in nats per answer token over the whole set.
+
+        transformers averages the means of batches, which weighs tokens by their batch and so changes with the number
+        of workers. Here sums and counts of tokens are added over all ranks.
+        """
+        lengths = [len(ids) for ids in self.eval_dataset["input_ids"]]
+        size = self.args.per_device_eval_batch_size
+        batches = evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size())
+        loader = DataLoader(
+            self.eval_dataset,
+            batch_sampler=[batch for batch, _ in batches],
+            collate_fn=self.data_collator,
+            num_workers=0,
+        )
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for (_, counts), batch in zip(batches, loader, strict=True):
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
+            if counts:
+                totals += torch.stack([-outputs.log_probs.double().sum(), outputs.label_mask.double().sum()])
+        dist.all_reduce(totals)
+        self.model.train()
+        metrics = {"eval_loss": float(totals[0] / totals[1].clamp(min=1))}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The manifest tells more, and a card would be written anew into every checkpoint."""

@@ -1,0 +1,81 @@
+"""A classifier that is trained by a run, and scores rows in the same run, is an ordinary one."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import Bench, facts
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tunery.store.rows import read_rows
+
+
+def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
+    """Rows as they are against the same rows damaged; whoever trains has other `compute`."""
+
+    def change(experiment: dict) -> None:
+        stages = experiment["stages"]
+        for name in ("scored", "clean", "sft", "eval"):
+            stages.pop(name)
+        rows = {**stages["validation"], "limit": 20}
+        stages |= {
+            "damaged": {**stages["questions"], "corrupt": 1.0},
+            "intact": {**stages["questions"], "corrupt": 0.0},
+            "rows": {**rows, "corrupt": 0.5},
+            "damaged_eval": {**rows, "corrupt": 1.0},
+            "intact_eval": rows,
+            "judge": {
+                "kind": "classifier",
+                "data": {"good": "intact", "bad": "damaged"},
+                "eval_data": {"good": "intact_eval", "bad": "damaged_eval"},
+                "model": "base",
+                "epochs": 0.5,
+                "learning_rate": 0.001,
+                "global_batch_size": 8,
+                "evaluations": 2,
+            },
+        }
+        if compute["workers"] == 2:
+            scorer = {"classifier": "judge", "label": "good"}
+            fitted = {**scorer, "temperature": "auto", "name": "fitted"}
+            stages["scored"] = {"kind": "score", "data": "rows", "by": [scorer, fitted]}
+        experiment["compute"] = {**experiment["compute"], **compute}
+
+    bench.write(change)
+
+
+def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_transformers(before_sft: Bench) -> None:
+    bench = before_sft
+    classifier_on_two_stages(bench, workers=1, zero_stage=0)
+    shutil.copytree(bench.store, bench.folder / "alone")
+    alone = bench.without_ray(bench.folder / "alone")["judge"]["facts"]
+    classifier_on_two_stages(bench, workers=2, zero_stage=3, micro_batch_size=1)
+    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = bench.only("classifier")
+    told = facts(trained)
+    for name in ("loss", "eval_loss", "eval_auc", "temperature"):
+        assert told[name] == pytest.approx(alone[name], rel=1e-4), name
+    same = ("rows", "labels", "eval_labels", "tokens", "steps", "parameters", "trainable", "eval_accuracy")
+    assert {name: told[name] for name in same} == {name: alone[name] for name in same}
+    assert told["labels"] == {"bad": 120, "good": 120}
+    assert told["steps"] == 15
+
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    (rated,) = (path for path in bench.artifacts("score") if "classifier" in facts(path)["scores"])
+    texts = []
+    for row in read_rows(rated, ["messages"]):
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    good = model.config.label2id["good"]
+    for score, temperature in (("classifier", 1.0), ("fitted", told["temperature"])):
+        probabilities = (logits / temperature).softmax(dim=1)[:, good].numpy()
+        assert facts(rated)["scores"][score]["median"] == pytest.approx(float(np.median(probabilities)), abs=1e-5)
+    assert "Classifiers" in done.stdout

@@ -1,0 +1,59 @@
+"""Class weights, cross entropy and the fitted temperature, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tunery.models.metrics import COLDEST, HOTTEST, class_weights, cross_entropy, fitted_temperature
+
+THREE_OF_FOUR = np.array([[0.0, 2.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]), np.array([1, 1, 0, 1])
+"""Logits that are 2 apart, and right for three rows."""
+EVENLY = np.ones(4)
+
+
+def test_class_weights_give_every_label_the_same_share_and_a_row_1_on_average() -> None:
+    labels = np.array([0] * 24 + [1] * 72)
+    weights = class_weights(labels, 2)
+    assert weights.tolist() == pytest.approx([2.0, 2 / 3])
+    assert weights[labels].mean() == pytest.approx(1.0)
+
+
+def test_cross_entropy_is_the_weighted_mean_of_negative_log_probabilities() -> None:
+    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    assert cross_entropy(*THREE_OF_FOUR, EVENLY) == pytest.approx((3 * right + wrong) / 4)
+    assert cross_entropy(*THREE_OF_FOUR, np.array([1.0, 1.0, 1.0, 5.0])) == pytest.approx((3 * right + 5 * wrong) / 8)
+
+
+def test_cross_entropy_of_large_logits_is_finite() -> None:
+    logits = np.array([[1e4, -1e4]])
+    assert cross_entropy(logits, np.array([0]), np.ones(1)) == 0
+    assert cross_entropy(logits, np.array([1]), np.ones(1)) == 2e4
+
+
+def test_fitted_temperature_makes_the_probability_the_share_that_is_right() -> None:
+    # sigmoid(2 / T) = 3/4, so T = 2 / ln 3.
+    assert fitted_temperature(*THREE_OF_FOUR, EVENLY) == pytest.approx(2 / math.log(3))
+
+
+def test_fitted_temperature_weighs_rows() -> None:
+    # The wrong row counts half: sigmoid(2 / T) = 6/7.
+    assert fitted_temperature(*THREE_OF_FOUR, np.array([1, 1, 1, 0.5])) == pytest.approx(2 / math.log(6))
+
+
+def test_no_temperature_near_it_has_a_lower_cross_entropy() -> None:
+    draw = np.random.default_rng(0)
+    logits, labels = draw.normal(size=(60, 2)) * 3, draw.integers(0, 2, 60)
+    labels[:45] = logits[:45].argmax(axis=1)
+    best = fitted_temperature(logits, labels, np.ones(60))
+    assert COLDEST < best < HOTTEST
+    losses = [cross_entropy(logits, labels, np.ones(60), best * factor) for factor in (0.95, 1.0, 1.05)]
+    assert losses[1] == min(losses)
+
+
+def test_temperature_stays_in_bounds_where_all_or_no_rows_are_right() -> None:
+    logits = np.array([[0.0, 2.0], [2.0, 0.0]])
+    assert fitted_temperature(logits, np.array([1, 0]), np.ones(2)) == pytest.approx(COLDEST, rel=0.1)
+    assert fitted_temperature(logits, np.array([0, 1]), np.ones(2)) == pytest.approx(HOTTEST)
