@@ -27,17 +27,29 @@ ARMS = {
     "gpu fp32": {"device": "gpu", "workers": 1, "precision": "fp32"},
     "gpu bf16": {"device": "gpu", "workers": 1},
 }
+LIMIT = 150
+"""Seconds that one arm may take."""
 CORPUS = {"kind": "dataset", "source": "builtin:python-docs"}
 
 
 def run(name: str, stages: dict[str, Any], compute: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """The stage_finished events, by stage."""
     file, store = folder / f"{name}.yaml", folder / name
-    experiment = {"name": "run", "stages": stages, "compute": compute, "tracking": {"wandb": {"mode": "disabled"}}}
+    experiment = {
+        "name": "run",
+        "seed": 17,
+        "stages": stages,
+        "compute": compute,
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
     file.write_text(yaml.safe_dump(experiment, sort_keys=False))
-    command = [sys.executable, "-m", "tunery", "run", str(file), "--store", str(store), "--json"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    events = map(json.loads, (store / "runs/run/events/driver.jsonl").read_text().splitlines())
+    command = [sys.executable, "-m", "tunery", "run", str(file), "--store", str(store)]
+    log = store / "runs/run/events/driver.jsonl"
+    try:
+        subprocess.run(command, check=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{name}: not done in {LIMIT} s; last: {log.read_text().splitlines()[-1]}") from None
+    events = map(json.loads, log.read_text().splitlines())
     return {event["stage"]: event for event in events if event["event"] == "stage_finished"}
 
 
