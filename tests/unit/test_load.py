@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import LoadText
 
+from tunery.data.formats.hub import Ambiguous
+from tunery.data.sources import BadSource
 from tunery.errors import (
     Interrupted,
     RequestError,
@@ -18,6 +20,7 @@ from tunery.errors import (
     StoreError,
     TuneryError,
 )
+from tunery.models.check import BadModel
 from tunery.spec import Dataset, Gopher, Pretrain, Score, Sft, load
 
 GOOD = """\
@@ -519,6 +522,16 @@ def test_errors_survive_pickling_with_all_they_know(error: TuneryError) -> None:
     plain = {key: value for key, value in vars(error).items() if key != "errors"}
     assert {key: vars(copy)[key] for key in plain} == plain
     assert [vars(one) for one in getattr(copy, "errors", [])] == [vars(one) for one in getattr(error, "errors", [])]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BadSource("columns", "m", cause="c", remedy="r"), BadModel("m", "c", "r"), Ambiguous("config", "m", ["a", "b"])],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_rooms_survive_it_too(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), "m", vars(error))
 
 
 def test_every_kind_of_error_is_among_those_that_are_pickled() -> None:

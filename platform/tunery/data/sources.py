@@ -21,8 +21,11 @@ class BadSource(ValueError):
     """A dataset stage that can't work, found before anything runs. `field` is the stage's field that is to blame."""
 
     def __init__(self, field: str, message: str, cause: str = "", remedy: str = "") -> None:
-        super().__init__(message)
+        super().__init__(field, message, cause, remedy)  # all of them: pickle makes it anew from these
         self.field, self.message, self.cause, self.remedy = field, message, cause, remedy
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)

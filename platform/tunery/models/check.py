@@ -16,8 +16,11 @@ class BadModel(ValueError):
     """A model that can't be loaded, with cause and remedy."""
 
     def __init__(self, message: str, cause: str, remedy: str) -> None:
-        super().__init__(message)
+        super().__init__(message, cause, remedy)  # all of them: pickle makes it anew from these
         self.message, self.cause, self.remedy = message, cause, remedy
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def check_model_folder(folder: Path) -> None:

@@ -27,8 +27,11 @@ class Ambiguous(ValueError):
     """A dataset of which more must be said: the message is what, `known` the choices, `field` where."""
 
     def __init__(self, field: str, message: str, known: list[str]) -> None:
-        super().__init__(message)
-        self.field, self.known = field, known
+        super().__init__(field, message, known)  # all of them: pickle makes it anew from these
+        self.field, self.message, self.known = field, message, known
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
