@@ -3,7 +3,7 @@
 The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
 same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that read
 the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; all that need no model
-share one pass over the rows on every CPU there is.
+share one pass over the rows on every CPU that is free.
 
 A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
 were scored before, in any run of the store, come from its score tables (store/score_table.py).

@@ -19,7 +19,7 @@ def map_units(
     on_cpu: bool = False,
 ) -> Iterator[Unit]:
     """`actor(*arguments)` is made once a worker, then called with batches {column: [value]} of one unit each. Work
-    that needs no model is done `on_cpu`: by one actor a CPU of the cluster, and no GPU is asked for.
+    that needs no model is done `on_cpu`: by one actor a CPU that is free in the cluster, and no GPU is asked for.
 
     `in_process` does the same without Ray, for a trial: it has its CPU or GPU already, and would wait for ever for
     actors that need another one.
@@ -33,7 +33,9 @@ def map_units(
     import ray.data
 
     assert compute.workers != "auto", "resolved by the runner"
-    workers = int(ray.cluster_resources()["CPU"]) if on_cpu else compute.workers
+    # Not more than are free: other trials hold theirs for as long as they train.
+    free = int(ray.available_resources().get("CPU", 0)) if on_cpu else 0
+    workers = max(free, compute.workers)
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
         fn_constructor_args=arguments,

@@ -7,7 +7,7 @@ writing is the same question. In memory are 16 bytes a held-out row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from tunery.data.judge import Bools
 from tunery.data.scorers.texts import normal
-from tunery.store.rows import shards, strings
+from tunery.store.rows import Row, shards, strings
 from tunery.store.score_table import as_numbers
 
 Numbers = npt.NDArray[np.uint64]
@@ -41,6 +41,15 @@ class Heldout:
         known = np.array([group is not None for group in groups], dtype=np.bool_)
         held: Bools = _in(as_numbers(ids), self._ids) | (known & _in(group_numbers(groups), self._groups))
         return held
+
+
+def told_apart(artifact: Path, heldout: Heldout, columns: list[str] | None = None) -> Iterator[tuple[Row, bool]]:
+    """Each row of an artifact, and whether it is held out; 1,024 rows in memory at a time."""
+    for shard in shards(artifact):
+        for batch in pq.ParquetFile(shard).iter_batches(1024, columns=columns):
+            rows: list[Row] = batch.to_pylist()
+            held = heldout.among([row["id"] for row in rows], [row["group"] for row in rows])
+            yield from zip(rows, held.tolist(), strict=True)
 
 
 def group_numbers(groups: Iterable[str | None]) -> Numbers:

@@ -13,15 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from tunery.data.augment.draw import shuffled
 from tunery.data.augment.exchange import Exchange, exchange_of
-from tunery.data.augment.heldout import Heldout
-from tunery.store.rows import Row, shards
+from tunery.data.augment.heldout import Heldout, told_apart
 
+COLUMNS = ["id", "messages", "label", "tools", "group"]
 MOST_EXAMPLES = 4096
 TRIED = 64
 """Examples looked at for each that is wanted: a row that hardly any fits is not taken through the whole pool."""
@@ -35,7 +32,7 @@ def read_pool(artifact: Path, heldout: Heldout, separator: str | None, longest: 
     pool = Pool()
     heap: list[tuple[int, str, Exchange]] = []
     ids: set[str] = set()
-    for row, held in _rows(artifact, heldout):
+    for row, held in told_apart(artifact, heldout, COLUMNS):
         found = "held out" if held else exchange_of(row, separator)
         if isinstance(found, Exchange) and len(found.question) + len(found.answer) > longest:
             found = "longer than max_chars"
@@ -89,15 +86,6 @@ class Pool:
                 ids.add(example.id)
                 groups |= {example.group} - {0}
         return found
-
-
-def _rows(artifact: Path, heldout: Heldout) -> Iterator[tuple[Row, bool]]:
-    columns = ["id", "messages", "label", "tools", "group"]
-    for shard in shards(artifact):
-        for batch in pq.ParquetFile(shard).iter_batches(1024, columns=columns):
-            rows: list[dict[str, Any]] = batch.to_pylist()
-            held = heldout.among([row["id"] for row in rows], [row["group"] for row in rows])
-            yield from zip(rows, held.tolist(), strict=True)
 
 
 def _order(row_id: str, seed: int) -> int:

@@ -12,19 +12,16 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from tunery.data.augment.heldout import Heldout
+from tunery.data.augment.heldout import Heldout, told_apart
 from tunery.data.augment.pool import Pool, read_pool
 from tunery.data.augment.prompts import Variant, distinct, variants
 from tunery.data.samples import excerpt
 from tunery.errors import RowsLost, StageError
 from tunery.spec import Augment
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import Row, count_rows, shards, write_rows
+from tunery.store.rows import Row, count_rows, write_rows
 
 SHOWN = 3
 """Rows that the report shows before and after."""
@@ -48,7 +45,7 @@ def make_augmented(context: StageContext) -> StageResult:
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file:
 
         def augmented() -> Iterator[Row]:
-            for row, held in _rows(data, heldout):
+            for row, held in told_apart(data, heldout):
                 tally.rows_in += 1
                 if tally.rows_in % 1024 == 0:
                     context.emit("progress", done=tally.rows_in, total=total, unit="rows")
@@ -154,14 +151,6 @@ def _pool(context: StageContext, stage: Augment, heldout: Heldout) -> Pool:
             remedy="name a stage of other rows in `few_shot.examples`: one question each, with an answer",
         )
     return pool
-
-
-def _rows(data: Path, heldout: Heldout) -> Iterator[tuple[Row, bool]]:
-    for shard in shards(data):
-        for batch in pq.ParquetFile(shard).iter_batches(1024):
-            rows: list[dict[str, Any]] = batch.to_pylist()
-            held = heldout.among([row["id"] for row in rows], [row["group"] for row in rows])
-            yield from zip(rows, held.tolist(), strict=True)
 
 
 def _dropped(row: Row) -> dict[str, Any]:
