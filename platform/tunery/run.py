@@ -28,7 +28,7 @@ from tunery.search.space import curve_stage, metric_stage
 from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
-from tunery.spec.stages import row_stages
+from tunery.spec.trainings import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.track.events import EventLog, read_events

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tunery.errors import RequestError
 from tunery.spec import Compute, Lora, Pretrain, Pretrained, Scratch, Sft, Training
-from tunery.spec.stages import LoraTuner
+from tunery.spec.trainings import LoraTuner
 from tunery.train.auto import GLOBAL_BATCH_SIZES, resolve
 from tunery.train.batches import LARGEST_MICRO_BATCH, at_even_steps, data_order, plan_batches
 from tunery.train.deepspeed_config import deepspeed_config, model_state_bytes

@@ -12,17 +12,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunery.data.read import check_source, described, first_rows, first_shape
+from tunery.data.read import check_source, described, first_rows
 from tunery.data.review.decisions import BadDecisions, decisions_path, read_decisions
 from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
-from tunery.models.labels import Labels, labels_of_folder
 from tunery.runner.check_augment import check_augment
+from tunery.runner.check_training import check_rewards, check_shapes, known_labels, root_of
 from tunery.runner.identity import model_folder, pretrained_models
 from tunery.spec import (
     AUTO,
-    LABELS,
     Augment,
     ClassificationSpec,
     Classifier,
@@ -31,15 +30,14 @@ from tunery.spec import (
     Decisions,
     Dimension,
     Experiment,
-    Pretrained,
+    Ppo,
     Review,
     Score,
     ScorerSpec,
-    Sft,
     Stage,
     Training,
 )
-from tunery.spec.graph import closure, lineage
+from tunery.spec.graph import closure
 from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import Path as KeyPath
@@ -116,23 +114,19 @@ def _check_stage(
                 )
     if isinstance(stage, ClassifierTraining):
         yield from _check_has_labels(name, stage, experiment, source, folder)
-    if isinstance(stage, Sft):
-        for field in ("data", "eval_data"):
-            if (data := getattr(stage, field)) is not None:
-                yield from _check_has_answers(name, field, data, experiment, source, folder)
+    yield from check_shapes(name, stage, experiment, source, folder)
+    if whole:
+        yield from check_rewards(name, stage, experiment, source, folder)
 
 
 def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:
     """Raises BadModel where a stage or a model folder can't give the scorer's labels; one on the hub is looked at when
     it is loaded."""
     model = scorer.model
-    if not isinstance(scorer, ClassificationSpec):
+    if not isinstance(scorer, ClassificationSpec) or model is None:
         return
-    if isinstance(model, Pretrained) and model.is_folder:
-        name, labels = model.pretrained, labels_of_folder(model_folder(model, folder))
-    elif isinstance(model, str) and isinstance(stage := experiment.stages[model], ClassifierTraining):
-        name, labels = model, Labels(LABELS, False, None if stage.eval_data is None else 1.0)
-    else:
+    name = model if isinstance(model, str) else model.pretrained
+    if (labels := known_labels(model, experiment, folder)) is None:
         return
     if isinstance(scorer, Classifier):
         labels.index(scorer.label, name)
@@ -160,7 +154,7 @@ def _check_has_labels(
             )
         if not isinstance(data, str):
             continue
-        root = _root(experiment, data)
+        root = root_of(experiment, data)
         try:
             rows = [] if BUILTIN in sources_of(root) else first_rows(root, folder, LOOKED_AT)
         except BadSource:  # told at the dataset
@@ -177,32 +171,6 @@ def _check_has_labels(
             )
 
 
-def _check_has_answers(
-    name: str, field: str, data: str, experiment: Experiment, source: YamlSource, folder: Path
-) -> Iterator[SpecError]:
-    """sft learns answers: the rows at the root of its data must have some."""
-    root = _root(experiment, data)
-    try:
-        shape = first_shape(root, folder)
-    except BadSource:  # told at the dataset
-        return
-    if shape in ("text", "prompt"):
-        what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{described(root)}`"
-        yield error_at(
-            source,
-            ("stages", name, field),
-            f"`{name}.{field}` needs conversations with answers, but {what} holds {shape}s",
-            cause="sft counts the loss of answers only",
-            remedy="use rows with question and answer, or train on texts with `kind: pretrain`",
-        )
-
-
-def _root(experiment: Experiment, name: str) -> Dataset:
-    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
-    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
-    return stage
-
-
 def _check_batches(
     name: str, stage: Stage, experiment: Experiment, source: YamlSource, workers: int
 ) -> Iterator[SpecError]:
@@ -213,7 +181,8 @@ def _check_batches(
         errors: list[RequestError] = []
         for size in sizes:
             try:
-                plan_batches(1, 1, size, workers, None if micro == "auto" else micro)
+                share = size // stage.minibatches if isinstance(stage, Ppo) else size
+                plan_batches(1, 1, share, workers, None if micro == "auto" else micro)
             except RequestError as error:
                 errors.append(error)
         if len(errors) == len(sizes):

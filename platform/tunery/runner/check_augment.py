@@ -19,7 +19,7 @@ from tunery.errors import SpecError
 from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training
 from tunery.spec.graph import lineage
 from tunery.spec.load import error_at
-from tunery.spec.stages import row_stages
+from tunery.spec.trainings import row_stages
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,31 @@ from typing import Any
 from tunery.data.review.decisions import decisions_identity
 from tunery.data.sources import source_identity
 from tunery.runner.stages import STAGES
-from tunery.spec import RANDOM, Augment, Dataset, Evaluate, Experiment, Pretrained, Review, Select, Stage, Training
+from tunery.spec import (
+    RANDOM,
+    Augment,
+    Dataset,
+    Evaluate,
+    Experiment,
+    Pretrained,
+    PythonReward,
+    Review,
+    Select,
+    Stage,
+    Training,
+    WinRate,
+)
 from tunery.spec.graph import order
 from tunery.spec.reference import model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
-LATER = ("diverse", "fraction")
+LATER = ("diverse", "fraction", "baseline")
 """Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
-    own = stage.seed if isinstance(stage, Training | Select | Augment) else None
+    own = stage.seed if isinstance(stage, Training | Select | Augment | WinRate) else None
     return experiment.seed if own is None else own
 
 
@@ -32,14 +46,21 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         _blank(fields, item.path)
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
     by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
-    if isinstance(stage, Training | Review | Augment) or by_chance or (isinstance(stage, Dataset) and stage.corrupt):
+    if (
+        isinstance(stage, Training | Review | Augment | WinRate)
+        or by_chance
+        or (isinstance(stage, Dataset) and stage.corrupt)
+    ):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):
         result["content"] = decisions_identity(stage, folder)
-    if isinstance(stage, Evaluate):
+    if isinstance(stage, Evaluate | WinRate):
         result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
+    for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
+        if isinstance(reward, PythonReward):
+            result[f"content of {reward.python}"] = hashlib.sha256((folder / reward.python).read_bytes()).hexdigest()
     for model in pretrained_models(stage):
         if model.is_folder:
             result[f"content of {model.pretrained}"] = folder_digest(model_folder(model, folder))
@@ -48,10 +69,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
 
 def pretrained_models(stage: Stage) -> list[Pretrained]:
     """Models that a stage takes from outside the experiment."""
-    if isinstance(stage, Evaluate):
-        models: list[Any] = list(stage.models)
-    else:
-        models = [getattr(stage, "model", None), *(scorer.model for scorer in getattr(stage, "by", ()))]
+    models: list[Any] = [getattr(stage, field, None) for field in ("model", "reward", "judge", "against", "baseline")]
+    models += [*getattr(stage, "models", ()), *(scorer.model for scorer in getattr(stage, "by", ()))]
     return [model for model in models if isinstance(model, Pretrained)]
 
 

@@ -39,7 +39,7 @@ from tunery.spec import (
     Tuner,
 )
 from tunery.spec.graph import order
-from tunery.spec.stages import row_stages
+from tunery.spec.trainings import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows

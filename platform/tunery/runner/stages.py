@@ -34,5 +34,12 @@ STAGES = {
     "pretrain": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
     "sft": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
     "classifier": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "reward": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "dpo": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "kto": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "grpo": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "rloo": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "ppo": StageKind("tunery.train.launch:make_model", 1, needs_ray=True),
+    "win_rate": StageKind("tunery.evaluate.win_rate:make_win_rates", 1, needs_ray=True),
     "evaluate": StageKind("tunery.evaluate.heldout:make_metrics", 1, needs_ray=True),
 }

@@ -2,6 +2,19 @@
 
 from tunery.spec.augment import Augment, ChainOfThought, FewShot
 from tunery.spec.experiment import Compute, Experiment, Tracking, Wandb
+from tunery.spec.feedback import (
+    Dpo,
+    Grpo,
+    Kl,
+    Kto,
+    Ppo,
+    Ptx,
+    PythonReward,
+    RewardSource,
+    RewardTraining,
+    Rloo,
+    Sampling,
+)
 from tunery.spec.load import load, parse
 from tunery.spec.reference import AUTO, Pretrained, Scratch
 from tunery.spec.scorers import (
@@ -25,24 +38,27 @@ from tunery.spec.scorers import (
 )
 from tunery.spec.search import Dimension, Search
 from tunery.spec.stages import (
-    LABELS,
     RANDOM,
     TRAININGS,
-    ClassifierTraining,
-    Contrast,
     Dataset,
-    Decisions,
     Diverse,
     Evaluate,
     Keep,
-    Lora,
-    Pretrain,
     Quota,
     Review,
     Score,
     Select,
-    Sft,
     Stage,
+    WinRate,
+)
+from tunery.spec.trainings import (
+    LABELS,
+    ClassifierTraining,
+    Contrast,
+    Decisions,
+    Lora,
+    Pretrain,
+    Sft,
     Training,
     Tuner,
 )
@@ -50,11 +66,11 @@ from tunery.spec.stages import (
 __all__ = [
     "AUTO",
     "C4",
-    "C4Rules",
     "LABELS",
     "RANDOM",
     "TRAININGS",
     "Augment",
+    "C4Rules",
     "ChainOfThought",
     "ClassificationSpec",
     "Classifier",
@@ -66,6 +82,7 @@ __all__ = [
     "Decisions",
     "Dimension",
     "Diverse",
+    "Dpo",
     "Duplicates",
     "Embedding",
     "Evaluate",
@@ -73,18 +90,28 @@ __all__ = [
     "FewShot",
     "Gopher",
     "GopherRules",
+    "Grpo",
     "Ifd",
     "Keep",
+    "Kl",
+    "Kto",
     "Language",
     "Length",
     "Lora",
     "NearDuplicates",
     "Perplexity",
+    "Ppo",
     "Pretrain",
     "Pretrained",
+    "Ptx",
+    "PythonReward",
     "Quota",
     "Review",
     "Reward",
+    "RewardSource",
+    "RewardTraining",
+    "Rloo",
+    "Sampling",
     "Score",
     "Scorer",
     "ScorerSpec",
@@ -97,6 +124,7 @@ __all__ = [
     "Training",
     "Tuner",
     "Wandb",
+    "WinRate",
     "load",
     "parse",
 ]

@@ -24,6 +24,9 @@ class Compute(Spec):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the host's memory while it is not needed: AdamW's states and full-precision weights (from ZeRO
+    stage 1 on), or, under stage 3, the weights too. Slower, and room for a larger model."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Sequences per forward pass and worker; auto: the largest up to 4 that divides the worker's share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -22,11 +22,13 @@ from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.reference import ROWS, Spec, model_name
 from tunery.spec.scorers import SCORERS
 from tunery.spec.search import Search
-from tunery.spec.stages import RANDOM, Evaluate, Review, Score, Select, Stage, Training
+from tunery.spec.stages import RANDOM, Evaluate, Review, Score, Select, Stage, WinRate
+from tunery.spec.trainings import Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource, read_yaml
 
 METRICS_OF_EVALUATE = ("loss", "perplexity")
+METRICS_OF_WIN_RATE = ("win_rate", "reward")
 _FROM_OUTSIDE = "none; write {pretrained: <folder or hub name>}"
 
 
@@ -189,6 +191,9 @@ def metrics_of(experiment: Experiment) -> list[str]:
         if isinstance(stage, Evaluate):
             sets = [(model_name(model), data) for model in stage.models for data in stage.data]
             names += [f"{name}.{model}.{data}.{metric}" for model, data in sets for metric in METRICS_OF_EVALUATE]
+        if isinstance(stage, WinRate):
+            models = [model_name(model) for model in stage.models]
+            names += [f"{name}.{model}.{stage.data}.{metric}" for model in models for metric in METRICS_OF_WIN_RATE]
     return names
 
 

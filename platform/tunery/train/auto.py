@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.spec import AUTO, ClassifierTraining, Pretrain, Scratch, Sft, Training
+from tunery.spec import AUTO, Dpo, Grpo, Kto, Ppo, Pretrain, Rloo, Scratch, Training
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
 """All that `auto` may become: what no number of rows makes fit is told before the rows are counted."""
@@ -45,7 +45,11 @@ def _epochs(stage: Training[Any], rows: int) -> tuple[float, str]:
 def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
     if isinstance(stage, Pretrain) and isinstance(stage.model, Scratch):
         return 2e-3, "a small model from scratch"
-    if isinstance(stage, Sft | ClassifierTraining) and stage.tuner != "full":
+    tuned = getattr(stage, "tuner", "full") != "full"
+    if isinstance(stage, Dpo | Kto | Grpo | Rloo | Ppo):
+        # TRL's default for DPO, GRPO and RLOO (1e-6, 1.16); LoRA as below.
+        return (1e-5, "LoRA: ten times full fine-tuning's rate") if tuned else (1e-6, "preferences and rewards, full")
+    if tuned:
         # LoRA wants about ten times the rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
         return 2e-4, "LoRA: ten times full fine-tuning's rate"
     return 2e-5, "full fine-tuning of a pretrained model"

@@ -5,15 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 
-def deepspeed_config(zero_stage: int) -> dict[str, Any]:
-    """See https://www.deepspeed.ai/docs/config-json/. ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054)."""
+def deepspeed_config(zero_stage: int, offload: str = "none") -> dict[str, Any]:
+    """See https://www.deepspeed.ai/docs/config-json/. ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054),
+    offload: Ren et al. 2021 (https://arxiv.org/abs/2101.06840)."""
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage in (1, 2):
         zero |= {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 5e7}
     if zero_stage == 3:
         # Whole weights are gathered once, at saving, so that the artifact is an ordinary folder.
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "reduce_bucket_size": 5e7}
+    if offload != "none" and zero_stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if offload == "all" and zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return {
+        # Else DeepSpeed wants its own AdamW for the CPU, which is compiled at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",

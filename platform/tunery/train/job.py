@@ -33,6 +33,10 @@ class Job:
     """models.load.Source, or {"scratch": name}."""
     rows: tuple[Rows, ...]
     eval_rows: tuple[Rows, ...]
+    reward: dict[str, Any] | None
+    """models.reward.RewardOrigin: what rates answers, of a training that draws some."""
+    ptx_rows: tuple[Rows, ...]
+    """Rows whose likelihood is mixed into PPO's loss."""
     out: Path
     work: Path
     events: Path

@@ -1,4 +1,4 @@
-"""The stages that train (`pretrain`, `sft`, `classifier`): a Ray Train run each."""
+"""The stages that train: a Ray Train run each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from tunery.interrupt import interruptible
 from tunery.models.load import source_of
+from tunery.models.reward import reward_origin
 from tunery.spec import Contrast, Decisions, Scratch, Training
-from tunery.spec.stages import row_stages
+from tunery.spec.trainings import row_stages
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import DECIDED
 from tunery.train.auto import resolve
@@ -25,11 +26,13 @@ def make_model(context: StageContext) -> StageResult:
     spec = context.spec
     assert isinstance(spec, Training)
     resolved_spec, resolved = resolve(spec, _count(spec.data, context.inputs))
+    paths = {name: item.path for name, item in context.inputs.items()}
+    reward, ptx = getattr(spec, "reward", None), getattr(spec, "ptx", None)
     model: dict[str, Any]
     if isinstance(spec.model, Scratch):
         model = {"scratch": spec.model.scratch}
     else:
-        model = source_of(spec.model, {name: item.path for name, item in context.inputs.items()}, context.folder)
+        model = source_of(spec.model, paths, context.folder)
     workers = context.compute.workers
     assert workers != "auto", "resolved by the runner"
     job = Job(
@@ -40,6 +43,8 @@ def make_model(context: StageContext) -> StageResult:
         model=model,
         rows=_rows(spec.data, context.inputs),
         eval_rows=_rows(spec.eval_data, context.inputs) if spec.eval_data is not None else (),
+        reward=None if reward is None else reward_origin(reward, paths, context.folder),
+        ptx_rows=_rows(ptx.data, context.inputs) if ptx is not None else (),
         out=context.out,
         work=context.work,
         events=context.events,

@@ -15,6 +15,11 @@ RECIPES = {
     "pretrain": "tunery.train.language:LanguageModelling",
     "sft": "tunery.train.language:LanguageModelling",
     "classifier": "tunery.train.classification:Classification",
+    "reward": "tunery.train.reward:RewardModelling",
+    "dpo": "tunery.train.preference:Preference",
+    "kto": "tunery.train.preference:Rated",
+    "grpo": "tunery.train.groups:Groups",
+    "rloo": "tunery.train.groups:Groups",
 }
 """By stage kind; named, not imported: transformers' Trainer must not be loaded before the process is ready."""
 
@@ -133,7 +138,7 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_drop_last": True,
-        "deepspeed": deepspeed_config(compute.zero_stage),
+        "deepspeed": deepspeed_config(compute.zero_stage, compute.offload),
     }
 
 

@@ -1,0 +1,168 @@
+"""The stages that train a model, one frozen model a kind: what all have in common, and those that learn from rows as
+they are. Those that learn from preferences and rewards stand in feedback.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from tunery.spec.reference import (
+    AUTO,
+    ROWS,
+    Auto,
+    Gives,
+    Input,
+    Model,
+    NewOrModel,
+    Pretrained,
+    Scratch,
+    Spec,
+    model_inputs,
+)
+
+
+class Lora(Spec):
+    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by PEFT."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] | Auto = AUTO
+    """Scale of the update is alpha / rank; auto: 2 x rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | Auto = AUTO
+    """auto: every linear layer but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora)."""
+
+
+class LoraTuner(Spec):
+    lora: Lora
+
+
+Tuner = Annotated[
+    Annotated[Literal["full"], Tag("full")] | Annotated[LoraTuner, Tag("lora")],
+    Discriminator(lambda value: "full" if isinstance(value, str) else "lora"),
+]
+
+
+class Contrast(Spec):
+    """Two stages in place of labels: all rows of one are good, all of the other bad.
+
+    As in DataComp-LM (Li et al. 2024, https://arxiv.org/abs/2406.11794), whose classifier tells wanted texts from web
+    pages. A row's own label is not looked at.
+    """
+
+    good: str
+    bad: str
+
+    @model_validator(mode="after")
+    def _two(self) -> Contrast:
+        if self.good == self.bad:
+            raise ValueError(f"`{self.good}` can't be good and bad")
+        return self
+
+
+class Decisions(Spec):
+    """The rows that a person decided on: kept ones are good, dropped ones bad."""
+
+    review: str
+    """A `review` stage."""
+
+
+Labelled = Annotated[
+    Annotated[str, Tag("stage")] | Annotated[Contrast, Tag("contrast")] | Annotated[Decisions, Tag("decisions")],
+    Discriminator(
+        lambda value: (
+            "decisions"
+            if isinstance(value, Decisions) or (isinstance(value, dict) and "review" in value)
+            else "contrast"
+            if isinstance(value, Contrast | dict)
+            else "stage"
+        )
+    ),
+]
+"""A stage whose rows bear labels, `{good: stage, bad: stage}`, or `{review: stage}`."""
+
+
+def row_stages(data: str | Contrast | Decisions) -> dict[tuple[str, ...], str]:
+    """The stages that `data` names, by path within it."""
+    if isinstance(data, str):
+        return {(): data}
+    return {(field,): getattr(data, field) for field in type(data).model_fields}
+
+
+Data = TypeVar("Data")
+
+
+class Training(Spec, Generic[Data]):
+    """What all trainings have in common. `Data` is how they name what they learn from."""
+
+    gives: ClassVar[Gives] = "model"
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
+    """What is measured on `eval_data`."""
+    data: Data
+    epochs: Annotated[float, Field(gt=0)] | Auto
+    learning_rate: Annotated[float, Field(gt=0)] | Auto
+    """Peak, of AdamW."""
+    global_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Sequences per optimizer step, over all workers and accumulation steps."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per sequence; longer answers are cut at the end, and counted."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the learning rate, after warm-up, down to zero."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    eval_data: Data | None = None
+    """Rows that the loss is measured on while training (and never trained on)."""
+    evaluations: Annotated[int, Field(ge=1)] = 4
+    """How often, evenly spread, the last one at the end."""
+    seed: int | None = None
+    """Of weights, data order and dropout; the experiment's when not given."""
+    kind: str
+    model: str | Pretrained | Scratch
+    """What the training begins with; which of these, each kind says."""
+
+    def inputs(self) -> Iterator[Input]:
+        for field in ("data", "eval_data"):
+            if (data := getattr(self, field)) is not None:
+                for path, stage in row_stages(data).items():
+                    yield Input((field, *path), stage, ROWS)
+        yield from model_inputs(("model",), self.model)
+
+
+class Pretrain(Training[str]):
+    """Next-token prediction on whole texts, one after another, cut into blocks of `max_length`; new or continued."""
+
+    kind: Literal["pretrain"]
+    model: NewOrModel
+
+
+class Sft(Training[str]):
+    """Supervised fine-tuning on conversations: the loss counts the answer's tokens only."""
+
+    kind: Literal["sft"]
+    model: Model
+    tuner: Tuner = "full"
+
+
+LABELS = ("bad", "good")
+"""What a classifier that was trained here tells apart, by number."""
+
+
+class ClassifierTraining(Training[Labelled]):
+    """A text classifier that tells good rows from bad ones: a new head on a model, trained to cross-entropy.
+
+    As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): a few labels, and then any number of rows
+    filtered by `{classifier: STAGE, label: good}`. A row is shown to it as to the scorer (models/shown.py).
+    """
+
+    gives: ClassVar[Gives] = "classifier"
+    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_auc")
+    kind: Literal["classifier"]
+    model: Model
+    """A language model, causal or not: it gets a head with random weights, unless it has one of two labels."""
+    tuner: Tuner = "full"
+    balanced: bool = True
+    """Each label has half of the loss, however few of the rows have it: then 0.5 is between more like the good and
+    more like the bad ones. False: every row counts the same, and probabilities know how frequent the labels are."""
