@@ -62,6 +62,27 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return encoded
 
 
+def as_prompt(row: Row) -> Row:
+    """A conversation up to its last answer: what is asked. Raises ValueError for a row in which nothing is."""
+    turns = row.get("messages") or []
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError("a row without a question")
+    return {**row, "messages": turns}
+
+
+def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each prompt, up to where its answer begins: the same that `encode` puts before an answer."""
+    texts = []
+    for prompt in prompts:
+        messages, tools = _conversation(prompt)
+        texts.append(
+            str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True))
+        )
+    return _tokenise(texts, tokenizer)
+
+
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """A whole conversation as the tokenizer's chat template has it."""
     messages, tools = _conversation(row)

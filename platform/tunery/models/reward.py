@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tunery.models.load import source_of
+from tunery.errors import TuneryError
+from tunery.models.check import BadModel
+from tunery.models.load import load_classifier, load_own_tokenizer, source_of
 from tunery.spec import Pretrained, PythonReward
+from tunery.store.rows import Row
+
+if TYPE_CHECKING:
+    import torch
 
 RewardOrigin = dict[str, Any]
 """models.load.Source, or {"python": path, "function": name}: fits into JSON."""
+Rate = Callable[[Sequence[Row], Sequence[str]], list[float]]
+"""From prompts (rows that end with a question) and as many answers to their rewards."""
 
 
 def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, Path], folder: Path) -> RewardOrigin:
@@ -17,3 +28,68 @@ def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, 
     if isinstance(reward, PythonReward):
         return {"python": str((folder / reward.python).resolve()), "function": reward.function}
     return source_of(reward, artifacts, folder)
+
+
+def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, max_length: int) -> Rate:
+    """Raises TuneryError where it can't be loaded, or gives more than one number. So does what it returns, when it
+    can't rate."""
+    if "python" in origin:
+        return _Function(Path(origin["python"]), origin["function"])
+    from tunery.models.classify import SequenceClassifier
+
+    name = str(origin.get("pretrained", origin.get("artifact")))
+    model, labels = load_classifier(origin, dtype)
+    try:
+        labels.check_single(name)
+    except BadModel as error:
+        raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+    ask = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(origin), max_length)
+
+    def rate(prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        rows = [
+            {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        outputs = ask(rows).logits[:, 0]
+        rewards: list[float] = (labels.scale(outputs) if labels.scale else outputs).tolist()
+        return rewards
+
+    return rate
+
+
+class _Function:
+    """A function of the user's, called with texts: the last question of each prompt, and its answer."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+        assert spec is not None, "it ends in .py, which was checked"
+        assert spec.loader is not None, "it is a file"
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            self._function = getattr(module, name)
+        except Exception as error:  # whatever the user's file does
+            raise self._error("can't be loaded", f"{type(error).__name__}: {error}") from error
+
+    def __call__(self, prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        questions = [prompt["messages"][-1]["content"] for prompt in prompts]
+        try:
+            found = list(self._function(questions, list(answers)))
+        except Exception as error:
+            raise self._error("failed", f"{type(error).__name__}: {error}") from error
+        if len(found) != len(answers):
+            raise self._error(
+                f"gave {len(found)} rewards for {len(answers)} answers", "it has to return a number for each, in order"
+            )
+        for answer, value in zip(answers, found, strict=True):
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise self._error(f"gave {value!r} for the answer {answer[:60]!r}", "a reward is a finite number")
+        return [float(value) for value in found]
+
+    def _error(self, what: str, cause: str) -> TuneryError:
+        return TuneryError(f"the reward `{self._name}` of {self._path.name} {what}", cause=cause, remedy="correct it")
