@@ -168,7 +168,7 @@ class Kl(Spec):
 
     estimator: Literal["k1", "k3"] = "k1"
     """Of the KL divergence from sampled tokens (http://joschu.net/blog/kl-approx.html). k1, log p - log q, can be
-    negative; k3 never is, and varies less."""
+    negative; k3 never is, and varies less while the two are near."""
     coefficient: NotNegative = 0.05
     """Of the penalty in each token's reward."""
     target: Positive | None = None

@@ -117,7 +117,7 @@ class PpoTrainer:
         rate = learning_rate_at(state.step, self._batching.steps, spec)
         set_learning_rate(self._engine, rate)
         updated = self.update(rollouts, rated, targets)
-        check_finite(self._stage, step, policy_loss=updated["policy_loss"], value_loss=updated["value_loss"])
+        check_finite(self._stage, step, **updated)
         mask_bt = rollouts.mask_bt
         told = {
             "reward": reward,
@@ -220,18 +220,20 @@ class PpoTrainer:
                         self._engine.backward(loss)
                         self._engine.step()
                         sums += told
-                    norms.append(_norm(self._engine))
+                    if (norm := self._engine.get_global_grad_norm()) is not None:
+                        norms.append(float(norm))
         dist.all_reduce(sums := sums.to(self._device))
         self.timing.tokens["update"] = sum(lengths) * spec.ppo_epochs
         policy, value, clipped, kl, count = sums.tolist()
-        check_finite(self._stage, self.state.step + 1, gradient_norm=max(norms))
-        return {
+        told = {
             "policy_loss": policy / count,
             "value_loss": value / count,
             "clip_fraction": clipped / count,
             "approximate_kl": kl / count,
-            "grad_norm": sum(norms) / len(norms),
         }
+        if norms:  # before they were clipped; DeepSpeed (0.19.8) tells none under ZeRO-0 in fp32
+            told["grad_norm"] = sum(norms) / len(norms)
+        return told
 
     def kl(self, rollouts: Rollouts, rated: Rated) -> torch.Tensor:
         """(answers,): nats an answer, by the estimator k1 whatever the penalty's: its mean over answers is that of KL."""
@@ -344,9 +346,3 @@ def _padded(rollouts: Rollouts) -> torch.Tensor:
     drawn_bt = torch.zeros(mask_bt.shape)
     drawn_bt[mask_bt] = torch.tensor([value for row in rollouts.drawn for value in row])
     return drawn_bt
-
-
-def _norm(engine: Any) -> float:
-    """Of the gradients of the last optimizer step, before they were clipped."""
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0
