@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
-from tunery.models.labels import Labels, labels_of
+from tunery.models.labels import Labels, Scale, labels_of
 from tunery.models.scratch import CHAT_TEMPLATE
 from tunery.spec import Pretrained
 
@@ -82,13 +82,14 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
 
     if "artifact" in source:
         artifact = Path(source["artifact"])
-        temperature = json.loads((artifact / "manifest.json").read_text())["facts"].get("temperature")
         if is_adapter(source):
             model, names = _with_adapter_and_head(artifact, dtype)
-            return model, Labels(names, len(names) == 1, temperature)
-        folder: Source = {"pretrained": str(artifact / "model"), "revision": None}
-        model, labels = load_classifier(folder, dtype)
-        return model, dataclasses.replace(labels, temperature=temperature)
+            labels = Labels(names, len(names) == 1)
+        else:
+            model, labels = load_classifier(_folder_of(source), dtype)
+        facts = json.loads((artifact / "manifest.json").read_text())["facts"]
+        scale = Scale(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
+        return model, dataclasses.replace(labels, temperature=facts.get("temperature"), scale=scale)
     name = source["pretrained"]
     model, told = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
     try:
