@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.spec import ClassifierTraining, Evaluate, Experiment, Review, Score, Select, Stage, Training
+from tunery.spec import (
+    ClassifierTraining,
+    Evaluate,
+    Experiment,
+    Review,
+    RewardTraining,
+    Score,
+    Select,
+    Stage,
+    Training,
+)
 from tunery.spec.graph import closure
 from tunery.store import Artifact
 
@@ -132,6 +142,36 @@ def classifier_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Ta
         return None
     columns = ["classifier", "good rows", "bad rows", "held-out rows", "loss", "accuracy", "AUC", "temperature"]
     return {"title": "Classifiers", "columns": columns, "rows": rows, "notes": notes}
+
+
+def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """What each reward model learned from, how well it tells held-out answers apart, and the scale of its outputs."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, RewardTraining):
+            continue
+        facts = made[name].facts
+        measures = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
+        scale = [facts["reward_mean"], facts["reward_deviation"]]
+        rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *measures, *scale])
+        if facts["unusable"]:
+            because = ", ".join(f"{count:,} {reason}" for reason, count in facts["unusable_because"].items() if count)
+            notes.append(
+                f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})"
+                + ("; alike: where sides differ is cut off at max_length" if facts["unusable_because"]["alike"] else "")
+            )
+        if facts["eval_rows_trained_on"]:
+            notes.append(
+                f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are among those it was trained on"
+            )
+        if facts["scale_from"] == "data":
+            notes.append(f"{name}: its scale is that of {facts['scale_answers']:,} answers that it was trained on")
+    if not rows:
+        return None
+    columns = ["reward model", "pairs", "held-out pairs", "loss", "accuracy", "margin", "mean", "deviation"]
+    notes.append("a reward is (output - mean) / deviation")
+    return {"title": "Reward models", "columns": columns, "rows": rows, "notes": notes}
 
 
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:

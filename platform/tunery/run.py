@@ -15,6 +15,7 @@ from tunery.comparison import (
     filter_table,
     loss_table,
     review_table,
+    reward_table,
     search_table,
 )
 from tunery.errors import Interrupted
@@ -116,6 +117,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         diversity_table(experiment, made),
         review_table(experiment, made),
         classifier_table(experiment, made),
+        reward_table(experiment, made),
         loss_table(experiment, made, best),
         search_table(experiment, found),
     ):

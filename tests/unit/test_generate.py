@@ -98,9 +98,8 @@ def test_answers_are_the_same_in_whatever_batch(model: torch.nn.Module) -> None:
 
 def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(model: torch.nn.Module) -> None:
     sampling = Sampling(max_new_tokens=20, temperature=0.8)
-    for prompt, answer in zip(
-        PROMPTS, TransformersEngine(model, [END])(PROMPTS, numbers(5, 20), sampling), strict=True
-    ):
+    answers = TransformersEngine(model, [END])(PROMPTS, numbers(5, 20), sampling)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1] / 0.8
         expected = logits.log_softmax(1)[range(len(answer.tokens)), answer.tokens]

@@ -98,6 +98,11 @@ def _classifier(facts: Facts) -> str:
     return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
 
 
+def _reward(facts: Facts) -> str:
+    accuracy = as_number(facts.get("eval_accuracy"))
+    return _training(facts) + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
+
+
 def _evaluate(facts: Facts) -> str:
     results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
@@ -123,5 +128,6 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "pretrain": _training,
     "sft": _training,
     "classifier": _classifier,
+    "reward": _reward,
     "evaluate": _evaluate,
 }
