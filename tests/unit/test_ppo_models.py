@@ -117,7 +117,7 @@ def test_workers_share_a_batch_whole_and_evenly() -> None:
 
 def test_minibatches_part_the_batch_otherwise_each_epoch_and_alike_everywhere() -> None:
     first, second = (minibatches(8, 2, 17, 3, epoch) for epoch in (0, 1))
-    assert sorted(sum(first, [])) == list(range(8))
+    assert sorted(place for part in first for place in part) == list(range(8))
     assert first != second
     assert first == minibatches(8, 2, 17, 3, 0)
 

@@ -46,7 +46,7 @@ class Engine(Protocol):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: the tokenizer's, and those of the model's generation config (some have several)."""
+    """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (tokenizer.eos_token_id, *listed) if token is not None})
@@ -127,7 +127,7 @@ def _answers(tokens: torch.Tensor, log_probs: torch.Tensor, end: set[int]) -> It
 
 
 def batches_by_length(lengths: Sequence[int], new_tokens: int, budget: int) -> list[list[int]]:
-    """Indices of prompts, longest first, so many a batch that its cache holds at most `budget` tokens (at least one)."""
+    """Indices of prompts, longest first, so many a batch that its cache holds at most `budget` tokens, at least one."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
     while order:

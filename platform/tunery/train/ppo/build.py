@@ -101,7 +101,7 @@ def reads_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
         raise StageError(
             job.stage,
             f"the reward model `{name}` reads other tokens than the policy writes",
-            cause=f"its tokenizer has {len(theirs):,} tokens, the policy's {len(tokenizer):,}, and they are not the same",
+            cause=f"its tokenizer has {len(theirs):,} tokens, the policy's {len(tokenizer):,}; they differ",
             remedy="set `retokenise: true`: answers are then decoded, and read by it as text; or take a reward model "
             "that was trained from the same model",
         )

@@ -1,4 +1,4 @@
-"""The losses of a token, clipped (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), and the entropy. Pure.
+"""The clipped losses of a token (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7), and the entropy. Pure.
 
 A loss is that of each token, not yet averaged: whoever adds micro batches up divides by the tokens of the whole
 minibatch, on all workers. TRL averages each micro batch by its own tokens instead, which weighs a token by how it was
@@ -17,9 +17,9 @@ def log_probs_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token and entropy of what it was drawn from (nats), both (tokens,) in float32.
 
-    logits_nv: (tokens, vocabulary); tokens_n: (tokens,), int64. At the sampler's temperature. The sampler's cuts (top_p,
-    min_new_tokens) are not repeated: the ratio of new to old probabilities is of the model's own distribution. The
-    entropy has a gradient only where it is asked for.
+    logits_nv: (tokens, vocabulary); tokens_n: (tokens,), int64. At the sampler's temperature. The sampler's cuts
+    (top_p, min_new_tokens) are not repeated: the ratio of new to old probabilities is of the model's own distribution.
+    The entropy has a gradient only where it is asked for.
     """
     logits_nv = logits_nv.float() / temperature
     norm_n = logits_nv.logsumexp(dim=1)

@@ -3,9 +3,9 @@
 Full fine-tuning holds each for itself. With LoRA there is one copy of the base weights: policy, value model and (where
 it is an adapter on the same base) reward model are adapters on it, and the reference is the base with none of them.
 
-What is trained, policy and value model, is one module under one DeepSpeed engine: one backward pass, one all-reduce, one
-optimizer. They share no trained weight, so that is the same as two of each, but for the norm that gradients are clipped
-by, which is that of both together (as in TRL).
+What is trained, policy and value model, is one module under one DeepSpeed engine: one backward pass, one all-reduce,
+one optimizer. They share no trained weight, so that is the same as two of each, but for the norm that gradients are
+clipped by, which is that of both together.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class PolicyAndValue(nn.Module):
     def forward(
         self, role: Role, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
     ) -> dict[str, torch.Tensor]:
-        """policy: `log_probs`, `entropy` and `values`, (tokens,) each; language: the policy's `log_probs` alone. Of shared
-        weights besides: reference: `log_probs`; reward: `scores`, (rows,)."""
+        """policy: `log_probs`, `entropy` and `values`, (tokens,) each; language: the policy's `log_probs` alone. Of
+        shared weights besides: reference: `log_probs`; reward: `scores`, (rows,)."""
         if role == "policy":
             with self.using(POLICY):
                 log_probs_n, entropy_n = self.policy(batch, temperature, entropy_gradient)

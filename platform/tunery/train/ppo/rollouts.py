@@ -1,7 +1,7 @@
 """A batch of answers, and how workers share the work on it.
 
-Every worker draws and rates its share, and then holds the whole batch: tokens and a few numbers a token, which is little
-beside a model. So whatever looks at a whole batch (whitening, the adaptive KL coefficient, which answers make a
+Every worker draws and rates its share, and then holds the whole batch: tokens and a few numbers a token, which is
+little beside a model. So whatever looks at a whole batch (whitening, the adaptive KL coefficient, which answers make a
 minibatch) is worked out by every worker from the same numbers, and comes out the same for any number of workers.
 """
 
@@ -49,8 +49,8 @@ class Rated:
     answer's tokens."""
 
     log_probs_bt: torch.Tensor
-    """Under the policy that drew them, by a forward pass as in the update: a sampler that rounds otherwise (bf16, another
-    engine) must not look like a change of the policy."""
+    """Under the policy that drew them, by a forward pass as in the update: a sampler that rounds otherwise (bf16,
+    another engine) must not look like a change of the policy."""
     reference_bt: torch.Tensor
     entropy_bt: torch.Tensor
     values_bt: torch.Tensor

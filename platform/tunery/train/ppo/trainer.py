@@ -212,14 +212,14 @@ class PpoTrainer:
                     mine = self._share(places, lengths)
                     mixed = self._mixing(epoch, number)
                     for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size):
-                        loss, told = self._loss(batch, rated, targets)
+                        loss, parts = self._loss(batch, rated, targets)
                         # DeepSpeed means over micro batches and workers; here it is a sum over all, divided once.
                         loss = loss / tokens * self._minibatch.accumulation * self._workers
                         if mixed is not None:
                             loss = loss + next(mixed)
                         self._engine.backward(loss)
                         self._engine.step()
-                        sums += told
+                        sums += parts
                     if (norm := self._engine.get_global_grad_norm()) is not None:
                         norms.append(float(norm))
         dist.all_reduce(sums := sums.to(self._device))
@@ -236,7 +236,7 @@ class PpoTrainer:
         return told
 
     def kl(self, rollouts: Rollouts, rated: Rated) -> torch.Tensor:
-        """(answers,): nats an answer, by the estimator k1 whatever the penalty's: its mean over answers is that of KL."""
+        """(answers,): nats an answer, by the estimator k1, whatever the penalty's is."""
         kl_bt = kl_per_token(rated.log_probs_bt, rated.reference_bt, "k1")
         return torch.where(rollouts.mask_bt, kl_bt, 0.0).sum(dim=1)
 
@@ -246,8 +246,8 @@ class PpoTrainer:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _loss(self, batch: MicroBatch, rated: Rated, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum over the tokens of a micro batch; and sums of policy loss, value loss, clipped tokens, approximate KL,
-        and tokens, (5,) in float64 on the CPU."""
+        """The sum over the tokens of a micro batch; and sums of policy loss, value loss, clipped tokens, approximate
+        KL, and tokens, (5,) in float64 on the CPU."""
         spec = self._spec
         told = self._engine("policy", batch, spec.sampling.temperature, spec.entropy_coefficient > 0)
         policy = policy_loss(
@@ -298,8 +298,8 @@ class PpoTrainer:
         return shared_b
 
     def _share(self, places: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """This worker's, as many as every other's: under ZeRO-3 a forward pass gathers weights from all. Where they don't
-        come out even the first place is taken twice, which changes nothing: what is found of it is the same."""
+        """This worker's, as many as every other's: under ZeRO-3 a forward pass gathers weights from all. Where they
+        don't come out even the first place is taken twice, which changes nothing: what is found of it is the same."""
         even = [*places, *[places[0]] * (-len(places) % self._workers)]
         return share(even, lengths, self._rank, self._workers)
 
