@@ -20,6 +20,7 @@ from tunery.track.wording import as_number, count, measure, plain, strings
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate"})
 
+
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
     """The result: the tables that the run ended with, under their titles."""
     return [
