@@ -152,7 +152,7 @@ def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     """What the answers of each policy that learned from rewards are worth, and at what distance from its beginning."""
     rows: list[list[Any]] = []
     notes: list[str] = []
-    units: dict[str, str] = {}
+    with_kl: set[str] = set()
     for name, stage in experiment.stages.items():
         if not isinstance(stage, Ppo | Grpo | Rloo):
             continue
@@ -163,7 +163,8 @@ def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
             continue
         measures = [told.before, told.after, told.kl, _ended(facts)]
         rows.append([name, *measures, *(_counted(facts.get(key)) for key in ("answers", "steps"))])
-        units[stage.kind] = "an answer" if isinstance(stage, Ppo) else "a token"
+        if told.kl is not None:
+            with_kl.add(stage.kind)
         if not told.held_out:
             notes.append(f"{name}: rewards of its own first and last steps; with `eval_data` they would be held out")
         held, separate = (measured.get(key) for key in ("weights_bytes", "weights_bytes_separate"))
@@ -171,9 +172,16 @@ def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
             notes.append(f"{name}: models on one base: {size(held)} of weights instead of {size(separate)}")
     if not rows:
         return None
-    columns = ["policy", "reward before", "reward after", "KL", "ended", "answers", "steps"]
-    notes.append("KL to the first model: " + ", ".join(f"{kind} nats {unit}" for kind, unit in units.items()))
+    columns = ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    if with_kl:
+        notes.append(f"KL: from the first model, in nats {_unit_of_kl(with_kl)}")
     return {"title": "Rewards", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _unit_of_kl(kinds: set[str]) -> str:
+    """Ours is of whole answers, TRL's of tokens."""
+    by_token = ", ".join(sorted(kinds - {"ppo"}))
+    return ", ".join(["an answer (ppo)"] * ("ppo" in kinds) + [f"a token ({by_token})"] * bool(by_token))
 
 
 def _ended(facts: Mapping[str, Any]) -> float | None:

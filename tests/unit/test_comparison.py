@@ -88,7 +88,7 @@ def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: Loa
     table = policy_table(experiment, policies())
     assert table is not None
     assert table["title"] == "Rewards"
-    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "ended", "answers", "steps"]
+    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
     assert table["rows"] == [
         ["ppo", 0.96875, 4.609375, 11.92, 0.8125, "1,024", "32"],
         ["grpo", None, 3.75, 0.125, 0.75, None, "20"],
@@ -96,7 +96,7 @@ def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: Loa
     assert table["notes"] == [
         "ppo: models on one base: 14.3 MiB of weights instead of 48.8 MiB",
         "grpo: rewards of its own first and last steps; with `eval_data` they would be held out",
-        "KL to the first model: ppo nats an answer, grpo nats a token",
+        "KL: from the first model, in nats an answer (ppo), a token (grpo)",
     ]
 
 
