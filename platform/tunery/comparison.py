@@ -1,6 +1,6 @@
-"""The tables that a run ends with, from the facts of its artifacts. Pure.
+"""The tables that a run ends with, from the facts of its artifacts, and the numbers for other programs. Pure.
 
-Each is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
+Each table is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from tunery.spec import (
     ClassifierTraining,
     Evaluate,
     Experiment,
+    Grpo,
+    Ppo,
     Review,
     RewardTraining,
+    Rloo,
     Score,
     Select,
     Stage,
@@ -21,6 +24,8 @@ from tunery.spec import (
 )
 from tunery.spec.graph import closure
 from tunery.store import Artifact
+from tunery.track.notes import rewards
+from tunery.track.wording import size
 
 Table = dict[str, Any]
 
@@ -174,6 +179,52 @@ def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
     return {"title": "Reward models", "columns": columns, "rows": rows, "notes": notes}
 
 
+def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """What the answers of each policy that learned from rewards are worth, and at what distance from its beginning."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    with_kl: set[str] = set()
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Ppo | Grpo | Rloo):
+            continue
+        artifact = made[name]
+        facts, measured = artifact.facts, artifact.measured
+        told = rewards(facts)
+        if told is None:
+            continue
+        measures = [told.before, told.after, told.kl, _ended(facts)]
+        rows.append([name, *measures, *(_counted(facts.get(key)) for key in ("answers", "steps"))])
+        if told.kl is not None:
+            with_kl.add(stage.kind)
+        if not told.held_out:
+            notes.append(f"{name}: rewards of its own first and last steps; with `eval_data` they would be held out")
+        held, separate = (measured.get(key) for key in ("weights_bytes", "weights_bytes_separate"))
+        if facts.get("shared_base") and held and separate:
+            notes.append(f"{name}: models on one base: {size(held)} of weights instead of {size(separate)}")
+    if not rows:
+        return None
+    columns = ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    if with_kl:
+        notes.append(f"KL: from the first model, in nats {_unit_of_kl(with_kl)}")
+    return {"title": "Rewards", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _unit_of_kl(kinds: set[str]) -> str:
+    """Ours is of whole answers, TRL's of tokens."""
+    by_token = ", ".join(sorted(kinds - {"ppo"}))
+    return ", ".join(["an answer (ppo)"] * ("ppo" in kinds) + [f"a token ({by_token})"] * bool(by_token))
+
+
+def _ended(facts: Mapping[str, Any]) -> float | None:
+    """Share of the answers that ended by themselves."""
+    ended, cut_off = facts.get("eos_rate"), facts.get("cut_off")
+    return 1 - cut_off if ended is None and cut_off is not None else ended
+
+
+def _counted(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
     """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
     rows: list[list[Any]] = []
@@ -253,6 +304,19 @@ def _loss_row(result: Mapping[str, Any], label: str, experiment: Experiment, mad
 
 def _depends(experiment: Experiment, model: str, searched: set[str]) -> bool:
     return model in experiment.stages and bool(searched & closure(experiment.stages, [model]).keys())
+
+
+def results(experiment: Experiment, made: Mapping[str, Artifact]) -> dict[str, Any]:
+    """By stage, for other programs: the rows of an evaluation; of a training the first that is measured on its
+    `eval_data` (a loss or a reward), None without."""
+    found = {}
+    for name, artifact in made.items():
+        stage = experiment.stages[name]
+        if isinstance(stage, Training):
+            found[name] = artifact.facts.get(stage.metrics[0])
+        elif stage.gives == "metrics":
+            found[name] = artifact.facts.get("results")
+    return found
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from tunery.comparison import (
     diversity_table,
     filter_table,
     loss_table,
+    policy_table,
     review_table,
     reward_table,
     search_table,
@@ -118,6 +119,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         review_table(experiment, made),
         classifier_table(experiment, made),
         reward_table(experiment, made),
+        policy_table(experiment, made),
         loss_table(experiment, made, best),
         search_table(experiment, found),
     ):

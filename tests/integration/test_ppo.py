@@ -110,9 +110,6 @@ def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
 ) -> None:
     (end,) = (e for e in sharded.events() if e["event"] == "stage_finished" and e["stage"] == name)
     told = end["facts"]
-    artifact = next(
-        Path(e["artifact"]) for e in sharded.events() if e["event"] == "stage_finished" and e["stage"] == name
-    )
     one, two = (
         [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
         for path in (Path(alone[name]["path"]), Path(end["artifact"]))

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import LoadText
+from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.comparison import diversity_table
+from tunery.comparison import diversity_table, policy_table, results
 from tunery.store import Artifact
 
 TEXT = """\
@@ -55,3 +56,62 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
 def test_without_a_diverse_choice_there_is_no_table(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT.replace("  spread:", "  # spread:"))
     assert diversity_table(experiment, made()) is None
+
+
+POLICIES = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
+  ppo: {kind: ppo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3, eval_data: rows}
+  grpo: {kind: grpo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3}
+  eval: {kind: evaluate, models: [base, ppo], data: {heldout: rows}}
+"""
+
+
+def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
+    told = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
+    measured = ("weights_bytes", "weights_bytes_separate")
+    return {
+        name: Artifact(
+            Path(name),
+            {"facts": {key: value for key, value in facts.items() if key not in measured}, "kind": name},
+            {key: value for key, value in facts.items() if key in measured},
+        )
+        for name, facts in {**told, **more}.items()
+    }
+
+
+def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies())
+    assert table is not None
+    assert table["title"] == "Rewards"
+    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    assert table["rows"] == [
+        ["ppo", 0.96875, 4.609375, 11.92, 0.8125, "1,024", "32"],
+        ["grpo", None, 3.75, 0.125, 0.75, None, "20"],
+    ]
+    assert table["notes"] == [
+        "ppo: models on one base: 14.3 MiB of weights instead of 48.8 MiB",
+        "grpo: rewards of its own first and last steps; with `eval_data` they would be held out",
+        "KL: from the first model, in nats an answer (ppo), a token (grpo)",
+    ]
+
+
+def test_policy_with_weights_of_its_own_saved_none(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
+    assert table is not None
+    assert not any("one base" in note for note in table["notes"])
+
+
+def test_without_policies_there_is_no_table_of_rewards(load_text: LoadText) -> None:
+    experiment, _ = load_text(TEXT)
+    assert policy_table(experiment, made()) is None
+
+
+def test_other_programs_are_told_the_first_that_a_training_measures(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    assert results(experiment, policies()) == {"base": 2.5, "ppo": 4.609375, "grpo": None, "eval": [1]}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunery.spec import TRAININGS
-from tunery.track.charts import Cut, Series, histogram_chart, line_chart
+from tunery.track.charts import Cut, histogram_chart
 from tunery.track.filters import cuts_of, goes_back
 from tunery.track.flows import Level, funnel_chart, lost_note
 from tunery.track.notes import listed
@@ -19,9 +19,6 @@ from tunery.track.wording import as_number, count, measure, plain, strings
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate"})
-NOT_CURVES = frozenset(
-    {"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch", "loss", "eval_loss"}
-)
 
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
@@ -187,41 +184,6 @@ def _cut_labels(rule: Mapping[str, Any]) -> list[str]:
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
     return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
-
-
-def curve_figures(state: RunState) -> list[Figure]:
-    """Loss curves, one chart a kind of training; what else a training reported follows in own charts."""
-    trained = [stage for stage in state.stages.values() if stage.points]
-    colours = {stage.name: index for index, stage in enumerate(trained)}
-    figures = []
-    for kind in dict.fromkeys(stage.kind for stage in trained):
-        group = [stage for stage in trained if stage.kind == kind]
-        by_rows = all("rows" in values for stage in group for values in stage.points.values())
-        unit = "rows seen" if by_rows else "steps"
-        series = [
-            Series(f"{stage.name} {word}", _points(stage, key, by_rows), colours[stage.name], word)
-            for stage in group
-            for key, word in (("loss", "train"), ("eval_loss", "eval"))
-        ]
-        if any(one.points for one in series):
-            keys = (
-                [("train-key", "train"), ("eval-key", "eval (held out)")]
-                if any(s.style == "eval" and s.points for s in series)
-                else []
-            )
-            figures.append(Figure(f"{kind or 'training'}: loss", line_chart(series, unit, "loss"), keys=keys))
-        others = dict.fromkeys(
-            key for stage in group for values in stage.points.values() for key in values if key not in NOT_CURVES
-        )
-        for key in list(others)[:4]:
-            lines = [Series(stage.name, _points(stage, key, by_rows), colours[stage.name], "eval") for stage in group]
-            name = key.replace("_", " ")
-            figures.append(Figure(f"{kind or 'training'}: {name}", line_chart(lines, unit, name)))
-    return figures
-
-
-def _points(stage: StageState, key: str, by_rows: bool) -> list[tuple[float, float]]:
-    return [(p.values["rows"] if by_rows else p.step, p.values[key]) for p in stage.curve if key in p.values]
 
 
 def question(text: str) -> str:
