@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Bench, facts
+from small_classifiers import WORDS, write_language_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tunery.store.rows import read_rows
@@ -101,3 +105,29 @@ def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_sca
     expected = float(np.median((rewards_p2[:, 0] - mean) / deviation))
     assert scores["reward"]["median"] == pytest.approx(expected, abs=1e-3)
     assert scores["by_lora"]["unscored"] == 0
+
+
+def test_training_reads_its_outputs_where_the_evaluation_does_whatever_the_model_pads_with(tmp_path: Path) -> None:
+    """Rows of many lengths, all in one step that moves nothing: its loss is that of the evaluation."""
+    model = write_language_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 7}))  # the tokenizer's is 0
+    pairs = [{"prompt": WORDS[n], "chosen": " ".join(WORDS[:n]), "rejected": WORDS[-n]} for n in range(2, 14)]
+    rated = [{"prompt": WORDS[n], "completion": " ".join(WORDS[:n]), "label": n % 2 == 0} for n in range(2, 14)]
+    for name, rows in (("pairs", pairs), ("rated", rated)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    still = {"model": {"pretrained": "./model"}, "epochs": 1, "learning_rate": 1e-20, "global_batch_size": 12}
+    stages = {
+        "pairs": {"kind": "dataset", "source": "pairs.jsonl"},
+        "rated": {"kind": "dataset", "source": "rated.jsonl"},
+        "rm": {"kind": "reward", "data": "pairs", "eval_data": "pairs", **still},
+        "judge": {"kind": "classifier", "data": "rated", "eval_data": "rated", **still},
+    }
+    compute = {"workers": 1, "zero_stage": 0, "micro_batch_size": 4}
+    bench = Bench(tmp_path)
+    bench.file.write_text(yaml.safe_dump({"name": "still", "seed": 17, "stages": stages, "compute": compute}))
+    made = bench.without_ray(bench.store)
+    for name in ("rm", "judge"):
+        told = made[name]["facts"]
+        assert told["steps"] == 1
+        assert told["loss"] == pytest.approx(told["eval_loss"], rel=1e-5), name

@@ -46,6 +46,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
         "eval_data": {"good": "docs", "bad": "more"},
         "seed": 3,
     },
+    "rm": {"kind": "reward", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
 }
 
@@ -154,12 +155,15 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("judge", "model"): ["other", {"pretrained": "./model"}],
     ("judge", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
     ("judge", "balanced"): [False],
+    ("rm", "model"): ["other", {"pretrained": "./model"}],
+    ("rm", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
+    ("rm", "center"): [0.01, 0.1],
     ("eval", "models"): [["sft", "base"], ["base"], ["base", "other"]],
     ("eval", "data"): [{"one": "docs"}, {"one": "more", "two": "docs"}, {"one": "docs", "three": "more"}],
     ("eval", "max_length"): [64],
     **{
         (name, field): values
-        for name in ("base", "sft", "judge")
+        for name in ("base", "sft", "judge", "rm")
         for field, values in {
             "data": ["more", *LABELLED] if name == "judge" else ["more"],
             "epochs": [3, 0.5, "auto"],
@@ -176,7 +180,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         }.items()
     },
 }
-ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "eval")
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "rm", "eval")
 
 
 @pytest.fixture

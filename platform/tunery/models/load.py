@@ -174,8 +174,9 @@ def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
         problem_type="single_label_classification" if len(labels) > 1 else None,
     )
     text = config.get_text_config()
-    if text.pad_token_id is None:
-        tokenizer = load_own_tokenizer(source)
+    tokenizer = load_own_tokenizer(source)
+    # Some configs name a token that there is not, such as -1.
+    if text.pad_token_id is None or not 0 <= text.pad_token_id < len(tokenizer):
         text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
 

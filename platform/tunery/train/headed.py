@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tunery.models.load import (
     Source,
@@ -37,11 +37,10 @@ class HeadedModel:
     def __init__(self, job: Job, tuner: Tuner, labels: Sequence[str], rank: int) -> None:
         """All ranks take part: rank 0 may have to write the model first."""
         self._job, self._tuner, self._labels, self._rank = job, tuner, labels, rank
-        self.tokenizer = load_own_tokenizer(job.model)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self._source, self._new = _headed(job, labels, rank)
-        self.read = RowReader(outline_with_head(self._source, labels), self.tokenizer, job.spec.max_length)
+        outline = outline_with_head(self._source, labels)
+        self.tokenizer = padding_as(outline, load_own_tokenizer(job.model))
+        self.read = RowReader(outline, self.tokenizer, job.spec.max_length)
         """Rows as the scorer will show them."""
 
     def load(self) -> Any:
@@ -65,6 +64,19 @@ class HeadedModel:
         if adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
             write_head(self._job.out, self._labels)
+
+
+def padding_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the padding token that the model's config names.
+
+    Rows are padded with that one, and by it the model finds their last token. But when a training starts, transformers
+    (`align_special_tokens`, 5.23) writes the tokenizer's into the config, as TRL's RewardTrainer does (1.16). A model
+    of another one would then read its outputs off the padding.
+    """
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
 
 
 def logits_of(trainer: Any, read: RowReader, seen: Sequence[Seen]) -> Floats:

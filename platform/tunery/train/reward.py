@@ -142,10 +142,8 @@ class RewardModelling:
             center_rewards_coefficient=self._center or None,
             remove_unused_columns=False,
         )
-        model = self._headed.load()
-        pad = model.config.get_text_config().pad_token_id
-        trainer = PairTrainer(
-            model=model,
+        return PairTrainer(
+            model=self._headed.load(),
             args=settings,
             train_dataset=_dataset(self._data.seen).select(order),
             processing_class=self._headed.tokenizer,
@@ -154,10 +152,6 @@ class RewardModelling:
             held_out=self._measured.seen,
             read=self._headed.read,
         )
-        # TRL (1.16) writes the tokenizer's padding token there. Where the model's own is another one, that is what rows
-        # are padded with, and the model would take the padding for a row's last token.
-        model.config.get_text_config().pad_token_id = pad
-        return trainer
 
     def save(self, trainer: PairTrainer) -> None:
         self._headed.save(trainer)
