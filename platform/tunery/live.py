@@ -85,7 +85,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
     results = {
         name: artifact.facts.get("results", artifact.facts.get("eval_loss"))
         for name, artifact in (artifacts or {}).items()
-        if artifact.kind in ("evaluate", *TRAININGS)
+        if artifact.kind in ("evaluate", "win_rate", *TRAININGS)
     }
     return Told(experiment.name, folder, report, list(synced.notes), results, artifacts or {})
 
