@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import LoadText
+from in_process import stage_context
 from small_classifiers import WORDS, write_language_model
 
 from tunery.evaluate.heldout import make_metrics, with_forgetting
 from tunery.search.space import metric_of, trial_experiment
-from tunery.spec import Compute, Evaluate, Experiment, WinRate
+from tunery.spec import Evaluate, Experiment, WinRate
 from tunery.spec.load import metrics_of
-from tunery.store import Artifact, StageContext
 from tunery.store.rows import row_id, write_rows
 
 TEXT = """\
@@ -60,23 +59,9 @@ def test_results_tell_it_where_there_is_a_baseline(baseline: dict[str, str] | No
     write_language_model(tmp_path / "sft", seed=1)
     rows = [{"text": " ".join(WORDS[n : n + 6]), "line": n} for n in range(9)]
     write_rows([{**row, "id": row_id(row)} for row in rows], tmp_path / "data")
-    spec = {"kind": "evaluate", "models": [{"pretrained": f"./{name}"} for name in ("base", "sft")]}
-    context = StageContext(
-        name="eval",
-        trial="",
-        spec=Evaluate.model_validate_json(json.dumps({**spec, "data": {"set": "data"}, "baseline": baseline})),
-        inputs={"data": Artifact(tmp_path / "data", {"kind": "dataset", "fingerprint": "0", "facts": {}}, {})},
-        seed=0,
-        folder=tmp_path,
-        out=tmp_path,
-        work=tmp_path,
-        scores=tmp_path,
-        events=tmp_path,
-        logs=tmp_path,
-        compute=Compute(workers=1),
-        emit=lambda *_, **__: None,
-        in_process=True,
-    )
+    models = [{"pretrained": f"./{name}"} for name in ("base", "sft")]
+    spec = {"kind": "evaluate", "models": models, "data": {"set": "data"}, "baseline": baseline}
+    context = stage_context(Evaluate, spec, tmp_path / "data", tmp_path, tmp_path)
     before, after = make_metrics(context).facts["results"]
     if baseline is None:
         assert "forgetting" not in before | after

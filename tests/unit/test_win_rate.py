@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import stage_context
 from small_classifiers import WORDS, write_language_model, write_reward_model
 
 from tunery.errors import StageError, TuneryError
 from tunery.evaluate import answers as answers_module
 from tunery.evaluate.win_rate import CHARACTERS, SHOWN, make_win_rates
 from tunery.evaluate.wins import Wins, compare, wilson
-from tunery.spec import Compute, WinRate
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import WinRate
+from tunery.store import StageResult
 from tunery.store.rows import Row, row_id, write_rows
 
 LENGTH = "def reward(prompts, answers):\n    return [len(answer) for answer in answers]\n"
@@ -99,28 +100,12 @@ def compared(
         "models": [{"pretrained": "./sft"}],
         "against": {"pretrained": "./base"},
         "judge": judge,
-        "data": "prompts",
+        "data": "data",
         "sampling": {"max_new_tokens": 12},
         "max_length": 64,
-        "seed": 5,
         **fields,
     }
-    context = StageContext(
-        name="wins",
-        trial="",
-        spec=WinRate.model_validate_json(json.dumps(spec)),
-        inputs={"prompts": Artifact(data, {"kind": "dataset", "fingerprint": "0", "facts": {}}, {})},
-        seed=5,
-        folder=home,
-        out=out,
-        work=work or folder / "work",
-        scores=folder,
-        events=folder,
-        logs=folder,
-        compute=Compute(workers=1),
-        emit=lambda *_, **__: None,
-        in_process=True,
-    )
+    context = stage_context(WinRate, spec, data, home, out, work=work or folder / "work")
     result = make_win_rates(context)
     return result, [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
@@ -138,7 +123,7 @@ def test_win_rate_is_that_of_the_answers_that_were_written(tmp_path: Path, model
     assert told["win_rate"] == wins / QUESTIONS
     assert told["interval"] == list(wilson(wins / QUESTIONS, QUESTIONS))
     assert 0 < told["outcomes"]["wins"] < QUESTIONS
-    assert (told["model"], told["set"], told["against"]["model"]) == ("sft", "prompts", "base")
+    assert (told["model"], told["set"], told["against"]["model"]) == ("sft", "data", "base")
     for measured, place in ((told, 0), (told["against"], 1)):
         assert measured["reward"] == pytest.approx(sum(both[place]["reward"] for both in sides) / QUESTIONS)
         assert measured["response_length"] == pytest.approx(sum(both[place]["tokens"] for both in sides) / QUESTIONS)
