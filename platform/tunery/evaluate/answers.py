@@ -11,7 +11,7 @@ and workers, shards and the order of rows change nothing but rounding.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def parts_of(artifact: Path) -> list[Part]:
     return parts
 
 
-def answer_all(context: StageContext, artifacts: Mapping[str, Path], parts: Sequence[Part]) -> list[list[Path]]:
+def answer_all(context: StageContext, artifacts: dict[str, Path], parts: Sequence[Part]) -> list[list[Path]]:
     """For each part a file of every contestant (see `read_answers`). Those that are there are not made again."""
     stage = context.spec
     assert isinstance(stage, WinRate)
@@ -82,7 +82,7 @@ def answer_all(context: StageContext, artifacts: Mapping[str, Path], parts: Sequ
     units: list[dict[str, Any]] = []
     done = 0
     for place, model in enumerate(models):
-        source = json.dumps(source_of(model, dict(artifacts), context.folder))
+        source = json.dumps(source_of(model, artifacts, context.folder))
         for part, made in zip(parts, files, strict=True):
             if made[place].exists():
                 done += part.rows
@@ -90,7 +90,7 @@ def answer_all(context: StageContext, artifacts: Mapping[str, Path], parts: Sequ
             at = {"shard": str(part.shard), "first": part.first, "start": part.start}
             units.append({"source": source, **at, "file": str(made[place])})
     total = len(models) * sum(part.rows for part in parts)
-    judge = json.dumps(reward_origin(stage.judge, dict(artifacts), context.folder))
+    judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, longest_prompt(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="answers", detail="starting actors")
     results = map_units(AnsweringActor, arguments, units, context.compute, context.in_process) if units else iter(())
