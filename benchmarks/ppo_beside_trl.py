@@ -1,4 +1,4 @@
-"""Is our PPO right, does it learn as well, how fast is it, beside the last one that TRL had (1.12.0)? On CPU.
+"""Is our PPO right, does it learn as well, how fast is it, beside the last that TRL had (1.12.0)? On CPU.
 
     python benchmarks/ppo_beside_trl.py --peer PYTHON [--seeds 3] [--steps 20] [--threads 1] [--only digits,curves,speed]
 

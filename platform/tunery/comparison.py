@@ -14,6 +14,7 @@ from tunery.spec import (
     Experiment,
     Grpo,
     Ppo,
+    PythonReward,
     Review,
     RewardTraining,
     Rloo,
@@ -21,8 +22,10 @@ from tunery.spec import (
     Select,
     Stage,
     Training,
+    WinRate,
 )
 from tunery.spec.graph import closure
+from tunery.spec.reference import model_name
 from tunery.store import Artifact
 from tunery.track.notes import rewards
 from tunery.track.wording import size
@@ -225,6 +228,10 @@ def _counted(number: int | None) -> str | None:
     return None if number is None else f"{number:,}"
 
 
+FORGETTING = 4
+"""Of the columns of losses: left out where no stage has a baseline."""
+
+
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
     """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
     rows: list[list[Any]] = []
@@ -240,7 +247,10 @@ def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappi
     if not rows:
         return None
     rows.sort(key=lambda row: (row[1], row[2]))
-    columns = ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    columns = ["model", "held-out set", "loss", "perplexity", "forgetting", "trained on rows", "steps"]
+    if all(row[FORGETTING] is None for row in rows):
+        del columns[FORGETTING]
+        rows = [row[:FORGETTING] + row[FORGETTING + 1 :] for row in rows]
     notes = filter_verdicts(experiment, made)
     return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": notes}
 
@@ -299,11 +309,53 @@ def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, S
 
 def _loss_row(result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]) -> list[Any]:
     facts = made[result["model"]].facts if result["model"] in experiment.stages else {}
-    return [label, result["set"], result["loss"], result["perplexity"], facts.get("rows", ""), facts.get("steps", "")]
+    forgotten = f"{result['forgetting']:+.1%}" if "forgetting" in result else None
+    trained = [facts.get("rows", ""), facts.get("steps", "")]
+    return [label, result["set"], result["loss"], result["perplexity"], forgotten, *trained]
 
 
-def _depends(experiment: Experiment, model: str, searched: set[str]) -> bool:
-    return model in experiment.stages and bool(searched & closure(experiment.stages, [model]).keys())
+def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
+    """How often each model's answers beat the baseline's, best first; the best trial's beside those of the file's own
+    values."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, WinRate):
+            continue
+        judge = stage.judge.python if isinstance(stage.judge, PythonReward) else model_name(stage.judge)
+        sides = [reference for reference in (stage.against, stage.judge) if isinstance(reference, str)]
+        for result in made[name].facts["results"]:
+            rows.append(_win_row(result, result["model"], judge))
+        for result in best[name].facts["results"] if name in best else []:
+            if any(_depends(experiment, stage_name, searched) for stage_name in (result["model"], *sides)):
+                rows.append(_win_row(result, f"{result['model']} (best trial)", judge))
+        for result in made[name].facts["results"]:
+            if any(result["left_out"].values()):
+                left_out = result["left_out"]
+                notes.append(
+                    f"{name}: {result['model']} and {result['against']['model']} are compared on {result['rows']:,} "
+                    f"prompts of {result['set']}; {left_out['too_long']:,} are too long for one of them, "
+                    f"{left_out['unusable']:,} rows ask nothing"
+                )
+    if not rows:
+        return None
+    rows.sort(key=lambda row: (row[2], row[3], -row[4]))
+    columns = ["model", "against", "prompts", "judge", "win rate", "95% interval", "reward", "reward against"]
+    columns += ["tokens an answer"]
+    return {"title": "Win rates", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _win_row(result: Mapping[str, Any], label: str, judge: str) -> list[Any]:
+    low, high = result["interval"]
+    against = result["against"]
+    compared = [label, against["model"], result["set"], judge, result["win_rate"], f"{low:.3f}–{high:.3f}"]
+    return [*compared, result["reward"], against["reward"], result["response_length"]]
+
+
+def _depends(experiment: Experiment, name: str, searched: set[str]) -> bool:
+    """Whether a searched field changes what that is, where it is a stage."""
+    return name in experiment.stages and bool(searched & closure(experiment.stages, [name]).keys())
 
 
 def results(experiment: Experiment, made: Mapping[str, Artifact]) -> dict[str, Any]:

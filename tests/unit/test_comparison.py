@@ -8,7 +8,7 @@ from typing import Any
 from conftest import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.comparison import diversity_table, policy_table, results
+from tunery.comparison import diversity_table, loss_table, policy_table, results, win_table
 from tunery.store import Artifact
 
 TEXT = """\
@@ -115,3 +115,83 @@ def test_without_policies_there_is_no_table_of_rewards(load_text: LoadText) -> N
 def test_other_programs_are_told_the_first_that_a_training_measures(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
     assert results(experiment, policies()) == {"base": 2.5, "ppo": 4.609375, "grpo": None, "eval": [1]}
+
+
+MEASURED = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 2, learning_rate: 2e-3}
+  sft: {kind: sft, data: rows, model: base, epochs: 1, learning_rate: 1e-5}
+  eval: {kind: evaluate, models: [base, sft], data: {held: rows}, baseline: base}
+  wins: {kind: win_rate, models: [sft], against: base, judge: {python: reward.py}, data: rows}
+"""
+SEARCHED = """\
+search: {metric: wins.sft.rows.win_rate, mode: max, trials: 2, space: {sft.epochs: {choice: [1, 2]}}}
+"""
+
+
+def won(rate: float, too_long: int = 0) -> Artifact:
+    result = {
+        "model": "sft",
+        "set": "rows",
+        "win_rate": rate,
+        "interval": [rate - 0.1, rate + 0.1],
+        "reward": 1.5,
+        "response_length": 20.5,
+        "eos_rate": 1.0,
+        "against": {"model": "base", "reward": 0.5, "response_length": 10.0, "eos_rate": 1.0},
+        "rows": 90,
+        "left_out": {"too_long": too_long, "unusable": 0},
+    }
+    return Artifact(Path("wins"), {"facts": {"results": [result]}}, {})
+
+
+def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
+    results = [
+        {"model": model, "set": "held", "loss": loss, "perplexity": 9.0}
+        | ({} if forgetting is None else {"forgetting": forgetting})
+        for model, loss, forgetting in losses
+    ]
+    trained = {name: Artifact(Path(name), {"facts": {"rows": 9, "steps": 3}}, {}) for name in ("base", "sft")}
+    return {"eval": Artifact(Path("eval"), {"facts": {"results": results}}, {}), **trained}
+
+
+def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = win_table(experiment, {"wins": won(0.6, too_long=10)}, {})
+    assert table is not None
+    assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
+        "model": "sft",
+        "against": "base",
+        "prompts": "rows",
+        "judge": "reward.py",
+        "win rate": 0.6,
+        "95% interval": "0.500–0.700",
+        "reward": 1.5,
+        "reward against": 0.5,
+        "tokens an answer": 20.5,
+    }
+    assert table["notes"] == [
+        "wins: sft and base are compared on 90 prompts of rows; 10 are too long for one of them, 0 rows ask nothing"
+    ]
+
+
+def test_best_trials_win_rate_stands_beside_the_files_own(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED + SEARCHED)
+    table = win_table(experiment, {"wins": won(0.6)}, {"wins": won(0.7)})
+    assert table is not None
+    assert [(row[0], row[4]) for row in table["rows"]] == [("sft (best trial)", 0.7), ("sft", 0.6)]
+    assert table["notes"] == []
+
+
+def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = loss_table(experiment, lost(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
+    assert table is not None
+    assert [row[table["columns"].index("forgetting")] for row in table["rows"]] == ["+0.0%", "+12.5%"]
+    table = loss_table(experiment, lost(("base", 2.0, None), ("sft", 2.25, None)), {})
+    assert table is not None
+    assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]

@@ -9,12 +9,13 @@ for, so that nobody has to install it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from tunery.errors import TuneryError
 from tunery.models.sampling import draw
 from tunery.spec import Sampling
 
@@ -46,10 +47,26 @@ class Engine(Protocol):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+    """All tokens that end an answer: the tokenizer's, and those of the model's generation config.
+
+    Raises TuneryError where there is none.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (tokenizer.eos_token_id, *listed) if token is not None})
+    end = sorted({token for token in (tokenizer.eos_token_id, *listed) if token is not None})
+    if not end:
+        raise TuneryError(
+            "the model has no end token: an answer would never end",
+            cause="neither its tokenizer nor its generation config names one",
+            remedy="set `eos_token` in its tokenizer_config.json",
+        )
+    return end
+
+
+def text_of(answer: Sequence[int], end: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Without the token that ended it."""
+    tokens = answer[:-1] if answer[-1] in end else answer
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class TransformersEngine:

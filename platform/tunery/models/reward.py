@@ -52,6 +52,13 @@ def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, 
         ]
         outputs = ask(rows).logits[:, 0]
         rewards: list[float] = (labels.scale(outputs) if labels.scale else outputs).tolist()
+        for answer, reward in zip(answers, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise TuneryError(
+                    f"the reward model `{name}` gave {reward} for the answer {answer[:60]!r}",
+                    cause="a reward is a finite number",
+                    remedy="try it on rows with the scorer `reward`; a model in bf16 may need `precision: fp32`",
+                )
         return rewards
 
     return rate

@@ -147,6 +147,17 @@ def _evaluate(facts: Facts) -> str:
     return f"{lead}loss {measure(best['loss'])} on {best.get('set', '')}"
 
 
+def _win_rate(facts: Facts) -> str:
+    results = [result for result in listed(facts.get("results")) if as_number(result.get("win_rate")) is not None]
+    if not results:
+        return ""
+    best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)
+    against = best.get("against")
+    baseline = against.get("model", "") if isinstance(against, Mapping) else ""
+    lead = "best " if len(results) > 1 else ""
+    return f"{lead}{best.get('model', '')}: wins {share(best['win_rate'], 1)} against {baseline}"
+
+
 def _other(facts: Facts) -> str:
     """Of a stage kind that is not known here: its first few plain facts."""
     simple = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str) and value != ""]
@@ -167,4 +178,5 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "grpo": _policy,
     "rloo": _policy,
     "evaluate": _evaluate,
+    "win_rate": _win_rate,
 }

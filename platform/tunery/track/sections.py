@@ -17,8 +17,8 @@ from tunery.track.sheets import Figure, Table, table
 from tunery.track.snapshot import RunState, StageState
 from tunery.track.wording import as_number, count, measure, plain, strings
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate", "reward"})
 
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
@@ -61,16 +61,16 @@ def leaderboard(state: RunState) -> Table | None:
 
 
 def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
-    """Results of all evaluations. Where a later one measured a model of the same name otherwise (the best trial's
-    beside the file's own), that row names its stage too."""
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    """Results of all evaluations. Where a later one of the same kind measured a model of the same name otherwise (the
+    best trial's beside the file's own), that row names its stage too."""
+    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for stage in state.stages.values():
         for result in listed(stage.facts.get("results")):
             model, name = str(result.get("model", "")), str(result.get("set", ""))
-            earlier = found.setdefault((model, name), result)
+            earlier = found.setdefault((stage.kind, model, name), result)
             if earlier != result:
                 label = f"{model}, {stage.name}"
-                found[label, name] = {**result, "model": label}
+                found[stage.kind, label, name] = {**result, "model": label}
     return list(found.values())
 
 
@@ -114,7 +114,7 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
-        other = stage.kind in ("augment", *TRAININGS, "evaluate")
+        other = stage.kind in ("augment", *TRAININGS, "evaluate", "win_rate")
         if not above or other or (before is None and kept is None):
             continue
         depths[stage.name] = depths[above[0]] + (kept is not None)

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from tunery.models.encode import Encoded
-from tunery.models.generate import Answer, TransformersEngine
+from tunery.models.generate import Answer, TransformersEngine, text_of
+from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
 from tunery.spec import Ppo
 from tunery.train.batches import Batching
@@ -27,7 +28,6 @@ from tunery.train.ppo.guards import check_finite, check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import policy_loss, value_loss
 from tunery.train.ppo.models import POLICY
-from tunery.train.ppo.prompts import Prompts
 from tunery.train.ppo.rollouts import (
     MicroBatch,
     Rated,
@@ -241,9 +241,7 @@ class PpoTrainer:
         return torch.where(rollouts.mask_bt, kl_bt, 0.0).sum(dim=1)
 
     def text(self, answer: Sequence[int]) -> str:
-        """Without the token that ended it."""
-        tokens = answer[:-1] if answer[-1] in self._end else answer
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return text_of(answer, self._end, self._tokenizer)
 
     def _loss(self, batch: MicroBatch, rated: Rated, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over the tokens of a micro batch; and sums of policy loss, value loss, clipped tokens, approximate

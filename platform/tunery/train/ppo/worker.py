@@ -51,9 +51,9 @@ class _Run:
 
         from tunery.models.generate import end_tokens
         from tunery.models.load import load_tokenizer
+        from tunery.models.prompts import COLUMNS, read_prompts
         from tunery.train.ppo.build import build
         from tunery.train.ppo.engine import frozen_engine, trained_engine
-        from tunery.train.ppo.prompts import COLUMNS, read_prompts
         from tunery.train.ppo.trainer import PpoTrainer
         from tunery.train.steps import written_by
 
@@ -94,13 +94,6 @@ class _Run:
         if compute.gradient_checkpointing:
             _checkpoint_gradients(self.models.trained)
         end = end_tokens(self.models.trained.policy.model, self.tokenizer)
-        if not end:
-            raise StageError(
-                job.stage,
-                "the model has no end token: an answer would never end",
-                cause="neither its tokenizer nor its generation config names one",
-                remedy="set `eos_token` in its tokenizer_config.json",
-            )
         self.held = self.models.held_bytes
         engine = trained_engine(self.models.trained, spec, compute, self.minibatch, self.dtype)
         self.engine = engine

@@ -1,4 +1,4 @@
-"""What PPO answers: prompts as tokens, and rows of the loss that is mixed in."""
+"""Prompts as tokens, for whoever lets a model answer them: PPO, and comparisons of answers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def read_prompts(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, longest: int, stage: str, named: str
 ) -> Prompts:
     """`longest`: tokens of a prompt, at most. Raises StageError when none is left."""
+    found = take_prompts(rows, tokenizer, longest)
+    if not found.tokens:
+        raise none_to_answer(stage, named, found.read, found.too_long, found.unusable, longest)
+    return found
+
+
+def take_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> Prompts:
+    """The same, where none need be left."""
     found = Prompts()
     pending: list[Row] = []
 
@@ -53,12 +61,15 @@ def read_prompts(
         if len(pending) == 1000:
             take()
     take()
-    if not found.tokens:
-        raise StageError(
-            stage,
-            f"none of the {found.read:,} rows of `{named}` can be answered",
-            cause=f"{found.too_long:,} prompts are longer than {longest:,} tokens, {found.unusable:,} rows ask nothing",
-            remedy="raise `max_length`, lower `sampling.max_new_tokens` (a prompt may be as long as the one less the "
-            "other), or give other rows",
-        )
     return found
+
+
+def none_to_answer(stage: str, named: str, read: int, too_long: int, unusable: int, longest: int) -> StageError:
+    """The error for rows of which none is left."""
+    return StageError(
+        stage,
+        f"none of the {read:,} rows of `{named}` can be answered",
+        cause=f"{too_long:,} prompts are longer than {longest:,} tokens, {unusable:,} rows ask nothing",
+        remedy="raise `max_length`, lower `sampling.max_new_tokens` (a prompt may be as long as the one less the "
+        "other), or give other rows",
+    )
