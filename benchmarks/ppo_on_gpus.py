@@ -155,7 +155,7 @@ def work(told: dict[str, Any]) -> None:
         torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl" if told["gpu"] else "gloo")
     prepare_process("gpu" if told["gpu"] else "cpu", 1 if not told["gpu"] else 8)
-    from tunery.train.ppo import prompts
+    from tunery.models import prompts
     from tunery.train.ppo.trainer import PpoTrainer
 
     folder, out, steps = Path(told["folder"]), Path(told["out"]), []
