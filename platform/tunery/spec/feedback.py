@@ -87,9 +87,16 @@ class Dpo(Training[str]):
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO's own; hinge: SLiC (https://arxiv.org/abs/2305.10425); ipo: https://arxiv.org/abs/2310.12036."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be the wrong way round (cDPO)."""
+    """Share of the pairs that are taken to be the wrong way round (cDPO, https://ericmitchell.ai/cdpo.pdf); of the
+    sigmoid loss."""
     reference_free: bool = False
     """The reference is taken to find every answer equally likely: no second model."""
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> Dpo:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"`label_smoothing` belongs to `loss: sigmoid`, not to {self.loss}")
+        return self
 
 
 class Kto(Training[str]):
@@ -104,6 +111,12 @@ class Kto(Training[str]):
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
     """Where one kind is rarer, give it more: desirable rows x weight within 1 to 4/3 of the other (section 4.2)."""
+
+    @model_validator(mode="after")
+    def _others_in_a_step(self) -> Kto:
+        if self.global_batch_size == 1:
+            raise ValueError("`global_batch_size` 1: answers are compared with those to other prompts of the same step")
+        return self
 
 
 class _OnPolicy(Training[str]):

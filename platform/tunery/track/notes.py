@@ -98,6 +98,16 @@ def _classifier(facts: Facts) -> str:
     return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
 
 
+def _preference(facts: Facts) -> str:
+    accuracy = as_number(facts.get("eval_accuracy"))
+    return _training(facts) + (f", {accuracy:.0%} preferred" if accuracy is not None else "")
+
+
+def _rated(facts: Facts) -> str:
+    margin = as_number(facts.get("eval_margin"))
+    return _training(facts) + (f", margin {measure(margin, 2)}" if margin is not None else "")
+
+
 def _evaluate(facts: Facts) -> str:
     results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
@@ -123,5 +133,7 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "pretrain": _training,
     "sft": _training,
     "classifier": _classifier,
+    "dpo": _preference,
+    "kto": _rated,
     "evaluate": _evaluate,
 }

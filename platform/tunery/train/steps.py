@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
 """What is told of a step, with all measures of the evaluations (`eval_..`)."""
+MORE_CURVES = {
+    "dpo": ("margin", "accuracy"),
+    "kto": ("margin", "kl"),
+}
+"""By stage kind, what is told besides; under these names its trainer logs them."""
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
@@ -31,7 +36,9 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         emit: Callable[..., None],
         written_by: str,
         report: Report,
+        more_curves: Sequence[str] = (),
     ) -> None:
+        self._curves = {*CURVES, *more_curves}
         self.evaluate_at = set(evaluate_at)
         self.save_every = save_every
         self.checkpoints = checkpoints
@@ -74,7 +81,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        told = {name: value for name, value in (logs or {}).items() if name in CURVES or name.startswith("eval_")}
+        told = {name: value for name, value in (logs or {}).items() if name in self._curves or name.startswith("eval_")}
         values = {name: float(value) for name, value in told.items()}
         if not values:
             return

@@ -17,7 +17,7 @@ RECIPES = {
     "classifier": "tunery.train.classification:Classification",
     "reward": "tunery.train.reward:RewardModelling",
     "dpo": "tunery.train.preference:Preference",
-    "kto": "tunery.train.preference:Rated",
+    "kto": "tunery.train.rated:Rated",
     "grpo": "tunery.train.groups:Groups",
     "rloo": "tunery.train.groups:Groups",
 }
@@ -34,7 +34,7 @@ def train(job: Job, report: Report) -> None:
     import torch.distributed as dist
     from transformers import PrinterCallback, set_seed
 
-    from tunery.train.steps import HISTORY, Steps, drop_foreign, last_checkpoint, written_by
+    from tunery.train.steps import HISTORY, MORE_CURVES, Steps, drop_foreign, last_checkpoint, written_by
 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
@@ -63,6 +63,7 @@ def train(job: Job, report: Report) -> None:
         emit,
         written_by(world, compute.zero_stage, dtype),
         lambda step, metrics: _report_unless_last(report, step, size, batching.steps, metrics),
+        MORE_CURVES.get(spec.kind, ()),
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)

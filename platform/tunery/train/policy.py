@@ -1,0 +1,62 @@
+"""The language model that a training changes, loaded, tuned and saved alike for the kinds that learn from preferences
+and rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl.trainer.utils import disable_dropout_in_model
+
+from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
+from tunery.models.tuners import lora_config
+from tunery.spec import Dpo, Grpo, Kto, Rloo
+from tunery.train.job import Job, once, save_model
+
+
+class Policy:
+    """Where it comes from and where it goes. Dropout of its own is off, so that the same tokens have the same
+    probability each time they are looked at; LoRA's is as the tuner says."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        assert isinstance(job.spec, Dpo | Kto | Grpo | Rloo)
+        self._job, self._rank = job, rank
+        self._tuner = job.spec.tuner
+        self._source = merged(job, rank) if job.compute.zero_stage == 3 and is_adapter(job.model) else job.model
+        self.tokenizer: Any = load_tokenizer(self._source)
+
+    @property
+    def by_adapter(self) -> bool:
+        """The model without the adapter is what training began with: no second copy is needed."""
+        return not isinstance(self._tuner, str)
+
+    def load(self) -> Any:
+        """In float32, whole, or this rank's part of it under ZeRO-3."""
+        model = load_model(self._source, torch.float32)
+        model.config.use_cache = False
+        disable_dropout_in_model(model)
+        return model
+
+    def adapter(self) -> Any:
+        """PEFT's configuration; None where the whole model is trained."""
+        return None if isinstance(self._tuner, str) else lora_config(self._tuner.lora, "CAUSAL_LM")
+
+    def save(self, trainer: Any) -> None:
+        """All ranks take part."""
+        trainer.model.config.use_cache = True
+        folder = self._job.out / ("adapter" if self.by_adapter else "model")
+        save_model(trainer, folder, self.tokenizer, self._rank)
+        if self.by_adapter and self._rank == 0:
+            write_base(self._job.out, self._job.model)
+
+
+def merged(job: Job, rank: int) -> Source:
+    """An adapter merged into its base by rank 0 alone: under ZeRO-3 the base would load in pieces, and PEFT (0.21)
+    merges whole weights only."""
+
+    def write(folder: Path) -> None:
+        load_model(job.model, torch.float32).save_pretrained(folder)
+        load_tokenizer(job.model).save_pretrained(folder)
+
+    return once(job.work / "merged", rank, write)
