@@ -69,3 +69,31 @@ def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Bench)
     assert sharded["dpo"]["eval_accuracy"] == alone["dpo"]["eval_accuracy"] == 1.0
     assert alone["dpo_lora"]["trainable"] < alone["dpo"]["trainable"]
     assert alone["kto"]["eval_margin"] > 0.1
+
+
+REWARD = """
+def reward(prompts: list[str], answers: list[str]) -> list[float]:
+    assert all(prompt.startswith("what is") for prompt in prompts)
+    return [answer.count("e") for answer in answers]
+"""
+GROUPS = {"sampling": {"min_new_tokens": 6, "max_new_tokens": 6}, "group_size": 8, "global_batch_size": 32}
+
+
+def curve(made: dict, name: str) -> list[float]:
+    lines = (Path(made["path"]) / "history.jsonl").read_text().splitlines()
+    return [point[name] for line in lines if name in (point := json.loads(line))]
+
+
+def test_groups_of_answers_raise_the_reward_of_a_function(bench: Bench) -> None:
+    (bench.folder / "reward.py").write_text(REWARD)
+    common = {"reward": {"python": "reward.py"}, "learning_rate": 0.03, **GROUPS}
+    trainings = {
+        "grpo": {"kind": "grpo", "epochs": 5, "iterations": 2, **common},
+        "rloo": {"kind": "rloo", "epochs": 4, "beta": 0.01, "tuner": LORA, **common},
+    }
+    write(bench, trainings, workers=1, zero_stage=0)
+    made = bench.without_ray(bench.folder / "alone")
+    for name, steps in (("grpo", 40), ("rloo", 16)):
+        rewards = curve(made[name], "reward")
+        print(name, rewards, made[name]["facts"], curve(made[name], "eval_reward"), curve(made[name], "clip_fraction"))
+        assert made[name]["facts"]["steps"] == steps

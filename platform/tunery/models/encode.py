@@ -62,6 +62,23 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return encoded
 
 
+def prompt_of(row: Row) -> Row | None:
+    """The row's conversation up to its last answer: what is answered anew. None where nothing is asked."""
+    turns = row.get("messages") or []
+    asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    return {"messages": asked, "tools": row.get("tools")} if asked else None
+
+
+def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each prompt, with what the chat template puts before an answer: where generation begins."""
+    texts = []
+    for prompt in prompts:
+        messages, tools = _conversation(prompt)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        texts.append(str(text))
+    return _tokenise(texts, tokenizer)
+
+
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """A whole conversation as the tokenizer's chat template has it."""
     messages, tools = _conversation(row)

@@ -45,7 +45,7 @@ from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
 from tunery.track.wording import duration
 from tunery.train.auto import resolve
-from tunery.train.batches import plan_batches
+from tunery.train.batches import plan_training
 from tunery.train.deepspeed_config import model_state_bytes
 
 CHARACTERS_PER_TOKEN = 3.3
@@ -200,18 +200,13 @@ class _Estimates:
     ) -> PlannedStage:
         rows = self._rows_read(stage.data)
         resolved, rules = resolve(stage, rows)
-        assert resolved.global_batch_size != "auto", "resolved"
-        assert resolved.epochs != "auto", "resolved"
         sequences = rows
         if isinstance(stage, Pretrain):
             characters = self._characters.get(stage.data, 0)
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
         workers = self._compute.workers
         assert workers != "auto", "resolved"
-        micro = self._compute.micro_batch_size
-        batching = plan_batches(
-            sequences, resolved.epochs, resolved.global_batch_size, workers, None if micro == "auto" else micro
-        )
+        batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)
         steps = artifact.facts["steps"] if artifact else batching.steps
         parameters = self._parameters.setdefault(name, self._size(stage.model))
         trainable = self._trainable(getattr(stage, "tuner", "full"), parameters)

@@ -147,15 +147,26 @@ class _OnPolicy(Training[str]):
 
 
 class _Grouped(_OnPolicy):
-    """`global_batch_size` counts answers: a multiple of `group_size`."""
+    """`global_batch_size` counts answers: a multiple of `group_size`. `epochs` are over the prompts."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward",)
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers a prompt."""
+    iterations: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps over each batch of answers."""
     beta: NotNegative = 0.0
     """Of the KL divergence to the model that training began with; 0 needs no second model."""
     clip: Positive = 0.2
-    """Of the ratio of new to old probabilities."""
+    """Of the ratio of new to old probabilities, which is 1 in the first of the iterations."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> _Grouped:
+        if self.global_batch_size != AUTO and self.global_batch_size % self.group_size:
+            raise ValueError(
+                f"`global_batch_size` ({self.global_batch_size}) counts answers: it must be a multiple of "
+                f"`group_size` ({self.group_size})"
+            )
+        return self
 
 
 class Grpo(_Grouped):
@@ -163,8 +174,9 @@ class Grpo(_Grouped):
     https://arxiv.org/abs/2402.03300)."""
 
     kind: Literal["grpo"]
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged, as TRL names it: over each answer, over all tokens, or over a constant."""
+    loss: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """How token losses are averaged, as TRL names it: over each answer, over a constant (`max_new_tokens` an answer),
+    or over all tokens of the step. (bnpo, over all tokens of a micro batch, would depend on `compute`.)"""
     scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by the deviation of."""
 

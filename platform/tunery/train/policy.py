@@ -19,11 +19,13 @@ class Policy:
     """Where it comes from and where it goes. Dropout of its own is off, so that the same tokens have the same
     probability each time they are looked at; LoRA's is as the tuner says."""
 
-    def __init__(self, job: Job, rank: int) -> None:
+    def __init__(self, job: Job, rank: int, as_folder: bool = False) -> None:
+        """`as_folder`: its config must name a folder that has the model whole."""
         assert isinstance(job.spec, Dpo | Kto | Grpo | Rloo)
         self._job, self._rank = job, rank
         self._tuner = job.spec.tuner
-        self._source = merged(job, rank) if job.compute.zero_stage == 3 and is_adapter(job.model) else job.model
+        whole = as_folder or job.compute.zero_stage == 3
+        self._source = merged(job, rank) if whole and is_adapter(job.model) else job.model
         self.tokenizer: Any = load_tokenizer(self._source)
 
     @property

@@ -178,7 +178,8 @@ class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl shi
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in batch]))
             return self._measure(self.model_wrapped, inputs)
 
-        losses, margins = self.measured(lengths, 2, measure).unbind(dim=1)
+        size = self.args.per_device_eval_batch_size
+        losses, margins = self.measured(lengths, 2, measure, size).unbind(dim=1)
         return self.told(
             {
                 "eval_loss": losses.mean().item(),

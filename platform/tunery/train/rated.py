@@ -248,7 +248,9 @@ class KtoTrainer(AgainstReference, KTOTrainer):  # type: ignore[misc]  # trl shi
             inputs = self._prepare_inputs(self.data_collator([rows[index] for index in batch]))
             return torch.stack([self.log_ratios(self.model_wrapped, part) for part in (inputs, _others(inputs))], dim=1)
 
-        ratios, others = self.measured([len(row["ids"]) for row in rows], 2, measure).unbind(dim=1)
+        lengths = [len(row["ids"]) for row in rows]
+        size = self.args.per_device_eval_batch_size
+        ratios, others = self.measured(lengths, 2, measure, size).unbind(dim=1)
         wanted = torch.tensor([row["wanted"] for row in rows], device=ratios.device)
         difference = margin(self._spec.beta * ratios, wanted)
         assert difference is not None, "both kinds are there"

@@ -1,5 +1,5 @@
 """What the trainers that hold a model to a reference have in common: answers as batches, their log-probabilities under
-model and reference, our data order, and evaluations over all ranks.
+model and reference, and our data order.
 
 The reference is the model that training began with: under an adapter the base without it, else a second copy, which
 ZeRO-3 shards like the first.
@@ -7,22 +7,20 @@ ZeRO-3 shards like the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import TrainerControl
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from tunery.models.encode import Encoded
 from tunery.store.rows import Row
-from tunery.train.batches import evaluation_batches
+from tunery.train.evaluation import ExactEvaluation
 
 Tokens = tuple[list[int], int]
 """A prompt with an answer, and the index of the answer's first token."""
@@ -58,21 +56,12 @@ def padded(sequences: Sequence[Tokens], pad: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(rows) for name, rows in columns.items()}
 
 
-class AgainstReference:
+class AgainstReference(ExactEvaluation):
     """For a TRL trainer with `model`, `ref_model` and a fused head (DPOTrainer, KTOTrainer; TRL 1.16)."""
 
-    model: Any
     ref_model: Any
-    accelerator: Any
-    args: Any
     train_dataset: Any
-    eval_dataset: Any
-    callback_handler: Any
-    state: Any
-    control: TrainerControl
     reference_free = False
-    metrics_at_end: Mapping[str, float] = {}
-    """Of the last evaluation."""
 
     def log_ratios(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(sequences,) float32, nats: of each answer log p under the model, less log p under the reference."""
@@ -87,28 +76,6 @@ class AgainstReference:
             reference = answer_log_probs(self.ref_model or self.model, batch)
         return own - reference
 
-    def measured(self, lengths: Sequence[int], columns: int, measure: Callable[[list[int]], Any]) -> torch.Tensor:
-        """(rows, columns) float64: what `measure` gives, (batch, columns), for the rows of each batch, from all ranks
-        put together: the same numbers whatever the number of workers."""
-        found = torch.zeros(len(lengths), columns, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        size = self.args.per_device_eval_batch_size
-        for batch, counts in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
-            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                values = measure(batch)
-            if counts:
-                found[batch] = values.double()
-        dist.all_reduce(found)
-        self.model.train()
-        return found
-
-    def told(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Of an evaluation, to the log and the callbacks."""
-        self.metrics_at_end = dict(metrics)
-        self.log(metrics)  # type: ignore[attr-defined]
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
@@ -119,9 +86,6 @@ class AgainstReference:
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Asked for only so that no second copy is loaded where nobody looks at it."""
         return dataset
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The manifest tells more, and a card would be written anew into every checkpoint."""
 
 
 def answer_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

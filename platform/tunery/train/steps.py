@@ -16,9 +16,12 @@ HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
 """What is told of a step, with all measures of the evaluations (`eval_..`)."""
+GROUPS = ("reward", "kl", "entropy", "clip_fraction", "reward_deviation", "response_length", "cut_off")
 MORE_CURVES = {
     "dpo": ("margin", "accuracy"),
     "kto": ("margin", "kl"),
+    "grpo": GROUPS,
+    "rloo": GROUPS,
 }
 """By stage kind, what is told besides; under these names its trainer logs them."""
 
@@ -31,7 +34,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         evaluate_at: list[int],
         save_every: int,
         checkpoints: Path,
-        rows_per_step: int,
+        rows_per_step: float,
         total: int,
         emit: Callable[..., None],
         written_by: str,
