@@ -260,4 +260,4 @@ def test_fields_that_do_not_fit_are_refused(load_text: LoadText, fields: str, to
 def test_lines_of_the_kinds_tell_loss_and_what_matters() -> None:
     facts = {"loss": 0.5, "eval_loss": 0.625, "eval_accuracy": 0.75, "eval_margin": 1.25}
     assert outcome(StageState("a", kind="dpo", facts=facts)) == "loss 0.500 → eval 0.625, 75% preferred"
-    assert outcome(StageState("a", kind="kto", facts=facts)) == "loss 0.500 → eval 0.625, margin 1.2"
+    assert outcome(StageState("a", kind="kto", facts=facts)) == "loss 0.500 → eval 0.625, margin 1.25"

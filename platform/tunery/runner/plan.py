@@ -27,11 +27,15 @@ from tunery.spec import (
     Compute,
     Dataset,
     Decisions,
+    Dpo,
     Evaluate,
     Experiment,
+    Grpo,
+    Kto,
     Lora,
     Pretrain,
     Pretrained,
+    Rloo,
     Scratch,
     Select,
     Stage,
@@ -46,7 +50,7 @@ from tunery.store.rows import read_rows
 from tunery.track.wording import duration
 from tunery.train.auto import resolve
 from tunery.train.batches import plan_training
-from tunery.train.deepspeed_config import model_state_bytes
+from tunery.train.deepspeed_config import frozen_bytes, model_state_bytes
 
 CHARACTERS_PER_TOKEN = 3.3
 """Of a small byte-level BPE on English and code; to estimate the tokens of rows that were never tokenised."""
@@ -213,7 +217,10 @@ class _Estimates:
         memory = None
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
-            memory = model_state_bytes(parameters, trainable, self._compute.zero_stage, workers, bf16)
+            zero = self._compute.zero_stage
+            memory = model_state_bytes(parameters, trainable, zero, workers, bf16)
+            if _has_second_copy(resolved):
+                memory += frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
         auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
         seconds = self._seconds(artifact, before, scale)
@@ -246,6 +253,15 @@ class _Estimates:
         if artifact is not None:
             return 0.0
         return before["measured"]["seconds"] * scale if before else None
+
+
+def _has_second_copy(stage: Training[Any]) -> bool:
+    """Of the model that training began with, to be held to; under an adapter the base is there already."""
+    if getattr(stage, "tuner", "full") != "full":
+        return False
+    if isinstance(stage, Dpo):
+        return not stage.reference_free
+    return isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0)
 
 
 def _length(row: dict[str, Any]) -> int:

@@ -31,10 +31,11 @@ def outcome(stage: StageState) -> str:
 
 
 def latest_loss(stage: StageState) -> str:
-    """The loss of the newest point that has one: 'loss 3.210'."""
+    """The loss of the newest point that has one: 'loss 3.210'; or its reward, which says more where there is one."""
     for point in reversed(stage.curve):
-        if "loss" in point.values:
-            return f"loss {measure(point.values['loss'])}"
+        for name in ("reward", "loss"):
+            if name in point.values:
+                return f"{name} {measure(point.values[name])}"
     return ""
 
 
@@ -105,7 +106,15 @@ def _preference(facts: Facts) -> str:
 
 def _rated(facts: Facts) -> str:
     margin = as_number(facts.get("eval_margin"))
-    return _training(facts) + (f", margin {measure(margin, 2)}" if margin is not None else "")
+    return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
+
+
+def _groups(facts: Facts) -> str:
+    reward, held_out, kl = (as_number(facts.get(key)) for key in ("reward", "eval_reward", "kl"))
+    if reward is None:
+        return ""
+    told = f"reward {measure(reward, 3)}" + (f" → eval {measure(held_out, 3)}" if held_out is not None else "")
+    return told + (f", KL {measure(kl, 3)}" if kl is not None else "")
 
 
 def _evaluate(facts: Facts) -> str:
@@ -135,5 +144,7 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "classifier": _classifier,
     "dpo": _preference,
     "kto": _rated,
+    "grpo": _groups,
+    "rloo": _groups,
     "evaluate": _evaluate,
 }

@@ -23,6 +23,9 @@ NOT_CURVES = frozenset(
     {"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch", "loss", "eval_loss"}
 )
 
+MOST_CURVES = 8
+"""Of a kind of training, beside its loss: the methods that draw answers tell as many."""
+
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
     """The result: the tables that the run ended with, under their titles."""
@@ -190,7 +193,8 @@ def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
 
 
 def curve_figures(state: RunState) -> list[Figure]:
-    """Loss curves, one chart a kind of training; what else a training reported follows in own charts."""
+    """Loss curves, one chart a kind of training; what else a training reported follows in charts of its own. What is
+    measured on held-out rows stands in the chart of the same measure on training rows."""
     trained = [stage for stage in state.stages.values() if stage.points]
     colours = {stage.name: index for index, stage in enumerate(trained)}
     figures = []
@@ -198,25 +202,25 @@ def curve_figures(state: RunState) -> list[Figure]:
         group = [stage for stage in trained if stage.kind == kind]
         by_rows = all("rows" in values for stage in group for values in stage.points.values())
         unit = "rows seen" if by_rows else "steps"
-        series = [
-            Series(f"{stage.name} {word}", _points(stage, key, by_rows), colours[stage.name], word)
-            for stage in group
-            for key, word in (("loss", "train"), ("eval_loss", "eval"))
-        ]
-        if any(one.points for one in series):
-            keys = (
-                [("train-key", "train"), ("eval-key", "eval (held out)")]
-                if any(s.style == "eval" and s.points for s in series)
-                else []
-            )
-            figures.append(Figure(f"{kind or 'training'}: loss", line_chart(series, unit, "loss"), keys=keys))
         others = dict.fromkeys(
-            key for stage in group for values in stage.points.values() for key in values if key not in NOT_CURVES
+            key.removeprefix("eval_")
+            for stage in group
+            for values in stage.points.values()
+            for key in values
+            if key not in NOT_CURVES
         )
-        for key in list(others)[:4]:
-            lines = [Series(stage.name, _points(stage, key, by_rows), colours[stage.name], "eval") for stage in group]
-            name = key.replace("_", " ")
-            figures.append(Figure(f"{kind or 'training'}: {name}", line_chart(lines, unit, name)))
+        for measured in ["loss", *list(others)[:MOST_CURVES]]:
+            series = [
+                Series(f"{stage.name} {word}", _points(stage, key, by_rows), colours[stage.name], word)
+                for stage in group
+                for key, word in ((measured, "train"), (f"eval_{measured}", "eval"))
+            ]
+            styles = {one.style for one in series if one.points}
+            if not styles:
+                continue
+            keys = [("train-key", "train"), ("eval-key", "eval (held out)")] if "eval" in styles else []
+            name = measured.replace("_", " ")
+            figures.append(Figure(f"{kind or 'training'}: {name}", line_chart(series, unit, name), keys=keys))
     return figures
 
 

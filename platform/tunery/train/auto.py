@@ -67,8 +67,9 @@ def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:
 
 def _global_batch_size(stage: Training[Any], rows: int) -> tuple[int, str]:
     few, more, many, most = global_batch_sizes(stage)
+    groups = f", in groups of {group_size(stage)}" if group_size(stage) > 1 else ""
     if rows < 1_000:
-        return few, "fewer than 1,000 rows"
+        return few, f"fewer than 1,000 rows{groups}"
     if rows < 10_000:
-        return more, "fewer than 10,000 rows"
-    return (many, "fewer than 100,000 rows") if rows < 100_000 else (most, "100,000 rows or more")
+        return more, f"fewer than 10,000 rows{groups}"
+    return (many, f"fewer than 100,000 rows{groups}") if rows < 100_000 else (most, f"100,000 rows or more{groups}")
