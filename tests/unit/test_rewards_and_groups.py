@@ -236,7 +236,7 @@ def test_line_of_a_training_on_rewards_tells_reward_and_divergence() -> None:
     assert outcome(stage) == "reward 1.25 → eval 1.50, KL 0.25"
     assert outcome(StageState("a", kind="rloo", facts={**facts, "kl": None})) == "reward 1.25 → eval 1.50"
     stage = StageState("a", kind="grpo", status="running", points={1: {"loss": 0.0, "reward": 0.5}})
-    assert note(stage) == "reward 0.5000"
+    assert note(stage) == "reward 0.500"
 
 
 def test_report_draws_every_curve_and_held_out_ones_beside_their_own() -> None:
