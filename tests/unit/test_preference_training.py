@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import LoadText
+from peft import get_peft_model
 from small_classifiers import write_language_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from tunery.errors import SpecErrors, StageError
 from tunery.models.encode import encode
-from tunery.models.load import load_tokenizer
-from tunery.spec import Compute, Dpo, Kto
+from tunery.models.load import load_model, load_tokenizer, write_base
+from tunery.models.tuners import lora_config
+from tunery.spec import Compute, Dpo, Kto, Lora
 from tunery.spec.trainings import Training
 from tunery.store.rows import row_id, write_rows
 from tunery.track.notes import outcome
@@ -194,6 +196,18 @@ def test_baseline_is_never_negative_and_margin_needs_both_kinds() -> None:
     assert baseline(torch.tensor([1.0, -3.0])).item() == 0.0
     assert margin(torch.tensor([1.0, 3.0, 1.0]), torch.tensor([True, True, False])) == 1.0
     assert margin(torch.tensor([1.0]), torch.tensor([True])) is None
+
+
+# The model.
+
+
+def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Path, tmp_path: Path) -> None:
+    source = {"pretrained": str(model_folder), "revision": None}
+    tuned = get_peft_model(load_model(source, torch.float32), lora_config(Lora(rank=2), "CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "sft-1" / "adapter")
+    write_base(tmp_path / "sft-1", source)
+    merged = load_model({"artifact": str(tmp_path / "sft-1")}, torch.float32)
+    assert all(weight.requires_grad for weight in merged.parameters())
 
 
 # What is counted, and what is refused.

@@ -101,22 +101,19 @@ class Groups:
             "top_p": sampling.top_p,
             "generation_kwargs": {"min_new_tokens": sampling.min_new_tokens},
             "shuffle_dataset": False,  # it comes in the order in which it is to be seen (train/batches.py)
-            "disable_dropout": False,  # it would also disable LoRA's; the model's own is off (train/policy.py)
-            "remove_unused_columns": False,
+            "disable_dropout": False,  # the model's own is off (train/policy.py)
         }
         kind: Any = RlooTrainer
         config: Any = RLOOConfig(**settings) if isinstance(spec, Rloo) else None
         if isinstance(spec, Grpo):
             kind, config = GrpoTrainer, GRPOConfig(**settings, loss_type=spec.loss, scale_rewards=spec.scale)
         return kind(
+            **self._policy.arguments(),
             data=self._data,
             measured=self._measured,
             reward=self._reward,
-            model=self._policy.load(),
             args=config,
             train_dataset=Dataset.from_dict({"prompt": order}),
-            processing_class=self._policy.tokenizer,
-            peft_config=self._policy.adapter(),
             callbacks=[steps],
         )
 

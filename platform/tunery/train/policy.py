@@ -17,7 +17,8 @@ from tunery.train.job import Job, once, save_model
 
 class Policy:
     """Where it comes from and where it goes. Dropout of its own is off, so that the same tokens have the same
-    probability each time they are looked at; LoRA's is as the tuner says."""
+    probability each time they are looked at; LoRA's is as the tuner says (TRL's `disable_dropout` would put
+    out that too)."""
 
     def __init__(self, job: Job, rank: int, as_folder: bool = False) -> None:
         """`as_folder`: its config must name a folder that has the model whole."""
@@ -28,29 +29,36 @@ class Policy:
         self._source = merged(job, rank) if whole and is_adapter(job.model) else job.model
         self.tokenizer: Any = load_tokenizer(self._source)
 
-    @property
-    def by_adapter(self) -> bool:
-        """The model without the adapter is what training began with: no second copy is needed."""
-        return not isinstance(self._tuner, str)
+    def arguments(self) -> dict[str, Any]:
+        """Of a trainer of TRL: the model, its tokenizer, and PEFT's configuration, None where all of it is trained."""
+        return {
+            "model": self._load(),
+            "processing_class": self.tokenizer,
+            "peft_config": None if isinstance(self._tuner, str) else lora_config(self._tuner.lora, "CAUSAL_LM"),
+        }
 
-    def load(self) -> Any:
+    def second_copy(self) -> Any:
+        """The model that training begins with, to be held to; None where the one without its adapter is that."""
+        return None if self._by_adapter else self._load()
+
+    def save(self, trainer: Any) -> None:
+        """All ranks take part."""
+        trainer.model.config.use_cache = True
+        folder = self._job.out / ("adapter" if self._by_adapter else "model")
+        save_model(trainer, folder, self.tokenizer, self._rank)
+        if self._by_adapter and self._rank == 0:
+            write_base(self._job.out, self._job.model)
+
+    def _load(self) -> Any:
         """In float32, whole, or this rank's part of it under ZeRO-3."""
         model = load_model(self._source, torch.float32)
         model.config.use_cache = False
         disable_dropout_in_model(model)
         return model
 
-    def adapter(self) -> Any:
-        """PEFT's configuration; None where the whole model is trained."""
-        return None if isinstance(self._tuner, str) else lora_config(self._tuner.lora, "CAUSAL_LM")
-
-    def save(self, trainer: Any) -> None:
-        """All ranks take part."""
-        trainer.model.config.use_cache = True
-        folder = self._job.out / ("adapter" if self.by_adapter else "model")
-        save_model(trainer, folder, self.tokenizer, self._rank)
-        if self.by_adapter and self._rank == 0:
-            write_base(self._job.out, self._job.model)
+    @property
+    def _by_adapter(self) -> bool:
+        return not isinstance(self._tuner, str)
 
 
 def merged(job: Job, rank: int) -> Source:

@@ -23,7 +23,7 @@ from tunery.spec import Dpo
 from tunery.store.rows import CONTENT, Row
 from tunery.train.job import Job, rows_of
 from tunery.train.policy import Policy
-from tunery.train.reference import AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
+from tunery.train.reference import SETTINGS, AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
 
 COLUMNS = [*CONTENT, "rejected"]
 
@@ -89,26 +89,17 @@ class Preference:
 
     def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> DpoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.
-        settings = DPOConfig(
-            **arguments,
-            beta=self._spec.beta,
-            max_length=None,
-            disable_dropout=False,  # it would also disable LoRA's; the model's own is off (train/policy.py)
-            remove_unused_columns=False,
-            # TRL 1.16 has no reference_free any more, and loads a reference unless it has been asked beforehand.
-            precompute_ref_log_probs=self._spec.reference_free,
-        )
-        own_reference = self._spec.reference_free or self._policy.by_adapter
+        # TRL 1.16 has no reference_free any more, and loads a reference unless it has been asked beforehand.
+        free = self._spec.reference_free
+        settings = DPOConfig(**arguments, **SETTINGS, beta=self._spec.beta, precompute_ref_log_probs=free)
         return DpoTrainer(
+            **self._policy.arguments(),
             spec=self._spec,
-            model=self._policy.load(),
-            ref_model=None if own_reference else self._policy.load(),
+            ref_model=None if free else self._policy.second_copy(),
             args=settings,
             train_dataset=self._data.dataset().select(order),
             eval_dataset=self._measured.dataset() if self._job.eval_rows else None,
-            processing_class=self._policy.tokenizer,
             data_collator=self._collate,
-            peft_config=self._policy.adapter(),
             callbacks=[steps],
         )
 

@@ -28,7 +28,7 @@ from tunery.spec import Kto
 from tunery.store.rows import CONTENT, Row
 from tunery.train.job import Job, rows_of
 from tunery.train.policy import Policy
-from tunery.train.reference import AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
+from tunery.train.reference import SETTINGS, AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
 
 COLUMNS = [*CONTENT, "rejected", "label"]
 SHIFTS = 64
@@ -136,31 +136,25 @@ class Rated:
 
     def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> KtoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.
+        spec, measured = self._spec, self._measured
         settings = KTOConfig(
             **arguments,
-            beta=self._spec.beta,
-            desirable_weight=self._spec.desirable_weight,
-            undesirable_weight=self._spec.undesirable_weight,
-            max_length=None,
-            disable_dropout=False,  # it would also disable LoRA's; the model's own is off (train/policy.py)
-            remove_unused_columns=False,
-            # The one loss for which TRL 1.16 estimates no z, and so allows micro batches of one row: z and the loss
-            # are worked out here.
+            **SETTINGS,
+            # z and the loss are worked out here: TRL 1.16 estimates no z for this one loss, and so allows micro batches
+            # of one row.
             loss_type="apo_zero_unpaired",
         )
-        length, measured = self._spec.max_length, self._measured
-        assert self._spec.global_batch_size != "auto", "resolved by the launcher"
+        assert spec.global_batch_size != "auto", "resolved by the launcher"
         everything = range(len(measured.tokens))
+        held_out = measured.dataset(everything, len(everything), spec.max_length) if self._job.eval_rows else None
         return KtoTrainer(
-            spec=self._spec,
-            model=self._policy.load(),
-            ref_model=None if self._policy.by_adapter else self._policy.load(),
+            **self._policy.arguments(),
+            spec=spec,
+            ref_model=self._policy.second_copy(),
             args=settings,
-            train_dataset=self._data.dataset(order, self._spec.global_batch_size, length),
-            eval_dataset=measured.dataset(everything, len(everything), length) if self._job.eval_rows else None,
-            processing_class=self._policy.tokenizer,
+            train_dataset=self._data.dataset(order, spec.global_batch_size, spec.max_length),
+            eval_dataset=held_out,
             data_collator=self._collate,
-            peft_config=self._policy.adapter(),
             callbacks=[steps],
         )
 

@@ -22,6 +22,8 @@ from tunery.models.encode import Encoded
 from tunery.store.rows import Row
 from tunery.train.evaluation import ExactEvaluation
 
+SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
+"""For TRL's configurations: rows come as tokens, cut already, and the model's own dropout is off (train/policy.py)."""
 Tokens = tuple[list[int], int]
 """A prompt with an answer, and the index of the answer's first token."""
 
