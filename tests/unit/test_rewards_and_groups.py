@@ -227,6 +227,15 @@ def test_plan_counts_the_reference_where_it_is_a_second_copy(
     assert memory(kind, fields) - memory("sft", same_tuner) == copies * 4 * 1_066_112
 
 
+def test_plan_counts_both_answers_of_a_pair_that_kto_learns_from(load_stage: Any, tmp_path: Path) -> None:
+    steps = {}
+    for kind in ("dpo", "kto"):
+        experiment, source = load_stage(kind, "global_batch_size: 2,")
+        planned = {stage.name: stage for stage in make_plan(experiment, source, Store(tmp_path / "store")).stages}
+        steps[kind] = planned["tuned"].steps
+    assert steps == {"dpo": 3, "kto": 6}
+
+
 # What is told.
 
 

@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.data.filesystem import OutOfReach
-from tunery.data.read import read_source
+from tunery.data.read import first_shape, read_source
 from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
+from tunery.runner.check_training import root_of
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
 from tunery.spec import (
@@ -208,6 +209,8 @@ class _Estimates:
         if isinstance(stage, Pretrain):
             characters = self._characters.get(stage.data, 0)
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
+        if isinstance(stage, Kto) and first_shape(root_of(self._experiment, stage.data), self._folder) == "preference":
+            sequences = 2 * rows  # both answers of a pair
         workers = self._compute.workers
         assert workers != "auto", "resolved"
         batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)

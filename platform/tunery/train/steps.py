@@ -40,8 +40,11 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         written_by: str,
         report: Report,
         more_curves: Sequence[str] = (),
+        iterations: int = 1,
     ) -> None:
+        """`iterations`: steps over the same drawn answers. Those are in no checkpoint, so none is saved between."""
         self._curves = {*CURVES, *more_curves}
+        self._iterations = iterations
         self.evaluate_at = set(evaluate_at)
         self.save_every = save_every
         self.checkpoints = checkpoints
@@ -72,7 +75,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
         # logged, so that a resumed run logs the same points, however often checkpoints are written.
         due = state.global_step - self._saved_at >= self.save_every and control.should_log
-        if due and state.global_step < self.total:
+        if due and state.global_step < self.total and state.global_step % self._iterations == 0:
             control.should_save = True
             self._saved_at = state.global_step
 

@@ -62,6 +62,7 @@ def train(job: Job, report: Report) -> None:
         written_by(world, compute.zero_stage, dtype),
         lambda step, metrics: _report_unless_last(report, step, size / again, batching.steps, metrics),
         MORE_CURVES.get(spec.kind, ()),
+        again,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)
