@@ -1,6 +1,6 @@
-"""The tables that a run ends with, from the facts of its artifacts. Pure.
+"""The tables that a run ends with, from the facts of its artifacts, and the numbers for other programs. Pure.
 
-Each is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
+Each table is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
 """
 
 from __future__ import annotations
@@ -8,9 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunery.spec import ClassifierTraining, Evaluate, Experiment, Review, Score, Select, Stage, Training
+from tunery.spec import (
+    ClassifierTraining,
+    Evaluate,
+    Experiment,
+    Grpo,
+    Ppo,
+    PythonReward,
+    Review,
+    RewardTraining,
+    Rloo,
+    Score,
+    Select,
+    Stage,
+    Training,
+    WinRate,
+)
 from tunery.spec.graph import closure
+from tunery.spec.reference import model_name
 from tunery.store import Artifact
+from tunery.track.notes import rewards
+from tunery.track.wording import size
 
 Table = dict[str, Any]
 
@@ -134,6 +152,86 @@ def classifier_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Ta
     return {"title": "Classifiers", "columns": columns, "rows": rows, "notes": notes}
 
 
+def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """What each reward model learned from, how well it tells held-out answers apart, and the scale of its outputs."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, RewardTraining):
+            continue
+        facts = made[name].facts
+        measures = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
+        scale = [facts["reward_mean"], facts["reward_deviation"]]
+        rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *measures, *scale])
+        if facts["unusable"]:
+            because = ", ".join(f"{count:,} {reason}" for reason, count in facts["unusable_because"].items() if count)
+            notes.append(
+                f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})"
+                + ("; alike: where sides differ is cut off at max_length" if facts["unusable_because"]["alike"] else "")
+            )
+        if facts["eval_rows_trained_on"]:
+            notes.append(
+                f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are among those it was trained on"
+            )
+        if facts["scale_from"] == "data":
+            notes.append(f"{name}: its scale is that of {facts['scale_answers']:,} answers that it was trained on")
+    if not rows:
+        return None
+    columns = ["reward model", "pairs", "held-out pairs", "loss", "accuracy", "margin", "mean", "deviation"]
+    notes.append("a reward is (output - mean) / deviation")
+    return {"title": "Reward models", "columns": columns, "rows": rows, "notes": notes}
+
+
+def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
+    """What the answers of each policy that learned from rewards are worth, and at what distance from its beginning."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    with_kl: set[str] = set()
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Ppo | Grpo | Rloo):
+            continue
+        artifact = made[name]
+        facts, measured = artifact.facts, artifact.measured
+        told = rewards(facts)
+        if told is None:
+            continue
+        measures = [told.before, told.after, told.kl, _ended(facts)]
+        rows.append([name, *measures, *(_counted(facts.get(key)) for key in ("answers", "steps"))])
+        if told.kl is not None:
+            with_kl.add(stage.kind)
+        if not told.held_out:
+            notes.append(f"{name}: rewards of its own first and last steps; with `eval_data` they would be held out")
+        held, separate = (measured.get(key) for key in ("weights_bytes", "weights_bytes_separate"))
+        if facts.get("shared_base") and held and separate:
+            notes.append(f"{name}: models on one base: {size(held)} of weights instead of {size(separate)}")
+    if not rows:
+        return None
+    columns = ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    if with_kl:
+        notes.append(f"KL: from the first model, in nats {_unit_of_kl(with_kl)}")
+    return {"title": "Rewards", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _unit_of_kl(kinds: set[str]) -> str:
+    """Ours is of whole answers, TRL's of tokens."""
+    by_token = ", ".join(sorted(kinds - {"ppo"}))
+    return ", ".join(["an answer (ppo)"] * ("ppo" in kinds) + [f"a token ({by_token})"] * bool(by_token))
+
+
+def _ended(facts: Mapping[str, Any]) -> float | None:
+    """Share of the answers that ended by themselves."""
+    ended, cut_off = facts.get("eos_rate"), facts.get("cut_off")
+    return 1 - cut_off if ended is None and cut_off is not None else ended
+
+
+def _counted(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+FORGETTING = 4
+"""Of the columns of losses: left out where no stage has a baseline."""
+
+
 def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
     """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
     rows: list[list[Any]] = []
@@ -149,7 +247,10 @@ def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappi
     if not rows:
         return None
     rows.sort(key=lambda row: (row[1], row[2]))
-    columns = ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    columns = ["model", "held-out set", "loss", "perplexity", "forgetting", "trained on rows", "steps"]
+    if all(row[FORGETTING] is None for row in rows):
+        del columns[FORGETTING]
+        rows = [row[:FORGETTING] + row[FORGETTING + 1 :] for row in rows]
     notes = filter_verdicts(experiment, made)
     return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": notes}
 
@@ -208,11 +309,66 @@ def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, S
 
 def _loss_row(result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]) -> list[Any]:
     facts = made[result["model"]].facts if result["model"] in experiment.stages else {}
-    return [label, result["set"], result["loss"], result["perplexity"], facts.get("rows", ""), facts.get("steps", "")]
+    forgotten = f"{result['forgetting']:+.1%}" if "forgetting" in result else None
+    trained = [facts.get("rows", ""), facts.get("steps", "")]
+    return [label, result["set"], result["loss"], result["perplexity"], forgotten, *trained]
 
 
-def _depends(experiment: Experiment, model: str, searched: set[str]) -> bool:
-    return model in experiment.stages and bool(searched & closure(experiment.stages, [model]).keys())
+def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
+    """How often each model's answers beat the baseline's, best first; the best trial's beside those of the file's own
+    values."""
+    rows: list[list[Any]] = []
+    notes: list[str] = []
+    searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, WinRate):
+            continue
+        judge = stage.judge.python if isinstance(stage.judge, PythonReward) else model_name(stage.judge)
+        sides = [reference for reference in (stage.against, stage.judge) if isinstance(reference, str)]
+        for result in made[name].facts["results"]:
+            rows.append(_win_row(result, result["model"], judge))
+        for result in best[name].facts["results"] if name in best else []:
+            if any(_depends(experiment, stage_name, searched) for stage_name in (result["model"], *sides)):
+                rows.append(_win_row(result, f"{result['model']} (best trial)", judge))
+        for result in made[name].facts["results"]:
+            if any(result["left_out"].values()):
+                left_out = result["left_out"]
+                notes.append(
+                    f"{name}: {result['model']} and {result['against']['model']} are compared on {result['rows']:,} "
+                    f"prompts of {result['set']}; {left_out['too_long']:,} are too long for one of them, "
+                    f"{left_out['unusable']:,} rows ask nothing"
+                )
+    if not rows:
+        return None
+    rows.sort(key=lambda row: (row[2], row[3], -row[4]))
+    columns = ["model", "against", "prompts", "judge", "win rate", "95% interval", "reward", "reward against"]
+    columns += ["tokens an answer"]
+    return {"title": "Win rates", "columns": columns, "rows": rows, "notes": notes}
+
+
+def _win_row(result: Mapping[str, Any], label: str, judge: str) -> list[Any]:
+    low, high = result["interval"]
+    against = result["against"]
+    compared = [label, against["model"], result["set"], judge, result["win_rate"], f"{low:.3f}–{high:.3f}"]
+    return [*compared, result["reward"], against["reward"], result["response_length"]]
+
+
+def _depends(experiment: Experiment, name: str, searched: set[str]) -> bool:
+    """Whether a searched field changes what that is, where it is a stage."""
+    return name in experiment.stages and bool(searched & closure(experiment.stages, [name]).keys())
+
+
+def results(experiment: Experiment, made: Mapping[str, Artifact]) -> dict[str, Any]:
+    """By stage, for other programs: the rows of an evaluation; of a training the first that is measured on its
+    `eval_data` (a loss or a reward), None without."""
+    found = {}
+    for name, artifact in made.items():
+        stage = experiment.stages[name]
+        if isinstance(stage, Training):
+            found[name] = artifact.facts.get(stage.metrics[0])
+        elif stage.gives == "metrics":
+            found[name] = artifact.facts.get("results")
+    return found
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tunery.comparison import results
 from tunery.errors import RequestError, TuneryError
 from tunery.interrupt import last_words
 from tunery.run import run_experiment
 from tunery.runner.session import RaySession, noise_to
-from tunery.spec import TRAININGS, Experiment
+from tunery.spec import Experiment
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Lease, LeaseHeld, Store
 from tunery.track.events import EventLog, EventReader
@@ -82,12 +83,8 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
             console.print(line, soft_wrap=True)
     if error is not None:
         raise error
-    results = {
-        name: artifact.facts.get("results", artifact.facts.get("eval_loss"))
-        for name, artifact in (artifacts or {}).items()
-        if artifact.kind in ("evaluate", *TRAININGS)
-    }
-    return Told(experiment.name, folder, report, list(synced.notes), results, artifacts or {})
+    made = artifacts or {}
+    return Told(experiment.name, folder, report, list(synced.notes), results(experiment, made), made)
 
 
 def _killed(folder: Path) -> str:

@@ -14,8 +14,11 @@ from tunery.comparison import (
     diversity_table,
     filter_table,
     loss_table,
+    policy_table,
     review_table,
+    reward_table,
     search_table,
+    win_table,
 )
 from tunery.errors import Interrupted
 from tunery.runner.check import check
@@ -25,7 +28,7 @@ from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.session import RaySession
 from tunery.search.space import curve_stage, metric_stage
-from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training
+from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
 from tunery.spec.trainings import row_stages
@@ -116,7 +119,10 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         diversity_table(experiment, made),
         review_table(experiment, made),
         classifier_table(experiment, made),
+        reward_table(experiment, made),
+        policy_table(experiment, made),
         loss_table(experiment, made, best),
+        win_table(experiment, made, best),
         search_table(experiment, found),
     ):
         if table is not None:
@@ -167,20 +173,20 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> int:
 
 
 def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
-    """The evaluate stages that depend on what was searched, with the best trial's values."""
+    """The evaluate and win_rate stages that depend on what was searched, with the best trial's values."""
     assert experiment.search is not None, "there was a search"
     best = with_overrides(experiment, found.facts["best"]["overrides"])
     searched = {path.split(".")[0] for path in experiment.search.space}
     wanted = [
         name
         for name, stage in best.stages.items()
-        if isinstance(stage, Evaluate) and searched & closure(best.stages, [name]).keys()
+        if isinstance(stage, Evaluate | WinRate) and searched & closure(best.stages, [name]).keys()
     ] or [metric_stage(experiment.search.metric)]
     return best.model_copy(update={"stages": closure(best.stages, wanted), "search": None})
 
 
 def _measure_best(experiment: Experiment, where: Where, log: EventLog, found: Artifact) -> dict[str, Artifact]:
-    """The best trial's model on the evaluate stages' sets; what the trials made is not made again."""
+    """The best trial's model on the sets of evaluate and win_rate stages; what the trials made is not made again."""
     best = _best_experiment(experiment, found)
     return execute(best, where, log, Trial(label=" (best trial)"))
 

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "unit"))
-from sample_run import Event, sample_events, write_run  # noqa: E402
+from sample_run import Event, rewarded_events, sample_events, write_run  # noqa: E402
 
 from tunery.spec import Wandb  # noqa: E402
 from tunery.track import wandb_mirror  # noqa: E402
@@ -218,6 +218,16 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     report = whole.folder / "files" / "report.html"
     assert report.read_text() == "<p>the report</p>"
     assert not report.is_symlink()
+
+
+def test_answers_before_and_after_are_a_table_of_the_stage(tmp_path: Path) -> None:
+    mirror(tmp_path, rewarded_events())
+    by_name = {run.run.display_name: run for run in stored(tmp_path)}
+    table = by_name["quickstart/ppo"].table("responses")
+    assert table["columns"] == ["prompt", "before", "after", "reward before", "reward after"]
+    assert [row[3:] for row in table["data"]] == [[0.5, 4.0]] * 4
+    assert by_name["quickstart/wins"].table("responses")["data"][0][2] == "It is a <b>string</b>."
+    assert by_name["quickstart/ppo"].points[1]["rollout_tokens_per_second"] == 2_100.0
 
 
 def test_two_mirrors_of_one_log_write_to_the_same_runs(sample: Any, tmp_path: Path) -> None:

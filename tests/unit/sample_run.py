@@ -1,8 +1,8 @@
 """A made-up run, the same every time: the quickstart with a search, interrupted once and resumed.
 
 `sample_events` is the whole of it, `events_until` what a reader sees in the middle, `failed_events` a run
-whose training stage failed. `write_run` lays events out as a run folder with one file a writer, as a real
-run does.
+whose training stage failed; `rewarded_events` is another run, whose policies learn from rewards. `write_run`
+lays events out as a run folder with one file a writer, as a real run does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,63 @@ def failed_events() -> list[Event]:
     )
     story.tell("run_finished", state="failed", seconds=story.now - START, message="stage sft failed")
     return story.events
+
+
+def rewarded_events() -> list[Event]:
+    """Policies that learn from rewards: `ppo` with held-out prompts, `grpo` without; `wins` compares their answers."""
+    story = _Story()
+    stages = [
+        {"name": "prompts", "kind": "dataset", "inputs": []},
+        {"name": "ppo", "kind": "ppo", "inputs": ["prompts"]},
+        {"name": "grpo", "kind": "grpo", "inputs": ["prompts"]},
+        {"name": "wins", "kind": "win_rate", "inputs": ["ppo", "grpo", "prompts"]},
+    ]
+    story.tell("run_started", run="rewarded", file="rewarded.yaml", text="# Which policy?", stages=stages)
+    story.dataset("prompts", rows=1_000, quarantined=0, planted={})
+    story.policy("ppo", 32, story.ppo_step, PPO_FACTS, evaluated=True)
+    story.policy("grpo", 20, story.grpo_step, GRPO_FACTS, evaluated=False)
+    answers = {
+        "base": {"answer": "No idea.", "reward": 0.25},
+        "ppo": {"answer": "It is a <b>string</b>.", "reward": 4.0},
+        "grpo": {"answer": "A string.", "reward": 3.5},
+    }
+    story.finish("wins", "win_rate", 4.0, {"responses": [{"prompt": "What is `str`?", "answers": answers}]})
+    story.tell("run_finished", state="done", seconds=story.now - START, message="")
+    return story.events
+
+
+PPO_FACTS: dict[str, Any] = {
+    "answers": 1_024,
+    "steps": 32,
+    "eos_rate": 0.8125,
+    "kl": 13.25,
+    "eval_kl": 11.92,
+    "first_reward": 1.125,
+    "reward": 4.65,
+    "eval_reward_before": 0.96875,
+    "eval_reward": 4.609375,
+    "shared_base": True,
+    "weights_bytes": 15_000_000,
+    "weights_bytes_separate": 51_200_000,
+    "responses": [
+        {
+            "prompt": f"What is `{name}`?",
+            "before": f"{name} {name} (",
+            "after": f"{name} is a class.\nIt has methods.",
+            "reward_before": 0.5,
+            "reward_after": 4.0,
+        }
+        for name in ("str", "int", "list", "dict")
+    ],
+}
+GRPO_FACTS: dict[str, Any] = {
+    "steps": 20,
+    "reward": 3.75,
+    "kl": 0.125,
+    "cut_off": 0.25,
+    "eval_reward": None,
+    "loss": 0.01,
+}
 
 
 def write_run(folder: Path, events: list[Event]) -> Path:
@@ -329,6 +387,63 @@ class _Story:
         facts = self.training_facts(rows, steps, floor + 0.01, floor + 0.14)
         self.finish(stage, "sft", self.now - begun, facts)
         return facts
+
+    def policy(
+        self,
+        stage: str,
+        steps: int,
+        told: Callable[[float], dict[str, float]],
+        facts: dict[str, Any],
+        *,
+        evaluated: bool,
+    ) -> None:
+        self.tell("stage_started", stage=stage, kind=stage, fingerprint=f"f-{stage}", detail="")
+        begun = self.now
+        for step in range(steps + 1):
+            done, rows = step / steps, float(step * 32)
+            if step:
+                self.tell("metrics", after=5.0, stage=stage, step=step, values={**told(done), "rows": rows})
+                self.tell("progress", after=0.01, stage=stage, done=step, total=steps, unit="steps")
+            if evaluated and step % 8 == 0:
+                values = {
+                    "eval_reward": 0.97 + 3.64 * done,
+                    "eval_kl": 11.92 * done,
+                    "eval_response_length": 36 + 12 * done,
+                    "eval_eos_rate": 0.4 + 0.4 * done,
+                    "rows": rows,
+                }
+                self.tell("metrics", after=1.0, stage=stage, step=step, values=values)
+        self.finish(stage, stage, self.now - begun, dict(facts))  # tests change what they got
+
+    def ppo_step(self, done: float) -> dict[str, float]:
+        """What PPO tells of a step, `done` of the way."""
+        return {
+            "reward": 1.1 + 3.6 * done + self.random.gauss(0, 0.2),
+            "reward_deviation": 1.2 - 0.8 * done,
+            "kl": 12.6 * done,
+            "kl_coefficient": 0.05,
+            "entropy": 6.3 - 0.3 * done,
+            "policy_loss": -0.02,
+            "value_loss": 0.4 * (1 - done),
+            "clip_fraction": 0.07,
+            "approximate_kl": 0.006,
+            "grad_norm": 0.8,
+            "explained_variance": 2 * done - 1.4,
+            "returns": 1 + 3.5 * done,
+            "response_length": 36 + 12 * done,
+            "eos_rate": 0.4 + 0.4 * done,
+            "sampler_gap": 2e-7,
+            "learning_rate": 3e-4,
+            "rollout_tokens_per_second": 2_100.0,
+            "score_tokens_per_second": 3_400.0,
+            "update_tokens_per_second": 1_700.0,
+            "memory_gb": 0.9,
+        }
+
+    def grpo_step(self, done: float) -> dict[str, float]:
+        """What GRPO tells of a step, `done` of the way."""
+        own = {"reward": 1.1 + 2.7 * done, "loss": 0.01, "kl": 0.125 * done, "cut_off": 0.5 - 0.25 * done}
+        return {**own, "entropy": 6.3, "clip_fraction": 0.02, "response_length": 40.0}
 
     def evaluate(self) -> None:
         self.tell("stage_started", stage="eval", kind="evaluate", fingerprint="f-eval", detail="3 models on 2 sets")

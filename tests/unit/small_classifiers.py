@@ -67,8 +67,8 @@ def write_reward_model(folder: Path, pad: int | None = None, labels: int = 1) ->
     return folder
 
 
-def write_language_model(folder: Path) -> Path:
-    torch.manual_seed(0)
+def write_language_model(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     LlamaForCausalLM(_llama()).save_pretrained(folder)
     train_tokenizer([TEXT], 300).save_pretrained(folder)
     return folder

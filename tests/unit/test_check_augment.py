@@ -81,6 +81,21 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         HELDOUT,
         ["`eval.data.held` measures on can get into `prompts`, from `train`", "`pairs.jsonl` (split test and all)"],
     ),
+    "prompts of a win rate": (
+        [
+            (
+                "data: {held: held, worded: worded}}\n",
+                "data: {worded: worded}}\n"
+                "  wins: {kind: win_rate, models: [sft], against: base, judge: {pretrained: org/name}, data: held}\n",
+            ),
+            (
+                "train: {kind: dataset, source: pairs.jsonl, split: train}",
+                "train: {kind: dataset, source: pairs.jsonl}",
+            ),
+        ],
+        HELDOUT,
+        ["`wins.data` measures on can get into `prompts`, from `train`"],
+    ),
     "rows of a larger holdout": (
         [("split: test}", "split: test, holdout: 0.2}")],
         HELDOUT,

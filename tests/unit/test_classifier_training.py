@@ -19,7 +19,14 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from tunery.comparison import classifier_table
 from tunery.errors import SpecErrors, TuneryError
 from tunery.models.classify import SequenceClassifier
-from tunery.models.load import load_classifier, load_own_tokenizer, load_with_new_head, write_base, write_head
+from tunery.models.load import (
+    load_classifier,
+    load_own_tokenizer,
+    load_with_new_head,
+    outline_with_head,
+    write_base,
+    write_head,
+)
 from tunery.models.tuners import lora_config
 from tunery.runner.check import check
 from tunery.runner.plan import make_plan
@@ -31,6 +38,7 @@ from tunery.store.rows import DECIDED, read_rows, write_rows
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
 from tunery.train.batches import evaluation_batches
+from tunery.train.headed import padding_as
 from tunery.train.job import Rows, rows_of
 
 TEXT = """\
@@ -236,6 +244,17 @@ def test_head_of_as_many_labels_is_kept_and_of_others_replaced(tmp_path: Path) -
     before = AutoModelForSequenceClassification.from_pretrained(two)
     assert torch.equal(kept.classifier.weight, before.classifier.weight)
     assert load_with_new_head(source(three), LABELS, torch.float32)[1] == ["classifier"]
+
+
+@pytest.mark.parametrize(("named", "used"), [(7, 7), (None, 0), (-1, 0), (10_000, 0)])
+def test_rows_are_padded_with_what_the_model_names_where_there_is_such_a_token(
+    tmp_path: Path, named: int | None, used: int
+) -> None:
+    base = source(write_language_model(tmp_path / "base"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": named}))
+    outline = outline_with_head(base, LABELS)
+    assert padding_as(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
 
 
 def test_model_whose_body_is_missing_is_refused(tmp_path: Path) -> None:

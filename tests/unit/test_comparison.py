@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import LoadText
+from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.comparison import diversity_table
+from tunery.comparison import diversity_table, loss_table, policy_table, results, win_table
 from tunery.store import Artifact
 
 TEXT = """\
@@ -55,3 +56,142 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
 def test_without_a_diverse_choice_there_is_no_table(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT.replace("  spread:", "  # spread:"))
     assert diversity_table(experiment, made()) is None
+
+
+POLICIES = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
+  ppo: {kind: ppo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3, eval_data: rows}
+  grpo: {kind: grpo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3}
+  eval: {kind: evaluate, models: [base, ppo], data: {heldout: rows}}
+"""
+
+
+def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
+    told = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
+    measured = ("weights_bytes", "weights_bytes_separate")
+    return {
+        name: Artifact(
+            Path(name),
+            {"facts": {key: value for key, value in facts.items() if key not in measured}, "kind": name},
+            {key: value for key, value in facts.items() if key in measured},
+        )
+        for name, facts in {**told, **more}.items()
+    }
+
+
+def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies())
+    assert table is not None
+    assert table["title"] == "Rewards"
+    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    assert table["rows"] == [
+        ["ppo", 0.96875, 4.609375, 11.92, 0.8125, "1,024", "32"],
+        ["grpo", None, 3.75, 0.125, 0.75, None, "20"],
+    ]
+    assert table["notes"] == [
+        "ppo: models on one base: 14.3 MiB of weights instead of 48.8 MiB",
+        "grpo: rewards of its own first and last steps; with `eval_data` they would be held out",
+        "KL: from the first model, in nats an answer (ppo), a token (grpo)",
+    ]
+
+
+def test_policy_with_weights_of_its_own_saved_none(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
+    assert table is not None
+    assert not any("one base" in note for note in table["notes"])
+
+
+def test_without_policies_there_is_no_table_of_rewards(load_text: LoadText) -> None:
+    experiment, _ = load_text(TEXT)
+    assert policy_table(experiment, made()) is None
+
+
+def test_other_programs_are_told_the_first_that_a_training_measures(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    assert results(experiment, policies()) == {"base": 2.5, "ppo": 4.609375, "grpo": None, "eval": [1]}
+
+
+MEASURED = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 2, learning_rate: 2e-3}
+  sft: {kind: sft, data: rows, model: base, epochs: 1, learning_rate: 1e-5}
+  eval: {kind: evaluate, models: [base, sft], data: {held: rows}, baseline: base}
+  wins: {kind: win_rate, models: [sft], against: base, judge: {python: reward.py}, data: rows}
+"""
+SEARCHED = """\
+search: {metric: wins.sft.rows.win_rate, mode: max, trials: 2, space: {sft.epochs: {choice: [1, 2]}}}
+"""
+
+
+def won(rate: float, too_long: int = 0) -> Artifact:
+    result = {
+        "model": "sft",
+        "set": "rows",
+        "win_rate": rate,
+        "interval": [rate - 0.1, rate + 0.1],
+        "reward": 1.5,
+        "response_length": 20.5,
+        "eos_rate": 1.0,
+        "against": {"model": "base", "reward": 0.5, "response_length": 10.0, "eos_rate": 1.0},
+        "rows": 90,
+        "left_out": {"too_long": too_long, "unusable": 0},
+    }
+    return Artifact(Path("wins"), {"facts": {"results": [result]}}, {})
+
+
+def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
+    results = [
+        {"model": model, "set": "held", "loss": loss, "perplexity": 9.0}
+        | ({} if forgetting is None else {"forgetting": forgetting})
+        for model, loss, forgetting in losses
+    ]
+    trained = {name: Artifact(Path(name), {"facts": {"rows": 9, "steps": 3}}, {}) for name in ("base", "sft")}
+    return {"eval": Artifact(Path("eval"), {"facts": {"results": results}}, {}), **trained}
+
+
+def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = win_table(experiment, {"wins": won(0.6, too_long=10)}, {})
+    assert table is not None
+    assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
+        "model": "sft",
+        "against": "base",
+        "prompts": "rows",
+        "judge": "reward.py",
+        "win rate": 0.6,
+        "95% interval": "0.500–0.700",
+        "reward": 1.5,
+        "reward against": 0.5,
+        "tokens an answer": 20.5,
+    }
+    assert table["notes"] == [
+        "wins: sft and base are compared on 90 prompts of rows; 10 are too long for one of them, 0 rows ask nothing"
+    ]
+
+
+def test_best_trials_win_rate_stands_beside_the_files_own(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED + SEARCHED)
+    table = win_table(experiment, {"wins": won(0.6)}, {"wins": won(0.7)})
+    assert table is not None
+    assert [(row[0], row[4]) for row in table["rows"]] == [("sft (best trial)", 0.7), ("sft", 0.6)]
+    assert table["notes"] == []
+
+
+def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = loss_table(experiment, lost(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
+    assert table is not None
+    assert [row[table["columns"].index("forgetting")] for row in table["rows"]] == ["+0.0%", "+12.5%"]
+    table = loss_table(experiment, lost(("base", 2.0, None), ("sft", 2.25, None)), {})
+    assert table is not None
+    assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]

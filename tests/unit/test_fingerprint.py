@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tunery.runner import identity as identity_module
 from tunery.runner.identity import difference, fingerprints, identity, stage_seed
 from tunery.runner.stages import STAGES
-from tunery.spec import Compute, Evaluate, Experiment, Stage, Training
+from tunery.spec import Compute, Evaluate, Experiment, Stage, Training, WinRate
 from tunery.spec.graph import closure
 from tunery.spec.overrides import with_overrides
 from tunery.store.fingerprint import LENGTH, file_digest, fingerprint, folder_digest
@@ -55,7 +55,9 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
             "rloo": {"reward": {"pretrained": "./model"}, "group_size": 4},
         }.items()
     },
+    "rm": {"kind": "reward", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
+    "wins": {"kind": "win_rate", "models": ["base"], "against": "other", "judge": "judge", "data": "clean"},
 }
 
 LABELLED = [{"good": "more", "bad": "docs"}, {"good": "more", "bad": "scored"}, {"review": "checked"}]
@@ -190,12 +192,32 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     },
     ("grpo", "loss"): ["grpo", "dr_grpo"],
     ("grpo", "scale"): ["batch", "none"],
+    ("rm", "model"): ["other", {"pretrained": "./model"}],
+    ("rm", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
+    ("rm", "center"): [0.01, 0.1],
     ("eval", "models"): [["sft", "base"], ["base"], ["base", "other"]],
     ("eval", "data"): [{"one": "docs"}, {"one": "more", "two": "docs"}, {"one": "docs", "three": "more"}],
+    ("eval", "baseline"): ["base", "sft"],
     ("eval", "max_length"): [64],
+    ("wins", "models"): [["sft"], ["base", "sft"], ["sft", "base"], [{"pretrained": "./model"}]],
+    ("wins", "against"): ["sft", {"pretrained": "./model"}, {"pretrained": "org/name"}],
+    ("wins", "judge"): [
+        {"pretrained": "./model"},
+        {"pretrained": "org/name"},
+        {"python": "reward.py"},
+        {"python": "reward.py", "function": "other"},
+        {"python": "other.py"},
+    ],
+    ("wins", "data"): ["more", "strict"],
+    ("wins", "sampling"): [
+        {field: value}
+        for field, value in {"temperature": 0.5, "top_p": 0.9, "min_new_tokens": 1, "max_new_tokens": 64}.items()
+    ],
+    ("wins", "max_length"): [256],
+    ("wins", "seed"): [4, 5],
     **{
         (name, field): values
-        for name in ("base", "sft", "judge", "dpo", "kto", "grpo", "rloo")
+        for name in ("base", "sft", "judge", "rm", "dpo", "kto", "grpo", "rloo")
         for field, values in {
             "data": ["more", *LABELLED] if name == "judge" else ["more"],
             "epochs": [3, 0.5, "auto"],
@@ -212,21 +234,8 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         }.items()
     },
 }
-ONE_OF_EACH_KIND = (
-    "docs",
-    "base",
-    "scored",
-    "clean",
-    "checked",
-    "prompts",
-    "sft",
-    "judge",
-    "dpo",
-    "kto",
-    "grpo",
-    "rloo",
-    "eval",
-)
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "eval", "wins")
+ONE_OF_EACH_KIND += ("rm", "dpo", "kto", "grpo", "rloo")
 
 
 @pytest.fixture
@@ -234,7 +243,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     (tmp_path / "checked.jsonl").write_text('{"id": "a", "decision": "keep"}\n')
-    (tmp_path / "reward.py").write_text("def reward(prompts, answers): ...\ndef other(prompts, answers): ...\n")
+    for name in ("reward.py", "other.py"):
+        (tmp_path / name).write_text("def reward(prompts, answers): ...\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
@@ -370,7 +380,12 @@ def test_renamed_stage_changes_nothing_but_evaluations_whose_results_bear_its_na
     other = renamed(old, "fresh")
     after = prints(other, folder)
     after[old] = after.pop("fresh")
-    bearers = {name for name, stage in EXPERIMENT.stages.items() if isinstance(stage, Evaluate) and old in stage.models}
+    bearers = {
+        name
+        for name, stage in EXPERIMENT.stages.items()
+        if (isinstance(stage, Evaluate) and old in stage.models)
+        or (isinstance(stage, WinRate) and old in (*stage.contestants, stage.data))
+    }
     assert changed(prints(EXPERIMENT, folder), after) == bearers
 
 
@@ -432,7 +447,7 @@ def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) 
 def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
     # Planted damage, trainings without a seed of their own, `random`, which rows a person is asked about, prompts.
-    by_chance = {"more", "base", "other", "clean", "checked", "prompts"}
+    by_chance = {"more", "base", "other", "clean", "checked", "prompts", "wins"}
     assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)

@@ -46,6 +46,8 @@ search:
   space:
     sft.learning_rate: {loguniform: [1e-5, 1e-3]}
 """
+EVALUATE = "eval: {kind: evaluate, models: [base, sft], data: {held: more}}"
+WIN_RATE = "eval: {kind: win_rate, models: [base], against: sft, judge: {pretrained: org/name}, data: more}"
 
 
 def edited(*replacements: tuple[str, str]) -> str:
@@ -238,6 +240,21 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         [("models: [base, sft]", "models: [base, base]")],
         15,
         ["base is named twice"],
+    ),
+    "model that is compared with itself": (
+        [(EVALUATE, WIN_RATE.replace("[base]", "[base, sft]"))],
+        15,
+        ["`sft` would be compared with itself: remove it from `models`"],
+    ),
+    "models of one name that are compared": (
+        [(EVALUATE, WIN_RATE.replace("[base]", "[{pretrained: ./a/sft}]"))],
+        15,
+        ["sft is named twice"],
+    ),
+    "answers as long as the prompt and they may be": (
+        [(EVALUATE, WIN_RATE.replace("data: more", "data: more, max_length: 128"))],
+        15,
+        ["`max_length` (128) leaves no room for a prompt before 128 new tokens"],
     ),
     "score that nobody makes": (
         [("keep: {perplexity:", "keep: {perplexiti:")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sample_run import START, rewarded_events
+
 from tunery.track.overhead import overhead
 
 
@@ -37,3 +39,10 @@ def test_only_the_last_invocation_counts() -> None:
     again = [*EVENTS, at(200, "run_started"), at(201, "stage_finished", stage="base", reused=True)]
     assert overhead(again)["first_step_seconds"] is None
     assert overhead(again)["between_stages_seconds"] == []
+
+
+def test_first_step_of_a_policy_is_its_first_update() -> None:
+    events = rewarded_events()
+    (first,) = [e["t"] for e in events if e["event"] == "progress" and e["stage"] == "ppo" and e["done"] == 1]
+    assert overhead(events)["first_step_seconds"] == first - events[0]["t"]
+    assert first > START

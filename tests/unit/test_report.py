@@ -236,3 +236,23 @@ def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:
     table = sections.leaderboard(replay([evaluated("eval", 2.5), evaluated("eval (best trial)", 2.25)]))
     assert table is not None
     assert [row[0].text for row in table.rows] == ["sft", "sft, eval (best trial)"]
+
+
+def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
+    def measured(kind: str, *results: dict[str, object]) -> dict[str, object]:
+        return {"t": 1.0, "event": "stage_finished", "stage": kind, "kind": kind, "fingerprint": kind,
+                "reused": False, "seconds": 1.0, "artifact": "", "facts": {"results": results}}  # fmt: skip
+
+    def won(model: str, rate: float) -> dict[str, object]:
+        return {"model": model, "set": "heldout", "win_rate": rate, "interval": [0.1, 0.9], "reward": 1.5, "rows": 3,
+                "outcomes": {"wins": 2, "ties": 0, "losses": 1}, "against": {"model": "base", "reward": 0.5},
+                "left_out": {"too_long": 1, "unusable": 0}}  # fmt: skip
+
+    losses = [{"model": model, "set": "heldout", "loss": 2.5, "rows": 4} for model in ("base", "sft", "ppo")]
+    state = replay([measured("evaluate", *losses), measured("win_rate", won("sft", 0.6), won("ppo", 0.75))])
+    table = sections.leaderboard(state)
+    assert table is not None
+    assert table.columns == ["model", "heldout loss", "heldout win rate", "heldout reward"]
+    assert [[cell.text for cell in row][:3] for row in table.rows] == [
+        ["base", "2.5", ""], ["sft", "2.5", "0.60"], ["ppo", "2.5", "0.75"]]  # fmt: skip
+    assert [row[2].best for row in table.rows] == [False, False, True]

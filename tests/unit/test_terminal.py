@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from sample_run import Event, events_until, failed_events, sample_events
+from sample_run import Event, events_until, failed_events, rewarded_events, sample_events
 
 from tunery.track.events import EventReader
-from tunery.track.state import RunState, replay
+from tunery.track.notes import latest, note
+from tunery.track.state import RunState, StageState, replay
 from tunery.track.terminal import PlainLines, Terminal, final_table, render
 
 
@@ -61,6 +62,35 @@ def test_running_stage_shows_amount_speed_and_time_left(width: int) -> None:
     state, now = at(0.3)
     line = next(line for line in drawn(render(state, width, now), width) if line.startswith("●"))
     assert re.search(r"\d+/400 steps +3\.\d steps/s .*\d+s", line)
+
+
+def test_running_policy_shows_its_reward_and_kl_and_no_loss() -> None:
+    events = rewarded_events()
+    for name in ("ppo", "grpo"):
+        until = [index for index, event in enumerate(events) if event.get("stage") == name][20]
+        state = replay(events[:until])
+        (line,) = [line for line in drawn(render(state, 200, 0.0), 200) if line.startswith("●")]
+        assert re.search(r"reward \d\.\d\d, KL \d", line)
+        assert "loss" not in line
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_finished_policy_shows_its_reward_before_and_after(width: int) -> None:
+    lines = drawn(render(replay(rewarded_events()), width, 0.0), width)
+    assert max(map(cell_len, lines)) <= width
+    assert any(line.startswith("✓  ppo ") and line.endswith("reward 0.97 → 4.61, KL 11.9") for line in lines)
+    assert any(line.startswith("✓  grpo ") and line.endswith("reward 3.75, KL 0.12") for line in lines)
+
+
+def test_policy_without_held_out_prompts_tells_the_rewards_of_its_steps() -> None:
+    facts = {"first_reward": 1.125, "reward": 4.65, "kl": 13.25, "eval_reward": None}
+    assert note(StageState("s", kind="ppo", status="done", facts=facts)) == "reward 1.12 → 4.65, KL 13.2"
+    assert note(StageState("s", kind="ppo", status="done", facts={})) == ""
+
+
+def test_policy_before_its_first_step_has_nothing_to_show_yet() -> None:
+    stage = StageState("s", kind="ppo", status="running", points={0: {"eval_reward": 0.97, "eval_kl": 0.0}})
+    assert latest(stage) == ""
 
 
 def test_search_shows_best_and_running_trials() -> None:

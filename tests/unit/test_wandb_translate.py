@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from sample_run import METRIC, START, Event, failed_events, sample_events
+from sample_run import METRIC, PPO_FACTS, START, Event, failed_events, rewarded_events, sample_events
 
 from tunery.track.wandb_mirror import Mirrored, wanted_mode
 from tunery.track.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
@@ -29,7 +29,8 @@ def event(name: str, at: float = 0.0, **values: Any) -> Event:
 
 
 def told(events: list[Event], **more: Any) -> list[Any]:
-    return list(plan(events, "quickstart", EXPERIMENT, **more))
+    run = next((str(e["run"]) for e in events if e.get("run")), "quickstart")
+    return list(plan(events, run, EXPERIMENT, **more))
 
 
 def of(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
@@ -230,6 +231,32 @@ def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
     assert summary.values["docs.rows"] == 4_000, "reused stages are facts of the whole as well"
     assert summary.values["eval.sft.domain.loss"] == 3.191, "as a search names it"
     assert summary.values["search.trials.failed"] == 1
+
+
+def test_answers_of_a_finished_stage_are_a_table_of_its_run_and_no_numbers_of_a_summary() -> None:
+    actions = told(rewarded_events())
+    ppo, wins, whole = (opened(actions, f"rewarded{name}") for name in ("/ppo", "/wins", ""))
+    *_, answers = of(Log, actions, ppo.id)
+    assert list(answers.values) == ["responses"]
+    made = answers.values["responses"]
+    assert made.columns == ["prompt", "before", "after", "reward before", "reward after"]
+    assert [row[0] for row in made.rows] == [one["prompt"] for one in PPO_FACTS["responses"]]
+    (of_models,) = of(Log, actions, wins.id)
+    assert of_models.values["responses"].columns[:4] == ["prompt", "base", "ppo", "grpo"]
+    for run in (ppo, wins, whole):
+        (summary,) = of(Summarize, actions, run.id)
+        assert not any("responses" in name for name in summary.values)
+
+
+def test_curves_of_a_policy_arrive_whole_with_the_speed_of_each_phase() -> None:
+    events = rewarded_events()
+    actions = told(events)
+    for name in ("ppo", "grpo"):
+        stage = opened(actions, f"rewarded/{name}")
+        curve = [log.values for log in of(Log, actions, stage.id) if "responses" not in log.values]
+        assert curve == points(events, name)
+    ppo = {key for log in of(Log, actions, opened(actions, "rewarded/ppo").id) for key in log.values}
+    assert {"rollout_tokens_per_second", "score_tokens_per_second", "update_tokens_per_second", "memory_gb"} <= ppo
 
 
 def test_two_rows_of_the_same_name_keep_their_numbers_apart() -> None:

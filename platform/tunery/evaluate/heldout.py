@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -63,7 +64,8 @@ class EvaluationActor:
 
 
 def make_metrics(context: StageContext) -> StageResult:
-    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows."""
+    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows; where there is a
+    baseline, forgetting."""
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Evaluate)
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
@@ -94,8 +96,20 @@ def make_metrics(context: StageContext) -> StageResult:
             raise RowsLost(
                 context.name, f"{expected[result['set']]} rows of `{result['set']}` went in, {result['rows']} came out"
             )
+    if stage.baseline is not None:
+        table = with_forgetting(table, model_name(stage.baseline))
     (context.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
     return StageResult({"results": table}, {"seconds": time.time() - started})
+
+
+def with_forgetting(table: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Each result, and by what share its loss is above that of the model `baseline` on the same set: 0.1 is a tenth
+    more, below 0 it is better than before. NaN where the baseline has no loss."""
+    before = {result["set"]: result["loss"] for result in table if result["model"] == baseline}
+    return [
+        {**result, "forgetting": result["loss"] / before[result["set"]] - 1 if before[result["set"]] else math.nan}
+        for result in table
+    ]
 
 
 def _total(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:

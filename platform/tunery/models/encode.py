@@ -62,20 +62,24 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return encoded
 
 
-def prompt_of(row: Row) -> Row | None:
-    """The row's conversation up to its last answer: what is answered anew. None where nothing is asked."""
+def as_prompt(row: Row) -> Row:
+    """A conversation up to its last answer: what is asked. Raises ValueError for a row in which nothing is."""
     turns = row.get("messages") or []
-    asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-    return {"messages": asked, "tools": row.get("tools")} if asked else None
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError("a row without a question")
+    return {**row, "messages": turns}
 
 
 def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each prompt, with what the chat template puts before an answer: where generation begins."""
+    """Tokens of each prompt, up to where its answer begins: the same that `encode` puts before an answer."""
     texts = []
     for prompt in prompts:
         messages, tools = _conversation(prompt)
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-        texts.append(str(text))
+        texts.append(
+            str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True))
+        )
     return _tokenise(texts, tokenizer)
 
 

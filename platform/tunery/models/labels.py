@@ -17,6 +17,20 @@ from tunery.models.check import BadModel
 
 HEAD = "ForSequenceClassification"
 MOST_SHOWN = 12
+REWARD = ("reward",)
+"""What a reward model that was trained here gives, by number."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Of a reward model's outputs for answers: where they lie, and how far apart."""
+
+    mean: float
+    deviation: float
+
+    def __call__(self, outputs: Any) -> Any:
+        """(outputs - mean) / deviation: of a number, an array or a tensor."""
+        return (outputs - self.mean) / self.deviation
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,8 @@ class Labels:
     """A row may have several of them or none: each has a probability of its own, where else all share one."""
     temperature: float | None = None
     """By which probabilities fit best on rows that it wasn't trained on; None where nobody looked."""
+    scale: Scale | None = None
+    """Of a reward model that was trained here; None of any other."""
 
     def shown(self) -> str:
         more = f" and {len(self.names) - MOST_SHOWN} more" if len(self.names) > MOST_SHOWN else ""

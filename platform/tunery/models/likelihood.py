@@ -52,7 +52,7 @@ class Likelihood:
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
         self._vocabulary = model.config.get_text_config().vocab_size
         self._head: Logits | None = model.get_output_embeddings()
-        if not _head_is_plain(model):
+        if not head_is_plain(model):
             # Gemma caps its logits, Cohere scales them: such a model makes its own, and fewer tokens share a forward.
             self._head = None
             self._budget = max(1, min(self._budget, LOGIT_BYTES // (4 * self._vocabulary)))
@@ -142,7 +142,7 @@ def _nll(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")
 
 
-def _head_is_plain(model: PreTrainedModel) -> bool:
+def head_is_plain(model: PreTrainedModel) -> bool:
     """Whether the head alone, laid on the base model's hidden states, gives the model's logits."""
     import torch
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
-from tunery.models.labels import Labels, labels_of
+from tunery.models.labels import Labels, Scale, labels_of
 from tunery.models.scratch import CHAT_TEMPLATE
 from tunery.spec import Pretrained
 
@@ -83,13 +83,13 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
 
     if "artifact" in source:
         artifact = Path(source["artifact"])
-        temperature = json.loads((artifact / "manifest.json").read_text())["facts"].get("temperature")
         if is_adapter(source):
             model, names = _with_adapter_and_head(artifact, dtype)
-            return model, Labels(names, len(names) == 1, temperature)
-        folder: Source = {"pretrained": str(artifact / "model"), "revision": None}
-        model, labels = load_classifier(folder, dtype)
-        return model, dataclasses.replace(labels, temperature=temperature)
+            labels = Labels(names, len(names) == 1)
+        else:
+            model, labels = load_classifier(_folder_of(source), dtype)
+        temperature = _facts(artifact).get("temperature")
+        return model, dataclasses.replace(labels, temperature=temperature, scale=scale_of(artifact))
     name = source["pretrained"]
     model, told = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
     try:
@@ -102,6 +102,17 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         return model, labels_of(model.config.to_dict(), name)
     except BadModel as error:
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+
+
+def scale_of(artifact: Path) -> Scale | None:
+    """Of the rewards of a `reward` stage's artifact; None of another's."""
+    facts = _facts(artifact)
+    return Scale(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
+
+
+def _facts(artifact: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((artifact / "manifest.json").read_text())["facts"]
+    return facts
 
 
 def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
@@ -164,8 +175,9 @@ def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
         problem_type="single_label_classification" if len(labels) > 1 else None,
     )
     text = config.get_text_config()
-    if text.pad_token_id is None:
-        tokenizer = load_own_tokenizer(source)
+    tokenizer = load_own_tokenizer(source)
+    # Some configs name a token that there is not, such as -1.
+    if text.pad_token_id is None or not 0 <= text.pad_token_id < len(tokenizer):
         text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
 

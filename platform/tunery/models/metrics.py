@@ -1,4 +1,5 @@
-"""How well scores and class probabilities tell rows apart, and the temperature at which probabilities fit. Pure."""
+"""How well scores and class probabilities tell rows apart, and rewards the sides of a pair; the temperature at which
+probabilities fit. Pure."""
 
 from __future__ import annotations
 
@@ -65,3 +66,13 @@ def fitted_temperature(logits_nl: Floats, labels: Integers, weights: Floats) -> 
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
+
+
+def preference_loss(margins: Floats) -> float:
+    """Nats a pair: the mean of -log sigmoid(margin) of a chosen answer over a rejected one (Bradley-Terry)."""
+    return float(np.logaddexp(0, -margins).mean())
+
+
+def preference_accuracy(margins: Floats) -> float:
+    """The share of pairs whose chosen answer has more, ties counting half."""
+    return float((margins > 0).mean() + (margins == 0).mean() / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tunery.errors import TuneryError
 from tunery.spec import Compute
 
 Unit = dict[str, Any]
@@ -23,16 +24,21 @@ def map_units(
 
     `in_process` does the same without Ray, for a trial: it has its CPU or GPU already, and would wait for ever for
     actors that need another one.
+
+    A TuneryError of an actor's call is raised here as it was there.
     """
     if in_process:
         mine = actor(*arguments)
         for unit in units:
             yield {key: values[0] for key, values in mine({key: [value] for key, value in unit.items()}).items()}
         return
-    import ray
     import ray.data
+    import ray.exceptions
 
     assert compute.workers != "auto", "resolved by the runner"
+    # Else Ray Data (2.60, planner/plan_udf_map_op.py) raises a UserCodeException from what the actor raised, and the
+    # latter gets lost on the way: pickling an exception leaves out its __cause__.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     # Not more than are free: other trials hold theirs for as long as they train.
     free = int(ray.available_resources().get("CPU", 0)) if on_cpu else 0
     workers = max(free, compute.workers)
@@ -44,7 +50,12 @@ def map_units(
         num_cpus=1 if on_cpu else compute.cpus_per_worker,
         num_gpus=1 if compute.device == "gpu" and not on_cpu else 0,
     )
-    yield from dataset.iter_rows()
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TuneryError):
+            raise error.cause from error
+        raise
 
 
 def score_dtype(compute: Compute) -> Any:

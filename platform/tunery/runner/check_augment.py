@@ -16,7 +16,7 @@ from tunery.data.formats.hub import HubDataset
 from tunery.data.read import described, first_shape
 from tunery.data.sources import BadSource, Builtin, Part, find_parts
 from tunery.errors import SpecError
-from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training
+from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
 from tunery.spec.graph import lineage
 from tunery.spec.load import error_at
 from tunery.spec.trainings import row_stages
@@ -115,12 +115,14 @@ def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
 
 
 def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """Each stage whose rows some loss is measured on, with the first field that names it."""
+    """Each stage whose rows some loss or win rate is measured on, with the first field that names it."""
     found: dict[str, str] = {}
     for name, stage in experiment.stages.items():
         if isinstance(stage, Evaluate):
             for key, data in stage.data.items():
                 found.setdefault(data, f"{name}.data.{key}")
+        if isinstance(stage, WinRate):
+            found.setdefault(stage.data, f"{name}.data")
         if isinstance(stage, Training) and stage.eval_data is not None:
             for path, data in row_stages(stage.eval_data).items():
                 found.setdefault(data, ".".join((name, "eval_data", *path)))

@@ -13,7 +13,7 @@ from tunery.data.read import described, first_shape
 from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import SpecError
 from tunery.models.check import BadModel
-from tunery.models.labels import Labels, labels_of_folder
+from tunery.models.labels import REWARD, Labels, labels_of_folder
 from tunery.runner.identity import model_folder
 from tunery.spec import LABELS, ClassifierTraining, Dataset, Experiment, Pretrained, PythonReward, RewardTraining
 from tunery.spec.graph import lineage
@@ -129,7 +129,7 @@ def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) 
     stage = experiment.stages[model]
     if isinstance(stage, ClassifierTraining):
         return Labels(LABELS, False, None if stage.eval_data is None else 1.0)
-    return Labels(("reward",), True) if isinstance(stage, RewardTraining) else None
+    return Labels(REWARD, True) if isinstance(stage, RewardTraining) else None
 
 
 def _check_function(reward: PythonReward, folder: Path) -> None:

@@ -56,8 +56,10 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):
         result["content"] = decisions_identity(stage, folder)
-    if isinstance(stage, Evaluate | WinRate):
+    if isinstance(stage, Evaluate):
         result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
+    if isinstance(stage, WinRate):
+        result["names"] = [*(model_name(model) for model in stage.contestants), stage.data]
     for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
         if isinstance(reward, PythonReward):
             result[f"content of {reward.python}"] = hashlib.sha256((folder / reward.python).read_bytes()).hexdigest()

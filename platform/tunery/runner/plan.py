@@ -42,6 +42,7 @@ from tunery.spec import (
     Stage,
     Training,
     Tuner,
+    WinRate,
 )
 from tunery.spec.graph import order
 from tunery.spec.trainings import row_stages
@@ -163,6 +164,9 @@ class _Estimates:
         if isinstance(stage, Evaluate):
             sets = sum(self._rows[data] for data in stage.data.values())
             rows = sets * len(stage.models)
+            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+        if isinstance(stage, WinRate):
+            rows = self._rows[stage.data] * len(stage.contestants)
             return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, Training):
             return self._training(make, name, stage, artifact, before)

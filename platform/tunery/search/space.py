@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tunery.spec import Dimension, Evaluate, Experiment, Search, Training
+from tunery.spec import Dimension, Evaluate, Experiment, Search, Training, WinRate
 from tunery.spec.graph import closure
 from tunery.spec.overrides import with_overrides
 from tunery.spec.reference import model_name
@@ -50,7 +50,8 @@ def metric_stage(metric: str) -> str:
 def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     """The experiment with other values, cut down to what the search's metric needs.
 
-    Of an evaluate stage that is one model on one set, so that trials do not measure other models again and again.
+    Of an evaluate stage that is one model on one set (and the baseline, where it is about forgetting), of a win_rate
+    stage one model, so that trials do not measure other models again and again.
     """
     assert experiment.search is not None, "only a search has trials"
     trial = with_overrides(experiment, overrides)
@@ -58,13 +59,15 @@ def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Ex
     stage = trial.stages[name]
     stages = dict(trial.stages)
     if isinstance(stage, Evaluate):
-        model, data, _ = rest
+        model, data, metric = rest
+        baseline = stage.baseline if metric == "forgetting" else None
+        models = tuple(item for item in stage.models if model_name(item) == model or item == baseline)
         stages[name] = stage.model_copy(
-            update={
-                "models": tuple(item for item in stage.models if model_name(item) == model),
-                "data": {data: stage.data[data]},
-            }
+            update={"models": models, "data": {data: stage.data[data]}, "baseline": baseline}
         )
+    if isinstance(stage, WinRate):
+        models = tuple(item for item in stage.models if model_name(item) == rest[0])
+        stages[name] = stage.model_copy(update={"models": models})
     return trial.model_copy(
         update={
             "stages": closure(stages, [name]),

@@ -29,6 +29,15 @@ class Sampling(Spec):
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """An answer that has not ended by then is cut off."""
 
+    def check_room(self, max_length: int) -> None:
+        """Raises ValueError where no answer fits, or none behind a prompt within `max_length` tokens."""
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("`sampling.min_new_tokens` is more than `max_new_tokens`")
+        if self.max_new_tokens >= max_length:
+            raise ValueError(
+                f"`max_length` ({max_length}) leaves no room for a prompt before {self.max_new_tokens} new tokens"
+            )
+
 
 class PythonReward(Spec):
     """A function of one's own: `reward(prompts, answers)` gets two lists of texts and returns a list of numbers."""
@@ -132,13 +141,7 @@ class _OnPolicy(Training[str]):
     def _draws(self) -> _OnPolicy:
         if not self.sampling.temperature:
             raise ValueError("at `sampling.temperature` 0 nothing is drawn: there is nothing to learn from")
-        if self.sampling.min_new_tokens > self.sampling.max_new_tokens:
-            raise ValueError("`sampling.min_new_tokens` is more than `max_new_tokens`")
-        if self.sampling.max_new_tokens >= self.max_length:
-            raise ValueError(
-                f"`max_length` ({self.max_length}) leaves no room for a prompt before "
-                f"{self.sampling.max_new_tokens} new tokens"
-            )
+        self.sampling.check_room(self.max_length)
         return self
 
     def inputs(self) -> Iterator[Input]:
@@ -193,7 +196,7 @@ class Kl(Spec):
 
     estimator: Literal["k1", "k3"] = "k1"
     """Of the KL divergence from sampled tokens (http://joschu.net/blog/kl-approx.html). k1, log p - log q, can be
-    negative; k3 never is, and varies less."""
+    negative; k3 never is, and varies less while the two are near."""
     coefficient: NotNegative = 0.05
     """Of the penalty in each token's reward."""
     target: Positive | None = None

@@ -191,6 +191,9 @@ def metrics_of(experiment: Experiment) -> list[str]:
         if isinstance(stage, Evaluate):
             sets = [(model_name(model), data) for model in stage.models for data in stage.data]
             names += [f"{name}.{model}.{data}.{metric}" for model, data in sets for metric in METRICS_OF_EVALUATE]
+            if stage.baseline is not None:
+                before = model_name(stage.baseline)
+                names += [f"{name}.{model}.{data}.forgetting" for model, data in sets if model != before]
         if isinstance(stage, WinRate):
             models = [model_name(model) for model in stage.models]
             names += [f"{name}.{model}.{stage.data}.{metric}" for model in models for metric in METRICS_OF_WIN_RATE]

@@ -95,7 +95,8 @@ class ClassificationSpec(ScorerSpec):
 
 
 class Reward(ClassificationSpec):
-    """What a reward model gives a row: the one logit of its head, without bounds. Higher is better.
+    """What a reward model gives a row: the one logit of its head, without bounds. Higher is better. Of a `reward` stage
+    that is (logit - mean) / deviation, by the scale that was measured at its end.
 
     Stiennon et al. 2020, "Learning to summarize from human feedback" (https://arxiv.org/abs/2009.01325). Any
     sequence-classification model with one label will do, one that was trained to a regression, too.

@@ -304,10 +304,17 @@ class WinRate(Spec):
         yield from reward_inputs(("judge",), self.judge)
         yield Input(("data",), self.data, ROWS)
 
+    @property
+    def contestants(self) -> tuple[str | Pretrained, ...]:
+        """The baseline, then the others."""
+        return self.against, *self.models
+
     @model_validator(mode="after")
     def _against_another(self) -> WinRate:
         if self.against in self.models:
             raise ValueError(f"`{model_name(self.against)}` would be compared with itself: remove it from `models`")
+        _named_once(self.contestants)  # they stand side by side in the results
+        self.sampling.check_room(self.max_length)
         return self
 
 

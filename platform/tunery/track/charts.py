@@ -26,6 +26,10 @@ COLOURS = 7
 """The colours of the page's palette (classes c0 .. c6); further series take them again from the first."""
 MAX_POINTS = 240
 BANDS = 60
+SMALL_WIDTH = 280.0
+"""Of a chart among several in a row."""
+SMALL_LABELS = 6
+"""As many ends of curves can be labelled in a small chart; of more the pointer tells."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +81,33 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> li
     return [*means, points[-1]]
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Several curves over one axis, labelled where they end.
+def line_chart(
+    series: Sequence[Series], x_label: str, y_label: str, *, small: bool = False, whole: bool = False
+) -> str:
+    """Several curves over one axis, labelled where they end; a small chart says there only how much it is.
 
     The first steps of a training fall steeply and would flatten the rest: the axis is set by what comes
-    after the first twelfth, and what rises above it is cut off there and said so.
+    after the first twelfth, and what rises above it is cut off there and said so. Not where `whole` is asked for, nor
+    in a small chart: of other measures than a loss the fall may be the news.
     """
     drawn = [Series(s.label, thinned(s.points), s.colour, s.style, s.tip) for s in series if s.points]
     if not drawn:
         return ""
-    labelled = [s for s in drawn if s.label]
-    room = max((len(_end_label(s)) for s in labelled), default=0) * CHARACTER + 18
-    height, bottom, top = 320.0, 272.0, 30.0
+    labelled = [s for s in drawn if s.label] if not small or len(drawn) <= SMALL_LABELS else []
+    end_label = _end_value if small else _end_label
+    room = max((len(end_label(s)) for s in labelled), default=0) * CHARACTER + 18
+    width, height, top = (SMALL_WIDTH, 164.0, 30.0) if small else (float(WIDTH), 320.0, 30.0)
+    bottom = height - (34 if small else 48)
     xs = [x for s in drawn for x, _ in s.points]
-    x = Scale(min([0.0, *xs]), max(xs) or 1.0, 54, WIDTH - min(room, 210) - 4)
-    low, high, cut_off = _value_range(drawn, x)
+    x = Scale(min([0.0, *xs]), max(xs) or 1.0, 54, width - min(room, 210) - 4)
+    low, high, cut_off = _value_range(drawn, x, whole=small or whole)
     y = Scale(low, high, bottom, top)
-    parts = frame(x, y, x_label, y_label)
+    ticks = 3 if small else 5
+    parts = frame(x, y, "" if small else x_label, y_label, x_ticks=ticks, y_ticks=ticks)
     if cut_off:
         parts.append(text(x.end, top - 12, f"the start goes up to {measure(cut_off, 3)}", css="tick", anchor="end"))
-    parts += _bands(drawn, x, y, x_label) if not any(s.tip for s in drawn) else []
+    if not any(s.tip for s in drawn):
+        parts += _bands(drawn, x, y, x_label, BANDS // 2 if small else BANDS)
     for s in sorted(drawn, key=lambda s: ("quiet", "train", "eval", "best").index(s.style)):
         places = _clipped([(x(px), y(py)) for px, py in s.points], top)
         css = "quiet" if s.style == "quiet" else f"c{s.colour % COLOURS}"
@@ -109,13 +120,18 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     for (s, end), place in zip(ends, spread([end for _, end in ends], 15, top, bottom), strict=True):
         at = x(s.points[-1][0])
         parts.append(path([(at + 3, end), (x.end + 5, place), (x.end + 9, place)], "leader"))
-        said = shorten(_end_label(s), room)
+        said = shorten(end_label(s), room)
         parts.append(text(x.end + 13, place + 4, said, css=f"end c{s.colour % COLOURS} {s.style}"))
-    return svg(height, parts, f"{y_label} by {x_label}: " + "; ".join(_end_label(s) for s in labelled))
+    said = f"{y_label} by {x_label}: " + "; ".join(_end_label(s) for s in drawn if s.label)
+    return svg(height, parts, said, width)
 
 
 def _end_label(series: Series) -> str:
     return f"{series.label} {measure(series.points[-1][1])}"
+
+
+def _end_value(series: Series) -> str:
+    return measure(series.points[-1][1], 3)
 
 
 def _clipped(places: Sequence[tuple[float, float]], top: float) -> list[tuple[float, float]]:
@@ -131,26 +147,26 @@ def _clipped(places: Sequence[tuple[float, float]], top: float) -> list[tuple[fl
     return kept or list(places)
 
 
-def _value_range(series: Sequence[Series], x: Scale) -> tuple[float, float, float]:
-    """(low, high, what the start rises to when it is cut off, else 0)."""
+def _value_range(series: Sequence[Series], x: Scale, *, whole: bool) -> tuple[float, float, float]:
+    """(low, high, what the start rises to when it is cut off, else 0). `whole`: nothing is."""
     everything = [value for s in series for _, value in s.points]
     settled = [
         value for s in series for place, value in s.points if place >= x.low + (x.high - x.low) / 12
     ] or everything
     low, high, highest = min(everything), max(settled), max(everything)
     margin = (high - low) * 0.06 or max(abs(high) * 0.05, 1e-6)
-    worth_cutting = highest > high + 0.35 * (high - low)
+    worth_cutting = not whole and highest > high + 0.35 * (high - low)
     return low - margin, (high if worth_cutting else highest) + margin, highest if worth_cutting else 0.0
 
 
-def _bands(series: Sequence[Series], x: Scale, y: Scale, x_label: str) -> list[str]:
+def _bands(series: Sequence[Series], x: Scale, y: Scale, x_label: str, bands: int) -> list[str]:
     """Invisible upright strips under the curves; the pointer reads there what each curve is at that place."""
-    wide = (x.end - x.start) / BANDS
+    wide = (x.end - x.start) / bands
     strips: list[str] = []
-    for index in range(BANDS):
+    for index in range(bands):
         left = x.start + index * wide
         said: list[str] = []
-        where = x.low + (index + 0.5) / BANDS * (x.high - x.low)
+        where = x.low + (index + 0.5) / bands * (x.high - x.low)
         for s in series:
             place, value = min(s.points, key=lambda point: abs(point[0] - where))
             if abs(x(place) - left - wide / 2) <= wide * 2:
@@ -223,7 +239,7 @@ def _lanes(cuts: Sequence[Cut], x: Scale) -> list[int]:
     return lanes
 
 
-def scatter_chart(dots: Sequence[Dot], axis: Axis, y_label: str, *, width: float = 280) -> str:
+def scatter_chart(dots: Sequence[Dot], axis: Axis, y_label: str, *, width: float = SMALL_WIDTH) -> str:
     """One parameter of a search against its metric; the best trial is ringed."""
     if not dots:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tunery.track.snapshot import StageState
@@ -18,8 +19,7 @@ def note(stage: StageState) -> str:
     if stage.status == "waiting":
         return f"after {', '.join(stage.inputs)}" if stage.inputs else ""
     if stage.status == "running":
-        latest = latest_loss(stage)
-        return ", ".join(part for part in (latest, stage.detail) if part)
+        return ", ".join(part for part in (latest(stage), stage.detail) if part)
     if stage.status == "reused":
         return f"reused: {outcome(stage)}" if outcome(stage) else "reused"
     return outcome(stage)
@@ -30,13 +30,36 @@ def outcome(stage: StageState) -> str:
     return _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
 
 
-def latest_loss(stage: StageState) -> str:
-    """The loss of the newest point that has one: 'loss 3.210'; or its reward, which says more where there is one."""
+def latest(stage: StageState) -> str:
+    """Of the newest point that has one the reward, with KL: 'reward 4.61, KL 11.9'; else the loss: 'loss 3.210'."""
     for point in reversed(stage.curve):
-        for name in ("reward", "loss"):
-            if name in point.values:
-                return f"{name} {measure(point.values[name])}"
+        if "reward" in point.values:
+            return _reward_and_kl(None, point.values["reward"], point.values.get("kl"))
+        if "loss" in point.values:
+            return f"loss {measure(point.values['loss'])}"
     return ""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a policy's answers were worth before its training and after, and how far it went for that. `held_out`: of
+    answers to held-out prompts, else of the training's own, in its first steps and its last."""
+
+    before: float | None
+    after: float
+    kl: float | None
+    held_out: bool
+
+
+def rewards(facts: Facts) -> Rewards | None:
+    """Of a stage that learns from rewards; None where its facts tell no reward."""
+    held_out = as_number(facts.get("eval_reward"))
+    names = ("first_reward", "reward") if held_out is None else ("eval_reward_before", "eval_reward")
+    before, after = (as_number(facts.get(name)) for name in names)
+    # Not every kind measures KL on held-out prompts.
+    kls = [as_number(facts.get(name)) for name in (("kl",) if held_out is None else ("eval_kl", "kl"))]
+    kl = next((value for value in kls if value is not None), None)
+    return None if after is None else Rewards(before, after, kl, held_out is not None)
 
 
 def listed(value: object) -> list[Mapping[str, Any]]:
@@ -99,6 +122,21 @@ def _classifier(facts: Facts) -> str:
     return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
 
 
+def _reward(facts: Facts) -> str:
+    accuracy = as_number(facts.get("eval_accuracy"))
+    return _training(facts) + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
+
+
+def _policy(facts: Facts) -> str:
+    told = rewards(facts)
+    return _training(facts) if told is None else _reward_and_kl(told.before, told.after, told.kl)
+
+
+def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
+    was = f"{measure(before, 3)} → " if before is not None else ""
+    return f"reward {was}{measure(after, 3)}" + (f", KL {measure(kl, 3)}" if kl is not None else "")
+
+
 def _preference(facts: Facts) -> str:
     accuracy = as_number(facts.get("eval_accuracy"))
     return _training(facts) + (f", {accuracy:.0%} preferred" if accuracy is not None else "")
@@ -109,14 +147,6 @@ def _rated(facts: Facts) -> str:
     return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
 
 
-def _groups(facts: Facts) -> str:
-    reward, held_out, kl = (as_number(facts.get(key)) for key in ("reward", "eval_reward", "kl"))
-    if reward is None:
-        return ""
-    told = f"reward {measure(reward, 3)}" + (f" → eval {measure(held_out, 3)}" if held_out is not None else "")
-    return told + (f", KL {measure(kl, 3)}" if kl is not None else "")
-
-
 def _evaluate(facts: Facts) -> str:
     results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
@@ -125,6 +155,17 @@ def _evaluate(facts: Facts) -> str:
     best = min(first, key=lambda result: as_number(result.get("loss")) or 0.0)
     lead = f"best {best.get('model', '')}: " if len(first) > 1 else f"{best.get('model', '')}: "
     return f"{lead}loss {measure(best['loss'])} on {best.get('set', '')}"
+
+
+def _win_rate(facts: Facts) -> str:
+    results = [result for result in listed(facts.get("results")) if as_number(result.get("win_rate")) is not None]
+    if not results:
+        return ""
+    best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)
+    against = best.get("against")
+    baseline = against.get("model", "") if isinstance(against, Mapping) else ""
+    lead = "best " if len(results) > 1 else ""
+    return f"{lead}{best.get('model', '')}: wins {share(best['win_rate'], 1)} against {baseline}"
 
 
 def _other(facts: Facts) -> str:
@@ -142,9 +183,12 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "pretrain": _training,
     "sft": _training,
     "classifier": _classifier,
+    "reward": _reward,
     "dpo": _preference,
     "kto": _rated,
-    "grpo": _groups,
-    "rloo": _groups,
+    "ppo": _policy,
+    "grpo": _policy,
+    "rloo": _policy,
     "evaluate": _evaluate,
+    "win_rate": _win_rate,
 }

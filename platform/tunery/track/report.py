@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunery.track import augmented, filters, reviews, sections, sweep, timing
+from tunery.track import augmented, curves, filters, responses, reviews, sections, sweep, timing
 from tunery.track.events import read_events
 from tunery.track.notes import note, outcome
 from tunery.track.sheets import fact
@@ -60,7 +60,10 @@ def report_html(state: RunState, name: str = "") -> str:
         quarantines=filters.quarantines(state),
         reviews=reviews.reviews(state),
         augmented=augmented.augmented(state),
-        curves=sections.curve_figures(state),
+        curves=curves.curve_figures(state),
+        details=curves.curve_details(state),
+        responses=responses.responses(_told_stages(state)),
+        open_responses=responses.OPEN,
         search=search,
         search_summary=sweep.summary(search) if search else "",
         search_best=sweep.best_line(search) if search else "",

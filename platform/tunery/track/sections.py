@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunery.spec import TRAININGS
-from tunery.track.charts import Cut, Series, histogram_chart, line_chart
+from tunery.track.charts import Cut, histogram_chart
 from tunery.track.filters import cuts_of, goes_back
 from tunery.track.flows import Level, funnel_chart, lost_note
 from tunery.track.notes import listed
@@ -17,14 +17,8 @@ from tunery.track.sheets import Figure, Table, table
 from tunery.track.snapshot import RunState, StageState
 from tunery.track.wording import as_number, count, measure, plain, strings
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate"})
-NOT_CURVES = frozenset(
-    {"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch", "loss", "eval_loss"}
-)
-
-MOST_CURVES = 8
-"""Of a kind of training, beside its loss: the methods that draw answers tell as many."""
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate", "reward"})
 
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
@@ -67,16 +61,16 @@ def leaderboard(state: RunState) -> Table | None:
 
 
 def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
-    """Results of all evaluations. Where a later one measured a model of the same name otherwise (the best trial's
-    beside the file's own), that row names its stage too."""
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    """Results of all evaluations. Where a later one of the same kind measured a model of the same name otherwise (the
+    best trial's beside the file's own), that row names its stage too."""
+    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for stage in state.stages.values():
         for result in listed(stage.facts.get("results")):
             model, name = str(result.get("model", "")), str(result.get("set", ""))
-            earlier = found.setdefault((model, name), result)
+            earlier = found.setdefault((stage.kind, model, name), result)
             if earlier != result:
                 label = f"{model}, {stage.name}"
-                found[label, name] = {**result, "model": label}
+                found[stage.kind, label, name] = {**result, "model": label}
     return list(found.values())
 
 
@@ -120,7 +114,7 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
-        other = stage.kind in ("augment", *TRAININGS, "evaluate")
+        other = stage.kind in ("augment", *TRAININGS, "evaluate", "win_rate")
         if not above or other or (before is None and kept is None):
             continue
         depths[stage.name] = depths[above[0]] + (kept is not None)
@@ -190,42 +184,6 @@ def _cut_labels(rule: Mapping[str, Any]) -> list[str]:
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
     return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
-
-
-def curve_figures(state: RunState) -> list[Figure]:
-    """Loss curves, one chart a kind of training; what else a training reported follows in charts of its own. What is
-    measured on held-out rows stands in the chart of the same measure on training rows."""
-    trained = [stage for stage in state.stages.values() if stage.points]
-    colours = {stage.name: index for index, stage in enumerate(trained)}
-    figures = []
-    for kind in dict.fromkeys(stage.kind for stage in trained):
-        group = [stage for stage in trained if stage.kind == kind]
-        by_rows = all("rows" in values for stage in group for values in stage.points.values())
-        unit = "rows seen" if by_rows else "steps"
-        others = dict.fromkeys(
-            key.removeprefix("eval_")
-            for stage in group
-            for values in stage.points.values()
-            for key in values
-            if key not in NOT_CURVES
-        )
-        for measured in ["loss", *list(others)[:MOST_CURVES]]:
-            series = [
-                Series(f"{stage.name} {word}", _points(stage, key, by_rows), colours[stage.name], word)
-                for stage in group
-                for key, word in ((measured, "train"), (f"eval_{measured}", "eval"))
-            ]
-            styles = {one.style for one in series if one.points}
-            if not styles:
-                continue
-            keys = [("train-key", "train"), ("eval-key", "eval (held out)")] if "eval" in styles else []
-            name = measured.replace("_", " ")
-            figures.append(Figure(f"{kind or 'training'}: {name}", line_chart(series, unit, name), keys=keys))
-    return figures
-
-
-def _points(stage: StageState, key: str, by_rows: bool) -> list[tuple[float, float]]:
-    return [(p.values["rows"] if by_rows else p.step, p.values[key]) for p in stage.curve if key in p.values]
 
 
 def question(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from tunery.track.notes import listed
 from tunery.track.wording import cells, is_numeric, plain
 
-DRAWN = frozenset({"histogram", "pairs", "samples", "quarantine"})
+DRAWN = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
 """Facts that have a place of their own in the report, and that nobody wants to read as numbers."""
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from tunery.track.events import Event, EventReader
-from tunery.track.notes import latest_loss, note
+from tunery.track.notes import latest, note
 from tunery.track.screen import final_table, render
 from tunery.track.snapshot import RunState, StageState
 from tunery.track.state import apply
@@ -172,7 +172,7 @@ def _progress(stage: StageState, now: float) -> str:
         amount,
         speed(stage.rate, stage.unit) if stage.rate else "",
         f"{duration(left)} left" if left is not None else "",
-        latest_loss(stage),
+        latest(stage),
     ]
     return f"{stage.name}: " + ", ".join(part for part in parts if part)
 

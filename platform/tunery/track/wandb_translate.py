@@ -23,7 +23,7 @@ from typing import Any
 from tunery.track.events import Event
 from tunery.track.snapshot import RunState
 from tunery.track.state import apply
-from tunery.track.wandb_values import Drawn, Table, flatten, histograms, numbers, table
+from tunery.track.wandb_values import Drawn, Table, answers, flatten, histograms, numbers, table
 
 INTERRUPTED = 255
 """W&B's exit code for what was stopped from outside."""
@@ -204,7 +204,7 @@ class Translator:
         if event.get("reused") and begun.id not in self._open:
             return []
         actions = self._work(event, begun)
-        pictures = histograms(facts)
+        pictures = histograms(facts) | answers(facts)
         if pictures:
             actions.append(Log(begun.id, pictures, float(event["t"])))
         more = {"seconds": event.get("seconds"), "reused": bool(event.get("reused")), "artifact": event.get("artifact")}

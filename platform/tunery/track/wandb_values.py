@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunery.track.responses import RESPONSES, responses_table
+
 NAMING = ("model", "set", "score", "name", "trial")
 """The entries that name a row of a list: the results of an evaluation become `<model>.<set>.loss`, which is how a
 search names its metric."""
 LONGEST_LIST = 100
 REPORT_ONLY = frozenset({"samples", "quarantine", "pairs"})
-"""Facts that are for the local report alone: texts of rows, which nobody meant to upload, and counts for a chart."""
+"""Facts that are for the local report alone: texts of rows, which nobody meant to upload, and counts for a chart.
+
+The answers that models gave (`responses`) are wanted in W&B, prompts and all: as a table, not among the numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ Drawn = float | Table | Histogram
 
 def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`facts` with names joined by dots; what is None or REPORT_ONLY is left out, histograms are
-    `histograms`' part.
+    `histograms`' part, and answers `answers`'.
 
     Rows of a list go by their names (NAMING), and those of `results` without that word before them.
     Numbers that are not finite become W&B's own words for them ("NaN", "Infinity"): as floats wandb 0.31 leaves them
@@ -44,7 +48,7 @@ def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in facts.items():
         path = f"{prefix}{name or 'none'}"  # rows by kind of damage, where intact rows have the kind ""
-        if value is None or _is_histogram(value) or name in REPORT_ONLY:
+        if value is None or _is_histogram(value) or name in REPORT_ONLY or name == RESPONSES:
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{path}.")
@@ -70,6 +74,12 @@ def histograms(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Drawn]:
         elif isinstance(value, Mapping):
             found |= histograms(value, f"{prefix}{name}.")
     return found
+
+
+def answers(facts: Mapping[str, Any]) -> dict[str, Drawn]:
+    """The answers that a stage tells, before and after its training or of several models, as one table."""
+    columns, rows = responses_table(facts)
+    return {RESPONSES: table(columns, rows)} if rows else {}
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, Drawn]:

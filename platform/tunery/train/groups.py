@@ -8,26 +8,22 @@ other `compute` are alike, not the same. Evaluations draw from a fixed seed, bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from tunery.errors import StageError
-from tunery.models.encode import encode_prompts, prompt_of
 from tunery.models.pool import score_dtype
-from tunery.models.reward import Reward, load_reward
+from tunery.models.prompts import COLUMNS, Prompts, read_prompts
+from tunery.models.reward import Rate, load_reward
 from tunery.spec import Grpo, Rloo
-from tunery.store.rows import CONTENT, Row
 from tunery.train.evaluation import ExactEvaluation
-from tunery.train.job import Job, rows_of
+from tunery.train.job import Job, Rows, rows_of
 from tunery.train.policy import Policy
-from tunery.train.reference import in_batches
 
 SOBER = {
     "reward_std": "reward_deviation",
@@ -40,34 +36,6 @@ DRAWN_TOGETHER = 16
 """Answers of an evaluation: whatever `compute` says, so that the same are drawn."""
 LAST = 5
 """Points of a curve whose mean is told of its end."""
-
-
-@dataclass
-class Prompts:
-    """What is answered: rows with `messages` (and `tools`), and their tokens."""
-
-    rows: list[Row] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
-    read: int = 0
-
-    @property
-    def unusable(self) -> int:
-        """Rows that ask nothing, and prompts that leave no room for an answer."""
-        return self.read - len(self.rows)
-
-
-def prompts_of(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, longest: int) -> Prompts:
-    """Of conversations all that comes before the last answer. Not cut: a prompt of more than `longest` tokens would
-    end in the middle."""
-    prompts = Prompts()
-    for some in in_batches(rows):
-        prompts.read += len(some)
-        asked = [prompt for row in some if (prompt := prompt_of(row)) is not None]
-        for prompt, ids in zip(asked, encode_prompts(asked, tokenizer), strict=True):
-            if len(ids) <= longest:
-                prompts.rows.append(prompt)
-                prompts.ids.append(ids)
-    return prompts
 
 
 class Groups:
@@ -83,9 +51,10 @@ class Groups:
         self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and job.spec.tuner == "full")
         self._data = self._prompts(job.rows, "data")
         self._measured = self._prompts(job.eval_rows, "eval_data") if job.eval_rows else Prompts()
-        self.lengths = [len(ids) for ids in self._data.ids]
-        device = "cuda" if job.compute.device == "gpu" else "cpu"
-        self._reward = load_reward(job.reward, score_dtype(job.compute), device)
+        self.lengths = [len(ids) for ids in self._data.tokens]
+        device = torch.device("cuda" if job.compute.device == "gpu" else "cpu")
+        # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
+        self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)
 
     def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> Any:
         spec, sampling = self._spec, self._spec.sampling
@@ -123,33 +92,28 @@ class Groups:
     def counted(self) -> dict[str, Any]:
         return {
             "rows": self._data.read,
-            "sequences": len(self._data.ids),
+            "sequences": len(self._data.tokens),
+            "too_long": self._data.too_long,
             "unusable": self._data.unusable,
             "eval_rows": self._measured.read,
         }
 
     def found(self, trainer: Any) -> dict[str, Any]:
-        """tokens: of prompts and answers, over all answers. Of the last five points of each curve the mean; eval_reward
-        at the end."""
+        """tokens: of prompts and answers, over all answers. first_reward: of the first step. Of the last five points of
+        each curve the mean; eval_reward at the end."""
+        history: list[dict[str, Any]] = trainer.state.log_history
         ends = {}
         for name in ("reward", "kl", "response_length", "cut_off"):
-            points = [point[name] for point in trainer.state.log_history if point.get(name) is not None][-LAST:]
+            points = [point[name] for point in history if point.get(name) is not None][-LAST:]
             ends[name] = sum(points) / len(points) if points else None
-        told = {"eval_reward": trainer.metrics_at_end.get("eval_reward")}
+        first = next((point["reward"] for point in history if "reward" in point), None)
+        told = {"first_reward": first, "eval_reward": trainer.metrics_at_end.get("eval_reward")}
         return {"tokens": int(trainer.state.num_input_tokens_seen), **ends, **told}
 
-    def _prompts(self, sources: Sequence[Any], named: str) -> Prompts:
+    def _prompts(self, sources: Sequence[Rows], named: str) -> Prompts:
+        """Not cut: a prompt that leaves no room for an answer would end in the middle."""
         room = self._spec.max_length - self._spec.sampling.max_new_tokens
-        prompts = prompts_of(rows_of(sources, CONTENT), self._policy.tokenizer, room)
-        if not prompts.rows:
-            raise StageError(
-                self._job.stage,
-                f"none of the {prompts.read:,} rows of `{named}` has a prompt that can be answered",
-                cause=f"they are texts, or the prompts are longer than {room} tokens: max_length "
-                f"({self._spec.max_length}) less sampling.max_new_tokens ({self._spec.sampling.max_new_tokens})",
-                remedy="give rows with questions, or a larger max_length",
-            )
-        return prompts
+        return read_prompts(rows_of(sources, COLUMNS), self._policy.tokenizer, room, self._job.stage, named)
 
 
 class OnPrompts(ExactEvaluation):
@@ -161,7 +125,7 @@ class OnPrompts(ExactEvaluation):
     generation_kwargs: Any
     _metrics: Any
 
-    def __init__(self, *, data: Prompts, measured: Prompts, reward: Reward, **arguments: Any) -> None:
+    def __init__(self, *, data: Prompts, measured: Prompts, reward: Rate, **arguments: Any) -> None:
         self._data, self._measured, self._reward = data, measured, reward
 
         def rate(prompts: list[int], completions: list[str], **others: Any) -> list[float]:
@@ -177,10 +141,10 @@ class OnPrompts(ExactEvaluation):
             # The rows of a batch don't depend on the number of workers: neither does its seed.
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed + batch[0])
-                answers = self._draw([prompts.ids[number] for number in batch])
+                answers = self._draw([prompts.tokens[number] for number in batch])
             return torch.tensor([[value] for value in self._reward([prompts.rows[n] for n in batch], answers)])
 
-        rewards = self.measured([len(ids) for ids in prompts.ids], 1, measure, DRAWN_TOGETHER)
+        rewards = self.measured([len(ids) for ids in prompts.tokens], 1, measure, DRAWN_TOGETHER)
         return self.told({"eval_reward": rewards.mean().item()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -191,7 +155,7 @@ class OnPrompts(ExactEvaluation):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[int]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self._data.ids[number] for number in prompts], None, {}
+        return [self._data.tokens[number] for number in prompts], None, {}
 
     def _draw(self, prompts: list[list[int]]) -> list[str]:
         """Of all ranks together: ZeRO-3 gathers the weights."""

@@ -68,7 +68,7 @@ class Recipe(Protocol):
         """Facts: what became of the rows."""
 
     def found(self, trainer: Any) -> dict[str, Any]:
-        """Facts that the training brought, beyond its losses."""
+        """Facts that the training brought, beyond its losses. All ranks take part, before the model is saved."""
 
 
 def rows_of(sources: Sequence[Rows], columns: list[str]) -> Iterator[Row]:

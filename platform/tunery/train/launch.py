@@ -12,13 +12,12 @@ from typing import Any
 from tunery.interrupt import interruptible
 from tunery.models.load import source_of
 from tunery.models.reward import reward_origin
-from tunery.spec import Contrast, Decisions, Scratch, Training
+from tunery.spec import Contrast, Decisions, Ppo, Scratch, Training
 from tunery.spec.trainings import row_stages
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import DECIDED
 from tunery.train.auto import resolve
 from tunery.train.job import Job, Report, Rows
-from tunery.train.worker import train
 
 
 def make_model(context: StageContext) -> StageResult:
@@ -74,6 +73,15 @@ def _rows(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> t
 def _count(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> int:
     fact = "decided" if isinstance(data, Decisions) else "rows"
     return sum(int(inputs[stage].facts[fact]) for stage in row_stages(data).values())
+
+
+def train(job: Job, report: Report) -> None:
+    """In each worker: PPO's own loop, or that of the trainers that transformers' Trainer goes through."""
+    if isinstance(job.spec, Ppo):
+        from tunery.train.ppo.worker import train as loop
+    else:
+        from tunery.train.worker import train as loop
+    loop(job, report)
 
 
 def _train_on_workers(job: Job, context: StageContext) -> None:

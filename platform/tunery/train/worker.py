@@ -79,13 +79,14 @@ def train(job: Job, report: Report) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
     peak = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
+    found = recipe.found(trainer)
     recipe.save(trainer)
     if rank == 0:
         facts = {
             **recipe.counted(),
             "tokens": sum(recipe.lengths[index] for index in order),
             **_facts(job, batching, trainer, steps.history),
-            **recipe.found(trainer),
+            **found,
         }
         measured = {
             "train_seconds": seconds,

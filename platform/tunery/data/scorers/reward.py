@@ -1,4 +1,7 @@
-"""The score of a reward model: its one logit, as it is (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325)."""
+"""The score of a reward model: its one logit (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
+
+As it is, of a model from outside; of a `reward` stage less its mean and divided by its deviation over held-out answers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ class RewardScorer:
     def __init__(self, spec: Reward, labels: Labels, model: str) -> None:
         """Raises BadModel where `model` has several labels."""
         labels.check_single(model)
+        self._scale = labels.scale
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
         """score: without bounds, NaN for a row without a token."""
-        return {"score": logits_nl[:, 0].astype(np.float64).tolist()}
+        outputs = logits_nl[:, 0].astype(np.float64)
+        return {"score": (outputs if self._scale is None else self._scale(outputs)).tolist()}

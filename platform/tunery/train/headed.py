@@ -1,0 +1,116 @@
+"""A language model with a new head, for what learns to give numbers to whole rows: classifiers and reward models.
+
+How the head begins, how rows are shown to it, what it says of them, and how it is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from tunery.models.load import (
+    Source,
+    is_adapter,
+    load_own_tokenizer,
+    load_with_new_head,
+    outline_with_head,
+    write_base,
+    write_head,
+)
+from tunery.models.metrics import Floats
+from tunery.models.shown import RowReader, Seen
+from tunery.models.tuners import lora_config
+from tunery.spec import Tuner
+from tunery.train.batches import evaluation_batches
+from tunery.train.job import Job, once, save_model
+
+
+class HeadedModel:
+    """A head of as many outputs as there are labels, trained with the model that it is on, or beside an adapter."""
+
+    def __init__(self, job: Job, tuner: Tuner, labels: Sequence[str], rank: int) -> None:
+        """All ranks take part: rank 0 may have to write the model first."""
+        self._job, self._tuner, self._labels, self._rank = job, tuner, labels, rank
+        self._source, self._new = _headed(job, labels, rank)
+        outline = outline_with_head(self._source, labels)
+        self.tokenizer = padding_as(outline, load_own_tokenizer(job.model))
+        self.read = RowReader(outline, self.tokenizer, job.spec.max_length)
+        """Rows as the scorer will show them."""
+
+    def load(self) -> Any:
+        """In fp32, with the same random weights on every rank; under ZeRO-3 sharded."""
+        set_seed(self._job.seed)
+        model, new = load_with_new_head(self._source, self._labels, torch.float32)
+        new = self._new or new
+        model.config.use_cache = False
+        if isinstance(self._tuner, str):
+            return model
+        from peft import get_peft_model
+
+        set_seed(self._job.seed)
+        return get_peft_model(model, lora_config(self._tuner.lora, "SEQ_CLS", new))
+
+    def save(self, trainer: Any) -> None:
+        """So that models.load.load_classifier finds it."""
+        adapter = not isinstance(self._tuner, str)
+        trainer.model.config.use_cache = True
+        save_model(trainer, self._job.out / ("adapter" if adapter else "model"), self.tokenizer, self._rank)
+        if adapter and self._rank == 0:
+            write_base(self._job.out, self._job.model)
+            write_head(self._job.out, self._labels)
+
+
+def padding_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the padding token that the model's config names.
+
+    Rows are padded with that one, and by it the model finds their last token. But when a training starts, transformers
+    (`align_special_tokens`, 5.23) writes the tokenizer's into the config, as TRL's RewardTrainer does (1.16). A model
+    of another one would then read its outputs off the padding.
+    """
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
+
+
+def logits_of(trainer: Any, read: RowReader, seen: Sequence[Seen]) -> Floats:
+    """(rows, labels) in float64, by the transformers Trainer's model as it is now: all of them on every rank, however
+    many ranks share the work. All take part."""
+    lengths, size = [len(item.ids) for item in seen], trainer.args.per_device_eval_batch_size
+    labels = trainer.model.config.num_labels
+    logits_nl = torch.zeros(len(seen), labels, dtype=torch.float64, device=trainer.args.device)
+    trainer.model.eval()
+    for batch, counts in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
+        inputs = trainer._prepare_inputs(read.tensors([seen[index] for index in batch], device="cpu"))
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            logits_bl = trainer.model_wrapped(**inputs).logits
+        if counts:
+            logits_nl[batch] = logits_bl.double()
+    dist.all_reduce(logits_nl)
+    trainer.model.train()
+    found: Floats = logits_nl.cpu().numpy()
+    return found
+
+
+def _headed(job: Job, labels: Sequence[str], rank: int) -> tuple[Source, list[str]]:
+    """Where the model is loaded from, and the modules in it that were random, where loading won't tell. An adapter is
+    merged first, and under ZeRO-3, which loads weights in pieces, the head must be drawn before: rank 0 writes the
+    model whole then."""
+    if job.compute.zero_stage < 3 and not is_adapter(job.model):
+        return job.model, []
+    folder = job.work / "headed"
+
+    def write(folder: Path) -> None:
+        set_seed(job.seed)
+        model, new = load_with_new_head(job.model, labels, torch.float32)
+        model.save_pretrained(folder)
+        load_own_tokenizer(job.model).save_pretrained(folder)
+        (folder / "new.json").write_text(json.dumps(new))
+
+    return once(folder, rank, write), json.loads((folder / "new.json").read_text())

@@ -1,0 +1,217 @@
+"""The four models of a training, loaded: which of them share weights, what the value model begins with, and by what
+answers are rated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunery.errors import StageError
+from tunery.models.check import BadModel
+from tunery.models.labels import Scale
+from tunery.models.load import base_of, is_adapter, load_classifier, load_model, load_own_tokenizer, scale_of
+from tunery.models.reward import Rate, RewardOrigin, load_reward
+from tunery.models.tuners import lora_config
+from tunery.spec import LoraTuner, Ppo
+from tunery.train.job import Job
+from tunery.train.ppo.models import (
+    POLICY,
+    REWARD,
+    VALUE,
+    Backbone,
+    LanguageModel,
+    PolicyAndValue,
+    Scalar,
+    held_bytes,
+    without_dropout,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNSCALED = Scale(0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Where a model is None, it is among the trained one's shared weights."""
+
+    trained: PolicyAndValue
+    reference: LanguageModel | None
+    reward: Backbone | None
+    rate: Rate | None
+    """Rates answers as texts: a function of the user's, or a reward model that reads them by itself. Then `reward` is
+    None."""
+    value_from: str
+    whole_bytes: int
+    """Of the policy's weights, once."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all weights, as they are."""
+        return held_bytes(self.trained, self.reference, self.reward)
+
+    @property
+    def separate_bytes(self) -> int:
+        """The same if each model had weights of its own."""
+        own = 3 if self.rate is not None else 4
+        return own * self.whole_bytes if self.trained.shared else self.held_bytes
+
+
+def build(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> Models:
+    """Trained weights in fp32 on the CPU (DeepSpeed moves and rounds them), frozen ones in `dtype` on `device`.
+
+    Raises StageError where answers can't be rated as asked for.
+    """
+    spec = job.spec
+    assert isinstance(spec, Ppo)
+    assert job.reward is not None, "every ppo stage has one"
+    by_tokens = reads_tokens(job, tokenizer)
+    policy = load_model(job.model, torch.float32)
+    policy.config.use_cache = False
+    whole = held_bytes(policy)
+    if isinstance(spec.tuner, str):
+        models = _separate(job, policy, by_tokens, dtype, device)
+    else:
+        models = _shared(job, spec.tuner, policy, by_tokens, dtype, device)
+    for module in (models.trained, models.reference, models.reward):
+        if module is not None:
+            without_dropout(module)
+    return dataclasses.replace(models, whole_bytes=whole)
+
+
+def reads_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the reward is a model that takes the policy's tokens as they are.
+
+    Raises StageError where it is one with another tokenizer, and nobody allowed for that.
+    """
+    assert isinstance(job.spec, Ppo)
+    assert job.reward is not None, "every ppo stage has one"
+    if "python" in job.reward:
+        return False
+    theirs = load_own_tokenizer(job.reward)
+    if theirs.get_vocab() == tokenizer.get_vocab():
+        return True
+    if not job.spec.retokenise:
+        name = job.reward.get("pretrained") or Path(job.reward["artifact"]).name
+        raise StageError(
+            job.stage,
+            f"the reward model `{name}` reads other tokens than the policy writes",
+            cause=f"its tokenizer has {len(theirs):,} tokens, the policy's {len(tokenizer):,}; they differ",
+            remedy="set `retokenise: true`: answers are then decoded, and read by it as text; or take a reward model "
+            "that was trained from the same model",
+        )
+    return False
+
+
+def _separate(job: Job, policy: PreTrainedModel, by_tokens: bool, dtype: torch.dtype, device: torch.device) -> Models:
+    """Each model for itself."""
+    spec = job.spec
+    assert isinstance(spec, Ppo)
+    assert job.reward is not None, "every ppo stage has one"
+    reference = LanguageModel(_frozen(load_model(job.model, dtype), device))
+    reward, rate = _reward(job, job.reward, by_tokens, dtype, device)
+    if _value_from(job, reward is not None) == "reward":
+        loaded = _as_backbone(job, job.reward, torch.float32)
+        assert loaded is not None, "it was one a moment ago"
+        return Models(PolicyAndValue(LanguageModel(policy), loaded), reference, reward, rate, "reward", 0)
+    value = Backbone(load_model(job.model, torch.float32).base_model, Scalar(policy.config.hidden_size))
+    return Models(PolicyAndValue(LanguageModel(policy), value), reference, reward, rate, "policy", 0)
+
+
+def _shared(
+    job: Job, tuner: LoraTuner, policy: PreTrainedModel, by_tokens: bool, dtype: torch.dtype, device: torch.device
+) -> Models:
+    """Adapters on one base."""
+    from peft import get_peft_model
+
+    assert job.reward is not None, "every ppo stage has one"
+    config = lora_config(tuner.lora, "CAUSAL_LM")
+    model = get_peft_model(policy, config, adapter_name=POLICY)
+    heads: dict[str, Scalar] = {}
+    on_same_base = by_tokens and is_adapter(job.reward) and base_of(Path(job.reward["artifact"])) == job.model
+    width = policy.config.get_text_config().hidden_size
+    reward, rate = None, None
+    if on_same_base:
+        heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), width)
+    else:
+        reward, rate = _reward(job, job.reward, by_tokens, dtype, device)
+    value_from = _value_from(job, on_same_base)
+    if value_from == "reward":
+        heads[VALUE] = _add_reward_adapter(model, VALUE, Path(job.reward["artifact"]), width)
+    else:
+        model.add_adapter(VALUE, config)
+        heads[VALUE] = Scalar(width)
+    trained = PolicyAndValue(LanguageModel(model.get_base_model()), None, heads)
+    for name, parameter in trained.named_parameters():
+        # ...lora_A.<adapter>.weight, and heads.value.linear.weight
+        adapted = "lora_" in name and name.split(".")[-2] in (POLICY, VALUE)
+        parameter.requires_grad_(adapted or name.startswith(f"heads.{VALUE}."))
+    return Models(trained, None, reward, rate, value_from, 0)
+
+
+def _add_reward_adapter(model: Any, name: str, artifact: Path, width: int) -> Scalar:
+    """The adapter of a `reward` stage laid on the same base under `name`, and its head, scaled."""
+    from peft import PeftConfig
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = PeftConfig.from_pretrained(artifact / "adapter")
+    # The head is no part of a language model: it stands beside.
+    config.modules_to_save, config.exclude_modules, config.task_type = None, None, "CAUSAL_LM"
+    model.add_adapter(name, config)
+    weights = load_file(artifact / "adapter" / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, {key: value for key, value in weights.items() if "lora_" in key}, name)
+    head = next(value for key, value in weights.items() if key.endswith("score.weight"))
+    linear = nn.Linear(width, 1, bias=False)
+    linear.weight.data = head.float()
+    scale = scale_of(artifact) or UNSCALED
+    return Scalar(width).take(linear, scale.mean, scale.deviation)
+
+
+def _reward(
+    job: Job, origin: RewardOrigin, by_tokens: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Backbone | None, Rate | None]:
+    if by_tokens and (backbone := _as_backbone(job, origin, dtype)) is not None:
+        return _frozen(backbone, device), None
+    return None, load_reward(origin, dtype, device, job.spec.max_length)
+
+
+def _as_backbone(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Backbone | None:
+    """A reward model as a backbone with a head that gives scaled rewards; None where it is built otherwise: causal
+    models call their head `score`, and it is asked for a row's last token."""
+    try:
+        model, labels = load_classifier(origin, dtype)
+        labels.check_single(str(origin.get("pretrained", origin.get("artifact"))))
+    except BadModel as error:
+        raise StageError(job.stage, error.message, cause=error.cause, remedy=error.remedy) from None
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        return None
+    scale = labels.scale or UNSCALED
+    return Backbone(model.base_model, Scalar(head.in_features).take(head, scale.mean, scale.deviation).to(dtype))
+
+
+def _value_from(job: Job, reward_fits: bool) -> str:
+    """Raises StageError where the value model is to begin with a reward model that can't be one."""
+    assert isinstance(job.spec, Ppo)
+    if job.spec.value_from == "reward" and not reward_fits:
+        raise StageError(
+            job.stage,
+            "the value model can't begin with this reward",
+            cause="it is no causal model that reads the policy's tokens"
+            if isinstance(job.spec.tuner, str)
+            else "with LoRA that takes a reward model that is an adapter on the same base",
+            remedy="set `value_from: policy`, or leave it out",
+        )
+    if job.spec.value_from == "auto":
+        return "reward" if reward_fits else "policy"
+    return job.spec.value_from
+
+
+def _frozen(module: Any, device: torch.device) -> Any:
+    return module.requires_grad_(False).eval().to(device)

@@ -1,0 +1,108 @@
+"""DeepSpeed for PPO: the engine of what is trained, frozen models under ZeRO-3, whole weights for generating, and
+checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunery.spec import Compute, Ppo
+from tunery.train.batches import Batching
+from tunery.train.deepspeed_config import deepspeed_config
+
+if TYPE_CHECKING:
+    from tunery.train.ppo.models import PolicyAndValue
+
+TAG = "state"
+"""Of DeepSpeed's own folder in a checkpoint."""
+
+
+def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching: Batching, dtype: str) -> Any:
+    """With torch's AdamW. `batching` is that of a minibatch."""
+    import deepspeed
+
+    config = deepspeed_config(compute.zero_stage, compute.offload) | {
+        "train_batch_size": batching.global_batch_size,
+        "train_micro_batch_size_per_gpu": batching.micro_batch_size,
+        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_clipping": spec.max_grad_norm,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Huang et al., detail "Adam's epsilon": theirs is 1e-5; ours is torch's, as in all other trainings and in TRL.
+    optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=spec.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=learning, optimizer=optimizer, config=config)
+    return engine
+
+
+def frozen_engine(model: nn.Module | None, compute: Compute, dtype: str) -> Any:
+    """A model that is only asked. Under ZeRO-3 its weights are sharded too; else it is as it was."""
+    if model is None or compute.zero_stage < 3:
+        return model
+    import deepspeed
+
+    config = deepspeed_config(3, compute.offload) | {
+        "train_batch_size": torch.distributed.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.module.eval()
+    return engine
+
+
+@contextmanager
+def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
+    """Under ZeRO-3 every worker holds the policy whole for as long as it generates: gathered once, not once a token.
+
+    DeepSpeed's hooks would shard each layer again behind its forward pass, so they are taken off meanwhile; TRL keeps
+    the two functions that do that in step with DeepSpeed.
+    """
+    if zero_stage < 3:
+        yield
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.policy.parameters())):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
+
+
+@contextmanager
+def gathered_for_saving(module: nn.Module, zero_stage: int) -> Iterator[None]:
+    """All weights of `module` whole, on rank 0 at the least. All ranks take part."""
+    if zero_stage < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
+
+
+def save_state(engine: Any, folder: Path, shared: bool) -> None:
+    """Trained weights, optimizer and counters, each worker its part. The base of adapters never changes: it is left
+    out."""
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=shared)
+
+
+def load_state(engine: Any, folder: Path, shared: bool) -> None:
+    path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not shared)
+    assert path is not None, f"{folder} was marked as whole"
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,197 @@
+"""The four models of PPO: policy, value model, reference, reward model.
+
+Full fine-tuning holds each for itself. With LoRA there is one copy of the base weights: policy, value model and (where
+it is an adapter on the same base) reward model are adapters on it, and the reference is the base with none of them.
+
+What is trained, policy and value model, is one module under one DeepSpeed engine: one backward pass, one all-reduce,
+one optimizer. They share no trained weight, so that is the same as two of each, but for the norm that gradients are
+clipped by, which is that of both together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from tunery.models.likelihood import head_is_plain
+from tunery.train.ppo.losses import log_probs_of
+from tunery.train.ppo.rollouts import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Role = Literal["policy", "language", "reference", "reward"]
+POLICY, VALUE, REWARD = "default", "value", "reward"
+"""Names of adapters. PEFT saves the one called `default` where it is looked for."""
+
+
+class LanguageModel(nn.Module):
+    """A causal language model, asked for the answers' tokens alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.plain = head_is_plain(model)
+
+    def forward(
+        self, batch: MicroBatch, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy, (tokens,) each (losses.log_probs_of)."""
+        if self.plain:  # the head on the answers' tokens alone
+            logits_nv = self.model.get_output_embeddings()(self.states(batch)[batch.places_n])
+        else:
+            logits_bsv = self.model(input_ids=batch.ids_bs, use_cache=False).logits
+            logits_nv = logits_bsv.flatten(0, 1)[batch.places_n]
+        return log_probs_of(logits_nv, batch.tokens_n, temperature, entropy_gradient)
+
+    def states(self, batch: MicroBatch) -> torch.Tensor:
+        """(rows x longest, width): the last hidden states."""
+        states_bsh: torch.Tensor = self.model.base_model(input_ids=batch.ids_bs, use_cache=False).last_hidden_state
+        return states_bsh.flatten(0, 1)
+
+
+class Scalar(nn.Module):
+    """A number from a hidden state: the head of a value or reward model."""
+
+    def __init__(self, width: int, *, generator: torch.Generator | None = None) -> None:
+        """Weights from N(0, 1 / (width + 1)), bias 0 (Huang et al., detail "reward head initialisation")."""
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.normal_(self.linear.weight, std=1 / math.sqrt(width + 1), generator=generator)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states_nh: torch.Tensor) -> torch.Tensor:
+        """(n,) in float32."""
+        scalars: torch.Tensor = self.linear(states_nh)[:, 0].float()
+        return scalars
+
+    def take(self, head: nn.Linear, mean: float, deviation: float) -> Scalar:
+        """With the weights of a reward model's head, so that it gives (output - mean) / deviation."""
+        with torch.no_grad():
+            self.linear.weight.copy_(head.weight / deviation)
+            self.linear.bias.copy_(((0.0 if head.bias is None else head.bias) - mean) / deviation)
+        return self
+
+
+class Backbone(nn.Module):
+    """A model without its head, and a scalar head of its own: a value model or a reward model."""
+
+    def __init__(self, model: nn.Module, head: Scalar) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, ids_bs: torch.Tensor, places_n: torch.Tensor) -> torch.Tensor:
+        """(n,): the number at each place in the flattened (rows x longest)."""
+        states_bsh = self.model(input_ids=ids_bs, use_cache=False).last_hidden_state
+        scalars: torch.Tensor = self.head(states_bsh.flatten(0, 1)[places_n])
+        return scalars
+
+
+class PolicyAndValue(nn.Module):
+    """What DeepSpeed trains. Asked through its engine, and so through this forward pass, under every ZeRO stage.
+
+    With adapters, `policy` holds the base and all of them, `value` is None, and there are heads for what is no language
+    model; without, `policy` and `value` are models of their own.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        value: Backbone | None,
+        heads: dict[str, Scalar] | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.value = policy, value
+        self.heads = nn.ModuleDict(heads or {})
+
+    @property
+    def shared(self) -> bool:
+        return self.value is None
+
+    def forward(
+        self, role: Role, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """policy: `log_probs`, `entropy` and `values`, (tokens,) each; language: the policy's `log_probs` alone. Of
+        shared weights besides: reference: `log_probs`; reward: `scores`, (rows,)."""
+        if role == "policy":
+            with self.using(POLICY):
+                log_probs_n, entropy_n = self.policy(batch, temperature, entropy_gradient)
+            return {"log_probs": log_probs_n, "entropy": entropy_n, "values": self._values(batch)}
+        if role in ("language", "reference"):
+            with self.using(POLICY if role == "language" else None):
+                return {"log_probs": self.policy(batch, temperature)[0]}
+        assert role == "reward", role
+        with self.using(REWARD):
+            return {"scores": self.heads[REWARD](self.policy.states(batch)[batch.last_b])}
+
+    def _values(self, batch: MicroBatch) -> torch.Tensor:
+        if self.value is not None:
+            values_n: torch.Tensor = self.value(batch.ids_bs, batch.places_n)
+            return values_n
+        with self.using(VALUE):
+            shared_n: torch.Tensor = self.heads[VALUE](self.policy.states(batch)[batch.places_n])
+        return shared_n
+
+    def using(self, adapter: str | None) -> AbstractContextManager[None]:
+        """The shared weights with this adapter, or with none. Nothing where nothing is shared."""
+        return activated(self.policy.model, adapter) if self.shared else nullcontext()
+
+
+@contextmanager
+def activated(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """One adapter of several in use, or none.
+
+    Not by PEFT's set_adapter (0.21): that takes requires_grad from all others, and a weight without it gets no gradient
+    from a backward pass that comes later.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [adapter or POLICY], adapter is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def recomputed_as_before(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
+    """For gradient checkpointing of shared weights (`context_fn` of torch.utils.checkpoint): a layer that is computed
+    again in the backward pass uses the adapter that it used at first."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+    def contexts() -> tuple[Any, Any]:
+        now = None if layer._disable_adapters else layer.active_adapters[0]
+        return nullcontext(), activated(model, now)
+
+    return contexts
+
+
+def without_dropout(model: nn.Module) -> None:
+    """For good: with dropout, old and new probabilities of a token differ before any update (Huang et al., detail
+    "dropout"). Attention's own is a number in transformers' modules."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def held_bytes(*modules: nn.Module | None) -> int:
+    """Of weights, each storage once; of one that ZeRO-3 has sharded its whole size."""
+    storages: dict[int, int] = {}
+    for module in modules:
+        for parameter in module.parameters() if module is not None else ():
+            size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            key = parameter.data_ptr() if parameter.numel() else id(parameter)
+            storages[key] = max(storages.get(key, 0), size)
+    return sum(storages.values())

@@ -1,0 +1,346 @@
+"""A step of PPO: draw answers, rate them, work out advantages, update policy and value model.
+
+Every worker draws and rates its share of a step's prompts, then all hold the whole batch (rollouts.py), and each goes
+over its share of every minibatch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from tunery.models.encode import Encoded
+from tunery.models.generate import Answer, TransformersEngine, text_of
+from tunery.models.prompts import Prompts
+from tunery.models.sampling import uniform_numbers
+from tunery.spec import Ppo
+from tunery.train.batches import Batching
+from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
+from tunery.train.ppo.build import Models
+from tunery.train.ppo.engine import set_learning_rate, whole_weights
+from tunery.train.ppo.guards import check_finite, check_kl, check_rewards_differ
+from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
+from tunery.train.ppo.losses import policy_loss, value_loss
+from tunery.train.ppo.models import POLICY
+from tunery.train.ppo.rollouts import (
+    MicroBatch,
+    Rated,
+    Rollouts,
+    gathered,
+    join,
+    joined,
+    micro_batch,
+    minibatches,
+    share,
+)
+
+Phase = Literal["rollout", "score", "update"]
+SCORED_TOGETHER = 4
+"""Micro batches that share a forward pass where nothing is kept for a backward pass."""
+
+
+@dataclass
+class State:
+    """What a step changes beside the weights; all of it is in a checkpoint."""
+
+    step: int = 0
+    kl_coefficient: float = 0.0
+    varied: bool = False
+    """Whether rewards have differed yet."""
+
+
+@dataclass
+class Timing:
+    """Seconds of this worker and tokens of all, by phase."""
+
+    seconds: dict[Phase, float] = field(default_factory=dict)
+    tokens: dict[Phase, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the update aims at, (answers, longest answer) each."""
+
+    advantages_bt: torch.Tensor
+    returns_bt: torch.Tensor
+
+
+class PpoTrainer:
+    def __init__(
+        self,
+        stage: str,
+        spec: Ppo,
+        seed: int,
+        models: Models,
+        engine: Any,
+        reference: Any,
+        reward: Any,
+        batching: Batching,
+        minibatch: Batching,
+        prompts: Prompts,
+        mixed: Sequence[Encoded],
+        tokenizer: Any,
+        end: Sequence[int],
+        zero_stage: int,
+    ) -> None:
+        """engine: of models.trained; reference, reward: those of `models`, as they are asked (sharded or not)."""
+        self._stage, self._spec, self._seed = stage, spec, seed
+        self._models, self._engine, self._reference, self._reward = models, engine, reference, reward
+        self._batching, self._minibatch, self._zero_stage = batching, minibatch, zero_stage
+        self._prompts, self._mixed, self._tokenizer = prompts, mixed, tokenizer
+        self._rank, self._workers = dist.get_rank(), dist.get_world_size()
+        self._device = torch.device(engine.device)
+        self._sampler = TransformersEngine(engine.module.policy.model, end)
+        self._end = set(end)
+        self.state = State(kl_coefficient=spec.kl.coefficient)
+        self.timing = Timing()
+
+    def step(self, rows: Sequence[int]) -> dict[str, float]:
+        """One batch of answers to the prompts `rows`, and the optimizer steps that it serves. What is told of it."""
+        spec, state = self._spec, self.state
+        self.timing = Timing()
+        step = state.step + 1
+        rollouts = self.draw(self._prompts, rows, f"step {state.step}")
+        rated = self.rate(self._prompts, rollouts)
+        kl_b = self.kl(rollouts, rated)
+        kl, reward = float(kl_b.mean()), float(rated.scores_b.mean())
+        check_finite(self._stage, step, reward=reward, kl=kl, values=float(rated.values_bt.sum()))
+        check_kl(self._stage, step, kl, spec.kl.bound)
+        state.varied = check_rewards_differ(self._stage, rated.scores_b.tolist(), step, state.varied)
+        targets = self.aim(rollouts, rated)
+        rate = learning_rate_at(state.step, self._batching.steps, spec)
+        set_learning_rate(self._engine, rate)
+        updated = self.update(rollouts, rated, targets)
+        check_finite(self._stage, step, **updated)
+        mask_bt = rollouts.mask_bt
+        told = {
+            "reward": reward,
+            "reward_deviation": float(rated.scores_b.std(correction=0)),
+            "kl": kl,
+            "kl_coefficient": state.kl_coefficient,
+            "entropy": float(masked_mean(rated.entropy_bt, mask_bt)),
+            **updated,
+            "explained_variance": explained_variance(rated.values_bt, targets.returns_bt, mask_bt),
+            "returns": float(masked_mean(targets.returns_bt, mask_bt)),
+            "response_length": float(mask_bt.sum(dim=1).float().mean()),
+            "eos_rate": sum(rollouts.ended) / len(rollouts.ended),
+            "sampler_gap": float(masked_mean((rated.log_probs_bt - _padded(rollouts)).abs(), mask_bt)),
+            "learning_rate": rate,
+        }
+        if spec.kl.target is not None:
+            state.kl_coefficient = adapted(
+                state.kl_coefficient, kl, spec.kl.target, spec.kl.horizon, len(rollouts.rows)
+            )
+        state.step = step
+        return told
+
+    def draw(self, prompts: Prompts, rows: Sequence[int], name: str) -> Rollouts:
+        """An answer to each of the prompts `rows`; which, depends on (seed, name, row and how often it stood before)
+        alone."""
+        asked = [prompts.tokens[row] for row in rows]
+        mine = self._share(range(len(rows)), [len(prompt) for prompt in asked])
+        keys = [(rows[place], list(rows[:place]).count(rows[place])) for place in mine]
+        uniform_bt = uniform_numbers(self._seed, name, keys, self._spec.sampling.max_new_tokens)
+        model = self._engine.module
+        with self._timed("rollout"), whole_weights(self._engine, self._zero_stage), model.using(POLICY):
+            model.policy.model.eval()  # with gradient checkpointing a model in training keeps no cache
+            drawn: list[Answer] = self._sampler([asked[place] for place in mine], uniform_bt, self._spec.sampling)
+            model.policy.model.train()
+        rollouts = join(rows, asked, mine, drawn)
+        self.timing.tokens["rollout"] = sum(map(len, rollouts.answers))
+        return rollouts
+
+    @torch.no_grad()
+    def rate(self, prompts: Prompts, rollouts: Rollouts) -> Rated:
+        """What all models say of the answers."""
+        found: dict[str, list[tuple[MicroBatch, torch.Tensor]]] = {}
+        scores: list[tuple[int, float]] = []
+        mine = self._share(range(len(rollouts.rows)), rollouts.lengths)
+        with self._timed("score"):
+            for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size * SCORED_TOGETHER):
+                told = dict(self._engine("policy", batch, self._spec.sampling.temperature))
+                told["reference"] = self._reference_log_probs(batch)
+                for name, values_n in told.items():
+                    found.setdefault(name, []).append((batch, values_n))
+                if self._models.rate is None:
+                    scores += zip(batch.index, self._scores(batch).tolist(), strict=True)
+            if self._models.rate is not None:
+                texts = [self.text(rollouts.answers[place]) for place in mine]
+                asked = [prompts.rows[rollouts.rows[place]] for place in mine]
+                scores += zip(mine, self._models.rate(asked, texts), strict=True)
+            by_place = dict(gathered(scores))
+            scores_b = torch.tensor([by_place[place] for place in range(len(rollouts.rows))])
+            log_probs_bt, reference_bt, entropy_bt, values_bt = (
+                joined(found[name], rollouts) for name in ("log_probs", "reference", "entropy", "values")
+            )
+            rated = Rated(log_probs_bt, reference_bt, entropy_bt, values_bt, scores_b)
+        self.timing.tokens["score"] = sum(rollouts.lengths)
+        return rated
+
+    def aim(self, rollouts: Rollouts, rated: Rated) -> Targets:
+        """Advantages and returns, from the batch of all workers."""
+        spec, mask_bt = self._spec, rollouts.mask_bt
+        kl_bt = kl_per_token(rated.log_probs_bt, rated.reference_bt, spec.kl.estimator)
+        scores_b = penalised(rated.scores_b, torch.tensor(rollouts.ended), spec.missing_eos_penalty)
+        rewards_bt = token_rewards(scores_b, kl_bt, mask_bt, self.state.kl_coefficient)
+        if spec.whiten_rewards:
+            rewards_bt = whitened(rewards_bt, mask_bt, shift=False)
+        advantages_bt, returns_bt = generalized_advantages(rewards_bt, rated.values_bt, mask_bt, spec.gamma, spec.lam)
+        if spec.whiten_advantages:
+            advantages_bt = whitened(advantages_bt, mask_bt)
+        return Targets(advantages_bt, returns_bt)
+
+    def update(self, rollouts: Rollouts, rated: Rated, targets: Targets) -> dict[str, float]:
+        """`ppo_epochs` times over the batch, an optimizer step a minibatch. Losses are means over the tokens of the
+        minibatch on all workers, however it is cut into micro batches."""
+        spec = self._spec
+        sums = torch.zeros(5, dtype=torch.float64)
+        norms: list[float] = []
+        answers, lengths = len(rollouts.rows), rollouts.lengths
+        with self._timed("update"):
+            for epoch in range(spec.ppo_epochs):
+                for number, places in enumerate(
+                    minibatches(answers, spec.minibatches, self._seed, self.state.step, epoch)
+                ):
+                    tokens = sum(len(rollouts.answers[place]) for place in places)
+                    mine = self._share(places, lengths)
+                    mixed = self._mixing(epoch, number)
+                    for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size):
+                        loss, parts = self._loss(batch, rated, targets)
+                        # DeepSpeed means over micro batches and workers; here it is a sum over all, divided once.
+                        loss = loss / tokens * self._minibatch.accumulation * self._workers
+                        if mixed is not None:
+                            loss = loss + next(mixed)
+                        self._engine.backward(loss)
+                        self._engine.step()
+                        sums += parts
+                    if (norm := self._engine.get_global_grad_norm()) is not None:
+                        norms.append(float(norm))
+        dist.all_reduce(sums := sums.to(self._device))
+        self.timing.tokens["update"] = sum(lengths) * spec.ppo_epochs
+        policy, value, clipped, kl, count = sums.tolist()
+        told = {
+            "policy_loss": policy / count,
+            "value_loss": value / count,
+            "clip_fraction": clipped / count,
+            "approximate_kl": kl / count,
+        }
+        if norms:  # before they were clipped; DeepSpeed (0.19.8) tells none under ZeRO-0 in fp32
+            told["grad_norm"] = sum(norms) / len(norms)
+        return told
+
+    def kl(self, rollouts: Rollouts, rated: Rated) -> torch.Tensor:
+        """(answers,): nats an answer, by the estimator k1, whatever the penalty's is."""
+        kl_bt = kl_per_token(rated.log_probs_bt, rated.reference_bt, "k1")
+        return torch.where(rollouts.mask_bt, kl_bt, 0.0).sum(dim=1)
+
+    def text(self, answer: Sequence[int]) -> str:
+        return text_of(answer, self._end, self._tokenizer)
+
+    def _loss(self, batch: MicroBatch, rated: Rated, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over the tokens of a micro batch; and sums of policy loss, value loss, clipped tokens, approximate
+        KL, and tokens, (5,) in float64 on the CPU."""
+        spec = self._spec
+        told = self._engine("policy", batch, spec.sampling.temperature, spec.entropy_coefficient > 0)
+        policy = policy_loss(
+            told["log_probs"], batch.of(rated.log_probs_bt), batch.of(targets.advantages_bt), spec.clip
+        )
+        value_n = value_loss(told["values"], batch.of(rated.values_bt), batch.of(targets.returns_bt), spec.value_clip)
+        loss = policy.loss.sum() + spec.value_coefficient * value_n.sum()
+        if spec.entropy_coefficient:
+            loss = loss - spec.entropy_coefficient * told["entropy"].sum()
+        sums = [policy.loss.sum(), value_n.sum(), policy.clipped.sum(), policy.approximate_kl.sum()]
+        count = float(len(batch.places_n))
+        return loss, torch.tensor([*(float(value.detach()) for value in sums), count], dtype=torch.float64)
+
+    def _mixing(self, epoch: int, number: int) -> Iterator[torch.Tensor] | None:
+        """The loss that is mixed in, a micro batch at a time: as many rows a minibatch as it has answers."""
+        if self._spec.ptx is None:
+            return None
+        size, done = self._minibatch.global_batch_size, self.state.step * self._spec.ppo_epochs + epoch
+        start = (done * self._spec.minibatches + number) * size
+        places = [place % len(self._mixed) for place in range(start, start + size)]
+        return self._mixed_losses(places, self._spec.ptx.coefficient)
+
+    def _mixed_losses(self, places: list[int], coefficient: float) -> Iterator[torch.Tensor]:
+        items = [self._mixed[place] for place in places]
+        # The first token of a sequence is never predicted.
+        begins = [max(item.answer, 1) for item in items]
+        prompts = [item.ids[:begin] for item, begin in zip(items, begins, strict=True)]
+        answers = [item.ids[begin:] for item, begin in zip(items, begins, strict=True)]
+        rows = Rollouts(places, prompts, answers, [True] * len(places), [])
+        scale = coefficient / sum(map(len, answers)) * self._minibatch.accumulation * self._workers
+        mine = self._share(range(len(places)), rows.lengths)
+        for batch in self._batches(rows, mine, self._minibatch.micro_batch_size):
+            yield -self._engine("language", batch)["log_probs"].sum() * scale
+
+    def _reference_log_probs(self, batch: MicroBatch) -> torch.Tensor:
+        if self._models.trained.shared:
+            shared_n: torch.Tensor = self._engine("reference", batch, self._spec.sampling.temperature)["log_probs"]
+            return shared_n
+        own_n: torch.Tensor = self._reference(batch, self._spec.sampling.temperature)[0]
+        return own_n
+
+    def _scores(self, batch: MicroBatch) -> torch.Tensor:
+        """(rows,), where a model reads the tokens."""
+        if self._reward is not None:
+            own_b: torch.Tensor = self._reward(batch.ids_bs, batch.last_b)
+            return own_b
+        shared_b: torch.Tensor = self._engine("reward", batch)["scores"]
+        return shared_b
+
+    def _share(self, places: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """This worker's, as many as every other's: under ZeRO-3 a forward pass gathers weights from all. Where they
+        don't come out even the first place is taken twice, which changes nothing: what is found of it is the same."""
+        even = [*places, *[places[0]] * (-len(places) % self._workers)]
+        return share(even, lengths, self._rank, self._workers)
+
+    def _batches(self, rollouts: Rollouts, places: Sequence[int], size: int) -> Iterator[MicroBatch]:
+        for start in range(0, len(places), size):
+            yield micro_batch(rollouts, places[start : start + size], self._device)
+
+    def _timed(self, phase: Phase) -> _Timed:
+        return _Timed(self.timing.seconds, phase, self._device)
+
+
+class _Timed:
+    def __init__(self, seconds: dict[Phase, float], phase: Phase, device: torch.device) -> None:
+        self._seconds, self._phase, self._device = seconds, phase, device
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + time.perf_counter() - self._begin
+
+
+def learning_rate_at(step: int, steps: int, spec: Ppo) -> float:
+    """Of the step with this number, from 0 on: warm-up, then the schedule down to zero behind the last step. As in
+    transformers, but for the first step of a warm-up, which has a rate: a batch of answers costs too much for none."""
+    assert spec.learning_rate != "auto", "resolved by the launcher"
+    warmup = round(spec.warmup * steps)
+    if step < warmup:
+        return spec.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    shape: dict[str, Callable[[float], float]] = {
+        "constant": lambda done: 1.0,
+        "linear": lambda done: 1 - done,
+        "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    }
+    return spec.learning_rate * shape[spec.schedule](done)
+
+
+def _padded(rollouts: Rollouts) -> torch.Tensor:
+    """The sampler's log-probabilities, (answers, longest answer)."""
+    mask_bt = rollouts.mask_bt
+    drawn_bt = torch.zeros(mask_bt.shape)
+    drawn_bt[mask_bt] = torch.tensor([value for row in rollouts.drawn for value in row])
+    return drawn_bt

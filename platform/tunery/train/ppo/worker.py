@@ -1,0 +1,374 @@
+"""What every worker of a PPO training runs: models, steps, evaluations, checkpoints; rank 0 writes the artifact."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import StageError
+from tunery.spec import Ppo
+from tunery.track.events import EventLog
+from tunery.train.batches import at_even_steps, data_order, plan_batches
+from tunery.train.job import Job, Report, rows_of
+from tunery.train.worker_setup import pick_dtype, prepare_process
+
+SHOWN = 8
+"""Prompts whose answers are shown, before and after."""
+CHARACTERS = 600
+"""Of a prompt or an answer that is shown."""
+LARGEST_MICRO_BATCH = {"cpu": 16, "gpu": 8}
+"""Of `auto`: answers that share a forward and a backward pass. Larger than that of other trainings (batches.py), since
+answers are short, and of like length here."""
+
+
+def train(job: Job, report: Report) -> None:
+    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last."""
+    prepare_process(job.compute.device, job.compute.cpus_per_worker)
+    import torch.distributed as dist
+
+    run = _Run(job, report)
+    run.resume()
+    for step in range(run.trainer.state.step, run.batching.steps):
+        if step == 0:
+            run.evaluate()
+        run.step()
+        if step + 1 in run.evaluate_at:
+            run.evaluate()
+        run.checkpoint()
+    run.finish()
+    dist.barrier()
+
+
+class _Run:
+    def __init__(self, job: Job, report: Report) -> None:
+        import torch
+        import torch.distributed as dist
+        from transformers import set_seed
+
+        from tunery.models.generate import end_tokens
+        from tunery.models.load import load_tokenizer
+        from tunery.models.prompts import COLUMNS, read_prompts
+        from tunery.train.ppo.build import build
+        from tunery.train.ppo.engine import frozen_engine, trained_engine
+        from tunery.train.ppo.trainer import PpoTrainer
+        from tunery.train.steps import written_by
+
+        spec, compute = job.spec, job.compute
+        assert isinstance(spec, Ppo)
+        assert spec.epochs != "auto", "resolved by the launcher"
+        assert spec.global_batch_size != "auto", "resolved by the launcher"
+        self.job, self.spec, self.report = job, spec, report
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.log = EventLog(
+            job.events / f"{job.trial or 'stage'}-{job.stage}-{self.rank}.jsonl", stage=job.stage, trial=job.trial
+        )
+        self.emit("progress", done=0, total=None, unit="steps", detail="loading models and prompts")
+        self.dtype = pick_dtype(compute.precision, compute.device)
+        set_seed(job.seed)
+        self.tokenizer = load_tokenizer(job.model)
+        longest = spec.max_length - spec.sampling.max_new_tokens
+        self.prompts = read_prompts(rows_of(job.rows, COLUMNS), self.tokenizer, longest, job.stage, "data")
+        self.measured = (
+            read_prompts(rows_of(job.eval_rows, COLUMNS), self.tokenizer, longest, job.stage, "eval_data")
+            if job.eval_rows
+            else None
+        )
+        size = spec.global_batch_size
+        micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
+        if micro is None:
+            part = size // spec.minibatches // self.workers
+            largest = min(part, LARGEST_MICRO_BATCH[compute.device])
+            micro = max(count for count in range(1, largest + 1) if part % count == 0)
+        self.batching = plan_batches(len(self.prompts.tokens), spec.epochs, size, self.workers, None)
+        self.minibatch = plan_batches(1, 1, size // spec.minibatches, self.workers, micro)
+        self.order = data_order([len(tokens) for tokens in self.prompts.tokens], self.batching.steps, size, job.seed)
+        self.evaluate_at = set(at_even_steps(self.batching.steps, spec.evaluations)) if self.measured else set()
+
+        device = torch.device("cuda", torch.cuda.current_device()) if compute.device == "gpu" else torch.device("cpu")
+        rounded = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+        self.models = build(job, self.tokenizer, rounded, device)
+        if compute.gradient_checkpointing:
+            _checkpoint_gradients(self.models.trained)
+        end = end_tokens(self.models.trained.policy.model, self.tokenizer)
+        self.held = self.models.held_bytes
+        engine = trained_engine(self.models.trained, spec, compute, self.minibatch, self.dtype)
+        self.engine = engine
+        self.trainer = PpoTrainer(
+            job.stage,
+            spec,
+            job.seed,
+            self.models,
+            engine,
+            frozen_engine(self.models.reference, compute, self.dtype),
+            frozen_engine(self.models.reward, compute, self.dtype),
+            self.batching,
+            self.minibatch,
+            self.prompts,
+            _mixed(job, self.tokenizer),
+            self.tokenizer,
+            end,
+            compute.zero_stage,
+        )
+        self.written_by = written_by(self.workers, compute.zero_stage, self.dtype)
+        every = compute.checkpoint_steps
+        self.save_every = max(1, self.batching.steps // 10) if every == "auto" else every
+        self.history: list[dict[str, float]] = []
+        self.before: list[dict[str, Any]] = []
+        """Shown answers of the model that training began with."""
+        self.after: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.resumed = 0
+        self.begun = time.time()
+        self.first_step_at: float | None = None
+
+    def emit(self, event: str, **values: Any) -> None:
+        if self.rank == 0:
+            self.log.write(event, **values)
+
+    def resume(self) -> None:
+        """From the newest whole checkpoint of workers like these, if there is one."""
+        import torch.distributed as dist
+
+        from tunery.train.ppo.engine import load_state
+        from tunery.train.ppo.trainer import State
+        from tunery.train.steps import HISTORY, drop_foreign, last_checkpoint
+
+        folder = self.job.work / "checkpoints"
+        if self.rank == 0:
+            drop_foreign(folder, self.written_by)
+        dist.barrier()
+        if (found := last_checkpoint(folder, self.written_by)) is None:
+            return
+        load_state(self.engine, found, self.models.trained.shared)
+        told = json.loads((found / "ppo.json").read_text())
+        self.trainer.state = State(**told["state"])
+        self.before, self.resumed = told["before"], self.trainer.state.step
+        self.history = [json.loads(line) for line in (found / HISTORY).read_text().splitlines()]
+
+    def step(self) -> None:
+        size, state = self.batching.global_batch_size, self.trainer.state
+        told = self.trainer.step(self.order[state.step * size : (state.step + 1) * size])
+        self.first_step_at = self.first_step_at or time.time()
+        for phase, seconds in self.trainer.timing.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.tokens[phase] = self.tokens.get(phase, 0) + self.trainer.timing.tokens[phase]
+        speeds = {
+            f"{phase}_tokens_per_second": self.trainer.timing.tokens[phase] / seconds
+            for phase, seconds in self.trainer.timing.seconds.items()
+        }
+        self._tell(told, {**speeds, "memory_gb": _memory(self.job.compute.device) / 1e9})
+        self.emit("progress", done=state.step, total=self.batching.steps, unit="steps")
+
+    def evaluate(self) -> None:
+        """Rewards of answers to the held-out prompts, each drawn by the same numbers every time."""
+        prompts = self.measured or self.prompts
+        places = list(range(len(prompts.tokens))) if self.measured else list(range(min(SHOWN, len(prompts.tokens))))
+        rollouts = self.trainer.draw(prompts, places, "evaluation")
+        rated = self.trainer.rate(prompts, rollouts)
+        self.after = [
+            {
+                "prompt": prompts.rows[place]["messages"][-1]["content"][:CHARACTERS],
+                "answer": self.trainer.text(rollouts.answers[place])[:CHARACTERS],
+                "reward": float(rated.scores_b[place]),
+            }
+            for place in range(min(SHOWN, len(places)))
+        ]
+        step = self.trainer.state.step
+        if step == 0:
+            self.before = self.after
+        if self.measured is None:
+            return
+        told = {
+            "eval_reward": float(rated.scores_b.mean()),
+            "eval_kl": float(self.trainer.kl(rollouts, rated).mean()),
+            "eval_response_length": float(rollouts.mask_bt.sum(dim=1).float().mean()),
+            "eval_eos_rate": sum(rollouts.ended) / len(places),
+        }
+        self._tell(told, {})
+        # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing.
+        if 0 < step < self.batching.steps:
+            self.report({"step": float(step), "rows": float(step * self.batching.global_batch_size), **told})
+
+    def checkpoint(self) -> None:
+        import torch.distributed as dist
+
+        from tunery.train.ppo.engine import save_state
+        from tunery.train.steps import HISTORY, mark_whole
+
+        step = self.trainer.state.step
+        if step % self.save_every or step == self.batching.steps:
+            return
+        folder = self.job.work / "checkpoints" / f"checkpoint-{step}"
+        save_state(self.engine, folder, self.models.trained.shared)
+        dist.barrier()
+        if self.rank == 0:
+            (folder / HISTORY).write_text(_lines(self.history))
+            (folder / "ppo.json").write_text(json.dumps({"state": asdict(self.trainer.state), "before": self.before}))
+            mark_whole(self.job.work / "checkpoints", step, self.written_by)
+
+    def finish(self) -> None:
+        if not self.after or self.measured is None:
+            self.evaluate()
+        self._save()
+        if self.rank == 0:
+            (self.job.out / "history.jsonl").write_text(_lines(self.history))
+            outcome = {"facts": self._facts(), "measured": self._measured()}
+            (self.job.work / "outcome.json").write_text(json.dumps(outcome))
+
+    def _tell(self, told: dict[str, float], measured: dict[str, float]) -> None:
+        """`measured` is told, but is no part of the artifact: times are never the same twice."""
+        step = self.trainer.state.step
+        rows = {"rows": float(step * self.batching.global_batch_size)}
+        self.history.append({"step": float(step), **told, **rows})
+        self.emit("metrics", step=step, values={**told, **measured, **rows})
+
+    def _save(self) -> None:
+        """The policy: a whole model, or an adapter and what it lies on."""
+        from tunery.models.load import write_base
+        from tunery.train.ppo.engine import gathered_for_saving
+        from tunery.train.ppo.models import POLICY
+
+        policy, zero_stage = self.engine.module.policy, self.job.compute.zero_stage
+        folder = self.job.out / ("adapter" if self.models.trained.shared else "model")
+        with gathered_for_saving(policy, zero_stage):
+            if self.rank == 0:
+                if self.models.trained.shared:
+                    _save_adapter(policy.model, folder, POLICY)
+                    write_base(self.job.out, self.job.model)
+                else:
+                    policy.model.config.use_cache = True
+                    policy.model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+
+    def _facts(self) -> dict[str, Any]:
+        steps = [point for point in self.history if "reward" in point]
+        evals = [point for point in self.history if "eval_reward" in point]
+        last = steps[-5:]
+        sizes = [
+            (int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in self.engine.module.policy.parameters()
+        ]
+        return {
+            "rows": self.prompts.read,
+            "sequences": len(self.prompts.tokens),
+            "too_long": self.prompts.too_long,
+            "unusable": self.prompts.unusable,
+            "eval_rows": self.measured.read if self.measured else 0,
+            "steps": self.batching.steps,
+            "answers": self.batching.steps * self.batching.global_batch_size,
+            "epochs": self.spec.epochs,
+            "global_batch_size": self.batching.global_batch_size,
+            "learning_rate": self.spec.learning_rate,
+            "parameters": sum(size for size, _ in sizes),
+            "trainable": sum(size for size, learns in sizes if learns),
+            "value_from": self.models.value_from,
+            "shared_base": self.models.trained.shared,
+            **{name: sum(point[name] for point in last) / len(last) for name in ("reward", "kl", "eos_rate")},
+            "first_reward": steps[0]["reward"],
+            "kl_coefficient": self.trainer.state.kl_coefficient,
+            "eval_reward": evals[-1]["eval_reward"] if evals else None,
+            "eval_kl": evals[-1]["eval_kl"] if evals else None,
+            "eval_reward_before": evals[0]["eval_reward"] if evals else None,
+            "responses": [
+                {
+                    "prompt": old["prompt"],
+                    "before": old["answer"],
+                    "after": new["answer"],
+                    "reward_before": old["reward"],
+                    "reward_after": new["reward"],
+                }
+                for old, new in zip(self.before, self.after, strict=True)
+            ],
+        }
+
+    def _measured(self) -> dict[str, Any]:
+        import torch
+
+        gpu = self.job.compute.device == "gpu"
+        return {
+            "train_seconds": time.time() - self.begun,
+            "seconds_by_phase": self.seconds,
+            "tokens_per_second_by_phase": {
+                phase: self.tokens[phase] / seconds for phase, seconds in self.seconds.items()
+            },
+            "first_step_seconds": (self.first_step_at or time.time()) - self.job.started,
+            "resumed_from": self.resumed,
+            "workers": self.workers,
+            "zero_stage": self.job.compute.zero_stage,
+            "dtype": self.dtype,
+            "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "peak_memory_bytes": _memory(self.job.compute.device),
+            "weights_bytes": self.held,
+            "weights_bytes_separate": self.models.separate_bytes,
+            "micro_batch_size": self.minibatch.micro_batch_size,
+        }
+
+
+def _mixed(job: Job, tokenizer: Any) -> Sequence[Any]:
+    """Rows of the loss that is mixed in, in an order of their own."""
+    import random
+
+    from tunery.models.encode import Encoded, encode
+    from tunery.store.rows import CONTENT
+
+    assert isinstance(job.spec, Ppo)
+    if job.spec.ptx is None:
+        return []
+    items: list[Encoded] = [
+        item
+        for item in encode(list(rows_of(job.ptx_rows, CONTENT)), tokenizer, job.spec.max_length)
+        if item.counted > 0
+    ]
+    if not items:
+        raise StageError(
+            job.stage,
+            f"none of the rows of `{job.spec.ptx.data}` has a token to learn",
+            cause="every answer is empty, or cut off because the question alone fills max_length",
+            remedy="give other rows in `ptx.data`",
+        )
+    random.Random(job.seed).shuffle(items)
+    return items
+
+
+def _checkpoint_gradients(trained: Any) -> None:
+    from tunery.train.ppo.models import recomputed_as_before
+
+    how: dict[str, Any] = {"use_reentrant": False}
+    if trained.shared:
+        how["context_fn"] = recomputed_as_before(trained.policy.model)
+    trained.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if trained.shared:
+        trained.policy.model.enable_input_require_grads()
+    elif hasattr(trained.value.model, "gradient_checkpointing_enable"):
+        trained.value.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
+def _save_adapter(model: Any, folder: Path, name: str) -> None:
+    """Weights and configuration of one adapter, as PEFT's own save_pretrained writes them."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = model.peft_config[name]
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    save_file({key: value.contiguous().cpu() for key, value in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def _lines(history: Sequence[dict[str, float]]) -> str:
+    return "".join(json.dumps(point) + "\n" for point in history)
+
+
+def _memory(device: str) -> int:
+    """The most that this worker has held, in bytes."""
+    if device == "gpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,31 @@
+"""What a stage's function is called with in a test: one process, no Ray, nobody who listens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunery.spec import Compute
+from tunery.spec.reference import Spec
+from tunery.store import Artifact, StageContext
+
+
+def stage_context(
+    kind: type[Spec], fields: dict[str, Any], data: Path, models: Path, out: Path, **other: Any
+) -> StageContext:
+    """`fields` as in a file, with `data` as the stage that gives the rows; relative paths in them start at `models`."""
+    given = {
+        "name": "stage",
+        "trial": "",
+        "spec": kind.model_validate_json(json.dumps(fields)),
+        "inputs": {"data": Artifact(data, {"kind": "dataset", "fingerprint": "0", "facts": {}}, {})},
+        "seed": 5,
+        "folder": models,
+        "out": out,
+        **dict.fromkeys(("work", "scores", "events", "logs"), out),
+        "compute": Compute(workers=1),
+        "emit": lambda *_, **__: None,
+        "in_process": True,
+    }
+    return StageContext(**{**given, **other})

@@ -1,0 +1,130 @@
+"""Drawing tokens and whole answers: as transformers does it, and the same in whatever batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_classifiers import write_language_model
+from transformers import AutoModelForCausalLM
+
+from tunery.models.generate import Answer, TransformersEngine, batches_by_length
+from tunery.models.sampling import draw, nucleus, uniform_numbers
+from tunery.spec import Sampling
+
+END = 1
+PROMPTS = [[5, 6, 7], [9], [10, 11, 12, 13, 14, 15, 16], [20, 21], [30, 31, 32, 33]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(write_language_model(tmp_path_factory.mktemp("model"))).eval()
+
+
+def numbers(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return uniform_numbers(seed, "test", [(row,) for row in range(rows)], tokens)
+
+
+# Tokens.
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).log_softmax(0)
+    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens, log_probs = draw(logits.expand(100_000, -1).clone(), uniform, Sampling())
+    shares = torch.bincount(tokens, minlength=4) / 100_000
+    torch.testing.assert_close(shares, logits.exp(), atol=0.006, rtol=0)
+    torch.testing.assert_close(log_probs, logits[tokens])
+
+
+def test_every_number_in_0_to_1_draws_a_token_that_can_be_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for uniform in (0.0, 0.4999999, 0.5, 1 - 2**-53):
+        token, _ = draw(logits.clone(), torch.tensor([uniform], dtype=torch.float64), Sampling())
+        assert int(token) == (1 if uniform < 0.5 else 3)
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    tokens, log_probs = draw(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), Sampling(temperature=0))
+    assert (tokens.tolist(), log_probs.tolist()) == ([1], [0.0])
+
+
+def test_nucleus_is_the_likeliest_tokens_that_together_reach_top_p() -> None:
+    log_probs = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
+    for top_p, kept in [(0.4, [1]), (0.5, [1]), (0.51, [1, 2]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
+        assert nucleus(log_probs, top_p).isfinite().nonzero()[:, 1].tolist() == kept, top_p
+
+
+def test_log_probability_is_that_of_what_was_drawn_from() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
+    token, log_prob = draw(logits.clone(), torch.tensor([0.9]), Sampling(top_p=0.6))
+    assert int(token) == 2
+    assert float(log_prob) == pytest.approx(torch.tensor(0.25 / 0.75).log())
+
+
+def test_uniform_numbers_are_of_their_row_alone() -> None:
+    whole = uniform_numbers(1, "step", [(3, 0), (4, 0), (4, 1)], 6)
+    assert torch.equal(uniform_numbers(1, "step", [(4, 0)], 6)[0], whole[1])
+    assert len({tuple(row.tolist()) for row in whole}) == 3
+    for other in (uniform_numbers(2, "step", [(3, 0)], 6), uniform_numbers(1, "other", [(3, 0)], 6)):
+        assert not torch.equal(other[0], whole[0])
+
+
+# Answers.
+
+
+def test_greedy_answers_are_those_of_transformers(model: torch.nn.Module) -> None:
+    answers = TransformersEngine(model, [END])(PROMPTS, numbers(5, 12), Sampling(temperature=0, max_new_tokens=12))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=0,
+        )
+        assert answer.tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_answers_are_the_same_in_whatever_batch(model: torch.nn.Module) -> None:
+    sampling, uniform = Sampling(max_new_tokens=40), numbers(5, 40)
+    together = TransformersEngine(model, [END, 7, 8, 9, 11, 12])(PROMPTS, uniform, sampling)
+    assert len({len(answer.tokens) for answer in together}) > 2, "rows leave at different times"
+    for budget in (1, 100):
+        assert _tokens(
+            TransformersEngine(model, [END, 7, 8, 9, 11, 12], budget)(PROMPTS, uniform, sampling)
+        ) == _tokens(together)
+
+
+def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(model: torch.nn.Module) -> None:
+    sampling = Sampling(max_new_tokens=20, temperature=0.8)
+    answers = TransformersEngine(model, [END])(PROMPTS, numbers(5, 20), sampling)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1] / 0.8
+        expected = logits.log_softmax(1)[range(len(answer.tokens)), answer.tokens]
+        torch.testing.assert_close(torch.tensor(answer.log_probs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_answer_ends_at_an_end_token_or_is_cut_off(model: torch.nn.Module) -> None:
+    every = list(range(300))
+    (answer,) = TransformersEngine(model, every)([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
+    assert (len(answer.tokens), answer.ended) == (1, True)
+    (answer,) = TransformersEngine(model, [])([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
+    assert (len(answer.tokens), answer.ended) == (8, False)
+
+
+def test_no_end_token_is_drawn_before_min_new_tokens(model: torch.nn.Module) -> None:
+    end = list(range(0, 300, 2))
+    answers = TransformersEngine(model, end)(PROMPTS, numbers(5, 30), Sampling(max_new_tokens=30, min_new_tokens=6))
+    assert all(len(answer.tokens) >= 7 for answer in answers)
+    assert all(token % 2 for answer in answers for token in answer.tokens[:6])
+
+
+def test_batches_hold_as_much_as_the_budget_allows() -> None:
+    assert batches_by_length([3, 9, 5, 9], 10, 40) == [[1, 3], [2, 0]]
+    assert batches_by_length([3, 9], 10, 1) == [[1], [0]]
+
+
+def _tokens(answers: list[Answer]) -> list[list[int]]:
+    return [answer.tokens for answer in answers]

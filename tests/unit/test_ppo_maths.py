@@ -1,0 +1,220 @@
+"""PPO's maths against cases worked out by hand, and against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunery.errors import StageError
+from tunery.spec import Ppo
+from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
+from tunery.train.ppo.guards import PATIENCE, check_finite, check_kl, check_rewards_differ
+from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
+from tunery.train.ppo.losses import log_probs_of, policy_loss, value_loss
+from tunery.train.ppo.trainer import learning_rate_at
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def tensor(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+# KL.
+
+
+def test_kl_estimators_by_hand() -> None:
+    log_probs, reference = tensor([math.log(0.5), math.log(0.2)]), tensor([math.log(0.25), math.log(0.4)])
+    torch.testing.assert_close(kl_per_token(log_probs, reference, "k1"), tensor([math.log(2), -math.log(2)]))
+    expected = tensor([0.5 - 1 + math.log(2), 2 - 1 - math.log(2)])  # (r - 1) - log r, r = reference / policy
+    torch.testing.assert_close(kl_per_token(log_probs, reference, "k3"), expected)
+
+
+def test_both_kl_estimators_mean_the_divergence_and_near_the_reference_k3_varies_less() -> None:
+    torch.manual_seed(0)
+    policy = torch.randn(8).log_softmax(0)
+    reference = (policy + 0.2 * torch.randn(8)).log_softmax(0)
+    exact = float((policy.exp() * (policy - reference)).sum())
+    drawn = torch.multinomial(policy.exp(), 200_000, replacement=True)
+    k1, k3 = (kl_per_token(policy[drawn], reference[drawn], name) for name in ("k1", "k3"))
+    assert float(k1.mean()) == pytest.approx(exact, abs=0.002)
+    assert float(k3.mean()) == pytest.approx(exact, abs=0.002)
+    assert k3.min() >= 0
+    assert k3.std() < k1.std()
+
+
+def test_score_stands_on_the_last_token_and_the_penalty_on_all() -> None:
+    kl = tensor([1.0, 2.0, 3.0], [4.0, 9.0, 9.0])
+    rewards = token_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.1)
+    torch.testing.assert_close(rewards, tensor([-0.1, -0.2, 9.7], [19.6, 0.0, 0.0]))
+
+
+def test_late_score_stands_one_place_further_where_there_is_one() -> None:
+    rewards = token_rewards(torch.tensor([10.0, 20.0]), torch.zeros(2, 3), MASK, 0.1, late=True)
+    torch.testing.assert_close(rewards, tensor([0.0, 0.0, 10.0], [0.0, 20.0, 0.0]))
+
+
+def test_answers_that_were_cut_off_lose_the_penalty() -> None:
+    scores = penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.25)
+    assert scores.tolist() == [1.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 0.1)), (60.0, 0.1 * 1.02), (0.0, 0.1 * 0.98)]
+)
+def test_coefficient_moves_towards_the_target_by_at_most_a_fifth_a_horizon(kl: float, expected: float) -> None:
+    assert adapted(0.1, kl, target=6.0, horizon=1000, answers=100) == pytest.approx(expected)
+
+
+# Advantages.
+
+
+def test_advantages_by_hand() -> None:
+    rewards, values = tensor([0.0, 0.0, 1.0], [2.0, 7.0, 7.0]), tensor([0.5, 0.25, 0.75], [1.0, 7.0, 7.0])
+    advantages, returns = generalized_advantages(rewards, values, MASK, gamma=0.9, lam=0.5)
+    last = 1.0 - 0.75
+    middle = 0.9 * 0.75 - 0.25 + 0.45 * last
+    first = 0.9 * 0.25 - 0.5 + 0.45 * middle
+    torch.testing.assert_close(advantages, tensor([first, middle, last], [1.0, 0.0, 0.0]))
+    torch.testing.assert_close(returns, tensor([first + 0.5, middle + 0.25, 1.0], [2.0, 0.0, 0.0]))
+
+
+@given(st.integers(0, 10_000))
+def test_with_lambda_1_the_return_is_the_discounted_sum_of_rewards(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.arange(5)[None, :] < torch.randint(1, 6, (3, 1), generator=generator)
+    _, returns = generalized_advantages(rewards, values, mask, gamma=0.9, lam=1.0)
+    for row in range(3):
+        length = int(mask[row].sum())
+        expected = [sum(0.9 ** (k - t) * float(rewards[row, k]) for k in range(t, length)) for t in range(length)]
+        assert returns[row, :length].tolist() == pytest.approx(expected)
+
+
+def test_padding_changes_no_advantage() -> None:
+    torch.manual_seed(0)
+    rewards, values = torch.randn(2, 3), torch.randn(2, 3)
+    wide = torch.cat([MASK, torch.zeros(2, 2, dtype=torch.bool)], 1)
+    junk = torch.full((2, 2), torch.nan)
+    narrow = generalized_advantages(rewards, values, MASK, 0.9, 0.8)
+    padded = generalized_advantages(torch.cat([rewards, junk], 1), torch.cat([values, junk], 1), wide, 0.9, 0.8)
+    for one, other in zip(narrow, padded, strict=True):
+        torch.testing.assert_close(one, other[:, :3])
+        assert not other[:, 3:].any()
+
+
+def test_whitened_has_mean_0_and_deviation_1_over_the_mask_alone() -> None:
+    values = tensor([1.0, 2.0, 6.0], [3.0, 1e9, -1e9])
+    white = whitened(values, MASK)
+    assert float(white[MASK].mean()) == pytest.approx(0, abs=1e-6)
+    assert float(white[MASK].std()) == pytest.approx(1, abs=1e-5)
+    assert white[1, 1:].tolist() == [0, 0]
+    kept = whitened(values, MASK, shift=False)
+    assert float(kept[MASK].mean()) == pytest.approx(3, abs=1e-5)
+
+
+def test_one_token_can_be_whitened() -> None:
+    assert whitened(tensor([4.0]), torch.tensor([[True]])).tolist() == [[0.0]]
+
+
+def test_explained_variance_is_1_for_the_truth_and_0_for_a_constant() -> None:
+    returns = tensor([1.0, 2.0, 4.0], [8.0, 0.0, 0.0])
+    assert explained_variance(returns + 0.5, returns, MASK) == pytest.approx(1)
+    assert explained_variance(torch.full((2, 3), 3.0), returns, MASK) == pytest.approx(0)
+    assert explained_variance(returns, torch.ones(2, 3), MASK) == 0
+
+
+# Losses.
+
+
+def test_log_probabilities_and_entropy_are_those_of_the_temperature() -> None:
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(4, 7), torch.tensor([0, 6, 3, 3])
+    log_probs, entropy = log_probs_of(logits, tokens, 0.7)
+    distribution = torch.distributions.Categorical(logits=logits / 0.7)
+    torch.testing.assert_close(log_probs, distribution.log_prob(tokens))
+    torch.testing.assert_close(entropy, distribution.entropy())
+
+
+def test_entropy_has_a_gradient_only_where_it_is_asked_for() -> None:
+    logits = torch.randn(2, 5, requires_grad=True)
+    assert not log_probs_of(logits, torch.tensor([0, 1]), 1.0)[1].requires_grad
+    entropy = log_probs_of(logits, torch.tensor([0, 1]), 1.0, entropy_gradient=True)[1].sum()
+    (gradient,) = torch.autograd.grad(entropy, logits)
+    (expected,) = torch.autograd.grad(torch.distributions.Categorical(logits=logits).entropy().sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_policy_loss_by_hand() -> None:
+    old = torch.zeros(4)
+    log_probs = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
+    told = policy_loss(log_probs, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
+    torch.testing.assert_close(told.loss, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
+    assert told.clipped.tolist() == [1, 0, 0, 1]
+    torch.testing.assert_close(told.approximate_kl, 0.5 * log_probs**2)
+
+
+def test_gradient_of_the_policy_loss_is_the_policy_gradient_where_nothing_is_clipped_and_none_where_it_is() -> None:
+    log_probs = torch.tensor([0.0, math.log(1.5), math.log(1.5)], requires_grad=True)
+    advantages = torch.tensor([2.0, 2.0, -2.0])
+    (gradient,) = torch.autograd.grad(policy_loss(log_probs, torch.zeros(3), advantages, 0.2).loss.sum(), log_probs)
+    torch.testing.assert_close(gradient, torch.tensor([-2.0, 0.0, 3.0]))
+
+
+def test_value_loss_by_hand() -> None:
+    values, old, returns = torch.tensor([1.0, 1.0, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([2.0, 1.0, 1.0])
+    # Clipped to 0.2, 0.2 and 0.1: errors of 1.8, 0.8 and 0.9, against 1, 0 and 0.9.
+    torch.testing.assert_close(value_loss(values, old, returns, 0.2), torch.tensor([1.62, 0.32, 0.405]))
+    torch.testing.assert_close(value_loss(values, old, returns, None), torch.tensor([0.5, 0.0, 0.405]))
+
+
+def test_masked_mean_leaves_out_what_is_masked_even_if_it_is_no_number() -> None:
+    assert float(masked_mean(tensor([1.0, 2.0, 3.0], [6.0, torch.nan, torch.inf]), MASK)) == 3
+
+
+# The learning rate.
+
+
+def ppo(**fields: object) -> Ppo:
+    given = {"kind": "ppo", "data": "d", "model": "m", "reward": "r", "epochs": 1.0, "learning_rate": 1.0}
+    return Ppo.model_validate({**given, **fields})
+
+
+def test_first_step_of_a_warm_up_has_a_learning_rate() -> None:
+    rates = [learning_rate_at(step, 10, ppo(warmup=0.3, schedule="linear")) for step in range(10)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4:] == pytest.approx([1 - done / 7 for done in range(1, 7)])
+
+
+def test_schedules() -> None:
+    assert learning_rate_at(5, 10, ppo(warmup=0, schedule="cosine")) == pytest.approx(0.5)
+    assert learning_rate_at(9, 10, ppo(warmup=0, schedule="constant")) == 1
+
+
+# Guards.
+
+
+def test_a_value_that_is_no_number_ends_the_training_and_is_named() -> None:
+    check_finite("ppo", 3, reward=1.0)
+    with pytest.raises(StageError, match="value loss is nan at step 3"):
+        check_finite("ppo", 3, policy_loss=1.0, value_loss=math.nan)
+
+
+def test_kl_beyond_the_bound_ends_the_training() -> None:
+    check_kl("ppo", 3, 9.0, 10.0)
+    with pytest.raises(StageError, match=r"KL to the reference is 11.0 nats an answer at step 3, beyond .* 10"):
+        check_kl("ppo", 3, 11.0, 10.0)
+
+
+def test_rewards_that_never_differ_end_the_training_and_those_that_did_once_do_not() -> None:
+    varied = False
+    for step in range(1, PATIENCE):
+        varied = check_rewards_differ("ppo", [1.0, 1.0], step, varied)
+    with pytest.raises(StageError, match="all rewards of the first 3 batches are 1"):
+        check_rewards_differ("ppo", [1.0, 1.0], PATIENCE, varied)
+    assert check_rewards_differ("ppo", [1.0, 2.0], 1, False)
+    assert check_rewards_differ("ppo", [1.0, 1.0], 100, True)
