@@ -26,7 +26,7 @@ from tunery.store.rows import row_id, write_rows
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
 from tunery.train.job import Job, Rows
-from tunery.train.preference import Preference, pair_losses, pairs_of, preferred
+from tunery.train.preference import Preference, pair_losses, pairs_of
 from tunery.train.rated import Rated, answer_losses, answers_of, baseline, margin, mismatched
 from tunery.train.reference import answer_log_probs, padded, rejected_side
 
@@ -180,10 +180,6 @@ def test_losses_of_pairs_by_hand() -> None:
     assert losses(loss="ipo") == pytest.approx([(0.5 + 0.5 - 1) ** 2, (-0.5 - 1 - 1) ** 2])
 
 
-def test_ties_count_half() -> None:
-    assert preferred(torch.tensor([0.5, 0.0, -0.5])).tolist() == [1.0, 0.5, 0.0]
-
-
 def test_losses_of_rated_answers_by_hand() -> None:
     ratios, wanted = torch.tensor([3.0, -1.0, 1.0]), torch.tensor([True, True, False])
     spec = kto(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
@@ -273,5 +269,5 @@ def test_fields_that_do_not_fit_are_refused(load_text: LoadText, fields: str, to
 
 def test_lines_of_the_kinds_tell_loss_and_what_matters() -> None:
     facts = {"loss": 0.5, "eval_loss": 0.625, "eval_accuracy": 0.75, "eval_margin": 1.25}
-    assert outcome(StageState("a", kind="dpo", facts=facts)) == "loss 0.500 → eval 0.625, 75% preferred"
+    assert outcome(StageState("a", kind="dpo", facts=facts)) == "loss 0.500 → eval 0.625, accuracy 0.75"
     assert outcome(StageState("a", kind="kto", facts=facts)) == "loss 0.500 → eval 0.625, margin 1.25"

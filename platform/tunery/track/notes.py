@@ -137,11 +137,6 @@ def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
     return f"reward {was}{measure(after, 3)}" + (f", KL {measure(kl, 3)}" if kl is not None else "")
 
 
-def _preference(facts: Facts) -> str:
-    accuracy = as_number(facts.get("eval_accuracy"))
-    return _training(facts) + (f", {accuracy:.0%} preferred" if accuracy is not None else "")
-
-
 def _rated(facts: Facts) -> str:
     margin = as_number(facts.get("eval_margin"))
     return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
@@ -184,7 +179,7 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "sft": _training,
     "classifier": _classifier,
     "reward": _reward,
-    "dpo": _preference,
+    "dpo": _reward,
     "kto": _rated,
     "ppo": _policy,
     "grpo": _policy,

@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tunery.errors import StageError
 from tunery.models.encode import encode
+from tunery.models.metrics import preference_accuracy
 from tunery.spec import Dpo
 from tunery.store.rows import CONTENT, Row
 from tunery.train.job import Job, rows_of
@@ -156,7 +157,7 @@ class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl shi
         losses, margins = self._measure(model, inputs).unbind(dim=1)
         margins = self.accelerator.gather(margins.detach())
         self._metrics["train"]["margin"].append(margins.mean().item())
-        self._metrics["train"]["accuracy"].append(preferred(margins).mean().item())
+        self._metrics["train"]["accuracy"].append(preference_accuracy(margins.double().cpu().numpy()))
         return losses.mean()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -174,7 +175,7 @@ class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl shi
         return self.told(
             {
                 "eval_loss": losses.mean().item(),
-                "eval_accuracy": preferred(margins).mean().item(),
+                "eval_accuracy": preference_accuracy(margins.cpu().numpy()),
                 "eval_margin": margins.mean().item(),
             }
         )
@@ -207,8 +208,3 @@ def pair_losses(
         return (chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * spec.beta)) ** 2
     wrong = spec.label_smoothing
     return -(1 - wrong) * logsigmoid(margins) - wrong * logsigmoid(-margins)
-
-
-def preferred(margins: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer is ahead, 1/2 where both are level, else 0."""
-    return ((margins > 0).to(margins.dtype) + (margins >= 0).to(margins.dtype)) / 2
