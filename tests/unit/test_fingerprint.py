@@ -46,6 +46,15 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
         "eval_data": {"good": "docs", "bad": "more"},
         "seed": 3,
     },
+    **{
+        name: {"kind": name, "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3, **fields}
+        for name, fields in {
+            "dpo": {},
+            "kto": {},
+            "grpo": {"reward": {"python": "reward.py"}, "group_size": 4},
+            "rloo": {"reward": {"pretrained": "./model"}, "group_size": 4},
+        }.items()
+    },
     "rm": {"kind": "reward", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
     "wins": {"kind": "win_rate", "models": ["base"], "against": "other", "judge": "judge", "data": "clean"},
@@ -156,6 +165,33 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("judge", "model"): ["other", {"pretrained": "./model"}],
     ("judge", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
     ("judge", "balanced"): [False],
+    **{
+        (name, field): values
+        for name in ("dpo", "kto", "grpo", "rloo")
+        for field, values in {
+            "model": ["other", {"pretrained": "./model"}],
+            "tuner": [{"lora": {}}, {"lora": {"rank": 4}}],
+            "beta": [0.5],
+        }.items()
+    },
+    ("dpo", "loss"): ["hinge", "ipo"],
+    ("dpo", "label_smoothing"): [0.1],
+    ("dpo", "reference_free"): [True],
+    ("kto", "desirable_weight"): [2.0],
+    ("kto", "undesirable_weight"): [2.0],
+    **{
+        (name, field): values
+        for name in ("grpo", "rloo")
+        for field, values in {
+            "reward": [{"python": "reward.py", "function": "other"}, {"pretrained": "org/name"}],
+            "sampling": [{"temperature": 0.7}, {"top_p": 0.9}, {"min_new_tokens": 2}, {"max_new_tokens": 16}],
+            "group_size": [2],
+            "iterations": [2],
+            "clip": [0.1],
+        }.items()
+    },
+    ("grpo", "loss"): ["grpo", "dr_grpo"],
+    ("grpo", "scale"): ["batch", "none"],
     ("rm", "model"): ["other", {"pretrained": "./model"}],
     ("rm", "tuner"): [{"lora": {}}, {"lora": {"rank": 4}}],
     ("rm", "center"): [0.01, 0.1],
@@ -181,13 +217,13 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("wins", "seed"): [4, 5],
     **{
         (name, field): values
-        for name in ("base", "sft", "judge", "rm")
+        for name in ("base", "sft", "judge", "rm", "dpo", "kto", "grpo", "rloo")
         for field, values in {
             "data": ["more", *LABELLED] if name == "judge" else ["more"],
             "epochs": [3, 0.5, "auto"],
             "learning_rate": [0.5, "auto"],
             "global_batch_size": [8, 16],
-            "max_length": [64],
+            "max_length": [256],
             "schedule": ["linear", "constant"],
             "warmup": [0.0],
             "weight_decay": [0.1],
@@ -198,7 +234,8 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         }.items()
     },
 }
-ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "rm", "eval", "wins")
+ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "eval", "wins")
+ONE_OF_EACH_KIND += ("rm", "dpo", "kto", "grpo", "rloo")
 
 
 @pytest.fixture
@@ -361,14 +398,20 @@ def test_order_of_the_stages_in_the_file_changes_no_fingerprint(names: list[str]
 def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Path) -> None:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    for name in ("a.jsonl", "b.jsonl", "checked.jsonl"):
+    for name in ("a.jsonl", "b.jsonl", "checked.jsonl", "reward.py"):
         shutil.copy(folder / name, elsewhere)
     shutil.copytree(folder / "model", elsewhere / "model")
     assert prints(EXPERIMENT, elsewhere) == prints(EXPERIMENT, folder)
 
 
 @pytest.mark.parametrize(
-    ("file", "readers"), [("a.jsonl", ["docs"]), ("b.jsonl", ["more"]), ("model/model.safetensors", ["other", "again"])]
+    ("file", "readers"),
+    [
+        ("a.jsonl", ["docs"]),
+        ("b.jsonl", ["more"]),
+        ("reward.py", ["grpo"]),
+        ("model/model.safetensors", ["other", "again", "rloo"]),
+    ],
 )
 def test_content_of_files_changes_their_readers(file: str, readers: list[str], folder: Path) -> None:
     before = prints(EXPERIMENT, folder)

@@ -70,7 +70,8 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     from peft import PeftModel
 
     base = load_model(base_of(artifact), dtype)
-    return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
+    return merged.requires_grad_(True)  # PEFT (0.21.2) froze the base for its adapter, and leaves it so
 
 
 def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,34 +71,45 @@ class _Function:
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
-        spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+        spec = importlib.util.spec_from_file_location(f"tunery_reward_{path.stem}", path)
         assert spec is not None, "it ends in .py, which was checked"
         assert spec.loader is not None, "it is a file"
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # a dataclass looks its module up
         try:
             spec.loader.exec_module(module)
             self._function = getattr(module, name)
         except Exception as error:  # whatever the user's file does
-            raise self._error("can't be loaded", f"{type(error).__name__}: {error}") from error
+            raise self._failed("can't be loaded", error) from error
 
     def __call__(self, prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
         questions = [prompt["messages"][-1]["content"] for prompt in prompts]
         try:
-            found = list(self._function(questions, list(answers)))
+            given = self._function(questions, list(answers))
         except Exception as error:
-            raise self._error("failed", f"{type(error).__name__}: {error}") from error
+            raise self._failed("failed", error) from error
+        if isinstance(given, str | dict) or not hasattr(given, "__len__"):
+            raise self._error(
+                f"gave a {type(given).__name__}", "it has to return a list, with a number for each answer"
+            )
+        found = list(given)
         if len(found) != len(answers):
             raise self._error(
                 f"gave {len(found)} rewards for {len(answers)} answers", "it has to return a number for each, in order"
             )
         for answer, value in zip(answers, found, strict=True):
             try:
-                number = math.nan if value is None else float(value)
+                number = math.nan if value is None or isinstance(value, str) else float(value)
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
                 raise self._error(f"gave {value!r} for the answer {answer[:60]!r}", "a reward is a finite number")
         return [float(value) for value in found]
+
+    def _failed(self, what: str, error: Exception) -> TuneryError:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self._path)]
+        return self._error(what, f"{type(error).__name__}: {error}" + (f", at line {lines[-1]}" if lines else ""))
 
     def _error(self, what: str, cause: str) -> TuneryError:
         return TuneryError(f"the reward `{self._name}` of {self._path.name} {what}", cause=cause, remedy="correct it")

@@ -43,7 +43,7 @@ from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
-from tunery.train.auto import GLOBAL_BATCH_SIZES
+from tunery.train.auto import global_batch_sizes
 from tunery.train.batches import plan_batches
 
 MOST_COMBINATIONS = 10_000
@@ -177,7 +177,7 @@ def _check_batches(
     """`auto` is only refused when nothing that it can become would do: the rows are not counted yet."""
     if isinstance(stage, Training):
         micro = experiment.compute.micro_batch_size
-        sizes = GLOBAL_BATCH_SIZES if stage.global_batch_size == "auto" else (stage.global_batch_size,)
+        sizes = global_batch_sizes(stage)
         errors: list[RequestError] = []
         for size in sizes:
             try:

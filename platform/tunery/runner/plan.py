@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.data.filesystem import OutOfReach
-from tunery.data.read import read_source
+from tunery.data.read import first_shape, read_source
 from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
+from tunery.runner.check_training import root_of
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
 from tunery.spec import (
@@ -27,11 +28,15 @@ from tunery.spec import (
     Compute,
     Dataset,
     Decisions,
+    Dpo,
     Evaluate,
     Experiment,
+    Grpo,
+    Kto,
     Lora,
     Pretrain,
     Pretrained,
+    Rloo,
     Scratch,
     Select,
     Stage,
@@ -46,8 +51,8 @@ from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
 from tunery.track.wording import duration
 from tunery.train.auto import resolve
-from tunery.train.batches import plan_batches
-from tunery.train.deepspeed_config import model_state_bytes
+from tunery.train.batches import plan_training
+from tunery.train.deepspeed_config import frozen_bytes, model_state_bytes
 
 CHARACTERS_PER_TOKEN = 3.3
 """Of a small byte-level BPE on English and code; to estimate the tokens of rows that were never tokenised."""
@@ -204,25 +209,25 @@ class _Estimates:
     ) -> PlannedStage:
         rows = self._rows_read(stage.data)
         resolved, rules = resolve(stage, rows)
-        assert resolved.global_batch_size != "auto", "resolved"
-        assert resolved.epochs != "auto", "resolved"
         sequences = rows
         if isinstance(stage, Pretrain):
             characters = self._characters.get(stage.data, 0)
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
+        if isinstance(stage, Kto) and first_shape(root_of(self._experiment, stage.data), self._folder) == "preference":
+            sequences = 2 * rows  # both answers of a pair
         workers = self._compute.workers
         assert workers != "auto", "resolved"
-        micro = self._compute.micro_batch_size
-        batching = plan_batches(
-            sequences, resolved.epochs, resolved.global_batch_size, workers, None if micro == "auto" else micro
-        )
+        batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)
         steps = artifact.facts["steps"] if artifact else batching.steps
         parameters = self._parameters.setdefault(name, self._size(stage.model))
         trainable = self._trainable(getattr(stage, "tuner", "full"), parameters)
         memory = None
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
-            memory = model_state_bytes(parameters, trainable, self._compute.zero_stage, workers, bf16)
+            zero = self._compute.zero_stage
+            memory = model_state_bytes(parameters, trainable, zero, workers, bf16)
+            if _has_second_copy(resolved):
+                memory += frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
         auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
         seconds = self._seconds(artifact, before, scale)
@@ -255,6 +260,15 @@ class _Estimates:
         if artifact is not None:
             return 0.0
         return before["measured"]["seconds"] * scale if before else None
+
+
+def _has_second_copy(stage: Training[Any]) -> bool:
+    """Of the model that training began with, to be held to; under an adapter the base is there already."""
+    if getattr(stage, "tuner", "full") != "full":
+        return False
+    if isinstance(stage, Dpo):
+        return not stage.reference_free
+    return isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0)
 
 
 def _length(row: dict[str, Any]) -> int:

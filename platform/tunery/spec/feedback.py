@@ -96,9 +96,16 @@ class Dpo(Training[str]):
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO's own; hinge: SLiC (https://arxiv.org/abs/2305.10425); ipo: https://arxiv.org/abs/2310.12036."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be the wrong way round (cDPO)."""
+    """Share of the pairs that are taken to be the wrong way round (cDPO, https://ericmitchell.ai/cdpo.pdf); of the
+    sigmoid loss."""
     reference_free: bool = False
     """The reference is taken to find every answer equally likely: no second model."""
+
+    @model_validator(mode="after")
+    def _smoothing_of_sigmoid(self) -> Dpo:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"`label_smoothing` belongs to `loss: sigmoid`, not to {self.loss}")
+        return self
 
 
 class Kto(Training[str]):
@@ -113,6 +120,12 @@ class Kto(Training[str]):
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0
     """Where one kind is rarer, give it more: desirable rows x weight within 1 to 4/3 of the other (section 4.2)."""
+
+    @model_validator(mode="after")
+    def _others_in_a_step(self) -> Kto:
+        if self.global_batch_size == 1:
+            raise ValueError("`global_batch_size` 1: answers are compared with those to other prompts of the same step")
+        return self
 
 
 class _OnPolicy(Training[str]):
@@ -137,15 +150,26 @@ class _OnPolicy(Training[str]):
 
 
 class _Grouped(_OnPolicy):
-    """`global_batch_size` counts answers: a multiple of `group_size`."""
+    """`global_batch_size` counts answers: a multiple of `group_size`. `epochs` are over the prompts."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward",)
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers a prompt."""
+    iterations: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps over each batch of answers."""
     beta: NotNegative = 0.0
     """Of the KL divergence to the model that training began with; 0 needs no second model."""
     clip: Positive = 0.2
-    """Of the ratio of new to old probabilities."""
+    """Of the ratio of new to old probabilities, which is 1 in the first of the iterations."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> _Grouped:
+        if self.global_batch_size != AUTO and self.global_batch_size % self.group_size:
+            raise ValueError(
+                f"`global_batch_size` ({self.global_batch_size}) counts answers: it must be a multiple of "
+                f"`group_size` ({self.group_size})"
+            )
+        return self
 
 
 class Grpo(_Grouped):
@@ -153,8 +177,9 @@ class Grpo(_Grouped):
     https://arxiv.org/abs/2402.03300)."""
 
     kind: Literal["grpo"]
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged, as TRL names it: over each answer, over all tokens, or over a constant."""
+    loss: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """How token losses are averaged, as TRL names it: over each answer, over a constant (`max_new_tokens` an answer),
+    or over all tokens of the step. (bnpo, over all tokens of a micro batch, would depend on `compute`.)"""
     scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by the deviation of."""
 

@@ -137,6 +137,11 @@ def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
     return f"reward {was}{measure(after, 3)}" + (f", KL {measure(kl, 3)}" if kl is not None else "")
 
 
+def _rated(facts: Facts) -> str:
+    margin = as_number(facts.get("eval_margin"))
+    return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
+
+
 def _evaluate(facts: Facts) -> str:
     results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
@@ -174,6 +179,8 @@ _KINDS: dict[str, Callable[[Facts], str]] = {
     "sft": _training,
     "classifier": _classifier,
     "reward": _reward,
+    "dpo": _reward,
+    "kto": _rated,
     "ppo": _policy,
     "grpo": _policy,
     "rloo": _policy,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from tunery.spec import AUTO, Dpo, Grpo, Kto, Ppo, Pretrain, Rloo, Scratch, Training
+from tunery.train.batches import group_size
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
 """All that `auto` may become: what no number of rows makes fit is told before the rows are counted."""
@@ -28,7 +30,7 @@ def resolve(stage: Training[Any], rows: int) -> tuple[Training[Any], list[Resolv
     if stage.learning_rate == AUTO:
         resolved.append(Resolved("learning_rate", *_learning_rate(stage)))
     if stage.global_batch_size == AUTO:
-        resolved.append(Resolved("global_batch_size", *_global_batch_size(rows)))
+        resolved.append(Resolved("global_batch_size", *_global_batch_size(stage, rows)))
     return stage.model_copy(update={item.field: item.value for item in resolved}), resolved
 
 
@@ -55,10 +57,19 @@ def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
     return 2e-5, "full fine-tuning of a pretrained model"
 
 
-def _global_batch_size(rows: int) -> tuple[int, str]:
-    few, more, many, most = GLOBAL_BATCH_SIZES
+def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:
+    """What the stage's may be: the one that is given, or all that `auto` may become. Whole groups of answers."""
+    if stage.global_batch_size != AUTO:
+        return (stage.global_batch_size,)
+    group = group_size(stage)
+    return tuple(math.ceil(size / group) * group for size in GLOBAL_BATCH_SIZES)
+
+
+def _global_batch_size(stage: Training[Any], rows: int) -> tuple[int, str]:
+    few, more, many, most = global_batch_sizes(stage)
+    groups = f", in groups of {group_size(stage)}" if group_size(stage) > 1 else ""
     if rows < 1_000:
-        return few, "fewer than 1,000 rows"
+        return few, f"fewer than 1,000 rows{groups}"
     if rows < 10_000:
-        return more, "fewer than 10,000 rows"
-    return (many, "fewer than 100,000 rows") if rows < 100_000 else (most, "100,000 rows or more")
+        return more, f"fewer than 10,000 rows{groups}"
+    return (many, f"fewer than 100,000 rows{groups}") if rows < 100_000 else (most, f"100,000 rows or more{groups}")

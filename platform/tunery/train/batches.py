@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tunery.errors import RequestError
+from tunery.spec import AUTO, Grpo, Rloo, Training
+from tunery.spec.reference import Auto
 
 LARGEST_MICRO_BATCH = 4
 """Of `auto`: rows stand by length within a step, so that small micro batches are padded little, and workers that take
@@ -48,6 +51,26 @@ def plan_batches(
         )
     steps = max(1, math.ceil(round(rows * epochs / global_batch_size, 9)))
     return Batching(steps, global_batch_size, workers, micro_batch_size, share // micro_batch_size)
+
+
+def group_size(stage: Training[Any]) -> int:
+    """Sequences that a step has of each row: answers that are drawn to a prompt."""
+    return stage.group_size if isinstance(stage, Grpo | Rloo) else 1
+
+
+def iterations(stage: Training[Any]) -> int:
+    """Optimizer steps over the same sequences."""
+    return stage.iterations if isinstance(stage, Grpo | Rloo) else 1
+
+
+def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_size: int | Auto) -> Batching:
+    """For a stage with no `auto` in it. `rows` are what `epochs` go over."""
+    assert stage.epochs != AUTO, "resolved"
+    assert stage.global_batch_size != AUTO, "resolved"
+    micro = None if micro_batch_size == AUTO else micro_batch_size
+    sequences = rows * group_size(stage)
+    batching = plan_batches(sequences, stage.epochs, stage.global_batch_size, workers, micro)
+    return replace(batching, steps=batching.steps * iterations(stage))
 
 
 def data_order(lengths: Sequence[int], steps: int, global_batch_size: int, seed: int) -> list[int]:

@@ -43,3 +43,8 @@ def model_state_bytes(parameters: int, trainable: int, zero_stage: int, workers:
     weight, gradient, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
     over = [workers if zero_stage >= stage else 1 for stage in (3, 2, 1)]
     return parameters * weight // over[0] + trainable * gradient // over[1] + trainable * optimizer // over[2]
+
+
+def frozen_bytes(parameters: int, zero_stage: int, workers: int, bf16: bool) -> int:
+    """Memory per rank for a model that is only asked: a reference. Its weights alone, sharded by stage 3."""
+    return parameters * (2 if bf16 else 4) // (workers if zero_stage == 3 else 1)

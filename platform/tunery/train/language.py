@@ -22,6 +22,7 @@ from tunery.spec import Pretrain, Sft
 from tunery.store.rows import CONTENT, Row
 from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, rows_of, save_model
+from tunery.train.policy import merged
 
 
 class LanguageModelling:
@@ -35,7 +36,7 @@ class LanguageModelling:
         if "scratch" in source:
             source = _new_model(job, rank)
         elif job.compute.zero_stage == 3 and is_adapter(source):
-            source = _merged(job, rank)
+            source = merged(job, rank)
         self._source: Source = source
         self._tokenizer = load_tokenizer(source)
         self._data = _tokens(self._spec, rows_of(job.rows, CONTENT), self._tokenizer)
@@ -143,17 +144,6 @@ def _new_model(job: Job, rank: int) -> Source:
 
 def _plain_text(row: Row) -> str:
     return row["text"] or "\n".join(turn["content"] for turn in row["messages"])
-
-
-def _merged(job: Job, rank: int) -> Source:
-    """An adapter merged into its base by rank 0 alone: under ZeRO-3 the base would load in pieces, and PEFT (0.21)
-    merges whole weights only."""
-
-    def write(folder: Any) -> None:
-        load_model(job.model, torch.float32).save_pretrained(folder)
-        load_tokenizer(job.model).save_pretrained(folder)
-
-    return once(job.work / "merged", rank, write)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types

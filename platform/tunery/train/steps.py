@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
 """What is told of a step, with all measures of the evaluations (`eval_..`)."""
+GROUPS = ("reward", "kl", "entropy", "clip_fraction", "reward_deviation", "response_length", "cut_off")
+MORE_CURVES = {
+    "dpo": ("margin", "accuracy"),
+    "kto": ("margin", "kl"),
+    "grpo": GROUPS,
+    "rloo": GROUPS,
+}
+"""By stage kind, what is told besides; under these names its trainer logs them."""
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
@@ -26,12 +34,17 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         evaluate_at: list[int],
         save_every: int,
         checkpoints: Path,
-        rows_per_step: int,
+        rows_per_step: float,
         total: int,
         emit: Callable[..., None],
         written_by: str,
         report: Report,
+        more_curves: Sequence[str] = (),
+        iterations: int = 1,
     ) -> None:
+        """`iterations`: steps over the same drawn answers. Those are in no checkpoint, so none is saved between."""
+        self._curves = {*CURVES, *more_curves}
+        self._iterations = iterations
         self.evaluate_at = set(evaluate_at)
         self.save_every = save_every
         self.checkpoints = checkpoints
@@ -62,7 +75,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
         # logged, so that a resumed run logs the same points, however often checkpoints are written.
         due = state.global_step - self._saved_at >= self.save_every and control.should_log
-        if due and state.global_step < self.total:
+        if due and state.global_step < self.total and state.global_step % self._iterations == 0:
             control.should_save = True
             self._saved_at = state.global_step
 
@@ -74,7 +87,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        told = {name: value for name, value in (logs or {}).items() if name in CURVES or name.startswith("eval_")}
+        told = {name: value for name, value in (logs or {}).items() if name in self._curves or name.startswith("eval_")}
         values = {name: float(value) for name, value in told.items()}
         if not values:
             return

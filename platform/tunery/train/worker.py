@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from tunery.track.events import EventLog
-from tunery.train.batches import Batching, at_even_steps, data_order, plan_batches
+from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
 from tunery.train.job import Job, Recipe, Report
 
 RECIPES = {
@@ -17,7 +17,7 @@ RECIPES = {
     "classifier": "tunery.train.classification:Classification",
     "reward": "tunery.train.reward:RewardModelling",
     "dpo": "tunery.train.preference:Preference",
-    "kto": "tunery.train.preference:Rated",
+    "kto": "tunery.train.rated:Rated",
     "grpo": "tunery.train.groups:Groups",
     "rloo": "tunery.train.groups:Groups",
 }
@@ -34,7 +34,7 @@ def train(job: Job, report: Report) -> None:
     import torch.distributed as dist
     from transformers import PrinterCallback, set_seed
 
-    from tunery.train.steps import HISTORY, Steps, drop_foreign, last_checkpoint, written_by
+    from tunery.train.steps import HISTORY, MORE_CURVES, Steps, drop_foreign, last_checkpoint, written_by
 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
@@ -47,22 +47,22 @@ def train(job: Job, report: Report) -> None:
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
     recipe = _recipe(job, rank)
-    assert spec.epochs != "auto", "resolved by the launcher"
-    assert spec.global_batch_size != "auto", "resolved by the launcher"
-    micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
-    size = spec.global_batch_size
-    batching = plan_batches(len(recipe.lengths), spec.epochs, size, world, micro)
-    order = data_order(recipe.lengths, batching.steps, size, job.seed)
+    batching = plan_training(spec, len(recipe.lengths), world, compute.micro_batch_size)
+    again = iterations(spec)
+    size = batching.global_batch_size // group_size(spec)
+    order = data_order(recipe.lengths, batching.steps // again, size, job.seed)
     every = compute.checkpoint_steps
     steps = Steps(
         at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
         max(20, batching.steps // 10) if every == "auto" else every,
         job.work / "checkpoints",
-        size,
+        size / again,
         batching.steps,
         emit,
         written_by(world, compute.zero_stage, dtype),
-        lambda step, metrics: _report_unless_last(report, step, size, batching.steps, metrics),
+        lambda step, metrics: _report_unless_last(report, step, size / again, batching.steps, metrics),
+        MORE_CURVES.get(spec.kind, ()),
+        again,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)
@@ -82,16 +82,15 @@ def train(job: Job, report: Report) -> None:
     found = recipe.found(trainer)
     recipe.save(trainer)
     if rank == 0:
-        tokens = [recipe.lengths[index] for index in order]
         facts = {
             **recipe.counted(),
-            "tokens": sum(tokens),
+            "tokens": sum(recipe.lengths[index] for index in order),
             **_facts(job, batching, trainer, steps.history),
             **found,
         }
         measured = {
             "train_seconds": seconds,
-            "tokens_per_second": sum(tokens[resumed * size :]) / seconds,
+            "tokens_per_second": facts["tokens"] * (1 - resumed / batching.steps) / seconds,
             "first_step_seconds": (steps.first_step_at or time.time()) - job.started,
             "resumed_from": resumed,
             "workers": world,
@@ -143,7 +142,7 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
     }
 
 
-def _report_unless_last(report: Report, step: int, size: int, steps: int, metrics: dict[str, float]) -> None:
+def _report_unless_last(report: Report, step: int, size: float, steps: int, metrics: dict[str, float]) -> None:
     """A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one is
     told with the finished artifact (search/trial.py)."""
     if step < steps:

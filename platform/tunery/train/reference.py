@@ -1,0 +1,97 @@
+"""What the trainers that hold a model to a reference have in common: answers as batches, their log-probabilities under
+model and reference, and our data order.
+
+The reference is the model that training began with: under an adapter the base without it, else a second copy, which
+ZeRO-3 shards like the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from tunery.models.encode import Encoded
+from tunery.store.rows import Row
+from tunery.train.evaluation import ExactEvaluation
+
+SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
+"""For TRL's configurations: rows come as tokens, cut already, and the model's own dropout is off (train/policy.py)."""
+Tokens = tuple[list[int], int]
+"""A prompt with an answer, and the index of the answer's first token."""
+
+
+def tokens_of(encoded: Encoded) -> Tokens:
+    return encoded.ids, encoded.answer
+
+
+def in_batches(rows: Iterable[Row], size: int = 1000) -> Iterator[list[Row]]:
+    stream = iter(rows)
+    while some := list(islice(stream, size)):
+        yield some
+
+
+def rejected_side(row: Row) -> Row:
+    """A preference pair's conversation with the rejected answer in place of the chosen one."""
+    return {**row, "messages": [*row["messages"][:-1], *row["rejected"]]}
+
+
+def padded(sequences: Sequence[Tokens], pad: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels, (sequences, longest) in int64, padded on the right. A label is the token
+    itself where it is an answer's, else -100."""
+    longest = max(len(ids) for ids, _ in sequences)
+    gaps = [longest - len(ids) for ids, _ in sequences]
+    columns = {
+        "input_ids": [ids + [pad] * gap for (ids, _), gap in zip(sequences, gaps, strict=True)],
+        "attention_mask": [[1] * len(ids) + [0] * gap for (ids, _), gap in zip(sequences, gaps, strict=True)],
+        "labels": [
+            [-100] * answer + ids[answer:] + [-100] * gap for (ids, answer), gap in zip(sequences, gaps, strict=True)
+        ],
+    }
+    return {name: torch.tensor(rows) for name, rows in columns.items()}
+
+
+class AgainstReference(ExactEvaluation):
+    """For a TRL trainer with `model`, `ref_model` and a fused head (DPOTrainer, KTOTrainer; TRL 1.16)."""
+
+    ref_model: Any
+    train_dataset: Any
+    reference_free = False
+
+    def log_ratios(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(sequences,) float32, nats: of each answer log p under the model, less log p under the reference."""
+        own = answer_log_probs(model, batch)
+        if self.reference_free:
+            return own
+        alone: AbstractContextManager[Any] = nullcontext()
+        if self.ref_model is None:
+            alone = use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None)
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing), alone:
+            reference = answer_log_probs(self.ref_model or self.model, batch)
+        return own - reference
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Rows are tokens already, cut where every training here cuts them (models/encode.py)."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Asked for only so that no second copy is loaded where nobody looks at it."""
+        return dataset
+
+
+def answer_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(sequences,) float32, nats: the sum over the answer's tokens, through TRL's fused head."""
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    found: torch.Tensor = model(**asked, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
+    return found
