@@ -10,9 +10,10 @@ PYTHON is the interpreter of an environment of its own (benchmarks/ppo_peer.py s
             switch `late` ours does the same, and without it what differs on purpose is told too
     curves  a reward that counts a token, the same prompts, model, number of answers and settings: mean reward of the
             last five steps, for each seed
-    speed   seconds of a step without the first, ours and theirs in turn, at two lengths of answers: those of a model
-            that was taught to answer, which end by themselves, and those of the same model when it may not end
-            (`min_new_tokens`; for TRL no stop token), where nothing can be saved
+    speed   seconds of a step without the first, ours and theirs in turn, for three sorts of answers: those of a model
+            that was taught to answer, which end by themselves, with room for nearly all of them (160 tokens) and with
+            little (48), and those of the same model when it may not end (`min_new_tokens`; for TRL no stop token),
+            where nothing can be saved
 
 Prints tables, and ratios theirs / ours.
 """
@@ -67,7 +68,7 @@ ENVIRONMENT = dict(os.environ)
 """Before a training in this process adds what would make the peer look for DeepSpeed."""
 ANSWERS = 32
 """A step."""
-SETTINGS = {"ppo_epochs": 4, "minibatches": 4, "kl": 0.05, "learning_rate": 3e-4, "new_tokens": 48}
+SETTINGS = {"ppo_epochs": 4, "minibatches": 4, "kl": 0.05, "learning_rate": 3e-4}
 COUNT = "def reward(prompts, answers):\n    return [float(answer.count({piece!r})) for answer in answers]\n"
 
 
@@ -151,7 +152,7 @@ class Bench:
                 "num_ppo_epochs": SETTINGS["ppo_epochs"],
                 "kl_coef": SETTINGS["kl"],
                 "learning_rate": SETTINGS["learning_rate"],
-                "response_length": SETTINGS["new_tokens"],
+                "response_length": 48,
                 "temperature": 1.0,
                 "use_cpu": True,
                 **({"stop_token": "eos"} if ended else {}),
@@ -164,11 +165,12 @@ class Bench:
         _run([self.peer, str(PEER), command, str(told), str(out)])
         return out if command == "record" else json.loads(out.read_text())
 
-    def ours(self, seed: int, steps: int, piece: str, min_new_tokens: int = 0) -> Any:
+    def ours(self, seed: int, steps: int, piece: str, new_tokens: int = 48, min_new_tokens: int = 0) -> Any:
         """Rewards, lengths and seconds of each step."""
         (self.folder / "count.py").write_text(COUNT.format(piece=piece))
         out = self.folder / f"ours-{seed}.json"
-        told = {"seed": seed, "steps": steps, "threads": self.threads, "min_new_tokens": min_new_tokens}
+        told = {"seed": seed, "steps": steps, "threads": self.threads}
+        told |= {"min_new_tokens": min_new_tokens, "new_tokens": new_tokens}
         told |= {"rows": str(self.rows), "policy": str(self.policy), "prompts": len(self.prompts)}
         _run([sys.executable, __file__, "ours", json.dumps(told), str(out)])
         return json.loads(out.read_text())
@@ -218,9 +220,9 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
             "global_batch_size": ANSWERS,
             "minibatches": SETTINGS["minibatches"],
             "ppo_epochs": SETTINGS["ppo_epochs"],
-            "max_length": 256,
+            "max_length": 512,
             "kl": {"coefficient": SETTINGS["kl"]},
-            "sampling": {"max_new_tokens": SETTINGS["new_tokens"], "min_new_tokens": told["min_new_tokens"]},
+            "sampling": {"max_new_tokens": told["new_tokens"], "min_new_tokens": told["min_new_tokens"]},
         }
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -343,13 +345,15 @@ def curves(bench: Bench, seeds: int, steps: int) -> None:
 
 def speed(bench: Bench) -> None:
     token, piece = bench.counted_token()
-    print(f"\nSeconds a step, {ANSWERS} answers of at most {SETTINGS['new_tokens']} tokens, {bench.threads} thread(s)")
-    print("  answers              length   ours  theirs   theirs / ours (CPU seconds)   phases ours | theirs")
-    for name, ended in (("end by themselves", True), ("may not end", False)):
+    print(f"\nSeconds a step of {ANSWERS} answers, {bench.threads} thread(s)")
+    print("  answers                  length   ours  theirs   theirs / ours (CPU seconds)   phases ours | theirs")
+    arms = (("end, at most 160", True, 160), ("end, at most 48", True, 48), ("may not end before 48", False, 48))
+    for name, ended, most in arms:
         pairs = []
         for repeat in range(3):
-            ours = bench.ours(17 + repeat, 5, piece, 0 if ended else int(SETTINGS["new_tokens"]))["steps"][1:]
-            theirs = bench.theirs("train", 17 + repeat, 5, {"count": token}, ended)["steps"][1:]
+            seed = 17 + repeat
+            ours = bench.ours(seed, 5, piece, most, 0 if ended else most)["steps"][1:]
+            theirs = bench.theirs("train", seed, 5, {"count": token}, ended, response_length=most)["steps"][1:]
             pairs.append((ours, theirs))
 
         def median(side: int, key: str, pairs: list[Any] = pairs) -> float:
@@ -360,7 +364,7 @@ def speed(bench: Bench) -> None:
         mine = " ".join(f"{median(0, f'{key}_seconds'):.2f}" for key in ("rollout", "score", "update"))
         other = " ".join(f"{median(1, f'{key}_seconds'):.2f}" for key in ("generate", "rate", "update"))
         print(
-            f"  {name:20} {median(0, 'response_length'):6.1f} "
+            f"  {name:24} {median(0, 'response_length'):6.1f} "
             f"{median(0, 'seconds'):6.2f} {median(1, 'seconds'):7.2f} "
             f"{wall:9.2f} ({cpu:.2f}) {'':14} {mine} | {other}"
         )

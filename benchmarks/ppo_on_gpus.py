@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def _arm(shape: str, folder: Path, tuner: str, zero: int, options: argparse.Name
         "zero": zero,
         "workers": workers,
         "gpu": bool(options.gpus),
-        **{key: getattr(options, key) for key in ("steps", "answers", "prompt", "new", "micro")},
+        **{key: getattr(options, key) for key in ("steps", "answers", "prompt", "new", "micro", "limit")},
     }
     port = 20000 + os.getpid() % 10000 + zero * 7 + (tuner == "lora")
     processes = []
@@ -75,7 +76,14 @@ def _arm(shape: str, folder: Path, tuner: str, zero: int, options: argparse.Name
             environment["CUDA_VISIBLE_DEVICES"] = str(rank)
         command = [sys.executable, __file__, "worker", json.dumps(told)]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         )
     end = time.time() + options.limit
     texts = []
@@ -83,11 +91,11 @@ def _arm(shape: str, folder: Path, tuner: str, zero: int, options: argparse.Name
         try:
             texts.append(process.communicate(timeout=max(1, end - time.time()))[0])
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with all that holds its output open
             texts.append(process.communicate()[0])
     name = f"{shape:6} {tuner:6} {zero:4} {workers:8}"
     if not (out / "measured.json").is_file():
-        print(f"{name}   no result: {' | '.join(texts[0].strip().splitlines()[-3:])[-600:]}", flush=True)
+        print(f"{name}   no result: {' | '.join(texts[0].strip().splitlines()[-40:])[-3000:]}", flush=True)
         return
     measured: dict[str, Any] = json.loads((out / "measured.json").read_text())
     steps = measured["steps"][1:]
@@ -144,6 +152,8 @@ def make(shape: str, folder: Path, gpus: int) -> None:
 
 
 def work(told: dict[str, Any]) -> None:
+    import faulthandler
+
     import torch
 
     from tunery.spec import Compute, Ppo
@@ -151,6 +161,7 @@ def work(told: dict[str, Any]) -> None:
     from tunery.train.ppo import worker
     from tunery.train.worker_setup import prepare_process
 
+    faulthandler.dump_traceback_later(told["limit"] - 10)  # says where an arm stood that is cut off
     if told["gpu"]:
         torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl" if told["gpu"] else "gloo")
@@ -219,7 +230,7 @@ def work(told: dict[str, Any]) -> None:
         run.step()
     if run.rank == 0:
         peak = torch.cuda.max_memory_allocated() if told["gpu"] else 0
-        weights = {"weights": run.held, "separate": run.models.separate_bytes}
+        weights = {"weights": run.held, "separate": run.separate}
         (out / "measured.json").write_text(json.dumps({"steps": steps, "peak": peak, **weights}))
     torch.distributed.barrier()
 

@@ -219,7 +219,7 @@ def test_recomputed_layers_use_the_adapter_that_they_used_at_first(shared: Model
 
     kept = copy.deepcopy(shared.trained).train()
     model = kept.policy.model
-    how = {"use_reentrant": False, "context_fn": recomputed_as_before(model)}
+    how = {"use_reentrant": False, "context_fn": recomputed_as_before(kept.adapted)}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     model.enable_input_require_grads()
     expected, found = gradients(shared.trained), gradients(kept)
@@ -231,7 +231,7 @@ def test_recomputed_layers_use_the_adapter_that_they_used_at_first(shared: Model
 def test_adapters_in_use_are_as_before_also_after_an_error(shared: Models) -> None:
     layer = next(m for m in shared.trained.modules() if hasattr(m, "_active_adapter"))
     before = (layer._active_adapter, layer._disable_adapters)
-    with pytest.raises(KeyError), activated(shared.trained.policy.model, None):
+    with pytest.raises(KeyError), activated(shared.trained.adapted, None):
         raise KeyError
     assert (layer._active_adapter, layer._disable_adapters) == before
 

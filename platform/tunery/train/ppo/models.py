@@ -108,6 +108,9 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
         self.heads = nn.ModuleDict(heads or {})
+        self.adapted = adapted_layers(policy.model) if value is None else []
+        for layer in self.adapted:
+            layer._active_adapter, layer._disable_adapters = [POLICY], False
 
     @property
     def shared(self) -> bool:
@@ -139,39 +142,44 @@ class PolicyAndValue(nn.Module):
 
     def using(self, adapter: str | None) -> AbstractContextManager[None]:
         """The shared weights with this adapter, or with none. Nothing where nothing is shared."""
-        return activated(self.policy.model, adapter) if self.shared else nullcontext()
+        return activated(self.adapted, adapter) if self.shared else nullcontext()
+
+
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """The layers that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager
-def activated(model: nn.Module, adapter: str | None) -> Iterator[None]:
+def activated(layers: list[Any], adapter: str | None) -> Iterator[None]:
     """One adapter of several in use, or none.
 
     Not by PEFT's set_adapter (0.21): that takes requires_grad from all others, and a weight without it gets no gradient
     from a backward pass that comes later.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [adapter or POLICY], adapter is None
+    before = (layers[0]._active_adapter, layers[0]._disable_adapters)  # all of them are switched together
+    _switch(layers, [adapter or POLICY], adapter is None)
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        _switch(layers, *before)
+
+
+def _switch(layers: list[Any], active: list[str], disabled: bool) -> None:
+    if (layers[0]._active_adapter, layers[0]._disable_adapters) != (active, disabled):
+        for layer in layers:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def recomputed_as_before(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
+def recomputed_as_before(layers: list[Any]) -> Callable[[], tuple[Any, Any]]:
     """For gradient checkpointing of shared weights (`context_fn` of torch.utils.checkpoint): a layer that is computed
     again in the backward pass uses the adapter that it used at first."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
     def contexts() -> tuple[Any, Any]:
-        now = None if layer._disable_adapters else layer.active_adapters[0]
-        return nullcontext(), activated(model, now)
+        now = None if layers[0]._disable_adapters else layers[0]._active_adapter[0]
+        return nullcontext(), activated(layers, now)
 
     return contexts
 

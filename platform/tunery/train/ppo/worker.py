@@ -94,7 +94,7 @@ class _Run:
         if compute.gradient_checkpointing:
             _checkpoint_gradients(self.models.trained)
         end = end_tokens(self.models.trained.policy.model, self.tokenizer)
-        self.held = self.models.held_bytes
+        self.held, self.separate = self.models.held_bytes, self.models.separate_bytes
         engine = trained_engine(self.models.trained, spec, compute, self.minibatch, self.dtype)
         self.engine = engine
         self.trainer = PpoTrainer(
@@ -303,7 +303,7 @@ class _Run:
             "device": torch.cuda.get_device_name() if gpu else "cpu",
             "peak_memory_bytes": _memory(self.job.compute.device),
             "weights_bytes": self.held,
-            "weights_bytes_separate": self.models.separate_bytes,
+            "weights_bytes_separate": self.separate,
             "micro_batch_size": self.minibatch.micro_batch_size,
         }
 
@@ -339,7 +339,7 @@ def _checkpoint_gradients(trained: Any) -> None:
 
     how: dict[str, Any] = {"use_reentrant": False}
     if trained.shared:
-        how["context_fn"] = recomputed_as_before(trained.policy.model)
+        how["context_fn"] = recomputed_as_before(trained.adapted)
     trained.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if trained.shared:
         trained.policy.model.enable_input_require_grads()
