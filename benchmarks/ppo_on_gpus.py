@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=324)
-    parser.add_argument("--micro", type=int, default=8)
+    parser.add_argument("--micro", type=int, default=32)
     parser.add_argument("--limit", type=int, default=280, help="seconds for an arm")
     options = parser.parse_args()
     print("shape  tuner  ZeRO  workers   step s   rollout    score   update   rollout tok/s   peak GiB   weights GiB")

@@ -160,6 +160,22 @@ def test_without_a_reward_model_that_reads_tokens_the_value_model_begins_with_th
     assert models.rate(asked, ["abc", ""]) == [3.0, 0.0]
 
 
+def test_logits_a_piece_at_a_time_give_the_same_gradients(
+    policy: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(trained: torch.nn.Module) -> dict[str, torch.Tensor]:
+        told = trained("policy", batch(), 0.8, True)
+        (told["log_probs"].sum() + 0.1 * told["entropy"].sum()).backward()
+        return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
+
+    whole = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
+    monkeypatch.setattr("tunery.train.ppo.models.LOGIT_BYTES", 4 * 300 * 3)  # three tokens
+    pieces = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
+    assert whole.keys() == pieces.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, msg=name)
+
+
 # Models on one base.
 
 

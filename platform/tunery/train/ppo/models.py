@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from tunery.models.likelihood import head_is_plain
+from tunery.models.likelihood import LOGIT_BYTES, head_is_plain
 from tunery.train.ppo.losses import log_probs_of
 from tunery.train.ppo.rollouts import MicroBatch
 
@@ -42,12 +43,27 @@ class LanguageModel(nn.Module):
         self, batch: MicroBatch, temperature: float, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy, (tokens,) each (losses.log_probs_of)."""
-        if self.plain:  # the head on the answers' tokens alone
-            logits_nv = self.model.get_output_embeddings()(self.states(batch)[batch.places_n])
-        else:
+        if not self.plain:
             logits_bsv = self.model(input_ids=batch.ids_bs, use_cache=False).logits
             logits_nv = logits_bsv.flatten(0, 1)[batch.places_n]
-        return log_probs_of(logits_nv, batch.tokens_n, temperature, entropy_gradient)
+            return log_probs_of(logits_nv, batch.tokens_n, temperature, entropy_gradient)
+        head = self.model.get_output_embeddings()
+        states_nh, tokens_n = self.states(batch)[batch.places_n], batch.tokens_n
+
+        def of(states_nh: torch.Tensor, tokens_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return log_probs_of(head(states_nh), tokens_n, temperature, entropy_gradient)
+
+        piece = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        if len(tokens_n) <= piece:
+            return of(states_nh, tokens_n)
+        # Logits of all answers would be the most that a micro batch takes: a piece at a time, and once more in the
+        # backward pass.
+        parts = [
+            checkpoint(of, states_nh[start : start + piece], tokens_n[start : start + piece], use_reentrant=False)
+            for start in range(0, len(tokens_n), piece)
+        ]
+        log_probs, entropies = zip(*parts, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies)
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """(rows x longest, width): the last hidden states."""
