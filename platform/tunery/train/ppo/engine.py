@@ -37,6 +37,7 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
     # Huang et al., detail "Adam's epsilon": theirs is 1e-5; ours is torch's, as in all other trainings and in TRL.
     optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=spec.weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=learning, optimizer=optimizer, config=config)
+    engine.train()  # models are loaded for asking, and then transformers checkpoints no gradients
     return engine
 
 

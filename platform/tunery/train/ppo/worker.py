@@ -20,9 +20,10 @@ SHOWN = 8
 """Prompts whose answers are shown, before and after."""
 CHARACTERS = 600
 """Of a prompt or an answer that is shown."""
-LARGEST_MICRO_BATCH = {"cpu": 16, "gpu": 8}
-"""Of `auto`: answers that share a forward and a backward pass. Larger than that of other trainings (batches.py), since
-answers are short, and of like length here."""
+LARGEST_MICRO_BATCH = {"cpu": 4, "gpu": 16}
+"""Of `auto`: answers that share a forward and a backward pass. On a CPU so few that answers of a minibatch, which stand by
+length, are padded little (benchmarks/ppo_beside_trl.py: an update of 4 takes 0.83 of the time of 8); a GPU waits for
+Python between kernels rather."""
 
 
 def train(job: Job, report: Report) -> None:
