@@ -1,6 +1,7 @@
 """Is our PPO right, does it learn as well, how fast is it, beside the last that TRL had (1.12.0)? On CPU.
 
-    python benchmarks/ppo_beside_trl.py --peer PYTHON [--seeds 3] [--steps 20] [--threads 1] [--only digits,curves,speed]
+    python benchmarks/ppo_beside_trl.py --peer PYTHON [--seeds 3] [--steps 20] [--threads 1]
+                                        [--only digits,curves,speed] [--folder KEPT]
 
 PYTHON is the interpreter of an environment of its own (benchmarks/ppo_peer.py says how it is made). Three parts:
 

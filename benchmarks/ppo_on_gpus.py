@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=324)
     parser.add_argument("--micro", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=280, help="seconds for an arm")
+    parser.add_argument("--limit", type=int, default=400, help="seconds for an arm")
     options = parser.parse_args()
     print("shape  tuner  ZeRO  workers   step s   rollout    score   update   rollout tok/s   peak GiB   weights GiB")
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,8 +72,6 @@ def _arm(shape: str, folder: Path, tuner: str, zero: int, options: argparse.Name
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if options.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(rank)
         command = [sys.executable, __file__, "worker", json.dumps(told)]
         processes.append(
             subprocess.Popen(
@@ -163,7 +161,7 @@ def work(told: dict[str, Any]) -> None:
 
     faulthandler.dump_traceback_later(told["limit"] - 10)  # says where an arm stood that is cut off
     if told["gpu"]:
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if told["gpu"] else "gloo")
     prepare_process("gpu" if told["gpu"] else "cpu", 1 if not told["gpu"] else 8)
     from tunery.models import prompts

@@ -53,6 +53,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
             "kto": {},
             "grpo": {"reward": {"python": "reward.py"}, "group_size": 4},
             "rloo": {"reward": {"pretrained": "./model"}, "group_size": 4},
+            "ppo": {"reward": {"python": "reward.py"}, "global_batch_size": 4, "ptx": {"data": "docs"}},
         }.items()
     },
     "rm": {"kind": "reward", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
@@ -167,11 +168,11 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("judge", "balanced"): [False],
     **{
         (name, field): values
-        for name in ("dpo", "kto", "grpo", "rloo")
+        for name in ("dpo", "kto", "grpo", "rloo", "ppo")
         for field, values in {
             "model": ["other", {"pretrained": "./model"}],
             "tuner": [{"lora": {}}, {"lora": {"rank": 4}}],
-            "beta": [0.5],
+            **({"beta": [0.5]} if name != "ppo" else {}),
         }.items()
     },
     ("dpo", "loss"): ["hinge", "ipo"],
@@ -181,13 +182,31 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("kto", "undesirable_weight"): [2.0],
     **{
         (name, field): values
-        for name in ("grpo", "rloo")
+        for name in ("grpo", "rloo", "ppo")
         for field, values in {
             "reward": [{"python": "reward.py", "function": "other"}, {"pretrained": "org/name"}],
             "sampling": [{"temperature": 0.7}, {"top_p": 0.9}, {"min_new_tokens": 2}, {"max_new_tokens": 16}],
-            "group_size": [2],
-            "iterations": [2],
             "clip": [0.1],
+            **({"group_size": [2], "iterations": [2]} if name != "ppo" else {}),
+        }.items()
+    },
+    **{
+        ("ppo", field): values
+        for field, values in {
+            "value_from": ["reward", "policy"],
+            "retokenise": [True],
+            "minibatches": [2],
+            "ppo_epochs": [1],
+            "gamma": [0.9],
+            "lam": [0.5],
+            "value_clip": [None, 0.1],
+            "value_coefficient": [0.5],
+            "entropy_coefficient": [0.5],
+            "whiten_rewards": [True],
+            "whiten_advantages": [False],
+            "missing_eos_penalty": [0.5],
+            "kl": [{"estimator": "k3"}, {"coefficient": 0.5}, {"target": 1.0}, {"horizon": 1.0}, {"bound": 1.0}],
+            "ptx": [None, {"data": "more"}, {"data": "docs", "coefficient": 0.5}],
         }.items()
     },
     ("grpo", "loss"): ["grpo", "dr_grpo"],
@@ -217,7 +236,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("wins", "seed"): [4, 5],
     **{
         (name, field): values
-        for name in ("base", "sft", "judge", "rm", "dpo", "kto", "grpo", "rloo")
+        for name in ("base", "sft", "judge", "rm", "dpo", "kto", "grpo", "rloo", "ppo")
         for field, values in {
             "data": ["more", *LABELLED] if name == "judge" else ["more"],
             "epochs": [3, 0.5, "auto"],
@@ -235,7 +254,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     },
 }
 ONE_OF_EACH_KIND = ("docs", "base", "scored", "clean", "checked", "prompts", "sft", "judge", "eval", "wins")
-ONE_OF_EACH_KIND += ("rm", "dpo", "kto", "grpo", "rloo")
+ONE_OF_EACH_KIND += ("rm", "dpo", "kto", "grpo", "rloo", "ppo")
 
 
 @pytest.fixture
@@ -329,6 +348,7 @@ COMPUTE: dict[str, list[Any]] = {
     "device": ["cpu", "gpu"],
     "cpus_per_worker": [2],
     "zero_stage": [0, 1, 3],
+    "offload": ["optimizer", "all"],
     "micro_batch_size": [1, 8],
     "precision": ["fp32", "bf16"],
     "gradient_checkpointing": [True],

@@ -33,7 +33,7 @@ from typing import Any, Literal, TextIO
 
 logger = logging.getLogger(__name__)
 
-Subset = Literal["texts", "questions", "preferences", "prompts"]
+Subset = Literal["texts", "questions", "preferences", "damaged", "prompts"]
 Row = dict[str, Any]
 
 CORPUS_VERSION = 1
@@ -154,6 +154,8 @@ def rows(subset: Subset, wanted: Callable[[str], bool] = lambda group: True) -> 
     - questions: `messages`, a question of the user about an object and the assistant's answer;
     - preferences: `messages` as in questions, and `rejected`, the answer that belongs to another wanted
       object of the kind (so that a split never shows another's answers);
+    - damaged: the same pairs of questions and answers, and `rejected`, the answer itself damaged (data/corrupt.py):
+      what is better can be told from the answer alone, which a small model learns.
     - prompts: `messages`, the question alone.
 
     No answer occurs twice. Raises ValueError for an unknown subset.
@@ -162,6 +164,7 @@ def rows(subset: Subset, wanted: Callable[[str], bool] = lambda group: True) -> 
         "texts": _texts,
         "questions": _questions,
         "preferences": lambda: _preferences(wanted),
+        "damaged": lambda: _damaged(wanted),
         "prompts": _prompts,
     }
     if subset not in makers:
@@ -215,6 +218,15 @@ def _preferences(wanted: Callable[[str], bool]) -> Iterator[Row]:
                 "rejected": [_said("assistant", wrong)],
                 "group": thing.name,
             }
+
+
+def _damaged(wanted: Callable[[str], bool]) -> Iterator[Row]:
+    from tunery.data.corrupt import corrupt  # not at the top: this file is run by itself, too
+
+    rows = [row for row in _questions() if wanted(row["group"])]
+    for row, other in zip(rows, corrupt(rows, 1.0, seed=CORPUS_VERSION), strict=True):
+        if row["messages"] != other["messages"]:
+            yield {**row, "rejected": [other["messages"][-1]]}
 
 
 @cache

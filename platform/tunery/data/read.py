@@ -232,7 +232,12 @@ def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
 def first_shape(stage: Dataset, folder: Path) -> Shape:
     """The shape of a source's first usable row. Raises BadSource when there is none."""
     if sources_of(stage)[0] == BUILTIN:
-        shapes: dict[str, Shape] = {"texts": "text", "preferences": "preference", "prompts": "prompt"}
+        shapes: dict[str, Shape] = {
+            "texts": "text",
+            "preferences": "preference",
+            "damaged": "preference",
+            "prompts": "prompt",
+        }
         return shapes.get(stage.subset or "", "conversation")
     return shape_of(first_rows(stage, folder, 1)[0])
 

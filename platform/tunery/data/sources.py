@@ -143,7 +143,7 @@ def check_fields(stage: Dataset, parts: list[Part]) -> None:
     files = [part for part in parts if isinstance(part, File)]
     formats = {format_of(file, stage) for file in files}
     if builtin and stage.subset is None:
-        remedy = "add `subset:` texts, questions, preferences or prompts"
+        remedy = "add `subset:` texts, questions, preferences, damaged or prompts"
         raise BadSource("source", f"`{BUILTIN}` needs a subset", remedy=remedy)
     if builtin and stage.columns is not None:
         raise BadSource("columns", "a builtin source has no columns to name", remedy="remove `columns`")

@@ -45,7 +45,7 @@ class Dataset(Spec):
     """Of a hub dataset, or of a saved DatasetDict; may be left out where there is one."""
     revision: str | None = None
     """Of a hub dataset: branch, tag or commit; the main branch when not given. Its commit is looked up in any case."""
-    subset: Literal["texts", "questions", "preferences", "prompts"] | None = None
+    subset: Literal["texts", "questions", "preferences", "damaged", "prompts"] | None = None
     """Which rows of a builtin source; files have none."""
     split: Literal["train", "validation", "test", "all"] = "all"
     """By a hash of what the row is about (the documented object; in files the first user turn, or the text)."""

@@ -24,6 +24,9 @@ def prepare_process(device: str, threads: int) -> None:
     __compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:  # a trial that trains in its own process has no launcher
         os.environ |= ALONE
+    if device == "gpu":
+        # Ray Train shows all GPUs of a host to each of its workers, and leaves it to them to take their own.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         from torch._C._distributed_c10d import HashStore
 

@@ -21,8 +21,8 @@ SHOWN = 8
 CHARACTERS = 600
 """Of a prompt or an answer that is shown."""
 LARGEST_MICRO_BATCH = {"cpu": 4, "gpu": 16}
-"""Of `auto`: answers that share a forward and a backward pass. On a CPU so few that answers of a minibatch, which stand by
-length, are padded little (benchmarks/ppo_beside_trl.py: an update of 4 takes 0.83 of the time of 8); a GPU waits for
+"""Of `auto`: answers that share a forward and a backward pass. On a CPU so few that answers of a minibatch, which stand
+by length, are padded little (benchmarks/ppo_beside_trl.py: an update of 4 takes 0.83 of the time of 8); a GPU waits for
 Python between kernels rather."""
 
 
@@ -349,7 +349,7 @@ def _checkpoint_gradients(trained: Any) -> None:
 
 
 def _save_adapter(model: Any, folder: Path, name: str) -> None:
-    """Weights and configuration of one adapter, as PEFT's own save_pretrained writes them."""
+    """One adapter, as PeftModel.save_pretrained writes it; `model` is the model in it."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -357,7 +357,8 @@ def _save_adapter(model: Any, folder: Path, name: str) -> None:
     weights = get_peft_model_state_dict(model, adapter_name=name)
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
-    save_file({key: value.contiguous().cpu() for key, value in weights.items()}, folder / "adapter_model.safetensors")
+    named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def _lines(history: Sequence[dict[str, float]]) -> str:
