@@ -429,7 +429,7 @@ def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Pat
     [
         ("a.jsonl", ["docs"]),
         ("b.jsonl", ["more"]),
-        ("reward.py", ["grpo"]),
+        ("reward.py", ["grpo", "ppo"]),
         ("model/model.safetensors", ["other", "again", "rloo"]),
     ],
 )

@@ -214,7 +214,7 @@ def test_rewards_that_never_differ_end_the_training_and_those_that_did_once_do_n
     varied = False
     for step in range(1, PATIENCE):
         varied = check_rewards_differ("ppo", [1.0, 1.0], step, varied)
-    with pytest.raises(StageError, match="all rewards of the first 3 batches are 1"):
+    with pytest.raises(StageError, match="in each of the first 3 batches all answers got the same reward, now 1"):
         check_rewards_differ("ppo", [1.0, 1.0], PATIENCE, varied)
     assert check_rewards_differ("ppo", [1.0, 2.0], 1, False)
     assert check_rewards_differ("ppo", [1.0, 1.0], 100, True)

@@ -13,6 +13,7 @@ from small_classifiers import write_language_model, write_reward_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tunery.errors import StageError, TuneryError
+from tunery.models.encode import closing_tokens
 from tunery.models.load import write_base
 from tunery.spec import Compute, Ppo
 from tunery.train.job import Job
@@ -107,6 +108,22 @@ def test_micro_batch_knows_the_state_before_each_token_of_the_answers() -> None:
 def test_values_of_the_whole_batch_are_cut_to_the_micro_batch() -> None:
     whole = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0], [7.0, 0.0, 0.0, 0.0]])
     assert batch().of(whole).tolist() == [7, 1, 2, 3, 4, 5, 6]
+
+
+def test_reward_is_read_behind_what_the_template_puts_after_an_end() -> None:
+    closed = ROLLOUTS.closed([8, 9])
+    assert closed.answers == [[20, 21], [30, 31, 32, 33], [1, 8, 9]]
+    states = micro_batch(closed, [2, 0], CPU)
+    assert states.ids_bs.flatten()[states.last_b].tolist() == [9, 21]
+    assert ROLLOUTS.closed([]) is ROLLOUTS
+
+
+@pytest.mark.parametrize(("behind", "closing"), [("", 0), ("\n", 1)])
+def test_what_the_template_puts_after_an_end_is_found(policy: Path, behind: str, closing: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|end|>" + behind)
+    found = closing_tokens(tokenizer, [tokenizer.eos_token_id])
+    assert (len(found), tokenizer.decode(found)) == (closing, behind)
 
 
 def test_workers_share_a_batch_whole_and_evenly() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,14 @@ def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -
             str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True))
         )
     return _tokenise(texts, tokenizer)
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase, end: Collection[int]) -> list[int]:
+    """What the chat template puts behind the token that ends an answer (a line end, in Qwen's); often nothing."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (ids,) = _tokenise([str(tokenizer.apply_chat_template(turns, tokenize=False))], tokenizer)
+    last = next((place for place in reversed(range(len(ids))) if ids[place] in end), len(ids) - 1)
+    return ids[last + 1 :]
 
 
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

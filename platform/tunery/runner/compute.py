@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.errors import RequestError
-from tunery.spec import Compute, Experiment, Training
+from tunery.spec import Compute, Experiment, Ppo, Training
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,13 @@ def visible_gpus(present: int, cuda_visible_devices: str | None) -> int:
 
 
 def batch_sizes(experiment: Experiment) -> list[int]:
-    """The global batch sizes that an experiment names, outside its search."""
-    stages = [stage for stage in experiment.stages.values() if isinstance(stage, Training)]
-    return [stage.global_batch_size for stage in stages if stage.global_batch_size != "auto"]
+    """What workers have to share out evenly: the global batch sizes that an experiment names, outside its search; of
+    PPO's a minibatch."""
+    return [
+        stage.global_batch_size // (stage.minibatches if isinstance(stage, Ppo) else 1)
+        for stage in experiment.stages.values()
+        if isinstance(stage, Training) and stage.global_batch_size != "auto"
+    ]
 
 
 def resolve_compute(

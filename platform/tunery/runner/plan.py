@@ -34,8 +34,10 @@ from tunery.spec import (
     Grpo,
     Kto,
     Lora,
+    Ppo,
     Pretrain,
     Pretrained,
+    PythonReward,
     Rloo,
     Scratch,
     Select,
@@ -225,9 +227,10 @@ class _Estimates:
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
             zero = self._compute.zero_stage
-            memory = model_state_bytes(parameters, trainable, zero, workers, bf16)
-            if _has_second_copy(resolved):
-                memory += frozen_bytes(parameters, zero, workers, bf16)
+            trained = 2 if isinstance(resolved, Ppo) else 1  # the value model, or its adapter
+            whole = parameters * (trained if getattr(resolved, "tuner", "full") == "full" else 1)
+            memory = model_state_bytes(whole, trained * trainable, zero, workers, bf16)
+            memory += _frozen_copies(resolved) * frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
         auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
         seconds = self._seconds(artifact, before, scale)
@@ -262,13 +265,16 @@ class _Estimates:
         return before["measured"]["seconds"] * scale if before else None
 
 
-def _has_second_copy(stage: Training[Any]) -> bool:
-    """Of the model that training began with, to be held to; under an adapter the base is there already."""
+def _frozen_copies(stage: Training[Any]) -> int:
+    """Of the model that training began with: one to be held to, and PPO's reward model, taken to be as large; under an
+    adapter the base is there already, for the reward model too where that is an adapter on it."""
     if getattr(stage, "tuner", "full") != "full":
-        return False
+        return 0
+    if isinstance(stage, Ppo):
+        return 1 if isinstance(stage.reward, PythonReward) else 2
     if isinstance(stage, Dpo):
-        return not stage.reference_free
-    return isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0)
+        return 0 if stage.reference_free else 1
+    return int(isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0))
 
 
 def _length(row: dict[str, Any]) -> int:

@@ -13,7 +13,8 @@ from tunery.spec.stages import Stage
 
 class Compute(Spec):
     """How, never what: outside every fingerprint. The result is the same up to floating-point order,
-    but for `precision` (bf16 rounds more) and for LoRA's dropout, which each worker draws for itself."""
+    but for `precision` (bf16 rounds more), for LoRA's dropout, which each worker draws for itself, and for `grpo` and
+    `rloo`, whose workers draw answers of their own."""
 
     workers: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Training workers; auto: one a GPU, without GPUs two (or one on a single core), or fewer where that many can't
@@ -28,13 +29,14 @@ class Compute(Spec):
     """What waits in the host's memory while it is not needed: AdamW's states and full-precision weights (from ZeRO
     stage 1 on), or, under stage 3, the weights too. Slower, and room for a larger model."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Sequences per forward pass and worker; auto: the largest up to 4 that divides the worker's share."""
+    """Sequences per forward pass and worker; auto: the largest up to 4 (of answers, in
+    `ppo` on a GPU, up to 16) that divides the worker's share."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the GPU has it, else fp32."""
     gradient_checkpointing: bool = False
     checkpoint_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Optimizer steps between checkpoints, each written at the next step whose loss is logged; auto: a tenth of the
-    training, at least 20."""
+    training, at least 20; of PPO's steps, each a batch of answers, a tenth."""
     max_failures: Annotated[int, Field(ge=0)] = 0
     """How often a training whose worker died goes on from its last checkpoint before the run ends with the error;
     not in trials of one worker, which train in their own process."""

@@ -219,7 +219,7 @@ class Ptx(Spec):
 
 class Ppo(_OnPolicy):
     """Proximal policy optimization with a value model (Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for
-    language models Ziegler et al. 2019, https://arxiv.org/abs/1909.08593).
+    language models Ziegler et al. 2019, https://arxiv.org/abs/1909.08593). Without dropout, LoRA's too.
 
     A step draws an answer to each of `global_batch_size` prompts, rates them, and then goes `ppo_epochs` times over
     them in `minibatches`, an optimizer step each. `epochs` are over the prompts.

@@ -54,8 +54,9 @@ class Search(Spec):
     """Trials of the experiment with other values; what they share is made once."""
 
     metric: str
-    """`<training stage>.eval_loss` (a classifier's `.eval_accuracy`, `.eval_auc` too), or
-    `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`)."""
+    """`<training stage>.eval_loss` or another of what its kind measures (`.eval_accuracy`, `.eval_auc`, `.eval_margin`,
+    `.eval_reward`, `.eval_kl`); `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`, `.forgetting`); or
+    `<win rate stage>.<model>.<data stage>.win_rate` (or `.reward`)."""
     mode: Literal["min", "max"]
     trials: Annotated[int, Field(ge=1)]
     algorithm: Literal["random", "grid"] = "random"

@@ -104,7 +104,8 @@ class Training(Spec, Generic[Data]):
     learning_rate: Annotated[float, Field(gt=0)] | Auto
     """Peak, of AdamW."""
     global_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Sequences per optimizer step, over all workers and accumulation steps."""
+    """Sequences per optimizer step, over all workers and accumulation steps; in `ppo` answers per step, gone over in
+    `minibatches`."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per sequence; longer answers are cut at the end, and counted."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

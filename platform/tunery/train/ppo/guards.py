@@ -41,7 +41,7 @@ def check_rewards_differ(stage: str, scores: Sequence[float], step: int, varied:
     if not varied and step >= PATIENCE:
         raise StageError(
             stage,
-            f"all rewards of the first {step} batches are {scores[0]:g}",
+            f"in each of the first {step} batches all answers got the same reward, now {scores[0]:g}",
             cause="from answers that are all worth the same nothing can be learned",
             remedy="look at the reward: does it see the answers, and can they reach what it asks for?",
         )

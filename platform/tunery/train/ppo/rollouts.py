@@ -7,6 +7,7 @@ minibatch) is worked out by every worker from the same numbers, and comes out th
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class Rollouts:
     def lengths(self) -> list[int]:
         """Tokens of prompt and answer."""
         return [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+
+    def closed(self, closing: Sequence[int]) -> Rollouts:
+        """With what the chat template puts behind an answer that has ended: a reward model was trained to be read at
+        the last token of that."""
+        if not closing:
+            return self
+        whole = [
+            answer + list(closing) if ended else answer for answer, ended in zip(self.answers, self.ended, strict=True)
+        ]
+        return dataclasses.replace(self, answers=whole)
 
     @property
     def mask_bt(self) -> torch.Tensor:

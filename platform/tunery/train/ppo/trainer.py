@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from tunery.models.encode import Encoded
+from tunery.models.encode import Encoded, closing_tokens
 from tunery.models.generate import Answer, TransformersEngine, text_of
 from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
@@ -98,6 +98,7 @@ class PpoTrainer:
         self._device = torch.device(engine.device)
         self._sampler = TransformersEngine(engine.module.policy.model, end)
         self._end = set(end)
+        self._closing = closing_tokens(tokenizer, self._end)
         self.state = State(kl_coefficient=spec.kl.coefficient)
         self.timing = Timing()
 
@@ -110,7 +111,7 @@ class PpoTrainer:
         rated = self.rate(self._prompts, rollouts)
         kl_b = self.kl(rollouts, rated)
         kl, reward = float(kl_b.mean()), float(rated.scores_b.mean())
-        check_finite(self._stage, step, reward=reward, kl=kl, values=float(rated.values_bt.sum()))
+        check_finite(self._stage, step, reward=reward, kl=kl, mean_value=float(rated.values_bt.mean()))
         check_kl(self._stage, step, kl, spec.kl.bound)
         state.varied = check_rewards_differ(self._stage, rated.scores_b.tolist(), step, state.varied)
         targets = self.aim(rollouts, rated)
@@ -162,6 +163,7 @@ class PpoTrainer:
         found: dict[str, list[tuple[MicroBatch, torch.Tensor]]] = {}
         scores: list[tuple[int, float]] = []
         mine = self._share(range(len(rollouts.rows)), rollouts.lengths)
+        closed = rollouts.closed(self._closing)
         with self._timed("score"):
             for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size * SCORED_TOGETHER):
                 told = dict(self._engine("policy", batch, self._spec.sampling.temperature))
@@ -169,7 +171,8 @@ class PpoTrainer:
                 for name, values_n in told.items():
                     found.setdefault(name, []).append((batch, values_n))
                 if self._models.rate is None:
-                    scores += zip(batch.index, self._scores(batch).tolist(), strict=True)
+                    whole = batch if closed is rollouts else micro_batch(closed, batch.index, self._device)
+                    scores += zip(batch.index, self._scores(whole).tolist(), strict=True)
             if self._models.rate is not None:
                 texts = [self.text(rollouts.answers[place]) for place in mine]
                 asked = [prompts.rows[rollouts.rows[place]] for place in mine]
