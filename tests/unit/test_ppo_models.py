@@ -270,10 +270,10 @@ def test_adapters_in_use_are_as_before_also_after_an_error(shared: Models) -> No
 
 
 def test_one_base_takes_about_a_quarter_of_the_weights(shared: Models) -> None:
-    assert (
-        shared.whole_bytes < shared.held_bytes < 1.7 * shared.whole_bytes
-    )  # adapters weigh much on a model this small
-    assert shared.separate_bytes == 4 * shared.whole_bytes
+    whole = shared.separate_bytes / 4
+    assert whole < shared.held_bytes < 1.7 * whole  # adapters weigh much on a model this small
+    base = AutoModelForCausalLM.from_pretrained(shared.trained.policy.model.config._name_or_path)
+    assert whole == sum(weights.numel() * 4 for weights in base.parameters())
 
 
 # Bad input.

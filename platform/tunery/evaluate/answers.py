@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tunery.models.load import Source, source_of
 from tunery.models.pool import map_units, score_dtype
 from tunery.models.prompts import COLUMNS, take_prompts
-from tunery.models.reward import reward_origin
+from tunery.models.reward import WHOLE, reward_origin
 from tunery.spec import Compute, Sampling, WinRate
 from tunery.store import StageContext
 from tunery.store.rows import shards
@@ -29,9 +29,6 @@ from tunery.store.rows import shards
 PART = 256
 """Rows of a unit: a full batch of a GPU at 512 tokens (BATCH_TOKENS in models/generate.py), and so few that some
 hundred prompts already spread over several workers."""
-WHOLE = 1 << 20
-"""Tokens that a judge is shown at most: whatever it has positions for. Its tokens are not those of the models, so
-`max_length` says nothing about it."""
 
 Line = dict[str, Any]
 """An answer: row (its number in the data), id, prompt (turns), answer, reward, tokens (with the one that ended it),

@@ -22,6 +22,8 @@ from tunery.spec import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOGIT_BYTES = 1 << 28
+"""Rows x vocabulary of a batch, at most: drawing takes some twenty bytes of each."""
 LEAVING = 0.25
 """Share of a batch that must have ended before it is made smaller: less often, and rows wait; more often, and the
 cache is copied all the time."""
@@ -82,8 +84,9 @@ class TransformersEngine:
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
         device = next(self._model.parameters()).device
         budget = self._budget or BATCH_TOKENS[device.type]
+        most = max(1, LOGIT_BYTES // self._model.config.get_text_config().vocab_size)
         answers: dict[int, Answer] = {}
-        for batch in batches_by_length([len(prompt) for prompt in prompts], sampling.max_new_tokens, budget):
+        for batch in batches_by_length([len(prompt) for prompt in prompts], sampling.max_new_tokens, budget, most):
             drawn = self._batch([prompts[index] for index in batch], uniform_bt[batch].to(device), sampling, device)
             answers |= zip(batch, drawn, strict=True)
         return [answers[index] for index in range(len(prompts))]
@@ -143,12 +146,13 @@ def _answers(tokens: torch.Tensor, log_probs: torch.Tensor, end: set[int]) -> It
         yield Answer(row[:length], values[:length], row[length - 1] in end)
 
 
-def batches_by_length(lengths: Sequence[int], new_tokens: int, budget: int) -> list[list[int]]:
-    """Indices of prompts, longest first, so many a batch that its cache holds at most `budget` tokens, at least one."""
+def batches_by_length(lengths: Sequence[int], new_tokens: int, budget: int, most: int = 1 << 30) -> list[list[int]]:
+    """Indices of prompts, longest first, so many a batch that its cache holds at most `budget` tokens, at least one,
+    and `most` at the most."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
     while order:
-        rows = max(1, budget // (lengths[order[0]] + new_tokens))
+        rows = min(most, max(1, budget // (lengths[order[0]] + new_tokens)))
         batches.append(order[:rows])
         order = order[rows:]
     return batches

@@ -25,6 +25,10 @@ Rate = Callable[[Sequence[Row], Sequence[str]], list[float]]
 """From prompts (rows that end with a question) and as many answers to their rewards."""
 
 
+WHOLE = 1 << 20
+"""For `max_length`: whoever rates sees the whole conversation, as far as it has positions for it."""
+
+
 def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, Path], folder: Path) -> RewardOrigin:
     """Where a stage's reward comes from; `artifacts` by stage name, `folder` where relative paths start."""
     if isinstance(reward, PythonReward):

@@ -27,6 +27,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL (1.16) would tell its makers of every trainer
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 

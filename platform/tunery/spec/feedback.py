@@ -208,6 +208,12 @@ class Kl(Spec):
     """Nats an answer: beyond, the policy has left all that the reward model knows, and the training ends with an
     error."""
 
+    @model_validator(mode="after")
+    def _can_be_adapted(self) -> Kl:
+        if self.target is not None and not self.coefficient:
+            raise ValueError("a `coefficient` of 0 can't be adapted to a `target`: begin with another")
+        return self
+
 
 class Ptx(Spec):
     """Mixes the loss of pre-training or SFT into PPO's, against forgetting (PPO-ptx, Ouyang et al. 2022, eq. 2)."""

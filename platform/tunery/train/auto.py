@@ -61,13 +61,18 @@ def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:
     """What the stage's may be: the one that is given, or all that `auto` may become. Whole groups of answers."""
     if stage.global_batch_size != AUTO:
         return (stage.global_batch_size,)
-    group = group_size(stage)
+    group = _whole(stage)
     return tuple(math.ceil(size / group) * group for size in GLOBAL_BATCH_SIZES)
+
+
+def _whole(stage: Training[Any]) -> int:
+    """What a batch has to be a multiple of."""
+    return stage.minibatches if isinstance(stage, Ppo) else group_size(stage)
 
 
 def _global_batch_size(stage: Training[Any], rows: int) -> tuple[int, str]:
     few, more, many, most = global_batch_sizes(stage)
-    groups = f", in groups of {group_size(stage)}" if group_size(stage) > 1 else ""
+    groups = f", a multiple of {_whole(stage)}" if _whole(stage) > 1 else ""
     if rows < 1_000:
         return few, f"fewer than 1,000 rows{groups}"
     if rows < 10_000:

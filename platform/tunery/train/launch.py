@@ -132,9 +132,11 @@ def _train_here(job: Job, report: Report) -> None:
     from tunery.train.worker_setup import forget_training
 
     forget_training()
+    # One worker shards nothing, and DeepSpeed (0.19.8) never lets go of a model that it has sharded.
+    compute = job.compute.model_copy(update={"zero_stage": min(job.compute.zero_stage, 2)})
     # Not TorchTrainer: that one ends a local run by destroying the process group, which the next trial needs.
     trainer = DataParallelTrainer(
-        lambda: train(dataclasses.replace(job, workers=1), report),
+        lambda: train(dataclasses.replace(job, workers=1, compute=compute), report),
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),
     )

@@ -14,7 +14,7 @@ from tunery.errors import StageError
 from tunery.models.check import BadModel
 from tunery.models.labels import Scale
 from tunery.models.load import base_of, is_adapter, load_classifier, load_model, load_own_tokenizer, scale_of
-from tunery.models.reward import Rate, RewardOrigin, load_reward
+from tunery.models.reward import WHOLE, Rate, RewardOrigin, load_reward
 from tunery.models.tuners import lora_config
 from tunery.spec import LoraTuner, Ppo
 from tunery.train.job import Job
@@ -47,19 +47,20 @@ class Models:
     """Rates answers as texts: a function of the user's, or a reward model that reads them by itself. Then `reward` is
     None."""
     value_from: str
-    whole_bytes: int
-    """Of the policy's weights, once."""
 
     @property
     def held_bytes(self) -> int:
-        """Of all weights, as they are."""
-        return held_bytes(self.trained, self.reference, self.reward)
+        """Of all weights, as they are: after DeepSpeed has rounded them."""
+        modules = [module for module in (self.trained, self.reference, self.reward) if module is not None]
+        return held_bytes(weights for module in modules for weights in module.parameters())
 
     @property
     def separate_bytes(self) -> int:
         """The same if each model had weights of its own."""
-        own = 3 if self.rate is not None else 4
-        return own * self.whole_bytes if self.trained.shared else self.held_bytes
+        if not self.trained.shared:
+            return self.held_bytes
+        base = [weights for name, weights in self.trained.policy.named_parameters() if "lora_" not in name]
+        return (3 if self.rate is not None else 4) * held_bytes(base)
 
 
 def build(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> Models:
@@ -73,7 +74,6 @@ def build(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, devi
     by_tokens = reads_tokens(job, tokenizer)
     policy = load_model(job.model, torch.float32)
     policy.config.use_cache = False
-    whole = held_bytes(policy)
     if isinstance(spec.tuner, str):
         models = _separate(job, policy, by_tokens, dtype, device)
     else:
@@ -81,7 +81,10 @@ def build(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, devi
     for module in (models.trained, models.reference, models.reward):
         if module is not None:
             without_dropout(module)
-    return dataclasses.replace(models, whole_bytes=whole)
+        for part in module.modules() if module is not None else ():
+            if isinstance(part, LanguageModel):
+                part.sharded = job.compute.zero_stage == 3
+    return models
 
 
 def reads_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -95,7 +98,8 @@ def reads_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     theirs = load_own_tokenizer(job.reward)
     if theirs.get_vocab() == tokenizer.get_vocab():
-        return True
+        # With another chat template it has learned from other tokens: it is given texts.
+        return bool(theirs.chat_template == tokenizer.chat_template)
     if not job.spec.retokenise:
         name = job.reward.get("pretrained") or Path(job.reward["artifact"]).name
         raise StageError(
@@ -113,14 +117,14 @@ def _separate(job: Job, policy: PreTrainedModel, by_tokens: bool, dtype: torch.d
     spec = job.spec
     assert isinstance(spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
-    reference = LanguageModel(_frozen(load_model(job.model, dtype), device))
+    reference = LanguageModel(_frozen(load_model(job.model, dtype), job, device))
     reward, rate = _reward(job, job.reward, by_tokens, dtype, device)
     if _value_from(job, reward is not None) == "reward":
         loaded = _as_backbone(job, job.reward, torch.float32)
         assert loaded is not None, "it was one a moment ago"
-        return Models(PolicyAndValue(LanguageModel(policy), loaded), reference, reward, rate, "reward", 0)
-    value = Backbone(load_model(job.model, torch.float32).base_model, Scalar(policy.config.hidden_size))
-    return Models(PolicyAndValue(LanguageModel(policy), value), reference, reward, rate, "policy", 0)
+        return Models(PolicyAndValue(LanguageModel(policy), loaded), reference, reward, rate, "reward")
+    value = Backbone(load_model(job.model, torch.float32).base_model, Scalar(_width(policy)))
+    return Models(PolicyAndValue(LanguageModel(policy), value), reference, reward, rate, "policy")
 
 
 def _shared(
@@ -134,7 +138,7 @@ def _shared(
     model = get_peft_model(policy, config, adapter_name=POLICY)
     heads: dict[str, Scalar] = {}
     on_same_base = by_tokens and is_adapter(job.reward) and base_of(Path(job.reward["artifact"])) == job.model
-    width = policy.config.get_text_config().hidden_size
+    width = _width(policy)
     reward, rate = None, None
     if on_same_base:
         heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), width)
@@ -149,9 +153,9 @@ def _shared(
     trained = PolicyAndValue(LanguageModel(model.get_base_model()), None, heads)
     for name, parameter in trained.named_parameters():
         # ...lora_A.<adapter>.weight, and heads.value.linear.weight
-        adapted = "lora_" in name and name.split(".")[-2] in (POLICY, VALUE)
+        adapted = "lora_" in name and bool({POLICY, VALUE} & set(name.split(".")[-2:]))
         parameter.requires_grad_(adapted or name.startswith(f"heads.{VALUE}."))
-    return Models(trained, None, reward, rate, value_from, 0)
+    return Models(trained, None, reward, rate, value_from)
 
 
 def _add_reward_adapter(model: Any, name: str, artifact: Path, width: int) -> Scalar:
@@ -177,8 +181,8 @@ def _reward(
     job: Job, origin: RewardOrigin, by_tokens: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Backbone | None, Rate | None]:
     if by_tokens and (backbone := _as_backbone(job, origin, dtype)) is not None:
-        return _frozen(backbone, device), None
-    return None, load_reward(origin, dtype, device, job.spec.max_length)
+        return _frozen(backbone, job, device), None
+    return None, load_reward(origin, dtype, device, WHOLE)
 
 
 def _as_backbone(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Backbone | None:
@@ -193,7 +197,7 @@ def _as_backbone(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Backbone
     if not isinstance(head, nn.Linear):
         return None
     scale = labels.scale or UNSCALED
-    return Backbone(model.base_model, Scalar(head.in_features).take(head, scale.mean, scale.deviation).to(dtype))
+    return Backbone(model.base_model, Scalar(head.in_features).take(head, scale.mean, scale.deviation))
 
 
 def _value_from(job: Job, reward_fits: bool) -> str:
@@ -213,5 +217,12 @@ def _value_from(job: Job, reward_fits: bool) -> str:
     return job.spec.value_from
 
 
-def _frozen(module: Any, device: torch.device) -> Any:
-    return module.requires_grad_(False).eval().to(device)
+def _width(model: PreTrainedModel) -> int:
+    """Of the last hidden states, by what the head takes: some configurations have it elsewhere."""
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+def _frozen(module: Any, job: Job, device: torch.device) -> Any:
+    """Under ZeRO-3 DeepSpeed places it."""
+    module = module.requires_grad_(False).eval()
+    return module if job.compute.zero_stage == 3 else module.to(device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from tunery.errors import StageError
 
-PATIENCE = 3
-"""Batches of answers in which rewards have to differ at least once, from the beginning."""
+PATIENCE = 512
+"""Answers among which rewards have to differ, from the beginning: of a reward that one answer in a hundred gets, so
+many are alike with a chance of 0.6%."""
 
 
 def check_finite(stage: str, step: int, **values: float) -> None:
@@ -34,15 +34,13 @@ def check_kl(stage: str, step: int, kl: float, bound: float) -> None:
         )
 
 
-def check_rewards_differ(stage: str, scores: Sequence[float], step: int, varied: bool) -> bool:
-    """`varied`: whether rewards differed in an earlier batch. Returns whether they have by now; raises StageError when
-    they never did in the first batches."""
-    varied = varied or max(scores) > min(scores)
-    if not varied and step >= PATIENCE:
+def check_rewards_differ(stage: str, least: float, most: float, answers: int, last: bool) -> None:
+    """least, most: rewards of all answers so far. Raises StageError where they are the same after many answers, or at
+    the training's last step."""
+    if least == most and (answers >= PATIENCE or last):
         raise StageError(
             stage,
-            f"in each of the first {step} batches all answers got the same reward, now {scores[0]:g}",
+            f"all {answers:,} answers so far got the same reward, {least:g}",
             cause="from answers that are all worth the same nothing can be learned",
             remedy="look at the reward: does it see the answers, and can they reach what it asks for?",
         )
-    return varied

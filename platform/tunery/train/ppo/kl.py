@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -47,4 +48,4 @@ def adapted(coefficient: float, kl: float, target: float, horizon: float, answer
     https://arxiv.org/abs/1909.08593, section 2.2).
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * answers / horizon)
+    return coefficient * math.exp(error * answers / horizon)

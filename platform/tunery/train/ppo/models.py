@@ -11,11 +11,12 @@ clipped by, which is that of both together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.plain = head_is_plain(model)
+        self.sharded = False
+        """Under ZeRO-3: then each use of the head is one of all workers."""
 
     def forward(
         self, batch: MicroBatch, temperature: float, entropy_gradient: bool = False
@@ -53,17 +56,27 @@ class LanguageModel(nn.Module):
         def of(states_nh: torch.Tensor, tokens_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return log_probs_of(head(states_nh), tokens_n, temperature, entropy_gradient)
 
-        piece = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
-        if len(tokens_n) <= piece:
+        pieces = self._pieces(len(tokens_n), states_nh.device)
+        if pieces == 1:
             return of(states_nh, tokens_n)
         # Logits of all answers would be the most that a micro batch takes: a piece at a time, and once more in the
         # backward pass.
         parts = [
-            checkpoint(of, states_nh[start : start + piece], tokens_n[start : start + piece], use_reentrant=False)
-            for start in range(0, len(tokens_n), piece)
+            checkpoint(of, *piece, use_reentrant=False)
+            for piece in zip(states_nh.tensor_split(pieces), tokens_n.tensor_split(pieces), strict=True)
         ]
         log_probs, entropies = zip(*parts, strict=True)
         return torch.cat(log_probs), torch.cat(entropies)
+
+    def _pieces(self, tokens: int, device: torch.device) -> int:
+        """How often the head is used for so many tokens; as often by every worker where that gathers its weights."""
+        piece = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
+        pieces = math.ceil(tokens / piece)
+        if not self.sharded:
+            return pieces
+        most = torch.tensor(pieces, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """(rows x longest, width): the last hidden states."""
@@ -78,19 +91,23 @@ class Scalar(nn.Module):
         """Weights from N(0, 1 / (width + 1)), bias 0 (Huang et al., detail "reward head initialisation")."""
         super().__init__()
         self.linear = nn.Linear(width, 1)
+        self.mean, self.deviation = 0.0, 1.0
         nn.init.normal_(self.linear.weight, std=1 / math.sqrt(width + 1), generator=generator)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states_nh: torch.Tensor) -> torch.Tensor:
         """(n,) in float32."""
-        scalars: torch.Tensor = self.linear(states_nh)[:, 0].float()
-        return scalars
+        scalars: torch.Tensor = self.linear(states_nh.to(self.linear.weight.dtype))[:, 0].float()
+        return (scalars - self.mean) / self.deviation
 
     def take(self, head: nn.Linear, mean: float, deviation: float) -> Scalar:
-        """With the weights of a reward model's head, so that it gives (output - mean) / deviation."""
+        """With the weights of a reward model's head, to give (output - mean) / deviation: as numbers, since in weights
+        of bf16 they would be rounded."""
         with torch.no_grad():
-            self.linear.weight.copy_(head.weight / deviation)
-            self.linear.bias.copy_(((0.0 if head.bias is None else head.bias) - mean) / deviation)
+            self.linear.weight.copy_(head.weight)
+            if head.bias is not None:
+                self.linear.bias.copy_(head.bias)
+        self.mean, self.deviation = mean, deviation
         return self
 
 
@@ -202,20 +219,16 @@ def recomputed_as_before(layers: list[Any]) -> Callable[[], tuple[Any, Any]]:
 
 def without_dropout(model: nn.Module) -> None:
     """For good: with dropout, old and new probabilities of a token differ before any update (Huang et al., detail
-    "dropout"). Attention's own is a number in transformers' modules."""
+    "dropout"). Many of transformers' modules keep theirs as a number (`attention_dropout`, `hidden_dropout`, ..)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name):
+                setattr(module, name, 0.0)
 
 
-def held_bytes(*modules: nn.Module | None) -> int:
-    """Of weights, each storage once; of one that ZeRO-3 has sharded its whole size."""
-    storages: dict[int, int] = {}
-    for module in modules:
-        for parameter in module.parameters() if module is not None else ():
-            size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-            key = parameter.data_ptr() if parameter.numel() else id(parameter)
-            storages[key] = max(storages.get(key, 0), size)
-    return sum(storages.values())
+def held_bytes(weights: Iterable[nn.Parameter]) -> int:
+    """Each once; of one that ZeRO-3 has sharded its whole size."""
+    once = {id(one): one for one in weights}
+    return sum(int(getattr(one, "ds_numel", one.numel())) * one.element_size() for one in once.values())

@@ -42,7 +42,8 @@ from tunery.train.ppo.rollouts import (
 
 Phase = Literal["rollout", "score", "update"]
 SCORED_TOGETHER = 4
-"""Micro batches that share a forward pass where nothing is kept for a backward pass."""
+"""Micro batches that share a forward pass where nothing is kept for a backward pass; not where a model makes logits of
+all its tokens."""
 
 
 @dataclass
@@ -51,8 +52,9 @@ class State:
 
     step: int = 0
     kl_coefficient: float = 0.0
-    varied: bool = False
-    """Whether rewards have differed yet."""
+    least: float = math.inf
+    most: float = -math.inf
+    """Rewards of all answers so far."""
 
 
 @dataclass
@@ -113,7 +115,11 @@ class PpoTrainer:
         kl, reward = float(kl_b.mean()), float(rated.scores_b.mean())
         check_finite(self._stage, step, reward=reward, kl=kl, mean_value=float(rated.values_bt.mean()))
         check_kl(self._stage, step, kl, spec.kl.bound)
-        state.varied = check_rewards_differ(self._stage, rated.scores_b.tolist(), step, state.varied)
+        rewards_b = penalised(rated.scores_b, torch.tensor(rollouts.ended), spec.missing_eos_penalty)
+        state.least, state.most = min(state.least, float(rewards_b.min())), max(state.most, float(rewards_b.max()))
+        check_rewards_differ(
+            self._stage, state.least, state.most, step * len(rollouts.rows), step == self._batching.steps
+        )
         targets = self.aim(rollouts, rated)
         rate = learning_rate_at(state.step, self._batching.steps, spec)
         set_learning_rate(self._engine, rate)
@@ -165,7 +171,8 @@ class PpoTrainer:
         mine = self._share(range(len(rollouts.rows)), rollouts.lengths)
         closed = rollouts.closed(self._closing)
         with self._timed("score"):
-            for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size * SCORED_TOGETHER):
+            together = SCORED_TOGETHER if self._models.trained.policy.plain else 1
+            for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size * together):
                 told = dict(self._engine("policy", batch, self._spec.sampling.temperature))
                 told["reference"] = self._reference_log_probs(batch)
                 for name, values_n in told.items():
@@ -203,7 +210,7 @@ class PpoTrainer:
         """`ppo_epochs` times over the batch, an optimizer step a minibatch. Losses are means over the tokens of the
         minibatch on all workers, however it is cut into micro batches."""
         spec = self._spec
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64, device=self._device)
         norms: list[float] = []
         answers, lengths = len(rollouts.rows), rollouts.lengths
         with self._timed("update"):
@@ -225,7 +232,7 @@ class PpoTrainer:
                         sums += parts
                     if (norm := self._engine.get_global_grad_norm()) is not None:
                         norms.append(float(norm))
-        dist.all_reduce(sums := sums.to(self._device))
+        dist.all_reduce(sums)
         self.timing.tokens["update"] = sum(lengths) * spec.ppo_epochs
         policy, value, clipped, kl, count = sums.tolist()
         told = {
@@ -248,7 +255,7 @@ class PpoTrainer:
 
     def _loss(self, batch: MicroBatch, rated: Rated, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum over the tokens of a micro batch; and sums of policy loss, value loss, clipped tokens, approximate
-        KL, and tokens, (5,) in float64 on the CPU."""
+        KL, and tokens, (5,) in float64."""
         spec = self._spec
         told = self._engine("policy", batch, spec.sampling.temperature, spec.entropy_coefficient > 0)
         policy = policy_loss(
@@ -258,9 +265,8 @@ class PpoTrainer:
         loss = policy.loss.sum() + spec.value_coefficient * value_n.sum()
         if spec.entropy_coefficient:
             loss = loss - spec.entropy_coefficient * told["entropy"].sum()
-        sums = [policy.loss.sum(), value_n.sum(), policy.clipped.sum(), policy.approximate_kl.sum()]
-        count = float(len(batch.places_n))
-        return loss, torch.tensor([*(float(value.detach()) for value in sums), count], dtype=torch.float64)
+        parts = (policy.loss, value_n, policy.clipped, policy.approximate_kl, torch.ones_like(value_n))
+        return loss, torch.stack([part.detach().double().sum() for part in parts])
 
     def _mixing(self, epoch: int, number: int) -> Iterator[torch.Tensor] | None:
         """The loss that is mixed in, a micro batch at a time: as many rows a minibatch as it has answers."""

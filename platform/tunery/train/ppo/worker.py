@@ -32,16 +32,20 @@ def train(job: Job, report: Report) -> None:
     import torch.distributed as dist
 
     run = _Run(job, report)
-    run.resume()
-    for step in range(run.trainer.state.step, run.batching.steps):
-        if step == 0:
-            run.evaluate()
-        run.step()
-        if step + 1 in run.evaluate_at:
-            run.evaluate()
-        run.checkpoint()
-    run.finish()
-    dist.barrier()
+    try:
+        run.resume()
+        for step in range(run.trainer.state.step, run.batching.steps):
+            if step == 0:
+                run.evaluate()
+            run.step()
+            if step + 1 in run.evaluate_at:
+                run.evaluate()
+            run.checkpoint()
+        run.finish()
+        dist.barrier()
+    finally:
+        # DeepSpeed's hooks would keep the models for ever, and a trial's process trains again.
+        run.engine.destroy()
 
 
 class _Run:
@@ -95,7 +99,6 @@ class _Run:
         if compute.gradient_checkpointing:
             _checkpoint_gradients(self.models.trained)
         end = end_tokens(self.models.trained.policy.model, self.tokenizer)
-        self.held, self.separate = self.models.held_bytes, self.models.separate_bytes
         engine = trained_engine(self.models.trained, spec, compute, self.minibatch, self.dtype)
         self.engine = engine
         self.trainer = PpoTrainer(
@@ -114,6 +117,7 @@ class _Run:
             end,
             compute.zero_stage,
         )
+        self.held, self.separate = self.models.held_bytes, self.models.separate_bytes
         self.written_by = written_by(self.workers, compute.zero_stage, self.dtype)
         every = compute.checkpoint_steps
         self.save_every = max(1, self.batching.steps // 10) if every == "auto" else every
@@ -173,7 +177,7 @@ class _Run:
         rated = self.trainer.rate(prompts, rollouts)
         self.after = [
             {
-                "prompt": prompts.rows[place]["messages"][-1]["content"][:CHARACTERS],
+                "prompt": (prompts.rows[place]["messages"][-1]["content"] or "")[:CHARACTERS],
                 "answer": self.trainer.text(rollouts.answers[place])[:CHARACTERS],
                 "reward": float(rated.scores_b[place]),
             }
@@ -184,12 +188,15 @@ class _Run:
             self.before = self.after
         if self.measured is None:
             return
+        from tunery.train.ppo.guards import check_finite
+
         told = {
             "eval_reward": float(rated.scores_b.mean()),
             "eval_kl": float(self.trainer.kl(rollouts, rated).mean()),
             "eval_response_length": float(rollouts.mask_bt.sum(dim=1).float().mean()),
             "eval_eos_rate": sum(rollouts.ended) / len(places),
         }
+        check_finite(self.job.stage, step, **told)
         self._tell(told, {})
         # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing.
         if 0 < step < self.batching.steps:
