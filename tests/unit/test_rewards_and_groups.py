@@ -135,7 +135,7 @@ def test_batch_counts_answers_and_epochs_count_prompts() -> None:
 def test_auto_batch_holds_whole_groups() -> None:
     resolved, (said,) = resolve(grpo(group_size=6), 100)
     assert resolved.global_batch_size == 12
-    assert said.rule == "fewer than 1,000 rows, in groups of 6"
+    assert said.rule == "fewer than 1,000 rows, a multiple of 6"
 
 
 TEXT = """\
