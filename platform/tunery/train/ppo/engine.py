@@ -1,22 +1,22 @@
-"""DeepSpeed for PPO: the engine of what is trained, frozen models under ZeRO-3, whole weights for generating, and
-checkpoints."""
+"""DeepSpeed for PPO: the engine of what is trained, frozen models under ZeRO-3, whole weights for generating,
+checkpoints, and the policy that is left at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from tunery.models.load import write_base
 from tunery.spec import Compute, Ppo
 from tunery.train.batches import Batching
 from tunery.train.deepspeed_config import deepspeed_config
-
-if TYPE_CHECKING:
-    from tunery.train.ppo.models import PolicyAndValue
+from tunery.train.job import Job
+from tunery.train.ppo.models import POLICY, PolicyAndValue
 
 TAG = "state"
 """Of DeepSpeed's own folder in a checkpoint."""
@@ -70,10 +70,9 @@ def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
     if zero_stage < 3:
         yield
         return
-    import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.policy.parameters())):
+    with _gathered(engine.module.policy, zero_stage):
         remove_hooks(engine)
         try:
             yield
@@ -81,16 +80,40 @@ def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
             add_hooks(engine)
 
 
-@contextmanager
-def gathered_for_saving(module: nn.Module, zero_stage: int) -> Iterator[None]:
-    """All weights of `module` whole, on rank 0 at the least. All ranks take part."""
+def save_policy(trained: PolicyAndValue, job: Job, tokenizer: Any, rank: int) -> None:
+    """The artifact: a whole model, or an adapter and what it lies on. All ranks take part: under ZeRO-3 weights are
+    gathered."""
+    model, folder = trained.policy.model, job.out / ("adapter" if trained.shared else "model")
+    with _gathered(model, job.compute.zero_stage):
+        if rank == 0:
+            if trained.shared:
+                _save_adapter(model, folder)
+                write_base(job.out, job.model)
+            else:
+                model.config.use_cache = True
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+def _gathered(module: nn.Module, zero_stage: int) -> AbstractContextManager[Any]:
     if zero_stage < 3:
-        yield
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    return gathered
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """As PeftModel.save_pretrained writes it; `model` is the model in it."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    model.peft_config[POLICY].save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(model, adapter_name=POLICY)
+    named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def save_state(engine: Any, folder: Path, shared: bool) -> None:

@@ -165,6 +165,17 @@ class PolicyAndValue(nn.Module):
         with self.using(REWARD):
             return {"scores": self.heads[REWARD](self.policy.states(batch)[batch.last_b])}
 
+    def checkpoint_gradients(self) -> None:
+        """Activations are worked out once more in the backward pass instead of being kept."""
+        how: dict[str, Any] = {"use_reentrant": False}
+        if self.shared:
+            how["context_fn"] = recomputed_as_before(self.adapted)
+            self.policy.model.enable_input_require_grads()
+        self.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        if self.value is not None:
+            model: Any = self.value.model
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
     def _values(self, batch: MicroBatch) -> torch.Tensor:
         if self.value is not None:
             values_n: torch.Tensor = self.value(batch.ids_bs, batch.places_n)

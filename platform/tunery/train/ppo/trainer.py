@@ -27,6 +27,7 @@ from tunery.train.ppo.engine import set_learning_rate, whole_weights
 from tunery.train.ppo.guards import check_finite, check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import policy_loss, value_loss
+from tunery.train.ppo.mixing import mixed_in
 from tunery.train.ppo.models import POLICY
 from tunery.train.ppo.rollouts import (
     MicroBatch,
@@ -274,18 +275,13 @@ class PpoTrainer:
             return None
         size, done = self._minibatch.global_batch_size, self.state.step * self._spec.ppo_epochs + epoch
         start = (done * self._spec.minibatches + number) * size
-        places = [place % len(self._mixed) for place in range(start, start + size)]
-        return self._mixed_losses(places, self._spec.ptx.coefficient)
+        return self._mixed_losses(start, size, self._spec.ptx.coefficient)
 
-    def _mixed_losses(self, places: list[int], coefficient: float) -> Iterator[torch.Tensor]:
-        items = [self._mixed[place] for place in places]
-        # The first token of a sequence is never predicted.
-        begins = [max(item.answer, 1) for item in items]
-        prompts = [item.ids[:begin] for item, begin in zip(items, begins, strict=True)]
-        answers = [item.ids[begin:] for item, begin in zip(items, begins, strict=True)]
-        rows = Rollouts(places, prompts, answers, [True] * len(places), [])
+    def _mixed_losses(self, start: int, size: int, coefficient: float) -> Iterator[torch.Tensor]:
+        prompts, answers = mixed_in(self._mixed, start, size)
+        rows = Rollouts(list(range(size)), prompts, answers, [True] * size, [])
         scale = coefficient / sum(map(len, answers)) * self._minibatch.accumulation * self._workers
-        mine = self._share(range(len(places)), rows.lengths)
+        mine = self._share(range(size), rows.lengths)
         for batch in self._batches(rows, mine, self._minibatch.micro_batch_size):
             yield -self._engine("language", batch)["log_probs"].sum() * scale
 

@@ -6,10 +6,8 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from tunery.errors import StageError
 from tunery.spec import Ppo
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_batches
@@ -59,6 +57,7 @@ class _Run:
         from tunery.models.prompts import COLUMNS, read_prompts
         from tunery.train.ppo.build import build
         from tunery.train.ppo.engine import frozen_engine, trained_engine
+        from tunery.train.ppo.mixing import mixed_rows
         from tunery.train.ppo.trainer import PpoTrainer
         from tunery.train.steps import written_by
 
@@ -97,7 +96,7 @@ class _Run:
         rounded = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         self.models = build(job, self.tokenizer, rounded, device)
         if compute.gradient_checkpointing:
-            _checkpoint_gradients(self.models.trained)
+            self.models.trained.checkpoint_gradients()
         end = end_tokens(self.models.trained.policy.model, self.tokenizer)
         engine = trained_engine(self.models.trained, spec, compute, self.minibatch, self.dtype)
         self.engine = engine
@@ -112,7 +111,7 @@ class _Run:
             self.batching,
             self.minibatch,
             self.prompts,
-            _mixed(job, self.tokenizer),
+            mixed_rows(job, self.tokenizer),
             self.tokenizer,
             end,
             compute.zero_stage,
@@ -220,9 +219,11 @@ class _Run:
             mark_whole(self.job.work / "checkpoints", step, self.written_by)
 
     def finish(self) -> None:
+        from tunery.train.ppo.engine import save_policy
+
         if not self.after or self.measured is None:
             self.evaluate()
-        self._save()
+        save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
         if self.rank == 0:
             (self.job.out / "history.jsonl").write_text(_lines(self.history))
             outcome = {"facts": self._facts(), "measured": self._measured()}
@@ -234,24 +235,6 @@ class _Run:
         rows = {"rows": float(step * self.batching.global_batch_size)}
         self.history.append({"step": float(step), **told, **rows})
         self.emit("metrics", step=step, values={**told, **measured, **rows})
-
-    def _save(self) -> None:
-        """The policy: a whole model, or an adapter and what it lies on."""
-        from tunery.models.load import write_base
-        from tunery.train.ppo.engine import gathered_for_saving
-        from tunery.train.ppo.models import POLICY
-
-        policy, zero_stage = self.engine.module.policy, self.job.compute.zero_stage
-        folder = self.job.out / ("adapter" if self.models.trained.shared else "model")
-        with gathered_for_saving(policy, zero_stage):
-            if self.rank == 0:
-                if self.models.trained.shared:
-                    _save_adapter(policy.model, folder, POLICY)
-                    write_base(self.job.out, self.job.model)
-                else:
-                    policy.model.config.use_cache = True
-                    policy.model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
 
     def _facts(self) -> dict[str, Any]:
         steps = [point for point in self.history if "reward" in point]
@@ -314,58 +297,6 @@ class _Run:
             "weights_bytes_separate": self.separate,
             "micro_batch_size": self.minibatch.micro_batch_size,
         }
-
-
-def _mixed(job: Job, tokenizer: Any) -> Sequence[Any]:
-    """Rows of the loss that is mixed in, in an order of their own."""
-    import random
-
-    from tunery.models.encode import Encoded, encode
-    from tunery.store.rows import CONTENT
-
-    assert isinstance(job.spec, Ppo)
-    if job.spec.ptx is None:
-        return []
-    items: list[Encoded] = [
-        item
-        for item in encode(list(rows_of(job.ptx_rows, CONTENT)), tokenizer, job.spec.max_length)
-        if item.counted > 0
-    ]
-    if not items:
-        raise StageError(
-            job.stage,
-            f"none of the rows of `{job.spec.ptx.data}` has a token to learn",
-            cause="every answer is empty, or cut off because the question alone fills max_length",
-            remedy="give other rows in `ptx.data`",
-        )
-    random.Random(job.seed).shuffle(items)
-    return items
-
-
-def _checkpoint_gradients(trained: Any) -> None:
-    from tunery.train.ppo.models import recomputed_as_before
-
-    how: dict[str, Any] = {"use_reentrant": False}
-    if trained.shared:
-        how["context_fn"] = recomputed_as_before(trained.adapted)
-    trained.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-    if trained.shared:
-        trained.policy.model.enable_input_require_grads()
-    elif hasattr(trained.value.model, "gradient_checkpointing_enable"):
-        trained.value.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-
-
-def _save_adapter(model: Any, folder: Path, name: str) -> None:
-    """One adapter, as PeftModel.save_pretrained writes it; `model` is the model in it."""
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    config = model.peft_config[name]
-    weights = get_peft_model_state_dict(model, adapter_name=name)
-    folder.mkdir(parents=True)
-    config.save_pretrained(str(folder))
-    named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors")
 
 
 def _lines(history: Sequence[dict[str, float]]) -> str:
