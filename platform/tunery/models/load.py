@@ -236,8 +236,20 @@ def _folder_of(source: Source) -> Source:
 
 
 def write_base(folder: Path, source: Source) -> None:
+    """Beside an adapter: what it lies on. The adapter's own configuration, which PEFT (0.21) writes with a path of this
+    machine and with sets in an order that changes from process to process, gets neither."""
     named = {"artifact": Path(source["artifact"]).name} if "artifact" in source else source
     (folder / "base.json").write_text(json.dumps(named, indent=1) + "\n")
+    path = folder / "adapter" / "adapter_config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    ordered = {key: sorted(value) if _is_set(value) else value for key, value in config.items()}
+    if "artifact" in source:
+        ordered["base_model_name_or_path"] = None
+    path.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
+
+
+def _is_set(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _from_hub(auto: Any, source: Source, **options: Any) -> Any:

@@ -24,7 +24,8 @@ class Compute(Spec):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters (in `ppo` each
+    worker loads the models whole into its host's memory first)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in the host's memory while it is not needed: AdamW's states and full-precision weights (from ZeRO
     stage 1 on), or, under stage 3, the weights too. Slower, and room for a larger model."""
