@@ -22,7 +22,7 @@ from tunery.spec import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGIT_BYTES = 1 << 28
+MOST_LOGITS = 1 << 28
 """Rows x vocabulary of a batch, at most: drawing takes some twenty bytes of each."""
 LEAVING = 0.25
 """Share of a batch that must have ended before it is made smaller: less often, and rows wait; more often, and the
@@ -84,7 +84,7 @@ class TransformersEngine:
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
         device = next(self._model.parameters()).device
         budget = self._budget or BATCH_TOKENS[device.type]
-        most = max(1, LOGIT_BYTES // self._model.config.get_text_config().vocab_size)
+        most = max(1, MOST_LOGITS // self._model.config.get_text_config().vocab_size)
         answers: dict[int, Answer] = {}
         for batch in batches_by_length([len(prompt) for prompt in prompts], sampling.max_new_tokens, budget, most):
             drawn = self._batch([prompts[index] for index in batch], uniform_bt[batch].to(device), sampling, device)

@@ -87,7 +87,7 @@ class _Function:
             raise self._failed("can't be loaded", error) from error
 
     def __call__(self, prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
-        questions = [prompt["messages"][-1]["content"] for prompt in prompts]
+        questions = [prompt["messages"][-1]["content"] or "" for prompt in prompts]
         try:
             given = self._function(questions, list(answers))
         except Exception as error:
