@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_classifiers import write_language_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from tunery.models.generate import Answer, TransformersEngine, batches_by_length
+from tunery.models.generate import Answer, TransformersEngine
 from tunery.models.sampling import draw, nucleus, uniform_numbers
 from tunery.spec import Sampling
 
@@ -121,9 +123,74 @@ def test_no_end_token_is_drawn_before_min_new_tokens(model: torch.nn.Module) -> 
     assert all(token % 2 for answer in answers for token in answer.tokens[:6])
 
 
-def test_batches_hold_as_much_as_the_budget_allows() -> None:
-    assert batches_by_length([3, 9, 5, 9], 10, 40) == [[1, 3], [2, 0]]
-    assert batches_by_length([3, 9], 10, 1) == [[1], [0]]
+def test_prompts_join_a_batch_whose_rows_have_left(model: torch.nn.Module) -> None:
+    """The same answers, in fewer forward passes than batches one after another take."""
+    end, sampling = list(range(0, 300, 12)), Sampling(max_new_tokens=40)
+    prompts = [[5 + row] * (1 + row % 7) for row in range(30)]
+    uniform = numbers(30, 40)
+    counted = Counting(model)
+    joined = TransformersEngine(counted, end, batch_tokens=10 * 47)(prompts, uniform, sampling)
+    alone = [
+        TransformersEngine(model, end)([prompt], uniform[[row]], sampling)[0] for row, prompt in enumerate(prompts)
+    ]
+    assert _tokens(joined) == _tokens(alone)
+    for one, other in zip(joined, alone, strict=True):
+        torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
+    lengths = sorted((len(answer.tokens) for answer in alone), reverse=True)
+    assert max(counted.rows) == 10
+    assert len(counted.rows) < sum(lengths[:3]), "three batches of ten, at the least their longest answers"
+    assert sum(counted.rows) < 1.35 * sum(lengths), "few places are empty"
+
+
+def test_a_batch_with_other_caches_is_joined_by_nobody() -> None:
+    """A sliding window keeps the last columns only: rows of other widths can't stand beside it."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=6,
+        )
+    ).eval()
+    prompts, uniform, sampling = (
+        [[3 + row] * (1 + row % 5) for row in range(12)],
+        numbers(12, 20),
+        Sampling(max_new_tokens=20),
+    )
+    together = TransformersEngine(model, list(range(4)), batch_tokens=4 * 25)(prompts, uniform, sampling)
+    alone = [
+        TransformersEngine(model, list(range(4)))([prompt], uniform[[row]], sampling)[0]
+        for row, prompt in enumerate(prompts)
+    ]
+    assert _tokens(together) == _tokens(alone)
+
+
+def test_no_row_leaves_the_window_of_positions() -> None:
+    """GPT-2 has a vector for each position and none beyond: rows that have ended wait without going on."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=24, n_embd=16, n_layer=1, n_head=2)).eval()
+    prompts = [[7 + row] * 4 for row in range(24)]
+    answers = TransformersEngine(model, list(range(3)), batch_tokens=12 * 24)(
+        prompts, numbers(24, 20), Sampling(max_new_tokens=20)
+    )
+    assert {len(answer.tokens) for answer in answers} >= {20}
+    assert len({len(answer.tokens) for answer in answers}) > 4
+
+
+class Counting(torch.nn.Module):
+    """Rows of each forward pass."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.config, self.rows = model, model.config, list[int]()
+
+    def forward(self, **inputs: Any) -> Any:
+        self.rows.append(len(inputs["input_ids"]))
+        return self.model(**inputs)
 
 
 def _tokens(answers: list[Answer]) -> list[list[int]]:

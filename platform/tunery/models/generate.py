@@ -1,7 +1,8 @@
 """Answers of a model to prompts: what an engine for it must do, and the one that ships, on transformers' forward pass.
 
-Prompts of like length share a batch, padded on the left. A row that has ended leaves: when a quarter of a batch has,
-the others go on in a smaller one, so that one long answer does not make all others wait in full width.
+Continuous batching (Yu et al. 2022, "Orca"): a row that has ended leaves its batch and a prompt that waits takes its
+place, so that one long answer does not make all others wait. The longest prompts go first, so that prompts of like
+length, padded on the left, are read together.
 
 Another engine (vLLM beside the training, say) is one more class with the same call; it is imported where it is asked
 for, so that nobody has to install it.
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunery.errors import TuneryError
+from tunery.models.decoding import Batch
 from tunery.models.sampling import draw
 from tunery.spec import Sampling
 
@@ -24,9 +27,9 @@ if TYPE_CHECKING:
 
 MOST_LOGITS = 1 << 28
 """Rows x vocabulary of a batch, at most: drawing takes some twenty bytes of each."""
-LEAVING = 0.25
-"""Share of a batch that must have ended before it is made smaller: less often, and rows wait; more often, and the
-cache is copied all the time."""
+LEAVING = 0.1
+"""Share of a batch that must have ended before its rows leave and others join: less often, and places are empty; more
+often, and the cache is copied all the time."""
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 """Of a batch's cache, by device: rows x (longest prompt + max_new_tokens)."""
 
@@ -76,83 +79,76 @@ class TransformersEngine:
 
     def __init__(self, model: Any, end: Sequence[int], batch_tokens: int | None = None) -> None:
         """model: a causal language model on its device, or whatever is called like one. end: tokens that end an
-        answer."""
+        answer. batch_tokens: of a batch's cache."""
         self._model, self._end = model, list(end)
         self._budget = batch_tokens
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
+        # Not cuDNN's attention (torch 2.11): it builds a plan for each new shape, and here each step has one. On an
+        # H100 answers took 33 s with it at first and 13 s without.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return self._answers(prompts, uniform_bt, sampling)
+
+    def _answers(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
+        if not prompts:
+            return []
         device = next(self._model.parameters()).device
-        budget = self._budget or BATCH_TOKENS[device.type]
-        most = max(1, MOST_LOGITS // self._model.config.get_text_config().vocab_size)
-        answers: dict[int, Answer] = {}
-        for batch in batches_by_length([len(prompt) for prompt in prompts], sampling.max_new_tokens, budget, most):
-            drawn = self._batch([prompts[index] for index in batch], uniform_bt[batch].to(device), sampling, device)
-            answers |= zip(batch, drawn, strict=True)
-        return [answers[index] for index in range(len(prompts))]
-
-    def _batch(
-        self, prompts: list[list[int]], uniform_bt: torch.Tensor, sampling: Sampling, device: torch.device
-    ) -> list[Answer]:
-        from transformers import DynamicCache
-
-        longest = max(map(len, prompts))
-        gaps = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)], device=device)
-        # Rows are never longer than this: the mask is made once, and a step shows one column more of it.
-        mask = torch.ones(len(prompts), longest + sampling.max_new_tokens, dtype=torch.int64, device=device)
-        for row, gap in enumerate(gaps):
-            mask[row, :gap] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
-        end = torch.tensor(self._end, device=device)
-        rows = torch.arange(len(prompts), device=device)
-        tokens = torch.full((len(prompts), sampling.max_new_tokens), -1, device=device)
-        log_probs = torch.zeros(len(prompts), sampling.max_new_tokens, device=device)
-        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        seen = 0
-        for time in range(sampling.max_new_tokens):
-            width = longest + time
-            logits_b1v = self._model(
-                input_ids=ids,
-                attention_mask=mask[rows, :width],
-                position_ids=positions[rows, seen:width],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            seen = width
-            forbidden = self._end if time < sampling.min_new_tokens else ()
-            drawn, log_prob = draw(logits_b1v[:, -1], uniform_bt[rows, time], sampling, forbidden)
-            # A row that has ended stays in the batch until it is made smaller: what it draws is thrown away.
-            here = rows[alive]
-            tokens[here, time], log_probs[here, time] = drawn[alive], log_prob[alive]
-            alive &= ~torch.isin(drawn, end)
-            ids = drawn[:, None]
-            left = int(alive.sum())
+        drawing = _Drawing(len(prompts), uniform_bt.to(device), sampling, self._end)
+        waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # the longest is the next
+        room = self._rows(len(prompts[waiting[-1]]) + sampling.max_new_tokens, device)
+        batch: Batch | None = None
+        while waiting or batch is not None:
+            free = room - (0 if batch is None else len(batch.rows_b))
+            if waiting and (batch is None or (batch.joinable and free >= LEAVING * room)):
+                begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                new = Batch.of(begun, list(prompts), self._model.config, device)
+                drawing.step(new, self._model)
+                if batch is None:
+                    batch = new
+                else:
+                    batch.join(new)
+            elif batch is not None:
+                drawing.step(batch, self._model)
+            assert batch is not None
+            left = int(batch.alive_b.sum())
             if left == 0:
-                break
-            if left <= (1 - LEAVING) * len(rows):
-                staying = alive.nonzero()[:, 0]
-                cache.batch_select_indices(staying)
-                rows, ids, alive = rows[staying], ids[staying], alive[staying]
-        return list(_answers(tokens, log_probs, set(self._end)))
+                batch = None
+            elif left <= (1 - LEAVING) * len(batch.rows_b):
+                batch.leave()
+        return list(drawing.answers())
+
+    def _rows(self, width: int, device: torch.device) -> int:
+        """That share a batch, none of them with more than `width` tokens."""
+        budget = self._budget or BATCH_TOKENS[device.type]
+        most: int = MOST_LOGITS // self._model.config.get_text_config().vocab_size
+        return max(1, min(most, budget // width))
 
 
-def _answers(tokens: torch.Tensor, log_probs: torch.Tensor, end: set[int]) -> Iterator[Answer]:
-    """From (rows, max_new_tokens), -1 behind the end of a row."""
-    for row, values in zip(tokens.tolist(), log_probs.tolist(), strict=True):
-        length = row.index(-1) if -1 in row else len(row)
-        yield Answer(row[:length], values[:length], row[length - 1] in end)
+class _Drawing:
+    """The tokens of all answers, as they are drawn."""
 
+    def __init__(self, rows: int, uniform_bt: torch.Tensor, sampling: Sampling, end: list[int]) -> None:
+        """uniform_bt: (rows, max_new_tokens), on the model's device."""
+        self._uniform_bt, self._sampling, self._end = uniform_bt, sampling, end
+        self._end_e = torch.tensor(end, device=uniform_bt.device)
+        self._tokens_bt = torch.full((rows, sampling.max_new_tokens), -1, device=uniform_bt.device)
+        self._log_probs_bt = torch.zeros(rows, sampling.max_new_tokens, device=uniform_bt.device)
 
-def batches_by_length(lengths: Sequence[int], new_tokens: int, budget: int, most: int = 1 << 30) -> list[list[int]]:
-    """Indices of prompts, longest first, so many a batch that its cache holds at most `budget` tokens, at least one,
-    and `most` at the most."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    while order:
-        rows = min(most, max(1, budget // (lengths[order[0]] + new_tokens)))
-        batches.append(order[:rows])
-        order = order[rows:]
-    return batches
+    def step(self, batch: Batch, model: Any) -> None:
+        """One token more for each row of a batch. What a row draws that has ended and not left yet is thrown away."""
+        most = self._sampling.max_new_tokens
+        logits_bv = batch.forward(model).float()
+        if self._end and self._sampling.min_new_tokens:
+            early_b1 = (batch.times_b < self._sampling.min_new_tokens)[:, None]
+            logits_bv[:, self._end_e] = logits_bv[:, self._end_e].masked_fill(early_b1, -torch.inf)
+        place = (batch.rows_b, batch.times_b.clamp(max=most - 1))
+        drawn_b, log_prob_b = draw(logits_bv, self._uniform_bt[place], self._sampling)
+        self._tokens_bt[place] = torch.where(batch.alive_b, drawn_b, self._tokens_bt[place])
+        self._log_probs_bt[place] = torch.where(batch.alive_b, log_prob_b, self._log_probs_bt[place])
+        batch.append(drawn_b, torch.isin(drawn_b, self._end_e) | (batch.times_b + 1 >= most))
+
+    def answers(self) -> Iterator[Answer]:
+        for row, values in zip(self._tokens_bt.tolist(), self._log_probs_bt.tolist(), strict=True):
+            length = row.index(-1) if -1 in row else len(row)
+            yield Answer(row[:length], values[:length], row[length - 1] in self._end)

@@ -26,17 +26,13 @@ def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count
     return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
 
-def draw(
-    logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling, forbidden: Sequence[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """A token a row, (rows,) int64, and its log-probability under what it was drawn from, (rows,) float32.
 
-    logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. `forbidden`
-    tokens are not drawn. At temperature 0 the likeliest token, whose log-probability is 0.
+    logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. At
+    temperature 0 the likeliest token, whose log-probability is 0.
     """
     logits_bv = logits_bv.float()
-    if forbidden:
-        logits_bv[:, list(forbidden)] = -torch.inf
     if sampling.temperature == 0:
         tokens_b = logits_bv.argmax(dim=1)
         return tokens_b, torch.zeros_like(tokens_b, dtype=torch.float32)

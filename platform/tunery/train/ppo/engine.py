@@ -26,6 +26,8 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
     """With torch's AdamW. `batching` is that of a minibatch."""
     import deepspeed
 
+    if compute.zero_stage == 3 and not model.shared:
+        gather_by_layer(model)
     config = deepspeed_config(compute.zero_stage, compute.offload) | {
         "train_batch_size": batching.global_batch_size,
         "train_micro_batch_size_per_gpu": batching.micro_batch_size,
@@ -41,12 +43,25 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
     return engine
 
 
+def gather_by_layer(model: nn.Module) -> None:
+    """Under ZeRO-3 a decoder layer's weights are gathered together, instead of those of each module in it.
+
+    Not where policy and value model share their layers: DeepSpeed 0.19.8 reduces the gradients of such a layer whenever
+    a backward pass leaves it, which then happens twice in one, and it asserts that it doesn't.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    set_z3_leaf_modules(model, sorted(layers), raise_if_not_found=False)
+
+
 def frozen_engine(model: nn.Module | None, compute: Compute, dtype: str) -> Any:
     """A model that is only asked. Under ZeRO-3 its weights are sharded too; else it is as it was."""
     if model is None or compute.zero_stage < 3:
         return model
     import deepspeed
 
+    gather_by_layer(model)
     config = deepspeed_config(3, compute.offload) | {
         "train_batch_size": torch.distributed.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
