@@ -41,6 +41,9 @@ class Compute(Spec):
     max_failures: Annotated[int, Field(ge=0)] = 0
     """How often a training whose worker died goes on from its last checkpoint before the run ends with the error;
     not in trials of one worker, which train in their own process."""
+    pack: Annotated[int, Field(ge=1)] | Auto = AUTO
+    """Trials of a search that train LoRA on the same base: how many at most share one copy of it on a worker, and its
+    forward passes; auto: 8, and as many as its memory takes. 1: each trial has a copy for itself."""
     object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO
     """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
 

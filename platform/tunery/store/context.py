@@ -40,8 +40,10 @@ class StageContext:
     """command("review", "checked"): the command line that does that with this experiment and store."""
     in_process: bool = False
     """Train in this process (a trial has one for itself) instead of on Ray Train workers."""
+    desk: Any = None
+    """Of a search whose trials can be packed (train/packed/seat.py): the training takes a seat in a pack."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None
-    """Called by a training in this process after each evaluation."""
+    """Called by a training in this process or in a pack after each evaluation."""
     callbacks: tuple[Any, ...] = ()
     """Ray Train callbacks for a training on workers (a search's link from worker to Tune)."""
 

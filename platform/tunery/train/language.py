@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from tunery.errors import StageError
-from tunery.models.encode import Encoded, blocks, encode
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
 from tunery.models.scratch import write_scratch_model
 from tunery.models.tuners import lora_config
@@ -23,6 +18,7 @@ from tunery.store.rows import CONTENT, Row
 from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, rows_of, save_model
 from tunery.train.policy import merged
+from tunery.train.sequences import read_sequences
 
 
 class LanguageModelling:
@@ -39,26 +35,7 @@ class LanguageModelling:
             source = merged(job, rank)
         self._source: Source = source
         self._tokenizer = load_tokenizer(source)
-        self._data = _tokens(self._spec, rows_of(job.rows, CONTENT), self._tokenizer)
-        if not self._data.ids:
-            raise StageError(
-                job.stage,
-                f"none of {self._data.rows} rows gives a training sequence",
-                cause="every answer is empty, or cut off because the question alone fills max_length"
-                if isinstance(job.spec, Sft)
-                else f"all texts together have fewer than max_length ({job.spec.max_length}) tokens",
-                remedy=f"change max_length (now {job.spec.max_length}), or give other rows",
-            )
-        self._measured = _tokens(self._spec, rows_of(job.eval_rows, CONTENT), self._tokenizer)
-        if job.eval_rows and not self._measured.ids:
-            raise StageError(
-                job.stage,
-                f"none of the {self._measured.rows} rows of `{job.spec.eval_data}` can be evaluated",
-                cause=f"they are shorter than a block of max_length ({job.spec.max_length}) tokens"
-                if isinstance(job.spec, Pretrain)
-                else "every answer is empty, or cut off because the question alone fills max_length",
-                remedy="change max_length, or give other rows as eval_data",
-            )
+        self._data, self._measured = read_sequences(job, self._tokenizer)
         self.lengths = [len(ids) for ids in self._data.ids]
 
     def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> Trainer:
@@ -85,55 +62,10 @@ class LanguageModelling:
             write_base(self._job.out, self._job.model)
 
     def counted(self) -> dict[str, Any]:
-        data = self._data
-        return {
-            "rows": data.rows,
-            "sequences": len(data.ids),
-            "truncated": data.truncated,
-            "unusable": data.unusable,
-        }
+        return self._data.counted()
 
     def found(self, trainer: Trainer) -> dict[str, Any]:
         return {}
-
-
-@dataclass
-class Tokens:
-    """Training sequences."""
-
-    ids: list[list[int]]
-    labels: list[list[int]]
-    rows: int
-    truncated: int
-    unusable: int
-    """Rows without any token to learn from (an empty answer, or one cut off whole)."""
-
-    def dataset(self) -> Dataset:
-        return Dataset.from_dict({"input_ids": self.ids, "labels": self.labels})
-
-
-def _tokens(spec: Pretrain | Sft, rows: Iterable[Row], tokenizer: Any) -> Tokens:
-    encoded: list[Encoded] = []
-    pending: list[Row] = []
-    # Texts are cut into blocks anyway: only conversations are cut to length one by one.
-    longest = 10**9 if isinstance(spec, Pretrain) else spec.max_length
-    for row in rows:
-        pending.append(row)
-        if len(pending) == 1000:
-            encoded += encode(pending, tokenizer, longest)
-            pending = []
-    encoded += encode(pending, tokenizer, longest)
-    if isinstance(spec, Pretrain):
-        ids = list(blocks(encoded, spec.max_length))
-        return Tokens(ids, ids, len(encoded), 0, 0)
-    usable = [item for item in encoded if item.counted > 0]
-    return Tokens(
-        [item.ids for item in usable],
-        [item.labels for item in usable],
-        len(encoded),
-        sum(item.truncated for item in encoded),
-        len(encoded) - len(usable),
-    )
 
 
 def _new_model(job: Job, rank: int) -> Source:

@@ -18,6 +18,7 @@ from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import DECIDED
 from tunery.train.auto import resolve
 from tunery.train.job import Job, Report, Rows
+from tunery.train.packed.seat import train_packed
 
 
 def make_model(context: StageContext) -> StageResult:
@@ -51,7 +52,9 @@ def make_model(context: StageContext) -> StageResult:
         workers=workers,
         started=time.time(),
     )
-    if context.in_process:
+    if context.desk is not None:
+        train_packed(job, context.desk, context.report)
+    elif context.in_process:
         _train_here(job, context.report)
     else:
         _train_on_workers(job, context)

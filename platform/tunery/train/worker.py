@@ -9,6 +9,7 @@ from typing import Any
 
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
+from tunery.train.facts import log_period, save_period, training_facts
 from tunery.train.job import Job, Recipe, Report
 
 RECIPES = {
@@ -51,10 +52,9 @@ def train(job: Job, report: Report) -> None:
     again = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
     order = data_order(recipe.lengths, batching.steps // again, size, job.seed)
-    every = compute.checkpoint_steps
     steps = Steps(
         at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
-        max(20, batching.steps // 10) if every == "auto" else every,
+        save_period(compute, batching.steps),
         job.work / "checkpoints",
         size / again,
         batching.steps,
@@ -131,7 +131,7 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "use_cpu": compute.device == "cpu",
         "gradient_checkpointing": compute.gradient_checkpointing,
         "seed": job.seed,
-        "logging_steps": max(1, batching.steps // 50),
+        "logging_steps": log_period(batching.steps),
         "logging_first_step": True,
         "eval_strategy": "no",  # Steps says when to evaluate and when to save
         "save_strategy": "no",
@@ -150,20 +150,9 @@ def _report_unless_last(report: Report, step: int, size: float, steps: int, metr
 
 
 def _facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:
-    """Losses are means of the last five points; of the evaluations every measure at the end."""
-    losses = [point["loss"] for point in history if "loss" in point]
-    evals = [point for point in history if "eval_loss" in point]
     parameters = [(_size(p), p.requires_grad) for p in trainer.model.parameters()]
-    return {
-        "steps": batching.steps,
-        "epochs": job.spec.epochs,
-        "global_batch_size": batching.global_batch_size,
-        "learning_rate": job.spec.learning_rate,
-        "parameters": sum(size for size, _ in parameters),
-        "trainable": sum(size for size, trained in parameters if trained),
-        "loss": sum(losses[-5:]) / len(losses[-5:]) if losses else None,
-        "eval_loss": evals[-1]["eval_loss"] if evals else None,
-    }
+    whole, trained = sum(size for size, _ in parameters), sum(size for size, trained in parameters if trained)
+    return training_facts(job.spec, batching, history, whole, trained)
 
 
 def _size(parameter: Any) -> int:

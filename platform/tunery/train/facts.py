@@ -1,0 +1,37 @@
+"""What is told of a training at its end, and how often on the way; the same whoever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunery.spec import Compute, Training
+from tunery.train.batches import Batching
+
+
+def log_period(steps: int) -> int:
+    """Steps between the points of a loss curve, of which there are 50 to 100; the first step is told too."""
+    return max(1, steps // 50)
+
+
+def save_period(compute: Compute, steps: int) -> int:
+    """Steps between checkpoints."""
+    return max(20, steps // 10) if compute.checkpoint_steps == "auto" else compute.checkpoint_steps
+
+
+def training_facts(
+    spec: Training[Any], batching: Batching, history: Sequence[Mapping[str, float]], parameters: int, trainable: int
+) -> dict[str, Any]:
+    """Losses are means of the last five points; of the evaluations the loss at the end."""
+    losses = [point["loss"] for point in history if "loss" in point]
+    evals = [point for point in history if "eval_loss" in point]
+    return {
+        "steps": batching.steps,
+        "epochs": spec.epochs,
+        "global_batch_size": batching.global_batch_size,
+        "learning_rate": spec.learning_rate,
+        "parameters": parameters,
+        "trainable": trainable,
+        "loss": sum(losses[-5:]) / len(losses[-5:]) if losses else None,
+        "eval_loss": evals[-1]["eval_loss"] if evals else None,
+    }

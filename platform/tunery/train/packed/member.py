@@ -1,0 +1,196 @@
+"""One training of a pack: where it stands, what it does next, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunery.models.load import write_base
+from tunery.spec import Sft
+from tunery.track.events import EventLog
+from tunery.train.batches import at_even_steps, data_order, plan_training
+from tunery.train.facts import log_period, save_period, training_facts
+from tunery.train.job import Job, Report
+from tunery.train.packed.outline import adapter_of
+from tunery.train.sequences import Tokens
+from tunery.train.steps import HISTORY, drop_foreign, last_checkpoint, mark_whole
+
+WRITTEN_BY = "a pack"
+"""Of its checkpoints: no DeepSpeed engine reads them, but any pack."""
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a member brings to a step of the pack."""
+
+    rows: list[int]
+    """Of its sequences, longest first."""
+    learning_rate: float
+    number: int
+    """From 1."""
+
+
+class Member:
+    """`with_adapter` (packed/outline.py) made `peft_model`. It goes on from its last checkpoint, if there is one."""
+
+    def __init__(
+        self, job: Job, data: Tokens, measured: Tokens, tokenizer: Any, peft_model: Any, base_parameters: int
+    ) -> None:
+        assert isinstance(job.spec, Sft)
+        self.job, self.data, self.measured = job, data, measured
+        self.spec: Sft = job.spec
+        self._tokenizer, self._peft_model, self._base_parameters = tokenizer, peft_model, base_parameters
+        self._log = EventLog(
+            job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial
+        )
+        self.batching = plan_training(job.spec, len(data.ids), 1, "auto")
+        self._order = data_order([len(ids) for ids in data.ids], self.batching.steps, self._size, job.seed)
+        self._rates = learning_rates(job.spec, self.batching.steps)
+        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if measured.ids else [])
+        self._log_every = log_period(self.batching.steps)
+        self._save_every = save_period(job.compute, self.batching.steps)
+        self.adapter = adapter_of(peft_model)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._losses: list[float] = []
+        self._last_progress = 0.0
+        self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
+        drop_foreign(self._checkpoints, WRITTEN_BY)
+        self.resumed_from = self._saved_at = self._load()
+
+    @property
+    def ended(self) -> bool:
+        return self.step == self.batching.steps
+
+    def next(self) -> Step:
+        start = self.step * self._size
+        return Step(self._order[start : start + self._size], self._rates[self.step], self.step + 1)
+
+    def took(self, loss: float, norm: float) -> None:
+        """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping."""
+        now = time.time()
+        self._first_step_at = self._first_step_at or now
+        self._tokens_here += sum(len(self.data.ids[row]) for row in self.next().rows)
+        self.step += 1
+        self._losses.append(loss)
+        if now - self._last_progress > 0.5 or self.ended:
+            self._last_progress = now
+            self.emit("progress", done=self.step, total=self.batching.steps, unit="steps")
+        if self._logs_now:
+            mean = sum(self._losses) / len(self._losses)
+            self._losses = []
+            self._tell({"loss": mean, "grad_norm": norm, "learning_rate": self._rates[self.step - 1]})
+
+    @property
+    def evaluates_now(self) -> bool:
+        return self.step in self._evaluate_at
+
+    def evaluated(self, loss: float, report: Report) -> None:
+        """`loss`: in nats per counted token of its eval_data. The last one is told with the artifact (search/trial.py):
+        a scheduler may stop a trial at any report, and there the model would be lost for nothing."""
+        self._tell({"eval_loss": loss})
+        if not self.ended:
+            report({"step": float(self.step), **self.history[-1]})
+
+    @property
+    def saves_now(self) -> bool:
+        """Where a loss was told, so that the mean of a resumed curve's next point is whole."""
+        return self.step - self._saved_at >= self._save_every and self._logs_now and not self.ended
+
+    @property
+    def _logs_now(self) -> bool:
+        return self.step % self._log_every == 0 or self.step == 1
+
+    def save(self) -> None:
+        """A checkpoint, which counts from when it is whole. The adapter must have been read back from the stack."""
+        folder = self._checkpoints / f"checkpoint-{self.step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = self.adapter
+        state = {"weights": adapter.weights, "first": adapter.first, "second": adapter.second, "losses": self._losses}
+        torch.save(state, folder / STATE)
+        (folder / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
+        mark_whole(self._checkpoints, self.step, WRITTEN_BY)
+        self._saved_at = self.step
+
+    def _load(self) -> int:
+        checkpoint = last_checkpoint(self._checkpoints, WRITTEN_BY)
+        if checkpoint is None:
+            return 0
+        state = torch.load(checkpoint / STATE, weights_only=True)
+        for name, own in vars(self.adapter).items():
+            for layer, pair in state.get(name, {}).items():
+                for matrix, saved in zip(own[layer], pair, strict=True):
+                    matrix.copy_(saved)
+        self.history = [json.loads(line) for line in (checkpoint / HISTORY).read_text().splitlines()]
+        self._losses = list(state["losses"])
+        self.step = int(checkpoint.name.split("-")[1])
+        return self.step
+
+    def finish(self, measured: dict[str, Any]) -> None:
+        """Writes the artifact, the same that the training alone writes. The adapter must have been read back."""
+        job = self.job
+        folder = job.out / "adapter"
+        self._peft_model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        write_base(job.out, job.model)
+        trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
+        facts = {
+            **self.data.counted(),
+            "tokens": sum(len(self.data.ids[row]) for row in self._order),
+            **training_facts(self.spec, self.batching, self.history, self._base_parameters + trainable, trainable),
+        }
+        seconds = time.time() - self._began
+        told = {
+            "train_seconds": seconds,
+            "tokens_per_second": self._tokens_here / seconds,
+            "first_step_seconds": (self._first_step_at or time.time()) - job.started,
+            "resumed_from": self.resumed_from,
+            "workers": 1,
+            **measured,
+        }
+        (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": told}))
+
+    def emit(self, event: str, **values: Any) -> None:
+        self._log.write(event, **values)
+
+    def _tell(self, values: dict[str, float]) -> None:
+        values["rows"] = float(self.step * self._size)
+        self.history.append({"step": float(self.step), **values})
+        self.emit("metrics", step=self.step, values=values)
+
+    @property
+    def _size(self) -> int:
+        return self.batching.global_batch_size
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.job.work / "checkpoints"
+
+
+def learning_rates(spec: Sft, steps: int) -> list[float]:
+    """Of each step, by transformers' own schedules."""
+    from transformers import get_scheduler
+
+    assert spec.learning_rate != "auto", "resolved"
+    peak = spec.learning_rate
+    schedule = {"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule)
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    shape: Callable[[int], float] = get_scheduler(schedule, nothing, round(spec.warmup * steps), steps).lr_lambdas[0]
+    return [peak * shape(step) for step in range(steps)]
+
+
+def same_rows(members: Sequence[Member]) -> dict[int, list[Member]]:
+    """Members by the rows that they are measured on: those are shown to all at once."""
+    groups: dict[int, list[Member]] = {}
+    for member in members:
+        groups.setdefault(id(member.measured), []).append(member)
+    return groups

@@ -1,0 +1,228 @@
+"""A pack: the frozen base on a device, its members, and one optimizer step of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tunery.errors import StageError
+from tunery.models.likelihood import LOGIT_BYTES, head_is_plain
+from tunery.models.load import Source, load_model, load_tokenizer
+from tunery.models.packing import BATCH_TOKENS, length_batches
+from tunery.train.job import Job, Report
+from tunery.train.packed.adamw import Rates
+from tunery.train.packed.blocks import blocks
+from tunery.train.packed.member import Member, same_rows
+from tunery.train.packed.outline import with_adapter
+from tunery.train.packed.stack import Stack, StackedLinear, install
+from tunery.train.sequences import Tokens, read_sequences
+
+T = TypeVar("T")
+SMALLEST_BUDGET = 512
+"""Padded tokens: with no memory for so few, a pack is no help."""
+
+
+class Pack:
+    """`budget`: padded tokens in one forward pass."""
+
+    def __init__(
+        self, source: Source, device: str, dtype: str, gradient_checkpointing: bool = False, budget: int | None = None
+    ) -> None:
+        self._source, self._dtype = source, dtype
+        self._device = torch.device("cuda" if device == "gpu" else "cpu")
+        model: Any = load_model(source, torch.bfloat16 if dtype == "bf16" else torch.float32)
+        model.config.use_cache = False
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._model = model.to(self._device).requires_grad_(False)
+        self._parameters = sum(weight.numel() for weight in model.parameters())
+        self._tokenizer: Any = load_tokenizer(source)
+        self._plain_head = head_is_plain(model)
+        self._vocabulary = model.config.get_text_config().vocab_size
+        self._budget = budget or BATCH_TOKENS[self._device.type]
+        self._layers: dict[str, StackedLinear] = {}
+        self._stack = Stack({}, [], self._device)
+        self._read: dict[Any, tuple[Tokens, Tokens]] = {}
+        self.members: list[Member] = []
+        self._reports: dict[str, Report] = {}
+        model.train()
+
+    def join(self, job: Job, report: Report) -> Member:
+        """Raises StageError when there is nothing to learn from."""
+        spec: Any = job.spec
+        rows = (job.rows, job.eval_rows, spec.max_length)
+        if rows not in self._read:
+            self._read[rows] = read_sequences(job, self._tokenizer)
+        peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
+        member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)
+        self._check(member, peft_model)
+        self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])
+        self._reports[job.trial] = report
+        self._restack([*self.members, member])
+        return member
+
+    def _check(self, member: Member, peft_model: Any) -> None:
+        head = self._model.get_output_embeddings()
+        names = {name for name, module in self._model.named_modules() if module is head}
+        stacked = sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair)
+        trained = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
+        if names & member.adapter.weights.keys() or stacked != trained:
+            raise StageError(
+                member.job.stage,
+                "an adapter on the head or on an embedding can't be trained in a pack",
+                cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",  # type: ignore[union-attr]
+                remedy="leave them out, or set `compute: {pack: 1}`",
+            )
+
+    def leave(self, member: Member) -> None:
+        """Its checkpoint lets it go on later, here or in another pack."""
+        self._restack([other for other in self.members if other is not member])
+        if not member.ended:
+            member.save()
+
+    def step(self) -> None:
+        """One optimizer step of every member, and whatever is due after it. Those that ended have left then."""
+        members = self.members
+        steps = [member.next() for member in members]
+        losses = self._in_smaller_blocks(lambda: self._backward(members, [step.rows for step in steps]))
+        norms = self._stack.step(
+            Rates(
+                *(
+                    torch.tensor(values, dtype=torch.float64)
+                    for values in (
+                        [step.learning_rate for step in steps],
+                        [member.spec.weight_decay for member in members],
+                        [member.spec.max_grad_norm for member in members],
+                        [step.number for step in steps],
+                    )
+                )
+            )
+        )
+        for member, loss, norm in zip(members, losses, norms, strict=True):
+            member.took(loss, norm)
+        self._in_smaller_blocks(lambda: self._evaluate([member for member in members if member.evaluates_now]))
+        saving = [member for member in members if member.saves_now]
+        if saving:
+            self._stack.read_back()
+        for member in saving:
+            member.save()
+        ended = [member for member in members if member.ended]
+        if ended:
+            self._restack([member for member in members if not member.ended])
+        for member in ended:
+            member.finish(self._measured())
+
+    def _in_smaller_blocks(self, work: Callable[[], T]) -> T:
+        """`work`, once more from its beginning with half the tokens in a forward pass where a GPU's memory is too
+        small for as many; that stays so."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self._budget < SMALLEST_BUDGET:
+                    raise
+                self._budget //= 2
+                torch.cuda.empty_cache()
+
+    def _restack(self, members: Sequence[Member]) -> None:
+        self._stack.read_back()
+        self.members = list(members)
+        self._stack = Stack(self._layers, [member.adapter for member in members], self._device)
+
+    def _backward(self, members: Sequence[Member], rows: Sequence[list[int]]) -> list[float]:
+        """Gradients into the stack; returns each member's loss, the mean over its counted tokens."""
+        self._stack.clear()
+        counts = [
+            sum(_counted(member.data.labels[row]) for row in own) for member, own in zip(members, rows, strict=True)
+        ]
+        sums_k = torch.zeros(len(members), device=self._device, dtype=torch.float64)
+        lengths = [[len(member.data.ids[row]) for row in own] for member, own in zip(members, rows, strict=True)]
+        for block in blocks(lengths, self._budget):
+            ids, labels, owners = [], [], []
+            for index in block.members:
+                for row in rows[index][block.first : block.last]:
+                    ids.append(members[index].data.ids[row])
+                    labels.append(members[index].data.labels[row])
+                    owners.append(index)
+            self._stack.activate(block.members)
+            nll_n, owners_n = self._nll(ids, labels, owners)
+            weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
+            (nll_n * weights_k[owners_n]).sum().backward()  # type: ignore[no-untyped-call]
+            sums_k.index_add_(0, owners_n, nll_n.detach().double())
+        return [total / max(1, count) for total, count in zip(sums_k.tolist(), counts, strict=True)]
+
+    @torch.no_grad()
+    def _evaluate(self, due: Sequence[Member]) -> None:
+        """Members that are measured on the same rows are so together."""
+        self._model.eval()
+        losses: list[tuple[Member, float]] = []
+        places = {id(member): place for place, member in enumerate(self.members)}
+        for group in same_rows(due).values():
+            measured = group[0].measured
+            sums_k = torch.zeros(len(group), device=self._device, dtype=torch.float64)
+            members = [places[id(member)] for member in group]
+            for batch in length_batches([len(ids) for ids in measured.ids], max(1, self._budget // len(group))):
+                ids = [measured.ids[row] for row in batch] * len(group)
+                labels = [measured.labels[row] for row in batch] * len(group)
+                self._stack.activate(members)
+                nll_n, owners_n = self._nll(ids, labels, [k for k in range(len(group)) for _ in batch])
+                sums_k.index_add_(0, owners_n, nll_n.double())
+            count = sum(map(_counted, measured.labels))
+            losses += [(member, total / max(1, count)) for member, total in zip(group, sums_k.tolist(), strict=True)]
+        for member, loss in losses:
+            member.evaluated(loss, self._reports[member.job.trial])
+        self._model.train()
+
+    def _nll(
+        self, ids: Sequence[list[int]], labels: Sequence[list[int]], owners: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log p in nats of each counted token, (n,) float32, and whose it is, (n,).
+
+        Padded on the right and without a mask, as in models/likelihood.py.
+        """
+        longest = max(map(len, ids))
+        pad = self._tokenizer.pad_token_id
+        ids_bt = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids], device=self._device)
+        # The token at t is predicted from the hidden state at t - 1.
+        counted = [(b, t) for b, row in enumerate(labels) for t in range(1, len(row)) if row[t] != IGNORED]
+        places_n = torch.tensor([b * longest + t - 1 for b, t in counted], device=self._device)
+        targets_n = ids_bt.flatten()[places_n + 1]
+        owners_n = torch.tensor([owners[b] for b, _ in counted], device=self._device)
+        if not self._plain_head:
+            logits_bv = self._model(input_ids=ids_bt).logits.flatten(0, 1)
+            return _cross_entropy(logits_bv[places_n], targets_n), owners_n
+        hidden_bth = self._model.base_model(input_ids=ids_bt).last_hidden_state
+        hidden_nh = hidden_bth.flatten(0, 1)[places_n]
+        head: Callable[[torch.Tensor], torch.Tensor] = self._model.get_output_embeddings()
+        piece = max(1, LOGIT_BYTES // (4 * self._vocabulary))
+
+        def nll(hidden_mh: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
+            return _cross_entropy(head(hidden_mh), targets_m)
+
+        if len(places_n) <= piece:
+            return nll(hidden_nh, targets_n), owners_n
+        parts = zip(torch.split(hidden_nh, piece), torch.split(targets_n, piece), strict=True)
+        # The logits of a piece are made again in the backward pass.
+        return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts]), owners_n
+
+    def _measured(self) -> dict[str, Any]:
+        gpu = self._device.type == "cuda"
+        return {
+            "dtype": self._dtype,
+            "device": torch.cuda.get_device_name() if gpu else "cpu",
+            "packed_with": len(self.members),
+        }
+
+
+IGNORED = -100
+
+
+def _counted(labels: list[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _cross_entropy(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")

@@ -1,0 +1,144 @@
+"""What a training learns in a pack is what it learns alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Bench, facts
+from safetensors.torch import load_file
+
+from tunery.errors import StageError
+from tunery.spec import Compute, Sft
+from tunery.train.job import Job, Rows
+from tunery.train.packed.pack import Pack
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "other_rank": {"learning_rate": 5e-3, "tuner": {"lora": {"rank": 8, "alpha": 4}}},
+    "large_batches": {"global_batch_size": 12, "epochs": 3, "schedule": "linear", "weight_decay": 0.1},
+    "few_layers": {
+        "global_batch_size": 2,
+        "epochs": 0.4,
+        "max_grad_norm": 0.1,
+        "warmup": 0.2,
+        "max_length": 96,
+        "seed": 5,
+        "tuner": {"lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]}},
+    },
+}
+"""By name, how it differs from the first."""
+
+
+def stages(experiment: dict) -> None:
+    sft = {**experiment["stages"].pop("sft"), "epochs": 1, "evaluations": 3, "tuner": {"lora": {"rank": 4}}}
+    experiment["stages"].pop("eval")
+    experiment["stages"] |= {name: {**sft, **changed} for name, changed in TRAININGS.items()}
+    experiment["compute"] = {"workers": 1}
+
+
+def job_of(bench: Bench, name: str, folder: Path, **changed: Any) -> Job:
+    experiment: dict[str, Any] = {}
+    bench.write(lambda told: experiment.update(told) or stages(experiment))
+    spec = Sft.model_validate_json(json.dumps({**experiment["stages"][name], **changed}))
+    measured = next(path for path in bench.artifacts("dataset") if facts(path)["rows"] == 30)
+    work = folder / name
+    (work / "out").mkdir(parents=True)
+    return Job(
+        stage=name,
+        trial=name,
+        spec=spec,
+        seed=spec.seed or 17,
+        model={"artifact": str(bench.only("pretrain"))},
+        rows=(Rows(bench.only("select")),),
+        eval_rows=(Rows(measured),),
+        reward=None,
+        ptx_rows=(),
+        out=work / "out",
+        work=work,
+        events=folder / "events",
+        compute=Compute(workers=1, device="cpu", checkpoint_steps=8),
+        workers=1,
+        started=time.time(),
+    )
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Bench, tmp_path: Path) -> None:
+    before_sft.write(stages)
+    alone = before_sft.without_ray(before_sft.store)
+    jobs = {name: job_of(before_sft, name, tmp_path / "packed") for name in TRAININGS}
+    reports: dict[str, list[float]] = {name: [] for name in TRAININGS}
+
+    def listening(name: str) -> Any:
+        return lambda metrics: reports[name].append(metrics["eval_loss"])
+
+    pack = Pack(jobs["plain"].model, "cpu", "fp32", budget=700)  # so that a step takes several blocks
+    members = {name: pack.join(jobs[name], listening(name)) for name in TRAININGS if name != "large_batches"}
+    step = 0
+    while pack.members:
+        pack.step()
+        step += 1
+        if step == 5:
+            members["large_batches"] = pack.join(jobs["large_batches"], listening("large_batches"))
+        if step == 10:
+            pack.leave(members["plain"])
+        if step == 14:  # another process would do this
+            members["plain"] = pack.join(jobs["plain"], listening("plain"))
+            assert members["plain"].resumed_from == 10
+    for name, made in alone.items():
+        if name not in TRAININGS:
+            continue
+        theirs, ours = curve(Path(made["path"])), curve(jobs[name].out)
+        assert [sorted(point) for point in ours] == [sorted(point) for point in theirs]
+        for expected, found in zip(theirs, ours, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+        told = json.loads((jobs[name].work / "outcome.json").read_text())["facts"]
+        assert told == {key: pytest.approx(made["facts"][key], rel=1e-5) for key in told}
+        assert reports[name] == [point["eval_loss"] for point in ours if "eval_loss" in point][:-1]
+        adapters = [Path(made["path"]) / "adapter", jobs[name].out / "adapter"]
+        files = [{path.name for path in folder.iterdir()} for folder in adapters]
+        assert files[0] == files[1]
+        for file in files[0] - {"adapter_model.safetensors"}:
+            assert (adapters[0] / file).read_bytes() == (adapters[1] / file).read_bytes(), file
+        expected_weights, weights = (load_file(folder / "adapter_model.safetensors") for folder in adapters)
+        assert weights.keys() == expected_weights.keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(weight, expected_weights[key], rtol=1e-3, atol=2e-5)
+        assert (jobs[name].out / "base.json").read_bytes() == (Path(made["path"]) / "base.json").read_bytes()
+
+
+def test_a_training_that_diverges_spoils_nobody_elses(before_sft: Bench, tmp_path: Path) -> None:
+    def losses(wild: bool) -> list[float]:
+        folder = tmp_path / str(wild)
+        pack = Pack(job_of(before_sft, "plain", folder / "source").model, "cpu", "fp32")
+        pack.join(job_of(before_sft, "plain", folder), lambda metrics: None)
+        if wild:
+            pack.join(job_of(before_sft, "other_rank", folder, learning_rate=1e30), lambda metrics: None)
+        while pack.members:
+            pack.step()
+        if wild:
+            assert math.isnan(curve(folder / "other_rank" / "out")[-1]["eval_loss"])
+        return [point["loss"] for point in curve(folder / "plain" / "out") if "loss" in point]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)
+
+
+def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Bench, tmp_path: Path) -> None:
+    job = job_of(before_sft, "plain", tmp_path, tuner={"lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]}})
+    pack = Pack(job.model, "cpu", "fp32")
+    with pytest.raises(StageError, match="on the head"):
+        pack.join(job, lambda metrics: None)
+    assert pack.members == []
+    whole = dataclasses.replace(job, spec=job_of(before_sft, "few_layers", tmp_path).spec)
+    pack.join(whole, lambda metrics: None)
+    pack.step()
