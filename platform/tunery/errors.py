@@ -92,6 +92,10 @@ class RowsLost(StageError):
     """Rows in and rows out of a stage differ: an invariant of tunery is broken."""
 
 
+class Stopped(TuneryError):
+    """A trial was ended before its time by somebody's wish; nothing is wrong with it."""
+
+
 class Interrupted(TuneryError):
     """Ctrl-C: stopped cleanly; the same command goes on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from contextlib import suppress
@@ -26,16 +27,22 @@ from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware
 from tunery.runner.execute import Trial, Where, execute
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
+from tunery.runner.plan import CHARACTERS_PER_TOKEN, characters_of
 from tunery.runner.session import RaySession
-from tunery.search.space import curve_stage, metric_stage
+from tunery.search.space import curve_stage, longest, metric_stages
 from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
 from tunery.spec.trainings import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
+from tunery.store.rows import read_rows
 from tunery.track.events import EventLog, read_events
 from tunery.track.overhead import overhead
+
+SAMPLE = 1000
+"""Rows whose length stands for that of all."""
+TOKENS_OF_A_DECISION = 200.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         from tunery.search.tune import Room, run_search
 
         room = Room(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
-        found = run_search(experiment, where, log, room, _rows_of(experiment, made))
+        found = run_search(experiment, where, log, room, longest(experiment, *_rows_of(experiment, made)))
         best = _measure_best(experiment, where, log, found)
     for table in (
         filter_table(experiment, made),
@@ -145,7 +152,7 @@ def _needs_ray(experiment: Experiment, where: Where) -> bool:
         return True
     if experiment.search is None:
         return False
-    found = where.store.find("search", search_fingerprint(experiment, where.folder)[0])
+    found = where.store.find("search", search_fingerprint(experiment, where)[0])
     if found is None:
         return True
     best = _best_experiment(experiment, found)
@@ -155,21 +162,25 @@ def _needs_ray(experiment: Experiment, where: Where) -> bool:
     )
 
 
-def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> int:
-    """Rows that the searched training could see at most: those before any selection."""
+def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> tuple[int, float]:
+    """Rows that the searched training could see at most, those before any selection, and about how many tokens each
+    has."""
     name = curve_stage(experiment)
     if name is None:
-        return 0
+        return 0, 0.0
     stage = experiment.stages[name]
     assert isinstance(stage, Training), "a curve belongs to a training"
     if isinstance(stage.data, Decisions):
-        return int(made[stage.data.review].facts["decided"])
-    rows = 0
+        return int(made[stage.data.review].facts["decided"]), TOKENS_OF_A_DECISION
+    rows, characters = 0, 0.0
     for data in row_stages(stage.data).values():
         while isinstance(selection := experiment.stages[data], Select | Review):
             data = selection.data
-        rows += int(made[data].facts["rows"])
-    return rows
+        here = int(made[data].facts["rows"])
+        sample = list(itertools.islice(read_rows(made[data].path, ["text", "messages"]), SAMPLE))
+        rows += here
+        characters += here * sum(map(characters_of, sample)) / max(1, len(sample))
+    return rows, characters / max(1, rows) / CHARACTERS_PER_TOKEN
 
 
 def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
@@ -181,7 +192,7 @@ def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
         name
         for name, stage in best.stages.items()
         if isinstance(stage, Evaluate | WinRate) and searched & closure(best.stages, [name]).keys()
-    ] or [metric_stage(experiment.search.metric)]
+    ] or metric_stages(experiment.search)
     return best.model_copy(update={"stages": closure(best.stages, wanted), "search": None})
 
 

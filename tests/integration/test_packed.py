@@ -80,7 +80,7 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Bench
     reports: dict[str, list[float]] = {name: [] for name in TRAININGS}
 
     def listening(name: str) -> Any:
-        return lambda metrics: reports[name].append(metrics["eval_loss"])
+        return lambda metrics: reports[name].append(metrics[f"{name}.eval_loss"])
 
     pack = Pack(jobs["plain"].model, "cpu", "fp32", budget=700)  # so that a step takes several blocks
     members = {name: pack.join(jobs[name], listening(name)) for name in TRAININGS if name != "large_batches"}

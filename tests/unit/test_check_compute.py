@@ -203,7 +203,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "global batch within a range of a trial": (
         nothing,
-        [("{choice: [8, 16]}", "{randint: [8, 17]}")],
+        [("{choice: [8, 16]}", "{int: [8, 16]}")],
         (2, 2),
         26,
         ["global_batch_size 9 can't be split over 2"],

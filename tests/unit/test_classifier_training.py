@@ -31,7 +31,7 @@ from tunery.models.tuners import lora_config
 from tunery.runner.check import check
 from tunery.runner.plan import make_plan
 from tunery.spec import LABELS, Contrast, Lora
-from tunery.spec.load import metrics_of
+from tunery.spec.check_search import metrics_of
 from tunery.spec.trainings import row_stages
 from tunery.store import Artifact, Store
 from tunery.store.rows import DECIDED, read_rows, write_rows

@@ -355,6 +355,7 @@ COMPUTE: dict[str, list[Any]] = {
     "checkpoint_steps": [5],
     "max_failures": [3],
     "object_store_gb": [2.0],
+    "pack": [1, 4],
 }
 
 

@@ -14,7 +14,7 @@ from small_classifiers import WORDS, write_language_model
 from tunery.evaluate.heldout import make_metrics, with_forgetting
 from tunery.search.space import metric_of, trial_experiment
 from tunery.spec import Evaluate, Experiment, WinRate
-from tunery.spec.load import metrics_of
+from tunery.spec.check_search import metrics_of
 from tunery.store.rows import row_id, write_rows
 
 TEXT = """\

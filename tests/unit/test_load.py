@@ -17,6 +17,7 @@ from tunery.errors import (
     SpecError,
     SpecErrors,
     StageError,
+    Stopped,
     StoreError,
     TuneryError,
 )
@@ -365,14 +366,14 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         21,
         ["the range [0.001, 1e-05] is upside down or empty", "the lower end comes first"],
     ),
-    "empty range": ([("loguniform: [1e-5, 1e-3]", "randint: [3, 3]")], 21, ["[3, 3] is upside down or empty"]),
+    "empty range": ([("loguniform: [1e-5, 1e-3]", "int: [3, 3]")], 21, ["[3, 3] is upside down or empty"]),
     "loguniform from 0": ([("[1e-5, 1e-3]", "[0, 1e-3]")], 21, ["loguniform starts at 0", "more than 0"]),
     "endless range": ([("[1e-5, 1e-3]", "[1e-5, .inf]")], 21, ["finite number"]),
     "range of three": ([("[1e-5, 1e-3]", "[1, 2, 3]")], 21, ["can't be [1, 2, 3]", "at most 2"]),
     "two dimensions in one": (
         [("[1e-5, 1e-3]", "[1e-5, 1e-3], choice: [1]")],
         21,
-        ["give exactly one of `choice`, `uniform`, `loguniform`, `randint`"],
+        ["give exactly one of `choice`, `grid`, `uniform`, `loguniform`, `int`"],
     ),
     "range that leaves the field's bounds": (
         [("loguniform: [1e-5, 1e-3]", "uniform: [0, 1e-3]")],
@@ -425,7 +426,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "grid over a range": (
         [("  trials: 3", "  algorithm: grid\n  trials: 3")],
         22,
-        ["a grid needs `choice` dimensions, `sft.learning_rate` is loguniform", "list the values"],
+        ["a grid needs listed values, `sft.learning_rate` is loguniform", "list the values as `choice`"],
     ),
     "search without a dimension": (
         [("  space:\n    sft.learning_rate: {loguniform: [1e-5, 1e-3]}\n", "  space: {}\n")],
@@ -526,6 +527,7 @@ ERRORS: list[TuneryError] = [
     StoreError("m", cause="c", remedy="r"),
     StageError("sft", "m", cause="c", remedy="r", log="/log"),
     RowsLost("sft", "m", cause="c", log="/log"),
+    Stopped("m"),
     Interrupted("m"),
 ]
 

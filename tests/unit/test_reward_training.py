@@ -32,7 +32,7 @@ from tunery.models.shown import RowReader, Seen
 from tunery.models.tuners import lora_config
 from tunery.runner.check import check
 from tunery.spec import Lora, Reward
-from tunery.spec.load import metrics_of
+from tunery.spec.check_search import metrics_of
 from tunery.store import Artifact, Store
 from tunery.store.rows import Row
 from tunery.track.notes import outcome

@@ -38,8 +38,8 @@ from tunery.spec import (
     Training,
 )
 from tunery.spec.graph import closure
-from tunery.spec.load import error_at
 from tunery.spec.overrides import with_overrides
+from tunery.spec.translate import error_at, nearest
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
@@ -60,6 +60,7 @@ def check(experiment: Experiment, source: YamlSource, store: Store, workers: int
         errors += _check_batches(name, stage, experiment, source, workers)
     if not errors:
         errors += _check_space(experiment, source, folder, trial_workers)
+        errors += _check_warm_start(experiment, source, store)
     if errors:
         raise SpecErrors(errors)
     store.check_writable()
@@ -191,22 +192,26 @@ def _check_batches(
 
 
 def _check_space(experiment: Experiment, source: YamlSource, folder: Path, workers: int) -> Iterator[SpecError]:
-    """Every combination of choices (and ends of ranges) must be an experiment whose files are there and whose batches
-    can be shared out over a trial's workers. Told is the first that is not."""
+    """Every combination of listed values (and ends of ranges) must be an experiment whose files are there and whose
+    batches can be shared out over a trial's workers. Told is the first that is not."""
     if experiment.search is None:
         return
     space = experiment.search.space
+    wanted = {metric.split(".")[0] for metric in experiment.search.metrics}
     seen: set[str] = set()
     values = [_values(path, dimension) for path, dimension in space.items()]
     for combination in itertools.islice(itertools.product(*values), MOST_COMBINATIONS):
-        overrides: dict[str, Any] = dict(zip(space, combination, strict=True))
+        drawn = dict(zip(space, combination, strict=True))
+        overrides: dict[str, Any] = {path: value for path, value in drawn.items() if space[path].is_there(drawn)}
         try:
             trial = with_overrides(experiment, overrides)
-        except ValidationError as error:
-            cause = error.errors()[0]["msg"]
-            yield error_at(source, ("search", "space"), f"no trial can have {overrides} together", cause=cause)
+        except ValueError as error:
+            cause = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            remedy = "" if isinstance(error, ValidationError) else "let the one depend on the other by `when`"
+            message = f"no trial can have {overrides} together"
+            yield error_at(source, ("search", "space"), message, cause=cause, remedy=remedy)
             return
-        for name, stage in closure(trial.stages, [experiment.search.metric.split(".")[0]]).items():
+        for name, stage in closure(trial.stages, wanted).items():
             key = f"{name} {stage.model_dump_json()}"
             if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
                 key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
@@ -224,10 +229,23 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
                 return
 
 
+def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) -> Iterator[SpecError]:
+    for index, name in enumerate(experiment.search.warm_start if experiment.search else ()):
+        if not (store.run(name) / "events").is_dir():
+            runs = store.root / "runs"
+            known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+            yield error_at(
+                source,
+                ("search", "warm_start", index),
+                f"there is no run `{name}` in {store.root}",
+                remedy=nearest(name, known),
+            )
+
+
 def _values(path: str, dimension: Dimension) -> Sequence[Any]:
     """All choices and the ends of ranges; of a range of batch sizes every one, for they fit or not one by one."""
-    if dimension.randint is not None and path.endswith(".global_batch_size"):
-        return range(*dimension.randint)
+    if dimension.listed is not None and path.endswith(".global_batch_size"):
+        return dimension.listed
     return dimension.values
 
 

@@ -18,8 +18,8 @@ from tunery.data.sources import BadSource, Builtin, Part, find_parts
 from tunery.errors import SpecError
 from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
 from tunery.spec.graph import lineage
-from tunery.spec.load import error_at
 from tunery.spec.trainings import row_stages
+from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 

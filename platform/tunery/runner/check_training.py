@@ -17,7 +17,7 @@ from tunery.models.labels import REWARD, Labels, labels_of_folder
 from tunery.runner.identity import model_folder
 from tunery.spec import LABELS, ClassifierTraining, Dataset, Experiment, Pretrained, PythonReward, RewardTraining
 from tunery.spec.graph import lineage
-from tunery.spec.load import error_at
+from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
 
 

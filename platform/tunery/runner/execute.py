@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunery.errors import StageError, TuneryError
+from tunery.errors import StageError, Stopped, TuneryError
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints, stage_seed
 from tunery.runner.stages import STAGES
@@ -60,6 +60,10 @@ class Trial:
     label: str = ""
     """Added to the names of stages in the event log, where the same stages ran before with other values."""
     in_process: bool = False
+    desk: Any = None
+    """Where its trainings take a seat in a pack (train/packed/seat.py)."""
+    stop: Path | None = None
+    """A file whose presence ends it."""
     report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
     callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
 
@@ -135,6 +139,8 @@ def _make(
                 identity=described["identity"],
                 command=where.command,
                 in_process=trial.in_process,
+                desk=trial.desk,
+                stop=trial.stop,
                 report=lambda metrics: trial.report(name, metrics),
                 callbacks=trial.callbacks(name),
             )
@@ -146,6 +152,8 @@ def _make(
                 {**result.measured, "seconds": seconds},
             )
             shutil.rmtree(work, ignore_errors=True)
+    except Stopped:
+        raise
     except Exception as error:
         told = explain(error, name, where, trial.id)
         with suppress(OSError):  # on a full disk the error matters more than its place in the log

@@ -175,7 +175,7 @@ class _Estimates:
         rows = int(facts["rows"]) if artifact else self._count(name, stage)
         self._rows[name] = rows
         if artifact is not None:
-            self._characters[name] = sum(map(_length, read_rows(artifact.path, ["text", "messages"])))
+            self._characters[name] = sum(map(characters_of, read_rows(artifact.path, ["text", "messages"])))
         self._characters.setdefault(name, self._characters.get(getattr(stage, "data", ""), 0))
         scale = rows / max(1, before["facts"].get("rows", rows)) if before else 1.0
         return make(rows=rows, seconds=self._seconds(artifact, before, scale))
@@ -185,7 +185,7 @@ class _Estimates:
             count = characters = 0
             try:
                 for row in read_source(stage, self._folder, lambda line: None):
-                    count, characters = count + 1, characters + _length(row)
+                    count, characters = count + 1, characters + characters_of(row)
             except OutOfReach as error:
                 raise RequestError(f"{name}: {error}", remedy="check the network and permissions") from error
             self._characters[name] = characters
@@ -277,7 +277,8 @@ def _frozen_copies(stage: Training[Any]) -> int:
     return int(isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0))
 
 
-def _length(row: dict[str, Any]) -> int:
+def characters_of(row: dict[str, Any]) -> int:
+    """Of all turns."""
     return len(row["text"]) if row.get("text") else sum(len(turn["content"]) for turn in row["messages"])
 
 

@@ -20,7 +20,7 @@ from tunery.runner.execute import Where
 from tunery.runner.identity import fingerprints, stage_seed
 from tunery.spec import Experiment, Review
 from tunery.spec.graph import closure
-from tunery.spec.load import nearest
+from tunery.spec.translate import nearest
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
 

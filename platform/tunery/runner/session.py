@@ -20,6 +20,9 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    # A stopped trial ends what it is at before its process is reused. After the 2 s that Tune (2.60) waits by itself it
+    # gives the process up, marks the next trial as failed, and tells nobody: a search of that length never ended.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "RAY_DEDUP_LOGS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -1,76 +1,140 @@
-"""From the experiment's search to Tune's parameter space, and from a trial's values to the trial's experiment. Pure."""
+"""From the experiment's search to a trial's values, and from those to the trial's experiment. Pure."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tunery.spec import Dimension, Evaluate, Experiment, Search, Training, WinRate
 from tunery.spec.graph import closure
 from tunery.spec.overrides import with_overrides
 from tunery.spec.reference import model_name
 
-if TYPE_CHECKING:
-    from ray.tune.search.sample import Domain
+Point = dict[str, Any]
+"""A trial's values by path: of the dimensions that are there."""
+Draw = Callable[[str, Dimension], Any]
+DIGITS = 6
+"""Of a value drawn from a range: as many as anybody wants to read."""
 
 
-def parameter_space(search: Search) -> dict[str, Any]:
-    """Tune's space by path; for a grid every value of every dimension."""
-    from ray import tune
+def point(space: Mapping[str, Dimension], draw: Draw) -> Point:
+    """Values for the dimensions that are there, each drawn after those that it depends on."""
+    drawn: Point = {}
+    for path in in_order(space):
+        if space[path].is_there(drawn):
+            drawn[path] = draw(path, space[path])
+    return {path: drawn[path] for path in space if path in drawn}
 
-    if search.algorithm == "grid":
-        return {path: tune.grid_search(list(dimension.values)) for path, dimension in search.space.items()}
-    return {path: _domain(dimension) for path, dimension in search.space.items()}
+
+def in_order(space: Mapping[str, Dimension]) -> list[str]:
+    """Each dimension after those of its conditions."""
+    done: dict[str, None] = {}
+
+    def visit(path: str) -> None:
+        for other in space[path].when:
+            visit(other)
+        done[path] = None
+
+    for path in space:
+        visit(path)
+    return list(done)
 
 
-def _domain(dimension: Dimension) -> Domain:
-    from ray import tune
+def at_random(seed: int, number: int) -> Draw:
+    """The same for the same number of a trial, whatever was drawn before. Each dimension has chance of its own, so that
+    another that is added to a space changes nothing here."""
 
-    if dimension.choice is not None:
-        return tune.choice(list(dimension.choice))
-    if dimension.uniform is not None:
-        return tune.uniform(*dimension.uniform)
-    if dimension.loguniform is not None:
-        return tune.loguniform(*dimension.loguniform)
-    assert dimension.randint is not None, "a dimension has exactly one kind"
-    return tune.randint(*dimension.randint)
+    def draw(path: str, dimension: Dimension) -> Any:
+        chance = random.Random(f"{seed} {number} {path}")
+        if dimension.listed is not None:
+            return chance.choice(dimension.listed)
+        assert dimension.bounds is not None, "a dimension has exactly one kind"
+        low, high = dimension.bounds
+        if dimension.loguniform is not None:
+            return rounded(math.exp(chance.uniform(math.log(low), math.log(high))), dimension)
+        return rounded(chance.uniform(low, high), dimension)
+
+    return draw
+
+
+def or_drawn(given: Mapping[str, Any], draw: Draw) -> Draw:
+    """What is given, and the rest drawn."""
+    return lambda path, dimension: given[path] if path in given else draw(path, dimension)
+
+
+def rounded(value: float, dimension: Dimension) -> float:
+    """To a few digits, within the range."""
+    assert dimension.bounds is not None, "a range"
+    low, high = dimension.bounds
+    return min(high, max(low, float(f"{value:.{DIGITS}g}")))
+
+
+def grid(space: Mapping[str, Dimension]) -> Iterator[Point]:
+    """Every combination of listed values, those that conditions make alike once."""
+    listed = {path: dimension.listed for path, dimension in space.items()}
+    seen: set[str] = set()
+    for combination in itertools.product(*(values or () for values in listed.values())):
+        values = dict(zip(listed, combination, strict=True))
+        found = point(space, or_drawn(values, _nothing))
+        if (name := trial_id(found)) not in seen:
+            seen.add(name)
+            yield found
+
+
+def _nothing(path: str, dimension: Dimension) -> Any:
+    raise AssertionError(f"a grid lists {path}")
+
+
+def in_turn(space: Mapping[str, Dimension], number: int) -> Point:
+    """Values of the `grid` dimensions of the trial with this number: combination after combination."""
+    grids = {path: dimension.grid for path, dimension in space.items() if dimension.grid is not None}
+    if not grids:
+        return {}
+    combinations = list(itertools.product(*grids.values()))
+    return dict(zip(grids, combinations[number % len(combinations)], strict=True))
 
 
 def trial_id(overrides: Mapping[str, Any]) -> str:
     """The same values, the same name: a resumed search goes on in the same W&B runs."""
-    return "trial-" + hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:6]
+    return "trial-" + hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def metric_stage(metric: str) -> str:
-    return metric.split(".")[0]
+def metric_stages(search: Search) -> list[str]:
+    """The stages that measure, the first metric's first."""
+    return list(dict.fromkeys(metric.split(".")[0] for metric in search.metrics))
 
 
 def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
-    """The experiment with other values, cut down to what the search's metric needs.
+    """The experiment with other values, cut down to what the search's metrics need.
 
-    Of an evaluate stage that is one model on one set (and the baseline, where it is about forgetting), of a win_rate
-    stage one model, so that trials do not measure other models again and again.
+    Of an evaluate stage those are the models and sets that are named (and the baseline, where it is about forgetting),
+    of a win_rate stage the models, so that trials do not measure others again and again.
     """
-    assert experiment.search is not None, "only a search has trials"
+    search = experiment.search
+    assert search is not None, "only a search has trials"
     trial = with_overrides(experiment, overrides)
-    name, *rest = experiment.search.metric.split(".")
-    stage = trial.stages[name]
     stages = dict(trial.stages)
-    if isinstance(stage, Evaluate):
-        model, data, metric = rest
-        baseline = stage.baseline if metric == "forgetting" else None
-        models = tuple(item for item in stage.models if model_name(item) == model or item == baseline)
-        stages[name] = stage.model_copy(
-            update={"models": models, "data": {data: stage.data[data]}, "baseline": baseline}
-        )
-    if isinstance(stage, WinRate):
-        models = tuple(item for item in stage.models if model_name(item) == rest[0])
-        stages[name] = stage.model_copy(update={"models": models})
+    for name in metric_stages(search):
+        stage = trial.stages[name]
+        named = [metric.split(".")[1:] for metric in search.metrics if metric.split(".")[0] == name]
+        if isinstance(stage, Evaluate):
+            baseline = stage.baseline if any(metric == "forgetting" for *_, metric in named) else None
+            wanted = {model for model, *_ in named}
+            models = tuple(item for item in stage.models if model_name(item) in wanted or item == baseline)
+            data = {name: stage.data[name] for name in stage.data if name in {data for _, data, _ in named}}
+            stages[name] = stage.model_copy(update={"models": models, "data": data, "baseline": baseline})
+        if isinstance(stage, WinRate):
+            wanted = {model for model, *_ in named}
+            models = tuple(item for item in stage.models if model_name(item) in wanted)
+            stages[name] = stage.model_copy(update={"models": models})
     return trial.model_copy(
         update={
-            "stages": closure(stages, [name]),
+            "stages": closure(stages, metric_stages(search)),
             "search": None,
             "compute": trial.compute.model_copy(update={"workers": trial.compute.workers_per_trial}),
         }
@@ -87,18 +151,40 @@ def metric_of(facts: Mapping[str, Any], metric: str) -> float:
 
 
 def curve_stage(experiment: Experiment) -> str | None:
-    """The training whose evaluations a trial reports while it runs: the one that the metric names."""
+    """The training whose evaluations a trial reports while it runs: the one that the first metric names."""
     assert experiment.search is not None, "only a search has a metric"
-    name = metric_stage(experiment.search.metric)
+    name = experiment.search.metric.split(".")[0]
     return name if isinstance(experiment.stages[name], Training) else None
 
 
-def most_rows(experiment: Experiment, rows: int) -> int:
-    """Upper bound of the rows that any trial sees: all rows, at the most epochs of the space."""
-    assert experiment.search is not None, "only a search has a space"
-    name = curve_stage(experiment)
-    stage = experiment.stages[name or ""]
-    assert isinstance(stage, Training), "asha was checked to follow a training"
-    dimension = experiment.search.space.get(f"{name}.epochs")
-    epochs = [value for value in dimension.values if value != "auto"] if dimension else [stage.epochs]
-    return max(1, round(rows * max((float(value) for value in epochs if value != "auto"), default=4.0)))
+def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
+    """About how far the longest trial goes, in what rungs are measured in: all `rows` that the searched training could
+    see, for the most epochs of the space, in the smallest batches where steps are counted."""
+    search, name = experiment.search, curve_stage(experiment)
+    stage = experiment.stages.get(name or "")
+    if search is None or not isinstance(stage, Training):
+        return 0.0
+
+    def values(field: str, auto: float) -> list[float]:
+        dimension = search.space.get(f"{name}.{field}")
+        given = dimension.values if dimension else (getattr(stage, field),)
+        return [auto if value == "auto" else float(value) for value in given]
+
+    seen = rows * max(values("epochs", 4.0))
+    if search.rungs == "steps":
+        return max(1.0, seen / min(values("global_batch_size", 8.0)))
+    return max(1.0, seen * min(tokens_per_row, *values("max_length", 512)))
+
+
+def reseeded(experiment: Experiment, overrides: Mapping[str, Any], replicate: int) -> Point:
+    """The same trial with another seed in each training that depends on what is searched. 0 changes nothing."""
+    if replicate == 0:
+        return dict(overrides)
+    trial = trial_experiment(experiment, overrides)
+    searched = {path.split(".")[0] for path in overrides}
+    seeds: Point = {}
+    for name, stage in trial.stages.items():
+        if isinstance(stage, Training) and searched & closure(trial.stages, [name]).keys():
+            own = trial.seed if stage.seed is None else stage.seed
+            seeds[f"{name}.seed"] = own + 1000 * replicate
+    return {**overrides, **seeds}

@@ -1,7 +1,8 @@
 """A trial: a small driver that makes the trial's own stages, and tells Tune how they go.
 
-With one worker a trial trains in its own process, which Tune keeps for the next trial (`reuse_actors`): torch is
-loaded once, not eight times. With several it starts a Ray Train run of its own.
+It trains in a pack with others where it can (search/packing.py), and else, with one worker, in its own process, which
+Tune keeps for the next trial (`reuse_actors`): torch is loaded once, not eight times. With several workers it starts a
+Ray Train run of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunery.errors import Stopped
 from tunery.runner.execute import Trial, Where, execute
 from tunery.runner.identity import fingerprints
-from tunery.search.space import curve_stage, metric_of, metric_stage, trial_experiment, trial_id
+from tunery.search.packing import why_not_packed
+from tunery.search.space import curve_stage, metric_of, trial_experiment
+from tunery.search.steering import Steering
 from tunery.spec import Experiment
+from tunery.store import Artifact
 from tunery.track.events import EventLog
 
 FINISHED = "finished"
@@ -28,22 +33,24 @@ class TrialFunction:
 
     experiment: Experiment
     where: Where
+    desk: Any
+    """None where no trial of the search can be packed."""
 
     def __call__(self, config: dict[str, Any]) -> None:
         from ray import tune
 
-        assert self.experiment.search is not None, "only a search has trials"
-        metric = self.experiment.search.metric
-        key = metric.split(".")[-1]
-        identifier = trial_id(config)
-        trial_spec = trial_experiment(self.experiment, config)
+        search = self.experiment.search
+        assert search is not None, "only a search has trials"
+        identifier, overrides = config["trial"], config["overrides"]
+        trial_spec = trial_experiment(self.experiment, overrides)
         curve = curve_stage(self.experiment)
-        in_process = trial_spec.compute.workers == 1
-        last = {"rows": 0.0}
+        packed = not self.alone(overrides)
+        in_process = packed or trial_spec.compute.workers == 1
+        last = {"steps": 0.0, "tokens": 0.0, "rows": 0.0}
 
         def report(stage: str, metrics: dict[str, float]) -> None:
-            if stage == curve and metrics["rows"] > last["rows"]:
-                last["rows"] = metrics["rows"]
+            if stage == curve and metrics["steps"] > last["steps"]:
+                last.update({name: metrics[name] for name in last})
                 tune.report(metrics)
 
         def callbacks(stage: str) -> tuple[Any, ...]:
@@ -55,29 +62,62 @@ class TrialFunction:
 
         log = EventLog(self.where.events / f"{identifier}.jsonl", trial=identifier)
         begin = time.time()
-        made_before = self._is_made(trial_spec, metric_stage(metric))
-        made = execute(
-            trial_spec, self.where, log, Trial(identifier, in_process=in_process, report=report, callbacks=callbacks)
+        how = Trial(
+            identifier,
+            in_process=in_process,
+            desk=self.desk if packed else None,
+            stop=Steering(self.where.run).stop_file(identifier),
+            report=report,
+            callbacks=callbacks,
         )
-        artifact = made[metric_stage(metric)]
-        if curve and made_before:
+        made_before = curve is not None and self._is_made(trial_spec, curve)
+        try:
+            made = execute(trial_spec, self.where, log, how)
+        except Stopped:
+            tune.report({**last, "seconds": time.time() - begin})
+            return
+        if curve is not None and made_before:
             # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last
             # one: that is this trial's own last report.
-            for point in _evaluations(artifact.path / "history.jsonl")[:-1]:
-                report(curve, {name: point[name] for name in ("step", "rows", key)})
-        value = metric_of(artifact.facts, metric)
-        rows = artifact.facts.get("steps", 0) * artifact.facts.get("global_batch_size", 0)
-        # A last report of its own: `rows` must not fall behind what the scheduler has seen.
-        tune.report({key: value, "rows": float(max(rows, last["rows"])), FINISHED: 1.0, "seconds": time.time() - begin})
+            for point in _evaluations(curve, made[curve])[:-1]:
+                report(curve, point)
+        values = {metric: metric_of(made[metric.split(".")[0]].facts, metric) for metric in search.metrics}
+        end = _progress(made[curve]) if curve is not None else last
+        # A last report of its own: progress must not fall behind what the scheduler has seen.
+        progress = {name: max(value, end[name]) for name, value in last.items()}
+        tune.report({**values, **progress, FINISHED: 1.0, "seconds": time.time() - begin})
+
+    def alone(self, overrides: dict[str, Any]) -> str:
+        """Why a trial with these values trains by itself; "" when in a pack."""
+        if self.desk is None:
+            return "no trial of this search can be packed"
+        return why_not_packed(trial_experiment(self.experiment, overrides), {path.split(".")[0] for path in overrides})
 
     def _is_made(self, experiment: Experiment, stage: str) -> bool:
         print_ = fingerprints(experiment, self.where.folder)[stage][0]
         return self.where.store.find(experiment.stages[stage].kind, print_) is not None
 
 
-def _evaluations(history: Path) -> list[dict[str, float]]:
-    """The points of a curve where the model was evaluated."""
+def _progress(artifact: Artifact) -> dict[str, float]:
+    """Of a whole training."""
+    facts = artifact.facts
+    rows = float(facts["steps"] * facts["global_batch_size"])
+    return {"steps": float(facts["steps"]), "tokens": float(facts.get("tokens", rows)), "rows": rows}
+
+
+def _evaluations(stage: str, artifact: Artifact) -> list[dict[str, float]]:
+    """The points of a curve where the model was evaluated, as they were reported; tokens as if they had been learned
+    from at an even pace."""
+    history: Path = artifact.path / "history.jsonl"
     if not history.is_file():
         return []
+    whole = _progress(artifact)
     points = [json.loads(line) for line in history.read_text().splitlines()]
-    return [point for point in points if "eval_loss" in point]
+    return [
+        {
+            **{f"{stage}.{name}": value for name, value in point.items() if name.startswith("eval_")},
+            **{name: value * point["step"] / whole["steps"] for name, value in whole.items()},
+        }
+        for point in points
+        if any(name.startswith("eval_") for name in point)
+    ]

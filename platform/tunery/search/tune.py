@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import os
 import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,45 @@ from tunery.interrupt import interruptible
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
-from tunery.search.space import metric_stage, most_rows, parameter_space, trial_experiment, trial_id
-from tunery.search.trial import FINISHED, TrialFunction
-from tunery.spec import Experiment
+from tunery.search.journal import Journal, Record
+from tunery.search.outcome import facts_of
+from tunery.search.packing import pack_size, why_not_packed
+from tunery.search.space import metric_stages, reseeded, trial_experiment
+from tunery.search.steering import Steering
+from tunery.search.suggest import suggester
+from tunery.search.trial import TrialFunction
+from tunery.search.warm import earlier_trials
+from tunery.spec import Experiment, Search
 from tunery.spec.graph import closure
 from tunery.store import Artifact, LeaseHeld, fingerprint
 from tunery.track.events import EventLog
 
-VERSION = 1
+VERSION = 2
 """Raised when a change makes a search give other trials."""
-REDUCTION_FACTOR = 3
-"""ASHA keeps the best third at each rung (eta in the paper)."""
+QUIET = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the journal is what a search goes on from, not Tune's own state
+    "TUNE_WARN_THRESHOLD_S": "60",
+}
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many trials run at once, and why."""
+    """How many workers there are for trials, and why."""
 
-    trials: int
+    workers: int
     reason: str
 
 
-def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room | None, rows: int) -> Artifact:
-    """The search's artifact: facts are the trials and the best one's overrides.
+def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room | None, longest: float) -> Artifact:
+    """The search's artifact: facts are the trials, best first, and the winner (search/outcome.py).
 
-    `room` may be None when Ray has not been started, because the search is known to be done. `rows` is how many rows
-    the searched training sees at most in an epoch. Raises StageError when no trial ended.
+    `room` may be None when Ray has not been started, because the search is known to be done. `longest`: of a trial, in
+    what its rungs are measured in, about. Raises StageError when no trial ended.
     """
     search = experiment.search
     assert search is not None, "called for experiments with a search"
-    print_, described = search_fingerprint(experiment, where.folder)
+    print_, described = search_fingerprint(experiment, where)
+    size = _packed_by(experiment)
     log.write(
         "search_started",
         metric=search.metric,
@@ -54,16 +64,16 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
         trials=search.trials,
         scheduler=search.scheduler,
         space={path: dimension.describe() for path, dimension in search.space.items()},
-        max_concurrent=room.trials if room else None,
-        reason=room.reason if room else "",
+        max_concurrent=_at_once(room, size, search) if room else None,
+        reason=_why(room, size) if room else "",
     )
     artifact = where.store.find("search", print_)
     if artifact is None:
         assert room is not None, "a search that is not done needs Ray"
         with where.store.lease("search", print_, lambda holder: time.sleep(1)):
-            artifact = where.store.find("search", print_) or _search(
-                experiment, where, log, room, rows, print_, described
-            )
+            artifact = where.store.find("search", print_)
+            if artifact is None:
+                artifact = _search(experiment, where, log, room, longest, print_, described)
     else:
         for trial in artifact.facts["trials"]:
             log.write("trial_finished", **trial)
@@ -74,154 +84,169 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
         best_overrides=best["overrides"],
         value=best["value"],
         seconds=artifact.facts["seconds"],
+        ended_by=artifact.facts["ended_by"],
+        standings=artifact.facts["standings"],
+        ties=artifact.facts["ties"],
+        front=artifact.facts["front"],
     )
     return artifact
 
 
-def search_fingerprint(experiment: Experiment, folder: Path) -> tuple[str, dict[str, Any]]:
-    """A search depends on its spec and on every stage that its metric needs."""
-    assert experiment.search is not None, "called for experiments with a search"
-    needed = experiment.model_copy(
-        update={"stages": closure(experiment.stages, [metric_stage(experiment.search.metric)])}
-    )
+def search_fingerprint(experiment: Experiment, where: Where) -> tuple[str, dict[str, Any]]:
+    """A search depends on its spec, on every stage that its metrics need, and on what it is warmed up with."""
+    search = experiment.search
+    assert search is not None, "called for experiments with a search"
+    folder = where.folder
+    needed = experiment.model_copy(update={"stages": closure(experiment.stages, metric_stages(search))})
     inputs = {name: item[0] for name, item in fingerprints(needed, folder).items()}
-    for path, dimension in experiment.search.space.items():
-        for value in dimension.choice or ():  # a choice may lead to other stages, files or models
-            trial = trial_experiment(experiment, {path: value})
-            for name, item in fingerprints(trial, folder).items():
-                inputs[f"{path}={value}: {name}"] = item[0]
-    identity = {"version": VERSION, "seed": experiment.seed, **experiment.search.model_dump(mode="json")}
+    for path, dimension in search.space.items():
+        for value in dimension.choice or dimension.grid or ():  # a choice may lead to other stages, files or models
+            with suppress(ValueError):  # a value that needs another beside it (`when`)
+                trial = trial_experiment(experiment, {path: value})
+                for name, item in fingerprints(trial, folder).items():
+                    inputs[f"{path}={value}: {name}"] = item[0]
+    identity = {"version": VERSION, "seed": experiment.seed, **search.model_dump(mode="json")}
+    if search.warm_start:
+        identity["earlier"] = [trial["trial"] for trial in earlier_trials(search, where.store)]
     return fingerprint("search", identity, inputs), {"identity": identity, "inputs": inputs}
 
 
+def _packed_by(experiment: Experiment) -> int:
+    """Members of a pack; 1 where no trial can be packed."""
+    assert experiment.search is not None, "only a search has trials"
+    searched = {path.split(".")[0] for path in experiment.search.space}
+    size = pack_size(experiment)
+    # Trials differ: a choice may lead to a tuner that can be packed, and another to one that can't.
+    for path, dimension in experiment.search.space.items():
+        for value in dimension.values:
+            with suppress(ValueError):
+                if not why_not_packed(trial_experiment(experiment, {path: value}), searched):
+                    return size
+    return 1
+
+
+def _at_once(room: Room, size: int, search: Search) -> int:
+    if search.scheduler == "hyperband":  # a bracket is full when all its trials are there, be they at work or waiting
+        return search.trials
+    return min(search.trials, room.workers * size)
+
+
+def _why(room: Room, size: int) -> str:
+    return room.reason + (f", {size} a pack" if size > 1 else "")
+
+
 def _search(
-    experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, print_: str, described: dict[str, Any]
+    experiment: Experiment, where: Where, log: EventLog, room: Room, longest: float, print_: str, described: Any
 ) -> Artifact:
     search = experiment.search
     assert search is not None, "checked by run_search"
     work = where.store.work("search", print_)
+    journal = Journal(work / "journal.jsonl")
     begin = time.time()
     try:
-        results = interruptible(_tuner(experiment, where, log, room, rows, work).fit)
+        ended_by = _run(experiment, where, log, room, longest, work, journal)
     except Exception as error:
         raise explain(error, "search", where) from error
-    outcomes = [_outcome(result, search.metric) for result in results]
-    trials: list[dict[str, Any]] = []
-    for outcome in sorted(outcomes, key=lambda trial: _rank(trial, search.mode)):
-        if outcome["trial"] not in {trial["trial"] for trial in trials}:  # the same values drawn twice are one trial
-            trials.append(outcome)
-    if _rank(trials[0], search.mode)[0]:
-        errors = "\n  ".join(sorted({trial["error"] for trial in trials if trial["error"]})[:3])
+    finally:
+        journal.spend(time.time() - begin)
+    facts = facts_of(search, list(journal.records.values()), ended_by)
+    if facts["best"] is None:
+        errors = "\n  ".join(sorted({trial["error"] for trial in facts["trials"] if trial["error"]})[:3])
         raise StageError("search", "no trial ran to its end", cause=errors, remedy="see the trials' logs in the report")
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / "trials.json").write_text(json.dumps(trials, indent=1) + "\n")
+    (out / "trials.json").write_text(json.dumps(facts["trials"], indent=1) + "\n")
     artifact = where.store.commit(
         out,
-        {"kind": "search", "fingerprint": print_, **described, "facts": {"trials": trials, "best": trials[0]}},
-        {"seconds": time.time() - begin},
+        {"kind": "search", "fingerprint": print_, **described, "facts": facts},
+        {"seconds": journal.spent + time.time() - begin},
     )
     shutil.rmtree(work, ignore_errors=True)
-    _drop_leftovers(experiment, where, trials)
+    _drop_leftovers(experiment, where, list(journal.records.values()))
     return artifact
 
 
-def _drop_leftovers(experiment: Experiment, where: Where, trials: list[dict[str, Any]]) -> None:
+def _drop_leftovers(experiment: Experiment, where: Where, records: list[Record]) -> None:
     """Stopped trials leave checkpoints behind that nobody goes on from once the search is over."""
-    for trial in trials:
-        if trial["state"] != "stopped":
+    for record in records:
+        if record.ended is not None and record.ended["state"] != "stopped":
             continue
-        stages = trial_experiment(experiment, trial["overrides"])
+        stages = trial_experiment(experiment, record.begun.overrides)
         for name, (print_, _, _) in fingerprints(stages, where.folder).items():
             kind = stages.stages[name].kind
             with suppress(LeaseHeld), where.store.lease(kind, print_):  # another run may be at it
                 shutil.rmtree(where.store.work(kind, print_), ignore_errors=True)
 
 
-def _tuner(experiment: Experiment, where: Where, log: EventLog, room: Room, rows: int, work: Path) -> Any:
-    """A new one also when an earlier try was cut off: the same seed draws the same trials, and what those had made
-    comes from the store, finished models whole and unfinished ones from their checkpoints. (Tuner.restore of Ray 2.60
-    forgets ASHA's rungs, and falls back to a single trial without values when its state was cut off in the writing.)
+def _run(
+    experiment: Experiment, where: Where, log: EventLog, room: Room, longest: float, work: Path, journal: Journal
+) -> str:
+    """All trials; returns what ended the search before its last one, "" where nothing did.
+
+    A new Tuner also when an earlier try was cut off: Tuner.restore of Ray 2.60 forgets ASHA's rungs, and falls back to
+    a single trial without values when its state was cut off in the writing. The journal knows what was drawn and how it
+    ended, and of unfinished trials the store has finished stages whole and others from their checkpoints.
     """
     from ray import tune
-    from ray.tune.search.basic_variant import BasicVariantGenerator
 
+    from tunery.search.budget import Enough
     from tunery.search.progress import TellTrials
+    from tunery.search.queue import Queue
+    from tunery.search.schedulers import scheduler_of
+    from tunery.train.packed.seat import open_desk
 
+    os.environ.update(QUIET)
     shutil.rmtree(work / "tune", ignore_errors=True)
     search = experiment.search
     assert search is not None, "checked by run_search"
-    key = search.metric.split(".")[-1]
     compute = experiment.compute
-    in_process = compute.workers_per_trial == 1
-    resources: dict[str, float] = {"CPU": compute.cpus_per_worker, "GPU": 1 if compute.device == "gpu" else 0}
-    if not in_process:
-        # Its workers take the CPUs and GPUs, and the driver must hold none of them: a hundredth of a CPU would keep
-        # the last worker out. A byte of memory, because Tune (2.60) refuses a trial without any resource.
-        resources = {"CPU": 0, "memory": 1}
+    size = _packed_by(experiment)
+    desk = open_desk(room.workers, size, compute) if size > 1 else None
     # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
-    there = dataclasses.replace(where, file=where.file.absolute())
-    trainable = tune.with_resources(TrialFunction(experiment, there).__call__, resources)
-    scheduler = None
-    if search.scheduler == "asha":
-        longest = most_rows(experiment, rows)
-        scheduler = tune.schedulers.ASHAScheduler(
-            time_attr="rows",
-            metric=key,
-            mode=search.mode,
-            max_t=max(longest, REDUCTION_FACTOR**2),
-            grace_period=max(1, longest // REDUCTION_FACTOR**2),
-            reduction_factor=REDUCTION_FACTOR,
-            stop_last_trials=False,  # a trial ends by itself, with its model; at max_t it would be stopped before
-        )
-    return tune.Tuner(
-        trainable,
-        param_space=parameter_space(search),
+    function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk)
+    enough = Enough(search, journal, room.workers)
+    queue = Queue(
+        search,
+        journal,
+        suggester(search, experiment.seed, work, earlier_trials(search, where.store)),
+        Steering(where.run),
+        _at_once(room, size, search),
+        partial(reseeded, experiment),
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(function.__call__, partial(_resources, function, compute)),
+        param_space={},
         tune_config=tune.TuneConfig(
-            # A scheduler brings metric and mode itself.
-            metric=None if scheduler else key,
-            mode=None if scheduler else search.mode,
-            num_samples=1 if search.algorithm == "grid" else search.trials,
-            search_alg=BasicVariantGenerator(random_state=experiment.seed),
-            scheduler=scheduler,
-            max_concurrent_trials=room.trials,
-            reuse_actors=in_process,
-            trial_name_creator=lambda trial: trial_id(trial.config),
-            trial_dirname_creator=lambda trial: f"{trial_id(trial.config)}-{trial.trial_id}",
+            num_samples=-1,
+            max_concurrent_trials=_at_once(room, size, search),
+            search_alg=queue,
+            scheduler=scheduler_of(search, longest, journal),
+            reuse_actors=compute.workers_per_trial == 1,
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(work),
             verbose=0,
-            callbacks=[TellTrials(log, search.metric)],
-            failure_config=tune.FailureConfig(max_failures=0),
+            stop=enough,
+            callbacks=[TellTrials(log, journal, search)],
+            failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
+    interruptible(tuner.fit)
+    return enough.reason
 
 
-def _outcome(result: Any, metric: str) -> dict[str, Any]:
-    overrides = dict(result.config or {})
-    metrics = result.metrics or {}
-    value = metrics.get(metric.split(".")[-1])
-    state = "failed" if result.error else "done" if metrics.get(FINISHED) else "stopped"
-    return {
-        "trial": trial_id(overrides),
-        "overrides": overrides,
-        "state": state,
-        "value": value,
-        "rows": metrics.get("rows"),
-        "seconds": metrics.get("time_total_s"),
-        "error": _first_line(result.error) if result.error else "",
-    }
+def _resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:
+    """Of a trial's driver. Where others do the work (a pack, Ray Train's workers), it must hold none of theirs: a
+    hundredth of a CPU would keep the last worker out. A byte of memory, because Tune (2.60) refuses a trial without any
+    resource."""
+    from ray.tune import PlacementGroupFactory
 
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
-
-
-def _rank(trial: dict[str, Any], mode: str) -> tuple[bool, float]:
-    """Trials that ran to their end first, best first: a stopped trial has no model."""
-    value = trial["value"] if trial["value"] is not None else math.nan
-    worst = math.isnan(value)
-    return trial["state"] != "done" or worst, math.inf if worst else (value if mode == "min" else -value)
+    alone = compute.workers_per_trial == 1 and function.alone(config["overrides"])
+    if not alone:
+        return PlacementGroupFactory([{"CPU": 0, "memory": 1}])
+    gpu = {"GPU": 1.0} if compute.device == "gpu" else {}
+    return PlacementGroupFactory([{"CPU": float(compute.cpus_per_worker), **gpu}])

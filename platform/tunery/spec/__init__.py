@@ -36,7 +36,7 @@ from tunery.spec.scorers import (
     Scorer,
     ScorerSpec,
 )
-from tunery.spec.search import Dimension, Search
+from tunery.spec.search import Budget, Constraint, Dimension, Objective, Search
 from tunery.spec.stages import (
     RANDOM,
     TRAININGS,
@@ -71,12 +71,14 @@ __all__ = [
     "RANDOM",
     "TRAININGS",
     "Augment",
+    "Budget",
     "C4Rules",
     "ChainOfThought",
     "ClassificationSpec",
     "Classifier",
     "ClassifierTraining",
     "Compute",
+    "Constraint",
     "Contamination",
     "Contrast",
     "Dataset",
@@ -101,6 +103,7 @@ __all__ = [
     "Lora",
     "LoraTuner",
     "NearDuplicates",
+    "Objective",
     "Perplexity",
     "Ppo",
     "Pretrain",

@@ -21,7 +21,8 @@ class PathError(ValueError):
 def with_overrides(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     """A new experiment, validated as a whole. Raises PathError, or pydantic's ValidationError for a bad value."""
     data = experiment.model_dump(mode="json")
-    for path, value in overrides.items():
+    # What leads to another field comes first: `sft.tuner`, and then `sft.tuner.lora.rank`.
+    for path, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
         _put(data["stages"], path, value)
     return Experiment.model_validate_json(json.dumps(data), strict=True)
 

@@ -3,51 +3,152 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tunery.spec.reference import Spec
 
-Pair = Annotated[tuple[float, float], Field()]
+Mode = Literal["min", "max"]
+Pair = tuple[float, float]
+KINDS = ("choice", "grid", "uniform", "loguniform", "int")
 
 
 class Dimension(Spec):
-    """Exactly one of these. Ranges include their lower end; values outside a field's own bounds are refused."""
+    """Exactly one of `choice`, `grid`, `uniform`, `loguniform` and `int`. Ranges include both ends; a value outside a
+    field's own bounds is refused."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Values that the trials take in turn, whatever the algorithm: each is tried as often as the others (of several
+    grids each combination)."""
     uniform: Pair | None = None
     loguniform: Pair | None = None
-    randint: tuple[int, int] | None = None
-    """Whole numbers, the upper end left out."""
+    """Uniform in the logarithm: as many trials between 1e-5 and 1e-4 as between 1e-4 and 1e-3."""
+    integer: Annotated[tuple[int, int] | None, Field(alias="int")] = None
+    """Whole numbers, both ends among them."""
+    step: Annotated[float, Field(gt=0)] | None = None
+    """Of a `uniform` or `int`: values are the lower end and so many steps above it."""
+    when: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Other dimensions by path, and the value (or list of values) that each must have for this one to be there.
+    Without it the field is as the file has it."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Dimension:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        given = [name for name in KINDS if self._of(name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of `choice`, `uniform`, `loguniform`, `randint`")
-        bounds = self.uniform or self.loguniform or self.randint
+            raise ValueError(f"give exactly one of {', '.join(f'`{name}`' for name in KINDS)}")
+        bounds = self.bounds
         if bounds and not bounds[0] < bounds[1]:
             raise ValueError(f"the range {list(bounds)} is upside down or empty: the lower end comes first")
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform starts at {self.loguniform[0]:g}, but a logarithm needs more than 0")
+        if self.step is not None:
+            if bounds is None or self.loguniform:
+                raise ValueError(f"`step` is for `uniform` and `int`, not for `{given[0]}`")
+            if self.step > bounds[1] - bounds[0]:
+                raise ValueError(f"a step of {self.step:g} leaves the range {list(bounds)} at once")
+            if self.integer and self.step != round(self.step):
+                raise ValueError(f"a step of {self.step:g} leads to no whole numbers")
         return self
+
+    def _of(self, kind: str) -> Any:
+        return getattr(self, "integer" if kind == "int" else kind)
+
+    @property
+    def bounds(self) -> Pair | None:
+        """Of a range, both ends included."""
+        return self.uniform or self.loguniform or self.integer
+
+    @property
+    def listed(self) -> tuple[Any, ...] | None:
+        """All values, where they are listed or few by their steps."""
+        if self.choice is not None or self.grid is not None:
+            return self.choice or self.grid
+        if self.integer is not None:
+            return tuple(range(self.integer[0], self.integer[1] + 1, round(self.step or 1)))
+        if self.uniform is not None and self.step is not None:
+            count = math.floor((self.uniform[1] - self.uniform[0]) / self.step + 1e-9)
+            return tuple(round(self.uniform[0] + index * self.step, 12) for index in range(count + 1))
+        return None
 
     @property
     def values(self) -> tuple[Any, ...]:
         """The values to check before the first trial: all choices, or a range's ends."""
-        if self.choice is not None:
-            return self.choice
-        if self.randint is not None:
-            return (self.randint[0], self.randint[1] - 1)
-        low, high = self.uniform or self.loguniform or (math.nan, math.nan)
-        return (low, high)
+        if self.choice is not None or self.grid is not None:
+            return self.choice or self.grid or ()
+        assert self.bounds is not None, "a dimension has exactly one kind"
+        return (self.listed[0], self.listed[-1]) if self.listed else self.bounds
+
+    def holds(self, value: Any) -> bool:
+        """Whether a trial can have it."""
+        if self.listed is not None:
+            return value in self.listed
+        assert self.bounds is not None, "a dimension has exactly one kind"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and self.bounds[0] <= value <= self.bounds[1]
+
+    def is_there(self, others: Mapping[str, Any]) -> bool:
+        """In a trial with these values of other dimensions."""
+        return all(path in others and others[path] in wanted(values) for path, values in self.when.items())
 
     def describe(self) -> str:
-        for name in type(self).model_fields:
-            if (value := getattr(self, name)) is not None:
-                return f"{name} {list(value)}"
-        raise AssertionError("a dimension has exactly one kind")
+        kind = next(name for name in KINDS if self._of(name) is not None)
+        text = f"{kind} {list(self._of(kind))}" + (f" step {self.step:g}" if self.step else "")
+        conditions = [f"{path} is {' or '.join(map(str, wanted(values)))}" for path, values in self.when.items()]
+        return text + (f" when {' and '.join(conditions)}" if conditions else "")
+
+
+def wanted(values: Any) -> tuple[Any, ...]:
+    """Of a condition: one value or a list of them."""
+    return tuple(values) if isinstance(values, list | tuple) else (values,)
+
+
+class Objective(Spec):
+    """A further metric."""
+
+    metric: str
+    mode: Mode
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Of its value in the sum with the first metric (whose weight is 1), where less is better: a metric to be raised
+    counts negative. Without weights nothing is added up: the trials that no other beats in all metrics are the Pareto
+    front."""
+
+
+class Constraint(Spec):
+    """What a trial must keep to win: `{metric: eval.sft.general.forgetting, max: 0.02}`."""
+
+    metric: str
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Constraint:
+        if self.max is None and self.min is None:
+            raise ValueError("give `max`, `min` or both")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError(f"nothing is at least {self.min:g} and at most {self.max:g}")
+        return self
+
+    def excess(self, value: float) -> float:
+        """By how much the value breaks it; 0 or less where it is kept."""
+        over = -math.inf if self.max is None else value - self.max
+        under = -math.inf if self.min is None else self.min - value
+        return math.inf if math.isnan(value) else max(over, under)
+
+
+class Budget(Spec):
+    """When a search has had enough, whichever comes first; what runs then is stopped, and the best so far wins."""
+
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Of wall time, over all invocations of the command."""
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """Wall time times the GPUs that the search holds (without GPUs: its CPUs)."""
+    target: float | None = None
+    """A value of the metric that is good enough."""
 
 
 class Search(Spec):
@@ -57,10 +158,44 @@ class Search(Spec):
     """`<training stage>.eval_loss` or another of what its kind measures (`.eval_accuracy`, `.eval_auc`, `.eval_margin`,
     `.eval_reward`, `.eval_kl`); `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`, `.forgetting`); or
     `<win rate stage>.<model>.<data stage>.win_rate` (or `.reward`)."""
-    mode: Literal["min", "max"]
+    mode: Mode
+    also: tuple[Objective, ...] = ()
+    """Further metrics, all with a weight or all without."""
+    constraints: tuple[Constraint, ...] = ()
     trials: Annotated[int, Field(ge=1)]
-    algorithm: Literal["random", "grid"] = "random"
-    """grid: every combination once (only `choice` dimensions), at most `trials` of them."""
-    scheduler: Literal["none", "asha"] = "none"
-    """asha: stops the worse trials early (Li et al. 2018, https://arxiv.org/abs/1810.05934), by rows seen."""
+    algorithm: Literal["random", "grid", "tpe", "nsga2"] = "random"
+    """grid: every combination once (only listed values), at most `trials` of them. tpe: after ten random trials those
+    that promise most by the ones so far (Bergstra et al. 2011; with several metrics Ozaki et al. 2020). nsga2:
+    generations of trials that inherit from the Pareto front (Deb et al. 2002). Both by Optuna."""
+    scheduler: Literal["none", "asha", "hyperband", "median"] = "none"
+    """Stops the worse trials early, by the first metric. asha: those outside the best third at each rung (Li et al.
+    2018, https://arxiv.org/abs/1810.05934). hyperband: the same, but rungs wait until all of a bracket are there
+    (Li et al. 2016, https://arxiv.org/abs/1603.06560). median: what is worse than the median of the others' means so
+    far (Golovin et al. 2017, Vizier)."""
+    rungs: Literal["tokens", "steps"] = "tokens"
+    """What a trial's progress is measured in, so that trials of other batch sizes compare: tokens that were learned
+    from, or optimizer steps."""
+    budget: Budget = Budget()
+    first: tuple[dict[str, Any], ...] = ()
+    """Points to begin with; what one leaves out is drawn."""
+    warm_start: tuple[str, ...] = ()
+    """Names of earlier runs in this store: tpe and nsga2 begin with what their trials found, where those dimensions are
+    searched here too."""
+    replicate: Annotated[int, Field(ge=1)] = 1
+    """Seeds that each of the best trials is run with before a winner is named."""
+    top: Annotated[int, Field(ge=1)] = 3
+    """How many are the best, of `replicate`."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that a trial is measured by, each once: the first one first."""
+        further = (*(item.metric for item in self.also), *(item.metric for item in self.constraints))
+        return tuple(dict.fromkeys((self.metric, *further)))
+
+    @model_validator(mode="after")
+    def _weights(self) -> Search:
+        weighted = [item.weight is not None for item in self.also]
+        if any(weighted) and not all(weighted):
+            raise ValueError("`also` has metrics with a weight and such without: give all of them one, or none")
+        return self

@@ -44,6 +44,8 @@ class StageContext:
     """Of a search whose trials can be packed (train/packed/seat.py): the training takes a seat in a pack."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None
     """Called by a training in this process or in a pack after each evaluation."""
+    stop: Path | None = None
+    """A file that somebody writes to end a training before its time: it raises Stopped."""
     callbacks: tuple[Any, ...] = ()
     """Ray Train callbacks for a training on workers (a search's link from worker to Tune)."""
 

@@ -19,6 +19,12 @@ def save_period(compute: Compute, steps: int) -> int:
     return max(20, steps // 10) if compute.checkpoint_steps == "auto" else compute.checkpoint_steps
 
 
+def report_of(stage: str, step: int, tokens: float, rows: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a search's scheduler hears of an evaluation: progress, and the metrics as a search names them."""
+    measured = {f"{stage}.{name}": value for name, value in metrics.items() if name.startswith("eval_")}
+    return {"steps": float(step), "tokens": float(tokens), "rows": float(rows), **measured}
+
+
 def training_facts(
     spec: Training[Any], batching: Batching, history: Sequence[Mapping[str, float]], parameters: int, trainable: int
 ) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Job:
     workers: int
     started: float
     """When the stage was asked for, seconds since the epoch."""
+    stop: Path | None = None
+    """A file that somebody writes to end the training before its time: it raises Stopped."""
 
 
 Report = Callable[[dict[str, float]], None]

@@ -51,6 +51,7 @@ def make_model(context: StageContext) -> StageResult:
         compute=context.compute,
         workers=workers,
         started=time.time(),
+        stop=context.stop,
     )
     if context.desk is not None:
         train_packed(job, context.desk, context.report)

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tunery.errors import Stopped
+
 HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
@@ -41,10 +43,12 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         report: Report,
         more_curves: Sequence[str] = (),
         iterations: int = 1,
+        stop: Path | None = None,
     ) -> None:
         """`iterations`: steps over the same drawn answers. Those are in no checkpoint, so none is saved between."""
         self._curves = {*CURVES, *more_curves}
         self._iterations = iterations
+        self._stop = stop
         self.evaluate_at = set(evaluate_at)
         self.save_every = save_every
         self.checkpoints = checkpoints
@@ -71,6 +75,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         if now - self._last_progress > 0.5 or state.global_step == self.total:
             self._last_progress = now
             self.emit("progress", done=state.global_step, total=self.total, unit="steps")
+            if self._stop is not None and self._stop.exists():
+                raise Stopped(f"stopped at step {state.global_step}")
         control.should_evaluate = state.global_step in self.evaluate_at
         # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
         # logged, so that a resumed run logs the same points, however often checkpoints are written.

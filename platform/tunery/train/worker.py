@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import time
 from typing import Any
 
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
-from tunery.train.facts import log_period, save_period, training_facts
+from tunery.train.facts import log_period, report_of, save_period, training_facts
 from tunery.train.job import Job, Recipe, Report
 
 RECIPES = {
@@ -52,6 +53,15 @@ def train(job: Job, report: Report) -> None:
     again = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
     order = data_order(recipe.lengths, batching.steps // again, size, job.seed)
+    seen = list(itertools.accumulate((recipe.lengths[index] for index in order), initial=0))
+
+    def tell(step: int, metrics: dict[str, float]) -> None:
+        # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one
+        # is told with the finished artifact (search/trial.py).
+        if step < batching.steps:
+            rows = round(step * size / again)
+            report(report_of(job.stage, step, seen[rows], rows, metrics))
+
     steps = Steps(
         at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
         save_period(compute, batching.steps),
@@ -60,9 +70,10 @@ def train(job: Job, report: Report) -> None:
         batching.steps,
         emit,
         written_by(world, compute.zero_stage, dtype),
-        lambda step, metrics: _report_unless_last(report, step, size / again, batching.steps, metrics),
+        tell,
         MORE_CURVES.get(spec.kind, ()),
         again,
+        job.stop,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)
@@ -140,13 +151,6 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "dataloader_drop_last": True,
         "deepspeed": deepspeed_config(compute.zero_stage, compute.offload),
     }
-
-
-def _report_unless_last(report: Report, step: int, size: float, steps: int, metrics: dict[str, float]) -> None:
-    """A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one is
-    told with the finished artifact (search/trial.py)."""
-    if step < steps:
-        report({"step": float(step), "rows": float(step * size), **metrics})
 
 
 def _facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:

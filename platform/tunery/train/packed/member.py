@@ -15,7 +15,7 @@ from tunery.models.load import write_base
 from tunery.spec import Sft
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_training
-from tunery.train.facts import log_period, save_period, training_facts
+from tunery.train.facts import log_period, report_of, save_period, training_facts
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
 from tunery.train.sequences import Tokens
@@ -97,7 +97,9 @@ class Member:
         a scheduler may stop a trial at any report, and there the model would be lost for nothing."""
         self._tell({"eval_loss": loss})
         if not self.ended:
-            report({"step": float(self.step), **self.history[-1]})
+            rows = self.step * self._size
+            tokens = sum(len(self.data.ids[row]) for row in self._order[:rows])
+            report(report_of(self.job.stage, self.step, tokens, rows, {"eval_loss": loss}))
 
     @property
     def saves_now(self) -> bool:

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tunery.errors import StageError, TuneryError
+from tunery.errors import StageError, Stopped, TuneryError
 from tunery.models.load import Source
 from tunery.spec import Compute, Lora, LoraTuner, Sft, Stage
 from tunery.train.job import Job, Report
 
 NEWS_SECONDS = 5.0
 """A question for news is answered after this long at the latest."""
+IDLE_SECONDS = 5.0
+"""A pack without members ends after this long, and what it holds is free for trials that train alone."""
 GONE_SECONDS = 30.0
 """A trial that has not asked for so long is gone: stopped, or its process killed."""
 SEAT_SECONDS = 0.5
@@ -101,7 +103,11 @@ class PackActor:
         members: dict[str, tuple[_Passenger, Any]] = {}
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: any(not passenger.ended for passenger in self._passengers.values()))
+                busy = lambda: any(not passenger.ended for passenger in self._passengers.values())  # noqa: E731
+                if not self._changed.wait_for(busy, IDLE_SECONDS):
+                    if not self._passengers:
+                        return self._close()
+                    continue
                 here = dict(self._passengers)
             try:
                 pack = pack or self._load()
@@ -116,6 +122,11 @@ class PackActor:
             for trial in [trial for trial, (_, member) in members.items() if member.ended]:
                 del members[trial]
                 self._end(trial)
+
+    def _close(self) -> None:
+        import ray
+
+        ray.get_runtime_context().current_actor.__ray_terminate__.remote()
 
     def _load(self) -> Any:
         import torch
@@ -166,7 +177,12 @@ class Desk:
         """The pack that the training has joined; None while there is no room."""
         import ray
 
-        told = [(source, pack, ray.get(pack.members.remote())) for source, pack in self._packs]
+        told = []
+        for source, pack in list(self._packs):
+            try:
+                told.append((source, pack, ray.get(pack.members.remote())))
+            except ray.exceptions.RayActorError:  # it had nothing to do for long, or was killed
+                self._packs.remove((source, pack))
         for _, pack, members in told:
             if job.trial in members:  # an earlier try of the same, whose process is gone
                 ray.get(pack.leave.remote(job.trial))
@@ -209,17 +225,18 @@ def open_desk(packs: int, size: int, compute: Compute) -> Any:
 
 
 def train_packed(job: Job, desk: Any, report: Report) -> None:
-    """Takes a seat and waits until the training has ended; whoever stops this leaves the pack."""
+    """Takes a seat and waits until the training has ended; whoever stops this leaves the pack. Raises Stopped, and the
+    training's own errors."""
     while (pack := _asked(desk.seat, job)) is None:
         time.sleep(SEAT_SECONDS)
     try:
         ended = False
         while not ended:
+            if job.stop is not None and job.stop.exists():
+                raise Stopped("stopped while it trained")
             told, ended = _asked(pack.news, job.trial)
             for metrics in told:
                 report(metrics)
-    except TuneryError:
-        raise
     except BaseException:
         pack.leave.remote(job.trial)
         raise

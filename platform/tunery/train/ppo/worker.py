@@ -11,6 +11,7 @@ from typing import Any
 from tunery.spec import Ppo
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_batches
+from tunery.train.facts import report_of
 from tunery.train.job import Job, Report, rows_of
 from tunery.train.worker_setup import pick_dtype, prepare_process
 
@@ -199,7 +200,10 @@ class _Run:
         self._tell(told, {})
         # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing.
         if 0 < step < self.batching.steps:
-            self.report({"step": float(step), "rows": float(step * self.batching.global_batch_size), **told})
+            answers = step * self.batching.global_batch_size
+            # The longest that they may be: how long they were is not known of steps before a resumption.
+            tokens = answers * self.spec.max_length
+            self.report(report_of(self.job.stage, step, tokens, answers, told))
 
     def checkpoint(self) -> None:
         import torch.distributed as dist

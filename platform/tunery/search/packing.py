@@ -1,0 +1,44 @@
+"""Which trials train in packs, and why the others don't. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tunery.runner.stages import STAGES
+from tunery.spec import Experiment, Training
+from tunery.spec.graph import closure
+from tunery.train.packed.seat import why_alone
+
+AUTO_SIZE = 8
+"""Members of a pack, where nobody says. More bring little: what they share is spread thin by then."""
+
+
+def pack_size(experiment: Experiment) -> int:
+    return AUTO_SIZE if experiment.compute.pack == "auto" else experiment.compute.pack
+
+
+def why_not_packed(trial: Experiment, searched: Iterable[str]) -> str:
+    """Why a trial (search/space.py) takes no seat in a pack; "" when it does. `searched`: the stages whose fields the
+    search changes.
+
+    A packed trial has no CPU or GPU of its own: whatever else it has to make must be little, and made by its driver.
+    """
+    if trial.compute.workers_per_trial != 1:
+        return f"a trial has {trial.compute.workers_per_trial} workers"
+    own = {name for name in trial.stages if set(searched) & closure(trial.stages, [name]).keys()}
+    trainings = [name for name in own if isinstance(trial.stages[name], Training)]
+    if not trainings:
+        return "trials train nothing"
+    for name in trainings:
+        stage = trial.stages[name]
+        if reason := why_alone(stage, trial.compute):
+            return f"{name}: {reason}"
+        model = getattr(stage, "model", "")
+        if isinstance(model, str) and model in own:
+            return f"{name}: each trial has another `{model}`"
+    on_cpu = trial.compute.device == "cpu"
+    for name in sorted(own - set(trainings)):
+        kind = trial.stages[name].kind
+        if STAGES[kind].needs_ray and not (on_cpu and kind in ("evaluate", "win_rate")):
+            return f"{name}: each trial makes its own {kind} stage, which needs a worker"
+    return ""

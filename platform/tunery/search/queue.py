@@ -1,0 +1,119 @@
+"""Which trial is next, as Tune asks for it: what a killed search had begun, what was wished for, the first points, and
+then what the algorithm suggests; at the end the best ones again with other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from tunery.search.journal import Begun, Journal
+from tunery.search.ranking import rank, value_of
+from tunery.search.space import Point, trial_id
+from tunery.search.steering import Steering
+from tunery.search.suggest import Suggester
+from tunery.spec import Search
+
+
+class Queue(Searcher):  # type: ignore[misc]
+    """Tune (2.60) asks again and again: None means nothing now, FINISHED nothing any more."""
+
+    def __init__(
+        self,
+        search: Search,
+        journal: Journal,
+        suggester: Suggester,
+        steering: Steering,
+        at_once: int,
+        reseeded: Callable[[Point, int], Point],
+    ) -> None:
+        super().__init__(metric=search.metric, mode=search.mode)
+        self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
+        self._at_once, self._reseeded = at_once, reseeded
+        self._waiting = journal.open
+        self._running: dict[str, str] = {}
+        self._exhausted = False
+        for record in journal.ended:
+            suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended or {})
+
+    def suggest(self, trial_id: str) -> Any:
+        """`trial_id` is Tune's. The config of a trial is {"trial", "overrides", "origin"}."""
+        for wish in self._steering.new():
+            self._wait(wish["overrides"], wish["origin"], wish["of"])
+        if len(self._running) >= self._at_once:
+            return None
+        begun = self._next()
+        if begun is None:
+            return None if self._running or not self._is_over() else Searcher.FINISHED
+        self._running[trial_id] = begun.trial
+        return {"trial": begun.trial, "overrides": begun.overrides, "origin": begun.origin}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The journal knows what became of it (search/progress.py tells it first)."""
+        record = self._journal.records.get(self._running.pop(trial_id, ""))
+        if record is not None and record.ended is not None:
+            self._suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended)
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """True: it minds that itself. Tune is told the number so that it starts as many at once (else one by one)."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal is what a search goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its journal")
+
+    def _next(self) -> Begun | None:
+        while self._waiting:
+            begun = self._waiting.pop(0)
+            if not self._steering.stops(begun.trial):
+                return begun
+            self._journal.end(begun.trial, state="stopped", values={}, tokens=0, seconds=0.0, error="")
+        while (drawn := self._drawn) < self._search.trials and not self._exhausted:
+            first = self._search.first[drawn] if drawn < len(self._search.first) else None
+            found = self._suggester.ask(drawn, first)
+            if found is None:
+                self._exhausted = True
+            elif trial_id(found) not in self._journal.records:  # somebody may have wished for the same
+                return self._begin(found, "first" if first else "drawn", number=drawn)
+        if not self._running:
+            self._replicate()
+            if self._waiting:
+                return self._waiting.pop(0)
+        return None
+
+    @property
+    def _drawn(self) -> int:
+        return sum(record.begun.origin in ("first", "drawn") for record in self._journal.records.values())
+
+    def _is_over(self) -> bool:
+        return not self._waiting and (self._exhausted or self._drawn >= self._search.trials)
+
+    def _replicate(self) -> None:
+        """The best trials so far, with the seeds that they have not had."""
+        if self._search.replicate == 1:
+            return
+        ended = [
+            {"trial": record.begun.trial, "overrides": record.begun.overrides, **(record.ended or {})}
+            for record in self._journal.ended
+            if record.begun.origin != "replicate"
+        ]
+        ended = [{**trial, "value": value_of(self._search, trial["values"])} for trial in ended]
+        best = sorted(ended, key=lambda trial: rank(self._search, trial))[: self._search.top]
+        for trial in best:
+            if rank(self._search, trial)[0]:
+                continue
+            for replicate in range(1, self._search.replicate):
+                self._wait(self._reseeded(trial["overrides"], replicate), "replicate", trial["trial"])
+
+    def _wait(self, overrides: Point, origin: Any, of: str) -> None:
+        if trial_id(overrides) not in self._journal.records:
+            self._waiting.append(self._begin(overrides, origin, of=of))
+
+    def _begin(self, overrides: Point, origin: Any, number: int | None = None, of: str = "") -> Begun:
+        number = 1_000_000_000 + len(self._journal.records) if number is None else number
+        begun = Begun(trial_id(overrides), number, overrides, origin, of)
+        self._journal.begin(begun)
+        return begun

@@ -1,0 +1,222 @@
+"""What can be known of a search from the text alone: its metrics are logged, its dimensions lead to fields that take
+their values, and what goes together goes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunery.errors import SpecError
+from tunery.spec import graph
+from tunery.spec.check_references import check_references, check_scores
+from tunery.spec.experiment import Experiment
+from tunery.spec.overrides import PathError, with_overrides
+from tunery.spec.reference import model_name
+from tunery.spec.search import Dimension, Search, wanted
+from tunery.spec.stages import Evaluate, WinRate
+from tunery.spec.trainings import Training
+from tunery.spec.translate import error_at, nearest, sentence
+from tunery.spec.yaml_source import Path as KeyPath
+from tunery.spec.yaml_source import YamlSource
+
+METRICS_OF_EVALUATE = ("loss", "perplexity")
+METRICS_OF_WIN_RATE = ("win_rate", "reward")
+
+
+def metrics_of(experiment: Experiment) -> list[str]:
+    """Every metric that a search can aim at."""
+    names: list[str] = []
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, Training) and stage.eval_data is not None:
+            names += [f"{name}.{metric}" for metric in stage.metrics]
+        if isinstance(stage, Evaluate):
+            sets = [(model_name(model), data) for model in stage.models for data in stage.data]
+            names += [f"{name}.{model}.{data}.{metric}" for model, data in sets for metric in METRICS_OF_EVALUATE]
+            if stage.baseline is not None:
+                before = model_name(stage.baseline)
+                names += [f"{name}.{model}.{data}.forgetting" for model, data in sets if model != before]
+        if isinstance(stage, WinRate):
+            models = [model_name(model) for model in stage.models]
+            names += [f"{name}.{model}.{stage.data}.{metric}" for model in models for metric in METRICS_OF_WIN_RATE]
+    return names
+
+
+def check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
+    search = experiment.search
+    if search is None:
+        return
+    if errors := [*_check_metrics(experiment, search, source)]:
+        yield from errors
+        return
+    if search.algorithm == "grid":
+        yield from _check_grid(search, source)
+    reached = graph.closure(experiment.stages, [metric.split(".")[0] for metric in search.metrics])
+    for path, dimension in search.space.items():
+        at: KeyPath = ("search", "space", path)
+        if errors := [*_check_conditions(path, dimension, search, source)]:
+            yield from errors
+            continue
+        if error := _check_values(path, dimension, experiment, source):
+            yield error
+        elif path.split(".")[0] not in reached:
+            yield error_at(
+                source,
+                at,
+                f"`{path}` can't change `{search.metric}`",
+                cause=f"`{search.metric.split('.')[0]}` does not depend on `{path.split('.')[0]}`",
+                remedy=f"search fields of: {', '.join(reached)}",
+            )
+    for index, point in enumerate(search.first):
+        yield from _check_point(point, ("search", "first", index), search, source)
+
+
+def _check_metrics(experiment: Experiment, search: Search, source: YamlSource) -> Iterator[SpecError]:
+    known = metrics_of(experiment)
+    named: list[tuple[KeyPath, str]] = [(("search", "metric"), search.metric)]
+    for field in ("also", "constraints"):
+        items = getattr(search, field)
+        named += [(("search", field, index, "metric"), item.metric) for index, item in enumerate(items)]
+    for path, metric in named:
+        if metric not in known:
+            cause = "" if known else "no stage logs one: give a training `eval_data`, or add an evaluate stage"
+            yield error_at(source, path, f"nobody logs `{metric}`", cause=cause, remedy=nearest(metric, known))
+    while_training = [name for name in known if name.count(".") == 1]
+    if search.scheduler != "none" and search.metric in known and search.metric not in while_training:
+        yield error_at(
+            source,
+            ("search", "scheduler"),
+            f"{search.scheduler} can't stop trials early by `{search.metric}`",
+            cause="that is measured once, after the training",
+            remedy=f"aim at one of: {', '.join(while_training)}"
+            if while_training
+            else "use `scheduler: none`, or give a training `eval_data` and aim at its eval_loss",
+        )
+
+
+def _check_conditions(path: str, dimension: Dimension, search: Search, source: YamlSource) -> Iterator[SpecError]:
+    for other, values in dimension.when.items():
+        at: KeyPath = ("search", "space", path, "when", other)
+        condition = search.space.get(other)
+        if condition is None:
+            others = [name for name in search.space if name != path]
+            yield error_at(
+                source,
+                at,
+                f"`{path}` depends on `{other}`, which is no dimension",
+                remedy=nearest(other, others),
+            )
+            continue
+        for value in wanted(values):
+            if not condition.holds(value):
+                yield error_at(
+                    source,
+                    at,
+                    f"`{path}` waits for `{other}` to be {value!r}, which no trial has",
+                    cause=f"`{other}` is {condition.describe()}",
+                    remedy="name one of its values",
+                )
+    if not dimension.when or any(other not in search.space for other in dimension.when):
+        return
+    seen, queue = {path}, list(dimension.when)
+    while queue:
+        other = queue.pop()
+        if other == path:
+            yield error_at(
+                source,
+                ("search", "space", path, "when"),
+                f"`{path}` is there only if it is there",
+                cause=f"its conditions come back to it: {' -> '.join([*seen, path])}",
+                remedy="let one of them stand without a condition",
+            )
+            return
+        if other not in seen and other in search.space:
+            seen.add(other)
+            queue += search.space[other].when
+
+
+def _check_values(path: str, dimension: Dimension, experiment: Experiment, source: YamlSource) -> SpecError | None:
+    """Each value (or end of a range) gives an experiment, where the dimension is there."""
+    assert experiment.search is not None, "asked for by its dimension"
+    at: KeyPath = ("search", "space", path)
+    for value in dimension.values:
+        try:
+            trial = with_overrides(experiment, {**conditions_met(path, experiment.search.space), path: value})
+        except PathError as error:
+            return error_at(source, at, f"no field has the search path {error}", remedy=error.remedy)
+        except ValidationError as error:
+            return error_at(
+                source,
+                at,
+                f"`{path}` can't be {value!r}",
+                cause=sentence(error.errors()[0]),
+                remedy="change the dimension so that every value fits the field",
+            )
+        if errors := list(check_references(trial, source)) or list(check_scores(trial, source)):
+            return error_at(
+                source, at, f"`{path}` can't be {value!r}", cause=errors[0].message, remedy=errors[0].remedy
+            )
+    return None
+
+
+def conditions_met(path: str, space: Mapping[str, Dimension]) -> dict[str, Any]:
+    """Values of other dimensions with which this one is there: of each condition the first."""
+    met: dict[str, Any] = {}
+    for other, values in space[path].when.items():
+        met |= {**conditions_met(other, space), other: wanted(values)[0]}
+    return met
+
+
+def _check_point(point: dict[str, Any], at: KeyPath, search: Search, source: YamlSource) -> Iterator[SpecError]:
+    for path, value in point.items():
+        dimension = search.space.get(path)
+        if dimension is None:
+            yield error_at(
+                source,
+                (*at, path),
+                f"`{path}` of a first point is no dimension",
+                remedy=nearest(path, search.space),
+            )
+        elif not dimension.holds(value):
+            yield error_at(
+                source,
+                (*at, path),
+                f"`{path}` of a first point can't be {value!r}",
+                cause=f"`{path}` is {dimension.describe()}",
+                remedy="take a value of the space, or widen it",
+            )
+        elif not dimension.is_there(point):
+            yield error_at(
+                source,
+                (*at, path),
+                f"`{path}` of a first point is not there",
+                cause=f"it is {dimension.describe()}",
+                remedy="give the point what it depends on, or leave it out",
+            )
+
+
+def _check_grid(search: Search, source: YamlSource) -> Iterable[SpecError]:
+    combinations = [len(dimension.listed) for dimension in search.space.values() if dimension.listed is not None]
+    for path, dimension in search.space.items():
+        if dimension.listed is None:
+            yield error_at(
+                source,
+                ("search", "space", path),
+                f"a grid needs listed values, `{path}` is {dimension.describe()}",
+                remedy="list the values as `choice`, give a `step`, or use `algorithm: random`",
+            )
+    count = math.prod(combinations)
+    if len(combinations) == len(search.space) and count > search.trials and not _conditional(search):
+        yield error_at(
+            source,
+            ("search", "trials"),
+            f"the grid has {count} combinations, but `trials` is {search.trials}",
+            remedy=f"set `trials: {count}`, or use `algorithm: random`",
+        )
+
+
+def _conditional(search: Search) -> bool:
+    """Then fewer combinations differ, and the search counts them itself (search/space.py)."""
+    return any(dimension.when for dimension in search.space.values())

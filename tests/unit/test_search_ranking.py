@@ -1,0 +1,113 @@
+"""Which trial is better, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+
+from tunery.search.journal import Begun, Record
+from tunery.search.outcome import facts_of
+from tunery.search.ranking import pareto_front, standings, student, tied, value_of
+from tunery.spec import Search
+
+
+def search(**fields: Any) -> Search:
+    space = {"sft.epochs": {"choice": [1, 2]}}
+    return Search.model_validate_json(json.dumps({"metric": "a", "mode": "min", "trials": 9, "space": space, **fields}))
+
+
+def record(name: str, state: str = "done", of: str = "", **values: float) -> Record:
+    origin: Any = "replicate" if of else "drawn"
+    ended = {"state": state, "values": values, "seconds": 1.0, "error": ""}
+    return Record(Begun(name, 0, {"x": name}, origin, of), [], ended)
+
+
+def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_better_value() -> None:
+    told = search(constraints=[{"metric": "b", "max": 0.02}])
+    records = [
+        record("stopped", "stopped", a=0.1, b=0.0),
+        record("broken", a=0.2, b=0.03),
+        record("unknown", a=0.25),
+        record("worse", a=0.5, b=0.02),
+        record("better", a=0.4, b=-1.0),
+        record("nothing", a=math.nan, b=0.0),
+    ]
+    facts = facts_of(told, records, "")
+    assert [trial["trial"] for trial in facts["trials"][:4]] == ["better", "worse", "broken", "unknown"]
+    assert facts["best"]["trial"] == "better"
+    assert [trial["feasible"] for trial in facts["trials"][:4]] == [True, True, False, False]
+    assert facts_of(told, records[:1], "")["best"] is None
+
+
+def test_weights_make_one_value_whose_sign_is_that_of_the_first_metric() -> None:
+    also = [{"metric": "b", "mode": "max", "weight": 2.0}]
+    assert value_of(search(also=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
+    assert value_of(search(also=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
+    assert math.isnan(value_of(search(also=also), {"a": 1.0}))
+
+
+def test_a_front_has_every_trial_that_no_other_dominates() -> None:
+    told = search(also=[{"metric": "b", "mode": "max"}])
+    chance = random.Random(0)
+    trials = [
+        {"trial": str(i), "state": "done", "values": {"a": chance.randrange(6), "b": chance.randrange(6)}, "value": 1.0}
+        for i in range(40)
+    ]
+    expected = set()
+    for one in trials:
+        better = [
+            other
+            for other in trials
+            if other["values"]["a"] <= one["values"]["a"]  # type: ignore[index]
+            and other["values"]["b"] >= one["values"]["b"]  # type: ignore[index]
+            and other["values"] != one["values"]
+        ]
+        if not better:
+            expected.add(one["trial"])
+    assert pareto_front(told, trials) == expected != set()
+    assert pareto_front(search(), trials) == set()
+
+
+def test_intervals_hold_the_true_mean_in_nineteen_of_twenty_cases_and_ties_are_called_so() -> None:
+    chance = random.Random(1)
+    held = ties = 0
+    for _ in range(2000):
+        groups = {name: [chance.gauss(0, 1) for _ in range(3)] for name in "abc"}
+        found = standings(groups)
+        held += sum(abs(item.mean) <= item.half for item in found)  # type: ignore[operator]
+        ties += len(tied(found[0], found[1:2], {name: groups[name] for name in "abc"}))
+    assert 0.93 < held / 6000 < 0.97
+    assert 0.93 < ties / 2000 < 0.97
+    far = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
+    assert tied(standings(far)[0], standings(far), far) == []
+    assert standings({"a": [1.0]})[0].half is None
+
+
+def test_students_t_comes_down_to_the_normal_distribution() -> None:
+    values = [student(freedom) for freedom in range(1, 200)]
+    assert values == sorted(values, reverse=True)
+    assert student(20) == pytest.approx(2.086, abs=2e-3)
+    assert student(60) == pytest.approx(2.000, abs=2e-3)
+
+
+def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
+    records = [
+        record("lucky", a=1.0),
+        record("good", a=1.1),
+        record("third", a=3.0),
+        record("lucky-1", of="lucky", a=2.0),
+        record("lucky-2", of="lucky", a=2.0),
+        record("good-1", of="good", a=1.1),
+        record("good-2", of="good", a=1.2),
+    ]
+    facts = facts_of(search(replicate=3, top=2), records, "")
+    assert facts["best"]["trial"] == "good"
+    assert {item["trial"]: item["mean"] for item in facts["standings"]} == pytest.approx(
+        {"lucky": 5 / 3, "good": 3.4 / 3}
+    )
+    assert facts["ties"] == ["lucky"]
+    assert [trial["origin"] for trial in facts["trials"]] == ["drawn"] * 3 + ["replicate"] * 4
