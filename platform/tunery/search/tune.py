@@ -21,6 +21,7 @@ from tunery.search.space import metric_stage, most_rows, parameter_space, trial_
 from tunery.search.trial import FINISHED, TrialFunction
 from tunery.spec import Experiment
 from tunery.spec.graph import closure
+from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, LeaseHeld, fingerprint
 from tunery.track.events import EventLog
 
@@ -74,8 +75,15 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
         best_overrides=best["overrides"],
         value=best["value"],
         seconds=artifact.facts["seconds"],
+        best_fingerprints=_fingerprints_of(experiment, where, best["overrides"]),
     )
     return artifact
+
+
+def _fingerprints_of(experiment: Experiment, where: Where, overrides: dict[str, Any]) -> dict[str, str]:
+    """By stage. A run that finds its search in the store has no trial that would tell what it made."""
+    known = fingerprints(with_overrides(experiment, overrides), where.folder)
+    return {name: print_ for name, (print_, _, _) in known.items()}
 
 
 def search_fingerprint(experiment: Experiment, folder: Path) -> tuple[str, dict[str, Any]]:
