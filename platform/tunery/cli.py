@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunery.errors import Interrupted, RequestError, TuneryError
+from tunery.errors import Interrupted, TuneryError
 from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -164,12 +164,32 @@ def report(
     from tunery.store import Store as TheStore
     from tunery.track.report import write_report
 
-    folder = Path(run) if (Path(run) / "events").is_dir() else TheStore(store).run(run)
-    if not (folder / "events").is_dir():
-        runs = TheStore(store).root / "runs"
-        known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
-        raise RequestError(f"there is no run `{run}` in {store}", remedy=f"known runs: {', '.join(known) or 'none'}")
-    print(write_report(folder))
+    print(write_report(TheStore(store).find_run(run)))
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="FILE_OR_RUN", help="A run's experiment, name or folder.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a new one, or an empty one.", show_default=False)],
+    stage: Annotated[
+        str | None,
+        typer.Option(help="The stage whose model to write; else the one that the search, or the file, ends with."),
+    ] = None,
+    trial: Annotated[
+        str | None, typer.Option(help="The trial that made it; else the best one. `file`: the file's own values.")
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, not merged into its base.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model as a plain Hugging Face folder, with a card that says how it came about."""
+    from tunery.export.command import export_model, render
+    from tunery.store import Store as TheStore
+
+    exported = export_model(run, out, TheStore(store), stage=stage, trial=trial, adapter=adapter)
+    print(json.dumps(exported.as_json(), indent=1) if as_json else render(exported))
 
 
 def main() -> None:

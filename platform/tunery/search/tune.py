@@ -28,6 +28,7 @@ from tunery.search.trial import TrialFunction
 from tunery.search.warm import earlier_trials
 from tunery.spec import Experiment, Search
 from tunery.spec.graph import closure
+from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, LeaseHeld, fingerprint
 from tunery.track.events import EventLog
 
@@ -88,8 +89,15 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
         standings=artifact.facts["standings"],
         ties=artifact.facts["ties"],
         front=artifact.facts["front"],
+        best_fingerprints=_fingerprints_of(experiment, where, best["overrides"]),
     )
     return artifact
+
+
+def _fingerprints_of(experiment: Experiment, where: Where, overrides: dict[str, Any]) -> dict[str, str]:
+    """By stage. A run that finds its search in the store has no trial that would tell what it made."""
+    known = fingerprints(with_overrides(experiment, overrides), where.folder)
+    return {name: print_ for name, (print_, _, _) in known.items()}
 
 
 def search_fingerprint(experiment: Experiment, where: Where) -> tuple[str, dict[str, Any]]:

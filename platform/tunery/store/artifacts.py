@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunery.errors import StoreError
+from tunery.errors import RequestError, StoreError
 from tunery.store.lease import Lease
 
 DEFAULT_STORE = Path(".tunery")
@@ -88,6 +88,17 @@ class Store:
 
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
+
+    def find_run(self, run: str) -> Path:
+        """The folder of a run that there is, by its name or as a path. Raises RequestError."""
+        for folder in (Path(run), self.run(run)):
+            if (folder / "events").is_dir():
+                return folder
+        runs = self.root / "runs"
+        known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+        raise RequestError(
+            f"there is no run `{run}` in {self.root}", remedy=f"known runs: {', '.join(known) or 'none'}"
+        )
 
     def commit(self, folder: Path, manifest: dict[str, Any], measured: dict[str, Any]) -> Artifact:
         """Rename `folder` into place with its manifest. The lease must be held."""

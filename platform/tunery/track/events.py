@@ -18,7 +18,7 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     search_started   metric, mode, trials, scheduler, space {path: text}, max_concurrent, reason
     trial_started    trial, overrides {path: value}
     trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (metric or null), seconds, error
-    search_finished  best (trial), best_overrides, value, seconds
+    search_finished  best (trial), best_overrides, value, seconds, best_fingerprints {stage: fingerprint}
     comparison       title, columns [..], rows [[..]], notes [..]                 a table that the run ends with
     overhead         first_step_seconds, ray_start_seconds, between_stages_seconds (list), stage_launch_seconds {..}
     run_finished     state ("done" | "failed" | "interrupted"), seconds, message

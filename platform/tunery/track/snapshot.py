@@ -124,6 +124,8 @@ class SearchState:
     finished: bool = False
     best_name: str = ""
     """As the search itself told at its end; `best` before that is the best of the finished trials."""
+    best_fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of all stages with the best trial's values; empty in logs from before they were told."""
     trials: dict[str, TrialState] = field(default_factory=dict)
 
     @property

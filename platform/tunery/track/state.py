@@ -172,6 +172,8 @@ def _search_finished(state: RunState, event: Event) -> None:
     state.search.finished = True
     state.search.best_name = str(event.get("best") or "")
     state.search.seconds = as_number(event.get("seconds"))
+    told = event.get("best_fingerprints")
+    state.search.best_fingerprints = dict(told) if isinstance(told, dict) else {}
 
 
 def _comparison(state: RunState, event: Event) -> None:

@@ -1,0 +1,1 @@
+"""`tunery export`: a run's model as a plain Hugging Face folder."""

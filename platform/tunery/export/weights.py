@@ -1,0 +1,61 @@
+"""A model and its tokenizer as files that plain transformers and PEFT load, without a path of this machine in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tunery.models.load import Source, is_adapter, load_classifier, load_model, load_own_tokenizer, load_tokenizer
+
+
+def write_model(artifact: Path, folder: Path, *, classifier: bool) -> None:
+    """The whole model into `folder`, which isn't there yet. Adapters are merged in full precision, in which they were
+    trained and measured; what is whole already is copied."""
+    source: Source = {"artifact": str(artifact)}
+    if is_adapter(source):
+        import torch
+
+        model = load_classifier(source, torch.float32)[0] if classifier else load_model(source, torch.float32)
+        model.save_pretrained(folder)
+    else:
+        shutil.copytree(artifact / "model", folder)
+    _write_tokenizer(source, folder, classifier=classifier)
+    _forget_places(folder)
+
+
+def write_adapter(artifact: Path, folder: Path, base: str, revision: str | None, *, classifier: bool) -> None:
+    """The adapter alone, its base named `base`: a hub name, or a folder relative to where the adapter is loaded."""
+    shutil.copytree(artifact / "adapter", folder)
+    _write_tokenizer({"artifact": str(artifact)}, folder, classifier=classifier)
+    _forget_places(folder)
+    settings = {**adapter_settings(artifact), "base_model_name_or_path": base, "revision": revision}
+    _write(folder / "adapter_config.json", settings)
+
+
+def adapter_settings(artifact: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter; nothing of a whole model."""
+    path = artifact / "adapter" / "adapter_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return settings
+
+
+def _write_tokenizer(source: Source, folder: Path, *, classifier: bool) -> None:
+    """A classifier's as it was trained: rows are shown to it as a pair of texts where that has no chat template."""
+    tokenizer = load_own_tokenizer(source) if classifier else load_tokenizer(source)
+    tokenizer.save_pretrained(folder)
+
+
+def _forget_places(folder: Path) -> None:
+    """transformers (before 5) and PEFT note where a model was loaded from, and what is copied may be as old."""
+    for path in folder.glob("*config.json"):
+        _write(path, json.loads(path.read_text(), object_hook=_without_names))
+
+
+def _without_names(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.endswith("name_or_path")}
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
