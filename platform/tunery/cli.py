@@ -61,10 +61,11 @@ def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) 
     """Show what a run would do: stages, what is reused and why the rest is not, rows, steps, memory, time."""
     from rich.console import Console
 
-    from tunery.runner.plan import make_plan, render_plan
+    from tunery.run import plan_experiment
+    from tunery.runner.plan import render_plan
 
     experiment, source, the_store = _checked(file, store)
-    planned = make_plan(experiment, source, the_store)
+    planned = plan_experiment(experiment, source, the_store)
     if as_json:
         print(json.dumps(planned.as_json(), indent=1))
     else:

@@ -27,8 +27,9 @@ from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware
 from tunery.runner.execute import Trial, Where, execute
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
-from tunery.runner.plan import CHARACTERS_PER_TOKEN, characters_of
+from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
 from tunery.runner.session import RaySession
+from tunery.search.plan import plan_search
 from tunery.search.space import curve_stage, longest, metric_stages
 from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
@@ -70,6 +71,22 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
     assert compute.workers_per_trial != "auto", "resolved"
     check(experiment, source, store, compute.workers, compute.workers_per_trial)
     return experiment.model_copy(update={"compute": compute})
+
+
+def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
+    """What a run would do. Raises RequestError when its workers can't be placed on this machine."""
+    lines: list[str] = []
+    if (search := experiment.search) is not None:
+        compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
+        resolved = experiment.model_copy(update={"compute": compute})
+        workers, why = concurrent_trials(compute, local_hardware())
+        planned = plan_search(resolved, store, Path(source.file).parent, workers, why)
+        stopped = f", {search.scheduler} by {search.rungs}" if search.scheduler != "none" else ""
+        lines = [f"{planned.trials} trials ({search.algorithm}{stopped}) for {search.metric}", *planned.lines()]
+        if search.replicate > 1:
+            more = search.replicate - 1
+            lines.append(f"then the {min(search.top, planned.trials)} best with {more} more seeds each")
+    return make_plan(experiment, source, store, lines)
 
 
 def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:

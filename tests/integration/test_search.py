@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
+from pathlib import Path
 
+import pytest
 from conftest import Bench, facts, wait_for
 
 
@@ -71,3 +74,101 @@ def test_trials_on_several_workers_each_and_a_metric_of_an_evaluate_stage(before
     assert trial["state"] == "done"
     results = [result for path in before_sft.artifacts("evaluate") for result in facts(path)["results"]]
     assert trial["value"] in {result["loss"] for result in results}
+
+
+def packed(experiment: dict) -> None:
+    """Six LoRA trials, of which two pairs differ in what they are trained on."""
+    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 1}
+    experiment["stages"].pop("eval")
+    experiment["compute"] |= {"checkpoint_steps": 5, "pack": 3}
+    experiment["search"] = {
+        "metric": "sft.eval_loss",
+        "mode": "min",
+        "trials": 6,
+        "algorithm": "grid",
+        "space": {
+            "sft.tuner.lora.rank": {"choice": [2, 4, 8]},
+            "clean.keep.perplexity.quantile": {"choice": [0.5, 0.8]},
+        },
+    }
+
+
+def outcome(bench: Bench) -> dict[str, dict]:
+    (search,) = bench.artifacts("search")
+    return {trial["trial"]: trial for trial in facts(search)["trials"]}
+
+
+def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Bench, tmp_path: Path) -> None:
+    before_sft.write(packed)
+    shutil.copytree(before_sft.store, tmp_path / "undisturbed")
+    first = before_sft.start()
+    trained = lambda: len([*(before_sft.store / "work").glob("sft-*/checkpoints/*/whole")]) > 2  # noqa: E731
+    wait_for(trained, process=first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    second = before_sft.tunery("run", str(before_sft.file))
+    assert second.returncode == 0, second.stdout + second.stderr
+    trials = outcome(before_sft)
+    assert [trial["state"] for trial in trials.values()] == ["done"] * 6
+    measured = [json.loads((path / "measured.json").read_text()) for path in before_sft.artifacts("sft")]
+    assert any(told["resumed_from"] > 0 for told in measured), "nothing went on from a checkpoint"
+    assert all("packed_with" in told for told in measured if told["workers"] == 1)
+    undisturbed = Bench(tmp_path / "other")
+    undisturbed.folder.mkdir()
+    undisturbed.write(packed)
+    shutil.move(tmp_path / "undisturbed", undisturbed.store)
+    whole = undisturbed.tunery("run", str(undisturbed.file), "--json")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    for name, trial in outcome(undisturbed).items():
+        assert trials[name]["values"] == pytest.approx(trial["values"], rel=1e-5)
+    assert len(undisturbed.artifacts("score")) == len(before_sft.artifacts("score")) == 1
+
+
+def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: Bench) -> None:
+    def change(experiment: dict) -> None:
+        packed(experiment)
+        experiment["search"]["space"] = {"sft.max_length": {"choice": [128, 8]}, "sft.epochs": {"choice": [1, 0.5]}}
+        experiment["search"]["trials"] = 4
+
+    before_sft.write(change)
+    done = before_sft.tunery("run", str(before_sft.file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = outcome(before_sft).values()
+    assert {(trial["overrides"]["sft.max_length"], trial["state"]) for trial in trials} == {
+        (128, "done"),
+        (8, "failed"),
+    }
+    for trial in trials:
+        failed = trial["state"] == "failed"
+        assert ("gives a training sequence" in trial["error"]) == failed
+        started = [event for event in before_sft.events() if event["event"] == "trial_started"]
+        assert sum(event["trial"] == trial["trial"] for event in started) == 1 + failed
+
+
+def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Bench) -> None:
+    """Each trial takes both CPUs: the next one can only begin when they are free."""
+
+    def change(experiment: dict) -> None:
+        searched(experiment)
+        experiment["stages"]["sft"]["evaluations"] = 8
+        experiment["stages"].pop("eval")
+        experiment["compute"] |= {"workers_per_trial": 2}
+        experiment["search"] = {
+            **experiment["search"],
+            "algorithm": "random",
+            "scheduler": "asha",
+            "trials": 3,
+            "first": [{"sft.learning_rate": rate} for rate in (3e-3, 1e-9, 2e-3)],
+            "space": {"sft.learning_rate": {"loguniform": [1e-9, 1e-2]}},
+        }
+
+    before_sft.write(change)
+    done = before_sft.tunery("run", str(before_sft.file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {trial["overrides"]["sft.learning_rate"]: trial["state"] for trial in outcome(before_sft).values()}
+    assert states == {3e-3: "done", 1e-9: "stopped", 2e-3: "done"}
+    events = before_sft.events()
+    stopped = next(event["t"] for event in events if event["event"] == "trial_finished" and event["state"] == "stopped")
+    third = next(event["trial"] for event in events if event["event"] == "trial_started" and event["t"] > stopped)
+    steps = (event for event in events if event["event"] == "progress" and event.get("trial") == third)
+    assert next(event["t"] for event in steps if event["done"]) - stopped < 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
 from tunery.runner.check_training import root_of
-from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
+from tunery.runner.compute import batch_sizes, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
 from tunery.spec import (
     Augment,
@@ -82,7 +82,8 @@ class Plan:
     experiment: str
     store: str
     stages: list[PlannedStage]
-    search: str
+    search: list[str]
+    """What it would do, a line each; empty without one."""
     compute: dict[str, Any]
     rules: dict[str, str]
     notes: list[str]
@@ -92,8 +93,8 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
-    """Raises RequestError when the workers can't be placed on this machine."""
+def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: Sequence[str] = ()) -> Plan:
+    """`search`: what its search would do, in words. Raises RequestError when the workers can't be placed here."""
     folder = Path(source.file).parent
     hardware = local_hardware()
     compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
@@ -107,15 +108,8 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
         artifact = store.find(stage.kind, print_)
         why = "" if artifact else _why(name, identity, inputs, before)
         stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
-    search = ""
-    if experiment.search is not None:
-        trials, reason = concurrent_trials(compute, hardware)
-        search = (
-            f"{experiment.search.trials} trials ({experiment.search.algorithm}, scheduler "
-            f"{experiment.search.scheduler}), {trials} at once: {reason}"
-        )
     shown = compute.model_dump(exclude_defaults=False)
-    return Plan(experiment.name, str(store.root), stages, search, shown, rules, waiting(experiment, source))
+    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, waiting(experiment, source))
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
@@ -305,8 +299,7 @@ def render_plan(plan: Plan) -> RenderableType:
         Text(f"  auto: {stage.name}.{name} = {value}") for stage in plan.stages for name, value in stage.auto.items()
     ]
     lines += [Text(f"  auto: compute.{name} = {plan.compute[name]} ({rule})") for name, rule in plan.rules.items()]
-    if plan.search:
-        lines.append(Text(f"  search: {plan.search}"))
+    lines += [Text(f"  search: {line}") for line in plan.search]
     lines += [Text(f"  note: {note}") for note in plan.notes]
     return Group(*lines)
 

@@ -67,6 +67,11 @@ def or_drawn(given: Mapping[str, Any], draw: Draw) -> Draw:
     return lambda path, dimension: given[path] if path in given else draw(path, dimension)
 
 
+def point_by_chance(space: Mapping[str, Dimension], seed: int, number: int, first: Mapping[str, Any]) -> Point:
+    """The trial of this number: what is given, its turn of the grids, and the rest by chance."""
+    return point(space, or_drawn({**in_turn(space, number), **first}, at_random(seed, number)))
+
+
 def rounded(value: float, dimension: Dimension) -> float:
     """To a few digits, within the range."""
     assert dimension.bounds is not None, "a range"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tunery.search.ranking import excesses, objectives, value_of
-from tunery.search.space import Point, at_random, grid, in_turn, or_drawn, point, rounded, trial_id
+from tunery.search.space import Point, grid, in_turn, point, point_by_chance, rounded, trial_id
 from tunery.spec import Dimension, Search
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class ByChance:
     def ask(self, number: int, first: Point | None) -> Point | None:
         for attempt in range(TRIES):
             # The numbers of further attempts are nobody else's.
-            draw = at_random(self._seed, number + attempt * 1_000_000)
-            found = point(self._space, or_drawn({**in_turn(self._space, number), **(first or {})}, draw))
+            given = {**in_turn(self._space, number), **(first or {})}
+            found = point_by_chance(self._space, self._seed, number + attempt * 1_000_000, given)
             if (name := trial_id(found)) not in self._given:
                 self._given.add(name)
                 return found
