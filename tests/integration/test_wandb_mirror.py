@@ -207,8 +207,8 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     comparison = next(event for event in events if event["event"] == "comparison")
     table = whole.table("result")
     assert (table["columns"], table["data"]) == (comparison["columns"], comparison["rows"])
-    trials = whole.table("trials")
-    assert trials["columns"][:3] == ["trial", "state", "eval.sft.domain.loss"]
+    trials = whole.table("leaderboard")
+    assert trials["columns"][:4] == ["trial", "state", "place", "eval.sft.domain.loss"]
     assert "sft.learning_rate" in trials["columns"]
     assert len(trials["data"]) == 12
     assert whole.summary["result.sft.domain loss"] == 3.191

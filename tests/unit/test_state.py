@@ -111,7 +111,7 @@ def test_best_trial_is_the_lowest_that_ran_to_its_end() -> None:
     state = replay([event("search_started", metric="m", mode="min", trials=4), *ended])
     assert state.search is not None
     assert state.search.best is state.search.trials["b"]
-    assert [one.name for one in state.search.ranked] == ["c", "b", "a", "d"]
+    assert [one.name for one in state.search.ranked] == ["b", "a", "c", "d"]
     state.search.mode = "max"
     assert state.search.best is state.search.trials["a"]
 

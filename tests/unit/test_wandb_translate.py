@@ -146,8 +146,9 @@ def test_finished_search_that_is_told_again_opens_no_trials_but_is_in_the_table(
     actions = told([event("run_started", stages=[]), search, again])
     assert [run.job_type for run in of(Open, actions)] == ["comparison"]
     (log,) = of(Log, actions)
-    expected = Table(["trial", "state", METRIC, "sft.epochs", "seconds", "error"], [["t1", "done", 1.5, 2, 3.0, ""]])
-    assert log.values["trials"] == expected
+    (row,) = log.values["leaderboard"].rows
+    cells = dict(zip(log.values["leaderboard"].columns, row, strict=True))
+    assert [cells[name] for name in ("trial", "state", METRIC, "sft.epochs", "seconds")] == ["t1", "done", 1.5, 2, 3.0]
 
 
 def test_stage_that_another_run_made_while_it_waited_is_no_run() -> None:
@@ -218,7 +219,7 @@ def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
     comparison = next(e for e in events if e["event"] == "comparison")
     (log,) = of(Log, actions, WHOLE)
     assert log.values["result"] == Table(comparison["columns"], comparison["rows"])
-    assert len(log.values["trials"].rows) == 12
+    assert len(log.values["leaderboard"].rows) == 12
     counts = next(
         e["facts"]["scores"]["perplexity"]["histogram"]["counts"]
         for e in events

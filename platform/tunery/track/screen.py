@@ -90,6 +90,17 @@ def _comparison(told: dict[str, Any], width: int) -> RenderableType:
         max([*(len(word) for word in name.split()), *(Text(text).cell_len for text in column)], default=0)
         for name, column in zip(columns, texts, strict=True)
     ]
+    # What a narrow terminal may leave out, the report has.
+    left_out: list[str] = []
+    optional = [name for name in told.get("optional") or [] if name in columns]
+    while sum(needs) + 3 * len(needs) > width and optional:
+        left_out.append(optional.pop())
+        place = columns.index(left_out[-1])
+        columns, texts, by_column, needs = (
+            [*items[:place], *items[place + 1 :]] for items in (columns, texts, by_column, needs)
+        )
+    if left_out:
+        notes.append(Text(f"  left out here, in the report: {', '.join(left_out)}", style="dim"))
     if sum(needs) + 3 * len(needs) > width:
         return Group(*_blocks(columns, texts), Text(""), *notes)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))

@@ -39,6 +39,8 @@ class Figure:
     note: str = ""
     keys: list[tuple[str, str]] = field(default_factory=list)
     small: bool = False
+    wide: bool = False
+    """Takes the whole width of the page."""
 
 
 @dataclass(frozen=True)
