@@ -15,6 +15,7 @@ class Leaderboard:
     columns: list[str]
     rows: list[list[object]]
     optional: list[str]
+    """Columns that a narrow table may leave out, the last one first: of the best trial the values are told in words."""
     chosen: int | None
     """The row of the winner."""
 
@@ -35,15 +36,16 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     columns: list[tuple[str, Sequence[object]]] = [("trial", [trial.name for trial in ranked])]
     if {trial.status for trial in ranked} != {"done"}:
         columns.append(("state", [trial.status for trial in ranked]))
+    measured = {metric: [trial.values.get(metric) for trial in ranked] for metric in search.metrics}
+    measured[search.value_name] = [trial.value for trial in ranked]
+    # What the search goes by comes first, and how sure it is beside it.
+    columns.append((names.get(search.value_name, search.value_name), measured.pop(search.value_name)))
     columns.append(("mean of seeds", [mean_text(standing) if standing else None for standing in standings]))
     columns.append(("seeds", [standing.seeds if standing else None for standing in standings]))
-    if search.weighted or not search.metrics:
-        columns.append((search.value_name, [trial.value for trial in ranked]))
-    for metric in search.metrics:
-        alone = metric == search.metric and not search.weighted
-        columns.append((names[metric], [trial.values.get(metric, trial.value if alone else None) for trial in ranked]))
+    columns += [(names[metric], values) for metric, values in measured.items()]
     columns.append(("breaks", [", ".join(broken(search, trial, names)) or None for trial in ranked]))
     columns.append(("front", ["yes" if trial.name in search.front else None for trial in ranked]))
+    fields = [names[path] for path in parameters(search)]
     for path in parameters(search):
         columns.append((names[path], [trial.overrides.get(path) for trial in ranked]))
     learned = "tokens" if any(trial.tokens for trial in ranked) else "steps"
@@ -58,7 +60,7 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     return Leaderboard(
         [name for name, _ in told],
         [[values[index] for _, values in told] for index in range(len(ranked))],
-        [name for name in ("seeds", "origin", learned) if name in dict(told)],
+        [name for name in ("front", *fields, "seeds", "origin", learned) if name in dict(told)],
         next((index for index, trial in enumerate(ranked) if trial is best), None),
     )
 
@@ -138,7 +140,8 @@ def _winner(search: SearchState, best: TrialState) -> str:
     value = mean_text(standing) if standing else measure(best.value or 0.0)
     seeds = f"over {standing.seeds} seeds" if standing else "by one seed"
     name = search.value_name.rpartition(".")[2].replace("_", " ")
-    given = overrides_text(best.overrides, column_names(search)).replace("  ", ", ")
+    overrides = {path: best.overrides[path] for path in parameters(search) if path in best.overrides}
+    given = overrides_text(overrides, column_names(search)).replace("  ", ", ")
     label = "best" if search.finished else "best so far"
     return f"{label}: {best.name}, {name} {value} {seeds}" + (f", with {given}" if given else "")
 

@@ -14,7 +14,7 @@ from tunery.track.wording import as_number, plain
 
 WIDTH = 1064.0
 """Of the page's text: the chart takes all of it."""
-TOP, BOTTOM, HEIGHT = 58.0, 300.0, 318.0
+TOP, BOTTOM, HEIGHT = 46.0, 288.0, 300.0
 MOST_CATEGORIES = 6
 """A numeric field with more values than this, or drawn from a range, gets a continuous axis."""
 
@@ -31,10 +31,10 @@ class Line:
 def axis_of(name: str, values: Sequence[object], space: str = "") -> Axis:
     """The axis of a field with these values. `space`: what the search says of its range."""
     numbers = [number for value in values if (number := as_number(value)) is not None]
-    ranged = "uniform" in space
-    if len(numbers) == len(values) and (ranged or len(set(numbers)) > MOST_CATEGORIES):
-        wide = min(numbers) > 0 and max(numbers) / min(numbers) > 30
-        return Axis(name, log=min(numbers) > 0 and (wide or "log" in space))
+    if numbers and len(numbers) == len(values) and ("uniform" in space or len(set(numbers)) > MOST_CATEGORIES):
+        if "uniform" in space:  # as it was drawn
+            return Axis(name, log=min(numbers) > 0 and "log" in space)
+        return Axis(name, log=min(numbers) > 0 and max(numbers) / min(numbers) > 30)
     distinct = {plain(value): as_number(value) for value in values}
     return Axis(
         name,
@@ -48,11 +48,7 @@ def parallel_chart(axes: Sequence[Axis], lines: Sequence[Line]) -> str:
         return ""
     columns = [[one.values[index] for one in lines if one.values[index] is not None] for index in range(len(axes))]
     labels = [_labels(axis, column) for axis, column in zip(axes, columns, strict=True)]
-    first = max((len(said) for said, _ in labels[0]), default=0) * CHARACTER + 14
-    first = max(first, len(axes[0].label) * CHARACTER / 2) if len(axes) > 1 else first
-    last = max((len(said) for said, _ in labels[-1]), default=0) * CHARACTER + 14
-    last = max(last, len(axes[-1].label) * CHARACTER / 2)
-    start, end = min(first, 180.0), WIDTH - min(last, 180.0)
+    start, end = _room(axes[0], labels[0]), WIDTH - _room(axes[-1], labels[-1])
     places = [start + index * (end - start) / (len(axes) - 1) for index in range(len(axes))]
     scales = [_scale(axis, column) for axis, column in zip(axes, columns, strict=True)]
     parts = [_axis_parts(axes, labels, places, index) for index in range(len(axes))]
@@ -67,6 +63,13 @@ def parallel_chart(axes: Sequence[Axis], lines: Sequence[Line]) -> str:
     over = [part for drawn in parts for part in drawn[1]]
     said = f"{len(lines)} trials over {', '.join(axis.label for axis in axes)}"
     return svg(HEIGHT, [*behind, *drawn_lines, *over], said, WIDTH)
+
+
+def _room(axis: Axis, labels: Sequence[tuple[str, float]]) -> float:
+    """Beside an outer axis, for its words and half of its name."""
+    words = max((len(said) for said, _ in labels), default=0) * CHARACTER + 14
+    name = len(axis.label) + (6 if axis.log else 0)
+    return min(180.0, max(words, name * CHARACTER / 2 + 4))
 
 
 def _line_parts(points: Sequence[tuple[float, float] | None], one: Line) -> list[str]:
@@ -96,7 +99,7 @@ def _axis_parts(
     room = (2 if len(axes) > 7 else 1) * apart - 8
     behind = [line(x, TOP, x, BOTTOM, "axis")]
     name = axes[index].label + (" (log)" if axes[index].log else "")
-    over = [text(x, TOP - (34 if high else 16), shorten(name, room), css="name", anchor="middle")]
+    over = [text(x, TOP - (32 if high else 14), shorten(name, room), css="name", anchor="middle")]
     final = index == len(axes) - 1
     for said, y in labels[index]:
         behind.append(line(x - 3, y, x + 3, y, "axis"))
@@ -120,9 +123,7 @@ def _scale(axis: Axis, column: Sequence[object]) -> Scale:
         return Scale(-0.5, len(axis.categories) - 0.5, BOTTOM, TOP)
     numbers = [number for value in column if (number := as_number(value)) is not None] or [0.0]
     low, high = min(numbers), max(numbers)
-    if axis.log:
-        return Scale(low, high, BOTTOM - 8, TOP + 8, True)
-    return Scale(low, high, BOTTOM - 8, TOP + 8)
+    return Scale(low, high, BOTTOM - 8, TOP + 8, axis.log)
 
 
 def _position(axis: Axis, value: object) -> float:

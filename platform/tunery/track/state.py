@@ -48,7 +48,7 @@ def _run_started(state: RunState, event: Event) -> None:
     state.ray_start_seconds, state.comparisons, state.overhead = None, {}, {}
     state.invocations += 1
     before, state.stages = state.stages, {}
-    for told in event.get("stages") or []:
+    for told in listed(event.get("stages")):
         name = str(told.get("name", ""))
         stage = before.get(name) or StageState(name)
         stage.kind, stage.inputs = str(told.get("kind", "")), strings(told.get("inputs"))

@@ -46,9 +46,9 @@ def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure
 
 def parallel(search: SearchState) -> Figure | None:
     """Every trial as a line over the parameters to the metric; None with fewer than two parameters or trials."""
-    paths = parameters(search)
-    names = short_paths(paths)
     shown = [trial for trial in search.ranked if trial.value is not None][:MOST_LINES]
+    paths = [path for path in parameters(search) if any(path in trial.overrides for trial in shown)]
+    names = short_paths(parameters(search))
     if len(paths) < 2 or len(shown) < 2:
         return None
     axes = [
@@ -126,7 +126,8 @@ def importance(search: SearchState) -> list[Figure]:
             if one.share is not None
         ]
         unsaid = [f"{names[one.path]} ({one.trials} trials)" for one in found if one.share is None]
-        said = f"share of the differences in rank that each field explains by itself, over {ended} trials"
+        said = f"share of the differences in rank among {ended} trials that each field explains by itself; of fields "
+        said += "that happened to go together each has the other's share too"
         said += f"; too few to say of {', '.join(unsaid)}" if unsaid else ""
         keys = [("good", "more than chance gives")] if any(not bar.quiet for bar in bars) else []
         keys += [("by-chance", "may be chance")] if any(bar.quiet for bar in bars) else []
@@ -161,8 +162,7 @@ def trials_table(search: SearchState) -> Table | None:
         return None
     board = leaderboard(search, times=True)
     drawn = table(board.columns, board.rows, chosen=board.chosen)
-    right = {"time", "mean of seeds"}
-    numeric = [flush or name in right for flush, name in zip(drawn.numeric, drawn.columns, strict=True)]
+    numeric = [flush or name == "time" for flush, name in zip(drawn.numeric, drawn.columns, strict=True)]
     return Table(drawn.columns, numeric, drawn.rows, [], board.chosen)
 
 
