@@ -181,8 +181,8 @@ def test_search_folds_origins_values_standings_ties_and_front() -> None:
     first, again = search.trials["t00"], search.trials["r00"]
     assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("drawn", 3.1, True, 40_000)
     assert (again.origin, again.of) == ("replicate", "t00")
-    assert search.standing(first) == Standing(pytest.approx(3.105), 0.0123, 2)
-    assert search.standing(again) is None
+    assert search.standings.get(first.name) == Standing(pytest.approx(3.105), 0.0123, 2)
+    assert search.standings.get(again.name) is None
     assert (search.ties, search.front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
     assert search.objectives == [(LOSS, "min"), (FORGETTING, "min")]
     assert search.bounds == [Bound(FORGETTING, None, 0.1)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tunery.track.snapshot import SearchState, TrialState
@@ -42,8 +43,9 @@ def importances(search: SearchState, paths: Sequence[str], metric: str = "") -> 
     An algorithm that draws near the best trials, and a scheduler that stops the worse ones, leave less to explain. A
     conditional field is judged among the trials that have it.
     """
-    ended = [trial for trial in search.own if trial.status == "done" and _value(search, trial, metric) is not None]
-    found = [_importance(search, ended, path, metric) for path in paths]
+    values = _values(search, metric)
+    ended = [trial for trial in search.own if trial.name in values]
+    found = [_importance(path, [trial for trial in ended if path in trial.overrides], values) for path in paths]
     return sorted(found, key=lambda one: -1.0 if one.share is None else one.share, reverse=True)
 
 
@@ -55,13 +57,13 @@ def too_few(search: SearchState) -> str:
     return f"{ended} trials ran to their end: too few to say what the metric depends on (from {ENOUGH} on it is told)"
 
 
-def _importance(search: SearchState, ended: Sequence[TrialState], path: str, metric: str) -> Importance:
-    own = [trial for trial in ended if path in trial.overrides]
+def _importance(path: str, own: Sequence[TrialState], values: Mapping[str, float]) -> Importance:
+    """`own`: the trials that have the field."""
     groups = _groups([trial.overrides[path] for trial in own])
     n, k = len(own), len(set(groups))
     if n < ENOUGH or k < 2 or n - k < 2:
         return Importance(path, None, n, False)
-    ranks = _ranks([_value(search, trial, metric) or 0.0 for trial in own])
+    ranks = _ranks([values[trial.name] for trial in own])
     middle = (n + 1) / 2
     whole = sum((rank - middle) ** 2 for rank in ranks)
     if not whole:  # every trial has the same value
@@ -74,11 +76,13 @@ def _importance(search: SearchState, ended: Sequence[TrialState], path: str, met
     return Importance(path, max(0.0, (statistic - k + 1) / (n - k)), n, statistic > _chi_squared_95(k - 1))
 
 
-def _value(search: SearchState, trial: TrialState, metric: str) -> float | None:
+def _values(search: SearchState, metric: str) -> dict[str, float]:
+    """Of the trials that ran to their end, by name; of repeated ones the mean over seeds of what the search goes by."""
+    ended = [trial for trial in search.own if trial.status == "done"]
     if metric and metric != search.value_name:
-        return trial.values.get(metric)
-    standing = search.standing(trial)
-    return standing.mean if standing else trial.value
+        return {trial.name: trial.values[metric] for trial in ended if metric in trial.values}
+    means = {name: standing.mean for name, standing in search.standings.items()}
+    return {trial.name: means.get(trial.name, trial.value) for trial in ended if trial.value is not None}
 
 
 def _groups(values: Sequence[object]) -> list[str]:
@@ -97,7 +101,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
     """From 1; equal values share the mean of their places."""
     ordered = sorted(values)
     first = {value: place for place, value in reversed(list(enumerate(ordered, start=1)))}
-    return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
+    times = Counter(values)
+    return [first[value] + (times[value] - 1) / 2 for value in values]
 
 
 def _chi_squared_95(freedom: int) -> float:

@@ -32,7 +32,8 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     column names are broken into words."""
     ranked = search.ranked
     names = column_names(search, words=words)
-    standings = [search.standing(trial) for trial in ranked]
+    found = search.standings
+    standings = [found.get(trial.name) for trial in ranked]
     columns: list[tuple[str, Sequence[object]]] = [("trial", [trial.name for trial in ranked])]
     if {trial.status for trial in ranked} != {"done"}:
         columns.append(("state", [trial.status for trial in ranked]))
@@ -119,7 +120,7 @@ def verdict(search: SearchState) -> list[str]:
     if best is not None and best.value is not None:
         lines.append(_winner(search, best))
         if search.ties:
-            standing = search.standing(best)
+            standing = search.standings.get(best.name)
             seeds = f"{standing.seeds} seeds" if standing else "the seeds"
             lines.append(f"a tie with {_listed(search.ties)}: {seeds} can't tell them apart")
         names = column_names(search)
@@ -136,7 +137,7 @@ def verdict(search: SearchState) -> list[str]:
 
 
 def _winner(search: SearchState, best: TrialState) -> str:
-    standing = search.standing(best)
+    standing = search.standings.get(best.name)
     value = mean_text(standing) if standing else measure(best.value or 0.0)
     seeds = f"over {standing.seeds} seeds" if standing else "by one seed"
     name = search.value_name.rpartition(".")[2].replace("_", " ")

@@ -275,7 +275,7 @@ def _search_lines(search: SearchState, width: int, now: float) -> list[Renderabl
     lines = [first] if width >= WIDE else [title, first]
     if search.best and search.best.value is not None:
         best = Text("  best  ", style="green")
-        standing = search.standing(search.best)
+        standing = search.standings.get(search.best.name)
         best.append(f"{mean_text(standing) if standing else measure(search.best.value)}  ", style="bold")
         best.append(f"{search.best.name}  {overrides_text(search.best.overrides, names)}")
         lines.append(best)

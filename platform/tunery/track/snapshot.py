@@ -196,13 +196,21 @@ class SearchState:
     def value_name(self) -> str:
         return "weighted sum" if self.weighted else self.metric or "value"
 
-    def standing(self, trial: TrialState) -> Standing | None:
-        """None where it was not repeated."""
-        again = [one for one in self.trials.values() if one.origin == "replicate" and one.of == trial.name]
-        values = [one.value for one in (trial, *again) if one.status == "done" and one.value is not None]
-        if len(values) < 2 or trial.status != "done":
-            return None
-        return Standing(fmean(values), self.halves.get(trial.name), len(values))
+    @property
+    def standings(self) -> dict[str, Standing]:
+        """Of the trials that were repeated, by name."""
+        again: dict[str, list[float]] = {}
+        for trial in self.trials.values():
+            if trial.origin == "replicate" and trial.status == "done" and trial.value is not None:
+                again.setdefault(trial.of, []).append(trial.value)
+        repeated = [self.trials[name] for name in again if name in self.trials]
+        return {
+            trial.name: Standing(
+                fmean([trial.value, *again[trial.name]]), self.halves.get(trial.name), 1 + len(again[trial.name])
+            )
+            for trial in repeated
+            if trial.status == "done" and trial.value is not None
+        }
 
     @property
     def ranked(self) -> list[TrialState]:
@@ -210,9 +218,10 @@ class SearchState:
         their end lead; of them those that keep to the constraints, then those that were repeated, by their mean; a
         single value that beats such a mean may be luck. Trials without a value are last."""
         sign = -1.0 if self.mode == "max" else 1.0
+        standings = self.standings
 
         def place(trial: TrialState) -> tuple[bool, bool, bool, bool, float]:
-            standing = self.standing(trial)
+            standing = standings.get(trial.name)
             value = standing.mean if standing else trial.value
             unknown = value is None
             return unknown, trial.status != "done", not trial.feasible, standing is None, sign * (value or 0.0)

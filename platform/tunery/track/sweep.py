@@ -30,13 +30,14 @@ def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure
     shown = [trial for trial in search.own if trial.value is not None and path in trial.overrides]
     if not shown:
         return Figure(names[path], "")
+    best = search.best
     axis = axis_of(names[path], [trial.overrides[path] for trial in shown], search.space.get(path, ""))
     dots = [
         Dot(
             axis.categories.index(plain(trial.overrides[path])) if axis.categories else float(trial.overrides[path]),
             trial.value,
             _tip(trial, names),
-            "best" if trial is search.best else trial.status,
+            "best" if trial is best else trial.status,
         )
         for trial in shown
         if trial.value is not None
@@ -59,10 +60,11 @@ def parallel(search: SearchState) -> Figure | None:
         )
         for path in paths
     ]
+    best = search.best
     # Whatever few values it has: the metric is a number, and not one of several words.
     axes.append(axis_of(_value_label(search), [trial.value for trial in shown], "uniform"))
     lines = [
-        Line([*(trial.overrides.get(path) for path in paths), trial.value], _style(search, trial), _tip(trial, names))
+        Line([*(trial.overrides.get(path) for path in paths), trial.value], _style(trial, best), _tip(trial, names))
         for trial in shown
     ]
     drawn = parallel_chart(axes, lines)
@@ -75,8 +77,8 @@ def parallel(search: SearchState) -> Figure | None:
     return Figure("all parameters together", drawn, said, keys, wide=True) if drawn else None
 
 
-def _style(search: SearchState, trial: TrialState) -> str:
-    return "best" if trial is search.best else "stopped" if trial.status == "stopped" else "quiet"
+def _style(trial: TrialState, best: TrialState | None) -> str:
+    return "best" if trial is best else "stopped" if trial.status == "stopped" else "quiet"
 
 
 def pareto(search: SearchState) -> Figure | None:
@@ -84,9 +86,11 @@ def pareto(search: SearchState) -> Figure | None:
     if len(search.objectives) < 2:
         return None
     (x, x_mode), (y, y_mode) = search.objectives[:2]
-    names = column_names(search)
+    names, best = column_names(search), search.best
     shown = [trial for trial in search.own if trial.status == "done" and {x, y} <= trial.values.keys()]
-    dots = [Dot(trial.values[x], trial.values[y], _tip(trial, names), _dot_style(search, trial)) for trial in shown]
+    dots = [
+        Dot(trial.values[x], trial.values[y], _tip(trial, names), _dot_style(search, trial, best)) for trial in shown
+    ]
     labels = [f"{names.get(name, name)} ({_better(mode)} is better)" for name, mode in ((x, x_mode), (y, y_mode))]
     drawn = pareto_chart(dots, (labels[0], labels[1]), higher=x_mode == "max", joined=len(search.objectives) == 2)
     keys = [
@@ -102,9 +106,9 @@ def pareto(search: SearchState) -> Figure | None:
     return Figure("Pareto front", drawn, said, keys) if drawn else None
 
 
-def _dot_style(search: SearchState, trial: TrialState) -> str:
+def _dot_style(search: SearchState, trial: TrialState, best: TrialState | None) -> str:
     front = " front" if trial.name in search.front else ""
-    return ("best" if trial is search.best else "done" if trial.feasible else "broken") + front
+    return ("best" if trial is best else "done" if trial.feasible else "broken") + front
 
 
 def importance(search: SearchState) -> list[Figure]:
@@ -143,10 +147,10 @@ def _importance_note(one: Importance, ended: int) -> str:
 def trial_curves(search: SearchState) -> Figure | None:
     """How each trial came to its value: grey, with the best one drawn over them."""
     names = short_paths(parameters(search))
-    series = []
+    series, winner = [], search.best
     for trial in search.own:
         points = [(float(step), value) for step, value in search.curve(trial)]
-        best = trial is search.best
+        best = trial is winner
         series.append(Series(trial.name if best else "", points, 0, "best" if best else "quiet", _tip(trial, names)))
     drawn = line_chart(series, "steps", "held-out loss" if search.metric.endswith("loss") else search.metric)
     return (

@@ -18,7 +18,7 @@ from tunery.track.importance import importances, too_few
 from tunery.track.leaderboard import broken, parameters
 from tunery.track.notes import listed
 from tunery.track.sections import funnel_levels
-from tunery.track.snapshot import RunState, SearchState, StageState, TrialState
+from tunery.track.snapshot import RunState, SearchState, StageState, Standing, TrialState
 from tunery.track.wandb_values import Drawn, Table, table
 
 
@@ -44,7 +44,7 @@ def search_summary(search: SearchState) -> dict[str, Any]:
     told |= {"ended_by": search.ended_by or None, "ties": search.ties or None, "front": search.front or None}
     if search.best is not None:
         best = {"trial": search.best.name, "value": search.best.value, "overrides": search.best.overrides}
-        told["best"] = best | _seeds(search, search.best)
+        told["best"] = best | _seeds(search.standings.get(search.best.name))
     return {"search": told}
 
 
@@ -52,9 +52,9 @@ def leaderboard_table(search: SearchState) -> Table:
     paths, metrics = parameters(search), _metrics(search)
     columns = ["trial", "state", "place", *metrics, "mean", "half", "seeds", "feasible", "breaks", "front"]
     columns += [*paths, "origin", "of", "steps", "tokens", "seconds", "error"]
-    rows = []
+    rows, standings = [], search.standings
     for place, trial in enumerate(search.ranked, start=1):
-        seeds = _seeds(search, trial)
+        seeds = _seeds(standings.get(trial.name))
         judged = [trial.feasible, ", ".join(broken(search, trial)), trial.name in search.front]
         told = [trial.origin, trial.of, trial.steps, trial.tokens, trial.seconds, trial.error]
         measured = [_metric(search, trial, metric) for metric in metrics]
@@ -135,8 +135,7 @@ def _metric(search: SearchState, trial: TrialState, metric: str) -> float | None
     return trial.value if metric == search.value_name else trial.values.get(metric)
 
 
-def _seeds(search: SearchState, trial: TrialState) -> dict[str, Any]:
-    standing = search.standing(trial)
+def _seeds(standing: Standing | None) -> dict[str, Any]:
     return {} if standing is None else dataclasses.asdict(standing)
 
 
