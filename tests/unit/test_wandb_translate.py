@@ -463,3 +463,15 @@ def test_summary_of_a_search_tells_its_winner_ties_and_what_ended_it() -> None:
     assert summary.values["search.best.seeds"] == 2
     assert summary.values["search.ties"] == ["t01"]
     assert summary.values["search.ended_by"] == "the budget is spent"
+
+
+@pytest.mark.parametrize(("state", "late"), [("stopped", 0), ("done", 1)])
+def test_step_that_a_stopped_trial_takes_before_it_hears_of_it_is_not_missing(state: str, late: int) -> None:
+    translator = Translator("quickstart", EXPERIMENT)
+    start = event("trial_started", 0.5, trial="t", overrides={"sft.epochs": 1})
+    end = event("trial_finished", 3, trial="t", overrides={"sft.epochs": 1}, state=state, value=2.0)
+    point = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0}, trial="t")
+    opening, *rest = training(trial="t")
+    actions = translator.translate([opening, start, *rest, end, point])
+    assert len(of(Log, actions)) == 1
+    assert translator.late == late

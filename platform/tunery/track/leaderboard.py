@@ -28,8 +28,8 @@ def parameters(search: SearchState) -> list[str]:
 
 def leaderboard(search: SearchState, *, words: bool = False, times: bool = False) -> Leaderboard:
     """A row a trial, best first. Replicates have none: with the trial that they repeat they give its mean, half of the
-    95% interval, and the number of seeds. Columns that would be empty, or the same in every row, are left out. `words`:
-    column names are broken into words."""
+    95% interval, and the number of seeds. Columns that would be empty are left out, and the state where all ran to
+    their end. `words`: column names are broken into words. `times`: how long each took, and why it failed."""
     ranked = search.ranked
     names = column_names(search, words=words)
     found = search.standings

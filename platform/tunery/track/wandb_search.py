@@ -55,7 +55,11 @@ def leaderboard_table(search: SearchState) -> Table:
     rows, standings = [], search.standings
     for place, trial in enumerate(search.ranked, start=1):
         seeds = _seeds(standings.get(trial.name))
-        judged = [trial.feasible, ", ".join(broken(search, trial)), trial.name in search.front]
+        judged = [
+            trial.feasible if trial.status == "done" else None,
+            ", ".join(broken(search, trial)),
+            trial.name in search.front,
+        ]
         told = [trial.origin, trial.of, trial.steps, trial.tokens, trial.seconds, trial.error]
         measured = [_metric(search, trial, metric) for metric in metrics]
         means = [seeds.get(key) for key in ("mean", "half", "seeds")]

@@ -124,6 +124,7 @@ class Translator:
         self._begun: dict[tuple[str, str], _Begun] = {}  # by trial and stage
         self._ended: set[tuple[str, str]] = set()
         self._trials: dict[str, str] = {}  # trial -> id, while it runs
+        self._stopped: set[str] = set()  # ids of trials that take a step or two more until they hear of it
 
     def before(self, events: Iterable[Event]) -> None:
         """What the log holds of earlier invocations, which W&B was told at their time. At most once, and first."""
@@ -193,7 +194,7 @@ class Translator:
 
     def _points(self, event: Event, id: str, values: Mapping[str, Any], prefix: str) -> list[Action]:
         if id not in self._open:
-            self.late += 1
+            self.late += id not in self._stopped
             return []
         point = Log(id, {prefix + name: number for name, number in numbers(values).items()}, float(event["t"]))
         if prefix in self._open[id]:
@@ -261,6 +262,8 @@ class Translator:
         id = self._trials.pop(_trial(event), "")
         if id not in self._open:  # of an earlier invocation, told again: it is in the table
             return []
+        if event.get("state") == "stopped":
+            self._stopped.add(id)
         name = self._state.search.value_name if self._state.search else "value"
         told = {key: event.get(key) for key in ("state", "seconds", "steps", "tokens", "rows", "feasible")}
         told["error"] = event.get("error") or None
