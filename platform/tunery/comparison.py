@@ -27,7 +27,10 @@ from tunery.spec import (
 from tunery.spec.graph import closure
 from tunery.spec.reference import model_name
 from tunery.store import Artifact
+from tunery.track.leaderboard import leaderboard, verdict
 from tunery.track.notes import rewards
+from tunery.track.snapshot import SearchState
+from tunery.track.state import replay
 from tunery.track.wording import size
 
 Table = dict[str, Any]
@@ -371,27 +374,38 @@ def results(experiment: Experiment, made: Mapping[str, Artifact]) -> dict[str, A
     return found
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or the whole path where two end alike; in words, so that a heading can break."""
-    last = [path.split(".")[-1] for path in paths]
-    return [
-        (short if last.count(short) == 1 else path).replace("_", " ") for short, path in zip(last, paths, strict=True)
-    ]
+MOST_TRIALS = 20
+"""The table that a run ends with is to be read; the report and W&B have all trials."""
 
 
 def search_table(experiment: Experiment, found: Artifact | None) -> Table | None:
-    """The trials, best first."""
+    """The trials, best first; who won, and how sure that is."""
     if found is None or experiment.search is None:
         return None
-    paths = list(experiment.search.space)
-    trials = found.facts["trials"]
-    rows = [
-        [trial["trial"], *(trial["overrides"].get(path) for path in paths), trial["state"], trial["value"]]
-        for trial in trials
+    facts = found.facts
+    told = {key: facts.get(key) for key in ("standings", "ties", "front", "ended_by")}
+    # What the log says of a search that is found done, and is told again.
+    events: list[dict[str, Any]] = [
+        {"event": "search_started", **experiment.search.describe()},
+        *({"event": "trial_finished", **trial} for trial in facts["trials"]),
+        {"event": "search_finished", "best": (facts.get("best") or {}).get("trial"), **told},
     ]
-    states = [trial["state"] for trial in trials]
-    note = f"{len(trials)} trials: " + ", ".join(
-        f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states
-    )
-    columns = ["trial", *short_names(paths), "state", *short_names([experiment.search.metric])]
-    return {"title": "Search, best first", "columns": columns, "rows": rows, "notes": [note]}
+    search = replay(events).search
+    assert search is not None, "it was started"
+    board = leaderboard(search, words=True)
+    more = len(board.rows) - MOST_TRIALS
+    notes = [*verdict(search), _counted_trials(search) + (f"; the report has the other {more}" if more > 0 else "")]
+    return {
+        "title": "Search, best first",
+        "columns": board.columns,
+        "rows": board.rows[:MOST_TRIALS],
+        "notes": notes,
+        "optional": board.optional,
+    }
+
+
+def _counted_trials(search: SearchState) -> str:
+    states = [trial.status for trial in search.own]
+    counted = ", ".join(f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states)
+    again = len(search.trials) - len(states)
+    return f"{len(states)} trials: {counted}" + (f"; {again} more with other seeds" if again else "")

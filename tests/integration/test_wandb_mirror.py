@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "unit"))
 from sample_run import Event, rewarded_events, sample_events, write_run  # noqa: E402
+from sample_search import searched_events  # noqa: E402
 
 from tunery.spec import Wandb  # noqa: E402
 from tunery.track import wandb_mirror  # noqa: E402
@@ -207,8 +208,8 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     comparison = next(event for event in events if event["event"] == "comparison")
     table = whole.table("result")
     assert (table["columns"], table["data"]) == (comparison["columns"], comparison["rows"])
-    trials = whole.table("trials")
-    assert trials["columns"][:3] == ["trial", "state", "eval.sft.domain.loss"]
+    trials = whole.table("leaderboard")
+    assert trials["columns"][:4] == ["trial", "state", "place", "eval.sft.domain.loss"]
     assert "sft.learning_rate" in trials["columns"]
     assert len(trials["data"]) == 12
     assert whole.summary["result.sft.domain loss"] == 3.191
@@ -228,6 +229,21 @@ def test_answers_before_and_after_are_a_table_of_the_stage(tmp_path: Path) -> No
     assert [row[3:] for row in table["data"]] == [[0.5, 4.0]] * 4
     assert by_name["quickstart/wins"].table("responses")["data"][0][2] == "It is a <b>string</b>."
     assert by_name["quickstart/ppo"].points[1]["rollout_tokens_per_second"] == 2_100.0
+
+
+def test_search_is_in_the_files_as_tables_and_each_trial_as_a_run_with_its_tags(tmp_path: Path) -> None:
+    mirror(tmp_path, searched_events(10))
+    by_name = {run.run.display_name: run for run in stored(tmp_path)}
+    again = by_name["r00"]
+    assert ([*again.run.tags], again.config["of"], again.config["sft.seed"]) == (["replicate"], "t00", 1017)
+    assert [*by_name["t00"].run.tags] == []
+    assert sum(run.run.job_type == "trial" for run in by_name.values()) == 12
+    whole = by_name["quickstart"]
+    for name in ("leaderboard", "importance", "parallel_coordinates", "pareto_front", "funnel", "filter_samples"):
+        assert whole.table(name)["data"], name
+    board = whole.table("leaderboard")
+    best = dict(zip(board["columns"], board["data"][0], strict=True))
+    assert (best["trial"], best["half"], best["seeds"]) == ("t00", 0.0123, 2)
 
 
 def test_two_mirrors_of_one_log_write_to_the_same_runs(sample: Any, tmp_path: Path) -> None:

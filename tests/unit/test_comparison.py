@@ -8,7 +8,9 @@ from typing import Any
 from conftest import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.comparison import diversity_table, loss_table, policy_table, results, win_table
+from tunery.comparison import diversity_table, loss_table, policy_table, results, search_table, win_table
+from tunery.search.journal import Begun, Record
+from tunery.search.outcome import facts_of
 from tunery.store import Artifact
 
 TEXT = """\
@@ -195,3 +197,61 @@ def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> N
     assert table is not None
     assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
     assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]
+
+
+SEARCH = """
+name: searched
+seed: 1
+stages:
+  rows: {kind: dataset, source: rows.jsonl}
+  held: {kind: dataset, source: held.jsonl}
+  sft:  {kind: sft, data: rows, model: {pretrained: ./base}, epochs: 1, learning_rate: 1e-3, eval_data: held}
+search:
+  metric: sft.eval_loss
+  mode: min
+  constraints: [{metric: sft.eval_loss, min: 1.0}]
+  trials: 30
+  replicate: 3
+  space:
+    sft.learning_rate: {loguniform: [1e-4, 1e-2]}
+    sft.schedule: {choice: [linear, constant]}
+    sft.warmup: {uniform: [0, 0.2], when: {sft.schedule: linear}}
+"""
+
+
+def ended(name: str, value: float, of: str = "", **more: Any) -> Record:
+    overrides = {"sft.learning_rate": value / 1000, "sft.schedule": "constant"}
+    result = {"state": "done", "values": {"sft.eval_loss": value}, "tokens": 900.0, "seconds": 1.0, "error": ""}
+    return Record(Begun(name, 0, overrides, "replicate" if of else "drawn", of), [], {**result, **more})
+
+
+def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(load_text: LoadText) -> None:
+    experiment, _ = load_text(SEARCH)
+    assert experiment.search is not None
+    records = [ended("a", 2.0), ended("b", 2.1), ended("broken", 0.5), ended("c", 3.0, state="stopped")]
+    records += [ended("a2", 2.3, "a"), ended("a3", 2.2, "a"), ended("b2", 2.0, "b"), ended("b3", 2.1, "b")]
+    facts = facts_of(experiment.search, records, "the budget of 1 hours is spent")
+    table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
+    assert table is not None
+    columns = ["trial", "state", "eval loss", "mean of seeds", "seeds", "breaks", "learning rate", "schedule", "tokens"]
+    assert table["columns"] == columns
+    assert [row[0] for row in table["rows"]] == ["b", "a", "broken", "c"]
+    assert table["rows"][0][3:5] == ["2.07 ± 0.19", 3]
+    assert table["rows"][2][5] == "eval loss < 1"
+    assert table["notes"] == [
+        "best: b, eval loss 2.07 ± 0.19 over 3 seeds, with learning_rate=2.1e-3, schedule=constant",
+        "a tie with a: 3 seeds can't tell them apart",
+        "the search ended early: the budget of 1 hours is spent",
+        "4 trials: 3 done, 1 stopped; 4 more with other seeds",
+    ]
+
+
+def test_table_of_a_long_search_has_its_best_trials_and_says_where_the_others_are(load_text: LoadText) -> None:
+    experiment, _ = load_text(SEARCH)
+    assert experiment.search is not None
+    facts = facts_of(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")
+    table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
+    assert table is not None
+    assert [row[0] for row in table["rows"]] == [f"t{number}" for number in range(20)]
+    assert table["notes"][-1] == "30 trials: 30 done; the report has the other 10"
+    assert "by one seed" in table["notes"][0]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from sample_run import START, Event, events_until, failed_events, sample_events
+from sample_search import FORGETTING, LOSS, searched_events
 
 from tunery.track.notes import note
+from tunery.track.snapshot import Bound, Standing
 from tunery.track.state import RunState, replay
 
 
@@ -111,7 +113,7 @@ def test_best_trial_is_the_lowest_that_ran_to_its_end() -> None:
     state = replay([event("search_started", metric="m", mode="min", trials=4), *ended])
     assert state.search is not None
     assert state.search.best is state.search.trials["b"]
-    assert [one.name for one in state.search.ranked] == ["c", "b", "a", "d"]
+    assert [one.name for one in state.search.ranked] == ["b", "a", "c", "d"]
     state.search.mode = "max"
     assert state.search.best is state.search.trials["a"]
 
@@ -171,3 +173,41 @@ def test_note_of_an_unknown_kind_shows_its_first_facts() -> None:
         "stage_finished", stage="ppo", kind="ppo", seconds=1, facts={"mean_reward": 0.51, "x": [1], "n": 1200}
     )
     assert note(replay([finished]).stages["ppo"]) == "mean reward 0.51, n 1,200"
+
+
+def test_search_folds_origins_values_standings_ties_and_front() -> None:
+    search = replay(searched_events(ended_by="the budget is spent")).search
+    assert search is not None
+    first, again = search.trials["t00"], search.trials["r00"]
+    assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("drawn", 3.1, True, 40_000)
+    assert (again.origin, again.of) == ("replicate", "t00")
+    assert search.standings.get(first.name) == Standing(pytest.approx(3.105), 0.0123, 2)
+    assert search.standings.get(again.name) is None
+    assert (search.ties, search.front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
+    assert search.objectives == [(LOSS, "min"), (FORGETTING, "min")]
+    assert search.bounds == [Bound(FORGETTING, None, 0.1)]
+
+
+def test_search_that_is_told_again_as_done_keeps_its_origins() -> None:
+    told = [one for one in searched_events() if one["event"] != "trial_started"]
+    for one in told:
+        if one["event"] == "trial_finished" and one["trial"] == "r00":
+            one.update(origin="replicate", of="t00")
+    search = replay(told).search
+    assert search is not None
+    assert search.trials["r00"] not in search.own
+    assert "r00" not in [trial.name for trial in search.ranked]
+
+
+def test_trial_that_breaks_a_constraint_is_best_only_where_none_keeps_to_it() -> None:
+    def trial(name: str, value: float, feasible: bool) -> Event:
+        end = {"overrides": {}, "state": "done", "value": value, "feasible": feasible}
+        return event("trial_finished", trial=name, **end)
+
+    opening = event("search_started", metric="m", mode="min", trials=2)
+    only = replay([opening, trial("broken", 1.0, False)]).search
+    both = replay([opening, trial("broken", 1.0, False), trial("kept", 2.0, True)]).search
+    assert only is not None
+    assert only.best is only.trials["broken"]
+    assert both is not None
+    assert both.best is both.trials["kept"]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from sample_run import Event, events_until, failed_events, rewarded_events, sample_events
+from sample_run import START, Event, events_until, failed_events, rewarded_events, sample_events
+from sample_search import searched_events
 
 from tunery.track.events import EventReader
 from tunery.track.notes import latest, note
@@ -209,3 +210,38 @@ def test_on_a_terminal_the_final_state_is_drawn(tmp_path: Path) -> None:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "12 of 12 trials" in shown
     assert "domain perplexity" in shown
+
+
+def test_narrow_leaderboard_leaves_out_columns_and_names_them() -> None:
+    trial = "trial-60d5fae2"
+    told = {
+        "columns": ["trial", "mean of seeds", "eval loss", "forgetting", "learning rate", "schedule", "tokens"],
+        "rows": [[trial, "6.6192 ± 0.0023", 6.62, 0.0139, 4.41e-3, "constant", 7_258]],
+        "notes": ["best: " + "long words " * 12],
+        "optional": ["schedule", "tokens"],
+    }
+    state = replay([{"t": 1.0, "event": "comparison", **told}])
+    wide, narrow = (drawn(final_table(state, width), width) for width in (120, 72))
+    assert any("constant" in line and "7,258" in line for line in wide)
+    row = next(line for line in narrow if trial in line)
+    assert "6.6192 ± 0.0023" in row
+    assert "4.41e-3" in row, "a header breaks before a cell is cut"
+    assert "constant" not in row
+    assert any("left out here, in the report: schedule, tokens" in line for line in narrow)
+    assert max(len(line) for line in narrow if trial in line or "mean" in line) <= 72
+
+
+def test_running_replicate_and_its_line_at_the_end_say_whose_they_are() -> None:
+    events = searched_events()
+    begun = next(i for i, one in enumerate(events) if one["event"] == "trial_started" and one["trial"] == "r01")
+    state = replay(events[: begun + 1])
+    assert any("r01  replicate of t01" in line for line in drawn(render(state, 120, START + 501), 120))
+    ended = next(one for one in events if one["event"] == "trial_finished" and one["trial"] == "r01")
+    (line,) = PlainLines(since=0.0).lines(replay([*events[: begun + 1], ended]), ended)
+    assert "(replicate of t01)" in line
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_best_of_a_finished_search_is_shown_by_its_mean(width: int) -> None:
+    lines = drawn(render(replay(searched_events()), width, START + 602), width)
+    assert any("best  3.105 ± 0.012  t00" in line for line in lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sample_run import METRIC, PPO_FACTS, START, Event, failed_events, rewarded_events, sample_events
+from sample_search import FORGETTING, LOSS, SHARE, WARMUP, searched_events
 
 from tunery.track.wandb_mirror import Mirrored, wanted_mode
 from tunery.track.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
@@ -146,8 +147,9 @@ def test_finished_search_that_is_told_again_opens_no_trials_but_is_in_the_table(
     actions = told([event("run_started", stages=[]), search, again])
     assert [run.job_type for run in of(Open, actions)] == ["comparison"]
     (log,) = of(Log, actions)
-    expected = Table(["trial", "state", METRIC, "sft.epochs", "seconds", "error"], [["t1", "done", 1.5, 2, 3.0, ""]])
-    assert log.values["trials"] == expected
+    (row,) = log.values["leaderboard"].rows
+    cells = dict(zip(log.values["leaderboard"].columns, row, strict=True))
+    assert [cells[name] for name in ("trial", "state", METRIC, "sft.epochs", "seconds")] == ["t1", "done", 1.5, 2, 3.0]
 
 
 def test_stage_that_another_run_made_while_it_waited_is_no_run() -> None:
@@ -218,7 +220,7 @@ def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
     comparison = next(e for e in events if e["event"] == "comparison")
     (log,) = of(Log, actions, WHOLE)
     assert log.values["result"] == Table(comparison["columns"], comparison["rows"])
-    assert len(log.values["trials"].rows) == 12
+    assert len(log.values["leaderboard"].rows) == 12
     counts = next(
         e["facts"]["scores"]["perplexity"]["histogram"]["counts"]
         for e in events
@@ -359,3 +361,117 @@ def test_notes_say_how_to_sync_and_what_is_missing() -> None:
     (_, problem) = Mirrored("offline", "r", 3, lost=2, error="OSError: disk full").notes
     assert problem == "W&B: OSError: disk full (2 things are missing there)"
     assert "--include-online" in Mirrored("offline", "r", 3, partly_online=True).notes[0]
+
+
+# Searches.
+
+
+def test_trials_that_were_not_drawn_bear_their_origin_as_a_tag_and_in_their_config() -> None:
+    actions = told(searched_events())
+    drawn, cloned, again = (opened(actions, name) for name in ("t00", "t03", "r01"))
+    assert (drawn.tags, drawn.config["origin"]) == ((), "drawn")
+    assert (cloned.tags, cloned.config["of"]) == (("cloned",), "t00")
+    assert again.tags == ("replicate",)
+    assert (again.config["of"], again.config["sft.seed"]) == ("t01", 1017)
+    assert "of" not in drawn.config
+
+
+def test_a_hundred_trials_are_a_hundred_runs_whose_ids_stay() -> None:
+    def ids() -> list[str]:
+        return [run.id for run in of(Open, told(searched_events(98))) if run.job_type == "trial"]
+
+    assert len(set(ids())) == 100
+    assert ids() == ids()
+
+
+def test_resumed_trial_goes_on_in_its_run() -> None:
+    events = searched_events()
+    cut = next(i for i, one in enumerate(events) if one["event"] == "trial_finished" and one["trial"] == "t04")
+    actions = told([*events[:cut], *events[:4], events[cut - 2], *events[cut:]])
+    assert opened(actions, "t04").id == opened(told(events), "t04").id
+
+
+def test_end_of_a_trial_tells_all_metrics_and_whether_it_keeps_to_the_constraints() -> None:
+    actions = told(searched_events())
+    summaries = of(Summarize, actions, opened(actions, "t00").id)
+    values = {key: value for summary in summaries for key, value in summary.values.items()}
+    assert (values[LOSS], values[FORGETTING], values["feasible"], values["tokens"]) == (3.1, 0.02, True, 40_000.0)
+
+
+def rows_of(actions: list[Any], name: str) -> list[dict[str, Any]]:
+    (log,) = of(Log, actions, run_id("searched"))
+    return [dict(zip(log.values[name].columns, row, strict=True)) for row in log.values[name].rows]
+
+
+def test_leaderboard_in_wandb_has_means_over_seeds_and_no_replicates() -> None:
+    rows = rows_of(told(searched_events()), "leaderboard")
+    assert [row["trial"] for row in rows][:2] == ["t00", "t01"]
+    assert len(rows) == 16
+    assert (rows[0]["mean"], rows[0]["half"], rows[0]["seeds"]) == (pytest.approx(3.105), 0.0123, 2)
+    assert rows[2]["seeds"] is None
+    assert {LOSS, FORGETTING, "sft.learning_rate", "breaks", "front", "origin"} <= rows[0].keys()
+
+
+def test_parallel_coordinates_and_front_are_tables_a_row_a_trial() -> None:
+    actions = told(searched_events())
+    rows = rows_of(actions, "parallel_coordinates")
+    assert len({row["trial"] for row in rows}) == len(rows) == 16
+    assert list(rows[0]) == ["trial", "sft.learning_rate", "sft.schedule", WARMUP, SHARE, LOSS, FORGETTING]
+    assert [row["trial"] for row in rows_of(actions, "pareto_front")] == ["t00", "t03"]
+
+
+def test_importance_is_a_table_unless_there_are_too_few_trials() -> None:
+    rows = rows_of(told(searched_events()), "importance")
+    first = next(row for row in rows if row["metric"] == LOSS)
+    assert (first["field"], first["beyond_chance"]) == ("sft.learning_rate", True)
+    assert len(rows) == 8
+    (log,) = of(Log, told(searched_events(5)), run_id("searched"))
+    assert "importance" not in log.values
+
+
+def test_rows_and_samples_of_the_best_and_the_worst_trial_stand_beside_each_other() -> None:
+    actions = told(searched_events())
+    funnel = rows_of(actions, "funnel")
+    assert [(row["which"], row["step"], row["rows"]) for row in funnel if row["which"] == "best"] == [
+        ("best", "read", 1000),
+        ("best", "kept by clean", 800),
+    ]
+    worst = next(row["trial"] for row in funnel if row["which"] == "worst")
+    assert worst == rows_of(actions, "leaderboard")[-1]["trial"]
+    samples = rows_of(actions, "filter_samples")
+    assert {(row["which"], row["verdict"]) for row in samples} == {
+        (which, verdict) for which in ("best", "worst") for verdict in ("kept", "dropped")
+    }
+    assert samples[0]["text"] == "<b>row</b> of t00"
+
+
+def test_filter_that_the_search_leaves_alone_tells_no_samples() -> None:
+    events = searched_events()
+    for one in events:
+        one.get("overrides", {}).pop(SHARE, None)
+        if one.get("stage") == "clean":
+            one["fingerprint"] = "f-same"
+        if one["event"] == "search_started":
+            one["space"] = {path: said for path, said in one["space"].items() if path != SHARE}
+    (log,) = of(Log, told(events), run_id("searched"))
+    assert "filter_samples" not in log.values
+
+
+def test_summary_of_a_search_tells_its_winner_ties_and_what_ended_it() -> None:
+    (summary,) = of(Summarize, told(searched_events(ended_by="the budget is spent")), run_id("searched"))
+    assert summary.values["search.best.trial"] == "t00"
+    assert summary.values["search.best.seeds"] == 2
+    assert summary.values["search.ties"] == ["t01"]
+    assert summary.values["search.ended_by"] == "the budget is spent"
+
+
+@pytest.mark.parametrize(("state", "late"), [("stopped", 0), ("done", 1)])
+def test_step_that_a_stopped_trial_takes_before_it_hears_of_it_is_not_missing(state: str, late: int) -> None:
+    translator = Translator("quickstart", EXPERIMENT)
+    start = event("trial_started", 0.5, trial="t", overrides={"sft.epochs": 1})
+    end = event("trial_finished", 3, trial="t", overrides={"sft.epochs": 1}, state=state, value=2.0)
+    point = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0}, trial="t")
+    opening, *rest = training(trial="t")
+    actions = translator.translate([opening, start, *rest, end, point])
+    assert len(of(Log, actions)) == 1
+    assert translator.late == late

@@ -7,7 +7,7 @@ from typing import Any
 from ray.tune import Callback
 
 from tunery.search.journal import Journal
-from tunery.search.ranking import value_of
+from tunery.search.ranking import feasible, value_of
 from tunery.search.trial import FINISHED
 from tunery.spec import Search
 from tunery.track.events import EventLog
@@ -59,6 +59,7 @@ class TellTrials(Callback):  # type: ignore[misc]
             overrides=trial.config["overrides"],
             **{**outcome, "error": error},
             value=value_of(self._search, values) if values else None,
+            feasible=feasible(self._search, values),
         )
 
 

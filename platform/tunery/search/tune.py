@@ -60,11 +60,7 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
     size = _packed_by(experiment)
     log.write(
         "search_started",
-        metric=search.metric,
-        mode=search.mode,
-        trials=search.trials,
-        scheduler=search.scheduler,
-        space={path: dimension.describe() for path, dimension in search.space.items()},
+        **search.describe(),
         max_concurrent=_at_once(room, size, search) if room else None,
         reason=_why(room, size) if room else "",
     )

@@ -193,6 +193,19 @@ class Search(Spec):
         further = (*(item.metric for item in self.also), *(item.metric for item in self.constraints))
         return tuple(dict.fromkeys((self.metric, *further)))
 
+    def describe(self) -> dict[str, Any]:
+        """What its event says of it (track/events.py)."""
+        return {
+            "metric": self.metric,
+            "mode": self.mode,
+            "metrics": list(self.metrics),
+            "also": [item.model_dump() for item in self.also],
+            "constraints": [item.model_dump() for item in self.constraints],
+            "trials": self.trials,
+            "scheduler": self.scheduler,
+            "space": {path: dimension.describe() for path, dimension in self.space.items()},
+        }
+
     @model_validator(mode="after")
     def _weights(self) -> Search:
         weighted = [item.weight is not None for item in self.also]

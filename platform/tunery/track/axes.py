@@ -130,9 +130,14 @@ def circle(x: float, y: float, radius: float, css: str, tip: str = "") -> str:
 
 
 def path(points: Sequence[tuple[float, float]], css: str, tip: str = "") -> str:
+    return paths([points], css, tip)
+
+
+def paths(pieces: Sequence[Sequence[tuple[float, float]]], css: str, tip: str = "") -> str:
+    """One line in several pieces, with gaps between them."""
     told = f' data-tip="{escape(tip)}"' if tip else ""
-    drawn = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path d="{drawn}" class="{css}"{told}/>' if points else ""
+    drawn = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) for points in pieces if points)
+    return f'<path d="{drawn}" class="{css}"{told}/>' if drawn else ""
 
 
 def shorten(said: str, room: float) -> str:

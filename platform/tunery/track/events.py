@@ -15,11 +15,20 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     metrics          step, values {name: number}                                  a point of a training's curves
     stage_finished   kind, fingerprint, reused (bool), seconds, artifact (path), facts {..} (see each stage kind)
     stage_failed     kind, message, cause, remedy, log
-    search_started   metric, mode, trials, scheduler, space {path: text}, max_concurrent, reason
-    trial_started    trial, overrides {path: value}
-    trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (metric or null), seconds, error
-    search_finished  best (trial), best_overrides, value, seconds, best_fingerprints {stage: fingerprint}
-    comparison       title, columns [..], rows [[..]], notes [..]                 a table that the run ends with
+    search_started   metric, mode, metrics [..] (the first one, further ones, those of constraints), also
+                     [{metric, mode, weight}], constraints [{metric, max, min}], trials, scheduler, space {path: text},
+                     max_concurrent, reason
+    trial_started    trial, overrides {path: value}, origin ("first" | "drawn" | "added" | "cloned" | "replicate"),
+                     of (the trial that it is cloned from or repeats)
+    trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (the metric, or the weighted sum;
+                     null without), values {metric: number}, feasible (keeps to the constraints), steps, tokens, rows,
+                     seconds, error; origin and of where a search is told again that was done before
+    search_finished  best (trial), best_overrides, value, seconds, ended_by (what ended it early), standings [{trial,
+                     mean, half (of the 95% interval, or null), values}] of trials that were repeated, ties [trials
+                     that seeds can't tell from the best], front [trials of the Pareto front], best_fingerprints
+                     {stage: fingerprint}
+    comparison       title, columns [..], rows [[..]], notes [..]: a table that the run ends with; optional [..]:
+                     columns that a narrow terminal may leave out, the last one first
     overhead         first_step_seconds, ray_start_seconds, between_stages_seconds (list), stage_launch_seconds {..}
     run_finished     state ("done" | "failed" | "interrupted"), seconds, message
 """

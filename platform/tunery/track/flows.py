@@ -1,4 +1,4 @@
-"""The charts of bars (what became of the rows, where the time went): pure functions to SVG text."""
+"""The charts of bars (what became of the rows, where the time went, what matters how much): pure, to SVG text."""
 
 from __future__ import annotations
 
@@ -29,6 +29,39 @@ class Span:
     end: float
     style: str = "done"
     tip: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share of 1 with its name. `quiet`: it may be chance."""
+
+    label: str
+    share: float
+    note: str = ""
+    quiet: bool = False
+
+
+def bars_chart(bars: Sequence[Bar]) -> str:
+    """Shares, one under the other."""
+    if not bars:
+        return ""
+    names = min(210.0, max(len(bar.label) for bar in bars) * CHARACTER + 12)
+    notes = max(len(bar.note) for bar in bars) * CHARACTER + 48
+    x = Scale(0, 1, names, WIDTH - notes)
+    step, thick, parts = 30.0, 18.0, list[str]()
+    for index, bar in enumerate(bars):
+        top = 6 + index * step
+        said = f"{100 * bar.share:.0f}%"
+        parts.append(text(0, top + 13, shorten(bar.label, names - 8), css="name"))
+        parts.append(rect(x.start, top, x.end - x.start, thick, "trough"))
+        tip = f"{bar.label}: {said}" + (f"\n{bar.note}" if bar.note else "")
+        parts.append(
+            rect(x.start, top, x(bar.share) - x.start, thick, "bar by-chance" if bar.quiet else "bar good", tip)
+        )
+        parts.append(text(x.end + 10, top + 13, said, css="value"))
+        parts.append(text(x.end + 46, top + 13, bar.note, css="tick"))
+    said = "; ".join(f"{bar.label} {100 * bar.share:.0f}%" for bar in bars)
+    return svg(6 + len(bars) * step, parts, said)
 
 
 def funnel_chart(levels: Sequence[Level]) -> str:

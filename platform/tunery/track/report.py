@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from tunery.track import augmented, curves, filters, responses, reviews, sections, sweep, timing
 from tunery.track.events import read_events
+from tunery.track.leaderboard import verdict
 from tunery.track.notes import note, outcome
 from tunery.track.sheets import fact
 from tunery.track.snapshot import RunState, StageState
@@ -66,7 +67,10 @@ def report_html(state: RunState, name: str = "") -> str:
         open_responses=responses.OPEN,
         search=search,
         search_summary=sweep.summary(search) if search else "",
-        search_best=sweep.best_line(search) if search else "",
+        search_verdict=verdict(search) if search else [],
+        parallel=sweep.parallel(search) if search else None,
+        pareto=sweep.pareto(search) if search else None,
+        importance=sweep.importance(search) if search else [],
         scatters=sweep.scatters(search) if search else [],
         trial_curves=sweep.trial_curves(search) if search else None,
         trials=sweep.trials_table(search) if search else None,

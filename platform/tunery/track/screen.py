@@ -12,10 +12,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tunery.track.leaderboard import mean_text, origin
 from tunery.track.notes import note
 from tunery.track.snapshot import Failure, RunState, SearchState, StageState, TrialState
 from tunery.track.wording import (
@@ -77,9 +79,9 @@ def _comparison(told: dict[str, Any], width: int) -> RenderableType:
     """One table and its notes. Rows become blocks where columns don't fit."""
     columns: list[str] = told.get("columns") or []
     rows: list[list[object]] = told.get("rows") or []
-    notes = [Text(f"  {line}", style="dim") for line in told.get("notes") or []]
+    notes: list[str] = list(told.get("notes") or [])
     if not columns or not rows:
-        return Group(*notes)
+        return Group(*map(_note, notes))
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
     by_column = [[row[index] for row in padded] for index in range(len(columns))]
     texts = [
@@ -90,17 +92,43 @@ def _comparison(told: dict[str, Any], width: int) -> RenderableType:
         max([*(len(word) for word in name.split()), *(Text(text).cell_len for text in column)], default=0)
         for name, column in zip(columns, texts, strict=True)
     ]
-    if sum(needs) + 3 * len(needs) > width:
-        return Group(*_blocks(columns, texts), Text(""), *notes)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    for name, column, values in zip(columns, texts, by_column, strict=True):
-        numeric = is_numeric(values) or all(text[:1] in "+-−0123456789–" for text in column)
-        table.add_column(
-            name, justify="right" if numeric else "left", vertical="bottom", min_width=max(map(len, column))
+    # What a narrow terminal may leave out, the report has.
+    left_out: list[str] = []
+    optional = [name for name in told.get("optional") or [] if name in columns]
+    while sum(needs) + 3 * len(needs) > width and optional:
+        left_out.append(optional.pop())
+        place = columns.index(left_out[-1])
+        columns, texts, by_column, needs = (
+            [*items[:place], *items[place + 1 :]] for items in (columns, texts, by_column, needs)
         )
+    if left_out:
+        notes.append(f"left out here, in the report: {', '.join(reversed(left_out))}")
+    if sum(needs) + 3 * len(needs) > width:
+        return Group(*_blocks(columns, texts), Text(""), *map(_note, notes))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    widths = _widths(columns, needs, width)
+    for name, column, values, wide in zip(columns, texts, by_column, widths, strict=True):
+        numeric = is_numeric(values) or all(text[:1] in "+-−0123456789–" for text in column)
+        table.add_column(name, justify="right" if numeric else "left", vertical="bottom", width=wide)
     for index in range(len(rows)):
         table.add_row(*(Text(column[index], no_wrap=True) for column in texts))
-    return Group(table, *notes)
+    return Group(table, *map(_note, notes))
+
+
+def _widths(columns: Sequence[str], needs: Sequence[int], width: int) -> list[int]:
+    """A header takes one line where there is room, and else breaks: the longest beyond what its column needs first."""
+    widths = [max(Text(name).cell_len, need) for name, need in zip(columns, needs, strict=True)]
+    while sum(widths) + 3 * len(widths) > width:
+        widest = max(range(len(widths)), key=lambda index: widths[index] - needs[index])
+        if widths[widest] == needs[widest]:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _note(line: str) -> RenderableType:
+    """Folded lines are indented as well."""
+    return Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False)
 
 
 def _blocks(columns: Sequence[str], texts: Sequence[Sequence[str]]) -> list[RenderableType]:
@@ -247,7 +275,8 @@ def _search_lines(search: SearchState, width: int, now: float) -> list[Renderabl
     lines = [first] if width >= WIDE else [title, first]
     if search.best and search.best.value is not None:
         best = Text("  best  ", style="green")
-        best.append(f"{measure(search.best.value)}  ", style="bold")
+        standing = search.standings.get(search.best.name)
+        best.append(f"{mean_text(standing) if standing else measure(search.best.value)}  ", style="bold")
         best.append(f"{search.best.name}  {overrides_text(search.best.overrides, names)}")
         lines.append(best)
     running = [trial for trial in search.trials.values() if trial.status == "running"]
@@ -269,6 +298,8 @@ def _trial_line(trial: TrialState, search: SearchState, names: dict[str, str], n
         said = search.curve(trial)
         latest = f"{measure(said[-1][1])}  " if said else f"{note(stage)}  " if stage.points else ""
         line.append(latest, style="bold default")
+    if origin(trial):
+        line.append(f"{origin(trial)}  ", style="default")
     line.append(overrides_text(trial.overrides, names), style="dim default")
     return line
 

@@ -5,7 +5,7 @@ A section for which the run has nothing (yet) is empty, and the page leaves it o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tunery.spec import TRAININGS
@@ -91,7 +91,7 @@ def funnels(state: RunState) -> list[Figure]:
     for stage in state.stages.values():
         if stage.kind != "dataset" or as_number(stage.facts.get("rows")) is None:
             continue
-        levels = list(_funnel(state, stage))
+        levels = list(funnel_levels(state.stages.values(), stage))
         planted = any(level.planted for level in levels)
         keys = [("good", "rows"), ("bad", "planted bad rows")] if planted else []
         source = str(stage.facts.get("source") or "")
@@ -99,7 +99,8 @@ def funnels(state: RunState) -> list[Figure]:
     return figures
 
 
-def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
+def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator[Level]:
+    """Rows read, readable, and kept by each of `stages` that goes back to the dataset; in the order of the file."""
     rows, quarantined = (
         as_number(dataset.facts.get("rows")) or 0,
         as_number(dataset.facts.get("quarantined")) or 0,
@@ -110,7 +111,7 @@ def _funnel(state: RunState, dataset: StageState) -> Iterator[Level]:
     if quarantined:
         yield Level("readable", rows, f"−{count(quarantined)} quarantined", planted)
     depths = {dataset.name: 0}
-    for stage in state.stages.values():
+    for stage in stages:
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.

@@ -13,6 +13,10 @@ DRAWN = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
 """Facts that have a place of their own in the report, and that nobody wants to read as numbers."""
 
 
+DENSE = 9
+"""Columns that fit the page in ordinary print."""
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
@@ -29,6 +33,11 @@ class Table:
     notes: list[str] = field(default_factory=list)
     chosen: int | None = None
 
+    @property
+    def dense(self) -> bool:
+        """So many columns that they need small print."""
+        return len(self.columns) > DENSE
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -39,6 +48,8 @@ class Figure:
     note: str = ""
     keys: list[tuple[str, str]] = field(default_factory=list)
     small: bool = False
+    wide: bool = False
+    """Takes the whole width of the page."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,9 @@ def _winner(column: Sequence[object], how: str) -> int | None:
 
 
 def _looks_numeric(texts: Sequence[str]) -> bool:
-    """Numbers that were written out with a sign or a unit, such as '+0.12', are set flush right as well."""
+    """Numbers that were written out with a sign, a unit or an interval, such as '+0.12', are flush right as well."""
     present = [said for said in texts if said]
     return bool(present) and all(
-        said.lstrip("+-−–").replace(",", "").replace(".", "").rstrip("%s").isdigit() for said in present
+        said.replace(" ± ", "").lstrip("+-−–").replace(",", "").replace(".", "").rstrip("%s").isdigit()
+        for said in present
     )

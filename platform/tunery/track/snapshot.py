@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 Status = Literal["waiting", "running", "done", "reused", "failed"]
@@ -94,8 +94,19 @@ class TrialState:
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    """first, drawn, added, cloned or replicate; empty in logs from before it was told."""
+    of: str = ""
+    """The trial that it is cloned from or repeats."""
     status: TrialStatus = "waiting"
     value: float | None = None
+    """The metric, or the weighted sum."""
+    values: dict[str, float] = field(default_factory=dict)
+    """By metric."""
+    feasible: bool = True
+    """Keeps to the constraints, as far as anyone told."""
+    steps: float | None = None
+    tokens: float | None = None
     started: float | None = None
     seconds: float | None = None
     error: str = ""
@@ -110,10 +121,41 @@ class TrialState:
         return running[-1] if running else begun[-1] if begun else None
 
 
+@dataclass(frozen=True)
+class Objective:
+    """A metric that a search has beside its first one; without a `weight` it is optimised by itself."""
+
+    metric: str
+    mode: str = "min"
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A constraint of a search."""
+
+    metric: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What several seeds say of a trial: their mean, and half of its 95% interval where it is known."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
 @dataclass
 class SearchState:
     metric: str = ""
     mode: str = "min"
+    metrics: list[str] = field(default_factory=list)
+    """The first one, further ones, those of constraints."""
+    also: list[Objective] = field(default_factory=list)
+    bounds: list[Bound] = field(default_factory=list)
     planned: int = 0
     scheduler: str = ""
     space: dict[str, str] = field(default_factory=dict)
@@ -126,23 +168,71 @@ class SearchState:
     """As the search itself told at its end; `best` before that is the best of the finished trials."""
     best_fingerprints: dict[str, str] = field(default_factory=dict)
     """Of all stages with the best trial's values; empty in logs from before they were told."""
+    ended_by: str = ""
+    """What ended it before its last trial."""
+    halves: dict[str, float] = field(default_factory=dict)
+    """Half of the 95% interval of each repeated trial's mean, as the search told at its end."""
+    ties: list[str] = field(default_factory=list)
+    front: list[str] = field(default_factory=list)
     trials: dict[str, TrialState] = field(default_factory=dict)
 
     @property
+    def own(self) -> list[TrialState]:
+        """Without the replicates, which only say how sure the value of another trial is."""
+        return [trial for trial in self.trials.values() if trial.origin != "replicate"]
+
+    @property
+    def weighted(self) -> bool:
+        """The value of a trial is a sum of metrics."""
+        return any(item.weight is not None for item in self.also)
+
+    @property
+    def objectives(self) -> list[tuple[str, str]]:
+        """(metric, mode) of what is optimised apart."""
+        first = [(self.metric, self.mode)]
+        return first if self.weighted else [*first, *((item.metric, item.mode) for item in self.also)]
+
+    @property
+    def value_name(self) -> str:
+        return "weighted sum" if self.weighted else self.metric or "value"
+
+    @property
+    def standings(self) -> dict[str, Standing]:
+        """Of the trials that were repeated, by name."""
+        again: dict[str, list[float]] = {}
+        for trial in self.trials.values():
+            if trial.origin == "replicate" and trial.status == "done" and trial.value is not None:
+                again.setdefault(trial.of, []).append(trial.value)
+        repeated = [self.trials[name] for name in again if name in self.trials]
+        return {
+            trial.name: Standing(
+                fmean([trial.value, *again[trial.name]]), self.halves.get(trial.name), 1 + len(again[trial.name])
+            )
+            for trial in repeated
+            if trial.status == "done" and trial.value is not None
+        }
+
+    @property
     def ranked(self) -> list[TrialState]:
-        """Best first; trials without a value last."""
+        """Without replicates, best first. A stopped trial got its value with less training, so those that ran to
+        their end lead; of them those that keep to the constraints, then those that were repeated, by their mean; a
+        single value that beats such a mean may be luck. Trials without a value are last."""
         sign = -1.0 if self.mode == "max" else 1.0
-        with_value = [trial for trial in self.trials.values() if trial.value is not None]
-        without = [trial for trial in self.trials.values() if trial.value is None]
-        return sorted(with_value, key=lambda trial: sign * (trial.value or 0.0)) + without
+        standings = self.standings
+
+        def place(trial: TrialState) -> tuple[bool, bool, bool, bool, float]:
+            standing = standings.get(trial.name)
+            value = standing.mean if standing else trial.value
+            unknown = value is None
+            return unknown, trial.status != "done", not trial.feasible, standing is None, sign * (value or 0.0)
+
+        return sorted(self.own, key=place)
 
     @property
     def best(self) -> TrialState | None:
         if self.best_name in self.trials:
             return self.trials[self.best_name]
-        # A trial that was stopped early reached its value on a smaller budget than the others.
-        finished = [trial for trial in self.ranked if trial.value is not None and trial.status == "done"]
-        return finished[0] if finished else None
+        return next((trial for trial in self.ranked if trial.value is not None and trial.status == "done"), None)
 
     def count(self, *statuses: TrialStatus) -> int:
         return sum(trial.status in statuses for trial in self.trials.values())

@@ -9,10 +9,11 @@ relies on having seen another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from tunery.track.events import Event
-from tunery.track.snapshot import Failure, Point, RunState, SearchState, StageState, TrialState
+from tunery.track.notes import listed
+from tunery.track.snapshot import Bound, Failure, Objective, Point, RunState, SearchState, StageState, TrialState
 from tunery.track.wording import as_number, strings
 
 __all__ = ["Failure", "Point", "RunState", "SearchState", "StageState", "TrialState", "apply", "replay"]
@@ -47,7 +48,7 @@ def _run_started(state: RunState, event: Event) -> None:
     state.ray_start_seconds, state.comparisons, state.overhead = None, {}, {}
     state.invocations += 1
     before, state.stages = state.stages, {}
-    for told in event.get("stages") or []:
+    for told in listed(event.get("stages")):
         name = str(told.get("name", ""))
         stage = before.get(name) or StageState(name)
         stage.kind, stage.inputs = str(told.get("kind", "")), strings(told.get("inputs"))
@@ -96,7 +97,7 @@ def _metrics(state: RunState, event: Event) -> None:
     step, values = as_number(event.get("step")), event.get("values")
     if step is None or not isinstance(values, dict):
         return
-    numbers = {str(key): number for key, value in values.items() if (number := as_number(value)) is not None}
+    numbers = _numbers(values)
     if event.get("stage"):
         points = _stage(state, event).points
     elif event.get("trial"):
@@ -136,6 +137,15 @@ def _search_started(state: RunState, event: Event) -> None:
     search.space, search.scheduler = told, str(event.get("scheduler") or "")
     search.planned, search.max_concurrent = _whole(event.get("trials")), _whole(event.get("max_concurrent"))
     search.reason, search.started = str(event.get("reason") or ""), _time(event)
+    search.metrics = strings(event.get("metrics")) or [search.metric] * bool(search.metric)
+    search.also = [
+        Objective(str(told.get("metric", "")), str(told.get("mode", "min")), as_number(told.get("weight")))
+        for told in listed(event.get("also"))
+    ]
+    search.bounds = [
+        Bound(str(told.get("metric", "")), as_number(told.get("min")), as_number(told.get("max")))
+        for told in listed(event.get("constraints"))
+    ]
     same = before and (before.metric, before.mode, before.space) == (search.metric, search.mode, search.space)
     if before and (same or not before.metric):
         search.trials = before.trials  # the same search goes on: what is done stays done
@@ -149,8 +159,15 @@ def _trial_started(state: RunState, event: Event) -> None:
         if trial.overrides and trial.overrides != overrides:
             trial.stages, trial.points = {}, {}
         trial.overrides = dict(overrides)
+    _origin(trial, event)
     trial.status, trial.started, trial.seconds = "running", _time(event), None
     trial.value, trial.error = None, ""
+    trial.values, trial.feasible, trial.steps, trial.tokens = {}, True, None, None
+
+
+def _origin(trial: TrialState, event: Event) -> None:
+    trial.origin = str(event.get("origin") or trial.origin)
+    trial.of = str(event.get("of") or trial.of)
 
 
 def _trial_finished(state: RunState, event: Event) -> None:
@@ -159,7 +176,12 @@ def _trial_finished(state: RunState, event: Event) -> None:
         trial.overrides = dict(event["overrides"])
     told = event.get("state")
     trial.status = told if told in ("done", "stopped", "failed") else "done"
+    _origin(trial, event)
     trial.value, trial.seconds = as_number(event.get("value")), as_number(event.get("seconds"))
+    trial.steps, trial.tokens = as_number(event.get("steps")), as_number(event.get("tokens"))
+    values = event.get("values")
+    trial.values = _numbers(values) if isinstance(values, dict) else {}
+    trial.feasible = event.get("feasible") is not False
     failures = [stage.error.message for stage in trial.stages.values() if stage.error]
     trial.error = str(event.get("error") or "") or "".join(failures[:1])
     for stage in trial.stages.values():
@@ -172,6 +194,13 @@ def _search_finished(state: RunState, event: Event) -> None:
     state.search.finished = True
     state.search.best_name = str(event.get("best") or "")
     state.search.seconds = as_number(event.get("seconds"))
+    state.search.ended_by = str(event.get("ended_by") or "")
+    state.search.ties, state.search.front = strings(event.get("ties")), strings(event.get("front"))
+    state.search.halves = {
+        str(told.get("trial")): half
+        for told in listed(event.get("standings"))
+        if (half := as_number(told.get("half"))) is not None
+    }
     told = event.get("best_fingerprints")
     state.search.best_fingerprints = dict(told) if isinstance(told, dict) else {}
 
@@ -182,6 +211,7 @@ def _comparison(state: RunState, event: Event) -> None:
         "columns": strings(event.get("columns")),
         "rows": rows,
         "notes": strings(event.get("notes")),
+        "optional": strings(event.get("optional")),
     }
 
 
@@ -223,6 +253,10 @@ def _trial(state: RunState, event: Event) -> TrialState:
     state.search = state.search or SearchState()
     name = str(event.get("trial") or "")
     return state.search.trials.setdefault(name, TrialState(name))
+
+
+def _numbers(values: Mapping[object, object]) -> dict[str, float]:
+    return {str(key): number for key, value in values.items() if (number := as_number(value)) is not None}
 
 
 def _time(event: Event) -> float:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from tunery.track.events import Event, EventReader
+from tunery.track.leaderboard import origin
 from tunery.track.notes import latest, note
 from tunery.track.screen import final_table, render
 from tunery.track.snapshot import RunState, StageState
@@ -184,7 +185,7 @@ def _trial(state: RunState, name: str) -> str:
     trial = search.trials[name]
     ended = search.count("done", "stopped", "failed")
     value = f" {search.metric} {measure(trial.value)}" if trial.value is not None else ""
-    best = " (best so far)" if search.best is trial else ""
+    best = " (best so far)" if search.best is trial else f" ({origin(trial)})" if origin(trial) else ""
     overrides = overrides_text(trial.overrides, short_paths(search.space or trial.overrides))
     why = f": {trial.error.splitlines()[0]}" if trial.error else ""
     return f"trial {name}: {trial.status}{value}{best}  {overrides}  [{ended} of {search.total}]{why}"

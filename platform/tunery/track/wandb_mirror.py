@@ -209,6 +209,7 @@ class WandbMirror:
             group=self._run,
             job_type=action.job_type,
             config=action.config,
+            tags=action.tags,
             mode="online" if self._mode == "online" else "offline",
             resume="allow",
             reinit="create_new",  # several runs are open at a time

@@ -8,6 +8,9 @@ W&B runs:
     stage kind    run, stage, fingerprint         run/stage     step
     trial         run, trial, overrides           trial         <stage>/step, since a trial may train more than once
     comparison    run                             run           none
+
+A trial's config are its overrides, and where it comes from: `origin`, and of a clone or a replicate `of`; all but those
+that were drawn bear their origin as a tag. What is told of the search as a whole is in `wandb_search`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any
 from tunery.track.events import Event
 from tunery.track.snapshot import RunState
 from tunery.track.state import apply
-from tunery.track.wandb_values import Drawn, Table, answers, flatten, histograms, numbers, table
+from tunery.track.wandb_search import search_summary, search_tables
+from tunery.track.wandb_values import Drawn, answers, flatten, histograms, numbers, table
 
 INTERRUPTED = 255
 """W&B's exit code for what was stopped from outside."""
@@ -40,6 +44,7 @@ class Open:
     name: str
     job_type: str
     config: dict[str, Any]
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Translator:
         self._begun: dict[tuple[str, str], _Begun] = {}  # by trial and stage
         self._ended: set[tuple[str, str]] = set()
         self._trials: dict[str, str] = {}  # trial -> id, while it runs
+        self._stopped: set[str] = set()  # ids of trials that take a step or two more until they hear of it
 
     def before(self, events: Iterable[Event]) -> None:
         """What the log holds of earlier invocations, which W&B was told at their time. At most once, and first."""
@@ -154,8 +160,7 @@ class Translator:
         pictures: dict[str, Drawn] = {}
         for title, told in self._state.comparisons.items():
             pictures[_slug(title)] = table(told["columns"], told["rows"])
-        if self._state.search and self._state.search.trials:
-            pictures["trials"] = self._trial_table()
+        pictures |= search_tables(self._state)
         for name, stage in self._state.stages.items():
             pictures |= histograms(stage.facts, f"{name}.")
         if pictures:
@@ -189,7 +194,7 @@ class Translator:
 
     def _points(self, event: Event, id: str, values: Mapping[str, Any], prefix: str) -> list[Action]:
         if id not in self._open:
-            self.late += 1
+            self.late += id not in self._stopped
             return []
         point = Log(id, {prefix + name: number for name, number in numbers(values).items()}, float(event["t"]))
         if prefix in self._open[id]:
@@ -246,22 +251,32 @@ class Translator:
         overrides = event.get("overrides") or {}
         id = run_id(self._run, "", trial, json.dumps(overrides, sort_keys=True))
         self._trials[trial] = id
-        return [] if id in self._open else self._begin(id, trial, "trial", dict(overrides))
+        if id in self._open:
+            return []
+        origin = {key: event[key] for key in ("origin", "of") if event.get(key)}
+        told = str(event.get("origin") or "")
+        tags = (told,) if told not in ("", "drawn") else ()
+        return self._begin(id, trial, "trial", {**overrides, **origin}, tags)
 
     def _trial_finished(self, event: Event) -> list[Action]:
         id = self._trials.pop(_trial(event), "")
         if id not in self._open:  # of an earlier invocation, told again: it is in the table
             return []
-        metric = self._state.search.metric if self._state.search else ""
-        told = {key: event.get(key) for key in ("state", "seconds")} | {"error": event.get("error") or None}
-        values = flatten({**told, metric or "value": event.get("value")})
+        if event.get("state") == "stopped":
+            self._stopped.add(id)
+        name = self._state.search.value_name if self._state.search else "value"
+        told = {key: event.get(key) for key in ("state", "seconds", "steps", "tokens", "rows", "feasible")}
+        told["error"] = event.get("error") or None
+        values = flatten({**told, **(event.get("values") or {}), name: event.get("value")})
         return [Summarize(id, values), self._finish(id, 1 if event.get("state") == "failed" else 0)]
 
     # Runs.
 
-    def _begin(self, id: str, name: str, job_type: str, config: dict[str, Any]) -> list[Action]:
+    def _begin(
+        self, id: str, name: str, job_type: str, config: dict[str, Any], tags: tuple[str, ...] = ()
+    ) -> list[Action]:
         self._open[id] = set()
-        actions: list[Action] = [Open(id, name, job_type, config)]
+        actions: list[Action] = [Open(id, name, job_type, config, tags)]
         before = self._before.pop(id, [])
         for point in before if id not in self._drawn else ():
             for prefix in sorted({_prefix(name) for name in point.values} - self._open[id]):
@@ -299,25 +314,12 @@ class Translator:
         values["message"] = self._state.message or None
         for title, told in self._state.comparisons.items():
             values |= _cells(_slug(title), told["columns"], told["rows"])
-        if (search := self._state.search) is not None:
-            values["search.trials"] = {state: search.count(state) for state in ("done", "stopped", "failed")}
-            if search.best is not None:
-                best = {"trial": search.best.name, "value": search.best.value, "overrides": search.best.overrides}
-                values["search.best"] = best
+        if self._state.search is not None:
+            values |= search_summary(self._state.search)
         values["overhead"] = self._state.overhead
         for name, stage in self._state.stages.items():
             values |= flatten(stage.facts, f"{name}.")
         return flatten(values)
-
-    def _trial_table(self) -> Table:
-        search = self._state.search
-        assert search is not None, "asked for when there are trials"
-        paths = list(search.space) or sorted({path for trial in search.trials.values() for path in trial.overrides})
-        rows = [
-            [trial.name, trial.status, trial.value, *map(trial.overrides.get, paths), trial.seconds, trial.error]
-            for trial in search.ranked
-        ]
-        return table(["trial", "state", search.metric or "value", *paths, "seconds", "error"], rows)
 
 
 _HANDLERS = {

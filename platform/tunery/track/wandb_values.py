@@ -15,9 +15,11 @@ NAMING = ("model", "set", "score", "name", "trial")
 search names its metric."""
 LONGEST_LIST = 100
 REPORT_ONLY = frozenset({"samples", "quarantine", "pairs"})
-"""Facts that are for the local report alone: texts of rows, which nobody meant to upload, and counts for a chart.
+"""Facts that are for the local report alone: texts of rows, and counts for a chart.
 
-The answers that models gave (`responses`) are wanted in W&B, prompts and all: as a table, not among the numbers."""
+A few rows that the filters of a search's best and worst trial kept and dropped are a table (wandb_search.py): what a
+filter keeps says more than its share. The answers that models gave (`responses`) are wanted in W&B, prompts and all: as
+a table, not among the numbers."""
 
 
 @dataclass(frozen=True)
