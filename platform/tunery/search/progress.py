@@ -6,9 +6,10 @@ from typing import Any
 
 from ray.tune import Callback
 
+from tunery.runner.execute import Where
 from tunery.search.journal import Journal
 from tunery.search.ranking import feasible, value_of
-from tunery.search.trial import FINISHED
+from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search
 from tunery.track.events import EventLog
 
@@ -16,11 +17,15 @@ PROGRESS = ("steps", "tokens", "rows")
 
 
 class TellTrials(Callback):  # type: ignore[misc]
-    def __init__(self, log: EventLog, journal: Journal, search: Search) -> None:
-        self._log, self._journal, self._search = log, journal, search
+    def __init__(self, log: EventLog, journal: Journal, search: Search, where: Where) -> None:
+        self._log, self._journal, self._search, self._where = log, journal, search, where
+        self._begun: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         config = trial.config
+        if config["trial"] not in self._begun:  # and not a second try
+            self._begun.add(config["trial"])
+            error_file(self._where, config["trial"]).unlink(missing_ok=True)
         record = self._journal.records[config["trial"]]
         self._log.write(
             "trial_started",
@@ -40,7 +45,9 @@ class TellTrials(Callback):  # type: ignore[misc]
         self._ended(trial, "done" if result.get(FINISHED) else "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended(trial, "failed", str(trial.get_error() or ""))
+        told = error_file(self._where, trial.config["trial"])
+        error = told.read_text() if told.is_file() else str(trial.get_error() or "its process was killed")
+        self._ended(trial, "failed", error)
 
     def _ended(self, trial: Any, state: str, error: str) -> None:
         name, result = trial.config["trial"], trial.last_result or {}
@@ -50,18 +57,14 @@ class TellTrials(Callback):  # type: ignore[misc]
             "values": values,
             **{key: result.get(key) for key in PROGRESS},
             "seconds": result.get("time_total_s"),
-            "error": _last_line(error),
+            "error": error,
         }
         self._journal.end(name, **outcome)
         self._log.write(
             "trial_finished",
             trial=name,
             overrides=trial.config["overrides"],
-            **{**outcome, "error": error},
+            **outcome,
             value=value_of(self._search, values) if values else None,
             feasible=feasible(self._search, values),
         )
-
-
-def _last_line(error: str) -> str:
-    return next((line for line in reversed(error.strip().splitlines()) if line.strip()), "")

@@ -34,8 +34,7 @@ class Queue(Searcher):  # type: ignore[misc]
         self._waiting = journal.open
         self._running: dict[str, str] = {}
         self._exhausted = False
-        for record in journal.ended:
-            suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended or {})
+        self._told: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
         """`trial_id` is Tune's. The config of a trial is {"trial", "overrides", "origin"}."""
@@ -50,10 +49,8 @@ class Queue(Searcher):  # type: ignore[misc]
         return {"trial": begun.trial, "overrides": begun.overrides, "origin": begun.origin}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The journal knows what became of it (search/progress.py tells it first)."""
-        record = self._journal.records.get(self._running.pop(trial_id, ""))
-        if record is not None and record.ended is not None:
-            self._suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended)
+        """What became of it stands in the journal, by now or soon: Tune tells callbacks after searchers."""
+        self._running.pop(trial_id, None)
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """True: it minds that itself. Tune is told the number so that it starts as many at once (else one by one)."""
@@ -71,6 +68,7 @@ class Queue(Searcher):  # type: ignore[misc]
             if not self._steering.stops(begun.trial):
                 return begun
             self._journal.end(begun.trial, state="stopped", values={}, tokens=0, seconds=0.0, error="")
+        self._tell()
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
             first = self._search.first[drawn] if drawn < len(self._search.first) else None
             found = self._suggester.ask(drawn, first)
@@ -83,6 +81,13 @@ class Queue(Searcher):  # type: ignore[misc]
             if self._waiting:
                 return self._waiting.pop(0)
         return None
+
+    def _tell(self) -> None:
+        """The algorithm, of what has ended since."""
+        for record in self._journal.ended:
+            if record.begun.trial not in self._told:
+                self._told.add(record.begun.trial)
+                self._suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended or {})
 
     @property
     def _drawn(self) -> int:

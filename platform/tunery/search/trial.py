@@ -76,6 +76,11 @@ class TrialFunction:
         except Stopped:
             tune.report({**last, "seconds": time.time() - begin})
             return
+        except Exception as error:
+            told = error_file(self.where, identifier)
+            if not told.exists():  # the first one tells most: after it there may be no memory, or no worker
+                told.write_text(str(error))
+            raise
         if curve is not None and made_before:
             # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last
             # one: that is this trial's own last report.
@@ -96,6 +101,11 @@ class TrialFunction:
     def _is_made(self, experiment: Experiment, stage: str) -> bool:
         print_ = fingerprints(experiment, self.where.folder)[stage][0]
         return self.where.store.find(experiment.stages[stage].kind, print_) is not None
+
+
+def error_file(where: Where, trial: str) -> Path:
+    """What a trial failed with at first. Tune (2.60) keeps the last error alone, as the library's traceback."""
+    return where.logs / f"{trial}-error.txt"
 
 
 def _progress(artifact: Artifact) -> dict[str, float]:

@@ -235,7 +235,7 @@ def _run(
             storage_path=str(work),
             verbose=0,
             stop=enough,
-            callbacks=[TellTrials(log, journal, search)],
+            callbacks=[TellTrials(log, journal, search, where)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
