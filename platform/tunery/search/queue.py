@@ -27,10 +27,12 @@ class Queue(Searcher):  # type: ignore[misc]
         steering: Steering,
         at_once: int,
         reseeded: Callable[[Point, int], Point],
+        unbegun: Callable[[Begun], None] = lambda begun: None,
     ) -> None:
+        """`unbegun` is told of trials that were stopped before they began."""
         super().__init__(metric=search.metric, mode=search.mode)
         self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
-        self._at_once, self._reseeded = at_once, reseeded
+        self._at_once, self._reseeded, self._unbegun = at_once, reseeded, unbegun
         self._waiting = journal.open
         self._running: dict[str, str] = {}
         self._exhausted = False
@@ -71,6 +73,7 @@ class Queue(Searcher):  # type: ignore[misc]
             if not self._steering.stops(begun.trial):
                 return begun
             self._journal.end(begun.trial, state="stopped", values={}, tokens=0, seconds=0.0, error="")
+            self._unbegun(begun)
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
             first = self._search.first[drawn] if drawn < len(self._search.first) else None
             found = self._suggester.ask(drawn, first)

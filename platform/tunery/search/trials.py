@@ -140,9 +140,9 @@ def _listed(
     trial: TrialState, search: SearchState, origin: tuple[str, str], stops: bool, running: bool, now: float
 ) -> Listed:
     state: str = trial.status
-    if state == "running":
-        state = "waiting" if not running else "stopping" if stops else "running"
-    elif state == "waiting" and stops:
+    if state in ("running", "waiting") and not (running and trial.status == "running"):
+        state = "stopped" if stops else "waiting"  # a search that goes on leaves out what nobody wants
+    elif state == "running" and stops:
         state = "stopping"
     stage = _measured(trial, search.metric) or trial.current
     done, total, unit = _progress(stage)
@@ -218,23 +218,32 @@ def _table(trials: Sequence[Listed], width: int) -> list[RenderableType]:
     names = short_paths(path for trial in trials for path in trial.overrides)
     cells = [_cells(trial) for trial in trials]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-    wide = width >= WIDE
+    origins = [_origin(trial) for trial in trials]
+    wide, longest = width >= WIDE, max(map(len, ["origin", *origins]))
     lines: list[RenderableType] = [Text("")]
-    header = _row(COLUMNS, widths) + (f"  {'origin':<12}  values" if wide else "")
+    header = _row(COLUMNS, widths) + (f"  {'origin':<{longest}}  values" if wide else "")
     lines.append(Text("  " + header, style="dim", no_wrap=True))
-    for trial, row in zip(trials, cells, strict=True):
+    for trial, row, origin in zip(trials, cells, origins, strict=True):
         style = STYLES.get(trial.state, "yellow")
         line = Text(MARKS.get(trial.state, "■") + " ", style=style)
         line.append(_row(row, widths), style="bold default" if trial.best else "default")
-        origin, values = _origin(trial), overrides_text(trial.overrides, names)
+        values = overrides_text(trial.overrides, names)
         if wide:
-            line.append(f"  {origin:<12}  {values}", style="default")
+            line.append(f"  {origin:<{longest}}  {values}", style="default")
         lines.append(line)
         if not wide:
-            lines.append(Padding(Text("  ".join(part for part in (values, origin) if part), style="dim"), (0, 0, 0, 4)))
+            lines.append(
+                Padding(
+                    Text("  ".join(part for part in (values, origin) if part), style="dim"), (0, 0, 0, 4), expand=False
+                )
+            )
         if trial.error:
-            lines.append(Padding(Text(_last_line(trial.error), style="red"), (0, 0, 0, 4)))
+            lines.append(_below(_last_line(trial.error), "red"))
     return lines
+
+
+def _below(text: str, style: str) -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, 4), expand=False)
 
 
 def _cells(trial: Listed) -> tuple[str, ...]:

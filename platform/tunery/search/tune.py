@@ -18,7 +18,7 @@ from tunery.interrupt import interruptible
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
-from tunery.search.journal import Journal, Record
+from tunery.search.journal import Begun, Journal, Record
 from tunery.search.outcome import facts_of
 from tunery.search.packing import pack_size, why_not_packed
 from tunery.search.space import metric_stages, reseeded, trial_experiment
@@ -221,6 +221,7 @@ def _run(
         Steering(where.run),
         _at_once(room, size, search),
         partial(reseeded, experiment),
+        partial(_tell_unbegun, log),
     )
     tuner = tune.Tuner(
         tune.with_resources(function.__call__, partial(_resources, function, compute)),
@@ -245,6 +246,11 @@ def _run(
     )
     interruptible(tuner.fit)
     return enough.reason
+
+
+def _tell_unbegun(log: EventLog, begun: Begun) -> None:
+    told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}
+    log.write("trial_finished", trial=begun.trial, **told, state="stopped", value=None, seconds=0.0, error="")
 
 
 def _resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:

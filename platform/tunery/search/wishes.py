@@ -158,7 +158,7 @@ def _with(experiment: Experiment, overrides: Values, changed: Sequence[str]) -> 
         first = error.errors()[0]
         within = {str(key) for key in first["loc"]}
         about = [path for path in changed if {path.split(".")[0], path.split(".")[-1]} <= within] or list(changed)
-        _refuse({path: overrides[path] for path in about}, "", sentence(first), "")
+        _refuse({path: overrides[path] for path in about}, "", sentence(first), "give a value that the field takes")
 
 
 def _refuse(values: Values, message: str, cause: str, remedy: str) -> NoReturn:
