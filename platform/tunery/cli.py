@@ -201,6 +201,29 @@ def trials(
 
 
 @app.command()
+def compare(
+    left: Annotated[
+        str, typer.Argument(help="A run's name or folder, RUN/TRIAL, or RUN/file.", show_default=False, metavar="RUN")
+    ],
+    right: Annotated[str, typer.Argument(help="Another one.", show_default=False, metavar="RUN")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Set two runs or trials side by side: what was measured, which fields differ, which rows only one trained on."""
+    from rich.console import Console
+
+    from tunery.compare.command import compare as set_side_by_side
+    from tunery.compare.command import render
+    from tunery.store import Store as TheStore
+
+    told = set_side_by_side(left, right, TheStore(store))
+    if as_json:
+        print(json.dumps(told.as_json(), indent=1))
+    else:
+        Console(highlight=False).print(render(told))
+
+
+@app.command()
 def export(
     run: Annotated[
         str, typer.Argument(metavar="FILE_OR_RUN", help="A run's experiment, name or folder.", show_default=False)

@@ -301,3 +301,10 @@ def test_command_takes_values_after_its_options(
             command(*words)
         assert ended.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_values_that_change_what_is_measured_on_are_told(running: Bench) -> None:
+    assert running.wish("sft.epochs=2", add=True).notes == ()
+    for path in ("sft.max_length", "held.limit"):
+        (note,) = running.wish(f"{path}=30", add=True).notes
+        assert f"`{path}` changes what `sft.eval_loss` is measured on too" in note

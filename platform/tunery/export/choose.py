@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tunery.errors import RequestError
-from tunery.runner.recorded import asks_the_same, read_run
+from tunery.runner.recorded import OWN, asks_the_same, read_run
 from tunery.search.space import metric_stages
 from tunery.spec import Experiment, Training, load
 from tunery.spec.graph import closure
@@ -15,9 +15,6 @@ from tunery.spec.overrides import with_overrides
 from tunery.spec.translate import nearest
 from tunery.store import Artifact, Store
 from tunery.track.snapshot import RunState, StageState, TrialState
-
-OWN = "file"
-"""In place of a trial's name: the model that was made with the file's own values."""
 
 
 @dataclass(frozen=True)

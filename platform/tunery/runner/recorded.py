@@ -14,6 +14,9 @@ from tunery.track.events import Event, read_events
 from tunery.track.snapshot import RunState
 from tunery.track.state import replay
 
+OWN = "file"
+"""In place of a trial's name: what was made with the file's own values."""
+
 
 @dataclass(frozen=True)
 class Recorded:

@@ -72,7 +72,7 @@ class Queue(Searcher):  # type: ignore[misc]
             begun = self._waiting.pop(0)
             if not self._steering.stops(begun.trial):
                 return begun
-            self._journal.end(begun.trial, state="stopped", values={}, tokens=0, seconds=0.0, error="")
+            self._journal.end(begun.trial, state="stopped", values=self._last_values(begun), seconds=0.0, error="")
             self._unbegun(begun)
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
             first = self._search.first[drawn] if drawn < len(self._search.first) else None
@@ -86,6 +86,11 @@ class Queue(Searcher):  # type: ignore[misc]
             if self._waiting:
                 return self._waiting.pop(0)
         return None
+
+    def _last_values(self, begun: Begun) -> dict[str, float]:
+        """What was measured last of a trial that a kill has cut off."""
+        reports = self._journal.records[begun.trial].reports
+        return {metric: reports[-1][metric] for metric in self._search.metrics if reports and metric in reports[-1]}
 
     @property
     def _drawn(self) -> int:

@@ -19,14 +19,15 @@ from rich.text import Text
 from tunery.errors import RequestError, SpecError
 from tunery.runner.check import check_trial
 from tunery.runner.recorded import Recorded, read_run
-from tunery.search.space import metric_stages, trial_experiment, trial_id
+from tunery.search.space import curve_stage, metric_stages, trial_experiment, trial_id
 from tunery.search.steering import Steering
 from tunery.search.trials import OPEN, Listed, Trials, trials_of
-from tunery.spec import AUTO, Experiment
+from tunery.spec import AUTO, Experiment, Training
 from tunery.spec.check_references import check_references, check_scores
 from tunery.spec.check_search import metrics_of
 from tunery.spec.graph import closure
 from tunery.spec.overrides import PathError, with_overrides
+from tunery.spec.trainings import row_stages
 from tunery.spec.translate import sentence
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store, living_holder
@@ -46,6 +47,7 @@ class Wished:
     """Of a trial to add."""
     of: str
     about: Trials
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +58,7 @@ class Wished:
             "of": self.of,
             "search": self.about.stage,
             "running": bool(self.about.holder),
+            "notes": list(self.notes),
         }
 
     def render(self, width: int) -> RenderableType:
@@ -69,6 +72,7 @@ class Wished:
             else:
                 origin = f"cloned of {self.of}, " if self.of else ""
                 yield f"{trial}: {origin}{overrides_text(self.overrides)}"
+        yield from (f"note: {note}" for note in self.notes)
         if not self.about.holder:
             again = f"kept until `tunery run {self.about.file}` is given again"
             yield f"nobody runs `{self.about.run}` at the moment: {again}"
@@ -111,8 +115,25 @@ def trials(
     source = told.named(clone) if clone is not None else None
     overrides = {**(source.overrides if source else {}), **_values(words)}
     check_values(recorded, overrides, told.trials, tuple(_values(words)))
-    steering.add(overrides, "cloned" if source else "added", source.name if source else "")
-    return Wished("clone" if source else "add", (trial_id(overrides),), overrides, source.name if source else "", told)
+    origin, of = ("cloned", source.name) if source else ("added", "")
+    steering.add(overrides, origin, of)
+    notes = measured_otherwise(recorded.experiment, overrides)
+    return Wished("clone" if source else "add", (trial_id(overrides),), overrides, of, told, notes)
+
+
+def measured_otherwise(experiment: Experiment, overrides: Values) -> tuple[str, ...]:
+    """Values that change not only the model but what it is measured on."""
+    search, name = experiment.search, curve_stage(experiment)
+    stage = experiment.stages.get(name or "")
+    if search is None or not isinstance(stage, Training) or stage.eval_data is None:
+        return ()
+    held_out = closure(experiment.stages, row_stages(stage.eval_data).values())
+    own = (f"{name}.max_length", f"{name}.eval_data")
+    return tuple(
+        f"`{path}` changes what `{search.metric}` is measured on too: its value is not like the others'"
+        for path in overrides
+        if path not in search.space and (path in own or path.split(".")[0] in held_out)
+    )
 
 
 def check_values(recorded: Recorded, overrides: Values, known: Sequence[Listed], changed: Sequence[str]) -> None:
