@@ -87,7 +87,7 @@ def _table(columns: Sequence[str], numbers: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     for index, name in enumerate(columns):
         right = index >= numbers
-        table.add_column(name, justify="right" if right else "left", vertical="bottom", overflow="fold")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     return table
 
 
@@ -103,7 +103,7 @@ def _metrics(told: Compared) -> list[RenderableType]:
 def _measured(found: Measured | None) -> str:
     if found is None:
         return "–"
-    return measure(found.value) + ("" if found.half is None else f" ± {measure(found.half, 2)}")
+    return measure(found.value) + ("" if found.half is None else f" ± {found.half:.3f}")
 
 
 def _signed(difference: float | None) -> str:
@@ -130,6 +130,7 @@ def _said(value: Any) -> str:
     if value is None:
         return "–"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
+    text = text.removesuffix(".0") if isinstance(value, float) else text
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -9,9 +9,6 @@ from typing import Any
 from tunery.compare.sides import Side
 from tunery.spec import AUTO, Dataset, Experiment
 
-SHARED = ("seed", "search")
-"""Beside the stages: what is the same for all trials of a run. The others say how, not what."""
-
 
 @dataclass(frozen=True)
 class Field:
@@ -34,13 +31,10 @@ def compare_fields(left: Side, right: Side) -> Fields:
     does another content of a dataset's files."""
     one, other = left.experiment.stages, right.experiment.stages
     both = [name for name in one if name in other]
-    found = [*_differ(_shared(left.experiment), _shared(right.experiment), "")]
+    found = [*_differ(*_shared(left.experiment, right.experiment), "")]
     for name in both:
         own = [*_differ(_fields(left, name), _fields(right, name), f"{name}.")]
-        prints = [side.prints.get(name) for side in (left, right)]
-        if isinstance(one[name], Dataset) and not own and None not in prints and prints[0] != prints[1]:
-            own = [Field(f"{name}: content of its files", *prints)]
-        found += own
+        found += own or _content(left, right, name)
     return Fields(
         tuple(found),
         tuple(name for name in one if name not in other),
@@ -48,8 +42,23 @@ def compare_fields(left: Side, right: Side) -> Fields:
     )
 
 
-def _shared(experiment: Experiment) -> dict[str, Any]:
-    return experiment.model_dump(mode="json", include=set(SHARED), exclude_none=True)
+def _shared(left: Experiment, right: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Beside the stages; `compute` and `tracking` say how, not what. Of a search that only one has, little is told."""
+    wanted = {"seed", "search"}
+    one, other = (told.model_dump(mode="json", include=wanted, exclude_none=True) for told in (left, right))
+    for told, beside in ((one, other), (other, one)):
+        if "search" in told and "search" not in beside:
+            told["search"] = f"for {told['search']['metric']}"
+    return one, other
+
+
+def _content(left: Side, right: Side, name: str) -> list[Field]:
+    """Of a dataset with the same fields whose fingerprint differs: by its files, where it isn't by the seed."""
+    stage, prints = left.experiment.stages[name], [side.prints.get(name) for side in (left, right)]
+    if not isinstance(stage, Dataset) or None in prints or prints[0] == prints[1]:
+        return []
+    by_seed = stage.corrupt and left.experiment.seed != right.experiment.seed
+    return [] if by_seed else [Field(f"{name}: content of its files", *prints)]
 
 
 def _fields(side: Side, stage: str) -> dict[str, Any]:

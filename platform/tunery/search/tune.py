@@ -172,6 +172,7 @@ def _search(
         {"seconds": journal.spent + time.time() - begin},
     )
     shutil.rmtree(work, ignore_errors=True)
+    Steering(where.run).clear()
     _drop_leftovers(experiment, where, list(journal.records.values()))
     return artifact
 
