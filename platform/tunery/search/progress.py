@@ -45,6 +45,10 @@ class TellTrials(Callback):  # type: ignore[misc]
 
     def _ended(self, trial: Any, state: str, error: str) -> None:
         name, result = trial.config["trial"], trial.last_result or {}
+        reports = self._journal.records[name].reports
+        if state == "stopped" and reports:
+            # What was measured last, by whomever: a trial with several workers hears nothing of it itself.
+            result = {**result, **reports[-1]}
         found = {metric: float(result[metric]) for metric in self._search.metrics if metric in result}
         values = {metric: value for metric, value in found.items() if not math.isnan(value)}
         outcome = {
