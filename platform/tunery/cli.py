@@ -173,7 +173,7 @@ def trials(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TRIAL | PATH=VALUE]...",
+            metavar="TRIAL|PATH=VALUE",
             help="After --stop trials; after --add and --clone values, as sft.learning_rate=1e-3.",
             show_default=False,
         ),

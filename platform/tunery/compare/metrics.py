@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunery.compare.sides import Side
+from tunery.search.trials import last_value
 from tunery.spec import Evaluate, Training, WinRate
 from tunery.track.wording import as_number
 
@@ -48,8 +49,8 @@ def measured(side: Side) -> Iterator[tuple[str, Measured]]:
     found = {name: Measured(value) for name, value in _of_stages(side)}
     search = side.experiment.search
     if side.trial is not None and search is not None:
-        if side.trial.value is not None:  # of a stopped one no stage has told it
-            found.setdefault(search.metric, Measured(side.trial.value))
+        if (value := last_value(side.trial, search.metric)) is not None:  # of an unfinished one no stage has told it
+            found.setdefault(search.metric, Measured(value))
         for standing in _standings(side):
             if standing["trial"] == side.trial.name:
                 half = as_number(standing["half"])

@@ -86,7 +86,8 @@ class Side:
 def side(asked: str, store: Store) -> Side:
     """`asked`: a run's name or folder, which means its best trial where a search has ended; RUN/TRIAL, or RUN/file for
     the file's own values. Raises RequestError where there is no such run or trial."""
-    recorded, trial = _recorded(asked, store)
+    run, trial = _parted(asked, store)
+    recorded = read_run(run, store)
     # Run and store may have been moved, together or apart.
     stores = (Store(recorded.folder.absolute().parent.parent), store)
     search = recorded.state.search
@@ -99,23 +100,21 @@ def side(asked: str, store: Store) -> Side:
     return _of_trial(recorded, trials[trial_named(trial, trials, recorded.folder.name)], stores, asked=True)
 
 
-def _recorded(asked: str, store: Store) -> tuple[Recorded, str | None]:
-    """The run, and what follows its name."""
+def _parted(asked: str, store: Store) -> tuple[str, str | None]:
+    """The run, and the trial that follows its name."""
+    run, slash, trial = asked.rpartition("/")
+    is_trial = trial.startswith("trial-") or trial == OWN
+    if slash and not _is_run(asked, store) and (is_trial or _is_run(run, store)):
+        return run, trial
+    return asked, None
+
+
+def _is_run(name: str, store: Store) -> bool:
     try:
-        return read_run(str(store.find_run(asked)), store), None
+        store.find_run(name)
     except RequestError:
-        run, slash, trial = asked.rpartition("/")
-        if not slash:
-            raise
-        try:
-            folder = store.find_run(run)
-        except RequestError:
-            if trial.startswith("trial-") or trial == OWN:
-                raise
-            folder = None
-        if folder is None:
-            raise
-    return read_run(str(folder), store), trial
+        return False
+    return True
 
 
 def _of_trial(recorded: Recorded, trial: TrialState, stores: tuple[Store, ...], *, asked: bool = False) -> Side:

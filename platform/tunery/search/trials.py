@@ -146,7 +146,7 @@ def _listed(
         state = "stopping"
     stage = _measured(trial, search.metric) or trial.current
     done, total, unit = _progress(stage)
-    value = trial.value if trial.value is not None else _last_value(trial, search.metric)
+    value = last_value(trial, search.metric)
     seconds = trial.seconds
     if seconds is None and state in ("running", "stopping") and trial.started is not None:
         seconds = max(0.0, now - trial.started)
@@ -178,8 +178,10 @@ def _progress(stage: StageState | None) -> tuple[float, float, str]:
     return (steps, steps, "steps") if steps is not None and not stage.total else (stage.done, stage.total, stage.unit)
 
 
-def _last_value(trial: TrialState, metric: str) -> float | None:
-    """Of the metric itself: another measure may be all that is known on the way, and is not it."""
+def last_value(trial: TrialState, metric: str) -> float | None:
+    """Of the metric itself, at the end or the last on the way: another measure may be known by then, and is not it."""
+    if trial.value is not None:
+        return trial.value
     stage, _, name = metric.partition(".")
     points = trial.stages[stage].curve if stage in trial.stages else []
     values = [point.values[name] for point in points if name in point.values]
