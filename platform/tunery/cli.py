@@ -169,6 +169,62 @@ def report(
 
 
 @app.command()
+def trials(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.", show_default=False)],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TRIAL|PATH=VALUE",
+            help="After --stop trials; after --add and --clone values, as sft.learning_rate=1e-3.",
+            show_default=False,
+        ),
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End these trials before their time.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add a trial: the file's values, and these.")] = False,
+    clone: Annotated[
+        str | None, typer.Option(metavar="TRIAL", help="Add a trial: this one's values, and these.", show_default=False)
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """List the trials of a search; stop some and add others while it runs, from another terminal."""
+    from rich.console import Console
+
+    from tunery.search.wishes import trials as steer
+    from tunery.store import Store as TheStore
+
+    told = steer(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
+    console = Console(highlight=False)
+    if as_json:
+        print(json.dumps(told.as_json(), indent=1))
+    else:
+        console.print(told.render(console.width))
+
+
+@app.command()
+def compare(
+    left: Annotated[
+        str, typer.Argument(help="A run's name or folder, RUN/TRIAL, or RUN/file.", show_default=False, metavar="RUN")
+    ],
+    right: Annotated[str, typer.Argument(help="Another one.", show_default=False, metavar="RUN")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Set two runs or trials side by side: what was measured, which fields differ, which rows only one trained on."""
+    from rich.console import Console
+
+    from tunery.compare.command import compare as set_side_by_side
+    from tunery.compare.command import render
+    from tunery.store import Store as TheStore
+
+    told = set_side_by_side(left, right, TheStore(store))
+    if as_json:
+        print(json.dumps(told.as_json(), indent=1))
+    else:
+        Console(highlight=False).print(render(told))
+
+
+@app.command()
 def export(
     run: Annotated[
         str, typer.Argument(metavar="FILE_OR_RUN", help="A run's experiment, name or folder.", show_default=False)

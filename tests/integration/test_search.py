@@ -172,3 +172,37 @@ def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Ben
     third = next(event["trial"] for event in events if event["event"] == "trial_started" and event["t"] > stopped)
     steps = (event for event in events if event["event"] == "progress" and event.get("trial") == third)
     assert next(event["t"] for event in steps if event["done"]) - stopped < 60
+
+
+def test_trials_are_stopped_and_added_from_another_terminal(before_sft: Bench) -> None:
+    def change(experiment: dict) -> None:
+        searched(experiment)
+        experiment["stages"]["sft"] |= {"epochs": 0.25, "evaluations": 10}
+        experiment["search"] |= {"trials": 2, "algorithm": "random", "scheduler": "asha"}
+        rates = {"loguniform": [1e-3, 3e-3]}
+        experiment["search"]["space"] = {"sft.learning_rate": rates, "sft.epochs": {"choice": [10]}}
+
+    def measured() -> list[dict]:
+        return [event for event in before_sft.events() if event.get("trial") and "eval_loss" in event.get("values", {})]
+
+    before_sft.write(change)
+    run = before_sft.start()
+    wait_for(lambda: (before_sft.run / "events").is_dir() and measured(), 240, process=run)
+    unwanted = measured()[0]["trial"]
+    for words in (["--stop", unwanted], ["--clone", unwanted, "sft.epochs=0.5"]):
+        steered = before_sft.tunery("trials", "small", *words)
+        assert steered.returncode == 0, steered.stderr
+    output, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, output + errors
+    (search,) = before_sft.artifacts("search")
+    trials = {trial["trial"]: trial for trial in facts(search)["trials"]}
+    assert sorted(trial["origin"] for trial in trials.values()) == ["cloned", "drawn", "drawn"]
+    assert trials[unwanted]["state"] == "stopped"
+    assert trials[unwanted]["value"] is not None
+    (cloned,) = (trial for trial in trials.values() if trial["origin"] == "cloned")
+    assert (cloned["state"], cloned["of"], cloned["overrides"]["sft.epochs"]) == ("done", unwanted, 0.5)
+    assert not (before_sft.run / "steering").exists()
+    listed = json.loads(before_sft.tunery("trials", "small", "--json").stdout)
+    assert {trial["name"]: trial["state"] for trial in listed["trials"]} == {
+        name: trial["state"] for name, trial in trials.items()
+    }

@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from tunery.errors import RequestError
+from tunery.runner.recorded import OWN, asks_the_same, read_run
 from tunery.search.space import metric_stages
 from tunery.spec import Experiment, Training, load
 from tunery.spec.graph import closure
-from tunery.spec.load import parse
 from tunery.spec.overrides import with_overrides
 from tunery.spec.translate import nearest
-from tunery.spec.yaml_source import read_yaml
 from tunery.store import Artifact, Store
-from tunery.track.events import Event, read_events
 from tunery.track.snapshot import RunState, StageState, TrialState
-from tunery.track.state import replay
-
-OWN = "file"
-"""In place of a trial's name: the model that was made with the file's own values."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +47,9 @@ class Chosen:
 def choose(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> Chosen:
     """`run`: a run's name or folder, or its experiment's file. Raises RequestError where there is no such model."""
     asked = load(Path(run))[0] if Path(run).is_file() else None
-    folder = store.find_run(run if asked is None else asked.name)
-    state = replay(_of_last_experiment(read_events(folder / "events")))
-    if not state.text:
-        raise RequestError(
-            f"the run `{folder.name}` has no model", cause="its event log doesn't tell of any stage", remedy="run it"
-        )
-    experiment = parse(read_yaml(state.text, f"{state.file} (as {folder.name} has run it)"))
-    if asked is not None and not _same(asked, experiment):
+    recorded = read_run(run if asked is None else asked.name, store)
+    folder, state, experiment = recorded.folder, recorded.state, recorded.experiment
+    if asked is not None and not asks_the_same(asked, experiment):
         raise RequestError(
             f"{run} isn't what the run `{asked.name}` has made: it was edited since",
             remedy=f"give `tunery run {run}` first; or give the run's name, to export what it made before",
@@ -203,31 +192,6 @@ class _Run:
             remedy=f"give `tunery run {self.state.file}` again: it makes what is missing (of trials, the best one's); "
             "or say with --store where it is",
         )
-
-
-def _of_last_experiment(events: list[Event]) -> list[Event]:
-    """Without the invocations before the file was edited: what their trials made has the same names."""
-    texts = [str(event.get("text", "")) for event in events if event["event"] == "run_started"]
-    kept, alike = [], False
-    for event in events:
-        if event["event"] == "run_started":
-            alike = _is_same_text(str(event.get("text", "")), texts[-1])
-        if alike:
-            kept.append(event)
-    return kept
-
-
-def _is_same_text(text: str, other: str) -> bool:
-    try:
-        return text == other or _same(parse(read_yaml(text, "")), parse(read_yaml(other, "")))
-    except RequestError:  # of another version of tunery
-        return False
-
-
-def _same(one: Experiment, other: Experiment) -> bool:
-    """Whether they ask for the same models: `compute` and `tracking` say how, not what."""
-    how = {"compute", "tracking"}
-    return one.model_dump(exclude=how) == other.model_dump(exclude=how)
 
 
 def _measured(experiment: Experiment) -> dict[str, object]:

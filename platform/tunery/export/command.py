@@ -14,10 +14,11 @@ from typing import Any
 
 from tunery.errors import RequestError, TuneryError
 from tunery.export.card import Form, card
-from tunery.export.choose import OWN, Chosen, choose
+from tunery.export.choose import Chosen, choose
 from tunery.export.lineage import Link, manifests, places, trace, without_places
 from tunery.export.weights import adapter_settings, write_adapter, write_model
 from tunery.models.labels import REWARD
+from tunery.runner.recorded import OWN
 from tunery.runner.session import noise_to
 from tunery.spec import LABELS, Pretrained
 from tunery.spec.reference import model_name

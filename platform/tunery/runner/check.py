@@ -197,7 +197,6 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
     if experiment.search is None:
         return
     space = experiment.search.space
-    wanted = {metric.split(".")[0] for metric in experiment.search.metrics}
     seen: set[str] = set()
     values = [_values(path, dimension) for path, dimension in space.items()]
     for combination in itertools.islice(itertools.product(*values), MOST_COMBINATIONS):
@@ -211,22 +210,49 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
             message = f"no trial can have {overrides} together"
             yield error_at(source, ("search", "space"), message, cause=cause, remedy=remedy)
             return
-        for name, stage in closure(trial.stages, wanted).items():
-            key = f"{name} {stage.model_dump_json()}"
-            if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
-                key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
-            if key in seen:
-                continue
-            seen.add(key)
-            wrong = [*_check_batches(name, stage, trial, source, workers)]
-            if stage != experiment.stages[name] or isinstance(stage, Augment):
-                wrong += _check_stage(name, stage, trial, source, folder)
-            if wrong:
-                searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}
-                with_values = f"with {searched} " if searched else ""
-                message = f"a trial {with_values}can't work: {wrong[0].message}"
-                yield error_at(source, _blamed(name, space), message, cause=wrong[0].cause, remedy=wrong[0].remedy)
-                return
+        found = _check_made(trial, experiment, source, folder, workers, seen)
+        if found is not None:
+            name, wrong = found
+            searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}
+            with_values = f"with {searched} " if searched else ""
+            message = f"a trial {with_values}can't work: {wrong.message}"
+            yield error_at(source, _blamed(name, space), message, cause=wrong.cause, remedy=wrong.remedy)
+            return
+
+
+def check_trial(
+    trial: Experiment, experiment: Experiment, source: YamlSource, folder: Path | None, workers: int
+) -> SpecError | None:
+    """What is wrong with the stages that a trial of `experiment` makes: their batches and, where the folder that paths
+    start from is known, their files. None when nothing is."""
+    found = _check_made(trial, experiment, source, folder, workers, set())
+    return None if found is None else found[1]
+
+
+def _check_made(
+    trial: Experiment,
+    experiment: Experiment,
+    source: YamlSource,
+    folder: Path | None,
+    workers: int,
+    seen: set[str],
+) -> tuple[str, SpecError] | None:
+    """The first stage that is wrong, of those that the metrics need, and why. `seen`: stages that were looked at."""
+    assert experiment.search is not None, "only a search has trials"
+    wanted = {metric.split(".")[0] for metric in experiment.search.metrics}
+    for name, stage in closure(trial.stages, wanted).items():
+        key = f"{name} {stage.model_dump_json()}"
+        if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
+            key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
+        if key in seen:
+            continue
+        seen.add(key)
+        wrong = [*_check_batches(name, stage, trial, source, workers)]
+        if folder is not None and (stage != experiment.stages[name] or isinstance(stage, Augment)):
+            wrong += _check_stage(name, stage, trial, source, folder)
+        if wrong:
+            return name, wrong[0]
+    return None
 
 
 def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) -> Iterator[SpecError]:

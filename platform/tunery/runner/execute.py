@@ -156,6 +156,8 @@ def _make(
         raise
     except Exception as error:
         told = explain(error, name, where, trial.id)
+        if isinstance(told, Stopped):  # as Ray Train hands it on from several workers
+            raise told from error
         with suppress(OSError):  # on a full disk the error matters more than its place in the log
             story = {"message": told.message, "cause": told.cause, "remedy": told.remedy, "log": _log(told)}
             emit("stage_failed", kind=stage.kind, **story)

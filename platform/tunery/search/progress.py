@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ray.tune import Callback
@@ -36,7 +37,7 @@ class TellTrials(Callback):  # type: ignore[misc]
         )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
-        if not result.get(FINISHED) and self._search.metric in result:
+        if not result.get(FINISHED) and not math.isnan(result.get(self._search.metric, math.nan)):
             told = {name: result[name] for name in (*PROGRESS, *self._search.metrics) if name in result}
             self._journal.report(trial.config["trial"], told)
 
@@ -51,7 +52,12 @@ class TellTrials(Callback):  # type: ignore[misc]
 
     def _ended(self, trial: Any, state: str, error: str) -> None:
         name, result = trial.config["trial"], trial.last_result or {}
-        values = {metric: float(result[metric]) for metric in self._search.metrics if metric in result}
+        reports = self._journal.records[name].reports
+        if state == "stopped" and reports:
+            # What was measured last, by whomever: a trial with several workers hears nothing of it itself.
+            result = {**result, **reports[-1]}
+        found = {metric: float(result[metric]) for metric in self._search.metrics if metric in result}
+        values = {metric: value for metric, value in found.items() if not math.isnan(value)}
         outcome = {
             "state": state,
             "values": values,

@@ -27,10 +27,12 @@ class Queue(Searcher):  # type: ignore[misc]
         steering: Steering,
         at_once: int,
         reseeded: Callable[[Point, int], Point],
+        unbegun: Callable[[Begun], None] = lambda begun: None,
     ) -> None:
+        """`unbegun` is told of trials that were stopped before they began."""
         super().__init__(metric=search.metric, mode=search.mode)
         self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
-        self._at_once, self._reseeded = at_once, reseeded
+        self._at_once, self._reseeded, self._unbegun = at_once, reseeded, unbegun
         self._waiting = journal.open
         self._running: dict[str, str] = {}
         self._exhausted = False
@@ -67,7 +69,8 @@ class Queue(Searcher):  # type: ignore[misc]
             begun = self._waiting.pop(0)
             if not self._steering.stops(begun.trial):
                 return begun
-            self._journal.end(begun.trial, state="stopped", values={}, tokens=0, seconds=0.0, error="")
+            self._journal.end(begun.trial, state="stopped", values=self._last_values(begun), seconds=0.0, error="")
+            self._unbegun(begun)
         self._tell()
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
             first = self._search.first[drawn] if drawn < len(self._search.first) else None
@@ -88,6 +91,11 @@ class Queue(Searcher):  # type: ignore[misc]
             if record.begun.trial not in self._told:
                 self._told.add(record.begun.trial)
                 self._suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended or {})
+
+    def _last_values(self, begun: Begun) -> dict[str, float]:
+        """What was measured last of a trial that a kill has cut off."""
+        reports = self._journal.records[begun.trial].reports
+        return {metric: reports[-1][metric] for metric in self._search.metrics if reports and metric in reports[-1]}
 
     @property
     def _drawn(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,10 @@ class Steering:
                 self._read.add(path.name)
                 found.append(json.loads(path.read_text()))
         return found
+
+    def clear(self) -> None:
+        """The search has ended: another one of this run shall not take its wishes for its own."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def stop(self, trial: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

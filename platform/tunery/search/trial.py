@@ -8,6 +8,7 @@ Ray Train run of its own.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,12 @@ class TrialFunction:
         packed = not self.alone(overrides)
         in_process = packed or trial_spec.compute.workers == 1
         last = {"steps": 0.0, "tokens": 0.0, "rows": 0.0}
+        measured = dict.fromkeys(search.metrics, math.nan)
 
         def report(stage: str, metrics: dict[str, float]) -> None:
             if stage == curve and metrics["steps"] > last["steps"]:
                 last.update({name: metrics[name] for name in last})
+                measured.update({name: metrics[name] for name in measured if name in metrics})
                 tune.report(metrics)
 
         def callbacks(stage: str) -> tuple[Any, ...]:
@@ -74,7 +77,8 @@ class TrialFunction:
         try:
             made = execute(trial_spec, self.where, log, how)
         except Stopped:
-            tune.report({**last, "seconds": time.time() - begin})
+            # Tune (2.60) ends the whole search at a report without its metric.
+            tune.report({**measured, **last, "seconds": time.time() - begin})
             return
         except Exception as error:
             told = error_file(self.where, identifier)

@@ -18,9 +18,10 @@ from tunery.interrupt import interruptible
 from tunery.runner.execute import Where
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints
-from tunery.search.journal import Journal, Record
+from tunery.search.journal import Begun, Journal, Record
 from tunery.search.outcome import facts_of
 from tunery.search.packing import pack_size, why_not_packed
+from tunery.search.ranking import value_of
 from tunery.search.space import metric_stages, reseeded, trial_experiment
 from tunery.search.steering import Steering
 from tunery.search.suggest import suggester
@@ -167,6 +168,7 @@ def _search(
         {"seconds": journal.spent + time.time() - begin},
     )
     shutil.rmtree(work, ignore_errors=True)
+    Steering(where.run).clear()
     _drop_leftovers(experiment, where, list(journal.records.values()))
     return artifact
 
@@ -217,6 +219,7 @@ def _run(
         Steering(where.run),
         _at_once(room, size, search),
         partial(reseeded, experiment),
+        partial(_tell_unbegun, log, journal, search),
     )
     tuner = tune.Tuner(
         tune.with_resources(function.__call__, partial(_resources, function, compute)),
@@ -241,6 +244,13 @@ def _run(
     )
     interruptible(tuner.fit)
     return enough.reason
+
+
+def _tell_unbegun(log: EventLog, journal: Journal, search: Search, begun: Begun) -> None:
+    outcome = journal.records[begun.trial].ended or {}
+    value = value_of(search, outcome["values"]) if outcome["values"] else None
+    told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}
+    log.write("trial_finished", trial=begun.trial, **told, **outcome, value=value)
 
 
 def _resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:

@@ -68,7 +68,7 @@ class Lease:
     def _take(self) -> str | None:
         """None when the lease is ours now, else who holds it."""
         with FileLock(self.path.with_name(self.path.name + ".lock")):
-            if self.path.exists() and (holder := _living_holder(self.path)) is not None:
+            if self.path.exists() and (holder := living_holder(self.path)) is not None:
                 return holder
             owner = {
                 "token": self._token,
@@ -93,7 +93,8 @@ class Lease:
                 os.utime(self.path)
 
 
-def _living_holder(path: Path) -> str | None:
+def living_holder(path: Path) -> str | None:
+    """Who holds the lease at `path`; None when nobody does, or who did is dead."""
     try:
         owner = json.loads(path.read_text())
         age = time.time() - path.stat().st_mtime

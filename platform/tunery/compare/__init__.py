@@ -1,0 +1,1 @@
+"""`tunery compare`: two runs, or two trials, side by side."""
