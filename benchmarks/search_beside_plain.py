@@ -10,7 +10,8 @@ ours, packed     the same in packs
 ours, with ASHA  in packs, the worse ones stopped early
 
 Datasets and base are there before (made once into --store); scoring is in every arm. Each arm is a process of its own,
-whose whole wall time counts, with Ray's start and imports. Ours trains the file's own `sft` besides the trials.
+whose whole wall time counts, with Ray's start and imports. The file's own `sft` has the first trial's values, and is that
+trial then.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     made = _prepare(options.store, options.trials)
     results = {"plain": _plain(made, options.store)}
     for arm, changes in ARMS.items():
-        results[arm] = _ours(arm, changes, options.store, options.trials)
+        results[arm] = _ours(arm, changes, options.store, made["points"])
     print(f"{options.trials} trials on {len(os.sched_getaffinity(0))} cores")
     print("arm                seconds   times plain    steps   winner's loss   its rank among plain's")
     ranked = sorted(results["plain"]["losses"].values())
@@ -53,11 +54,18 @@ def main() -> None:
         )
 
 
-def _experiment(trials: int, changes: dict[str, Any]) -> dict[str, Any]:
+def _experiment(trials: int, changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own`: the file's own values, by path."""
     from tunery.spec.yaml_source import read_yaml
 
     told: dict[str, Any] = read_yaml((ROOT / "experiments/sweep.yaml").read_text(), "sweep.yaml").data
     told["stages"].pop("eval")
+    for path, value in own.items():
+        *parents, last = path.split(".")
+        place = told["stages"]
+        for key in parents:
+            place = place[key]
+        place[last] = value
     told["search"] |= {"trials": trials, "scheduler": "none", "replicate": 1, **changes.get("search", {})}
     told["compute"] = changes.get("compute", {})
     told["tracking"] = {"wandb": {"mode": "disabled"}}
@@ -85,11 +93,11 @@ def _prepare(store: Path, trials: int) -> dict[str, Any]:
     from tunery.search.space import point_by_chance
     from tunery.spec import load
 
-    experiment = _experiment(trials, {})
+    experiment = _experiment(trials, {}, {})
     del experiment["search"]
     experiment["stages"] = {name: experiment["stages"][name] for name in ("texts", "questions", "validation", "base")}
     _tunery(_write(store / "base.yaml", experiment), store / "base")
-    told, _ = load(_write(store / "all.yaml", _experiment(trials, {})))
+    told, _ = load(_write(store / "all.yaml", _experiment(trials, {}, {})))
     assert told.search is not None
     points = [point_by_chance(told.search.space, told.seed, number, {}) for number in range(trials)]
     found: dict[str, Any] = {"points": points, "seed": told.seed}
@@ -101,11 +109,11 @@ def _prepare(store: Path, trials: int) -> dict[str, Any]:
     return found
 
 
-def _ours(arm: str, changes: dict[str, Any], store: Path, trials: int) -> dict[str, Any]:
+def _ours(arm: str, changes: dict[str, Any], store: Path, points: list[dict[str, Any]]) -> dict[str, Any]:
     own = store / arm.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(store / "base/artifacts", own / "artifacts")
-    seconds = _tunery(_write(own / "sweep.yaml", _experiment(trials, changes)), own)
+    seconds = _tunery(_write(own / "sweep.yaml", _experiment(len(points), changes, points[0])), own)
     (search,) = (own / "artifacts").glob("search-*")
     facts = json.loads((search / "manifest.json").read_text())["facts"]
     assert len(list((own / "artifacts").glob("score-*"))) == 1, "rows were scored once"

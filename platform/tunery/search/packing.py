@@ -27,7 +27,7 @@ def why_not_packed(trial: Experiment, searched: Iterable[str]) -> str:
     """
     if trial.compute.workers_per_trial != 1:
         return f"a trial has {trial.compute.workers_per_trial} workers"
-    own = {name for name in trial.stages if set(searched) & closure(trial.stages, [name]).keys()}
+    own = [name for name in trial.stages if set(searched) & closure(trial.stages, [name]).keys()]
     trainings = [name for name in own if isinstance(trial.stages[name], Training)]
     if not trainings:
         return "trials train nothing"
@@ -39,8 +39,8 @@ def why_not_packed(trial: Experiment, searched: Iterable[str]) -> str:
         if isinstance(model, str) and model in own:
             return f"{name}: each trial has another `{model}`"
     on_cpu = trial.compute.device == "cpu"
-    for name in sorted(own - set(trainings)):
+    for name in own:
         kind = trial.stages[name].kind
-        if STAGES[kind].needs_ray and not (on_cpu and kind in ("evaluate", "win_rate")):
+        if name not in trainings and STAGES[kind].needs_ray and not (on_cpu and kind in ("evaluate", "win_rate")):
             return f"{name}: each trial makes its own {kind} stage, which needs a worker"
     return ""
