@@ -10,8 +10,8 @@ ours, packed     the same in packs
 ours, with ASHA  in packs, the worse ones stopped early
 
 Datasets and base are there before (made once into --store); scoring is in every arm. Each arm is a process of its own,
-whose whole wall time counts, with Ray's start and imports. The file's own `sft` has the first trial's values, and is that
-trial then.
+whose whole wall time counts, with Ray's start and imports. The file's own `sft` has the first trial's values, and is
+that trial then.
 """
 
 from __future__ import annotations
