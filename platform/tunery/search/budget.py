@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune import Stopper
 
 from tunery.search.journal import Journal
+from tunery.search.ranking import feasible
 from tunery.spec import Search
 
 TOLD_EVERY = 5.0
@@ -44,8 +45,10 @@ class Enough(Stopper):  # type: ignore[misc]
         if budget.target is not None:
             for record in self._journal.ended:
                 assert record.ended is not None, "ended"
-                value = record.ended["values"].get(self._search.metric)
-                if record.ended["state"] == "done" and value is not None and self._met(value, budget.target):
+                values = record.ended["values"]
+                value = values.get(self._search.metric)
+                may_win = record.ended["state"] == "done" and feasible(self._search, values)
+                if may_win and value is not None and self._met(value, budget.target):
                     return f"{record.begun.trial} has reached the target of {budget.target:g}"
         return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,8 +104,8 @@ def _draws(search: Search, seed: int) -> list[dict[str, Any]]:
     """The trials that the search would draw, as far as that is known before any of them has ended."""
     if search.algorithm == "grid":
         grid = ByGrid(search)
-        asked = (grid.ask(number, None) for number in itertools.count())
-        return list(itertools.islice(itertools.takewhile(lambda found: found is not None, asked), LOOKED_AT))  # type: ignore[arg-type]
+        asked = [grid.ask(number, None) for number in range(min(search.trials, LOOKED_AT))]
+        return [found for found in asked if found is not None]
     firsts = [*search.first, *[None] * search.trials][: min(search.trials, LOOKED_AT)]
     return [point_by_chance(search.space, seed, number, first or {}) for number, first in enumerate(firsts)]
 

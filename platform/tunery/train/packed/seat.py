@@ -54,6 +54,10 @@ class _Passenger:
     asked: float = field(default_factory=time.time)
     leaves: bool = False
 
+    @property
+    def gone(self) -> bool:
+        return self.leaves or time.time() - self.asked > GONE_SECONDS
+
 
 class PackActor:
     """One pack in a process of its own; a thread takes step after step while it has members."""
@@ -72,7 +76,11 @@ class PackActor:
     def leave(self, trial: str) -> None:
         """Returns when its last checkpoint is written."""
         with self._changed:
-            if (passenger := self._passengers.get(trial)) is not None:
+            if (passenger := self._passengers.get(trial)) is None:
+                return
+            if passenger.ended:  # meanwhile; the thread has done with it
+                del self._passengers[trial]
+            else:
                 passenger.leaves = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._passengers.get(trial) is not passenger)
@@ -80,7 +88,14 @@ class PackActor:
     def news(self, trial: str) -> tuple[list[dict[str, float]], bool]:
         """Reports since the last question, and whether the training has ended; waits for some. Raises its error."""
         with self._changed:
-            passenger = self._passengers[trial]
+            passenger = self._passengers.get(trial)
+            if passenger is None:
+                raise StageError(
+                    "pack",
+                    f"{trial} has left its pack",
+                    cause=f"nobody asked about it for {GONE_SECONDS:.0f} s",
+                    remedy="it goes on from its checkpoint when it is tried again",
+                )
             passenger.asked = time.time()
             self._changed.wait_for(lambda: passenger.news or passenger.ended, NEWS_SECONDS)
             passenger.asked = time.time()
@@ -103,8 +118,11 @@ class PackActor:
         members: dict[str, tuple[_Passenger, Any]] = {}
         while True:
             with self._changed:
-                busy = lambda: any(not passenger.ended for passenger in self._passengers.values())  # noqa: E731
-                if not self._changed.wait_for(busy, IDLE_SECONDS):
+                if not self._changed.wait_for(self._busy, IDLE_SECONDS):
+                    # Ended, and nobody came to ask: its trial's process was killed.
+                    late = [trial for trial, one in self._passengers.items() if one.gone]
+                    for trial in late:
+                        del self._passengers[trial]
                     if not self._passengers:
                         return self._close()
                     continue
@@ -123,6 +141,9 @@ class PackActor:
                 del members[trial]
                 self._end(trial)
 
+    def _busy(self) -> bool:
+        return any(not passenger.ended for passenger in self._passengers.values())
+
     def _close(self) -> None:
         import ray
 
@@ -140,7 +161,7 @@ class PackActor:
 
     def _come_and_go(self, pack: Any, members: dict[str, tuple[_Passenger, Any]], here: dict[str, _Passenger]) -> None:
         for trial, passenger in here.items():
-            gone = passenger.leaves or time.time() - passenger.asked > GONE_SECONDS
+            gone = passenger.gone
             if trial in members and (gone or members[trial][0] is not passenger):  # or it has begun anew
                 pack.leave(members.pop(trial)[1])
             if gone:
@@ -188,6 +209,8 @@ class Desk:
                 ray.get(pack.leave.remote(job.trial))
         counted = [(source, pack, len(members)) for source, pack, members in told]
         fitting = [(count, pack) for source, pack, count in counted if source == job.model and count < self._size]
+        if not fitting and len(self._packs) < self._most and not self._has_device():
+            return None  # a trial that trains alone has it, or another search: asking a pack that waits would block
         if len(self._packs) == self._most and not fitting:
             empty = [(source, pack) for source, pack, count in counted if not count]
             if not empty:
@@ -195,12 +218,21 @@ class Desk:
             ray.kill(empty[0][1])
             self._packs.remove(empty[0])
         emptiest = min((count for count, _ in fitting), default=self._size)
-        if len(self._packs) < self._most and emptiest > 0:
+        if len(self._packs) < self._most and emptiest > 0 and (not fitting or self._has_device()):
             pack = self._new(job.model)
         else:
             pack = next(pack for count, pack in fitting if count == emptiest)
         ray.get(pack.join.remote(job))
         return pack
+
+    def _has_device(self) -> bool:
+        """Whether a new pack could start at once."""
+        import ray
+
+        free = ray.available_resources()
+        gpu = self._compute.device == "gpu"
+        enough: bool = free.get("GPU", 0) >= 1 if gpu else free.get("CPU", 0) >= self._compute.cpus_per_worker
+        return enough
 
     def _new(self, source: Source) -> Any:
         import ray
