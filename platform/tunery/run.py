@@ -81,7 +81,8 @@ def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) ->
         resolved = experiment.model_copy(update={"compute": compute})
         workers, why = concurrent_trials(compute, local_hardware())
         planned = plan_search(resolved, store, Path(source.file).parent, workers, why)
-        stopped = f", {search.scheduler} by {search.rungs}" if search.scheduler != "none" else ""
+        by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.rungs}"
+        stopped = by if search.scheduler != "none" else ""
         lines = [f"{planned.trials} trials ({search.algorithm}{stopped}) for {search.metric}", *planned.lines()]
         if search.replicate > 1:
             more = search.replicate - 1

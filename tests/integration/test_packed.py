@@ -22,7 +22,13 @@ from tunery.train.packed.pack import Pack
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "other_rank": {"learning_rate": 5e-3, "tuner": {"lora": {"rank": 8, "alpha": 4}}},
-    "large_batches": {"global_batch_size": 12, "epochs": 3, "schedule": "linear", "weight_decay": 0.1},
+    "large_batches": {
+        "global_batch_size": 12,
+        "epochs": 3,
+        "schedule": "linear",
+        "weight_decay": 0.1,
+        "changes": [{"after": 0.3, "learning_rate": 2e-3}, {"after": 0.6, "weight_decay": 1.0, "learning_rate": 1e-3}],
+    },
     "few_layers": {
         "global_batch_size": 2,
         "epochs": 0.4,

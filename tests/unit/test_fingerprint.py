@@ -247,6 +247,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
             "warmup": [0.0],
             "weight_decay": [0.1],
             "max_grad_norm": [0.5],
+            "changes": [[{"after": 0.5, "learning_rate": 1e-5}], [{"after": 0.5, "weight_decay": 0.1}]],
             "eval_data": ["more", *LABELLED] if name == "judge" else ["more"],
             "evaluations": [2],
             "seed": [4, 5],

@@ -106,6 +106,7 @@ def test_another_seed_is_that_of_the_trainings_that_the_search_changes(load_text
     assert reseeded(experiment, {"sft.learning_rate": 1e-4}, 2) == {"sft.learning_rate": 1e-4, "sft.seed": 2003}
 
 
+EVALUATED = EXPERIMENT[EXPERIMENT.index("seed: 3}") : EXPERIMENT.index("search:")] + "search:"
 MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "field that does not exist": ("sft.learning_rate: {choice", "sft.lerning_rate: {choice", ["did you mean"]),
     "range upside down": ("{choice: [1e-3, 1e-4]}", "{uniform: [2e-3, 1e-3]}", ["upside down"]),
@@ -120,6 +121,22 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     ),
     "bounds that nothing meets": ("max: 0.02", "max: 0.02, min: 1", ["nothing is at least 1 and at most 0.02"]),
     "scheduler of an end": ("metric: sft.eval_loss", "scheduler: median\n  metric: eval.sft.a.loss", ["once, after"]),
+    "scheduler with nothing to judge by": (
+        EVALUATED,
+        EVALUATED.replace("3}", "3, evaluations: 1}") + "\n  scheduler: asha",
+        ["evaluates once, at its end (`evaluations: 1`)", "raise `evaluations`"],
+    ),
+    "population with nothing to change": (
+        "sft.learning_rate: {choice: [1e-3, 1e-4]}",
+        "sft.epochs: {choice: [1, 2]}\n  scheduler: pbt",
+        ["pbt has nothing to change", "`sft.learning_rate`"],
+    ),
+    "population of one": ("  trials: 4", "  scheduler: pbt\n  trials: 1", ["nobody to learn from"]),
+    "population that changes when it evaluates": (
+        "  space:",
+        "  scheduler: pbt\n  space:\n    sft.evaluations: {choice: [2, 3]}",
+        ["can't search `sft.evaluations`"],
+    ),
     "condition on no dimension": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}",

@@ -64,6 +64,11 @@ class Trial:
     """Where its trainings take a seat in a pack (train/packed/seat.py)."""
     stop: Path | None = None
     """A file whose presence ends it."""
+    shares: str = ""
+    """The training that shares checkpoints with those of other trials:"""
+    kept: Path | None = None
+    begins_with: Path | None = None
+    """both as its job has them (train/job.py)."""
     report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
     callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
 
@@ -141,6 +146,8 @@ def _make(
                 in_process=trial.in_process,
                 desk=trial.desk,
                 stop=trial.stop,
+                kept=trial.kept if name == trial.shares else None,
+                begins_with=trial.begins_with if name == trial.shares else None,
                 report=lambda metrics: trial.report(name, metrics),
                 callbacks=trial.callbacks(name),
             )

@@ -29,7 +29,7 @@ from tunery.spec.reference import model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
-LATER = ("diverse", "fraction", "baseline")
+LATER = ("diverse", "fraction", "baseline", "changes")
 """Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
 
 
@@ -93,7 +93,9 @@ def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, d
 
 def _without_later(fields: Any) -> Any:
     if isinstance(fields, dict):
-        return {key: _without_later(value) for key, value in fields.items() if key not in LATER or value is not None}
+        return {
+            key: _without_later(value) for key, value in fields.items() if key not in LATER or value not in (None, [])
+        }
     return [_without_later(value) for value in fields] if isinstance(fields, list) else fields
 
 

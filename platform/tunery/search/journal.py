@@ -1,8 +1,8 @@
 """What a search has begun and what became of it, a JSON line each: with it the same command goes on after a kill.
 
     {"event": "opened", "at": seconds since the epoch}                 an invocation of the command
-    {"event": "begun", "trial", "number", "overrides", "origin", "of"}
-    {"event": "report", "trial", "result": {metric, tokens, step}}      an evaluation on the way
+    {"event": "begun", "trial", "number", "overrides", "origin", "of", "since"}
+    {"event": "report", "trial", "result": {metric, tokens, steps, share}}  an evaluation on the way
     {"event": "ended", "trial", "state", "values", "tokens", "seconds", "error"}
     {"event": "spent", "seconds"}                                       wall time of an invocation, again and again
 
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Origin = Literal["first", "drawn", "added", "cloned", "replicate"]
+Origin = Literal["first", "drawn", "added", "cloned", "descendant", "replicate"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Begun:
     overrides: dict[str, Any]
     origin: Origin
     of: str = ""
-    """The trial that it is cloned from or repeats."""
+    """The trial that it is cloned or descended from, or repeats."""
+    since: int = 0
+    """Of a descendant: the step of that one's checkpoint that it begins with."""
 
 
 @dataclass

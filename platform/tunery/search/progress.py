@@ -38,7 +38,7 @@ class TellTrials(Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
         if not result.get(FINISHED) and not math.isnan(result.get(self._search.metric, math.nan)):
-            told = {name: result[name] for name in (*PROGRESS, *self._search.metrics) if name in result}
+            told = {name: result[name] for name in (*PROGRESS, "share", *self._search.metrics) if name in result}
             self._journal.report(trial.config["trial"], told)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

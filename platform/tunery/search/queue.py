@@ -9,6 +9,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tunery.search.journal import Begun, Journal
+from tunery.search.population import Population
 from tunery.search.ranking import rank, value_of
 from tunery.search.space import Point, trial_id
 from tunery.search.steering import Steering
@@ -28,18 +29,23 @@ class Queue(Searcher):  # type: ignore[misc]
         at_once: int,
         reseeded: Callable[[Point, int], Point],
         unbegun: Callable[[Begun], None] = lambda begun: None,
+        population: Population | None = None,
     ) -> None:
-        """`unbegun` is told of trials that were stopped before they began."""
+        """`unbegun` is told of trials that were stopped before they began. `population`: has heard the journal."""
         super().__init__(metric=search.metric, mode=search.mode)
         self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
         self._at_once, self._reseeded, self._unbegun = at_once, reseeded, unbegun
+        self._population = population
         self._waiting = journal.open
         self._running: dict[str, str] = {}
         self._exhausted = False
         self._told: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        """`trial_id` is Tune's. The config of a trial is {"trial", "overrides", "origin"}."""
+        """`trial_id` is Tune's. The config of a trial is {"trial", "overrides", "origin", "of", "since"}."""
+        while self._population is not None and self._population.offspring:
+            child = self._population.offspring.pop(0)
+            self._wait(child.overrides, "descendant", child.of, child.since)
         for wish in self._steering.new():
             self._wait(wish["overrides"], wish["origin"], wish["of"])
         if len(self._running) >= self._at_once:
@@ -48,7 +54,7 @@ class Queue(Searcher):  # type: ignore[misc]
         if begun is None:
             return None if self._running or not self._is_over() else Searcher.FINISHED
         self._running[trial_id] = begun.trial
-        return {"trial": begun.trial, "overrides": begun.overrides, "origin": begun.origin}
+        return {name: getattr(begun, name) for name in ("trial", "overrides", "origin", "of", "since")}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """What became of it stands in the journal, by now or soon: Tune tells callbacks after searchers."""
@@ -78,7 +84,12 @@ class Queue(Searcher):  # type: ignore[misc]
             if found is None:
                 self._exhausted = True
             elif trial_id(found) not in self._journal.records:  # somebody may have wished for the same
-                return self._begin(found, "first" if first else "drawn", number=drawn)
+                begun = self._begin(found, "first" if first else "drawn", number=drawn)
+                if self._population is not None:
+                    self._population.join(begun.trial, begun.overrides)
+                return begun
+        if self._population is not None:
+            self._population.close()
         if not self._running:
             self._replicate()
             if self._waiting:
@@ -121,12 +132,12 @@ class Queue(Searcher):  # type: ignore[misc]
             for replicate in range(1, self._search.replicate):
                 self._wait(self._reseeded(trial["overrides"], replicate), "replicate", trial["trial"])
 
-    def _wait(self, overrides: Point, origin: Any, of: str) -> None:
+    def _wait(self, overrides: Point, origin: Any, of: str, since: int = 0) -> None:
         if trial_id(overrides) not in self._journal.records:
-            self._waiting.append(self._begin(overrides, origin, of=of))
+            self._waiting.append(self._begin(overrides, origin, of=of, since=since))
 
-    def _begin(self, overrides: Point, origin: Any, number: int | None = None, of: str = "") -> Begun:
+    def _begin(self, overrides: Point, origin: Any, number: int | None = None, of: str = "", since: int = 0) -> Begun:
         number = 1_000_000_000 + len(self._journal.records) if number is None else number
-        begun = Begun(trial_id(overrides), number, overrides, origin, of)
+        begun = Begun(trial_id(overrides), number, overrides, origin, of, since)
         self._journal.begin(begun)
         return begun

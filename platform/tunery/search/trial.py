@@ -18,6 +18,7 @@ from tunery.errors import Stopped
 from tunery.runner.execute import Trial, Where, execute
 from tunery.runner.identity import fingerprints
 from tunery.search.packing import why_not_packed
+from tunery.search.population import MEMBERS
 from tunery.search.space import curve_stage, metric_of, trial_experiment
 from tunery.search.steering import Steering
 from tunery.spec import Experiment
@@ -36,6 +37,8 @@ class TrialFunction:
     where: Where
     desk: Any
     """None where no trial of the search can be packed."""
+    kept: Path | None = None
+    """Where a population keeps its members' checkpoints, by trial."""
 
     def __call__(self, config: dict[str, Any]) -> None:
         from ray import tune
@@ -72,6 +75,7 @@ class TrialFunction:
             stop=Steering(self.where.run).stop_file(identifier),
             report=report,
             callbacks=callbacks,
+            **self._checkpoints(config, curve),
         )
         made_before = curve is not None and self._is_made(trial_spec, curve)
         try:
@@ -95,6 +99,13 @@ class TrialFunction:
         # A last report of its own: progress must not fall behind what the scheduler has seen.
         progress = {name: max(value, end[name]) for name, value in last.items()}
         tune.report({**values, **progress, FINISHED: 1.0, "seconds": time.time() - begin})
+
+    def _checkpoints(self, config: dict[str, Any], curve: str | None) -> dict[str, Any]:
+        """What a member of a population shares with others, and what it begins with."""
+        if self.kept is None or curve is None or config["origin"] not in (*MEMBERS, "descendant"):
+            return {}
+        begins = self.kept / config["of"] / f"checkpoint-{config['since']}" if config["since"] else None
+        return {"shares": curve, "kept": self.kept / config["trial"], "begins_with": begins}
 
     def alone(self, overrides: dict[str, Any]) -> str:
         """Why a trial with these values trains by itself; "" when in a pack."""
@@ -130,6 +141,7 @@ def _evaluations(stage: str, artifact: Artifact) -> list[dict[str, float]]:
     return [
         {
             **{f"{stage}.{name}": value for name, value in point.items() if name.startswith("eval_")},
+            "share": point["step"] / whole["steps"],
             **{name: value * point["step"] / whole["steps"] for name, value in whole.items()},
         }
         for point in points

@@ -21,8 +21,9 @@ from tunery.runner.identity import fingerprints
 from tunery.search.journal import Begun, Journal, Record
 from tunery.search.outcome import facts_of
 from tunery.search.packing import pack_size, why_not_packed
+from tunery.search.population import Population
 from tunery.search.ranking import value_of
-from tunery.search.space import metric_stages, reseeded, trial_experiment
+from tunery.search.space import curve_stage, metric_stages, reseeded, trial_experiment
 from tunery.search.steering import Steering
 from tunery.search.suggest import suggester
 from tunery.search.trial import TrialFunction
@@ -131,7 +132,8 @@ def _packed_by(experiment: Experiment) -> int:
 
 
 def _at_once(room: Room, size: int, search: Search) -> int:
-    if search.scheduler == "hyperband":  # a bracket is full when all its trials are there, be they at work or waiting
+    # A bracket is full, and a population whole, when all its trials are there, be they at work or waiting.
+    if search.scheduler in ("hyperband", "pbt"):
         return search.trials
     return min(search.trials, room.workers * size)
 
@@ -196,6 +198,7 @@ def _run(
     """
     from ray import tune
 
+    from tunery.search.breeding import Breeding
     from tunery.search.budget import Enough
     from tunery.search.progress import TellTrials
     from tunery.search.queue import Queue
@@ -210,16 +213,26 @@ def _run(
     size = _packed_by(experiment)
     desk = open_desk(room.workers, size, compute) if size > 1 else None
     # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
-    function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk)
+    kept = work / "kept" if search.scheduler == "pbt" else None
+    function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk, kept)
+    steering = Steering(where.run)
+    scheduler: Any
+    population = None
+    if kept is not None:
+        population = _population(experiment, journal, steering)
+        scheduler = Breeding(population, steering, kept, in_turn=search.trials > room.workers * size)
+    else:
+        scheduler = scheduler_of(search, longest, journal)
     enough = Enough(search, journal, room.workers)
     queue = Queue(
         search,
         journal,
         suggester(search, experiment.seed, work, earlier_trials(search, where.store)),
-        Steering(where.run),
+        steering,
         _at_once(room, size, search),
         partial(reseeded, experiment),
         partial(_tell_unbegun, log, journal, search),
+        population,
     )
     tuner = tune.Tuner(
         tune.with_resources(function.__call__, partial(_resources, function, compute)),
@@ -228,7 +241,7 @@ def _run(
             num_samples=-1,
             max_concurrent_trials=_at_once(room, size, search),
             search_alg=queue,
-            scheduler=scheduler_of(search, longest, journal),
+            scheduler=scheduler,
             reuse_actors=compute.workers_per_trial == 1,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
@@ -244,6 +257,19 @@ def _run(
     )
     interruptible(tuner.fit)
     return enough.reason
+
+
+def _population(experiment: Experiment, journal: Journal, steering: Steering) -> Population:
+    """As an earlier try left it: what it had decided is decided again."""
+    stage = curve_stage(experiment)
+    assert experiment.search is not None, "checked by run_search"
+    assert stage is not None, "checked by spec/check_search.py"
+    training: Any = experiment.stages[stage]
+    population = Population(experiment.search, stage, training.evaluations, experiment.seed)
+    population.replay(journal.records.values())
+    for descent in population.due():
+        steering.stop(descent.member)
+    return population
 
 
 def _tell_unbegun(log: EventLog, journal: Journal, search: Search, begun: Begun) -> None:

@@ -52,7 +52,9 @@ from tunery.spec.stages import (
     WinRate,
 )
 from tunery.spec.trainings import (
+    CHANGEABLE,
     LABELS,
+    Change,
     ClassifierTraining,
     Contrast,
     Decisions,
@@ -80,6 +82,8 @@ __all__ = [
     "Compute",
     "Constraint",
     "Contamination",
+    "CHANGEABLE",
+    "Change",
     "Contrast",
     "Dataset",
     "Decisions",

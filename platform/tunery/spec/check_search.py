@@ -17,7 +17,7 @@ from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.reference import model_name
 from tunery.spec.search import Dimension, Search, wanted
 from tunery.spec.stages import Evaluate, WinRate
-from tunery.spec.trainings import Training
+from tunery.spec.trainings import CHANGEABLE, Training
 from tunery.spec.translate import error_at, nearest, sentence
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
@@ -83,17 +83,67 @@ def _check_metrics(experiment: Experiment, search: Search, source: YamlSource) -
         if metric not in known:
             cause = "" if known else "no stage logs one: give a training `eval_data`, or add an evaluate stage"
             yield error_at(source, path, f"nobody logs `{metric}`", cause=cause, remedy=nearest(metric, known))
+    if search.scheduler != "none" and search.metric in known:
+        yield from _check_scheduler(experiment, search, source, known)
+
+
+def _check_scheduler(
+    experiment: Experiment, search: Search, source: YamlSource, known: list[str]
+) -> Iterator[SpecError]:
+    at: KeyPath = ("search", "scheduler")
     while_training = [name for name in known if name.count(".") == 1]
-    if search.scheduler != "none" and search.metric in known and search.metric not in while_training:
+    name = search.metric.split(".")[0]
+    stage = experiment.stages[name]
+    if search.metric not in while_training or not isinstance(stage, Training):
         yield error_at(
             source,
-            ("search", "scheduler"),
+            at,
             f"{search.scheduler} can't stop trials early by `{search.metric}`",
             cause="that is measured once, after the training",
             remedy=f"aim at one of: {', '.join(while_training)}"
             if while_training
             else "use `scheduler: none`, or give a training `eval_data` and aim at its eval_loss",
         )
+    elif stage.evaluations == 1 and f"{name}.evaluations" not in search.space:
+        yield error_at(
+            source,
+            at,
+            f"{search.scheduler} can't stop trials early by `{search.metric}`",
+            cause=f"`{name}` evaluates once, at its end (`evaluations: 1`)",
+            remedy="raise `evaluations`, or use `scheduler: none`",
+        )
+    elif search.scheduler == "pbt":
+        yield from _check_population(name, stage, search, source)
+
+
+def _check_population(name: str, stage: Training[Any], search: Search, source: YamlSource) -> Iterator[SpecError]:
+    paths = [f"{name}.{field}" for field in CHANGEABLE]
+    if not any(path in search.space for path in paths):
+        yield error_at(
+            source,
+            ("search", "scheduler"),
+            "pbt has nothing to change while trials train",
+            cause=f"the space is: {', '.join(search.space)}",
+            remedy=f"search {' or '.join(f'`{path}`' for path in paths)}",
+        )
+    written = [path for path in search.space if path in (f"{name}.changes", f"{name}.evaluations")]
+    for path in written:
+        yield error_at(
+            source,
+            ("search", "space", path),
+            f"pbt can't search `{path}`",
+            cause="it writes `changes` itself, at evaluations that all trials have in common",
+            remedy="leave it out, or use another scheduler",
+        )
+    if stage.changes:
+        yield error_at(
+            source,
+            ("stages", name, "changes"),
+            f"pbt writes the `changes` of `{name}` itself",
+            remedy="leave them out, or use another scheduler",
+        )
+    if search.trials == 1:
+        yield error_at(source, ("search", "trials"), "a population of 1 has nobody to learn from", remedy="raise it")
 
 
 def _check_conditions(path: str, dimension: Dimension, search: Search, source: YamlSource) -> Iterator[SpecError]:

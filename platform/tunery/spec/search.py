@@ -167,14 +167,15 @@ class Search(Spec):
     """grid: every combination once (only listed values), at most `trials` of them. tpe: after ten random trials those
     that promise most by the ones so far (Bergstra et al. 2011; with several metrics Ozaki et al. 2020). nsga2:
     generations of trials that inherit from the Pareto front (Deb et al. 2002). Both by Optuna."""
-    scheduler: Literal["none", "asha", "hyperband", "median"] = "none"
-    """Stops the worse trials early, by the first metric. asha: those outside the best third at each rung (Li et al.
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
+    """Ends the worse trials early, by the first metric. asha: those outside the best third at each rung (Li et al.
     2018, https://arxiv.org/abs/1810.05934). hyperband: the same, but rungs wait until all of a bracket are there
     (Li et al. 2016, https://arxiv.org/abs/1603.06560). median: what is worse than the median of the others' means so
-    far (Golovin et al. 2017, Vizier)."""
+    far (Golovin et al. 2017, Vizier). pbt: at each evaluation the worst quarter makes room for copies of the best one
+    that go on with another learning rate or weight decay (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846)."""
     rungs: Literal["tokens", "steps"] = "tokens"
     """What a trial's progress is measured in, so that trials of other batch sizes compare: tokens that were learned
-    from, or optimizer steps."""
+    from, or optimizer steps. pbt compares at the same evaluation."""
     budget: Budget = Budget()
     first: tuple[dict[str, Any], ...] = ()
     """Points to begin with; what one leaves out is drawn."""

@@ -4,7 +4,7 @@ they are. Those that learn from preferences and rewards stand in feedback.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -90,6 +90,26 @@ def row_stages(data: str | Contrast | Decisions) -> dict[tuple[str, ...], str]:
     return {(field,): getattr(data, field) for field in type(data).model_fields}
 
 
+CHANGEABLE = ("learning_rate", "weight_decay")
+"""What a training can change in its course."""
+
+
+class Change(Spec):
+    """Other values in the course of a training."""
+
+    after: Annotated[float, Field(gt=0, lt=1)]
+    """Share of its steps; rounded up to a whole one."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Another peak: the schedule keeps its shape."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Change:
+        if self.learning_rate is None and self.weight_decay is None:
+            raise ValueError("it changes nothing: give `learning_rate` or `weight_decay`")
+        return self
+
+
 Data = TypeVar("Data")
 
 
@@ -114,6 +134,9 @@ class Training(Spec, Generic[Data]):
     """Share of the steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    changes: tuple[Change, ...] = ()
+    """In their order. A search by population (`scheduler: pbt`) writes them: what it finds is a training like any
+    other, and can be run again from its beginning."""
     eval_data: Data | None = None
     """Rows that the loss is measured on while training (and never trained on)."""
     evaluations: Annotated[int, Field(ge=1)] = 4
@@ -123,6 +146,13 @@ class Training(Spec, Generic[Data]):
     kind: str
     model: str | Pretrained | Scratch
     """What the training begins with; which of these, each kind says."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        shares = [change.after for change in self.changes]
+        if shares != sorted(set(shares)):
+            raise ValueError(f"`changes` come one after another, but their `after` are {shares}")
+        return self
 
     def inputs(self) -> Iterator[Input]:
         for field in ("data", "eval_data"):

@@ -46,6 +46,9 @@ class StageContext:
     """Called by a training in this process or in a pack after each evaluation."""
     stop: Path | None = None
     """A file that somebody writes to end a training before its time: it raises Stopped."""
+    kept: Path | None = None
+    begins_with: Path | None = None
+    """Both as a training's job has them (train/job.py)."""
     callbacks: tuple[Any, ...] = ()
     """Ray Train callbacks for a training on workers (a search's link from worker to Tune)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tunery.spec import Compute, Training
@@ -19,10 +19,19 @@ def save_period(compute: Compute, steps: int) -> int:
     return max(20, steps // 10) if compute.checkpoint_steps == "auto" else compute.checkpoint_steps
 
 
-def report_of(stage: str, step: int, tokens: float, rows: float, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a search's scheduler hears of an evaluation: progress, and the metrics as a search names them."""
+def report_of(
+    stage: str, step: int, steps: int, tokens: float, rows: float, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """What a search's scheduler hears of an evaluation: progress (`share`: of its `steps`), and the metrics as a search
+    names them."""
     measured = {f"{stage}.{name}": value for name, value in metrics.items() if name.startswith("eval_")}
-    return {"steps": float(step), "tokens": float(tokens), "rows": float(rows), **measured}
+    return {"steps": float(step), "share": step / steps, "tokens": float(tokens), "rows": float(rows), **measured}
+
+
+def tell_again(history: Sequence[Mapping[str, float]], emit: Callable[..., None]) -> None:
+    """The curve of another training, as far as this one begins with it: its log shall be whole by itself."""
+    for point in history:
+        emit("metrics", step=int(point["step"]), values={name: point[name] for name in point if name != "step"})
 
 
 def training_facts(

@@ -46,6 +46,11 @@ class Job:
     """When the stage was asked for, seconds since the epoch."""
     stop: Path | None = None
     """A file that somebody writes to end the training before its time: it raises Stopped."""
+    kept: Path | None = None
+    """Where the checkpoints of its evaluations are kept, so that others can begin with them (search/population.py). An
+    evaluation is reported when its checkpoint is there."""
+    begins_with: Path | None = None
+    """Such a checkpoint of another training that is the same up to there."""
 
 
 Report = Callable[[dict[str, float]], None]

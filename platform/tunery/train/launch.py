@@ -17,6 +17,7 @@ from tunery.spec.trainings import row_stages
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import DECIDED
 from tunery.train.auto import resolve
+from tunery.train.checkpoints import begin_with
 from tunery.train.job import Job, Report, Rows
 from tunery.train.packed.seat import train_packed
 
@@ -52,7 +53,11 @@ def make_model(context: StageContext) -> StageResult:
         workers=workers,
         started=time.time(),
         stop=context.stop,
+        kept=context.kept,
+        begins_with=context.begins_with,
     )
+    if job.begins_with is not None:
+        begin_with(job.begins_with, job.work / "checkpoints")
     if context.desk is not None:
         train_packed(job, context.desk, context.report)
     elif context.in_process:

@@ -1,9 +1,7 @@
-"""Steps of a training: when to evaluate and to save, what is told of each, and which checkpoints count."""
+"""Steps of a training: when to evaluate and to save, and what is told of each."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +11,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunery.errors import Stopped
+from tunery.train.checkpoints import keep, mark_whole, write_history
+from tunery.train.course import Course
 
-HISTORY = "history.jsonl"
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
 """What is told of a step, with all measures of the evaluations (`eval_..`)."""
@@ -44,11 +43,16 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         more_curves: Sequence[str] = (),
         iterations: int = 1,
         stop: Path | None = None,
+        kept: Path | None = None,
+        course: Course | None = None,
     ) -> None:
-        """`iterations`: steps over the same drawn answers. Those are in no checkpoint, so none is saved between."""
+        """`iterations`: steps over the same drawn answers. Those are in no checkpoint, so none is saved between.
+        `kept`: as in a Job. `course`: of a training whose values change on the way."""
         self._curves = {*CURVES, *more_curves}
         self._iterations = iterations
-        self._stop = stop
+        self._stop, self._kept, self._course = stop, kept, course
+        self._due: dict[str, float] | None = None
+        """Measures that are told once their checkpoint is there."""
         self.evaluate_at = set(evaluate_at)
         self.save_every = save_every
         self.checkpoints = checkpoints
@@ -68,6 +72,17 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._saved_at = state.global_step
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._course is None:
+            return
+        groups = kwargs["optimizer"].param_groups
+        for group in groups:
+            group["lr"] = self._course.learning_rates[state.global_step]
+        # transformers has what is not decayed, biases and norms, in a second group.
+        groups[0]["weight_decay"] = self._course.weight_decays[state.global_step]
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.time()
         if self.first_step_at is None:
@@ -81,6 +96,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
         # logged, so that a resumed run logs the same points, however often checkpoints are written.
         due = state.global_step - self._saved_at >= self.save_every and control.should_log
+        if control.should_evaluate and self._kept is not None:
+            due = control.should_log = True
         if due and state.global_step < self.total and state.global_step % self._iterations == 0:
             control.should_save = True
             self._saved_at = state.global_step
@@ -97,6 +114,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         values = {name: float(value) for name, value in told.items()}
         if not values:
             return
+        if self._course is not None and "learning_rate" in values:  # transformers tells its own
+            values["learning_rate"] = self._course.learning_rates[state.global_step - 1]
         values["rows"] = float(state.global_step * self.rows_per_step)
         self.history.append({"step": float(state.global_step), **values})
         self.emit("metrics", step=state.global_step, values=values)
@@ -109,41 +128,20 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.report(state.global_step, dict(metrics or {}))
+        if control.should_save and self._kept is not None:
+            self._due = dict(metrics or {})
+        else:
+            self.report(state.global_step, dict(metrics or {}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A checkpoint counts from when all ranks have written their part; then older ones go."""
         dist.barrier()
         if dist.get_rank() == 0:
-            lines = "".join(json.dumps(point) + "\n" for point in self.history)
-            (self.checkpoints / f"checkpoint-{state.global_step}" / HISTORY).write_text(lines)
+            checkpoint = self.checkpoints / f"checkpoint-{state.global_step}"
+            write_history(checkpoint, self.history)
             mark_whole(self.checkpoints, state.global_step, self.written_by)
-
-
-def written_by(workers: int, zero_stage: int, dtype: str) -> str:
-    """What a DeepSpeed checkpoint can be loaded by: the same number of workers, ZeRO stage and precision."""
-    return f"{workers} workers, ZeRO-{zero_stage}, {dtype}"
-
-
-def mark_whole(checkpoints: Path, step: int, written_by: str) -> None:
-    (checkpoints / f"checkpoint-{step}" / "whole").write_text(written_by)
-    for older in checkpoints.glob("checkpoint-*"):
-        if int(older.name.split("-")[1]) < step:
-            shutil.rmtree(older)
-
-
-def drop_foreign(checkpoints: Path, written_by: str) -> None:
-    """Checkpoints of other settings, and half-written ones: ours may have to be written under their names."""
-    for path in checkpoints.glob("checkpoint-*"):
-        if not (path / "whole").is_file() or (path / "whole").read_text() != written_by:
-            shutil.rmtree(path)
-
-
-def last_checkpoint(checkpoints: Path, written_by: str) -> Path | None:
-    """The newest whole checkpoint that was written by workers like ours; half-written ones are left alone."""
-    whole = [
-        path
-        for path in checkpoints.glob("checkpoint-*")
-        if (path / "whole").is_file() and (path / "whole").read_text() == written_by
-    ]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+            if self._kept is not None and state.global_step in self.evaluate_at:
+                keep(checkpoint, self._kept)
+        if self._due is not None:
+            due, self._due = self._due, None
+            self.report(state.global_step, due)

@@ -10,7 +10,8 @@ from typing import Any
 
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
-from tunery.train.facts import log_period, report_of, save_period, training_facts
+from tunery.train.course import course
+from tunery.train.facts import log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Recipe, Report
 
 RECIPES = {
@@ -36,7 +37,8 @@ def train(job: Job, report: Report) -> None:
     import torch.distributed as dist
     from transformers import PrinterCallback, set_seed
 
-    from tunery.train.steps import HISTORY, MORE_CURVES, Steps, drop_foreign, last_checkpoint, written_by
+    from tunery.train.checkpoints import HISTORY, drop_foreign, last_checkpoint, read_history, step_of, written_by
+    from tunery.train.steps import MORE_CURVES, Steps
 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
@@ -60,7 +62,7 @@ def train(job: Job, report: Report) -> None:
         # is told with the finished artifact (search/trial.py).
         if step < batching.steps:
             rows = round(step * size / again)
-            report(report_of(job.stage, step, seen[rows], rows, metrics))
+            report(report_of(job.stage, step, batching.steps, seen[rows], rows, metrics))
 
     steps = Steps(
         at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
@@ -74,6 +76,8 @@ def train(job: Job, report: Report) -> None:
         MORE_CURVES.get(spec.kind, ()),
         again,
         job.stop,
+        job.kept,
+        course(spec, batching.steps) if spec.changes else None,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)
@@ -83,9 +87,11 @@ def train(job: Job, report: Report) -> None:
     dist.barrier()
     checkpoint = last_checkpoint(job.work / "checkpoints", steps.written_by)
     dist.barrier()
-    resumed = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    resumed = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
-        steps.history += [json.loads(line) for line in (checkpoint / HISTORY).read_text().splitlines()]
+        steps.history += read_history(checkpoint)
+        if job.begins_with is not None and checkpoint.name == job.begins_with.name:
+            tell_again(steps.history, emit)
     begin = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
@@ -111,7 +117,7 @@ def train(job: Job, report: Report) -> None:
             "peak_memory_bytes": peak,
             "micro_batch_size": batching.micro_batch_size,
         }
-        (job.out / "history.jsonl").write_text("".join(json.dumps(point) + "\n" for point in steps.history))
+        (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in steps.history))
         (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": measured}))
     dist.barrier()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,21 @@ from tunery.models.load import write_base
 from tunery.spec import Sft
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_training
-from tunery.train.facts import log_period, report_of, save_period, training_facts
+from tunery.train.checkpoints import (
+    HISTORY,
+    drop_foreign,
+    keep,
+    last_checkpoint,
+    mark_whole,
+    read_history,
+    step_of,
+    write_history,
+)
+from tunery.train.course import course
+from tunery.train.facts import log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
 from tunery.train.sequences import Tokens
-from tunery.train.steps import HISTORY, drop_foreign, last_checkpoint, mark_whole
 
 WRITTEN_BY = "a pack"
 """Of its checkpoints: no DeepSpeed engine reads them, but any pack."""
@@ -33,6 +43,7 @@ class Step:
     rows: list[int]
     """Of its sequences, longest first."""
     learning_rate: float
+    weight_decay: float
     number: int
     """From 1."""
 
@@ -52,7 +63,7 @@ class Member:
         )
         self.batching = plan_training(job.spec, len(data.ids), 1, "auto")
         self._order = data_order([len(ids) for ids in data.ids], self.batching.steps, self._size, job.seed)
-        self._rates = learning_rates(job.spec, self.batching.steps)
+        self._course = course(job.spec, self.batching.steps)
         self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if measured.ids else [])
         self._log_every = log_period(self.batching.steps)
         self._save_every = save_period(job.compute, self.batching.steps)
@@ -62,6 +73,8 @@ class Member:
         self._losses: list[float] = []
         self._last_progress = 0.0
         self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
+        self._due: dict[str, float] | None = None
+        """An evaluation that is reported when all that is due with it is done."""
         drop_foreign(self._checkpoints, WRITTEN_BY)
         self.resumed_from = self._saved_at = self._load()
 
@@ -71,7 +84,12 @@ class Member:
 
     def next(self) -> Step:
         start = self.step * self._size
-        return Step(self._order[start : start + self._size], self._rates[self.step], self.step + 1)
+        return Step(
+            self._order[start : start + self._size],
+            self._course.learning_rates[self.step],
+            self._course.weight_decays[self.step],
+            self.step + 1,
+        )
 
     def took(self, loss: float, norm: float) -> None:
         """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping."""
@@ -86,39 +104,52 @@ class Member:
         if self._logs_now:
             mean = sum(self._losses) / len(self._losses)
             self._losses = []
-            self._tell({"loss": mean, "grad_norm": norm, "learning_rate": self._rates[self.step - 1]})
+            self._tell({"loss": mean, "grad_norm": norm, "learning_rate": self._course.learning_rates[self.step - 1]})
 
     @property
     def evaluates_now(self) -> bool:
         return self.step in self._evaluate_at
 
-    def evaluated(self, loss: float, report: Report) -> None:
+    def evaluated(self, loss: float) -> None:
         """`loss`: in nats per counted token of its eval_data. The last one is told with the artifact (search/trial.py):
         a scheduler may stop a trial at any report, and there the model would be lost for nothing."""
         self._tell({"eval_loss": loss})
         if not self.ended:
-            rows = self.step * self._size
+            rows, steps = self.step * self._size, self.batching.steps
             tokens = sum(len(self.data.ids[row]) for row in self._order[:rows])
-            report(report_of(self.job.stage, self.step, tokens, rows, {"eval_loss": loss}))
+            self._due = report_of(self.job.stage, self.step, steps, tokens, rows, {"eval_loss": loss})
+
+    def report(self, report: Report) -> None:
+        if self._due is not None:
+            due, self._due = self._due, None
+            report(due)
 
     @property
     def saves_now(self) -> bool:
         """Where a loss was told, so that the mean of a resumed curve's next point is whole."""
-        return self.step - self._saved_at >= self._save_every and self._logs_now and not self.ended
+        due = self.step - self._saved_at >= self._save_every and self._logs_now
+        return (due or self._keeps_now) and not self.ended
+
+    @property
+    def _keeps_now(self) -> bool:
+        return self.job.kept is not None and self.evaluates_now
 
     @property
     def _logs_now(self) -> bool:
         return self.step % self._log_every == 0 or self.step == 1
 
     def save(self) -> None:
-        """A checkpoint, which counts from when it is whole. The adapter must have been read back from the stack."""
+        """A checkpoint, which counts from when it is whole; kept for others where the job says so. The adapter must
+        have been read back from the stack."""
         folder = self._checkpoints / f"checkpoint-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter
         state = {"weights": adapter.weights, "first": adapter.first, "second": adapter.second, "losses": self._losses}
         torch.save(state, folder / STATE)
-        (folder / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
+        write_history(folder, self.history)
         mark_whole(self._checkpoints, self.step, WRITTEN_BY)
+        if self.job.kept is not None and self._keeps_now:
+            keep(folder, self.job.kept)
         self._saved_at = self.step
 
     def _load(self) -> int:
@@ -130,9 +161,11 @@ class Member:
             for layer, pair in state.get(name, {}).items():
                 for matrix, saved in zip(own[layer], pair, strict=True):
                     matrix.copy_(saved)
-        self.history = [json.loads(line) for line in (checkpoint / HISTORY).read_text().splitlines()]
+        self.history = read_history(checkpoint)
+        if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
+            tell_again(self.history, self.emit)
         self._losses = list(state["losses"])
-        self.step = int(checkpoint.name.split("-")[1])
+        self.step = step_of(checkpoint)
         return self.step
 
     def finish(self, measured: dict[str, Any]) -> None:
@@ -176,18 +209,6 @@ class Member:
     @property
     def _checkpoints(self) -> Path:
         return self.job.work / "checkpoints"
-
-
-def learning_rates(spec: Sft, steps: int) -> list[float]:
-    """Of each step, by transformers' own schedules."""
-    from transformers import get_scheduler
-
-    assert spec.learning_rate != "auto", "resolved"
-    peak = spec.learning_rate
-    schedule = {"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule)
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    shape: Callable[[int], float] = get_scheduler(schedule, nothing, round(spec.warmup * steps), steps).lr_lambdas[0]
-    return [peak * shape(step) for step in range(steps)]
 
 
 def same_rows(members: Sequence[Member]) -> dict[int, list[Member]]:

@@ -99,7 +99,7 @@ class Pack:
                     torch.tensor(values, dtype=torch.float64)
                     for values in (
                         [step.learning_rate for step in steps],
-                        [member.spec.weight_decay for member in members],
+                        [step.weight_decay for step in steps],
                         [member.spec.max_grad_norm for member in members],
                         [step.number for step in steps],
                     )
@@ -114,6 +114,8 @@ class Pack:
             self._stack.read_back()
         for member in saving:
             member.save()
+        for member in members:
+            member.report(self._reports[member.job.trial])
         ended = [member for member in members if member.ended]
         if ended:
             self._restack([member for member in members if not member.ended])
@@ -180,7 +182,7 @@ class Pack:
             count = sum(map(_counted, measured.labels))
             losses += [(member, total / max(1, count)) for member, total in zip(group, sums_k.tolist(), strict=True)]
         for member, loss in losses:
-            member.evaluated(loss, self._reports[member.job.trial])
+            member.evaluated(loss)
         self._model.train()
 
     def _nll(

@@ -142,6 +142,6 @@ def load_state(engine: Any, folder: Path, shared: bool) -> None:
     assert path is not None, f"{folder} was marked as whole"
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
+def set_rates(engine: Any, learning_rate: float, weight_decay: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"], group["weight_decay"] = learning_rate, weight_decay

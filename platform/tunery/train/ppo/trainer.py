@@ -21,9 +21,10 @@ from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
 from tunery.spec import Ppo
 from tunery.train.batches import Batching
+from tunery.train.course import in_course
 from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
 from tunery.train.ppo.build import Models
-from tunery.train.ppo.engine import set_learning_rate, whole_weights
+from tunery.train.ppo.engine import set_rates, whole_weights
 from tunery.train.ppo.guards import check_finite, check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import policy_loss, value_loss
@@ -123,7 +124,7 @@ class PpoTrainer:
         )
         targets = self.aim(rollouts, rated)
         rate = learning_rate_at(state.step, self._batching.steps, spec)
-        set_learning_rate(self._engine, rate)
+        set_rates(self._engine, rate, in_course("weight_decay", spec, self._batching.steps)[state.step])
         updated = self.update(rollouts, rated, targets)
         check_finite(self._stage, step, **updated)
         mask_bt = rollouts.mask_bt
@@ -330,17 +331,17 @@ class _Timed:
 def learning_rate_at(step: int, steps: int, spec: Ppo) -> float:
     """Of the step with this number, from 0 on: warm-up, then the schedule down to zero behind the last step. As in
     transformers, but for the first step of a warm-up, which has a rate: a batch of answers costs too much for none."""
-    assert spec.learning_rate != "auto", "resolved by the launcher"
+    peak = in_course("learning_rate", spec, steps)[step]
     warmup = round(spec.warmup * steps)
     if step < warmup:
-        return spec.learning_rate * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
     shape: dict[str, Callable[[float], float]] = {
         "constant": lambda done: 1.0,
         "linear": lambda done: 1 - done,
         "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     }
-    return spec.learning_rate * shape[spec.schedule](done)
+    return peak * shape[spec.schedule](done)
 
 
 def _padded(rollouts: Rollouts) -> torch.Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from tunery.errors import Stopped
 from tunery.spec import Ppo
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_batches
-from tunery.train.facts import report_of
+from tunery.train.facts import report_of, tell_again
 from tunery.train.job import Job, Report, rows_of
 from tunery.train.worker_setup import pick_dtype, prepare_process
 
@@ -40,6 +41,7 @@ def train(job: Job, report: Report) -> None:
             if step + 1 in run.evaluate_at:
                 run.evaluate()
             run.checkpoint()
+            run.tell_search()
         run.finish()
         dist.barrier()
     finally:
@@ -56,11 +58,11 @@ class _Run:
         from tunery.models.generate import end_tokens
         from tunery.models.load import load_tokenizer
         from tunery.models.prompts import COLUMNS, read_prompts
+        from tunery.train.checkpoints import written_by
         from tunery.train.ppo.build import build
         from tunery.train.ppo.engine import frozen_engine, trained_engine
         from tunery.train.ppo.mixing import mixed_rows
         from tunery.train.ppo.trainer import PpoTrainer
-        from tunery.train.steps import written_by
 
         spec, compute = job.spec, job.compute
         assert isinstance(spec, Ppo)
@@ -122,6 +124,7 @@ class _Run:
         every = compute.checkpoint_steps
         self.save_every = max(1, self.batching.steps // 10) if every == "auto" else every
         self.history: list[dict[str, float]] = []
+        self.due: dict[str, float] | None = None
         self.before: list[dict[str, Any]] = []
         """Shown answers of the model that training began with."""
         self.after: list[dict[str, Any]] = []
@@ -139,9 +142,9 @@ class _Run:
         """From the newest whole checkpoint of workers like these, if there is one."""
         import torch.distributed as dist
 
+        from tunery.train.checkpoints import drop_foreign, last_checkpoint, read_history
         from tunery.train.ppo.engine import load_state
         from tunery.train.ppo.trainer import State
-        from tunery.train.steps import HISTORY, drop_foreign, last_checkpoint
 
         folder = self.job.work / "checkpoints"
         if self.rank == 0:
@@ -153,7 +156,9 @@ class _Run:
         told = json.loads((found / "ppo.json").read_text())
         self.trainer.state = State(**told["state"])
         self.before, self.resumed = told["before"], self.trainer.state.step
-        self.history = [json.loads(line) for line in (found / HISTORY).read_text().splitlines()]
+        self.history = read_history(found)
+        if self.job.begins_with is not None and found.name == self.job.begins_with.name:
+            tell_again(self.history, self.emit)
 
     def step(self) -> None:
         size, state = self.batching.global_batch_size, self.trainer.state
@@ -203,24 +208,35 @@ class _Run:
             answers = step * self.batching.global_batch_size
             # The longest that they may be: how long they were is not known of steps before a resumption.
             tokens = answers * self.spec.max_length
-            self.report(report_of(self.job.stage, step, tokens, answers, told))
+            self.due = report_of(self.job.stage, step, self.batching.steps, tokens, answers, told)
 
     def checkpoint(self) -> None:
         import torch.distributed as dist
 
+        from tunery.train.checkpoints import keep, mark_whole, write_history
         from tunery.train.ppo.engine import save_state
-        from tunery.train.steps import HISTORY, mark_whole
 
         step = self.trainer.state.step
-        if step % self.save_every or step == self.batching.steps:
+        kept = self.job.kept if step in self.evaluate_at else None
+        if (step % self.save_every and kept is None) or step == self.batching.steps:
             return
         folder = self.job.work / "checkpoints" / f"checkpoint-{step}"
         save_state(self.engine, folder, self.models.trained.shared)
         dist.barrier()
         if self.rank == 0:
-            (folder / HISTORY).write_text(_lines(self.history))
+            write_history(folder, self.history)
             (folder / "ppo.json").write_text(json.dumps({"state": asdict(self.trainer.state), "before": self.before}))
             mark_whole(self.job.work / "checkpoints", step, self.written_by)
+            if kept is not None:
+                keep(folder, kept)
+
+    def tell_search(self) -> None:
+        """Of an evaluation, when its checkpoint is there."""
+        if self.due is not None:
+            due, self.due = self.due, None
+            self.report(due)
+        if self.job.stop is not None and self.job.stop.exists():
+            raise Stopped(f"stopped at step {self.trainer.state.step}")
 
     def finish(self) -> None:
         from tunery.train.ppo.engine import save_policy

@@ -1,0 +1,189 @@
+"""Population based training (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846): at each evaluation but the last
+the worst quarter of the trials makes room for changed copies of the best quarter. Pure.
+
+A copy goes on from the other's checkpoint, with another learning rate from there on. What it is does not hang on that:
+its values say what changed and when (`changes` of its training), and from its beginning it would come to the same. So a
+trial of a population is named, found in the store, run again and repeated with other seeds like any other.
+
+Who makes room is worked out from what all members reported of the same evaluation, whenever that was: a search that is
+run again, or goes on after a kill, decides as it did before.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.search.journal import Record
+from tunery.search.space import Point, at_random, rounded, trial_id
+from tunery.spec import CHANGEABLE, Dimension, Search
+
+QUARTER = 0.25
+FACTORS = (0.8, 1.2)
+"""Of a value that is changed, as in the paper."""
+REDRAWN = 0.25
+"""Chance of a value that is drawn anew instead."""
+MEMBERS = ("first", "drawn")
+"""Origins of the trials that a population begins with."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A member makes room for a changed copy of another."""
+
+    member: str
+    of: str
+    since: int
+    """The step of the other's that the copy goes on from."""
+    overrides: Point
+
+
+@dataclass(frozen=True)
+class _Heard:
+    value: float
+    step: int
+
+
+class Population:
+    """`stage`: the training whose evaluations count, of which there are `evaluations`."""
+
+    def __init__(self, search: Search, stage: str, evaluations: int, seed: int) -> None:
+        self._search, self._stage, self._evaluations, self._seed = search, stage, evaluations, seed
+        self._members: list[str] = []
+        """By place: who has it now."""
+        self._points: dict[str, Point] = {}
+        self._heard: dict[str, dict[int, _Heard]] = {}
+        self._ended: set[str] = set()
+        self._complete = False
+        self._generation = 1
+        self.replaced: set[str] = set()
+        self.offspring: list[Descent] = []
+        """Copies that nobody has begun yet."""
+
+    def replay(self, records: Iterable[Record]) -> None:
+        """What a journal tells of an earlier try."""
+        for record in records:
+            if record.begun.origin in MEMBERS:
+                self.join(record.begun.trial, record.begun.overrides)
+            for report in record.reports:
+                self.hear(record.begun.trial, report)
+            if record.ended is not None:
+                self.end(record.begun.trial)
+
+    def join(self, trial: str, overrides: Point) -> None:
+        """One of those that the population begins with."""
+        self._members.append(trial)
+        self._points[trial] = overrides
+
+    def close(self) -> None:
+        """There are no more to begin with."""
+        self._complete = True
+
+    def hear(self, trial: str, report: Mapping[str, Any]) -> None:
+        """Of an evaluation. {"share", "steps", the metric}, as train/facts.py tells it."""
+        if self._search.metric in report and (generation := self._number(report)) < self._evaluations:
+            found = _Heard(float(report[self._search.metric]), int(report["steps"]))
+            self._heard.setdefault(trial, {})[generation] = found
+
+    def end(self, trial: str) -> None:
+        """Nothing more is heard of it."""
+        self._ended.add(trial)
+
+    def waits(self, trial: str) -> bool:
+        """Whether a member has gone as far as is decided."""
+        return trial in self._members and self._generation in self._heard.get(trial, {})
+
+    def due(self) -> list[Descent]:
+        """Who makes room, now that all members have gone so far; each is told once, and is `offspring` too."""
+        found: list[Descent] = []
+        while self._ready():
+            found += self._decide()
+            self._generation += 1
+        self.offspring += found
+        return found
+
+    def kept_in_vain(self) -> list[tuple[str, int]]:
+        """Trial and step of checkpoints that no copy will begin with any more."""
+        return [
+            (trial, heard[generation].step)
+            for trial, heard in self._heard.items()
+            for generation in heard
+            if generation < self._generation - 1
+        ]
+
+    def _number(self, report: Mapping[str, Any]) -> int:
+        """Of an evaluation, from 1 (train/batches.py, `at_even_steps`)."""
+        return math.floor(float(report["share"]) * self._evaluations + 1e-9)
+
+    def _ready(self) -> bool:
+        if not self._complete and len(self._members) < self._search.trials:
+            return False
+        here = [trial for trial in self._members if self._generation in self._heard.get(trial, {})]
+        missing = [trial for trial in self._members if trial not in here and trial not in self._ended]
+        return bool(here) and not missing and self._generation < self._evaluations
+
+    def _decide(self) -> list[Descent]:
+        generation = self._generation
+        heard = {trial: told[generation] for trial, told in self._heard.items() if generation in told}
+        ranked = sorted(
+            (place for place, trial in enumerate(self._members) if trial in heard),
+            key=lambda place: (self._merit(heard[self._members[place]]), place),
+        )
+        count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)
+        best, worst = [self._members[place] for place in ranked[:count]], ranked[len(ranked) - count :]
+        found = []
+        for place in sorted(worst):
+            chance = random.Random(f"{self._seed} {generation} {place}")
+            of, member = chance.choice(best), self._members[place]
+            if not self._merit(heard[of]) < self._merit(heard[member]):
+                continue
+            overrides = self._changed(self._points[of], generation, place, chance)
+            copy = trial_id(overrides)
+            found.append(Descent(member, of, heard[of].step, overrides))
+            self.replaced.add(member)
+            self._members[place], self._points[copy] = copy, overrides
+        return found
+
+    def _merit(self, heard: _Heard) -> float:
+        """Less is better."""
+        if math.isnan(heard.value):
+            return math.inf
+        return heard.value if self._search.mode == "min" else -heard.value
+
+    def _changed(self, point: Point, generation: int, place: int, chance: random.Random) -> Point:
+        draw = at_random(self._seed, generation * 1_000_000 + place)
+        now = present(point, self._stage)
+        changed = {}
+        for path in changeable(self._search, self._stage):
+            if path in now:
+                anew = chance.random() < REDRAWN
+                dimension = self._search.space[path]
+                changed[path.split(".")[1]] = draw(path, dimension) if anew else _shifted(now[path], dimension, chance)
+        path = f"{self._stage}.changes"
+        change = {"after": round(generation / self._evaluations, 9), **changed}
+        return {**point, path: [*point.get(path, ()), change]}
+
+
+def changeable(search: Search, stage: str) -> list[str]:
+    """The dimensions whose values a training can change in its course."""
+    return [path for field in CHANGEABLE if (path := f"{stage}.{field}") in search.space]
+
+
+def present(point: Point, stage: str) -> Point:
+    """A trial's values at its end: of what changes in its course the last ones, and not the changes themselves."""
+    now = {path: value for path, value in point.items() if path != f"{stage}.changes"}
+    for change in point.get(f"{stage}.changes", ()):
+        now |= {f"{stage}.{field}": change[field] for field in CHANGEABLE if change.get(field) is not None}
+    return now
+
+
+def _shifted(value: Any, dimension: Dimension, chance: random.Random) -> Any:
+    """A little more or less; of listed values the next one."""
+    up = chance.random() < 0.5
+    if dimension.listed is None:
+        return rounded(value * FACTORS[up], dimension)
+    place = dimension.listed.index(value) + (1 if up else -1)
+    return dimension.listed[min(max(place, 0), len(dimension.listed) - 1)]

@@ -1,0 +1,159 @@
+"""Population based training: who makes room for whom, whatever the order in which it is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunery.search.journal import Begun, Journal
+from tunery.search.population import Descent, Population, changeable, present
+from tunery.search.space import Point, point_by_chance, trial_id
+from tunery.spec import Search, Sft
+from tunery.train.batches import at_even_steps
+from tunery.train.course import change_step, course
+
+SPACE: dict[str, Any] = {
+    "sft.learning_rate": {"loguniform": [1e-5, 1e-2]},
+    "sft.weight_decay": {"choice": [0.0, 0.01, 0.1]},
+    "sft.tuner.lora.rank": {"choice": [4, 8]},
+}
+EVALUATIONS, STEPS, SIZE = 5, 50, 8
+
+
+def search(**fields: Any) -> Search:
+    told = {"metric": "sft.eval_loss", "mode": "min", "trials": SIZE, "scheduler": "pbt", "space": SPACE, **fields}
+    return Search.model_validate_json(json.dumps(told))
+
+
+def population(**fields: Any) -> Population:
+    return Population(search(**fields), "sft", EVALUATIONS, seed=7)
+
+
+def report(point: Point, generation: int) -> dict[str, float]:
+    """The nearer to 1e-3 a trial has learned, the less is its loss."""
+    rates = [point["sft.learning_rate"]]
+    for change in point.get("sft.changes", ()):
+        rates += [change["learning_rate"]] * (change["after"] < generation / EVALUATIONS)
+    loss = sum(abs(math.log10(rate) + 3) for rate in rates) / len(rates)
+    step = at_even_steps(STEPS, EVALUATIONS)[generation - 1]
+    return {"sft.eval_loss": loss, "steps": float(step), "share": step / STEPS}
+
+
+def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Descent]:
+    """Everybody trains to the end; each turn one of those that can go on reports."""
+    points = {trial_id(point): point for point in starts()}
+    for name, point in points.items():
+        told.join(name, point)
+    ahead = dict.fromkeys(points, 1)
+    found: list[Descent] = []
+    while going := order([name for name in ahead if name not in told.replaced and ahead[name] < EVALUATIONS]):
+        name = going[0]
+        told.hear(name, report(points[name], ahead[name]))
+        ahead[name] += 1
+        for descent in told.due():
+            found.append(descent)
+            child = trial_id(descent.overrides)
+            points[child] = descent.overrides
+            ahead[child] = round(descent.overrides["sft.changes"][-1]["after"] * EVALUATIONS) + 1
+    return found
+
+
+def starts() -> list[Point]:
+    return [point_by_chance(search().space, 7, number, {}) for number in range(SIZE)]
+
+
+def shuffled(seed: int) -> Callable[[list[str]], list[str]]:
+    chance = random.Random(seed)
+    return lambda names: chance.sample(names, len(names))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_makes_room_does_not_depend_on_who_is_faster(seed: int) -> None:
+    in_step = lived(population(), lambda names: names)
+    assert len(in_step) == (EVALUATIONS - 1) * SIZE // 4
+    assert lived(population(), shuffled(seed)) == in_step
+
+
+def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None:
+    told = population()
+    first = {trial_id(point): point for point in starts()}
+    found = [descent for descent in lived(told, lambda names: names) if len(descent.overrides["sft.changes"]) == 1]
+    found = [descent for descent in found if descent.overrides["sft.changes"][0]["after"] == 0.2]
+    losses = {name: report(point, 1)["sft.eval_loss"] for name, point in first.items()}
+    ranked = sorted(losses, key=lambda name: losses[name])
+    assert {descent.member for descent in found} == set(ranked[-2:])
+    assert {descent.of for descent in found} <= set(ranked[:2])
+    for descent in found:
+        assert descent.since == 10
+        assert {**first[descent.of], "sft.changes": descent.overrides["sft.changes"]} == descent.overrides
+        (change,) = descent.overrides["sft.changes"]
+        assert search().space["sft.learning_rate"].holds(change["learning_rate"])
+        assert change["weight_decay"] in (0.0, 0.01, 0.1)
+        assert present(descent.overrides, "sft")["sft.learning_rate"] == change["learning_rate"]
+        assert "sft.changes" not in present(descent.overrides, "sft")
+    assert changeable(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
+
+
+def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() -> None:
+    (change,) = lived(population(), lambda names: names)[0].overrides["sft.changes"]
+    for steps in (7, 50, 51, 99):
+        assert change_step(change["after"], steps) == at_even_steps(steps, EVALUATIONS)[0]
+    told = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
+    spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "changes": [change]}))
+    rates = course(spec, STEPS).learning_rates
+    assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
+
+
+def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
+    journal, told = Journal(tmp_path / "journal.jsonl"), population()
+    points = {trial_id(point): point for point in starts()}
+    for number, (name, point) in enumerate(points.items()):
+        journal.begin(Begun(name, number, point, "drawn"))
+        told.join(name, point)
+    for name, point in points.items():
+        for generation in (1, 2):  # nobody waits for the decision
+            journal.report(name, report(point, generation))
+            told.hear(name, report(point, generation))
+    found = told.due()
+    for descent in found[:1]:  # the search was killed before the other had begun
+        journal.begin(Begun(trial_id(descent.overrides), 9, descent.overrides, "descendant", descent.of, descent.since))
+        journal.end(descent.member, state="stopped", values={}, seconds=1.0, error="")
+    again = population()
+    again.replay(Journal(tmp_path / "journal.jsonl").records.values())
+    assert again.due() == found == again.offspring
+    assert again.replaced == told.replaced
+
+
+def test_one_that_fails_is_not_waited_for_and_one_without_a_value_makes_room() -> None:
+    told = population()
+    points = {trial_id(point): point for point in starts()}
+    for name, point in points.items():
+        told.join(name, point)
+    failed, diverged, *others = points
+    told.hear(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
+    for name in others:
+        told.hear(name, report(points[name], 1))
+    assert told.due() == [], "one has neither reported nor ended"
+    assert told.waits(diverged)
+    told.end(failed)
+    leaving = {descent.member for descent in told.due()}
+    assert diverged in leaving
+    assert failed not in leaving
+    assert not told.waits(others[0])
+    assert told.kept_in_vain() == [], "the copies have not begun yet"
+
+
+def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
+    told = population(trials=SIZE + 1)
+    for point in starts():
+        told.join(trial_id(point), point)
+        told.hear(trial_id(point), report(point, 1))
+    assert told.due() == []
+    told.close()
+    assert len(told.due()) == 2
