@@ -2,6 +2,7 @@
 the winner is known. The same trials, the same rule (lowest loss on the same held-out rows).
 
     python benchmarks/search_beside_plain.py [--trials 12] [--store FOLDER]
+    python benchmarks/search_beside_plain.py --gpu 0.6b --trials 8 [--arms plain,alone]    # one GPU, a few arms a time
 
 plain            Ray Tune, one trial at a time on all cores: each loads the model, scores the rows, filters them, trains
                  LoRA by TRL's SFTTrainer and evaluates
@@ -11,7 +12,7 @@ ours, with ASHA  in packs, the worse ones stopped early
 
 Datasets and base are there before (made once into --store); scoring is in every arm. Each arm is a process of its own,
 whose whole wall time counts, with Ray's start and imports. The file's own `sft` has the first trial's values, and is
-that trial then.
+that trial then. With --gpu the base is a model of that shape (benchmarks/packed_lora.py) with random weights, in bf16.
 """
 
 from __future__ import annotations
@@ -28,46 +29,72 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS: dict[str, dict[str, Any]] = {
-    "ours, alone": {"compute": {"pack": 1}},
-    "ours, packed": {},
-    "ours, with ASHA": {"search": {"scheduler": "asha"}},
+    "alone": {"compute": {"pack": 1}},
+    "packed": {},
+    "asha": {"search": {"scheduler": "asha"}},
 }
+"""Ours."""
+ROWS_ON_GPU = 320
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--store", type=Path, default=Path("/tmp/search_beside_plain"))
+    parser.add_argument("--gpu", default="", help="a shape of benchmarks/packed_lora.py")
+    parser.add_argument("--arms", default=",".join(("plain", *ARMS)), help="others are printed as they came out before")
     options = parser.parse_args()
-    made = _prepare(options.store, options.trials)
-    results = {"plain": _plain(made, options.store)}
-    for arm, changes in ARMS.items():
-        results[arm] = _ours(arm, changes, options.store, made["points"])
-    print(f"{options.trials} trials on {len(os.sched_getaffinity(0))} cores")
+    options.store.mkdir(parents=True, exist_ok=True)
+    made = _prepare(options.store, options.trials, options.gpu)
+    for arm in options.arms.split(","):
+        if arm == "plain":
+            result = _plain(made, options.store)
+        else:
+            result = _ours(arm, options.store, made)
+        (options.store / f"{arm}.json").write_text(json.dumps(result))
+    told = {arm: options.store / f"{arm}.json" for arm in ("plain", *ARMS)}
+    results = {arm: json.loads(path.read_text()) for arm, path in told.items() if path.exists()}
+    _print(results, options.trials, options.gpu)
+
+
+def _print(results: dict[str, dict[str, Any]], trials: int, gpu: str) -> None:
+    print(f"{trials} trials on {f'one GPU, {gpu}' if gpu else f'{len(os.sched_getaffinity(0))} cores'}")
+    plain = results.get("plain")
     print("arm                seconds   times plain    steps   winner's loss   its rank among plain's")
-    ranked = sorted(results["plain"]["losses"].values())
     for arm, told in results.items():
-        value = results["plain"]["losses"][told["winner"]]
-        print(
-            f"{arm:16} {told['seconds']:9.0f} {results['plain']['seconds'] / told['seconds']:13.2f} {told['steps']:8,} "
-            f"{told['losses'][told['winner']]:15.4f} {ranked.index(value) + 1:23}"
-        )
+        line = f"{arm:16} {told['seconds']:9.0f} "
+        line += f"{plain['seconds'] / told['seconds']:13.2f} " if plain else f"{'':13} "
+        line += f"{told['steps']:8,} {told['losses'][told['winner']]:15.4f} "
+        if plain:
+            line += f"{sorted(plain['losses'].values()).index(plain['losses'][told['winner']]) + 1:23}"
+        print(line)
 
 
-def _experiment(trials: int, changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own`: the file's own values, by path."""
+def _experiment(trials: int, changes: dict[str, Any], own: dict[str, Any], model: str) -> dict[str, Any]:
+    """`own`: the file's own values, by path. `model`: a folder with the base, on a GPU; "" for the file's own base."""
     from tunery.spec.yaml_source import read_yaml
 
     told: dict[str, Any] = read_yaml((ROOT / "experiments/sweep.yaml").read_text(), "sweep.yaml").data
-    told["stages"].pop("eval")
+    stages = told["stages"]
+    for name in ("eval", "heldout"):
+        stages.pop(name)
+    told["search"] |= {"trials": trials, "scheduler": "none", "replicate": 1, **changes.get("search", {})}
+    told["compute"] = changes.get("compute", {})
+    if model:
+        for name in ("texts", "base"):
+            stages.pop(name)
+        base = {"pretrained": model}
+        stages["questions"]["limit"], stages["validation"]["limit"] = ROWS_ON_GPU, ROWS_ON_GPU // 4
+        stages["scored"]["by"] = [{"perplexity": base}]
+        stages["sft"] |= {"model": base, "learning_rate": 1e-4}
+        told["search"]["space"]["sft.learning_rate"] = {"loguniform": [1e-5, 1e-3]}
+        told["compute"] |= {"device": "gpu", "precision": "bf16"}
     for path, value in own.items():
         *parents, last = path.split(".")
-        place = told["stages"]
+        place = stages
         for key in parents:
             place = place[key]
         place[last] = value
-    told["search"] |= {"trials": trials, "scheduler": "none", "replicate": 1, **changes.get("search", {})}
-    told["compute"] = changes.get("compute", {})
     told["tracking"] = {"wandb": {"mode": "disabled"}}
     return told
 
@@ -80,27 +107,35 @@ def _write(path: Path, experiment: dict[str, Any]) -> Path:
 
 def _tunery(file: Path, store: Path) -> float:
     begin = time.time()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    path = os.pathsep.join((str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "tunery", "run", str(file), "--store", str(store), "--json"]
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     return time.time() - begin
 
 
-def _prepare(store: Path, trials: int) -> dict[str, Any]:
-    """Datasets and base; returns where they lie, and the trials."""
+def _prepare(store: Path, trials: int, gpu: str) -> dict[str, Any]:
+    """Datasets and base, once; returns where they lie, and the trials."""
     from tunery.search.space import point_by_chance
     from tunery.spec import load
 
-    experiment = _experiment(trials, {}, {})
+    model = str(store / "random/model") if gpu else ""
+    if gpu and not (store / "random/model").is_dir():
+        import packed_lora
+
+        asked = {"folder": str(store / "random"), "shape": gpu, "device": "gpu", "batch": 1, "steps": 1}
+        packed_lora._process("make", asked)  # in a process of its own: it would keep the GPU's memory
+    experiment = _experiment(trials, {}, {}, model)
     del experiment["search"]
-    experiment["stages"] = {name: experiment["stages"][name] for name in ("texts", "questions", "validation", "base")}
+    shared = ("texts", "questions", "validation", "base")
+    experiment["stages"] = {name: stage for name, stage in experiment["stages"].items() if name in shared}
     _tunery(_write(store / "base.yaml", experiment), store / "base")
-    told, _ = load(_write(store / "all.yaml", _experiment(trials, {}, {})))
+    told, _ = load(_write(store / "all.yaml", _experiment(trials, {}, {}, model)))
     assert told.search is not None
     points = [point_by_chance(told.search.space, told.seed, number, {}) for number in range(trials)]
-    found: dict[str, Any] = {"points": points, "seed": told.seed}
+    found: dict[str, Any] = {"points": points, "seed": told.seed, "model": model}
     for event in (
         json.loads(line) for line in (store / "base/runs/sweep/events/driver.jsonl").read_text().splitlines()
     ):
@@ -109,11 +144,12 @@ def _prepare(store: Path, trials: int) -> dict[str, Any]:
     return found
 
 
-def _ours(arm: str, changes: dict[str, Any], store: Path, points: list[dict[str, Any]]) -> dict[str, Any]:
-    own = store / arm.replace(", ", "-").replace(" ", "-")
+def _ours(arm: str, store: Path, made: dict[str, Any]) -> dict[str, Any]:
+    own, points = store / arm, made["points"]
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(store / "base/artifacts", own / "artifacts")
-    seconds = _tunery(_write(own / "sweep.yaml", _experiment(len(points), changes, points[0])), own)
+    experiment = _experiment(len(points), ARMS[arm], points[0], made["model"])
+    seconds = _tunery(_write(own / "sweep.yaml", experiment), own)
     (search,) = (own / "artifacts").glob("search-*")
     facts = json.loads((search / "manifest.json").read_text())["facts"]
     assert len(list((own / "artifacts").glob("score-*"))) == 1, "rows were scored once"
@@ -150,10 +186,12 @@ def plain(told: dict[str, Any]) -> None:
     import ray
     from ray import tune
 
-    cores = len(os.sched_getaffinity(0))
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000)
+    cores, gpus = len(os.sched_getaffinity(0)), int(bool(told["model"]))
+    ray.init(
+        num_cpus=cores, num_gpus=gpus, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000
+    )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, told=told), {"cpu": cores}),
+        tune.with_resources(tune.with_parameters(_trial, told=told), {"cpu": cores, "gpu": gpus}),
         param_space={"point": tune.grid_search(told["points"])},
         tune_config=tune.TuneConfig(metric="loss", mode="min", max_concurrent_trials=1),
         run_config=tune.RunConfig(storage_path=told["out"], name="plain", verbose=0),
@@ -176,8 +214,11 @@ def _trial(config: dict[str, Any], told: dict[str, Any]) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     point = config["point"]
-    folder = Path(told["base"]) / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    gpu = bool(told["model"])
+    folder = Path(told["model"] or Path(told["base"]) / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    model.to("cuda" if gpu else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, heldout = (_encoded(Path(told[name]), tokenizer) for name in ("questions", "validation"))
     scores = _perplexities(model, rows)
     keep = round(point["clean.keep.perplexity.quantile"] * len(rows))
@@ -197,9 +238,9 @@ def _trial(config: dict[str, Any], told: dict[str, Any]) -> None:
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            bf16=False,
+            bf16=gpu,
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=not gpu,
             seed=told["seed"],
         ),
         train_dataset=Dataset.from_list(kept),
@@ -236,8 +277,9 @@ def _perplexities(model: Any, rows: list[dict[str, list[int]]]) -> list[float]:
         ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
         mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])
         labels = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in batch])
+        ids, mask, labels = ids.to(model.device), mask.to(model.device), labels.to(model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
         ).view(len(batch), -1)
