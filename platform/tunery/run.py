@@ -130,14 +130,15 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
         assert compute.workers_per_trial != "auto", "resolved"
         check(experiment, source, where.store, compute.workers, compute.workers_per_trial)
         experiment = experiment.model_copy(update={"compute": compute})
-    made = execute(experiment, where, log)
     found: Artifact | None = None
     best: dict[str, Artifact] = {}
+    made = execute(before_search(experiment), where, log)
     if experiment.search is not None:
         from tunery.search.tune import Room, run_search
 
         room = Room(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
         found = run_search(experiment, where, log, room, longest(experiment, *_rows_of(experiment, made)))
+        made = execute(experiment, where, log, made=made)
         best = _measure_best(experiment, where, log, found)
     for table in (
         filter_table(experiment, made),
@@ -154,6 +155,22 @@ def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog
             log.write("comparison", **table)
     log.write("overhead", **overhead(read_events(where.events)))
     return Outcome(made, found)
+
+
+def before_search(experiment: Experiment) -> Experiment:
+    """Without the trainings that the search changes, and what depends on those: with the file's own values they come
+    after it, for the comparison. Where one of the trials had these values, they are there then."""
+    if experiment.search is None:
+        return experiment
+    stages = experiment.stages
+    searched = {path.split(".")[0] for path in experiment.search.space}
+    trained = {
+        name
+        for name, stage in stages.items()
+        if isinstance(stage, Training) and searched & closure(stages, [name]).keys()
+    }
+    kept = {name: stage for name, stage in stages.items() if not trained & closure(stages, [name]).keys()}
+    return experiment.model_copy(update={"stages": kept})
 
 
 def _needs_ray(experiment: Experiment, where: Where) -> bool:

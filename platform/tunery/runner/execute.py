@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
@@ -78,24 +79,29 @@ def execute(
     where: Where,
     log: EventLog,
     trial: Trial | None = None,
+    made: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:
-    """Make every stage of `experiment` (whose compute is resolved); returns the artifacts by stage name.
+    """Make every stage of `experiment` (whose compute is resolved) but those in `made`; returns all artifacts by stage
+    name.
 
     Ray must have been started when a stage is missing that needs it. Raises StageError, after a stage_failed event.
     """
     trial = trial or Trial()
     known = fingerprints(experiment, where.folder)
-    made: dict[str, Artifact] = {}
+    artifacts = dict(made)
     for name in order(experiment.stages):
+        if name in made:
+            continue
         stage = experiment.stages[name]
         print_, own, inputs = known[name]
         artifact = where.store.find(stage.kind, print_)
         if artifact is None:
-            artifact = _make(name, experiment, where, log, trial, print_, {"identity": own, "inputs": inputs}, made)
+            described = {"identity": own, "inputs": inputs}
+            artifact = _make(name, experiment, where, log, trial, print_, described, artifacts)
         elif not trial.label:
             _tell_finished(log, name, artifact, reused=True, seconds=0.0)
-        made[name] = artifact
-    return made
+        artifacts[name] = artifact
+    return artifacts
 
 
 def _make(
