@@ -38,6 +38,9 @@ class TellTrials(Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
         if not result.get(FINISHED) and not math.isnan(result.get(self._search.metric, math.nan)):
+            record = self._journal.records[trial.config["trial"]]
+            if record.reports and result["steps"] <= record.reports[-1]["steps"]:
+                return  # a training that goes on from a checkpoint tells it all again
             told = {name: result[name] for name in (*PROGRESS, "share", *self._search.metrics) if name in result}
             self._journal.report(trial.config["trial"], told)
 

@@ -76,6 +76,8 @@ class Sparing(TrialScheduler):  # type: ignore[misc]
         """`units`: what progress is measured in, and how much of it is one of the scheduler's."""
         super().__init__()
         self._scheduler, self._units = scheduler, units
+        self._seen: dict[str, float] = {}
+        """Progress by trial. One that goes on from a checkpoint tells it all again, which no scheduler expects."""
 
     @property
     def metric(self) -> str:
@@ -99,7 +101,11 @@ class Sparing(TrialScheduler):  # type: ignore[misc]
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if _is_spared(trial):
             return str(TrialScheduler.CONTINUE)
-        return str(self._scheduler.on_trial_result(controller, trial, _progress(result, self._units)))
+        told = _progress(result, self._units)
+        if told[PROGRESS] <= self._seen.get(trial.trial_id, 0.0):
+            return str(TrialScheduler.CONTINUE)
+        self._seen[trial.trial_id] = told[PROGRESS]
+        return str(self._scheduler.on_trial_result(controller, trial, told))
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         if not _is_spared(trial):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tunery.spec import Compute, Training
@@ -26,6 +26,14 @@ def report_of(
     names them."""
     measured = {f"{stage}.{name}": value for name, value in metrics.items() if name.startswith("eval_")}
     return {"steps": float(step), "share": step / steps, "tokens": float(tokens), "rows": float(rows), **measured}
+
+
+def evaluations_of(history: Sequence[Mapping[str, float]]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Step and measures of each evaluation of a curve. A training that goes on from a checkpoint reports them again: a
+    search that was killed may not have heard of the last ones, and knows the others (search/schedulers.py)."""
+    for point in history:
+        if measured := {name: value for name, value in point.items() if name.startswith("eval_")}:
+            yield int(point["step"]), measured
 
 
 def tell_again(history: Sequence[Mapping[str, float]], emit: Callable[..., None]) -> None:

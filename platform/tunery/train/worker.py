@@ -11,7 +11,7 @@ from typing import Any
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
 from tunery.train.course import course
-from tunery.train.facts import log_period, report_of, save_period, tell_again, training_facts
+from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Recipe, Report
 
 RECIPES = {
@@ -92,6 +92,8 @@ def train(job: Job, report: Report) -> None:
         steps.history += read_history(checkpoint)
         if job.begins_with is not None and checkpoint.name == job.begins_with.name:
             tell_again(steps.history, emit)
+        for step, measured in evaluations_of(steps.history):
+            tell(step, measured)
     begin = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
@@ -105,7 +107,7 @@ def train(job: Job, report: Report) -> None:
             **_facts(job, batching, trainer, steps.history),
             **found,
         }
-        measured = {
+        timed = {
             "train_seconds": seconds,
             "tokens_per_second": facts["tokens"] * (1 - resumed / batching.steps) / seconds,
             "first_step_seconds": (steps.first_step_at or time.time()) - job.started,
@@ -118,7 +120,7 @@ def train(job: Job, report: Report) -> None:
             "micro_batch_size": batching.micro_batch_size,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in steps.history))
-        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": measured}))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": timed}))
     dist.barrier()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tunery.train.checkpoints import (
     write_history,
 )
 from tunery.train.course import course
-from tunery.train.facts import log_period, report_of, save_period, tell_again, training_facts
+from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
 from tunery.train.sequences import Tokens
@@ -73,8 +73,8 @@ class Member:
         self._losses: list[float] = []
         self._last_progress = 0.0
         self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
-        self._due: dict[str, float] | None = None
-        """An evaluation that is reported when all that is due with it is done."""
+        self._due: list[dict[str, float]] = []
+        """Evaluations that are reported when all that is due with them is done; those of an earlier try again."""
         drop_foreign(self._checkpoints, WRITTEN_BY)
         self.resumed_from = self._saved_at = self._load()
 
@@ -115,14 +115,17 @@ class Member:
         a scheduler may stop a trial at any report, and there the model would be lost for nothing."""
         self._tell({"eval_loss": loss})
         if not self.ended:
-            rows, steps = self.step * self._size, self.batching.steps
-            tokens = sum(len(self.data.ids[row]) for row in self._order[:rows])
-            self._due = report_of(self.job.stage, self.step, steps, tokens, rows, {"eval_loss": loss})
+            self._report_later(self.step, {"eval_loss": loss})
+
+    def _report_later(self, step: int, measured: Mapping[str, float]) -> None:
+        rows = step * self._size
+        tokens = sum(len(self.data.ids[row]) for row in self._order[:rows])
+        self._due.append(report_of(self.job.stage, step, self.batching.steps, tokens, rows, measured))
 
     def report(self, report: Report) -> None:
-        if self._due is not None:
-            due, self._due = self._due, None
-            report(due)
+        due, self._due = self._due, []
+        for told in due:
+            report(told)
 
     @property
     def saves_now(self) -> bool:
@@ -164,6 +167,8 @@ class Member:
         self.history = read_history(checkpoint)
         if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
             tell_again(self.history, self.emit)
+        for step, measured in evaluations_of(self.history):
+            self._report_later(step, measured)
         self._losses = list(state["losses"])
         self.step = step_of(checkpoint)
         return self.step

@@ -67,6 +67,7 @@ class Pack:
         self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])
         self._reports[job.trial] = report
         self._restack([*self.members, member])
+        member.report(report)
         return member
 
     def _check(self, member: Member, peft_model: Any) -> None:

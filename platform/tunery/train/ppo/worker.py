@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,7 @@ from tunery.errors import Stopped
 from tunery.spec import Ppo
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_batches
-from tunery.train.facts import report_of, tell_again
+from tunery.train.facts import evaluations_of, report_of, tell_again
 from tunery.train.job import Job, Report, rows_of
 from tunery.train.worker_setup import pick_dtype, prepare_process
 
@@ -159,6 +159,9 @@ class _Run:
         self.history = read_history(found)
         if self.job.begins_with is not None and found.name == self.job.begins_with.name:
             tell_again(self.history, self.emit)
+        for step, measured in evaluations_of(self.history):
+            if step:
+                self.report(self._report_of(step, measured))
 
     def step(self) -> None:
         size, state = self.batching.global_batch_size, self.trainer.state
@@ -205,10 +208,13 @@ class _Run:
         self._tell(told, {})
         # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing.
         if 0 < step < self.batching.steps:
-            answers = step * self.batching.global_batch_size
-            # The longest that they may be: how long they were is not known of steps before a resumption.
-            tokens = answers * self.spec.max_length
-            self.due = report_of(self.job.stage, step, self.batching.steps, tokens, answers, told)
+            self.due = self._report_of(step, told)
+
+    def _report_of(self, step: int, measured: Mapping[str, float]) -> dict[str, float]:
+        answers = step * self.batching.global_batch_size
+        # The longest that they may be: how long they were is not known of steps before a resumption.
+        tokens = answers * self.spec.max_length
+        return report_of(self.job.stage, step, self.batching.steps, tokens, answers, measured)
 
     def checkpoint(self) -> None:
         import torch.distributed as dist
