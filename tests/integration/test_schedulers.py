@@ -1,0 +1,135 @@
+"""Searches whose schedulers stop and pause trials, and two searches at once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ENVIRONMENT, Bench, facts, wait_for
+
+RATES = [3e-3, 1e-3, 1e-6, 2e-6, 3e-6, 4e-6, 5e-6, 6e-6, 7e-6]
+"""The first two learn something, the others next to nothing."""
+
+
+def packed(experiment: dict[str, Any]) -> None:
+    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "evaluations": 9}
+    experiment["stages"].pop("eval")
+    experiment["compute"] |= {"pack": 4}
+    experiment["search"] = {
+        "metric": "sft.eval_loss",
+        "mode": "min",
+        "trials": len(RATES),
+        "rungs": "steps",
+        "first": [{"sft.learning_rate": rate} for rate in RATES],
+        "space": {"sft.learning_rate": {"loguniform": [1e-6, 1e-2]}},
+    }
+
+
+def states(bench: Bench) -> dict[float, str]:
+    (search,) = bench.artifacts("search")
+    return {trial["overrides"]["sft.learning_rate"]: trial["state"] for trial in facts(search)["trials"]}
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Bench, scheduler: str) -> None:
+    def change(experiment: dict[str, Any]) -> None:
+        packed(experiment)
+        experiment["search"]["scheduler"] = scheduler
+
+    before_sft.write(change)
+    first = before_sft.start()
+    started = lambda: len([*(before_sft.store / "work").glob("sft-*/checkpoints/*/whole")]) > 3  # noqa: E731
+    wait_for(started, process=first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = before_sft.tunery("run", str(before_sft.file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = states(before_sft)
+    assert found.keys() == set(RATES)
+    assert found[3e-3] == "done"
+    assert Counter(found.values())["stopped"] >= 3
+    assert set(found.values()) == {"done", "stopped"}
+    (search,) = before_sft.artifacts("search")
+    assert facts(search)["best"]["overrides"] == {"sft.learning_rate": 3e-3}
+    assert not [*(before_sft.store / "work").glob("sft-*")], "checkpoints were left behind"
+
+
+@pytest.fixture
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster of two CPUs that anybody with the token may use: its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    words = ["--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    words += ["--include-dashboard=false", "--object-store-memory=300000000", "--disable-usage-stats"]
+    ray = subprocess.Popen(
+        [str(Path(sys.executable).parent / "ray"), "start", *words],
+        env={**ENVIRONMENT, **access},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_for(answers, 60)
+        yield {**access, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        os.killpg(ray.pid, signal.SIGKILL)
+        ray.wait()
+
+
+def test_two_searches_share_a_store_and_a_cluster(before_sft: Bench, cluster: dict[str, str]) -> None:
+    """They begin together, with nothing scored: each row is scored once, and what both try is trained once."""
+    for kind in ("score", "select"):
+        for made in before_sft.artifacts(kind):
+            shutil.rmtree(made)
+    files = {}
+    for name, rates in {"one": [1e-3, 2e-3, 3e-3], "two": [3e-3, 4e-3, 5e-3]}.items():
+
+        def change(experiment: dict[str, Any], name: str = name, rates: list[float] = rates) -> None:
+            packed(experiment)
+            experiment["name"] = name
+            experiment["stages"]["sft"] |= {"epochs": 1, "evaluations": 2}
+            experiment["search"] |= {"trials": 3, "algorithm": "grid", "first": []}
+            experiment["search"]["space"] = {"sft.learning_rate": {"choice": rates}}
+
+        files[name] = before_sft.write(change).rename(before_sft.folder / f"{name}.yaml")
+    runs = {
+        name: subprocess.Popen(
+            before_sft.command("run", str(file), "--store", str(before_sft.store)),
+            env={**ENVIRONMENT, **cluster},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=before_sft.folder,
+        )
+        for name, file in files.items()
+    }
+    for name, run in runs.items():
+        output, _ = run.communicate(timeout=400)
+        assert run.returncode == 0, f"{name}: {output}"
+    assert len(before_sft.artifacts("score")) == len(before_sft.artifacts("select")) == 1
+    searches = [facts(path) for path in before_sft.artifacts("search")]
+    assert sorted(sorted(trial["overrides"]["sft.learning_rate"] for trial in told["trials"]) for told in searches) == [
+        [1e-3, 2e-3, 3e-3],
+        [3e-3, 4e-3, 5e-3],
+    ]
+    assert all(trial["state"] == "done" for told in searches for trial in told["trials"])
+    # 5 rates, of which both tried one, and the file's own, which is the first of them.
+    assert len(before_sft.artifacts("sft")) == 5
+    assert not [*(before_sft.store / "work").glob("*")]
