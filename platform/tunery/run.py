@@ -30,6 +30,7 @@ from tunery.runner.identity import fingerprints
 from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
 from tunery.runner.session import RaySession
 from tunery.search.plan import plan_search
+from tunery.search.population import most_descendants
 from tunery.search.space import curve_stage, longest, metric_stages
 from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
@@ -84,6 +85,8 @@ def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) ->
         by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.rungs}"
         stopped = by if search.scheduler != "none" else ""
         lines = [f"{planned.trials} trials ({search.algorithm}{stopped}) for {search.metric}", *planned.lines()]
+        if search.scheduler == "pbt":
+            lines.append(f"then up to {most_descendants(resolved)} that go on from a better one's checkpoint")
         if search.replicate > 1:
             more = search.replicate - 1
             lines.append(f"then the {min(search.top, planned.trials)} best with {more} more seeds each")

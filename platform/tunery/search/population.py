@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunery.search.journal import Record
-from tunery.search.space import Point, at_random, rounded, trial_id
-from tunery.spec import CHANGEABLE, Dimension, Search
+from tunery.search.space import Point, at_random, curve_stage, rounded, trial_id
+from tunery.spec import CHANGEABLE, Dimension, Experiment, Search
 
 QUARTER = 0.25
 FACTORS = (0.8, 1.2)
@@ -132,7 +132,7 @@ class Population:
             (place for place, trial in enumerate(self._members) if trial in heard),
             key=lambda place: (self._merit(heard[self._members[place]]), place),
         )
-        count = min(math.ceil(len(ranked) * QUARTER), len(ranked) // 2)
+        count = making_room(len(ranked))
         best, worst = [self._members[place] for place in ranked[:count]], ranked[len(ranked) - count :]
         found = []
         for place in sorted(worst):
@@ -165,6 +165,19 @@ class Population:
         path = f"{self._stage}.changes"
         change = {"after": round(generation / self._evaluations, 9), **changed}
         return {**point, path: [*point.get(path, ()), change]}
+
+
+def making_room(count: int) -> int:
+    """Of so many, how many make room at an evaluation."""
+    return min(math.ceil(count * QUARTER), count // 2)
+
+
+def most_descendants(experiment: Experiment) -> int:
+    """How many copies a search can come to."""
+    search, stage = experiment.search, curve_stage(experiment)
+    assert search is not None, "asked for a search"
+    training: Any = experiment.stages[stage or ""]
+    return int(training.evaluations - 1) * making_room(search.trials)
 
 
 def changeable(search: Search, stage: str) -> list[str]:

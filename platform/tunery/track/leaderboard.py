@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunery.track.snapshot import Bound, SearchState, Standing, TrialState
-from tunery.track.wording import as_number, duration, measure, overrides_text, short_paths
+from tunery.track.wording import as_number, duration, in_course, measure, overrides_text, short_paths
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Leaderboard:
 
 def parameters(search: SearchState) -> list[str]:
     """The searched fields, in the order of the space; the trials' own where no space was told."""
-    told = [path for trial in search.own for path in trial.overrides]
+    told = [path for trial in search.own for path in in_course(trial.overrides)]
     return list(dict.fromkeys([*search.space, *told]))
 
 
@@ -47,8 +47,9 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     columns.append(("breaks", [", ".join(broken(search, trial, names)) or None for trial in ranked]))
     columns.append(("front", ["yes" if trial.name in search.front else None for trial in ranked]))
     fields = [names[path] for path in parameters(search)]
+    values = [in_course(trial.overrides) for trial in ranked]
     for path in parameters(search):
-        columns.append((names[path], [trial.overrides.get(path) for trial in ranked]))
+        columns.append((names[path], [told.get(path) for told in values]))
     learned = "tokens" if any(trial.tokens for trial in ranked) else "steps"
     columns.append((learned, [_whole(trial.tokens if learned == "tokens" else trial.steps) for trial in ranked]))
     columns.append(("origin", [origin(trial) or None for trial in ranked]))
@@ -56,12 +57,12 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
         seconds = [trial.seconds for trial in ranked]
         columns.append(("time", [None if value is None else duration(value) for value in seconds]))
         columns.append(("why", [trial.error.splitlines()[0] if trial.error else None for trial in ranked]))
-    told = [(name, values) for name, values in columns if any(value is not None for value in values)]
+    cells = [(name, column) for name, column in columns if any(cell is not None for cell in column)]
     best = search.best
     return Leaderboard(
-        [name for name, _ in told],
-        [[values[index] for _, values in told] for index in range(len(ranked))],
-        [name for name in ("front", *fields, "seeds", "origin", learned) if name in dict(told)],
+        [name for name, _ in cells],
+        [[column[index] for _, column in cells] for index in range(len(ranked))],
+        [name for name in ("front", *fields, "seeds", "origin", learned) if name in dict(cells)],
         next((index for index, trial in enumerate(ranked) if trial is best), None),
     )
 
@@ -75,7 +76,7 @@ def column_names(search: SearchState, *, words: bool = False) -> dict[str, str]:
 def origin(trial: TrialState) -> str:
     """Where a trial comes from, unless it was drawn like any other."""
     match trial.origin:
-        case "cloned" | "replicate":
+        case "cloned" | "descendant" | "replicate":
             joined = "from" if trial.origin == "cloned" else "of"
             return f"{trial.origin} {joined} {trial.of}" if trial.of else trial.origin
         case "" | "drawn":

@@ -139,4 +139,19 @@ def short_paths(paths: Iterable[str]) -> dict[str, str]:
 
 def overrides_text(overrides: Mapping[str, object], names: Mapping[str, str] | None = None) -> str:
     """{'sft.epochs': 2} -> 'sft.epochs=2', or with the shorter `names` 'epochs=2'."""
-    return "  ".join(f"{(names or {}).get(path, path)}={plain(value)}" for path, value in overrides.items())
+    return "  ".join(f"{(names or {}).get(path, path)}={plain(value)}" for path, value in in_course(overrides).items())
+
+
+def in_course(overrides: Mapping[str, object]) -> dict[str, object]:
+    """What changes while a trial trains, with the field that it changes: learning_rate '1e-3 → 1.2e-3', and no
+    `changes` of their own."""
+    told = {path: value for path, value in overrides.items() if not path.endswith(".changes")}
+    for path, changes in overrides.items():
+        if path in told or not isinstance(changes, list | tuple):
+            continue
+        for change in changes:
+            for field, value in change.items():
+                name = f"{path.removesuffix('.changes')}.{field}"
+                if field != "after" and value is not None:
+                    told[name] = f"{plain(told[name])} → {plain(value)}" if name in told else plain(value)
+    return told
