@@ -43,7 +43,7 @@ class Compute(Spec):
     not in trials of one worker, which train in their own process."""
     pack: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Trials of a search that train LoRA on the same base: how many at most share one copy of it on a worker, and its
-    forward passes; auto: 4, on a GPU 8. 1: each trial has a copy for itself."""
+    forward passes; auto: 4, on a GPU up to 8, as its memory has room. 1: each trial has a copy for itself."""
     object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO
     """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
 

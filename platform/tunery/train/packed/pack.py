@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -31,10 +32,16 @@ SMALLEST_BUDGET = 512
 
 
 class Pack:
-    """`budget`: padded tokens in one forward pass of a training."""
+    """`budget`: padded tokens in one forward pass of a training. `free`: bytes of the device that are free."""
 
     def __init__(
-        self, source: Source, device: str, dtype: str, gradient_checkpointing: bool = False, budget: int | None = None
+        self,
+        source: Source,
+        device: str,
+        dtype: str,
+        gradient_checkpointing: bool = False,
+        budget: int | None = None,
+        free: Callable[[torch.device], float] | None = None,
     ) -> None:
         self._source, self._dtype = source, dtype
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
@@ -48,6 +55,7 @@ class Pack:
         self._plain_head = head_is_plain(model)
         self._vocabulary = model.config.get_text_config().vocab_size
         self._budget = budget or BLOCK_TOKENS[self._device.type]
+        self._free = free or free_bytes
         self._layers: dict[str, StackedLinear] = {}
         self._stack = Stack({}, [], self._device)
         self._read: dict[Any, tuple[Tokens, Tokens]] = {}
@@ -55,8 +63,9 @@ class Pack:
         self._reports: dict[str, Report] = {}
         model.train()
 
-    def join(self, job: Job, report: Report) -> Member:
-        """Raises StageError when there is nothing to learn from."""
+    def join(self, job: Job, report: Report) -> Member | None:
+        """None where its adapter and what AdamW remembers of it find no room beside those of the others. Raises
+        StageError when there is nothing to learn from."""
         spec: Any = job.spec
         rows = (job.rows, job.eval_rows, spec.max_length)
         if rows not in self._read:
@@ -64,6 +73,8 @@ class Pack:
         peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
         member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)
         self._check(member, peft_model)
+        if self.members and not self._has_room([*self.members, member]):
+            return None
         self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])
         self._reports[job.trial] = report
         self._restack([*self.members, member])
@@ -82,6 +93,12 @@ class Pack:
                 cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",  # type: ignore[union-attr]
                 remedy="leave them out, or set `compute: {pack: 1}`",
             )
+
+    def _has_room(self, members: Sequence[Member]) -> bool:
+        """For a stack of all of them while the one before it is still there, and a step's activations: as many as its
+        last steps took. Where a first step takes more than there is, its blocks are made smaller."""
+        largest = max(sum(matrix.numel() for pair in m.adapter.weights.values() for matrix in pair) for m in members)
+        return STATE_BYTES * largest * len(members) + _activation_bytes(self._device) < self._free(self._device)
 
     def leave(self, member: Member) -> None:
         """Its checkpoint lets it go on later, here or in another pack."""
@@ -228,6 +245,23 @@ class Pack:
 
 
 IGNORED = -100
+STATE_BYTES = 4 * 4
+"""Of a number of an adapter in a stack: weight, gradient and two moments, float32."""
+
+
+def free_bytes(device: torch.device) -> float:
+    """With what torch keeps for itself without using it. On a CPU adapters are small beside the base: no limit."""
+    if device.type == "cpu":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
+
+
+def _activation_bytes(device: torch.device) -> int:
+    """At their most, so far."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
 
 
 def _counted(labels: list[int]) -> int:

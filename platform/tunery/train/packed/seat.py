@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,6 +44,10 @@ def why_alone(stage: Stage, compute: Compute) -> str:
     return ""
 
 
+class NoRoom(TuneryError):
+    """A pack's device has no memory for another training."""
+
+
 @dataclass
 class _Passenger:
     """A training as its pack sees it."""
@@ -65,6 +70,8 @@ class PackActor:
     def __init__(self, source: Source, compute: Compute) -> None:
         self._source, self._compute = source, compute
         self._passengers: dict[str, _Passenger] = {}
+        self._full = False
+        """Somebody was turned away, and nobody has left since."""
         self._changed = threading.Condition()
         threading.Thread(target=self._drive, name="pack", daemon=True).start()
 
@@ -107,9 +114,10 @@ class PackActor:
                 raise passenger.error
             return told, passenger.ended
 
-    def members(self) -> list[str]:
+    def members(self) -> tuple[list[str], bool]:
+        """By trial, and whether its memory has room for no more."""
         with self._changed:
-            return [trial for trial, passenger in self._passengers.items() if not passenger.ended]
+            return [trial for trial, passenger in self._passengers.items() if not passenger.ended], self._full
 
     # The thread.
 
@@ -139,6 +147,7 @@ class PackActor:
                 pack = None
             for trial in [trial for trial, (_, member) in members.items() if member.ended]:
                 del members[trial]
+                self._full = False
                 self._end(trial)
 
     def _busy(self) -> bool:
@@ -164,6 +173,7 @@ class PackActor:
             gone = passenger.gone
             if trial in members and (gone or members[trial][0] is not passenger):  # or it has begun anew
                 pack.leave(members.pop(trial)[1])
+                self._full = False
             if gone:
                 with self._changed:
                     del self._passengers[trial]
@@ -171,7 +181,11 @@ class PackActor:
             elif trial not in members and not passenger.ended:
                 try:
                     member = pack.join(passenger.job, partial(self._tell, passenger))
-                    members[trial] = (passenger, member)
+                    if member is None:
+                        self._full = True
+                        self._end(trial, NoRoom(f"no memory for {trial} beside {len(members)} others"))
+                    else:
+                        members[trial] = (passenger, member)
                 except Exception as error:  # of this one: the others go on
                     self._end(trial, error)
 
@@ -204,10 +218,10 @@ class Desk:
                 told.append((source, pack, ray.get(pack.members.remote())))
             except ray.exceptions.RayActorError:  # it had nothing to do for long, or was killed
                 self._packs.remove((source, pack))
-        for _, pack, members in told:
+        for _, pack, (members, _) in told:
             if job.trial in members:  # an earlier try of the same, whose process is gone
                 ray.get(pack.leave.remote(job.trial))
-        counted = [(source, pack, len(members)) for source, pack, members in told]
+        counted = [(source, pack, self._size if full else len(members)) for source, pack, (members, full) in told]
         fitting = [(count, pack) for source, pack, count in counted if source == job.model and count < self._size]
         if not fitting and len(self._packs) < self._most and not self._has_device():
             return None  # a trial that trains alone has it, or another search: asking a pack that waits would block
@@ -259,8 +273,14 @@ def open_desk(packs: int, size: int, compute: Compute) -> Any:
 def train_packed(job: Job, desk: Any, report: Report) -> None:
     """Takes a seat and waits until the training has ended; whoever stops this leaves the pack. Raises Stopped, and the
     training's own errors."""
-    while (pack := _asked(desk.seat, job)) is None:
-        time.sleep(SEAT_SECONDS)
+    while True:
+        while (pack := _asked(desk.seat, job)) is None:
+            time.sleep(SEAT_SECONDS)
+        with suppress(NoRoom):
+            return _ride(job, pack, report)
+
+
+def _ride(job: Job, pack: Any, report: Report) -> None:
     try:
         ended = False
         while not ended:
@@ -269,6 +289,8 @@ def train_packed(job: Job, desk: Any, report: Report) -> None:
             told, ended = _asked(pack.news, job.trial)
             for metrics in told:
                 report(metrics)
+    except NoRoom:  # it never was a member
+        raise
     except BaseException:
         pack.leave.remote(job.trial)
         raise
