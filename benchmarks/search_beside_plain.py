@@ -11,8 +11,9 @@ ours, packed     the same in packs
 ours, with ASHA  in packs, the worse ones stopped early
 
 Datasets and base are there before (made once into --store); scoring is in every arm. Each arm is a process of its own,
-whose whole wall time counts, with Ray's start and imports. The file's own `sft` has the first trial's values, and is
-that trial then. With --gpu the base is a model of that shape (benchmarks/packed_lora.py) with random weights, in bf16.
+whose wall time counts from its start, with Ray's and imports, until the winner is named. (Then tunery trains with the
+file's own values too, for the comparison, where no trial had them: nothing that the plain arm does.) With --gpu the base
+is a model of that shape (benchmarks/packed_lora.py) with random weights, in bf16.
 """
 
 from __future__ import annotations
@@ -105,15 +106,13 @@ def _write(path: Path, experiment: dict[str, Any]) -> Path:
     return path
 
 
-def _tunery(file: Path, store: Path) -> float:
-    begin = time.time()
+def _tunery(file: Path, store: Path) -> None:
     path = os.pathsep.join((str(ROOT / "platform"), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "tunery", "run", str(file), "--store", str(store), "--json"]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return time.time() - begin
 
 
 def _prepare(store: Path, trials: int, gpu: str) -> dict[str, Any]:
@@ -149,7 +148,10 @@ def _ours(arm: str, store: Path, made: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(store / "base/artifacts", own / "artifacts")
     experiment = _experiment(len(points), ARMS[arm], points[0], made["model"])
-    seconds = _tunery(_write(own / "sweep.yaml", experiment), own)
+    begin = time.time()
+    _tunery(_write(own / "sweep.yaml", experiment), own)
+    events = map(json.loads, (own / "runs/sweep/events/driver.jsonl").read_text().splitlines())
+    seconds = next(event["t"] for event in events if event["event"] == "search_finished") - begin
     (search,) = (own / "artifacts").glob("search-*")
     facts = json.loads((search / "manifest.json").read_text())["facts"]
     assert len(list((own / "artifacts").glob("score-*"))) == 1, "rows were scored once"

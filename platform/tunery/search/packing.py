@@ -10,8 +10,8 @@ from tunery.spec.graph import closure
 from tunery.train.packed.seat import why_alone
 
 AUTO_SIZE = {"cpu": 4, "gpu": 8}
-"""Members of a pack at most, where nobody says; a GPU whose memory has room for fewer takes fewer. More bring little
-(on a CPU a step of a member takes 43 ms alone, 26 among four and 30 among eight), and each has a driver's process to start."""
+"""Members of a pack at most, where nobody says; a GPU whose memory has room for fewer takes fewer. More bring little:
+on a CPU a member's step takes 43 ms alone, 26 among four and 30 among eight; and each has a driver's process."""
 
 
 def pack_size(experiment: Experiment) -> int:
