@@ -12,8 +12,8 @@ ours, with ASHA  in packs, the worse ones stopped early
 
 Datasets and base are there before (made once into --store); scoring is in every arm. Each arm is a process of its own,
 whose wall time counts from its start, with Ray's and imports, until the winner is named. (Then tunery trains with the
-file's own values too, for the comparison, where no trial had them: nothing that the plain arm does.) With --gpu the base
-is a model of that shape (benchmarks/packed_lora.py) with random weights, in bf16.
+file's own values too, where no trial had them, for the comparison: nothing that the plain arm does.) With --gpu the
+base is a model of that shape (benchmarks/packed_lora.py) with random weights, in bf16.
 """
 
 from __future__ import annotations

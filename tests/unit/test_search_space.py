@@ -283,6 +283,28 @@ def test_wished_trials_are_run_and_stopped_ones_are_not(tmp_path: Path) -> None:
     assert two[0]["trial"] != one[0]["trial"]
 
 
+def test_a_wish_that_fits_the_file_no_more_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+    told: list[Begun] = []
+    bench = Bench(tmp_path, search(trials=1))
+    bench.queue = Queue(
+        bench.told,
+        bench.journal,
+        suggester(bench.told, 3, tmp_path, []),
+        bench.steering,
+        at_once=2,
+        reseeded=lambda overrides, seed: overrides,
+        unbegun=told.append,
+        unfit=lambda overrides: "there is no `gone`" if "sft.gone" in overrides else "",
+    )
+    bench.steering.add({"sft.gone": 1})
+    bench.end(*bench.next())
+    assert bench.next()[0] == "FINISHED"
+    assert [begun.overrides for begun in told] == [{"sft.gone": 1}]
+    ended = bench.journal.records[told[0].trial].ended
+    assert ended is not None
+    assert (ended["state"], ended["error"]) == ("failed", "there is no `gone`")
+
+
 def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)

@@ -30,12 +30,14 @@ class Queue(Searcher):  # type: ignore[misc]
         reseeded: Callable[[Point, int], Point],
         unbegun: Callable[[Begun], None] = lambda begun: None,
         population: Population | None = None,
+        unfit: Callable[[Point], str] = lambda overrides: "",
     ) -> None:
-        """`unbegun` is told of trials that were stopped before they began. `population`: has heard the journal."""
+        """`unbegun` is told of trials that ended before they began. `population`: has heard the journal. `unfit`: why
+        values give no trial; "" when they do."""
         super().__init__(metric=search.metric, mode=search.mode)
         self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
         self._at_once, self._reseeded, self._unbegun = at_once, reseeded, unbegun
-        self._population = population
+        self._population, self._unfit = population, unfit
         self._waiting = journal.open
         self._running: dict[str, str] = {}
         self._exhausted = False
@@ -47,7 +49,7 @@ class Queue(Searcher):  # type: ignore[misc]
             child = self._population.offspring.pop(0)
             self._wait(child.overrides, "descendant", child.of, child.since)
         for wish in self._steering.new():
-            self._wait(wish["overrides"], wish["origin"], wish["of"])
+            self._grant(wish)
         if len(self._running) >= self._at_once:
             return None
         begun = self._next()
@@ -131,6 +133,15 @@ class Queue(Searcher):  # type: ignore[misc]
                 continue
             for replicate in range(1, self._search.replicate):
                 self._wait(self._reseeded(trial["overrides"], replicate), "replicate", trial["trial"])
+
+    def _grant(self, wish: dict[str, Any]) -> None:
+        overrides, origin, of = wish["overrides"], wish["origin"], wish["of"]
+        if not (error := self._unfit(overrides)):
+            self._wait(overrides, origin, of)
+        elif trial_id(overrides) not in self._journal.records:  # the file was edited since
+            begun = self._begin(overrides, origin, of=of)
+            self._journal.end(begun.trial, state="failed", values={}, seconds=0.0, error=error)
+            self._unbegun(begun)
 
     def _wait(self, overrides: Point, origin: Any, of: str, since: int = 0) -> None:
         if trial_id(overrides) not in self._journal.records:

@@ -233,6 +233,7 @@ def _run(
         partial(reseeded, experiment),
         partial(_tell_unbegun, log, journal, search),
         population,
+        partial(_unfit, experiment),
     )
     tuner = tune.Tuner(
         tune.with_resources(function.__call__, partial(_resources, function, compute)),
@@ -277,6 +278,14 @@ def _tell_unbegun(log: EventLog, journal: Journal, search: Search, begun: Begun)
     value = value_of(search, outcome["values"]) if outcome["values"] else None
     told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}
     log.write("trial_finished", trial=begun.trial, **told, **outcome, value=value)
+
+
+def _unfit(experiment: Experiment, overrides: dict[str, Any]) -> str:
+    try:
+        trial_experiment(experiment, overrides)
+    except ValueError as error:  # pydantic's and PathError are such
+        return f"these values don't fit the experiment any more: {error}"
+    return ""
 
 
 def _resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:
