@@ -190,7 +190,12 @@ def plain(told: dict[str, Any]) -> None:
 
     cores, gpus = len(os.sched_getaffinity(0)), int(bool(told["model"]))
     ray.init(
-        num_cpus=cores, num_gpus=gpus, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000
+        address="local",
+        num_cpus=cores,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
     )
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, told=told), {"cpu": cores, "gpu": gpus}),
