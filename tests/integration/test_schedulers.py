@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,16 @@ def cluster() -> Iterator[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    words = ["--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    # Its address shall be nobody else's default, and the paths of its sockets short.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    words = [
+        f"--temp-dir={folder}",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--port={port}",
+        "--node-ip-address=127.0.0.1",
+    ]
     words += ["--include-dashboard=false", "--object-store-memory=300000000", "--disable-usage-stats"]
     ray = subprocess.Popen(
         [str(Path(sys.executable).parent / "ray"), "start", *words],
@@ -91,6 +101,7 @@ def cluster() -> Iterator[dict[str, str]]:
     finally:
         os.killpg(ray.pid, signal.SIGKILL)
         ray.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_two_searches_share_a_store_and_a_cluster(before_sft: Bench, cluster: dict[str, str]) -> None:
