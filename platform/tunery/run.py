@@ -32,7 +32,7 @@ from tunery.runner.session import RaySession
 from tunery.search.plan import plan_search
 from tunery.search.population import most_descendants
 from tunery.search.space import curve_stage, longest, metric_stages
-from tunery.spec import Decisions, Evaluate, Experiment, Review, Select, Training, WinRate
+from tunery.spec import Decisions, Evaluate, Experiment, Review, Score, Select, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
 from tunery.spec.trainings import row_stages
@@ -208,12 +208,14 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> tuple[int, fl
         return 0, 0.0
     stage = experiment.stages[name]
     assert isinstance(stage, Training), "a curve belongs to a training"
-    if isinstance(stage.data, Decisions):
+    if isinstance(stage.data, Decisions) and stage.data.review in made:
         return int(made[stage.data.review].facts["decided"]), TOKENS_OF_A_DECISION
     rows, characters = 0, 0.0
     for data in row_stages(stage.data).values():
-        while isinstance(selection := experiment.stages[data], Select | Review):
-            data = selection.data
+        while isinstance(earlier := experiment.stages[data], Select | Review | Score):
+            data = earlier.data
+        if data not in made:  # each trial has others
+            continue
         here = int(made[data].facts["rows"])
         sample = list(itertools.islice(read_rows(made[data].path, ["text", "messages"]), SAMPLE))
         rows += here

@@ -56,11 +56,19 @@ def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Des
         name = going[0]
         told.hear(name, report(points[name], ahead[name]))
         ahead[name] += 1
-        for descent in told.due():
+        for descent in due(told):
             found.append(descent)
             child = trial_id(descent.overrides)
             points[child] = descent.overrides
             ahead[child] = round(descent.overrides["sft.changes"][-1]["after"] * EVALUATIONS) + 1
+    return found
+
+
+def due(told: Population) -> list[Descent]:
+    told.decide()
+    found, told.offspring = told.offspring, []
+    assert [descent.member for descent in found] == told.leaving
+    told.leaving.clear()
     return found
 
 
@@ -102,8 +110,11 @@ def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None
 
 def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() -> None:
     (change,) = lived(population(), lambda names: names)[0].overrides["sft.changes"]
-    for steps in (7, 50, 51, 99):
-        assert change_step(change["after"], steps) == at_even_steps(steps, EVALUATIONS)[0]
+    assert change["after"] == 1 / EVALUATIONS
+    for evaluations in range(2, 13):
+        for steps in (12, 50, 51, 99, 300):
+            evaluated = at_even_steps(steps, evaluations)[:-1]
+            assert [change_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
     told = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
     spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "changes": [change]}))
     rates = course(spec, STEPS).learning_rates
@@ -120,13 +131,14 @@ def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
         for generation in (1, 2):  # nobody waits for the decision
             journal.report(name, report(point, generation))
             told.hear(name, report(point, generation))
-    found = told.due()
+    found = due(told)
     for descent in found[:1]:  # the search was killed before the other had begun
         journal.begin(Begun(trial_id(descent.overrides), 9, descent.overrides, "descendant", descent.of, descent.since))
         journal.end(descent.member, state="stopped", values={}, seconds=1.0, error="")
     again = population()
     again.replay(Journal(tmp_path / "journal.jsonl").records.values())
-    assert again.due() == found == again.offspring
+    assert again.offspring == found
+    assert again.leaving == [descent.member for descent in found]
     assert again.replaced == told.replaced
 
 
@@ -139,14 +151,44 @@ def test_one_that_fails_is_not_waited_for_and_one_without_a_value_makes_room() -
     told.hear(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
     for name in others:
         told.hear(name, report(points[name], 1))
-    assert told.due() == [], "one has neither reported nor ended"
+    assert due(told) == [], "one has neither reported nor ended"
     assert told.waits(diverged)
     told.end(failed)
-    leaving = {descent.member for descent in told.due()}
+    leaving = {descent.member for descent in due(told)}
     assert diverged in leaving
     assert failed not in leaving
     assert not told.waits(others[0])
     assert told.kept_in_vain() == [], "the copies have not begun yet"
+
+
+def test_one_that_is_tried_again_is_waited_for() -> None:
+    told = population()
+    points = {trial_id(point): point for point in starts()}
+    for name, point in points.items():
+        told.join(name, point)
+    tried, *others = points
+    for name in others:
+        told.hear(name, report(points[name], 1))
+        told.hear(name, report(points[name], 2))
+    told.end(tried)
+    told.begin(tried)
+    assert due(told) == []
+    assert told.is_far_ahead(others[0])
+    told.hear(tried, report(points[tried], 1))
+    assert len(due(told)) == 2
+    assert not told.is_far_ahead(others[0])
+
+
+def test_two_copies_are_never_the_same() -> None:
+    space = {"sft.learning_rate": {"choice": [1e-5, 1e-4, 1e-3]}, "sft.tuner.lora.rank": {"int": [1, 64]}}
+    for seed in range(30):
+        told = Population(search(space=space, trials=8), "sft", EVALUATIONS, seed)
+        points = {f"trial-{number}": {"sft.learning_rate": 1e-4, "sft.tuner.lora.rank": number} for number in range(8)}
+        for place, (name, point) in enumerate(points.items()):
+            told.join(name, point)
+            told.hear(name, {"sft.eval_loss": place, "steps": 10.0, "share": 0.2})
+        names = [trial_id(descent.overrides) for descent in due(told)]
+        assert len(set(names)) == len(names)
 
 
 def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
@@ -154,6 +196,6 @@ def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
     for point in starts():
         told.join(trial_id(point), point)
         told.hear(trial_id(point), report(point, 1))
-    assert told.due() == []
+    assert due(told) == []
     told.close()
-    assert len(told.due()) == 2
+    assert len(due(told)) == 2

@@ -137,6 +137,11 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
         "  scheduler: pbt\n  space:\n    sft.evaluations: {choice: [2, 3]}",
         ["can't search `sft.evaluations`"],
     ),
+    "population with a rate that is there in some": (
+        "1e-4]}",
+        "auto]}\n  scheduler: pbt",
+        ["pbt can't change `sft.learning_rate`", "`auto` is no number"],
+    ),
     "condition on no dimension": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}",

@@ -19,11 +19,16 @@ from tunery.search.steering import Steering
 
 class Breeding(FIFOScheduler):  # type: ignore[misc]
     """`kept`: the members' checkpoints, by trial. `in_turn`: there is no room for all of them at once, so that a member
-    which is ahead of what is decided is paused. Else it goes on: what it does beyond is in vain for a few."""
+    which is ahead of what is decided is paused. Else it goes on, as far as the next evaluation: what it does beyond is
+    in vain for a few."""
 
     def __init__(self, population: Population, steering: Steering, kept: Path, in_turn: bool) -> None:
         super().__init__()
         self._population, self._steering, self._kept, self._in_turn = population, steering, kept, in_turn
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        """Also of one that failed, and is tried again."""
+        self._population.begin(trial.config["trial"])
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         name = trial.config["trial"]
@@ -32,7 +37,7 @@ class Breeding(FIFOScheduler):  # type: ignore[misc]
             self._decide(controller, trial)
         if name in self._population.replaced:
             return str(TrialScheduler.STOP)
-        waits = self._in_turn and self._population.waits(name)
+        waits = self._population.waits(name) if self._in_turn else self._population.is_far_ahead(name)
         return str(TrialScheduler.PAUSE if waits else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -57,7 +62,8 @@ class Breeding(FIFOScheduler):  # type: ignore[misc]
         return self._population.waits(trial.config["trial"])
 
     def _decide(self, controller: Any, reporting: Trial | None = None) -> None:
-        leaving = {descent.member for descent in self._population.due()}
+        self._population.decide()
+        leaving, self._population.leaving = set(self._population.leaving), []
         if not leaving:
             return
         for trial in list(controller.get_trials()):

@@ -26,6 +26,7 @@ FACTORS = (0.8, 1.2)
 """Of a value that is changed, as in the paper."""
 REDRAWN = 0.25
 """Chance of a value that is drawn anew instead."""
+TRIES = 20
 MEMBERS = ("first", "drawn")
 """Origins of the trials that a population begins with."""
 
@@ -62,9 +63,11 @@ class Population:
         self.replaced: set[str] = set()
         self.offspring: list[Descent] = []
         """Copies that nobody has begun yet."""
+        self.leaving: list[str] = []
+        """Members that nobody has stopped yet."""
 
     def replay(self, records: Iterable[Record]) -> None:
-        """What a journal tells of an earlier try."""
+        """What a journal tells of an earlier try, and what it decided by that."""
         for record in records:
             if record.begun.origin in MEMBERS:
                 self.join(record.begun.trial, record.begun.overrides)
@@ -72,6 +75,7 @@ class Population:
                 self.hear(record.begun.trial, report)
             if record.ended is not None:
                 self.end(record.begun.trial)
+        self.decide()
 
     def join(self, trial: str, overrides: Point) -> None:
         """One of those that the population begins with."""
@@ -83,27 +87,33 @@ class Population:
         self._complete = True
 
     def hear(self, trial: str, report: Mapping[str, Any]) -> None:
-        """Of an evaluation. {"share", "steps", the metric}, as train/facts.py tells it."""
-        if self._search.metric in report and (generation := self._number(report)) < self._evaluations:
-            found = _Heard(float(report[self._search.metric]), int(report["steps"]))
+        """Of an evaluation: {"share", "steps", the metric}, as train/facts.py tells it. Without the metric: NaN."""
+        if (generation := self._number(report)) < self._evaluations:
+            found = _Heard(float(report.get(self._search.metric, math.nan)), int(report["steps"]))
             self._heard.setdefault(trial, {})[generation] = found
 
     def end(self, trial: str) -> None:
-        """Nothing more is heard of it."""
+        """Nothing more is heard of it, unless it is tried again."""
         self._ended.add(trial)
+
+    def begin(self, trial: str) -> None:
+        self._ended.discard(trial)
 
     def waits(self, trial: str) -> bool:
         """Whether a member has gone as far as is decided."""
         return trial in self._members and self._generation in self._heard.get(trial, {})
 
-    def due(self) -> list[Descent]:
-        """Who makes room, now that all members have gone so far; each is told once, and is `offspring` too."""
-        found: list[Descent] = []
+    def is_far_ahead(self, trial: str) -> bool:
+        """Whether a member has gone an evaluation further than that: by more others begin late."""
+        return trial in self._members and self._generation + 1 in self._heard.get(trial, {})
+
+    def decide(self) -> None:
+        """Who makes room, where all members have gone so far."""
         while self._ready():
-            found += self._decide()
+            found = self._decide()
+            self.offspring += found
+            self.leaving += [descent.member for descent in found]
             self._generation += 1
-        self.offspring += found
-        return found
 
     def kept_in_vain(self) -> list[tuple[str, int]]:
         """Trial and step of checkpoints that no copy will begin with any more."""
@@ -140,8 +150,12 @@ class Population:
             of, member = chance.choice(best), self._members[place]
             if not self._merit(heard[of]) < self._merit(heard[member]):
                 continue
-            overrides = self._changed(self._points[of], generation, place, chance)
-            copy = trial_id(overrides)
+            for _ in range(TRIES):  # of listed values two copies may get the same ones
+                overrides = self._changed(self._points[of], generation, place, chance)
+                if (copy := trial_id(overrides)) not in self._points:
+                    break
+            else:
+                continue
             found.append(Descent(member, of, heard[of].step, overrides))
             self.replaced.add(member)
             self._members[place], self._points[copy] = copy, overrides
@@ -163,7 +177,7 @@ class Population:
                 dimension = self._search.space[path]
                 changed[path.split(".")[1]] = draw(path, dimension) if anew else _shifted(now[path], dimension, chance)
         path = f"{self._stage}.changes"
-        change = {"after": round(generation / self._evaluations, 9), **changed}
+        change = {"after": generation / self._evaluations, **changed}
         return {**point, path: [*point.get(path, ()), change]}
 
 

@@ -37,11 +37,12 @@ class TellTrials(Callback):  # type: ignore[misc]
         )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
-        if not result.get(FINISHED) and not math.isnan(result.get(self._search.metric, math.nan)):
+        if "share" in result:  # an evaluation: a trial's last report has none
             record = self._journal.records[trial.config["trial"]]
             if record.reports and result["steps"] <= record.reports[-1]["steps"]:
                 return  # a training that goes on from a checkpoint tells it all again
             told = {name: result[name] for name in (*PROGRESS, "share", *self._search.metrics) if name in result}
+            told = {name: value for name, value in told.items() if not math.isnan(value)}
             self._journal.report(trial.config["trial"], told)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -45,16 +45,15 @@ class Queue(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         """`trial_id` is Tune's. The config of a trial is {"trial", "overrides", "origin", "of", "since"}."""
-        while self._population is not None and self._population.offspring:
-            child = self._population.offspring.pop(0)
-            self._wait(child.overrides, "descendant", child.of, child.since)
+        self._take_offspring()
         for wish in self._steering.new():
             self._grant(wish)
         if len(self._running) >= self._at_once:
             return None
         begun = self._next()
         if begun is None:
-            return None if self._running or not self._is_over() else Searcher.FINISHED
+            is_over = not self._running and not self._take_offspring() and self._is_over()
+            return Searcher.FINISHED if is_over else None
         self._running[trial_id] = begun.trial
         return {name: getattr(begun, name) for name in ("trial", "overrides", "origin", "of", "since")}
 
@@ -78,6 +77,8 @@ class Queue(Searcher):  # type: ignore[misc]
             if not self._steering.stops(begun.trial):
                 return begun
             self._journal.end(begun.trial, state="stopped", values=self._last_values(begun), seconds=0.0, error="")
+            if self._population is not None:
+                self._population.end(begun.trial)
             self._unbegun(begun)
         self._tell()
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
@@ -133,6 +134,16 @@ class Queue(Searcher):  # type: ignore[misc]
                 continue
             for replicate in range(1, self._search.replicate):
                 self._wait(self._reseeded(trial["overrides"], replicate), "replicate", trial["trial"])
+
+    def _take_offspring(self) -> bool:
+        """Whether there is any."""
+        if self._population is None:
+            return False
+        self._population.decide()
+        found, self._population.offspring = self._population.offspring, []
+        for child in found:
+            self._wait(child.overrides, "descendant", child.of, child.since)
+        return bool(found)
 
     def _grant(self, wish: dict[str, Any]) -> None:
         overrides, origin, of = wish["overrides"], wish["origin"], wish["of"]

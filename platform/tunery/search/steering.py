@@ -43,6 +43,11 @@ class Steering:
         """The search has ended: another one of this run shall not take its wishes for its own."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def forget_stops(self) -> None:
+        """They were of another search: trials of the same values have the same names."""
+        for path in self._folder.glob("stop-*"):
+            path.unlink()
+
     def stop(self, trial: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.stop_file(trial).touch()

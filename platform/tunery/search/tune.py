@@ -119,16 +119,20 @@ def search_fingerprint(experiment: Experiment, where: Where) -> tuple[str, dict[
 
 def _packed_by(experiment: Experiment) -> int:
     """Members of a pack; 1 where no trial can be packed."""
+    return pack_size(experiment) if "" in _why_not_packed(experiment) else 1
+
+
+def _why_not_packed(experiment: Experiment) -> set[str]:
+    """Why trials train alone, "" where they don't. They differ: a choice may lead to a tuner that can be packed, and
+    another to one that can't."""
     assert experiment.search is not None, "only a search has trials"
     searched = {path.split(".")[0] for path in experiment.search.space}
-    size = pack_size(experiment)
-    # Trials differ: a choice may lead to a tuner that can be packed, and another to one that can't.
+    found = set()
     for path, dimension in experiment.search.space.items():
         for value in dimension.values:
             with suppress(ValueError):
-                if not why_not_packed(trial_experiment(experiment, {path: value}), searched):
-                    return size
-    return 1
+                found.add(why_not_packed(trial_experiment(experiment, {path: value}), searched))
+    return found
 
 
 def _at_once(room: Room, size: int, search: Search) -> int:
@@ -210,12 +214,14 @@ def _run(
     search = experiment.search
     assert search is not None, "checked by run_search"
     compute = experiment.compute
-    size = _packed_by(experiment)
+    size, reasons = _packed_by(experiment), _why_not_packed(experiment)
     desk = open_desk(room.workers, size, compute) if size > 1 else None
     # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
     kept = work / "kept" if search.scheduler == "pbt" else None
     function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk, kept)
     steering = Steering(where.run)
+    if not journal.records:
+        steering.forget_stops()
     scheduler: Any
     population = None
     if kept is not None:
@@ -243,7 +249,8 @@ def _run(
             max_concurrent_trials=_at_once(room, size, search),
             search_alg=queue,
             scheduler=scheduler,
-            reuse_actors=compute.workers_per_trial == 1,
+            # Tune keeps a process and its device for a next trial of its kind: packs would wait for the device forever.
+            reuse_actors=compute.workers_per_trial == 1 and not (desk is not None and any(reasons)),
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
@@ -268,8 +275,9 @@ def _population(experiment: Experiment, journal: Journal, steering: Steering) ->
     training: Any = experiment.stages[stage]
     population = Population(experiment.search, stage, training.evaluations, experiment.seed)
     population.replay(journal.records.values())
-    for descent in population.due():
-        steering.stop(descent.member)
+    for member in population.leaving:
+        steering.stop(member)
+    population.leaving.clear()
     return population
 
 

@@ -14,7 +14,7 @@ from tunery.spec import graph
 from tunery.spec.check_references import check_references, check_scores
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
-from tunery.spec.reference import model_name
+from tunery.spec.reference import AUTO, model_name
 from tunery.spec.search import Dimension, Search, wanted
 from tunery.spec.stages import Evaluate, WinRate
 from tunery.spec.trainings import CHANGEABLE, Training
@@ -126,6 +126,16 @@ def _check_population(name: str, stage: Training[Any], search: Search, source: Y
             cause=f"the space is: {', '.join(search.space)}",
             remedy=f"search {' or '.join(f'`{path}`' for path in paths)}",
         )
+    for path in paths:
+        dimension = search.space.get(path)
+        if dimension is not None and (dimension.when or AUTO in (dimension.listed or ())):
+            yield error_at(
+                source,
+                ("search", "space", path),
+                f"pbt can't change `{path}`",
+                cause="it is there in some trials only" if dimension.when else "`auto` is no number",
+                remedy="give it numbers, and no `when`",
+            )
     written = [path for path in search.space if path in (f"{name}.changes", f"{name}.evaluations")]
     for path in written:
         yield error_at(

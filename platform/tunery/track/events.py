@@ -18,8 +18,8 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     search_started   metric, mode, metrics [..] (the first one, further ones, those of constraints), also
                      [{metric, mode, weight}], constraints [{metric, max, min}], trials, scheduler, space {path: text},
                      max_concurrent, reason
-    trial_started    trial, overrides {path: value}, origin ("first" | "drawn" | "added" | "cloned" | "replicate"),
-                     of (the trial that it is cloned from or repeats)
+    trial_started    trial, overrides {path: value}, origin ("first" | "drawn" | "added" | "cloned" | "descendant" |
+                     "replicate"), of (the trial that it is cloned or descended from, or repeats)
     trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (the metric, or the weighted sum;
                      null without), values {metric: number}, feasible (keeps to the constraints), steps, tokens, rows,
                      seconds, error; origin and of where a search is told again that was done before

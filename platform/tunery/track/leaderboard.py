@@ -142,7 +142,8 @@ def _winner(search: SearchState, best: TrialState) -> str:
     value = mean_text(standing) if standing else measure(best.value or 0.0)
     seeds = f"over {standing.seeds} seeds" if standing else "by one seed"
     name = search.value_name.rpartition(".")[2].replace("_", " ")
-    overrides = {path: best.overrides[path] for path in parameters(search) if path in best.overrides}
+    values = in_course(best.overrides)
+    overrides = {path: values[path] for path in parameters(search) if path in values}
     given = overrides_text(overrides, column_names(search)).replace("  ", ", ")
     label = "best" if search.finished else "best so far"
     return f"{label}: {best.name}, {name} {value} {seeds}" + (f", with {given}" if given else "")

@@ -95,9 +95,9 @@ class TrialState:
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
-    """first, drawn, added, cloned or replicate; empty in logs from before it was told."""
+    """first, drawn, added, cloned, descendant or replicate; empty in logs from before it was told."""
     of: str = ""
-    """The trial that it is cloned from or repeats."""
+    """The trial that it is cloned or descended from, or repeats."""
     status: TrialStatus = "waiting"
     value: float | None = None
     """The metric, or the weighted sum."""

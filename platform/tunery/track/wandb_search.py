@@ -20,6 +20,7 @@ from tunery.track.notes import listed
 from tunery.track.sections import funnel_levels
 from tunery.track.snapshot import RunState, SearchState, StageState, Standing, TrialState
 from tunery.track.wandb_values import Drawn, Table, table
+from tunery.track.wording import overrides_text
 
 
 def search_tables(state: RunState) -> dict[str, Drawn]:
@@ -52,6 +53,8 @@ def leaderboard_table(search: SearchState) -> Table:
     paths, metrics = parameters(search), _metrics(search)
     columns = ["trial", "state", "place", *metrics, "mean", "half", "seeds", "feasible", "breaks", "front"]
     columns += [*paths, "origin", "of", "steps", "tokens", "seconds", "error"]
+    changes = any(path.endswith(".changes") for trial in search.ranked for path in trial.overrides)
+    columns += ["with its changes"] if changes else []
     rows, standings = [], search.standings
     for place, trial in enumerate(search.ranked, start=1):
         seeds = _seeds(standings.get(trial.name))
@@ -61,6 +64,7 @@ def leaderboard_table(search: SearchState) -> Table:
             trial.name in search.front,
         ]
         told = [trial.origin, trial.of, trial.steps, trial.tokens, trial.seconds, trial.error]
+        told += [overrides_text(trial.overrides)] if changes else []
         measured = [_metric(search, trial, metric) for metric in metrics]
         means = [seeds.get(key) for key in ("mean", "half", "seeds")]
         rows.append(

@@ -128,6 +128,11 @@ class Member:
             report(told)
 
     @property
+    def is_saved(self) -> bool:
+        """A checkpoint that others may have begun with is not written again."""
+        return self.step == self._saved_at
+
+    @property
     def saves_now(self) -> bool:
         """Where a loss was told, so that the mean of a resumed curve's next point is whole."""
         due = self.step - self._saved_at >= self._save_every and self._logs_now

@@ -103,7 +103,7 @@ class Pack:
     def leave(self, member: Member) -> None:
         """Its checkpoint lets it go on later, here or in another pack."""
         self._restack([other for other in self.members if other is not member])
-        if not member.ended:
+        if not member.ended and not member.is_saved:
             member.save()
 
     def step(self) -> None:
