@@ -12,6 +12,7 @@ import pytest
 from conftest import LoadText
 
 from tunery.errors import SpecErrors
+from tunery.run import before_search
 from tunery.search.journal import Begun, Journal
 from tunery.search.queue import Queue
 from tunery.search.space import at_random, grid, in_turn, point, reseeded, trial_experiment
@@ -98,6 +99,15 @@ def test_a_trial_has_what_all_metrics_need_and_no_more(load_text: LoadText) -> N
     assert set(evaluation.data) == {"a"}
     assert evaluation.models == ("base", "sft")
     assert set(trial.stages) == {"docs", "base", "rows", "held", "sft", "eval"}
+
+
+def test_before_a_search_all_is_made_that_no_searched_training_changes(load_text: LoadText) -> None:
+    experiment, _ = load_text(EXPERIMENT)
+    assert list(before_search(experiment).stages) == ["docs", "base", "rows", "held"]
+    alone = experiment.model_copy(update={"search": None})
+    assert before_search(alone) is alone
+    searched, _ = load_text(EXPERIMENT.replace("sft.learning_rate:", "base.learning_rate:"))
+    assert list(before_search(searched).stages) == ["docs", "rows", "held"]
 
 
 def test_another_seed_is_that_of_the_trainings_that_the_search_changes(load_text: LoadText) -> None:

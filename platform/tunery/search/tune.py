@@ -59,7 +59,7 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
     search = experiment.search
     assert search is not None, "called for experiments with a search"
     print_, described = search_fingerprint(experiment, where)
-    size = _packed_by(experiment)
+    size = _packed_by(experiment, _why_not_packed(experiment))
     log.write(
         "search_started",
         **search.describe(),
@@ -117,9 +117,9 @@ def search_fingerprint(experiment: Experiment, where: Where) -> tuple[str, dict[
     return fingerprint("search", identity, inputs), {"identity": identity, "inputs": inputs}
 
 
-def _packed_by(experiment: Experiment) -> int:
-    """Members of a pack; 1 where no trial can be packed."""
-    return pack_size(experiment) if "" in _why_not_packed(experiment) else 1
+def _packed_by(experiment: Experiment, reasons: set[str]) -> int:
+    """Members of a pack; 1 where no trial can be packed. `reasons`: why trials are not."""
+    return pack_size(experiment) if "" in reasons else 1
 
 
 def _why_not_packed(experiment: Experiment) -> set[str]:
@@ -214,7 +214,8 @@ def _run(
     search = experiment.search
     assert search is not None, "checked by run_search"
     compute = experiment.compute
-    size, reasons = _packed_by(experiment), _why_not_packed(experiment)
+    reasons = _why_not_packed(experiment)
+    size = _packed_by(experiment, reasons)
     desk = open_desk(room.workers, size, compute) if size > 1 else None
     # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
     kept = work / "kept" if search.scheduler == "pbt" else None
