@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunery.errors import TuneryError
 from tunery.models.decoding import Batch
@@ -85,12 +84,6 @@ class TransformersEngine:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
-        # Not cuDNN's attention (torch 2.11): it builds a plan for each new shape, and here each step has one. On an
-        # H100 answers took 33 s with it at first and 13 s without.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return self._answers(prompts, uniform_bt, sampling)
-
-    def _answers(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Answer]:
         if not prompts:
             return []
         device = next(self._model.parameters()).device

@@ -81,6 +81,8 @@ def train(job: Job, report: Report) -> None:
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     trainer.remove_callback(PrinterCallback)
+    # Nobody asks for it, and transformers (5.23) goes through all parameters for it at each step.
+    trainer.floating_point_ops = lambda inputs: 0
 
     if rank == 0:
         drop_foreign(job.work / "checkpoints", steps.written_by)
