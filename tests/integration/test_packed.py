@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tunery.errors import StageError
 from tunery.spec import Compute, Sft
 from tunery.train.job import Job, Rows
-from tunery.train.packed.pack import Pack
+from tunery.train.packed.pack import STATE_BYTES, Pack
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -158,7 +158,7 @@ def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Bench, tmp_
         for name, module in Pack(jobs["plain"].model, "cpu", "fp32")._model.named_modules()
         if name.endswith("_proj")
     )
-    pack = Pack(jobs["plain"].model, "cpu", "fp32", free=lambda device: 2.5 * numbers * 16)
+    pack = Pack(jobs["plain"].model, "cpu", "fp32", free=lambda device: 2.5 * numbers * STATE_BYTES)
     members = {name: pack.join(job, lambda metrics: None) for name, job in jobs.items()}
     assert members["plain"] is not None
     assert members["large_batches"] is not None
@@ -166,3 +166,22 @@ def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Bench, tmp_
     pack.step()
     pack.leave(members["plain"])
     assert pack.join(jobs["other_rank"], lambda metrics: None) is not None
+
+
+def test_a_model_whose_rows_cannot_share_a_sequence_learns_the_same(before_sft: Bench, tmp_path: Path) -> None:
+    told: dict[bool, list[list[dict[str, float]]]] = {}
+    for beside in (True, False):
+        names = ("plain", "large_batches", "few_layers")
+        jobs = [job_of(before_sft, name, tmp_path / str(beside)) for name in names]
+        pack = Pack(jobs[0].model, "cpu", "fp32", budget=700)
+        if not beside:
+            pack._attention = None
+            pack._model.set_attn_implementation("sdpa")
+        members = [pack.join(job, lambda metrics: None) for job in jobs]
+        while pack.members:
+            pack.step()
+        told[beside] = [member.history for member in members if member is not None]
+    assert [len(history) for history in told[True]] == [len(history) for history in told[False]]
+    for one, other in zip(*told.values(), strict=True):
+        for point, same in zip(one, other, strict=True):
+            assert point == pytest.approx(same, rel=1e-5)

@@ -4,42 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows `first` to `last` (left out) of each of `members`, as many of each: a rectangle, so that the adapters'
-    matrices are multiplied in one batch."""
+    """Some rows of some members. Each member has as many tokens in it as the one with the most, padding included: the
+    adapters' matrices are multiplied in one batch."""
 
     members: tuple[int, ...]
-    first: int
-    last: int
+    rows: tuple[tuple[int, ...], ...]
+    """Of each of `members`."""
 
 
-def blocks(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[Block]:
-    """`lengths`: tokens of each row, by member, longest first. A block's padded size stays within `budget` tokens, as
-    long as that leaves one row of one member. Every row is in exactly one block."""
-    most = max(map(len, lengths), default=0)
-    for members, run in groupby(range(most), key=lambda row: _having(lengths, row)):
-        rows = list(run)
-        while rows:
-            # The longest row of a block is one of its first ones.
-            widths = [lengths[member][rows[0]] for member in members]
-            together = _together(widths, budget)
-            height = min(len(rows), max(1, budget // (max(widths) * together)))
-            for start in range(0, len(members), together):
-                yield Block(members[start : start + together], rows[0], rows[0] + height)
-            rows = rows[height:]
+def blocks(lengths: Sequence[Sequence[int]], budget: int, fixed: int) -> Iterator[Block]:
+    """`lengths`: tokens of each row, by member. A block's padded size stays within `budget` tokens, as long as that
+    leaves one row of one member. `fixed`: what a forward and a backward pass take however small they are, in tokens.
+    Every row is in exactly one block.
+
+    Greedy: the next block is the one with the most tokens learned from for what it takes.
+    """
+    left = [sorted(range(len(own)), key=lambda row: -own[row]) for own in lengths]
+    while any(left):
+        rest = [sum(own[row] for row in rows) for own, rows in zip(lengths, left, strict=True)]
+        members = sorted((m for m in range(len(left)) if left[m]), key=lambda m: -rest[m])
+        count, width = _best([rest[m] for m in members], [lengths[m][left[m][0]] for m in members], budget, fixed)
+        taken = {member: _fitting(left[member], lengths[member], width) for member in sorted(members[:count])}
+        for member, rows in taken.items():
+            left[member] = [row for row in left[member] if row not in rows]
+        yield Block(tuple(taken), tuple(map(tuple, taken.values())))
 
 
-def _having(lengths: Sequence[Sequence[int]], row: int) -> tuple[int, ...]:
-    """Members with so many rows, those with like lengths beside each other."""
-    return tuple(
-        sorted((member for member in range(len(lengths)) if len(lengths[member]) > row), key=lambda m: -lengths[m][0])
-    )
+def _best(rest: Sequence[int], longest: Sequence[int], budget: int, fixed: int) -> tuple[int, int]:
+    """How many of the members, those with the most tokens left first, and how many tokens of each."""
+    found, best = (1, longest[0]), 0.0
+    for count in range(1, len(rest) + 1):
+        least = max(longest[:count])
+        for wanted in {*rest[:count], budget // count}:
+            width = max(least, min(wanted, budget // count))
+            if count > 1 and count * width > budget:
+                continue
+            learned = sum(min(tokens, width) for tokens in rest[:count])
+            value = learned / (fixed + count * min(width, rest[0]))
+            if value > best:
+                found, best = (count, width), value
+    return found
 
 
-def _together(widths: Sequence[int], budget: int) -> int:
-    """How many members one block takes."""
-    return max(1, min(len(widths), budget // max(widths)))
+def _fitting(rows: Sequence[int], lengths: Sequence[int], width: int) -> list[int]:
+    """Those that fit, the longest first."""
+    taken: list[int] = []
+    room = width
+    for row in rows:
+        if lengths[row] <= room:
+            taken.append(row)
+            room -= lengths[row]
+    return taken

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
-from tunery.models.likelihood import LOGIT_BYTES, head_is_plain
+from tunery.models.frozen_head import frozen_head_nll
+from tunery.models.likelihood import head_is_plain
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.packing import length_batches
+from tunery.models.side_by_side import attend_by_rows
 from tunery.train.job import Job, Report
 from tunery.train.packed.adamw import Rates
+from tunery.train.packed.batch import IGNORED, Batch, batch_of
 from tunery.train.packed.blocks import blocks
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
@@ -22,9 +25,10 @@ from tunery.train.packed.stack import Stack, StackedLinear, install
 from tunery.train.sequences import Tokens, read_sequences
 
 T = TypeVar("T")
-BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Padded tokens of a block. On a CPU so few that its activations stay in the caches (8 members of 1 M parameters,
-batches of 4: 0.18 s a step, with 4,096 tokens 0.29)."""
+BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Padded tokens of a block. On a CPU so few that its activations stay in the caches."""
+FIXED_TOKENS = {"cpu": 100, "cuda": 4096}
+"""Tokens that take as long as what a forward and a backward pass take whatever their size: on a GPU, to launch them."""
 MEASURED = 4
 """Times as many tokens are in a block of an evaluation, which keeps no activations."""
 SMALLEST_BUDGET = 512
@@ -53,11 +57,11 @@ class Pack:
         self._parameters = sum(weight.numel() for weight in model.parameters())
         self._tokenizer: Any = load_tokenizer(source)
         self._plain_head = head_is_plain(model)
-        self._vocabulary = model.config.get_text_config().vocab_size
+        self._attention = attend_by_rows(self._model)
         self._budget = budget or BLOCK_TOKENS[self._device.type]
         self._free = free or free_bytes
         self._layers: dict[str, StackedLinear] = {}
-        self._stack = Stack({}, [], self._device)
+        self._stack = Stack({}, [], self._device, model.dtype)
         self._read: dict[Any, tuple[Tokens, Tokens]] = {}
         self.members: list[Member] = []
         self._reports: dict[str, Report] = {}
@@ -155,7 +159,7 @@ class Pack:
     def _restack(self, members: Sequence[Member]) -> None:
         self._stack.read_back()
         self.members = list(members)
-        self._stack = Stack(self._layers, [member.adapter for member in members], self._device)
+        self._stack = Stack(self._layers, [member.adapter for member in members], self._device, self._model.dtype)
 
     def _backward(self, members: Sequence[Member], rows: Sequence[list[int]]) -> list[float]:
         """Gradients into the stack; returns each member's loss, the mean over its counted tokens."""
@@ -164,18 +168,17 @@ class Pack:
             sum(_counted(member.data.labels[row]) for row in own) for member, own in zip(members, rows, strict=True)
         ]
         sums_k = torch.zeros(len(members), device=self._device, dtype=torch.float64)
+        weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
         lengths = [[len(member.data.ids[row]) for row in own] for member, own in zip(members, rows, strict=True)]
-        for block in blocks(lengths, self._budget):
-            ids, labels, owners = [], [], []
-            for index in block.members:
-                for row in rows[index][block.first : block.last]:
-                    ids.append(members[index].data.ids[row])
-                    labels.append(members[index].data.labels[row])
-                    owners.append(index)
+        for block in blocks(lengths, self._budget, FIXED_TOKENS[self._device.type]):
+            chosen = [
+                (members[index].data, [rows[index][place] for place in places])
+                for index, places in zip(block.members, block.rows, strict=True)
+            ]
             self._stack.activate(block.members)
-            nll_n, owners_n = self._nll(ids, labels, owners)
-            weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
+            nll_n, owners_n = self._nll(batch_of(chosen, self._attention is not None), block.members)
             (nll_n * weights_k[owners_n]).sum().backward()  # type: ignore[no-untyped-call]
+            self._stack.collect()
             sums_k.index_add_(0, owners_n, nll_n.detach().double())
         return [total / max(1, count) for total, count in zip(sums_k.tolist(), counts, strict=True)]
 
@@ -192,10 +195,9 @@ class Pack:
             for batch in length_batches(
                 [len(ids) for ids in measured.ids], max(1, MEASURED * self._budget // len(group))
             ):
-                ids = [measured.ids[row] for row in batch] * len(group)
-                labels = [measured.labels[row] for row in batch] * len(group)
+                together = batch_of([(measured, batch)] * len(group), self._attention is not None)
                 self._stack.activate(members)
-                nll_n, owners_n = self._nll(ids, labels, [k for k in range(len(group)) for _ in batch])
+                nll_n, owners_n = self._nll(together, range(len(group)))
                 sums_k.index_add_(0, owners_n, nll_n.double())
             count = sum(map(_counted, measured.labels))
             losses += [(member, total / max(1, count)) for member, total in zip(group, sums_k.tolist(), strict=True)]
@@ -203,37 +205,23 @@ class Pack:
             member.evaluated(loss)
         self._model.train()
 
-    def _nll(
-        self, ids: Sequence[list[int]], labels: Sequence[list[int]], owners: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-log p in nats of each counted token, (n,) float32, and whose it is, (n,).
+    def _nll(self, batch: Batch, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log p in nats of each counted token, (n,) float32, and whose it is, (n,). `members`: of the batch.
 
-        Padded on the right and without a mask, as in models/likelihood.py.
+        Without a mask: under causal attention a token never sees the padding behind it.
         """
-        longest = max(map(len, ids))
-        pad = self._tokenizer.pad_token_id
-        ids_bt = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in ids], device=self._device)
-        # The token at t is predicted from the hidden state at t - 1.
-        counted = [(b, t) for b, row in enumerate(labels) for t in range(1, len(row)) if row[t] != IGNORED]
-        places_n = torch.tensor([b * longest + t - 1 for b, t in counted], device=self._device)
-        targets_n = ids_bt.flatten()[places_n + 1]
-        owners_n = torch.tensor([owners[b] for b, _ in counted], device=self._device)
+        inputs = {"input_ids": batch.ids_bt.to(self._device)}
+        if self._attention is not None and batch.layout is not None:
+            self._attention.tell(batch.layout, self._device, self._model.dtype)
+            inputs["position_ids"] = batch.layout.positions_bt().to(self._device)
+        places_n, targets_n = batch.places_n.to(self._device), batch.targets_n.to(self._device)
+        owners_n = torch.tensor(members)[batch.owners_n].to(self._device)
         if not self._plain_head:
-            logits_bv = self._model(input_ids=ids_bt).logits.flatten(0, 1)
-            return _cross_entropy(logits_bv[places_n], targets_n), owners_n
-        hidden_bth = self._model.base_model(input_ids=ids_bt).last_hidden_state
-        hidden_nh = hidden_bth.flatten(0, 1)[places_n]
-        head: Callable[[torch.Tensor], torch.Tensor] = self._model.get_output_embeddings()
-        piece = max(1, LOGIT_BYTES // (4 * self._vocabulary))
-
-        def nll(hidden_mh: torch.Tensor, targets_m: torch.Tensor) -> torch.Tensor:
-            return _cross_entropy(head(hidden_mh), targets_m)
-
-        if len(places_n) <= piece:
-            return nll(hidden_nh, targets_n), owners_n
-        parts = zip(torch.split(hidden_nh, piece), torch.split(targets_n, piece), strict=True)
-        # The logits of a piece are made again in the backward pass.
-        return torch.cat([checkpoint(nll, *part, use_reentrant=False) for part in parts]), owners_n
+            logits_bv = self._model(**inputs).logits.flatten(0, 1)
+            return cross_entropy(logits_bv[places_n].float(), targets_n, reduction="none"), owners_n
+        hidden_bth = self._model.base_model(**inputs).last_hidden_state
+        hidden_nh = hidden_bth.flatten(0, 1).index_select(0, places_n)
+        return frozen_head_nll(hidden_nh, self._model.get_output_embeddings(), targets_n), owners_n
 
     def _measured(self) -> dict[str, Any]:
         gpu = self._device.type == "cuda"
@@ -244,9 +232,9 @@ class Pack:
         }
 
 
-IGNORED = -100
-STATE_BYTES = 4 * 4
-"""Of a number of an adapter in a stack: weight, gradient and two moments, float32."""
+STATE_BYTES = 5 * 4
+"""Of a number of an adapter in a stack: weight, gradient and two moments, float32, and the copy that the layers
+multiply by: of bf16 with its gradient."""
 
 
 def free_bytes(device: torch.device) -> float:
@@ -266,7 +254,3 @@ def _activation_bytes(device: torch.device) -> int:
 
 def _counted(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
-
-
-def _cross_entropy(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")

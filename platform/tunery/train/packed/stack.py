@@ -37,44 +37,62 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.a_kri: nn.Parameter | None = None
+        """Times alpha / rank."""
         self.b_kor: nn.Parameter | None = None
-        self.scale_k11: torch.Tensor | None = None
         self.active: list[int] | None = None
         """Whose rows the batch holds, in their order, as many of each; None: everybody's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, tokens, in) -> (rows, tokens, out)."""
+        """(rows, tokens, in) -> (rows, tokens, out).
+
+        Three matrix products and nothing else: on a GPU a step of a small batch takes as long as its operations take to
+        be launched.
+        """
         plain: torch.Tensor = self.base(x)
-        if self.a_kri is None or self.b_kor is None or self.scale_k11 is None:
+        if self.a_kri is None or self.b_kor is None:
             return plain
-        who = slice(None) if self.active is None else self.active
-        a_kri, b_kor, scale_k11 = self.a_kri[who], self.b_kor[who], self.scale_k11[who]
-        x_kni = x.reshape(len(a_kri), -1, x.shape[-1])
-        low_knr = torch.bmm(x_kni, a_kri.to(x.dtype).mT) * scale_k11.to(x.dtype)
-        return plain + torch.bmm(low_knr, b_kor.to(x.dtype).mT).view_as(plain)
+        a_kri: torch.Tensor = self.a_kri
+        b_kor: torch.Tensor = self.b_kor
+        if self.active is not None:
+            a_kri, b_kor = a_kri[self.active], b_kor[self.active]
+        k = len(a_kri)
+        low_knr = torch.bmm(x.reshape(k, -1, x.shape[-1]), a_kri.mT)
+        return torch.baddbmm(plain.view(k, -1, plain.shape[-1]), low_knr, b_kor.mT).view_as(plain)
 
 
 class Stack:
-    """Weights, gradients and moments of all adapters, each one tensor of (members, numbers): a step of AdamW for all is
-    a handful of operations. Adapters of a lower rank, and those that leave a layer alone, are filled up with zeros:
-    zeros on both sides of a product have no gradient, and stay."""
+    """Weights, gradients and moments of all adapters, each one tensor of (members, numbers), float32: a step of AdamW
+    for all is a handful of operations. What the layers multiply by is a copy in their own `dtype`. Adapters of a lower
+    rank, and those that leave a layer alone, are filled up with zeros: zeros on both sides of a product have no
+    gradient, and stay."""
 
-    def __init__(self, layers: Mapping[str, StackedLinear], adapters: Sequence[Adapter], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, StackedLinear],
+        adapters: Sequence[Adapter],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._layers, self._adapters = layers, adapters
         rank = max((len(a) for adapter in adapters for a, _ in adapter.weights.values()), default=0)
         self._shapes = {
             name: (pair[0].shape[1], pair[1].shape[0]) for adapter in adapters for name, pair in adapter.weights.items()
         }
-        size = sum(rank * sum(shape) for shape in self._shapes.values())
+        # All A before all B, so that what is done to the ones is one operation.
+        self._middle = rank * sum(inner for inner, _ in self._shapes.values())
+        size = self._middle + rank * sum(outer for _, outer in self._shapes.values())
         self._weights, self._grads, self._first, self._second = (
             torch.zeros(len(adapters), size, device=device) for _ in range(4)
         )
+        self._scales_k1 = torch.tensor([[adapter.scale] for adapter in adapters], device=device)
+        self._copy = torch.zeros(len(adapters), size, device=device, dtype=dtype)
+        self._grads_of_copy = self._grads if dtype == torch.float32 else torch.zeros_like(self._copy)
         self._places: dict[str, tuple[slice, slice, int]] = {}
-        start = 0
+        start_a, start_b = 0, self._middle
         for name, (inner, outer) in self._shapes.items():
-            middle, end = start + rank * inner, start + rank * (inner + outer)
-            self._places[name] = (slice(start, middle), slice(middle, end), rank)
-            start = end
+            end_a, end_b = start_a + rank * inner, start_b + rank * outer
+            self._places[name] = (slice(start_a, end_a), slice(start_b, end_b), rank)
+            start_a, start_b = end_a, end_b
         self._fill()
         self._lend()
 
@@ -87,13 +105,19 @@ class Stack:
 
     def _lend(self) -> None:
         """To each layer its part, and where its gradients go."""
-        scales = torch.tensor([adapter.scale for adapter in self._adapters], device=self._weights.device)
         for name, layer in self._layers.items():
-            layer.a_kri = layer.b_kor = layer.scale_k11 = layer.active = None
+            layer.a_kri = layer.b_kor = layer.active = None
             if name in self._places:
-                (a, b), (grad_a, grad_b) = self._views(self._weights, name), self._views(self._grads, name)
-                layer.a_kri, layer.b_kor, layer.scale_k11 = nn.Parameter(a), nn.Parameter(b), scales[:, None, None]
+                (a, b), (grad_a, grad_b) = self._views(self._copy, name), self._views(self._grads_of_copy, name)
+                layer.a_kri, layer.b_kor = nn.Parameter(a), nn.Parameter(b)
                 layer.a_kri.grad, layer.b_kor.grad = grad_a, grad_b
+        self._renew()
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """The copy that the layers multiply by."""
+        torch.mul(self._weights[:, : self._middle], self._scales_k1, out=self._copy[:, : self._middle])
+        self._copy[:, self._middle :].copy_(self._weights[:, self._middle :])
 
     def activate(self, members: Sequence[int]) -> None:
         """The next batch holds rows of these."""
@@ -104,11 +128,21 @@ class Stack:
     @torch.no_grad()
     def clear(self) -> None:
         self._grads.zero_()
+        self._grads_of_copy.zero_()
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """After each backward pass: gradients are added up in float32, whatever the layers' dtype."""
+        if self._grads_of_copy is not self._grads:
+            self._grads.add_(self._grads_of_copy)
+            self._grads_of_copy.zero_()
 
     @torch.no_grad()
     def step(self, rates: Rates) -> list[float]:
         """Returns the gradients' norms before clipping, by member."""
+        self._grads[:, : self._middle].mul_(self._scales_k1)
         norms: list[float] = update(self._weights, self._grads, self._first, self._second, rates).tolist()
+        self._renew()
         return norms
 
     @torch.no_grad()

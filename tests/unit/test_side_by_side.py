@@ -1,0 +1,161 @@
+"""Rows beside each other in one sequence, and blocks of them."""
+
+from __future__ import annotations
+
+import random
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tunery.models.frozen_head import frozen_head_nll
+from tunery.models.side_by_side import Layout, attend_by_rows
+from tunery.train.packed.batch import IGNORED, batch_of
+from tunery.train.packed.blocks import blocks
+from tunery.train.sequences import Tokens
+
+SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+LENGTHS = [(3, 9, 1), (12,), (2, 2, 2, 5)]
+
+
+def plain(kind: str) -> Any:
+    torch.manual_seed(3)
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**GROUPED))
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=4))
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=40))
+    if kind == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**GROUPED))
+    return BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+
+
+def rows_of(lengths: list[tuple[int, ...]]) -> list[list[list[int]]]:
+    chance = random.Random(7)
+    return [[[chance.randrange(50) for _ in range(length)] for length in own] for own in lengths]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral", "gpt2"])
+def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alone(kind: str) -> None:
+    model = plain(kind).double().eval()
+    rows = rows_of(LENGTHS)
+    weight = next(model.base_model.parameters())
+    alone = [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0] for own in rows for row in own]
+    torch.cat(alone).pow(3).sum().backward()
+    expected = weight.grad.clone()
+    model.zero_grad()
+
+    attention = attend_by_rows(model)
+    assert attention is not None
+    layout = Layout.of(LENGTHS)
+    attention.tell(layout, model.device, model.dtype)
+    ids_bt = torch.tensor([([*chain(*own)] + [0] * layout.width)[: layout.width] for own in rows])
+    hidden_bth = model.base_model(input_ids=ids_bt, position_ids=layout.positions_bt()).last_hidden_state
+    starts = zip(layout.starts, layout.lengths, strict=True)
+    beside = [hidden_bth.flatten(0, 1)[start : start + length] for start, length in starts]
+    torch.testing.assert_close(torch.cat(beside), torch.cat(alone))
+    torch.cat(beside).pow(3).sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gemma2"])
+def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str) -> None:
+    """Bloom's positions are in its attention (ALiBi), Gemma 2 caps what it attends by."""
+    model = plain(kind)
+    ids_bt = torch.arange(12).view(2, 6)
+    before, by = model.eval()(input_ids=ids_bt).logits, model.config._attn_implementation
+    model.train()
+    assert attend_by_rows(model) is None
+    assert model.config._attn_implementation == by
+    assert model.training
+    torch.testing.assert_close(model.eval()(input_ids=ids_bt).logits, before)
+
+
+def test_groups_hold_each_token_once_and_little_else() -> None:
+    chance = random.Random(1)
+    lengths = [tuple(chance.randint(1, 90) for _ in range(chance.randint(1, 9))) for _ in range(5)]
+    layout = Layout.of(lengths)
+    places = torch.cat([group.flatten() for group in layout.groups()]).tolist()
+    own = [start + t for start, length in zip(layout.starts, layout.lengths, strict=True) for t in range(length)]
+    assert set(places) == set(own)
+    assert len(own) == len(set(own)) == sum(map(sum, lengths))
+    assert len(places) < 1.25 * len(own)
+
+
+def test_edges_are_those_of_rows_and_of_padding() -> None:
+    edges, longest = Layout.of([(3, 2), (4,)]).edges()
+    assert edges == [0, 3, 5, 9, 10]
+    assert longest == 4
+
+
+@pytest.mark.parametrize("budget", [64, 256, 1024])
+def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(budget: int) -> None:
+    chance = random.Random(budget)
+    learned = taken = 0
+    for _ in range(40):
+        lengths = [
+            [min(200, round(chance.lognormvariate(4, 0.6)) + 1) for _ in range(chance.choice([0, 2, 4, 16]))]
+            for _ in range(chance.randint(1, 8))
+        ]
+        seen = []
+        for block in blocks(lengths, budget, fixed=50):
+            own = [*zip(block.members, block.rows, strict=True)]
+            totals = [sum(lengths[member][row] for row in rows) for member, rows in own]
+            padded = max(totals) * len(totals)
+            assert padded <= budget or (len(totals) == 1 and len(block.rows[0]) == 1)
+            assert all(totals)
+            seen += [(member, row) for member, rows in own for row in rows]
+            learned, taken = learned + sum(totals), taken + padded
+        assert sorted(seen) == [(member, row) for member, all_ in enumerate(lengths) for row in range(len(all_))]
+    assert taken < 1.12 * learned
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_batch_tells_what_predicts_each_counted_token_and_whose_it_is(beside: bool) -> None:
+    ids = rows_of(LENGTHS)
+    counted = [[[token if place % 2 else IGNORED for place, token in enumerate(row)] for row in own] for own in ids]
+    chosen = [(Tokens(own, labels, 0, 0, 0), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
+    batch = batch_of(chosen, beside)
+    flat_n = batch.ids_bt.flatten()
+    told = sorted(
+        (int(owner), int(flat_n[place]), int(target))
+        for owner, place, target in zip(batch.owners_n, batch.places_n, batch.targets_n, strict=True)
+    )
+    assert told == sorted(
+        (member, row[place - 1], row[place])
+        for member, own in enumerate(ids)
+        for row in own
+        for place in range(1, len(row), 2)
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_heads_loss_and_gradient_are_those_of_autograd(bias: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(16, 5000, bias=bias).requires_grad_(False)
+    targets_n, weights_n = torch.randint(5000, (700,)), torch.rand(700)
+    results = []
+    hidden_nh = torch.randn(700, 16).mul_(20)
+    for nll in (frozen_head_nll, lambda h, head, t: cross_entropy(head(h), t, reduction="none")):
+        own = hidden_nh.clone().requires_grad_()
+        losses_n = nll(own, head, targets_n)
+        (losses_n * weights_n).sum().backward()
+        results.append((losses_n.detach(), own.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
