@@ -31,11 +31,10 @@ from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_p
 from tunery.runner.session import RaySession
 from tunery.search.plan import plan_search
 from tunery.search.population import most_descendants
-from tunery.search.space import curve_stage, longest, metric_stages
-from tunery.spec import Decisions, Evaluate, Experiment, Review, Score, Select, Training, WinRate
+from tunery.search.space import before_selection, curve_stage, longest, metric_stages
+from tunery.spec import Decisions, Evaluate, Experiment, Training, WinRate
 from tunery.spec.graph import closure, inputs_of
 from tunery.spec.overrides import with_overrides
-from tunery.spec.trainings import row_stages
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
@@ -211,9 +210,7 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> tuple[int, fl
     if isinstance(stage.data, Decisions) and stage.data.review in made:
         return int(made[stage.data.review].facts["decided"]), TOKENS_OF_A_DECISION
     rows, characters = 0, 0.0
-    for data in row_stages(stage.data).values():
-        while isinstance(earlier := experiment.stages[data], Select | Review | Score):
-            data = earlier.data
+    for data in before_selection(experiment, name):
         if data not in made:  # each trial has others
             continue
         here = int(made[data].facts["rows"])

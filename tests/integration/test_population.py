@@ -92,7 +92,9 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     (model,) = whole.artifacts("sft")
     assert json.loads((model / "measured.json").read_text())["resumed_from"] == 0
     assert facts(model)["eval_loss"] == pytest.approx(last["value"], rel=1e-5)
-    assert (other.store / "artifacts" / model.name).is_dir(), "it is the same artifact"
+    # It is the same artifact, in a pack and alone.
+    for store in (other.store, before_sft.store):
+        assert facts(store / "artifacts" / model.name)["loss"] == pytest.approx(facts(model)["loss"], rel=1e-5)
     curves = [
         {
             (point["step"]): point["eval_loss"]

@@ -218,7 +218,7 @@ def test_run_stands_for_its_best_trial_and_its_mean_over_seeds(store: Store) -> 
     found = {metric.name: metric.left for metric in told.metrics}
     assert found["sft.eval_loss"] == Measured(5.0)
     assert found["sft.eval_loss, mean of 2 seeds"] == Measured(5.5, 0.25)
-    assert "5.500 ± 0.250" in shown(told, 200)
+    assert "5.50 ± 0.25" in shown(told, 200)
     assert f"with the values of {NAMES[1]}, its best trial" in shown(told, 200)
     assert Field("search", "for sft.eval_loss", None) in told.fields.differ
     assert told.rows[1].both == 2

@@ -103,8 +103,8 @@ def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None
         (change,) = descent.overrides["sft.changes"]
         assert search().space["sft.learning_rate"].holds(change["learning_rate"])
         assert change["weight_decay"] in (0.0, 0.01, 0.1)
-        assert present(descent.overrides, "sft")["sft.learning_rate"] == change["learning_rate"]
-        assert "sft.changes" not in present(descent.overrides, "sft")
+        assert present(descent.overrides)["sft.learning_rate"] == change["learning_rate"]
+        assert "sft.changes" not in present(descent.overrides)
     assert changeable(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
 
 
@@ -199,3 +199,30 @@ def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
     assert due(told) == []
     told.close()
     assert len(due(told)) == 2
+
+
+@pytest.mark.parametrize("pause", [1, 4])
+def test_a_member_of_fewer_steps_than_evaluations_keeps_nobody_waiting(pause: int) -> None:
+    """`pause`: the others report so many times as often."""
+    told = population(trials=4)
+    points = {trial_id(point): point for point in starts()[:4]}
+    for name, point in points.items():
+        told.join(name, point)
+    short, *others = points
+    steps = at_even_steps(3, EVALUATIONS)
+    assert steps == [1, 2, 3]
+    pending = {name: list(range(1, EVALUATIONS)) for name in others}
+    ahead = [{"sft.eval_loss": 0.5, "steps": float(step), "share": step / 3} for step in steps[:-1]]
+    for turn in range(40):
+        if ahead and not told.is_far_ahead(short) and turn % pause == 0:
+            told.hear(short, ahead.pop(0))
+        for name in others:
+            if pending[name] and not told.is_far_ahead(name) and name not in told.replaced:
+                told.hear(name, report(points[name], pending[name].pop(0)))
+        for descent in due(told):
+            others.append(trial_id(descent.overrides))
+            points[others[-1]] = descent.overrides
+            pending[others[-1]] = list(range(round(descent.overrides["sft.changes"][-1]["after"] * 5) + 1, EVALUATIONS))
+        if short not in told.replaced and not ahead:
+            told.end(short)
+    assert not [name for name in others if pending[name] and name not in told.replaced]

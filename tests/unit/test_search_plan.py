@@ -84,3 +84,12 @@ def test_the_dimensions_of_the_documentation_are_read(load_text: LoadText) -> No
     experiment, _ = load_text(text + f"  space: {fitting}\n".replace("'", '"'))
     assert experiment.search is not None
     assert set(experiment.search.space) == set(fitting)
+
+
+@pytest.mark.parametrize(("scheduler", "told"), [("hyperband", True), ("asha", False)])
+def test_an_algorithm_that_learns_nothing_is_told(
+    scheduler: str, told: bool, load_text: LoadText, tmp_path: Path
+) -> None:
+    text = TEXT.replace("algorithm: grid", f"algorithm: tpe\n  scheduler: {scheduler}")
+    lines = planned(text, load_text, tmp_path).lines()
+    assert any("tpe learns nothing: hyperband begins all trials" in line for line in lines) == told

@@ -111,3 +111,25 @@ def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
     )
     assert facts["ties"] == ["lucky"]
     assert [trial["origin"] for trial in facts["trials"]] == ["drawn"] * 3 + ["replicate"] * 4
+
+
+def test_a_seed_that_diverges_counts_against_its_trial() -> None:
+    records = [
+        record("one", a=1.0),
+        record("two", a=1.1),
+        record("one-1", of="one", a=1.0),
+        record("one-2", of="one", a=math.nan),
+        record("two-1", of="two", a=1.1),
+        record("two-2", of="two", a=1.2),
+    ]
+    facts = facts_of(search(replicate=3, top=2), records, "")
+    assert facts["best"]["trial"] == "two"
+    assert {item["trial"]: item["values"] for item in facts["standings"]} == {"one": [1.0, 1.0], "two": [1.1, 1.1, 1.2]}
+
+
+def test_a_trial_does_not_win_because_only_it_was_repeated() -> None:
+    """The budget was spent while the repetitions ran, or those of the best one failed."""
+    records = [record("one", a=1.0), record("two", a=2.0), record("two-1", of="two", a=2.1)]
+    assert facts_of(search(replicate=2, top=2), records, "")["best"]["trial"] == "one"
+    records.append(record("one-1", "failed", of="one"))
+    assert facts_of(search(replicate=2, top=2), records, "")["best"]["trial"] == "one"

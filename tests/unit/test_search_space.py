@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from tunery.errors import SpecErrors
 from tunery.run import before_search
 from tunery.search.journal import Begun, Journal
 from tunery.search.queue import Queue
-from tunery.search.space import at_random, grid, in_turn, point, reseeded, trial_experiment
+from tunery.search.space import at_random, before_selection, grid, in_turn, longest, point, reseeded, trial_experiment
 from tunery.search.steering import Steering
 from tunery.search.suggest import suggester
 from tunery.spec import Dimension, Search
@@ -270,6 +272,75 @@ def test_first_points_come_first_and_a_grid_ends_by_itself(tmp_path: Path) -> No
         bench.queue.on_trial_complete(asked[1])
     assert found[0] == (2, "linear")
     assert sorted(found) == sorted((epochs, schedule) for epochs in (1, 2, 3) for schedule in ("cosine", "linear"))
+
+
+def test_what_a_first_point_of_a_grid_leaves_out_is_as_in_a_combination_that_agrees(tmp_path: Path) -> None:
+    space = {"sft.learning_rate": {"choice": [1, 2, 3]}, "sft.tuner": {"choice": ["full", "lora"]}}
+    told = search(space=space, algorithm="grid", trials=6, first=[{"sft.tuner": "lora"}])
+    found = [tuple(overrides.values()) for overrides in Bench(tmp_path, told).all()]
+    assert found[0] == (1, "lora")
+    assert len(set(found)) == 6
+
+
+def test_a_wide_range_of_whole_numbers_takes_no_room() -> None:
+    dimension = Dimension.model_validate_json('{"int": [0, 2147483647], "step": 3}')
+    assert dimension.values == (0, 2147483646)
+    assert dimension.holds(9)
+    assert not dimension.holds(10)
+
+
+def test_a_full_disk_leaves_no_half_line_in_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.begin(Begun("a", 0, {"x": 1}, "drawn"))
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limit[1]))
+        with pytest.raises(OSError, match="too large"):
+            journal.report("a", {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == before
+
+
+LONGEST: dict[str, tuple[dict[str, Any], float]] = {
+    "tokens": ({"sft.learning_rate": {"choice": [1e-3]}}, 100 * 2 * 400),
+    "longer rows": ({"sft.max_length": {"choice": [64, 1024]}}, 100 * 2 * 400),
+    "shorter rows": ({"sft.max_length": {"choice": [64, 128]}}, 100 * 2 * 128),
+    "more epochs": ({"sft.epochs": {"uniform": [1.0, 3.0]}}, 100 * 3 * 400),
+}
+
+
+@pytest.mark.parametrize("case", LONGEST)
+def test_the_longest_trial_has_the_longest_rows_and_most_epochs(case: str, load_text: LoadText) -> None:
+    experiment, _ = load_text(EXPERIMENT)
+    sft: Any = experiment.stages["sft"].model_copy(update={"epochs": 2.0, "max_length": 2048})
+    space, expected = LONGEST[case]
+    assert experiment.search is not None
+    told = experiment.search.model_copy(
+        update={
+            "metric": "sft.eval_loss",
+            "space": {path: Dimension.model_validate_json(json.dumps(given)) for path, given in space.items()},
+        }
+    )
+    changed = experiment.model_copy(update={"stages": {**experiment.stages, "sft": sft}, "search": told})
+    assert longest(changed, rows=100, tokens_per_row=400.0) == expected
+
+
+def test_rows_are_counted_before_a_selection_that_is_searched_and_after_one_that_is_not(load_text: LoadText) -> None:
+    selected = """stages:
+  scored: {kind: score, data: rows, by: [{length: words}]}
+  clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}"""
+    text = EXPERIMENT.replace("data: rows", "data: clean", 1).replace("stages:", selected, 1)
+    experiment, _ = load_text(text)
+    assert before_selection(experiment, "sft") == ["clean"]
+    searched, _ = load_text(
+        text.replace("sft.learning_rate: {choice: [1e-3, 1e-4]}", "clean.keep.length.quantile: {choice: [0.3, 1.0]}")
+    )
+    assert before_selection(searched, "sft") == ["rows"]
 
 
 def test_the_best_are_repeated_with_other_seeds_once_all_have_ended(tmp_path: Path) -> None:

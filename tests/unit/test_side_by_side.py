@@ -19,14 +19,17 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from tunery.models.frozen_head import frozen_head_nll
+from tunery.models.fused_norm import fuse_norms
 from tunery.models.side_by_side import Layout, attend_by_rows
 from tunery.train.packed.batch import IGNORED, batch_of
-from tunery.train.packed.blocks import blocks
+from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.sequences import Tokens
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -44,6 +47,10 @@ def plain(kind: str) -> Any:
         return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=40))
     if kind == "gemma2":
         return Gemma2ForCausalLM(Gemma2Config(**GROUPED))
+    if kind == "qwen2_moe":
+        more = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+        more |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**GROUPED, **more))
     return BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
 
 
@@ -75,9 +82,10 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
     torch.testing.assert_close(weight.grad, expected)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gemma2"])
+@pytest.mark.parametrize("kind", ["bloom", "gemma2", "qwen2_moe"])
 def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str) -> None:
-    """Bloom's positions are in its attention (ALiBi), Gemma 2 caps what it attends by."""
+    """Bloom's positions are in its attention (ALiBi), Gemma 2 caps what it attends by, and Qwen2-MoE leaves its window
+    to the mask."""
     model = plain(kind)
     ids_bt = torch.arange(12).view(2, 6)
     before, by = model.eval()(input_ids=ids_bt).logits, model.config._attn_implementation
@@ -88,15 +96,26 @@ def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str)
     torch.testing.assert_close(model.eval()(input_ids=ids_bt).logits, before)
 
 
+def test_norms_are_fused_where_that_comes_to_the_same() -> None:
+    """Gemma's multiply by one more than their weight."""
+    ids_bt = torch.arange(12).view(2, 6)
+    for kind, fused in (("qwen3", 2 * 4 + 1), ("gemma2", 0), ("gpt2", 0)):
+        model = plain(kind).requires_grad_(False).eval()
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.normal_(0.5, 0.2)
+        before = model(input_ids=ids_bt).logits
+        assert fuse_norms(model) == fused
+        torch.testing.assert_close(model(input_ids=ids_bt).logits, before, rtol=1e-4, atol=1e-5)
+
+
 def test_groups_hold_each_token_once_and_little_else() -> None:
     chance = random.Random(1)
     lengths = [tuple(chance.randint(1, 90) for _ in range(chance.randint(1, 9))) for _ in range(5)]
-    layout = Layout.of(lengths)
-    places = torch.cat([group.flatten() for group in layout.groups()]).tolist()
-    own = [start + t for start, length in zip(layout.starts, layout.lengths, strict=True) for t in range(length)]
-    assert set(places) == set(own)
+    groups = Layout.of(lengths).groups()
+    own = [place for group in groups for start, length in group for place in range(start, start + length)]
     assert len(own) == len(set(own)) == sum(map(sum, lengths))
-    assert len(places) < 1.25 * len(own)
+    assert sum(group[0][1] * len(group) for group in groups) < 1.25 * len(own)
 
 
 def test_edges_are_those_of_rows_and_of_padding() -> None:
@@ -114,7 +133,14 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
             [min(200, round(chance.lognormvariate(4, 0.6)) + 1) for _ in range(chance.choice([0, 2, 4, 16]))]
             for _ in range(chance.randint(1, 8))
         ]
-        seen = []
+        seen: list[tuple[int, int]] = []
+        below: list[tuple[int, int]] = []
+        for block in rectangles(lengths, budget):
+            own = [*zip(block.members, block.rows, strict=True)]
+            padded = sum(map(len, block.rows)) * max(lengths[member][row] for member, rows in own for row in rows)
+            assert padded <= budget or (len(own) == 1 and len(block.rows[0]) == 1)
+            assert len(set(map(len, block.rows))) == 1
+            below += [(member, row) for member, rows in own for row in rows]
         for block in blocks(lengths, budget, fixed=50):
             own = [*zip(block.members, block.rows, strict=True)]
             totals = [sum(lengths[member][row] for row in rows) for member, rows in own]
@@ -123,7 +149,8 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
             assert all(totals)
             seen += [(member, row) for member, rows in own for row in rows]
             learned, taken = learned + sum(totals), taken + padded
-        assert sorted(seen) == [(member, row) for member, all_ in enumerate(lengths) for row in range(len(all_))]
+        every = [(member, row) for member, all_ in enumerate(lengths) for row in range(len(all_))]
+        assert sorted(below) == sorted(seen) == every
     assert taken < 1.12 * learned
 
 

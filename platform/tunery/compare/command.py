@@ -18,7 +18,7 @@ from tunery.compare.metrics import Measured, Metric, compare_metrics
 from tunery.compare.rows import Given, RowsCompared, compare_rows
 from tunery.compare.sides import Side, side
 from tunery.store import Store
-from tunery.track.wording import count, measure
+from tunery.track.wording import count, measure, with_half
 
 LONGEST = 120
 """Characters of a field's value that are shown."""
@@ -101,9 +101,7 @@ def _metrics(told: Compared) -> list[RenderableType]:
 
 
 def _measured(found: Measured | None) -> str:
-    if found is None:
-        return "–"
-    return measure(found.value) + ("" if found.half is None else f" ± {found.half:.3f}")
+    return "–" if found is None else with_half(found.value, found.half)
 
 
 def _signed(difference: float | None) -> str:

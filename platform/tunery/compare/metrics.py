@@ -49,12 +49,13 @@ def measured(side: Side) -> Iterator[tuple[str, Measured]]:
     found = {name: Measured(value) for name, value in _of_stages(side)}
     search = side.experiment.search
     if side.trial is not None and search is not None:
-        if (value := last_value(side.trial, search.metric)) is not None:  # of an unfinished one no stage has told it
-            found.setdefault(search.metric, Measured(value))
+        name = search.value_name
+        if (value := last_value(side.trial, name)) is not None:  # of an unfinished one no stage has told it
+            found.setdefault(name, Measured(value))
         for standing in _standings(side):
             if standing["trial"] == side.trial.name:
                 half = as_number(standing["half"])
-                found[f"{search.metric}, mean of {len(standing['values'])} seeds"] = Measured(standing["mean"], half)
+                found[f"{name}, mean of {len(standing['values'])} seeds"] = Measured(standing["mean"], half)
     yield from found.items()
 
 

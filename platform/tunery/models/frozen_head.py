@@ -51,4 +51,4 @@ class _Nll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_n: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grads_nh,) = ctx.saved_tensors
-        return grads_nh * grad_n[:, None].to(grads_nh.dtype), None, None, None
+        return (grads_nh * grad_n[:, None]).to(grads_nh.dtype), None, None, None

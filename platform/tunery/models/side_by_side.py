@@ -26,8 +26,10 @@ TOLERANCE = 0.1
 """Of what the rows before it would make of a row's hidden states: as much may they differ by rounding."""
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """Fewer heads of keys than of queries: torch 2.13 wants to be told, 2.11 just takes them."""
-MORE_THAN_CAUSAL = ("softcap", "s_aux", "position_bias")
-"""What some models (Gemma 2, gpt-oss, T5) hand to their attention function."""
+LARGEST_HEAD = 256
+"""Numbers of a head: more the kernel for rows of any length doesn't take, nor what is no multiple of 8."""
+MORE_THAN_CAUSAL = ("softcap", "s_aux", "position_bias", "indices")
+"""What some models (Gemma 2, gpt-oss, T5, GLM with sparse attention) hand to their attention function."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,14 @@ class Layout:
             positions_n[start : start + length] = torch.arange(length)
         return positions_n.view(self.sequences, self.width)
 
-    def groups(self) -> list[torch.Tensor]:
-        """Rows of like length: the place of each of their tokens, (rows, tokens). What a shorter row lacks is its last
-        token again: nothing before it attends to that."""
-        ordered = sorted(zip(self.lengths, self.starts, strict=True), reverse=True)
+    def groups(self) -> list[list[tuple[int, int]]]:
+        """Rows of like length, (start, length) each, the longest first."""
         found: list[list[tuple[int, int]]] = []
-        for length, start in ordered:
-            if not found or length < ALIKE * found[-1][0][0]:
+        for length, start in sorted(zip(self.lengths, self.starts, strict=True), reverse=True):
+            if not found or length < ALIKE * found[-1][0][1]:
                 found.append([])
-            found[-1].append((length, start))
-        return [
-            torch.stack([start + torch.arange(group[0][0]).clamp(max=length - 1) for length, start in group])
-            for group in found
-        ]
+            found[-1].append((start, length))
+        return found
 
     def edges(self) -> tuple[list[int], int]:
         """Where each row begins, and the end of the last; padding counts as a row. And how long the longest is."""
@@ -82,25 +79,40 @@ class Layout:
 class RowAttention:
     """Causal attention within each row of a batch whose layout it was told. One for each model."""
 
-    _groups: list[torch.Tensor] = field(default_factory=list)
-    _back_n: torch.Tensor | None = None
-    """Of each token of the batch, its place among the outputs of the groups."""
+    _layout: Layout | None = None
+    _device: torch.device | None = None
     _edges: torch.Tensor | None = None
     _longest: int = 0
+    _groups: list[torch.Tensor] = field(default_factory=list)
+    """Rows of like length: the place of each of their tokens, (rows, tokens). What a shorter row lacks is its last
+    token again: nothing before it attends to that."""
+    _back_n: torch.Tensor | None = None
+    """Of each token of the batch, its place among the outputs of the groups."""
+    windowed: int = 0
+    """Calls with a window, so far."""
 
     def tell(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
         """Of the next forward pass, and of its backward pass."""
-        self._edges = None
+        self._layout, self._device, self._back_n, self._edges = layout, device, None, None
         if device.type == "cuda" and dtype != torch.float32:
             edges, self._longest = layout.edges()
             self._edges = torch.tensor(edges, dtype=torch.int32, device=device)
-            return
-        groups = layout.groups()
-        places_n = torch.cat([group.flatten() for group in groups])
-        back_n = torch.zeros(layout.sequences * layout.width, dtype=torch.long)
-        # From the end: of a place that is there more than once, the first one counts.
-        back_n[places_n.flip(0)] = torch.arange(len(places_n)).flip(0)
-        self._groups, self._back_n = [group.to(device) for group in groups], back_n.to(device)
+
+    def _group(self) -> torch.Tensor:
+        """Once for all layers."""
+        if self._back_n is None:
+            assert self._layout is not None, "no layout was told"
+            back_n = torch.zeros(self._layout.sequences * self._layout.width, dtype=torch.long)
+            self._groups, first = [], 0
+            for group in self._layout.groups():
+                longest = group[0][1]
+                places = [start + torch.arange(longest).clamp(max=length - 1) for start, length in group]
+                self._groups.append(torch.stack(places).to(self._device))
+                for row, (start, length) in enumerate(group):
+                    back_n[start : start + length] = first + row * longest + torch.arange(length)
+                first += len(group) * longest
+            self._back_n = back_n.to(self._device)
+        return self._back_n
 
     def __call__(
         self,
@@ -120,12 +132,14 @@ class RowAttention:
             more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
         ):
             raise NotImplementedError
+        self.windowed += sliding_window is not None
         batch, heads, tokens, _ = query_bhtd.shape
         query_nhd, key_nhd, value_nhd = (
             every.transpose(1, 2).reshape(batch * tokens, every.shape[1], every.shape[-1])
             for every in (query_bhtd, key_bhtd, value_bhtd)
         )
-        if self._edges is not None and not dropout:
+        head = query_bhtd.shape[-1]
+        if self._edges is not None and not dropout and head == value_bhtd.shape[-1] <= LARGEST_HEAD and head % 8 == 0:
             out: Any = varlen_attn(
                 query_nhd,
                 key_nhd,
@@ -139,7 +153,7 @@ class RowAttention:
                 **GROUPED,
             )
             return out.view(batch, tokens, heads, -1), None
-        assert self._back_n is not None, "no layout was told"
+        back_n = self._group()
         repeats = heads // key_nhd.shape[1]
         outs = []
         for group in self._groups:
@@ -155,7 +169,7 @@ class RowAttention:
                 query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
             )
             outs.append(attended.transpose(1, 2).reshape(rows * longest, heads, -1))
-        return torch.cat(outs).index_select(0, self._back_n).view(batch, tokens, heads, -1), None
+        return torch.cat(outs).index_select(0, back_n).view(batch, tokens, heads, -1), None
 
 
 def _window(tokens: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -207,5 +221,19 @@ def _leaves_rows_alone(model: Any, attention: RowAttention, before: str, name: s
     model.set_attn_implementation(name)
     layout = Layout.of([PROBE])
     attention.tell(layout, model.device, model.dtype)
+    attention.windowed = 0
     beside = hidden_nh(ids_n, position_ids=layout.positions_bt().to(model.device))
+    if attention.windowed != _windows(model.config.get_text_config()):  # rows of the probe are too short to show it
+        return False
     return bool((beside - alone).norm() <= TOLERANCE * (as_one_row - alone).norm())
+
+
+def _windows(config: Any) -> int:
+    """Layers that attend within a window; -1 where some do something else."""
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "attention_chunk_size", None) or set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        return -1
+    if kinds:
+        return int(list(kinds).count("sliding_attention"))
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return int(config.num_hidden_layers) if slides else 0

@@ -257,7 +257,14 @@ def _check_made(
 
 def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) -> Iterator[SpecError]:
     for index, name in enumerate(experiment.search.warm_start if experiment.search else ()):
-        if not (store.run(name) / "events").is_dir():
+        if name == experiment.name:
+            yield error_at(
+                source,
+                ("search", "warm_start", index),
+                f"`{name}` is this run itself: its trials change while it runs",
+                remedy="a search that was cut off goes on by itself; to begin another with what it found, rename it",
+            )
+        elif not (store.run(name) / "events").is_dir():
             runs = store.root / "runs"
             known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
             yield error_at(

@@ -53,6 +53,8 @@ class RaySession:
         if self._hardware is not None:
             return self._hardware
         begin = time.time()
+        # Else a thread that an interrupt leaves behind (tunery/interrupt.py) would start Ray again by its next call.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         import logging
 
         import ray

@@ -12,7 +12,9 @@ The finished trials stand here; of the unfinished ones their stages and checkpoi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +85,14 @@ class Journal:
         self._fold(line)
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:  # not kept open: Tune pickles who has a journal
-            file.write(json.dumps(line) + "\n")
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:  # not kept open: Tune pickles who has a journal
+                file.write(json.dumps(line) + "\n")
+        except OSError:
+            with suppress(OSError):  # on a full disk half a line may be there, and the next one would come right after
+                os.truncate(self._path, size)
+            raise
 
     def _fold(self, line: dict[str, Any]) -> None:
         told = {name: value for name, value in line.items() if name != "event"}
@@ -107,4 +115,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if whole := text[: text.rfind("\n") + 1]:
         yield from (json.loads(line) for line in whole.splitlines())
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        os.truncate(path, len(whole.encode()))

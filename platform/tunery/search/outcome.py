@@ -21,16 +21,16 @@ def facts_of(search: Search, records: Sequence[Record], ended_by: str) -> dict[s
     trials = sorted((_trial(search, record) for record in records), key=lambda trial: rank(search, trial))
     own = [trial for trial in trials if trial["origin"] != "replicate"]
     again = [trial for trial in trials if trial["origin"] == "replicate"]
+    ended = [trial for trial in own if not rank(search, trial)[0]]
     groups: dict[str, list[float]] = {}
-    for trial in own:
-        values = [twin["value"] for twin in again if twin["of"] == trial["trial"] and twin["state"] == "done"]
-        if values and not rank(search, trial)[0]:
-            groups[trial["trial"]] = [trial["value"], *values]
-    best = next((trial for trial in own if not rank(search, trial)[0]), None)
-    if groups:
-        repeated = [trial for trial in own if trial["trial"] in groups]
-        sign = 1 if search.mode == "min" else -1
-        best = min(repeated, key=lambda trial: (not trial["feasible"], sign * mean(groups[trial["trial"]])))
+    diverged: dict[str, int] = {}
+    for trial in ended:
+        twins = [twin["value"] for twin in again if twin["of"] == trial["trial"] and twin["state"] == "done"]
+        if twins:
+            name = trial["trial"]
+            groups[name] = [trial["value"], *(value for value in twins if value is not None)]
+            diverged[name] = twins.count(None)
+    best = _best(search, ended, groups, diverged)
     found = standings(groups)
     winner = next((item for item in found if best is not None and item.trial == best["trial"]), None)
     return {
@@ -43,6 +43,20 @@ def facts_of(search: Search, records: Sequence[Record], ended_by: str) -> dict[s
         "front": sorted(pareto_front(search, own)),
         "ended_by": ended_by,
     }
+
+
+def _best(
+    search: Search, ended: Sequence[dict[str, Any]], groups: dict[str, list[float]], diverged: dict[str, int]
+) -> dict[str, Any] | None:
+    """By the mean over seeds, where all that were to be repeated have been; a seed without a value counts against its
+    trial. Else by the first seed: one that happened to be repeated first is no better for it. `ended`: best first."""
+    top = ended[: search.top]
+    top = [trial for trial in top if trial["feasible"]] or top
+    if not top or any(trial["trial"] not in groups for trial in top):
+        return next(iter(ended), None)
+    sign = 1 if search.mode == "min" else -1
+
+    return min(top, key=lambda trial: (diverged[trial["trial"]], sign * mean(groups[trial["trial"]])))
 
 
 def _trial(search: Search, record: Record) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class SearchPlan:
     hours: float | None
     """Of a GPU (without one of a CPU), if no trial is stopped early or packed; None where nothing like it was ever
     timed in this store."""
+    untaught: str
+    """Why the algorithm learns nothing; "" where it does, or never would."""
 
     def lines(self) -> list[str]:
         shared = f"made once for all: {', '.join(self.shared)}" if self.shared else "the trials have nothing in common"
@@ -55,6 +57,7 @@ class SearchPlan:
         if self.packed:
             lines.append(f"packed, up to {self.pack} on one copy of the base: {self.packed} trials")
         lines += [f"alone: {count} trials ({why})" for why, count in self.alone.items()]
+        lines += [self.untaught] if self.untaught else []
         lines += [f"the same: {', '.join(names)}" for names in self.same]
         if self.looked_at < self.trials:
             lines.append(f"all this of the first {self.looked_at} trials")
@@ -97,7 +100,15 @@ def plan_search(experiment: Experiment, store: Store, folder: Path, workers: int
         pack=size,
         alone=dict(reasons),
         hours=_device_hours(experiment, [*trials.values()], store, folder, total),
+        untaught=_untaught(search),
     )
+
+
+def _untaught(search: Search) -> str:
+    if search.algorithm not in ("tpe", "nsga2") or search.scheduler not in ("hyperband", "pbt"):
+        return ""
+    learns = " beyond what `warm_start` tells" if search.warm_start else ""
+    return f"{search.algorithm} learns nothing{learns}: {search.scheduler} begins all trials before one has ended"
 
 
 def _draws(search: Search, seed: int) -> list[dict[str, Any]]:

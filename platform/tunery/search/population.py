@@ -20,6 +20,7 @@ from typing import Any
 from tunery.search.journal import Record
 from tunery.search.space import Point, at_random, curve_stage, rounded, trial_id
 from tunery.spec import CHANGEABLE, Dimension, Experiment, Search
+from tunery.spec.overrides import present
 
 QUARTER = 0.25
 FACTORS = (0.8, 1.2)
@@ -101,11 +102,11 @@ class Population:
 
     def waits(self, trial: str) -> bool:
         """Whether a member has gone as far as is decided."""
-        return trial in self._members and self._generation in self._heard.get(trial, {})
+        return trial in self._members and self._reached(trial) >= self._generation
 
     def is_far_ahead(self, trial: str) -> bool:
         """Whether a member has gone an evaluation further than that: by more others begin late."""
-        return trial in self._members and self._generation + 1 in self._heard.get(trial, {})
+        return trial in self._members and self._reached(trial) > self._generation
 
     def decide(self) -> None:
         """Who makes room, where all members have gone so far."""
@@ -131,9 +132,13 @@ class Population:
     def _ready(self) -> bool:
         if not self._complete and len(self._members) < self._search.trials:
             return False
-        here = [trial for trial in self._members if self._generation in self._heard.get(trial, {})]
+        here = [trial for trial in self._members if self._reached(trial) >= self._generation]
         missing = [trial for trial in self._members if trial not in here and trial not in self._ended]
         return bool(here) and not missing and self._generation < self._evaluations
+
+    def _reached(self, trial: str) -> int:
+        """Its last evaluation. Of so few steps that there is none for each evaluation, some are left out."""
+        return max(self._heard.get(trial, {}), default=0)
 
     def _decide(self) -> list[Descent]:
         generation = self._generation
@@ -169,7 +174,7 @@ class Population:
 
     def _changed(self, point: Point, generation: int, place: int, chance: random.Random) -> Point:
         draw = at_random(self._seed, generation * 1_000_000 + place)
-        now = present(point, self._stage)
+        now = present(point)
         changed = {}
         for path in changeable(self._search, self._stage):
             if path in now:
@@ -197,14 +202,6 @@ def most_descendants(experiment: Experiment) -> int:
 def changeable(search: Search, stage: str) -> list[str]:
     """The dimensions whose values a training can change in its course."""
     return [path for field in CHANGEABLE if (path := f"{stage}.{field}") in search.space]
-
-
-def present(point: Point, stage: str) -> Point:
-    """A trial's values at its end: of what changes in its course the last ones, and not the changes themselves."""
-    now = {path: value for path, value in point.items() if path != f"{stage}.changes"}
-    for change in point.get(f"{stage}.changes", ()):
-        now |= {f"{stage}.{field}": change[field] for field in CHANGEABLE if change.get(field) is not None}
-    return now
 
 
 def _shifted(value: Any, dimension: Dimension, chance: random.Random) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,8 @@ class Sparing(TrialScheduler):  # type: ignore[misc]
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if _is_spared(trial):
             return str(TrialScheduler.CONTINUE)
+        if math.isnan(result.get(self.metric, 0.0)):  # to a scheduler nothing is worse than it, or better
+            return str(TrialScheduler.STOP)
         told = _progress(result, self._units)
         if told[PROGRESS] <= self._seen.get(trial.trial_id, 0.0):
             return str(TrialScheduler.CONTINUE)

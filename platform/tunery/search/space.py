@@ -10,10 +10,22 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tunery.spec import Dimension, Evaluate, Experiment, Search, Training, WinRate
+from tunery.spec import (
+    Dimension,
+    Evaluate,
+    Experiment,
+    Ppo,
+    Review,
+    Score,
+    Search,
+    Select,
+    Training,
+    WinRate,
+)
 from tunery.spec.graph import closure
 from tunery.spec.overrides import with_overrides
 from tunery.spec.reference import model_name
+from tunery.spec.trainings import row_stages
 
 Point = dict[str, Any]
 """A trial's values by path: of the dimensions that are there."""
@@ -170,15 +182,35 @@ def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
     if search is None or not isinstance(stage, Training):
         return 0.0
 
-    def values(field: str, auto: float) -> list[float]:
+    def values(field: str, auto: float = 1.0) -> list[float]:
         dimension = search.space.get(f"{name}.{field}")
-        given = dimension.values if dimension else (getattr(stage, field),)
+        given = dimension.values if dimension else (getattr(stage, field, auto),)
         return [auto if value == "auto" else float(value) for value in given]
 
     seen = rows * max(values("epochs", 4.0))
     if search.rungs == "steps":
-        return max(1.0, seen / min(values("global_batch_size", 8.0)))
-    return max(1.0, seen * min(tokens_per_row, *values("max_length", 512)))
+        answers = max(values("group_size")) * max(values("iterations"))
+        return max(1.0, seen * answers / min(values("global_batch_size", 8.0)))
+    longest_row = max(values("max_length", 512.0))
+    # ppo tells the tokens that its answers may have (train/ppo/worker.py).
+    return max(1.0, seen * (longest_row if isinstance(stage, Ppo) else min(tokens_per_row, longest_row)))
+
+
+def before_selection(experiment: Experiment, stage: str) -> list[str]:
+    """The stages whose rows a trial's training could see, all of them: those behind it that the search doesn't change,
+    and what searched ones choose from."""
+    assert experiment.search is not None, "asked for a search"
+    searched, stages = {path.split(".")[0] for path in experiment.search.space}, experiment.stages
+    training = stages[stage]
+    assert isinstance(training, Training), "only a training learns"
+    found = []
+    for data in row_stages(training.data).values():
+        while isinstance(earlier := stages[data], Review | Score) or (
+            isinstance(earlier, Select) and searched & closure(stages, [data]).keys()
+        ):
+            data = earlier.data
+        found.append(data)
+    return found
 
 
 def reseeded(experiment: Experiment, overrides: Mapping[str, Any], replicate: int) -> Point:

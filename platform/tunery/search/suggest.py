@@ -75,14 +75,17 @@ class ByGrid:
         self._given: set[str] = set()
 
     def ask(self, number: int, first: Point | None) -> Point | None:
+        left = [point for point in self._points if trial_id(point) not in self._given]
         if first is not None and trial_id(first) not in self._given:
-            self._given.add(trial_id(first))
-            return first
-        for found in self._points:
-            if trial_id(found) not in self._given:
-                self._given.add(trial_id(found))
-                return found
-        return None
+            # What it leaves out is as in the first combination that agrees with it.
+            agreeing = (point for point in left if all(point.get(path) == value for path, value in first.items()))
+            found = next(agreeing, first)
+        elif left:
+            found = left[0]
+        else:
+            return None
+        self._given.add(trial_id(found))
+        return found
 
     def tell(
         self, number: int, overrides: Point, reports: Sequence[Mapping[str, float]], ended: dict[str, Any]

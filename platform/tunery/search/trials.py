@@ -124,7 +124,7 @@ def trials_of(
             listed.append(Listed(name, state_, None, 0, 0, "", None, *told, error="", best=False))
     listed.sort(key=lambda trial: OPEN.index(trial.state) if trial.state in OPEN else len(OPEN))
     begun = "ended" if search.finished else "not begun" if state.search is None else "running" if running else "waiting"
-    return Trials(state.run, state.file, search.metric, search.mode, search.planned, begun, holder, tuple(listed))
+    return Trials(state.run, state.file, search.value_name, search.mode, search.planned, begun, holder, tuple(listed))
 
 
 def _origins(events: Iterable[Event]) -> dict[str, tuple[str, str]]:
@@ -146,7 +146,7 @@ def _listed(
         state = "stopping"
     stage = _measured(trial, search.metric) or trial.current
     done, total, unit = _progress(stage)
-    value = last_value(trial, search.metric)
+    value = last_value(trial, search.value_name)
     seconds = trial.seconds
     if seconds is None and state in ("running", "stopping") and trial.started is not None:
         seconds = max(0.0, now - trial.started)
@@ -179,7 +179,8 @@ def _progress(stage: StageState | None) -> tuple[float, float, str]:
 
 
 def last_value(trial: TrialState, metric: str) -> float | None:
-    """Of the metric itself, at the end or the last on the way: another measure may be known by then, and is not it."""
+    """At the end, or the last on the way: another measure may be known by then, and is not it. Of a weighted sum there
+    is none before the end."""
     if trial.value is not None:
         return trial.value
     stage, _, name = metric.partition(".")

@@ -66,15 +66,15 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
         max_concurrent=_at_once(room, size, search) if room else None,
         reason=_why(room, size) if room else "",
     )
-    artifact = where.store.find("search", print_)
+    made = artifact = where.store.find("search", print_)
     if artifact is None:
         assert room is not None, "a search that is not done needs Ray"
         with where.store.lease("search", print_, lambda holder: time.sleep(1)):
-            artifact = where.store.find("search", print_)
+            made = artifact = where.store.find("search", print_)  # by another run, meanwhile
             if artifact is None:
                 artifact = _search(experiment, where, log, room, longest, print_, described)
-    else:
-        for trial in artifact.facts["trials"]:
+    if made is not None:
+        for trial in made.facts["trials"]:
             log.write("trial_finished", **trial)
     best = artifact.facts["best"]
     log.write(
@@ -230,7 +230,9 @@ def _run(
         scheduler = Breeding(population, steering, kept, in_turn=search.trials > room.workers * size)
     else:
         scheduler = scheduler_of(search, longest, journal)
-    enough = Enough(search, journal, room.workers)
+    assert compute.workers_per_trial != "auto", "resolved before a search"
+    held = compute.workers_per_trial * (1 if compute.device == "gpu" else compute.cpus_per_worker)
+    enough = Enough(search, journal, room.workers * held)
     queue = Queue(
         search,
         journal,
@@ -265,7 +267,19 @@ def _run(
         ),
     )
     interruptible(tuner.fit)
+    # Tune (2.60) tells no callback of the trials that a Stopper ends; else there are none left.
+    for begun in journal.open:
+        _end_early(journal, search, begun)
+        _tell_unbegun(log, journal, search, begun)
     return enough.reason
+
+
+def _end_early(journal: Journal, search: Search, begun: Begun) -> None:
+    """With what was measured last."""
+    last = dict((journal.records[begun.trial].reports or [{}])[-1])
+    values = {metric: last[metric] for metric in search.metrics if metric in last}
+    progress = {name: last.get(name) for name in ("steps", "tokens", "rows")}
+    journal.end(begun.trial, state="stopped", values=values, **progress, seconds=None, error="")
 
 
 def _population(experiment: Experiment, journal: Journal, steering: Steering) -> Population:

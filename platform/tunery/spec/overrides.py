@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunery.spec.experiment import Experiment
+from tunery.spec.trainings import CHANGEABLE
 
 
 class PathError(ValueError):
@@ -47,3 +48,14 @@ def _put(stages: dict[str, Any], path: str, value: Any) -> None:
             here[step] = value
         else:
             here = here[step]
+
+
+def present(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's values at its end: of what changes in the course of its trainings the last ones, and not the changes
+    themselves."""
+    now = {path: value for path, value in overrides.items() if not path.endswith(".changes")}
+    for path, changes in overrides.items():
+        stage, _, field = path.rpartition(".")
+        for change in changes if field == "changes" else ():
+            now |= {f"{stage}.{name}": change[name] for name in CHANGEABLE if change.get(name) is not None}
+    return now

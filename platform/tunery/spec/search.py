@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -64,12 +64,12 @@ class Dimension(Spec):
         return self.uniform or self.loguniform or self.integer
 
     @property
-    def listed(self) -> tuple[Any, ...] | None:
+    def listed(self) -> Sequence[Any] | None:
         """All values, where they are listed or few by their steps."""
         if self.choice is not None or self.grid is not None:
             return self.choice or self.grid
         if self.integer is not None:
-            return tuple(range(self.integer[0], self.integer[1] + 1, round(self.step or 1)))
+            return range(self.integer[0], self.integer[1] + 1, round(self.step or 1))
         if self.uniform is not None and self.step is not None:
             count = math.floor((self.uniform[1] - self.uniform[0]) / self.step + 1e-9)
             return tuple(round(self.uniform[0] + index * self.step, 12) for index in range(count + 1))
@@ -85,6 +85,8 @@ class Dimension(Spec):
 
     def holds(self, value: Any) -> bool:
         """Whether a trial can have it."""
+        if isinstance(self.listed, range):  # which looks for a whole number at once, and for others at each place
+            return isinstance(value, int | float) and value == int(value) and int(value) in self.listed
         if self.listed is not None:
             return value in self.listed
         assert self.bounds is not None, "a dimension has exactly one kind"
@@ -178,7 +180,7 @@ class Search(Spec):
     from, or optimizer steps. pbt compares at the same evaluation."""
     budget: Budget = Budget()
     first: tuple[dict[str, Any], ...] = ()
-    """Points to begin with; what one leaves out is drawn."""
+    """Points to begin with; what one leaves out is drawn (of a grid: as in the first combination that agrees)."""
     warm_start: tuple[str, ...] = ()
     """Names of earlier runs in this store: tpe and nsga2 begin with what their trials found, where those dimensions are
     searched here too."""
@@ -193,6 +195,11 @@ class Search(Spec):
         """All that a trial is measured by, each once: the first one first."""
         further = (*(item.metric for item in self.also), *(item.metric for item in self.constraints))
         return tuple(dict.fromkeys((self.metric, *further)))
+
+    @property
+    def value_name(self) -> str:
+        """Of what a trial is judged by."""
+        return "weighted sum" if any(item.weight is not None for item in self.also) else self.metric
 
     def describe(self) -> dict[str, Any]:
         """What its event says of it (track/events.py)."""

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -90,7 +91,8 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             if self._is_ours():
-                os.utime(self.path)
+                with suppress(OSError):  # a file system that is away for a moment: the next beat tells
+                    os.utime(self.path)
 
 
 def living_holder(path: Path) -> str | None:

@@ -45,7 +45,7 @@ def importances(search: SearchState, paths: Sequence[str], metric: str = "") -> 
     """
     values = _values(search, metric)
     ended = [trial for trial in search.own if trial.name in values]
-    found = [_importance(path, [trial for trial in ended if path in trial.overrides], values) for path in paths]
+    found = [_importance(path, [trial for trial in ended if path in trial.present], values) for path in paths]
     return sorted(found, key=lambda one: -1.0 if one.share is None else one.share, reverse=True)
 
 
@@ -59,7 +59,7 @@ def too_few(search: SearchState) -> str:
 
 def _importance(path: str, own: Sequence[TrialState], values: Mapping[str, float]) -> Importance:
     """`own`: the trials that have the field."""
-    groups = _groups([trial.overrides[path] for trial in own])
+    groups = _groups([trial.present[path] for trial in own])
     n, k = len(own), len(set(groups))
     if n < ENOUGH or k < 2 or n - k < 2:
         return Importance(path, None, n, False)

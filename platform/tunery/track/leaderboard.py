@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunery.track.snapshot import Bound, SearchState, Standing, TrialState
-from tunery.track.wording import as_number, duration, in_course, measure, overrides_text, short_paths
+from tunery.track.wording import as_number, duration, in_course, measure, overrides_text, short_paths, with_half
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,8 @@ def bound_text(bound: Bound, name: str) -> str:
 
 
 def mean_text(standing: Standing) -> str:
-    """Mean ± half of the 95% interval, in as many digits as half of it makes sense of."""
-    if not standing.half:
-        return measure(standing.mean)
-    digits = min(8, max(0, 1 - math.floor(math.log10(standing.half))))
-    return f"{standing.mean:,.{digits}f} ± {standing.half:,.{digits}f}"
+    """Mean ± half of the 95% interval."""
+    return with_half(standing.mean, standing.half)
 
 
 def verdict(search: SearchState) -> list[str]:

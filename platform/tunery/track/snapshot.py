@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, Literal
 
+from tunery.spec.overrides import present
+
 Status = Literal["waiting", "running", "done", "reused", "failed"]
 TrialStatus = Literal["waiting", "running", "done", "stopped", "failed"]
 RunStatus = Literal["waiting", "running", "done", "failed", "interrupted"]
@@ -114,6 +116,11 @@ class TrialState:
     points: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
+    def present(self) -> dict[str, Any]:
+        """Its values at its end; of a descendant others than those that it began with."""
+        return present(self.overrides)
+
+    @property
     def current(self) -> StageState | None:
         """The stage that the trial is at: the one that runs, else the last one that has begun."""
         begun = [stage for stage in self.stages.values() if stage.status != "waiting"]
@@ -216,15 +223,16 @@ class SearchState:
     def ranked(self) -> list[TrialState]:
         """Without replicates, best first. A stopped trial got its value with less training, so those that ran to
         their end lead; of them those that keep to the constraints, then those that were repeated, by their mean; a
-        single value that beats such a mean may be luck. Trials without a value are last."""
+        single value that beats such a mean may be luck. Trials without a value are last. A search that has ended says
+        itself who leads."""
         sign = -1.0 if self.mode == "max" else 1.0
         standings = self.standings
 
-        def place(trial: TrialState) -> tuple[bool, bool, bool, bool, float]:
+        def place(trial: TrialState) -> tuple[bool, bool, bool, bool, bool, float]:
             standing = standings.get(trial.name)
             value = standing.mean if standing else trial.value
-            unknown = value is None
-            return unknown, trial.status != "done", not trial.feasible, standing is None, sign * (value or 0.0)
+            behind, unfinished = trial.name != self.best_name, trial.status != "done"
+            return behind, value is None, unfinished, not trial.feasible, standing is None, sign * (value or 0.0)
 
         return sorted(self.own, key=place)
 

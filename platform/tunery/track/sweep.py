@@ -27,14 +27,14 @@ def scatters(search: SearchState) -> list[Figure]:
 
 
 def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure:
-    shown = [trial for trial in search.own if trial.value is not None and path in trial.overrides]
+    shown = [trial for trial in search.own if trial.value is not None and path in trial.present]
     if not shown:
         return Figure(names[path], "")
     best = search.best
-    axis = axis_of(names[path], [trial.overrides[path] for trial in shown], search.space.get(path, ""))
+    axis = axis_of(names[path], [trial.present[path] for trial in shown], search.space.get(path, ""))
     dots = [
         Dot(
-            axis.categories.index(plain(trial.overrides[path])) if axis.categories else float(trial.overrides[path]),
+            axis.categories.index(plain(trial.present[path])) if axis.categories else float(trial.present[path]),
             trial.value,
             _tip(trial, names),
             "best" if trial is best else trial.status,
@@ -48,14 +48,14 @@ def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure
 def parallel(search: SearchState) -> Figure | None:
     """Every trial as a line over the parameters to the metric; None with fewer than two parameters or trials."""
     shown = [trial for trial in search.ranked if trial.value is not None][:MOST_LINES]
-    paths = [path for path in parameters(search) if any(path in trial.overrides for trial in shown)]
+    paths = [path for path in parameters(search) if any(path in trial.present for trial in shown)]
     names = short_paths(parameters(search))
     if len(paths) < 2 or len(shown) < 2:
         return None
     axes = [
         axis_of(
             names[path],
-            [trial.overrides[path] for trial in shown if path in trial.overrides],
+            [trial.present[path] for trial in shown if path in trial.present],
             search.space.get(path, ""),
         )
         for path in paths
@@ -64,7 +64,7 @@ def parallel(search: SearchState) -> Figure | None:
     # Whatever few values it has: the metric is a number, and not one of several words.
     axes.append(axis_of(_value_label(search), [trial.value for trial in shown], "uniform"))
     lines = [
-        Line([*(trial.overrides.get(path) for path in paths), trial.value], _style(trial, best), _tip(trial, names))
+        Line([*(trial.present.get(path) for path in paths), trial.value], _style(trial, best), _tip(trial, names))
         for trial in shown
     ]
     drawn = parallel_chart(axes, lines)

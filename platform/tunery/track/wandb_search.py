@@ -68,7 +68,7 @@ def leaderboard_table(search: SearchState) -> Table:
         measured = [_metric(search, trial, metric) for metric in metrics]
         means = [seeds.get(key) for key in ("mean", "half", "seeds")]
         rows.append(
-            [trial.name, trial.status, place, *measured, *means, *judged, *map(trial.overrides.get, paths), *told]
+            [trial.name, trial.status, place, *measured, *means, *judged, *map(trial.present.get, paths), *told]
         )
     return table(columns, rows)
 
@@ -76,7 +76,7 @@ def leaderboard_table(search: SearchState) -> Table:
 def parallel_table(search: SearchState) -> Table:
     paths, metrics = parameters(search), _metrics(search)
     rows = [
-        [trial.name, *map(trial.overrides.get, paths), *(_metric(search, trial, metric) for metric in metrics)]
+        [trial.name, *map(trial.present.get, paths), *(_metric(search, trial, metric) for metric in metrics)]
         for trial in search.ranked
         if trial.value is not None
     ]
@@ -98,7 +98,7 @@ def importance_table(search: SearchState) -> Table:
 def front_table(search: SearchState) -> Table:
     paths, metrics = parameters(search), [metric for metric, _ in search.objectives]
     rows = [
-        [trial.name, *map(trial.values.get, metrics), *map(trial.overrides.get, paths)]
+        [trial.name, *map(trial.values.get, metrics), *map(trial.present.get, paths)]
         for trial in search.ranked
         if trial.name in search.front
     ]

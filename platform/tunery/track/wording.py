@@ -155,3 +155,11 @@ def in_course(overrides: Mapping[str, object]) -> dict[str, object]:
                 if field != "after" and value is not None:
                     told[name] = f"{plain(told[name])} → {plain(value)}" if name in told else plain(value)
     return told
+
+
+def with_half(mean: float, half: float | None) -> str:
+    """With half of its interval, in as many digits as half of it makes sense of."""
+    if not half:
+        return measure(mean)
+    digits = min(8, max(0, 1 - math.floor(math.log10(half))))
+    return f"{mean:,.{digits}f} ± {half:,.{digits}f}"

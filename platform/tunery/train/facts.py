@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tunery.spec import Compute, Training
 from tunery.train.batches import Batching
+
+LATE_PERIODS = 5
 
 
 def log_period(steps: int) -> int:
@@ -45,8 +48,7 @@ def tell_again(history: Sequence[Mapping[str, float]], emit: Callable[..., None]
 def training_facts(
     spec: Training[Any], batching: Batching, history: Sequence[Mapping[str, float]], parameters: int, trainable: int
 ) -> dict[str, Any]:
-    """Losses are means of the last five points; of the evaluations the loss at the end."""
-    losses = [point["loss"] for point in history if "loss" in point]
+    """The loss is the mean over the last five periods of the curve; of the evaluations the one at the end."""
     evals = [point for point in history if "eval_loss" in point]
     return {
         "steps": batching.steps,
@@ -55,6 +57,19 @@ def training_facts(
         "learning_rate": spec.learning_rate,
         "parameters": parameters,
         "trainable": trainable,
-        "loss": sum(losses[-5:]) / len(losses[-5:]) if losses else None,
+        "loss": _late_loss(history, batching.steps),
         "eval_loss": evals[-1]["eval_loss"] if evals else None,
     }
+
+
+def _late_loss(history: Sequence[Mapping[str, float]], steps: int) -> float | None:
+    """By steps, not by points: a training in a population has further points, at its evaluations (train/steps.py)."""
+    period = log_period(steps)
+    end = steps // period * period
+    points = [(int(point["step"]), point["loss"]) for point in history if "loss" in point and point["step"] <= end]
+    found = [
+        (step - before, loss)
+        for (before, _), (step, loss) in pairwise([(0, 0.0), *points])
+        if step > end - LATE_PERIODS * period
+    ]
+    return sum(taken * loss for taken, loss in found) / sum(taken for taken, _ in found) if found else None

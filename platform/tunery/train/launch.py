@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tunery.errors import Stopped
 from tunery.interrupt import interruptible
 from tunery.models.load import source_of
 from tunery.models.reward import reward_origin
@@ -20,6 +21,9 @@ from tunery.train.auto import resolve
 from tunery.train.checkpoints import begin_with
 from tunery.train.job import Job, Report, Rows
 from tunery.train.packed.seat import train_packed
+
+STOPPED = "stopped"
+"""In the work folder, by workers that somebody has stopped."""
 
 
 def make_model(context: StageContext) -> StageResult:
@@ -116,7 +120,10 @@ def _train_on_workers(job: Job, context: StageContext) -> None:
             callbacks=list(context.callbacks),
         ),
     )
+    (job.work / STOPPED).unlink(missing_ok=True)  # of an earlier try
     interruptible(trainer.fit)
+    if (job.work / STOPPED).exists():
+        raise Stopped("stopped while it trained")
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -126,7 +133,11 @@ def _worker(config: dict[str, Any]) -> None:
         if config["report"]:
             ray.train.report(metrics)
 
-    train(config["job"], report)
+    # All ranks stop at the same step. Raised, it would be a failure to Ray Train, which tries such again.
+    try:
+        train(config["job"], report)
+    except Stopped:
+        (config["job"].work / STOPPED).touch()
 
 
 def _train_here(job: Job, report: Report) -> None:

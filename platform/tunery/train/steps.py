@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunery.errors import Stopped
+from tunery.train.agreement import anyone
 from tunery.train.checkpoints import keep, mark_whole, write_history
 from tunery.train.course import Course
 
@@ -87,11 +88,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         now = time.time()
         if self.first_step_at is None:
             self.first_step_at = now
+        stops = False
         if now - self._last_progress > 0.5 or state.global_step == self.total:
             self._last_progress = now
             self.emit("progress", done=state.global_step, total=self.total, unit="steps")
-            if self._stop is not None and self._stop.exists():
-                raise Stopped(f"stopped at step {state.global_step}")
+            stops = self._stop is not None and self._stop.exists()
+        if self._stop is not None and anyone(stops):
+            raise Stopped(f"stopped at step {state.global_step}")
         control.should_evaluate = state.global_step in self.evaluate_at
         # A loss is logged as the mean since the last log, and that sum is not in a checkpoint: save at steps that are
         # logged, so that a resumed run logs the same points, however often checkpoints are written.

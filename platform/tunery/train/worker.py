@@ -37,6 +37,7 @@ def train(job: Job, report: Report) -> None:
     import torch.distributed as dist
     from transformers import PrinterCallback, set_seed
 
+    from tunery.train.agreement import as_first
     from tunery.train.checkpoints import HISTORY, drop_foreign, last_checkpoint, read_history, step_of, written_by
     from tunery.train.steps import MORE_CURVES, Steps
 
@@ -87,7 +88,7 @@ def train(job: Job, report: Report) -> None:
     if rank == 0:
         drop_foreign(job.work / "checkpoints", steps.written_by)
     dist.barrier()
-    checkpoint = last_checkpoint(job.work / "checkpoints", steps.written_by)
+    checkpoint = as_first(last_checkpoint(job.work / "checkpoints", steps.written_by))
     dist.barrier()
     resumed = step_of(checkpoint) if checkpoint else 0
     if checkpoint:

@@ -34,6 +34,19 @@ def blocks(lengths: Sequence[Sequence[int]], budget: int, fixed: int) -> Iterato
         yield Block(tuple(taken), tuple(map(tuple, taken.values())))
 
 
+def rectangles(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[Block]:
+    """The same for rows that lie below each other: as many of each member, each as long as the longest one."""
+    left = [sorted(range(len(own)), key=lambda row: -own[row]) for own in lengths]
+    while any(left):
+        members = sorted((m for m in range(len(left)) if left[m]), key=lambda m: -lengths[m][left[m][0]])
+        longest = lengths[members[0]][left[members[0]][0]]
+        members = members[: max(1, budget // longest)]
+        height = min(min(len(left[m]) for m in members), max(1, budget // (longest * len(members))))
+        yield Block(tuple(members), tuple(tuple(left[m][:height]) for m in members))
+        for member in members:
+            left[member] = left[member][height:]
+
+
 def _best(rest: Sequence[int], longest: Sequence[int], budget: int, fixed: int) -> tuple[int, int]:
     """How many of the members, those with the most tokens left first, and how many tokens of each."""
     found, best = (1, longest[0]), 0.0

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
 from tunery.models.frozen_head import frozen_head_nll
+from tunery.models.fused_norm import fuse_norms
 from tunery.models.likelihood import head_is_plain
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.packing import length_batches
@@ -18,7 +19,7 @@ from tunery.models.side_by_side import attend_by_rows
 from tunery.train.job import Job, Report
 from tunery.train.packed.adamw import Rates
 from tunery.train.packed.batch import IGNORED, Batch, batch_of
-from tunery.train.packed.blocks import blocks
+from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
 from tunery.train.packed.stack import Stack, StackedLinear, install
@@ -58,6 +59,8 @@ class Pack:
         self._tokenizer: Any = load_tokenizer(source)
         self._plain_head = head_is_plain(model)
         self._attention = attend_by_rows(self._model)
+        if self._device.type == "cuda":
+            fuse_norms(self._model)
         self._budget = budget or BLOCK_TOKENS[self._device.type]
         self._free = free or free_bytes
         self._layers: dict[str, StackedLinear] = {}
@@ -158,8 +161,8 @@ class Pack:
 
     def _restack(self, members: Sequence[Member]) -> None:
         self._stack.read_back()
-        self.members = list(members)
         self._stack = Stack(self._layers, [member.adapter for member in members], self._device, self._model.dtype)
+        self.members = list(members)
 
     def _backward(self, members: Sequence[Member], rows: Sequence[list[int]]) -> list[float]:
         """Gradients into the stack; returns each member's loss, the mean over its counted tokens."""
@@ -170,7 +173,12 @@ class Pack:
         sums_k = torch.zeros(len(members), device=self._device, dtype=torch.float64)
         weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
         lengths = [[len(member.data.ids[row]) for row in own] for member, own in zip(members, rows, strict=True)]
-        for block in blocks(lengths, self._budget, FIXED_TOKENS[self._device.type]):
+        cut = (
+            rectangles(lengths, self._budget)
+            if self._attention is None
+            else blocks(lengths, self._budget, FIXED_TOKENS[self._device.type])
+        )
+        for block in cut:
             chosen = [
                 (members[index].data, [rows[index][place] for place in places])
                 for index, places in zip(block.members, block.rows, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,8 +45,9 @@ def why_alone(stage: Stage, compute: Compute) -> str:
     return ""
 
 
-class NoRoom(TuneryError):
-    """A pack's device has no memory for another training."""
+class NoSeat(TuneryError):
+    """A training is no member of its pack: its device has no memory for another one, or nobody asked about it for long.
+    It takes a seat again, and goes on from its checkpoint."""
 
 
 @dataclass
@@ -56,12 +58,13 @@ class _Passenger:
     news: list[dict[str, float]] = field(default_factory=list)
     ended: bool = False
     error: Exception | None = None
-    asked: float = field(default_factory=time.time)
+    asked: float = field(default_factory=time.monotonic)
+    """A clock that stands still while the machine sleeps."""
     leaves: bool = False
 
     @property
     def gone(self) -> bool:
-        return self.leaves or time.time() - self.asked > GONE_SECONDS
+        return self.leaves or time.monotonic() - self.asked > GONE_SECONDS
 
 
 class PackActor:
@@ -97,15 +100,10 @@ class PackActor:
         with self._changed:
             passenger = self._passengers.get(trial)
             if passenger is None:
-                raise StageError(
-                    "pack",
-                    f"{trial} has left its pack",
-                    cause=f"nobody asked about it for {GONE_SECONDS:.0f} s",
-                    remedy="it goes on from its checkpoint when it is tried again",
-                )
-            passenger.asked = time.time()
+                raise NoSeat(f"{trial} has left its pack: nobody asked about it for {GONE_SECONDS:.0f} s")
+            passenger.asked = time.monotonic()
             self._changed.wait_for(lambda: passenger.news or passenger.ended, NEWS_SECONDS)
-            passenger.asked = time.time()
+            passenger.asked = time.monotonic()
             told, passenger.news = passenger.news, []
             if passenger.ended:
                 del self._passengers[trial]
@@ -141,10 +139,13 @@ class PackActor:
                 if pack.members:
                     pack.step()
             except Exception as error:  # of a step: it was everybody's
+                traceback.print_exception(error)
+                _let_go(error)
                 for trial in [*members] or [*here]:
                     self._end(trial, error)
                 members.clear()
                 pack = None
+                _free_memory()
             for trial in [trial for trial, (_, member) in members.items() if member.ended]:
                 del members[trial]
                 self._full = False
@@ -183,7 +184,7 @@ class PackActor:
                     member = pack.join(passenger.job, partial(self._tell, passenger))
                     if member is None:
                         self._full = True
-                        self._end(trial, NoRoom(f"no memory for {trial} beside {len(members)} others"))
+                        self._end(trial, NoSeat(f"no memory for {trial} beside {len(members)} others"))
                     else:
                         members[trial] = (passenger, member)
                 except Exception as error:  # of this one: the others go on
@@ -199,6 +200,24 @@ class PackActor:
             if (passenger := self._passengers.get(trial)) is not None:
                 passenger.ended, passenger.error = True, error
                 self._changed.notify_all()
+
+
+def _let_go(error: BaseException) -> None:
+    """Of the pack and all the tensors of a step, which its traceback holds."""
+    held: BaseException | None = error
+    while held is not None:
+        held.__traceback__ = None
+        held = held.__context__
+
+
+def _free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Desk:
@@ -275,21 +294,26 @@ def train_packed(job: Job, desk: Any, report: Report) -> None:
     training's own errors."""
     while True:
         while (pack := _asked(desk.seat, job)) is None:
+            _stop_if_wanted(job)
             time.sleep(SEAT_SECONDS)
-        with suppress(NoRoom):
+        with suppress(NoSeat):
             return _ride(job, pack, report)
+
+
+def _stop_if_wanted(job: Job) -> None:
+    if job.stop is not None and job.stop.exists():
+        raise Stopped("stopped while it trained")
 
 
 def _ride(job: Job, pack: Any, report: Report) -> None:
     try:
         ended = False
         while not ended:
-            if job.stop is not None and job.stop.exists():
-                raise Stopped("stopped while it trained")
+            _stop_if_wanted(job)
             told, ended = _asked(pack.news, job.trial)
             for metrics in told:
                 report(metrics)
-    except NoRoom:  # it never was a member
+    except NoSeat:
         raise
     except BaseException:
         pack.leave.remote(job.trial)

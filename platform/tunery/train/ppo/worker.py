@@ -142,6 +142,7 @@ class _Run:
         """From the newest whole checkpoint of workers like these, if there is one."""
         import torch.distributed as dist
 
+        from tunery.train.agreement import as_first
         from tunery.train.checkpoints import drop_foreign, last_checkpoint, read_history
         from tunery.train.ppo.engine import load_state
         from tunery.train.ppo.trainer import State
@@ -150,7 +151,7 @@ class _Run:
         if self.rank == 0:
             drop_foreign(folder, self.written_by)
         dist.barrier()
-        if (found := last_checkpoint(folder, self.written_by)) is None:
+        if (found := as_first(last_checkpoint(folder, self.written_by))) is None:
             return
         load_state(self.engine, found, self.models.trained.shared)
         told = json.loads((found / "ppo.json").read_text())
@@ -241,7 +242,9 @@ class _Run:
         if self.due is not None:
             due, self.due = self.due, None
             self.report(due)
-        if self.job.stop is not None and self.job.stop.exists():
+        from tunery.train.agreement import anyone
+
+        if self.job.stop is not None and anyone(self.job.stop.exists()):
             raise Stopped(f"stopped at step {self.trainer.state.step}")
 
     def finish(self) -> None:
