@@ -24,7 +24,7 @@ first."""
 
 
 def packed(experiment: dict[str, Any]) -> None:
-    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "evaluations": 9}
+    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 8, "evaluations": 9}
     experiment["stages"].pop("eval")
     experiment["compute"] |= {"pack": 4}
     experiment["search"] = {

@@ -27,7 +27,8 @@ TOLERANCE = 0.1
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """Fewer heads of keys than of queries: torch 2.13 wants to be told, 2.11 just takes them."""
 LARGEST_HEAD = 256
-"""Numbers of a head: more the kernel for rows of any length doesn't take, nor what is no multiple of 8."""
+"""Numbers of a head: more the kernel for rows of any length doesn't take, nor what is no multiple of 8 (nor a GPU from
+before Ampere)."""
 MORE_THAN_CAUSAL = ("softcap", "s_aux", "position_bias", "indices")
 """What some models (Gemma 2, gpt-oss, T5, GLM with sparse attention) hand to their attention function."""
 
@@ -94,7 +95,7 @@ class RowAttention:
     def tell(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
         """Of the next forward pass, and of its backward pass."""
         self._layout, self._device, self._back_n, self._edges = layout, device, None, None
-        if device.type == "cuda" and dtype != torch.float32:
+        if dtype != torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
             edges, self._longest = layout.edges()
             self._edges = torch.tensor(edges, dtype=torch.int32, device=device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -58,12 +58,17 @@ def _progress(result: dict[str, Any], units: tuple[str, float]) -> dict[str, Any
     return {**result, PROGRESS: result.get(rungs, 0.0) / unit}
 
 
+@dataclass(frozen=True)
+class _Ended:
+    trial_id: str
+
+
 def _remember(scheduler: TrialScheduler, journal: Journal, units: tuple[str, float]) -> None:
-    """What ended trials reported. Of a trial these two look at nothing but its id."""
+    """What ended trials reported. Of a trial these two want its id, and that it can be the key of a mapping."""
     for record in journal.ended:
         if record.begun.origin == "replicate":
             continue
-        trial = SimpleNamespace(trial_id=record.begun.trial, config={})
+        trial = _Ended(record.begun.trial)
         scheduler.on_trial_add(None, trial)
         for report in record.reports:
             scheduler.on_trial_result(None, trial, _progress(dict(report), units))

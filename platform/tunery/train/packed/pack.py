@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
 from tunery.models.frozen_head import frozen_head_nll
-from tunery.models.fused_norm import fuse_norms
 from tunery.models.likelihood import head_is_plain
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.packing import length_batches
@@ -59,8 +58,6 @@ class Pack:
         self._tokenizer: Any = load_tokenizer(source)
         self._plain_head = head_is_plain(model)
         self._attention = attend_by_rows(self._model)
-        if self._device.type == "cuda":
-            fuse_norms(self._model)
         self._budget = budget or BLOCK_TOKENS[self._device.type]
         self._free = free or free_bytes
         self._layers: dict[str, StackedLinear] = {}
