@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import signal
 from collections import Counter
@@ -286,10 +287,11 @@ def test_a_wide_range_of_whole_numbers_takes_no_room() -> None:
     dimension = Dimension.model_validate_json('{"int": [0, 2147483647], "step": 3}')
     assert dimension.values == (0, 2147483646)
     assert dimension.holds(9)
-    assert not dimension.holds(10)
+    assert dimension.holds(9.0)
+    assert not any(map(dimension.holds, (10, 9.5, math.inf, math.nan, "9")))
 
 
-def test_a_full_disk_leaves_no_half_line_in_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_line_in_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
     journal.begin(Begun("a", 0, {"x": 1}, "drawn"))
@@ -379,7 +381,7 @@ def test_a_wish_that_fits_the_file_no_more_fails_and_the_search_goes_on(tmp_path
         bench.steering,
         at_once=2,
         reseeded=lambda overrides, seed: overrides,
-        unbegun=told.append,
+        untold=told.append,
         unfit=lambda overrides: "there is no `gone`" if "sft.gone" in overrides else "",
     )
     bench.steering.add({"sft.gone": 1})

@@ -15,10 +15,11 @@ from tunery import cli
 from tunery.errors import RequestError
 from tunery.search.space import trial_id
 from tunery.search.steering import Steering
-from tunery.search.trials import Trials
+from tunery.search.trials import Trials, trials_of
 from tunery.search.wishes import Wished, trials
 from tunery.store import Lease, Store
 from tunery.track.events import EventLog
+from tunery.track.state import replay
 
 TEXT = """
 # Which learning rate?
@@ -308,3 +309,25 @@ def test_values_that_change_what_is_measured_on_are_told(running: Bench) -> None
     for path in ("sft.max_length", "held.limit"):
         (note,) = running.wish(f"{path}=30", add=True).notes
         assert f"`{path}` changes what `sft.eval_loss` is measured on too" in note
+
+
+def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
+    events: list[dict[str, Any]] = [
+        {"event": "run_started", "t": 0.0, "run": "x"},
+        {
+            "event": "search_started",
+            "t": 1.0,
+            "metric": "sft.eval_loss",
+            "mode": "min",
+            "also": [{"metric": "eval.sft.a.loss", "mode": "min", "weight": 0.5}],
+            "trials": 2,
+        },
+        {"event": "trial_started", "t": 2.0, "trial": "one", "overrides": {}},
+        {"event": "stage_started", "t": 2.0, "trial": "one", "stage": "sft", "kind": "sft"},
+        {"event": "metrics", "t": 3.0, "trial": "one", "stage": "sft", "step": 1, "values": {"eval_loss": 3.0}},
+        {"event": "trial_started", "t": 2.0, "trial": "two", "overrides": {}},
+        {"event": "trial_finished", "t": 4.0, "trial": "two", "overrides": {}, "state": "done", "value": 5.5},
+    ]
+    told = trials_of(replay(events), events, [], lambda trial: False, "somebody", 5.0)
+    assert told.metric == "weighted sum"
+    assert {trial.name: trial.value for trial in told.trials} == {"one": None, "two": 5.5}

@@ -33,6 +33,10 @@ MORE_THAN_CAUSAL = ("softcap", "s_aux", "position_bias", "indices")
 """What some models (Gemma 2, gpt-oss, T5, GLM with sparse attention) hand to their attention function."""
 
 
+class MoreThanCausal(Exception):
+    """A model wants more of its attention function than causal attention within rows."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where rows lie in a batch of sequences of `width` tokens each, counted through the whole batch."""
@@ -127,12 +131,12 @@ class RowAttention:
         sliding_window: int | None = None,
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(batch, heads, tokens, dim) -> (batch, tokens, heads, dim). Raises NotImplementedError for what is more than
+        """(batch, heads, tokens, dim) -> (batch, tokens, heads, dim). Raises MoreThanCausal for what is more than
         causal attention, with or without a window."""
         if attention_mask is not None or any(
             more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
         ):
-            raise NotImplementedError
+            raise MoreThanCausal
         self.windowed += sliding_window is not None
         batch, heads, tokens, _ = query_bhtd.shape
         query_nhd, key_nhd, value_nhd = (
@@ -197,7 +201,7 @@ def attend_by_rows(model: Any) -> RowAttention | None:
         if _leaves_rows_alone(model, attention, before, name):
             return attention
     except (
-        NotImplementedError,
+        MoreThanCausal,
         TypeError,
         ValueError,
     ):  # it has other needs, takes no positions, or no other attention

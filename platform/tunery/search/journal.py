@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+PROGRESS = ("steps", "tokens", "rows")
+"""How far a trial is."""
 Origin = Literal["first", "drawn", "added", "cloned", "descendant", "replicate"]
 
 
@@ -66,6 +68,13 @@ class Journal:
 
     def end(self, trial: str, **outcome: Any) -> None:
         self._write({"event": "ended", "trial": trial, **outcome})
+
+    def stop(self, trial: str, metrics: Iterable[str]) -> None:
+        """It ended on the way, and tells nothing more: with what was measured last."""
+        last = (self.records[trial].reports or [{}])[-1]
+        values = {metric: last[metric] for metric in metrics if metric in last}
+        progress = {name: last.get(name) for name in PROGRESS}
+        self.end(trial, state="stopped", values=values, **progress, seconds=None, error="")
 
     def spend(self, seconds: float) -> None:
         """`seconds` of this invocation so far."""

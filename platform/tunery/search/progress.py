@@ -8,13 +8,11 @@ from typing import Any
 from ray.tune import Callback
 
 from tunery.runner.execute import Where
-from tunery.search.journal import Journal
+from tunery.search.journal import PROGRESS, Journal
 from tunery.search.ranking import feasible, value_of
 from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search
 from tunery.track.events import EventLog
-
-PROGRESS = ("steps", "tokens", "rows")
 
 
 class TellTrials(Callback):  # type: ignore[misc]

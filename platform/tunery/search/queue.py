@@ -28,15 +28,15 @@ class Queue(Searcher):  # type: ignore[misc]
         steering: Steering,
         at_once: int,
         reseeded: Callable[[Point, int], Point],
-        unbegun: Callable[[Begun], None] = lambda begun: None,
+        untold: Callable[[Begun], None] = lambda begun: None,
         population: Population | None = None,
         unfit: Callable[[Point], str] = lambda overrides: "",
     ) -> None:
-        """`unbegun` is told of trials that ended before they began. `population`: has heard the journal. `unfit`: why
+        """`untold` tells of trials that ended without Tune. `population`: has heard the journal. `unfit`: why
         values give no trial; "" when they do."""
         super().__init__(metric=search.metric, mode=search.mode)
         self._search, self._journal, self._suggester, self._steering = search, journal, suggester, steering
-        self._at_once, self._reseeded, self._unbegun = at_once, reseeded, unbegun
+        self._at_once, self._reseeded, self._untold = at_once, reseeded, untold
         self._population, self._unfit = population, unfit
         self._waiting = journal.open
         self._running: dict[str, str] = {}
@@ -76,10 +76,10 @@ class Queue(Searcher):  # type: ignore[misc]
             begun = self._waiting.pop(0)
             if not self._steering.stops(begun.trial):
                 return begun
-            self._journal.end(begun.trial, state="stopped", values=self._last_values(begun), seconds=0.0, error="")
+            self._journal.stop(begun.trial, self._search.metrics)
             if self._population is not None:
                 self._population.end(begun.trial)
-            self._unbegun(begun)
+            self._untold(begun)
         self._tell()
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
             first = self._search.first[drawn] if drawn < len(self._search.first) else None
@@ -105,11 +105,6 @@ class Queue(Searcher):  # type: ignore[misc]
             if record.begun.trial not in self._told:
                 self._told.add(record.begun.trial)
                 self._suggester.tell(record.begun.number, record.begun.overrides, record.reports, record.ended or {})
-
-    def _last_values(self, begun: Begun) -> dict[str, float]:
-        """What was measured last of a trial that a kill has cut off."""
-        reports = self._journal.records[begun.trial].reports
-        return {metric: reports[-1][metric] for metric in self._search.metrics if reports and metric in reports[-1]}
 
     @property
     def _drawn(self) -> int:
@@ -152,7 +147,7 @@ class Queue(Searcher):  # type: ignore[misc]
         elif trial_id(overrides) not in self._journal.records:  # the file was edited since
             begun = self._begin(overrides, origin, of=of)
             self._journal.end(begun.trial, state="failed", values={}, seconds=0.0, error=error)
-            self._unbegun(begun)
+            self._untold(begun)
 
     def _wait(self, overrides: Point, origin: Any, of: str, since: int = 0) -> None:
         if trial_id(overrides) not in self._journal.records:

@@ -240,7 +240,7 @@ def _run(
         steering,
         _at_once(room, size, search),
         partial(reseeded, experiment),
-        partial(_tell_unbegun, log, journal, search),
+        partial(_tell_untold, log, journal, search),
         population,
         partial(_unfit, experiment),
     )
@@ -269,17 +269,9 @@ def _run(
     interruptible(tuner.fit)
     # Tune (2.60) tells no callback of the trials that a Stopper ends; else there are none left.
     for begun in journal.open:
-        _end_early(journal, search, begun)
-        _tell_unbegun(log, journal, search, begun)
+        journal.stop(begun.trial, search.metrics)
+        _tell_untold(log, journal, search, begun)
     return enough.reason
-
-
-def _end_early(journal: Journal, search: Search, begun: Begun) -> None:
-    """With what was measured last."""
-    last = dict((journal.records[begun.trial].reports or [{}])[-1])
-    values = {metric: last[metric] for metric in search.metrics if metric in last}
-    progress = {name: last.get(name) for name in ("steps", "tokens", "rows")}
-    journal.end(begun.trial, state="stopped", values=values, **progress, seconds=None, error="")
 
 
 def _population(experiment: Experiment, journal: Journal, steering: Steering) -> Population:
@@ -296,7 +288,7 @@ def _population(experiment: Experiment, journal: Journal, steering: Steering) ->
     return population
 
 
-def _tell_unbegun(log: EventLog, journal: Journal, search: Search, begun: Begun) -> None:
+def _tell_untold(log: EventLog, journal: Journal, search: Search, begun: Begun) -> None:
     outcome = journal.records[begun.trial].ended or {}
     value = value_of(search, outcome["values"]) if outcome["values"] else None
     told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}

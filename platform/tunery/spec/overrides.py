@@ -51,9 +51,8 @@ def _put(stages: dict[str, Any], path: str, value: Any) -> None:
 
 
 def present(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's values at its end: of what changes in the course of its trainings the last ones, and not the changes
-    themselves."""
-    now = {path: value for path, value in overrides.items() if not path.endswith(".changes")}
+    """A trial's values at its end: of what changes in the course of its trainings the last ones."""
+    now = dict(overrides)
     for path, changes in overrides.items():
         stage, _, field = path.rpartition(".")
         for change in changes if field == "changes" else ():

@@ -85,8 +85,9 @@ class Dimension(Spec):
 
     def holds(self, value: Any) -> bool:
         """Whether a trial can have it."""
-        if isinstance(self.listed, range):  # which looks for a whole number at once, and for others at each place
-            return isinstance(value, int | float) and value == int(value) and int(value) in self.listed
+        if isinstance(self.listed, range):  # which finds a whole number at once, and looks for others at each place
+            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            return whole and int(value) in self.listed
         if self.listed is not None:
             return value in self.listed
         assert self.bounds is not None, "a dimension has exactly one kind"

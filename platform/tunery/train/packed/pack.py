@@ -15,6 +15,7 @@ from tunery.models.likelihood import head_is_plain
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.packing import length_batches
 from tunery.models.side_by_side import attend_by_rows
+from tunery.spec import LoraTuner
 from tunery.train.job import Job, Report
 from tunery.train.packed.adamw import Rates
 from tunery.train.packed.batch import IGNORED, Batch, batch_of
@@ -90,11 +91,12 @@ class Pack:
         names = {name for name, module in self._model.named_modules() if module is head}
         stacked = sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair)
         trained = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
+        assert isinstance(member.spec.tuner, LoraTuner), "packs are of these"
         if names & member.adapter.weights.keys() or stacked != trained:
             raise StageError(
                 member.job.stage,
                 "an adapter on the head or on an embedding can't be trained in a pack",
-                cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",  # type: ignore[union-attr]
+                cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",
                 remedy="leave them out, or set `compute: {pack: 1}`",
             )
 

@@ -315,7 +315,7 @@ def _ride(job: Job, pack: Any, report: Report) -> None:
                 report(metrics)
     except NoSeat:
         raise
-    except BaseException:
+    except BaseException:  # also SystemExit, by which Tune stops a trial: else the pack trains it on
         pack.leave.remote(job.trial)
         raise
 

@@ -239,11 +239,11 @@ class _Run:
 
     def tell_search(self) -> None:
         """Of an evaluation, when its checkpoint is there."""
+        from tunery.train.agreement import anyone
+
         if self.due is not None:
             due, self.due = self.due, None
             self.report(due)
-        from tunery.train.agreement import anyone
-
         if self.job.stop is not None and anyone(self.job.stop.exists()):
             raise Stopped(f"stopped at step {self.trainer.state.step}")
 
