@@ -113,7 +113,7 @@ class Bench:
         self.rows = made["prompts"].path
         self.policy = made["sft"].path / "model"
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
-        self.prompts = encode_prompts(list(read_rows(self.rows)), tokenizer)
+        self.prompts = [prompt.ids for prompt in encode_prompts(list(read_rows(self.rows)), tokenizer)]
         for name, seed in (("reward", 1), ("value", 2)):
             set_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(self.policy, num_labels=1)

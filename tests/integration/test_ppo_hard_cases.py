@@ -63,7 +63,7 @@ def case(tmp_path: Path) -> dict:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
     row = {"messages": [{"role": "user", "content": "why is the row red"}]}
     with torch.no_grad():
-        state_h = model.base_model(torch.tensor(encode_prompts([row], tokenizer))).last_hidden_state[0, -1]
+        state_h = model.base_model(torch.tensor([encode_prompts([row], tokenizer)[0].ids])).last_hidden_state[0, -1]
         head_vh = model.get_output_embeddings().weight
         head_vh[tokenizer.eos_token_id] = state_h * (head_vh @ state_h).logsumexp(0) / (state_h @ state_h)
     model.save_pretrained(policy)

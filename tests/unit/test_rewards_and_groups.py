@@ -114,7 +114,8 @@ def test_generation_begins_where_training_finds_the_answer(tmp_path: Path) -> No
     tokenizer = load_tokenizer({"pretrained": str(write_language_model(tmp_path / "base")), "revision": None})
     whole = row("what is the row", "the model", "why", "because")
     (encoded,) = encode([whole], tokenizer, 100)
-    assert encode_prompts([as_prompt(whole)], tokenizer) == [encoded.ids[: encoded.answer]]
+    (prompt,) = encode_prompts([as_prompt(whole)], tokenizer)
+    assert prompt.ids == encoded.ids[: encoded.response[0]]
 
 
 # Groups in a step.

@@ -1,9 +1,8 @@
-"""The row schema on disk: ids, shards, duplicates; and what of a row becomes tokens."""
+"""The row schema on disk: ids, shards, duplicates."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 
 from tunery.data import duplicates
 from tunery.data.duplicates import DuplicateCount
-from tunery.models.encode import encode
 from tunery.store import rows as store
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows, write_tables
 
@@ -113,36 +111,6 @@ def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) ->
                 count.add(np.array(ids[start : start + 3], dtype=np.uint64))
             assert count.total() == len(ids) - len(set(ids))
             assert not (Path(folder) / "ids").exists()
-
-
-class Template:
-    """A tokenizer whose template writes down what it is given, as JSON."""
-
-    eos_token_id = None
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Any, Any]] = []
-
-    def apply_chat_template(self, messages: Any, tools: Any = None, **_: Any) -> str:
-        self.seen.append((messages, tools))
-        return json.dumps(tools) + "".join(json.dumps(message) + "\n" for message in messages)
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
-        return {"input_ids": [list(text.encode()) for text in texts]}
-
-
-def test_tools_and_tool_calls_reach_the_chat_template_as_objects_and_nulls_do_not(tmp_path: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
-    messages = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}]
-    write_rows([{"messages": messages, "tools": json.dumps(tools)}, {"messages": turns("q", "a")}], tmp_path)
-    template = Template()
-    one, two = encode(list(read_rows(tmp_path, store.CONTENT)), template, 1000)  # type: ignore[arg-type]
-    called = {"role": "assistant", "content": "", "tool_calls": calls}
-    assert template.seen[0] == ([*turns("q"), called], tools)
-    assert template.seen[2] == (turns("q", "a"), None)
-    assert json.loads(bytes(one.ids[one.answer :])) == called
-    assert json.loads(bytes(two.ids[two.answer :])) == {"role": "assistant", "content": "a"}
 
 
 def test_id_of_a_long_run_of_combining_marks_is_made_in_linear_time() -> None:

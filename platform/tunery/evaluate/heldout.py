@@ -51,16 +51,18 @@ class EvaluationActor:
         from tunery.models.encode import encode
         from tunery.models.likelihood import answer_nll
 
-        nlls, tokens, rows = [], [], []
+        nlls, tokens, counts = [], [], []
         for source, shard in zip(batch["source"], batch["shard"], strict=True):
             likelihood, tokenizer = self._load(str(source))
-            encoded = encode(pq.read_table(shard, columns=CONTENT).to_pylist(), tokenizer, self._max_length)
+            encoded = encode(
+                pq.read_table(shard, columns=CONTENT).to_pylist(), tokenizer, self._max_length, "all_turns"
+            )
             pairs = answer_nll(likelihood, encoded)
             nlls.append(math.fsum(nll for nll, _ in pairs))
             tokens.append(sum(count for _, count in pairs))
-            rows.append(len(pairs))
+            counts.append(len(pairs))
         keys = ("index", "model", "set")
-        return {key: list(batch[key]) for key in keys} | {"nll": nlls, "tokens": tokens, "rows": rows}
+        return {key: list(batch[key]) for key in keys} | {"nll": nlls, "tokens": tokens, "rows": counts}
 
 
 def make_metrics(context: StageContext) -> StageResult:

@@ -1,65 +1,150 @@
-"""Rows to tokens, the same for scoring, training and evaluation: what a filter sees is what training sees."""
+"""Rows to tokens, the same for scoring, training, evaluation and generation: what a filter reads is what is trained.
+
+A text becomes the tokens that the tokenizer makes of it, special tokens included (BOS exactly where the tokenizer adds
+one), and an end token. A conversation is rendered by the chat template (models/chat_template.py); the responses of its
+assistant turns, each with its end token, are trained and all else is masked. Special tokens in the text of a row are
+encoded as ordinary text: nobody's question may end a turn.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
+from tunery.models.chat_template import ESCAPED, ChatTemplate, chat_template_of
+from tunery.models.template_rendering import RejectedConversation
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TrainOn = Literal["all_turns", "last_turn"]
+Truncation = Literal["right", "left", "drop", "split"]
+Span = tuple[int, int]
+"""Begin and end of trained tokens."""
+MIN_PROMPT_FRACTION = 0.25
+"""Share of `max_length` that `truncate: left` leaves to a prompt beside a response that is too long."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become training sequences. All of it changes the tokens, and so belongs to the cache key."""
+
+    max_length: int
+    """Tokens of a sequence, at most."""
+    train_on: TrainOn = "all_turns"
+    """all_turns: every assistant turn whose `weight` is not 0; last_turn: the last turn of the row."""
+    truncate: Truncation = "right"
+    """right: a conversation ends after the last response that fits; a text, and a single response, loses its end.
+    left: a conversation loses its oldest turns (not the system turn), then the beginning of its prompt.
+    drop: a longer row is not used. split: what is cut off becomes further sequences."""
+    empty_thinking: Literal["mask", "train"] = "mask"
+    """Of an empty thinking block before a response."""
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """`answer` is the index of the first token that counts: 0 for a text, the answer's first for a conversation.
-
-    The very first token of a sequence is never predicted, so it never counts.
-    """
+    """A sequence of tokens and the spans of it that are trained. The first token of a sequence is never predicted, so
+    it never counts."""
 
     ids: list[int]
-    answer: int
-    truncated: bool
-    opening: list[int]
-    """What the chat template puts before an answer ("<|assistant|>"): the prompt's last tokens, none for a text."""
+    spans: tuple[Span, ...]
+    truncated: bool = False
+    opening: tuple[int, ...] = ()
+    """What the chat template puts before a response ("<|assistant|>"); empty for a text."""
+    rejected: str = ""
+    """Why the row can't be used; then there are no tokens."""
+    dropped_reasoning: int = 0
+    """Assistant turns whose reasoning the chat template does not render."""
+    escaped_tokens: int = 0
+    """Special tokens in the row's own text, encoded as ordinary text."""
 
     @property
-    def counted(self) -> int:
-        """Tokens that have a loss."""
-        return max(0, len(self.ids) - max(self.answer, 1))
+    def num_loss_tokens(self) -> int:
+        return sum(end - max(start, 1) for start, end in self.spans if end > 1)
 
     @property
-    def alone(self) -> list[int]:
-        """The counted tokens after nothing but the opening."""
-        return self.opening + self.ids[self.answer :]
+    def loss_indices(self) -> list[int]:
+        """Positions of the tokens that have a loss."""
+        return [index for start, end in self.spans for index in range(max(start, 1), end)]
 
     @property
     def labels(self) -> list[int]:
         """`ids` with -100 where no loss counts, as transformers has it."""
-        return [-100] * self.answer + self.ids[self.answer :]
+        return labels_of(self.ids, self.spans)
+
+    @property
+    def response(self) -> Span:
+        """The last span; empty, at the end, where nothing is trained."""
+        return self.spans[-1] if self.spans else (len(self.ids), len(self.ids))
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Tokens of each row, cut at the end to `max_length`.
+def labels_of(ids: Sequence[int], spans: Iterable[Span]) -> list[int]:
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return labels
 
-    Prompt and answer are tokenised apart, so that the boundary is where generation will find it. A text ends with the
-    end token; a conversation as its chat template says.
-    """
-    parts = [_prompt_and_answer(row, tokenizer) for row in rows]
-    prompts = _tokenise([prompt for prompt, _ in parts], tokenizer)
-    answers = _tokenise([answer for _, answer in parts], tokenizer)
-    opening = _tokenise([_opening(tokenizer)], tokenizer)[0]
-    encoded = []
-    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        ids = prompt + answer
-        if not row.get("messages") and tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
-        cut = min(len(prompt), max_length)
-        encoded.append(Encoded(ids[:max_length], cut, len(ids) > max_length, opening if prompt else []))
-    return encoded
+
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, train_on: TrainOn = "last_turn"
+) -> list[Encoded]:
+    """One sequence for each row, cut at the end to `max_length` tokens."""
+    encoded = encode_whole(rows, tokenizer, Encoding(max_length, train_on))
+    return [_cut_right(item, max_length) for item in encoded]
+
+
+def encode_sequences(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> list[list[Encoded]]:
+    """The training sequences of each row: one, or several where `truncate: split` cuts it. One that is `rejected` or
+    has no loss tokens says that the row can't be used."""
+    whole = encode_whole(rows, tokenizer, encoding)
+    return [
+        [item] if len(item.ids) <= encoding.max_length else _truncated(row, item, tokenizer, encoding)
+        for row, item in zip(rows, whole, strict=True)
+    ]
+
+
+def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+    """One sequence for each row, whatever its length."""
+    texts = [index for index, row in enumerate(rows) if not row.get("messages")]
+    found: dict[int, Encoded] = dict(
+        zip(texts, _encode_texts([rows[index]["text"] or "" for index in texts], tokenizer), strict=True)
+    )
+    if len(texts) < len(rows):
+        template = chat_template_of(tokenizer)
+        opening = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
+        pieces: list[list[str]] = []
+        drafts: dict[int, Encoded] = {}
+        for index, row in enumerate(rows):
+            if index in found:
+                continue
+            try:
+                conversation = template.conversation(row, encoding.empty_thinking == "mask")
+                trained = _trained_turns(row, encoding.train_on)
+            except RejectedConversation as error:
+                found[index] = Encoded([], (), rejected=str(error))
+                continue
+            kept = [span for span in conversation.spans if span.turn in trained]
+            cuts = [0, *(at for span in kept for at in (span.start, span.end)), len(conversation.text)]
+            pieces.append([conversation.text[start:end] for start, end in pairwise(cuts)])
+            drafts[index] = Encoded(
+                [],
+                (),
+                opening=opening,
+                dropped_reasoning=conversation.dropped_reasoning,
+                escaped_tokens=conversation.escaped_tokens,
+            )
+        for (index, draft), tokens in zip(drafts.items(), tokenize_pieces(pieces, template), strict=True):
+            edges = list(accumulate((len(piece) for piece in tokens), initial=0))
+            spans = tuple((start, end) for start, end in zip(edges[1::2], edges[2::2], strict=False) if start < end)
+            found[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
+    return [found[index] for index in range(len(rows))]
 
 
 def as_prompt(row: Row) -> Row:
@@ -72,79 +157,251 @@ def as_prompt(row: Row) -> Row:
     return {**row, "messages": turns}
 
 
-def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each prompt, up to where its answer begins: the same that `encode` puts before an answer."""
-    texts = []
+def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Tokens of each prompt, up to where its response begins: those that `encode` has before the response."""
+    template = chat_template_of(tokenizer)
+    texts: list[list[str]] = []
+    reasons: list[str] = []
     for prompt in prompts:
-        messages, tools = _conversation(prompt)
-        texts.append(
-            str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True))
-        )
-    return _tokenise(texts, tokenizer)
+        try:
+            text, reason = template.prompt(prompt), ""
+        except RejectedConversation as error:
+            text, reason = "", str(error)
+        texts.append([text])
+        reasons.append(reason)
+    tokens = tokenize_pieces(texts, template)
+    return [Encoded(ids, (), rejected=reason) for (ids,), reason in zip(tokens, reasons, strict=True)]
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase, end: Collection[int]) -> list[int]:
+def closing_tokens(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
     """What the chat template puts behind the token that ends an answer (a line end, in Qwen's); often nothing."""
+    template = chat_template_of(tokenizer)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    (ids,) = _tokenise([str(tokenizer.apply_chat_template(turns, tokenize=False))], tokenizer)
-    last = next((place for place in reversed(range(len(ids))) if ids[place] in end), len(ids) - 1)
+    ids = tokenize_pieces([[template.conversation({"messages": turns}).text]], template)[0][0]
+    stops = set(end)
+    last = next((index for index in reversed(range(len(ids))) if ids[index] in stops), len(ids) - 1)
     return ids[last + 1 :]
 
 
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A whole conversation as the tokenizer's chat template has it."""
-    messages, tools = _conversation(row)
-    return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+    """A whole conversation as the tokenizer's chat template has it. Raises RejectedConversation."""
+    template = chat_template_of(tokenizer)
+    return template.unescape(template.conversation(row).text)
 
 
-def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
+    """Raises RejectedConversation for a weight other than 0 and 1: a loss counts or it does not."""
+    turns: list[Mapping[str, Any]] = row["messages"]
+    weights = {turn.get("weight") for turn in turns}
+    if odd := sorted(str(weight) for weight in weights - {None, 0, 1}):
+        raise RejectedConversation(f"a turn has the weight {odd[0]}; only 0 and 1 are supported")
+    assistant = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if train_on == "last_turn":
+        assistant = [index for index in assistant if index == len(turns) - 1]
+    return {index for index in assistant if turns[index].get("weight") != 0}
+
+
+def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    if not texts:
+        return []
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or r"(?!)")
+    counts = [len(special.findall(text)) for text in texts]
+    found: dict[int, list[int]] = {}
+    for split in (False, True):
+        mine = [index for index, count in enumerate(counts) if (count > 0) == split]
+        if mine:
+            ids = tokenizer([texts[index] for index in mine], split_special_tokens=split, **_IDS_ONLY)["input_ids"]
+            found |= zip(mine, ids, strict=True)
+    eos = tokenizer.eos_token_id
+    encoded = []
+    for index, count in enumerate(counts):
+        ids = list(found[index])
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        encoded.append(Encoded(ids, ((0, len(ids)),), escaped_tokens=count))
+    return encoded
+
+
+# Truncation
+
+
+def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+    """Of a row whose sequence is longer than `max_length`."""
+    limit = encoding.max_length
+    if item.rejected:
+        return [item]
+    if encoding.truncate == "drop":
+        return [replace(item, ids=[], spans=(), rejected=f"it has {len(item.ids)} tokens, max_length is {limit}")]
+    if encoding.truncate == "right":
+        return [_cut_right(item, limit)]
     if not row.get("messages"):
-        return "", row["text"]
-    messages, tools = _conversation(row)
-    whole = rendered(row, tokenizer)
-    if messages[-1]["role"] != "assistant":
-        return whole, ""
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tools=tools, tokenize=False, add_generation_prompt=True))
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    # Templates that rewrite earlier turns (thinking parts dropped, dates): find the answer itself.
-    answer = messages[-1]["content"]
-    if not answer:  # tool calls alone: they begin where the whole leaves the prompt
-        return _split(
-            whole, next((at for at, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
-        )
-    return _split(whole, whole.rfind(answer))
+        if encoding.truncate == "left":
+            return [replace(item, ids=item.ids[-limit:], spans=((0, limit),), truncated=True)]
+        return [
+            replace(item, ids=item.ids[start : start + limit], spans=((0, len(item.ids[start : start + limit])),))
+            for start in range(0, len(item.ids), limit)
+        ]
+    if encoding.truncate == "left":
+        for shorter in _without_oldest_turns(row):
+            (item,) = encode_whole([shorter], tokenizer, encoding)
+            if len(item.ids) <= limit and not item.rejected:
+                return [replace(item, truncated=True)]
+        return [cut_prompt(item, limit)]
+    return _split(row, item, tokenizer, encoding)
 
 
-def _split(whole: str, at: int) -> tuple[str, str]:
-    return (whole[:at], whole[at:]) if at > 0 else ("", whole)
+def _cut_right(item: Encoded, limit: int) -> Encoded:
+    """After the last response that fits whole; within the first where none does."""
+    if len(item.ids) <= limit:
+        return item
+    whole = [span for span in item.spans if span[1] <= limit]
+    if whole and len(item.spans) > 1:
+        return replace(item, ids=item.ids[: whole[-1][1]], spans=tuple(whole), truncated=True)
+    spans = tuple((start, min(end, limit)) for start, end in item.spans if start < limit)
+    return replace(item, ids=item.ids[:limit], spans=spans, truncated=True)
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `add_generation_prompt` adds to a conversation; "" where the template knows no such thing."""
-    question = [{"role": "user", "content": "?"}]
-    without = str(tokenizer.apply_chat_template(question, tokenize=False))
-    with_it = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-    return with_it[len(without) :] if with_it.startswith(without) else ""
+def cut_prompt(item: Encoded, limit: int, response: int | None = None) -> Encoded:
+    """Cut the beginning of what precedes the last span (its first token stays, where that is a BOS), so that prompt
+    and `response` tokens (the span's own, when not given) are `limit`. The prompt keeps a quarter of `limit`; a
+    response that is longer than the rest loses its end."""
+    start, end = item.response
+    response = end - start if response is None else response
+    prompt = min(start, max(limit - response, int(limit * MIN_PROMPT_FRACTION)))
+    ids = item.ids[start - prompt : end][:limit]
+    return replace(item, ids=ids, spans=((prompt, len(ids)),) if len(ids) > prompt else (), truncated=True)
 
 
-def _conversation(row: Row) -> tuple[list[dict[str, Any]], Any]:
-    """Messages and tools, as chat templates take them."""
-    return [_message(turn) for turn in row["messages"]], json.loads(row["tools"]) if row.get("tools") else None
+def _without_oldest_turns(row: Row) -> Iterator[Row]:
+    """The row from its second user turn on, from its third, and so on; system turns stay."""
+    turns = row["messages"]
+    system = [turn for turn in turns if turn["role"] == "system"]
+    starts = [index for index, turn in enumerate(turns) if turn["role"] == "user"][1:]
+    for start in starts:
+        yield {**row, "messages": [*system, *(turn for turn in turns[start:] if turn["role"] != "system")]}
 
 
-def _message(turn: Row) -> dict[str, Any]:
-    """A turn as chat templates take it: they ask whether there is `tool_calls`, so it is left out where it is null."""
-    message: dict[str, Any] = {"role": turn["role"], "content": turn["content"]}
-    if turn.get("tool_calls"):
-        message["tool_calls"] = json.loads(turn["tool_calls"])
-    return message
+def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+    """As many turns as fit, then those that follow, after the system turn again."""
+    parts: list[Encoded] = []
+    turns = row["messages"]
+    system = [turn for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    while rest:
+        starts = [index for index, turn in enumerate(rest) if turn["role"] == "user" and index] + [len(rest)]
+        best: tuple[int, Encoded] | None = None
+        for end in starts:
+            part = {**row, "messages": [*system, *rest[:end]]}
+            (found,) = encode_whole([part], tokenizer, replace(encoding, train_on="all_turns"))
+            if best is not None and (found.rejected or len(found.ids) > encoding.max_length):
+                break
+            best = end, found
+        assert best is not None, "starts is not empty"
+        end, found = best
+        if end == len(rest) or encoding.train_on == "all_turns":
+            parts.append(_cut_right(found, encoding.max_length))
+        rest = rest[end:]
+    return [part for part in parts if part.num_loss_tokens] or [_cut_right(item, encoding.max_length)]
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+# Text to ids
+
+_IDS_ONLY: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+_JOINABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_special: bool = False) -> list[list[int]]:
+    """Ids of each text, without the special tokens that the tokenizer would add."""
     if not any(texts):
         return [[] for _ in texts]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=split_special, **_IDS_ONLY
+    )["input_ids"]
+    return ids
+
+
+def tokenize_pieces(texts: Sequence[Sequence[str]], template: ChatTemplate) -> list[list[list[int]]]:
+    """Ids of each piece of each text, of which a piece is never merged with the next: generation begins where one ends.
+    Special tokens that are `ESCAPED` become ordinary text.
+
+    Tokenizers that put a space before whatever they are given (Llama 2's) can't take a text in pieces: theirs are cut
+    by the characters that each token stands for.
+    """
+    tokenizer = template.tokenizer
+    if not _joins(tokenizer):
+        return [_by_offsets(list(pieces), template) for pieces in texts]
+    plain: list[str] = []
+    escaped: list[str] = []
+    where: list[list[list[tuple[bool, int]]]] = []
+    for pieces in texts:
+        places = []
+        for piece in pieces:
+            parts = []
+            if "\ufdd2" not in piece:
+                parts.append((False, len(plain)))
+                plain.append(piece)
+            else:
+                for number, part in enumerate(ESCAPED.split(piece)):
+                    if number % 2:
+                        parts.append((True, len(escaped)))
+                        escaped.append(template.control_tokens[int(part)])
+                    elif part:
+                        parts.append((False, len(plain)))
+                        plain.append(part)
+            places.append(parts)
+        where.append(places)
+    ids = {False: tokenize(plain, tokenizer), True: _as_text(escaped, tokenizer)}
+    return [
+        [list(chain.from_iterable(ids[is_escaped][number] for is_escaped, number in parts)) for parts in places]
+        for places in where
+    ]
+
+
+def _as_text(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Special tokens as ordinary text. An added token that is not special is no text to any tokenizer: it is taken
+    apart before its last character."""
+    found = tokenize(tokens, tokenizer, split_special=True)
+    added = set(tokenizer.added_tokens_decoder)
+    for index, ids in enumerate(found):
+        if len(ids) == 1 and ids[0] in added:
+            found[index] = list(chain.from_iterable(tokenize([tokens[index][:-1], tokens[index][-1]], tokenizer)))
+    return found
+
+
+def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of two texts, one after the other, stand for both texts joined."""
+    known = _JOINABLE.get(tokenizer)
+    if known is None:
+        pairs = [("x", "y"), ("x:", " y"), ("x\n", "y"), ("x", "\ny")]
+        known = _JOINABLE[tokenizer] = not getattr(tokenizer, "is_fast", False) or all(
+            _decoded(tokenize([left], tokenizer)[0] + tokenize([right], tokenizer)[0], tokenizer)
+            == _decoded(tokenize([left + right], tokenizer)[0], tokenizer)
+            for left, right in pairs
+        )
+    return known
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _by_offsets(pieces: list[str], template: ChatTemplate) -> list[list[int]]:
+    """A token belongs to the piece in which its first character stands that is no space."""
+    whole = template.unescape("".join(pieces))
+    if any("\ufdd2" in piece for piece in pieces):
+        pieces = [template.unescape(piece) for piece in pieces]
+    found = template.tokenizer(
+        whole, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    ends = list(accumulate(len(piece) for piece in pieces))
+    ids: list[list[int]] = [[] for _ in pieces]
+    number = 0
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        text = whole[start:end]
+        first = start + len(text) - len(text.lstrip()) if text.strip() else start
+        while number < len(pieces) - 1 and first >= ends[number]:
+            number += 1
+        ids[number].append(token)
     return ids
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from tunery.errors import TuneryError
+from tunery.models.chat_template import chat_template_of
 from tunery.models.decoding import Batch
 from tunery.models.sampling import draw
 from tunery.spec import Sampling
@@ -51,13 +52,21 @@ class Engine(Protocol):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: the tokenizer's, and those of the model's generation config.
+    """All tokens that end a response: those by which the chat template ends one (`<|im_end|>`, where the tokenizer of
+    a Qwen base model has `<|endoftext|>`), the tokenizer's, and those of the model's generation config.
 
     Raises TuneryError where there is none.
     """
+    template = chat_template_of(tokenizer).profile.end_tokens if tokenizer.chat_template else ()
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    end = sorted({token for token in (tokenizer.eos_token_id, *listed) if token is not None})
+    end = sorted(
+        {
+            token
+            for token in (tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(template)), *listed)
+            if token is not None
+        }
+    )
     if not end:
         raise TuneryError(
             "the model has no end token: an answer would never end",

@@ -34,14 +34,10 @@ LOGIT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence, and the index of the first token that counts (1 at the least: nothing predicts the very first)."""
+    """A sequence, and the indices of the tokens that count, ascending (from 1: nothing predicts the very first)."""
 
     ids: Sequence[int]
-    first: int
-
-    @property
-    def counted(self) -> int:
-        return max(0, len(self.ids) - self.first)
+    counted: Sequence[int]
 
 
 class Likelihood:
@@ -60,10 +56,10 @@ class Likelihood:
     def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
         """-log p in nats of the counted tokens of each sequence, float32, in the order of `sequences`."""
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-        for batch in length_batches([len(row.ids) if row.counted else 0 for row in sequences], self._budget):
+        for batch in length_batches([row.counted[-1] + 1 if row.counted else 0 for row in sequences], self._budget):
             rows = [sequences[index] for index in batch]
             values = self._forward(rows)
-            ends = np.cumsum([row.counted for row in rows])[:-1]
+            ends = np.cumsum([len(row.counted) for row in rows])[:-1]
             for index, row in zip(batch, np.split(values, ends), strict=True):
                 results[index] = row
         return results
@@ -72,13 +68,13 @@ class Likelihood:
         """All counted tokens of `rows`, one row after another."""
         import torch
 
-        longest = max(len(row.ids) for row in rows)
+        # What comes after the last counted token predicts nothing that counts.
+        needed = [row.ids[: row.counted[-1] + 1] for row in rows]
+        longest = max(map(len, needed))
         device = self._model.device
-        ids_bt = torch.tensor([[*row.ids, *[self._pad] * (longest - len(row.ids))] for row in rows], device=device)
+        ids_bt = torch.tensor([[*ids, *[self._pad] * (longest - len(ids))] for ids in needed], device=device)
         # The token at t is predicted from the hidden state at t - 1.
-        places_n = torch.tensor(
-            [b * longest + t - 1 for b, row in enumerate(rows) for t in range(row.first, len(row.ids))], device=device
-        )
+        places_n = torch.tensor([b * longest + t - 1 for b, row in enumerate(rows) for t in row.counted], device=device)
         targets_n = ids_bt.flatten()[places_n + 1]
         with torch.inference_mode():
             if self._head is None:
@@ -97,9 +93,9 @@ class Likelihood:
 
 
 def answer_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tuple[float, int]]:
-    """(sum of -log p over the counted tokens in nats, their number) for each of `encoded`, in its order.
+    """(sum of -log p over the tokens with a loss in nats, their number) for each of `encoded`, in its order.
 
-    An empty answer has (0.0, 0).
+    One without such tokens has (0.0, 0).
     """
     return view_sums(likelihood, encoded, ["answer"])["answer"]
 
@@ -109,27 +105,36 @@ def view_sums(
 ) -> dict[View, list[tuple[float, int]]]:
     """(sum of -log p in nats, tokens) of each of `encoded` in each view; one forward serves `answer` and `whole`.
 
-    A text, and a conversation without a question before its answer, has nothing to compare: (0.0, 0) alone.
+    A text has nothing to compare: (0.0, 0) alone.
     """
     wanted: list[Tokens] = []
     along = [view for view in views if view != "alone"]
     if along:
-        # Counting from the first token gives the answer's tokens, too.
-        firsts = [1 if "whole" in along else max(item.answer, 1) for item in encoded]
-        wanted += [Tokens(item.ids, first) for item, first in zip(encoded, firsts, strict=True)]
+        # All tokens hold the answer's, too.
+        wanted += [
+            Tokens(item.ids, range(1, len(item.ids)) if "whole" in along else item.loss_indices) for item in encoded
+        ]
     if "alone" in views:
-        wanted += [Tokens(item.alone, max(len(item.opening), 1)) if item.opening else _NOTHING for item in encoded]
-    told = likelihood.nll(wanted)
+        wanted += [_response_alone(item) for item in encoded]
+    found = likelihood.nll(wanted)
     sums: dict[View, list[tuple[float, int]]] = {}
     for view in along:
-        counts = [item.counted if view == "answer" else max(0, len(item.ids) - 1) for item in encoded]
-        sums[view] = [_sum(values[len(values) - n :]) for values, n in zip(told, counts, strict=False)]
+        sums[view] = [
+            _sum(values[np.array(item.loss_indices, np.int64) - 1] if view == "answer" and "whole" in along else values)
+            for values, item in zip(found, encoded, strict=False)
+        ]
     if "alone" in views:
-        sums["alone"] = [_sum(values) for values in told[-len(encoded) :]]
+        sums["alone"] = [_sum(values) for values in found[-len(encoded) :]]
     return sums
 
 
-_NOTHING = Tokens((), 0)
+def _response_alone(item: Encoded) -> Tokens:
+    """The response after nothing but what the chat template puts before one."""
+    start, end = item.response
+    if not item.opening or start == end:
+        return Tokens((), ())
+    ids = [*item.opening, *item.ids[start:end]]
+    return Tokens(ids, range(len(item.opening), len(ids)))
 
 
 def _sum(values: np.ndarray) -> tuple[float, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tunery.errors import TuneryError
 from tunery.models.check import BadModel
 from tunery.models.labels import Labels, Scale, labels_of
-from tunery.models.scratch import CHAT_TEMPLATE
+from tunery.models.scratch import chat_template
 from tunery.spec import Pretrained
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = _plain_template(tokenizer.eos_token)
+        tokenizer.chat_template = _plain_template(tokenizer)
     return tokenizer
 
 
@@ -278,15 +278,14 @@ def _from_hub(auto: Any, source: Source, **options: Any) -> Any:
         ) from error
 
 
-def _plain_template(end: str | None) -> str:
+def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """tunery's chat template with role words instead of the special tokens that a foreign tokenizer lacks."""
+    end = tokenizer.eos_token
     if end is None:
         raise TuneryError(
             "the model's tokenizer has neither a chat template nor an end token",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    return (
-        CHAT_TEMPLATE.replace("'<|' + message['role'] + '|>'", r"message['role'] + ': '")
-        .replace("'<|assistant|>'", "'assistant: '")
-        .replace("'<|end|>'", json.dumps(end))
-    )
+    # A template writes the BOS token itself, where the tokenizer puts one before a text.
+    bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
+    return (f"{{{{ {json.dumps(bos)} }}}}" if bos else "") + chat_template("", ": ", end)

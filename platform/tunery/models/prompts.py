@@ -25,7 +25,9 @@ class Prompts:
     too_long: int = 0
     """Prompts that leave no room for an answer: left out."""
     unusable: int = 0
-    """Rows in which nothing is asked."""
+    """Rows in which nothing is asked, and those that the chat template can't render."""
+    rejected: str = ""
+    """Why the chat template can't render the first of those."""
 
 
 def read_prompts(
@@ -34,7 +36,7 @@ def read_prompts(
     """`longest`: tokens of a prompt, at most. Raises StageError when none is left."""
     found = take_prompts(rows, tokenizer, longest)
     if not found.tokens:
-        raise none_to_answer(stage, named, found.read, found.too_long, found.unusable, longest)
+        raise none_to_answer(stage, named, found.read, found.too_long, found.unusable, longest, found.rejected)
     return found
 
 
@@ -44,12 +46,15 @@ def take_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, longes
     pending: list[Row] = []
 
     def take() -> None:
-        for row, tokens in zip(pending, encode_prompts(pending, tokenizer), strict=True):
-            if len(tokens) > longest:
+        for row, prompt in zip(pending, encode_prompts(pending, tokenizer), strict=True):
+            if prompt.rejected:
+                found.unusable += 1
+                found.rejected = found.rejected or prompt.rejected
+            elif len(prompt.ids) > longest:
                 found.too_long += 1
             else:
                 found.rows.append(row)
-                found.tokens.append(tokens)
+                found.tokens.append(prompt.ids)
         pending.clear()
 
     for row in rows:
@@ -64,12 +69,15 @@ def take_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, longes
     return found
 
 
-def none_to_answer(stage: str, named: str, read: int, too_long: int, unusable: int, longest: int) -> StageError:
+def none_to_answer(
+    stage: str, named: str, read: int, too_long: int, unusable: int, longest: int, rejected: str = ""
+) -> StageError:
     """The error for rows of which none is left."""
     return StageError(
         stage,
         f"none of the {read:,} rows of `{named}` can be answered",
-        cause=f"{too_long:,} prompts are longer than {longest:,} tokens, {unusable:,} rows ask nothing",
+        cause=f"{too_long:,} prompts are longer than {longest:,} tokens, {unusable:,} rows ask nothing"
+        + (f" or can't be rendered ({rejected})" if rejected else ""),
         remedy="raise `max_length`, lower `sampling.max_new_tokens` (a prompt may be as long as the one less the "
         "other), or give other rows",
     )

@@ -6,6 +6,7 @@ same tokenizer, and the same seed the same weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,34 @@ if TYPE_CHECKING:
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+
+def chat_template(before: str, behind: str, end: str) -> str:
+    """tunery's own chat template. A turn is `before` + role + `behind`, its content and `end`.
+
+    Definitions of tools stand in the system turn, and tool calls behind an assistant's content, as JSON. Every turn
+    keeps its reasoning, in <think> tags, so that earlier turns are rendered alike whatever follows.
+    """
+    before, behind, end = (json.dumps(text, ensure_ascii=False) for text in (before, behind, end))
+    return (
+        "{% if tools %}"
+        f"{{{{ {before} + 'system' + {behind} }}}}"
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+        "{{ 'Tools:' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
+        f"{{{{ {end} }}}}{{% endif %}}"
+        "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
+        f"{{{{ {before} + message['role'] + {behind} }}}}"
+        "{% if message.get('reasoning_content') %}"
+        "{{ '<think>\n' + message['reasoning_content'] + '\n</think>\n\n' }}{% endif %}"
+        "{{ message.get('content') or '' }}"
+        "{% for call in message.get('tool_calls') or [] %}"
+        "{{ '<tool_call>' + ({'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson) "
+        "+ '</tool_call>' }}{% endfor %}"
+        f"{{{{ {end} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {before} + 'assistant' + {behind} }}}}{{% endif %}}"
+    )
+
+
+CHAT_TEMPLATE = chat_template("<|", "|>", END)
 
 
 @dataclass(frozen=True)

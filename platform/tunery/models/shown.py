@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunery.models.encode import rendered
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import tokenize_pieces
+from tunery.models.template_rendering import RejectedConversation
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Seen:
     ids: list[int]
     types: list[int]
     truncated: bool
+    rejected: str = ""
+    """Why the chat template can't render the row; then there are no tokens."""
 
 
 class RowReader:
@@ -76,7 +80,7 @@ class RowReader:
         by_template = self._tokenizer.chat_template is not None
         done: dict[int, Seen] = {}
         chats = [n for n, row in enumerate(rows) if row.get("messages") and by_template]
-        done |= zip(chats, self._chats([rendered(rows[n], self._tokenizer) for n in chats]), strict=True)
+        done |= zip(chats, self._chats([rows[n] for n in chats]), strict=True)
         plain = {n: self._question_and_answer(row) for n, row in enumerate(rows) if n not in done}
         for paired in (False, True):
             mine = [n for n, texts in plain.items() if (len(texts) == 2) == paired]
@@ -92,12 +96,22 @@ class RowReader:
             return ("\n\n".join(turns),)
         return "\n\n".join(turns[:-1]), turns[-1]
 
-    def _chats(self, texts: Sequence[str]) -> list[Seen]:
-        if not texts:
+    def _chats(self, rows: Sequence[Row]) -> list[Seen]:
+        if not rows:
             return []
-        all_ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        limit = self._limit
-        return [Seen(ids[:limit], [0] * len(ids[:limit]), len(ids) > limit) for ids in all_ids]
+        template = chat_template_of(self._tokenizer)
+        texts: list[list[str]] = []
+        rejected: dict[int, str] = {}
+        for n, row in enumerate(rows):
+            try:
+                texts.append([template.conversation(row).text])
+            except RejectedConversation as error:
+                texts.append([""])
+                rejected[n] = str(error)
+        limit, found = self._limit, []
+        for n, (ids,) in enumerate(tokenize_pieces(texts, template)):
+            found.append(Seen(ids[:limit], [0] * len(ids[:limit]), len(ids) > limit, rejected.get(n, "")))
+        return found
 
     def _texts(self, texts: Sequence[tuple[str, ...]]) -> list[Seen]:
         """All single, or all pairs."""

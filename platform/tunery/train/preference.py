@@ -68,7 +68,7 @@ def pairs_of(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
         other = [rejected_side(row) for row in whole]
         sides = (encode(whole, tokenizer, max_length), encode(other, tokenizer, max_length))
         for chosen, rejected in zip(*sides, strict=True):
-            if chosen.counted and rejected.counted and chosen.ids != rejected.ids:
+            if chosen.num_loss_tokens and rejected.num_loss_tokens and chosen.ids != rejected.ids:
                 pairs.chosen.append(tokens_of(chosen))
                 pairs.rejected.append(tokens_of(rejected))
                 pairs.truncated += chosen.truncated or rejected.truncated

@@ -112,7 +112,7 @@ def answers_of(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_leng
                 answers.unusable += 1
         encoded = encode([row for row, _ in rated], tokenizer, max_length)
         for item, (_, wanted) in zip(encoded, rated, strict=True):
-            if item.counted:
+            if item.num_loss_tokens:
                 answers.tokens.append(tokens_of(item))
                 answers.wanted.append(wanted)
                 answers.truncated += item.truncated

@@ -29,7 +29,9 @@ Tokens = tuple[list[int], int]
 
 
 def tokens_of(encoded: Encoded) -> Tokens:
-    return encoded.ids, encoded.answer
+    """Up to the end of the response: a template may put text behind its end token."""
+    start, end = encoded.response
+    return encoded.ids[:end], start
 
 
 def in_batches(rows: Iterable[Row], size: int = 1000) -> Iterator[list[Row]]:

@@ -38,6 +38,7 @@ REASONS = {
     "unpaired": "are no pairs",
     "empty": "have an empty answer",
     "alike": "look the same on both sides",
+    "rejected": "can't be rendered by the chat template",
 }
 """Why a row can't be learned from, as facts and as people have it."""
 Pair = tuple[Seen, Seen]
@@ -71,7 +72,9 @@ def pairs_of(rows: Iterator[Row], read: RowReader) -> Pairs:
         given = [(row, sides) for row in some if (sides := _sides(row, pairs.unusable)) is not None]
         seen = read([side for _, sides in given for side in sides])
         for (row, _), chosen, rejected in zip(given, seen[::2], seen[1::2], strict=True):
-            if (chosen.ids, chosen.types) == (rejected.ids, rejected.types):
+            if chosen.rejected or rejected.rejected:
+                pairs.unusable["rejected"] += 1
+            elif (chosen.ids, chosen.types) == (rejected.ids, rejected.types):
                 pairs.unusable["alike"] += 1
             else:
                 pairs.seen.append((chosen, rejected))

@@ -78,13 +78,13 @@ def _tokens(spec: Pretrain | Sft, rows: Iterable[Row], tokenizer: Any) -> Tokens
     for row in rows:
         pending.append(row)
         if len(pending) == 1000:
-            encoded += encode(pending, tokenizer, longest)
+            encoded += encode(pending, tokenizer, longest, "all_turns")
             pending = []
-    encoded += encode(pending, tokenizer, longest)
+    encoded += encode(pending, tokenizer, longest, "all_turns")
     if isinstance(spec, Pretrain):
         ids = list(blocks(encoded, spec.max_length))
         return Tokens(ids, ids, len(encoded), 0, 0)
-    usable = [item for item in encoded if item.counted > 0]
+    usable = [item for item in encoded if item.num_loss_tokens]
     return Tokens(
         [item.ids for item in usable],
         [item.labels for item in usable],

@@ -19,8 +19,8 @@ def mixed_rows(job: Job, tokenizer: Any) -> Sequence[Encoded]:
     assert isinstance(job.spec, Ppo)
     if job.spec.ptx is None:
         return []
-    encoded = encode(list(rows_of(job.ptx_rows, CONTENT)), tokenizer, job.spec.max_length)
-    items = [item for item in encoded if item.counted > 0]
+    encoded = encode(list(rows_of(job.ptx_rows, CONTENT)), tokenizer, job.spec.max_length, "last_turn")
+    items = [item for item in encoded if item.num_loss_tokens]
     if not items:
         raise StageError(
             job.stage,
@@ -35,8 +35,9 @@ def mixed_rows(job: Job, tokenizer: Any) -> Sequence[Encoded]:
 def mixed_in(items: Sequence[Encoded], start: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
     """`count` rows from place `start` on, round and round: what comes before the tokens that count, and these."""
     chosen = [items[place % len(items)] for place in range(start, start + count)]
-    begins = [max(item.answer, 1) for item in chosen]  # the first token of a sequence is never predicted
+    # The first token of a sequence is never predicted.
+    spans = [(max(item.response[0], 1), item.response[1]) for item in chosen]
     return (
-        [item.ids[:begin] for item, begin in zip(chosen, begins, strict=True)],
-        [item.ids[begin:] for item, begin in zip(chosen, begins, strict=True)],
+        [item.ids[:start] for item, (start, _) in zip(chosen, spans, strict=True)],
+        [item.ids[start:end] for item, (start, end) in zip(chosen, spans, strict=True)],
     )

@@ -1,0 +1,358 @@
+"""Conversations as a model's chat template renders them, and which characters of the result the model generates.
+
+A template is a program: it may strip content, drop the reasoning of earlier turns, raise on a system turn, or put no
+end token after the last turn. So nothing here searches the rendered text for the response. Boundaries come from the
+template itself, by one of three methods, and a conversation for which none is exact is rejected with the reason:
+
+    generation blocks  the spans that the template marks by `{% generation %}`
+    sentinels          the conversation is rendered a second time with a Unicode noncharacter at both ends of every
+                       turn's content. Where removing them gives the first rendering, their positions are exact
+    prefixes           the turns before a response, with the generation prompt, and the turns up to its end are
+                       rendered too. Where both are prefixes of the whole, their lengths are exact (tool calls)
+
+What a template does is found out once, by rendering small conversations (`TemplateProfile`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from tunery.models.template_profile import alternating, profile_of
+from tunery.models.template_rendering import (
+    Marks,
+    Message,
+    RejectedConversation,
+    TemplateRenderer,
+    any_of,
+    last_match,
+    number_calls,
+)
+from tunery.store.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ESCAPED = re.compile("\ufdd2([0-9]+)\ufdd3")
+"""A special token in a turn's own text: the index into `ChatTemplate.control_tokens`."""
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+_THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ResponseSpan:
+    """Characters of a rendered conversation that the model generates: a response with its end token."""
+
+    start: int
+    end: int
+    turn: int
+    """Index of the assistant turn."""
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    text: str
+    """Special tokens that stood in a turn's own text are `ESCAPED`."""
+    spans: tuple[ResponseSpan, ...]
+    """In their order, one for each assistant turn whose rendering is complete."""
+    dropped_reasoning: int
+    """Assistant turns whose reasoning the template does not render. They have a span only if it is the last turn."""
+    escaped_tokens: int
+    """Special tokens in the text of turns."""
+
+
+_TEMPLATES: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The tokenizer's chat template, profiled once. Raises UnsupportedTemplate."""
+    known = _TEMPLATES.get(tokenizer)
+    if known is None or known.source != tokenizer.chat_template:
+        known = _TEMPLATES[tokenizer] = ChatTemplate(tokenizer)
+    return known
+
+
+class ChatTemplate(TemplateRenderer):
+    """A chat template that has been profiled."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UnsupportedTemplate."""
+        super().__init__(tokenizer)
+        self.profile = profile_of(self)
+        # A response may hold markup that is its own business (<think>, <tool_call>), but nothing that delimits turns.
+        turns = [self.given(turn) for turn in alternating(4)]
+        basic = self.render(turns) + self.render(turns[:1], generation_prompt=True)
+        endings = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+        delimiters = {*self.control.findall(basic), *endings, *self.profile.end_tokens}
+        self._delimiters = any_of(delimiters - {"<think>", "</think>"})
+
+    def conversation(self, row: Row, mask_empty_thinking: bool = True) -> RenderedConversation:
+        """Render a row with `messages`. `mask_empty_thinking`: an empty thinking block before a response belongs to
+        the prompt, although the model would generate it. Raises RejectedConversation."""
+        messages, tools, escaped = self._prepared(row)
+        return replace(self._spans(messages, tools, mask_empty_thinking), escaped_tokens=escaped)
+
+    def prompt(self, row: Row) -> str:
+        """The conversation with the generation prompt, special tokens of its own text `ESCAPED`: the same characters
+        that `conversation` has before a response. Raises RejectedConversation."""
+        messages, tools, _ = self._prepared(row)
+        text, marks = self.marked(messages, tools, generation_prompt=True)
+        self._check_complete(messages, marks)
+        return text
+
+    def unescape(self, text: str) -> str:
+        return ESCAPED.sub(lambda match: self.control_tokens[int(match[1])], text)
+
+    # A row as the template takes it
+
+    def _prepared(self, row: Row) -> tuple[list[Message], Any, int]:
+        """Messages, tools, and how many special tokens stand in their own text."""
+        turns = row["messages"]
+        own_text = "".join(f"{turn['content'] or ''}{turn.get('reasoning_content') or ''}" for turn in turns)
+        if _NONCHARACTERS.search(own_text):
+            raise RejectedConversation("it holds Unicode noncharacters (U+FDD0 to U+FDEF)")
+        self._check_supported(turns)
+        messages = [self._message(turn) for turn in turns]
+        if self.profile.call_ids:
+            number_calls(messages)
+        escaped = 0
+        if self.control.search(own_text) or any(turn.get("tool_calls") for turn in turns):
+            for message in messages:
+                pattern = self._delimiters if message["role"] == "assistant" else self.control
+                escaped += self._escape(message, pattern)
+        tools = json.loads(row["tools"]) if row.get("tools") else None
+        if tools is not None and self.control.search(row["tools"]):
+            tools, found = self._escaped(tools, self.control)
+            escaped += found
+        return messages, tools, escaped
+
+    def _check_supported(self, turns: Sequence[Mapping[str, Any]]) -> None:
+        if not self.profile.tool_calls and any(turn.get("tool_calls") for turn in turns):
+            raise RejectedConversation("the chat template does not render tool calls")
+        if not self.profile.tool_results and any(turn["role"] == "tool" for turn in turns):
+            raise RejectedConversation("the chat template does not render tool results")
+
+    def _message(self, turn: Mapping[str, Any]) -> Message:
+        content = turn["content"] or ""
+        message: Message = {"role": turn["role"], "content": content}
+        for name in ("name", "tool_call_id"):
+            if turn.get(name):
+                message[name] = turn[name]
+        reasoning = turn.get("reasoning_content")
+        if not reasoning and self.profile.reasoning and turn["role"] == "assistant":
+            reasoning, message["content"] = inline_reasoning(content) or ("", content)
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if turn.get("tool_calls"):
+            message["tool_calls"] = [self.call(call) for call in json.loads(turn["tool_calls"])]
+        return message
+
+    def _escape(self, message: Message, pattern: re.Pattern[str]) -> int:
+        """In place; returns how many there were."""
+        count = 0
+        for name in ("content", "reasoning_content", "tool_calls"):
+            if name in message:
+                message[name], found = self._escaped(message[name], pattern)
+                count += found
+        return count
+
+    def _escaped(self, value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
+        """Of JSON, the strings in it."""
+        if isinstance(value, str):
+            return pattern.subn(lambda match: f"\ufdd2{self.control_tokens.index(match[0])}\ufdd3", value)
+        if isinstance(value, list):
+            items = [self._escaped(item, pattern) for item in value]
+            return [item for item, _ in items], sum(count for _, count in items)
+        if isinstance(value, dict):
+            items = [self._escaped(item, pattern) for item in value.values()]
+            return dict(zip(value, (item for item, _ in items), strict=True)), sum(count for _, count in items)
+        return value, 0
+
+    # Spans
+
+    def _spans(self, messages: list[Message], tools: Any, mask_empty_thinking: bool) -> RenderedConversation:
+        text, marks = self.marked(messages, tools)
+        self._check_complete(messages, marks)
+        responses = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        spans: list[ResponseSpan] = []
+        dropped = 0
+        blocks = self._blocks(messages, tools, text, responses)
+        for turn in responses:
+            message, last = messages[turn], turn == len(messages) - 1
+            if not _says_something(message):
+                continue
+            if self._drops_reasoning(message, turn, marks):
+                dropped += 1
+                thinks = self.profile.reasoning or self.profile.thinking_model
+                if thinks and not last:
+                    continue  # a thinking model would learn to answer without thinking
+                if last and (built := self._with_reasoning(messages, tools, text, marks)) is not None:
+                    return RenderedConversation(built[0], (*spans, built[1]), dropped - 1, 0)
+            start, end = blocks.get(turn) or (None, None)
+            if start is None or end is None:
+                start = self._start(messages, tools, text, marks, turn, mask_empty_thinking)
+                end = self._end(messages, tools, text, marks, turn)
+            if last and self._lacks_end(text, end, message):
+                ending = self.profile.call_end if message.get("tool_calls") else self.profile.appended_end
+                text = text[:end] + ending
+                end = len(text)
+            spans.append(ResponseSpan(start, end, turn))
+        return RenderedConversation(text, tuple(spans), dropped, 0)
+
+    def _check_complete(self, messages: Sequence[Message], marks: Marks | None) -> None:
+        """Raises RejectedConversation where the template leaves a turn's content out."""
+        if marks is None:
+            return
+        for turn, message in enumerate(messages):
+            if message["content"].strip() and ("content_end", turn) not in marks:
+                beside = "beside the tool calls " if message.get("tool_calls") else ""
+                raise RejectedConversation(
+                    f"the chat template does not render the text {beside}of turn {turn + 1} ({message['role']})"
+                )
+
+    def _blocks(
+        self, messages: Sequence[Message], tools: Any, text: str, responses: Sequence[int]
+    ) -> dict[int, tuple[int, int]]:
+        """By turn, what `{% generation %}` marks, with the end token where the template puts it behind the block."""
+        if not self.profile.generation_blocks:
+            return {}
+        rendered, spans = self.rendered([self.given(message) for message in messages], tools, False, blocks=True)
+        if rendered != text or len(spans) != len(responses):
+            return {}
+        found = {}
+        for turn, (start, end) in zip(responses, spans, strict=True):
+            if not any(text.endswith(token, start, end) for token in self.profile.end_tokens):
+                closing = next((item for item in self.profile.closings if text.startswith(item, end)), "")
+                end += len(closing)
+            found[turn] = (start, self._without_trailing_text(text, start, end))
+        return found
+
+    def _drops_reasoning(self, message: Message, turn: int, marks: Marks | None) -> bool:
+        if marks is None:
+            return False
+        if message.get("reasoning_content"):
+            return ("reasoning", turn) not in marks
+        # Reasoning within the content: a template that splits at </think> loses what comes before.
+        return bool(message["content"].strip()) and ("content", turn) not in marks
+
+    def _with_reasoning(
+        self, messages: Sequence[Message], tools: Any, text: str, marks: Marks | None
+    ) -> tuple[str, ResponseSpan] | None:
+        """The last response as a thinking model generates it, for a template that drops all reasoning it is given
+        (DeepSeek-R1): the generation prompt, reasoning, `</think>`, response and its end token."""
+        if not self.profile.thinking_model:
+            return None
+        turn, message = len(messages) - 1, messages[-1]
+        reasoning, content = message.get("reasoning_content"), message["content"]
+        if not reasoning:
+            if (inline := inline_reasoning(content)) is None:
+                return None
+            reasoning, content = inline
+        prompt = self.render(
+            [self.given(item) for item in messages[:-1]], tools, True, enable_thinking=True, thinking=True
+        )
+        if prompt.rstrip().endswith("</think>"):
+            return None  # it only ever generates responses without thinking
+        opening = "" if prompt.endswith("<think>\n") else "\n" if prompt.endswith("<think>") else "<think>\n"
+        end = self._end(messages, tools, text, marks, turn)
+        closing = text[marks["content_end", turn] : end].lstrip() if marks else ""
+        whole = f"{prompt}{opening}{reasoning}\n</think>\n\n{content.rstrip()}{closing}"
+        if self._lacks_end(whole, len(whole), message):
+            whole += self.profile.appended_end
+        return whole, ResponseSpan(len(prompt), len(whole), turn)
+
+    def _start(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        text: str,
+        marks: Marks | None,
+        turn: int,
+        mask_empty_thinking: bool,
+    ) -> int:
+        """Where the generation prompt ends and the response begins."""
+        message = messages[turn]
+        first = -1
+        if marks is not None:
+            kind = "reasoning" if message.get("reasoning_content") else "content"
+            first = marks.get((kind, turn), -1)
+        if first >= 0:
+            own = message["reasoning_content" if message.get("reasoning_content") else "content"]
+            space = own[: len(own) - len(own.lstrip())]
+            for at in (
+                first - kept
+                for kept in range(len(space), -1, -1)
+                if text.endswith(space[len(space) - kept :], 0, first)
+            ):
+                for header in self.profile.headers:
+                    if header.text and text.endswith(header.text, 0, at):
+                        masked = header.empty_thinking and mask_empty_thinking
+                        return at - (0 if masked else len(header.text) - header.generated_from)
+        prompt = self.render([self.given(item) for item in messages[:turn]], tools, generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        before = self.before(messages[:turn], tools)
+        if text.startswith(before):
+            return len(before) + self.shared_prefix(prompt[len(before) :], text[len(before) :])
+        raise RejectedConversation(f"the chat template gives no exact beginning of turn {turn + 1} (assistant)")
+
+    def _end(self, messages: Sequence[Message], tools: Any, text: str, marks: Marks | None, turn: int) -> int:
+        """Where the response ends, its end token included."""
+        message, last = messages[turn], turn == len(messages) - 1
+        at = -1 if marks is None or message.get("tool_calls") else marks.get(("content_end", turn), -1)
+        if at >= 0:
+            content = message["content"]
+            space = content[len(content.rstrip()) :]
+            for lead in (space[:kept] for kept in range(len(space), -1, -1)):
+                for closing in self.profile.closings:
+                    if text.startswith(lead + closing, at):
+                        return at + len(lead) + len(closing)
+                if last and self.profile.appended_end and text[at:] == lead + self.profile.unclosed:
+                    return at + len(lead)
+        if last:
+            return self._without_trailing_text(text, at if at >= 0 else 0, len(text))
+        upto = self.render([self.given(item) for item in messages[: turn + 1]], tools)
+        if not text.startswith(upto):
+            return self._end_before_rest(messages, tools, text, turn)
+        end = self._without_trailing_text(text, at if at >= 0 else 0, len(upto))
+        if not self._ends_with_special(text[:end]) and (following := self.special.match(text, end)):
+            return following.end()  # the next turn's first token is what ends this one (GLM-4.5)
+        return end
+
+    def _end_before_rest(self, messages: Sequence[Message], tools: Any, text: str, turn: int) -> int:
+        """The same, where a turn is rendered in another way when it is the last one (Qwen3's thinking block): what
+        follows it is what follows a plain response in its place."""
+        plain = {"role": "assistant", "content": "w"}
+        other, marks = self.marked([*messages[:turn], plain, *messages[turn + 1 :]], tools)
+        if marks is not None and (at := marks.get(("content_end", turn), -1)) >= 0:
+            rest = other[at:]
+            closing = self.special.search(rest)
+            if text.endswith(rest) and closing is not None:
+                return len(text) - len(rest) + closing.end()
+        raise RejectedConversation(f"the chat template gives no exact end of turn {turn + 1} (assistant)")
+
+    def _without_trailing_text(self, text: str, start: int, end: int) -> int:
+        """`end`, less white space behind the last special token: the model stops at that token."""
+        last = last_match(self.special, text, start, end)
+        return last.end() if last is not None and not text[last.end() : end].strip() else end
+
+    def _ends_with_special(self, text: str) -> bool:
+        return any(text.endswith(token) for token in self.special_tokens)
+
+    def _lacks_end(self, text: str, end: int, message: Message) -> bool:
+        ending = self.profile.call_end if message.get("tool_calls") else self.profile.appended_end
+        return bool(ending) and not any(text.endswith(token, 0, end) for token in self.profile.end_tokens)
+
+
+def inline_reasoning(content: str) -> tuple[str, str] | None:
+    """Reasoning and response of `<think>reasoning</think>response`; None for other content."""
+    found = _THINKING.fullmatch(content)
+    return None if found is None else (found["reasoning"].strip("\n"), found["content"].lstrip("\n"))
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("reasoning_content") or message.get("tool_calls"))

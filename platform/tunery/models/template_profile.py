@@ -1,0 +1,252 @@
+"""What a chat template does, found out by rendering small conversations with it: in which form it takes content and
+tool calls, what it puts before and behind a response, and which kinds of turns it drops or fails on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tunery.models.template_rendering import (
+    Marks,
+    Message,
+    RejectedConversation,
+    ResponseHeader,
+    TemplateProfile,
+    TemplateRenderer,
+    UnsupportedTemplate,
+    last_match,
+    number_calls,
+)
+
+
+def alternating(count: int) -> list[Message]:
+    """User and assistant turns."""
+    return [{"role": ("user", "assistant")[turn % 2], "content": f"w{turn}"} for turn in range(count)]
+
+
+_CALL = {"type": "function", "function": {"name": "n_call", "arguments": {"k_arg": "v_arg"}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "n_tool",
+        "description": "d_tool",
+        "parameters": {"type": "object", "properties": {"k_arg": {"type": "string", "description": "d_arg"}}},
+    },
+}
+
+
+def profile_of(template: TemplateRenderer) -> TemplateProfile:
+    """Raises UnsupportedTemplate for a template that can't render a question with an answer."""
+    template.profile = TemplateProfile()
+    question = alternating(1)
+    text, marks = _basic(template)
+    source = json.dumps(template.source, ensure_ascii=False)
+    alone = template.render([template.given(item) for item in question])
+    prompt = template.render([template.given(item) for item in question], generation_prompt=True)
+    profile = replace(
+        template.profile,
+        generation_prompt=prompt[template.shared_prefix(prompt, alone) :],
+        generation_blocks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", source)),
+        thinking_model="</think>" in source,
+        prefix=text.startswith(prompt),
+    )
+    template.profile = profile
+    problems: list[str] = []
+    headers: list[ResponseHeader] = []
+    closings: dict[str, None] = {}
+    unclosed = None
+
+    def learn(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
+        """Headers and closings of a conversation's responses."""
+        nonlocal unclosed
+        try:
+            text, marks = template.marked(messages, tools)
+        except RejectedConversation as error:
+            problems.append(str(error))
+            return None
+        if marks is None:
+            return None
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            first = min((marks[key] for key in (("reasoning", turn), ("content", turn)) if key in marks), default=-1)
+            before = template.before(messages[:turn], tools)
+            if first >= len(before) and text.startswith(before):
+                header = text[len(before) : first]
+                headers.append(ResponseHeader(header, template.shared_prefix(profile.generation_prompt, header), False))
+            behind = marks.get(("content_end", turn), -1)
+            if behind < 0 or message.get("tool_calls"):
+                continue
+            following = text[behind : marks.get(("content", turn + 1), len(text))]
+            if end := template.special.search(following):
+                closings[following[: end.end()]] = None
+            elif turn == len(messages) - 1:
+                unclosed = following
+        return text, marks
+
+    learn(alternating(2))
+    multi_turn = learn(alternating(4)) is not None
+    thought = [{**turn, "reasoning_content": f"r{n}"} if n % 2 else turn for n, turn in enumerate(alternating(4))]
+    found = learn(thought)
+    reasoning = found is not None and ("reasoning", 3) in found[1]
+    empty = set()
+    if found is not None and reasoning:
+        text, marks = found
+        header = headers[-1].text if headers else ""
+        empty.add(_squeezed(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
+    system = learn([{"role": "system", "content": "s"}, *alternating(2)])
+    renders_system = system is not None and ("content", 0) in system[1]
+    if system is not None and not renders_system:
+        problems.append("the chat template does not render the system turn")
+    profile = replace(
+        profile,
+        headers=_distinct(headers, empty),
+        closings=tuple(sorted(closings, key=len, reverse=True)),
+        unclosed=unclosed or "",
+        multi_turn=multi_turn,
+        reasoning=reasoning,
+        earlier_reasoning=found is not None and ("reasoning", 1) in found[1],
+        system=renders_system,
+    )
+    template.profile = profile
+    profile = template.profile = _with_tools(template, profile, problems)
+    if profile.tool_calls:
+        called = [*alternating(1), {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]}]
+        if profile.tool_results:
+            called += [{"role": "tool", "content": "t2"}, {"role": "assistant", "content": "w3"}]
+        if profile.call_ids:
+            number_calls(called)
+        learn(called)
+        profile = replace(
+            profile,
+            headers=_distinct(headers, empty),
+            closings=tuple(sorted(closings, key=len, reverse=True)),
+        )
+    return replace(_with_end(template, profile, unclosed), problems=tuple(dict.fromkeys(problems)))
+
+
+def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
+    """A question with an answer, by a form of content that the template renders."""
+    failure = ""
+    for parts in (False, True):
+        template.profile = TemplateProfile(content_parts=parts)
+        try:
+            text, marks = template.marked(alternating(2), None)
+        except RejectedConversation as error:
+            failure = failure or str(error)
+            continue
+        if marks is not None and ("content", 0) in marks and ("content", 1) in marks:
+            return text, marks
+    raise UnsupportedTemplate(failure or "it does not render the content of a question with an answer")
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[ResponseHeader, ...]:
+    """Each once, longest first. One that is what surrounds reasoning, but for white space, holds an empty thinking
+    block."""
+    found = {}
+    for header in headers:
+        empty_thinking = "think" in header.text and _squeezed(header.text) in empty
+        found[header.text] = replace(header, empty_thinking=empty_thinking)
+    return tuple(sorted(found.values(), key=lambda header: -len(header.text)))
+
+
+def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: list[str]) -> TemplateProfile:
+    """How the template takes tool calls, if it does. The forms are tried in turn: arguments as an object or as text,
+    content empty or null, calls without ids or with them."""
+    question, result = alternating(1)[0], {"role": "tool", "content": "t_result", "name": "n_call"}
+    failure = ""
+    for ids in (False, True):
+        for content in ("", None):
+            for as_text in (False, True):
+                tried = replace(profile, tool_calls=True, arguments_as_text=as_text, call_content=content, call_ids=ids)
+                template.profile = tried
+                messages = [
+                    question,
+                    {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]},
+                    dict(result),
+                ]
+                if ids:
+                    number_calls(messages)
+                try:
+                    given = [template.given(message) for message in messages]
+                    called = template.render(given[:2])
+                except RejectedConversation as error:
+                    failure = failure or str(error)
+                    continue
+                if not _has_call(called, as_text):
+                    continue
+                if not _ends_alike(template, given[0], given[1], called):
+                    failure = failure or "the chat template does not end a single tool call"
+                    continue
+                try:
+                    whole = template.render(given)
+                    tried = replace(tried, tool_results="t_result" in whole)
+                    if not tried.tool_results:
+                        problems.append("the chat template does not render tool results")
+                except RejectedConversation as error:
+                    problems.append(f"tool result: {error}")
+                    whole = called
+                try:
+                    defined = template.render(given[:1], [_TOOL])
+                    tried = replace(tried, tools="n_tool" in defined and "k_arg" in defined)
+                except RejectedConversation as error:
+                    problems.append(f"tools: {error}")
+                if not tried.tools:
+                    problems.append("the chat template does not render the definitions of tools")
+                tail = called[len(template.render(given[:1])) :]
+                last = last_match(template.special, tail, 0, len(tail))
+                if last is not None and not tail[last.end() :].strip():
+                    return replace(tried, end_tokens=(last[0],))
+                following = template.special.match(whole, len(called)) if whole.startswith(called) else None
+                return replace(tried, call_end=following[0] if following else "?")
+    problems.append((failure and f"tool call: {failure}") or "the chat template does not render tool calls")
+    return replace(profile, tool_calls=False)
+
+
+def _has_call(text: str, as_text: bool) -> bool:
+    """All of the call, its arguments neither as Python writes a dict nor as text within JSON text."""
+    if not all(part in text for part in ("n_call", "k_arg", "v_arg")):
+        return False
+    return "'k_arg'" not in text and (not as_text or '\\"k_arg' not in text)
+
+
+def _ends_alike(template: TemplateRenderer, question: Message, calling: Message, called: str) -> bool:
+    """Whether one call ends like two (DeepSeek-R1's template ends a turn in the loop over the second call)."""
+    twice = {**calling, "tool_calls": [*calling["tool_calls"], *json.loads(json.dumps(calling["tool_calls"]))]}
+    try:
+        text = template.render([question, twice])
+    except RejectedConversation:  # Llama 3.1 takes a single call
+        return True
+    return bool(template.special.findall(text)[-1:] == template.special.findall(called)[-1:])
+
+
+def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: str | None) -> TemplateProfile:
+    """The tokens that end a response, and the one to append where the template leaves it out after the last turn."""
+    eos = template.tokenizer.eos_token
+    ends = []
+    for closing in profile.closings:
+        if (found := template.special.search(closing)) is not None and found[0] not in ends:
+            ends.append(found[0])
+    appended = ""
+    if unclosed is not None:
+        # The next turn's first token, where that is what ends a response in the middle; else the tokenizer's own.
+        appended = ends[0] if ends else eos or ""
+        if not appended:
+            raise UnsupportedTemplate(
+                "it puts no end token after a response, and the tokenizer has no `eos_token`: the model would never "
+                "learn to stop"
+            )
+    if appended and appended not in ends:
+        ends.append(appended)
+    if profile.call_end == "?":
+        profile = replace(profile, call_end=appended or eos or "")
+    called = (profile.call_end, *profile.end_tokens)
+    ends += [token for token in called if token and token not in ends]
+    return replace(profile, end_tokens=tuple(ends), appended_end=appended)

@@ -1,0 +1,232 @@
+"""One rendering of a conversation by a model's chat template, and the marks that show where content lies in it.
+
+A template is a program from the model's folder: it is called in the form that its `TemplateProfile` says
+(models/template_profile.py), and whatever it raises becomes a RejectedConversation with its own message.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+Marks = dict[tuple[str, int], int]
+"""(kind, turn) to the character where the mark stood. Kinds: `content`, `content_end`, `reasoning`, `reasoning_end`."""
+
+# Unicode noncharacters: never in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
+_MARK = re.compile("\ufdd0([a-z_]+)([0-9]+)\ufdd1")
+
+
+class RejectedConversation(ValueError):
+    """A conversation that the chat template can't render, or only with a part missing; the message says why."""
+
+
+class UnsupportedTemplate(ValueError):
+    """A chat template for which no method gives an exact mask, or that fails on a question with an answer."""
+
+
+@dataclass(frozen=True)
+class ResponseHeader:
+    """What the template puts between a question and a response."""
+
+    text: str
+    generated_from: int
+    """Index in `text` where it leaves the generation prompt: the model generates the rest."""
+    empty_thinking: bool
+    """That rest is a thinking block without content (Qwen3's `<think>\\n\\n</think>\\n\\n`)."""
+
+
+@dataclass(frozen=True)
+class TemplateProfile:
+    """What a chat template does, from renderings of small conversations."""
+
+    generation_prompt: str = ""
+    """What `add_generation_prompt` appends after a user turn."""
+    content_parts: bool = False
+    """Content is given as a list of parts: templates of vision-language models index into it."""
+    headers: tuple[ResponseHeader, ...] = ()
+    closings: tuple[str, ...] = ()
+    """What follows a response, up to and including the token that ends it."""
+    end_tokens: tuple[str, ...] = ()
+    """The special tokens that end a response."""
+    appended_end: str = ""
+    """The end token that the template leaves out after the last turn (GLM-4.5), "" where it puts one."""
+    unclosed: str = ""
+    """What the template puts there instead."""
+    generation_blocks: bool = False
+    system: bool = True
+    multi_turn: bool = True
+    prefix: bool = True
+    """A response begins with the generation prompt."""
+    reasoning: bool = False
+    """`reasoning_content` of the last turn is rendered."""
+    earlier_reasoning: bool = False
+    """So is that of earlier turns."""
+    thinking_model: bool = False
+    """The template knows `</think>`, whether or not it renders reasoning."""
+    tool_calls: bool = False
+    tool_results: bool = False
+    tools: bool = False
+    arguments_as_text: bool = False
+    """Arguments of tool calls are given as JSON text; else as an object."""
+    call_content: str | None = ""
+    """Content that is given beside tool calls without text."""
+    call_ids: bool = False
+    """Tool calls need ids (Mistral: nine alphanumeric characters)."""
+    call_end: str = ""
+    """The end token that the template leaves out after a last turn that calls tools."""
+    problems: tuple[str, ...] = field(default=(), compare=False)
+    """What rendering failed with, in the words of the template."""
+
+
+class TemplateRenderer:
+    """A tokenizer's chat template, rendered in the form of `profile`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.source = tokenizer.chat_template
+        self.profile = TemplateProfile()
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        literal = json.dumps(self.source, ensure_ascii=False)
+        markup = {token.content for token in added if token.content in literal and not token.content.isspace()}
+        self.special_tokens = frozenset(token for token in special if token.strip())
+        """Special tokens of the tokenizer."""
+        self.control_tokens = tuple(sorted(self.special_tokens | markup))
+        """Special tokens, and added tokens that the template writes (`<tool_call>`)."""
+        self.special = any_of(self.special_tokens)
+        self.control = any_of(self.control_tokens)
+
+    def render(
+        self, messages: Sequence[Message], tools: Any = None, generation_prompt: bool = False, **options: Any
+    ) -> str:
+        """Raises RejectedConversation with the template's own message."""
+        text, _ = self.rendered(messages, tools, generation_prompt, blocks=False, **options)
+        return text
+
+    def rendered(
+        self, messages: Sequence[Message], tools: Any, generation_prompt: bool, blocks: bool, **options: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(None, tools),
+                return_assistant_tokens_mask=blocks,
+                add_generation_prompt=generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
+        except Exception as error:  # whatever a program from a model's folder raises on this input
+            raise RejectedConversation(f"the chat template fails: {first_line(error)}") from error
+        return texts[0], [tuple(span) for span in spans[0]] if blocks else []
+
+    def marked(
+        self, messages: Sequence[Message], tools: Any, generation_prompt: bool = False
+    ) -> tuple[str, Marks | None]:
+        """The rendering, and where each turn's content lies in it; None where the marks change what is rendered."""
+        given = [self.given(message) for message in messages]
+        text = self.render(given, tools, generation_prompt)
+        marked = [self.given(with_marks(message, turn)) for turn, message in enumerate(messages)]
+        try:
+            raw = self.render(marked, tools, generation_prompt)
+        except RejectedConversation:
+            return text, None
+        marks: Marks = {}
+        plain: list[str] = []
+        length = at = 0
+        for match in _MARK.finditer(raw):
+            plain.append(raw[at : match.start()])
+            length += match.start() - at
+            at = match.end()
+            key = (match[1], int(match[2]))
+            if key in marks and key[0] != "content_end":
+                marks[key] = -1  # rendered twice: no position is the one
+            else:
+                marks[key] = length
+        plain.append(raw[at:])
+        return text, marks if "".join(plain) == text else None
+
+    def given(self, message: Message) -> Message:
+        """A message in the form that the template reads: content as parts, reasoning under all names in use."""
+        given = dict(message)
+        if "reasoning_content" in given:
+            given["reasoning"] = given["thinking"] = given["reasoning_content"]
+        if given.get("tool_calls") and not given["content"]:
+            given["content"] = self.profile.call_content
+        if self.profile.content_parts and isinstance(given["content"], str):
+            given["content"] = [{"type": "text", "text": given["content"]}]
+        return given
+
+    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        if self.profile.arguments_as_text and not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        return {**call, "function": function}
+
+    def before(self, messages: Sequence[Message], tools: Any) -> str:
+        """What is rendered of turns before the generation prompt. Some templates end a conversation (Phi-3's
+        `<|endoftext|>`) where no generation prompt is asked for."""
+        given = [self.given(item) for item in messages]
+        prompt = self.render(given, tools, generation_prompt=True)
+        return prompt[: self.shared_prefix(prompt, self.render(given, tools))]
+
+    def shared_prefix(self, prompt: str, text: str) -> int:
+        """Characters with which both begin, cut before a token of the template that only one of them has whole."""
+        common = common_prefix(prompt, text)
+        for match in (*self.control.finditer(prompt), *self.control.finditer(text)):
+            if match.start() < common < match.end():
+                common = match.start()
+        return common
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Longest first. Matches nothing where there are none."""
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def last_match(pattern: re.Pattern[str], text: str, start: int, end: int) -> re.Match[str] | None:
+    found = list(pattern.finditer(text, start, end))
+    return found[-1] if found else None
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Characters with which both begin."""
+    if other.startswith(one):
+        return len(one)
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0] if lines else ''}" or type(error).__name__
+
+
+def with_marks(message: Message, turn: int) -> Message:
+    """Marks stand within the outer white space, which a template may strip."""
+    marked = dict(message)
+    for name, kind in (("content", "content"), ("reasoning_content", "reasoning")):
+        if core := message.get(name, "").strip():
+            before, behind = message[name].split(core, 1)
+            marked[name] = f"{before}\ufdd0{kind}{turn}\ufdd1{core}\ufdd0{kind}_end{turn}\ufdd1{behind}"
+    return marked
+
+
+def number_calls(messages: Sequence[Message]) -> None:
+    """Ids for calls and results without one, in their order."""
+    pending: list[str] = []
+    count = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            count += 1
+            call.setdefault("id", f"call{count:05d}")
+            pending.append(call["id"])
+        if message["role"] == "tool" and "tool_call_id" not in message and pending:
+            message["tool_call_id"] = pending.pop(0)
