@@ -148,6 +148,7 @@ def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
         ptx_rows=(),
         out=work / "out",
         work=work,
+        store=work,
         events=work / "events",
         compute=compute,
         workers=1,

@@ -241,6 +241,7 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
             ptx_rows=(),
             out=work / "out",
             work=work,
+            store=work,
             events=work / "events",
             compute=Compute(workers=1, device="cpu", zero_stage=0, cpus_per_worker=told["threads"]),
             workers=1,

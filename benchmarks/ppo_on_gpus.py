@@ -211,6 +211,7 @@ def work(told: dict[str, Any]) -> None:
         ptx_rows=(),
         out=out,
         work=out,
+        store=out,
         events=out / "events",
         compute=Compute(
             workers=told["workers"],

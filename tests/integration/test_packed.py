@@ -68,6 +68,7 @@ def job_of(bench: Bench, name: str, folder: Path, **changed: Any) -> Job:
         ptx_rows=(),
         out=work / "out",
         work=work,
+        store=work,
         events=folder / "events",
         compute=Compute(workers=1, device="cpu", checkpoint_steps=8),
         workers=1,

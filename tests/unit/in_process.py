@@ -23,7 +23,7 @@ def stage_context(
         "seed": 5,
         "folder": models,
         "out": out,
-        **dict.fromkeys(("work", "scores", "events", "logs"), out),
+        **dict.fromkeys(("work", "store", "scores", "events", "logs"), out),
         "compute": Compute(workers=1),
         "emit": lambda *_, **__: None,
         "in_process": True,

@@ -49,6 +49,7 @@ def job(policy: Path, reward: dict, **fields: object) -> Job:
         ptx_rows=(),
         out=Path(),
         work=Path(),
+        store=Path(),
         events=Path(),
         compute=Compute(),
         workers=1,

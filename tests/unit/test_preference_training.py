@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from tunery.errors import SpecErrors, StageError
-from tunery.models.encode import encode
+from tunery.models.encode import Encoding, encode
+from tunery.models.encode_preferences import encode_pairs, rejected_side
 from tunery.models.load import load_model, load_tokenizer, write_base
 from tunery.models.tuners import lora_config
 from tunery.spec import Compute, Dpo, Kto, Lora
@@ -26,9 +27,9 @@ from tunery.store.rows import row_id, write_rows
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
 from tunery.train.job import Job, Rows
-from tunery.train.preference import Preference, pair_losses, pairs_of
-from tunery.train.rated import Rated, answer_losses, answers_of, baseline, margin, mismatched
-from tunery.train.reference import answer_log_probs, padded, rejected_side
+from tunery.train.preference import Preference, pair_losses
+from tunery.train.rated import Rated, answer_losses, baseline, margin, mismatched
+from tunery.train.reference import answer_log_probs, padded
 
 COMMON: dict[str, Any] = {"data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3, "global_batch_size": 4}
 
@@ -75,6 +76,7 @@ def tokenizer(model_folder: Path) -> Any:
 def job_of(model_folder: Path, tmp_path: Path) -> Any:
     def make(spec: Training[Any], rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Job:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (tmp_path / "out").mkdir(exist_ok=True)
         write_rows(rows, folder / "rows")
         write_rows(held_out or [], folder / "held_out")
         source = {"pretrained": str(model_folder), "revision": None}
@@ -90,6 +92,7 @@ def job_of(model_folder: Path, tmp_path: Path) -> Any:
             ptx_rows=(),
             out=tmp_path / "out",
             work=tmp_path / "work",
+            store=tmp_path,
             events=tmp_path / "events",
             compute=Compute(),
             workers=1,
@@ -104,54 +107,71 @@ def job_of(model_folder: Path, tmp_path: Path) -> Any:
 
 def test_both_answers_have_the_tokens_that_sft_would_see(tokenizer: Any) -> None:
     rows = [{**row, "tools": None, "text": None} for row in PAIRS]
-    pairs = pairs_of(rows, tokenizer, 64)
-    for side, sequences in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
-        seen = encode([row if side == "chosen" else rejected_side(row) for row in rows], tokenizer, 64)
-        assert sequences == [(item.ids, item.response[0]) for item in seen]
-    first, (other, start) = pairs.chosen[0], pairs.rejected[0]
-    assert first[0][: first[1]] == other[:start], "the same prompt before both"
-    assert tokenizer.decode(other[start:]) == "no<|end|>"
+    pairs = [found.sequences for found in encode_pairs(rows, tokenizer, Encoding(64))]
+    for side in (0, 1):
+        alone = encode([rejected_side(row) if side else row for row in rows], tokenizer, 64)
+        assert [pair[side] for pair in pairs] == alone
+    first, other = pairs[0]
+    start = other.response[0]
+    assert first.ids[: first.response[0]] == other.ids[:start], "the same prompt before both"
+    assert tokenizer.decode(other.ids[start:]) == "no<|end|>"
 
 
 def test_padded_answers_count_by_their_own_tokens_alone() -> None:
-    batch = padded([([5, 6, 7], 1), ([8, 9], 1)], pad=0)
+    batch = padded([([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])], pad=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
 
 def test_log_probabilities_of_answers_are_those_of_plain_transformers(model_folder: Path, tokenizer: Any) -> None:
-    pairs = pairs_of(PAIRS, tokenizer, 64)
-    sequences = [*pairs.chosen, *pairs.rejected]
+    sequences = [item for found in encode_pairs(PAIRS, tokenizer, Encoding(64)) for item in found.sequences]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     wanted = []
     with torch.no_grad():
-        for ids, answer in sequences:
-            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
-            wanted.append(sum(log_probs[place - 1, ids[place]] for place in range(answer, len(ids))))
+        for item in sequences:
+            log_probs = model(torch.tensor([item.ids])).logits[0].log_softmax(dim=-1)
+            wanted.append(sum(log_probs[place - 1, item.ids[place]] for place in item.loss_indices))
         add_fused_lm_head(model)
-        found = answer_log_probs(model, padded(sequences, tokenizer.pad_token_id))
+        found = answer_log_probs(model, padded([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id))
     torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=1e-5)
 
 
-def test_rejected_answers_are_handed_to_other_prompts_within_a_step(tokenizer: Any) -> None:
-    answers = answers_of(PAIRS, tokenizer, 64)
-    assert answers.wanted == [True, False, True, False]
-    data = answers.dataset([0, 1, 2, 3], group=4, max_length=64)
-    for row in data:
-        prompt = row["ids"][: row["answer"]]
-        assert row["other_ids"][: row["other_answer"]] == prompt
-        assert row["other_ids"] not in data["ids"], "no answer to the prompt itself"
-    given = sorted(tuple(row["other_ids"][row["other_answer"] :]) for row in data)
-    assert given == sorted(tuple(row["ids"][row["answer"] :]) for row in data), "each answer is used once"
+def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any) -> None:
+    answers = Rated(job_of(kto(), PAIRS), 0).answers
+    assert [answers.sequences.row_label(index) for index in range(4)] == [True, False, True, False]
+    partners = answers.partners([0, 1, 2, 3], group=4)
+    assert sorted(partners) == [0, 1, 2, 3], "each answer is used once"
+    own = [answers.sequence(index)[0] for index in range(4)]
+    for index, other in enumerate(partners):
+        (start, _), *_ = answers.sequences.spans(index)
+        ids, labels = answers.with_answer_of(index, other)
+        assert ids[:start] == own[index][:start]
+        assert ids not in own, "no answer to the prompt itself"
+        first = answers.sequences.spans(other)[0][0]
+        assert ids[start:] == [label for label in labels if label != -100] == own[other][first:]
 
 
-def test_answers_are_only_handed_on_within_a_step_and_cut_to_length(tokenizer: Any) -> None:
-    answers = answers_of(PAIRS, tokenizer, 64)
-    data = answers.dataset([0, 2, 1, 3], group=2, max_length=14)
-    assert max(map(len, data["other_ids"])) == 14
-    apart = answers.dataset([0, 2], group=2, max_length=14)
-    assert data["other_ids"][:2] == apart["other_ids"]
+def test_answers_are_only_handed_on_within_a_step_and_cut_to_length(job_of: Any) -> None:
+    answers = Rated(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).answers
+    partners = answers.partners([0, 2, 1, 3], group=2)
+    assert partners[:2] == answers.partners([0, 2], group=2) == [2, 0]
+    assert max(len(answers.with_answer_of(*pair)[0]) for pair in zip([0, 2, 1, 3], partners, strict=True)) == 14
+
+
+def test_long_prompt_is_cut_from_the_left_alike_for_both_sides(tokenizer: Any) -> None:
+    long = pair("why how " * 40, "because", "so it is")
+    (found,) = encode_pairs([long], tokenizer, Encoding(40, truncate="left"))
+    chosen, rejected = found.sequences
+    assert not found.unusable
+    assert max(len(chosen.ids), len(rejected.ids)) == 40
+    assert chosen.ids[: chosen.response[0]] == rejected.ids[: rejected.response[0]]
+    assert [tokenizer.decode(item.ids[slice(*item.response)]) for item in (chosen, rejected)] == [
+        "because<|end|>",
+        "so it is<|end|>",
+    ]
+    (dropped,) = encode_pairs([long], tokenizer, Encoding(40, truncate="drop"))
+    assert "max_length is 40" in dropped.unusable
 
 
 @pytest.mark.parametrize(
@@ -212,7 +232,7 @@ def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Pa
 def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None:
     same_when_cut = pair("what", "the model the model the model one", "the model the model the model two")
     rows = [*PAIRS, pair("what", "", "no"), RATED[0], same_when_cut, pair("why how " * 20, "a", "b")]
-    recipe = Preference(job_of(dpo(max_length=20), rows, PAIRS[:1]), 0)
+    recipe = Preference(job_of(dpo(max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0)
     counted = recipe.counted()
     assert counted["rows"] == 6
     assert counted["sequences"] + counted["unusable"] == 6
@@ -221,30 +241,34 @@ def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None
 
 
 def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> None:
-    counted = Rated(job_of(kto(), [*RATED, *PAIRS]), 0).counted()
-    assert counted == {
-        "rows": 5,
-        "sequences": 6,
-        "wanted": 3,
-        "unwanted": 3,
-        "truncated": 0,
-        "unusable": 1,
-        "eval_rows": 0,
-    }
+    counted = Rated(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).counted()
+    expected = {"rows": 5, "sequences": 6, "wanted": 3, "unwanted": 3, "truncated": 0, "unusable": 1, "eval_rows": 0}
+    assert {name: counted[name] for name in expected} == expected
+    assert counted["unusable_because"] == {"it has no rating": 1}
 
 
 def test_rows_without_pairs_are_refused(job_of: Any) -> None:
-    with pytest.raises(StageError, match="none of the 3 rows of `data` is a preference pair") as found:
+    with pytest.raises(StageError, match=r"none of the 3 rows of `rows` \(data\)") as found:
         Preference(job_of(dpo(), RATED), 0)
+    assert found.value.cause == "3 rows: it is no preference pair"
     assert "`chosen` and `rejected`" in found.value.remedy
-    with pytest.raises(StageError, match="none of the 3 rows of `eval_data`"):
-        Preference(job_of(dpo(), PAIRS, RATED), 0)
+    with pytest.raises(StageError, match=r"none of the 3 rows of `held_out` \(eval_data\)"):
+        Preference(job_of(dpo(eval_data="held_out"), PAIRS, RATED), 0)
+
+
+def test_more_unusable_rows_than_allowed_end_the_stage_with_an_example(job_of: Any) -> None:
+    rows = [*PAIRS, {**RATED[0], "source": "pairs.jsonl", "line": 7}]
+    with pytest.raises(StageError, match=r"1 of 3 rows of `rows` \(data\) can't be trained on: 33%") as found:
+        Preference(job_of(dpo(), rows), 0)
+    assert "max_unusable is 0.1" in found.value.message
+    assert "pairs.jsonl:7" in found.value.cause
+    assert len(Preference(job_of(dpo(max_unusable=0.5), rows), 0).lengths) == 2
 
 
 def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:
     with pytest.raises(StageError, match="the 2 rows of `data` give 1 wanted and 0 unwanted answers") as found:
-        Rated(job_of(kto(), [RATED[0], RATED[2]]), 0)
-    assert "1 rows have no rating" in found.value.cause
+        Rated(job_of(kto(max_unusable=0.5), [RATED[0], RATED[2]]), 0)
+    assert "1 rows are unusable" in found.value.cause
 
 
 @pytest.mark.parametrize(

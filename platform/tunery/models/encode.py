@@ -95,7 +95,7 @@ def encode(
 ) -> list[Encoded]:
     """One sequence for each row, cut at the end to `max_length` tokens."""
     encoded = encode_whole(rows, tokenizer, Encoding(max_length, train_on))
-    return [_cut_right(item, max_length) for item in encoded]
+    return [cut_right(item, max_length) for item in encoded]
 
 
 def encode_sequences(
@@ -233,7 +233,7 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
     if encoding.truncate == "drop":
         return [replace(item, ids=[], spans=(), rejected=f"it has {len(item.ids)} tokens, max_length is {limit}")]
     if encoding.truncate == "right":
-        return [_cut_right(item, limit)]
+        return [cut_right(item, limit)]
     if not row.get("messages"):
         if encoding.truncate == "left":
             return [replace(item, ids=item.ids[-limit:], spans=((0, limit),), truncated=True)]
@@ -242,7 +242,7 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
             for start in range(0, len(item.ids), limit)
         ]
     if encoding.truncate == "left":
-        for shorter in _without_oldest_turns(row):
+        for shorter in without_oldest_turns(row):
             (item,) = encode_whole([shorter], tokenizer, encoding)
             if len(item.ids) <= limit and not item.rejected:
                 return [replace(item, truncated=True)]
@@ -250,7 +250,7 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
     return _split(row, item, tokenizer, encoding)
 
 
-def _cut_right(item: Encoded, limit: int) -> Encoded:
+def cut_right(item: Encoded, limit: int) -> Encoded:
     """After the last response that fits whole; within the first where none does."""
     if len(item.ids) <= limit:
         return item
@@ -272,7 +272,7 @@ def cut_prompt(item: Encoded, limit: int, response: int | None = None) -> Encode
     return replace(item, ids=ids, spans=((prompt, len(ids)),) if len(ids) > prompt else (), truncated=True)
 
 
-def _without_oldest_turns(row: Row) -> Iterator[Row]:
+def without_oldest_turns(row: Row) -> Iterator[Row]:
     """The row from its second user turn on, from its third, and so on; system turns stay."""
     turns = row["messages"]
     system = [turn for turn in turns if turn["role"] == "system"]
@@ -299,9 +299,9 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
         assert best is not None, "starts is not empty"
         end, found = best
         if end == len(rest) or encoding.train_on == "all_turns":
-            parts.append(_cut_right(found, encoding.max_length))
+            parts.append(cut_right(found, encoding.max_length))
         rest = rest[end:]
-    return [part for part in parts if part.num_loss_tokens] or [_cut_right(item, encoding.max_length)]
+    return [part for part in parts if part.num_loss_tokens] or [cut_right(item, encoding.max_length)]
 
 
 # Text to ids
@@ -403,16 +403,3 @@ def _by_offsets(pieces: list[str], template: ChatTemplate) -> list[list[int]]:
             number += 1
         ids[number].append(token)
     return ids
-
-
-def blocks(encoded: Iterable[Encoded], length: int) -> Iterator[list[int]]:
-    """All tokens one after another, cut into blocks of `length`; the rest that fills no block is left out.
-
-    Documents share blocks without a mask between them, as in GPT-3 (https://arxiv.org/abs/2005.14165, section 2.2).
-    """
-    pending: list[int] = []
-    for item in encoded:
-        pending.extend(item.ids)
-        while len(pending) >= length:
-            yield pending[:length]
-            pending = pending[length:]

@@ -1,7 +1,8 @@
 """What a classifier or an embedding model sees of a row, and rows as batches of tensors.
 
     a conversation, where the model's own tokenizer brings a chat template (reward models do): the whole conversation
-        as the template renders it, as in training (models/encode.py), without further special tokens
+        as the template renders it, as in training (models/encode.py), without further special tokens; one that is too
+        long loses its oldest turns, then the beginning of its prompt
     a conversation, where it brings none (text classifiers): all that comes before the last answer, and that answer, as
         a pair of texts where the tokenizer puts something between the two of a pair ([SEP]), else joined by a blank
         line; a conversation that ends with a question is one text
@@ -18,9 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import tokenize_pieces
-from tunery.models.template_rendering import RejectedConversation
+from tunery.models.encode import Encoding, encode_whole
+from tunery.models.encode_preferences import encode_responses
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RowReader:
         self._pairs = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
         takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self._typed = takes_types and "token_type_ids" in tokenizer.model_input_names
-        # What is cut is the end, whatever the tokenizer would do by itself; pairs lose of the longer text first.
+        # Of texts the end is cut, whatever the tokenizer would do by itself; pairs lose of the longer text first.
         tokenizer.truncation_side = "right"
 
     def tensors(self, batch: Sequence[Seen], device: str | None = None) -> dict[str, torch.Tensor]:
@@ -99,19 +99,12 @@ class RowReader:
     def _chats(self, rows: Sequence[Row]) -> list[Seen]:
         if not rows:
             return []
-        template = chat_template_of(self._tokenizer)
-        texts: list[list[str]] = []
-        rejected: dict[int, str] = {}
-        for n, row in enumerate(rows):
-            try:
-                texts.append([template.conversation(row).text])
-            except RejectedConversation as error:
-                texts.append([""])
-                rejected[n] = str(error)
-        limit, found = self._limit, []
-        for n, (ids,) in enumerate(tokenize_pieces(texts, template)):
-            found.append(Seen(ids[:limit], [0] * len(ids[:limit]), len(ids) > limit, rejected.get(n, "")))
-        return found
+        encoding = Encoding(self._limit, "last_turn", truncate="left")
+        encoded = encode_whole(rows, self._tokenizer, encoding)
+        long = [n for n, item in enumerate(encoded) if len(item.ids) > self._limit]
+        for n, item in zip(long, encode_responses([rows[n] for n in long], self._tokenizer, encoding), strict=True):
+            encoded[n] = item
+        return [Seen(item.ids, [0] * len(item.ids), item.truncated, item.rejected) for item in encoded]
 
     def _texts(self, texts: Sequence[tuple[str, ...]]) -> list[Seen]:
         """All single, or all pairs."""

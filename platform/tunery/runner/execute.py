@@ -142,6 +142,7 @@ def _make(
                 folder=where.folder,
                 out=out,
                 work=work,
+                store=where.store.root,
                 scores=where.store.scores,
                 events=where.events,
                 logs=where.logs,

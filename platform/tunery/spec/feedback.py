@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from tunery.spec.reference import AUTO, ROWS, Auto, Gives, Input, Model, Pretrained, Spec
-from tunery.spec.trainings import Training, Tuner
+from tunery.spec.trainings import EmptyThinking, PairTruncation, Training, Tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -91,6 +91,8 @@ class Dpo(Training[str]):
     model: Model
     """What training begins with, and the reference that it is held to."""
     tuner: Tuner = "full"
+    truncate: PairTruncation = "left"
+    empty_thinking: EmptyThinking = "mask"
     beta: Positive = 0.1
     """How strongly it is held to the reference."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -116,6 +118,8 @@ class Kto(Training[str]):
     kind: Literal["kto"]
     model: Model
     tuner: Tuner = "full"
+    truncate: PairTruncation = "left"
+    empty_thinking: EmptyThinking = "mask"
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0

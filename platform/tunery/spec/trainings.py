@@ -90,6 +90,13 @@ def row_stages(data: str | Contrast | Decisions) -> dict[tuple[str, ...], str]:
     return {(field,): getattr(data, field) for field in type(data).model_fields}
 
 
+EmptyThinking = Literal["mask", "train"]
+"""Whether the empty thinking block that a chat template puts before a response without reasoning (Qwen3's
+`<think></think>`) is trained or belongs to the prompt."""
+PairTruncation = Literal["left", "right", "drop"]
+"""What happens to a prompt and response of more than `max_length` tokens. left: the oldest turns and the beginning of
+the prompt go, the same of both sides of a pair. right: the response loses its end. drop: the row is unusable."""
+
 CHANGEABLE = ("learning_rate", "weight_decay")
 """What a training can change in its course."""
 
@@ -127,7 +134,10 @@ class Training(Spec, Generic[Data]):
     """Sequences per optimizer step, over all workers and accumulation steps; in `ppo` answers per step, gone over in
     `minibatches`."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence; longer answers are cut at the end, and counted."""
+    """Tokens per sequence."""
+    max_unusable: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the rows that may be left out because nothing in them can be trained on (no response, too long, refused
+    by the chat template). The stage fails when there are more, before it trains."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Of the learning rate, after warm-up, down to zero."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -170,11 +180,18 @@ class Pretrain(Training[str]):
 
 
 class Sft(Training[str]):
-    """Supervised fine-tuning on conversations: the loss counts the answer's tokens only."""
+    """Supervised fine-tuning on conversations: the loss counts the responses' tokens only."""
 
     kind: Literal["sft"]
     model: Model
     tuner: Tuner = "full"
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Which assistant turns are trained: all whose `weight` is not 0, or the last turn of each row."""
+    truncate: Literal["right", "left", "drop", "split"] = "right"
+    """What happens to a row of more than `max_length` tokens. right: it ends after the last response that fits; a
+    single response loses its end. left: it loses its oldest turns, then the beginning of its prompt. drop: it is
+    unusable. split: what is cut off becomes further sequences."""
+    empty_thinking: EmptyThinking = "mask"
 
 
 LABELS = ("bad", "good")

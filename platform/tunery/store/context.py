@@ -25,6 +25,8 @@ class StageContext:
     """Of the experiment's file: relative paths in it start there."""
     out: Path
     work: Path
+    store: Path
+    """The store's root."""
     scores: Path
     """The store's score tables (store/score_table.py)."""
     events: Path

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from tunery.errors import RequestError
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import AUTO, Grpo, Rloo, Training
 from tunery.spec.reference import Auto
 
@@ -73,32 +77,32 @@ def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_siz
     return replace(batching, steps=batching.steps * iterations(stage))
 
 
-def data_order(lengths: Sequence[int], steps: int, global_batch_size: int, seed: int) -> list[int]:
+def data_order(lengths: Sequence[int] | Integers, steps: int, global_batch_size: int, seed: int) -> Integers:
     """steps x global_batch_size row indices: one shuffled epoch after another, no partial batch at their edges.
 
     Within a step rows stand by length, longest first, so that micro batches are padded little and the one that needs
     most memory comes first.
     """
     shuffle = random.Random(seed)
-    order: list[int] = []
-    while len(order) < steps * global_batch_size:
-        epoch = list(range(len(lengths)))
+    needed, epochs = steps * global_batch_size, []
+    for _ in range(math.ceil(needed / len(lengths))):
+        epoch = array("q", range(len(lengths)))
         shuffle.shuffle(epoch)
-        order.extend(epoch)
-    return [
-        index
-        for start in range(0, steps * global_batch_size, global_batch_size)
-        for index in sorted(order[start : start + global_batch_size], key=lambda index: (-lengths[index], index))
-    ]
+        epochs.append(np.frombuffer(epoch, np.int64))
+    order_sb = np.concatenate(epochs)[:needed].reshape(steps, global_batch_size)
+    by_length = np.lexsort((order_sb, -np.asarray(lengths)[order_sb]), axis=1)
+    return np.take_along_axis(order_sb, by_length, axis=1).ravel()
 
 
-def evaluation_batches(lengths: Sequence[int], size: int, rank: int, workers: int) -> list[tuple[list[int], bool]]:
+def evaluation_batches(
+    lengths: Sequence[int] | Integers, size: int, rank: int, workers: int
+) -> list[tuple[list[int], bool]]:
     """A worker's batches of row indices, rows of like length together, and whether a batch counts.
 
     Every worker has as many, because under ZeRO-3 each forward pass gathers weights from all: the last ones may have a
     batch that another has too, and that doesn't count.
     """
-    indices = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    indices: list[int] = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     real = len(batches)
     batches += [batches[0]] * (-real % workers)

@@ -60,7 +60,7 @@ class Classification:
         labels = np.array(self._data.labels, np.int64)
         self._weights = class_weights(labels, len(LABELS)) if job.spec.balanced else np.ones(len(LABELS))
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> ClassifierTrainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> ClassifierTrainer:
         settings = TrainingArguments(
             **arguments, remove_unused_columns=False, gradient_checkpointing_kwargs={"use_reentrant": False}
         )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerControl
 
+from tunery.models.tokenized_dataset import Integers
 from tunery.train.batches import evaluation_batches
 
 
@@ -26,7 +27,7 @@ class ExactEvaluation:
     """Of the last evaluation."""
 
     def measured(
-        self, lengths: Sequence[int], columns: int, measure: Callable[[list[int]], torch.Tensor], size: int
+        self, lengths: Sequence[int] | Integers, columns: int, measure: Callable[[list[int]], torch.Tensor], size: int
     ) -> torch.Tensor:
         """(rows, columns) float64: what `measure` gives, (batch, columns), for batches of `size` rows of like length,
         from all ranks. It leaves the model in evaluation mode; `told` ends that."""

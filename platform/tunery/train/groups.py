@@ -20,6 +20,7 @@ from trl.models.utils import unwrap_model_for_generation
 from tunery.models.pool import score_dtype
 from tunery.models.prompts import COLUMNS, Prompts, read_prompts
 from tunery.models.reward import Rate, load_reward
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Grpo, Rloo
 from tunery.train.evaluation import ExactEvaluation
 from tunery.train.job import Job, Rows, rows_of
@@ -56,7 +57,7 @@ class Groups:
         # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
         self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> Any:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> Any:
         spec, sampling = self._spec, self._spec.sampling
         # Under ZeRO-3 these make transformers shard the models while they load.
         settings: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunery.models.load import Source
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Compute, Training
 from tunery.store.rows import Row, read_rows
 
@@ -39,6 +40,8 @@ class Job:
     """Rows whose likelihood is mixed into PPO's loss."""
     out: Path
     work: Path
+    store: Path
+    """The store's root."""
     events: Path
     compute: Compute
     workers: int
@@ -60,10 +63,10 @@ class Recipe(Protocol):
     """What is special about a kind of training; train/worker.py does the rest. Made in every worker, from (job, rank),
     after the process has been made ready and seeded. Raises StageError when the rows won't do."""
 
-    lengths: Sequence[int]
+    lengths: Sequence[int] | Integers
     """Tokens of each training sequence."""
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: Any) -> Any:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: Any) -> Any:
         """A transformers Trainer with its model: `arguments` are for its TrainingArguments, `order` the sequences to
         be seen one after another, `steps` its callback. The arguments come first: under ZeRO-3 they make transformers
         shard a model while it loads."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
 from tunery.models.scratch import write_scratch_model
+from tunery.models.tokenized_dataset import Integers
 from tunery.models.tuners import lora_config
 from tunery.spec import Pretrain, Sft
 from tunery.store.rows import CONTENT, Row
 from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, rows_of, save_model
 from tunery.train.policy import merged
-from tunery.train.sequences import read_sequences
+from tunery.train.reference import indices, padded
+from tunery.train.sequences import TrainingSequences, read_sequences
 
 
 class LanguageModelling:
@@ -35,20 +38,27 @@ class LanguageModelling:
             source = merged(job, rank)
         self._source: Source = source
         self._tokenizer = load_tokenizer(source)
-        self._data, self._measured = read_sequences(job, self._tokenizer)
-        self.lengths = [len(ids) for ids in self._data.ids]
+        self._data, self._measured = read_sequences(job, self._tokenizer, source)
+        self.lengths = self._data.lengths
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> Trainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> Trainer:
         # Under ZeRO-3 these make transformers shard the model while it loads.
-        settings = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        settings = SFTConfig(
+            **arguments,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )
         model = load_model(self._source, torch.float32)
         model.config.use_cache = False
         tuner = self._spec.tuner if isinstance(self._spec, Sft) else "full"
         return Trainer(
             model=model,
             args=settings,
-            train_dataset=self._data.dataset().select(order),
-            eval_dataset=self._measured.dataset() if self._job.eval_rows else None,
+            train_dataset=indices(order),
+            data_collator=lambda rows: self._collate(self._data, [row["index"] for row in rows]),
+            evaluated=self._measured,
+            collate_evaluated=lambda batch: self._collate(self._measured, batch),
             processing_class=self._tokenizer,
             peft_config=None if isinstance(tuner, str) else lora_config(tuner.lora, "CAUSAL_LM"),
             callbacks=[steps],
@@ -62,10 +72,13 @@ class LanguageModelling:
             write_base(self._job.out, self._job.model)
 
     def counted(self) -> dict[str, Any]:
-        return self._data.counted()
+        return {**self._data.facts(), "eval_rows": self._measured.stats.rows}
 
     def found(self, trainer: Trainer) -> dict[str, Any]:
         return {}
+
+    def _collate(self, sequences: TrainingSequences, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        return padded([(sequences.ids(row), sequences.labels(row)) for row in batch], self._tokenizer.pad_token_id)
 
 
 def _new_model(job: Job, rank: int) -> Source:
@@ -82,6 +95,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
     """With three changes: the training set comes in the order in which it is to be seen (train/batches.py), the
     evaluation's loss is exact, and steps are told to the event log."""
 
+    def __init__(
+        self,
+        *,
+        evaluated: TrainingSequences,
+        collate_evaluated: Callable[[list[int]], dict[str, torch.Tensor]],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self._evaluated, self._collate_evaluated = evaluated, collate_evaluated
+
+    def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None:
+        """Rows are indices, and the collator gives them labels: TRL (1.16) looks for them among the columns."""
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
@@ -91,19 +117,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
         transformers averages the means of batches, which weighs tokens by their batch and so changes with the number
         of workers. Here sums and counts of tokens are added over all ranks.
         """
-        lengths = [len(ids) for ids in self.eval_dataset["input_ids"]]
         size = self.args.per_device_eval_batch_size
-        batches = evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size())
-        loader = DataLoader(
-            self.eval_dataset,
-            batch_sampler=[batch for batch, _ in batches],
-            collate_fn=self.data_collator,
-            num_workers=0,
-        )
+        batches = evaluation_batches(self._evaluated.lengths, size, dist.get_rank(), dist.get_world_size())
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for (_, counts), batch in zip(batches, loader, strict=True):
-            inputs = self._prepare_inputs(batch)
+        for batch, counts in batches:
+            inputs = self._prepare_inputs(self._collate_evaluated(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
             if counts:

@@ -52,6 +52,7 @@ def make_model(context: StageContext) -> StageResult:
         ptx_rows=_rows(ptx.data, context.inputs) if ptx is not None else (),
         out=context.out,
         work=context.work,
+        store=context.store,
         events=context.events,
         compute=context.compute,
         workers=workers,

@@ -26,8 +26,8 @@ class Policy:
         self._job, self._rank = job, rank
         self._tuner = job.spec.tuner
         whole = as_folder or job.compute.zero_stage == 3
-        self._source = merged(job, rank) if whole and is_adapter(job.model) else job.model
-        self.tokenizer: Any = load_tokenizer(self._source)
+        self.source: Source = merged(job, rank) if whole and is_adapter(job.model) else job.model
+        self.tokenizer: Any = load_tokenizer(self.source)
 
     def arguments(self) -> dict[str, Any]:
         """Of a trainer of TRL: the model, its tokenizer, and PEFT's configuration, None where all of it is trained."""
@@ -51,7 +51,7 @@ class Policy:
 
     def _load(self) -> Any:
         """In float32, whole, or this rank's part of it under ZeRO-3."""
-        model = load_model(self._source, torch.float32)
+        model = load_model(self.source, torch.float32)
         model.config.use_cache = False
         disable_dropout_in_model(model)
         return model

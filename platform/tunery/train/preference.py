@@ -7,73 +7,46 @@ its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from tunery.errors import StageError
-from tunery.models.encode import encode
+from tunery.models.encode_preferences import encode_pairs
 from tunery.models.metrics import preference_accuracy
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Dpo
-from tunery.store.rows import CONTENT, Row
-from tunery.train.job import Job, rows_of
+from tunery.store.rows import CONTENT
+from tunery.train.job import Job
 from tunery.train.policy import Policy
-from tunery.train.reference import SETTINGS, AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
+from tunery.train.reference import SETTINGS, AgainstReference, indices, padded
+from tunery.train.sequences import RowEncoding, SequenceSet, read_sequences
 
-COLUMNS = [*CONTENT, "rejected"]
+PAIRS = RowEncoding(encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)")
 
 
-@dataclass
-class Pairs:
-    """Preference pairs as tokens."""
+@dataclass(frozen=True)
+class PairSet:
+    """Preference pairs: of each, the chosen sequence and then the rejected one."""
 
-    chosen: list[Tokens] = field(default_factory=list)
-    rejected: list[Tokens] = field(default_factory=list)
-    rows: int = 0
-    truncated: int = 0
-    """Pairs with an answer that was cut."""
-    unusable: int = 0
-    """Rows that are no pairs, pairs with an answer of which nothing is left, and pairs that are the same when cut."""
+    sequences: SequenceSet
+
+    def __len__(self) -> int:
+        return len(self.sequences) // 2
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of both sequences of each pair."""
-        return [
-            len(chosen) + len(rejected) for (chosen, _), (rejected, _) in zip(self.chosen, self.rejected, strict=True)
-        ]
+    def lengths(self) -> Integers:
+        """(pairs,) tokens of both sequences."""
+        both: Integers = self.sequences.lengths.reshape(-1, 2).sum(axis=1)
+        return both
 
-    def dataset(self) -> Dataset:
-        return Dataset.from_dict(
-            {
-                "chosen": [ids for ids, _ in self.chosen],
-                "chosen_answer": [answer for _, answer in self.chosen],
-                "rejected": [ids for ids, _ in self.rejected],
-                "rejected_answer": [answer for _, answer in self.rejected],
-            }
-        )
-
-
-def pairs_of(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pairs:
-    """Both answers after the same turns, as sft would see them."""
-    pairs = Pairs()
-    for some in in_batches(rows):
-        pairs.rows += len(some)
-        whole = [row for row in some if row["messages"] and row["rejected"]]
-        other = [rejected_side(row) for row in whole]
-        sides = (encode(whole, tokenizer, max_length), encode(other, tokenizer, max_length))
-        for chosen, rejected in zip(*sides, strict=True):
-            if chosen.num_loss_tokens and rejected.num_loss_tokens and chosen.ids != rejected.ids:
-                pairs.chosen.append(tokens_of(chosen))
-                pairs.rejected.append(tokens_of(rejected))
-                pairs.truncated += chosen.truncated or rejected.truncated
-    pairs.unusable = pairs.rows - len(pairs.chosen)
-    return pairs
+    def sides(self, pairs: Sequence[int]) -> list[int]:
+        """Indices of the chosen sequences, and after them the rejected ones."""
+        return [*(2 * pair for pair in pairs), *(2 * pair + 1 for pair in pairs)]
 
 
 class Preference:
@@ -84,11 +57,13 @@ class Preference:
         assert isinstance(job.spec, Dpo)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        self._data = self._pairs(job.rows, "data")
-        self._measured = self._pairs(job.eval_rows, "eval_data") if job.eval_rows else Pairs()
+        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source, PAIRS)
+        assert isinstance(data, SequenceSet)
+        assert isinstance(evaluated, SequenceSet)
+        self._data, self._evaluated = PairSet(data), PairSet(evaluated)
         self.lengths = self._data.lengths
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> DpoTrainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> DpoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.
         # TRL 1.16 has no reference_free any more, and loads a reference unless it has been asked beforehand.
         free = self._spec.reference_free
@@ -98,9 +73,10 @@ class Preference:
             spec=self._spec,
             ref_model=None if free else self._policy.second_copy(),
             args=settings,
-            train_dataset=self._data.dataset().select(order),
-            eval_dataset=self._measured.dataset() if self._job.eval_rows else None,
-            data_collator=self._collate,
+            train_dataset=indices(order),
+            data_collator=lambda rows: self._collate(self._data, [row["index"] for row in rows]),
+            eval_lengths=self._evaluated.lengths,
+            collate_evaluated=lambda batch: self._collate(self._evaluated, batch),
             callbacks=[steps],
         )
 
@@ -108,35 +84,24 @@ class Preference:
         self._policy.save(trainer)
 
     def counted(self) -> dict[str, Any]:
-        data = self._data
+        evaluated = self._evaluated.sequences.stats
         return {
-            "rows": data.rows,
-            "sequences": len(data.chosen),
-            "truncated": data.truncated,
-            "unusable": data.unusable,
-            "eval_rows": self._measured.rows,
+            **self._data.sequences.facts(),
+            "sequences": len(self._data),
+            "eval_rows": evaluated.rows,
+            "eval_unusable": evaluated.num_unusable,
         }
 
     def found(self, trainer: DpoTrainer) -> dict[str, Any]:
         """eval_accuracy, eval_margin: at the end."""
         return {name: trainer.metrics_at_end.get(name) for name in ("eval_accuracy", "eval_margin")}
 
-    def _pairs(self, sources: Sequence[Any], named: str) -> Pairs:
-        pairs = pairs_of(rows_of(sources, COLUMNS), self._policy.tokenizer, self._spec.max_length)
-        if not pairs.chosen:
-            raise StageError(
-                self._job.stage,
-                f"none of the {pairs.rows:,} rows of `{named}` is a preference pair that can be learned from",
-                cause=f"they have no rejected answer, or nothing of the answers is left within max_length "
-                f"({self._spec.max_length}), or the same of both",
-                remedy="give rows with `chosen` and `rejected` (docs/data.md), or a larger max_length",
-            )
-        return pairs
-
-    def _collate(self, batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _collate(self, pairs: PairSet, batch: Sequence[int]) -> dict[str, torch.Tensor]:
         """The chosen sequences, and after them the rejected ones."""
-        sequences = [(row[side], row[f"{side}_answer"]) for side in ("chosen", "rejected") for row in batch]
-        return padded(sequences, self._policy.tokenizer.pad_token_id)
+        data = pairs.sequences
+        return padded(
+            [(data.ids(row), data.labels(row)) for row in pairs.sides(batch)], self._policy.tokenizer.pad_token_id
+        )
 
 
 class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl ships no types
@@ -146,8 +111,16 @@ class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl shi
     alone: so the losses are worked out here.
     """
 
-    def __init__(self, *, spec: Dpo, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        spec: Dpo,
+        eval_lengths: Integers,
+        collate_evaluated: Callable[[list[int]], dict[str, torch.Tensor]],
+        **arguments: Any,
+    ) -> None:
         self._spec, self.reference_free = spec, spec.reference_free
+        self._eval_lengths, self._collate_evaluated = eval_lengths, collate_evaluated
         super().__init__(**arguments)
 
     def compute_loss(
@@ -163,15 +136,12 @@ class DpoTrainer(AgainstReference, DPOTrainer):  # type: ignore[misc]  # trl shi
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Of the whole set: eval_loss (nats a pair), eval_accuracy (share of the pairs whose chosen answer has the
         larger implicit reward, ties half), eval_margin (mean difference of the two rewards)."""
-        rows = list(self.eval_dataset)
-        lengths = [max(len(row["chosen"]), len(row["rejected"])) for row in rows]
 
         def measure(batch: list[int]) -> torch.Tensor:
-            inputs = self._prepare_inputs(self.data_collator([rows[index] for index in batch]))
-            return self._measure(self.model_wrapped, inputs)
+            return self._measure(self.model_wrapped, self._prepare_inputs(self._collate_evaluated(batch)))
 
         size = self.args.per_device_eval_batch_size
-        losses, margins = self.measured(lengths, 2, measure, size).unbind(dim=1)
+        losses, margins = self.measured(self._eval_lengths, 2, measure, size).unbind(dim=1)
         return self.told(
             {
                 "eval_loss": losses.mean().item(),

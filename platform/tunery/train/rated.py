@@ -13,73 +13,70 @@ takes it from a micro batch, and refuses those of one row). In an evaluation it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import KTOConfig, KTOTrainer
 
 from tunery.errors import StageError
-from tunery.models.encode import encode
+from tunery.models.encode_preferences import encode_rated
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Kto
-from tunery.store.rows import CONTENT, Row
-from tunery.train.job import Job, rows_of
+from tunery.store.rows import CONTENT
+from tunery.train.job import Job
 from tunery.train.policy import Policy
-from tunery.train.reference import SETTINGS, AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
+from tunery.train.reference import SETTINGS, AgainstReference, padded
+from tunery.train.sequences import RowEncoding, SequenceSet, TrainingSequences, read_sequences
 
-COLUMNS = [*CONTENT, "rejected", "label"]
+RATED = RowEncoding(
+    encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
+)
 SHIFTS = 64
 """So many ways to hand answers on are looked at."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answers:
-    """Rated answers as tokens."""
+    """Rated answers: sequences with a label."""
 
-    tokens: list[Tokens] = field(default_factory=list)
-    wanted: list[bool] = field(default_factory=list)
-    rows: int = 0
-    truncated: int = 0
-    unusable: int = 0
-    """Rows without a rating, and answers of which nothing is left."""
+    sequences: SequenceSet
+    max_length: int
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids, _ in self.tokens]
+    def __len__(self) -> int:
+        return len(self.sequences)
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"wanted": sum(self.wanted), "unwanted": len(self.wanted) - sum(self.wanted)}
+        wanted = sum(part.wanted for part in self.sequences.parts)
+        return {"wanted": wanted, "unwanted": len(self) - wanted}
 
-    def dataset(self, order: Sequence[int], group: int, max_length: int) -> Dataset:
-        """In `order`, of which each `group` is handed one another's answers."""
-        partners = [
-            order[start + other]
+    def partners(self, order: Sequence[int], group: int) -> list[int]:
+        """For each of `order` the one whose answer it is handed, within each `group` of them."""
+        return [
+            int(order[start + other])
             for start in range(0, len(order), group)
-            for other in mismatched([self._prompt(index) for index in order[start : start + group]])
+            for other in mismatched([self._prompt(int(index)) for index in order[start : start + group]])
         ]
-        others = [self._with_answer_of(*pair, max_length) for pair in zip(order, partners, strict=True)]
-        return Dataset.from_dict(
-            {
-                "ids": [self.tokens[index][0] for index in order],
-                "answer": [self.tokens[index][1] for index in order],
-                "wanted": [self.wanted[index] for index in order],
-                "other_ids": [ids for ids, _ in others],
-                "other_answer": [answer for _, answer in others],
-            }
-        )
+
+    def sequence(self, index: int) -> tuple[list[int], list[int]]:
+        """Ids and labels."""
+        return self.sequences.ids(index), self.sequences.labels(index)
+
+    def with_answer_of(self, index: int, other: int) -> tuple[list[int], list[int]]:
+        """The same of the prompt of `index` with the answer of `other`."""
+        prompt = list(self._prompt(index))
+        answer = self.sequences.ids(other)[self._start(other) :]
+        return (prompt + answer)[: self.max_length], ([-100] * len(prompt) + answer)[: self.max_length]
+
+    def _start(self, index: int) -> int:
+        return self.sequences.spans(index)[0][0]
 
     def _prompt(self, index: int) -> tuple[int, ...]:
-        ids, answer = self.tokens[index]
-        return tuple(ids[:answer])
-
-    def _with_answer_of(self, index: int, other: int, max_length: int) -> Tokens:
-        ids, answer = self.tokens[other]
-        prompt = list(self._prompt(index))
-        return (prompt + ids[answer:])[:max_length], len(prompt)
+        return tuple(self.sequences.ids(index)[: self._start(index)])
 
 
 def mismatched(prompts: Sequence[object]) -> list[int]:
@@ -97,30 +94,6 @@ def mismatched(prompts: Sequence[object]) -> list[int]:
     return [(place - best) % count for place in range(count)]
 
 
-def answers_of(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Answers:
-    """A rated row gives one answer, a preference pair a wanted and an unwanted one."""
-    answers = Answers()
-    for some in in_batches(rows):
-        answers.rows += len(some)
-        rated: list[tuple[Row, bool]] = []
-        for row in some:
-            if row["messages"] and row["rejected"]:
-                rated += [(row, True), (rejected_side(row), False)]
-            elif row["messages"] and row["label"] is not None:
-                rated.append((row, row["label"]))
-            else:
-                answers.unusable += 1
-        encoded = encode([row for row, _ in rated], tokenizer, max_length)
-        for item, (_, wanted) in zip(encoded, rated, strict=True):
-            if item.num_loss_tokens:
-                answers.tokens.append(tokens_of(item))
-                answers.wanted.append(wanted)
-                answers.truncated += item.truncated
-            else:
-                answers.unusable += 1
-    return answers
-
-
 class Rated:
     """The recipe of `kto`."""
 
@@ -130,11 +103,11 @@ class Rated:
         assert isinstance(job.spec, Kto)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        self._data = self._answers(job.rows, "data")
-        self._measured = self._answers(job.eval_rows, "eval_data") if job.eval_rows else Answers()
-        self.lengths = self._data.lengths
+        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source, RATED)
+        self.answers, self._measured = self._answers(data, "data"), self._answers(evaluated, "eval_data")
+        self.lengths = data.lengths
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> KtoTrainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> KtoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.
         spec, measured = self._spec, self._measured
         settings = KTOConfig(
@@ -145,16 +118,21 @@ class Rated:
             loss_type="apo_zero_unpaired",
         )
         assert spec.global_batch_size != "auto", "resolved by the launcher"
-        everything = range(len(measured.tokens))
-        held_out = measured.dataset(everything, len(everything), spec.max_length) if self._job.eval_rows else None
+        everything = list(range(len(measured)))
         return KtoTrainer(
             **self._policy.arguments(),
             spec=spec,
             ref_model=self._policy.second_copy(),
             args=settings,
-            train_dataset=self._data.dataset(order, spec.global_batch_size, spec.max_length),
-            eval_dataset=held_out,
-            data_collator=self._collate,
+            train_dataset=Dataset.from_dict(
+                {"index": order, "other": self.answers.partners(order.tolist(), spec.global_batch_size)}
+            ),
+            data_collator=lambda rows: self._collate(
+                self.answers, [row["index"] for row in rows], [row["other"] for row in rows]
+            ),
+            eval_lengths=measured.sequences.lengths,
+            eval_partners=measured.partners(everything, max(1, len(everything))),
+            collate_evaluated=lambda batch, others: self._collate(measured, batch, others),
             callbacks=[steps],
         )
 
@@ -162,47 +140,55 @@ class Rated:
         self._policy.save(trainer)
 
     def counted(self) -> dict[str, Any]:
-        data = self._data
         return {
-            "rows": data.rows,
-            "sequences": len(data.tokens),
-            **data.counts,
-            "truncated": data.truncated,
-            "unusable": data.unusable,
-            "eval_rows": self._measured.rows,
+            **self.answers.sequences.facts(),
+            **self.answers.counts,
+            "eval_rows": self._measured.sequences.stats.rows,
+            "eval_unusable": self._measured.sequences.stats.num_unusable,
         }
 
     def found(self, trainer: KtoTrainer) -> dict[str, Any]:
         """eval_margin: at the end."""
         return {"eval_margin": trainer.metrics_at_end.get("eval_margin")}
 
-    def _answers(self, sources: Sequence[Any], named: str) -> Answers:
-        answers = answers_of(rows_of(sources, COLUMNS), self._policy.tokenizer, self._spec.max_length)
-        if 0 in (counts := answers.counts).values():
-            told = " and ".join(f"{count:,} {name}" for name, count in counts.items())
+    def _answers(self, sequences: TrainingSequences, named: str) -> Answers:
+        assert isinstance(sequences, SequenceSet)
+        answers = Answers(sequences, self._spec.max_length)
+        if sequences.parts and 0 in (counts := answers.counts).values():
+            found = " and ".join(f"{count:,} {name}" for name, count in counts.items())
             raise StageError(
                 self._job.stage,
-                f"the {answers.rows:,} rows of `{named}` give {told} answers",
+                f"the {sequences.stats.rows:,} rows of `{named}` give {found} answers",
                 cause="what is wanted is only learned beside what is not"
-                + (f"; {answers.unusable:,} rows have no rating or nothing left" if answers.unusable else ""),
+                + (f"; {sequences.stats.num_unusable:,} rows are unusable" if sequences.stats.num_unusable else ""),
                 remedy="give rows with `label` true and false, or preference pairs (docs/data.md)",
             )
         return answers
 
-    def _collate(self, batch: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _collate(self, data: Answers, batch: Sequence[int], others: Sequence[int]) -> dict[str, torch.Tensor]:
         """The answers, and as `other_..` those handed on; wanted: (rows,) bool."""
         pad = self._policy.tokenizer.pad_token_id
-        own = padded([(row["ids"], row["answer"]) for row in batch], pad)
-        other = padded([(row["other_ids"], row["other_answer"]) for row in batch], pad)
-        wanted = torch.tensor([row["wanted"] for row in batch])
+        own = padded([data.sequence(index) for index in batch], pad)
+        other = padded([data.with_answer_of(*pair) for pair in zip(batch, others, strict=True)], pad)
+        wanted = torch.tensor([data.sequences.row_label(index) for index in batch])
         return {**own, **{f"other_{name}": values for name, values in other.items()}, "wanted": wanted}
 
 
 class KtoTrainer(AgainstReference, KTOTrainer):  # type: ignore[misc]  # trl ships no types
     """With our data order, z of a whole step, and an exact evaluation."""
 
-    def __init__(self, *, spec: Kto, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        spec: Kto,
+        eval_lengths: Integers,
+        eval_partners: Sequence[int],
+        collate_evaluated: Callable[[list[int], list[int]], dict[str, torch.Tensor]],
+        **arguments: Any,
+    ) -> None:
         self._spec = spec
+        self._eval_lengths, self._eval_partners = eval_lengths, eval_partners
+        self._collate_evaluated = collate_evaluated
         self._seen: list[torch.Tensor] = []
         """(rows, 2) each: reward and whether it is wanted, since the last log."""
         super().__init__(**arguments)
@@ -236,16 +222,21 @@ class KtoTrainer(AgainstReference, KTOTrainer):  # type: ignore[misc]  # trl shi
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Of the whole set: eval_loss (an answer's, from 0 to its weight), eval_margin (mean implicit reward of the
         wanted answers less that of the unwanted ones)."""
-        rows = list(self.eval_dataset)
 
         def measure(batch: list[int]) -> torch.Tensor:
-            inputs = self._prepare_inputs(self.data_collator([rows[index] for index in batch]))
-            return torch.stack([self.log_ratios(self.model_wrapped, part) for part in (inputs, _others(inputs))], dim=1)
+            given = self._collate_evaluated(batch, [self._eval_partners[index] for index in batch])
+            inputs = self._prepare_inputs(given)
+            return torch.stack(
+                [
+                    *(self.log_ratios(self.model_wrapped, part) for part in (inputs, _others(inputs))),
+                    inputs["wanted"].float(),
+                ],
+                dim=1,
+            )
 
-        lengths = [len(row["ids"]) for row in rows]
         size = self.args.per_device_eval_batch_size
-        ratios, others = self.measured(lengths, 2, measure, size).unbind(dim=1)
-        wanted = torch.tensor([row["wanted"] for row in rows], device=ratios.device)
+        ratios, others, labels = self.measured(self._eval_lengths, 3, measure, size).unbind(dim=1)
+        wanted = labels > 0
         difference = margin(self._spec.beta * ratios, wanted)
         assert difference is not None, "both kinds are there"
         losses = answer_losses(self._spec, ratios, wanted, baseline(others))

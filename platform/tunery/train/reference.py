@@ -7,9 +7,8 @@ ZeRO-3 shards like the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,44 +17,27 @@ from torch.utils.data import SequentialSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from tunery.models.encode import Encoded
-from tunery.store.rows import Row
+from tunery.models.tokenized_dataset import Integers
 from tunery.train.evaluation import ExactEvaluation
 
 SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
 """For TRL's configurations: rows come as tokens, cut already, and the model's own dropout is off (train/policy.py)."""
-Tokens = tuple[list[int], int]
-"""A prompt with an answer, and the index of the answer's first token."""
 
 
-def tokens_of(encoded: Encoded) -> Tokens:
-    """Up to the end of the response: a template may put text behind its end token."""
-    start, end = encoded.response
-    return encoded.ids[:end], start
+def indices(order: Sequence[int] | Integers) -> Dataset:
+    """What a trainer of TRL takes for its rows: their tokens stay where they are until a batch is collated."""
+    return Dataset.from_dict({"index": order})
 
 
-def in_batches(rows: Iterable[Row], size: int = 1000) -> Iterator[list[Row]]:
-    stream = iter(rows)
-    while some := list(islice(stream, size)):
-        yield some
-
-
-def rejected_side(row: Row) -> Row:
-    """A preference pair's conversation with the rejected answer in place of the chosen one."""
-    return {**row, "messages": [*row["messages"][:-1], *row["rejected"]]}
-
-
-def padded(sequences: Sequence[Tokens], pad: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels, (sequences, longest) in int64, padded on the right. A label is the token
-    itself where it is an answer's, else -100."""
+def padded(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """Of (ids, labels): input_ids, attention_mask and labels, (sequences, longest) in int64, padded on the right; a
+    label is -100 where no loss counts."""
     longest = max(len(ids) for ids, _ in sequences)
     gaps = [longest - len(ids) for ids, _ in sequences]
     columns = {
         "input_ids": [ids + [pad] * gap for (ids, _), gap in zip(sequences, gaps, strict=True)],
         "attention_mask": [[1] * len(ids) + [0] * gap for (ids, _), gap in zip(sequences, gaps, strict=True)],
-        "labels": [
-            [-100] * answer + ids[answer:] + [-100] * gap for (ids, answer), gap in zip(sequences, gaps, strict=True)
-        ],
+        "labels": [labels + [-100] * gap for (_, labels), gap in zip(sequences, gaps, strict=True)],
     }
     return {name: torch.tensor(rows) for name, rows in columns.items()}
 

@@ -25,6 +25,7 @@ from tunery.errors import StageError
 from tunery.models.labels import REWARD, Scale
 from tunery.models.metrics import Floats, preference_accuracy, preference_loss
 from tunery.models.shown import RowReader, Seen
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import RewardTraining
 from tunery.store.rows import CONTENT, Row
 from tunery.train.headed import HeadedModel, logits_of
@@ -136,7 +137,7 @@ class RewardModelling:
         self._measured = self._pairs(job.eval_rows, "eval_data") if job.eval_rows else Pairs()
         self.lengths = [len(chosen.ids) + len(rejected.ids) for chosen, rejected in self._data.seen]
 
-    def trainer(self, arguments: dict[str, Any], order: list[int], steps: TrainerCallback) -> PairTrainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> PairTrainer:
         settings = RewardConfig(
             **arguments,
             max_length=None,  # the rows are cut already

@@ -1,94 +1,255 @@
-"""The training sequences of `pretrain` and `sft`: blocks of texts, or conversations whose answers count."""
+"""The training sequences of a stage: tokenised rows from the store's cache, by one index over all its data stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tunery.errors import StageError
-from tunery.models.encode import Encoded, blocks, encode
-from tunery.spec import Pretrain, Sft
-from tunery.store.rows import CONTENT, Row
-from tunery.train.job import Job, rows_of
+from tunery.models.encode import Encoding, Span
+from tunery.models.load import Source
+from tunery.models.tokenized_dataset import (
+    EncodeRows,
+    Integers,
+    TokenCache,
+    TokenizedDataset,
+    TokenStats,
+    encode_conversations,
+)
+from tunery.spec import Pretrain, Training
+from tunery.store.rows import CONTENT
+from tunery.track.events import EventLog
+from tunery.train.job import Job, Rows
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+NO_LIMIT = 2**31 - 1
+UNUSABLE = "unusable.jsonl"
+"""In a model's artifact: the rows that were not trained on, and why."""
 
 
-@dataclass
-class Tokens:
-    """Training sequences."""
+class SequenceSet:
+    """Sequences of several tokenised datasets, one after the other."""
 
-    ids: list[list[int]]
-    labels: list[list[int]]
-    rows: int
-    truncated: int
-    unusable: int
-    """Rows without any token to learn from (an empty answer, or one cut off whole)."""
+    def __init__(self, parts: Sequence[TokenizedDataset]) -> None:
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.lengths: Integers = np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)])
+        """(sequences,) tokens of each."""
+        self.stats = TokenStats()
+        for part in parts:
+            self.stats.add(part.stats)
 
-    def dataset(self) -> Dataset:
-        from datasets import Dataset
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-        return Dataset.from_dict({"input_ids": self.ids, "labels": self.labels})
+    def _part(self, index: int) -> tuple[TokenizedDataset, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[number], int(index - self._starts[number])
 
-    def counted(self) -> dict[str, Any]:
-        """Facts: what became of the rows."""
+    def ids(self, index: int) -> list[int]:
+        part, place = self._part(index)
+        return part.ids(place)
+
+    def labels(self, index: int) -> list[int]:
+        """`ids` with -100 where no loss counts."""
+        part, place = self._part(index)
+        return part.labels(place)
+
+    def spans(self, index: int) -> list[Span]:
+        part, place = self._part(index)
+        return part.spans(place)
+
+    def loss_tokens(self, index: int) -> int:
+        part, place = self._part(index)
+        return part.loss_tokens(place)
+
+    def row_label(self, index: int) -> bool | None:
+        part, place = self._part(index)
+        return part.row_label(place)
+
+    def facts(self) -> dict[str, Any]:
+        """What became of the rows."""
+        stats = self.stats
+        reasons = dict(stats.unusable.most_common(5))
         return {
-            "rows": self.rows,
-            "sequences": len(self.ids),
-            "truncated": self.truncated,
-            "unusable": self.unusable,
+            "rows": stats.rows,
+            "sequences": len(self),
+            "truncated": stats.truncated,
+            "unusable": stats.num_unusable,
+            "unusable_because": reasons,
+            "loss_tokens": stats.loss_tokens,
+            "escaped_tokens": stats.escaped_tokens,
+            "dropped_reasoning": stats.dropped_reasoning,
         }
 
 
-def read_sequences(job: Job, tokenizer: Any) -> tuple[Tokens, Tokens]:
-    """Those that are learned from, and those that are measured. Raises StageError when no row can be learned from, or
-    none of eval_data measured."""
-    spec = job.spec
-    assert isinstance(spec, Pretrain | Sft)
-    data = _tokens(spec, rows_of(job.rows, CONTENT), tokenizer)
-    if not data.ids:
-        raise StageError(
-            job.stage,
-            f"none of {data.rows} rows gives a training sequence",
-            cause="every answer is empty, or cut off because the question alone fills max_length"
-            if isinstance(spec, Sft)
-            else f"all texts together have fewer than max_length ({spec.max_length}) tokens",
-            remedy=f"change max_length (now {spec.max_length}), or give other rows",
-        )
-    measured = _tokens(spec, rows_of(job.eval_rows, CONTENT), tokenizer)
-    if job.eval_rows and not measured.ids:
-        raise StageError(
-            job.stage,
-            f"none of the {measured.rows} rows of `{spec.eval_data}` can be evaluated",
-            cause=f"they are shorter than a block of max_length ({spec.max_length}) tokens"
-            if isinstance(spec, Pretrain)
-            else "every answer is empty, or cut off because the question alone fills max_length",
-            remedy="change max_length, or give other rows as eval_data",
-        )
-    return data, measured
+class BlockSet:
+    """All tokens of a SequenceSet one after another, cut into blocks of `length`; the rest that fills no block is left
+    out. Documents share blocks without a mask between them, as in GPT-3 (https://arxiv.org/abs/2005.14165, section
+    2.2)."""
+
+    def __init__(self, sequences: SequenceSet, length: int) -> None:
+        self._sequences, self._length = sequences, length
+        ends = np.cumsum([0, *(part.tokens.size for part in sequences.parts)])
+        self._ends = ends
+        self.lengths: Integers = np.full(int(ends[-1]) // length, length, np.int64)
+        self.stats = sequences.stats
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, index: int) -> list[int]:
+        start, end = index * self._length, (index + 1) * self._length
+        found: list[int] = []
+        for part, first in zip(self._sequences.parts, self._ends, strict=False):
+            found += part.tokens[max(0, start - first) : max(0, end - first)].tolist()
+        return found
+
+    def labels(self, index: int) -> list[int]:
+        return self.ids(index)
+
+    def loss_tokens(self, index: int) -> int:
+        return self._length - 1
+
+    def facts(self) -> dict[str, Any]:
+        return {**self._sequences.facts(), "sequences": len(self), "truncated": 0}
 
 
-def _tokens(spec: Pretrain | Sft, rows: Iterable[Row], tokenizer: Any) -> Tokens:
-    encoded: list[Encoded] = []
-    pending: list[Row] = []
-    # Texts are cut into blocks anyway: only conversations are cut to length one by one.
-    longest = 10**9 if isinstance(spec, Pretrain) else spec.max_length
-    for row in rows:
-        pending.append(row)
-        if len(pending) == 1000:
-            encoded += encode(pending, tokenizer, longest, "all_turns")
-            pending = []
-    encoded += encode(pending, tokenizer, longest, "all_turns")
+TrainingSequences = SequenceSet | BlockSet
+
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """How a kind of training takes rows."""
+
+    encode_rows: EncodeRows
+    columns: tuple[str, ...]
+    what: str
+    """What a row must be, for messages."""
+
+
+CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response")
+
+
+def encoding_of(spec: Training[Any]) -> Encoding:
+    """The settings of a stage that decide its tokens."""
     if isinstance(spec, Pretrain):
-        ids = list(blocks(encoded, spec.max_length))
-        return Tokens(ids, ids, len(encoded), 0, 0)
-    usable = [item for item in encoded if item.num_loss_tokens]
-    return Tokens(
-        [item.ids for item in usable],
-        [item.labels for item in usable],
-        len(encoded),
-        sum(item.truncated for item in encoded),
-        len(encoded) - len(usable),
+        return Encoding(NO_LIMIT)
+    return Encoding(
+        spec.max_length,
+        getattr(spec, "train_on", "last_turn"),
+        getattr(spec, "truncate", "right"),
+        getattr(spec, "empty_thinking", "mask"),
     )
+
+
+def read_sequences(
+    job: Job, tokenizer: Any, source: Source, kind: RowEncoding = CONVERSATIONS
+) -> tuple[TrainingSequences, TrainingSequences]:
+    """Those that are trained on, and those that are evaluated (of `eval_data`). All ranks take part: rank 0 builds what
+    is not in the store's cache. Raises StageError when more rows are unusable than `max_unusable` allows, or none is
+    left."""
+    data = _read(job, job.rows, tokenizer, source, kind, "data")
+    evaluated = _read(job, job.eval_rows, tokenizer, source, kind, "eval_data")
+    if _rank() == 0 and data.stats.num_unusable:
+        _write_unusable(data, job.out / UNUSABLE)
+    return data, evaluated
+
+
+def _read(
+    job: Job, rows: Sequence[Rows], tokenizer: Any, source: Source, kind: RowEncoding, field: str
+) -> TrainingSequences:
+    spec, encoding = job.spec, encoding_of(job.spec)
+    cache = TokenCache(job.store / "tokenized", job.store / "leases", *_reporting(job))
+    parts = []
+    for item in rows:
+        with _rank_zero_first():
+            name = os.path.relpath(item.path, job.store / "artifacts")
+            parts.append(
+                cache.open_or_build(item.path, name, source, tokenizer, encoding, kind.encode_rows, kind.columns)
+            )
+    found: TrainingSequences = SequenceSet(parts)
+    if isinstance(spec, Pretrain):
+        found = BlockSet(SequenceSet(parts), spec.max_length)
+    if rows:
+        _check_usable(job, found, kind, field)
+    return found
+
+
+def _check_usable(job: Job, found: TrainingSequences, kind: RowEncoding, field: str) -> None:
+    stats, spec = found.stats, job.spec
+    stage = getattr(spec, field)
+    if not len(found):
+        raise StageError(
+            job.stage,
+            f"none of the {stats.rows:,} rows of `{stage}` ({field}) gives a training sequence",
+            cause=_reasons(stats.unusable)
+            or f"all texts together have fewer than max_length ({spec.max_length}) tokens",
+            remedy=f"give rows of which each is {kind.what}, or change max_length (now {spec.max_length})",
+        )
+    share = stats.num_unusable / stats.rows
+    if share > spec.max_unusable:
+        raise StageError(
+            job.stage,
+            f"{stats.num_unusable:,} of {stats.rows:,} rows of `{stage}` ({field}) can't be trained on: {share:.0%}, "
+            f"and max_unusable is {spec.max_unusable:g}",
+            cause=_reasons(stats.unusable) + _example(found),
+            remedy=f"raise max_length (now {spec.max_length}), repair or filter the rows, or allow more with "
+            "`max_unusable`; `tunery preview` shows rows as they are trained",
+        )
+
+
+def _reasons(unusable: Counter[str]) -> str:
+    return "; ".join(f"{count:,} rows: {reason}" for reason, count in unusable.most_common(3))
+
+
+def _example(found: TrainingSequences) -> str:
+    parts = found.parts if isinstance(found, SequenceSet) else ()
+    first = next((row for part in parts for row in part.unusable_rows()), None)
+    return "" if first is None else f"; the first of them: {first['source']}:{first['line']}"
+
+
+def _write_unusable(found: TrainingSequences, path: Path) -> None:
+    parts = found.parts if isinstance(found, SequenceSet) else ()
+    with path.open("w", encoding="utf-8") as file:
+        for part in parts:
+            for row in part.unusable_rows():
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _reporting(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], None]]:
+    log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial)
+
+    def progress(done: int, total: int) -> None:
+        log.write("progress", done=done, total=total, unit="rows", detail="tokenizing")
+
+    def waiting(holder: str) -> None:
+        log.write("progress", done=0, total=None, unit="rows", detail=f"waiting: {holder} tokenizes the same rows")
+
+    return progress, waiting
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def _rank_zero_first() -> Iterator[None]:
+    """Others begin when rank 0 is through."""
+    import torch.distributed as dist
+
+    together = dist.is_available() and dist.is_initialized()
+    if together and dist.get_rank() != 0:
+        dist.barrier()
+    yield
+    if together and dist.get_rank() == 0:
+        dist.barrier()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import time
 from typing import Any
+
+import numpy as np
 
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
@@ -56,14 +57,15 @@ def train(job: Job, report: Report) -> None:
     again = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
     order = data_order(recipe.lengths, batching.steps // again, size, job.seed)
-    seen = list(itertools.accumulate((recipe.lengths[index] for index in order), initial=0))
+    lengths = np.asarray(recipe.lengths, np.int64)
+    tokens = np.concatenate([[0], np.cumsum(lengths[order])])
 
     def tell(step: int, metrics: dict[str, float]) -> None:
         # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one
         # is told with the finished artifact (search/trial.py).
         if step < batching.steps:
             rows = round(step * size / again)
-            report(report_of(job.stage, step, batching.steps, seen[rows], rows, metrics))
+            report(report_of(job.stage, step, batching.steps, int(tokens[rows]), rows, metrics))
 
     steps = Steps(
         at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
@@ -106,7 +108,7 @@ def train(job: Job, report: Report) -> None:
     if rank == 0:
         facts = {
             **recipe.counted(),
-            "tokens": sum(recipe.lengths[index] for index in order),
+            "tokens": int(tokens[-1]),
             **_facts(job, batching, trainer, steps.history),
             **found,
         }

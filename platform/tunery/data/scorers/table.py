@@ -86,11 +86,11 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "perplexity": Kind("likelihood", "tunery.data.scorers.perplexity:PerplexityScorer", good="low", version=1),
-    "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=1),
-    "reward": Kind("classification", "tunery.data.scorers.reward:RewardScorer", good="high", version=1),
-    "classifier": Kind("classification", "tunery.data.scorers.classifier:ClassifierScorer", good="high", version=1),
-    "embedding": Kind("embedding", "tunery.data.scorers.embedding:EmbeddingScorer", good="high", version=1),
+    "perplexity": Kind("likelihood", "tunery.data.scorers.perplexity:PerplexityScorer", good="low", version=2),
+    "ifd": Kind("likelihood", "tunery.data.scorers.ifd:IfdScorer", good="low", version=2),
+    "reward": Kind("classification", "tunery.data.scorers.reward:RewardScorer", good="high", version=2),
+    "classifier": Kind("classification", "tunery.data.scorers.classifier:ClassifierScorer", good="high", version=2),
+    "embedding": Kind("embedding", "tunery.data.scorers.embedding:EmbeddingScorer", good="high", version=2),
     "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=1),
     "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=1),
     "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=1),

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 
 from tunery.models.side_by_side import Layout
-from tunery.train.sequences import Tokens
+from tunery.train.sequences import TrainingSequences
 
 IGNORED = -100
 """A label that does not count."""
@@ -29,23 +29,23 @@ class Batch:
     """None where each row is a sequence of its own."""
 
 
-def batch_of(chosen: Sequence[tuple[Tokens, Sequence[int]]], beside: bool) -> Batch:
+def batch_of(chosen: Sequence[tuple[TrainingSequences, Sequence[int]]], beside: bool) -> Batch:
     """`chosen`: of each member some of its rows, beside each other (models/side_by_side.py) or below each other.
 
     Padded with token 0, which is never looked at.
     """
-    lengths = [[len(data.ids[row]) for row in rows] for data, rows in chosen]
+    lengths = [[int(data.lengths[row]) for row in rows] for data, rows in chosen]
     if beside:
         layout = Layout.of(lengths)
-        ids = [list(chain.from_iterable(data.ids[row] for row in rows)) for data, rows in chosen]
-        labels = [list(chain.from_iterable(_predicted(data.labels[row]) for row in rows)) for data, rows in chosen]
+        ids = [list(chain.from_iterable(data.ids(row) for row in rows)) for data, rows in chosen]
+        labels = [list(chain.from_iterable(_predicted(data.labels(row)) for row in rows)) for data, rows in chosen]
     else:
         layout, most = None, max(len(rows) for _, rows in chosen)
-        ids = [sequence for data, rows in chosen for sequence in _filled([data.ids[row] for row in rows], most)]
+        ids = [sequence for data, rows in chosen for sequence in _filled([data.ids(row) for row in rows], most)]
         labels = [
             sequence
             for data, rows in chosen
-            for sequence in _filled([_predicted(data.labels[row]) for row in rows], most)
+            for sequence in _filled([_predicted(data.labels(row)) for row in rows], most)
         ]
     width = max(map(len, ids))
     ids_bt = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])

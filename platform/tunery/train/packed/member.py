@@ -29,7 +29,7 @@ from tunery.train.course import course
 from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
-from tunery.train.sequences import Tokens
+from tunery.train.sequences import TrainingSequences
 
 WRITTEN_BY = "a pack"
 """Of its checkpoints: no DeepSpeed engine reads them, but any pack."""
@@ -52,7 +52,13 @@ class Member:
     """`with_adapter` (packed/outline.py) made `peft_model`. It goes on from its last checkpoint, if there is one."""
 
     def __init__(
-        self, job: Job, data: Tokens, measured: Tokens, tokenizer: Any, peft_model: Any, base_parameters: int
+        self,
+        job: Job,
+        data: TrainingSequences,
+        measured: TrainingSequences,
+        tokenizer: Any,
+        peft_model: Any,
+        base_parameters: int,
     ) -> None:
         assert isinstance(job.spec, Sft)
         self.job, self.data, self.measured = job, data, measured
@@ -61,10 +67,10 @@ class Member:
         self._log = EventLog(
             job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial
         )
-        self.batching = plan_training(job.spec, len(data.ids), 1, "auto")
-        self._order = data_order([len(ids) for ids in data.ids], self.batching.steps, self._size, job.seed)
+        self.batching = plan_training(job.spec, len(data), 1, "auto")
+        self._order = data_order(data.lengths, self.batching.steps, self._size, job.seed)
         self._course = course(job.spec, self.batching.steps)
-        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if measured.ids else [])
+        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if len(measured) else [])
         self._log_every = log_period(self.batching.steps)
         self._save_every = save_period(job.compute, self.batching.steps)
         self.adapter = adapter_of(peft_model)
@@ -85,7 +91,7 @@ class Member:
     def next(self) -> Step:
         start = self.step * self._size
         return Step(
-            self._order[start : start + self._size],
+            self._order[start : start + self._size].tolist(),
             self._course.learning_rates[self.step],
             self._course.weight_decays[self.step],
             self.step + 1,
@@ -95,7 +101,7 @@ class Member:
         """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping."""
         now = time.time()
         self._first_step_at = self._first_step_at or now
-        self._tokens_here += sum(len(self.data.ids[row]) for row in self.next().rows)
+        self._tokens_here += int(self.data.lengths[self.next().rows].sum())
         self.step += 1
         self._losses.append(loss)
         if now - self._last_progress > 0.5 or self.ended:
@@ -119,7 +125,7 @@ class Member:
 
     def _report_later(self, step: int, measured: Mapping[str, float]) -> None:
         rows = step * self._size
-        tokens = sum(len(self.data.ids[row]) for row in self._order[:rows])
+        tokens = int(self.data.lengths[self._order[:rows]].sum())
         self._due.append(report_of(self.job.stage, step, self.batching.steps, tokens, rows, measured))
 
     def report(self, report: Report) -> None:
@@ -188,8 +194,9 @@ class Member:
         write_base(job.out, job.model)
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
-            **self.data.counted(),
-            "tokens": sum(len(self.data.ids[row]) for row in self._order),
+            **self.data.facts(),
+            "eval_rows": self.measured.stats.rows,
+            "tokens": int(self.data.lengths[self._order].sum()),
             **training_facts(self.spec, self.batching, self.history, self._base_parameters + trainable, trainable),
         }
         seconds = time.time() - self._began

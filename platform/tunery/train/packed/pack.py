@@ -18,12 +18,12 @@ from tunery.models.side_by_side import attend_by_rows
 from tunery.spec import LoraTuner
 from tunery.train.job import Job, Report
 from tunery.train.packed.adamw import Rates
-from tunery.train.packed.batch import IGNORED, Batch, batch_of
+from tunery.train.packed.batch import Batch, batch_of
 from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
 from tunery.train.packed.stack import Stack, StackedLinear, install
-from tunery.train.sequences import Tokens, read_sequences
+from tunery.train.sequences import TrainingSequences, encoding_of, read_sequences
 
 T = TypeVar("T")
 BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -63,7 +63,7 @@ class Pack:
         self._free = free or free_bytes
         self._layers: dict[str, StackedLinear] = {}
         self._stack = Stack({}, [], self._device, model.dtype)
-        self._read: dict[Any, tuple[Tokens, Tokens]] = {}
+        self._read: dict[Any, tuple[TrainingSequences, TrainingSequences]] = {}
         self.members: list[Member] = []
         self._reports: dict[str, Report] = {}
         model.train()
@@ -72,9 +72,9 @@ class Pack:
         """None where its adapter and what AdamW remembers of it find no room beside those of the others. Raises
         StageError when there is nothing to learn from."""
         spec: Any = job.spec
-        rows = (job.rows, job.eval_rows, spec.max_length)
+        rows = (job.rows, job.eval_rows, encoding_of(spec))
         if rows not in self._read:
-            self._read[rows] = read_sequences(job, self._tokenizer)
+            self._read[rows] = read_sequences(job, self._tokenizer, self._source)
         peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
         member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)
         self._check(member, peft_model)
@@ -166,12 +166,10 @@ class Pack:
     def _backward(self, members: Sequence[Member], rows: Sequence[list[int]]) -> list[float]:
         """Gradients into the stack; returns each member's loss, the mean over its counted tokens."""
         self._stack.clear()
-        counts = [
-            sum(_counted(member.data.labels[row]) for row in own) for member, own in zip(members, rows, strict=True)
-        ]
+        counts = [sum(member.data.loss_tokens(row) for row in own) for member, own in zip(members, rows, strict=True)]
         sums_k = torch.zeros(len(members), device=self._device, dtype=torch.float64)
         weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
-        lengths = [[len(member.data.ids[row]) for row in own] for member, own in zip(members, rows, strict=True)]
+        lengths = [[int(member.data.lengths[row]) for row in own] for member, own in zip(members, rows, strict=True)]
         cut = (
             rectangles(lengths, self._budget)
             if self._attention is None
@@ -199,14 +197,12 @@ class Pack:
             measured = group[0].measured
             sums_k = torch.zeros(len(group), device=self._device, dtype=torch.float64)
             members = [places[id(member)] for member in group]
-            for batch in length_batches(
-                [len(ids) for ids in measured.ids], max(1, MEASURED * self._budget // len(group))
-            ):
+            for batch in length_batches(measured.lengths.tolist(), max(1, MEASURED * self._budget // len(group))):
                 together = batch_of([(measured, batch)] * len(group), self._attention is not None)
                 self._stack.activate(members)
                 nll_n, owners_n = self._nll(together, range(len(group)))
                 sums_k.index_add_(0, owners_n, nll_n.double())
-            count = sum(map(_counted, measured.labels))
+            count = sum(measured.loss_tokens(row) for row in range(len(measured)))
             losses += [(member, total / max(1, count)) for member, total in zip(group, sums_k.tolist(), strict=True)]
         for member, loss in losses:
             member.evaluated(loss)
@@ -257,7 +253,3 @@ def _activation_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return int(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
-
-
-def _counted(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])

@@ -166,7 +166,7 @@ class _Run:
 
     def step(self) -> None:
         size, state = self.batching.global_batch_size, self.trainer.state
-        told = self.trainer.step(self.order[state.step * size : (state.step + 1) * size])
+        told = self.trainer.step(self.order[state.step * size : (state.step + 1) * size].tolist())
         self.first_step_at = self.first_step_at or time.time()
         for phase, seconds in self.trainer.timing.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
