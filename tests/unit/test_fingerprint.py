@@ -78,6 +78,8 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("docs", "limit"): [10, 20],
     ("docs", "corrupt"): [0.1, 1.0],
     ("docs", "columns"): [{"text": "a"}, {"text": "b"}, {"prompt": "a"}],
+    ("docs", "roles"): [{"bob": "user"}, {"bob": "assistant"}],
+    ("docs", "message_keys"): [{"role": "speaker"}, {"content": "speaker"}],
     ("scored", "data"): ["more"],
     ("scored", "by"): [
         [{"perplexity": "other"}],

@@ -20,8 +20,8 @@ from test_read import dataset, make, quarantine_of
 
 from tunery.data.formats import json_values, tables, text
 from tunery.data.formats import lines as formats_lines
-from tunery.data.read import Quarantined, Tally, read_source
-from tunery.store.rows import Row, read_rows
+from tunery.data.read import Quarantined, Tally, as_tables, read_source
+from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows
 
 FEW = settings(max_examples=40, derandomize=True)
 
@@ -194,14 +194,22 @@ NAMES = [
     "system",
     "role",
     "content",
+    "history",
+    "images",
+    "functions",
+    "reasoning_content",
 ]
 RECORDS = st.dictionaries(
     st.sampled_from(NAMES),
     VALUES
     | st.lists(
         st.dictionaries(
-            st.sampled_from(["role", "from", "content", "value", "tool_calls"]),
+            st.sampled_from(["role", "from", "content", "value", *OPTIONAL_TURN_FIELDS, "thinking", "function_call"]),
             VALUES | st.sampled_from(["user", "assistant", "human", "gpt", "function_call"]),
+        )
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "Assistant", "tool", "system"]), "content": VALUES},
+            optional=dict.fromkeys([*OPTIONAL_TURN_FIELDS, "thinking", "train", "images", "function_call"], VALUES),
         )
     ),
     max_size=5,
@@ -218,3 +226,4 @@ def test_any_records_become_the_same_rows_from_lines_and_from_an_array(records: 
     assert in_lines == in_array
     assert [line.reason for line in bad] == [line.reason for line in bad_there]
     assert len(in_lines) + len(bad) == len(records)
+    assert sum(table.num_rows for table in as_tables(in_lines, Tally())) == len(in_lines)

@@ -316,7 +316,7 @@ WRONG_SOURCES: dict[str, tuple[dict[str, str], dict[str, Any], str, list[str]]] 
     "missing": ({}, {}, "source", ["there is no file `a.jsonl`", "nothing matches", "experiment's folder"]),
     "empty": ({"a.jsonl": ""}, {}, "source", ["`a.jsonl` holds no row", "at least one row"]),
     "blank": ({"a.jsonl": "\n \n"}, {}, "source", ["holds no row"]),
-    "nothing readable": ({"a.jsonl": "x\ny\n"}, {}, "source", ["holds no row", "no line of it can be read"]),
+    "nothing readable": ({"a.jsonl": "x\ny\n"}, {}, "source", ["holds no row", "none of its records makes a row"]),
     "other ending": ({"a.pdf": "x"}, {"source": "a.pdf"}, "source", ["is a .pdf", ".jsonl, ", "format:"]),
     "old Excel": ({"a.xls": "x"}, {"source": "a.xls"}, "source", ["is a .xls", "save it as .xlsx"]),
     "no ending": ({"a": "x"}, {"source": "a"}, "source", ["file without ending"]),
@@ -354,7 +354,7 @@ WRONG_SOURCES: dict[str, tuple[dict[str, str], dict[str, Any], str, list[str]]] 
         {},
         {"source": BUILTIN, "subset": "texts", "columns": {"text": "a"}},
         "columns",
-        ["no columns to name"],
+        ["nothing that `columns` names"],
     ),
 }
 
@@ -385,11 +385,12 @@ def test_one_usable_file_of_several_is_enough(tmp_path: Path) -> None:
     check_source(dataset("*.jsonl"), tmp_path)
 
 
-def test_rows_of_no_use_are_told_when_their_shape_is_asked_for(tmp_path: Path) -> None:
+def test_source_whose_records_all_make_no_row_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     put({"a.jsonl": '{"question": "q", "answer": ""}'})(tmp_path)
-    check_source(dataset(), tmp_path)
-    with pytest.raises(BadSource, match="holds no usable row"):
-        first_shape(dataset(), tmp_path)
+    for ask in (check_source, first_shape):
+        with pytest.raises(BadSource, match="holds no row") as caught:
+            ask(dataset(), tmp_path)
+        assert "the first: a.jsonl:1: answer is empty" in caught.value.cause
 
 
 @pytest.mark.parametrize(

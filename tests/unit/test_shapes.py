@@ -21,6 +21,7 @@ HUMAN, GPT, OTHER = ({"from": who, "value": said} for who, said in (("human", "q
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
+CALLING_1 = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id": "1", **CALL}])}
 RESULT, ANSWER = {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"}
 PAIR: Row = {"messages": [Q, A], "rejected": [B]}
 
@@ -61,7 +62,7 @@ SHAPES: dict[str, tuple[dict[str, Any], Row, str]] = {
             ],
             "tools": TOOLS,
         },
-        {"messages": [SYSTEM, Q, CALLING, RESULT, ANSWER], "tools": json.dumps(TOOLS)},
+        {"messages": [SYSTEM, Q, CALLING_1, {**RESULT, "tool_call_id": "1"}, ANSWER], "tools": json.dumps(TOOLS)},
         "conversation",
     ),
     "turns as JSON text": ({"messages": json.dumps([Q, A])}, {"messages": [Q, A]}, "conversation"),

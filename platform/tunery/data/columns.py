@@ -1,25 +1,34 @@
 """From a file's own columns to the row schema: shapes recognised by their column names, or named by the user.
 
 Which columns make which shape stands in LAYOUTS, what a shape needs in FORMS; a row's shape is found by its own
-columns, so one file may hold several. Names are compared without regard to case and surrounding white space.
+columns, so one file may hold several. Names are compared without regard to case and surrounding white space. What no
+shape reads is noted, so that the dataset can count it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tunery.data.formats.record import BadRow
-from tunery.data.turns import filled, tools_json, turn, turns
+from tunery.data.turns import (
+    MEDIA,
+    PLACEHOLDERS,
+    MediaRow,
+    MessageReader,
+    filled,
+    is_empty,
+    parsed_json,
+    tools_json,
+    turn,
+)
 from tunery.store.rows import Row, Turn
 
 Columns = Mapping[Any, str]
 Fields = Mapping[str, Any]
 """Values of a row by role."""
-Convert = Callable[[Mapping[str, Any]], Row]
-
-ROLES = ("text", "prompt", "input", "completion", "messages", "chosen", "rejected", "label", "system", "tools")
 
 LAYOUTS = (
     "prompt chosen rejected",
@@ -46,21 +55,70 @@ LAYOUTS = (
     "text",
     "prompt",
 )
-"""`role=column`, or one word where both have one name; `?` may be absent. The first layout that fits is taken, and
-every one but `text` may have the columns `system` and `tools` too."""
+"""`role=column`, or one word where both have one name; `?` may be absent. The first layout that fits is taken. All but
+`text` may have `system` and `tools` too (or `functions`, as OpenAI's older form calls them), those of a `prompt` or
+`instruction` a `history`, those with an answer its `reasoning_content`."""
 
 
 class NoShape(ValueError):
     """No shape fits the columns found; the message lists them."""
 
 
-def converter(found: Mapping[str, Any], columns: Columns | None) -> Convert:
+@dataclass(frozen=True)
+class Converter:
+    """How rows of certain columns become rows of ours."""
+
+    make: Callable[[Fields, MessageReader], Row]
+    names: Mapping[str, str]
+    """Role: column."""
+    unread: tuple[str, ...]
+    """Columns that no role reads."""
+    media: tuple[str, ...]
+    """Those of them that are called like pictures and the like."""
+    named: bool
+    """Whether the user named the columns: then others are left out by request, pictures too."""
+    reader: MessageReader
+
+    def __call__(self, row: Mapping[str, Any]) -> Row:
+        """Raises BadRow. `reader.ignored` is what the row holds and the result does not."""
+        self.reader.ignored.clear()
+        made = self.make({role: row.get(name) for role, name in self.names.items()}, self.reader)
+        if self.media:
+            self._refuse_media(row, made)
+        self.reader.ignored.update(str(name) for name in self.unread if not is_empty(row.get(name)))
+        return made
+
+    def _refuse_media(self, row: Mapping[str, Any], made: Row) -> None:
+        """A conversation with a picture is about it; a text (its caption) is one without. A string alone (an address)
+        is no picture, unless there is a placeholder in the text."""
+        for name in self.media:
+            if made.get("messages") and not self.named and _holds_media(row.get(name)):
+                raise MediaRow(f"the column `{name}` is not empty")
+        texts = [made.get("text") or "", *(turn["content"] for turn in made.get("messages") or ())]
+        for placeholder in PLACEHOLDERS:
+            if any(placeholder in text for text in texts):
+                raise MediaRow(f"the text holds {placeholder}, and there is a column `{self.media[0]}`")
+
+
+def _holds_media(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lstrip()[:1] == "[" and value.strip() != "[]"
+    if isinstance(value, list):
+        return any(item is not None for item in value)
+    if isinstance(value, Mapping):
+        return any(item is not None for item in value.values())
+    return isinstance(value, bytes)
+
+
+def converter(found: Mapping[str, Any], columns: Columns | None, reader: MessageReader | None = None) -> Converter:
     """How a row with the columns of `found`, and values in the same of them, becomes a row of ours. Raises NoShape."""
     names = _named(found, columns) if columns else _recognised(found)
     roles = set(names)
     for needed, allowed, make in FORMS:
         if set(needed.split()) <= roles <= set(needed.split()) | set(allowed.split()):
-            return lambda row: make({role: row.get(name) for role, name in names.items()})
+            unread = tuple(name for name in found if name not in names.values())
+            media = tuple(name for name in unread if str(name).strip().lower() in MEDIA)
+            return Converter(make, names, unread, media, bool(columns), reader or MessageReader())
     known = "; ".join(" + ".join(needed.split()) for needed, _, _ in FORMS)
     raise NoShape(f"`columns` names {_list(names)}, but a shape is one of: {known}")
 
@@ -76,6 +134,8 @@ def _recognised(found: Mapping[str, Any]) -> dict[str, str]:
     the first whose columns are filled, unless an earlier one has them all and more (an answer may be missing, and its
     question is not a prompt for that)."""
     own = {str(name).strip().lower(): name for name in found} | {name: name for name in found}
+    if "functions" in own:
+        own.setdefault("tools", own["functions"])
     fitting: list[tuple[set[str], dict[str, str]]] = []
     for layout in _LAYOUTS:
         needed = {name for name, optional in layout.values() if not optional}
@@ -93,8 +153,15 @@ def _recognised(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _parse_layout(layout: str) -> dict[str, tuple[str, bool]]:
     """role: (column, may be absent)."""
+    words = layout.split()
+    if layout != "text":
+        words += ["system?", "tools?"]
+    if {"prompt", "prompt=instruction"} & set(words):
+        words.append("history?")
+    if any(word.startswith("completion") for word in words):
+        words.append("reasoning_content?")
     parsed = {}
-    for word in layout.split() if layout == "text" else [*layout.split(), "system?", "tools?"]:
+    for word in words:
         role, _, name = word.removesuffix("?").partition("=")
         parsed[role] = (name or role, word.endswith("?"))
     return parsed
@@ -109,36 +176,40 @@ def _list(names: Any) -> str:
     return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "") or "none"
 
 
-def _text(fields: Fields) -> Row:
+def _text(fields: Fields, reader: MessageReader) -> Row:
     row: Row = {"text": filled(fields["text"], "text")}
     return row | {"label": _label(fields["label"])} if "label" in fields else row
 
 
-def _pair(fields: Fields) -> Row:
+def _pair(fields: Fields, reader: MessageReader) -> Row:
     """Prompt and completion are texts, or turns each."""
-    answer = _answer(fields["completion"], "answer")
-    return _conversation(fields, [*_prompt_turns(fields), *answer])
+    *before, answer = _answer(fields["completion"], "answer", reader)
+    if not is_empty(reasoning := fields.get("reasoning_content")):
+        if answer["role"] != "assistant" or "reasoning_content" in answer:
+            raise BadRow("reasoning_content has no answer to stand before, or the answer has its own")
+        answer = {**answer, "reasoning_content": filled(reasoning, "reasoning_content")}
+    return _conversation(fields, [*_prompt_turns(fields, reader), *before, answer], reader)
 
 
-def _messages(fields: Fields) -> Row:
-    return _conversation(fields, turns(fields["messages"]))
+def _messages(fields: Fields, reader: MessageReader) -> Row:
+    return _conversation(fields, reader.turns(fields["messages"]), reader)
 
 
-def _prompt(fields: Fields) -> Row:
-    return _conversation(fields, _prompt_turns(fields))
+def _prompt(fields: Fields, reader: MessageReader) -> Row:
+    return _conversation(fields, _prompt_turns(fields, reader), reader)
 
 
-def _preference(fields: Fields) -> Row:
+def _preference(fields: Fields, reader: MessageReader) -> Row:
     """Chosen and rejected are answers to prompt or messages, or whole conversations with a common start."""
-    chosen = _answer(fields.get("chosen", fields.get("completion")), "chosen")
-    rejected = _answer(fields["rejected"], "rejected")
+    chosen = _answer(fields.get("chosen", fields.get("completion")), "chosen", reader)
+    rejected = _answer(fields["rejected"], "rejected", reader)
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
         common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
         start, chosen, rejected = chosen[: len(common)], chosen[len(common) :], rejected[len(common) :]
     elif "messages" in fields:
-        start = turns(fields["messages"])
+        start = reader.turns(fields["messages"])
     elif "prompt" in fields:
-        start = _prompt_turns(fields)
+        start = _prompt_turns(fields, reader)
     else:
         raise BadRow("chosen and rejected are answers, and there is no prompt")
     if chosen == rejected:
@@ -147,12 +218,14 @@ def _preference(fields: Fields) -> Row:
         raise BadRow("chosen and rejected differ in more than their last turn, an assistant's")
     if not start or start[-1]["role"] == "assistant":
         raise BadRow("chosen and rejected have no question before them")
-    return {**_conversation(fields, [*start, *chosen]), "rejected": rejected}
+    return {**_conversation(fields, [*start, *chosen], reader), "rejected": rejected}
 
 
-def _conversation(fields: Fields, found: list[Turn]) -> Row:
+def _conversation(fields: Fields, found: list[Turn], reader: MessageReader) -> Row:
     """With what may stand in columns of its own: the system's turn, the tools, the label."""
-    if (system := fields.get("system")) is not None and (not isinstance(system, str) or system.strip()):
+    if not is_empty(system := fields.get("system")):
+        if any(item["role"] == "system" and item["content"] != system for item in found):
+            reader.ignore("messages[] of the system, beside the column of the system")
         found = [turn("system", filled(system, "system")), *(item for item in found if item["role"] != "system")]
     row: Row = {"messages": found}
     if (tools := tools_json(fields.get("tools"))) is not None:
@@ -164,19 +237,42 @@ def _conversation(fields: Fields, found: list[Turn]) -> Row:
     return row
 
 
-def _prompt_turns(fields: Fields) -> list[Turn]:
+def _prompt_turns(fields: Fields, reader: MessageReader) -> list[Turn]:
     prompt, extra = fields["prompt"], fields.get("input")
+    before = _history(fields.get("history"), reader)
     if isinstance(prompt, list | Mapping):
-        return turns(prompt, "prompt")
+        if not is_empty(extra):
+            reader.ignore("input beside a prompt of turns")
+        return [*before, *reader.turns(prompt, "prompt")]
     prompt = filled(prompt, "prompt")
-    if extra is None or (isinstance(extra, str) and not extra.strip()):
-        return [turn("user", prompt)]
-    return [turn("user", f"{prompt}\n\n{filled(extra, 'input')}")]
+    if is_empty(extra):
+        return [*before, turn("user", prompt)]
+    return [*before, turn("user", f"{prompt}\n\n{filled(extra, 'input')}")]
 
 
-def _answer(value: Any, what: str) -> list[Turn]:
+def _history(value: Any, reader: MessageReader) -> list[Turn]:
+    """Earlier turns: alpaca's list of (question, answer), such turns as messages have, or the JSON text of either."""
+    if isinstance(value, str) and value.strip():
+        value = parsed_json(value, "history")
+    if is_empty(value):
+        return []
+    if not isinstance(value, list):
+        raise BadRow(f"history is {type(value).__name__}, not a list of (question, answer)")
+    if all(isinstance(item, Mapping) for item in value):
+        return reader.turns(value, "history")
+    earlier = []
+    for number, item in enumerate(value, 1):
+        if not isinstance(item, list) or len(item) != 2:
+            raise BadRow(f"exchange {number} of history is no (question, answer)")
+        question, answer = item
+        earlier.append(turn("user", filled(question, f"the question of exchange {number} of history")))
+        earlier.append(turn("assistant", filled(answer, f"the answer of exchange {number} of history")))
+    return earlier
+
+
+def _answer(value: Any, what: str, reader: MessageReader) -> list[Turn]:
     if isinstance(value, list | Mapping):
-        return turns(value, what)
+        return reader.turns(value, what)
     return [turn("assistant", filled(value, what))]
 
 
@@ -190,12 +286,12 @@ def _label(value: Any) -> bool:
     return found
 
 
-FORMS: tuple[tuple[str, str, Callable[[Fields], Row]], ...] = (
-    ("chosen rejected", "prompt input messages system tools", _preference),
-    ("prompt completion rejected", "input system tools", _preference),
+FORMS: tuple[tuple[str, str, Callable[[Fields, MessageReader], Row]], ...] = (
+    ("chosen rejected", "prompt input history messages system tools", _preference),
+    ("prompt completion rejected", "input history system tools", _preference),
     ("messages", "label system tools", _messages),
-    ("prompt completion", "input label system tools", _pair),
+    ("prompt completion", "input history reasoning_content label system tools", _pair),
     ("text", "label", _text),
-    ("prompt", "input system tools", _prompt),
+    ("prompt", "input history system tools", _prompt),
 )
 """What a shape needs, what it may have besides, and how it is made. Roles are those of `columns`."""

@@ -26,7 +26,8 @@ from tunery.store.score_table import as_numbers
 def make_dataset(context: StageContext) -> StageResult:
     """Facts: records, and what became of them: rows, quarantined (by reason, with the
     first ones, in quarantine), other_splits; duplicates (rows whose id was there
-    before), shape (the most frequent one), source, split, planted by kind.
+    before), shape (the most frequent one), source, split, planted by kind, ignored_columns
+    (columns and keys of turns that no row keeps: the number of rows in which they hold something).
 
     Streams; but where rows are to be damaged (`corrupt`) all of them are in memory.
     """
@@ -87,6 +88,7 @@ def make_dataset(context: StageContext) -> StageResult:
             "source": described(stage),
             "split": stage.split,
             "planted": dict(sorted(tally.planted.items())),
+            "ignored_columns": dict(sorted(tally.ignored.items())),
         }
     )
 

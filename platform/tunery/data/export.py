@@ -3,7 +3,7 @@
 A row leaves in the shape that it came in, so that tunery and others read it back:
 
     text        text
-    question    prompt, completion; where any conversation has more turns or calls tools: messages
+    question    prompt, completion; where any conversation has more turns, or a turn more than its text: messages
     preference  prompt (or messages), chosen, rejected
     rated       prompt, completion (or messages), label
     prompt      prompt (or messages)
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.errors import RequestError, StageError, TuneryError
-from tunery.store.rows import Row, Turn, shape_of, shards
+from tunery.store.rows import OPTIONAL_TURN_FIELDS, TURNS, Row, Turn, shape_of, shards
 from tunery.store.vectors import is_vectors
 
 ENDINGS = (".jsonl", ".csv", ".xlsx", ".parquet")
@@ -45,8 +45,7 @@ UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 """What XML 1.0 has no way to write."""
 
 _BATCH = 1024
-_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
-_TYPES: Mapping[str, Any] = {"messages": _TURNS, "label": pa.bool_(), "line": pa.int64()}
+_TYPES: Mapping[str, Any] = {"label": pa.bool_(), "line": pa.int64()}
 
 
 @dataclass
@@ -128,8 +127,10 @@ class Layout:
     rows: int
     simple: bool
     """Questions and answers are texts, not turns."""
-    calls: bool
-    """Some chosen or rejected answer calls tools: then those are turns."""
+    sides_as_turns: bool
+    """Some chosen or rejected answer is more than its text: then those are turns."""
+    turn_fields: tuple[str, ...]
+    """The optional fields that some turn has, in the order of the schema."""
 
     def fields(self, row: Row) -> Row:
         """A row's content, as the columns have it; turns are lists."""
@@ -142,7 +143,7 @@ class Layout:
         if shape == "preference":
             chosen = turns.pop()
             sides = {"chosen": [chosen], "rejected": row["rejected"]}
-            found |= sides if self.calls else {name: side[-1]["content"] for name, side in sides.items()}
+            found |= sides if self.sides_as_turns else {name: side[-1]["content"] for name, side in sides.items()}
         elif self.simple and turns[-1]["role"] == "assistant":
             judged = [turns.pop()]
         if not self.simple:
@@ -154,8 +155,9 @@ class Layout:
 
 def layout_of(rows: Iterator[Row]) -> Layout:
     """By looking at all of them."""
-    simple, calls, count = True, False, 0
+    simple, sides_as_turns, count = True, False, 0
     found: set[str] = set()
+    turn_fields: set[str] = set()
     for row in rows:
         count += 1
         turns = row["messages"]
@@ -163,8 +165,11 @@ def layout_of(rows: Iterator[Row]) -> Layout:
         if not turns:
             continue
         simple = simple and _is_simple(row)
+        turn_fields.update(*(_optional_fields(turn) for turn in [*turns, *(row["rejected"] or ())]))
         found |= {name for name in ("tools", "label") if row[name] is not None}
-        calls = calls or (row["rejected"] and any(t.get("tool_calls") for t in (turns[-1], *row["rejected"])))
+        sides_as_turns = sides_as_turns or (
+            bool(row["rejected"]) and any(_optional_fields(turn) for turn in (turns[-1], *row["rejected"]))
+        )
         found |= {"system"} if turns[0]["role"] == "system" else set()
         found |= {"rejected"} if row["rejected"] else {"answer"} if turns[-1]["role"] == "assistant" else set()
     names = ["text"] if "text" in found else []
@@ -174,13 +179,18 @@ def layout_of(rows: Iterator[Row]) -> Layout:
         names += ["completion"] if simple and "answer" in found else []
         names += ["chosen", "rejected"] if "rejected" in found else []
         names += [name for name in ("label", "tools") if name in found]
-    return Layout(tuple(names), count, simple, bool(calls))
+    fields = tuple(name for name in OPTIONAL_TURN_FIELDS if name in turn_fields)
+    return Layout(tuple(names), count, simple, sides_as_turns, fields)
+
+
+def _optional_fields(turn: Turn) -> list[str]:
+    return [name for name in OPTIONAL_TURN_FIELDS if turn.get(name) not in (None, "")]
 
 
 def _is_simple(row: Row) -> bool:
-    """A question, perhaps with a system's turn before it, and at most one answer; no call of a tool."""
+    """A question, perhaps with a system's turn before it, and at most one answer; no turn is more than its text."""
     turns: list[Turn] = row["messages"]
-    if any(turn.get("tool_calls") for turn in [*turns, *(row["rejected"] or ())]):
+    if any(_optional_fields(turn) for turn in [*turns, *(row["rejected"] or ())]):
         return False
     roles = [turn["role"] for turn in turns]
     return roles[roles[0] == "system" :] in (["user"], ["user", "assistant"])
@@ -219,8 +229,10 @@ def _export(verdicts: _Verdicts, out: Path) -> Written:
 
 
 def _type(name: str, layout: Layout) -> Any:
-    if name in ("chosen", "rejected") and layout.calls:
-        return _TURNS
+    if name == "messages" or (name in ("chosen", "rejected") and layout.sides_as_turns):
+        # Without the fields that are null everywhere: chat templates ask whether a key is there.
+        fields = (field for field in TURNS.value_type if field.name in ("role", "content", *layout.turn_fields))
+        return pa.list_(pa.struct(list(fields)))
     return _TYPES.get(name, pa.string())
 
 
@@ -236,14 +248,15 @@ def _check_rows(layout: Layout, out: Path) -> None:
 # Writers: of rows as Layout.fields has them, with id, source, line and scores.
 
 
-def _with_calls(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """As OpenAI has them: calls of tools as lists, and no key where there are none."""
-    told: list[dict[str, Any]] = []
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """In OpenAI's form: calls of tools as lists, and no key for what a turn has not."""
+    messages: list[dict[str, Any]] = []
     for turn in turns:
-        told.append({"role": turn["role"], "content": turn["content"]})
+        message = {name: value for name, value in turn.items() if value not in (None, "") or name == "content"}
         if calls := turn.get("tool_calls"):
-            told[-1]["tool_calls"] = json.loads(calls)
-    return told
+            message["tool_calls"] = json.loads(calls)
+        messages.append(message)
+    return messages
 
 
 def _finite(value: Any) -> Any:
@@ -252,7 +265,7 @@ def _finite(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    return json.dumps(_with_calls(value), ensure_ascii=False) if isinstance(value, list) else _finite(value)
+    return json.dumps(_messages(value), ensure_ascii=False) if isinstance(value, list) else _finite(value)
 
 
 @contextmanager
@@ -261,7 +274,7 @@ def _jsonl(path: Path, types: Mapping[str, Any], done: Written) -> Iterator[Writ
         def write(self, row: Row) -> None:
             told = {name: row.get(name) for name in types}
             told = {
-                name: _with_calls(value) if isinstance(value, list) else _finite(value)
+                name: _messages(value) if isinstance(value, list) else _finite(value)
                 for name, value in told.items()
                 if value is not None or name in ("source", "line")
             }

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from tunery.data import python_docs
-from tunery.data.columns import Convert, NoShape, converter
+from tunery.data.columns import Converter, NoShape, converter
 from tunery.data.filesystem import Damaged, File, OutOfReach
 from tunery.data.formats import READERS, format_of
 from tunery.data.formats.hub import Ambiguous, HubDataset, hub_rows
@@ -31,12 +31,15 @@ from tunery.data.sources import (
     sources_of,
 )
 from tunery.data.split import split_of
+from tunery.data.turns import MediaRow, MessageReader
 from tunery.spec import Dataset
 from tunery.store.rows import Row, Shape, row_id, shape_of, tables_of
 
 PROBED = 1000
 """Records of a file that are looked at before a run: enough to get past a head of bad ones, read in no time."""
 _SHAPES_KEPT = 1000
+IGNORED_NAMES = 100
+"""Different columns and keys that are counted by name; all further ones are counted as one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class Tally:
     shapes: Counter[Shape] = field(default_factory=Counter)
     """Of the rows."""
     planted: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Columns, and keys of turns ("messages[].lang"), that no row keeps: the number of rows in which they hold
+    something."""
+
+    def ignore(self, names: Mapping[str, int]) -> None:
+        for name, rows in names.items():
+            known = name in self.ignored or len(self.ignored) < IGNORED_NAMES
+            self.ignored[name if known else "other columns"] += rows
 
     def add(self, other: Tally) -> None:
         self.records += other.records
@@ -69,25 +80,29 @@ class Tally:
         self.other_splits += other.other_splits
         self.shapes += other.shapes
         self.planted += other.planted
+        self.ignore(other.ignored)
 
 
 def check_source(stage: Dataset, folder: Path) -> None:
-    """Raises BadSource when the source is missing, empty, of an unknown form, or its columns fit no shape."""
+    """Raises BadSource when the source is missing, empty, of an unknown form, its columns fit no shape, or none of its
+    first records makes a row."""
     wrong = ""
     parts = find_parts(stage, folder)
     check_fields(stage, parts)
     for part in parts:
         if isinstance(part, Builtin):
             return
-        usable, reason = _first_usable(part, stage)
-        if usable:
+        unusable = _why_unusable(part, stage)
+        if unusable is None:
             return
-        wrong = wrong or reason
-    array = "; for a JSON array in a .jsonl file say `format: json`" if ".jsonl" in wrong else ""
+        wrong = wrong or unusable
+    array = "; for a JSON array in a .jsonl file say `format: json`" if ".jsonl" in wrong and "JSON" in wrong else ""
     raise BadSource(
         "source",
         f"`{described(stage)}` holds no row",
-        cause=f"no line of it can be read; the first: {wrong}" if wrong else "every file is empty",
+        cause=f"none of its records makes a row (up to {PROBED:,} are tried); the first: {wrong}"
+        if wrong
+        else "every file is empty",
         remedy=f"give a file with at least one row{array}",
     )
 
@@ -143,16 +158,18 @@ def _builtin(part: Builtin, stage: Dataset, tally: Tally) -> Iterator[Row]:
 def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, tally: Tally) -> Iterator[Row]:
     """Its rows of the stage's split. Raises OutOfReach."""
     wanted = _wanted(stage)
-    converters: dict[Any, Convert] = {}
+    convert = _Conversion(stage)
     for record in _records(part, stage):
         tally.records += 1
         name = f"{part.name}#{record.part}" if record.part else part.name
         try:
-            row = _convert(record.value, stage, converters)
+            row = convert(record.value)
         except (BadRow, NoShape) as error:
             tally.quarantined += 1
             quarantine(Quarantined(name, record.line, str(error), record.excerpt))
             continue
+        if convert.ignored:
+            tally.ignore(dict.fromkeys(sorted(convert.ignored), 1))
         group = row["text"] if row.get("text") else _first_question(row)
         if wanted(group):
             yield {**row, "group": group, "source": name, "line": record.line}
@@ -175,18 +192,28 @@ def _records(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
         yield Record(line + 1, BadRow(f"{'from here on' if line else 'the whole file'}: {error}"))
 
 
-def _convert(value: Any, stage: Dataset, converters: dict[Any, Convert]) -> Row:
-    if not isinstance(value, Mapping):
-        raise _no_row(value)
-    key = tuple(value), tuple(field is None for field in value.values())
-    if key not in converters:
-        if len(converters) == _SHAPES_KEPT:
-            converters.clear()
-        converters[key] = converter(value, stage.columns)
-    try:
-        return converters[key](value)
-    except RecursionError:
-        raise BadRow("nested too deep") from None
+class _Conversion:
+    """From records to rows, by the columns of each. `ignored`: what the last record holds and its row does not."""
+
+    def __init__(self, stage: Dataset) -> None:
+        self._columns = stage.columns
+        self._reader = MessageReader(stage.roles, stage.message_keys)
+        self._converters: dict[Any, Converter] = {}
+        self.ignored = self._reader.ignored
+
+    def __call__(self, value: Any) -> Row:
+        """Raises NoShape, BadRow."""
+        if not isinstance(value, Mapping):
+            raise _no_row(value)
+        key = tuple(value), tuple(field is None for field in value.values())
+        if key not in self._converters:
+            if len(self._converters) == _SHAPES_KEPT:
+                self._converters.clear()
+            self._converters[key] = converter(value, self._columns, self._reader)
+        try:
+            return self._converters[key](value)
+        except RecursionError:
+            raise BadRow("nested too deep") from None
 
 
 def _no_row(value: Any) -> BadRow:
@@ -199,26 +226,43 @@ def _first_question(row: Row) -> str:
     return str(next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"]))
 
 
-def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
-    """Whether some record can be read, and why the first can't. Raises BadSource when the columns of none of the first
-    `PROBED` fit."""
+def _why_unusable(part: File | HubDataset, stage: Dataset) -> str | None:
+    """Why the first record makes no row, where none of the first `PROBED` does; "" where there is no record. Raises
+    BadSource when the columns of none of them fit, or all that fit hold images, videos or audio."""
+    convert = _Conversion(stage)
     misfit: NoShape | None = None
+    media: MediaRow | None = None
     wrong = ""
+    fits = False
     try:
         for record in itertools.islice(_records(part, stage), PROBED):
-            if isinstance(record.value, Mapping):
-                try:
-                    converter(record.value, stage.columns)
-                except NoShape as error:
-                    misfit = misfit or error
-                else:
-                    return True, ""
-            elif not wrong:
-                wrong = f"{part.name}:{record.line}: {str(_no_row(record.value))[:EXCERPT]}"
+            try:
+                convert(record.value)
+            except NoShape as error:
+                misfit = misfit or error
+                continue
+            except MediaRow as error:
+                media = media or error
+                reason = str(error)
+            except BadRow as error:
+                fits = fits or isinstance(record.value, Mapping)
+                reason = str(error)
+            else:
+                return None
+            wrong = wrong or f"{part.name}:{record.line}: {reason[:EXCERPT]}"
     except OutOfReach as error:
         raise out_of_reach(error) from error
     except Ambiguous as error:
         raise ambiguous(error) from error
+    if fits:
+        return wrong
+    if media is not None:
+        raise BadSource(
+            "source",
+            f"`{part.name}` holds multimodal rows",
+            cause=str(media),
+            remedy="take rows of text; of those whose text has no placeholder, `columns` reads the text alone",
+        )
     if misfit is not None:
         raise BadSource(
             "columns" if stage.columns else "source",
@@ -226,7 +270,7 @@ def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
             cause=str(misfit),
             remedy="name them, such as `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
         )
-    return False, wrong
+    return wrong
 
 
 def first_shape(stage: Dataset, folder: Path) -> Shape:
@@ -247,9 +291,6 @@ def first_rows(stage: Dataset, folder: Path, most: int) -> list[Row]:
     unlimited = stage.model_copy(update={"split": "all", "limit": most})
     check_source(stage, folder)
     try:
-        rows = list(read_source(unlimited, folder, lambda line: None))
+        return list(read_source(unlimited, folder, lambda line: None))
     except OutOfReach as error:
         raise out_of_reach(error) from error
-    if not rows:
-        raise BadSource("source", f"`{described(stage)}` holds no usable row")
-    return rows

@@ -95,7 +95,9 @@ def read_in_parallel(context: StageContext, stage: Dataset, quarantine: Quaranti
         before, name = before if unit.name == name else 0, unit.name
         told = _told(out)
         counts = told["tally"]
-        tally.add(Tally(**{**counts, "shapes": Counter(counts["shapes"]), "planted": Counter(counts["planted"])}))
+        tally.add(
+            Tally(**{name: Counter(count) if isinstance(count, dict) else count for name, count in counts.items()})
+        )
         yield from _joined(out, before, quarantine)
         before += told["lines"]
     shutil.rmtree(folder)

@@ -145,8 +145,9 @@ def check_fields(stage: Dataset, parts: list[Part]) -> None:
     if builtin and stage.subset is None:
         remedy = "add `subset:` texts, questions, preferences, damaged or prompts"
         raise BadSource("source", f"`{BUILTIN}` needs a subset", remedy=remedy)
-    if builtin and stage.columns is not None:
-        raise BadSource("columns", "a builtin source has no columns to name", remedy="remove `columns`")
+    for field in ("columns", "roles", "message_keys"):
+        if builtin and getattr(stage, field) is not None:
+            raise BadSource(field, f"a builtin source has nothing that `{field}` names", remedy=f"remove `{field}`")
     if stage.subset is not None and not builtin:
         raise BadSource("subset", "files have no subset", remedy="remove `subset`; it is for builtin sources")
     saved = any(file.endings[0] == ".arrow" for file in files)

@@ -19,8 +19,26 @@ from tunery.spec.scorers import Scorer
 from tunery.spec.trainings import ClassifierTraining, Pretrain, Sft, Training
 
 ColumnRole = Literal[
-    "text", "prompt", "input", "completion", "messages", "chosen", "rejected", "label", "system", "tools"
+    "text",
+    "prompt",
+    "input",
+    "completion",
+    "reasoning_content",
+    "history",
+    "messages",
+    "chosen",
+    "rejected",
+    "label",
+    "system",
+    "tools",
 ]
+MessageRole = Literal["system", "user", "assistant", "tool"]
+MessageKey = Literal["role", "content", "tool_calls", "reasoning_content", "weight", "name", "tool_call_id"]
+
+
+def role_name(name: object) -> str:
+    """A role as files have it, without differences of case and of surrounding white space."""
+    return str(name).strip().casefold()
 
 
 class Dataset(Spec):
@@ -57,9 +75,22 @@ class Dataset(Spec):
     """Plant this share of bad rows, told apart in the column `planted` that no scorer reads: to judge a filter."""
     columns: dict[ColumnRole, str] | None = None
     """Names of the source's columns, where they are not recognised by themselves."""
+    roles: Annotated[dict[str, MessageRole], Field(min_length=1)] | None = None
+    """What the source's own names of roles mean, besides those that are recognised: {customer: user, agent: assistant}.
+    Compared without regard to case and surrounding white space."""
+    message_keys: Annotated[dict[MessageKey, str], Field(min_length=1)] | None = None
+    """Names of the keys of a message, where they are not recognised by themselves: {role: speaker, content: line}."""
 
     def inputs(self) -> Iterator[Input]:
         return iter(())
+
+    @field_validator("roles")
+    @classmethod
+    def _one_meaning_per_role(cls, roles: dict[str, MessageRole] | None) -> dict[str, MessageRole] | None:
+        names = [role_name(name) for name in roles or ()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the role {', '.join(twice)} has two meanings: case and white space make no other role")
+        return roles
 
 
 RANDOM = "random"

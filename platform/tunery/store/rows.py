@@ -11,8 +11,15 @@
     line      1-based line (row of a sheet; number of a record in .json, .parquet, .arrow and on the hub) in the source
     planted   kind of planted damage, "" for none, null when unknown. Only judges read it, never scorers.
 
-A turn is {role, content, tool_calls}: a role is system, user, assistant or tool; tool_calls is JSON text of OpenAI's
-list, null when there is none.
+A turn has these fields, of which all but role and content may be null:
+
+    role               system, user, assistant or tool
+    content            text; "" where an assistant only reasons or calls tools, or a tool returned nothing
+    tool_calls         of an assistant: JSON text of OpenAI's list of calls, each with its `id` where the source has one
+    reasoning_content  of an assistant: the reasoning that precedes its content
+    weight             of an assistant: weight of its loss, finite and >= 0; null is the default 1, and 0 is not trained
+    name               of a tool: the function that returned the content; of other roles the speaker
+    tool_call_id       of a tool: the `id` of the call that it answers
 
 A stage of rows writes `rows/part-00000.parquet` and so on. Where a shard ends depends on the rows alone, so the same
 rows make the same files whatever the number of workers.
@@ -42,15 +49,33 @@ class Turn(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[str | None]
+    reasoning_content: NotRequired[str | None]
+    weight: NotRequired[float | None]
+    name: NotRequired[str | None]
+    tool_call_id: NotRequired[str | None]
 
 
-_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
+TURNS = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.string()),
+            ("reasoning_content", pa.string()),
+            ("weight", pa.float64()),
+            ("name", pa.string()),
+            ("tool_call_id", pa.string()),
+        ]
+    )
+)
+OPTIONAL_TURN_FIELDS = ("tool_calls", "reasoning_content", "weight", "name", "tool_call_id")
+"""All but role and content, in the order of the schema."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
-        ("messages", _TURNS),
-        ("rejected", _TURNS),
+        ("messages", TURNS),
+        ("rejected", TURNS),
         ("label", pa.bool_()),
         ("tools", pa.string()),
         ("group", pa.string()),
@@ -87,11 +112,24 @@ def row_id(row: Row) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def _turns(turns: list[Turn] | None) -> list[list[str | None]]:
-    return [
-        [turn["role"], _normal(turn["content"]), *([calls] if (calls := turn.get("tool_calls")) else [])]
-        for turn in turns or ()
-    ]
+def _turns(turns: list[Turn] | None) -> list[list[Any]]:
+    return [_turn(turn) for turn in turns or ()]
+
+
+def _turn(turn: Turn) -> list[Any]:
+    content: list[Any] = [turn["role"], _normal(turn["content"])]
+    if calls := turn.get("tool_calls"):
+        content.append(calls)
+    # By name and only where they are set: turns without them keep the id that they had before there were such fields.
+    newer: dict[str, Any] = {}
+    if reasoning := _normal(turn.get("reasoning_content")):
+        newer["reasoning_content"] = reasoning
+    if (weight := turn.get("weight")) is not None:
+        newer["weight"] = float(weight)
+    newer |= {name: value for name in ("name", "tool_call_id") if (value := turn.get(name))}
+    if newer:
+        content.append(newer)
+    return content
 
 
 def _normal(text: str | None) -> str | None:
@@ -158,7 +196,9 @@ def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
     size = 0
     for row in rows:
         pending.append({name: row.get(name) for name in SCHEMA.names})
-        size += len(row.get("text") or "") + sum(len(turn["content"]) for turn in row.get("messages") or ())
+        size += len(row.get("text") or "") + sum(
+            len(turn["content"]) + len(turn.get("reasoning_content") or "") for turn in row.get("messages") or ()
+        )
         if len(pending) == SHARD or size > SHARD_BYTES // 4:
             yield pa.Table.from_pylist(pending, SCHEMA)
             pending, size = [], 0
@@ -167,13 +207,17 @@ def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
 
 
 def _content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
-    """Bytes of text and turns of each row."""
+    """Bytes of text, content and reasoning of each row."""
     total = np.zeros(table.num_rows, dtype=np.int64)
     total += _lengths(table["text"])
     for name in ("messages", "rejected"):
         turns = table[name].combine_chunks()
         counts = np.asarray(pc.fill_null(pc.list_value_length(turns), 0), dtype=np.int64)
-        before = np.concatenate([[0], _lengths(pc.struct_field(pc.list_flatten(turns), "content")).cumsum()])
+        items = pc.list_flatten(turns)
+        # Rows that an older version wrote have no reasoning.
+        fields = [name for name in ("content", "reasoning_content") if items.type.get_field_index(name) >= 0]
+        lengths = sum(_lengths(pc.struct_field(items, name)) for name in fields)
+        before = np.concatenate([[0], np.cumsum(lengths)])
         ends = counts.cumsum()
         total += before[ends] - before[ends - counts]
     return total

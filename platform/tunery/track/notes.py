@@ -71,7 +71,14 @@ def _dataset(facts: Facts) -> str:
     rows, quarantined = as_number(facts.get("rows")), as_number(facts.get("quarantined"))
     if rows is None:
         return ""
-    return f"{count(rows)} rows" + (f", {count(quarantined)} quarantined" if quarantined else "")
+    ignored = facts.get("ignored_columns")
+    names = list(ignored) if isinstance(ignored, Mapping) else []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{count(rows)} rows"
+        + (f", {count(quarantined)} quarantined" if quarantined else "")
+        + (f", not read: {', '.join(map(str, names[:3]))}{more}" if names else "")
+    )
 
 
 def _score(facts: Facts) -> str:

@@ -92,8 +92,8 @@ def _values(batch: Any) -> Iterator[dict[str, Any]]:
 
     names = batch.schema.names
     try:
-        columns = [column.to_pylist() for column in batch.columns]
-    except (ValueError, OverflowError, pa.ArrowException):
+        columns = [column.to_pylist(maps_as_pydicts="strict") for column in batch.columns]
+    except (ValueError, KeyError, OverflowError, pa.ArrowException):
         columns = [[_value(column, index) for index in range(batch.num_rows)] for column in batch.columns]
     for cells in zip(*columns, strict=True):
         yield table_row(from_pairs(list(zip(names, cells, strict=True))))
@@ -103,8 +103,8 @@ def _value(column: Any, index: int) -> Any:
     import pyarrow as pa
 
     try:
-        return column[index].as_py()
-    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return column[index].as_py(maps_as_pydicts="strict")
+    except (ValueError, KeyError, OverflowError, pa.ArrowException) as error:
         return Unusable(f"can't be read: {_first_line(error)}")
 
 

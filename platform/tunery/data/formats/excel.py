@@ -46,16 +46,30 @@ def _sheets(raw: IO[bytes], named: str | None) -> Iterator[Record]:
                 yield from _rows(raw, sheet)
 
 
+def all_rows(sheet: Any, values_only: bool = False) -> Iterator[Any]:
+    """Tuples of the cells of each row, from row 1 and column 1 to the row's last cell.
+
+    What a sheet's <dimension> says of its size is not read: several programs write a wrong one, openpyxl's read-only
+    mode (3.1) ends there, and whatever lies beyond is missing without a word.
+    """
+    sheet.reset_dimensions()
+    return iter(sheet.iter_rows(values_only=values_only))
+
+
 def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
+    from openpyxl.cell.read_only import EMPTY_CELL
+
     merged, has_formulas = _layout(sheet)
     filling: dict[int, tuple[int, Any]] = {}
     formulas = _formulas(raw, sheet.title) if has_formulas else None
     header: list[str] | None = None
-    for number, row in enumerate(sheet.iter_rows(), 1):
+    for number, row in enumerate(all_rows(sheet), 1):
         written = next(formulas, ()) if formulas else ()
         cells: list[Any] = []
         wrong = ""
-        for column, cell in enumerate(row, 1):
+        # A row ends with its last cell: those of the header that follow are empty, or merged with one above.
+        absent = max(0, len(header or ()) - len(row))
+        for column, cell in enumerate((*row, *(EMPTY_CELL,) * absent), 1):
             value = cell.value
             if column <= len(written) and written[column - 1] and value is None:
                 wrong = (
@@ -103,7 +117,7 @@ def _formulas(raw: IO[bytes], title: str) -> Iterator[tuple[bool, ...]]:
     import openpyxl
 
     with closing(openpyxl.load_workbook(raw, read_only=True)) as book:
-        for row in book[title].iter_rows():
+        for row in all_rows(book[title]):
             yield tuple(cell.data_type == "f" for cell in row)
 
 

@@ -81,4 +81,15 @@ def cell_text(value: Any) -> Any:
 
 
 def table_row(cells: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: cell_text(value) for name, value in cells.items()}
+    """A row of an Arrow table, whose values may be nested.
+
+    All structs of a list have the same fields, and null for those that one lacks (two tools with different parameters):
+    such a field is left out. A null that somebody wrote looks the same. JSON text keeps its nulls.
+    """
+    return {name: cell_text(_without_null_fields(value)) for name, value in cells.items()}
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null_fields(part) for key, part in value.items() if part is not None}
+    return [_without_null_fields(part) for part in value] if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 Cells are divided by `,` in .csv (or by `;`, a tab or `|` where the header has more of them) and by tabs in .tsv, and
 quoted by `"` as RFC 4180 has it. A quote that is opened and never properly closed would swallow the rows below it: it
-costs its own line only, and reading goes on at the next.
+costs its own line only, and reading goes on at the next. A first line `sep=;`, as Excel reads it, names the delimiter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tunery.spec import Dataset
 DELIMITERS = (",", ";", "\t", "|")
 
 _CLOSING = re.compile(r'(?:[^"]|"")*+"')
+_HINT = re.compile(r'"?sep=([^"])"?\1*', re.IGNORECASE)
+"""Excel adds the delimiter once a column when it saves a file with the hint again."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 Line = tuple[int, str | BadRow]
@@ -40,9 +42,13 @@ def _records(file: File, delimiter: str | None) -> Iterator[Record]:
     with open_stream(file) as stream:
         rows = _Rows((number, _decoded(line)) for number, line in lines(stream))
         header: list[str] | None = None
+        first = True
         while (row := rows.next(delimiter, len(header) if header else None)) is not None:
             number, text, cells = row
-            if isinstance(cells, BadRow):
+            hint, first = _HINT.fullmatch(text) if first else None, False
+            if hint is not None:
+                delimiter = hint[1]
+            elif isinstance(cells, BadRow):
                 yield Record(number, cells, text)
             elif header is None and text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
                 raise Damaged("it looks like UTF-16: save the file as UTF-8")

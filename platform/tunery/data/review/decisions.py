@@ -19,6 +19,7 @@ from typing import Any, Literal, cast, get_args
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile
 
+from tunery.data.formats.excel import all_rows
 from tunery.errors import RequestError
 from tunery.spec import Review
 
@@ -220,7 +221,7 @@ def _from_workbook(path: Path) -> dict[str, Decision]:
 def _cells(path: Path, book: Any) -> Iterator[tuple[str, int, object, object]]:
     """(sheet, row as the spreadsheet counts, id, decision) of every row below the header."""
     sheet = book[SHEET] if SHEET in book.sheetnames else book.worksheets[0]
-    rows = sheet.iter_rows(values_only=True)
+    rows = all_rows(sheet, values_only=True)
     header = [str(name).strip().lower() if name is not None else "" for name in next(rows, ())]
     missing = [name for name in ("id", "decision") if name not in header]
     if missing:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tunery.data.review.filtered import Filtered, read_shown
 from tunery.data.review.sample import Sample
-from tunery.store.rows import Row, shape_of
+from tunery.store.rows import Row, Turn, shape_of
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,26 @@ class Item:
 
     @property
     def turns(self) -> list[dict[str, Any]]:
-        """What to show, top to bottom: {"role", "content", "judged"}; what is judged is the answer, or the text."""
+        """What to show, top to bottom: {"role", "content", "judged"}; what is judged is the answer, or the text. The
+        content begins with a turn's reasoning and ends with its calls of tools, where there are some."""
         shape = shape_of(self.row)
         if shape == "text":
             return [{"role": "text", "content": self.row["text"] or "", "judged": True}]
         turns = self.row["messages"] or []
         judged = range(len(turns)) if shape == "prompt" else (len(turns) - 1,)
-        shown = [{**turn, "judged": place in judged} for place, turn in enumerate(turns)]
+        shown = [_preview(turn, turn["role"], place in judged) for place, turn in enumerate(turns)]
         if shape == "preference":
-            shown += [{**turn, "role": f"rejected {turn['role']}", "judged": True} for turn in self.row["rejected"]]
+            shown += [_preview(turn, f"rejected {turn['role']}", True) for turn in self.row["rejected"]]
         return shown
+
+
+def _preview(turn: Turn, role: str, judged: bool) -> dict[str, Any]:
+    parts = [f"Reasoning:\n{reasoning}"] if (reasoning := turn.get("reasoning_content")) else []
+    parts += [turn["content"]] if turn["content"] else []
+    for call in json.loads(turn.get("tool_calls") or "[]"):
+        function = call["function"]
+        parts.append(f"Calls {function['name']}: {json.dumps(function.get('arguments'), ensure_ascii=False)}")
+    return {"role": role, "content": "\n\n".join(parts), "judged": judged}
 
 
 def items(filtered: Filtered, sample: Sample) -> list[Item]:

@@ -1,0 +1,93 @@
+"""Nested values of Arrow and Parquet files: nulls that fill up structs, and maps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+
+from tunery.data.formats.hub import streamed
+from tunery.data.read import Quarantined, read_source
+from tunery.spec import Dataset
+from tunery.store.rows import Row
+
+
+def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
+    bad: list[Quarantined] = []
+    return list(read_source(Dataset(kind="dataset", source=name), folder, bad.append)), bad
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "g", "parameters": {"properties": {"y": {"type": "number"}}}}},
+]
+CALLS = [
+    {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": "1", "z": [1, None]}}},
+    {"id": "2", "type": "function", "function": {"name": "g", "arguments": {"y": 2}}},
+]
+QUESTION = {"role": "user", "content": "q"}
+RECORD: dict[str, Any] = {
+    "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": CALLS, "weight": 0}],
+    "tools": TOOLS,
+}
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    table = pa.Table.from_pylist(records)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        feather.write_feather(table, str(path))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_nulls_that_arrow_fills_structs_up_with_are_left_out(ending: str, tmp_path: Path) -> None:
+    write(tmp_path / f"a.{ending}", [RECORD])
+    (row,), bad = read(tmp_path, f"a.{ending}")
+    assert not bad
+    assert json.loads(row["tools"]) == TOOLS
+    assert json.loads(row["messages"][1]["tool_calls"]) == CALLS
+    assert row["messages"][1]["weight"] == 0.0
+
+
+def test_nulls_that_the_datasets_library_fills_structs_up_with_are_left_out(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([RECORD]).to_parquet(tmp_path / "a.parquet")
+    (record,) = streamed(str(tmp_path), None, "train", None)
+    assert record.value["tools"] == TOOLS
+    assert record.value["messages"][0] == QUESTION
+
+
+def test_nulls_in_json_text_stay(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    call = {"function": {"name": "f", "arguments": '{"x": null}'}}
+    record = {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}], "tools": json.dumps(tools)}
+    write(tmp_path / "a.parquet", [record])
+    (tmp_path / "a.jsonl").write_text(json.dumps({**record, "tools": tools}))
+    for name in ("a.parquet", "a.jsonl"):
+        (row,), _ = read(tmp_path, name)
+        assert json.loads(row["tools"]) == tools
+        assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": None}
+
+
+def test_map_of_arrow_is_an_object(tmp_path: Path) -> None:
+    function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    turn = pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(pa.struct([("function", function)])))]
+    )
+    twice = [("x", "1"), ("x", "2")]
+    messages = [
+        [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+        for arguments in ([("x", "1")], twice)
+    ]
+    table = pa.Table.from_pydict({"messages": messages}, pa.schema([("messages", pa.list_(turn))]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    (row,), bad = read(tmp_path, "a.parquet")
+    assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": "1"}
+    assert [line.line for line in bad] == [2]
+    assert bad[0].reason.startswith("messages can't be read: ")

@@ -1,0 +1,52 @@
+"""CSV files whose first line names the delimiter, as Excel reads it: `sep=;`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunery.data.read import Quarantined, read_source
+from tunery.spec import Dataset
+from tunery.store.rows import Row
+
+
+def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
+    bad: list[Quarantined] = []
+    return list(read_source(Dataset(kind="dataset", source=name), folder, bad.append)), bad
+
+
+@pytest.mark.parametrize("delimiter", [";", ",", "\t", "|", "^", "~", "§"])
+@pytest.mark.parametrize("hint", ["sep={}", "SEP={}", '"sep={}"', "sep={}{}", "\ufeffsep={}"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_first_line_that_names_the_delimiter_is_followed(
+    delimiter: str, hint: str, ending: str, tmp_path: Path
+) -> None:
+    lines = [
+        hint.format(delimiter, delimiter),
+        *(f"{q}{delimiter}{a}" for q, a in (("question", "answer"), ("q", "a,;"))),
+    ]
+    if delimiter in ",;":
+        lines[-1] = f'q{delimiter}"a,;"'
+    (tmp_path / f"a.{ending}").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    (row,), bad = read(tmp_path, f"a.{ending}")
+    assert not bad
+    assert [turn["content"] for turn in row["messages"]] == ["q", "a,;"]
+    assert row["line"] == 3
+
+
+def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('sep=;\n\nquestion;answer\nq;"two\nlines"\nq;\nq;a\n')
+    rows, bad = read(tmp_path, "a.csv")
+    assert [row["line"] for row in rows] == [4, 7]
+    assert [(line.line, line.reason) for line in bad] == [(6, "answer is missing")]
+
+
+@pytest.mark.parametrize(
+    "content", ["question;answer\nq;sep=,\n", "question\tanswer\nq\tsep=,\n", "question|answer\nq|sep=,\n"]
+)
+def test_delimiter_is_still_that_of_the_header_where_nothing_names_it(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    (row,), bad = read(tmp_path, "a.csv")
+    assert not bad
+    assert row["messages"][1]["content"] == "sep=,"

@@ -1,0 +1,89 @@
+"""Excel sheets whose XML says a wrong size, as several programs write them."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+
+from tunery.data.read import Quarantined, read_source
+from tunery.data.review.decisions import read_decisions
+from tunery.spec import Dataset
+from tunery.store.rows import Row
+
+
+def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
+    bad: list[Quarantined] = []
+    return list(read_source(Dataset(kind="dataset", source=name), folder, bad.append)), bad
+
+
+def workbook(path: Path, lines: list[list[Any]], dimension: str, title: str = "Sheet", merged: str = "") -> None:
+    """With `dimension` for what the first sheet says of its size; "" says nothing."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    sheet.title = title
+    for line in lines:
+        sheet.append(line)
+    if merged:
+        sheet.merge_cells(merged)
+    written = io.BytesIO()
+    book.save(written)
+    element = f'<dimension ref="{dimension}"/>'.encode() if dimension else b""
+    with zipfile.ZipFile(written) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("sheet1.xml"):
+                content, count = re.subn(rb"<dimension [^>]*>(</dimension>)?", element, content)
+                assert count == 1
+            target.writestr(name, content)
+
+
+DIMENSIONS = ["A1:B51", "A1:B10", "A1", "A1:A51", "B3:B10", "A1:B1048576", "A1:XFD51", ""]
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_all_rows_of_a_sheet_are_read_whatever_it_says_of_its_size(dimension: str, tmp_path: Path) -> None:
+    workbook(tmp_path / "a.xlsx", [["question", "answer"], *([f"q{n}", f"a{n}"] for n in range(50))], dimension)
+    rows, bad = read(tmp_path, "a.xlsx")
+    assert not bad
+    assert [row["messages"][1]["content"] for row in rows] == [f"a{n}" for n in range(50)]
+    assert [row["line"] for row in rows] == list(range(2, 52))
+
+
+@pytest.mark.parametrize("dimension", ["A1:B2", ""])
+def test_decisions_are_read_beyond_a_wrong_dimension(dimension: str, tmp_path: Path) -> None:
+    lines = [["id", "decision"], ["a", "keep"], ["b", "drop"], ["c", None], ["d", "keep"]]
+    workbook(tmp_path / "a.xlsx", lines, dimension, title="review")
+    assert read_decisions(tmp_path / "a.xlsx") == {"a": "keep", "b": "drop", "d": "keep"}
+
+
+@pytest.mark.parametrize("dimension", ["A1:B2", ""])
+def test_short_row_of_a_sheet_lacks_its_last_cells_and_is_no_other_shape(dimension: str, tmp_path: Path) -> None:
+    lines = [["prompt", "completion"], ["q1", "a1"], ["q2"], ["q3", "a3"]]
+    workbook(tmp_path / "a.xlsx", lines, dimension)
+    rows, bad = read(tmp_path, "a.xlsx")
+    assert [row["line"] for row in rows] == [2, 4]
+    assert [(line.line, line.reason) for line in bad] == [(3, "answer is missing")]
+
+
+@pytest.mark.parametrize("dimension", ["A1:B2", ""])
+def test_value_merged_over_rows_holds_for_rows_whose_cells_are_absent(dimension: str, tmp_path: Path) -> None:
+    lines = [["question", "answer"], ["q1", "a"], ["q2"], ["q3"]]
+    workbook(tmp_path / "a.xlsx", lines, dimension, merged="B2:B4")
+    rows, bad = read(tmp_path, "a.xlsx")
+    assert not bad
+    assert [row["messages"][1]["content"] for row in rows] == ["a", "a", "a"]
+
+
+@pytest.mark.parametrize("dimension", ["A1:B2", ""])
+def test_formula_without_a_value_beyond_a_wrong_dimension_costs_its_row(dimension: str, tmp_path: Path) -> None:
+    workbook(tmp_path / "a.xlsx", [["question", "answer"], ["q1", "a1"], ["q2", "a2"], ["q3", "=1+1"]], dimension)
+    rows, bad = read(tmp_path, "a.xlsx")
+    assert len(rows) == 2
+    assert [(line.line, "the formula in B4 has no value" in line.reason) for line in bad] == [(4, True)]

@@ -1,0 +1,116 @@
+"""The optional fields of a turn (reasoning, weight, name, tool_call_id): stored, part of the id, and exported again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tunery.data import export
+from tunery.data.corrupt import corrupt
+from tunery.store import rows as store
+from tunery.store.rows import OPTIONAL_TURN_FIELDS, TURNS, Row, read_rows, row_id, shards, write_rows, write_tables
+
+QUESTION = {"role": "user", "content": "q"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
+CALLS = json.dumps([{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}])
+FULL: list[dict[str, Any]] = [
+    {**QUESTION, "name": "ann"},
+    {**ANSWER, "content": "", "tool_calls": CALLS, "reasoning_content": "think", "weight": 0.0},
+    {"role": "tool", "content": "", "name": "f", "tool_call_id": "c1"},
+    {**ANSWER, "reasoning_content": "because", "weight": 0.5},
+]
+
+
+def without_nulls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+
+
+def test_every_field_of_a_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_rows([{"id": "0" * 16, "messages": FULL, "rejected": [FULL[-1]]}], tmp_path)
+    (row,) = read_rows(tmp_path)
+    assert without_nulls(row["messages"]) == FULL
+    assert without_nulls(row["rejected"]) == [FULL[-1]]
+    assert [field.name for field in TURNS.value_type] == ["role", "content", *OPTIONAL_TURN_FIELDS]
+
+
+def test_each_optional_field_belongs_to_the_id_and_null_does_not() -> None:
+    plain: Row = {"messages": [QUESTION, ANSWER]}
+    fields: list[dict[str, Any]] = [
+        {"reasoning_content": "because"},
+        {"weight": 0},
+        {"weight": 1},
+        {"weight": 0.5},
+        {"name": "x"},
+        {"tool_call_id": "x"},
+    ]
+    ids = {row_id(plain), *(row_id({"messages": [QUESTION, {**ANSWER, **more}]}) for more in fields)}
+    assert len(ids) == 7
+    nulls = {"messages": [{**turn, **dict.fromkeys(OPTIONAL_TURN_FIELDS)} for turn in (QUESTION, ANSWER)]}
+    assert row_id(nulls) == row_id(plain) == "2dbc5682d0d34079"
+
+
+def test_id_is_the_same_before_and_after_the_store(tmp_path: Path) -> None:
+    row: Row = {"messages": [QUESTION, {**ANSWER, "weight": 1, "reasoning_content": "be\u0301cause \n"}]}
+    write_rows([row], tmp_path)
+    (read,) = read_rows(tmp_path)
+    assert row_id(read) == row_id(row)
+    composed = {"messages": [QUESTION, {**ANSWER, "weight": 1, "reasoning_content": "b\u00e9cause"}]}
+    assert row_id(composed) == row_id(row)
+
+
+def test_reasoning_counts_for_the_size_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    rows = [{"id": "0" * 16, "messages": [QUESTION, {**ANSWER, "reasoning_content": "x" * 60}]} for _ in range(3)]
+    write_rows(rows, tmp_path)
+    assert [pq.read_metadata(path).num_rows for path in shards(tmp_path)] == [1, 1, 1]
+
+
+def test_tables_of_rows_without_the_newer_fields_can_still_be_written(tmp_path: Path) -> None:
+    older = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
+    fields = [pa.field(field.name, older if field.type == TURNS else field.type) for field in store.SCHEMA]
+    table = pa.Table.from_pylist([{"id": "0" * 16, "messages": [QUESTION, ANSWER]}], pa.schema(fields))
+    assert write_tables([table], tmp_path) == 1
+
+
+def test_a_corrupted_answer_keeps_its_other_fields() -> None:
+    answer = {**ANSWER, "content": "one two three four five six", "reasoning_content": "because", "weight": 0.5}
+    (row,) = corrupt([{"messages": [QUESTION, answer]}], 1.0, 0)
+    assert row["planted"]
+    assert row["messages"][-1] == {**answer, "content": row["messages"][-1]["content"]}
+
+
+def exported(rows: list[Row], out: Path) -> Path:
+    write_rows([{"id": row_id(row), "source": "s", "line": 1, **row} for row in rows], out.parent / "filtered")
+    selection = out.parent / "selection"
+    selection.mkdir()
+    (selection / "dropped.jsonl").touch()
+    export.export_kept(selection, out.parent / "filtered", out)
+    return out
+
+
+def test_jsonl_export_has_every_field_of_a_turn_and_no_nulls(tmp_path: Path) -> None:
+    (line,) = exported([{"messages": FULL}], tmp_path / "out.jsonl").read_text().splitlines()
+    calling = {**FULL[1], "tool_calls": json.loads(CALLS)}
+    assert json.loads(line)["messages"] == [FULL[0], calling, *FULL[2:]]
+
+
+def test_parquet_export_has_the_fields_that_some_turn_has(tmp_path: Path) -> None:
+    table = pq.read_table(exported([{"messages": [QUESTION, {**ANSWER, "weight": 0.0}]}], tmp_path / "out.parquet"))
+    assert table["messages"].to_pylist() == [[{**QUESTION, "weight": None}, {**ANSWER, "weight": 0.0}]]
+
+
+def test_exported_preference_answers_that_reason_are_turns(tmp_path: Path) -> None:
+    reasoned = {**ANSWER, "reasoning_content": "because"}
+    row: Row = {"messages": [QUESTION, reasoned], "rejected": [{**ANSWER, "content": "b"}]}
+    (line,) = exported([row], tmp_path / "out.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert (told["messages"], told["chosen"], told["rejected"]) == (
+        [QUESTION],
+        [reasoned],
+        [{**ANSWER, "content": "b"}],
+    )
