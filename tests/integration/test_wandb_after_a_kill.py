@@ -29,9 +29,11 @@ import os, signal, sys, time
 from pathlib import Path
 from tunery.spec import Wandb
 from tunery.spec import Wandb
+from tunery.track import wandb_mirror
 from tunery.track.events import EventLog
 from tunery.track.wandb_mirror import WandbMirror
 
+wandb_mirror.POLL_SECONDS, wandb_mirror.SETTLE_SECONDS, wandb_mirror.FLUSH_SECONDS = 0.1, 0.3, 0.2
 folder, resumed, last, trials = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
 
 def interrupt(number, frame):
