@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import time
 from pathlib import Path
 
+import pytest
+
+from tunery.track import events
 from tunery.track.events import EventLog, EventReader, read_events
 
 
@@ -15,6 +21,36 @@ def test_half_written_line_is_skipped_and_the_next_event_kept(tmp_path: Path) ->
         file.write('{"t": 1.0, "event": "progr')  # the writer was killed here
     EventLog(path).write("run_finished", state="done")
     assert [event["event"] for event in read_events(tmp_path)] == ["run_started", "run_finished"]
+
+
+def test_line_that_a_full_disk_cut_off_does_not_take_the_next_one_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write, space = EventLog(tmp_path / "driver.jsonl"), os.write, [10]
+
+    def until_full(descriptor: int, data: bytes) -> int:
+        if not space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: space.pop()])
+
+    monkeypatch.setattr(os, "write", until_full)
+    with pytest.raises(OSError, match="No space left"):
+        log.write("run_started", run="a")
+    monkeypatch.setattr(os, "write", write)
+    log.write("run_finished", state="failed")
+    assert [event["event"] for event in read_events(tmp_path)] == ["run_finished"]
+
+
+def test_log_is_forced_to_disk_every_few_seconds_not_with_every_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[int] = []
+    monkeypatch.setattr(os, "fsync", forced.append)
+    monkeypatch.setattr(events, "SYNC_SECONDS", 0.05)
+    log, end = EventLog(tmp_path / "driver.jsonl"), time.monotonic() + 0.3
+    while time.monotonic() < end:
+        log.write("progress", done=1)
+    assert 1 <= len(forced) <= 6
 
 
 def test_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_note_says_the_main_fact_of_each_stage() -> None:
     stages = replay(sample_events()).stages
     assert note(stages["docs"]) == "reused: 4,000 rows, 12 quarantined"
     assert note(stages["clean"]) == "kept 80%: 3,200 of 4,000"
-    assert note(stages["sft"]) == "loss 3.060 → eval 3.190"
+    assert note(stages["sft"]) == "loss 3.060 → eval 3.190, 3,200 rows (14 truncated)"
     assert note(stages["eval"]) == "best sft: loss 3.191 on domain"
 
 

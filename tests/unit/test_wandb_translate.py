@@ -98,15 +98,10 @@ def test_actions_do_not_depend_on_how_the_log_is_cut_into_reads(size: int) -> No
     assert [*actions, *translator.close()] == told(events)
 
 
-def test_curve_of_an_interrupted_stage_is_told_whole_unless_wandb_had_its_beginning() -> None:
+def test_curve_of_an_interrupted_stage_is_told_whole() -> None:
     events = sample_events()
     base = opened(told(events), "quickstart/base")
-    both = points(events, "base")
-    assert [log.values for log in of(Log, told(events), base.id)] == both
-    later = [log.values for log in of(Log, told(events, drawn={base.id}), base.id)]
-    second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
-    assert later == points(events[second:], "base")
-    assert 0 < len(later) < len(both)
+    assert [log.values for log in of(Log, told(events), base.id)] == points(events, "base")
 
 
 def test_each_point_is_told_when_it_was_measured_over_the_step() -> None:

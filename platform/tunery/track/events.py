@@ -45,23 +45,34 @@ from typing import Any
 Event = dict[str, Any]
 
 
+SYNC_SECONDS = 5.0
+"""How often a log is forced to disk: a machine that loses its power loses this much of it, a killed process nothing."""
+
+
 class EventLog:
-    """Appends events to one file. Each line is one `write` call and is flushed at once: a kill loses at most a line."""
+    """Appends events to one file. Each line is handed to the system at once: a kill loses at most the line being
+    written, and a full disk not the lines after it."""
 
     def __init__(self, path: Path, *, stage: str = "", trial: str = "") -> None:
         self.path = path
         self._fixed = {key: value for key, value in (("stage", stage), ("trial", trial)) if value}
+        self._synced = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         # A writer that was killed may have left half a line: close it, so that the next event starts on its own line.
-        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
+        self._broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
     def write(self, event: str, **values: Any) -> None:
         line = json.dumps({"t": time.time(), "event": event, **self._fixed, **values}, allow_nan=True) + "\n"
+        data = b"\n" * self._broken + line.encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            self._broken = True  # until all of it is written, of which a nearly full disk takes a part
+            while data:
+                data = data[os.write(descriptor, data) :]
+            self._broken = False
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(descriptor)
+                self._synced = time.monotonic()
         finally:
             os.close(descriptor)
 

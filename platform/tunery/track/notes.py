@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunery.spec import TRAININGS
 from tunery.track.snapshot import StageState
 from tunery.track.wording import as_number, count, measure, plain, share
 
@@ -27,7 +28,42 @@ def note(stage: StageState) -> str:
 
 def outcome(stage: StageState) -> str:
     """The main fact of a stage that has ended, whether it was made now or found in the store."""
-    return _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
+    result = _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
+    usable = usable_rows(stage.facts) if stage.kind in TRAININGS else None
+    return ", ".join(part for part in (result, usable.note if usable else "") if part)
+
+
+@dataclass(frozen=True)
+class UsableRows:
+    """How many of the `rows` that a training was given it could learn from, and how many of those it cut short."""
+
+    rows: float
+    unusable: float
+    too_long: float
+    """Prompts, which are not cut."""
+    truncated: float
+
+    @property
+    def used(self) -> float:
+        return self.rows - self.unusable - self.too_long
+
+    @property
+    def reasons(self) -> str:
+        """'32 unusable, 27 truncated'; empty where every row was used as it is."""
+        counts = {"unusable": self.unusable, "too long": self.too_long, "truncated": self.truncated}
+        return ", ".join(f"{count(number)} {reason}" for reason, number in counts.items() if number)
+
+    @property
+    def note(self) -> str:
+        """'28 of 60 rows (32 unusable, 27 truncated)'; empty where every row was used as it is."""
+        rows = count(self.rows) if self.used == self.rows else f"{count(self.used)} of {count(self.rows)}"
+        return f"{rows} rows ({self.reasons})" if self.reasons else ""
+
+
+def usable_rows(facts: Facts) -> UsableRows | None:
+    """Of a training's facts; None where they lack the number of rows."""
+    rows, *counts = (as_number(facts.get(name)) for name in ("rows", "unusable", "too_long", "truncated"))
+    return None if rows is None else UsableRows(rows, *(number or 0 for number in counts))
 
 
 def latest(stage: StageState) -> str:

@@ -12,7 +12,7 @@ from tunery.spec import TRAININGS
 from tunery.track.charts import Cut, histogram_chart
 from tunery.track.filters import cuts_of, goes_back
 from tunery.track.flows import Level, funnel_chart, lost_note
-from tunery.track.notes import listed
+from tunery.track.notes import listed, usable_rows
 from tunery.track.sheets import Figure, Table, table
 from tunery.track.snapshot import RunState, StageState
 from tunery.track.wording import as_number, count, measure, plain, strings
@@ -100,7 +100,8 @@ def funnels(state: RunState) -> list[Figure]:
 
 
 def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator[Level]:
-    """Rows read, readable, and kept by each of `stages` that goes back to the dataset; in the order of the file."""
+    """Rows read, readable, kept by each select of `stages` that goes back to the dataset, and used by each training
+    that leaves out or truncates some; in the order of the file."""
     rows, quarantined = (
         as_number(dataset.facts.get("rows")) or 0,
         as_number(dataset.facts.get("quarantined")) or 0,
@@ -110,20 +111,27 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
     yield Level("read", rows + quarantined, planted=planted)
     if quarantined:
         yield Level("readable", rows, f"−{count(quarantined)} quarantined", planted)
-    depths = {dataset.name: 0}
+    depths, sizes = {dataset.name: 0}, {dataset.name: (rows, planted)}
     for stage in stages:
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
+        if stage.kind in TRAININGS:
+            level = _used_level(stage, depths, sizes)
+            if level is not None:
+                yield level
+            continue
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
-        other = stage.kind in ("augment", *TRAININGS, "evaluate", "win_rate")
+        other = stage.kind in ("augment", "evaluate", "win_rate")
         if not above or other or (before is None and kept is None):
             continue
         depths[stage.name] = depths[above[0]] + (kept is not None)
+        sizes[stage.name] = sizes[above[0]]
         if kept is not None:
             truth = stage.facts.get("planted")
             total, dropped = (
                 (as_number(truth.get(key)) or 0) if isinstance(truth, Mapping) else 0 for key in ("total", "dropped")
             )
+            sizes[stage.name] = (kept, total - dropped)
             yield Level(
                 f"kept by {stage.name}",
                 kept,
@@ -131,6 +139,17 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
                 total - dropped,
                 depths[stage.name] - 1,
             )
+
+
+def _used_level(stage: StageState, depths: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Level | None:
+    """None where the training uses every row as it is, where its rows come from several stages, and where corruption
+    was injected, since nobody counts how many of the unusable rows are corrupted."""
+    usable = usable_rows(stage.facts)
+    data = next(iter(stage.inputs), "")  # `data` is the first field that names stages; others are models and eval_data
+    if usable is None or not usable.reasons or sizes.get(data) != (usable.rows, 0):
+        return None
+    note = ", ".join(part for part in (lost_note(usable.rows, usable.used), usable.reasons) if part)
+    return Level(f"used by {stage.name}", usable.used, note, depth=depths[data])
 
 
 def score_figures(state: RunState) -> list[Figure]:

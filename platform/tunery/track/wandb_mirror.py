@@ -6,6 +6,14 @@ without the experiment: what was lost is counted, and told once when the mirror 
 
 Everything is kept under `<run>/wandb`, also the files of tables that wait for their upload, which wandb would put into
 the user's home.
+
+After a kill, W&B lacks what the log had for less than SETTLE_SECONDS + POLL_SECONDS, and what its own process had not
+written to disk for as long as FLUSH_SECONDS: about four seconds. The next invocation reads W&B's files back
+(wandb_files.py) and writes what they lack from the log, under the same run id and with growing `_step`s, into a
+further file, which `wandb sync` appends to the first. Online it goes by the number of rows that the server has: what
+was only in a file is sent again, and what was sent but not yet in a file is not. Two things it can't know: offline,
+that a synced file was deleted before the run ended (`wandb clean`), which makes it write the run again; and that the
+files of an interrupted offline run are synced only after the run went on online.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.spec import Wandb
 from tunery.track.events import Event, EventReader
+from tunery.track.wandb_files import History, exit_codes, repair_files, stored_rows
 from tunery.track.wandb_translate import INTERRUPTED, Action, Axis, Finish, Log, Open, Summarize, Translator, run_id
 from tunery.track.wandb_values import Drawn, Histogram, Table
 
@@ -38,8 +47,8 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 """How long W&B may keep the mirror waiting. After that it goes on offline, and `wandb sync` uploads later."""
 CLOSE_SECONDS = 180.0
-LOG_HEADER_BYTES = 7
-"""A .wandb file no larger than this holds nothing: its writer was killed at once."""
+FLUSH_SECONDS = 1.0
+"""How long wandb's process may hold records back from its file; by default 15."""
 TRIES = 3
 """Runs in a row that can't be opened, not even offline, before W&B is left alone."""
 
@@ -89,6 +98,8 @@ class WandbMirror:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._runs: dict[str, wandb.Run] = {}
+        self._histories: dict[str, History] = {}
+        """Of the open runs."""
         self._opened: set[str] = set()
         self._failed_in_a_row = 0
         self._lost = 0
@@ -142,8 +153,9 @@ class WandbMirror:
         return "online" if found else "offline"
 
     def _draw(self) -> None:
-        translator = Translator(self._run, self._experiment, _drawn(self._folder / "wandb"))
-        translator.before(self._earlier)
+        repair_files(self._folder / "wandb")
+        translator = Translator(self._run, self._experiment, exit_codes(self._folder / "wandb"))
+        self._tell_all(translator.before(self._earlier))
         self._earlier.clear()
         waiting: list[Event] = []
         closing = False
@@ -200,6 +212,7 @@ class WandbMirror:
     def _open(self, action: Open) -> None:
         import wandb
 
+        stored = stored_rows(self._folder / "wandb", action.id)
         run = wandb.init(
             project=self._settings.project,
             entity=self._settings.entity,
@@ -216,6 +229,7 @@ class WandbMirror:
             settings=_settings(),
         )
         self._runs[action.id] = run
+        self._histories[action.id] = History(stored, run.starting_step if self._mode == "online" else None)
         self._opened.add(action.id)
         if self._mode == "online":
             self._project_url = run.project_url or ""
@@ -225,12 +239,17 @@ class WandbMirror:
         match action:
             case Axis(prefix=prefix):
                 run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
-            case Log(values=values, time=at):
-                run.log({**{name: _drawable(value) for name, value in values.items()}, "_timestamp": at})
+            case Log(values=values, time=at, again=again):
+                history = self._histories[action.id]
+                row = (history.append(), values) if again else history.add(values)
+                if row is not None:
+                    step, values = row
+                    drawn = {name: _drawable(value) for name, value in values.items()}
+                    run.log({**drawn, "_timestamp": at}, step=step, commit=True)
             case Summarize(values=values):
                 run.summary.update(values)
             case Finish(exit_code=exit_code):
-                del self._runs[action.id]
+                del self._runs[action.id], self._histories[action.id]
                 try:
                     run.finish(exit_code=exit_code)
                 except TimeoutError as error:  # not lost: it is on disk
@@ -285,8 +304,7 @@ def _settings() -> wandb.Settings:
         x_disable_stats=True,
         # A list of all installed packages a run: 0.1 s and 20 kB each, and the versions are in the comparison's config.
         x_save_requirements=False,
-        # By default 15 s of history are lost with a process that is killed.
-        x_transaction_log_flush_interval=POLL_SECONDS,
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
     )
 
 
@@ -300,12 +318,6 @@ def _drawable(value: Drawn) -> Any:
             return wandb.Histogram(np_histogram=(counts, edges))
         case _:
             return value
-
-
-def _drawn(folder: Path) -> set[str]:
-    """The ids of the runs that earlier invocations have written to: wandb's file of a run is `run-<id>.wandb`."""
-    files = [path for path in folder.glob("*/run-*.wandb") if path.stat().st_size > LOG_HEADER_BYTES]
-    return {path.stem.removeprefix("run-") for path in files}
 
 
 @contextmanager

@@ -16,11 +16,13 @@ that were drawn bear their origin as a tag. What is told of the search as a whol
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from tunery.track.events import Event
@@ -57,11 +59,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Log:
-    """A line of the run's history. `time`: seconds since the epoch, when it was measured."""
+    """A row of the run's history. `time`: seconds since the epoch, when it was measured. `again`: it is written also
+    where the run has such a row already."""
 
     id: str
     values: dict[str, Drawn]
     time: float
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,20 @@ class _Begun:
     fingerprint: str
 
 
-def plan(events: Sequence[Event], run: str, experiment: Mapping[str, Any], drawn: Collection[str] = ()) -> list[Action]:
+def plan(
+    events: Sequence[Event],
+    run: str,
+    experiment: Mapping[str, Any],
+    stored: Mapping[str, int | None] = MappingProxyType({}),
+) -> list[Action]:
     """All that W&B is told of a whole log; of several invocations the last one is mirrored."""
     starts = [index for index, event in enumerate(events) if event["event"] == "run_started"] or [0]
-    translator = Translator(run, experiment, drawn)
-    translator.before(events[: starts[-1]])
-    return [*translator.translate(events[starts[-1] :]), *translator.close()]
+    translator = Translator(run, experiment, stored)
+    return [
+        *translator.before(events[: starts[-1]]),
+        *translator.translate(events[starts[-1] :]),
+        *translator.close(),
+    ]
 
 
 def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") -> str:
@@ -104,19 +116,26 @@ def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") ->
 class Translator:
     """`before` takes what the log holds already, `translate` what comes, `close` is the end.
 
-    `drawn` are the ids that an earlier invocation has told W&B about: of the others, what was measured before an
-    interruption is told again when they go on, and so no part of a curve is missing or told twice.
+    An invocation that is killed leaves W&B some seconds behind the log, and the log is what counts. So a run that
+    resumes gets its whole curve from the log again, from its first point on; whoever writes the rows leaves out those
+    that W&B has (wandb_files.History).
+
+    `stored`: exit code by id of the runs that W&B has a file of, None where that has none. What ended in an earlier
+    invocation, but not there, is opened again, given what is missing, and ended.
     """
 
-    def __init__(self, run: str, experiment: Mapping[str, Any], drawn: Collection[str] = ()) -> None:
+    def __init__(
+        self, run: str, experiment: Mapping[str, Any], stored: Mapping[str, int | None] = MappingProxyType({})
+    ) -> None:
         self.late = 0
         """Points that came after the end of their stage, and were left out."""
         self._run = run
         self._experiment = experiment
-        self._drawn = drawn
+        self._stored = stored
         self._state = RunState()
         self._whole = run_id(run)
-        self._before: dict[str, list[Log]] = {}
+        self._before: dict[str, list[Axis | Log]] = {}  # the curves of earlier invocations, of what may resume
+        self._fingerprints: dict[tuple[str, str], str] = {}  # whose curve it is, by a trial's id and stage
         self._forget()
 
     def _forget(self) -> None:
@@ -124,17 +143,46 @@ class Translator:
         self._begun: dict[tuple[str, str], _Begun] = {}  # by trial and stage
         self._ended: set[tuple[str, str]] = set()
         self._trials: dict[str, str] = {}  # trial -> id, while it runs
+        self._coming: dict[str, list[Action]] = {}  # by id of a trial: what opens it once there is something to draw
         self._stopped: set[str] = set()  # ids of trials that take a step or two more until they hear of it
 
-    def before(self, events: Iterable[Event]) -> None:
-        """What the log holds of earlier invocations, which W&B was told at their time. At most once, and first."""
-        for action in self.translate(events):
-            if isinstance(action, Log):
-                self._before.setdefault(action.id, []).append(action)
-            elif isinstance(action, Finish) and action.exit_code == 0:
-                self._before.pop(action.id, None)
+    def before(self, events: Iterable[Event]) -> list[Action]:
+        """What the log holds of earlier invocations; returns what W&B still has to be told of it.
+
+        Call at most once, and first.
+        """
+        runs: dict[str, list[Action]] = {}  # by id, since it was opened last
+        missing: dict[str, list[Action]] = {}
+        ended: set[str] = set()  # in this invocation, and nowhere in W&B's files
+        for event in events:
+            actions = self.translate([event])
+            if event["event"] == "run_started":
+                missing |= {id: runs[id] for id in ended}  # that invocation was killed
+                ended.clear()
+            elif event["event"] == "run_finished":
+                ended.clear()  # it has told all of that
+            for action in actions:
+                id = action.id
+                if isinstance(action, Open):
+                    runs[id] = []
+                    missing.pop(id, None)
+                    ended.discard(id)
+                if id == self._whole:  # its tables are told by each invocation
+                    continue
+                runs[id].append(action)
+                if isinstance(action, Axis | Log):
+                    self._before.setdefault(id, []).append(action)
+                elif isinstance(action, Finish) and action.exit_code != INTERRUPTED:
+                    if action.exit_code == 0:
+                        self._before.pop(id, None)
+                    if id not in self._stored:
+                        ended.add(id)
+                    elif self._stored[id] != action.exit_code:
+                        missing[id] = runs[id]
+        missing |= {id: runs[id] for id in ended}
         self._forget()
         self.late = 0
+        return [action for actions in missing.values() for action in actions]
 
     def translate(self, events: Iterable[Event]) -> list[Action]:
         actions: list[Action] = []
@@ -146,7 +194,7 @@ class Translator:
             if kind not in CURVES:
                 apply(self._state, event)
             if self._whole not in self._open:
-                actions += self._begin(self._whole, self._run, "comparison", self._config())
+                actions += self._begin(Open(self._whole, self._run, "comparison", self._config()))
             handler = _HANDLERS.get(kind)
             if handler is not None:
                 actions += handler(self, event)
@@ -164,7 +212,7 @@ class Translator:
         for name, stage in self._state.stages.items():
             pictures |= histograms(stage.facts, f"{name}.")
         if pictures:
-            actions.append(Log(self._whole, pictures, self._state.last_event or 0.0))
+            actions.append(Log(self._whole, pictures, self._state.last_event or 0.0, again=True))
         exit_code = EXIT_CODES.get(self._state.status, INTERRUPTED)
         return [*actions, Summarize(self._whole, self._summary()), Finish(self._whole, exit_code)]
 
@@ -185,12 +233,16 @@ class Translator:
         trial, stage = _trial(event), _stage(event)
         values = {"step": event.get("step"), **(event.get("values") or {})}
         if trial and not stage:
-            return self._points(event, self._trials.get(trial, ""), values, prefix="")
+            id = self._trials.get(trial, "")
+            return self._open_trial(id) + self._points(event, id, values, prefix="")
         begun = self._begun.get((trial, stage))
         if begun is None:  # the curve of a reused stage, told again for the report
             self.late += (trial, stage) in self._ended
             return []
-        return self._work(event, begun) + self._points(event, begun.id, values, prefix=f"{stage}/" if trial else "")
+        if trial:
+            id = self._id_of_curve(trial, stage, begun)
+            return self._open_trial(id) + self._points(event, id, values, prefix=f"{stage}/")
+        return self._work(event, begun) + self._points(event, begun.id, values, prefix="")
 
     def _points(self, event: Event, id: str, values: Mapping[str, Any], prefix: str) -> list[Action]:
         if id not in self._open:
@@ -234,7 +286,11 @@ class Translator:
 
     def _of_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
         id = self._trials.get(_trial(event), "")
-        return [Summarize(id, values)] if id in self._open else []
+        told = [Summarize(id, values)]
+        if id in self._coming:
+            self._coming[id] += told
+            return []
+        return told if id in self._open else []
 
     def _work(self, event: Event, begun: _Begun) -> list[Action]:
         """A stage of the file shows that it works: its W&B run is opened, once."""
@@ -242,7 +298,7 @@ class Translator:
             return []
         stage = _stage(event)
         config = {**self._spec(stage), "stage": stage, "fingerprint": begun.fingerprint}
-        return self._begin(begun.id, f"{self._run}/{stage}", begun.kind, config)
+        return self._begin(Open(begun.id, f"{self._run}/{stage}", begun.kind, config))
 
     # Trials.
 
@@ -256,10 +312,35 @@ class Translator:
         origin = {key: event[key] for key in ("origin", "of") if event.get(key)}
         told = str(event.get("origin") or "")
         tags = (told,) if told not in ("", "drawn") else ()
-        return self._begin(id, trial, "trial", {**overrides, **origin}, tags)
+        self._coming[id] = [Open(id, trial, "trial", {**overrides, **origin}, tags)]
+        return []
+
+    def _id_of_curve(self, trial: str, stage: str, begun: _Begun) -> str:
+        """The trial's W&B run, or another where an earlier invocation drew in it the curve of a stage that is no longer
+        the same: the experiment was edited, and neither curve should end in the other."""
+        id = begun.id
+        known = self._fingerprints.setdefault((id, stage), begun.fingerprint)
+        if known == begun.fingerprint or id not in self._coming:
+            return id
+        opening, *told = self._coming.pop(id)
+        assert isinstance(opening, Open), "_trial_started puts it first"
+        new = run_id(id, stage, trial, begun.fingerprint)
+        self._coming[new] = [dataclasses.replace(action, id=new) for action in (opening, *told)]
+        self._trials[trial] = new
+        self._begun = {
+            (of, name): dataclasses.replace(one, id=new) if of == trial else one
+            for (of, name), one in self._begun.items()
+        }
+        return new
+
+    def _open_trial(self, id: str) -> list[Action]:
+        """Called at the first sign that there is something to draw: until then the curve's fingerprint is not known."""
+        opening, *told = self._coming.pop(id, None) or [None]
+        return [*self._begin(opening), *told] if isinstance(opening, Open) else []
 
     def _trial_finished(self, event: Event) -> list[Action]:
         id = self._trials.pop(_trial(event), "")
+        actions = self._open_trial(id)
         if id not in self._open:  # of an earlier invocation, told again: it is in the table
             return []
         if event.get("state") == "stopped":
@@ -268,22 +349,14 @@ class Translator:
         told = {key: event.get(key) for key in ("state", "seconds", "steps", "tokens", "rows", "feasible")}
         told["error"] = event.get("error") or None
         values = flatten({**told, **(event.get("values") or {}), name: event.get("value")})
-        return [Summarize(id, values), self._finish(id, 1 if event.get("state") == "failed" else 0)]
+        return [*actions, Summarize(id, values), self._finish(id, 1 if event.get("state") == "failed" else 0)]
 
     # Runs.
 
-    def _begin(
-        self, id: str, name: str, job_type: str, config: dict[str, Any], tags: tuple[str, ...] = ()
-    ) -> list[Action]:
-        self._open[id] = set()
-        actions: list[Action] = [Open(id, name, job_type, config, tags)]
-        before = self._before.pop(id, [])
-        for point in before if id not in self._drawn else ():
-            for prefix in sorted({_prefix(name) for name in point.values} - self._open[id]):
-                self._open[id].add(prefix)
-                actions.append(Axis(id, prefix))
-            actions.append(point)
-        return actions
+    def _begin(self, opening: Open) -> list[Action]:
+        before = self._before.pop(opening.id, [])
+        self._open[opening.id] = {action.prefix for action in before if isinstance(action, Axis)}
+        return [opening, *before]
 
     def _finish(self, id: str, exit_code: int) -> Finish:
         self._open.pop(id, None)
@@ -352,10 +425,6 @@ def _cells(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "result"
-
-
-def _prefix(name: str) -> str:
-    return name[: name.rfind("/") + 1]
 
 
 def _stage(event: Event) -> str:

@@ -1,0 +1,88 @@
+"""As much of W&B's server as wandb 0.31 needs to begin, resume and upload a run: what it is sent is kept in memory.
+
+The server's own behaviour is not what is tested here. It keeps history rows by line, as the protocol's offsets say,
+and tells a run that resumes how many it has.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+PROJECT = {"id": "project", "name": "p", "entity": {"id": "entity", "name": "me"}}
+
+
+class WandbServer(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        """Rows by run id."""
+        self.begun: set[str] = set()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        address = f"http://127.0.0.1:{self.server_port}"
+        return {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        name = str(variables.get("name"))
+        rows = self.history.setdefault(name, [])
+        if "query RunResumeStatus" in query:
+            bucket = self._resumed(name, rows) if name in self.begun else None
+            return {"model": {**PROJECT, "bucket": bucket}}
+        if "mutation UpsertBucket" in query:
+            new = name not in self.begun
+            self.begun.add(name)
+            bucket = {"id": name, "name": name, "displayName": name, "config": "{}", "historyLineCount": len(rows)}
+            return {"upsertBucket": {"bucket": {**bucket, "project": PROJECT}, "inserted": new}}
+        if "CreateRunFiles" in query:
+            return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": []}}
+        if "viewer" in query.lower():
+            return {"viewer": {"id": "user", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        return {}
+
+    def _resumed(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        lines = {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
+        last = {"historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "summaryMetrics": "{}"}
+        config = {"config": "{}", "wandbConfig": '{"t": {}}', "tags": [], "stopped": False}
+        return {"id": name, "name": name, "displayName": name, **lines, **last, **config}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: WandbServer
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data or b"{}")
+        if self.path.endswith("/file_stream"):
+            rows = self.server.history.setdefault(self.path.split("/")[-2], [])
+            chunk = (body.get("files") or {}).get("wandb-history.jsonl", {"offset": len(rows), "content": []})
+            begin = chunk["offset"]
+            rows[begin : begin + len(chunk["content"])] = map(json.loads, chunk["content"])
+            answer: dict[str, Any] = {}
+        else:
+            answer = {"data": self.server.answer(body.get("query", ""), body.get("variables") or {})}
+        told = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+
+@contextmanager
+def wandb_server() -> Iterator[WandbServer]:
+    with WandbServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()

@@ -1,0 +1,61 @@
+"""Where a training leaves out or truncates rows, its line, the funnel and W&B's funnel say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tunery.track.notes import note
+from tunery.track.sections import funnel_levels
+from tunery.track.snapshot import StageState
+
+DPO = {"rows": 60, "sequences": 28, "truncated": 27, "unusable": 32, "loss": 0.5, "eval_loss": 0.625}
+
+
+def stage(name: str, kind: str, inputs: list[str], **facts: Any) -> StageState:
+    return StageState(name, kind, inputs=inputs, status="done", facts=facts)
+
+
+def test_line_of_a_training_says_how_many_rows_it_used() -> None:
+    assert note(stage("a", "dpo", [], **DPO)) == "loss 0.500 → eval 0.625, 28 of 60 rows (32 unusable, 27 truncated)"
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"rows": 1_200, "unusable": 0, "truncated": 0}, "loss 0.500"),
+        ({"rows": 1_200, "unusable": 0, "truncated": 12}, "loss 0.500, 1,200 rows (12 truncated)"),
+        ({"rows": 60, "unusable": 1, "too_long": 9}, "loss 0.500, 50 of 60 rows (1 unusable, 9 too long)"),
+        ({}, "loss 0.500"),
+    ],
+)
+def test_line_names_only_reasons_that_there_were(facts: dict[str, Any], expected: str) -> None:
+    assert note(stage("a", "grpo", [], loss=0.5, **facts)) == expected
+
+
+def levels(*stages: StageState) -> list[tuple[str, float, str]]:
+    return [(level.label, level.rows, level.note) for level in funnel_levels(stages, stages[0])]
+
+
+def test_funnel_ends_with_the_rows_that_a_training_used() -> None:
+    pairs = stage("pairs", "dataset", [], rows=60)
+    assert levels(pairs, stage("policy", "dpo", ["pairs", "base"], **DPO)) == [
+        ("read", 60, ""),
+        ("used by policy", 28, "−32 (53%), 32 unusable, 27 truncated"),
+    ]
+
+
+def test_funnel_of_a_training_goes_on_from_the_filter_before_it() -> None:
+    pairs, clean = stage("pairs", "dataset", [], rows=80), stage("clean", "select", ["pairs"], rows_in=80, kept=60)
+    assert levels(pairs, clean, stage("policy", "dpo", ["clean", "base"], **DPO))[1:] == [
+        ("kept by clean", 60, "−20 (25%)"),
+        ("used by policy", 28, "−32 (53%), 32 unusable, 27 truncated"),
+    ]
+
+
+def test_funnel_has_no_training_for_the_dataset_that_only_evaluates_it_or_that_it_uses_whole() -> None:
+    validation = stage("validation", "dataset", [], rows=60)
+    assert len(levels(validation, stage("policy", "dpo", ["pairs", "validation"], **DPO))) == 1
+    whole = {**DPO, "unusable": 0, "truncated": 0}
+    assert len(levels(validation, stage("policy", "dpo", ["validation"], **whole))) == 1
