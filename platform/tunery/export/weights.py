@@ -22,7 +22,24 @@ def write_model(artifact: Path, folder: Path, *, classifier: bool) -> None:
     else:
         shutil.copytree(artifact / "model", folder)
     _write_tokenizer(source, folder, classifier=classifier)
+    if not classifier:
+        _write_generation_config(source, folder)
     _forget_places(folder)
+
+
+def _write_generation_config(source: Source, folder: Path) -> None:
+    """With all tokens that end a response: those of the chat template, of the tokenizer, and the model's own."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from tunery.models.generate import stop_tokens
+
+    tokenizer = load_tokenizer(source)
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # the model has none
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
+    config.save_pretrained(folder)
 
 
 def write_adapter(artifact: Path, folder: Path, base: str, revision: str | None, *, classifier: bool) -> None:

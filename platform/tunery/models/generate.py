@@ -52,28 +52,30 @@ class Engine(Protocol):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a response: those by which the chat template ends one (`<|im_end|>`, where the tokenizer of
-    a Qwen base model has `<|endoftext|>`), the tokenizer's, and those of the model's generation config.
+    """All tokens that end a response of the model. Raises TuneryError where there is none."""
+    return stop_tokens(getattr(model.generation_config, "eos_token_id", None), tokenizer)
 
-    Raises TuneryError where there is none.
-    """
+
+def stop_tokens(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`configured` (of a generation config), those by which the chat template ends a response (`<|im_end|>`, where the
+    tokenizer of a Qwen base model has `<|endoftext|>`), and the tokenizer's own. Raises TuneryError where there is
+    none."""
     template = chat_template_of(tokenizer).profile.end_tokens if tokenizer.chat_template else ()
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    of_template = tokenizer.convert_tokens_to_ids(list(template))
     listed = configured if isinstance(configured, list) else [configured]
-    end = sorted(
-        {
-            token
-            for token in (tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(template)), *listed)
-            if token is not None
-        }
-    )
+    end = sorted({token for token in (tokenizer.eos_token_id, *of_template, *listed) if token is not None})
     if not end:
         raise TuneryError(
             "the model has no end token: an answer would never end",
-            cause="neither its tokenizer nor its generation config names one",
+            cause="neither its chat template, nor its tokenizer, nor its generation config names one",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
     return end
+
+
+def set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the end tokens into the model's generation config: `generate` stops at those alone."""
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)
 
 
 def text_of(answer: Sequence[int], end: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:

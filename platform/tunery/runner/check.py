@@ -18,6 +18,7 @@ from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.check_augment import check_augment
+from tunery.runner.check_templates import check_templates
 from tunery.runner.check_training import check_rewards, check_shapes, known_labels, root_of
 from tunery.runner.identity import model_folder, pretrained_models
 from tunery.spec import (
@@ -118,6 +119,7 @@ def _check_stage(
     yield from check_shapes(name, stage, experiment, source, folder)
     if whole:
         yield from check_rewards(name, stage, experiment, source, folder)
+        yield from check_templates(name, stage, experiment, source, folder)
 
 
 def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:

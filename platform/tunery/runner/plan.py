@@ -20,6 +20,7 @@ from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.runner.check import waiting
+from tunery.runner.check_templates import template_notes
 from tunery.runner.check_training import root_of
 from tunery.runner.compute import batch_sizes, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
@@ -87,7 +88,7 @@ class Plan:
     compute: dict[str, Any]
     rules: dict[str, str]
     notes: list[str]
-    """What the run will stop for, until somebody does something about it."""
+    """What is worth knowing before: estimates of the first rows of each training, and what the run will stop for."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,15 +102,20 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
     known = fingerprints(experiment, folder)
     before = _last_run(store, experiment.name)
     estimate = _Estimates(experiment, folder, compute)
+    models: dict[str, Path] = {}
     stages = []
     for name in order(experiment.stages):
         stage = experiment.stages[name]
         print_, identity, inputs = known[name]
         artifact = store.find(stage.kind, print_)
         why = "" if artifact else _why(name, identity, inputs, before)
+        if artifact is not None and isinstance(stage, Training):
+            models[name] = artifact.path
         stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
     shown = compute.model_dump(exclude_defaults=False)
-    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, waiting(experiment, source))
+    notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
+    notes += waiting(experiment, source)
+    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, notes)
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import disable_dropout_in_model
 
+from tunery.models.generate import set_end_tokens
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
 from tunery.models.tuners import lora_config
 from tunery.spec import Dpo, Grpo, Kto, Rloo
@@ -54,6 +55,7 @@ class Policy:
         model = load_model(self.source, torch.float32)
         model.config.use_cache = False
         disable_dropout_in_model(model)
+        set_end_tokens(model, self.tokenizer)  # TRL's trainers that sample stop at them
         return model
 
     @property

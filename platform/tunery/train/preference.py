@@ -16,17 +16,13 @@ from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from tunery.models.encode_preferences import encode_pairs
 from tunery.models.metrics import preference_accuracy
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Dpo
-from tunery.store.rows import CONTENT
 from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, indices, padded
-from tunery.train.sequences import RowEncoding, SequenceSet, read_sequences
-
-PAIRS = RowEncoding(encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)")
+from tunery.train.sequences import SequenceSet, read_sequences
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Preference:
         assert isinstance(job.spec, Dpo)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source, PAIRS)
+        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source)
         assert isinstance(data, SequenceSet)
         assert isinstance(evaluated, SequenceSet)
         self._data, self._evaluated = PairSet(data), PairSet(evaluated)

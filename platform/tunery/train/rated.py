@@ -23,18 +23,13 @@ from transformers import TrainerCallback
 from trl import KTOConfig, KTOTrainer
 
 from tunery.errors import StageError
-from tunery.models.encode_preferences import encode_rated
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Kto
-from tunery.store.rows import CONTENT
 from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, padded
-from tunery.train.sequences import RowEncoding, SequenceSet, TrainingSequences, read_sequences
+from tunery.train.sequences import SequenceSet, TrainingSequences, read_sequences
 
-RATED = RowEncoding(
-    encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
-)
 SHIFTS = 64
 """So many ways to hand answers on are looked at."""
 
@@ -103,7 +98,7 @@ class Rated:
         assert isinstance(job.spec, Kto)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source, RATED)
+        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source)
         self.answers, self._measured = self._answers(data, "data"), self._answers(evaluated, "eval_data")
         self.lengths = data.lengths
 

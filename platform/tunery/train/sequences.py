@@ -15,6 +15,7 @@ import numpy as np
 
 from tunery.errors import StageError
 from tunery.models.encode import Encoding, Span
+from tunery.models.encode_preferences import encode_pairs, encode_rated
 from tunery.models.load import Source
 from tunery.models.tokenized_dataset import (
     EncodeRows,
@@ -135,7 +136,18 @@ class RowEncoding:
     """What a row must be, for messages."""
 
 
-CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response")
+_CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response")
+_PAIRS = RowEncoding(encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)")
+ROW_ENCODINGS = {
+    "pretrain": RowEncoding(encode_conversations, tuple(CONTENT), "a text or a conversation"),
+    "sft": _CONVERSATIONS,
+    "dpo": _PAIRS,
+    "reward": _PAIRS,
+    "kto": RowEncoding(
+        encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
+    ),
+}
+"""By stage kind."""
 
 
 def encoding_of(spec: Training[Any]) -> Encoding:
@@ -145,17 +157,16 @@ def encoding_of(spec: Training[Any]) -> Encoding:
     return Encoding(
         spec.max_length,
         getattr(spec, "train_on", "last_turn"),
-        getattr(spec, "truncate", "right"),
+        getattr(spec, "truncate", "left"),
         getattr(spec, "empty_thinking", "mask"),
     )
 
 
-def read_sequences(
-    job: Job, tokenizer: Any, source: Source, kind: RowEncoding = CONVERSATIONS
-) -> tuple[TrainingSequences, TrainingSequences]:
+def read_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSequences, TrainingSequences]:
     """Those that are trained on, and those that are evaluated (of `eval_data`). All ranks take part: rank 0 builds what
     is not in the store's cache. Raises StageError when more rows are unusable than `max_unusable` allows, or none is
     left."""
+    kind = ROW_ENCODINGS[job.spec.kind]
     data = _read(job, job.rows, tokenizer, source, kind, "data")
     evaluated = _read(job, job.eval_rows, tokenizer, source, kind, "eval_data")
     if _rank() == 0 and data.stats.num_unusable:

@@ -1,0 +1,204 @@
+"""What a model's chat template makes of the rows that a stage gives it, found out on the first rows before anything
+runs: whether exact masks are possible, which rows it rejects, what `max_length` cuts, and where generation stops.
+
+Tokenizers are loaded here, models are not, and nothing imports torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunery.data.read import first_rows
+from tunery.data.sources import BadSource
+from tunery.errors import SpecError, TuneryError
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import as_prompt, encode_prompts
+from tunery.models.load import Source, load_tokenizer
+from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplate
+from tunery.runner.check_training import root_of
+from tunery.runner.identity import model_folder
+from tunery.spec import Evaluate, Experiment, Pretrain, Pretrained, Score, Training, WinRate
+from tunery.spec.translate import error_at
+from tunery.spec.yaml_source import YamlSource
+from tunery.store.rows import Row
+from tunery.train.sequences import ROW_ENCODINGS, encoding_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 200
+"""Rows that are encoded: the first ones of the dataset at the root of a stage's data, filters not applied."""
+PROMPTS = ("ppo", "grpo", "rloo", "win_rate")
+
+
+@dataclass
+class TemplateCheck:
+    """Of a stage whose tokenizer is at hand."""
+
+    profile: TemplateProfile
+    end_tokens: tuple[str, ...]
+    rows: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    escaped: int = 0
+    """Special tokens in the rows' own text."""
+    dropped_reasoning: int = 0
+
+    @property
+    def note(self) -> str:
+        """What is worth knowing of the sampled rows; "" when all of them are used whole."""
+        parts = []
+        if count := sum(self.unusable.values()):
+            reasons = "; ".join(f"{number} x {reason}" for reason, number in self.unusable.most_common(2))
+            parts.append(f"{count / self.rows:.0%} unusable ({reasons})")
+        if self.truncated:
+            parts.append(f"{self.truncated / self.rows:.0%} truncated")
+        if self.dropped_reasoning:
+            parts.append(f"reasoning of {self.dropped_reasoning} turns is not rendered by the chat template")
+        if self.escaped:
+            parts.append(f"{self.escaped} special tokens in the text of rows are encoded as ordinary text")
+        return f"of the first {self.rows} rows: {', '.join(parts)}" if parts else ""
+
+
+def check_templates(
+    name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    """Of a stage whose models come from outside the experiment, at first or second hand."""
+    for at, model in _models(stage):
+        try:
+            tokenizer = _tokenizer(model, experiment, folder)
+            if tokenizer is None:
+                continue
+            found = check_rows(stage, experiment, folder, tokenizer)
+        except (UnsupportedTemplate, TuneryError) as error:
+            message = error.message if isinstance(error, TuneryError) else str(error)
+            yield error_at(
+                source,
+                ("stages", name, *at),
+                f"{name}: the chat template of `{_named(model, experiment)}` can't be used: {message}",
+                cause="no method gives an exact mask of what is trained, or the model would not learn to stop",
+                remedy="give the tokenizer another `chat_template`; docs/templates.md lists what is supported",
+            )
+            continue
+        if found.rows and sum(found.unusable.values()) == found.rows:
+            reason, count = found.unusable.most_common(1)[0]
+            yield error_at(
+                source,
+                ("stages", name, "data"),
+                f"{name}: none of the first {found.rows} rows of `{stage.data}` can be used with the chat template of "
+                f"`{_named(model, experiment)}`",
+                cause=f"{count} rows: {reason}",
+                remedy="take a model whose chat template renders such rows, or other rows; `tunery preview` shows them",
+            )
+
+
+def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str, Path] | None = None) -> dict[str, str]:
+    """By training stage, what is worth knowing of its rows. `artifacts`: of models that are built."""
+    notes = {}
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Training):
+            continue
+        try:
+            tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {})
+            if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
+                notes[name] = note
+        except (UnsupportedTemplate, TuneryError):
+            continue  # an error of `validate`
+    return notes
+
+
+def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
+    """Raises UnsupportedTemplate."""
+    profile = chat_template_of(tokenizer).profile
+    found = TemplateCheck(profile, profile.end_tokens)
+    data = getattr(stage, "data", None)
+    if not isinstance(data, str) or not (stage.kind in ROW_ENCODINGS or stage.kind in PROMPTS):
+        return found
+    try:
+        rows = first_rows(root_of(experiment, data), folder, SAMPLE)
+    except BadSource:  # an error of the dataset
+        return found
+    found.rows = len(rows)
+    if stage.kind in PROMPTS:
+        _check_prompts(stage, rows, tokenizer, found)
+    else:
+        _check_sequences(stage, rows, tokenizer, found)
+    return found
+
+
+def _check_prompts(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizerBase, found: TemplateCheck) -> None:
+    limit = stage.max_length - stage.sampling.max_new_tokens
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(as_prompt(row))
+        except ValueError as error:
+            found.unusable[str(error)] += 1
+    for item in encode_prompts(prompts, tokenizer):
+        if item.rejected:
+            found.unusable[item.rejected] += 1
+        elif len(item.ids) > limit:
+            found.unusable[f"the prompt is longer than {limit} tokens (max_length less max_new_tokens)"] += 1
+
+
+def _check_sequences(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizerBase, found: TemplateCheck) -> None:
+    if isinstance(stage, Pretrain) and not any(row.get("messages") for row in rows):
+        return
+    for item in ROW_ENCODINGS[stage.kind].encode_rows(rows, tokenizer, encoding_of(stage)):
+        if item.unusable:
+            found.unusable[item.unusable] += 1
+            continue
+        found.truncated += any(part.truncated for part in item.sequences)
+        found.escaped += sum(part.escaped_tokens for part in item.sequences)
+        found.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
+
+
+def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Language models of a stage, with where each stands in it."""
+    if isinstance(stage, Training):
+        yield ("model",), stage.model
+    elif isinstance(stage, Evaluate | WinRate):
+        for index, model in enumerate(stage.models):
+            yield ("models", index), model
+    elif isinstance(stage, Score):
+        for index, scorer in enumerate(stage.by):
+            if scorer.kind() in ("perplexity", "ifd") and scorer.model is not None:
+                yield ("by", index), scorer.model
+
+
+def _tokenizer(
+    model: Any, experiment: Experiment, folder: Path, artifacts: Mapping[str, Path] | None = None
+) -> PreTrainedTokenizerBase | None:
+    """None where it is not at hand: of a new model, and of one on the hub that was not downloaded yet."""
+    while isinstance(model, str):
+        if artifacts is not None and model in artifacts:
+            return load_tokenizer({"artifact": str(artifacts[model])})
+        model = getattr(experiment.stages[model], "model", None)
+    if not isinstance(model, Pretrained):
+        return None
+    source: Source
+    if model.is_folder:
+        source = {"pretrained": str(model_folder(model, folder)), "revision": None}
+    elif (cached := _cached(model)) is not None:
+        source = {"pretrained": cached, "revision": None}
+    else:
+        return None
+    return load_tokenizer(source)
+
+
+def _cached(model: Pretrained) -> str | None:
+    """The folder of a hub model's tokenizer in Hugging Face's cache; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _named(model: Any, experiment: Experiment) -> str:
+    while isinstance(model, str):
+        model = getattr(experiment.stages[model], "model", None)
+    return str(getattr(model, "pretrained", model))
