@@ -9,6 +9,11 @@ W&B runs:
     trial         run, trial, overrides           trial         <stage>/step, since a trial may train more than once
     comparison    run                             run           none
 
+A trial that an edited experiment trains anew, under the same name and overrides, has a run of its own, since W&B can't
+take back the first curve. A metric that is measured at the same step again after a checkpoint keeps its first value
+there; the report and the terminal show the last one. A resumed training repeats them exactly, unless other `compute`
+made it start over.
+
 A trial's config are its overrides, and where it comes from: `origin`, and of a clone or a replicate `of`; all but those
 that were drawn bear their origin as a tag. What is told of the search as a whole is in `wandb_search`.
 """
