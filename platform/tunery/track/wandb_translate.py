@@ -164,8 +164,10 @@ class Translator:
             if event["event"] == "run_started":
                 missing |= {id: runs[id] for id in ended}  # that invocation was killed
                 ended.clear()
-            elif event["event"] == "run_finished":
-                ended.clear()  # it has told all of that
+            elif event["event"] == "run_finished":  # it has told all of that
+                for id in ended:
+                    del runs[id]
+                ended.clear()
             for action in actions:
                 id = action.id
                 if isinstance(action, Open):
@@ -183,7 +185,9 @@ class Translator:
                     if id not in self._stored:
                         ended.add(id)
                     elif self._stored[id] != action.exit_code:
-                        missing[id] = runs[id]
+                        missing[id] = runs.pop(id)
+                    else:
+                        del runs[id]  # it is in W&B: no need to hold its curve
         missing |= {id: runs[id] for id in ended}
         self._forget()
         self.late = 0
