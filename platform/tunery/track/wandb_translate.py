@@ -295,7 +295,7 @@ class Translator:
 
     def _of_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
         id = self._trials.get(_trial(event), "")
-        told = [Summarize(id, values)]
+        told: list[Action] = [Summarize(id, values)]
         if id in self._coming:
             self._coming[id] += told
             return []
@@ -344,8 +344,8 @@ class Translator:
 
     def _open_trial(self, id: str) -> list[Action]:
         """Called at the first sign that there is something to draw: until then the curve's fingerprint is not known."""
-        opening, *told = self._coming.pop(id, None) or [None]
-        return [*self._begin(opening), *told] if isinstance(opening, Open) else []
+        coming = self._coming.pop(id, [])
+        return [action for one in coming for action in (self._begin(one) if isinstance(one, Open) else [one])]
 
     def _trial_finished(self, event: Event) -> list[Action]:
         id = self._trials.pop(_trial(event), "")
