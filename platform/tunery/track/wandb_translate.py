@@ -9,6 +9,11 @@ W&B runs:
     trial         run, trial, overrides           trial         <stage>/step, since a trial may train more than once
     comparison    run                             run           none
 
+A trial that an edited experiment trains anew, under the same name and overrides, has a run of its own, since W&B can't
+take back the first curve. A metric that is measured at the same step again after a checkpoint keeps its first value
+there; the report and the terminal show the last one. A resumed training repeats them exactly, unless other `compute`
+made it start over.
+
 A trial's config are its overrides, and where it comes from: `origin`, and of a clone or a replicate `of`; all but those
 that were drawn bear their origin as a tag. What is told of the search as a whole is in `wandb_search`.
 """
@@ -159,8 +164,10 @@ class Translator:
             if event["event"] == "run_started":
                 missing |= {id: runs[id] for id in ended}  # that invocation was killed
                 ended.clear()
-            elif event["event"] == "run_finished":
-                ended.clear()  # it has told all of that
+            elif event["event"] == "run_finished":  # it has told all of that
+                for id in ended:
+                    del runs[id]
+                ended.clear()
             for action in actions:
                 id = action.id
                 if isinstance(action, Open):
@@ -178,7 +185,9 @@ class Translator:
                     if id not in self._stored:
                         ended.add(id)
                     elif self._stored[id] != action.exit_code:
-                        missing[id] = runs[id]
+                        missing[id] = runs.pop(id)
+                    else:
+                        del runs[id]  # it is in W&B: no need to hold its curve
         missing |= {id: runs[id] for id in ended}
         self._forget()
         self.late = 0
@@ -286,7 +295,7 @@ class Translator:
 
     def _of_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
         id = self._trials.get(_trial(event), "")
-        told = [Summarize(id, values)]
+        told: list[Action] = [Summarize(id, values)]
         if id in self._coming:
             self._coming[id] += told
             return []
@@ -335,8 +344,8 @@ class Translator:
 
     def _open_trial(self, id: str) -> list[Action]:
         """Called at the first sign that there is something to draw: until then the curve's fingerprint is not known."""
-        opening, *told = self._coming.pop(id, None) or [None]
-        return [*self._begin(opening), *told] if isinstance(opening, Open) else []
+        coming = self._coming.pop(id, [])
+        return [action for one in coming for action in (self._begin(one) if isinstance(one, Open) else [one])]
 
     def _trial_finished(self, event: Event) -> list[Action]:
         id = self._trials.pop(_trial(event), "")
