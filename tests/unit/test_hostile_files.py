@@ -23,7 +23,7 @@ from tunery.data.formats import lines as formats_lines
 from tunery.data.read import Quarantined, Tally, as_tables, read_source
 from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows
 
-FEW = settings(max_examples=40, derandomize=True)
+FEW = settings(max_examples=40, derandomize=True, deadline=None)
 
 
 def read(folder: Path, name: str, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
@@ -210,7 +210,8 @@ RECORDS = st.dictionaries(
         | st.fixed_dictionaries(
             {"role": st.sampled_from(["user", "Assistant", "tool", "system"]), "content": VALUES},
             optional=dict.fromkeys([*OPTIONAL_TURN_FIELDS, "thinking", "train", "images", "function_call"], VALUES),
-        )
+        ),
+        max_size=3,
     ),
     max_size=5,
 )

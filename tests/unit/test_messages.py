@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 from pydantic import ValidationError
 from test_read import make
@@ -385,6 +386,30 @@ def test_columns_and_keys_that_nothing_reads_are_counted_by_rows(tmp_path: Path)
         "messages[] of the system, beside the column of the system": 1,
         "messages[].tool_calls[].index": 1,
     }
+
+
+def test_prompt_that_whole_conversations_contradict_is_counted(tmp_path: Path) -> None:
+    pair = {"chosen": [Q, A], "rejected": [Q, {**A, "content": "b"}]}
+    rows, _, ignored = read(tmp_path, {"prompt": "q", **pair}, {"prompt": [Q], **pair})
+    assert (len(rows), ignored) == (2, {})
+    rows, _, ignored = read(tmp_path, {"prompt": "another", **pair})
+    assert (len(rows), ignored) == (1, {"prompt beside whole conversations": 1})
+
+
+@pytest.mark.parametrize("form", ["xlsx", "csv"])
+def test_cells_of_a_table_without_a_name_are_counted(form: str, tmp_path: Path) -> None:
+    lines = [["question", "", "answer", ""], ["q", "note", "a", ""], ["q", "", "a", ""], ["q", "n", "a", "m"]]
+    if form == "csv":
+        (tmp_path / "a.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    else:
+        book = openpyxl.Workbook()
+        for line in lines:
+            book.worksheets[0].append(line)
+        book.save(tmp_path / "a.xlsx")
+    tally = Tally()
+    stage = Dataset(kind="dataset", source=f"a.{form}")
+    assert len(list(read_source(stage, tmp_path, pytest.fail, tally))) == 3
+    assert tally.ignored == {"(a column without a name)": 2}
 
 
 def test_facts_name_the_ignored_columns_and_stay_small(tmp_path: Path) -> None:

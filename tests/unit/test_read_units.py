@@ -26,7 +26,17 @@ from tunery.store import StageContext
 from tunery.store.rows import shards, write_tables
 
 LINES = st.sampled_from(
-    [b"", b" ", b"\r", b'{"text": "a"}', b'{"text": "b b b"}\r', b"no json", b'{"text": "' + b"x" * 90 + b'"}', b"\xff"]
+    [
+        b"",
+        b" ",
+        b"\r",
+        b'{"text": "a"}',
+        b'{"text": "a", "topic": "x"}',
+        b'{"text": "b b b"}\r',
+        b"no json",
+        b'{"text": "' + b"x" * 90 + b'"}',
+        b"\xff",
+    ]
 )
 
 

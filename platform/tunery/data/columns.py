@@ -29,6 +29,7 @@ from tunery.store.rows import Row, Turn
 Columns = Mapping[Any, str]
 Fields = Mapping[str, Any]
 """Values of a row by role."""
+NAMELESS = "(a column without a name)"
 
 LAYOUTS = (
     "prompt chosen rejected",
@@ -85,7 +86,7 @@ class Converter:
         made = self.make({role: row.get(name) for role, name in self.names.items()}, self.reader)
         if self.media:
             self._refuse_media(row, made)
-        self.reader.ignored.update(str(name) for name in self.unread if not is_empty(row.get(name)))
+        self.reader.ignored.update(str(name) or NAMELESS for name in self.unread if not is_empty(row.get(name)))
         return made
 
     def _refuse_media(self, row: Mapping[str, Any], made: Row) -> None:
@@ -206,6 +207,7 @@ def _preference(fields: Fields, reader: MessageReader) -> Row:
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
         common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
         start, chosen, rejected = chosen[: len(common)], chosen[len(common) :], rejected[len(common) :]
+        _note_unused_prompt(fields, start, reader)
     elif "messages" in fields:
         start = reader.turns(fields["messages"])
     elif "prompt" in fields:
@@ -219,6 +221,15 @@ def _preference(fields: Fields, reader: MessageReader) -> Row:
     if not start or start[-1]["role"] == "assistant":
         raise BadRow("chosen and rejected have no question before them")
     return {**_conversation(fields, [*start, *chosen], reader), "rejected": rejected}
+
+
+def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader) -> None:
+    """Whole conversations have their prompt in them; a column that says another one is not read."""
+    contents = {turn["content"].strip() for turn in start}
+    for role in ("prompt", "input", "history"):
+        value = fields.get(role)
+        if not is_empty(value) and not (isinstance(value, str) and value.strip() in contents) and value != start:
+            reader.ignore(f"{role} beside whole conversations")
 
 
 def _conversation(fields: Fields, found: list[Turn], reader: MessageReader) -> Row:

@@ -103,7 +103,7 @@ def check_source(stage: Dataset, folder: Path) -> None:
         cause=f"none of its records makes a row (up to {PROBED:,} are tried); the first: {wrong}"
         if wrong
         else "every file is empty",
-        remedy=f"give a file with at least one row{array}",
+        remedy=f"give a file with at least one row that can be used{array}",
     )
 
 

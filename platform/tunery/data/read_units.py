@@ -94,10 +94,9 @@ def read_in_parallel(context: StageContext, stage: Dataset, quarantine: Quaranti
     for unit, out in zip(units, made, strict=True):
         before, name = before if unit.name == name else 0, unit.name
         told = _told(out)
-        counts = told["tally"]
-        tally.add(
-            Tally(**{name: Counter(count) if isinstance(count, dict) else count for name, count in counts.items()})
-        )
+        counts: dict[str, Any] = told["tally"]
+        counters = {name: Counter(count) for name, count in counts.items() if isinstance(count, dict)}
+        tally.add(Tally(**{**counts, **counters}))
         yield from _joined(out, before, quarantine)
         before += told["lines"]
     shutil.rmtree(folder)

@@ -87,7 +87,7 @@ class MessageReader:
     `ignored` collects what was read past without effect: names such as "messages[].lang". Whoever reads rows clears it.
     """
 
-    def __init__(self, roles: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None) -> None:
+    def __init__(self, roles: Mapping[str, str] | None = None, keys: Mapping[Any, str] | None = None) -> None:
         self._roles = ROLES | {role_name(name): role for name, role in (roles or {}).items()}
         self._keys = {**KEYS, **{field: (key,) for field, key in (keys or {}).items()}}
         self._plain_keys = list(itertools.product(self._keys["role"], self._keys["content"]))

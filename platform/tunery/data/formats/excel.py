@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import zip_longest
 from typing import IO, Any
 
 from tunery.data.filesystem import Damaged, File, OutOfReach, open_seekable
@@ -88,7 +89,9 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
         elif header is None:
             header = ["" if value is None else str(cell_text(value)).strip() for value in cells]
         else:
-            pairs = [(name, cell_text(value) or None) for name, value in zip(header, cells, strict=False) if name]
+            # A value in a column without a name belongs to the record, so that it is counted as not read.
+            columns = zip_longest(header, cells, fillvalue="")
+            pairs = [(name, cell_text(value) or None) for name, value in columns if name or value not in (None, "")]
             yield Record(number, from_pairs(pairs), _shown(cells), sheet.title)
 
 
