@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 ESCAPED = re.compile("\ufdd2([0-9]+)\ufdd3")
 """A special token in a turn's own text: the index into `ChatTemplate.control_tokens`."""
+_TEXTS = ("content", "reasoning_content", "name", "tool_call_id")
+"""What of a turn is its own text, beside its tool calls."""
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 _THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 
@@ -87,8 +89,9 @@ class ChatTemplate(TemplateRenderer):
         turns = [self.given(turn) for turn in alternating(4)]
         basic = self.render(turns) + self.render(turns[:1], generation_prompt=True)
         endings = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
-        delimiters = {*self.control.findall(basic), *endings, *self.profile.end_tokens}
+        delimiters = {*self.control.findall(basic), *endings, *self.profile.end_tokens, *self.profile.history_ends}
         self._delimiters = any_of(delimiters - {"<think>", "</think>"})
+        self._ends = (*self.profile.end_tokens, *self.profile.history_ends)
 
     def conversation(self, row: Row, mask_empty_thinking: bool = True) -> RenderedConversation:
         """Render a row with `messages`. `mask_empty_thinking`: an empty thinking block before a response belongs to
@@ -96,13 +99,18 @@ class ChatTemplate(TemplateRenderer):
         messages, tools, escaped = self._prepared(row)
         return replace(self._spans(messages, tools, mask_empty_thinking), escaped_tokens=escaped)
 
-    def prompt(self, row: Row) -> str:
-        """The conversation with the generation prompt, special tokens of its own text `ESCAPED`: the same characters
-        that `conversation` has before a response. Raises RejectedConversation."""
-        messages, tools, _ = self._prepared(row)
+    def prompt(self, row: Row) -> RenderedConversation:
+        """The conversation with the generation prompt: the same characters that `conversation` has before a response,
+        with the spans of earlier responses. Raises RejectedConversation."""
+        messages, tools, escaped = self._prepared(row)
         text, marks = self.marked(messages, tools, generation_prompt=True)
         self._check_complete(messages, marks)
-        return text
+        spans: tuple[ResponseSpan, ...] = ()
+        if any(message["role"] == "assistant" for message in messages):
+            found = self._spans(messages, tools, mask_empty_thinking=True)
+            common = self.shared_prefix(text, found.text)
+            spans = tuple(span for span in found.spans if span.end <= common)
+        return RenderedConversation(text, spans, 0, escaped)
 
     def unescape(self, text: str) -> str:
         return ESCAPED.sub(lambda match: self.control_tokens[int(match[1])], text)
@@ -112,10 +120,11 @@ class ChatTemplate(TemplateRenderer):
     def _prepared(self, row: Row) -> tuple[list[Message], Any, int]:
         """Messages, tools, and how many special tokens stand in their own text."""
         turns = row["messages"]
-        own_text = "".join(f"{turn['content'] or ''}{turn.get('reasoning_content') or ''}" for turn in turns)
-        if _NONCHARACTERS.search(own_text):
+        own_text = "".join(str(turn.get(name) or "") for turn in turns for name in _TEXTS)
+        tools = (json.loads(row["tools"]) if row.get("tools") else None) or None
+        if _NONCHARACTERS.search(own_text) or (tools and _NONCHARACTERS.search(json.dumps(tools, ensure_ascii=False))):
             raise RejectedConversation("it holds Unicode noncharacters (U+FDD0 to U+FDEF)")
-        self._check_supported(turns)
+        self._check_supported(turns, tools)
         messages = [self._message(turn) for turn in turns]
         if self.profile.call_ids:
             number_calls(messages)
@@ -124,17 +133,18 @@ class ChatTemplate(TemplateRenderer):
             for message in messages:
                 pattern = self._delimiters if message["role"] == "assistant" else self.control
                 escaped += self._escape(message, pattern)
-        tools = json.loads(row["tools"]) if row.get("tools") else None
-        if tools is not None and self.control.search(row["tools"]):
+        if tools is not None:
             tools, found = self._escaped(tools, self.control)
             escaped += found
         return messages, tools, escaped
 
-    def _check_supported(self, turns: Sequence[Mapping[str, Any]]) -> None:
+    def _check_supported(self, turns: Sequence[Mapping[str, Any]], tools: Any) -> None:
         if not self.profile.tool_calls and any(turn.get("tool_calls") for turn in turns):
             raise RejectedConversation("the chat template does not render tool calls")
         if not self.profile.tool_results and any(turn["role"] == "tool" for turn in turns):
             raise RejectedConversation("the chat template does not render tool results")
+        if tools and not self.profile.tools:
+            raise RejectedConversation("the chat template does not render the definitions of tools")
 
     def _message(self, turn: Mapping[str, Any]) -> Message:
         content = turn["content"] or ""
@@ -142,19 +152,22 @@ class ChatTemplate(TemplateRenderer):
         for name in ("name", "tool_call_id"):
             if turn.get(name):
                 message[name] = turn[name]
-        reasoning = turn.get("reasoning_content")
+        reasoning = turn.get("reasoning_content") or ""
+        reasoning = reasoning if reasoning.strip() else ""
         if not reasoning and self.profile.reasoning and turn["role"] == "assistant":
             reasoning, message["content"] = inline_reasoning(content) or ("", content)
         if reasoning:
             message["reasoning_content"] = reasoning
         if turn.get("tool_calls"):
             message["tool_calls"] = [self.call(call) for call in json.loads(turn["tool_calls"])]
+            if _NONCHARACTERS.search(json.dumps(message["tool_calls"], ensure_ascii=False)):
+                raise RejectedConversation("a tool call holds Unicode noncharacters (U+FDD0 to U+FDEF)")
         return message
 
     def _escape(self, message: Message, pattern: re.Pattern[str]) -> int:
         """In place; returns how many there were."""
         count = 0
-        for name in ("content", "reasoning_content", "tool_calls"):
+        for name in (*_TEXTS, "tool_calls"):
             if name in message:
                 message[name], found = self._escaped(message[name], pattern)
                 count += found
@@ -168,8 +181,10 @@ class ChatTemplate(TemplateRenderer):
             items = [self._escaped(item, pattern) for item in value]
             return [item for item, _ in items], sum(count for _, count in items)
         if isinstance(value, dict):
+            keys = [self._escaped(key, pattern) for key in value]
             items = [self._escaped(item, pattern) for item in value.values()]
-            return dict(zip(value, (item for item, _ in items), strict=True)), sum(count for _, count in items)
+            count = sum(count for _, count in (*keys, *items))
+            return dict(zip((key for key, _ in keys), (item for item, _ in items), strict=True)), count
         return value, 0
 
     # Spans
@@ -192,16 +207,36 @@ class ChatTemplate(TemplateRenderer):
                     continue  # a thinking model would learn to answer without thinking
                 if last and (built := self._with_reasoning(messages, tools, text, marks)) is not None:
                     return RenderedConversation(built[0], (*spans, built[1]), dropped - 1, 0)
-            start, end = blocks.get(turn) or (None, None)
-            if start is None or end is None:
-                start = self._start(messages, tools, text, marks, turn, mask_empty_thinking)
-                end = self._end(messages, tools, text, marks, turn)
+            start, end = self._span(messages, tools, text, marks, turn, mask_empty_thinking, blocks.get(turn))
             if last and self._lacks_end(text, end, message):
                 ending = self.profile.call_end if message.get("tool_calls") else self.profile.appended_end
                 text = text[:end] + ending
                 end = len(text)
             spans.append(ResponseSpan(start, end, turn))
         return RenderedConversation(text, tuple(spans), dropped, 0)
+
+    def _span(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        text: str,
+        marks: Marks | None,
+        turn: int,
+        mask_empty_thinking: bool,
+        block: tuple[int, int] | None,
+    ) -> tuple[int, int]:
+        """`block`: what the template marks. Some blocks hold the generation prompt too, which is never trained."""
+        try:
+            start = self._start(messages, tools, text, marks, turn, mask_empty_thinking)
+            end = block[1] if block else self._end(messages, tools, text, marks, turn)
+        except RejectedConversation:
+            if block is None:
+                raise
+            start, end = block
+        for token in self.profile.history_ends:
+            if text.endswith(token, start, end):
+                end -= len(token)
+        return max(start, block[0]) if block else start, end
 
     def _check_complete(self, messages: Sequence[Message], marks: Marks | None) -> None:
         """Raises RejectedConversation where the template leaves a turn's content out."""
@@ -213,6 +248,11 @@ class ChatTemplate(TemplateRenderer):
                 raise RejectedConversation(
                     f"the chat template does not render the text {beside}of turn {turn + 1} ({message['role']})"
                 )
+            for n in range(len(message.get("tool_calls", ()))):
+                if (f"call{n}_", turn) not in marks:
+                    raise RejectedConversation(
+                        f"the chat template does not render tool call {n + 1} of turn {turn + 1} (assistant)"
+                    )
 
     def _blocks(
         self, messages: Sequence[Message], tools: Any, text: str, responses: Sequence[int]
@@ -225,7 +265,7 @@ class ChatTemplate(TemplateRenderer):
             return {}
         found = {}
         for turn, (start, end) in zip(responses, spans, strict=True):
-            if not any(text.endswith(token, start, end) for token in self.profile.end_tokens):
+            if not any(text.endswith(token, start, end) for token in self._ends):
                 closing = next((item for item in self.profile.closings if text.startswith(item, end)), "")
                 end += len(closing)
             found[turn] = (start, self._without_trailing_text(text, start, end))
@@ -258,9 +298,10 @@ class ChatTemplate(TemplateRenderer):
         if prompt.rstrip().endswith("</think>"):
             return None  # it only ever generates responses without thinking
         opening = "" if prompt.endswith("<think>\n") else "\n" if prompt.endswith("<think>") else "<think>\n"
-        end = self._end(messages, tools, text, marks, turn)
-        closing = text[marks["content_end", turn] : end].lstrip() if marks else ""
-        whole = f"{prompt}{opening}{reasoning}\n</think>\n\n{content.rstrip()}{closing}"
+        if marks is None or ("content_end", turn) not in marks or message.get("tool_calls"):
+            return None
+        closing = text[marks["content_end", turn] : self._end(messages, tools, text, marks, turn)]
+        whole = f"{prompt}{opening}{reasoning}\n</think>\n\n{content.lstrip(chr(10)).rstrip()}{closing}"
         if self._lacks_end(whole, len(whole), message):
             whole += self.profile.appended_end
         return whole, ResponseSpan(len(prompt), len(whole), turn)
@@ -290,9 +331,18 @@ class ChatTemplate(TemplateRenderer):
             ):
                 for header in self.profile.headers:
                     if header.text and text.endswith(header.text, 0, at):
-                        masked = header.empty_thinking and mask_empty_thinking
-                        return at - (0 if masked else len(header.text) - header.generated_from)
+                        if header.empty_thinking and mask_empty_thinking:
+                            return at
+                        begin, prompt = at - len(header.text), self.profile.generation_prompt
+                        # Content may itself begin with the rest of the generation prompt (`<think>`).
+                        given = len(prompt) if text.startswith(prompt, begin) else header.generated_from
+                        return begin + given
         prompt = self.render([self.given(item) for item in messages[:turn]], tools, generation_prompt=True)
+        header_start = len(prompt) - len(self.profile.generation_prompt)
+        if mask_empty_thinking and prompt.endswith(self.profile.generation_prompt):
+            for header in self.profile.headers:
+                if header.empty_thinking and text.startswith(prompt[:header_start] + header.text):
+                    return header_start + len(header.text)
         if text.startswith(prompt):
             return len(prompt)
         before = self.before(messages[:turn], tools)

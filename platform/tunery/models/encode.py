@@ -15,8 +15,8 @@ from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from tunery.models.chat_template import ESCAPED, ChatTemplate, chat_template_of
-from tunery.models.template_rendering import RejectedConversation
+from tunery.models.chat_template import ESCAPED, ChatTemplate, RenderedConversation, chat_template_of
+from tunery.models.template_rendering import RejectedConversation, last_match
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
         opening = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
         pieces: list[list[str]] = []
         drafts: dict[int, Encoded] = {}
+        kept: list[list[bool]] = []
         for index, row in enumerate(rows):
             if index in found:
                 continue
@@ -130,9 +131,8 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
             except RejectedConversation as error:
                 found[index] = Encoded([], (), rejected=str(error))
                 continue
-            kept = [span for span in conversation.spans if span.turn in trained]
-            cuts = [0, *(at for span in kept for at in (span.start, span.end)), len(conversation.text)]
-            pieces.append([conversation.text[start:end] for start, end in pairwise(cuts)])
+            pieces.append(_pieces(conversation))
+            kept.append([span.turn in trained for span in conversation.spans])
             drafts[index] = Encoded(
                 [],
                 (),
@@ -140,11 +140,20 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
                 dropped_reasoning=conversation.dropped_reasoning,
                 escaped_tokens=conversation.escaped_tokens,
             )
-        for (index, draft), tokens in zip(drafts.items(), tokenize_pieces(pieces, template), strict=True):
+        for (index, draft), tokens, keeps in zip(drafts.items(), tokenize_pieces(pieces, template), kept, strict=True):
             edges = list(accumulate((len(piece) for piece in tokens), initial=0))
-            spans = tuple((start, end) for start, end in zip(edges[1::2], edges[2::2], strict=False) if start < end)
+            responses = zip(edges[1::2], edges[2::2], keeps, strict=False)
+            spans = tuple((start, end) for start, end, keep in responses if keep and start < end)
             found[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
     return [found[index] for index in range(len(rows))]
+
+
+def _pieces(conversation: RenderedConversation) -> list[str]:
+    """The text before the first response, the response, the text before the second and so on. Every response is a piece
+    of its own, trained or not: then the tokens before it are the same whatever is trained, and those that a model is
+    given to generate it."""
+    cuts = [0, *(at for span in conversation.spans for at in (span.start, span.end)), len(conversation.text)]
+    return [conversation.text[start:end] for start, end in pairwise(cuts)]
 
 
 def as_prompt(row: Row) -> Row:
@@ -164,13 +173,16 @@ def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -
     reasons: list[str] = []
     for prompt in prompts:
         try:
-            text, reason = template.prompt(prompt), ""
+            pieces, reason = _pieces(template.prompt(prompt)), ""
         except RejectedConversation as error:
-            text, reason = "", str(error)
-        texts.append([text])
+            pieces, reason = [], str(error)
+        texts.append(pieces)
         reasons.append(reason)
     tokens = tokenize_pieces(texts, template)
-    return [Encoded(ids, (), rejected=reason) for (ids,), reason in zip(tokens, reasons, strict=True)]
+    return [
+        Encoded(list(chain.from_iterable(ids)), (), rejected=reason)
+        for ids, reason in zip(tokens, reasons, strict=True)
+    ]
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
@@ -236,17 +248,21 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
         return [cut_right(item, limit)]
     if not row.get("messages"):
         if encoding.truncate == "left":
-            return [replace(item, ids=item.ids[-limit:], spans=((0, limit),), truncated=True)]
-        return [
-            replace(item, ids=item.ids[start : start + limit], spans=((0, len(item.ids[start : start + limit])),))
-            for start in range(0, len(item.ids), limit)
-        ]
+            first = item.ids[:1] if item.ids[0] == tokenizer.bos_token_id else []
+            ids = [*first, *item.ids[len(item.ids) - limit + len(first) :]]
+            return [replace(item, ids=ids, spans=((0, limit),), truncated=True)]
+        cuts = (item.ids[start : start + limit] for start in range(0, len(item.ids), limit))
+        # A last token alone has nothing to be predicted from.
+        return [replace(item, ids=ids, spans=((0, len(ids)),)) for ids in cuts if len(ids) > 1]
     if encoding.truncate == "left":
         for shorter in without_oldest_turns(row):
-            (item,) = encode_whole([shorter], tokenizer, encoding)
-            if len(item.ids) <= limit and not item.rejected:
+            (found,) = encode_whole([shorter], tokenizer, encoding)
+            if found.rejected or not found.spans:
+                continue
+            item = found
+            if len(item.ids) <= limit:
                 return [replace(item, truncated=True)]
-        return [cut_prompt(item, limit)]
+        return [cut_prompt(item, limit, bos=tokenizer.bos_token_id)]
     return _split(row, item, tokenizer, encoding)
 
 
@@ -261,14 +277,16 @@ def cut_right(item: Encoded, limit: int) -> Encoded:
     return replace(item, ids=item.ids[:limit], spans=spans, truncated=True)
 
 
-def cut_prompt(item: Encoded, limit: int, response: int | None = None) -> Encoded:
-    """Cut the beginning of what precedes the last span (its first token stays, where that is a BOS), so that prompt
+def cut_prompt(item: Encoded, limit: int, response: int | None = None, bos: int | None = None) -> Encoded:
+    """Cut the beginning of what precedes the last span (its first token stays, where that is `bos`), so that prompt
     and `response` tokens (the span's own, when not given) are `limit`. The prompt keeps a quarter of `limit`; a
     response that is longer than the rest loses its end."""
     start, end = item.response
     response = end - start if response is None else response
     prompt = min(start, max(limit - response, int(limit * MIN_PROMPT_FRACTION)))
     ids = item.ids[start - prompt : end][:limit]
+    if prompt > 1 and item.ids[0] == bos:
+        ids[0] = item.ids[0]
     return replace(item, ids=ids, spans=((prompt, len(ids)),) if len(ids) > prompt else (), truncated=True)
 
 
@@ -292,7 +310,7 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
         best: tuple[int, Encoded] | None = None
         for end in starts:
             part = {**row, "messages": [*system, *rest[:end]]}
-            (found,) = encode_whole([part], tokenizer, replace(encoding, train_on="all_turns"))
+            (found,) = encode_whole([part], tokenizer, encoding)
             if best is not None and (found.rejected or len(found.ids) > encoding.max_length):
                 break
             best = end, found
@@ -308,6 +326,8 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
 
 _IDS_ONLY: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _JOINABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_LEADS = ("\n", "x", "0", ".", "@")
+"""Characters to put before a text that continues another."""
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_special: bool = False) -> list[list[int]]:
@@ -322,39 +342,78 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_spe
 
 def tokenize_pieces(texts: Sequence[Sequence[str]], template: ChatTemplate) -> list[list[list[int]]]:
     """Ids of each piece of each text, of which a piece is never merged with the next: generation begins where one ends.
-    Special tokens that are `ESCAPED` become ordinary text.
-
-    Tokenizers that put a space before whatever they are given (Llama 2's) can't take a text in pieces: theirs are cut
-    by the characters that each token stands for.
-    """
-    tokenizer = template.tokenizer
-    if not _joins(tokenizer):
-        return [_by_offsets(list(pieces), template) for pieces in texts]
-    plain: list[str] = []
-    escaped: list[str] = []
-    where: list[list[list[tuple[bool, int]]]] = []
+    Special tokens that are `ESCAPED` become ordinary text."""
+    continued = not _joins(template.tokenizer)
+    parts: list[tuple[str, str, bool]] = []  # (what precedes it, text, whether it is a special token as ordinary text)
+    where: list[list[list[int]]] = []
     for pieces in texts:
-        places = []
+        places, before = [], ""
         for piece in pieces:
-            parts = []
-            if "\ufdd2" not in piece:
-                parts.append((False, len(plain)))
-                plain.append(piece)
-            else:
-                for number, part in enumerate(ESCAPED.split(piece)):
-                    if number % 2:
-                        parts.append((True, len(escaped)))
-                        escaped.append(template.control_tokens[int(part)])
-                    elif part:
-                        parts.append((False, len(plain)))
-                        plain.append(part)
-            places.append(parts)
+            numbers = []
+            for number, part in enumerate(ESCAPED.split(piece) if "\ufdd2" in piece else (piece,)):
+                escaped = number % 2 == 1
+                if not part:
+                    continue
+                numbers.append(len(parts))
+                parts.append((before, template.control_tokens[int(part)] if escaped else part, escaped))
+                if continued:
+                    before = _ESCAPED_BEFORE if escaped else _since_special(before + part, template)
+            places.append(numbers)
         where.append(places)
-    ids = {False: tokenize(plain, tokenizer), True: _as_text(escaped, tokenizer)}
-    return [
-        [list(chain.from_iterable(ids[is_escaped][number] for is_escaped, number in parts)) for parts in places]
-        for places in where
-    ]
+    if continued:
+        ids = _continued(parts, template.tokenizer)
+    else:
+        ids = tokenize([text for _, text, _ in parts], template.tokenizer)
+        literal = [number for number, (_, _, escaped) in enumerate(parts) if escaped]
+        found = _as_text([parts[number][1] for number in literal], template.tokenizer)
+        for number, tokens in zip(literal, found, strict=True):
+            ids[number] = tokens
+    return [[list(chain.from_iterable(ids[number] for number in numbers)) for numbers in places] for places in where]
+
+
+_ESCAPED_BEFORE = "\ufdd2"
+"""Precedes a text whose context can't be given to the tokenizer: a special token in it stands for ordinary text."""
+
+
+def _since_special(text: str, template: ChatTemplate) -> str:
+    """From the last special token on: a tokenizer splits a text there."""
+    last = last_match(template.control, text, 0, len(text))
+    return text if last is None else text[last.start() :]
+
+
+def _continued(parts: Sequence[tuple[str, str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of texts by a tokenizer that puts a space before whatever it is given (Llama 2's).
+
+    They are what follows the ids of the preceding text in those of both texts together, where these begin with those.
+    Else (a token spans the boundary) a text is tokenised behind a character whose tokens are then left out.
+    """
+    found: list[list[int]] = [[] for _ in parts]
+    within = [number for number, (before, _, escaped) in enumerate(parts) if not escaped and "\ufdd2" not in before]
+    preceding = tokenize([parts[number][0] for number in within], tokenizer)
+    joined = tokenize([parts[number][0] + parts[number][1] for number in within], tokenizer)
+    rest = sorted(set(range(len(parts))) - set(within))
+    for number, before, both in zip(within, preceding, joined, strict=True):
+        if both[: len(before)] == before:
+            found[number] = both[len(before) :]
+        else:
+            rest.append(number)
+    for number in rest:
+        _, text, escaped = parts[number]
+        found[number] = _behind_lead(text, tokenizer, escaped)
+    return found
+
+
+def _behind_lead(text: str, tokenizer: PreTrainedTokenizerBase, as_text: bool) -> list[int]:
+    """Ids of a text that continues another."""
+    for lead in _LEADS:
+        before, both = tokenize([lead, lead + text], tokenizer, split_special=as_text)
+        if both[: len(before)] != before:
+            continue
+        ids = both[len(before) :]
+        if as_text and len(text) > 1 and not set(ids).isdisjoint(tokenizer.added_tokens_decoder):
+            return [token for part in (text[:-1], text[-1]) for token in _behind_lead(part, tokenizer, True)]
+        return ids
+    return tokenize([text], tokenizer, split_special=as_text)[0]
 
 
 def _as_text(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -363,7 +422,7 @@ def _as_text(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     found = tokenize(tokens, tokenizer, split_special=True)
     added = set(tokenizer.added_tokens_decoder)
     for index, ids in enumerate(found):
-        if len(ids) == 1 and ids[0] in added:
+        if not added.isdisjoint(ids):
             found[index] = list(chain.from_iterable(tokenize([tokens[index][:-1], tokens[index][-1]], tokenizer)))
     return found
 
@@ -373,7 +432,7 @@ def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
     known = _JOINABLE.get(tokenizer)
     if known is None:
         pairs = [("x", "y"), ("x:", " y"), ("x\n", "y"), ("x", "\ny")]
-        known = _JOINABLE[tokenizer] = not getattr(tokenizer, "is_fast", False) or all(
+        known = _JOINABLE[tokenizer] = all(
             _decoded(tokenize([left], tokenizer)[0] + tokenize([right], tokenizer)[0], tokenizer)
             == _decoded(tokenize([left + right], tokenizer)[0], tokenizer)
             for left, right in pairs
@@ -383,23 +442,3 @@ def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _by_offsets(pieces: list[str], template: ChatTemplate) -> list[list[int]]:
-    """A token belongs to the piece in which its first character stands that is no space."""
-    whole = template.unescape("".join(pieces))
-    if any("\ufdd2" in piece for piece in pieces):
-        pieces = [template.unescape(piece) for piece in pieces]
-    found = template.tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    ends = list(accumulate(len(piece) for piece in pieces))
-    ids: list[list[int]] = [[] for _ in pieces]
-    number = 0
-    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        text = whole[start:end]
-        first = start + len(text) - len(text.lstrip()) if text.strip() else start
-        while number < len(pieces) - 1 and first >= ends[number]:
-            number += 1
-        ids[number].append(token)
-    return ids

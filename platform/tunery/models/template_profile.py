@@ -57,6 +57,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     problems: list[str] = []
     headers: list[ResponseHeader] = []
     closings: dict[str, None] = {}
+    within: set[str] = set()
     unclosed = None
 
     def learn(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
@@ -80,9 +81,11 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             behind = marks.get(("content_end", turn), -1)
             if behind < 0 or message.get("tool_calls"):
                 continue
+            if (thought := marks.get(("reasoning_end", turn), -1)) >= 0 and ("content", turn) in marks:
+                within.update(template.special.findall(text[thought : marks["content", turn]]))
             following = text[behind : marks.get(("content", turn + 1), len(text))]
-            if end := template.special.search(following):
-                closings[following[: end.end()]] = None
+            if closing := _closing(template, following):
+                closings[closing] = None
             elif turn == len(messages) - 1:
                 unclosed = following
         return text, marks
@@ -112,7 +115,8 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
         system=renders_system,
     )
     template.profile = profile
-    profile = template.profile = _with_tools(template, profile, problems)
+    profile = _with_tools(template, profile, problems)
+    profile = template.profile = replace(profile, tools=_renders_tools(template, problems))
     if profile.tool_calls:
         called = [*alternating(1), {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]}]
         if profile.tool_results:
@@ -125,7 +129,26 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             headers=_distinct(headers, empty),
             closings=tuple(sorted(closings, key=len, reverse=True)),
         )
-    return replace(_with_end(template, profile, unclosed), problems=tuple(dict.fromkeys(problems)))
+    profile = _with_end(template, profile, unclosed)
+    if set(profile.end_tokens) - within:
+        history = tuple(token for token in profile.end_tokens if token in within)
+        ends = tuple(token for token in profile.end_tokens if token not in within)
+        profile = replace(profile, end_tokens=ends, history_ends=history)
+    return replace(profile, problems=tuple(dict.fromkeys(problems)))
+
+
+def _closing(template: TemplateRenderer, following: str) -> str:
+    """Up to the first special token; and up to the tokenizer's end token, where that comes next (Cohere's
+    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). Empty where there is none."""
+    first = template.special.search(following)
+    if first is None:
+        return ""
+    end = first.end()
+    while (token := template.special.match(following, end)) is not None and first[0] != template.tokenizer.eos_token:
+        end = token.end()
+        if token[0] == template.tokenizer.eos_token:
+            return following[:end]
+    return following[: first.end()]
 
 
 def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
@@ -193,13 +216,6 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: 
                 except RejectedConversation as error:
                     problems.append(f"tool result: {error}")
                     whole = called
-                try:
-                    defined = template.render(given[:1], [_TOOL])
-                    tried = replace(tried, tools="n_tool" in defined and "k_arg" in defined)
-                except RejectedConversation as error:
-                    problems.append(f"tools: {error}")
-                if not tried.tools:
-                    problems.append("the chat template does not render the definitions of tools")
                 tail = called[len(template.render(given[:1])) :]
                 last = last_match(template.special, tail, 0, len(tail))
                 if last is not None and not tail[last.end() :].strip():
@@ -208,6 +224,19 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: 
                 return replace(tried, call_end=following[0] if following else "?")
     problems.append((failure and f"tool call: {failure}") or "the chat template does not render tool calls")
     return replace(profile, tool_calls=False)
+
+
+def _renders_tools(template: TemplateRenderer, problems: list[str]) -> bool:
+    """Whether the definitions of tools are rendered."""
+    try:
+        defined = template.render([template.given(item) for item in alternating(1)], [_TOOL])
+    except RejectedConversation as error:
+        problems.append(f"tools: {error}")
+        return False
+    if "n_tool" in defined and "k_arg" in defined:
+        return True
+    problems.append("the chat template does not render the definitions of tools")
+    return False
 
 
 def _has_call(text: str, as_text: bool) -> bool:
@@ -232,8 +261,9 @@ def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: st
     eos = template.tokenizer.eos_token
     ends = []
     for closing in profile.closings:
-        if (found := template.special.search(closing)) is not None and found[0] not in ends:
-            ends.append(found[0])
+        token = template.special.findall(closing)[-1]
+        if token not in ends:
+            ends.append(token)
     appended = ""
     if unclosed is not None:
         # The next turn's first token, where that is what ends a response in the middle; else the tokenizer's own.

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Marks = dict[tuple[str, int], int]
-"""(kind, turn) to the character where the mark stood. Kinds: `content`, `content_end`, `reasoning`, `reasoning_end`."""
+"""(kind, turn) to the character where the mark stood, -1 where it stood twice. Kinds: `content`, `content_end`,
+`reasoning`, `reasoning_end`, and `call0_` for the name of a turn's first tool call."""
 
 # Unicode noncharacters: never in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
-_MARK = re.compile("\ufdd0([a-z_]+)([0-9]+)\ufdd1")
+_MARK = re.compile("\ufdd0([a-z_0-9]*[a-z_])([0-9]+)\ufdd1")
 
 
 class RejectedConversation(ValueError):
@@ -54,7 +55,10 @@ class TemplateProfile:
     closings: tuple[str, ...] = ()
     """What follows a response, up to and including the token that ends it."""
     end_tokens: tuple[str, ...] = ()
-    """The special tokens that end a response."""
+    """The special tokens that end a response when it is generated."""
+    history_ends: tuple[str, ...] = ()
+    """Tokens that the template puts behind earlier responses, but which also stand within a response: no model ends one
+    by them (gpt-oss writes `<|end|>` there and generates `<|return|>`)."""
     appended_end: str = ""
     """The end token that the template leaves out after the last turn (GLM-4.5), "" where it puts one."""
     unclosed: str = ""
@@ -167,8 +171,14 @@ class TemplateRenderer:
 
     def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
-        if self.profile.arguments_as_text and not isinstance(function.get("arguments"), str):
-            function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        arguments = function.get("arguments", {})
+        if self.profile.arguments_as_text and not isinstance(arguments, str):
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        elif not self.profile.arguments_as_text and isinstance(arguments, str):
+            try:
+                function["arguments"] = json.loads(arguments)
+            except ValueError:
+                pass  # text that is no JSON is all there is
         return {**call, "function": function}
 
     def before(self, messages: Sequence[Message], tools: Any) -> str:
@@ -216,6 +226,11 @@ def with_marks(message: Message, turn: int) -> Message:
         if core := message.get(name, "").strip():
             before, behind = message[name].split(core, 1)
             marked[name] = f"{before}\ufdd0{kind}{turn}\ufdd1{core}\ufdd0{kind}_end{turn}\ufdd1{behind}"
+    if message.get("tool_calls"):
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": f"\ufdd0call{n}_{turn}\ufdd1{call['function']['name']}"}}
+            for n, call in enumerate(message["tool_calls"])
+        ]
     return marked
 
 

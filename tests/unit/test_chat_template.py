@@ -1,0 +1,367 @@
+"""Conversations and texts as training sequences: what is trained, what is masked, and which rows are rejected."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from template_tokenizers import tokenizer_of
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_sequences, encode_whole, rendered
+from tunery.models.generate import end_tokens
+from tunery.models.template_rendering import UnsupportedTemplate
+
+LONG = 10**6
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"properties": {"a": {}}}}}
+]
+
+
+def chat(*turns: str | dict[str, Any], tools: Any = None) -> dict[str, Any]:
+    """A row of user and assistant turns in turn; a dict adds to its assistant turn."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        role = "assistant" if len(messages) % 2 else "user"
+        messages.append({"role": role, "content": turn} if isinstance(turn, str) else {"role": role, **turn})
+    return {"messages": messages, "tools": json.dumps(tools) if tools else None}
+
+
+def encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Encoded:
+    (found,) = encode_whole([row], tokenizer, Encoding(LONG, **options))
+    return found
+
+
+def trained(row: dict[str, Any], family: str, **options: Any) -> list[str]:
+    tokenizer = tokenizer_of(family)
+    found = encoded(row, tokenizer, **options)
+    assert not found.rejected
+    return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
+
+
+def masked(row: dict[str, Any], family: str) -> str:
+    """What precedes the last response."""
+    tokenizer = tokenizer_of(family)
+    found = encoded(row, tokenizer)
+    return str(tokenizer.decode(found.ids[: found.response[0]]))
+
+
+# What is trained
+
+
+def test_deepseek_trains_reasoning_and_answer_behind_the_opened_thinking_block() -> None:
+    row = chat("2+2?", "<think>\nadd\n</think>\n\nfour")
+    assert trained(row, "deepseekv3") == ["add\n</think>\n\nfour<｜end▁of▁sentence｜>"]
+    assert masked(row, "deepseekv3").endswith("<｜User｜>2+2?<｜Assistant｜><think>\n")
+
+
+def test_nemotron_masks_the_empty_thinking_block_and_trains_the_answer_as_the_template_has_it() -> None:
+    row = chat("Where?", " Paris\n")
+    assert trained(row, "nemotron_3_nano") == [" Paris<|im_end|>"]
+    assert masked(row, "nemotron_3_nano").endswith("<|im_start|>assistant\n<think></think>")
+
+
+def test_an_answer_of_one_letter_is_itself_and_not_that_letter_somewhere_before() -> None:
+    row = chat("s s s", "s")
+    assert trained(row, "qwen3_5_think") == ["s<|im_end|>"]
+    assert masked(row, "qwen3_5_think").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_the_token_that_ends_a_glm_response_is_trained_where_the_template_has_none() -> None:
+    assert trained(chat("One?", "one", "Two?", "two"), "glm4moe") == ["one<|user|>", "two<|user|>"]
+
+
+def test_every_response_is_trained_or_the_last_turn_only() -> None:
+    row = chat("Q1", "A1", "Q2", "A2")
+    assert trained(row, "qwen3") == ["A1<|im_end|>", "A2<|im_end|>"]
+    assert trained(row, "qwen3", train_on="last_turn") == ["A2<|im_end|>"]
+    asked = chat("Q1", "A1", "Q2")
+    assert trained(asked, "qwen3") == ["A1<|im_end|>"]
+    assert trained(asked, "qwen3", train_on="last_turn") == []
+
+
+def test_a_turn_of_weight_0_is_context() -> None:
+    row = chat("Q1", {"content": "A1", "weight": 0.0}, "Q2", {"content": "A2", "weight": 1.0})
+    assert trained(row, "qwen3") == ["A2<|im_end|>"]
+    assert "A1" in masked(row, "qwen3")
+
+
+def test_a_weight_between_0_and_1_is_rejected() -> None:
+    found = encoded(chat("Q1", {"content": "A1", "weight": 0.5}), tokenizer_of("qwen3"))
+    assert found.rejected == "a turn has the weight 0.5; only 0 and 1 are supported"
+
+
+def test_an_empty_response_is_not_trained() -> None:
+    assert trained(chat("Q1", "A1", "Q2", ""), "qwen3") == ["A1<|im_end|>"]
+    assert encoded(chat("Q1", ""), tokenizer_of("qwen3")).num_loss_tokens == 0
+
+
+def test_gpt_oss_trains_the_channels_of_a_response_and_no_token_that_only_its_history_has() -> None:
+    row = chat("Q1", "A1", "Q2", {"content": "A2", "reasoning_content": "R"})
+    assert trained(row, "gptoss") == [
+        "<|channel|>final<|message|>A1",  # the model generates <|return|>, the history has <|end|>
+        "<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>A2<|return|>",
+    ]
+
+
+# Reasoning
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"content": "four", "reasoning_content": "add"}, {"content": "<think>\nadd\n</think>\n\nfour"}],
+    ids=["reasoning_content", "tags"],
+)
+def test_reasoning_is_rendered_from_its_own_column_and_from_tags(answer: dict[str, Any]) -> None:
+    assert trained(chat("2+2?", answer), "qwen3") == ["<think>\nadd\n</think>\n\nfour<|im_end|>"]
+
+
+def test_earlier_turns_that_lose_their_reasoning_are_context_and_counted() -> None:
+    thought = {"content": "two", "reasoning_content": "first"}
+    found = encoded(chat("1+1?", thought, "2+2?", "four"), tokenizer_of("qwen3"))
+    assert len(found.spans) == 1
+    assert found.dropped_reasoning == 1
+
+
+def test_a_template_without_reasoning_trains_the_response_and_counts_what_it_drops() -> None:
+    row = chat("2+2?", {"content": "four", "reasoning_content": "add"})
+    assert trained(row, "gemma3") == ["four<end_of_turn>"]
+    assert encoded(row, tokenizer_of("gemma3")).dropped_reasoning == 1
+
+
+def test_an_empty_thinking_block_is_masked_or_trained() -> None:
+    row = chat("Where?", "Paris")
+    assert trained(row, "qwen3") == ["Paris<|im_end|>"]
+    assert trained(row, "qwen3", empty_thinking="train") == ["<think>\n\n</think>\n\nParis<|im_end|>"]
+    called = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
+    assert trained(called, "qwen3")[0].startswith("<tool_call>")
+    assert trained(called, "qwen3", empty_thinking="train")[0].startswith("<think>\n\n</think>\n\n<tool_call>")
+
+
+def test_reasoning_that_no_text_follows_does_not_fail() -> None:
+    row = chat("2+2?", {"content": "", "reasoning_content": "add"})
+    for family in ("deepseekv3", "deepseek_r1_distill", "qwen3", "gptoss", "gemma3"):
+        assert not encoded(row, tokenizer_of(family)).rejected
+
+
+# Tools
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_of_tool_calls_are_objects_or_text(as_text: bool) -> None:
+    calls: Any = json.loads(json.dumps(CALLS))
+    if as_text:
+        calls[0]["function"]["arguments"] = json.dumps(calls[0]["function"]["arguments"])
+    row = chat("Add.", {"content": "", "tool_calls": json.dumps(calls)})
+    assert trained(row, "qwen2_5") == [
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "two"}}\n</tool_call><|im_end|>'
+    ]
+    assert '```json\n{"a": 1, "b": "two"}\n```' in trained(row, "deepseekv3")[0]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "chatml", "phi3"])
+def test_a_tool_call_is_rejected_where_the_template_has_none(family: str) -> None:
+    found = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)}), tokenizer_of(family))
+    assert found.rejected == "the chat template does not render tool calls"
+    assert found.ids == []
+
+
+def test_a_second_tool_call_that_the_template_leaves_out_rejects_the_row() -> None:
+    found = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS * 2)}), tokenizer_of("gptoss"))
+    assert found.rejected == "the chat template does not render tool call 2 of turn 2 (assistant)"
+
+
+def test_definitions_of_tools_that_the_template_leaves_out_reject_the_row() -> None:
+    found = encoded(chat("Add.", "No.", tools=TOOLS), tokenizer_of("deepseekv3"))
+    assert found.rejected == "the chat template does not render the definitions of tools"
+
+
+def test_mistral_gets_ids_of_nine_characters_for_calls_without_one() -> None:
+    row = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
+    row["messages"] += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "Three."}]
+    call, answer = trained(row, "mistral_v3")
+    assert '"id": "call00001"' in call
+    assert answer == " Three.</s>"
+    assert '"call_id": "call00001"' in rendered(row, tokenizer_of("mistral_v3"))
+
+
+def test_the_template_of_new_models_renders_tool_calls_definitions_and_reasoning() -> None:
+    call = {"content": "", "tool_calls": json.dumps(CALLS), "reasoning_content": "add them"}
+    row = chat("Add.", call, tools=TOOLS)
+    assert trained(row, "scratch") == [
+        "<think>\nadd them\n</think>\n\n"
+        '<tool_call>{"name": "add", "arguments": {"a": 1, "b": "two"}}</tool_call><|end|>'
+    ]
+    assert '"description": "Adds."' in masked(row, "scratch")
+
+
+# Rows that a template can't take
+
+
+def test_a_system_turn_that_gemma_refuses_rejects_its_row_and_no_other() -> None:
+    rows = [
+        chat("Where?", "Paris"),
+        {"messages": [{"role": "system", "content": "Brief."}, *chat("Q", "A")["messages"]]},
+    ]
+    fine, bad, also_fine = encode_whole([rows[0], rows[1], rows[0]], tokenizer_of("gemma"), Encoding(LONG))
+    assert bad.rejected == "the chat template fails: System role not supported"
+    assert fine.ids == also_fine.ids
+    assert fine.num_loss_tokens > 0
+
+
+def test_a_system_turn_that_is_left_out_without_a_word_rejects_the_row() -> None:
+    row = {"messages": [{"role": "system", "content": "Brief."}, *chat("Q", "A")["messages"]]}
+    found = encoded(row, tokenizer_of("ignores_system"))
+    assert found.rejected == "the chat template does not render the text of turn 1 (system)"
+
+
+def test_a_template_that_renders_no_content_is_refused() -> None:
+    broken = deepcopy(tokenizer_of("chatml"))
+    broken.chat_template = "{% for message in messages %}{{ message['role'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(UnsupportedTemplate, match="does not render the content"):
+        chat_template_of(broken)
+
+
+# Special tokens
+
+
+def test_special_tokens_in_a_question_are_ordinary_tokens_and_counted() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    found = encoded(chat("Say <|im_start|>assistant<|im_end|>", "No."), tokenizer)
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    assert found.ids.count(start) == found.ids.count(end) == 2
+    assert "Say <|im_start|>assistant<|im_end|>" in tokenizer.decode(found.ids)
+    assert found.escaped_tokens == 2
+
+
+@pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "unigram", "word piece"])
+def test_tokenizers_with_a_leading_space_take_special_tokens_in_a_question_as_text_too(kind: str) -> None:
+    tokenizer = tokenizer_of("llama2", kind)
+    found = encoded(chat("Say </s> and <s>", "No."), tokenizer)
+    assert found.ids.count(tokenizer.eos_token_id) == found.ids.count(tokenizer.bos_token_id) == 1
+    assert found.escaped_tokens == 2
+
+
+@pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "metaspace never", "unigram"])
+def test_tokenizers_with_a_leading_space_give_no_second_space_between_pieces(kind: str) -> None:
+    for family in ("llama2", "vicuna", "plain"):
+        tokenizer = tokenizer_of(family, kind)
+        row = chat("One is it?", "It is one.", "Paris is it?", "It is Paris.")
+        whole = tokenizer(rendered(row, tokenizer), add_special_tokens=False).input_ids
+        assert tokenizer.decode(encoded(row, tokenizer).ids) == tokenizer.decode(whole)
+
+
+def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_a_text() -> None:
+    tokenizer = tokenizer_of("chatml")  # a text ends with <|endoftext|>, a turn with <|im_end|>
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert trained(chat("Where?", "Paris"), "chatml") == ["Paris<|im_end|>"]
+    names = tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer))
+    assert set(names) == {"<|endoftext|>", "<|im_end|>"}
+
+
+def test_generation_does_not_stop_between_the_channels_of_a_gpt_oss_response() -> None:
+    tokenizer = tokenizer_of("gptoss")
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    names = tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer))
+    assert set(names) == {"<|return|>", "<|call|>"}
+
+
+# Texts
+
+
+@pytest.mark.parametrize("adds", [(), ("bos",), ("eos",), ("bos", "eos")])
+def test_a_text_has_what_its_tokenizer_puts_around_it_and_one_end_token(adds: tuple[str, ...]) -> None:
+    tokenizer = tokenizer_of("zephyr", "byte-level", adds)
+    found = encoded({"messages": None, "text": "Paris"}, tokenizer)
+    assert tokenizer.decode(found.ids) == ("<s>" if "bos" in adds else "") + "Paris</s>"
+    assert found.spans == ((0, len(found.ids)),)
+
+
+def test_a_conversation_has_no_second_bos_of_a_tokenizer_that_adds_one() -> None:
+    tokenizer = tokenizer_of("llama2", "byte-level", ("bos", "eos"))
+    found = encoded(chat("Where?", "Paris"), tokenizer)
+    assert tokenizer.decode(found.ids) == "<s>[INST] Where? [/INST] Paris </s>"
+
+
+# Slow tokenizers
+
+
+def test_a_tokenizer_in_pure_python_masks_what_generation_is_given() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0, extra_special_tokens=["<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    row = chat("Say </s>", "\n Paris")
+    found = encoded(row, tokenizer)
+    (prompt,) = encode_prompts([as_prompt(row)], tokenizer)
+    start, end = found.response
+    assert found.ids[:start] == prompt.ids
+    assert found.ids[start:end] == [byte + 3 for byte in b"\n Paris"] + [tokenizer.eos_token_id]
+    assert found.ids.count(tokenizer.eos_token_id) == 2
+    assert found.escaped_tokens == 1
+
+
+# Truncation
+
+
+def sequences(row: dict[str, Any], family: str, limit: int, **options: Any) -> list[str]:
+    """What is trained of each sequence."""
+    tokenizer = tokenizer_of(family)
+    (found,) = encode_sequences([row], tokenizer, Encoding(limit, **options))
+    assert all(len(item.ids) <= limit for item in found)
+    return [" ".join(tokenizer.decode(item.ids[start:end]) for start, end in item.spans) for item in found]
+
+
+FOUR = chat(*(text for n in range(4) for text in (f"Q{n}" + " and" * 12, f"A{n}" + " is" * 4)))
+
+
+def test_split_trains_every_response_once() -> None:
+    found = sequences(FOUR, "chatml", 90, truncate="split")
+    assert len(found) > 1
+    assert " ".join(found).split("<|im_end|>") == " ".join(f"A{n} is is is is<|im_end|>" for n in range(4)).split(
+        "<|im_end|>"
+    )
+
+
+def test_split_trains_the_last_turn_only_where_that_is_asked_for() -> None:
+    assert sequences(FOUR, "chatml", 90, truncate="split", train_on="last_turn") == ["A3 is is is is<|im_end|>"]
+
+
+def test_split_of_a_text_leaves_no_token_alone() -> None:
+    tokenizer = tokenizer_of("zephyr")
+    text = {"messages": None, "text": "Paris" * 7}
+    count = len(encoded(text, tokenizer).ids)
+    (found,) = encode_sequences([text], tokenizer, Encoding(count - 1, truncate="split"))
+    assert [len(item.ids) for item in found] == [count - 1]
+
+
+def test_left_keeps_the_bos_and_the_end_of_the_prompt() -> None:
+    tokenizer = tokenizer_of("llama2")
+    row = chat("the question is " * 30 + "where?", "Paris")
+    ((found,),) = encode_sequences([row], tokenizer, Encoding(40, truncate="left"))
+    assert len(found.ids) == 40
+    assert found.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(found.ids).endswith("where? [/INST] Paris </s>")
+    text = {"messages": None, "text": "the question is " * 30 + "where?"}
+    bos = tokenizer_of("llama2", "byte-level", ("bos",))
+    ((found,),) = encode_sequences([text], bos, Encoding(20, truncate="left"))
+    assert found.ids[0] == bos.bos_token_id
+    assert tokenizer.decode(found.ids).endswith("where?</s>")
+    assert len(found.ids) == 20
+
+
+def test_left_keeps_a_response_where_a_question_without_one_follows() -> None:
+    row = chat("the question is " * 30 + "where?", "Paris", "And then?")
+    assert sequences(row, "qwen2_5", 60, truncate="left") == ["Paris<|im_end|>"]
+
+
+def test_drop_rejects_a_row_that_is_too_long() -> None:
+    tokenizer = tokenizer_of("qwen2_5")
+    ((found,),) = encode_sequences([FOUR], tokenizer, Encoding(20, truncate="drop"))
+    assert found.rejected.endswith("tokens, max_length is 20")

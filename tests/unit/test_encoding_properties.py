@@ -1,0 +1,189 @@
+"""What holds of the encoding of any conversation, with any chat template and any kind of tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from template_tokenizers import FAMILIES, KINDS, tokenizer_of
+
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import Encoded, Encoding, encode_prompts, encode_sequences, encode_whole, rendered
+
+EXAMPLES = int(os.environ.get("ENCODING_EXAMPLES", "60"))
+fixed = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=EXAMPLES,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+PIECES = [
+    "<|im_start|>assistant\n",
+    "<|im_end|>",
+    "<|end|>",
+    "</s>",
+    "<s>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "<|user|>",
+    "[INST]",
+    "<end_of_turn>",
+    "<|turn>",
+    "ASSISTANT:",
+    "assistant: ",
+    "\n",
+    "\n\n",
+    " ",
+    "\t",
+    "\x00",
+    "\x1b",
+    "\u200b",
+    "\u2028",
+    "👍🏽",
+    "好",
+    "e\u0301",
+    "\ufeff",
+    "{{ x }}",
+    "{% raw %}",
+    "\\n",
+    "Paris",
+    " is",
+    "s",
+    ".",
+]
+# Surrogates are no text: files with them are quarantined when they are read.
+free = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+text = st.lists(st.sampled_from(PIECES) | free, max_size=5).map("".join)
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}]
+
+
+@st.composite
+def conversations(draw: st.DrawFn, ends_with_response: bool = False) -> dict[str, Any]:
+    turns: list[dict[str, Any]] = []
+    if draw(st.integers(0, 3)) == 0:
+        turns.append({"role": "system", "content": draw(text)})
+    for _ in range(draw(st.integers(1, 3))):
+        turns.append({"role": "user", "content": draw(text)})
+        kind = draw(st.sampled_from(["plain", "plain", "plain", "reasoning", "call", "silent"]))
+        if kind == "silent":
+            continue
+        response: dict[str, Any] = {"role": "assistant", "content": draw(text)}
+        if kind == "reasoning":
+            response["reasoning_content"] = draw(text)
+        if draw(st.integers(0, 4)) == 0:
+            response["weight"] = draw(st.sampled_from([0.0, 1.0]))
+        if kind == "call":
+            call = {"role": "assistant", "content": draw(st.just("") | text), "tool_calls": json.dumps(CALL)}
+            turns += [call, {"role": "tool", "content": draw(text)}]
+        turns.append(response)
+    if ends_with_response and turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": draw(text)})
+    return {"messages": turns}
+
+
+def check_spans(found: Encoded) -> None:
+    edges = [edge for span in found.spans for edge in span]
+    assert edges == sorted(edges)
+    assert all(0 <= start < end <= len(found.ids) for start, end in found.spans)
+
+
+families = st.sampled_from(FAMILIES)
+encodings = st.builds(
+    Encoding,
+    max_length=st.just(10**6),
+    train_on=st.sampled_from(["all_turns", "last_turn"]),
+    empty_thinking=st.sampled_from(["mask", "train"]),
+)
+
+
+@fixed
+@given(row=conversations(), family=families, encoding=encodings)
+def test_tokens_are_those_of_the_rendered_conversation_and_responses_end_with_an_end_token(
+    row: dict[str, Any], family: str, encoding: Encoding
+) -> None:
+    tokenizer = tokenizer_of(family)
+    (found,) = encode_whole([row], tokenizer, encoding)
+    if found.rejected:
+        assert found.ids == []
+        return
+    check_spans(found)
+    assert tokenizer.decode(found.ids) == rendered(row, tokenizer)
+    profile = chat_template_of(tokenizer).profile
+    ends = set(tokenizer.convert_tokens_to_ids(list(profile.end_tokens)))
+    for start, end in found.spans:
+        if not profile.history_ends or end == len(found.ids):
+            assert found.ids[end - 1] in ends
+        assert ends.isdisjoint(found.ids[start : end - 1])
+
+
+@fixed
+@given(row=conversations(ends_with_response=True), family=families)
+def test_generation_begins_with_the_tokens_before_the_last_response(row: dict[str, Any], family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    (found,) = encode_whole([row], tokenizer, Encoding(10**6, "last_turn"))
+    (prompt,) = encode_prompts([{**row, "messages": row["messages"][:-1]}], tokenizer)
+    if found.rejected or not found.spans:
+        return
+    assert not prompt.rejected
+    masked = found.ids[: found.response[0]]
+    text = tokenizer.decode(prompt.ids)
+    if "<think>" in text[-25:] or family.startswith("diffusion_gemma"):
+        return  # it opens a thinking block that the row may not have, or begins a turn anew behind a tool result
+    assert masked[: len(prompt.ids)] == prompt.ids
+    assert "".join(tokenizer.decode(masked[len(prompt.ids) :]).split()) in ("", "<think></think>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@fixed
+@given(
+    row=conversations(ends_with_response=True), family=st.sampled_from(["llama2", "vicuna", "zephyr", "plain", "qwen3"])
+)
+def test_every_kind_of_tokenizer_masks_what_generation_is_given(kind: str, row: dict[str, Any], family: str) -> None:
+    tokenizer = tokenizer_of(family, kind)
+    (found,) = encode_whole([row], tokenizer, Encoding(10**6, "last_turn"))
+    (prompt,) = encode_prompts([{**row, "messages": row["messages"][:-1]}], tokenizer)
+    if found.rejected or not found.spans:
+        return
+    check_spans(found)
+    assert found.ids[: len(prompt.ids)] == prompt.ids
+    ends = set(tokenizer.convert_tokens_to_ids(list(chat_template_of(tokenizer).profile.end_tokens)))
+    start, end = found.response
+    assert found.ids[end - 1] in ends
+    assert ends.isdisjoint(found.ids[start : end - 1])
+
+
+@fixed
+@given(
+    rows=st.lists(
+        conversations() | st.builds(lambda value: {"messages": None, "text": value}, text), min_size=1, max_size=2
+    ),
+    family=families,
+    encoding=st.builds(
+        Encoding,
+        max_length=st.integers(4, 60),
+        train_on=st.sampled_from(["all_turns", "last_turn"]),
+        truncate=st.sampled_from(["right", "left", "drop", "split"]),
+    ),
+)
+def test_truncation_keeps_to_max_length_and_trains_responses_only(
+    rows: list[dict[str, Any]], family: str, encoding: Encoding
+) -> None:
+    tokenizer = tokenizer_of(family)
+    whole = encode_whole(rows, tokenizer, encoding)
+    for row, item, parts in zip(rows, whole, encode_sequences(rows, tokenizer, encoding), strict=True):
+        assert parts
+        trained = [item.ids[start:end] for start, end in item.spans]
+        for part in parts:
+            assert len(part.ids) <= encoding.max_length
+            check_spans(part)
+            if row["messages"] and encoding.truncate != "split":
+                # What is trained is the beginning of a response of the whole conversation, never of a prompt.
+                for start, end in part.spans:
+                    assert any(response[: end - start] == part.ids[start:end] for response in trained)
