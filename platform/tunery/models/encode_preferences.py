@@ -100,4 +100,4 @@ def _fitted(
         if all(len(item.ids) <= limit and not item.rejected for item in fitting):
             return tuple(replace(item, truncated=True) for item in fitting)
     response = max(item.response[1] - item.response[0] for item in sides)
-    return tuple(cut_prompt(item, limit, response) for item in sides)
+    return tuple(cut_prompt(item, limit, response, tokenizer.bos_token_id) for item in sides)

@@ -22,6 +22,7 @@ from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplat
 from tunery.runner.check_training import root_of
 from tunery.runner.identity import model_folder
 from tunery.spec import Evaluate, Experiment, Pretrain, Pretrained, Score, Training, WinRate
+from tunery.spec.trainings import row_stages
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
@@ -89,8 +90,8 @@ def check_templates(
             yield error_at(
                 source,
                 ("stages", name, "data"),
-                f"{name}: none of the first {found.rows} rows of `{stage.data}` can be used with the chat template of "
-                f"`{_named(model, experiment)}`",
+                f"{name}: none of the first {found.rows} rows of `{_data_named(stage.data)}` can be used with the chat "
+                f"template of `{_named(model, experiment)}`",
                 cause=f"{count} rows: {reason}",
                 remedy="take a model whose chat template renders such rows, or other rows; `tunery preview` shows them",
             )
@@ -116,10 +117,12 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
     profile = chat_template_of(tokenizer).profile
     found = TemplateCheck(profile, profile.end_tokens)
     data = getattr(stage, "data", None)
-    if not isinstance(data, str) or not (stage.kind in ROW_ENCODINGS or stage.kind in PROMPTS):
+    if not isinstance(data, str | dict) or not (stage.kind in ROW_ENCODINGS or stage.kind in PROMPTS):
         return found
     try:
-        rows = first_rows(root_of(experiment, data), folder, SAMPLE)
+        rows = [
+            row for name in row_stages(data).values() for row in first_rows(root_of(experiment, name), folder, SAMPLE)
+        ]
     except BadSource:  # an error of the dataset
         return found
     found.rows = len(rows)
@@ -196,6 +199,10 @@ def _cached(model: Pretrained) -> str | None:
 
     found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
     return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _data_named(data: str | dict[str, float]) -> str:
+    return ", ".join(row_stages(data).values())
 
 
 def _named(model: Any, experiment: Experiment) -> str:

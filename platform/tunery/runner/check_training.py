@@ -17,6 +17,7 @@ from tunery.models.labels import REWARD, Labels, labels_of_folder
 from tunery.runner.identity import model_folder
 from tunery.spec import LABELS, ClassifierTraining, Dataset, Experiment, Pretrained, PythonReward, RewardTraining
 from tunery.spec.graph import lineage
+from tunery.spec.trainings import row_stages
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
 
@@ -71,22 +72,23 @@ def check_shapes(
     need = NEEDS.get(stage.kind)
     for field in ("data", "eval_data"):
         data = getattr(stage, field, None)
-        if need is None or not isinstance(data, str):
+        if need is None or not isinstance(data, str | dict):
             continue
-        root = root_of(experiment, data)
-        try:
-            shape = first_shape(root, folder)
-        except BadSource:  # told at the dataset
-            continue
-        if shape not in need.shapes:
-            what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{described(root)}`"
-            yield error_at(
-                source,
-                ("stages", name, field),
-                f"`{name}.{field}` needs {need.what}, but {what} holds {_PLURALS[shape]}",
-                cause=need.cause,
-                remedy=need.remedy,
-            )
+        for path, rows in row_stages(data).items():
+            root = root_of(experiment, rows)
+            try:
+                shape = first_shape(root, folder)
+            except BadSource:  # told at the dataset
+                continue
+            if shape not in need.shapes:
+                what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{described(root)}`"
+                yield error_at(
+                    source,
+                    ("stages", name, field, *path),
+                    f"`{'.'.join((name, field, *path))}` needs {need.what}, but {what} holds {_PLURALS[shape]}",
+                    cause=need.cause,
+                    remedy=need.remedy,
+                )
 
 
 _PLURALS = {

@@ -25,7 +25,7 @@ from tunery.spec import (
     WinRate,
 )
 from tunery.spec.graph import order
-from tunery.spec.reference import model_name
+from tunery.spec.reference import Input, model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
@@ -42,8 +42,12 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
     where chance plays a part, the content that it reads from outside, and the version of how it is made."""
     fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed"}))
+    mixture = _mixture(stage)
     for item in stage.inputs():
-        _blank(fields, item.path)
+        if not (mixture and item.path[0] == "data"):
+            _blank(fields, item.path)
+    if mixture:
+        fields["data"] = list(mixture.values())
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
     by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
     if (
@@ -86,9 +90,21 @@ def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, d
     for name in order(experiment.stages):
         stage = experiment.stages[name]
         own = identity(stage, experiment, folder)
-        inputs = {".".join(map(str, item.path)): result[item.stage][0] for item in stage.inputs()}
+        inputs = {_input_key(stage, item): result[item.stage][0] for item in stage.inputs()}
         result[name] = (fingerprint(stage.kind, own, inputs), own, inputs)
     return result
+
+
+def _mixture(stage: Stage) -> dict[str, float]:
+    data = getattr(stage, "data", None)
+    return data if isinstance(stage, Training) and isinstance(data, dict) else {}
+
+
+def _input_key(stage: Stage, item: Input) -> str:
+    """The field of an input. Of a mixture, whose fields are the names of stages, its number: names don't count."""
+    if (mixture := _mixture(stage)) and item.path[0] == "data":
+        return f"data.{list(mixture).index(item.stage)}"
+    return ".".join(map(str, item.path))
 
 
 def _without_later(fields: Any) -> Any:

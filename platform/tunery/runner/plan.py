@@ -213,10 +213,15 @@ class _Estimates:
         resolved, rules = resolve(stage, rows)
         sequences = rows
         if isinstance(stage, Pretrain):
-            characters = self._characters.get(stage.data, 0)
+            characters = sum(self._characters.get(name, 0) for name in row_stages(stage.data).values())
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
-        if isinstance(stage, Kto) and first_shape(root_of(self._experiment, stage.data), self._folder) == "preference":
-            sequences = 2 * rows  # both answers of a pair
+        if isinstance(stage, Kto):
+            # A preference pair gives two.
+            sequences = sum(
+                self._rows[data]
+                * (2 if first_shape(root_of(self._experiment, data), self._folder) == "preference" else 1)
+                for data in row_stages(stage.data).values()
+            )
         workers = self._compute.workers
         assert workers != "auto", "resolved"
         batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from tunery.spec.reference import AUTO, ROWS, Auto, Gives, Input, Model, Pretrained, Spec
-from tunery.spec.trainings import EmptyThinking, PairTruncation, Training, Tuner
+from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training, Tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -83,7 +83,7 @@ class RewardTraining(Training[str]):
     https://arxiv.org/abs/2312.09244, who take 0.01)."""
 
 
-class Dpo(Training[str]):
+class Dpo(Training[RowsOrMixture]):
     """Direct preference optimization on preference pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290)."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
@@ -110,7 +110,7 @@ class Dpo(Training[str]):
         return self
 
 
-class Kto(Training[str]):
+class Kto(Training[RowsOrMixture]):
     """Kahneman-Tversky optimization on rated answers, or on both sides of preference pairs (Ethayarajh et al. 2024,
     https://arxiv.org/abs/2402.01306)."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from tunery.spec.reference import (
     AUTO,
@@ -83,10 +83,30 @@ Labelled = Annotated[
 """A stage whose rows bear labels, `{good: stage, bad: stage}`, or `{review: stage}`."""
 
 
-def row_stages(data: str | Contrast | Decisions) -> dict[tuple[str, ...], str]:
+def _has_weight(mixture: dict[str, float]) -> dict[str, float]:
+    if not any(mixture.values()):
+        raise ValueError("all weights of the mixture are 0")
+    return mixture
+
+
+RowsOrMixture = Annotated[
+    Annotated[str, Tag("stage")]
+    | Annotated[
+        dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1), AfterValidator(_has_weight), Tag("mixture")
+    ],
+    Discriminator(lambda value: "mixture" if isinstance(value, dict) else "stage"),
+]
+"""A stage, or `{stage: weight, ..}`: sequences are sampled from several stages by these weights (their sum is any
+number). An epoch has as many sequences as all of them together, so a stage with a large weight is repeated within it.
+"""
+
+
+def row_stages(data: str | Contrast | Decisions | dict[str, float]) -> dict[tuple[str, ...], str]:
     """The stages that `data` names, by path within it."""
     if isinstance(data, str):
         return {(): data}
+    if isinstance(data, dict):
+        return {(stage,): stage for stage in data}
     return {(field,): getattr(data, field) for field in type(data).model_fields}
 
 
@@ -162,6 +182,8 @@ class Training(Spec, Generic[Data]):
         shares = [change.after for change in self.changes]
         if shares != sorted(set(shares)):
             raise ValueError(f"`changes` come one after another, but their `after` are {shares}")
+        if isinstance(self.eval_data, dict):
+            raise ValueError("`eval_data` is one stage: a loss over a mixture would depend on its weights")
         return self
 
     def inputs(self) -> Iterator[Input]:
@@ -172,14 +194,14 @@ class Training(Spec, Generic[Data]):
         yield from model_inputs(("model",), self.model)
 
 
-class Pretrain(Training[str]):
+class Pretrain(Training[RowsOrMixture]):
     """Next-token prediction on whole texts, one after another, cut into blocks of `max_length`; new or continued."""
 
     kind: Literal["pretrain"]
     model: NewOrModel
 
 
-class Sft(Training[str]):
+class Sft(Training[RowsOrMixture]):
     """Supervised fine-tuning on conversations: the loss counts the responses' tokens only."""
 
     kind: Literal["sft"]

@@ -30,7 +30,16 @@ def outcome(stage: StageState) -> str:
     """The main fact of a stage that has ended, whether it was made now or found in the store."""
     result = _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
     usable = usable_rows(stage.facts) if stage.kind in TRAININGS else None
-    return ", ".join(part for part in (result, usable.note if usable else "") if part)
+    parts = (result, usable.note if usable else "", mixture_note(stage.facts))
+    return ", ".join(part for part in parts if part)
+
+
+def mixture_note(facts: Facts) -> str:
+    """'tokens: web 70%, code 30%': of a training on several stages, each one's share; "" of others."""
+    mixture = facts.get("mixture")
+    if not isinstance(mixture, Mapping):
+        return ""
+    return "tokens: " + ", ".join(f"{stage} {share(part['share'], 1)}" for stage, part in mixture.items())
 
 
 @dataclass(frozen=True)

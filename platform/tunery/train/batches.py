@@ -77,21 +77,59 @@ def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_siz
     return replace(batching, steps=batching.steps * iterations(stage))
 
 
-def data_order(lengths: Sequence[int] | Integers, steps: int, global_batch_size: int, seed: int) -> Integers:
-    """steps x global_batch_size row indices: one shuffled epoch after another, no partial batch at their edges.
+@dataclass(frozen=True)
+class SequenceMixture:
+    """Sources of sequences, one after the other in a SequenceSet, and how much of each is sampled."""
+
+    sizes: tuple[int, ...]
+    """Sequences of each."""
+    weights: tuple[float, ...]
+    """Their sum is 1."""
+
+
+def data_order(
+    lengths: Sequence[int] | Integers,
+    steps: int,
+    global_batch_size: int,
+    seed: int,
+    mixture: SequenceMixture | None = None,
+) -> Integers:
+    """steps x global_batch_size row indices: one shuffled epoch after another, no partial batch at their edges. Of a
+    `mixture` each source has its share of every stretch of the order, to within a sequence, and epochs of its own.
 
     Within a step rows stand by length, longest first, so that micro batches are padded little and the one that needs
     most memory comes first.
     """
-    shuffle = random.Random(seed)
-    needed, epochs = steps * global_batch_size, []
-    for _ in range(math.ceil(needed / len(lengths))):
-        epoch = array("q", range(len(lengths)))
-        shuffle.shuffle(epoch)
-        epochs.append(np.frombuffer(epoch, np.int64))
-    order_sb = np.concatenate(epochs)[:needed].reshape(steps, global_batch_size)
+    needed = steps * global_batch_size
+    if mixture is None:
+        order = _shuffled_epochs(len(lengths), needed, random.Random(seed))
+    else:
+        order = _mixed(mixture, needed, seed)
+    order_sb = order.reshape(steps, global_batch_size)
     by_length = np.lexsort((order_sb, -np.asarray(lengths)[order_sb]), axis=1)
     return np.take_along_axis(order_sb, by_length, axis=1).ravel()
+
+
+def _shuffled_epochs(count: int, needed: int, shuffle: random.Random) -> Integers:
+    epochs = []
+    for _ in range(math.ceil(needed / count)):
+        epoch = array("q", range(count))
+        shuffle.shuffle(epoch)
+        epochs.append(np.frombuffer(epoch, np.int64))
+    return np.concatenate([np.zeros(0, np.int64), *epochs])[:needed]
+
+
+def _mixed(mixture: SequenceMixture, needed: int, seed: int) -> Integers:
+    """The n-th sequence of a source of weight w has its turn at (n + 1/2) / w."""
+    times, indices, start = [], [], 0
+    for number, (size, weight) in enumerate(zip(mixture.sizes, mixture.weights, strict=True)):
+        count = min(needed, math.ceil(needed * weight) + 1) if weight and size else 0
+        times.append((np.arange(count) + 0.5) / (weight or 1))
+        indices.append(start + _shuffled_epochs(max(1, size), count, random.Random(f"{seed}-{number}")))
+        start += size
+    turns = np.argsort(np.concatenate(times), kind="stable")[:needed]
+    order: Integers = np.concatenate(indices)[turns]
+    return order
 
 
 def evaluation_batches(

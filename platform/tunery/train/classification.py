@@ -57,6 +57,7 @@ class Classification:
         self._data = self._examples(job.rows, "data")
         self._measured = self._examples(job.eval_rows, "eval_data") if job.eval_rows else Examples()
         self.lengths = [len(seen.ids) for seen in self._data.seen]
+        self.part_sizes = [len(self.lengths)]
         labels = np.array(self._data.labels, np.int64)
         self._weights = class_weights(labels, len(LABELS)) if job.spec.balanced else np.ones(len(LABELS))
 

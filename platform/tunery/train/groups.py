@@ -53,6 +53,7 @@ class Groups:
         self._data = self._prompts(job.rows, "data")
         self._measured = self._prompts(job.eval_rows, "eval_data") if job.eval_rows else Prompts()
         self.lengths = [len(ids) for ids in self._data.tokens]
+        self.part_sizes = [len(self.lengths)]
         device = torch.device("cuda" if job.compute.device == "gpu" else "cpu")
         # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
         self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)

@@ -65,6 +65,8 @@ class Recipe(Protocol):
 
     lengths: Sequence[int] | Integers
     """Tokens of each training sequence."""
+    part_sizes: Sequence[int]
+    """Training sequences of each data stage."""
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: Any) -> Any:
         """A transformers Trainer with its model: `arguments` are for its TrainingArguments, `order` the sequences to

@@ -22,6 +22,7 @@ from tunery.train.checkpoints import begin_with
 from tunery.train.job import Job, Report, Rows
 from tunery.train.packed.seat import train_packed
 
+Data = str | Contrast | Decisions | dict[str, float]
 STOPPED = "stopped"
 """In the work folder, by workers that somebody has stopped."""
 
@@ -75,8 +76,10 @@ def make_model(context: StageContext) -> StageResult:
     return StageResult({**outcome["facts"], "resolved": changed}, outcome["measured"])
 
 
-def _rows(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> tuple[Rows, ...]:
+def _rows(data: Data, inputs: Mapping[str, Artifact]) -> tuple[Rows, ...]:
     """Where they lie, and what label they get."""
+    if isinstance(data, dict):
+        return tuple(Rows(inputs[stage].path) for stage in data)
     if isinstance(data, Contrast):
         return Rows(inputs[data.good].path, True), Rows(inputs[data.bad].path, False)
     if isinstance(data, Decisions):
@@ -84,7 +87,7 @@ def _rows(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> t
     return (Rows(inputs[data].path),)
 
 
-def _count(data: str | Contrast | Decisions, inputs: Mapping[str, Artifact]) -> int:
+def _count(data: Data, inputs: Mapping[str, Artifact]) -> int:
     fact = "decided" if isinstance(data, Decisions) else "rows"
     return sum(int(inputs[stage].facts[fact]) for stage in row_stages(data).values())
 

@@ -58,6 +58,7 @@ class Preference:
         assert isinstance(evaluated, SequenceSet)
         self._data, self._evaluated = PairSet(data), PairSet(evaluated)
         self.lengths = self._data.lengths
+        self.part_sizes = [size // 2 for size in data.part_sizes]
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> DpoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.

@@ -101,6 +101,7 @@ class Rated:
         data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source)
         self.answers, self._measured = self._answers(data, "data"), self._answers(evaluated, "eval_data")
         self.lengths = data.lengths
+        self.part_sizes = data.part_sizes
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> KtoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.

@@ -136,6 +136,7 @@ class RewardModelling:
         self._data = self._pairs(job.rows, "data")
         self._measured = self._pairs(job.eval_rows, "eval_data") if job.eval_rows else Pairs()
         self.lengths = [len(chosen.ids) + len(rejected.ids) for chosen, rejected in self._data.seen]
+        self.part_sizes = [len(self.lengths)]
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> PairTrainer:
         settings = RewardConfig(

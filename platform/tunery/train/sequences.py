@@ -28,6 +28,7 @@ from tunery.models.tokenized_dataset import (
 from tunery.spec import Pretrain, Training
 from tunery.store.rows import CONTENT
 from tunery.track.events import EventLog
+from tunery.train.batches import SequenceMixture
 from tunery.train.job import Job, Rows
 
 NO_LIMIT = 2**31 - 1
@@ -49,6 +50,11 @@ class SequenceSet:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Sequences of each data stage."""
+        return [len(part) for part in self.parts]
 
     def _part(self, index: int) -> tuple[TokenizedDataset, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -92,25 +98,24 @@ class SequenceSet:
 
 
 class BlockSet:
-    """All tokens of a SequenceSet one after another, cut into blocks of `length`; the rest that fills no block is left
-    out. Documents share blocks without a mask between them, as in GPT-3 (https://arxiv.org/abs/2005.14165, section
-    2.2)."""
+    """All tokens of each part of a SequenceSet one after another, cut into blocks of `length`; the rest that fills no
+    block is left out. Documents share blocks without a mask between them, as in GPT-3
+    (https://arxiv.org/abs/2005.14165, section 2.2)."""
 
     def __init__(self, sequences: SequenceSet, length: int) -> None:
         self._sequences, self._length = sequences, length
-        ends = np.cumsum([0, *(part.tokens.size for part in sequences.parts)])
-        self._ends = ends
-        self.lengths: Integers = np.full(int(ends[-1]) // length, length, np.int64)
+        self.part_sizes = [int(part.tokens.size) // length for part in sequences.parts]
+        self._starts = np.cumsum([0, *self.part_sizes])
+        self.lengths: Integers = np.full(int(self._starts[-1]), length, np.int64)
         self.stats = sequences.stats
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def ids(self, index: int) -> list[int]:
-        start, end = index * self._length, (index + 1) * self._length
-        found: list[int] = []
-        for part, first in zip(self._sequences.parts, self._ends, strict=False):
-            found += part.tokens[max(0, start - first) : max(0, end - first)].tolist()
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        first = int(index - self._starts[number]) * self._length
+        found: list[int] = self._sequences.parts[number].tokens[first : first + self._length].tolist()
         return found
 
     def labels(self, index: int) -> list[int]:
@@ -160,6 +165,31 @@ def encoding_of(spec: Training[Any]) -> Encoding:
         getattr(spec, "truncate", "left"),
         getattr(spec, "empty_thinking", "mask"),
     )
+
+
+def mixture_of(spec: Training[Any], part_sizes: Sequence[int]) -> SequenceMixture | None:
+    """Of a stage whose `data` is one; `part_sizes`: sequences of each of its data stages."""
+    if not isinstance(spec.data, dict):
+        return None
+    # A stage that gives no sequence has no share.
+    weights = [weight if size else 0.0 for weight, size in zip(spec.data.values(), part_sizes, strict=True)]
+    total = sum(weights)
+    return SequenceMixture(tuple(part_sizes), tuple(weight / total for weight in weights)) if total else None
+
+
+def mixture_facts(spec: Training[Any], part_sizes: Sequence[int], order: Integers, lengths: Integers) -> dict[str, Any]:
+    """Of each data stage of a mixture: sequences, tokens, and its share of all tokens."""
+    if not isinstance(spec.data, dict):
+        return {}
+    parts = np.searchsorted(np.cumsum(part_sizes), order, side="right")
+    tokens = np.bincount(parts, weights=lengths[order], minlength=len(part_sizes))
+    counts = np.bincount(parts, minlength=len(part_sizes))
+    return {
+        "mixture": {
+            stage: {"sequences": int(count), "tokens": int(number), "share": float(number / tokens.sum())}
+            for stage, count, number in zip(spec.data, counts, tokens, strict=True)
+        }
+    }
 
 
 def read_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSequences, TrainingSequences]:

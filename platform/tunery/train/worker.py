@@ -14,6 +14,7 @@ from tunery.train.batches import Batching, at_even_steps, data_order, group_size
 from tunery.train.course import course
 from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Recipe, Report
+from tunery.train.sequences import mixture_facts, mixture_of
 
 RECIPES = {
     "pretrain": "tunery.train.language:LanguageModelling",
@@ -56,8 +57,9 @@ def train(job: Job, report: Report) -> None:
     batching = plan_training(spec, len(recipe.lengths), world, compute.micro_batch_size)
     again = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
-    order = data_order(recipe.lengths, batching.steps // again, size, job.seed)
     lengths = np.asarray(recipe.lengths, np.int64)
+    mixture = mixture_of(spec, recipe.part_sizes)
+    order = data_order(lengths, batching.steps // again, size, job.seed, mixture)
     tokens = np.concatenate([[0], np.cumsum(lengths[order])])
 
     def tell(step: int, metrics: dict[str, float]) -> None:
@@ -108,6 +110,7 @@ def train(job: Job, report: Report) -> None:
     if rank == 0:
         facts = {
             **recipe.counted(),
+            **mixture_facts(spec, recipe.part_sizes, order, lengths),
             "tokens": int(tokens[-1]),
             **_facts(job, batching, trainer, steps.history),
             **found,

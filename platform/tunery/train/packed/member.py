@@ -29,7 +29,7 @@ from tunery.train.course import course
 from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
-from tunery.train.sequences import TrainingSequences
+from tunery.train.sequences import TrainingSequences, mixture_facts, mixture_of
 
 WRITTEN_BY = "a pack"
 """Of its checkpoints: no DeepSpeed engine reads them, but any pack."""
@@ -68,7 +68,9 @@ class Member:
             job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial
         )
         self.batching = plan_training(job.spec, len(data), 1, "auto")
-        self._order = data_order(data.lengths, self.batching.steps, self._size, job.seed)
+        self._order = data_order(
+            data.lengths, self.batching.steps, self._size, job.seed, mixture_of(job.spec, data.part_sizes)
+        )
         self._course = course(job.spec, self.batching.steps)
         self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if len(measured) else [])
         self._log_every = log_period(self.batching.steps)
@@ -197,6 +199,7 @@ class Member:
             **self.data.facts(),
             "eval_rows": self.measured.stats.rows,
             "tokens": int(self.data.lengths[self._order].sum()),
+            **mixture_facts(self.spec, self.data.part_sizes, self._order, self.data.lengths),
             **training_facts(self.spec, self.batching, self.history, self._base_parameters + trainable, trainable),
         }
         seconds = time.time() - self._began

@@ -1,0 +1,215 @@
+"""Tokenised rows on disk: the same as encoding them, built once, whatever the number of processes; mixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_classifiers import write_language_model
+
+from tunery.models import tokenized_dataset
+from tunery.models.encode import Encoding, encode_sequences
+from tunery.models.load import load_tokenizer
+from tunery.models.tokenized_dataset import TokenCache, TokenizedDataset, cache_key, encode_conversations
+from tunery.store import rows as store_rows
+from tunery.store.rows import CONTENT, write_rows
+from tunery.train.batches import SequenceMixture, data_order
+from tunery.train.sequences import BlockSet, SequenceSet
+
+
+def conversation(number: int, **fields: Any) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": f"what is row {number}"},
+        {"role": "assistant", "content": "the model " * (number % 5 + 1)},
+    ]
+    return {"id": f"{number:016x}", "messages": turns, "source": "rows.jsonl", "line": number + 1, **fields}
+
+
+ROWS = [
+    *(conversation(number) for number in range(40)),
+    conversation(40, messages=[{"role": "user", "content": "no answer"}]),
+    {"id": f"{41:016x}", "text": "a text of its own", "source": "rows.jsonl", "line": 42},
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"pretrained": str(write_language_model(tmp_path_factory.mktemp("base"))), "revision": None}
+
+
+@pytest.fixture
+def tokenizer(source: dict[str, Any]) -> Any:
+    return load_tokenizer(source)
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(store_rows, "SHARD", 16)
+    write_rows(ROWS, tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def build(
+    folder: Path, rows: Path, source: dict[str, Any], tokenizer: Any, encoding: Encoding, **other: Any
+) -> TokenizedDataset:
+    cache = TokenCache(folder / "tokenized", folder / "leases", **other)
+    return cache.open_or_build(rows, "dataset-1", source, tokenizer, encoding, encode_conversations, CONTENT)
+
+
+def test_sequences_are_those_of_encoding_the_rows(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    encoding = Encoding(24)
+    found = build(tmp_path, rows, source, tokenizer, encoding)
+    expected = [item for items in encode_sequences(ROWS, tokenizer, encoding) for item in items if item.spans]
+    assert [found.ids(index) for index in range(len(found))] == [item.ids for item in expected]
+    assert [found.labels(index) for index in range(len(found))] == [item.labels for item in expected]
+    assert [found.loss_tokens(index) for index in range(len(found))] == [item.num_loss_tokens for item in expected]
+    assert found.lengths.tolist() == [len(item.ids) for item in expected]
+    assert found.rows.tolist() == [*range(40), 41]
+    assert found.stats.rows == 42 == len(found) + found.stats.num_unusable
+    assert found.stats.truncated == sum(item.truncated for item in expected) > 0
+    assert found.stats.tokens == found.tokens.size == sum(len(item.ids) for item in expected)
+
+
+def test_unusable_rows_are_listed_with_file_line_and_reason(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    found = build(tmp_path, rows, source, tokenizer, Encoding(24))
+    assert list(found.unusable_rows()) == [
+        {"id": f"{40:016x}", "source": "rows.jsonl", "line": 41, "reason": "no response is left to train on"}
+    ]
+    assert found.stats.unusable == {"no response is left to train on": 1}
+
+
+def test_processes_make_the_same_files_as_one(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build(tmp_path / "one", rows, source, tokenizer, Encoding(24))
+    monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    seen: list[tuple[int, int]] = []
+    two = build(tmp_path / "two", rows, source, tokenizer, Encoding(24), progress=lambda *now: seen.append(now))
+    files = sorted(path.name for path in one.folder.iterdir())
+    assert files == sorted(path.name for path in two.folder.iterdir())
+    for name in files:
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
+    assert seen == [(16, 42), (32, 42), (42, 42)]
+
+
+def test_built_once_and_opened_by_all_others(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def counting(some: Any, tokenizer: Any, encoding: Any) -> Any:
+        calls.append(len(some))
+        return encode_conversations(some, tokenizer, encoding)
+
+    def open_it() -> None:
+        cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
+        cache.open_or_build(rows, "dataset-1", source, tokenizer, Encoding(24), counting, CONTENT)
+
+    threads = [threading.Thread(target=open_it) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(calls) == 42
+
+
+def test_build_that_was_cut_off_is_built_again(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    whole = build(tmp_path / "whole", rows, source, tokenizer, Encoding(24))
+    key = whole.folder.name
+    staging = tmp_path / "cut" / "tokenized" / f"{key}.staging"
+    staging.mkdir(parents=True)
+    (staging / "tokens.bin").write_bytes(b"half")
+    again = build(tmp_path / "cut", rows, source, tokenizer, Encoding(24))
+    assert (again.folder / "tokens.bin").read_bytes() == (whole.folder / "tokens.bin").read_bytes()
+    assert not staging.exists()
+
+
+def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(source: dict[str, Any]) -> None:
+    def key(rows: str = "a", template: str | None = None, **fields: Any) -> str:
+        tokenizer = load_tokenizer(source)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        tokenizer("a text", truncation=True, max_length=3)  # a call's settings are not the tokenizer's content
+        return cache_key(rows, tokenizer, Encoding(**{"max_length": 64, **fields}), encode_conversations)
+
+    others = [
+        key(),
+        key("b"),
+        key(template=load_tokenizer(source).chat_template + " "),
+        key(max_length=65),
+        key(train_on="last_turn"),
+        key(truncate="left"),
+        key(empty_thinking="train"),
+    ]
+    assert len(set(others)) == len(others)
+    assert key() == others[0]
+
+
+def test_no_usable_row_is_an_empty_dataset(source: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    write_rows([ROWS[40]], tmp_path / "artifact")
+    found = build(tmp_path, tmp_path / "artifact", source, tokenizer, Encoding(24))
+    assert (len(found), found.stats.rows, found.stats.num_unusable) == (0, 1, 1)
+
+
+def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    part = build(tmp_path, rows, source, tokenizer, Encoding(2**31 - 1))
+    blocks = BlockSet(SequenceSet([part, part]), 50)
+    assert blocks.part_sizes == [part.tokens.size // 50] * 2
+    joined = [token for index in range(blocks.part_sizes[0]) for token in blocks.ids(index)]
+    assert joined == part.tokens[: len(joined)].tolist()
+    assert blocks.ids(blocks.part_sizes[0]) == blocks.ids(0)
+    assert set(blocks.lengths.tolist()) == {50}
+
+
+def test_sequence_set_of_several_datasets_has_one_index(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    part = build(tmp_path, rows, source, tokenizer, Encoding(24))
+    both = SequenceSet([part, part])
+    assert len(both) == 2 * len(part)
+    assert both.ids(len(part) + 3) == part.ids(3)
+    assert both.stats.rows == 2 * part.stats.rows
+    assert part.stats.rows == 42, "the parts' own counts stay"
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, 0.5), (0.01, 0.99), (1.0, 0.0)])
+def test_every_stretch_of_a_mixture_has_each_sources_share(weights: tuple[float, float]) -> None:
+    mixture = SequenceMixture((50, 200), weights)
+    order = data_order(np.ones(250, np.int64), 100, 10, 7, mixture)
+    first = np.cumsum(np.sort(order.reshape(100, 10) < 50, axis=1).sum(axis=1))
+    expected = np.arange(1, 101) * 10 * weights[0]
+    assert np.abs(first - expected).max() <= 1
+    assert order.tolist() == data_order(np.ones(250, np.int64), 100, 10, 7, mixture).tolist()
+    assert order.tolist() != data_order(np.ones(250, np.int64), 100, 10, 8, mixture).tolist()
+
+
+def test_mixture_repeats_a_small_source_in_whole_epochs() -> None:
+    order = data_order(np.ones(110, np.int64), 20, 10, 1, SequenceMixture((10, 100), (0.5, 0.5)))
+    counts = Counter(order.tolist())
+    assert {counts[index] for index in range(10)} == {10}
+    assert {counts[index] for index in range(10, 110)} == {1}
+
+
+def test_order_without_a_mixture_is_what_it_was() -> None:
+    assert data_order([5, 3, 9, 1], 2, 3, 5).tolist() == [0, 1, 3, 2, 2, 3]
+
+
+def test_stats_are_json_of_counts(rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    found = build(tmp_path, rows, source, tokenizer, Encoding(24))
+    stats = json.loads((found.folder / "stats.json").read_text())
+    assert stats["rows"] == 42
+    assert stats["sequences"] == 41
