@@ -144,7 +144,7 @@ def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, t
     """Its rows of the stage's split. Raises OutOfReach."""
     wanted = _wanted(stage)
     converters: dict[Any, Convert] = {}
-    for record in _records(part, stage):
+    for record in records_of(part, stage):
         tally.records += 1
         name = f"{part.name}#{record.part}" if record.part else part.name
         try:
@@ -160,7 +160,7 @@ def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, t
             tally.other_splits += 1
 
 
-def _records(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
+def records_of(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
     """The part's records; where it can't be read further, the last one says so."""
     if isinstance(part, HubDataset):
         yield from hub_rows(part)
@@ -205,7 +205,7 @@ def _first_usable(part: File | HubDataset, stage: Dataset) -> tuple[bool, str]:
     misfit: NoShape | None = None
     wrong = ""
     try:
-        for record in itertools.islice(_records(part, stage), PROBED):
+        for record in itertools.islice(records_of(part, stage), PROBED):
             if isinstance(record.value, Mapping):
                 try:
                     converter(record.value, stage.columns)
