@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tunery.data.read import check_source
 from tunery.data.sources import BadSource, find_parts
 from tunery.errors import RequestError, SpecError, SpecErrors, StageError, TuneryError
-from tunery.filter.experiment import Asked, Built, dataset_here, model_folder, other_rows, source_in_experiment
+from tunery.filter.experiment import Asked, Built, dataset_here, model_folder, other_rows, paths_in_experiment
 from tunery.models.check import BadModel, check_model_folder
 from tunery.spec import Dataset
 
@@ -123,11 +123,9 @@ def _of_option(error: SpecError, asked: Asked, built: Built) -> RequestError:
 
 
 def _unstaged(text: str, asked: Asked, built: Built) -> str:
-    """With sources and rules as they were given."""
-    for source in asked.sources:
-        written = source_in_experiment(asked, source)
-        if written != source:
-            text = text.replace(f"`{written}", f"`{source}")
+    """With paths and rules as they were given."""
+    for written, given in paths_in_experiment(asked, built).items():
+        text = text.replace(f"`{written}", f"`{given}")
     for rule, said in built.described.items():
         text = text.replace(f"`{rule}`", f"`{said}`")
     return _phrased(text)

@@ -210,11 +210,14 @@ def with_models(scorer: Scorer) -> Scorer:
 
 def model_folder(scorer: Scorer) -> Path | None:
     """Of a scorer whose model is a folder."""
-    for kind in MODEL_KINDS:
-        model = scorer.get(kind)
-        if isinstance(model, dict) and isinstance(name := model.get("pretrained"), str) and _is_folder(name):
-            return Path(name).expanduser()
-    return None
+    name = _model_name(scorer)
+    return Path(name).expanduser() if name is not None and _is_folder(name) else None
+
+
+def _model_name(scorer: Scorer) -> str | None:
+    models = [scorer[kind] for kind in MODEL_KINDS if isinstance(scorer.get(kind), dict)]
+    names = [model["pretrained"] for model in models if isinstance(model.get("pretrained"), str)]
+    return names[0] if names else None
 
 
 class _Lines:
@@ -334,9 +337,15 @@ def _from(folder: Path, source: str) -> str:
     return os.path.relpath(source, os.path.realpath(folder))
 
 
-def source_in_experiment(asked: Asked, source: str) -> str:
-    """A source as the experiment names it, and its rows do."""
-    return _from(asked.file.parent, source)
+def paths_in_experiment(asked: Asked, built: Built) -> dict[str, str]:
+    """Where a source or model folder has another path in the experiment: by that path the one on the command line."""
+    folder = asked.file.parent
+    sources = [*asked.sources, *(source for scorer, _ in built.by_options for source in other_rows(scorer))]
+    models = [name for scorer, _ in built.by_options if (name := _model_name(scorer)) and _is_folder(name)]
+    found = {_from(folder, source): source for source in sources} | {
+        _folder_from(folder, name): name for name in models
+    }
+    return {written: given for written, given in found.items() if written != given}
 
 
 def _is_folder(name: str) -> bool:

@@ -198,10 +198,16 @@ def _xlsx(path: Path, columns: SourceColumns, added: Added, done: Written) -> It
     book = Workbook(write_only=True)
     cells = _SheetCells(path, book, done)
     workbooks = {table.name.removesuffix(f"#{table.sheet}") for table in columns.tables}
-    if columns.only_kind() == "xlsx" and len(workbooks) == 1:
-        yield _OwnSheets(cells, columns, list(added))
-    else:
-        yield _OneSheet(cells, list(columns.types), list(added))
+    try:
+        if columns.only_kind() == "xlsx" and len(workbooks) == 1:
+            yield _OwnSheets(cells, columns, list(added))
+        else:
+            yield _OneSheet(cells, list(columns.types), list(added))
+    except BaseException:
+        # openpyxl 3.1 prints a traceback where sheets are collected that are still open.
+        for sheet in book.worksheets:
+            sheet.close()
+        raise
     book.save(path)
 
 
