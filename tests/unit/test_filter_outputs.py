@@ -319,23 +319,42 @@ def test_of_any_rule_the_reason_names_all_scores() -> None:
     assert "words_min" in row["dropped_reason"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"text\n{words(5)}\n{words(8)}\n", "changed while"),
+        (f"text\n{words(5)}\n", "changed while"),
+        (None, "there is no file `in.csv`"),
+    ],
+)
 def test_a_source_that_changed_while_it_was_filtered_is_an_error_and_no_file_is_written(
-    monkeypatch: pytest.MonkeyPatch,
+    text: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("in.csv", f"text\n{words(3)}\n{words(8)}\n")
-    monkeypatch.setattr(outputs, "find_columns", _changing(outputs.find_columns, f"text\n{words(5)}\n{words(8)}\n"))
-    with pytest.raises(TuneryError, match="changed while"):
+    monkeypatch.setattr(outputs, "find_columns", _changing(outputs.find_columns, text))
+    with pytest.raises(TuneryError, match=message) as caught:
         filter_here("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
-    monkeypatch.setattr(outputs, "find_columns", _changing(outputs.find_columns, f"text\n{words(5)}\n"))
-    with pytest.raises(TuneryError, match="differ"):
-        filter_here("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
+    assert "give the same command again" in caught.value.remedy
     assert [path.name for path in Path("out").iterdir()] == ["good.yaml"]
 
 
-def _changing(find: Any, text: str) -> Any:
+def test_records_without_a_verdict_and_verdicts_without_a_record_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("in.csv", f"text\n{words(3)}\n{words(8)}\n{words(4)}\n")
+    whole = outputs.originals
+    for change in (lambda found: found[:-1], lambda found: [found[0], *found], lambda found: found[::-1]):
+        monkeypatch.setattr(outputs, "originals", lambda *words, change=change: iter(change(list(whole(*words)))))
+        with pytest.raises(TuneryError, match=r"differ|nothing was decided about `in.csv"):
+            filter_here("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
+        assert [path.name for path in Path("out").iterdir()] == ["good.yaml"]
+
+
+def _changing(find: Any, text: str | None) -> Any:
     def find_and_change(*words: Any, **more: Any) -> Any:
         found = find(*words, **more)
-        write("in.csv", text)
+        if text is None:
+            Path("in.csv").unlink()
+        else:
+            write("in.csv", text)
         return found
 
     return find_and_change

@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tunery.data.sources import source_identity
+from tunery.data.filesystem import OutOfReach
+from tunery.data.sources import BadSource, source_identity
 from tunery.errors import RequestError, RowsLost, StageError, TuneryError
 from tunery.filter.columns import SourceColumns, find_columns
 from tunery.filter.originals import Original, free_name, originals
@@ -77,6 +78,51 @@ def write_outputs(
     """`stage` and `folder` are those that read the rows, `scores` the scorers whose scores are written, `identity` what
     the sources were when the run started. Raises RowsLost where records and verdicts differ in number, StageError where
     a source changed meanwhile, RequestError where a file can't hold a row, TuneryError where it can't be written."""
+    try:
+        return _written(stage, folder, verdicts, expected, out, dropped, scores, identity)
+    except (BadSource, OutOfReach) as error:
+        raise _unreadable(str(error)) from error
+    except RowsLost as error:
+        if _is_changed(stage, folder, identity):
+            raise _changed() from error
+        raise
+
+
+def _is_changed(stage: Dataset, folder: Path, identity: Any) -> bool:
+    try:
+        return bool(source_identity(stage, folder) != identity)
+    except RequestError as error:
+        raise _unreadable(error.message) from error
+
+
+def _changed() -> StageError:
+    return StageError(
+        "rows",
+        "a source changed while it was filtered",
+        cause="what was decided is about rows that may not be there any more",
+        remedy="give the same command again",
+    )
+
+
+def _unreadable(reason: str) -> StageError:
+    return StageError(
+        "rows",
+        reason,
+        cause="it was read before, to score its rows, and can't be read again to write them",
+        remedy="give the same command again once it can be read: nothing is scored again",
+    )
+
+
+def _written(
+    stage: Dataset,
+    folder: Path,
+    verdicts: Verdicts,
+    expected: Counts,
+    out: Path,
+    dropped: Path | None,
+    scores: Sequence[str],
+    identity: Any,
+) -> Outputs:
     with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
     columns = find_columns((record for record in originals(stage, folder)), with_types=with_types)
     added = _added(columns, scores)
@@ -107,13 +153,8 @@ def write_outputs(
                 dropped_file.write(record, told)
         if not verdicts.is_exhausted or Counts(**counted) != expected:
             raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
-        if source_identity(stage, folder) != identity:
-            raise StageError(
-                "rows",
-                "a source changed while it was filtered",
-                cause="what was decided is about rows that may not be there any more",
-                remedy="give the same command again",
-            )
+        if _is_changed(stage, folder, identity):
+            raise _changed()
         for file in files:
             file.close()
         for file in files:

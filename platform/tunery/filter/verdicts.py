@@ -62,7 +62,7 @@ class Verdicts:
         for verdicts in (self._unread, self._unscored, self._decided):
             if verdicts.head is not None and verdicts.head[0] == (source, line):
                 return verdicts.next()
-        raise RowsLost("kept", f"nothing was decided about {source}:{line}")
+        raise RowsLost("kept", f"nothing was decided about `{source}:{line}`")
 
     def _rows(self) -> Iterator[tuple[tuple[str, int], Verdict]]:
         """Of the rows that have their scores."""
@@ -89,7 +89,7 @@ class Verdicts:
                             yield key, Verdict("kept", scores)
         if next_dropped is not None:
             where = f"{next_dropped['source']}:{next_dropped['line']}"
-            raise RowsLost("kept", f"{where} was dropped, and is none of the rows")
+            raise RowsLost("kept", f"`{where}` was dropped, and is none of the rows")
 
 
 def _quarantine(artifact: Path) -> Iterator[tuple[tuple[str, int], Verdict]]:
