@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from filter_bench import filter_here
 
+from tunery.data.formats.hub import HubDataset
 from tunery.errors import RequestError, StageError, TuneryError
 from tunery.filter import outputs, writers
-from tunery.filter.originals import originals
+from tunery.filter.originals import originals, originals_of
 from tunery.spec import Dataset
 
 KEEP = ("length 3..5",)
@@ -412,3 +413,16 @@ def test_nothing_passes_in_the_words_of_the_command_line() -> None:
     assert not isinstance(caught.value, StageError)
     assert caught.value.cause == "`length 3..5` dropped 1"
     assert caught.value.exit_code == 1
+
+
+def test_rows_of_a_hub_dataset_keep_their_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Path("data").mkdir()
+    nested("data/train.parquet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    # A folder in the place of a hub dataset, which needs a network to say what commit it is at.
+    monkeypatch.setattr(HubDataset, "identity", lambda self: None)
+    stage = Dataset.model_validate({"kind": "dataset", "source": "hub:org/name"})
+    records = list(originals_of(HubDataset(f"hub:{tmp_path / 'data'}", None, None, None), stage))
+    assert [record.line for record in records] == list(range(1, 7))
+    assert records[1].values()["meta"] == {"tags": ["a", None], "n": 2, "at": dt.datetime(2026, 1, 1)}
+    assert records[1].values()["rating"] == 1.0

@@ -46,6 +46,7 @@ def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColu
     """Reads all records. `with_types` looks at the values, too: who writes Parquet needs that."""
     found = SourceColumns()
     known: set[int] = set()
+    named: set[int] = set()
     pending: dict[str, list[Any]] = {}
     count = 0
     for record in records:
@@ -55,6 +56,13 @@ def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColu
             found.tables.append(table)
         if not record.is_readable:
             found.has_unreadable = True
+            continue
+        if table.kind == "csv":
+            # All of its columns are in the header, and all are texts.
+            if id(table) not in named:
+                named.add(id(table))
+                for name in table.names:
+                    found.types[name] = merged_type(found.types.get(name, pa.null()), pa.string())
             continue
         if table.kind == "arrow":
             if record.index == 0:

@@ -109,7 +109,7 @@ def _separated(delimiter: str) -> Open:
     @contextmanager
     def opened(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
         tables = [table for table in columns.tables if table.kind == "csv"]
-        own = {table.delimiter for table in tables if not table.name.lower().removesuffix(".gz").endswith(".tsv")}
+        own = {table.delimiter for table in tables if ".tsv" not in table.name.lower()[-len(".tsv.zst") :]}
         used = own.pop() if delimiter == "," and len(own) == 1 else delimiter
         is_same = columns.only_kind() == "csv" and all(
             (table.header, table.delimiter) == (tables[0].header, used) for table in tables
