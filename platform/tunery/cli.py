@@ -91,40 +91,65 @@ def filter_rows(
         list[str], typer.Argument(help="Files, folders, patterns, s3://, gs:// or hub:org/name.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option(help="Where the good rows go: .jsonl, .csv, .xlsx or .parquet.", show_default=False)
+        Path,
+        typer.Option(
+            help="File for the rows that pass, with the columns they have in the source. Format by its ending: .csv, "
+            ".tsv, .jsonl, .json, .xlsx, .parquet.",
+            show_default=False,
+        ),
     ],
     by: Annotated[
         list[str] | None,
-        typer.Option(help="A score, as length=words, gopher, language=en, perplexity=./model.", show_default=False),
+        typer.Option(
+            metavar="SCORE",
+            help="A score: length=words, gopher, language=en, perplexity=./model. May be repeated.",
+            show_default=False,
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help='A rule, as "length 3..500", "language >= 0.1", "perplexity best 80%", "random best 1000".',
+            metavar="RULE",
+            help='A rule on a score: "length 3..500", "language >= 0.1", "perplexity best 80%", "random best 1000". '
+            "May be repeated.",
             show_default=False,
         ),
     ] = None,
-    any_rule: Annotated[bool, typer.Option("--any", help="Keep what passes any rule, instead of all.")] = False,
+    any_rule: Annotated[bool, typer.Option("--any", help="Keep rows that pass any rule, instead of all.")] = False,
     dropped: Annotated[
-        Path | None, typer.Option(help="Where the other rows go, each with its rule.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File for all other rows, also those that can't be read, each with `dropped_by` and `dropped_reason`.",
+            show_default=False,
+        ),
     ] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Append a column for each score to both files.")] = False,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="What a column is, as prompt=Frage, where its name doesn't tell.", show_default=False),
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="What a column is to the scores, where its name doesn't tell: prompt=Frage. Roles: text, prompt, "
+            "input, completion, messages, chosen, rejected, label, system, tools. May be repeated.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many rows.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of the score `random`.")] = 17,
+    seed: Annotated[int, typer.Option(help="Seed of the score `random`.")] = 17,
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
-    """Score rows, keep the good ones, write them to a file. Writes the experiment that does it beside that file."""
+    """Score the rows of files and write those that pass, unchanged, to a file of the same or another format.
+
+    The experiment that does it is written beside that file.
+    """
     from rich.console import Console
 
     from tunery.filter.command import render, run_filter
     from tunery.filter.experiment import Asked
     from tunery.store import Store as TheStore
 
-    asked = Asked(tuple(sources), out, tuple(by or ()), tuple(keep or ()), any_rule, tuple(column or ()), limit, seed)
+    words = (tuple(sources), out, tuple(by or ()), tuple(keep or ()))
+    asked = Asked(*words, any_rule, tuple(column or ()), limit, seed, scores)
     say = (lambda note: None) if as_json else partial(print, flush=True)
     told = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
     if as_json:

@@ -87,13 +87,14 @@ def test_any_name_of_a_file_survives_the_text(name: str) -> None:
     assert loaded(build(asked), asked).stages["rows"].source == name
 
 
-def test_what_an_experiment_can_not_say_is_the_loaders_error_with_its_line() -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"), ("length=wrods",), ("gopher best 180%",))
+def test_every_option_has_a_line_of_its_own_in_the_experiment(tmp_path: Path) -> None:
+    options = ("--by length=wrods", "--by language=xx")
+    asked = Asked(("a.csv", "b.csv"), Path("good.csv"), ("length=wrods", "language=xx"), limit=3, columns=("text=t",))
+    built = build(asked)
     with pytest.raises(SpecErrors) as caught:
-        loaded(build(asked), asked)
-    assert caught.value.exit_code == 2
-    assert [error.line > 0 for error in caught.value.errors] == [True, True]
-    assert all(str(asked.file) in str(error) for error in caught.value.errors)
+        loaded(built, asked)
+    assert [built.options[error.line] for error in caught.value.errors] == list(options)
+    assert {"a.csv", "b.csv", "--column text=t", "--limit 3", "--seed 17", *options} == set(built.options.values())
 
 
 @pytest.mark.parametrize("by", ["{}", "{lenght: words}", "{length: words, name: A b}", "{length: [}", "{3: x}"])
@@ -138,14 +139,14 @@ def test_an_experiment_of_somebody_else_is_not_overwritten_and_ours_is(tmp_path:
     ("source", "out", "dropped", "why"),
     [
         ("rows.csv", "rows.csv", None, "lies in the source"),
-        ("rows.csv", "good.txt", None, "no form that is written"),
-        ("rows.csv", "good", None, "no form that is written"),
+        ("rows.csv", "good.txt", None, "no ending of a format"),
+        ("rows.csv", "good", None, "no ending of a format"),
         ("data", "data/deep/good.csv", None, "lies in the source"),
         ("data/*.csv", "data/good.csv", None, "lies in the source"),
         ("rows.csv", "good.csv", "good.csv", "both"),
         ("rows.csv", "good.csv", "rows.csv", "lies in the source"),
-        ("rows.csv", "good.csv", "bad.pdf", "no form that is written"),
-        ("rows.csv", "data", None, "no form that is written"),
+        ("rows.csv", "good.csv", "bad.pdf", "no ending of a format"),
+        ("rows.csv", "data", None, "no ending of a format"),
     ],
 )
 def test_files_that_would_be_read_or_can_not_be_written_are_refused_before_anything_is(

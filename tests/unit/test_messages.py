@@ -11,7 +11,6 @@ import pytest
 from pydantic import ValidationError
 from test_read import make
 
-from tunery.data import export
 from tunery.data.formats.record import BadRow
 from tunery.data.read import Quarantined, Tally, check_source, read_source
 from tunery.data.review.shown import Item, Verdict
@@ -20,7 +19,7 @@ from tunery.data.turns import ROLES, MessageReader, tools_json
 from tunery.errors import SpecErrors
 from tunery.spec import Dataset
 from tunery.spec.load import load
-from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows, row_id, write_rows
+from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows, write_rows
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -422,7 +421,7 @@ def test_facts_name_the_ignored_columns_and_stay_small(tmp_path: Path) -> None:
     assert sum(ignored.values()) == 600
 
 
-# On the way out.
+# Shown to a reviewer.
 
 
 def without_nulls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -437,18 +436,6 @@ def full() -> list[Any]:
         {"role": "tool", "content": "", "name": "f", "tool_call_id": "c1"},
         {**A, "reasoning": "because", "weight": 0.5},
     )
-
-
-@pytest.mark.parametrize("ending", export.ENDINGS)
-def test_exported_row_is_read_as_the_same_row(full: list[Any], ending: str, tmp_path: Path) -> None:
-    rows: list[Row] = [{"messages": full, "source": "s", "line": 1}, {"messages": [Q, A], "source": "s", "line": 2}]
-    ids = [row_id(row) for row in rows]
-    write_rows([{**row, "id": id_} for row, id_ in zip(rows, ids, strict=True)], tmp_path / "filtered")
-    (tmp_path / "selection").mkdir()
-    (tmp_path / "selection" / "dropped.jsonl").touch()
-    export.export_kept(tmp_path / "selection", tmp_path / "filtered", tmp_path / f"out{ending}")
-    stage = Dataset(kind="dataset", source=f"out{ending}")
-    assert [row_id(row) for row in read_source(stage, tmp_path, pytest.fail)] == ids
 
 
 def test_reviewer_sees_the_reasoning_and_the_calls(full: list[Any], tmp_path: Path) -> None:

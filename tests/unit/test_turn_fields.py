@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data import export
 from tunery.data.corrupt import corrupt
 from tunery.store import rows as store
 from tunery.store.rows import OPTIONAL_TURN_FIELDS, TURNS, Row, read_rows, row_id, shards, write_rows, write_tables
@@ -82,35 +81,3 @@ def test_a_corrupted_answer_keeps_its_other_fields() -> None:
     (row,) = corrupt([{"messages": [QUESTION, answer]}], 1.0, 0)
     assert row["planted"]
     assert row["messages"][-1] == {**answer, "content": row["messages"][-1]["content"]}
-
-
-def exported(rows: list[Row], out: Path) -> Path:
-    write_rows([{"id": row_id(row), "source": "s", "line": 1, **row} for row in rows], out.parent / "filtered")
-    selection = out.parent / "selection"
-    selection.mkdir()
-    (selection / "dropped.jsonl").touch()
-    export.export_kept(selection, out.parent / "filtered", out)
-    return out
-
-
-def test_jsonl_export_has_every_field_of_a_turn_and_no_nulls(tmp_path: Path) -> None:
-    (line,) = exported([{"messages": FULL}], tmp_path / "out.jsonl").read_text().splitlines()
-    calling = {**FULL[1], "tool_calls": json.loads(CALLS)}
-    assert json.loads(line)["messages"] == [FULL[0], calling, *FULL[2:]]
-
-
-def test_parquet_export_has_the_fields_that_some_turn_has(tmp_path: Path) -> None:
-    table = pq.read_table(exported([{"messages": [QUESTION, {**ANSWER, "weight": 0.0}]}], tmp_path / "out.parquet"))
-    assert table["messages"].to_pylist() == [[{**QUESTION, "weight": None}, {**ANSWER, "weight": 0.0}]]
-
-
-def test_exported_preference_answers_that_reason_are_turns(tmp_path: Path) -> None:
-    reasoned = {**ANSWER, "reasoning_content": "because"}
-    row: Row = {"messages": [QUESTION, reasoned], "rejected": [{**ANSWER, "content": "b"}]}
-    (line,) = exported([row], tmp_path / "out.jsonl").read_text().splitlines()
-    told = json.loads(line)
-    assert (told["messages"], told["chosen"], told["rejected"]) == (
-        [QUESTION],
-        [reasoned],
-        [{**ANSWER, "content": "b"}],
-    )

@@ -159,7 +159,7 @@ def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, t
     """Its rows of the stage's split. Raises OutOfReach."""
     wanted = _wanted(stage)
     convert = _Conversion(stage)
-    for record in _records(part, stage):
+    for record in records_of(part, stage):
         tally.records += 1
         name = f"{part.name}#{record.part}" if record.part else part.name
         try:
@@ -177,7 +177,7 @@ def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, t
             tally.other_splits += 1
 
 
-def _records(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
+def records_of(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
     """The part's records; where it can't be read further, the last one says so."""
     if isinstance(part, HubDataset):
         yield from hub_rows(part)
@@ -235,7 +235,7 @@ def _why_unusable(part: File | HubDataset, stage: Dataset) -> str | None:
     wrong = ""
     fits = False
     try:
-        for record in itertools.islice(_records(part, stage), PROBED):
+        for record in itertools.islice(records_of(part, stage), PROBED):
             try:
                 convert(record.value)
             except NoShape as error:

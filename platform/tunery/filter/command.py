@@ -1,11 +1,11 @@
-"""`tunery filter`: from what was asked to an experiment, its run, and the rows as files."""
+"""`tunery filter`: from the command line to an experiment, its run, and the rows as files."""
 
 from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tunery.data.export import Written, check_ending, export_dropped, export_kept
 from tunery.data.read import first_shape
-from tunery.data.sources import BadSource
-from tunery.errors import RequestError, RowsLost
-from tunery.filter.experiment import KEPT, MARKER, ROWS, SCORED, Asked, Built, build, dataset
-from tunery.filter.grammar import said
-from tunery.spec import Dataset, load
+from tunery.data.sources import BadSource, source_identity
+from tunery.errors import RequestError
+from tunery.filter.check import check_models, check_sources, command_line_errors
+from tunery.filter.experiment import KEPT, MARKER, ROWS, SCORED, Asked, Built, build, dataset_here
+from tunery.filter.grammar import said, score_of
+from tunery.filter.outputs import Counts, Outputs, check_ending, write_outputs
+from tunery.filter.verdicts import Artifacts, Verdicts
+from tunery.run import check_all
+from tunery.spec import Dataset, parse
+from tunery.spec.yaml_source import read_yaml
 from tunery.store import Artifact, Store
 
 Say = Callable[[str], None]
@@ -43,6 +47,8 @@ class Filtered:
     quarantines: list[Path]
     chosen: list[str]
     """What was chosen without being asked for; said before the run."""
+    score_columns: dict[str, str]
+    """By score: its column in the files; empty where none are requested."""
     notes: list[str]
     """What is to be known about the files."""
 
@@ -59,34 +65,81 @@ class Filtered:
             "report": str(self.report),
             "quarantine": [str(path) for path in self.quarantines],
             "chosen": self.chosen,
+            "score_columns": self.score_columns,
             "notes": self.notes,
         }
 
 
 def run_filter(asked: Asked, dropped: Path | None, store: Store, *, quiet: bool, say: Say) -> Filtered:
-    """Write the experiment, run it, and export its rows. Raises RequestError before anything is written where the
-    words can't be meant, and whatever loader, check and run raise."""
+    """Write the experiment, run it, and write its rows. Raises RequestError before anything is written where the
+    command line is wrong, in its words; and whatever a run raises."""
     from tunery.live import run_live
-    from tunery.run import check_all
 
     _check_files(asked, dropped)
+    check_sources(asked)
     built = build(asked, answers=_has_answers(asked))
+    check_models(built)
+    with _parent_of(asked.file), command_line_errors(asked, built):
+        source = read_yaml(built.text, str(asked.file))
+        experiment = check_all(parse(source), source, store)
+        write_experiment(asked.file, built.text)
     for note in built.notes:
         say(note)
-    write_experiment(asked.file, built.text)
-    experiment, source = load(asked.file)
-    told = run_live(check_all(experiment, source, store), source, store, quiet=quiet)
-    made = told.artifacts
-    selection, filtered = made[KEPT], made.get(SCORED, made[ROWS])
-    written = export_kept(selection.path, filtered.path, asked.out)
-    counts = [(written.rows, selection.facts["kept"])]
-    exports = [(asked.out, written)]
-    if dropped is not None:
-        exports.append((dropped, export_dropped(selection.path, filtered.path, dropped)))
-        counts.append((exports[-1][1].rows, selection.facts["dropped"]))
-    if any(found != expected for found, expected in counts):
-        raise RowsLost(KEPT, f"rows written and rows selected differ: {counts}")
-    return _summary(asked, dropped, built, made, told.report, [line for item in exports for line in _said(*item)])
+    stage, folder = experiment.stages[ROWS], asked.file.parent
+    assert isinstance(stage, Dataset), "build wrote it"
+    identity = source_identity(stage, folder)
+    with command_line_errors(asked, built):
+        told = run_live(experiment, source, store, quiet=quiet)
+        written = write_files(asked, dropped, built, told.artifacts, stage, identity)
+    return _summary(asked, dropped, built, told.artifacts, told.report, written)
+
+
+def write_files(
+    asked: Asked, dropped: Path | None, built: Built, made: Mapping[str, Artifact], stage: Dataset, identity: Any
+) -> Outputs:
+    """The rows that the run's artifacts say, from `stage`'s sources; `identity`: theirs before the run."""
+    scored, kept = made.get(SCORED), made[KEPT]
+    names = [name for scorer in built.by if (name := score_of(scorer))]
+    artifacts = Artifacts(made[ROWS].path, scored.path if scored else None, kept.path)
+    return write_outputs(
+        stage,
+        asked.file.parent,
+        Verdicts(artifacts, names, _rules_said(built)),
+        Counts(kept.facts["kept"], kept.facts["dropped"], _quarantined(made)),
+        out=asked.out,
+        dropped=dropped,
+        scores=names if asked.scores else (),
+        identity=identity,
+    )
+
+
+def _rules_said(built: Built) -> dict[str, tuple[str, list[str]]]:
+    """By a rule as the select stage has it: as the command line has it, and the scores that it looks at. Where any rule
+    is enough to pass, a row is dropped by all of them together."""
+    rules = built.described
+    single = {rule: (words, [score]) for (rule, words), score in zip(rules.items(), built.keep, strict=True)}
+    return {**single, " and ".join(rules): (" and ".join(rules.values()), list(built.keep))}
+
+
+def _quarantined(made: Mapping[str, Artifact]) -> int:
+    return sum(made[name].facts["quarantined"] for name in (ROWS, SCORED) if name in made)
+
+
+@contextmanager
+def _parent_of(path: Path) -> Iterator[None]:
+    """The file's folder, built where it is missing; removed again where the request is wrong."""
+    missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    except RequestError:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def write_experiment(path: Path, text: str) -> None:
@@ -153,22 +206,28 @@ def _holds(source: str, out: Path) -> bool:
 
 
 def _has_answers(asked: Asked) -> bool:
-    """Of the first row; where there is none, the checks before the run say what is wrong with the source."""
-    with suppress(BadSource, ValueError):
-        stage = Dataset.model_validate(dataset(asked, asked.sources))
-        return first_shape(stage, asked.file.parent) != "prompt"
+    """Of the first row."""
+    with suppress(BadSource):
+        return first_shape(dataset_here(asked, asked.sources), Path.cwd()) != "prompt"
     return True
 
 
-def _said(path: Path, written: Written) -> list[str]:
+def _notes(asked: Asked, dropped: Path | None, outputs: Outputs) -> list[str]:
+    files = [(asked.out, outputs.kept)]
+    if dropped is not None and outputs.dropped is not None:
+        files.append((dropped, outputs.dropped))
     notes = []
-    if written.guarded:
-        notes.append(
-            f"{path}: {written.guarded:,} cells begin with ' now, for spreadsheets would take them for formulas; "
-            "in .jsonl, .xlsx and .parquet they are as they were"
-        )
-    if written.replaced:
-        notes.append(f"{path}: in {written.replaced:,} cells characters were replaced that a workbook can't hold")
+    for path, written in files:
+        if written.guarded:
+            notes.append(
+                f"{path}: {written.guarded:,} cells begin with ' now, for spreadsheets would take them for formulas; "
+                "in .jsonl, .xlsx and .parquet they are as they were"
+            )
+        if written.replaced:
+            notes.append(f"{path}: in {written.replaced:,} cells characters were replaced that a workbook can't hold")
+    for score, name in outputs.added.scores.items():
+        if name != score:
+            notes.append(f"the rows have a column `{score}`: the score is in `{name}`")
     return notes
 
 
@@ -178,14 +237,14 @@ def _summary(
     built: Built,
     made: Mapping[str, Artifact],
     report: Path,
-    notes: list[str],
+    written: Outputs,
 ) -> Filtered:
     rows, facts = made[ROWS].facts, made[KEPT].facts
     losing = [made[name] for name in (ROWS, SCORED) if name in made and made[name].facts["quarantined"]]
     alone = facts["combine"] == "all" or len(facts["rules"]) == 1
     return Filtered(
         read=rows["rows"] + rows["quarantined"],
-        quarantined=sum(artifact.facts["quarantined"] for artifact in losing),
+        quarantined=_quarantined(made),
         kept=facts["kept"],
         dropped=facts["dropped"],
         by_rule=[
@@ -201,7 +260,8 @@ def _summary(
         report=report,
         quarantines=[artifact.path / "quarantine.jsonl" for artifact in losing],
         chosen=built.notes,
-        notes=notes,
+        score_columns=written.added.scores,
+        notes=_notes(asked, dropped, written),
     )
 
 
@@ -212,7 +272,7 @@ def render(filtered: Filtered) -> Group:
     table.add_column(justify="right")
     table.add_row("rows read", f"{filtered.read:,}")
     if filtered.quarantined:
-        table.add_row("quarantined", f"{filtered.quarantined:,}")
+        table.add_row("quarantined (can't be read, used or scored)", f"{filtered.quarantined:,}")
     for rule, count in filtered.by_rule:
         table.add_row(f"dropped by {rule}", f"{count:,}")
     if not filtered.by_rule:
@@ -223,8 +283,10 @@ def render(filtered: Filtered) -> Group:
     places.add_column(overflow="fold")
     places.add_row("kept rows", str(filtered.out))
     if filtered.dropped_out is not None:
-        places.add_row("dropped rows", str(filtered.dropped_out))
-    for path in filtered.quarantines:
-        places.add_row("quarantine", str(path))
-    places.add_row("experiment", f"{filtered.experiment} (tunery run does the same)")
+        title = "dropped and quarantined rows" if filtered.quarantined else "dropped rows"
+        places.add_row(title, str(filtered.dropped_out))
+    else:
+        for path in filtered.quarantines:
+            places.add_row("quarantined rows", str(path))
+    places.add_row("experiment", f"{filtered.experiment} (`tunery run` scores and selects as it says)")
     return Group(Text(), table, Text(), places, *(Text(f"note: {note}") for note in filtered.notes))

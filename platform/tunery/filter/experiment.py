@@ -6,6 +6,7 @@ It stands beside the output, so that the filter can be read, kept, edited and ru
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunery.data.rules import describe
 from tunery.errors import RequestError
 from tunery.filter.grammar import Rule, Scorer, asked_for, parse_by, parse_keep, said, score_of, without_value
-from tunery.spec import RANDOM
+from tunery.spec import RANDOM, Dataset, Keep
+from tunery.spec.scorers import SCORERS
+from tunery.spec.translate import nearest
 from tunery.spec.yaml_source import plain_scalar
 
 MARKER = "# Written by `tunery filter`, which writes it anew: to edit it, copy it. `tunery run` runs it as it is."
@@ -25,6 +29,8 @@ MARKER = "# Written by `tunery filter`, which writes it anew: to edit it, copy i
 ROWS, SCORED, KEPT = "rows", "scored", "kept"
 """The stages."""
 SEED = 17
+MODEL_KINDS = ("perplexity", "ifd", "reward", "classifier", "embedding")
+"""Scorers whose own value is a model."""
 
 # Without --by and --keep: what is wrong with a row of any kind, in any language. Not among them: length (the reader
 # puts empty texts into quarantine already), language (which one is yours to say), C4 (rules about web pages) and
@@ -62,7 +68,7 @@ USUAL_KEEP: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """The command's words."""
+    """The command line. Paths in it are relative to the current folder."""
 
     sources: tuple[str, ...]
     out: Path
@@ -73,6 +79,8 @@ class Asked:
     """`ROLE=NAME`, as in a dataset's `columns`."""
     limit: int | None = None
     seed: int = SEED
+    scores: bool = False
+    """The scores are written behind the rows' own columns."""
 
     @property
     def file(self) -> Path:
@@ -87,24 +95,43 @@ class Built:
     keep: dict[str, Rule]
     notes: list[str]
     """What was chosen without being asked for."""
+    options: Mapping[int, str]
+    """By line of the text: the option, with its value, that the line comes from."""
+    by_options: Sequence[tuple[Scorer, str]] = ()
+    """The scorers, with the option that each comes from; paths as on the command line."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """By a rule as the select stage describes it: as the command line has it."""
+        return {
+            describe(score, Keep.model_validate_json(json.dumps(rule), strict=True)): said(score, rule)
+            for score, rule in self.keep.items()
+        }
 
 
 def build(asked: Asked, *, answers: bool = True) -> Built:
     """`answers`: the rows have some; those of prompts are judged whole. Raises RequestError for what can't be meant;
     what an experiment can't say is left to its loader."""
-    by = [parse_by(text) for text in asked.by]
-    keep: dict[str, Rule] = {}
+    by = [(with_models(parse_by(text)), f"--by {text}") for text in asked.by]
+    for scorer, option in by:
+        if "embedding" in scorer and not isinstance(scorer.get("near"), str):
+            raise RequestError(
+                f"`{option}` gives rows no score",
+                cause="an embedding scores a row by the most similar of other rows, and none are named",
+                remedy="add rows to be like: `near: good.jsonl`",
+            )
+    keep: dict[str, tuple[Rule, str]] = {}
     for text in asked.keep:
         score, rule = parse_keep(text)
         if score in keep:
             raise RequestError(
-                f"there are two rules on `{score}`: `{said(score, keep[score])}` and `{said(score, rule)}`",
+                f"there are two rules on `{score}`: `{said(score, keep[score][0])}` and `{said(score, rule)}`",
                 remedy=f'give one, such as `--keep "{score} 3..500"`',
             )
-        keep[score] = rule
+        keep[score] = rule, f"--keep {text}"
     notes: list[str] = []
     if not by and not keep:
-        by = [*map(parse_by, USUAL_BY), {"gopher": _usual_gopher(answers)}]
+        by = [(scorer, "") for scorer in [*map(parse_by, USUAL_BY), {"gopher": _usual_gopher(answers)}]]
         notes.append(
             "no --by and no --keep: dropping duplicates, near duplicates and what breaks Gopher's rules, "
             "without those that only fit long English pages"
@@ -112,31 +139,45 @@ def build(asked: Asked, *, answers: bool = True) -> Built:
     elif by and not keep:
         notes.append("no --keep: each score has its usual rule")
     if not keep:
-        for scorer in by:
+        for scorer, option in by:
             kind = next((key for key in scorer if key != "name"), "")
-            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {USUAL_KEEP.get(kind, 'best 80%')}")[1]
-        notes.append("rules: " + "; ".join(said(score, rule) for score, rule in keep.items()))
-    made = {score_of(scorer) for scorer in by}
-    for score in keep:
+            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {USUAL_KEEP.get(kind, 'best 80%')}")[1], option
+        notes.append("rules: " + "; ".join(said(score, rule) for score, (rule, _) in keep.items()))
+    made: dict[str, str] = {}
+    for scorer, option in by:
+        if (name := score_of(scorer)) in made:
+            raise RequestError(
+                f"`{made[name]}` and `{option}` both give the score `{name}`",
+                remedy=f'name one of them, such as `--by "{{length: chars, name: {name}_2}}"`',
+            )
+        made[name] = option
+    for score, (rule, option) in keep.items():
         if score in made or score == RANDOM:
             continue
         if (implied := without_value(score)) is not None:
-            by.append(implied)
+            by.append((implied, option))
         elif words := asked_for(score):
             raise RequestError(
-                f"the rule `{said(score, keep[score])}` needs to know more about the score",
+                f"the rule `{said(score, rule)}` needs to know more about the score",
                 remedy=f"add a --by with {words}",
             )
-    return Built(_text(asked, by, keep), by, keep, notes)
+        else:
+            known = [*made, RANDOM, *(kind.kind() for kind in SCORERS)]
+            raise RequestError(
+                f"`{option}` is about `{score}`, and there is no such score", remedy=nearest(score, known)
+            )
+    text, options = _text(asked, by, keep)
+    scorers, rules = [scorer for scorer, _ in by], {score: rule for score, (rule, _) in keep.items()}
+    return Built(text, scorers, rules, notes, options, by)
 
 
 def _usual_gopher(answers: bool) -> dict[str, Any]:
     return {**({} if answers else {"of": "whole"}), **dict.fromkeys(PAGES_ONLY)}
 
 
-def dataset(asked: Asked, sources: Sequence[str]) -> dict[str, Any]:
-    """The stage that reads them."""
-    here = [_from(asked.file.parent, source) for source in sources]
+def dataset(asked: Asked, sources: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """The stage that reads them, with paths relative to `folder`; None: to the current one, as on the command line."""
+    here = [source if folder is None else _from(folder, source) for source in sources]
     stage: dict[str, Any] = {"kind": "dataset", "source": here[0] if len(here) == 1 else here}
     if asked.columns:
         stage["columns"] = dict(_column(text) for text in asked.columns)
@@ -145,37 +186,122 @@ def dataset(asked: Asked, sources: Sequence[str]) -> dict[str, Any]:
     return stage
 
 
-def _text(asked: Asked, by: Sequence[Scorer], keep: Mapping[str, Rule]) -> str:
-    stages: dict[str, dict[str, Any]] = {ROWS: dataset(asked, asked.sources)}
-    scorers = []
-    for scorer in by:
-        if "contamination" in scorer:
-            scorer = {**scorer, "contamination": _with_sets(asked, scorer["contamination"], stages)}
-        for kind in ("perplexity", "ifd"):
-            if isinstance(model := scorer.get(kind), dict) and isinstance(model.get("pretrained"), str):
-                scorer = {**scorer, kind: {**model, "pretrained": _model(asked, model["pretrained"])}}
-        scorers.append(scorer)
+def dataset_here(asked: Asked, sources: Sequence[str]) -> Dataset:
+    """The stage with paths as on the command line. Raises ValidationError."""
+    return Dataset.model_validate_json(json.dumps(dataset(asked, sources, None)), strict=True)
+
+
+def other_rows(scorer: Scorer) -> list[str]:
+    """Sources of rows that a scorer compares with."""
+    settings = scorer.get("contamination")
+    sets = settings.get("sets") if isinstance(settings, dict) else None
+    found = [str(source) for source in sets] if isinstance(sets, list) else []
+    return [*found, str(scorer["near"])] if isinstance(scorer.get("near"), str) else found
+
+
+def with_models(scorer: Scorer) -> Scorer:
+    """A scorer whose model is `{pretrained: ...}`, by whatever words: there is no stage that it could be."""
+    found = dict(scorer)
+    for kind in MODEL_KINDS:
+        if isinstance(found.get(kind), str):
+            found[kind] = {"pretrained": found[kind]}
+    return found
+
+
+def model_folder(scorer: Scorer) -> Path | None:
+    """Of a scorer whose model is a folder."""
+    name = _model_name(scorer)
+    return Path(name).expanduser() if name is not None and _is_folder(name) else None
+
+
+def _model_name(scorer: Scorer) -> str | None:
+    models = [scorer[kind] for kind in MODEL_KINDS if isinstance(scorer.get(kind), dict)]
+    names = [model["pretrained"] for model in models if isinstance(model.get("pretrained"), str)]
+    return names[0] if names else None
+
+
+class _Lines:
+    """The experiment's lines, and the option that each comes from."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.options: dict[int, str] = {}
+
+    def add(self, text: str, option: str = "") -> None:
+        self.lines.append(text)
+        if option:
+            self.options[len(self.lines)] = option
+
+    def stage(self, name: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
+        """A stage; each field's value comes with its option, that of a list or mapping with one for each item."""
+        self.add(f"  {name}:")
+        for key, (value, option) in fields.items():
+            if isinstance(option, str):
+                self.add(f"    {key}: {_flow(value)}", option)
+            elif isinstance(value, list):
+                self.add(f"    {key}:")
+                for item, of_item in zip(value, option, strict=True):
+                    self.add(f"      - {_flow(item)}", of_item)
+            else:
+                self.add(f"    {key}:")
+                for (name_, item), of_item in zip(value.items(), option, strict=True):
+                    self.add(f"      {_flow(str(name_))}: {_flow(item)}", of_item)
+
+
+def _text(
+    asked: Asked, by: Sequence[tuple[Scorer, str]], keep: Mapping[str, tuple[Rule, str]]
+) -> tuple[str, dict[int, str]]:
+    """The experiment, and by line the option that it comes from: each option has lines of its own."""
+    out = _Lines()
+    for line in (MARKER, f"# {_command(asked)}", f"name: {run_name(asked.out)}"):
+        out.add(line)
+    out.add(f"seed: {asked.seed}", f"--seed {asked.seed}")
+    out.add("stages:")
+    fields = _with_options(asked, dataset(asked, asked.sources, asked.file.parent), list(asked.sources))
+    out.stage(ROWS, fields)
+    scorers: list[tuple[Scorer, str]] = []
+    sets = itertools.count(1)
+    for scorer, option in by:
+        names = []
+        for source in other_rows(scorer):
+            names.append(f"set{next(sets)}")
+            stage = dataset(Asked((), asked.out), [source], asked.file.parent)
+            out.stage(names[-1], {key: (value, option) for key, value in stage.items()})
+        scorers.append((_in_experiment(asked, scorer, names), option))
     if scorers:
-        stages[SCORED] = {"kind": "score", "data": ROWS, "by": scorers}
-    stages[KEPT] = {"kind": "select", "data": SCORED if scorers else ROWS, "keep": dict(keep)}
-    if asked.any_rule:
-        stages[KEPT]["combine"] = "any"
-    lines = [MARKER, f"# {_command(asked)}", f"name: {run_name(asked.out)}", f"seed: {asked.seed}", "stages:"]
-    lines += [f"  {name + ':':8} {_flow(stage)}" for name, stage in stages.items()]
+        items, options = [scorer for scorer, _ in scorers], [option for _, option in scorers]
+        out.stage(SCORED, {"kind": ("score", ""), "data": (ROWS, ""), "by": (items, options)})
+    selected = {"kind": ("select", ""), "data": (SCORED if scorers else ROWS, "")}
+    rules, options = {score: rule for score, (rule, _) in keep.items()}, [option for _, option in keep.values()]
+    any_rule = {"combine": ("any", "--any")} if asked.any_rule else {}
+    out.stage(KEPT, {**selected, "keep": (rules, options), **any_rule})
     # A spreadsheet's filter is nobody's tracked experiment.
-    lines += ["tracking: {wandb: {mode: disabled}}"]
-    return "\n".join(lines) + "\n"
+    out.add("tracking: {wandb: {mode: disabled}}")
+    return "\n".join(out.lines) + "\n", out.options
 
 
-def _with_sets(asked: Asked, settings: Any, stages: dict[str, dict[str, Any]]) -> Any:
-    """The sets that `contamination` names are sources here: each becomes a stage."""
-    if not isinstance(settings, dict) or not isinstance(settings.get("sets"), list):
-        return settings
-    names = []
-    for source in settings["sets"]:
-        names.append(f"set{len(stages)}")
-        stages[names[-1]] = dataset(Asked((), asked.out), [str(source)])
-    return {**settings, "sets": names}
+def _with_options(asked: Asked, stage: Mapping[str, Any], sources: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    options: dict[str, Any] = {
+        "source": sources[0] if len(sources) == 1 else sources,
+        "columns": [f"--column {text}" for text in {_column(text)[0]: text for text in asked.columns}.values()],
+        "limit": f"--limit {asked.limit}",
+    }
+    return {key: (value, options.get(key, "")) for key, value in stage.items()}
+
+
+def _in_experiment(asked: Asked, scorer: Scorer, sets: Sequence[str]) -> Scorer:
+    """The scorer with its model's path as the experiment has it, and stages for the sources that it names."""
+    found = dict(scorer)
+    for kind in MODEL_KINDS:
+        model = found.get(kind)
+        if isinstance(model, dict) and isinstance(name := model.get("pretrained"), str) and _is_folder(name):
+            found[kind] = {**model, "pretrained": _folder_from(asked.file.parent, name)}
+    names = list(sets)
+    if isinstance(found.get("near"), str):
+        found["near"] = names.pop()
+    if names:
+        found["contamination"] = {**found["contamination"], "sets": names}
+    return found
 
 
 def run_name(out: Path) -> str:
@@ -188,7 +314,7 @@ def _command(asked: Asked) -> str:
     words = ["tunery", "filter", *asked.sources, "--out", str(asked.out)]
     for option, values in (("--by", asked.by), ("--keep", asked.keep), ("--column", asked.columns)):
         words += [word for value in values for word in (option, value)]
-    words += ["--any"] * asked.any_rule
+    words += ["--any"] * asked.any_rule + ["--scores"] * asked.scores
     words += ["--limit", str(asked.limit)] if asked.limit is not None else []
     words += ["--seed", str(asked.seed)] if asked.seed != SEED else []
     return " ".join(shlex.join(words).splitlines())
@@ -204,18 +330,32 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def _from(folder: Path, source: str) -> str:
-    """A path as given here, as the experiment has it: relative to its own folder."""
+    """A path that starts at the current folder as one that starts at `folder`."""
     if "://" in source or source.startswith(("builtin:", "hub:", "~", "/")):
         return source
-    return os.path.relpath(source, folder)
+    # `..` leads out of the folder that a link points to, not out of the one that the link is in.
+    return os.path.relpath(source, os.path.realpath(folder))
 
 
-def _model(asked: Asked, name: str) -> str:
-    """`./model` is a folder; so is `model`, where there is such a one."""
-    if name.startswith(("/", "~")) or not (name.startswith(("./", "../")) or Path(name).is_dir()):
-        return name
-    path = os.path.relpath(name, asked.file.parent)
-    return path if path.startswith("../") else f"./{path}"
+def paths_in_experiment(asked: Asked, built: Built) -> dict[str, str]:
+    """Where a source or model folder has another path in the experiment: by that path the one on the command line."""
+    folder = asked.file.parent
+    sources = [*asked.sources, *(source for scorer, _ in built.by_options for source in other_rows(scorer))]
+    models = [name for scorer, _ in built.by_options if (name := _model_name(scorer)) and _is_folder(name)]
+    found = {_from(folder, source): source for source in sources} | {
+        _folder_from(folder, name): name for name in models
+    }
+    return {written: given for written, given in found.items() if written != given}
+
+
+def _is_folder(name: str) -> bool:
+    """Of a model: `./model` is a folder; so is `model`, where there is such a one. Else it is a hub name."""
+    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def _folder_from(folder: Path, name: str) -> str:
+    path = _from(folder, name)
+    return path if path.startswith(("../", "/", "~")) else f"./{path}"
 
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -39,6 +39,7 @@ _VALUES: Mapping[str, tuple[str | None, Callable[[str], Any]]] = {
     "perplexity": (None, _model),
     "ifd": (None, _model),
     "reward": (None, _model),
+    "classifier": (None, _model),
     "length": ("words", str),
     "gopher": ("", lambda value: {}),
     "c4": ("", lambda value: {}),
@@ -54,16 +55,18 @@ _ASKED = {
     "perplexity": "a model's folder or hub name: `perplexity=./model`",
     "ifd": "a model's folder or hub name: `ifd=./model`",
     "reward": "a reward model's folder or hub name: `reward=./model`",
+    "classifier": "a classifier's folder or hub name: `classifier=./model`",
     "language": "an ISO 639 code: `language=en`",
     "contamination": "the rows that must not be there: `contamination=test.jsonl`",
 }
 
 
 _IN_FULL = {
-    "classifier": '`--by "{classifier: {pretrained: ./model}, label: good}"`',
-    "embedding": "it compares with another stage's rows: write an experiment (docs/extend.md, experiments/filter.yaml)",
+    "embedding": 'a model, and rows to be like: `--by "{embedding: ./model, near: good.jsonl}"`',
 }
 """Scores that one value is not enough for."""
+_BESIDES: Mapping[str, Scorer] = {"classifier": {"label": "good"}}
+"""By kind: what a scorer needs besides its value. Classifiers that tunery trains have the labels bad and good."""
 
 
 def parse_by(text: str) -> Scorer:
@@ -74,7 +77,7 @@ def parse_by(text: str) -> Scorer:
         return scorer
     kind, equals, value = (part.strip() for part in text.partition("="))
     if kind in _IN_FULL:
-        raise RequestError(f"`--by {text}` does not say enough", remedy=_IN_FULL[kind])
+        raise RequestError(f"`--by {text}` does not say enough", remedy=f"give {_IN_FULL[kind]}")
     if kind not in _VALUES:
         raise RequestError(f"`--by {text}` names no score", remedy=nearest(kind, [scorer.kind() for scorer in SCORERS]))
     default, meant = _VALUES[kind]
@@ -87,7 +90,7 @@ def parse_by(text: str) -> Scorer:
             f"`--by {text}` has a value, and {kind} has rules",
             remedy=f'`--by {kind}`, or name the rules that differ: `--by "{{{kind}: {{of: whole}}}}"`',
         )
-    return {kind: meant(value or default or "")}
+    return {kind: meant(value or default or ""), **_BESIDES.get(kind, {})}
 
 
 def _example(kind: str) -> str:
@@ -123,7 +126,10 @@ def parse_keep(text: str) -> tuple[str, Rule]:
         low, _, high = rule.partition("..")
         if not (low or high):
             raise _no_rule(text, "both ends are open")
-        return score, {"range": [_number(end, text) if end.strip() else None for end in (low, high)]}
+        ends = [_number(end, text) if end.strip() else None for end in (low, high)]
+        if ends[0] is not None and ends[1] is not None and ends[0] > ends[1]:
+            raise _no_rule(text, f"the range ends ({high.strip()}) before it begins ({low.strip()})")
+        return score, {"range": ends}
     if rule.startswith((">=", "<=")):
         return score, {"threshold": _number(rule[2:], text), "best": "high" if rule[0] == ">" else "low"}
     if rule[0] in "<>=":
@@ -135,12 +141,15 @@ def parse_keep(text: str) -> tuple[str, Rule]:
     end = _ENDS[word]
     told: Rule = {"best": end} if end else {}
     if amount.endswith("%"):
-        _number(amount[:-1], text)
+        if not 0 < _number(amount[:-1], text) <= 100:
+            raise _no_rule(text, f"{amount} is no share of the rows: more than 0% and at most 100%")
         # Through decimals: 0.07, and not the 0.07 and a bit that floats make of 7 / 100.
         return score, {"quantile": float(Decimal(amount[:-1].strip()) / 100), **told}
     rows = _number(amount, text)
     if not float(rows).is_integer():
         raise _no_rule(text, f"{amount} is no number of rows")
+    if rows < 1:
+        raise _no_rule(text, "it keeps no row")
     return score, {"top_k": int(rows), **told}
 
 

@@ -10,10 +10,30 @@ from tunery.data.formats.record import EXCERPT, BadRow, Record, Unusable, from_p
 from tunery.spec import Dataset
 
 BATCH = 1024
+Batches = Iterator[tuple[int, Any]]
+"""(number of the first row, a RecordBatch or the BadRow that says why rows from this one on can't be read)."""
 
 
 def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
     """Rows by number. A row group that can't be read costs its rows, and reading goes on at the next one."""
+    yield from _records(parquet_batches(file))
+
+
+def arrow_rows(file: File, stage: Dataset) -> Iterator[Record]:
+    """Rows by number, of the file format and of the stream format (which Hugging Face's `save_to_disk` writes)."""
+    yield from _records(arrow_batches(file))
+
+
+def _records(batches: Batches) -> Iterator[Record]:
+    for number, batch in batches:
+        if isinstance(batch, BadRow):
+            yield Record(number, batch)
+        else:
+            yield from (Record(index, value) for index, value in enumerate(_values(batch), number))
+
+
+def parquet_batches(file: File) -> Batches:
+    """Raises Damaged where the file is no Parquet file."""
     import pyarrow.parquet as pq
 
     with open_seekable(file) as raw:
@@ -23,36 +43,41 @@ def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
             raise
         except Exception as error:
             raise Damaged(f"not a Parquet file that can be read: {_first_line(error)}") from error
-        number = 0
+        number = 1
         for group in range(opened.num_row_groups):
             end = number + opened.metadata.row_group(group).num_rows
             try:
                 for batch in opened.iter_batches(batch_size=BATCH, row_groups=[group]):
-                    for value in _values(batch):
-                        number += 1
-                        yield Record(number, value)
+                    _check_names(batch)
+                    yield number, batch
+                    number += batch.num_rows
             except OutOfReach:
                 raise
             except Exception as error:
-                reason = f"rows {number + 1} to {end} can't be read: {_first_line(error)}"
-                yield Record(number + 1, BadRow(reason))
+                yield number, BadRow(f"rows {number} to {end - 1} can't be read: {_first_line(error)}")
                 number = end
 
 
-def arrow_rows(file: File, stage: Dataset) -> Iterator[Record]:
-    """Rows by number, of the file format and of the stream format (which Hugging Face's `save_to_disk` writes)."""
+def arrow_batches(file: File) -> Batches:
+    """Raises Damaged where the file can't be read further."""
     with open_seekable(file) as raw:
-        number = 0
+        number = 1
         try:
             for batch in _batches(raw):
+                _check_names(batch)
                 for start in range(0, batch.num_rows, BATCH):
-                    for value in _validated(batch.slice(start, BATCH)):
-                        number += 1
-                        yield Record(number, value)
+                    for piece in _validated(batch.slice(start, BATCH)):
+                        yield number, piece
+                        number += 1 if isinstance(piece, BadRow) else piece.num_rows
         except OutOfReach:
             raise
         except Exception as error:
             raise Damaged(f"not an Arrow file that can be read: {_first_line(error)}") from error
+
+
+def _check_names(batch: Any) -> None:
+    """Raises UnicodeDecodeError where a column's name is damaged."""
+    _ = batch.schema.names
 
 
 def _batches(raw: Any) -> Iterator[Any]:
@@ -68,9 +93,9 @@ def _batches(raw: Any) -> Iterator[Any]:
         yield from pa.ipc.open_stream(raw)
 
 
-def _validated(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
-    """The rows of a batch that comes from a file as it stands: where one is damaged, taking its values without a look
-    at their offsets ends the process."""
+def _validated(batch: Any) -> Iterator[Any]:
+    """A batch that comes from a file as it stands, in pieces whose values can be taken, and a BadRow for each row that
+    is damaged: taking its values without a look at their offsets ends the process."""
     import pyarrow as pa
 
     try:
@@ -82,7 +107,7 @@ def _validated(batch: Any) -> Iterator[dict[str, Any] | BadRow]:
             for index in range(batch.num_rows):
                 yield from _validated(batch.slice(index, 1))
     else:
-        yield from _values(batch)
+        yield batch
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any]]:

@@ -61,12 +61,23 @@ def _commit(name: str, revision: str | None) -> str:
 
 def hub_rows(dataset: HubDataset) -> Iterator[Record]:
     """Rows by number. Raises OutOfReach without a network or a permission, Ambiguous when a config or split is open."""
+    for number, row in enumerate(raw_hub_rows(dataset), 1):
+        yield Record(number, table_row(row))
+
+
+def raw_hub_rows(dataset: HubDataset) -> Iterator[dict[str, Any]]:
+    """Rows with the types that the dataset gives them. Raises as `hub_rows` does."""
     commit = dataset.identity()
-    yield from streamed(dataset.name.removeprefix(PREFIX), dataset.config, dataset.split, commit)
+    yield from _streamed_rows(dataset.name.removeprefix(PREFIX), dataset.config, dataset.split, commit)
 
 
 def streamed(name: str, config: str | None, split: str | None, revision: str | None) -> Iterator[Record]:
     """`name` is what `datasets.load_dataset` takes: a hub name, or a folder of data files."""
+    for number, row in enumerate(_streamed_rows(name, config, split, revision), 1):
+        yield Record(number, table_row(row))
+
+
+def _streamed_rows(name: str, config: str | None, split: str | None, revision: str | None) -> Iterator[dict[str, Any]]:
     import datasets
 
     logging.getLogger("datasets").setLevel(logging.ERROR)
@@ -81,7 +92,7 @@ def streamed(name: str, config: str | None, split: str | None, revision: str | N
         split = chosen_split(name, split, list(splits))
         for row in splits[split]:
             number += 1
-            yield Record(number, table_row(row))
+            yield row
     except (OutOfReach, Ambiguous):
         raise
     except Exception as error:

@@ -37,9 +37,13 @@ def json_records(file: File, stage: Dataset) -> Iterator[Record]:
             else:
                 number += 1
                 value = window.take()
-                yield Record(number, value if isinstance(value, BadRow) else parse(value), window.taken)
+                yield Record(number, value, window.taken) if isinstance(value, BadRow) else _parsed(number, value)
         if in_array:
             yield Record(number + 1, BadRow("not JSON: the file ends within its array"))
+
+
+def _parsed(number: int, value: bytes) -> Record:
+    return Record(number, parse(value), value)
 
 
 class _Window:

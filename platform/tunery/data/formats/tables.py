@@ -53,7 +53,7 @@ def _records(file: File, delimiter: str | None) -> Iterator[Record]:
             elif header is None and text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
                 raise Damaged("it looks like UTF-16: save the file as UTF-8")
             elif header is None:
-                if delimiter is None and (delimiter := _delimiter(text)) != ",":
+                if delimiter is None and (delimiter := delimiter_of(text)) != ",":
                     rows.again(number, text)
                     continue
                 header = [name.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in cells]
@@ -66,7 +66,8 @@ def _decoded(line: bytes | BadRow) -> str | BadRow:
     return line if isinstance(line, BadRow) else line.decode("utf-8", "surrogateescape").removesuffix("\r")
 
 
-def _delimiter(header: str) -> str:
+def delimiter_of(header: str) -> str:
+    """The delimiter of a .csv file, by its header."""
     outside = re.sub(r'"(?:[^"]|"")*"', "", header)
     return max(DELIMITERS, key=outside.count)
 

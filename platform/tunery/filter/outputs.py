@@ -1,0 +1,221 @@
+"""The files that a filter writes: the original records that it kept and, on request, those that it dropped.
+
+The sources are read twice more: for their columns, and to write. Records and verdicts meet by source and line, and
+every record has to have its verdict, and every verdict its record. Both files are written under other names and
+renamed at the end, so each of them is complete or absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tunery.data.filesystem import OutOfReach
+from tunery.data.sources import BadSource, source_identity
+from tunery.errors import RequestError, RowsLost, StageError, TuneryError
+from tunery.filter.columns import SourceColumns, find_columns
+from tunery.filter.originals import Original, free_name, originals
+from tunery.filter.verdicts import Verdicts
+from tunery.filter.writers import WRITERS, Writer, Written
+from tunery.spec import Dataset
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Records by what became of them."""
+
+    kept: int
+    dropped: int
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class AddedColumns:
+    """Names of the columns behind a record's own, such that none of the source's has that name."""
+
+    scores: dict[str, str]
+    """By scorer; empty where none are requested."""
+    dropped_by: str
+    dropped_reason: str
+    raw_record: str
+    """Text of a record that can't be read. Only where there is such a record."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    kept: Written
+    dropped: Written | None
+    added: AddedColumns
+
+
+def check_ending(path: Path, option: str) -> None:
+    """Raises RequestError for a file of a format that is not written."""
+    if path.suffix not in WRITERS:
+        raise RequestError(
+            f"`{option} {path}` has no ending of a format that is written",
+            cause=f"it ends in `{path.suffix}`" if path.suffix else "it has no ending",
+            remedy=f"let it end in one of: {' '.join(WRITERS)}",
+        )
+
+
+def write_outputs(
+    stage: Dataset,
+    folder: Path,
+    verdicts: Verdicts,
+    expected: Counts,
+    *,
+    out: Path,
+    dropped: Path | None,
+    scores: Sequence[str],
+    identity: Any,
+) -> Outputs:
+    """`stage` and `folder` are those that read the rows, `scores` the scorers whose scores are written, `identity` what
+    the sources were when the run started. Raises RowsLost where records and verdicts differ in number, StageError where
+    a source changed meanwhile, RequestError where a file can't hold a row, TuneryError where it can't be written."""
+    try:
+        return _written(stage, folder, verdicts, expected, out, dropped, scores, identity)
+    except (BadSource, OutOfReach) as error:
+        raise _unreadable(str(error)) from error
+    except RowsLost as error:
+        if _is_changed(stage, folder, identity):
+            raise _changed() from error
+        raise
+
+
+def _is_changed(stage: Dataset, folder: Path, identity: Any) -> bool:
+    try:
+        return bool(source_identity(stage, folder) != identity)
+    except RequestError as error:
+        raise _unreadable(error.message) from error
+
+
+def _changed() -> StageError:
+    return StageError(
+        "rows",
+        "a source changed while it was filtered",
+        cause="what was decided is about rows that may not be there any more",
+        remedy="give the same command again",
+    )
+
+
+def _unreadable(reason: str) -> StageError:
+    return StageError(
+        "rows",
+        reason,
+        cause="it was read before, to score its rows, and can't be read again to write them",
+        remedy="give the same command again once it can be read: nothing is scored again",
+    )
+
+
+def _written(
+    stage: Dataset,
+    folder: Path,
+    verdicts: Verdicts,
+    expected: Counts,
+    out: Path,
+    dropped: Path | None,
+    scores: Sequence[str],
+    identity: Any,
+) -> Outputs:
+    with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
+    columns = find_columns((record for record in originals(stage, folder)), with_types=with_types)
+    added = _added(columns, scores)
+    score_types = dict.fromkeys(added.scores.values(), pa.float64())
+    dropped_types = {**score_types, added.dropped_by: pa.string(), added.dropped_reason: pa.string()}
+    if columns.has_unreadable:
+        dropped_types[added.raw_record] = pa.string()
+    kept_file = _OutputFile(out, columns, score_types)
+    dropped_file = _OutputFile(dropped, columns, dropped_types) if dropped is not None else None
+    files = [file for file in (kept_file, dropped_file) if file is not None]
+    with ExitStack() as stack:
+        for file in files:
+            stack.push(file.discard)
+            file.open()
+        counted = {"kept": 0, "dropped": 0, "quarantined": 0}
+        for record in originals(stage, folder):
+            if verdicts.is_exhausted and stage.limit is not None:
+                break
+            verdict = verdicts.of(record.table.name, record.line)
+            counted[verdict.outcome] += 1
+            told: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
+            if verdict.outcome == "kept":
+                kept_file.write(record, told)
+            elif dropped_file is not None:
+                told |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
+                if not record.is_readable:
+                    told[added.raw_record] = record.text or None
+                dropped_file.write(record, told)
+        if not verdicts.is_exhausted or Counts(**counted) != expected:
+            raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
+        if _is_changed(stage, folder, identity):
+            raise _changed()
+        for file in files:
+            file.close()
+        for file in files:
+            file.publish()
+    return Outputs(kept_file.written, dropped_file.written if dropped_file else None, added)
+
+
+def _added(columns: SourceColumns, scores: Sequence[str]) -> AddedColumns:
+    taken = columns.names
+    names = {}
+    for score in scores:
+        names[score] = score if score not in taken else free_name(f"{score}_score", taken)
+        taken.add(names[score])
+    by, reason = free_name("dropped_by", taken), free_name("dropped_reason", taken)
+    return AddedColumns(names, by, reason, free_name("raw_record", taken))
+
+
+class _OutputFile:
+    """A file that is written under another name until it is complete."""
+
+    def __init__(self, out: Path, columns: SourceColumns, added: dict[str, Any]) -> None:
+        self.written = Written()
+        self._out, self._columns, self._added = out, columns, added
+        self._temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        self._stack = ExitStack()
+        self._writer: Writer | None = None
+
+    def open(self) -> None:
+        with self._errors():
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            opened = WRITERS[self._out.suffix](self._temporary, self._columns, self._added, self.written)
+            self._writer = self._stack.enter_context(opened)
+
+    def write(self, record: Original, added: dict[str, Any]) -> None:
+        assert self._writer is not None, "it is open"
+        with self._errors():
+            self._writer.write(record, added)
+        self.written.rows += 1
+
+    def close(self) -> None:
+        with self._errors():
+            self._stack.close()
+
+    def publish(self) -> None:
+        with self._errors():
+            self._temporary.replace(self._out)
+
+    def discard(self, *error: Any) -> None:
+        """As `__exit__` of a context. Of a file that is published nothing is left to discard."""
+        with suppress(OSError):
+            self._stack.__exit__(*error)
+        with suppress(OSError):
+            self._temporary.unlink()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TuneryError(
+                f"{self._out} can't be written",
+                cause=error.strerror or str(error),
+                remedy="make room, or give another path: nothing is scored again",
+            ) from error

@@ -1,0 +1,37 @@
+"""`tunery filter` in one process: the real checks, stages and files, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunery.data.sources import source_identity
+from tunery.filter.check import check_models, check_sources, command_line_errors
+from tunery.filter.command import write_experiment, write_files
+from tunery.filter.experiment import ROWS, Asked, build
+from tunery.filter.outputs import Outputs
+from tunery.run import check_all
+from tunery.runner.compute import Hardware, resolve_compute
+from tunery.runner.execute import Trial, Where, execute
+from tunery.spec import load
+from tunery.store import Store
+from tunery.track.events import EventLog
+
+
+def filter_here(*sources: str, out: str, dropped: str | None = None, store: str = "store", **options: Any) -> Outputs:
+    """The command with these options, from the current folder."""
+    asked = Asked(sources, Path(out), **options)
+    check_sources(asked)
+    built = build(asked)
+    check_models(built)
+    write_experiment(asked.file, built.text)
+    with command_line_errors(asked, built):
+        experiment, source = load(asked.file)
+        experiment = check_all(experiment, source, Store(Path(store)))
+        compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+        stage, folder = experiment.stages[ROWS], asked.file.parent
+        identity = source_identity(stage, folder)
+        where = Where(Store(Path(store)), Path(store) / "run", asked.file)
+        log = EventLog(where.events / "e.jsonl")
+        made = execute(experiment.model_copy(update={"compute": compute}), where, log, Trial(in_process=True))
+        return write_files(asked, Path(dropped) if dropped else None, built, made, stage, identity)

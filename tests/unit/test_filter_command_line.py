@@ -1,0 +1,143 @@
+"""Errors of `tunery filter` are about its command line, and its paths start at the current folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from filter_bench import filter_here
+from small_classifiers import write_encoder
+
+from tunery.errors import RequestError
+from tunery.filter.command import run_filter
+from tunery.filter.experiment import Asked, build
+from tunery.spec import Experiment, parse
+from tunery.spec.yaml_source import read_yaml
+from tunery.store import Store
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("question,answer\nwhy,because it is red\nhow,so\nwhat,a blue model\n")
+    Path("odd.csv").write_text("x,y\n1,2\n")
+    Path("array.jsonl").write_text('[{"text": "a"}]\n')
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "remedy"),
+    [
+        (Asked(("rows.csv",), Path("g.csv"), ("length=wrods",)), "`--by length=wrods`: `length` can't be", "words"),
+        (Asked(("rows.csv",), Path("g.csv"), ("{length: words, naem: x}",)), "has no key `naem`", "`name`"),
+        (
+            Asked(("rows.csv",), Path("g.csv"), ("length", "length=chars")),
+            "`--by length` and `--by length=chars`",
+            "name:",
+        ),
+        (Asked(("rows.csv",), Path("g.csv"), ("language=english",)), "`--by language=english`: `language`", "ISO 639"),
+        (Asked(("rows.csv",), Path("g.csv"), ("{embedding: ./m}",)), "gives rows no score", "near: good.jsonl"),
+        (
+            Asked(("rows.csv",), Path("g.csv"), ("contamination=no.csv",)),
+            "`--by contamination=no.csv`: there is no",
+            "",
+        ),
+        (Asked(("rows.csv",), Path("g.csv"), (), ("lenght >= 3",)), "`--keep lenght >= 3` is about", "`length`"),
+        (Asked(("rows.csv", "no.csv"), Path("sub/g.csv")), "there is no file `no.csv`", "the current folder"),
+        (Asked(("odd.csv",), Path("sub/g.csv")), "the columns of `odd.csv` don't fit", "--column prompt=NAME"),
+        (
+            Asked(("odd.csv",), Path("g.csv"), columns=("text=z",)),
+            "the columns of `odd.csv`",
+            "columns found: `x`, `y`",
+        ),
+        (Asked(("odd.csv",), Path("g.csv"), columns=("txet=x",)), "`--column txet=x` can't be used", "'text'"),
+        (Asked(("array.jsonl",), Path("g.csv")), "`array.jsonl` holds no row", "end in .json"),
+        (Asked(("rows.csv",), Path("g.csv"), limit=0), "`--limit 0` can't be used", "greater than 0"),
+        (Asked(("builtin:python-docs",), Path("g.csv")), "is no source of a filter", "tunery run"),
+    ],
+)
+def test_an_error_names_the_option_its_value_and_a_remedy(asked: Asked, message: str, remedy: str) -> None:
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(RequestError) as caught:
+        run_filter(asked, None, Store(Path("store")), quiet=True, say=print)
+    assert message in str(caught.value)
+    assert remedy in str(caught.value)
+    for word in ("stages", ".yaml", "experiment's folder", "scored", "../"):
+        assert word not in str(caught.value)
+    assert sorted(Path().rglob("*")) == before, "nothing is written"
+
+
+def test_models_that_are_missing_are_all_named_with_their_options() -> None:
+    Path("empty").mkdir()
+    by = ("reward=./rm", "{classifier: {pretrained: ./c}, label: good}", "perplexity=empty")
+    with pytest.raises(RequestError) as caught:
+        run_filter(Asked(("rows.csv",), Path("g.csv"), by), None, Store(Path("store")), quiet=True, say=print)
+    for text in by:
+        assert f"`--by {text}`: " in str(caught.value)
+    assert "the current folder" in str(caught.value)
+
+
+def test_a_label_that_a_classifier_has_not_is_an_error_of_its_option() -> None:
+    write_encoder(Path("c"), ["NEGATIVE", "POSITIVE"])
+    asked = Asked(("rows.csv",), Path("sub/g.csv"), ("classifier=c",))
+    with pytest.raises(RequestError, match=r"`--by classifier=c`: `c` has no label `good`") as caught:
+        run_filter(asked, None, Store(Path("store")), quiet=True, say=print)
+    assert "POSITIVE" in str(caught.value)
+
+
+EVERY_MODEL = (
+    "perplexity=./m",
+    "ifd=m",
+    "reward=./m",
+    "classifier=m",
+    "{perplexity: ./m, of: whole, name: a}",
+    "{reward: {pretrained: m}, name: b}",
+    "{classifier: {pretrained: ./m}, label: 0, name: c}",
+    "{embedding: ./m, near: rows.csv}",
+    "contamination=rows.csv",
+    "{contamination: {sets: [rows.csv, odd.csv]}, name: d}",
+)
+
+
+def parsed(asked: Asked) -> Experiment:
+    return parse(read_yaml(build(asked).text, str(asked.file)))
+
+
+@pytest.mark.parametrize("out", ["good.csv", "sub/good.csv", "sub/deep/good.csv", "link/good.csv"])
+def test_models_and_rows_of_every_scorer_start_at_the_current_folder(out: str, tmp_path: Path) -> None:
+    for folder in ("m", "sub/deep", "elsewhere/far"):
+        Path(folder).mkdir(parents=True)
+    Path("link").symlink_to("elsewhere/far")
+    experiment = parsed(Asked(("rows.csv",), Path(out), EVERY_MODEL))
+    folder = os.path.realpath(Path(out).parent)
+    models = [scorer.model for scorer in experiment.stages["scored"].by if scorer.model is not None]
+    assert len(models) == 8
+    assert all(model.is_folder for model in models)
+    assert {os.path.realpath(os.path.join(folder, model.pretrained)) for model in models} == {str(tmp_path / "m")}
+    sets = [stage.source for name, stage in experiment.stages.items() if name.startswith("set")]
+    assert [os.path.realpath(os.path.join(folder, source)) for source in sets] == [
+        str(tmp_path / name) for name in ("rows.csv", "rows.csv", "rows.csv", "odd.csv")
+    ]
+    assert os.path.realpath(os.path.join(folder, experiment.stages["rows"].source)) == str(tmp_path / "rows.csv")
+
+
+def test_hub_names_and_absolute_paths_stay_as_they_are(tmp_path: Path) -> None:
+    by = ("perplexity=org/model", f"ifd={tmp_path}/m", "reward=~/m")
+    experiment = parsed(Asked(("rows.csv",), Path("sub/good.csv"), by))
+    assert [scorer.model.pretrained for scorer in experiment.stages["scored"].by] == [
+        "org/model",
+        f"{tmp_path}/m",
+        "~/m",
+    ]
+
+
+def test_scores_of_models_in_the_current_folder_go_into_a_file_of_another_one() -> None:
+    write_encoder(Path("c"), ["bad", "good"])
+    write_encoder(Path("rm"), ["reward"], num_labels=1)
+    done = filter_here(
+        "rows.csv", out="sub/good.csv", by=("reward=./rm", "classifier=c"), keep=("reward best 2",), scores=True
+    )
+    assert done.added.scores == {"reward": "reward", "classifier": "classifier"}
+    header, *rows = Path("sub/good.csv").read_text().splitlines()
+    assert header == "question,answer,reward,classifier"
+    assert len(rows) == 2
