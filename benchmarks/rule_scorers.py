@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from tunery.data import python_docs
+from tunery.data.scorers.spill import Sketches
 from tunery.data.scorers.table import KINDS
 from tunery.spec import Scorer
 from tunery.store.rows import Row, row_id, shards, write_rows
@@ -86,7 +87,11 @@ def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float
         rows += len(table)
         if number == 3:
             before = peak()
-    found = sum(count(columns["score"]) for columns in scorer.resolve(sketches, work / "files")) if sketches else 0
+    found = (
+        sum(count(columns["score"]) for columns in scorer.resolve(Sketches(tuple(sketches)), work / "files"))
+        if sketches
+        else 0
+    )
     seconds = time.process_time() - started
     return {
         "rows_per_second": rows / seconds,

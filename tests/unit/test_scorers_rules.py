@@ -13,6 +13,7 @@ from scorer_rows import answer_row, hostile_rows, prompt_row, text_row
 from tunery.data.scorers import c4, gopher
 from tunery.data.scorers.c4 import C4Scorer
 from tunery.data.scorers.gopher import GopherScorer
+from tunery.data.scorers.gopher_limits import limits
 from tunery.data.scorers.language import LanguageScorer
 from tunery.data.scorers.length import LengthScorer
 from tunery.data.scorers.table import RowScorer
@@ -78,8 +79,8 @@ PAPER = {
 }
 
 
-def test_limits_are_the_papers() -> None:
-    assert GopherRules().model_dump(exclude={"of"}) == PAPER
+def test_limits_of_english_are_the_papers() -> None:
+    assert limits(GopherRules(), "Latin", "en") == PAPER
 
 
 def run_twice(n: int) -> str:

@@ -27,7 +27,7 @@ class StageKind:
 
 STAGES = {
     "dataset": StageKind("tunery.data.dataset:make_dataset", 3, needs_ray=False),
-    "score": StageKind("tunery.data.score:make_scores", 2, needs_ray=True),
+    "score": StageKind("tunery.data.score:make_scores", 3, needs_ray=True),
     "select": StageKind("tunery.data.select.stage:make_selection", 2, needs_ray=False),
     "review": StageKind("tunery.data.review.stage:make_review", 2, needs_ray=False),
     "augment": StageKind("tunery.data.augment.stage:make_augmented", 1, needs_ray=False),

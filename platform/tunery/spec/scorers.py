@@ -6,12 +6,13 @@ A new scorer: its class here and in `Scorer`, its file in data/scorers/, and its
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from tunery.spec.reference import ROWS, Auto, Input, Model, Pretrained, Spec, model_inputs
+from tunery.spec.reference import AUTO, ROWS, Auto, Input, Model, Pretrained, Spec, model_inputs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -166,17 +167,20 @@ class Length(ScorerSpec):
     """
 
     length: Literal["words", "chars", "lines"]
-    """words: what white space separates (a sentence of Chinese is one: take chars); chars: Unicode code points; lines:
-    those that are not blank."""
+    """words: what white space separates; in Chinese and Japanese each character, in Thai, Lao, Khmer and Burmese the
+    words that ICU's dictionaries find (data/scorers/texts.py); chars: Unicode code points; lines: those that are not
+    blank."""
     of: AnyPart = "answer"
 
 
 class GopherRules(Spec):
     """The rules' limits; `null` switches a rule off. A rule is violated beyond its limit, not at it.
 
-    Words are what white space separates. The rules were made for web pages in English: on answers of a few sentences
-    `words_min` and `stop_words_min` only say that they are short, and on code or on scripts without spaces
-    `mean_word_max`, `stop_words_min` and `alphabetic_words_min` say nothing. Switch those off there.
+    Words are those of `length: words`. The paper's limits are for web pages in English. `auto` takes these for English,
+    and for other languages those of FineWeb-2 (Penedo et al. 2025, https://arxiv.org/abs/2506.20920), by the script of
+    the text and the stop words in it (data/scorers/gopher_limits.py); a number holds for every language. On answers of
+    a few sentences `words_min` and `stop_words_min` only say that they are short, and on code `mean_word_max`,
+    `stop_words_min` and `alphabetic_words_min` say nothing. Switch those off there.
     """
 
     of: Part = "answer"
@@ -184,10 +188,11 @@ class GopherRules(Spec):
     """Words (A1.1)."""
     words_max: Count | None = 100_000
     """Words (A1.1)."""
-    mean_word_min: Annotated[float, Field(ge=0)] | None = 3.0
-    """Characters (A1.1)."""
-    mean_word_max: Annotated[float, Field(ge=0)] | None = 10.0
-    """Characters (A1.1)."""
+    mean_word_min: Annotated[float, Field(ge=0)] | Auto | None = AUTO
+    """Characters (A1.1). auto: 3 in English, 1 to 3 in other scripts, none in a script that is not known."""
+    mean_word_max: Annotated[float, Field(ge=0)] | Auto | None = AUTO
+    """Characters (A1.1). auto: 10 in English, 15 in other languages in Latin letters, 5 (Chinese) to 37 (Tamil) in
+    other scripts, none in a script that is not known."""
     hashes_max: Annotated[float, Field(ge=0)] | None = 0.1
     """Hash signs a word (A1.1)."""
     ellipses_max: Annotated[float, Field(ge=0)] | None = 0.1
@@ -198,8 +203,9 @@ class GopherRules(Spec):
     """Share of the lines that end with an ellipsis (A1.1)."""
     alphabetic_words_min: Share | None = 0.8
     """Share of the words with at least one letter (A1.1)."""
-    stop_words_min: Annotated[int, Field(ge=1, le=8)] | None = 2
-    """How many of `the be to of and that have with` occur, in any case (A1.1)."""
+    stop_words_min: Annotated[int, Field(ge=1, le=8)] | Auto | None = AUTO
+    """How many of `the be to of and that have with`, or of the stop words of the text's language, occur, in any case
+    (A1.1). auto: 2, none in a script of which no stop words are known."""
     duplicate_lines_max: Share | None = 0.3
     """Share of the lines that stood before (table A1, as all below)."""
     duplicate_paragraphs_max: Share | None = 0.3
@@ -208,17 +214,20 @@ class GopherRules(Spec):
     """Share of the lines' characters that are in lines that stood before."""
     duplicate_paragraph_chars_max: Share | None = 0.2
     """Share of the paragraphs' characters that are in paragraphs that stood before."""
-    top_2gram_max: Share | None = 0.2
-    """Share of the words' characters that are in occurrences of the most frequent pair of words, if it occurs twice."""
-    top_3gram_max: Share | None = 0.18
-    top_4gram_max: Share | None = 0.16
-    duplicate_5grams_max: Share | None = 0.15
-    """Share of the words' characters that are in runs of 5 words that stood before; each character counts once."""
-    duplicate_6grams_max: Share | None = 0.14
-    duplicate_7grams_max: Share | None = 0.13
-    duplicate_8grams_max: Share | None = 0.12
-    duplicate_9grams_max: Share | None = 0.11
-    duplicate_10grams_max: Share | None = 0.1
+    top_2gram_max: Share | Auto | None = AUTO
+    """Share of the words' characters that are in occurrences of the most frequent pair of words, if it occurs twice.
+    auto: 0.2, 0.18 and 0.16 for n = 2, 3 and 4; in Chinese and Japanese, where a word is one character, 0.26, 0.21 and
+    0.18."""
+    top_3gram_max: Share | Auto | None = AUTO
+    top_4gram_max: Share | Auto | None = AUTO
+    duplicate_5grams_max: Share | Auto | None = AUTO
+    """Share of the words' characters that are in runs of 5 words that stood before; each character counts once. auto:
+    0.15 for n = 5, down to 0.1 for n = 10; in Chinese and Japanese 0.25 down to 0.16."""
+    duplicate_6grams_max: Share | Auto | None = AUTO
+    duplicate_7grams_max: Share | Auto | None = AUTO
+    duplicate_8grams_max: Share | Auto | None = AUTO
+    duplicate_9grams_max: Share | Auto | None = AUTO
+    duplicate_10grams_max: Share | Auto | None = AUTO
 
 
 class Gopher(ScorerSpec):
@@ -246,15 +255,17 @@ class C4Rules(Spec):
     failing_lines_max: Share = 0.5
     """Share of the lines; ours, the paper has no such limit. 0: as soon as one line fails."""
     terminal_punctuation: bool = True
-    """A line ends with a period, an exclamation or question mark (also of other scripts) or an end quotation mark."""
+    """A line ends with a period, an exclamation or question mark (also of other scripts) or an end quotation mark. A
+    line in Thai or Lao, which have no end marks, passes (mC4 has no such rule for that reason: Xue et al. 2021,
+    https://arxiv.org/abs/2010.11934, section 3.1)."""
     line_words_min: Count | None = 5
-    """Words a line."""
+    """Words a line, those of `length: words`."""
     javascript: bool = True
     """A line does not name Javascript."""
     policy: bool = True
     """A line does not speak of terms of use, privacy policies or cookies."""
     sentences_min: Count | None = 3
-    """Sentences in the lines that pass the rules above."""
+    """Sentences in the lines that pass the rules above. In Thai and Lao a space ends one."""
     lorem_ipsum: bool = True
     """The words `lorem ipsum` do not occur."""
     braces: bool = True
@@ -278,6 +289,53 @@ sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yu
 """
 LANGUAGES = tuple(_CODES.split())
 """ISO 639 codes that the detector knows."""
+MACROLANGUAGES = {
+    "ar": ("ar", "ary", "arz"),  # Moroccan and Egyptian Arabic
+    "bik": ("bcl",),
+    "ff": ("fuv",),
+    "gn": ("gug",),
+    "hbs": ("bs", "hr", "sr"),  # Serbo-Croatian: Bosnian, Croatian, Serbian
+    "kok": ("gom",),
+    "ku": ("ku", "sdh"),
+    "lv": ("lv", "ltg"),  # with Latgalian
+    "ms": ("ms", "id"),  # with Indonesian
+    "nb": ("no",),  # no macrolanguage: the detector's "no" is Bokmål
+    "no": ("no", "nn"),  # Bokmål and Nynorsk
+    "uz": ("uz", "uzs"),
+    "zh": ("zh", "wuu", "yue"),  # with Wu and Cantonese
+}
+"""Members of the macrolanguages of ISO 639-3 (https://iso639-3.sil.org/about/scope) that the detector knows."""
+_OTHER_NAMES = {
+    name: code
+    for code, names in {
+        "ar": "arabic ara arb",
+        "de": "german deu ger",
+        "en": "english eng",
+        "es": "spanish spa",
+        "fa": "persian farsi fas",
+        "fr": "french fra fre",
+        "hbs": "sh serbo-croatian",
+        "hi": "hindi hin",
+        "id": "indonesian ind in",
+        "it": "italian ita",
+        "ja": "japanese jpn jp",
+        "ko": "korean kor kr",
+        "ms": "malay msa",
+        "nb": "nob",
+        "nn": "nno",
+        "no": "norwegian nor",
+        "pt": "portuguese por",
+        "ru": "russian rus",
+        "th": "thai tha",
+        "tr": "turkish tur",
+        "uk": "ukrainian ukr ua",
+        "vi": "vietnamese vie vn",
+        "yue": "cantonese",
+        "zh": "chinese mandarin zho cmn cn",
+    }.items()
+    for name in names.split()
+}
+"""What is written for a code, and the code that is meant."""
 
 
 class Language(ScorerSpec):
@@ -285,6 +343,9 @@ class Language(ScorerSpec):
 
     Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). It is low where there is little to go by: 0.9
     drops 30% of the builtin answers, all of them English; 0.1 drops 3%, and each of 70 sentences in 14 other languages.
+    The probability of a macrolanguage is the sum over its members: `zh` takes what the detector calls Wu (`wuu`) or
+    Cantonese (`yue`), `no` Nynorsk (`nn`), `ar` Egyptian Arabic (`arz`), `ms` Indonesian (`id`). A member's own code
+    is that member alone. `hr`, `sr` and `bs` are languages of their own; `hbs` is all three.
     """
 
     language: str
@@ -294,11 +355,20 @@ class Language(ScorerSpec):
     @field_validator("language")
     @classmethod
     def _known(cls, language: str) -> str:
-        if language not in LANGUAGES:
-            near = difflib.get_close_matches(language.lower(), LANGUAGES, n=1, cutoff=0.5)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
-            raise ValueError(f"no language with this ISO 639 code is known, as en, de, zh{meant}")
+        known = sorted({*LANGUAGES, *MACROLANGUAGES})
+        if language not in known:
+            written = language.lower()
+            base = re.split("[-_]", written)[0]  # zh-CN, en_US
+            meant = [code for code in (_OTHER_NAMES.get(written), _OTHER_NAMES.get(base), base) if code in known][:1]
+            near = meant or difflib.get_close_matches(written, known, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(f'`{code}`' for code in near)}?" if near else ""
+            raise ValueError(f"no language with this ISO 639 code is known, as en, de, zh{hint}")
         return language
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The detector's codes whose probabilities make up the language's."""
+        return MACROLANGUAGES.get(self.language, (self.language,))
 
 
 class Duplicates(ScorerSpec):

@@ -11,13 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import lines, part
+from tunery.data.scorers.texts import has_words, lines, part
 from tunery.spec import C4, C4Rules
 from tunery.store.rows import Row
 
-TERMINAL = (".", "!", "?", '"', "”", "»", "。", "！", "？", "」", "؟", "।")  # fmt: skip
+TERMINAL = tuple('.!?"”»。！？」｡．؟۔।॥။។།።։')
+"""Ends of sentences and of quotations, of several scripts."""
+_WITHOUT_END_MARKS = "\u0e00-\u0eff"
+"""Thai and Lao: a space ends a sentence there."""
+_ENDS_WITHOUT_MARK = re.compile(f"[{_WITHOUT_END_MARKS}]")
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-_SENTENCE = re.compile(r"[.!?][\"'”»)\]]?(?=\s|$)|[。！？।؟]")
+_LATIN_SENTENCE = re.compile(r"[.!?][\"'”»)\]]?(?=\s|$)")
+_SENTENCE = re.compile(
+    rf"{_LATIN_SENTENCE.pattern}|[。！？｡؟۔।॥။។།።։]"
+    rf"|(?<=[{_WITHOUT_END_MARKS}]) +(?=[{_WITHOUT_END_MARKS}])"
+)
 """Where a sentence ends. The paper has it from a trained splitter (NLTK)."""
 
 
@@ -60,15 +68,24 @@ def _line_rules(rules: C4Rules) -> dict[str, Callable[[str], bool]]:
     """What takes a line out, by the name of the rule, for the rules that are on."""
     fewest = rules.line_words_min
     checks: dict[str, tuple[bool, Callable[[str], bool]]] = {
-        "terminal_punctuation": (rules.terminal_punctuation, lambda line: not line.endswith(TERMINAL)),
-        # Counting stops where the rule is settled: a line may be a whole book.
-        "line_words_min": (fewest is not None, lambda line: len(line.split(None, fewest or 0)) < (fewest or 0)),
+        "terminal_punctuation": (rules.terminal_punctuation, lambda line: not _is_ended(line)),
+        "line_words_min": (fewest is not None, lambda line: not has_words(line, fewest or 0)),
         "javascript": (rules.javascript, lambda line: "javascript" in line.lower()),
         "policy": (rules.policy, lambda line: any(policy in line.lower() for policy in POLICIES)),
     }
     return {name: check for name, (on, check) in checks.items() if on}
 
 
+def _is_ended(line: str) -> bool:
+    """With an end mark, or in a script without any."""
+    return line.endswith(TERMINAL) or (
+        not line.isascii() and bool(_ENDS_WITHOUT_MARK.match(line.rstrip("\"'”’)]")[-1:]))
+    )
+
+
 def sentences(shown: Sequence[str]) -> int:
     """A line that ends without an end mark ends a sentence all the same."""
-    return sum(len(_SENTENCE.findall(line)) + (not line.endswith(TERMINAL)) for line in shown)
+    return sum(
+        len((_LATIN_SENTENCE if line.isascii() else _SENTENCE).findall(line)) + (not line.endswith(TERMINAL))
+        for line in shown
+    )

@@ -1,8 +1,9 @@
 """MassiveText's quality and repetition rules (Rae et al. 2021, https://arxiv.org/abs/2112.11446, A1.1 and table A1).
 
-Where the paper leaves a choice: words are what white space separates; a line, paragraph or n-gram is a duplicate from
-its second occurrence on, so that a text that says everything twice is half duplicate; shares of characters are of those
-in words, lines or paragraphs, without the white space between them; and an n-gram that occurs once is no repetition.
+Where the paper leaves a choice: words are those of texts.py, with the punctuation around them; a line, paragraph or
+n-gram is a duplicate from its second occurrence on, so that a text that says everything twice is half duplicate; shares
+of characters are of those in words, lines or paragraphs, without the white space between them; and an n-gram that
+occurs once is no repetition. Its limits are for English; gopher_limits.py has those of other languages.
 
 A row at a time, in time n log n of its words, so 100 M rows are a matter of CPU hours alone (benchmarks/rule_scorers.py
 has rows/s). Of a row, the first LONGEST characters are looked at.
@@ -19,17 +20,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tunery.data.scorers.gopher_limits import language_and_stop_words, limits
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import LONGEST, lines, part
+from tunery.data.scorers.texts import LONGEST, lines, part, script, words
 from tunery.spec import Gopher, GopherRules
 from tunery.store.rows import Row
 
-STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 BULLETS = ("•", "‣", "⁃", "◦", "●", "○", "■", "□", "▪", "▫", "- ", "* ", "– ")
 """Hyphens and asterisks with the space after them: `-1` and `*args` start no list."""
 ELLIPSES = ("...", "…")
+LONGEST_TOP = 4
+"""Words of the n-grams of which the most frequent one counts; of longer ones all that repeat do."""
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
-_PUNCTUATION = "\"'`.,;:!?()[]{}*_"
+_ASCII_PUNCTUATION = "\"'`.,;:!?()[]{}*_"
+_PUNCTUATION = f"{_ASCII_PUNCTUATION}“”‘’«»„…–—¿¡。，、！？：；（）「」『』《》【】·।॥،؛؟۔၊။។៖།་፡።፣፤։՝՞՜\u200b"
+"""Around words, of several scripts."""
 
 
 class GopherScorer:
@@ -48,64 +53,61 @@ class GopherScorer:
 def violated(text: str | None, rules: GopherRules) -> list[str] | None:
     """Names of the rules, as the fields of their limits; None of a text without words."""
     text = (text or "")[:LONGEST]
-    words = text.split()
-    if not words:
+    found = words(text)
+    if not found:
         return None
     shown = lines(text)
-    return [
-        name
-        for measures in (_quality(text, words, shown, rules), _layout(text, shown, rules), _repetition(words, rules))
-        for name, value, lowest, highest in measures
-        if (lowest is not None and value < lowest) or (highest is not None and value > highest)
-    ]
+    letters = script(text) or "Latin"
+    punctuation = _ASCII_PUNCTUATION if text.isascii() else _PUNCTUATION
+    language, stop_words = language_and_stop_words(letters, {word.strip(punctuation).lower() for word in found})
+    own = limits(rules, letters, language)
+    measures = (
+        *_quality(text, found, shown),
+        ("stop_words_min", stop_words),
+        *_layout(text, shown),
+        *_repetition(found),
+    )
+    return [rule for rule, value in measures if _is_beyond(rule, value, own[rule])]
 
 
-Measure = tuple[str, float, float | None, float | None]
-"""Rule, what was measured, and the limits."""
+def _is_beyond(rule: str, value: float, limit: float | None) -> bool:
+    return limit is not None and (value < limit if rule.endswith("_min") else value > limit)
 
 
-def _quality(text: str, words: list[str], shown: list[str], rules: GopherRules) -> Iterator[Measure]:
-    count = len(words)
-    mean = sum(map(len, words)) / count
-    yield "words_min", count, rules.words_min, None
-    yield "words_max", count, None, rules.words_max
-    yield "mean_word_min", mean, rules.mean_word_min, None
-    yield "mean_word_max", mean, None, rules.mean_word_max
-    yield "hashes_max", text.count("#") / count, None, rules.hashes_max
-    yield "ellipses_max", sum(map(text.count, ELLIPSES)) / count, None, rules.ellipses_max
-    yield "bullet_lines_max", _share(line.startswith(BULLETS) for line in shown), None, rules.bullet_lines_max
-    yield "ellipsis_lines_max", _share(line.endswith(ELLIPSES) for line in shown), None, rules.ellipsis_lines_max
-    alphabetic = _share(any(map(str.isalpha, word)) for word in words)
-    yield "alphabetic_words_min", alphabetic, rules.alphabetic_words_min, None
-    stop_words = STOP_WORDS.intersection(word.strip(_PUNCTUATION).lower() for word in words)
-    yield "stop_words_min", len(stop_words), rules.stop_words_min, None
+Measure = tuple[str, float]
+"""The rule, and what it is about."""
 
 
-def _layout(text: str, shown: list[str], rules: GopherRules) -> Iterator[Measure]:
+def _quality(text: str, found: list[str], shown: list[str]) -> Iterator[Measure]:
+    count = len(found)
+    mean = sum(map(len, found)) / count
+    yield "words_min", count
+    yield "words_max", count
+    yield "mean_word_min", mean
+    yield "mean_word_max", mean
+    yield "hashes_max", text.count("#") / count
+    yield "ellipses_max", sum(map(text.count, ELLIPSES)) / count
+    yield "bullet_lines_max", _share(line.startswith(BULLETS) for line in shown)
+    yield "ellipsis_lines_max", _share(line.endswith(ELLIPSES) for line in shown)
+    yield "alphabetic_words_min", _share(any(map(str.isalpha, word)) for word in found)
+
+
+def _layout(text: str, shown: list[str]) -> Iterator[Measure]:
     repeated, characters = duplicates(shown)
-    yield "duplicate_lines_max", repeated, None, rules.duplicate_lines_max
-    yield "duplicate_line_chars_max", characters, None, rules.duplicate_line_chars_max
+    yield "duplicate_lines_max", repeated
+    yield "duplicate_line_chars_max", characters
     repeated, characters = duplicates([stripped for one in _BLANK_LINES.split(text) if (stripped := one.strip())])
-    yield "duplicate_paragraphs_max", repeated, None, rules.duplicate_paragraphs_max
-    yield "duplicate_paragraph_chars_max", characters, None, rules.duplicate_paragraph_chars_max
+    yield "duplicate_paragraphs_max", repeated
+    yield "duplicate_paragraph_chars_max", characters
 
 
-def _repetition(words: list[str], rules: GopherRules) -> Iterator[Measure]:
-    tops = {2: rules.top_2gram_max, 3: rules.top_3gram_max, 4: rules.top_4gram_max}
-    repeats = {
-        5: rules.duplicate_5grams_max,
-        6: rules.duplicate_6grams_max,
-        7: rules.duplicate_7grams_max,
-        8: rules.duplicate_8grams_max,
-        9: rules.duplicate_9grams_max,
-        10: rules.duplicate_10grams_max,
-    }
-    lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-    for n, grams, occurrences in repeated_ngrams(words, longest=10):
-        if n in tops:
-            yield f"top_{n}gram_max", top_share(n, grams, occurrences, lengths), None, tops[n]
-        elif n in repeats:
-            yield f"duplicate_{n}grams_max", duplicate_share(n, grams, lengths), None, repeats[n]
+def _repetition(found: list[str]) -> Iterator[Measure]:
+    lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+    for n, grams, occurrences in repeated_ngrams(found, longest=10):
+        if n <= LONGEST_TOP:
+            yield f"top_{n}gram_max", top_share(n, grams, occurrences, lengths)
+        else:
+            yield f"duplicate_{n}grams_max", duplicate_share(n, grams, lengths)
 
 
 def duplicates(pieces: list[str]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunery.data.scorers.table import Columns
-from tunery.data.scorers.texts import lines, part
+from tunery.data.scorers.texts import lines, part, words
 from tunery.spec import Length
 from tunery.store.rows import Row
 
@@ -32,4 +32,4 @@ class LengthScorer:
             return math.nan
         if self._unit == "chars":
             return float(len(text))
-        return float(len(text.split() if self._unit == "words" else lines(text)))
+        return float(len(words(text) if self._unit == "words" else lines(text)))

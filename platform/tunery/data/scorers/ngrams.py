@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from tunery.data.scorers.texts import LONGEST, words
+from tunery.data.scorers.texts import LONGEST, terms
 
 Hashes = NDArray[np.uint64]
 Integers = NDArray[np.int64]
@@ -33,7 +33,7 @@ class Words:
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Words:
-        split = [words(text[:LONGEST]) for text in texts]
+        split = [terms(text[:LONGEST]) for text in texts]
         sizes = np.array([len(some) for some in split], dtype=np.int64)
         (hashes,) = RMinHash.hash_token_sets([[word for some in split for word in some]])
         size = np.repeat(sizes, sizes)

@@ -91,13 +91,13 @@ KINDS: dict[str, Kind] = {
     "reward": Kind("classification", "tunery.data.scorers.reward:RewardScorer", good="high", version=2),
     "classifier": Kind("classification", "tunery.data.scorers.classifier:ClassifierScorer", good="high", version=2),
     "embedding": Kind("embedding", "tunery.data.scorers.embedding:EmbeddingScorer", good="high", version=2),
-    "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=1),
-    "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=1),
-    "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=1),
-    "language": Kind("row", "tunery.data.scorers.language:LanguageScorer", good="high", version=1),
-    "contamination": Kind("row", "tunery.data.scorers.contamination:ContaminationScorer", good="low", version=1),
+    "length": Kind("row", "tunery.data.scorers.length:LengthScorer", good="high", version=2),
+    "gopher": Kind("row", "tunery.data.scorers.gopher:GopherScorer", good="low", version=2),
+    "c4": Kind("row", "tunery.data.scorers.c4:C4Scorer", good="low", version=2),
+    "language": Kind("row", "tunery.data.scorers.language:LanguageScorer", good="high", version=2),
+    "contamination": Kind("row", "tunery.data.scorers.contamination:ContaminationScorer", good="low", version=2),
     "duplicates": Kind("across", "tunery.data.scorers.duplicates:DuplicatesScorer", good="low", version=1),
     "near_duplicates": Kind(
-        "across", "tunery.data.scorers.near_duplicates:NearDuplicatesScorer", good="low", version=1
+        "across", "tunery.data.scorers.near_duplicates:NearDuplicatesScorer", good="low", version=2
     ),
 }
