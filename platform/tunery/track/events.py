@@ -9,6 +9,7 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
 
     run_started      run, file, text (the experiment as written), stages ([{name, kind, inputs: [..]}]), versions,
                      command
+    ray_connecting   address, limit (seconds): a cluster is asked for; a Ray of this machine is not announced
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
     progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters
@@ -35,6 +36,7 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -51,6 +53,7 @@ class EventLog:
     def __init__(self, path: Path, *, stage: str = "", trial: str = "") -> None:
         self.path = path
         self._fixed = {key: value for key, value in (("stage", stage), ("trial", trial)) if value}
+        self._broken = False
         path.parent.mkdir(parents=True, exist_ok=True)
         # A writer that was killed may have left half a line: close it, so that the next event starts on its own line.
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
@@ -58,12 +61,17 @@ class EventLog:
                 file.write(b"\n")
 
     def write(self, event: str, **values: Any) -> None:
+        """Raises OSError when the line could not be written whole; what is there of it is closed by the next line."""
         line = json.dumps({"t": time.time(), "event": event, **self._fixed, **values}, allow_nan=True) + "\n"
+        data = (b"\n" if self._broken else b"") + line.encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            written = os.write(descriptor, data)
         finally:
             os.close(descriptor)
+        self._broken = self._broken if written == 0 else written < len(data)
+        if written < len(data):  # on a nearly full disk the system writes what fits, and reports no error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 class EventReader:
