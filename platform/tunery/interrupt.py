@@ -24,6 +24,10 @@ HURRY = 2
 GIVE_UP = 3
 """So many, and the process ends at once, whatever it is doing."""
 EXIT_CODE = 130
+AT_ONCE = b"!"
+STOPPED_AT_ONCE = (
+    b"\nstopped at once, without a report; the same command goes on from the last finished stage or checkpoint\n"
+)
 POLL_SECONDS = 0.2
 
 
@@ -40,6 +44,8 @@ class StopSignals:
         self._last = 0.0
         self._held = False
         self._installed = False
+        self.last_words: int | None = None
+        """Where `last_words` waits for the end of this process."""
 
     @property
     def requested(self) -> bool:
@@ -124,6 +130,8 @@ class StopSignals:
             return
         self._count, self._last = self._count + 1, now
         if self._count >= GIVE_UP:
+            if self.last_words is not None:
+                os.write(self.last_words, AT_ONCE)
             os._exit(EXIT_CODE)
         if not self._held:
             signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
@@ -217,14 +225,17 @@ def last_words(words: str) -> Iterator[None]:
             os.close(writing)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are sent to the whole process group
                 signal.signal(number, signal.SIG_IGN)
-            if os.read(reading, 1) == b"":
-                os.write(2, words.encode())
+            told = os.read(reading, 1)
+            if told in (b"", AT_ONCE):
+                os.write(2, words.encode() if told == b"" else STOPPED_AT_ONCE)
         finally:
             os._exit(0)
     os.close(reading)
+    STOP.last_words = writing
     try:
         yield
     finally:
+        STOP.last_words = None
         with suppress(BrokenPipeError):  # the child is gone: there is nobody to be told
             os.write(writing, b".")
         os.close(writing)

@@ -27,7 +27,7 @@ from tunery.runner.check import check
 from tunery.runner.cluster import cluster_address
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.execute import Trial, Where, execute
-from tunery.runner.failures import explain
+from tunery.runner.failures import RUN, explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
 from tunery.runner.session import RaySession
@@ -118,7 +118,7 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
     except Exception as error:
         if STOP.requested:  # the signal went to the whole process group, and ended a worker before it came here
             raise _interrupted(log, begin) from error
-        told = explain(error, "run", where)
+        told = explain(error, RUN, where)
         with suppress(OSError):  # on a full disk the error matters more than its place in the log
             log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(told))
         raise told from error

@@ -120,6 +120,19 @@ with STOP.handled(), STOP.held():
     assert done.returncode == 130
 
 
+def test_third_signal_ends_the_process_and_says_so_once() -> None:
+    code = """
+from tunery.interrupt import last_words
+with STOP.handled(), last_words("somebody killed the run"), STOP.held():
+    for _ in range(3):
+        kill()
+"""
+    done = python(code)
+    assert done.returncode == 130
+    assert "stopped at once" in done.stderr
+    assert "killed" not in done.stderr
+
+
 def test_signals_in_quick_succession_are_one() -> None:
     code = """
 interrupt.SAME_SIGNAL_SECONDS = 60

@@ -14,7 +14,7 @@ from ray.tune.error import TuneError
 
 from tunery.errors import StageError, TuneryError
 from tunery.runner.execute import Where
-from tunery.runner.failures import explain
+from tunery.runner.failures import RUN, explain
 from tunery.store import Store
 
 NOTE = (
@@ -146,3 +146,8 @@ def test_what_was_handled_when_an_error_was_raised_does_not_replace_it(where: Wh
 def test_reason_that_a_library_gives_is_the_cause(where: Where) -> None:
     found = told(caught(OSError("connection refused"), given=True), where)
     assert (found.message, found.cause) == (SHOWN, "OSError: connection refused")
+
+
+def test_error_of_ours_between_the_stages_is_of_no_stage(where: Where) -> None:
+    found = explain(TuneryError("no cluster answers"), RUN, where)
+    assert type(found) is TuneryError

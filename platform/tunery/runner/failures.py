@@ -29,6 +29,8 @@ RETRY_NOTE = re.compile(r"\n?Failed to .* after \d+/\d+\s+attempts \(total backo
 """What Ray Data (2.60, _annotate_exception_with_retry_context) adds to the message of every error in a task."""
 NAMED = re.compile(r"[A-Za-z_][\w.<>]*(:|$)")
 """An error's line at the end of a traceback: `Type: message`, the type with its module and enclosing function."""
+RUN = "run"
+"""In place of a stage's name: what happened between the stages."""
 LONGEST = 500
 """Of a message, in characters: the log has all of it."""
 FULL = 4 << 20
@@ -46,7 +48,7 @@ def explain(error: BaseException, stage: str, where: Where, trial: str = "") -> 
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, TuneryError):
-            return _at_stage(link, stage, str(log))
+            return link if stage == RUN else _at_stage(link, stage, str(log))
     message, cause, remedy = _cause(chain, where)
     return StageError(stage, message, cause=cause, remedy=remedy, log=str(log))
 
