@@ -44,6 +44,8 @@ class StopSignals:
         self._last = 0.0
         self._held = False
         self._installed = False
+        self._armed = False
+        self._alarm_before: Any = None
         self.last_words: int | None = None
         """Where `last_words` waits for the end of this process."""
 
@@ -78,14 +80,13 @@ class StopSignals:
             yield
             return
         self._count, self._last, self._held = 0, 0.0, False
-        before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self._installed = True
         try:
-            signal.signal(signal.SIGALRM, self._on_alarm)
             self.install()
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._disarm()
             self._installed = False
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -120,9 +121,18 @@ class StopSignals:
             self._held = before
             self._disarm()
 
+    def _arm(self) -> None:
+        """From the first signal on only: the timer may be another's until then (pytest-timeout uses it)."""
+        if not self._armed:
+            self._armed = True
+            self._alarm_before = signal.signal(signal.SIGALRM, self._on_alarm)
+            signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
+
     def _disarm(self) -> None:
-        if self._installed:
+        if self._armed:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm_before)
+            self._armed = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -134,7 +144,7 @@ class StopSignals:
                 os.write(self.last_words, AT_ONCE)
             os._exit(EXIT_CODE)
         if not self._held:
-            signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
+            self._arm()
             raise KeyboardInterrupt
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ seed: 17
 stages:
   texts:  {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 60}
   scored: {kind: score, data: texts, by: [{length: words}]}
-  base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 4, learning_rate: 2.0e-3, global_batch_size: 4,
+  base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 6, learning_rate: 2.0e-3, global_batch_size: 4,
            max_length: 128}
   eval:   {kind: evaluate, models: [base], data: {texts: texts}}
 compute: {workers: 1, checkpoint_steps: 5}
@@ -45,18 +45,20 @@ class Log:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self._since = time.time()
+        self.since = time.time()
 
     def has(self, event: str, **values: object) -> bool:
         wanted = {"event": event, **values}
-        return any(wanted.items() <= told.items() for told in self._bench.events() if told["t"] >= self._since)
+        return any(wanted.items() <= told.items() for told in self._bench.events() if told["t"] >= self.since)
 
     def last_state(self) -> str:
         return [told for told in self._bench.events() if told["event"] == "run_finished"][-1]["state"]
 
 
-def checkpoint(bench: Bench) -> bool:
-    return bool(list(bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")))
+def checkpoint(bench: Bench, since: float) -> bool:
+    """A new one, of this run."""
+    whole = bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")
+    return any(path.stat().st_mtime >= since for path in whole)
 
 
 def report_is_new(bench: Bench, since: float) -> bool:
@@ -64,10 +66,14 @@ def report_is_new(bench: Bench, since: float) -> bool:
     return path.is_file() and path.stat().st_mtime >= since
 
 
-def left_of(group: int) -> list[int]:
-    """Processes of the run's process group that still live."""
-    found = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
+def left_of(bench: Bench, group: int) -> list[str]:
+    """Processes of the run's group and of its Ray that still live."""
+    ray = (bench.run / "logs" / "ray").resolve().parent.name
+    found = [
+        subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
+        for words in (("-g", str(group)), ("-f", ray))
+    ]
+    return [pid for pids in found for pid in pids]
 
 
 Moment = Callable[[Bench, Log], bool]
@@ -79,10 +85,10 @@ MOMENTS: dict[str, Moment] = {
     "scored": lambda bench, log: log.has("stage_finished", stage="scored"),
     "workers start": lambda bench, log: log.has("stage_started", stage="base"),
     "loading": lambda bench, log: log.has("progress", stage="base"),
-    "checkpoint": lambda bench, log: checkpoint(bench),
+    "checkpoint": lambda bench, log: checkpoint(bench, log.since),
     "evaluating": lambda bench, log: log.has("stage_started", stage="eval"),
     "end": lambda bench, log: log.has("run_finished", state="done"),
-    "report is there": lambda bench, log: report_is_new(bench, log._since),
+    "report is there": lambda bench, log: report_is_new(bench, log.since),
 }
 
 
@@ -112,7 +118,7 @@ def test_signal_stops_cleanly(bench: Bench, moment: str, number: signal.Signals,
     assert "the same command" in err
     assert "Traceback" not in out + err
     assert "was killed" not in err
-    assert report_is_new(bench, log._since)
+    assert report_is_new(bench, log.since)
     assert "W&B (offline): wandb sync" in out
     assert "W&B: " not in out, "W&B was not closed"
     assert log.last_state() == ("done" if moment in ("end", "report is there") else "interrupted")
@@ -132,7 +138,7 @@ def stopped(bench: Bench, happened: Callable[[], bool], number: signal.Signals, 
             os.kill(run.pid, number)
         out, err = run.communicate(timeout=60)
         assert run.returncode == 130, out + err
-        wait_for(lambda: not left_of(run.pid), seconds=30)
+        wait_for(lambda: not left_of(bench, run.pid), seconds=30)
         return out, err
     finally:
         run.kill()
@@ -170,7 +176,7 @@ def test_signal_during_a_search_stops_cleanly(searching: Bench, event: str, numb
     out, err = stopped(searching, lambda: log.has(event), number, how)
     assert "the same command" in err
     assert "Traceback" not in out + err
-    assert report_is_new(searching, log._since)
+    assert report_is_new(searching, log.since)
     assert log.last_state() == "interrupted"
 
 

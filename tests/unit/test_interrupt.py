@@ -166,6 +166,9 @@ def test_handlers_are_as_before_when_nothing_is_handled_any_more() -> None:
     stop = StopSignals()
     with stop.handled(), stop.handled():
         assert signal.getsignal(signal.SIGTERM) != before[1]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGALRM) != before[2]
     assert [signal.getsignal(number) for number in numbers] == before
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -121,7 +122,8 @@ class RaySession:
             import ray
 
             _leave_signals_alone(starting=True)
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+            with _processes_in_another_session():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
 
         # Ray's processes die with the thread that started them.
         self._starting = BackgroundCall(init, keep=self._ended)
@@ -165,6 +167,20 @@ def _leave_signals_alone(*, starting: bool) -> None:
     with suppress(OSError, ValueError):
         flag = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
         ctypes.c_bool.in_dll(ctypes.CDLL(ray._raylet.__file__), flag).value = starting
+
+
+@contextmanager
+def _processes_in_another_session() -> Iterator[None]:
+    """Ray's (2.60) processes, started while inside, get no signal that is sent to this process's group: a raylet that
+    SIGTERM ends takes the driver along (core_worker, QuickExit), which has its report to write and ends Ray itself."""
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _worker_environment() -> dict[str, str]:
