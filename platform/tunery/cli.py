@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from tunery.errors import Interrupted, TuneryError
+from tunery.interrupt import STOP, STOP_SIGNALS, left_behind
 from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -278,30 +282,69 @@ def export(
 
 def main() -> None:
     """Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    atexit.register(_ignore_signals)  # the first one to be registered is the last one to be called
+    with STOP.handled(), STOP.held():
+        code = _run_command()
+        _flush()
+        if left_behind():
+            os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _run_command() -> int:
     try:
-        app(standalone_mode=False)
+        with STOP.released():
+            # typer (0.29) makes an Exit(130) of KeyboardInterrupt, and without its standalone mode returns that code.
+            code = app(standalone_mode=False)
     except TuneryError as error:
         _say(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        _say(Interrupted("stopped"))
-        sys.exit(Interrupted.exit_code)
+        code = Interrupted.exit_code
+    except OSError as error:
+        _say(_system_error(error))
+        return 1
     except Exception as error:
-        shown = getattr(error, "show", None)  # click's own usage errors
-        if shown is None:
+        show = getattr(error, "show", None)  # click's own usage errors
+        if show is None:
             raise
-        shown()
-        sys.exit(2)
-    finally:
-        _flush()
+        show()
+        return 2
+    if code == Interrupted.exit_code:
+        _say(Interrupted("stopped"))
+    return code if isinstance(code, int) else 0
+
+
+def _system_error(error: OSError) -> TuneryError:
+    """Of the system (a full disk, no permission, no connection) while something was written or read for a command."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return TuneryError(
+        f"{' and '.join(names)}: {error.strerror}" if names and error.strerror else str(error) or type(error).__name__,
+        remedy="free some space or give another --store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "",
+    )
 
 
 def _say(error: TuneryError) -> None:
-    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr)
+    try:
+        print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr, flush=True)
+    except OSError:  # standard error is closed, or a file on a full disk: the exit code is all that can be told
+        _discard(sys.stderr)
 
 
 def _flush() -> None:
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # `tunery plan | head`: the reader went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:  # `tunery plan | head`: the reader went away; or a file on a full disk
+        _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """Else Python complains, at its end, that it can't write what is left in the stream's buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _ignore_signals() -> None:
+    """The exit code is settled by now."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from tunery.comparison import results
-from tunery.errors import RequestError, TuneryError
-from tunery.interrupt import last_words
+from tunery.errors import Interrupted, RequestError, TuneryError
+from tunery.interrupt import STOP, last_words
 from tunery.run import run_experiment
 from tunery.runner.session import RaySession, noise_to
 from tunery.spec import Experiment
@@ -23,7 +22,9 @@ from tunery.store import Artifact, Lease, LeaseHeld, Store
 from tunery.track.events import EventLog, EventReader
 from tunery.track.report import write_report
 from tunery.track.terminal import Terminal
-from tunery.track.wandb_mirror import WandbMirror
+from tunery.track.wandb_mirror import Mirrored, WandbMirror
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,18 @@ class Told:
 
 
 def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> Told:
-    """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted."""
+    """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted.
+
+    Whatever fails while the run is closed is reported beside its error and never instead of it.
+    """
     folder = store.run(experiment.name)
     with (
+        STOP.handled(),
+        # Signals interrupt the experiment (run_experiment releases them), and neither its start nor its end.
+        STOP.held(),
         last_words(_killed(folder)),
         _alone(folder),
         noise_to(folder / "logs" / "driver.log") as out,
-        _sigterm_interrupts(),
     ):
         log = EventLog(folder / "events" / "driver.jsonl")
         session = RaySession(log, folder / "logs")
@@ -66,25 +72,49 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         mirror.start()
         error: TuneryError | None = None
         artifacts = None
-        try:
-            with Terminal(console, experiment.name, folder, EventReader(folder / "events")):
-                try:
-                    artifacts = run_experiment(experiment, source, store, session).artifacts
-                except TuneryError as failed:
-                    error = failed
-        finally:
-            session.stop()  # first: workers may still write into a stage whose lease is given back
+        with Terminal(console, experiment.name, folder, EventReader(folder / "events")):
             try:
-                report = write_report(folder)
-            finally:
-                synced = mirror.close()
-        console.print()
-        for line in (f"report: {report}", *synced.notes, f"logs:   {folder / 'logs'}"):
-            console.print(line, soft_wrap=True)
+                artifacts = run_experiment(experiment, source, store, session).artifacts
+            except TuneryError as failed:
+                error = failed
+        # First: workers may still write into a stage whose lease is given back.
+        _, ray_failed = _attempt(session.stop)
+        report, report_failed = _attempt(lambda: write_report(folder))
+        mirrored, mirror_failed = _attempt(lambda: mirror.close(lambda: STOP.hurried))
+        synced = mirrored or Mirrored("disabled")
+        lines = [
+            f"report: {report}" if report else f"report: not written ({report_failed})",
+            *synced.notes,
+            *(f"{what}: {failed}" for what, failed in (("Ray's end", ray_failed), ("W&B", mirror_failed)) if failed),
+            f"logs:   {folder / 'logs'}",
+        ]
+        with suppress(OSError):  # standard output is a closed pipe, or a file on a full disk
+            console.print()
+            for line in lines:
+                console.print(line, soft_wrap=True)
     if error is not None:
         raise error
+    if STOP.requested:
+        raise Interrupted("stopped while the run was closed; every stage is done, and the same command shows them")
+    if report is None:
+        raise TuneryError(
+            "the run is done, but its report could not be written",
+            cause=report_failed,
+            remedy=f"then write it with `tunery report {folder}`",
+        )
     made = artifacts or {}
     return Told(experiment.name, folder, report, list(synced.notes), results(experiment, made), made)
+
+
+def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
+    """What `step` of a run's end returned, and why it failed ("" where it did not); the log has the traceback."""
+    try:
+        return step(), ""
+    except Exception as error:
+        with suppress(OSError):
+            traceback.print_exc()  # standard error is the run's log here
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        return None, reason.splitlines()[0]
 
 
 def _killed(folder: Path) -> str:
@@ -107,17 +137,3 @@ def _alone(folder: Path) -> Iterator[None]:
             f"a run of this name is going on already: {held.holder}",
             remedy="wait for it, or give the experiment another name (what both need is still made once)",
         ) from None
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM (kill, a cluster's scheduler) ends a run as Ctrl-C does: cleanly, and resumable."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -22,10 +22,12 @@ from tunery.comparison import (
     win_table,
 )
 from tunery.errors import Interrupted
+from tunery.interrupt import STOP
 from tunery.runner.check import check
+from tunery.runner.cluster import cluster_address
 from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.runner.execute import Trial, Where, execute
-from tunery.runner.failures import explain
+from tunery.runner.failures import RUN, explain
 from tunery.runner.identity import fingerprints
 from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
 from tunery.runner.session import RaySession
@@ -57,10 +59,8 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
 
     Raises SpecErrors, StoreError or RequestError; nothing is written.
     """
-    import os
-
     # A cluster's size is known only to the cluster: there the workers are checked once Ray is connected.
-    if os.environ.get("RAY_ADDRESS"):
+    if cluster_address() is not None:
         auto = experiment.compute
         workers = 1 if auto.workers == "auto" else auto.workers
         per_trial = 1 if auto.workers_per_trial == "auto" else auto.workers_per_trial
@@ -97,31 +97,39 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
     where = Where(store, store.run(experiment.name), Path(source.file))
     log = EventLog(where.events / "driver.jsonl")
     begin = time.time()
-    log.write(
-        "run_started",
-        run=experiment.name,
-        file=source.file,
-        text=source.text,
-        stages=[
-            {"name": name, "kind": stage.kind, "inputs": list(inputs_of(stage))}
-            for name, stage in experiment.stages.items()
-        ],
-        versions=_versions(),
-        command="tunery " + " ".join(sys.argv[1:]),
-    )
     try:
-        outcome = _run(experiment, source, where, log, session)
+        with STOP.released():
+            log.write(
+                "run_started",
+                run=experiment.name,
+                file=source.file,
+                text=source.text,
+                stages=[
+                    {"name": name, "kind": stage.kind, "inputs": list(inputs_of(stage))}
+                    for name, stage in experiment.stages.items()
+                ],
+                versions=_versions(),
+                command="tunery " + " ".join(sys.argv[1:]),
+            )
+            outcome = _run(experiment, source, where, log, session)
+            log.write("run_finished", state="done", seconds=time.time() - begin, message="")
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from the last finished stage or checkpoint"
-        log.write("run_finished", state="interrupted", seconds=time.time() - begin, message=message)
-        raise Interrupted(message) from None
+        raise _interrupted(log, begin) from None
     except Exception as error:
-        told = explain(error, "run", where)
+        if STOP.requested:  # the signal went to the whole process group, and ended a worker before it came here
+            raise _interrupted(log, begin) from error
+        told = explain(error, RUN, where)
         with suppress(OSError):  # on a full disk the error matters more than its place in the log
             log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(told))
         raise told from error
-    log.write("run_finished", state="done", seconds=time.time() - begin, message="")
     return outcome
+
+
+def _interrupted(log: EventLog, begin: float) -> Interrupted:
+    message = "stopped; the same command goes on from the last finished stage or checkpoint"
+    with suppress(OSError):
+        log.write("run_finished", state="interrupted", seconds=time.time() - begin, message=message)
+    return Interrupted(message)
 
 
 def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog, session: RaySession) -> Outcome:

@@ -107,7 +107,7 @@ def test_a_full_disk_is_named_and_nothing_finished_is_lost(before_sft: Bench, sm
     finished = {path.name for path in (small_disk / "store" / "artifacts").iterdir()}
     bench = Bench(small_disk)
     shutil.copy(before_sft.file, bench.file)
-    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
+    done = bench.tunery("run", str(bench.file))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the disk is full" in done.stderr, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunery.data.score_unit import DEATHS, HOPELESS, PIECE, Pass, Scored, score_unit
+from tunery.errors import TuneryError
 from tunery.store.rows import Row, row_id, shards, write_rows
 from tunery.store.score_table import ScoreTable, as_numbers
 from tunery.store.vectors import vectors_of
@@ -23,7 +24,7 @@ class Killed(BaseException):
 
 
 def rows_of(count: int) -> list[Row]:
-    rows: list[Row] = [{"text": f"row {n}", "planted": "cut", "line": n} for n in range(count)]
+    rows: list[Row] = [{"text": f"row {n}", "planted": "cut", "source": "rows.jsonl", "line": n} for n in range(count)]
     return [{**row, "id": row_id(row)} for row in rows]
 
 
@@ -114,9 +115,22 @@ def test_fault_of_every_row_is_raised_instead_of_losing_them_all(tmp_path: Path)
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         raise ValueError("the model is broken")
 
-    with pytest.raises(
-        RuntimeError, match=f"none of {HOPELESS} rows one after the other can be scored; ValueError: the model"
-    ):
+    with pytest.raises(TuneryError, match=f"none of {HOPELESS} rows one after the other can be scored") as raised:
+        score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
+    first = rows_of(50)[0]
+    assert raised.value.cause == (
+        f"row {first['id']} ({first['source']}, line {first['line']}): ValueError: the model is broken"
+    )
+    assert "the same command resumes" in raised.value.remedy
+
+
+def test_lack_of_memory_for_every_row_is_raised_as_such(tmp_path: Path) -> None:
+    write_rows(rows_of(50), tmp_path / "many")
+
+    def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        raise MemoryError("no 3 GB left")
+
+    with pytest.raises(MemoryError):
         score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
 
 

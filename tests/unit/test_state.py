@@ -133,10 +133,11 @@ def test_resumed_search_keeps_its_finished_trials() -> None:
 def test_time_left_of_a_search_counts_open_trials_over_those_at_a_time() -> None:
     opening = event("search_started", metric="m", mode="min", trials=5, max_concurrent=2)
     done = event("trial_finished", 10, trial="t0", overrides={}, state="done", value=2.0, seconds=10)
+    second = event("trial_finished", 10, trial="t2", overrides={}, state="done", value=2.0, seconds=10)
     running = event("trial_started", 10, trial="t1", overrides={})
-    state = replay([opening, done, running])
+    state = replay([opening, done, second, running])
     assert state.search is not None
-    assert state.search.time_left(START + 14) == pytest.approx((6 + 3 * 10) / 2)
+    assert state.search.time_left(START + 14) == pytest.approx((6 + 2 * 10) / 2)
 
 
 def test_curve_of_a_trial_is_that_of_the_stage_its_metric_names() -> None:

@@ -67,7 +67,9 @@ def make_scores(context: StageContext) -> StageResult:
             done += int(told["rows"])
             for key in counted:
                 counted[key] += told.get(key, 0)
-            context.emit("progress", done=done, total=total, unit="rows")
+            if "resumed" not in told:  # those take no time, and would count as speed
+                context.emit("progress", done=done, total=total, unit="rows")
+    context.emit("progress", done=done, total=total, unit="rows")
     seconds = time.time() - started
     lost = _combine(context, [job for job, _, _ in passes], files)
     for job, _, _ in passes:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.data.scorers.table import Columns
+from tunery.errors import TuneryError
 from tunery.store.rows import Row
 from tunery.store.score_table import ScoreTable, as_numbers
 from tunery.store.vectors import is_vectors, vector_column, vectors_of
@@ -132,7 +133,7 @@ def _try(
         except Exception:  # of some row: found one by one below, and told with it
             journal.write("one by one")
     done: list[tuple[Sequence[int], Scored]] = []
-    reasons: list[str] = []
+    failed: list[int] = []
     for index in indices:
         number = start + index
         if journal.in_hand[number]:
@@ -143,11 +144,22 @@ def _try(
             done.append(([index], score([rows[index]], lacking)))
         except Exception as error:
             lost[number] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            reasons.append(lost[number])
-        if not done and len(reasons) == HOPELESS:
-            # Not the rows: whatever is wrong is wrong with all of them, and must not empty the dataset one by one.
-            raise RuntimeError(f"none of {len(reasons)} rows one after the other can be scored; {reasons[0]}")
+            failed.append(index)
+            if not done and len(failed) == HOPELESS:
+                # Not the rows: whatever is wrong is wrong with all of them, and must not empty the dataset one by one.
+                raise _hopeless(rows[failed[0]], lost[start + failed[0]], lacking, error) from error
     return done
+
+
+def _hopeless(first: Row, reason: str, scores: Sequence[str], error: Exception) -> Exception:
+    """The same error when memory ran out, which has a remedy of its own (runner/failures.py)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return error
+    return TuneryError(
+        f"none of {HOPELESS} rows one after the other can be scored ({', '.join(scores)})",
+        cause=f"row {first['id']} ({first['source']}, line {first['line']}): {reason}",
+        remedy="correct the stage's `by`, or the rows where the cause lies in them; then the same command resumes",
+    )
 
 
 def _merge(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
+from tunery.interrupt import STOP
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints, stage_seed
 from tunery.runner.stages import STAGES
@@ -92,6 +93,7 @@ def execute(
     for name in order(experiment.stages):
         if name in made:
             continue
+        STOP.check()
         stage = experiment.stages[name]
         print_, own, inputs = known[name]
         artifact = where.store.find(stage.kind, print_)
@@ -169,6 +171,8 @@ def _make(
     except Stopped:
         raise
     except Exception as error:
+        if STOP.requested:  # a signal to the whole process group ends workers too
+            raise KeyboardInterrupt from error
         told = explain(error, name, where, trial.id)
         if isinstance(told, Stopped):  # as Ray Train hands it on from several workers
             raise told from error

@@ -16,6 +16,7 @@ from tunery.data.review.server import ReviewServer
 from tunery.data.review.session import ReviewSession
 from tunery.data.review.shown import Item, items
 from tunery.errors import RequestError
+from tunery.interrupt import STOP
 from tunery.runner.execute import Where
 from tunery.runner.identity import fingerprints, stage_seed
 from tunery.spec import Experiment, Review
@@ -108,6 +109,7 @@ def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: boo
             try:
                 server.serve_forever(poll_interval=0.2)
             except KeyboardInterrupt:
+                STOP.forget()
                 say("")  # the terminal's ^C stands on this line
         left = session.total - session.decided
         say(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))

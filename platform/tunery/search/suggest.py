@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TRIES = 100
 """To draw a trial that was not there before; a space of few values runs out."""
 MOST_RANDOM = 10
-"""Trials that TPE begins with, as Optuna has it; of a short search a quarter of its trials."""
+"""Random trials that TPE begins with, as Optuna has it; of a search of fewer than 40 trials a quarter of them."""
 NUMBER = "number"
 Reports = Sequence[Mapping[str, float]]
 """Evaluations on the way, one after another."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class TrialFunction:
         except Exception as error:
             told = error_file(self.where, identifier)
             if not told.exists():  # the first one tells most: after it there may be no memory, or no worker
-                told.write_text(str(error))
+                with suppress(OSError):  # a full disk must not hide itself
+                    told.write_text(str(error))
             raise
         if curve is not None and made_before:
             # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last

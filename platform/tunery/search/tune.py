@@ -156,10 +156,13 @@ def _search(
     begin = time.time()
     try:
         ended_by = _run(experiment, where, log, room, longest, work, journal)
-    except Exception as error:
-        raise explain(error, "search", where) from error
-    finally:
-        journal.spend(time.time() - begin)
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk the error matters more than the time it took
+            journal.spend(time.time() - begin)
+        if isinstance(error, Exception):
+            raise explain(error, "search", where) from error
+        raise
+    journal.spend(time.time() - begin)
     facts = facts_of(search, list(journal.records.values()), ended_by)
     if facts["best"] is None:
         errors = "\n  ".join(sorted({trial["error"] for trial in facts["trials"] if trial["error"]})[:3])

@@ -167,9 +167,10 @@ class Search(Spec):
     constraints: tuple[Constraint, ...] = ()
     trials: Annotated[int, Field(ge=1)]
     algorithm: Literal["random", "grid", "tpe", "nsga2"] = "random"
-    """grid: every combination once (only listed values), at most `trials` of them. tpe: after ten random trials those
-    that promise most by the ones so far (Bergstra et al. 2011; with several metrics Ozaki et al. 2020). nsga2:
-    generations of trials that inherit from the Pareto front (Deb et al. 2002). Both by Optuna."""
+    """grid: every combination once (only listed values), at most `trials` of them. tpe: random trials first (a quarter
+    of `trials`, rounded down, at least 1 and at most 10), then those that promise most by the ones so far (Bergstra et
+    al. 2011; with several metrics Ozaki et al. 2020). nsga2: generations of trials that inherit from the Pareto front
+    (Deb et al. 2002). Both by Optuna."""
     scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     """Ends the worse trials early, by the first metric. asha: those outside the best third at each rung (Li et al.
     2018, https://arxiv.org/abs/1810.05934). hyperband: the same, but rungs wait until all of a bracket are there

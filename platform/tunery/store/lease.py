@@ -21,6 +21,8 @@ from types import TracebackType
 
 from filelock import FileLock
 
+from tunery.interrupt import STOP
+
 HEARTBEAT = 5.0
 EXPIRY = 60.0
 
@@ -51,6 +53,7 @@ class Lease:
         while (holder := self._take()) is not None:
             if self._wait is None:
                 raise LeaseHeld(holder)
+            STOP.check()
             self._wait(holder)
             time.sleep(1.0)
         self._thread = threading.Thread(target=self._beat, name=f"lease {self.path.name}", daemon=True)

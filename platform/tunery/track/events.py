@@ -9,6 +9,7 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
 
     run_started      run, file, text (the experiment as written), stages ([{name, kind, inputs: [..]}]), versions,
                      command
+    ray_connecting   address, limit (seconds): a cluster is asked for; a Ray of this machine is not announced
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
     progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters
@@ -62,6 +63,7 @@ class EventLog:
         self._broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
     def write(self, event: str, **values: Any) -> None:
+        """Raises OSError when the line could not be written whole; what is there of it is closed by the next line."""
         line = json.dumps({"t": time.time(), "event": event, **self._fixed, **values}, allow_nan=True) + "\n"
         data = b"\n" * self._broken + line.encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -51,6 +51,8 @@ def render(state: RunState, width: int, now: float, height: int | None = None) -
     """The live picture of a run. With `height`, stages that don't fit are counted instead of shown."""
     parts: list[RenderableType] = [_headline(state, width, now)]
     below: list[RenderableType] = []
+    if state.connecting:
+        below.append(Text(f"  connecting to Ray at {state.connecting}", style="cyan"))
     if state.search:
         below += [Text(""), *_search_lines(state.search, width, now)]
     for failure in state.failures:

@@ -37,6 +37,10 @@ class Failure:
     trial: str = ""
 
 
+MIN_TRIALS = 2
+"""So many trials must have ended before a search's time is estimated from theirs."""
+
+
 @dataclass
 class StageState:
     """One stage of the run, or of one trial when `trial` is set."""
@@ -59,7 +63,11 @@ class StageState:
     rate: float | None = None
     """Units per second over the last `RATE_WINDOW_SECONDS` (state.py)."""
     eta_seconds: float | None = None
-    """As of the last progress event; `time_left` counts on from there."""
+    """As of the last progress event, None until it means something (state.py); `time_left` counts on from there."""
+    first_progress: tuple[float, float] | None = None
+    """(time, done) of the first event with progress: what came before it is start-up, not speed."""
+    advances: int = 0
+    """Progress events since that one."""
     facts: dict[str, Any] = field(default_factory=dict)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     error: Failure | None = None
@@ -252,7 +260,8 @@ class SearchState:
     def time_left(self, now: float) -> float | None:
         """What is left of a typical trial for each open one, spread over those that run at a time."""
         times = [t.seconds for t in self.trials.values() if t.status in ("done", "stopped") and t.seconds]
-        if self.finished or not times:
+        # The first trial also starts the processes that later ones reuse, and may be one that was stopped early.
+        if self.finished or len(times) < min(MIN_TRIALS, self.total):
             return None
         typical = median(times)
         running = [trial for trial in self.trials.values() if trial.status == "running"]
@@ -297,6 +306,8 @@ class RunState:
     started: float | None = None
     seconds: float | None = None
     ray_start_seconds: float | None = None
+    connecting: str = ""
+    """The Ray cluster that is being connected to, and for how long at most; "" once it answered or did not."""
     last_event: float | None = None
     stages: dict[str, StageState] = field(default_factory=dict)
     search: SearchState | None = None

@@ -14,12 +14,19 @@ from collections.abc import Callable, Iterable, Mapping
 from tunery.track.events import Event
 from tunery.track.notes import listed
 from tunery.track.snapshot import Bound, Failure, Objective, Point, RunState, SearchState, StageState, TrialState
-from tunery.track.wording import as_number, strings
+from tunery.track.wording import as_number, duration, strings
 
 __all__ = ["Failure", "Point", "RunState", "SearchState", "StageState", "TrialState", "apply", "replay"]
 
 RATE_WINDOW_SECONDS = 30.0
 """The speed is taken over this much of the past: long enough to be calm, short enough to follow changes."""
+RATE_EVENTS = 4
+"""And over so many events, where they come more seldom than that."""
+ETA_EVENTS = 2
+ETA_SECONDS = 10.0
+ETA_SHARE = 0.05
+"""The time left is shown after so many events, and so many seconds or such a share of the work, since the first
+progress. Before that it says how long start-up and compilation took: 13 hours for a training of 5 minutes."""
 
 
 def replay(events: Iterable[Event]) -> RunState:
@@ -46,6 +53,7 @@ def _run_started(state: RunState, event: Event) -> None:
     state.versions = dict(versions) if isinstance(versions, dict) else {}
     state.status, state.message, state.started, state.seconds = "running", "", _time(event), None
     state.ray_start_seconds, state.comparisons, state.overhead = None, {}, {}
+    state.connecting = ""
     state.invocations += 1
     before, state.stages = state.stages, {}
     for told in listed(event.get("stages")):
@@ -61,7 +69,13 @@ def _run_started(state: RunState, event: Event) -> None:
                 stage.reset()
 
 
+def _ray_connecting(state: RunState, event: Event) -> None:
+    limit = as_number(event.get("limit"))
+    state.connecting = str(event.get("address", "")) + (f" (at most {duration(limit)})" if limit else "")
+
+
 def _ray_started(state: RunState, event: Event) -> None:
+    state.connecting = ""
     state.ray_start_seconds = as_number(event.get("seconds"))
 
 
@@ -83,14 +97,30 @@ def _progress(state: RunState, event: Event) -> None:
         return
     if stage.recent and done < stage.recent[-1][1]:
         stage.recent.clear()  # it began again, from a checkpoint or with fewer workers
+        stage.first_progress, stage.advances = None, 0
+    advanced = bool(stage.recent) and done > stage.recent[-1][1]
     stage.done, stage.total = done, total or 0
     stage.unit = str(event.get("unit", stage.unit))
+    if stage.first_progress is None and advanced:
+        stage.recent.clear()  # until here it loaded, compiled, or read what is done already
+        stage.first_progress = now, done
+    elif advanced:
+        stage.advances += 1
     stage.recent.append((now, done))
-    while len(stage.recent) > 2 and stage.recent[0][0] < now - RATE_WINDOW_SECONDS:
+    while len(stage.recent) > RATE_EVENTS and stage.recent[0][0] < now - RATE_WINDOW_SECONDS:
         stage.recent.popleft()
     first_time, first_done = stage.recent[0]
-    stage.rate = (done - first_done) / (now - first_time) if now > first_time else None
-    stage.eta_seconds = (stage.total - done) / stage.rate if stage.rate and stage.total else None
+    measured = stage.first_progress is not None and now > first_time
+    stage.rate = (done - first_done) / (now - first_time) if measured else None
+    stage.eta_seconds = (stage.total - done) / stage.rate if stage.rate and _can_estimate(stage, now) else None
+
+
+def _can_estimate(stage: StageState, now: float) -> bool:
+    if stage.first_progress is None or not stage.total or stage.advances < ETA_EVENTS:
+        return False
+    begin, before = stage.first_progress
+    share = (stage.done - before) / max(1.0, stage.total - before)
+    return now - begin >= ETA_SECONDS or share >= ETA_SHARE
 
 
 def _metrics(state: RunState, event: Event) -> None:
@@ -220,6 +250,7 @@ def _overhead(state: RunState, event: Event) -> None:
 
 
 def _run_finished(state: RunState, event: Event) -> None:
+    state.connecting = ""
     told = event.get("state")
     state.status = told if told in ("done", "failed", "interrupted") else "done"
     state.seconds, state.message = as_number(event.get("seconds")), str(event.get("message") or "")
@@ -227,6 +258,7 @@ def _run_finished(state: RunState, event: Event) -> None:
 
 _HANDLERS: dict[str, Callable[[RunState, Event], None]] = {
     "run_started": _run_started,
+    "ray_connecting": _ray_connecting,
     "ray_started": _ray_started,
     "stage_started": _stage_started,
     "progress": _progress,

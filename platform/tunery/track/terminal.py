@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -59,15 +60,18 @@ class Terminal:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if self._broken:
+        try:
+            if self._broken:
+                if self._live:
+                    self._live.stop()
+                return
+            self._read()
             if self._live:
+                self._live.update(render(self.state, self.console.width, time.time()), refresh=True)
                 self._live.stop()
-            return
-        self._read()
-        if self._live:
-            self._live.update(render(self.state, self.console.width, time.time()), refresh=True)
-            self._live.stop()
-        self._draw_result()
+            self._draw_result()
+        except Exception as failed:  # as in `_follow`; a run's own error must not be replaced by this one
+            self._say_broken(failed)
 
     def _draw_result(self) -> None:
         if not self.state.comparisons:
@@ -89,9 +93,12 @@ class Terminal:
                     height = self.console.height
                     picture = render(self.state, self.console.width, time.time(), height)
                     self._live.update(picture, refresh=True)
-        except Exception as error:
+        except Exception as error:  # a fault of the picture must not end days of training
             self._broken = True
-            # A fault of the picture must not end days of training: it is told, and the run goes on.
+            self._say_broken(error)
+
+    def _say_broken(self, error: Exception) -> None:
+        with suppress(OSError):  # the terminal is gone, or a closed pipe, or a file on a full disk
             self.console.print(
                 f"the live view stopped ({type(error).__name__}: {error}); the run goes on", markup=False
             )
@@ -127,6 +134,8 @@ class PlainLines:
     def _said(self, state: RunState, event: Event) -> list[str]:
         name, trial = str(event.get("stage") or ""), str(event.get("trial") or "")
         match event["event"]:
+            case "ray_connecting":
+                return [f"connecting to Ray at {state.connecting}"]
             case "stage_started" if not trial:
                 stage = state.stages[name]
                 return [

@@ -114,13 +114,17 @@ class WandbMirror:
         self._thread = threading.Thread(target=self._follow, name="wandb-mirror", daemon=True)
         self._thread.start()
 
-    def close(self) -> Mirrored:
-        """Tells W&B the rest of the log and ends all its runs. Again and again gives the same."""
+    def close(self, hurried: Callable[[], bool] = lambda: False) -> Mirrored:
+        """Write the rest of the log to W&B and end all its runs; a second call gives the same. Waits at most
+        CLOSE_SECONDS, and only until `hurried()`."""
         if self._thread is not None:
             self._closing.set()
-            self._thread.join(CLOSE_SECONDS)
+            begin = time.monotonic()
+            while self._thread.is_alive() and time.monotonic() - begin < CLOSE_SECONDS and not hurried():
+                self._thread.join(0.1)
             if self._thread.is_alive():
-                self._failed(f"still uploading after {CLOSE_SECONDS:.0f} s; the rest is in {self._folder / 'wandb'}")
+                waited = time.monotonic() - begin
+                self._failed(f"still uploading after {waited:.0f} s; the rest is in {self._folder / 'wandb'}")
         place = self._project_url if self._mode == "online" else str(self._folder / "wandb")
         partly = self._mode == "offline" and self._project_url != ""
         return Mirrored(self._mode, place, len(self._opened), self._lost, self._error, partly)

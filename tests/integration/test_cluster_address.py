@@ -1,0 +1,65 @@
+"""RAY_ADDRESS: a run on a Ray that is there already, and one at whose address nobody is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import ENVIRONMENT, Bench
+
+EXPERIMENT = """
+name: small
+seed: 17
+stages:
+  texts:  {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 60}
+  scored: {kind: score, data: texts, by: [{length: words}]}
+"""
+CLUSTER = """
+import ray
+context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+print(context.address_info["gcs_address"], flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("cluster"))
+    bench.file.write_text(EXPERIMENT)
+    return bench
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray that another process has started here."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        # Ray's own lines come first.
+        yield next(line.strip() for line in process.stdout if line.strip().rpartition(":")[2].isdigit())
+    finally:
+        process.communicate("\n", timeout=60)
+
+
+def test_run_takes_the_cluster_that_ray_address_names_and_leaves_it_running(bench: Bench, cluster: str) -> None:
+    for _ in range(2):
+        done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"connecting to Ray at {cluster}" in done.stdout
+        (scored,) = bench.artifacts("score")
+        bench.file.write_text(EXPERIMENT.replace("limit: 60", "limit: 50"))
+        scored.rename(bench.folder / scored.name)
+
+
+def test_address_where_nobody_listens_is_told_within_seconds(bench: Bench) -> None:
+    begin = time.monotonic()
+    done = bench.tunery("run", str(bench.file), RAY_ADDRESS="127.0.0.1:1", WANDB_MODE="disabled")
+    assert time.monotonic() - begin < 30
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Ray cluster can be reached at RAY_ADDRESS=127.0.0.1:1\n")
+    assert "Traceback" not in done.stdout + done.stderr

@@ -1,0 +1,195 @@
+"""SIGINT and SIGTERM at any moment of a run: a clean stop, exit code 130, a report, W&B closed, and the run resumes.
+
+All runs share a store, so each one has only the work between the last signal and its own. The long list of moments runs
+with TUNERY_ALL_MOMENTS=1; the short one is what can break independently: Ray's start, Ray Data, Ray Train, the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import Bench, facts, wait_for
+
+EXPERIMENT = """
+name: small
+seed: 17
+stages:
+  texts:  {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 60}
+  scored: {kind: score, data: texts, by: [{length: words}]}
+  base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 6, learning_rate: 2.0e-3, global_batch_size: 4,
+           max_length: 128}
+  eval:   {kind: evaluate, models: [base], data: {texts: texts}}
+compute: {workers: 1, checkpoint_steps: 5}
+"""
+SEARCH = """
+search: {metric: base.eval_loss, mode: min, trials: 3, space: {base.learning_rate: {loguniform: [5.0e-4, 5.0e-3]}}}
+"""
+all_moments = pytest.mark.skipif("TUNERY_ALL_MOMENTS" not in os.environ, reason="runs with TUNERY_ALL_MOMENTS=1")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("signals"))
+    bench.file.write_text(EXPERIMENT)
+    return bench
+
+
+class Log:
+    """The events of the run that was started last."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.since = time.time()
+
+    def has(self, event: str, **values: object) -> bool:
+        wanted = {"event": event, **values}
+        return any(wanted.items() <= told.items() for told in self._bench.events() if told["t"] >= self.since)
+
+    def last_state(self) -> str:
+        return [told for told in self._bench.events() if told["event"] == "run_finished"][-1]["state"]
+
+
+def checkpoint(bench: Bench, since: float) -> bool:
+    """A new one, of this run."""
+    whole = bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")
+    return any(path.stat().st_mtime >= since for path in whole)
+
+
+def report_is_new(bench: Bench, since: float) -> bool:
+    path = bench.run / "report.html"
+    return path.is_file() and path.stat().st_mtime >= since
+
+
+def left_of(bench: Bench, group: int) -> list[str]:
+    """Processes of the run's group and of its Ray that still live."""
+    ray = (bench.run / "logs" / "ray").resolve().parent.name
+    found = [
+        subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
+        for words in (("-g", str(group)), ("-f", ray))
+    ]
+    return [pid for pids in found for pid in pids]
+
+
+Moment = Callable[[Bench, Log], bool]
+MOMENTS: dict[str, Moment] = {
+    "start": lambda bench, log: log.has("run_started"),
+    "ray started": lambda bench, log: log.has("ray_started"),
+    "scoring": lambda bench, log: log.has("stage_started", stage="scored"),
+    "scoring goes on": lambda bench, log: log.has("progress", stage="scored"),
+    "scored": lambda bench, log: log.has("stage_finished", stage="scored"),
+    "workers start": lambda bench, log: log.has("stage_started", stage="base"),
+    "loading": lambda bench, log: log.has("progress", stage="base"),
+    "checkpoint": lambda bench, log: checkpoint(bench, log.since),
+    "evaluating": lambda bench, log: log.has("stage_started", stage="eval"),
+    "end": lambda bench, log: log.has("run_finished", state="done"),
+    "report is there": lambda bench, log: report_is_new(bench, log.since),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "how"),
+    [
+        ("start", signal.SIGTERM, "process"),
+        pytest.param("start", signal.SIGINT, "group", marks=all_moments),
+        pytest.param("start", signal.SIGTERM, "ignored", marks=all_moments),
+        pytest.param("ray started", signal.SIGTERM, "process", marks=all_moments),
+        ("scoring", signal.SIGTERM, "group"),
+        pytest.param("scoring goes on", signal.SIGINT, "process", marks=all_moments),
+        pytest.param("scored", signal.SIGTERM, "twice", marks=all_moments),
+        pytest.param("workers start", signal.SIGINT, "twice", marks=all_moments),
+        pytest.param("loading", signal.SIGTERM, "process", marks=all_moments),
+        pytest.param("checkpoint", signal.SIGINT, "ignored", marks=all_moments),
+        ("checkpoint", signal.SIGTERM, "group"),
+        pytest.param("evaluating", signal.SIGTERM, "process", marks=all_moments),
+        ("end", signal.SIGTERM, "twice"),
+        pytest.param("report is there", signal.SIGTERM, "process", marks=all_moments),
+        pytest.param("report is there", signal.SIGINT, "group", marks=all_moments),
+    ],
+)
+def test_signal_stops_cleanly(bench: Bench, moment: str, number: signal.Signals, how: str) -> None:
+    log = Log(bench)
+    out, err = stopped(bench, lambda: MOMENTS[moment](bench, log), number, how)
+    assert "the same command" in err
+    assert "Traceback" not in out + err
+    assert "was killed" not in err
+    assert report_is_new(bench, log.since)
+    assert "W&B (offline): wandb sync" in out
+    assert "W&B: " not in out, "W&B was not closed"
+    assert log.last_state() == ("done" if moment in ("end", "report is there") else "interrupted")
+
+
+def stopped(bench: Bench, happened: Callable[[], bool], number: signal.Signals, how: str) -> tuple[str, str]:
+    """What a run wrote that got the signal when it `happened`; it left no process."""
+    run = start(bench, sigint_ignored=how == "ignored")
+    try:
+        wait_for(happened, seconds=300, process=run)
+        if how == "group":
+            os.killpg(run.pid, number)
+        else:
+            os.kill(run.pid, number)
+        if how == "twice":
+            time.sleep(0.3)
+            os.kill(run.pid, number)
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 130, out + err
+        wait_for(lambda: not left_of(bench, run.pid), seconds=30)
+        return out, err
+    finally:
+        run.kill()
+
+
+def start(bench: Bench, *, sigint_ignored: bool) -> subprocess.Popen[str]:
+    """A run in a group of its own. A shell without job control ignores SIGINT for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if sigint_ignored else None
+    try:
+        return bench.start()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def test_run_resumes_after_all_of_it(bench: Bench) -> None:
+    done = bench.tunery("run", str(bench.file), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "small"
+    assert bench.artifacts("evaluate")
+
+
+@all_moments
+@pytest.mark.parametrize(
+    ("event", "number", "how"),
+    [
+        ("search_started", signal.SIGTERM, "process"),
+        ("trial_started", signal.SIGINT, "process"),
+        ("metrics", signal.SIGTERM, "group"),
+        ("trial_finished", signal.SIGINT, "twice"),
+    ],
+)
+def test_signal_during_a_search_stops_cleanly(searching: Bench, event: str, number: signal.Signals, how: str) -> None:
+    log = Log(searching)
+    out, err = stopped(searching, lambda: log.has(event), number, how)
+    assert "the same command" in err
+    assert "Traceback" not in out + err
+    assert report_is_new(searching, log.since)
+    assert log.last_state() == "interrupted"
+
+
+@all_moments
+def test_search_resumes_after_all_of_it(searching: Bench) -> None:
+    done = searching.tunery("run", str(searching.file), "--json")
+    assert done.returncode == 0, done.stderr
+    (search,) = searching.artifacts("search")
+    assert len(facts(search)["trials"]) == 3
+
+
+@pytest.fixture(scope="module")
+def searching(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("searching"))
+    bench.file.write_text(EXPERIMENT.replace("max_length: 128}", "max_length: 128, eval_data: texts}") + SEARCH)
+    return bench

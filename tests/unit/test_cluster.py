@@ -1,0 +1,147 @@
+"""RAY_ADDRESS: what is no address is refused before anything starts, what does not answer is reported in seconds."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tunery.errors import RequestError, TuneryError
+from tunery.runner import cluster
+from tunery.runner.cluster import check_reachable, cluster_address, connection_failed
+from tunery.runner.session import RaySession
+from tunery.spec import Compute
+from tunery.track.events import EventLog, read_events
+
+
+@pytest.mark.parametrize("address", ["", " ", "local"])
+def test_without_an_address_ray_is_started_here(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_address() is None
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6380", "[::1]:6379"])
+def test_address_of_a_head_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_address() == address
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://head:8265", ["job submission is not available yet", "RAY_ADDRESS=head:6379", "as a Ray driver"]),
+        ("https://head:8265/", ["job submission is not available yet", "RAY_ADDRESS=head:6379"]),
+        ("ray://head:10001", ["Ray Client", "RAY_ADDRESS=head:6379"]),
+        ("tcp://head:6379", ["`tcp://`", "RAY_ADDRESS=head:6379"]),
+        ("head", ["it has no port", "RAY_ADDRESS=head:6379"]),
+        ("head:x", ["its port is `x`", "RAY_ADDRESS=head:6379"]),
+        ("head:70000", ["its port is `70000`"]),
+        (":6379", ["it has no host", "RAY_ADDRESS=HOST:6379"]),
+    ],
+)
+def test_what_is_no_address_of_a_head_is_refused_with_the_right_one(
+    address: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RequestError) as refused:
+        cluster_address()
+    assert address in refused.value.message
+    for part in [*said, "unset RAY_ADDRESS"]:
+        assert part in str(refused.value)
+
+
+@pytest.fixture
+def http_port() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def unreachable(address: str) -> TuneryError:
+    begin = time.monotonic()
+    with pytest.raises(TuneryError) as failed:
+        check_reachable(address)
+    assert time.monotonic() - begin < 10
+    assert f"RAY_ADDRESS={address}" in failed.value.message
+    assert "unset RAY_ADDRESS" in failed.value.remedy
+    return failed.value
+
+
+def test_closed_port_is_told_at_once() -> None:
+    assert "nothing listens there" in unreachable(f"127.0.0.1:{free_port()}").cause
+
+
+def test_name_that_nobody_knows_is_told() -> None:
+    assert "`no-such-host.invalid` can't be resolved" in unreachable("no-such-host.invalid:6379").cause
+
+
+def test_http_server_is_not_taken_for_a_head(http_port: int) -> None:
+    failed = unreachable(f"127.0.0.1:{http_port}")
+    assert "not the head of a Ray cluster" in failed.cause
+    assert "8265" in failed.remedy
+
+
+def test_server_that_says_nothing_is_not_taken_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert "not the head" in unreachable(f"127.0.0.1:{silent.getsockname()[1]}").cause
+
+
+def test_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener whose queue is full drops packets, as a dead host does."""
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(8)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        try:
+            assert "did not answer within 1 s" in unreachable(f"127.0.0.1:{full.getsockname()[1]}").cause
+        finally:
+            for one in waiting:
+                one.close()
+
+
+def test_grpc_server_is_taken_for_a_head() -> None:
+    grpc = pytest.importorskip("grpc")
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        check_reachable(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+def test_session_announces_that_it_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    session = RaySession(EventLog(tmp_path / "events" / "driver.jsonl"), tmp_path)
+    with pytest.raises(TuneryError, match="no Ray cluster can be reached"):
+        session.start(Compute())
+    (told,) = read_events(tmp_path / "events")
+    assert (told["event"], told["address"], told["limit"]) == ("ray_connecting", address, 30.0)
+    session.stop()
+
+
+def test_all_that_ray_says_is_the_cause() -> None:
+    failed = connection_failed("auto", ConnectionError("Could not find any running Ray instance.\nPlease specify it."))
+    assert failed.cause == "Could not find any running Ray instance.; Please specify it."
+    assert "ray start --head" in failed.remedy

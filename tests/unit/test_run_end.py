@@ -1,0 +1,120 @@
+"""The end of a run on a full disk: the first error is shown, whatever else can't be written, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunery
+from tunery.track.events import EventLog, read_events
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tunery.__file__).parents[1])}
+CODE = """
+import os, resource, sys
+from pathlib import Path
+from tunery import cli
+run = Path("store/runs/r")
+run.mkdir(parents=True)
+exec(sys.argv[1])
+sys.argv = ["tunery", "run", "e.yaml", "--store", "store"]
+cli.main()
+"""
+REPORT_FAILS = 'os.symlink("/dev/full", run / f".report.{os.getpid()}.html")'
+WANDB_FAILS = '(run / "wandb").write_text("a file where W&B wants a folder")'
+ALL_FAILS = "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    return tmp_path
+
+
+def run(folder: Path, before: str, *, fails: bool, wandb: bool = False, **popen: object) -> subprocess.CompletedProcess:
+    """An experiment of one stage, which fails where the split of two rows is `test`."""
+    split = "test" if fails else "train"
+    (folder / "e.yaml").write_text(
+        f"name: r\nseed: 1\nstages:\n  rows: {{kind: dataset, source: rows.jsonl, split: {split}}}\n"
+        f"tracking: {{wandb: {{mode: {'offline' if wandb else 'disabled'}}}}}\n"
+    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **popen}
+    return subprocess.run(
+        [sys.executable, "-c", CODE, before], cwd=folder, text=True, timeout=60, check=False, **streams
+    )
+
+
+def test_error_of_a_stage_is_shown_when_the_report_cannot_be_written(folder: Path) -> None:
+    done = run(folder, REPORT_FAILS, fails=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n")
+    assert "report: not written (No space left on device)" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" in (folder / "store/runs/r/logs/driver.log").read_text(), "the log has all of it"
+
+
+def test_run_whose_report_cannot_be_written_fails_and_names_the_remedy(folder: Path) -> None:
+    done = run(folder, REPORT_FAILS, fails=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[:2] == [
+        "error: the run is done, but its report could not be written",
+        "cause: No space left on device",
+    ]
+    assert "tunery report" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_error_of_a_stage_is_shown_when_wandb_fails(folder: Path) -> None:
+    done = run(folder, WANDB_FAILS, fails=True, wandb=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n")
+    assert "W&B: " in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_run_without_room_for_any_file_ends_without_a_traceback(folder: Path) -> None:
+    done = run(folder, ALL_FAILS, fails=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_output_on_a_full_disk_changes_nothing_else(folder: Path, fails: bool) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(folder, "", fails=fails, stdout=full)
+    assert done.returncode == (1 if fails else 0)
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n" if fails else "")
+    assert "Traceback" not in done.stderr
+    assert (folder / "store/runs/r/report.html").is_file()
+
+
+def test_event_that_did_not_fit_is_an_error_and_spoils_no_other(tmp_path: Path) -> None:
+    """A nearly full disk takes a part of a line and reports no error."""
+    code = """
+import resource, sys
+from pathlib import Path
+from tunery.track.events import EventLog
+log = EventLog(Path(sys.argv[1]))
+log.write("first")
+size = Path(sys.argv[1]).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+for name in ("cut", "missing"):
+    try:
+        log.write(name)
+    except OSError as error:
+        print(name)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.write("last")
+"""
+    path = tmp_path / "events" / "driver.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.stdout.split() == ["cut", "missing"], done.stderr
+    assert [event["event"] for event in read_events(path.parent)] == ["first", "last"]
+    EventLog(path).write("of a later run")
+    assert [event["event"] for event in read_events(path.parent)] == ["first", "last", "of a later run"]
