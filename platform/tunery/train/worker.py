@@ -74,6 +74,7 @@ def train(job: Job, report: Report) -> None:
         emit,
         written_by(world, compute.zero_stage, dtype),
         tell,
+        job.stage,
         MORE_CURVES.get(spec.kind, ()),
         again,
         job.stop,
@@ -84,6 +85,7 @@ def train(job: Job, report: Report) -> None:
     trainer.remove_callback(PrinterCallback)
     # Nobody asks for it, and transformers (5.23) goes through all parameters for it at each step.
     trainer.floating_point_ops = lambda inputs: 0
+    steps.attach(trainer)
 
     if rank == 0:
         drop_foreign(job.work / "checkpoints", steps.written_by)
@@ -93,6 +95,7 @@ def train(job: Job, report: Report) -> None:
     resumed = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         steps.history += read_history(checkpoint)
+        steps.guard.resume(steps.history)
         if job.begins_with is not None and checkpoint.name == job.begins_with.name:
             tell_again(steps.history, emit)
         for step, measured in evaluations_of(steps.history):
@@ -100,6 +103,7 @@ def train(job: Job, report: Report) -> None:
     begin = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
+    steps.check_end()
     peak = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
     found = recipe.found(trainer)
     recipe.save(trainer)
@@ -155,6 +159,7 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "seed": job.seed,
         "logging_steps": log_period(batching.steps),
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as 0 (train/divergence.py)
         "eval_strategy": "no",  # Steps says when to evaluate and when to save
         "save_strategy": "no",
         "report_to": "none",
