@@ -34,7 +34,7 @@ for name in sys.argv[3:]:
     own = experiment.model_copy(update={"stages": closure(experiment.stages, [name])})
     try:
         made = execute(own, where, EventLog(where.events / "e.jsonl"), Trial(in_process=True))
-        found[name] = {"facts": made[name].facts}
+        found[name] = {"facts": made[name].facts, "measured": made[name].measured}
     except StageError as error:
         found[name] = {"error": str(error)}
 print(json.dumps(found))
@@ -54,11 +54,20 @@ STAGES: dict[str, dict[str, Any]] = {
     "sft_lora": {"kind": "sft", "data": "questions", "global_batch_size": 4, "tuner": {"lora": {"rank": 2}}},
     "classifier": {"data": {"good": "questions", "bad": "texts"}, "global_batch_size": 4},
     "reward": {"data": "pairs", "global_batch_size": 4},
+    "reward_lora": {"kind": "reward", "data": "pairs", "global_batch_size": 4, "tuner": {"lora": {"rank": 2}}},
     "dpo": {"data": "pairs", "global_batch_size": 4},
     "kto": {"data": "pairs", "global_batch_size": 4},
     "grpo": {"data": "prompts", "global_batch_size": 8, "group_size": 4, **SHORT},
     "rloo": {"data": "prompts", "global_batch_size": 8, "group_size": 4, **SHORT},
     "ppo": {"data": "prompts", "global_batch_size": 8, "minibatches": 2, **SHORT},
+    "ppo_lora": {
+        "kind": "ppo",
+        "data": "prompts",
+        "global_batch_size": 8,
+        "minibatches": 2,
+        "tuner": {"lora": {"rank": 2}},
+        **SHORT,
+    },
 }
 SOURCES = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prompts": "prompts"}
 
@@ -98,6 +107,15 @@ def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> N
         assert "lower `learning_rate`" in result["error"], name
         assert "learning rate 1e+38" in result["error"], name
     assert models_in(tmp_path / "store") == []
+
+
+def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
+    sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
+    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2}, **sane)
+    told = train_one_by_one(file, tmp_path / "store", *STAGES)
+    for name, result in told.items():
+        assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
+        assert result["facts"]["skipped_steps"] == 0
 
 
 def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:

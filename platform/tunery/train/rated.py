@@ -29,6 +29,7 @@ from tunery.store.rows import CONTENT, Row
 from tunery.train.job import Job, rows_of
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, Tokens, in_batches, padded, rejected_side, tokens_of
+from tunery.train.reload_check import LanguageProbe
 
 COLUMNS = [*CONTENT, "rejected", "label"]
 SHIFTS = 64
@@ -160,6 +161,9 @@ class Rated:
 
     def save(self, trainer: KtoTrainer) -> None:
         self._policy.save(trainer)
+
+    def probe(self, parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, [ids for ids, _ in self._data.tokens], parameters)
 
     def counted(self) -> dict[str, Any]:
         data = self._data

@@ -28,7 +28,10 @@ RECIPES = {
 
 
 def train(job: Job, report: Report) -> None:
-    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last."""
+    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last.
+
+    Raises StageError where the training diverges, or where the saved model is not the trained one.
+    """
     from tunery.train.worker_setup import pick_dtype, prepare_process
 
     spec, compute = job.spec, job.compute
@@ -39,6 +42,7 @@ def train(job: Job, report: Report) -> None:
 
     from tunery.train.agreement import as_first
     from tunery.train.checkpoints import HISTORY, drop_foreign, last_checkpoint, read_history, step_of, written_by
+    from tunery.train.reload_check import check_saved
     from tunery.train.steps import MORE_CURVES, Steps
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -106,7 +110,11 @@ def train(job: Job, report: Report) -> None:
     steps.check_end()
     peak = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
     found = recipe.found(trainer)
+    parameters = sum(_size(weight) for weight in trainer.model.parameters())
+    probe = recipe.probe(parameters)
+    outputs = probe.trained(trainer)
     recipe.save(trainer)
+    checked = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
     if rank == 0:
         facts = {
             **recipe.counted(),
@@ -125,6 +133,7 @@ def train(job: Job, report: Report) -> None:
             "device": torch.cuda.get_device_name() if compute.device == "gpu" else "cpu",
             "peak_memory_bytes": peak,
             "micro_batch_size": batching.micro_batch_size,
+            **checked,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in steps.history))
         (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": timed}))

@@ -40,6 +40,7 @@ from tunery.train.facts import (
 )
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
+from tunery.train.reload_check import LanguageProbe, check_saved
 from tunery.train.sequences import Tokens
 
 WRITTEN_BY = "a pack"
@@ -89,6 +90,7 @@ class Member:
         self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
         self._due: list[dict[str, float]] = []
         """Evaluations that are reported when all that is due with them is done; those of an earlier try again."""
+        self.probe = LanguageProbe(job, data.ids, base_parameters)
         drop_foreign(self._checkpoints, WRITTEN_BY)
         self.resumed_from = self._saved_at = self._load()
 
@@ -212,9 +214,10 @@ class Member:
         self.step = step_of(checkpoint)
         return self.step
 
-    def finish(self, measured: dict[str, Any]) -> None:
-        """Writes the artifact, the same that the training alone writes. The adapter must have been read back. Raises
-        StageError where the training has diverged."""
+    def finish(self, losses: Sequence[float], measured: dict[str, Any]) -> None:
+        """Writes the artifact, the same that the training alone writes. The adapter must have been read back. `losses`:
+        of `probe`. Raises StageError where the training has diverged, or where what was saved is not what was
+        trained."""
         self.guard.check_end()
         self._check_weights()
         job = self.job
@@ -223,6 +226,7 @@ class Member:
         self._tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         write_base(job.out, job.model)
+        checked = check_saved(job, 0, measured["dtype"], self._base_parameters, losses, self.probe.saved)
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
             **self.data.counted(),
@@ -237,6 +241,7 @@ class Member:
             "resumed_from": self.resumed_from,
             "workers": 1,
             **measured,
+            **checked,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
         (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": told}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -143,10 +144,13 @@ class Pack:
         for member in members:
             member.report(self._reports[member.job.trial])
         ended = [member for member in members if member.ended]
+        losses_of = {
+            member.job.trial: self._losses(place, member) for place, member in enumerate(members) if member.ended
+        }
         if ended:
             self._restack([member for member in members if not member.ended])
         for member in ended:
-            member.attempt(partial(member.finish, self._measured()))
+            member.attempt(partial(member.finish, losses_of[member.job.trial], self._measured()))
 
     def _in_smaller_blocks(self, work: Callable[[], T]) -> T:
         """`work`, once more from its beginning with half the tokens in a forward pass where a GPU's memory is too
@@ -213,6 +217,18 @@ class Pack:
         for member, loss in losses:
             member.attempt(partial(member.evaluated, loss))
         self._model.train()
+
+    @torch.no_grad()
+    def _losses(self, place: int, member: Member) -> list[float]:
+        """Of the sequences that its saved adapter is checked by (train/reload_check.py); `place`: in the stack."""
+        self._model.eval()
+        self._stack.activate([place])
+        losses = []
+        for ids in member.probe.sequences:
+            one = dataclasses.replace(member.data, ids=[ids], labels=[ids])
+            losses.append(float(self._nll(batch_of([(one, [0])], self._attention is not None), [0])[0].mean()))
+        self._model.train()
+        return losses
 
     def _nll(self, batch: Batch, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """-log p in nats of each counted token, (n,) float32, and whose it is, (n,). `members`: of the batch.

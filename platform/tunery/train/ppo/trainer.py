@@ -271,6 +271,13 @@ class PpoTrainer:
         kl_bt = kl_per_token(rated.log_probs_bt, rated.reference_bt, "k1")
         return torch.where(rollouts.mask_bt, kl_bt, 0.0).sum(dim=1)
 
+    @torch.no_grad()
+    def loss_of(self, ids: Sequence[int]) -> float:
+        """Of the policy, in nats per token of a sequence. All workers take part: ZeRO-3 gathers weights from all."""
+        whole = Rollouts([0], [list(ids[:1])], [list(ids[1:])], [True], [])
+        log_probs_n = self._engine("language", micro_batch(whole, [0], self._device))["log_probs"]
+        return -float(log_probs_n.float().mean())
+
     def text(self, answer: Sequence[int]) -> str:
         return text_of(answer, self._end, self._tokenizer)
 

@@ -255,15 +255,22 @@ class _Run:
 
     def finish(self) -> None:
         from tunery.train.ppo.engine import save_policy
+        from tunery.train.reload_check import LanguageProbe, check_saved
 
         self.trainer.guard.check_end()
         self.check_weights()
         if not self.after or self.measured is None:
             self.evaluate()
+        parameters = sum(
+            int(getattr(weight, "ds_numel", weight.numel())) for weight in self.engine.module.policy.parameters()
+        )
+        probe = LanguageProbe(self.job, self.prompts.tokens, parameters)
+        losses = [self.trainer.loss_of(ids) for ids in probe.sequences]
         save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
+        checked = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved)
         if self.rank == 0:
             (self.job.out / "history.jsonl").write_text(_lines(self.history))
-            outcome = {"facts": self._facts(), "measured": self._measured()}
+            outcome = {"facts": self._facts(), "measured": {**self._measured(), **checked}}
             (self.job.work / "outcome.json").write_text(json.dumps(outcome))
 
     def _tell(self, told: dict[str, float], measured: dict[str, float]) -> None:
