@@ -19,7 +19,7 @@ from tunery.data.read import first_shape, read_source
 from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
-from tunery.runner.check import waiting
+from tunery.runner.check import notes
 from tunery.runner.check_training import root_of
 from tunery.runner.compute import batch_sizes, local_hardware, resolve_compute
 from tunery.runner.identity import difference, fingerprints, model_folder
@@ -87,7 +87,7 @@ class Plan:
     compute: dict[str, Any]
     rules: dict[str, str]
     notes: list[str]
-    """What the run will stop for, until somebody does something about it."""
+    """What the run will stop for, until somebody does something about it, and what somebody should know."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +109,7 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
         why = "" if artifact else _why(name, identity, inputs, before)
         stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
     shown = compute.model_dump(exclude_defaults=False)
-    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, waiting(experiment, source))
+    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, notes(experiment, source))
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
