@@ -108,12 +108,20 @@ def test_more_tokens_than_positions_are_refused_in_every_stage(
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_a_scorer_with_fewer_positions_is_refused(load_text: LoadText, models: Path, scorer: str) -> None:
-    scorer = scorer.replace("MODEL", "{pretrained: ./gpt2}")
-    stages = f"  s:\n    kind: score\n    data: questions\n    by:\n    - {{length: words}}\n    - {scorer}\n"
-    (wrong,) = checked(load_text, models, stages)
-    assert "exp.yaml:13: s: `max_length` is 512, and" in wrong  # the default, so the line is the model's
-    stages = f"  s: {{kind: score, data: questions, by: [{scorer}], max_length: 32}}\n"
-    assert checked(load_text, models, stages) == []
+    def stages(length: int) -> str:
+        scorers = f"    by:\n    - {{length: words}}\n    - {scorer.replace('MODEL', '{pretrained: ./gpt2}')}\n"
+        return f"  s:\n    kind: score\n    data: questions\n{scorers}    max_length: {length}\n"
+
+    (wrong,) = checked(load_text, models, stages(64))
+    assert "exp.yaml:14: s: `max_length` is 64, and" in wrong
+    assert checked(load_text, models, stages(32)) == []
+
+
+def test_by_default_a_classifier_reads_as_far_as_it_has_positions(load_text: LoadText, models: Path) -> None:
+    given = "  s:\n    kind: score\n    data: questions\n    by:\n"
+    assert checked(load_text, models, f"{given}    - {{reward: {{pretrained: ./head}}}}\n") == []
+    (wrong,) = checked(load_text, models, f"{given}    - {{perplexity: {{pretrained: ./gpt2}}}}\n")
+    assert "exp.yaml:12: s: `max_length` is 512, and" in wrong  # no line of its own: the model's
 
 
 def test_a_searched_length_beyond_the_positions_is_refused(load_text: LoadText, models: Path) -> None:

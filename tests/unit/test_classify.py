@@ -288,7 +288,6 @@ def checked(folder: Path, load_text: LoadText, tmp_path: Path, scorer: str) -> N
     experiment, where = load_text(
         f"name: x\nseed: 1\nstages:\n  docs: {{kind: dataset, source: rows.jsonl}}\n"
         f"  scored:\n    kind: score\n    data: docs\n    by:\n      - {{length: words}}\n      - {scorer}\n"
-        f"    max_length: 64\n"
     )
     check(experiment, where, Store(tmp_path / "store"), 1, 1)
 

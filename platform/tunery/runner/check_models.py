@@ -17,6 +17,7 @@ from tunery.errors import SpecError, StageError
 from tunery.models.check import BadModel
 from tunery.models.outline import (
     MARGIN,
+    Form,
     check_target_modules,
     config_of_folder,
     declared_positions,
@@ -25,7 +26,18 @@ from tunery.models.outline import (
 )
 from tunery.models.scratch import SHAPES
 from tunery.runner.identity import model_folder, models_of
-from tunery.spec import ClassifierTraining, Experiment, LoraTuner, Pretrained, RewardTraining, Scratch, Training
+from tunery.spec import (
+    ClassificationSpec,
+    ClassifierTraining,
+    Embedding,
+    Experiment,
+    LoraTuner,
+    Pretrained,
+    RewardTraining,
+    Score,
+    Scratch,
+    Training,
+)
 from tunery.spec.reference import model_name
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import Path as KeyPath
@@ -55,6 +67,7 @@ def long_notes(experiment: Experiment, folder: Path) -> list[str]:
     """Of models that compute positions (RoPE) and are given more than they were trained on: that works, and is how a
     context is extended, but what they say of tokens that far is seldom good before they have learned it."""
     notes = []
+    stage: Any
     for name, stage in experiment.stages.items():
         for _, model, limit, is_table in _limits(stage, experiment, folder, download=False):
             if not is_table and stage.max_length > limit:
@@ -82,7 +95,7 @@ def _wrong(
             )
     tuner = getattr(stage, "tuner", None)
     if isinstance(tuner, LoraTuner) and not isinstance(tuner.lora.target_modules, str):
-        form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
+        form: Form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
         root = root_model(stage.model, experiment)
         built = outline(*_located(root, folder, form)) if _is_here(root, folder, download) else None
         if built is not None:
@@ -102,7 +115,7 @@ def _limits(
     seen: list[Root] = []
     for path, model in models_of(stage):
         root = root_model(model, experiment)
-        if root in seen:
+        if root in seen or _cuts_by_itself(stage, path):
             continue
         seen.append(root)
         if isinstance(root, Scratch):
@@ -116,6 +129,14 @@ def _limits(
         built = outline(*_located(root, folder, "body"))
         if built is not None and (limit := position_limit(built)) is not None:
             yield path, model, limit.tokens, limit.is_table
+
+
+def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
+    """Whether this is a scorer that reads rows as far as its model has positions (models/shown.py), in a stage that has
+    the default length: another scorer beside it may have more positions, and `tunery filter` can't give a length."""
+    if not isinstance(stage, Score) or stage.max_length != Score.model_fields["max_length"].default:
+        return False
+    return isinstance(stage.by[int(path[1])], ClassificationSpec | Embedding)
 
 
 def root_model(model: str | Pretrained | Scratch, experiment: Experiment) -> Root:
@@ -142,11 +163,21 @@ def _config_folder(root: Pretrained, folder: Path, download: bool = False) -> Pa
         return model_folder(root, folder)
     from huggingface_hub import hf_hub_download
 
-    found = hf_hub_download(root.pretrained, "config.json", revision=root.revision, local_files_only=not download)
-    return Path(found).parent
+    def found(local_files_only: bool) -> Path:
+        revision = root.revision
+        return Path(
+            hf_hub_download(root.pretrained, "config.json", revision=revision, local_files_only=local_files_only)
+        )
+
+    try:
+        return found(local_files_only=True).parent
+    except OSError:  # without a network the hub is given up after 24 s: what was downloaded needs none
+        if not download:
+            raise
+    return found(local_files_only=False).parent
 
 
-def _located(root: Root, folder: Path, form: Any) -> tuple[str, Any, str | None]:
+def _located(root: Root, folder: Path, form: Form) -> tuple[str, Form, str | None]:
     """Arguments of `outline`."""
     if isinstance(root, Scratch):
         return f"scratch:{root.scratch}", form, None

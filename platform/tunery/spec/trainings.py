@@ -31,7 +31,9 @@ class Lora(Spec):
     """Scale of the update is alpha / rank; auto: 2 x rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] | Auto = AUTO
-    """auto: every linear layer but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora)."""
+    """Names of layers, or what their full names end in; a name that matches none is refused. auto: every linear layer but
+    the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). The output head can't be named, nor the
+    embedding where it shares the head's weight: merging the adapter would change both."""
 
 
 class LoraTuner(Spec):
@@ -127,7 +129,8 @@ class Training(Spec, Generic[Data]):
     """Sequences per optimizer step, over all workers and accumulation steps; in `ppo` answers per step, gone over in
     `minibatches`."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence; longer answers are cut at the end, and counted."""
+    """Tokens per sequence; longer answers are cut at the end, and counted. At most as many as the model has positions
+    for, where those are a table."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Of the learning rate, after warm-up, down to zero."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
