@@ -31,9 +31,9 @@ class Lora(Spec):
     """Scale of the update is alpha / rank; auto: 2 x rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] | Auto = AUTO
-    """Names of layers, or what their full names end in; a name that matches none is refused. auto: every linear layer but
-    the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). The output head can't be named, nor the
-    embedding where it shares the head's weight: merging the adapter would change both."""
+    """Names of layers, or what their full names end in; a name that matches none is refused. auto: every linear layer
+    but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). The output head can't be named, nor
+    the embedding where it shares the head's weight: merging the adapter would change both."""
 
 
 class LoraTuner(Spec):
