@@ -46,19 +46,19 @@ def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
 @app.command()
 def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
     """Check an experiment: its text, its files and models, its search space. Starts and writes nothing."""
-    from tunery.runner.check import waiting
+    from tunery.runner.check import notes
     from tunery.runner.check_templates import template_notes
 
     experiment, source, _ = _checked(file, store)
-    notes = waiting(experiment, source)
-    notes += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
+    found = notes(experiment, source)
+    found += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
     if as_json:
-        told = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": notes}
+        told = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": found}
         print(json.dumps(told))
     else:
         searched = f", {experiment.search.trials} trials" if experiment.search else ""
         print(f"{file}: ok ({experiment.name}: {len(experiment.stages)} stages{searched})")
-        for note in notes:
+        for note in found:
             print(f"note: {note}")
 
 

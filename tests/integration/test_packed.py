@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -125,17 +124,21 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Bench
         assert (jobs[name].out / "base.json").read_bytes() == (Path(made["path"]) / "base.json").read_bytes()
 
 
-def test_a_training_that_diverges_spoils_nobody_elses(before_sft: Bench, tmp_path: Path) -> None:
+def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft: Bench, tmp_path: Path) -> None:
     def losses(wild: bool) -> list[float]:
         folder = tmp_path / str(wild)
         pack = Pack(job_of(before_sft, "plain", folder / "source").model, "cpu", "fp32")
-        pack.join(job_of(before_sft, "plain", folder), lambda metrics: None)
+        members = [pack.join(job_of(before_sft, "plain", folder), lambda metrics: None)]
         if wild:
-            pack.join(job_of(before_sft, "other_rank", folder, learning_rate=1e30), lambda metrics: None)
+            changed = {"learning_rate": 1e38, "max_grad_norm": 1e9, "schedule": "constant", "warmup": 0}
+            members.append(pack.join(job_of(before_sft, "other_rank", folder, **changed), lambda metrics: None))
         while pack.members:
             pack.step()
+        assert members[0].error is None
         if wild:
-            assert math.isnan(curve(folder / "other_rank" / "out")[-1]["eval_loss"])
+            assert "the training diverged at step" in str(members[1].error)
+            assert not any((folder / "other_rank" / "out").iterdir())
+            assert not (folder / "other_rank" / "outcome.json").exists()
         return [point["loss"] for point in curve(folder / "plain" / "out") if "loss" in point]
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)

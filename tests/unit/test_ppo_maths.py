@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tunery.errors import StageError
 from tunery.spec import Ppo
+from tunery.train.divergence import check_finite
 from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
-from tunery.train.ppo.guards import PATIENCE, check_finite, check_kl, check_rewards_differ
+from tunery.train.ppo.guards import PATIENCE, check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import log_probs_of, policy_loss, value_loss
 from tunery.train.ppo.trainer import learning_rate_at
@@ -201,7 +202,7 @@ def test_schedules() -> None:
 
 def test_a_value_that_is_no_number_ends_the_training_and_is_named() -> None:
     check_finite("ppo", 3, reward=1.0)
-    with pytest.raises(StageError, match="value loss is nan at step 3"):
+    with pytest.raises(StageError, match="diverged at step 3: value loss nan"):
         check_finite("ppo", 3, policy_loss=1.0, value_loss=math.nan)
 
 

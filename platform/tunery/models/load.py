@@ -75,13 +75,23 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     if "pretrained" in source:
         return _from_hub(AutoModelForCausalLM, source, dtype=dtype)
     artifact = Path(source["artifact"])
-    if (artifact / "model").is_dir():
-        return AutoModelForCausalLM.from_pretrained(artifact / "model", dtype=dtype)
+    return load_saved_model(artifact, base_of(artifact) if is_adapter(source) else {}, dtype)
+
+
+def load_saved_model(folder: Path, base: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The same from a folder that holds `model/`, or `adapter/` on `base`."""
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "model").is_dir():
+        return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    return _merged(load_model(base, dtype), folder).requires_grad_(True)  # PEFT (0.21.2) leaves the base frozen
+
+
+def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
-    base = load_model(base_of(artifact), dtype)
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload()
-    return merged.requires_grad_(True)  # PEFT (0.21.2) froze the base for its adapter, and leaves it so
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    return merged
 
 
 def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
@@ -94,11 +104,7 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
     _attend_without_plans()
     if "artifact" in source:
         artifact = Path(source["artifact"])
-        if is_adapter(source):
-            model, names = _with_adapter_and_head(artifact, dtype)
-            labels = Labels(names, len(names) == 1)
-        else:
-            model, labels = load_classifier(_folder_of(source), dtype)
+        model, labels = load_saved_classifier(artifact, base_of(artifact) if is_adapter(source) else {}, dtype)
         temperature = _facts(artifact).get("temperature")
         return model, dataclasses.replace(labels, temperature=temperature, scale=scale_of(artifact))
     name = source["pretrained"]
@@ -113,6 +119,17 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         return model, labels_of(model.config.to_dict(), name)
     except BadModel as error:
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+
+
+def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
+    """The same from a folder that holds `model/`, or `adapter/` and its head on `base`; without temperature and scale,
+    which are facts of an artifact."""
+    if (folder / "model").is_dir():
+        return load_classifier({"pretrained": str(folder / "model"), "revision": None}, dtype)
+    names = tuple(json.loads((folder / HEAD).read_text())["labels"])
+    headed, _ = load_with_new_head(base, names, dtype)
+    # The head was trained and saved in full precision.
+    return _merged(headed, folder).to(dtype), Labels(names, len(names) == 1)
 
 
 def scale_of(artifact: Path) -> Scale | None:
@@ -202,15 +219,6 @@ def _modules(keys: Iterable[str]) -> list[str]:
 def write_head(folder: Path, labels: Sequence[str]) -> None:
     """Beside an adapter that holds a classification head: what it tells apart."""
     (folder / HEAD).write_text(json.dumps({"labels": list(labels)}) + "\n")
-
-
-def _with_adapter_and_head(artifact: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    from peft import PeftModel
-
-    names = tuple(json.loads((artifact / HEAD).read_text())["labels"])
-    base, _ = load_with_new_head(base_of(artifact), names, dtype)
-    # The head was trained and saved in full precision.
-    return PeftModel.from_pretrained(base, artifact / "adapter").merge_and_unload().to(dtype), names
 
 
 def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -96,14 +96,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def write_scratch_model(folder: Path, name: str, texts: Iterable[str], seed: int) -> None:
-    """Config, weights (fp32) and tokenizer of a new model, as a Hugging Face folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def scratch_config(shape: ScratchShape, **tokens: int | None) -> LlamaConfig:
+    """`tokens`: numbers of the special ones."""
+    from transformers import LlamaConfig
 
-    shape = SHAPES[name]
-    tokenizer = train_tokenizer(texts, shape.vocabulary)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -112,9 +109,19 @@ def write_scratch_model(folder: Path, name: str, texts: Iterable[str], seed: int
         num_key_value_heads=shape.heads,
         max_position_embeddings=shape.positions,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        **tokens,
+    )
+
+
+def write_scratch_model(folder: Path, name: str, texts: Iterable[str], seed: int) -> None:
+    """Config, weights (fp32) and tokenizer of a new model, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    shape = SHAPES[name]
+    tokenizer = train_tokenizer(texts, shape.vocabulary)
+    config = scratch_config(
+        shape, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from tunery.models.encode import Encoding, encode_whole
 from tunery.models.encode_preferences import encode_responses
+from tunery.models.outline import position_limit
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class RowReader:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._config = model.config.get_text_config()
-        self._limit = int(min(max_length, tokenizer.model_max_length, _positions(model) or max_length))
+        positions = position_limit(model)
+        own = max_length if positions is None else positions.tokens
+        self._limit = int(min(max_length, tokenizer.model_max_length, own))
         self._pad: int | None = self._config.pad_token_id
         self._pairs = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
         takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -119,15 +122,3 @@ class RowReader:
             Seen(ids, kinds, len(before) > len(ids))
             for ids, kinds, before in zip(cut["input_ids"], types, whole["input_ids"], strict=True)
         ]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None where it does not say."""
-    from torch.nn import Embedding
-
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, Embedding) and module.padding_idx is not None:
-            # RoBERTa and its kin begin behind the padding token's number: 514 positions take 512 tokens.
-            return module.num_embeddings - module.padding_idx - 1
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions and positions > 0 else None

@@ -1,6 +1,7 @@
 """What can be checked of an experiment without running it, beyond its text: files, columns, models, batches, store.
 
-Nothing here starts Ray, imports torch or writes.
+Nothing here starts Ray or writes. torch is imported only where an experiment asks what a model's config.json does not
+answer by itself (models/outline.py): a `target_modules` list, or a `max_length` beyond the positions that it names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tunery.data.sources import BUILTIN, BadSource, sources_of
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.runner.check_augment import check_augment
+from tunery.runner.check_models import check_models, long_notes
 from tunery.runner.check_templates import check_templates
 from tunery.runner.check_training import check_rewards, check_shapes, known_labels, root_of
 from tunery.runner.identity import model_folder, pretrained_models
@@ -65,6 +67,11 @@ def check(experiment: Experiment, source: YamlSource, store: Store, workers: int
     if errors:
         raise SpecErrors(errors)
     store.check_writable()
+
+
+def notes(experiment: Experiment, source: YamlSource) -> list[str]:
+    """What somebody should know of an experiment in which nothing is wrong."""
+    return [*waiting(experiment, source), *long_notes(experiment, Path(source.file).parent)]
 
 
 def waiting(experiment: Experiment, source: YamlSource) -> list[str]:
@@ -118,6 +125,7 @@ def _check_stage(
         yield from _check_has_labels(name, stage, experiment, source, folder)
     yield from check_shapes(name, stage, experiment, source, folder)
     if whole:
+        yield from check_models(name, stage, experiment, source, folder)
         yield from check_rewards(name, stage, experiment, source, folder)
         yield from check_templates(name, stage, experiment, source, folder)
 

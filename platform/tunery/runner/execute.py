@@ -15,6 +15,7 @@ from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
 from tunery.interrupt import STOP
+from tunery.runner.check_models import check_models_at_start
 from tunery.runner.failures import explain
 from tunery.runner.identity import fingerprints, stage_seed
 from tunery.runner.stages import STAGES
@@ -131,6 +132,7 @@ def _make(
             if (artifact := where.store.find(stage.kind, print_)) is not None:  # made while we waited
                 _tell_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
+            check_models_at_start(name, stage, experiment, where.folder)
             work = where.store.work(stage.kind, print_)
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)

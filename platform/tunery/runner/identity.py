@@ -19,6 +19,7 @@ from tunery.spec import (
     Pretrained,
     PythonReward,
     Review,
+    Scratch,
     Select,
     Stage,
     Training,
@@ -73,11 +74,19 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     return result
 
 
+def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretrained | Scratch]]:
+    """The models that a stage names, by path within it: stages, models from outside, new ones."""
+    models: list[tuple[tuple[str | int, ...], Any]] = [
+        ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "against", "baseline")
+    ]
+    models += [(("models", index), model) for index, model in enumerate(getattr(stage, "models", ()))]
+    models += [(("by", index), scorer.model) for index, scorer in enumerate(getattr(stage, "by", ()))]
+    return [(path, model) for path, model in models if isinstance(model, str | Pretrained | Scratch)]
+
+
 def pretrained_models(stage: Stage) -> list[Pretrained]:
     """Models that a stage takes from outside the experiment."""
-    models: list[Any] = [getattr(stage, field, None) for field in ("model", "reward", "judge", "against", "baseline")]
-    models += [*getattr(stage, "models", ()), *(scorer.model for scorer in getattr(stage, "by", ()))]
-    return [model for model in models if isinstance(model, Pretrained)]
+    return [model for _, model in models_of(stage) if isinstance(model, Pretrained)]
 
 
 def model_folder(model: Pretrained, folder: Path) -> Path:

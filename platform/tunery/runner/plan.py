@@ -19,7 +19,7 @@ from tunery.data.read import first_shape, read_source
 from tunery.errors import RequestError
 from tunery.models.check import count_parameters
 from tunery.models.scratch import SHAPES
-from tunery.runner.check import waiting
+from tunery.runner.check import notes
 from tunery.runner.check_templates import template_notes
 from tunery.runner.check_training import root_of
 from tunery.runner.compute import batch_sizes, local_hardware, resolve_compute
@@ -113,9 +113,9 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
             models[name] = artifact.path
         stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
     shown = compute.model_dump(exclude_defaults=False)
-    notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
-    notes += waiting(experiment, source)
-    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, notes)
+    known_before = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
+    known_before += notes(experiment, source)
+    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, known_before)
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:

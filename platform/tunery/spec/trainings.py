@@ -31,7 +31,9 @@ class Lora(Spec):
     """Scale of the update is alpha / rank; auto: 2 x rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] | Auto = AUTO
-    """auto: every linear layer but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora)."""
+    """Names of layers, or what their full names end in; a name that matches none is refused. auto: every linear layer
+    but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). The output head can't be named, nor
+    the embedding where it shares the head's weight: merging the adapter would change both."""
 
 
 class LoraTuner(Spec):
@@ -154,7 +156,7 @@ class Training(Spec, Generic[Data]):
     """Sequences per optimizer step, over all workers and accumulation steps; in `ppo` answers per step, gone over in
     `minibatches`."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence."""
+    """Tokens per sequence. At most as many as the model has positions for, where those are a table."""
     max_unusable: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the rows that may be left out because nothing in them can be trained on (no response, too long, refused
     by the chat template). The stage fails when there are more, before it trains."""

@@ -20,7 +20,7 @@ from tunery.models.metrics import Floats, Integers, auc, class_weights, cross_en
 from tunery.models.shown import RowReader, Seen
 from tunery.spec import LABELS, ClassifierTraining
 from tunery.store.rows import CONTENT, Row
-from tunery.train.headed import HeadedModel, logits_of
+from tunery.train.headed import HeadedModel, HeadProbe, logits_of
 from tunery.train.job import Job, Rows, rows_of
 
 COLUMNS = [*CONTENT, "id", "label"]
@@ -80,6 +80,9 @@ class Classification:
 
     def save(self, trainer: ClassifierTrainer) -> None:
         self._headed.save(trainer)
+
+    def probe(self, parameters: int) -> HeadProbe:
+        return self._headed.probe(self._data.seen, parameters)
 
     def counted(self) -> dict[str, Any]:
         data, measured = self._data, self._measured

@@ -10,6 +10,8 @@ from tunery.spec import Compute, Training
 from tunery.train.batches import Batching
 
 LATE_PERIODS = 5
+SKIPPED_STEPS = "skipped_steps"
+"""In a history, at each optimizer step without an update: how many there are so far (train/divergence.py)."""
 
 
 def log_period(steps: int) -> int:
@@ -48,7 +50,8 @@ def tell_again(history: Sequence[Mapping[str, float]], emit: Callable[..., None]
 def training_facts(
     spec: Training[Any], batching: Batching, history: Sequence[Mapping[str, float]], parameters: int, trainable: int
 ) -> dict[str, Any]:
-    """The loss is the mean over the last five periods of the curve; of the evaluations the one at the end."""
+    """The loss is the mean over the last five periods of the curve; of the evaluations the one at the end.
+    skipped_steps: optimizer steps without an update."""
     evals = [point for point in history if "eval_loss" in point]
     return {
         "steps": batching.steps,
@@ -59,7 +62,13 @@ def training_facts(
         "trainable": trainable,
         "loss": _late_loss(history, batching.steps),
         "eval_loss": evals[-1]["eval_loss"] if evals else None,
+        "skipped_steps": skipped_steps(history),
     }
+
+
+def skipped_steps(history: Sequence[Mapping[str, float]]) -> int:
+    """How many steps of a training were skipped."""
+    return int(max((point[SKIPPED_STEPS] for point in history if SKIPPED_STEPS in point), default=0))
 
 
 def _late_loss(history: Sequence[Mapping[str, float]], steps: int) -> float | None:

@@ -25,6 +25,7 @@ from tunery.spec import Grpo, Rloo
 from tunery.train.evaluation import ExactEvaluation
 from tunery.train.job import Job, Rows, rows_of
 from tunery.train.policy import Policy
+from tunery.train.reload_check import LanguageProbe
 
 SOBER = {
     "reward_std": "reward_deviation",
@@ -90,6 +91,9 @@ class Groups:
 
     def save(self, trainer: Any) -> None:
         self._policy.save(trainer)
+
+    def probe(self, parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, self._data.tokens, parameters)
 
     def counted(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ from tunery.models.load import (
     Source,
     is_adapter,
     load_own_tokenizer,
+    load_saved_classifier,
     load_with_new_head,
     outline_with_head,
     write_base,
@@ -29,6 +30,7 @@ from tunery.models.tuners import lora_config
 from tunery.spec import Tuner
 from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, save_model
+from tunery.train.reload_check import MAX_SEQUENCES, first_tokens
 
 
 class HeadedModel:
@@ -56,6 +58,9 @@ class HeadedModel:
         set_seed(self._job.seed)
         return get_peft_model(model, lora_config(self._tuner.lora, "SEQ_CLS", new))
 
+    def probe(self, seen: Sequence[Seen], parameters: int) -> HeadProbe:
+        return HeadProbe(self._job, self.read, seen, parameters)
+
     def save(self, trainer: Any) -> None:
         """So that models.load.load_classifier finds it."""
         adapter = not isinstance(self._tuner, str)
@@ -64,6 +69,31 @@ class HeadedModel:
         if adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
             write_head(self._job.out, self._labels)
+
+
+class HeadProbe:
+    """The outputs of the head for a few rows (train/reload_check.py)."""
+
+    what = "output"
+
+    def __init__(self, job: Job, read: RowReader, seen: Sequence[Seen], parameters: int) -> None:
+        """`seen`: all that is trained on; `parameters`: of the model."""
+        self._job, self._read = job, read
+        rows = seen[:MAX_SEQUENCES]
+        cut = first_tokens([item.ids for item in rows], parameters)
+        self._seen = [Seen(ids, item.types[: len(ids)], True) for ids, item in zip(cut, rows, strict=True)]
+
+    def trained(self, trainer: Any) -> list[float]:
+        outputs: list[float] = logits_of(trainer, self._read, self._seen).flatten().tolist()
+        return outputs
+
+    @torch.no_grad()
+    def saved(self) -> list[float]:
+        model, _ = load_saved_classifier(self._job.out, self._job.model, torch.float32)
+        model.eval()
+        logits_nl = torch.cat([model(**self._read.tensors([item], device="cpu")).logits for item in self._seen])
+        outputs: list[float] = logits_nl.float().flatten().tolist()
+        return outputs
 
 
 def padding_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

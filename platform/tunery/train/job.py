@@ -76,6 +76,9 @@ class Recipe(Protocol):
     def save(self, trainer: Any) -> None:
         """Writes the model into job.out. All ranks take part."""
 
+    def probe(self, parameters: int) -> Any:
+        """A train.reload_check.Probe of the training rows; `parameters`: of the model."""
+
     def counted(self) -> dict[str, Any]:
         """Facts: what became of the rows."""
 

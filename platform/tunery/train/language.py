@@ -21,6 +21,7 @@ from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, rows_of, save_model
 from tunery.train.policy import merged
 from tunery.train.reference import indices, padded
+from tunery.train.reload_check import PROBED, LanguageProbe
 from tunery.train.sequences import TrainingSequences, read_sequences
 
 
@@ -71,6 +72,9 @@ class LanguageModelling:
         save_model(trainer, self._job.out / ("adapter" if adapter else "model"), self._tokenizer, self._rank)
         if adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
+
+    def probe(self, parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, self._data.first(PROBED), parameters)
 
     def counted(self) -> dict[str, Any]:
         return {**self._data.facts(), "eval_rows": self._measured.stats.rows}

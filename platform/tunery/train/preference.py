@@ -22,6 +22,7 @@ from tunery.spec import Dpo
 from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, indices, padded
+from tunery.train.reload_check import PROBED, LanguageProbe
 from tunery.train.sequences import SequenceSet, read_sequences
 
 
@@ -79,6 +80,9 @@ class Preference:
 
     def save(self, trainer: DpoTrainer) -> None:
         self._policy.save(trainer)
+
+    def probe(self, parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, self._data.sequences.first(2 * PROBED)[::2], parameters)
 
     def counted(self) -> dict[str, Any]:
         evaluated = self._evaluated.sequences.stats

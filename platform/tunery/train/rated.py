@@ -28,6 +28,7 @@ from tunery.spec import Kto
 from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, padded
+from tunery.train.reload_check import PROBED, LanguageProbe
 from tunery.train.sequences import SequenceSet, TrainingSequences, read_sequences
 
 SHIFTS = 64
@@ -134,6 +135,9 @@ class Rated:
 
     def save(self, trainer: KtoTrainer) -> None:
         self._policy.save(trainer)
+
+    def probe(self, parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, self.answers.sequences.first(PROBED), parameters)
 
     def counted(self) -> dict[str, Any]:
         return {

@@ -28,8 +28,9 @@ from tunery.models.shown import RowReader, Seen
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import RewardTraining
 from tunery.store.rows import CONTENT, Row
-from tunery.train.headed import HeadedModel, logits_of
+from tunery.train.headed import HeadedModel, HeadProbe, logits_of
 from tunery.train.job import Job, Rows, rows_of
+from tunery.train.reload_check import MAX_SEQUENCES
 
 COLUMNS = [*CONTENT, "id", "rejected"]
 SCALE_PAIRS = 2000
@@ -160,6 +161,9 @@ class RewardModelling:
 
     def save(self, trainer: PairTrainer) -> None:
         self._headed.save(trainer)
+
+    def probe(self, parameters: int) -> HeadProbe:
+        return self._headed.probe([side for pair in self._data.seen[:MAX_SEQUENCES] for side in pair], parameters)
 
     def counted(self) -> dict[str, Any]:
         data, measured = self._data, self._measured

@@ -81,6 +81,10 @@ class SequenceSet:
         part, place = self._part(index)
         return part.row_label(place)
 
+    def first(self, count: int) -> list[list[int]]:
+        """The ids of the first sequences."""
+        return [self.ids(index) for index in range(min(count, len(self)))]
+
     def facts(self) -> dict[str, Any]:
         """What became of the rows."""
         stats = self.stats
@@ -124,11 +128,27 @@ class BlockSet:
     def loss_tokens(self, index: int) -> int:
         return self._length - 1
 
+    def first(self, count: int) -> list[list[int]]:
+        return [self.ids(index) for index in range(min(count, len(self)))]
+
     def facts(self) -> dict[str, Any]:
         return {**self._sequences.facts(), "sequences": len(self), "truncated": 0}
 
 
 TrainingSequences = SequenceSet | BlockSet
+
+
+class GivenSequences:
+    """Sequences in memory, of which every token counts."""
+
+    def __init__(self, ids: Sequence[list[int]]) -> None:
+        self._ids = ids
+        self.lengths: Integers = np.array([len(sequence) for sequence in ids], np.int64)
+
+    def ids(self, index: int) -> list[int]:
+        return self._ids[index]
+
+    labels = ids
 
 
 @dataclass(frozen=True)

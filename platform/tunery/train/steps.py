@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunery.errors import Stopped
-from tunery.train.agreement import anyone
+from tunery.train.agreement import anyone, mean_over_ranks
 from tunery.train.checkpoints import keep, mark_whole, write_history
 from tunery.train.course import Course
+from tunery.train.divergence import DivergenceGuard, check_finite, step_result
+from tunery.train.facts import SKIPPED_STEPS
 
 Report = Callable[[int, dict[str, float]], None]
 CURVES = ("loss", "learning_rate", "grad_norm")
@@ -41,6 +45,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         emit: Callable[..., None],
         written_by: str,
         report: Report,
+        stage: str,
         more_curves: Sequence[str] = (),
         iterations: int = 1,
         stop: Path | None = None,
@@ -67,6 +72,24 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         """Points of the curves, of earlier tries too."""
         self._last_progress = 0.0
         self._saved_at = 0
+        self._stage = stage
+        self.guard = DivergenceGuard(stage)
+        self._trainer: Any = None
+        self._loss: torch.Tensor | float = 0.0
+        """Of this rank, over the micro batches of a step."""
+        self._learning_rate = 0.0
+        """Of the step that is being taken."""
+
+    def attach(self, trainer: Any) -> None:
+        """Listens to the loss of every micro batch: transformers (5.23) hands none to callbacks."""
+        self._trainer, training_step = trainer, trainer.training_step
+
+        def listening(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss: torch.Tensor = training_step(*args, **kwargs)
+            self._loss = self._loss + loss.detach()
+            return loss
+
+        trainer.training_step = listening
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,18 +99,19 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._course is None:
-            return
         groups = kwargs["optimizer"].param_groups
-        for group in groups:
-            group["lr"] = self._course.learning_rates[state.global_step]
-        # transformers has what is not decayed, biases and norms, in a second group.
-        groups[0]["weight_decay"] = self._course.weight_decays[state.global_step]
+        if self._course is not None:
+            for group in groups:
+                group["lr"] = self._course.learning_rates[state.global_step]
+            # transformers has what is not decayed, biases and norms, in a second group.
+            groups[0]["weight_decay"] = self._course.weight_decays[state.global_step]
+        self._learning_rate = float(groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.time()
         if self.first_step_at is None:
             self.first_step_at = now
+        self._check_step(state.global_step)
         stops = False
         if now - self._last_progress > 0.5 or state.global_step == self.total:
             self._last_progress = now
@@ -101,9 +125,33 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         due = state.global_step - self._saved_at >= self.save_every and control.should_log
         if control.should_evaluate and self._kept is not None:
             due = control.should_log = True
+        due = due and not self.guard.last_was_skipped
         if due and state.global_step < self.total and state.global_step % self._iterations == 0:
+            self.check_weights(state.global_step)
             control.should_save = True
             self._saved_at = state.global_step
+
+    def _check_step(self, step: int) -> None:
+        """Raises StageError, on all ranks, where the training has diverged."""
+        loss, self._loss = mean_over_ranks(float(self._loss)), 0.0
+        norm, skipped = step_result(self._trainer.model_wrapped)
+        rate = self._learning_rate
+        if self.guard.check_step(step, loss=loss, grad_norm=norm, learning_rate=rate, skipped=skipped):
+            self._tell(step, {SKIPPED_STEPS: float(self.guard.skipped_steps)})
+
+    def check_weights(self, step: int) -> None:
+        """All ranks take part, before they save anything."""
+        self.guard.check_weights(step, self._trainer.model.named_parameters())
+
+    def check_end(self) -> None:
+        """All ranks take part, before the model is saved. Raises StageError where the training has diverged."""
+        self.guard.check_end()
+        self.check_weights(self.total)
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        values["rows"] = float(step * self.rows_per_step)
+        self.history.append({"step": float(step), **values})
+        self.emit("metrics", step=step, values=values)
 
     def on_log(
         self,
@@ -114,14 +162,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         told = {name: value for name, value in (logs or {}).items() if name in self._curves or name.startswith("eval_")}
-        values = {name: float(value) for name, value in told.items()}
+        # Of steps that were skipped there are values that are not finite: those steps are counted, not drawn.
+        values = {name: float(value) for name, value in told.items() if math.isfinite(value)}
         if not values:
             return
         if self._course is not None and "learning_rate" in values:  # transformers tells its own
             values["learning_rate"] = self._course.learning_rates[state.global_step - 1]
-        values["rows"] = float(state.global_step * self.rows_per_step)
-        self.history.append({"step": float(state.global_step), **values})
-        self.emit("metrics", step=state.global_step, values=values)
+        self._tell(state.global_step, values)
 
     def on_evaluate(
         self,
@@ -131,6 +178,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_finite(self._stage, state.global_step, learning_rate=self._learning_rate, **metrics or {})
         if control.should_save and self._kept is not None:
             self._due = dict(metrics or {})
         else:

@@ -30,7 +30,10 @@ RECIPES = {
 
 
 def train(job: Job, report: Report) -> None:
-    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last."""
+    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last.
+
+    Raises StageError where the training diverges, or where the saved model is not the trained one.
+    """
     from tunery.train.worker_setup import pick_dtype, prepare_process
 
     spec, compute = job.spec, job.compute
@@ -41,6 +44,7 @@ def train(job: Job, report: Report) -> None:
 
     from tunery.train.agreement import as_first
     from tunery.train.checkpoints import HISTORY, drop_foreign, last_checkpoint, read_history, step_of, written_by
+    from tunery.train.reload_check import check_saved
     from tunery.train.steps import MORE_CURVES, Steps
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -78,6 +82,7 @@ def train(job: Job, report: Report) -> None:
         emit,
         written_by(world, compute.zero_stage, dtype),
         tell,
+        job.stage,
         MORE_CURVES.get(spec.kind, ()),
         again,
         job.stop,
@@ -88,6 +93,7 @@ def train(job: Job, report: Report) -> None:
     trainer.remove_callback(PrinterCallback)
     # Nobody asks for it, and transformers (5.23) goes through all parameters for it at each step.
     trainer.floating_point_ops = lambda inputs: 0
+    steps.attach(trainer)
 
     if rank == 0:
         drop_foreign(job.work / "checkpoints", steps.written_by)
@@ -97,6 +103,7 @@ def train(job: Job, report: Report) -> None:
     resumed = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         steps.history += read_history(checkpoint)
+        steps.guard.resume(steps.history)
         if job.begins_with is not None and checkpoint.name == job.begins_with.name:
             tell_again(steps.history, emit)
         for step, measured in evaluations_of(steps.history):
@@ -104,9 +111,14 @@ def train(job: Job, report: Report) -> None:
     begin = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
+    steps.check_end()
     peak = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
     found = recipe.found(trainer)
+    parameters = sum(_size(weight) for weight in trainer.model.parameters())
+    probe = recipe.probe(parameters)
+    outputs = probe.trained(trainer)
     recipe.save(trainer)
+    checked = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
     if rank == 0:
         facts = {
             **recipe.counted(),
@@ -126,6 +138,7 @@ def train(job: Job, report: Report) -> None:
             "device": torch.cuda.get_device_name() if compute.device == "gpu" else "cpu",
             "peak_memory_bytes": peak,
             "micro_batch_size": batching.micro_batch_size,
+            **checked,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in steps.history))
         (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": timed}))
@@ -160,6 +173,7 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "seed": job.seed,
         "logging_steps": log_period(batching.steps),
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as 0 (train/divergence.py)
         "eval_strategy": "no",  # Steps says when to evaluate and when to save
         "save_strategy": "no",
         "report_to": "none",

@@ -30,14 +30,18 @@ def update(
     """Clips each member's gradients to its own norm, then takes a step of AdamW (Loshchilov & Hutter 2017,
     https://arxiv.org/abs/1711.05101). All but `rates` are changed in place; returns the norms before clipping, (k,).
 
-    Where a member's gradients are not finite its own weights become so, and nobody else's.
+    Where the norm of a member's gradients is not finite, its weights and moments stay as they were: DeepSpeed skips
+    such a step of a training alone, too.
     """
     norms_k: torch.Tensor = torch.linalg.vector_norm(grads_kn, dim=1)
+    norms = norms_k.double().cpu()
+    skipped = [index for index, finite in enumerate(torch.isfinite(norms).tolist()) if not finite]
+    before = [whole_kn[skipped].clone() for whole_kn in (weights_kn, first_kn, second_kn)] if skipped else []
 
     def column(values_k: torch.Tensor) -> torch.Tensor:
         return values_k.to(weights_kn)[:, None]
 
-    too_long_k = ((norms_k.double().cpu() + CLIP_EPSILON) / rates.max_norm).clamp(min=1.0)
+    too_long_k = ((norms + CLIP_EPSILON) / rates.max_norm).clamp(min=1.0)
     grads_kn.div_(column(too_long_k))
     one, two = BETAS
     weights_kn.mul_(column(1 - rates.learning_rate * rates.weight_decay))
@@ -45,4 +49,6 @@ def update(
     second_kn.mul_(two).addcmul_(grads_kn, grads_kn, value=1 - two)
     spread_kn = second_kn.sqrt().div_(column((1 - two**rates.step).sqrt())).add_(EPSILON)
     weights_kn.sub_(first_kn.div(spread_kn).mul_(column(rates.learning_rate / (1 - one**rates.step))))
+    for whole_kn, kept_kn in zip((weights_kn, first_kn, second_kn), before, strict=bool(skipped)):
+        whole_kn[skipped] = kept_kn
     return norms_k

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tunery.errors import StageError
 from tunery.models.load import write_base
 from tunery.spec import Sft
 from tunery.track.events import EventLog
@@ -26,9 +28,19 @@ from tunery.train.checkpoints import (
     write_history,
 )
 from tunery.train.course import course
-from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
+from tunery.train.divergence import DivergenceGuard, check_finite
+from tunery.train.facts import (
+    SKIPPED_STEPS,
+    evaluations_of,
+    log_period,
+    report_of,
+    save_period,
+    tell_again,
+    training_facts,
+)
 from tunery.train.job import Job, Report
 from tunery.train.packed.outline import adapter_of
+from tunery.train.reload_check import PROBED, LanguageProbe, check_saved
 from tunery.train.sequences import TrainingSequences, mixture_facts, mixture_of
 
 WRITTEN_BY = "a pack"
@@ -77,18 +89,30 @@ class Member:
         self._save_every = save_period(job.compute, self.batching.steps)
         self.adapter = adapter_of(peft_model)
         self.step = 0
+        self.guard = DivergenceGuard(job.stage)
+        self.error: StageError | None = None
+        """What ended it before its time; the other members go on."""
         self.history: list[dict[str, float]] = []
         self._losses: list[float] = []
         self._last_progress = 0.0
         self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
         self._due: list[dict[str, float]] = []
         """Evaluations that are reported when all that is due with them is done; those of an earlier try again."""
+        self.probe = LanguageProbe(job, data.first(PROBED), base_parameters)
         drop_foreign(self._checkpoints, WRITTEN_BY)
         self.resumed_from = self._saved_at = self._load()
 
     @property
     def ended(self) -> bool:
-        return self.step == self.batching.steps
+        return self.step == self.batching.steps or self.error is not None
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """What fails of one member ends that one alone."""
+        if self.error is None:
+            try:
+                work()
+            except StageError as error:
+                self.error = error
 
     def next(self) -> Step:
         start = self.step * self._size
@@ -100,11 +124,16 @@ class Member:
         )
 
     def took(self, loss: float, norm: float) -> None:
-        """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping."""
+        """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping.
+        Raises StageError where the training has diverged."""
         now = time.time()
         self._first_step_at = self._first_step_at or now
         self._tokens_here += int(self.data.lengths[self.next().rows].sum())
         self.step += 1
+        rate = self._course.learning_rates[self.step - 1]
+        skipped = not math.isfinite(norm)  # by adamw.update
+        if self.guard.check_step(self.step, loss=loss, grad_norm=norm, learning_rate=rate, skipped=skipped):
+            self._tell({SKIPPED_STEPS: float(self.guard.skipped_steps)})
         self._losses.append(loss)
         if now - self._last_progress > 0.5 or self.ended:
             self._last_progress = now
@@ -112,7 +141,8 @@ class Member:
         if self._logs_now:
             mean = sum(self._losses) / len(self._losses)
             self._losses = []
-            self._tell({"loss": mean, "grad_norm": norm, "learning_rate": self._course.learning_rates[self.step - 1]})
+            told = {"loss": mean, "grad_norm": norm, "learning_rate": rate}
+            self._tell({name: value for name, value in told.items() if math.isfinite(value)})
 
     @property
     def evaluates_now(self) -> bool:
@@ -120,7 +150,11 @@ class Member:
 
     def evaluated(self, loss: float) -> None:
         """`loss`: in nats per counted token of its eval_data. The last one is told with the artifact (search/trial.py):
-        a scheduler may stop a trial at any report, and there the model would be lost for nothing."""
+        a scheduler may stop a trial at any report, and there the model would be lost for nothing. Raises StageError
+        where it is not finite."""
+        check_finite(
+            self.job.stage, self.step, learning_rate=self._course.learning_rates[self.step - 1], eval_loss=loss
+        )
         self._tell({"eval_loss": loss})
         if not self.ended:
             self._report_later(self.step, {"eval_loss": loss})
@@ -144,7 +178,7 @@ class Member:
     def saves_now(self) -> bool:
         """Where a loss was told, so that the mean of a resumed curve's next point is whole."""
         due = self.step - self._saved_at >= self._save_every and self._logs_now
-        return (due or self._keeps_now) and not self.ended
+        return ((due and not self.guard.last_was_skipped) or self._keeps_now) and not self.ended
 
     @property
     def _keeps_now(self) -> bool:
@@ -157,6 +191,7 @@ class Member:
     def save(self) -> None:
         """A checkpoint, which counts from when it is whole; kept for others where the job says so. The adapter must
         have been read back from the stack."""
+        self._check_weights()
         folder = self._checkpoints / f"checkpoint-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter
@@ -178,6 +213,7 @@ class Member:
                 for matrix, saved in zip(own[layer], pair, strict=True):
                     matrix.copy_(saved)
         self.history = read_history(checkpoint)
+        self.guard.resume(self.history)
         if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
             tell_again(self.history, self.emit)
         for step, measured in evaluations_of(self.history):
@@ -186,14 +222,19 @@ class Member:
         self.step = step_of(checkpoint)
         return self.step
 
-    def finish(self, measured: dict[str, Any]) -> None:
-        """Writes the artifact, the same that the training alone writes. The adapter must have been read back."""
+    def finish(self, losses: Sequence[float], measured: dict[str, Any]) -> None:
+        """Writes the artifact, the same that the training alone writes. The adapter must have been read back. `losses`:
+        of `probe`. Raises StageError where the training has diverged, or where what was saved is not what was
+        trained."""
+        self.guard.check_end()
+        self._check_weights()
         job = self.job
         folder = job.out / "adapter"
         self._peft_model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         write_base(job.out, job.model)
+        checked = check_saved(job, 0, measured["dtype"], self._base_parameters, losses, self.probe.saved)
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
             **self.data.facts(),
@@ -210,9 +251,13 @@ class Member:
             "resumed_from": self.resumed_from,
             "workers": 1,
             **measured,
+            **checked,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
         (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": told}))
+
+    def _check_weights(self) -> None:
+        self.guard.check_weights(self.step, self._peft_model.named_parameters())
 
     def emit(self, event: str, **values: Any) -> None:
         self._log.write(event, **values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
 from tunery.train.packed.stack import Stack, StackedLinear, install
-from tunery.train.sequences import TrainingSequences, encoding_of, read_sequences
+from tunery.train.sequences import GivenSequences, TrainingSequences, encoding_of, read_sequences
 
 T = TypeVar("T")
 BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -109,11 +110,12 @@ class Pack:
     def leave(self, member: Member) -> None:
         """Its checkpoint lets it go on later, here or in another pack."""
         self._restack([other for other in self.members if other is not member])
-        if not member.ended and not member.is_saved:
-            member.save()
+        if not member.ended and not member.is_saved and not member.guard.last_was_skipped:
+            member.attempt(member.save)
 
     def step(self) -> None:
-        """One optimizer step of every member, and whatever is due after it. Those that ended have left then."""
+        """One optimizer step of every member, and whatever is due after it. Those that ended, or failed (`error`), have
+        left then."""
         members = self.members
         steps = [member.next() for member in members]
         losses = self._in_smaller_blocks(lambda: self._backward(members, [step.rows for step in steps]))
@@ -131,20 +133,23 @@ class Pack:
             )
         )
         for member, loss, norm in zip(members, losses, norms, strict=True):
-            member.took(loss, norm)
+            member.attempt(partial(member.took, loss, norm))
         self._in_smaller_blocks(lambda: self._evaluate([member for member in members if member.evaluates_now]))
         saving = [member for member in members if member.saves_now]
         if saving:
             self._stack.read_back()
         for member in saving:
-            member.save()
+            member.attempt(member.save)
         for member in members:
             member.report(self._reports[member.job.trial])
         ended = [member for member in members if member.ended]
+        losses_of = {
+            member.job.trial: self._losses(place, member) for place, member in enumerate(members) if member.ended
+        }
         if ended:
             self._restack([member for member in members if not member.ended])
         for member in ended:
-            member.finish(self._measured())
+            member.attempt(partial(member.finish, losses_of[member.job.trial], self._measured()))
 
     def _in_smaller_blocks(self, work: Callable[[], T]) -> T:
         """`work`, once more from its beginning with half the tokens in a forward pass where a GPU's memory is too
@@ -205,8 +210,20 @@ class Pack:
             count = sum(measured.loss_tokens(row) for row in range(len(measured)))
             losses += [(member, total / max(1, count)) for member, total in zip(group, sums_k.tolist(), strict=True)]
         for member, loss in losses:
-            member.evaluated(loss)
+            member.attempt(partial(member.evaluated, loss))
         self._model.train()
+
+    @torch.no_grad()
+    def _losses(self, place: int, member: Member) -> list[float]:
+        """Of the sequences that its saved adapter is checked by (train/reload_check.py); `place`: in the stack."""
+        self._model.eval()
+        self._stack.activate([place])
+        losses = []
+        for ids in member.probe.sequences:
+            one = GivenSequences([ids])
+            losses.append(float(self._nll(batch_of([(one, [0])], self._attention is not None), [0])[0].mean()))
+        self._model.train()
+        return losses
 
     def _nll(self, batch: Batch, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """-log p in nats of each counted token, (n,) float32, and whose it is, (n,). `members`: of the batch.

@@ -146,10 +146,10 @@ class PackActor:
                 members.clear()
                 pack = None
                 _free_memory()
-            for trial in [trial for trial, (_, member) in members.items() if member.ended]:
+            for trial, member in [(trial, member) for trial, (_, member) in members.items() if member.ended]:
                 del members[trial]
                 self._full = False
-                self._end(trial)
+                self._end(trial, member.error)
 
     def _busy(self) -> bool:
         return any(not passenger.ended for passenger in self._passengers.values())

@@ -1,26 +1,12 @@
-"""What ends a PPO training with an error rather than with a spoilt model."""
+"""What ends a PPO training with an error rather than with a spoilt model, beside divergence (train/divergence.py)."""
 
 from __future__ import annotations
-
-import math
 
 from tunery.errors import StageError
 
 PATIENCE = 512
 """Answers among which rewards have to differ, from the beginning: of a reward that one answer in a hundred gets, so
 many are alike with a chance of 0.6%."""
-
-
-def check_finite(stage: str, step: int, **values: float) -> None:
-    """Raises StageError that names the first value that is no number."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise StageError(
-                stage,
-                f"{name.replace('_', ' ')} is {value} at step {step}",
-                cause="the training has diverged, or the reward is no number",
-                remedy="lower `learning_rate` or `ppo_epochs`; compute.precision: fp32 tells whether it is rounding",
-            )
 
 
 def check_kl(stage: str, step: int, kl: float, bound: float) -> None:

@@ -20,12 +20,15 @@ from tunery.models.generate import Answer, TransformersEngine, text_of
 from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
 from tunery.spec import Ppo
+from tunery.train.agreement import mean_over_ranks
 from tunery.train.batches import Batching
 from tunery.train.course import in_course
+from tunery.train.divergence import DivergenceGuard, check_finite, step_result
+from tunery.train.facts import SKIPPED_STEPS
 from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
 from tunery.train.ppo.build import Models
 from tunery.train.ppo.engine import set_rates, whole_weights
-from tunery.train.ppo.guards import check_finite, check_kl, check_rewards_differ
+from tunery.train.ppo.guards import check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import policy_loss, value_loss
 from tunery.train.ppo.mixing import mixed_in
@@ -104,13 +107,14 @@ class PpoTrainer:
         self._end = set(end)
         self._closing = closing_tokens(tokenizer, self._end)
         self.state = State(kl_coefficient=spec.kl.coefficient)
+        self.guard = DivergenceGuard(stage)
         self.timing = Timing()
 
     def step(self, rows: Sequence[int]) -> dict[str, float]:
         """One batch of answers to the prompts `rows`, and the optimizer steps that it serves. What is told of it."""
         spec, state = self._spec, self.state
         self.timing = Timing()
-        step = state.step + 1
+        step, skipped_before = state.step + 1, self.guard.skipped_steps
         rollouts = self.draw(self._prompts, rows, f"step {state.step}")
         rated = self.rate(self._prompts, rollouts)
         kl_b = self.kl(rollouts, rated)
@@ -125,8 +129,8 @@ class PpoTrainer:
         targets = self.aim(rollouts, rated)
         rate = learning_rate_at(state.step, self._batching.steps, spec)
         set_rates(self._engine, rate, in_course("weight_decay", spec, self._batching.steps)[state.step])
-        updated = self.update(rollouts, rated, targets)
-        check_finite(self._stage, step, **updated)
+        updated = self.update(rollouts, rated, targets, rate)
+        check_finite(self._stage, step, learning_rate=rate, **updated)
         mask_bt = rollouts.mask_bt
         told = {
             "reward": reward,
@@ -142,6 +146,8 @@ class PpoTrainer:
             "sampler_gap": float(masked_mean((rated.log_probs_bt - _padded(rollouts)).abs(), mask_bt)),
             "learning_rate": rate,
         }
+        if self.guard.skipped_steps > skipped_before:
+            told[SKIPPED_STEPS] = float(self.guard.skipped_steps)
         if spec.kl.target is not None:
             state.kl_coefficient = adapted(
                 state.kl_coefficient, kl, spec.kl.target, spec.kl.horizon, len(rollouts.rows)
@@ -208,9 +214,9 @@ class PpoTrainer:
             advantages_bt = whitened(advantages_bt, mask_bt)
         return Targets(advantages_bt, returns_bt)
 
-    def update(self, rollouts: Rollouts, rated: Rated, targets: Targets) -> dict[str, float]:
+    def update(self, rollouts: Rollouts, rated: Rated, targets: Targets, learning_rate: float) -> dict[str, float]:
         """`ppo_epochs` times over the batch, an optimizer step a minibatch. Losses are means over the tokens of the
-        minibatch on all workers, however it is cut into micro batches."""
+        minibatch on all workers, however it is cut into micro batches; steps that were skipped are left out."""
         spec = self._spec
         sums = torch.zeros(5, dtype=torch.float64, device=self._device)
         norms: list[float] = []
@@ -223,6 +229,7 @@ class PpoTrainer:
                     tokens = sum(len(rollouts.answers[place]) for place in places)
                     mine = self._share(places, lengths)
                     mixed = self._mixing(epoch, number)
+                    own, own_loss = torch.zeros_like(sums), torch.zeros((), device=self._device)
                     for batch in self._batches(rollouts, mine, self._minibatch.micro_batch_size):
                         loss, parts = self._loss(batch, rated, targets)
                         # DeepSpeed means over micro batches and workers; here it is a sum over all, divided once.
@@ -231,12 +238,24 @@ class PpoTrainer:
                             loss = loss + next(mixed)
                         self._engine.backward(loss)
                         self._engine.step()
-                        sums += parts
-                    if (norm := self._engine.get_global_grad_norm()) is not None:
-                        norms.append(float(norm))
+                        own += parts
+                        own_loss += loss.detach()
+                    norm, skipped = step_result(self._engine)
+                    if self.guard.check_step(
+                        self.state.step + 1,
+                        loss=mean_over_ranks(float(own_loss)),
+                        grad_norm=norm,
+                        learning_rate=learning_rate,
+                        skipped=skipped,
+                    ):
+                        continue
+                    sums += own
+                    if norm is not None:
+                        norms.append(norm)
         dist.all_reduce(sums)
         self.timing.tokens["update"] = sum(lengths) * spec.ppo_epochs
         policy, value, clipped, kl, count = sums.tolist()
+        count = count or 1.0  # every step of it was skipped
         told = {
             "policy_loss": policy / count,
             "value_loss": value / count,
@@ -251,6 +270,13 @@ class PpoTrainer:
         """(answers,): nats an answer, by the estimator k1, whatever the penalty's is."""
         kl_bt = kl_per_token(rated.log_probs_bt, rated.reference_bt, "k1")
         return torch.where(rollouts.mask_bt, kl_bt, 0.0).sum(dim=1)
+
+    @torch.no_grad()
+    def loss_of(self, ids: Sequence[int]) -> float:
+        """Of the policy, in nats per token of a sequence. All workers take part: ZeRO-3 gathers weights from all."""
+        whole = Rollouts([0], [list(ids[:1])], [list(ids[1:])], [True], [])
+        log_probs_n = self._engine("language", micro_batch(whole, [0], self._device))["log_probs"]
+        return -float(log_probs_n.float().mean())
 
     def text(self, answer: Sequence[int]) -> str:
         return text_of(answer, self._end, self._tokenizer)

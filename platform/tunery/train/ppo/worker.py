@@ -12,7 +12,7 @@ from tunery.errors import Stopped
 from tunery.spec import Ppo
 from tunery.track.events import EventLog
 from tunery.train.batches import at_even_steps, data_order, plan_batches
-from tunery.train.facts import evaluations_of, report_of, tell_again
+from tunery.train.facts import evaluations_of, report_of, skipped_steps, tell_again
 from tunery.train.job import Job, Report, rows_of
 from tunery.train.worker_setup import pick_dtype, prepare_process
 
@@ -158,6 +158,7 @@ class _Run:
         self.trainer.state = State(**told["state"])
         self.before, self.resumed = told["before"], self.trainer.state.step
         self.history = read_history(found)
+        self.trainer.guard.resume(self.history)
         if self.job.begins_with is not None and found.name == self.job.begins_with.name:
             tell_again(self.history, self.emit)
         for step, measured in evaluations_of(self.history):
@@ -197,7 +198,7 @@ class _Run:
             self.before = self.after
         if self.measured is None:
             return
-        from tunery.train.ppo.guards import check_finite
+        from tunery.train.divergence import check_finite
 
         told = {
             "eval_reward": float(rated.scores_b.mean()),
@@ -225,8 +226,10 @@ class _Run:
 
         step = self.trainer.state.step
         kept = self.job.kept if step in self.evaluate_at else None
-        if (step % self.save_every and kept is None) or step == self.batching.steps:
+        due = step % self.save_every == 0 and not self.trainer.guard.last_was_skipped
+        if not (due or kept is not None) or step == self.batching.steps:
             return
+        self.check_weights()
         folder = self.job.work / "checkpoints" / f"checkpoint-{step}"
         save_state(self.engine, folder, self.models.trained.shared)
         dist.barrier()
@@ -247,15 +250,27 @@ class _Run:
         if self.job.stop is not None and anyone(self.job.stop.exists()):
             raise Stopped(f"stopped at step {self.trainer.state.step}")
 
+    def check_weights(self) -> None:
+        self.trainer.guard.check_weights(self.trainer.state.step, self.engine.module.named_parameters())
+
     def finish(self) -> None:
         from tunery.train.ppo.engine import save_policy
+        from tunery.train.reload_check import LanguageProbe, check_saved
 
+        self.trainer.guard.check_end()
+        self.check_weights()
         if not self.after or self.measured is None:
             self.evaluate()
+        parameters = sum(
+            int(getattr(weight, "ds_numel", weight.numel())) for weight in self.engine.module.policy.parameters()
+        )
+        probe = LanguageProbe(self.job, self.prompts.tokens, parameters)
+        losses = [self.trainer.loss_of(ids) for ids in probe.sequences]
         save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
+        checked = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved)
         if self.rank == 0:
             (self.job.out / "history.jsonl").write_text(_lines(self.history))
-            outcome = {"facts": self._facts(), "measured": self._measured()}
+            outcome = {"facts": self._facts(), "measured": {**self._measured(), **checked}}
             (self.job.work / "outcome.json").write_text(json.dumps(outcome))
 
     def _tell(self, told: dict[str, float], measured: dict[str, float]) -> None:
@@ -285,6 +300,7 @@ class _Run:
             "learning_rate": self.spec.learning_rate,
             "parameters": sum(size for size, _ in sizes),
             "trainable": sum(size for size, learns in sizes if learns),
+            "skipped_steps": skipped_steps(self.history),
             "value_from": self.models.value_from,
             "shared_base": self.models.trained.shared,
             **{name: sum(point[name] for point in last) / len(last) for name in ("reward", "kl", "eos_rate")},

@@ -1,0 +1,165 @@
+"""A training that diverges ends with an error that says where, and leaves no model: every trainer, and a search."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ENVIRONMENT, ROOT, Bench
+
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
+from small_classifiers import write_language_model
+
+ONE_BY_ONE = """
+import json, sys
+from pathlib import Path
+from tunery.errors import StageError
+from tunery.runner.compute import Hardware, resolve_compute
+from tunery.runner.execute import Trial, Where, execute
+from tunery.spec import load
+from tunery.spec.graph import closure
+from tunery.store import Store
+from tunery.track.events import EventLog
+file, store = Path(sys.argv[1]), Path(sys.argv[2])
+experiment, _ = load(file)
+compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+experiment = experiment.model_copy(update={"compute": compute})
+where = Where(Store(store), store / "run", file)
+found = {}
+for name in sys.argv[3:]:
+    own = experiment.model_copy(update={"stages": closure(experiment.stages, [name])})
+    try:
+        made = execute(own, where, EventLog(where.events / "e.jsonl"), Trial(in_process=True))
+        found[name] = {"facts": made[name].facts, "measured": made[name].measured}
+    except StageError as error:
+        found[name] = {"error": str(error)}
+print(json.dumps(found))
+"""
+WILD: dict[str, Any] = {
+    "learning_rate": 1.0e38,
+    "max_grad_norm": 1.0e9,
+    "schedule": "constant",
+    "warmup": 0,
+    "epochs": 3,
+    "model": {"pretrained": "./base"},
+}
+SHORT = {"max_length": 128, "sampling": {"max_new_tokens": 8}, "reward": {"python": "reward.py"}}
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"data": "texts", "global_batch_size": 4, "max_length": 64},
+    "sft": {"data": "questions", "global_batch_size": 4},
+    "sft_lora": {"kind": "sft", "data": "questions", "global_batch_size": 4, "tuner": {"lora": {"rank": 2}}},
+    "classifier": {"data": {"good": "questions", "bad": "texts"}, "global_batch_size": 4},
+    "reward": {"data": "pairs", "global_batch_size": 4},
+    "reward_lora": {"kind": "reward", "data": "pairs", "global_batch_size": 4, "tuner": {"lora": {"rank": 2}}},
+    "dpo": {"data": "pairs", "global_batch_size": 4},
+    "kto": {"data": "pairs", "global_batch_size": 4},
+    "grpo": {"data": "prompts", "global_batch_size": 8, "group_size": 4, **SHORT},
+    "rloo": {"data": "prompts", "global_batch_size": 8, "group_size": 4, **SHORT},
+    "ppo": {"data": "prompts", "global_batch_size": 8, "minibatches": 2, **SHORT},
+    "ppo_lora": {
+        "kind": "ppo",
+        "data": "prompts",
+        "global_batch_size": 8,
+        "minibatches": 2,
+        "tuner": {"lora": {"rank": 2}},
+        **SHORT,
+    },
+}
+SOURCES = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prompts": "prompts"}
+
+
+def write_experiment(folder: Path, compute: dict[str, Any], **changed: Any) -> Path:
+    write_language_model(folder / "base")
+    (folder / "reward.py").write_text(
+        "def reward(prompts, answers):\n    return [float(len(a) % 7) for a in answers]\n"
+    )
+    stages: dict[str, Any] = {
+        name: {"kind": "dataset", "source": "builtin:python-docs", "subset": subset, "split": "train", "limit": 24}
+        for name, subset in SOURCES.items()
+    }
+    stages |= {name: {"kind": name, **WILD, **fields, **changed} for name, fields in STAGES.items()}
+    file = folder / "wild.yaml"
+    file.write_text(yaml.safe_dump({"name": "wild", "seed": 3, "stages": stages, "compute": compute}, sort_keys=False))
+    return file
+
+
+def train_one_by_one(file: Path, store: Path, *names: str) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-c", ONE_BY_ONE, str(file), str(store), *names]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def models_in(store: Path) -> list[str]:
+    return sorted(path.name for path in store.glob("artifacts/*") if not path.name.startswith("dataset-"))
+
+
+def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> None:
+    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2, "checkpoint_steps": 1})
+    told = train_one_by_one(file, tmp_path / "store", *STAGES)
+    for name, result in told.items():
+        assert "diverged at step" in result.get("error", ""), (name, result)
+        assert "lower `learning_rate`" in result["error"], name
+        assert "learning rate 1e+38" in result["error"], name
+    assert models_in(tmp_path / "store") == []
+
+
+def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
+    sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
+    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2}, **sane)
+    told = train_one_by_one(file, tmp_path / "store", *STAGES)
+    for name, result in told.items():
+        assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
+        assert result["facts"]["skipped_steps"] == 0
+
+
+def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:
+    # DeepSpeed computes no gradient norm then, and skips nothing.
+    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 0})
+    told = train_one_by_one(file, tmp_path / "store", "sft", "dpo")
+    assert all("diverged at step" in result.get("error", "") for result in told.values()), told
+    assert models_in(tmp_path / "store") == []
+
+
+def test_workers_stop_together_and_a_search_goes_on_without_the_trial_that_diverged(before_sft: Bench) -> None:
+    def change(experiment: dict[str, Any]) -> None:
+        sft = experiment["stages"]["sft"]
+        sft |= {"max_grad_norm": 1.0e9, "schedule": "constant", "warmup": 0, "tuner": {"lora": {"rank": 2}}}
+        experiment["stages"].pop("eval")
+        experiment["search"] = {
+            "metric": "sft.eval_loss",
+            "mode": "min",
+            "trials": 2,
+            "algorithm": "grid",
+            "scheduler": "none",
+            "space": {"sft.learning_rate": {"choice": [1.0e-3, 1.0e38]}},
+        }
+        experiment["compute"] = {"workers": 2, "zero_stage": 3}
+
+    before_sft.write(change)
+    done = before_sft.tunery("run", str(before_sft.file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = [event for event in before_sft.events() if event["event"] == "trial_finished"]
+    states = {event["overrides"]["sft.learning_rate"]: (event["state"], event["error"]) for event in ended}
+    assert states[1.0e-3] == ("done", "")
+    assert states[1.0e38][0] == "failed"
+    assert "diverged at step" in states[1.0e38][1]
+    assert "diverged" in done.stdout
+
+    def alone(experiment: dict[str, Any]) -> None:
+        change(experiment)
+        experiment.pop("search")
+        experiment["stages"]["sft"]["learning_rate"] = 1.0e38
+
+    before_sft.write(alone)
+    models = before_sft.artifacts("sft")
+    done = before_sft.tunery("run", str(before_sft.file))
+    assert done.returncode == 1, done.stdout
+    assert "sft: the training diverged at step" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert before_sft.artifacts("sft") == models
