@@ -317,6 +317,7 @@ RULES: dict[str, Rule] = {
         system="system turns are not supported",
     ),
     "glm_plain": Rule(end="<|user|>", before="\n", definitions=False),
+    "no_end_tokens": replace(VISION, end="</s>", middle_end=""),
     "raises_on_system": replace(PLAIN, system="no system turns, please"),
     "ignores_system": replace(PLAIN, system="does not render the text of turn 1 (system)"),
     "strips_content": replace(PLAIN, content=str.strip),
