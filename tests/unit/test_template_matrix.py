@@ -139,7 +139,7 @@ class Rule:
     opens_thinking: bool = False
     """The generation prompt opens or skips a thinking block, which a row without or with reasoning has not."""
     reopens_turn: bool = False
-    """Behind a tool result the generation prompt has a header that the conversation has not."""
+    """Behind a tool result the conversation has a header that the generation prompt has not."""
     empty_thinking: str = ""
     """Masked between the generation prompt and a response without reasoning."""
 
