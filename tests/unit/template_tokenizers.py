@@ -48,6 +48,7 @@ _EOS = {
     "zephyr": "</s>",
     "chatml": "<|endoftext|>",  # as in a Qwen base model: not what ends a turn
     "plain": "</s>",
+    "no_end_tokens": "</s>",
     "scratch": "<|end|>",
 }
 
@@ -107,6 +108,7 @@ OWN_TEMPLATES = {
         "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     ),
     "glm_plain": _turns("<|system|>\nC", "<|user|>\nC", "<|assistant|>\nC", "<|assistant|>", start="[gMASK]<sop>"),
+    "no_end_tokens": _turns("C\n", "### Human: C\n", "### Assistant: C\n", "### Assistant:"),
     "raises_on_system": _turns(
         "{{ raise_exception('no system turns, please') }}",
         "<|user|>C<|end|>",

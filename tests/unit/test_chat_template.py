@@ -220,6 +220,17 @@ def test_a_system_turn_that_is_left_out_without_a_word_rejects_the_row() -> None
     assert found.rejected == "the chat template does not render the text of turn 1 (system)"
 
 
+def test_a_generation_prompt_that_differs_in_white_space_is_masked_all_the_same() -> None:
+    tokenizer = deepcopy(tokenizer_of("zephyr"))
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{{ '\n  <|' + message['role'] + '|>\n' + message['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '  <|assistant|>\n\n' }}{% endif %}"
+    )
+    found = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == ["Paris</s>", "Yes</s>"]
+
+
 def test_a_template_that_renders_no_content_is_refused() -> None:
     broken = deepcopy(tokenizer_of("chatml"))
     broken.chat_template = "{% for message in messages %}{{ message['role'] }}<|im_end|>{% endfor %}"

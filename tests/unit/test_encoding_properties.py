@@ -135,7 +135,7 @@ def test_generation_begins_with_the_tokens_before_the_last_response(row: dict[st
     masked = found.ids[: found.response[0]]
     text = tokenizer.decode(prompt.ids)
     if "<think>" in text[-25:] or family.startswith("diffusion_gemma"):
-        return  # it opens a thinking block that the row may not have, or begins a turn anew behind a tool result
+        return  # it opens a thinking block that the row may not have, or no turn behind a tool result
     assert masked[: len(prompt.ids)] == prompt.ids
     assert "".join(tokenizer.decode(masked[len(prompt.ids) :]).split()) in ("", "<think></think>")
 
@@ -187,3 +187,26 @@ def test_truncation_keeps_to_max_length_and_trains_responses_only(
                 # What is trained is the beginning of a response of the whole conversation, never of a prompt.
                 for start, end in part.spans:
                     assert any(response[: end - start] == part.ids[start:end] for response in trained)
+
+
+@fixed
+@given(
+    turns=st.lists(st.tuples(free, free.filter(str.strip)), min_size=1, max_size=6),
+    family=st.sampled_from(["chatml", "zephyr", "vicuna", "glm_plain"]),
+    limit=st.integers(100, 160),
+)
+def test_split_trains_every_response_exactly_once(turns: list[tuple[str, str]], family: str, limit: int) -> None:
+    """Of rows in which every question with its response fits."""
+    tokenizer = tokenizer_of(family)
+    messages = [
+        {"role": role, "content": content}
+        for pair in turns
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    row = {"messages": messages}
+    (whole,) = encode_whole([row], tokenizer, Encoding(limit))
+    (parts,) = encode_sequences([row], tokenizer, Encoding(limit, truncate="split"))
+    assert all(len(part.ids) <= limit for part in parts)
+    assert [part.ids[start:end] for part in parts for start, end in part.spans] == [
+        whole.ids[start:end] for start, end in whole.spans
+    ]

@@ -139,7 +139,7 @@ class Rule:
     opens_thinking: bool = False
     """The generation prompt opens or skips a thinking block, which a row without or with reasoning has not."""
     reopens_turn: bool = False
-    """Behind a tool result the generation prompt has a header that the conversation has not."""
+    """Behind a tool result the conversation has a header that the generation prompt has not."""
     empty_thinking: str = ""
     """Masked between the generation prompt and a response without reasoning."""
 
@@ -317,6 +317,7 @@ RULES: dict[str, Rule] = {
         system="system turns are not supported",
     ),
     "glm_plain": Rule(end="<|user|>", before="\n", definitions=False),
+    "no_end_tokens": replace(VISION, end="</s>", middle_end=""),
     "raises_on_system": replace(PLAIN, system="no system turns, please"),
     "ignores_system": replace(PLAIN, system="does not render the text of turn 1 (system)"),
     "strips_content": replace(PLAIN, content=str.strip),

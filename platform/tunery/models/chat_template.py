@@ -317,12 +317,12 @@ class ChatTemplate(TemplateRenderer):
     ) -> int:
         """Where the generation prompt ends and the response begins."""
         message = messages[turn]
-        first = -1
-        if marks is not None:
-            kind = "reasoning" if message.get("reasoning_content") else "content"
-            first = marks.get((kind, turn), -1)
+        first, own = -1, message["content"]
+        if marks is not None and ("reasoning", turn) in marks:
+            first, own = marks["reasoning", turn], message["reasoning_content"]
+        elif marks is not None:
+            first = marks.get(("content", turn), -1)
         if first >= 0:
-            own = message["reasoning_content" if message.get("reasoning_content") else "content"]
             space = own[: len(own) - len(own.lstrip())]
             for at in (
                 first - kept
@@ -371,6 +371,9 @@ class ChatTemplate(TemplateRenderer):
         end = self._without_trailing_text(text, at if at >= 0 else 0, len(upto))
         if not self._ends_with_special(text[:end]) and (following := self.special.match(text, end)):
             return following.end()  # the next turn's first token is what ends this one (GLM-4.5)
+        if at >= 0 and self.special.search(text, at, end) is None:
+            space = message["content"][len(message["content"].rstrip()) :]  # nothing follows that a model could stop at
+            return at + len(space) if text.startswith(space, at) else at
         return end
 
     def _end_before_rest(self, messages: Sequence[Message], tools: Any, text: str, turn: int) -> int:

@@ -77,7 +77,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             before = template.before(messages[:turn], tools)
             if first >= len(before) and text.startswith(before):
                 header = text[len(before) : first]
-                headers.append(ResponseHeader(header, template.shared_prefix(profile.generation_prompt, header), False))
+                headers.append(ResponseHeader(header, _generated_from(template, header), False))
             behind = marks.get(("content_end", turn), -1)
             if behind < 0 or message.get("tool_calls"):
                 continue
@@ -164,6 +164,13 @@ def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
         if marks is not None and ("content", 0) in marks and ("content", 1) in marks:
             return text, marks
     raise UnsupportedTemplate(failure or "it does not render the content of a question with an answer")
+
+
+def _generated_from(template: TemplateRenderer, header: str) -> int:
+    """Where a header leaves the generation prompt; at its end where they differ in white space only."""
+    prompt = template.profile.generation_prompt
+    shared = template.shared_prefix(prompt, header)
+    return len(header) if shared < len(prompt) and _squeezed(header) == _squeezed(prompt) else shared
 
 
 def _squeezed(text: str) -> str:

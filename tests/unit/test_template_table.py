@@ -1,0 +1,10 @@
+"""docs/templates.md says what the encoding does."""
+
+from __future__ import annotations
+
+from template_table import PATH, page
+
+
+def test_the_table_of_templates_is_what_the_encoding_does() -> None:
+    command = "PYTHONPATH=platform:tests/unit python tests/unit/template_table.py"
+    assert PATH.read_text(encoding="utf-8") == page(), f"out of date: run {command}"
