@@ -231,6 +231,45 @@ def test_a_generation_prompt_that_differs_in_white_space_is_masked_all_the_same(
     assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == ["Paris</s>", "Yes</s>"]
 
 
+def test_a_block_that_is_only_closed_is_masked_as_an_empty_one() -> None:
+    tokenizer = deepcopy(tokenizer_of("drops_thinking"))
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+        "{{ ('<think>' + message['reasoning_content'] if message['reasoning_content'] else '') + '</think>' }}"
+        "{% endif %}{{ message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+    )
+    found = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == [
+        "Paris<|end|>",
+        "R</think>Yes<|end|>",
+    ]
+
+
+def test_the_token_between_reasoning_and_text_is_trained_where_it_ends_the_last_response_too() -> None:
+    tokenizer = deepcopy(tokenizer_of("drops_thinking"))
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{% if message['reasoning_content'] %}{{ '<|assistant|>think ' + message['reasoning_content'] + '<|end|>' }}"
+        "{% endif %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    found = encoded(chat("Where?", {"content": "Paris", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == [
+        "think R<|end|><|assistant|>Paris<|end|>"
+    ]
+
+
+def test_a_template_without_an_exact_beginning_of_a_response_is_refused() -> None:
+    tokenizer = deepcopy(tokenizer_of("chatml"))
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for message in messages %}"
+        "{{ message['content'] | upper | lower | replace('\ufdd0', '') + '<|im_end|>' }}{% endfor %}"
+    )
+    with pytest.raises(UnsupportedTemplate):
+        chat_template_of(tokenizer)
+
+
 def test_a_template_that_renders_no_content_is_refused() -> None:
     broken = deepcopy(tokenizer_of("chatml"))
     broken.chat_template = "{% for message in messages %}{{ message['role'] }}<|im_end|>{% endfor %}"

@@ -28,6 +28,7 @@ from tunery.models.template_rendering import (
     Message,
     RejectedConversation,
     TemplateRenderer,
+    UnsupportedTemplate,
     any_of,
     last_match,
     number_calls,
@@ -92,6 +93,10 @@ class ChatTemplate(TemplateRenderer):
         delimiters = {*self.control.findall(basic), *endings, *self.profile.end_tokens, *self.profile.history_ends}
         self._delimiters = any_of(delimiters - {"<think>", "</think>"})
         self._ends = (*self.profile.end_tokens, *self.profile.history_ends)
+        try:
+            self._spans(alternating(2), None, mask_empty_thinking=True)
+        except RejectedConversation as error:
+            raise UnsupportedTemplate(str(error)) from error
 
     def conversation(self, row: Row, mask_empty_thinking: bool = True) -> RenderedConversation:
         """Render a row with `messages`. `mask_empty_thinking`: an empty thinking block before a response belongs to

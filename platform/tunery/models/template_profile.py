@@ -58,6 +58,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     headers: list[ResponseHeader] = []
     closings: dict[str, None] = {}
     within: set[str] = set()
+    final: set[str] = set()
     unclosed = None
 
     def learn(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
@@ -86,6 +87,8 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             following = text[behind : marks.get(("content", turn + 1), len(text))]
             if closing := _closing(template, following):
                 closings[closing] = None
+                if turn == len(messages) - 1:
+                    final.add(template.special.findall(closing)[-1])
             elif turn == len(messages) - 1:
                 unclosed = following
         return text, marks
@@ -99,7 +102,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     if found is not None and reasoning:
         text, marks = found
         header = headers[-1].text if headers else ""
-        empty.add(_squeezed(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
+        empty.add(_unopened(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
     system = learn([{"role": "system", "content": "s"}, *alternating(2)])
     renders_system = system is not None and ("content", 0) in system[1]
     if system is not None and not renders_system:
@@ -130,10 +133,10 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             closings=tuple(sorted(closings, key=len, reverse=True)),
         )
     profile = _with_end(template, profile, unclosed)
-    if set(profile.end_tokens) - within:
-        history = tuple(token for token in profile.end_tokens if token in within)
-        ends = tuple(token for token in profile.end_tokens if token not in within)
-        profile = replace(profile, end_tokens=ends, history_ends=history)
+    within -= {*final, profile.appended_end, profile.call_end}
+    history = tuple(token for token in profile.end_tokens if token in within)
+    ends = tuple(token for token in profile.end_tokens if token not in within)
+    profile = replace(profile, end_tokens=ends, history_ends=history)
     return replace(profile, problems=tuple(dict.fromkeys(problems)))
 
 
@@ -177,12 +180,17 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+def _unopened(text: str) -> str:
+    return _squeezed(text).replace("<think>", "")
+
+
 def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[ResponseHeader, ...]:
     """Each once, longest first. One that is what surrounds reasoning, but for white space, holds an empty thinking
     block."""
     found = {}
     for header in headers:
-        empty_thinking = "think" in header.text and _squeezed(header.text) in empty
+        # GLM-4.7 writes only `</think>`, where a generation prompt may have opened the block.
+        empty_thinking = "think" in header.text and _unopened(header.text) in empty
         found[header.text] = replace(header, empty_thinking=empty_thinking)
     return tuple(sorted(found.values(), key=lambda header: -len(header.text)))
 
