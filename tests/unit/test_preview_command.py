@@ -22,7 +22,7 @@ from tunery.spec import Compute, load
 from tunery.spec.graph import closure
 from tunery.store import Store
 from tunery.track.events import EventLog
-from tunery.track.preview import visible
+from tunery.track.previews import visible
 
 EXPERIMENT = """
 name: look
@@ -186,6 +186,20 @@ def test_row_is_found_by_the_beginning_of_its_id(shown: Callable[..., Preview]) 
         shown("sft", row_id="zz")
     with pytest.raises(RequestError, match="2 rows, so there is none after the first 2"):
         shown("sft", offset=2)
+
+
+def test_row_of_one_of_several_sets_is_shown_alone(shown: Callable[..., Preview]) -> None:
+    wanted = shown("eval").sections[1].rows[0]
+    (section,) = shown("eval", row_id=wanted.id).sections
+    assert (section.input.title, section.rows) == ("pages", (wanted,))
+
+
+def test_missing_file_of_a_reward_is_told_with_file_and_line(file: Path, shown: Callable[..., Preview]) -> None:
+    ppo = "kind: ppo, data: chats, model: sft, reward: rm"
+    text = EXPERIMENT.replace(ppo, ppo.replace("rm", "{python: none.py}")).replace("models: [dpo]", "models: [ppo]")
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(SpecErrors, match=r"look\.yaml:\d+: `ppo\.reward`: `none\.py` can't be read"):
+        shown("wins")
 
 
 def test_record_that_cannot_be_used_is_named_with_its_line(file: Path, shown: Callable[..., Preview]) -> None:

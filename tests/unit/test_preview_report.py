@@ -7,7 +7,7 @@ from typing import Any
 from sample_run import Event, sample_events
 from test_report import Page
 
-from tunery.track.preview import visible
+from tunery.track.previews import visible
 from tunery.track.report import report_html
 from tunery.track.state import replay
 

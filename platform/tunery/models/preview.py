@@ -82,7 +82,10 @@ class TokenGroup:
     """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
 
     def shown(self, with_ids: bool) -> str:
-        return f"{'+'.join(map(str, self.ids))}:{self.text}  " if with_ids else self.text
+        if not with_ids:
+            return self.text
+        end = "" if self.text.endswith("\n") else "  "
+        return f"{'+'.join(map(str, self.ids))}:{self.text}{end}"
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from tunery.data.filesystem import OutOfReach
 from tunery.data.read import Quarantined, Tally, as_tables, described, read_source
 from tunery.data.review.decisions import BadDecisions
 from tunery.data.sources import BadSource, find_parts, out_of_reach
-from tunery.errors import RequestError, SpecError
+from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, outline_with_head, source_of
 from tunery.models.preview import InputFormat
-from tunery.runner.check_training import root_of
+from tunery.runner.check_training import check_rewards, root_of
 from tunery.runner.execute import Where
 from tunery.runner.identity import fingerprints, model_folder, pretrained_models
 from tunery.spec import Augment, Dataset, Experiment, Pretrained, Review, Scratch, Select
@@ -81,6 +81,8 @@ class Artifacts:
                         check_model_folder(model_folder(model, self.where.folder))
                     except BadModel as error:
                         raise self._error(name, "model", error) from None
+            if errors := list(check_rewards(name, stage, self.experiment, self._source, self.where.folder)):
+                raise SpecErrors(errors)
             try:
                 if isinstance(stage, Dataset):
                     find_parts(stage, self.where.folder)

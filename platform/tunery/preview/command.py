@@ -12,7 +12,7 @@ from tunery.errors import RequestError, SpecErrors
 from tunery.models.preview import ROWS, PreviewRow, preview_rows, template_summary, text_summary
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.preview.artifacts import Artifacts, LoadedTokenizer
-from tunery.preview.inputs import ModelInput, inputs_of
+from tunery.preview.inputs import ModelInput, preview_inputs
 from tunery.runner.check_training import check_shapes
 from tunery.runner.execute import Where
 from tunery.spec import load
@@ -21,6 +21,10 @@ from tunery.store.rows import Row
 
 MAX_SKIPPED_DOCUMENTS = 10_000
 """Texts that are encoded to know where the blocks of a later one begin."""
+
+
+class NoSuchRow(RequestError):
+    """A set of rows has no row of an id, or not so many."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +69,32 @@ def preview(
     used, or the tokenizer is not built yet; TuneryError where a model from the hub can't be loaded.
     """
     experiment, source = load(file)
-    inputs = inputs_of(stage, experiment)
+    inputs = preview_inputs(stage, experiment)
     where = Where(store, store.run(experiment.name), Path(source.file))
     if errors := list(check_shapes(stage, experiment.stages[stage], experiment, source, where.folder)):
         raise SpecErrors(errors)
     models = [model for item in inputs for model in item.models if isinstance(model, str)]
     artifacts = Artifacts(experiment, source, where, [*(item.data for item in inputs), *models])
     sections = []
+    missing: list[RequestError] = []
     for item in inputs:
         tokenizer = artifacts.tokenizer(item.models, item.input_format, item.embeds)
         stream = artifacts.rows(item.data, item.within)
-        before, rows = _window(stream.rows, item, count, offset, row_id)
+        try:
+            before, rows = _window(stream.rows, item, count, offset, row_id)
+        except NoSuchRow as error:  # of several sets of rows one may have it
+            missing.append(error)
+            continue
         sections.append(_section(item, tokenizer, stream.described(), before, rows))
+    if not sections:
+        raise missing[0]
     return Preview(stage, experiment.stages[stage].kind, tuple(sections))
 
 
 def _window(
     stream: Iterator[Row], item: ModelInput, count: int, offset: int, row_id: str | None
 ) -> tuple[list[Row], list[Row]]:
-    """The rows before (of documents, whose blocks go on from them) and the rows to show. Raises RequestError."""
+    """The rows before (of documents, whose blocks go on from them) and the rows to show. Raises NoSuchRow."""
     keep_before = item.input_format == "documents"
     before: list[Row] = []
     number = 0
@@ -99,12 +110,12 @@ def _window(
                     remedy="give a smaller --offset, or a row among the first ones",
                 )
     if row_id is not None:
-        raise RequestError(
+        raise NoSuchRow(
             f"`{item.data}` has no row `{row_id}`",
             cause=f"the id of none of its {number:,} rows begins so",
             remedy="ids are in the artifacts' rows, in dropped.jsonl and in the lines that this command prints",
         )
-    raise RequestError(
+    raise NoSuchRow(
         f"`{item.data}` has {number:,} rows, so there is none after the first {offset:,}",
         remedy="give a smaller --offset",
     )

@@ -53,7 +53,7 @@ class ModelInput:
     """The model gives vectors: it has no head."""
 
 
-def inputs_of(name: str, experiment: Experiment) -> list[ModelInput]:
+def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
     """Raises RequestError for a stage that there is not, or that feeds no rows to a model."""
     stage = experiment.stages.get(name)
     able = [other for other, one in experiment.stages.items() if one.kind in KINDS]

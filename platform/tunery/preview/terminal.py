@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tunery.models.preview import PreviewRow, PreviewSequence, Segment
 from tunery.preview.command import Preview, PreviewSection
-from tunery.track.preview import said_tokens, visible
+from tunery.track.previews import said_tokens, visible
 
 STYLES = {"trained": "bold green", "masked": "dim", "input": "", "cut": "dim red strike", "mark": "bold cyan"}
 SPECIAL = {"trained": "bold reverse green", "masked": "magenta", "input": "magenta", "cut": "dim red strike"}
