@@ -274,6 +274,36 @@ def test_record_leaves_out_the_middle_of_a_long_sequence(tokenizer: Any, monkeyp
     assert sequence["segments"][-1] == ["trained", "<|end|>", 1]
 
 
+def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.models.preview.MAX_RECORD_TOKENS", 40)
+    row = text("The quick brown fox. " * 5_000)
+    (encoded,) = encode_whole([row], tokenizer, Encoding(16))
+    decoded = 0
+    decode = type(tokenizer).decode
+
+    def counted(self: Any, ids: Any, **options: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    (record,) = preview_records([row], tokenizer, Encoding(16), input_format="documents")
+    segments = record["sequences"][0]["segments"]
+    assert 0 < decoded < 200
+    assert segments[0] == ["mark", "block 1 begins", 0]
+    (omitted,) = [shown for kind, shown, _ in segments if kind == "mark" and "not shown" in shown]
+    shown = "".join(shown for kind, shown, _ in segments if kind != "mark")
+    kept = len(tokenizer(shown.removesuffix("<|end|>"))["input_ids"])
+    assert int(omitted.split()[0].replace(",", "")) == pytest.approx(len(encoded.ids) - kept, abs=2)
+
+
+def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.models.preview.MAX_CUT_TOKENS", 4)
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
+    assert sum(len(group.ids) for group in shown.cut) == 4
+    assert kinds(shown)[-1] == ("mark", f"{shown.cut_tokens - 4} more tokens")
+
+
 def test_training_logs_its_first_rows_and_what_the_template_does(tokenizer: Any) -> None:
     fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 0.1, "max_length": 99}
     told = stage_preview(Sft.model_validate(fields), [chat(*CHAT)] * 5, tokenizer)

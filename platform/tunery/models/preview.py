@@ -80,6 +80,8 @@ class TokenGroup:
     text: str
     special: bool
     """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
+    omitted: bool = False
+    """The middle of a long document, which is not decoded."""
 
     def shown(self, with_ids: bool) -> str:
         if not with_ids:
@@ -95,6 +97,7 @@ class Segment:
     kind: SegmentKind
     text: str
     special: bool = False
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class PreviewSequence:
     """It is a document, of which blocks are cut."""
     truncated: bool = False
     cut: tuple[TokenGroup, ...] = ()
-    """What truncation removed, where it is one piece;"""
+    """What truncation removed, where it is one piece: its first MAX_CUT_TOKENS, or the last ones where the beginning is
+    cut off;"""
     cut_at: int = 0
     """and the index in `ids` before which it was."""
     cut_tokens: int = 0
@@ -133,8 +137,7 @@ class PreviewSequence:
         if max_tokens is not None and len(pieces) > max_tokens:
             head = max_tokens * 3 // 4
             tail = max_tokens - head
-            omitted = Segment("mark", f"{len(pieces) - max_tokens:,} tokens are not shown here")
-            pieces = [*pieces[:head], omitted, *pieces[-tail:]]
+            pieces = [*pieces[:head], _omitted(sum(one.num_tokens for one in pieces[head:-tail])), *pieces[-tail:]]
         joined: list[Segment] = []
         for key, group in groupby(pieces, key=lambda piece: (piece.kind, piece.special, piece.kind == "mark")):
             same = list(group)
@@ -154,7 +157,11 @@ class PreviewSequence:
                 yield from self._cut_pieces(with_ids)
             while marks and marks[0][0] <= index:
                 yield Segment("mark", marks.pop(0)[1])
-            yield Segment(self.token_kind(index), group.shown(with_ids), group.special)
+            if group.omitted:
+                yield _omitted(len(group.ids))
+                marks = [mark for mark in marks if mark[0] >= index + len(group.ids)]
+            else:
+                yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
             index += len(group.ids)
         if self.cut and index <= self.cut_at:
             yield from self._cut_pieces(with_ids)
@@ -164,14 +171,14 @@ class PreviewSequence:
     def _cut_pieces(self, with_ids: bool) -> Iterator[Segment]:
         yield Segment("mark", "cut off")
         at_end = bool(self.cut_at) or not self.ids
-        shown = self.cut[:MAX_CUT_TOKENS] if at_end else self.cut[-MAX_CUT_TOKENS:]
-        more = f"{len(self.cut) - len(shown):,} more tokens" if len(self.cut) > len(shown) else ""
-        if more and not at_end:
-            yield Segment("mark", more)
-        for group in shown:
+        hidden = self.cut_tokens - sum(len(group.ids) for group in self.cut)
+        more = [Segment("mark", f"{hidden:,} more tokens")] if hidden else []
+        if not at_end:
+            yield from more
+        for group in self.cut:
             yield Segment("cut", group.shown(with_ids), group.special)
-        if more and at_end:
-            yield Segment("mark", more)
+        if at_end:
+            yield from more
         if not at_end or self.cut_at < len(self.ids):
             yield Segment("mark", "end of what is cut off")
 
@@ -212,6 +219,10 @@ class PreviewSequence:
         }
 
 
+def _omitted(num_tokens: int) -> Segment:
+    return Segment("mark", f"{num_tokens:,} tokens are not shown here", num_tokens=num_tokens)
+
+
 @dataclass(frozen=True)
 class PreviewRow:
     id: str
@@ -241,7 +252,8 @@ def preview_records(
     model: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
     """The first `count` of `rows` for the event `preview`. Raises UnsupportedTemplate, as the training itself does."""
-    shown = preview_rows(list(islice(rows, count)), tokenizer, encoding, input_format, model=model)
+    first = list(islice(rows, count))
+    shown = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
     return [row.as_record() for row in shown]
 
 
@@ -277,14 +289,16 @@ def preview_rows(
     *,
     model: PreTrainedModel | None = None,
     skip: int = 0,
+    max_tokens: int | None = None,
 ) -> list[PreviewRow]:
     """The sequences of each row but the first `skip`, which only say where blocks of documents begin.
 
     model: for the formats `classifier` and `reward_pair`, with or without weights: its config says how long a row may
-    be. Raises UnsupportedTemplate where there are conversations and the chat template can't be used.
+    be. max_tokens: of a longer document the middle is not decoded. Raises UnsupportedTemplate where there are
+    conversations and the chat template can't be used.
     """
     if input_format == "documents":
-        return _documents(rows, tokenizer, encoding.max_length, skip)
+        return _documents(rows, tokenizer, encoding.max_length, skip, max_tokens)
     rows = rows[skip:]
     if input_format in ("classifier", "reward_pair"):
         assert model is not None, "these formats need a model"
@@ -310,7 +324,9 @@ def _row(row: Row, sequences: Sequence[PreviewSequence], reason: str = "") -> Pr
     return PreviewRow(row.get("id") or "", row.get("source") or "", row.get("line") or 0, tuple(sequences), reason)
 
 
-def _documents(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int) -> list[PreviewRow]:
+def _documents(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int, max_tokens: int | None
+) -> list[PreviewRow]:
     """Each row's part of the blocks. The first token of a block has no loss: nothing predicts it."""
     encoded = encode_whole(rows, tokenizer, Encoding(block)) if rows else []
     start = sum(len(item.ids) for item in encoded[:skip])
@@ -320,7 +336,7 @@ def _documents(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: i
         begins = range(first, len(item.ids), block)
         trained = frozenset(range(len(item.ids))) - frozenset(begins)
         marks = tuple((index, f"block {(start + index) // block + 1} begins") for index in begins)
-        one = _sequence("", item, tokenizer, block, frozenset(begins))
+        one = _sequence("", item, tokenizer, block, frozenset(begins), max_tokens)
         found.append(_row(row, [replace(one, has_loss=bool(item.ids), trained=trained, blocks=True, marks=marks)]))
         start += len(item.ids)
     return found
@@ -447,6 +463,7 @@ def _sequence(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     edges: frozenset[int] = frozenset(),
+    max_tokens: int | None = None,
 ) -> PreviewSequence:
     edges |= {edge for span in item.spans for edge in span}
     notes = []
@@ -456,10 +473,18 @@ def _sequence(
     if item.escaped_tokens:
         own = "a special token" if item.escaped_tokens == 1 else f"{item.escaped_tokens} special tokens"
         notes.append(f"{own} in the row's own text is encoded as ordinary text")
+    head, rest = len(item.ids), len(item.ids)
+    if max_tokens is not None and len(item.ids) > max_tokens:
+        head = max_tokens * 3 // 4
+        rest -= max_tokens - head
+    groups = list(token_groups(item.ids, tokenizer, edges, 0, head))
+    if head < rest:
+        groups.append(TokenGroup(tuple(item.ids[head:rest]), "", False, omitted=True))
+        groups += token_groups(item.ids, tokenizer, edges, rest)
     return PreviewSequence(
         label,
         tuple(item.ids),
-        tuple(token_groups(item.ids, tokenizer, edges)),
+        tuple(groups),
         bool(item.spans),
         frozenset(item.loss_indices),
         max_length,
@@ -505,13 +530,13 @@ def _with_cut(one: PreviewSequence, whole: Sequence[int], tokenizer: PreTrainedT
         begin, at = start, start
     else:
         begin, at = (count, count) if start == 0 else (0, 0)
-    groups = token_groups(whole, tokenizer, frozenset({begin, begin + missing}))
-    cut, index = [], 0
-    for group in groups:
-        if begin <= index < begin + missing:
-            cut.append(group)
-        index += len(group.ids)
-    return replace(one, cut=tuple(cut), cut_at=at, cut_tokens=missing)
+    end = begin + missing
+    if at or not kept:
+        end = min(end, begin + MAX_CUT_TOKENS)
+    else:
+        begin = max(begin, end - MAX_CUT_TOKENS)
+    cut = tuple(token_groups(whole, tokenizer, start=begin, stop=end))
+    return replace(one, cut=cut, cut_at=at, cut_tokens=missing)
 
 
 def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -564,20 +589,24 @@ def _turn_begin(whole: Sequence[int], start: int, missing: int, tokenizer: PreTr
 
 
 def token_groups(
-    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, edges: frozenset[int] = frozenset()
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    edges: frozenset[int] = frozenset(),
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[TokenGroup]:
-    """Decode `ids` token by token; those that only together are whole characters form one group, which has no index of
-    `edges` within it. The texts of all groups, one after another, are the text of the whole."""
+    """Decode `ids[start:stop]` token by token; those that only together are whole characters form one group, which has
+    no index of `edges` within it. The texts of all groups, one after another, are the text of the whole."""
     special = _special_tokens(tokenizer)
-    start = 0
-    while start < len(ids):
+    stop = len(ids) if stop is None else stop
+    while start < stop:
         end = start + 1
         if ids[start] in special:
             yield TokenGroup((ids[start],), special[ids[start]], True)
             start = end
             continue
         text = _text_between(ids, start, end, tokenizer)
-        while text.endswith(_REPLACEMENT) and end < len(ids) and end - start < _MAX_GROUP:
+        while text.endswith(_REPLACEMENT) and end < stop and end - start < _MAX_GROUP:
             if end in edges or ids[end] in special:
                 break
             end += 1
