@@ -184,7 +184,7 @@ class PreviewSequence:
 
     def as_json(self) -> dict[str, Any]:
         """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
-        that of the last one."""
+        that of the last one. cut has at most MAX_CUT_TOKENS."""
         tokens: list[str] = []
         special: list[bool] = []
         for group in self.groups:
@@ -539,6 +539,21 @@ def _with_cut(one: PreviewSequence, whole: Sequence[int], tokenizer: PreTrainedT
     return replace(one, cut=cut, cut_at=at, cut_tokens=missing)
 
 
+def _turn_begin(whole: Sequence[int], start: int, missing: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of all indices from which `missing` tokens can be cut with the same rest, the last one up to `start` that has a
+    special token: turns begin alike, so what is left alone says no more than that."""
+    special = _special_tokens(tokenizer)
+    at = start
+    while whole[at] not in special:
+        if not at or whole[at - 1] != whole[at + missing - 1]:
+            return start
+        at -= 1
+    return at
+
+
+# What is put around rows
+
+
 def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template does, in a sentence. Raises UnsupportedTemplate."""
     profile = chat_template_of(tokenizer).profile
@@ -571,18 +586,6 @@ def text_summary(tokenizer: PreTrainedTokenizerBase) -> str:
     begin = f"begins with {tokenizer.bos_token}" if adds_bos else "has no token before it"
     end = f"ends with {tokenizer.eos_token}" if tokenizer.eos_token is not None else "has no end token"
     return f"a text {begin} and {end}"
-
-
-def _turn_begin(whole: Sequence[int], start: int, missing: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of all indices from which `missing` tokens can be cut with the same rest, the last one up to `start` that has a
-    special token: turns begin alike, so what is left alone says no more than that."""
-    special = _special_tokens(tokenizer)
-    at = start
-    while whole[at] not in special:
-        if not at or whole[at - 1] != whole[at + missing - 1]:
-            return start
-        at -= 1
-    return at
 
 
 # Ids to text
