@@ -200,6 +200,36 @@ def report(
 
 
 @app.command()
+def preview(
+    file: File,
+    stage: Annotated[str, typer.Argument(help="A stage that feeds rows to a model.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    offset: Annotated[int, typer.Option(min=0, help="Skip so many rows.")] = 0,
+    row: Annotated[
+        str | None, typer.Option(metavar="ID", help="This row alone; the id may be shortened.", show_default=False)
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print each token as id:text.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Show rows as a model gets them: tokens, which of them are trained, what is cut off. Starts and writes nothing."""
+    from rich.console import Console
+
+    from tunery.preview.command import preview as preview_stage
+    from tunery.preview.terminal import render
+    from tunery.store import Store as TheStore
+
+    shown = preview_stage(file, stage, TheStore(store), rows, offset, row)
+    if as_json:
+        print(json.dumps(shown.as_json()))
+        return
+    console = Console(highlight=False)
+    colours = console.is_terminal and not console.is_dumb_terminal and not console.no_color
+    # A program that reads it gets the text's own lines, whatever its width.
+    console.print(render(shown, colours=colours, ids=ids), soft_wrap=not colours)
+
+
+@app.command()
 def trials(
     run: Annotated[str, typer.Argument(help="A run's name or folder.", show_default=False)],
     words: Annotated[

@@ -46,6 +46,22 @@ class Encoding:
     """Of an empty thinking block before a response."""
 
 
+NO_LIMIT = 2**31 - 1
+
+
+def encoding_of(stage: Any) -> Encoding:
+    """The settings of a training stage (tunery.spec) that decide its tokens. Texts of `pretrain` are not cut: its
+    blocks are, wherever they end."""
+    if stage.kind == "pretrain":
+        return Encoding(NO_LIMIT)
+    return Encoding(
+        stage.max_length,
+        getattr(stage, "train_on", "last_turn"),
+        getattr(stage, "truncate", "left"),
+        getattr(stage, "empty_thinking", "mask"),
+    )
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A sequence of tokens and the spans of it that are trained. The first token of a sequence is never predicted, so

@@ -16,7 +16,7 @@ from tunery.data.read import first_rows
 from tunery.data.sources import BadSource
 from tunery.errors import SpecError, TuneryError
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import as_prompt, encode_prompts
+from tunery.models.encode import as_prompt, encode_prompts, encoding_of
 from tunery.models.load import Source, load_tokenizer
 from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplate
 from tunery.runner.check_training import root_of
@@ -26,7 +26,7 @@ from tunery.spec.trainings import row_stages
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
-from tunery.train.sequences import ROW_ENCODINGS, encoding_of
+from tunery.train.sequences import ROW_ENCODINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

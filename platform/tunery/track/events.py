@@ -14,6 +14,8 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     stage_started    kind, fingerprint, detail (one line)
     progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters
     metrics          step, values {name: number}                                  a point of a training's curves
+    preview          template (what the chat template does, a sentence), records [{id, source, line, reason,
+                     sequences}]: a training's first rows as its model gets them (models/preview.py)
     stage_finished   kind, fingerprint, reused (bool), seconds, artifact (path), facts {..} (see each stage kind)
     stage_failed     kind, message, cause, remedy, log
     search_started   metric, mode, metrics [..] (the first one, further ones, those of constraints), also

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunery.track import augmented, curves, filters, responses, reviews, sections, sweep, timing
+from tunery.track import augmented, curves, filters, previews, responses, reviews, sections, sweep, timing
 from tunery.track.events import read_events
 from tunery.track.leaderboard import verdict
 from tunery.track.notes import note, outcome
@@ -61,6 +61,8 @@ def report_html(state: RunState, name: str = "") -> str:
         quarantines=filters.quarantines(state),
         reviews=reviews.reviews(state),
         augmented=augmented.augmented(state),
+        previews=previews.previews(_told_stages(state)),
+        open_previews=previews.OPEN,
         curves=curves.curve_figures(state),
         details=curves.curve_details(state),
         responses=responses.responses(_told_stages(state)),

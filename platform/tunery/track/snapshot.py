@@ -70,6 +70,8 @@ class StageState:
     """Progress events since that one."""
     facts: dict[str, Any] = field(default_factory=dict)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
+    preview: dict[str, Any] = field(default_factory=dict)
+    """Of a training: rows as its model gets them (models/preview.py)."""
     error: Failure | None = None
     recent: deque[tuple[float, float]] = field(default_factory=deque)
     """(time, done) of the progress events that the speed is taken over."""
@@ -92,9 +94,9 @@ class StageState:
         return max(0.0, self.eta_seconds - (now - self.recent[-1][0]))
 
     def reset(self) -> None:
-        """Back to waiting, as a new invocation begins. The curve and what it belongs to are kept."""
+        """Back to waiting, as a new invocation begins. The curve, the preview and what they belong to are kept."""
         fresh = StageState(self.name, self.kind, self.trial, self.inputs)
-        fresh.fingerprint, fresh.points = self.fingerprint, self.points
+        fresh.fingerprint, fresh.points, fresh.preview = self.fingerprint, self.points, self.preview
         self.__dict__.update(fresh.__dict__)
 
 

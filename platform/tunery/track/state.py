@@ -84,7 +84,7 @@ def _stage_started(state: RunState, event: Event) -> None:
     fingerprint = str(event.get("fingerprint", ""))
     stage.reset()
     if stage.fingerprint and fingerprint != stage.fingerprint:
-        stage.points = {}  # the experiment was edited: the old curve belongs to another artifact
+        stage.points, stage.preview = {}, {}  # the experiment was edited: they belong to another artifact
     stage.kind = str(event.get("kind", stage.kind))
     stage.fingerprint, stage.detail = fingerprint, str(event.get("detail", ""))
     stage.status, stage.started = "running", _time(event)
@@ -135,6 +135,11 @@ def _metrics(state: RunState, event: Event) -> None:
     else:
         return
     points.setdefault(int(step), {}).update(numbers)
+
+
+def _preview(state: RunState, event: Event) -> None:
+    told = {"records": listed(event.get("records")), "template": str(event.get("template") or "")}
+    _stage(state, event).preview = told
 
 
 def _stage_finished(state: RunState, event: Event) -> None:
@@ -263,6 +268,7 @@ _HANDLERS: dict[str, Callable[[RunState, Event], None]] = {
     "stage_started": _stage_started,
     "progress": _progress,
     "metrics": _metrics,
+    "preview": _preview,
     "stage_finished": _stage_finished,
     "stage_failed": _stage_failed,
     "search_started": _search_started,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tunery.errors import StageError
-from tunery.models.encode import Encoding, Span
+from tunery.models.encode import Span, encoding_of
 from tunery.models.encode_preferences import encode_pairs, encode_rated
 from tunery.models.load import Source
 from tunery.models.tokenized_dataset import (
@@ -31,7 +31,6 @@ from tunery.track.events import EventLog
 from tunery.train.batches import SequenceMixture
 from tunery.train.job import Job, Rows
 
-NO_LIMIT = 2**31 - 1
 UNUSABLE = "unusable.jsonl"
 """In a model's artifact: the rows that were not trained on, and why."""
 
@@ -173,18 +172,6 @@ ROW_ENCODINGS = {
     ),
 }
 """By stage kind."""
-
-
-def encoding_of(spec: Training[Any]) -> Encoding:
-    """The settings of a stage that decide its tokens."""
-    if isinstance(spec, Pretrain):
-        return Encoding(NO_LIMIT)
-    return Encoding(
-        spec.max_length,
-        getattr(spec, "train_on", "last_turn"),
-        getattr(spec, "truncate", "left"),
-        getattr(spec, "empty_thinking", "mask"),
-    )
 
 
 def mixture_of(spec: Training[Any], part_sizes: Sequence[int]) -> SequenceMixture | None:

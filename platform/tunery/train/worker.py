@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from tunery.models.preview import COLUMNS, stage_preview
 from tunery.track.events import EventLog
 from tunery.train.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
 from tunery.train.course import course
 from tunery.train.facts import evaluations_of, log_period, report_of, save_period, tell_again, training_facts
-from tunery.train.job import Job, Recipe, Report
+from tunery.train.job import Job, Recipe, Report, rows_of
 from tunery.train.sequences import mixture_facts, mixture_of
 
 RECIPES = {
@@ -90,6 +91,8 @@ def train(job: Job, report: Report) -> None:
         course(spec, batching.steps) if spec.changes else None,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
+    if rank == 0:
+        emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), trainer.processing_class, trainer.model))
     trainer.remove_callback(PrinterCallback)
     # Nobody asks for it, and transformers (5.23) goes through all parameters for it at each step.
     trainer.floating_point_ops = lambda inputs: 0

@@ -11,20 +11,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
+from tunery.models.encode import encoding_of
 from tunery.models.frozen_head import frozen_head_nll
 from tunery.models.likelihood import head_is_plain
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.packing import length_batches
+from tunery.models.preview import COLUMNS, stage_preview
 from tunery.models.side_by_side import attend_by_rows
 from tunery.spec import LoraTuner
-from tunery.train.job import Job, Report
+from tunery.train.job import Job, Report, rows_of
 from tunery.train.packed.adamw import Rates
 from tunery.train.packed.batch import Batch, batch_of
 from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
 from tunery.train.packed.stack import Stack, StackedLinear, install
-from tunery.train.sequences import GivenSequences, TrainingSequences, encoding_of, read_sequences
+from tunery.train.sequences import GivenSequences, TrainingSequences, read_sequences
 
 T = TypeVar("T")
 BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -79,6 +81,7 @@ class Pack:
         peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
         member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)
         self._check(member, peft_model)
+        member.emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), self._tokenizer))
         if self.members and not self._has_room([*self.members, member]):
             return None
         self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])

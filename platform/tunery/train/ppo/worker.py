@@ -57,6 +57,8 @@ class _Run:
 
         from tunery.models.generate import end_tokens
         from tunery.models.load import load_tokenizer
+        from tunery.models.preview import COLUMNS as PREVIEW_COLUMNS
+        from tunery.models.preview import stage_preview
         from tunery.models.prompts import COLUMNS, read_prompts
         from tunery.train.checkpoints import written_by
         from tunery.train.ppo.build import build
@@ -77,6 +79,7 @@ class _Run:
         self.dtype = pick_dtype(compute.precision, compute.device)
         set_seed(job.seed)
         self.tokenizer = load_tokenizer(job.model)
+        self.emit("preview", **stage_preview(spec, rows_of(job.rows, PREVIEW_COLUMNS), self.tokenizer))
         longest = spec.max_length - spec.sampling.max_new_tokens
         self.prompts = read_prompts(rows_of(job.rows, COLUMNS), self.tokenizer, longest, job.stage, "data")
         self.measured = (

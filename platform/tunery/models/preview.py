@@ -1,0 +1,630 @@
+"""Rows as a model gets them: the token sequences of a training, a score or an evaluation, as text with what each token
+is: trained, masked, special, or cut off.
+
+`preview_rows` encodes rows by the same functions as the stages do (models/encode.py, models/shown.py). `tunery preview`
+prints the result; a training logs `preview_records` of its first rows, which the report shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import (
+    Encoded,
+    Encoding,
+    as_prompt,
+    encode_prompts,
+    encode_sequences,
+    encode_whole,
+    encoding_of,
+    tokenize_pieces,
+)
+from tunery.models.encode_preferences import encode_pairs, encode_rated, rejected_side
+from tunery.models.shown import RowReader
+from tunery.store.rows import CONTENT, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+InputFormat = Literal[
+    "documents", "conversation", "pair", "rated", "prompt", "scored", "all_tokens", "ifd", "classifier", "reward_pair"
+]
+"""How a row becomes sequences.
+documents: texts one after another, in blocks of `max_length`; conversation: as `sft` trains on it; pair: both responses
+of a preference pair, each after the prompt; rated: a rated response, or both of a pair; prompt: up to where generation
+begins; scored: the last response counts; all_tokens: every token counts; ifd: the last response counts, after the
+prompt and without it; classifier: what a sequence classifier or an embedding model gets; reward_pair: the same of both
+responses of a pair."""
+FORMATS: dict[str, InputFormat] = {
+    "pretrain": "documents",
+    "sft": "conversation",
+    "evaluate": "conversation",
+    "dpo": "pair",
+    "kto": "rated",
+    "grpo": "prompt",
+    "rloo": "prompt",
+    "ppo": "prompt",
+    "win_rate": "prompt",
+    "classifier": "classifier",
+    "reward": "reward_pair",
+}
+"""By stage kind; a `score` stage has one for each scorer with a model (preview/inputs.py)."""
+COLUMNS = [*CONTENT, "id", "rejected", "label", "source", "line"]
+"""Of a row, that a preview reads."""
+ROWS = 3
+"""Rows of a stage that are logged and printed where no number is given."""
+MAX_RECORD_TOKENS = 2_000
+"""Tokens of a sequence in a record; of a longer one the middle is left out."""
+MAX_CUT_TOKENS = 200
+"""Tokens of what truncation cuts off that are shown."""
+_CONTEXT_TOKENS = 8
+"""Tokens before the one that is decoded: some tokenizers (Llama 2's) drop the space of the first token of a text."""
+_MAX_GROUP = 16
+"""Tokens that are decoded together, at most. A character has at most four bytes, but tokens may hold the end of one
+character and the beginning of the next."""
+_REPLACEMENT = "\ufffd"
+
+SegmentKind = Literal["trained", "masked", "input", "cut", "mark"]
+"""input: a token of a sequence in which no token has a loss; cut: truncation removes it; mark: no token but a position,
+such as the beginning of a block."""
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Tokens that are shown together: one, or those whose bytes together are whole characters."""
+
+    ids: tuple[int, ...]
+    text: str
+    special: bool
+    """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
+    omitted: bool = False
+    """The middle of a long document, which is not decoded."""
+
+    def shown(self, with_ids: bool) -> str:
+        if not with_ids:
+            return self.text
+        end = "" if self.text.endswith("\n") else "  "
+        return f"{'+'.join(map(str, self.ids))}:{self.text}{end}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of the same kind."""
+
+    kind: SegmentKind
+    text: str
+    special: bool = False
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PreviewSequence:
+    """A sequence that the model gets."""
+
+    label: str
+    """Which of a row's sequences it is ("chosen", "part 1 of 2"); "" where there is one."""
+    ids: tuple[int, ...]
+    groups: tuple[TokenGroup, ...]
+    """Decoded from `ids`, in their order."""
+    has_loss: bool
+    """Some tokens have a loss; not so of prompts and of classifiers' inputs."""
+    trained: frozenset[int]
+    """Indices of the tokens with a loss."""
+    max_length: int
+    """Tokens, at most; or of a block."""
+    blocks: bool = False
+    """It is a document, of which blocks are cut."""
+    truncated: bool = False
+    cut: tuple[TokenGroup, ...] = ()
+    """What truncation removed, where it is one piece: its first MAX_CUT_TOKENS, or the last ones where the beginning is
+    cut off;"""
+    cut_at: int = 0
+    """and the index in `ids` before which it was."""
+    cut_tokens: int = 0
+    marks: tuple[tuple[int, str], ...] = ()
+    """(index in `ids`, text) of positions to show, ascending."""
+    reason: str = ""
+    """Why it is not used."""
+    notes: tuple[str, ...] = ()
+
+    def segments(self, max_tokens: int | None = None, with_ids: bool = False) -> list[Segment]:
+        """The text in its order, neighbours of one kind joined. `max_tokens`: of more than these the middle is left
+        out. `with_ids`: each token as `id:text`."""
+        pieces = list(self._pieces(with_ids))
+        if max_tokens is not None and len(pieces) > max_tokens:
+            head = max_tokens * 3 // 4
+            tail = max_tokens - head
+            pieces = [*pieces[:head], _omitted(sum(one.num_tokens for one in pieces[head:-tail])), *pieces[-tail:]]
+        joined: list[Segment] = []
+        for key, group in groupby(pieces, key=lambda piece: (piece.kind, piece.special, piece.kind == "mark")):
+            same = list(group)
+            joined += same if key[2] else [replace(same[0], text="".join(piece.text for piece in same))]
+        return joined
+
+    def token_kind(self, index: int) -> SegmentKind:
+        if not self.has_loss:
+            return "input"
+        return "trained" if index in self.trained else "masked"
+
+    def _pieces(self, with_ids: bool) -> Iterator[Segment]:
+        index = 0
+        marks = list(self.marks)
+        for group in self.groups:
+            if self.cut and index == self.cut_at:
+                yield from self._cut_pieces(with_ids)
+            while marks and marks[0][0] <= index:
+                yield Segment("mark", marks.pop(0)[1])
+            if group.omitted:
+                yield _omitted(len(group.ids))
+                marks = [mark for mark in marks if mark[0] >= index + len(group.ids)]
+            else:
+                yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
+            index += len(group.ids)
+        if self.cut and index <= self.cut_at:
+            yield from self._cut_pieces(with_ids)
+        for _, text in marks:
+            yield Segment("mark", text)
+
+    def _cut_pieces(self, with_ids: bool) -> Iterator[Segment]:
+        yield Segment("mark", "cut off")
+        at_end = bool(self.cut_at) or not self.ids
+        hidden = self.cut_tokens - sum(len(group.ids) for group in self.cut)
+        more = [Segment("mark", f"{hidden:,} more tokens")] if hidden else []
+        if not at_end:
+            yield from more
+        for group in self.cut:
+            yield Segment("cut", group.shown(with_ids), group.special)
+        if at_end:
+            yield from more
+        if not at_end or self.cut_at < len(self.ids):
+            yield Segment("mark", "end of what is cut off")
+
+    def as_json(self) -> dict[str, Any]:
+        """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
+        that of the last one. cut has at most MAX_CUT_TOKENS."""
+        tokens: list[str] = []
+        special: list[bool] = []
+        for group in self.groups:
+            tokens += [""] * (len(group.ids) - 1) + [group.text]
+            special += [group.special] * len(group.ids)
+        return {
+            **self._described(),
+            "ids": list(self.ids),
+            "tokens": tokens,
+            "trained": [index in self.trained for index in range(len(self.ids))],
+            "special": special,
+            "marks": [{"index": index, "text": text} for index, text in self.marks],
+            "cut": {"index": self.cut_at, "text": "".join(group.text for group in self.cut)} if self.cut else None,
+        }
+
+    def as_record(self) -> dict[str, Any]:
+        """For the event log: segments in place of tokens."""
+        segments = [[one.kind, one.text, int(one.special)] for one in self.segments(MAX_RECORD_TOKENS)]
+        return {**self._described(), "segments": segments}
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "num_tokens": len(self.ids),
+            "num_trained": len(self.trained) if self.has_loss else None,
+            "max_length": self.max_length,
+            "blocks": self.blocks,
+            "truncated": self.truncated,
+            "cut_tokens": self.cut_tokens,
+            "reason": self.reason,
+            "notes": list(self.notes),
+        }
+
+
+def _omitted(num_tokens: int) -> Segment:
+    return Segment("mark", f"{num_tokens:,} tokens are not shown here", num_tokens=num_tokens)
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    id: str
+    source: str
+    line: int
+    sequences: tuple[PreviewSequence, ...]
+    reason: str = ""
+    """Why the row is not used, where it has no sequence at all."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self._described(), "sequences": [one.as_json() for one in self.sequences]}
+
+    def as_record(self) -> dict[str, Any]:
+        return {**self._described(), "sequences": [one.as_record() for one in self.sequences]}
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.id, "source": self.source, "line": self.line, "reason": self.reason}
+
+
+def preview_records(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    count: int = ROWS,
+    *,
+    input_format: InputFormat = "conversation",
+    model: PreTrainedModel | None = None,
+) -> list[dict[str, Any]]:
+    """The first `count` of `rows` for the event `preview`. Raises UnsupportedTemplate, as the training itself does."""
+    first = list(islice(rows, count))
+    shown = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
+    return [row.as_record() for row in shown]
+
+
+def stage_preview(
+    stage: Any, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """What a training logs as the event `preview`: {template, records}, of `rows` with COLUMNS. `model` is read by
+    trainings of classifiers and reward models only. Raises UnsupportedTemplate."""
+    first = list(islice(rows, ROWS))
+    records = preview_records(first, tokenizer, stage_encoding(stage), input_format=FORMATS[stage.kind], model=model)
+    chats = tokenizer.chat_template is not None and any(row.get("messages") for row in first)
+    return {"template": template_summary(tokenizer) if chats else "", "records": records}
+
+
+def stage_encoding(stage: Any) -> Encoding:
+    """How a stage encodes its rows. Of prompts `max_length` is what a response of `max_new_tokens` leaves to them."""
+    if FORMATS.get(stage.kind) == "prompt":
+        return Encoding(stage.max_length - stage.sampling.max_new_tokens)
+    if stage.kind in ("pretrain", "evaluate"):
+        return Encoding(stage.max_length)
+    return Encoding(stage.max_length, "last_turn") if stage.kind == "score" else encoding_of(stage)
+
+
+def preview_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    input_format: InputFormat,
+    *,
+    model: PreTrainedModel | None = None,
+    skip: int = 0,
+    max_tokens: int | None = None,
+) -> list[PreviewRow]:
+    """The sequences of each row but the first `skip`, which only say where blocks of documents begin.
+
+    model: for the formats `classifier` and `reward_pair`, with or without weights: its config says how long a row may
+    be. max_tokens: of a longer document the middle is not decoded. Raises UnsupportedTemplate where there are
+    conversations and the chat template can't be used.
+    """
+    if input_format == "documents":
+        return _documents(rows, tokenizer, encoding.max_length, skip, max_tokens)
+    rows = rows[skip:]
+    if input_format in ("classifier", "reward_pair"):
+        assert model is not None, "these formats need a model"
+        read = RowReader(model, tokenizer, encoding.max_length)
+        show = _reward_pair if input_format == "reward_pair" else _classified
+        return [show(row, read, tokenizer, encoding.max_length) for row in rows]
+    make: dict[str, Callable[[Row, PreTrainedTokenizerBase, Encoding], PreviewRow]] = {
+        "conversation": _conversation,
+        "pair": _pair,
+        "rated": _rated,
+        "prompt": _prompt,
+        "scored": _scored,
+        "all_tokens": _all_tokens,
+        "ifd": _ifd,
+    }
+    return [make[input_format](row, tokenizer, encoding) for row in rows]
+
+
+# Rows to sequences, by format
+
+
+def _row(row: Row, sequences: Sequence[PreviewSequence], reason: str = "") -> PreviewRow:
+    return PreviewRow(row.get("id") or "", row.get("source") or "", row.get("line") or 0, tuple(sequences), reason)
+
+
+def _documents(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int, max_tokens: int | None
+) -> list[PreviewRow]:
+    """Each row's part of the blocks. The first token of a block has no loss: nothing predicts it."""
+    encoded = encode_whole(rows, tokenizer, Encoding(block)) if rows else []
+    start = sum(len(item.ids) for item in encoded[:skip])
+    found = []
+    for row, item in zip(rows[skip:], encoded[skip:], strict=True):
+        first = -start % block
+        begins = range(first, len(item.ids), block)
+        trained = frozenset(range(len(item.ids))) - frozenset(begins)
+        marks = tuple((index, f"block {(start + index) // block + 1} begins") for index in begins)
+        one = _sequence("", item, tokenizer, block, frozenset(begins), max_tokens)
+        found.append(_row(row, [replace(one, has_loss=bool(item.ids), trained=trained, blocks=True, marks=marks)]))
+        start += len(item.ids)
+    return found
+
+
+def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    (parts,) = encode_sequences([row], tokenizer, encoding)
+    if len(parts) == 1:
+        return _row(row, [_with_loss("", row, parts[0], tokenizer, encoding)])
+    labels = [f"part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
+    # What one part lacks, the others have: nothing is shown as cut off.
+    return _row(
+        row, [_sequence(label, part, tokenizer, encoding.max_length) for label, part in zip(labels, parts, strict=True)]
+    )
+
+
+def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    (found,) = encode_pairs([row], tokenizer, encoding)
+    if not found.sequences:
+        return _row(row, [], found.unusable)
+    sides = zip(("chosen", "rejected"), (row, rejected_side(row)), found.sequences, strict=True)
+    shown = [_response(label, side, item, tokenizer, encoding) for label, side, item in sides]
+    return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
+
+
+def _rated(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    (found,) = encode_rated([row], tokenizer, encoding)
+    sides = [rejected_side(row) if row.get("rejected") and not label else row for label in found.labels]
+    shown = [
+        _response("desirable" if label else "undesirable", side, item, tokenizer, encoding)
+        for label, side, item in zip(found.labels, sides, found.sequences, strict=True)
+    ]
+    return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
+
+
+def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    try:
+        prompt = as_prompt(row)
+    except ValueError as error:
+        return _row(row, [], f"it is {error}")
+    (item,) = encode_prompts([prompt], tokenizer)
+    one = _sequence("", item, tokenizer, encoding.max_length)
+    if len(item.ids) > encoding.max_length:
+        reason = f"its prompt has {len(item.ids):,} tokens, and max_length leaves room for {encoding.max_length:,}"
+        one = replace(one, reason=reason)
+    return _row(row, [replace(one, marks=((len(item.ids), "generation begins here"),) if item.ids else ())])
+
+
+def _scored(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    return _row(row, [_with_loss("", row, _encoded(row, tokenizer, encoding), tokenizer, encoding)])
+
+
+def _all_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    item = _encoded(row, tokenizer, encoding)
+    item = replace(item, spans=((0, len(item.ids)),) if item.ids else ())
+    return _row(row, [_with_loss("", row, item, tokenizer, encoding)])
+
+
+def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
+    item = _encoded(row, tokenizer, encoding)
+    after_prompt = _with_loss("after the prompt", row, item, tokenizer, encoding)
+    start, end = item.response
+    if not item.opening or start == end:
+        return _row(row, [replace(after_prompt, reason=after_prompt.reason or "there is no response to compare")])
+    ids = [*item.opening, *item.ids[start:end]]
+    alone = Encoded(ids, ((len(item.opening), len(ids)),))
+    return _row(row, [after_prompt, _sequence("without the prompt", alone, tokenizer, encoding.max_length)])
+
+
+def _classified(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
+    return _row(row, [_shown("", row, read, tokenizer, max_length)])
+
+
+def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
+    if not row.get("messages") or not row.get("rejected"):
+        return _row(row, [], "it is no preference pair")
+    sides = [
+        _shown("chosen", row, read, tokenizer, max_length),
+        _shown("rejected", rejected_side(row), read, tokenizer, max_length),
+    ]
+    same = sides[0].ids == sides[1].ids and not sides[0].reason
+    return _row(row, sides, "both responses have the same tokens" if same else "")
+
+
+# Sequences
+
+
+def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Encoded:
+    (parts,) = encode_sequences([row], tokenizer, encoding)
+    return parts[0]
+
+
+def _response(
+    label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> PreviewSequence:
+    """`item`: up to the end of the last response, as preferences are encoded."""
+    return _with_loss(label, row, item, tokenizer, replace(encoding, train_on="last_turn"))
+
+
+def _with_loss(
+    label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> PreviewSequence:
+    one = _sequence(label, item, tokenizer, encoding.max_length)
+    if not item.num_loss_tokens and not one.reason:
+        why = "no token would be trained: the responses are empty, not trained, or cut off"
+        one = replace(one, reason=why)
+    if not item.truncated and not (item.rejected and not item.ids):
+        return one
+    (whole,) = encode_whole([row], tokenizer, encoding)
+    return _with_cut(one, whole.ids, tokenizer)
+
+
+def _sequence(
+    label: str,
+    item: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    edges: frozenset[int] = frozenset(),
+    max_tokens: int | None = None,
+) -> PreviewSequence:
+    edges |= {edge for span in item.spans for edge in span}
+    notes = []
+    if item.dropped_reasoning:
+        turns = "an assistant turn" if item.dropped_reasoning == 1 else f"{item.dropped_reasoning} assistant turns"
+        notes.append(f"the chat template drops the reasoning of {turns}")
+    if item.escaped_tokens:
+        own = "a special token" if item.escaped_tokens == 1 else f"{item.escaped_tokens} special tokens"
+        notes.append(f"{own} in the row's own text is encoded as ordinary text")
+    head, rest = len(item.ids), len(item.ids)
+    if max_tokens is not None and len(item.ids) > max_tokens:
+        head = max_tokens * 3 // 4
+        rest -= max_tokens - head
+    groups = list(token_groups(item.ids, tokenizer, edges, 0, head))
+    if head < rest:
+        groups.append(TokenGroup(tuple(item.ids[head:rest]), "", False, omitted=True))
+        groups += token_groups(item.ids, tokenizer, edges, rest)
+    return PreviewSequence(
+        label,
+        tuple(item.ids),
+        tuple(groups),
+        bool(item.spans),
+        frozenset(item.loss_indices),
+        max_length,
+        truncated=item.truncated,
+        reason=item.rejected,
+        notes=tuple(notes),
+    )
+
+
+def _shown(
+    label: str, row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreviewSequence:
+    (seen,) = read([row])
+    item = Encoded(seen.ids, (), truncated=seen.truncated, rejected=seen.rejected)
+    one = _sequence(label, item, tokenizer, max_length)
+    if not seen.ids and not seen.rejected:
+        return replace(one, reason="it has no token")
+    if not seen.truncated:
+        return one
+    if not row.get("messages"):
+        return _with_cut(one, tokenizer(row["text"], verbose=False)["input_ids"], tokenizer)
+    if tokenizer.chat_template is None:
+        return one  # a pair of texts, of which the tokenizer cuts the longer one
+    template = chat_template_of(tokenizer)
+    ((whole,),) = tokenize_pieces([[template.conversation(row).text]], template)
+    return _with_cut(one, whole, tokenizer)
+
+
+def _with_cut(one: PreviewSequence, whole: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> PreviewSequence:
+    """With what truncation removed from `whole`, where the rest is one piece of it, or two."""
+    kept, count = list(one.ids), len(one.ids)
+    missing = len(whole) - count
+    if missing <= 0:
+        return one
+    start = next((at for at in (0, missing) if list(whole[at : at + count]) == kept), None)
+    if start is None:
+        start = 0
+        while start < count and whole[start] == kept[start]:
+            start += 1
+        if list(whole[start + missing :]) != kept[start:]:
+            return replace(one, cut_tokens=missing)
+        start = _turn_begin(whole, start, missing, tokenizer)
+        begin, at = start, start
+    else:
+        begin, at = (count, count) if start == 0 else (0, 0)
+    end = begin + missing
+    if at or not kept:
+        end = min(end, begin + MAX_CUT_TOKENS)
+    else:
+        begin = max(begin, end - MAX_CUT_TOKENS)
+    cut = tuple(token_groups(whole, tokenizer, start=begin, stop=end))
+    return replace(one, cut=cut, cut_at=at, cut_tokens=missing)
+
+
+def _turn_begin(whole: Sequence[int], start: int, missing: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of all indices from which `missing` tokens can be cut with the same rest, the last one up to `start` that has a
+    special token: turns begin alike, so what is left alone says no more than that."""
+    special = _special_tokens(tokenizer)
+    at = start
+    while whole[at] not in special:
+        if not at or whole[at - 1] != whole[at + missing - 1]:
+            return start
+        at -= 1
+    return at
+
+
+# What is put around rows
+
+
+def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template does, in a sentence. Raises UnsupportedTemplate."""
+    profile = chat_template_of(tokenizer).profile
+    calls = "not rendered"
+    if profile.tool_calls:
+        parts = [("results", profile.tool_results), ("definitions of tools", profile.tools)]
+        with_ = [name for name, rendered in parts if rendered]
+        without = [name for name, rendered in parts if not rendered]
+        calls = "rendered" + (f" with {' and '.join(with_)}" if with_ else "")
+        calls += f", without {' and '.join(without)}" if without else ""
+    if profile.reasoning:
+        thinking = "rendered" if profile.earlier_reasoning else "rendered, of the last turn only"
+    else:
+        thinking = "dropped from responses before the last" if profile.thinking_model else "not rendered"
+    said = [
+        f"a response ends with {' or '.join(profile.end_tokens) or 'no token'}"
+        + (f" ({profile.appended_end} is added after the last turn)" if profile.appended_end else ""),
+        f"generation begins after {profile.generation_prompt!r}" if profile.generation_prompt else "",
+        f"system turns are {'rendered' if profile.system else 'not supported'}",
+        "" if profile.multi_turn else "only one question with one response is supported",
+        f"tool calls are {calls}",
+        f"reasoning is {thinking}",
+    ]
+    return "; ".join(part for part in said if part)
+
+
+def text_summary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is put around a text, in a sentence."""
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begin = f"begins with {tokenizer.bos_token}" if adds_bos else "has no token before it"
+    end = f"ends with {tokenizer.eos_token}" if tokenizer.eos_token is not None else "has no end token"
+    return f"a text {begin} and {end}"
+
+
+# Ids to text
+
+
+def token_groups(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    edges: frozenset[int] = frozenset(),
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[TokenGroup]:
+    """Decode `ids[start:stop]` token by token; those that only together are whole characters form one group, which has
+    no index of `edges` within it. The texts of all groups, one after another, are the text of the whole."""
+    special = _special_tokens(tokenizer)
+    stop = len(ids) if stop is None else stop
+    while start < stop:
+        end = start + 1
+        if ids[start] in special:
+            yield TokenGroup((ids[start],), special[ids[start]], True)
+            start = end
+            continue
+        text = _text_between(ids, start, end, tokenizer)
+        while text.endswith(_REPLACEMENT) and end < stop and end - start < _MAX_GROUP:
+            if end in edges or ids[end] in special:
+                break
+            end += 1
+            text = _text_between(ids, start, end, tokenizer)
+        yield TokenGroup(tuple(ids[start:end]), text, False)
+        start = end
+
+
+def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokens from `start` to `end` add to the text of those before them."""
+    context = max(0, start - _CONTEXT_TOKENS)
+    before = _decode(ids[context:start], tokenizer)
+    with_them = _decode(ids[context:end], tokenizer)
+    if with_them.startswith(before):
+        return with_them[len(before) :]
+    return _decode(ids[start:end], tokenizer)
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
+    """Special tokens, and added ones that are no white space (Gemma adds runs of spaces)."""
+    return {
+        index: token.content
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content.strip()
+    }

@@ -1,0 +1,1 @@
+"""`tunery preview`: rows of a stage as its model gets them."""

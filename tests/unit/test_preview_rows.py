@@ -1,0 +1,324 @@
+"""Rows as a model gets them: which tokens are trained, masked, special or cut off, in every format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from small_classifiers import write_encoder
+
+from tunery.models.encode import Encoding, encode_sequences, encode_whole
+from tunery.models.preview import (
+    PreviewRow,
+    PreviewSequence,
+    preview_records,
+    preview_rows,
+    stage_preview,
+    template_summary,
+    token_groups,
+)
+from tunery.models.scratch import train_tokenizer
+from tunery.spec import Sft
+from tunery.store.rows import Row
+
+TEXTS = ["What is the capital of France? Paris. The quick brown fox answers the user briefly."] * 3
+GEMMA_LIKE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CHAT = [("user", "Capital?"), ("assistant", "Paris."), ("user", "And of China? 中国"), ("assistant", "北京 🏯.\nYes.")]
+CHINESE = "中华人民共和国的首都是北京。🏯👨‍👩‍👧 ž\ufffd."
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return train_tokenizer(TEXTS, 360)
+
+
+def chat(*turns: tuple[str, str], **columns: Any) -> Row:
+    messages = [{"role": role, "content": content, "tool_calls": None} for role, content in turns]
+    return {"id": "0f", "text": None, "messages": messages, "source": "a.jsonl", "line": 3, **columns}
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Row:
+    return chat(("user", prompt), ("assistant", chosen), rejected=[{"role": "assistant", "content": rejected}])
+
+
+def text(content: str) -> Row:
+    return {"id": "1f", "text": content, "messages": None, "source": "a.txt", "line": 1}
+
+
+def only(rows: list[PreviewRow]) -> PreviewSequence:
+    ((sequence,),) = [row.sequences for row in rows]
+    return sequence
+
+
+def kinds(sequence: PreviewSequence) -> list[tuple[str, str]]:
+    return [(f"{one.kind}{' special' if one.special else ''}", one.text) for one in sequence.segments()]
+
+
+def test_every_response_of_a_conversation_is_trained_with_its_end_token(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200), "conversation"))
+    assert kinds(shown) == [
+        ("masked special", "<|user|>"),
+        ("masked", "Capital?"),
+        ("masked special", "<|end|><|assistant|>"),
+        ("trained", "Paris."),
+        ("trained special", "<|end|>"),
+        ("masked special", "<|user|>"),
+        ("masked", "And of China? 中国"),
+        ("masked special", "<|end|><|assistant|>"),
+        ("trained", "北京 🏯.\nYes."),
+        ("trained special", "<|end|>"),
+    ]
+
+
+def test_preview_has_the_tokens_and_the_mask_of_the_training(tokenizer: Any) -> None:
+    rows = [chat(*CHAT), chat(*CHAT[:2])]
+    for row, (encoded,) in zip(rows, encode_sequences(rows, tokenizer, Encoding(40)), strict=True):
+        shown = only(preview_rows([row], tokenizer, Encoding(40), "conversation"))
+        assert list(shown.ids) == encoded.ids
+        assert sorted(shown.trained) == encoded.loss_indices
+
+
+def test_last_turn_alone_is_trained_where_the_encoding_says_so(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200, "last_turn"), "conversation"))
+    assert "".join(part for kind, part in kinds(shown) if kind.startswith("trained")) == "北京 🏯.\nYes.<|end|>"
+
+
+def test_what_truncation_removes_is_shown_behind_what_is_kept(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
+    assert shown.truncated
+    assert kinds(shown)[:6] == [
+        ("masked special", "<|user|>"),
+        ("masked", "Capital?"),
+        ("masked special", "<|end|><|assistant|>"),
+        ("trained", "Paris."),
+        ("trained special", "<|end|>"),
+        ("mark", "cut off"),
+    ]
+    assert "".join(part for kind, part in kinds(shown) if kind.startswith("cut")) == (
+        "<|user|>And of China? 中国<|end|><|assistant|>北京 🏯.\nYes.<|end|>"
+    )
+
+
+def test_oldest_turns_that_are_cut_off_are_shown_before_what_is_kept(tokenizer: Any) -> None:
+    rows = [chat(("system", "Be brief."), *CHAT)]
+    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
+    encoding = Encoding(len(whole.ids) - 1, truncate="left")
+    shown = kinds(only(preview_rows(rows, tokenizer, encoding, "conversation")))
+    at = [kind for kind, _ in shown].index("mark")
+    assert "".join(part for _, part in shown[:at]) == "<|system|>Be brief.<|end|>"
+    assert "".join(part for kind, part in shown if kind.startswith("cut")) == (
+        "<|user|>Capital?<|end|><|assistant|>Paris.<|end|>"
+    )
+
+
+def test_parts_of_a_conversation_that_is_split_are_numbered_and_hide_nothing(tokenizer: Any) -> None:
+    rows = [chat(*CHAT)]
+    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
+    encoding = Encoding(len(whole.ids) - 1, truncate="split")
+    (row,) = preview_rows(rows, tokenizer, encoding, "conversation")
+    assert [one.label for one in row.sequences] == ["part 1 of 2", "part 2 of 2"]
+    assert not any(one.cut for one in row.sequences)
+
+
+def test_row_that_is_dropped_for_its_length_shows_reason_and_text(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20, truncate="drop"), "conversation"))
+    assert "max_length is 20" in shown.reason
+    assert "".join(part for kind, part in kinds(shown) if kind.startswith("cut")).endswith("Yes.<|end|>")
+
+
+def test_conversation_that_the_template_rejects_shows_its_reason(tokenizer: Any) -> None:
+    tokenizer.chat_template = GEMMA_LIKE
+    shown = only(preview_rows([chat(("system", "Be brief."), *CHAT)], tokenizer, Encoding(99), "conversation"))
+    assert shown.reason == "the chat template fails: System role not supported"
+    assert shown.ids == ()
+
+
+def test_response_that_is_cut_off_whole_says_that_nothing_is_trained(tokenizer: Any) -> None:
+    rows = [chat(*CHAT[:2])]
+    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
+    shown = only(preview_rows(rows, tokenizer, Encoding(whole.response[0]), "conversation"))
+    assert "no token would be trained" in shown.reason
+
+
+def test_special_token_in_a_rows_own_text_is_not_special(tokenizer: Any) -> None:
+    rows = [chat(("user", "a <|end|> b"), ("assistant", "c"))]
+    shown = only(preview_rows(rows, tokenizer, Encoding(99), "conversation"))
+    assert ("masked", "a <|end|> b") in kinds(shown)
+    assert shown.notes == ("a special token in the row's own text is encoded as ordinary text",)
+
+
+def test_both_responses_of_a_pair_end_with_their_end_token(tokenizer: Any) -> None:
+    (row,) = preview_rows([pair("Capital?", "Paris.", "Fox.")], tokenizer, Encoding(99), "pair")
+    assert [one.label for one in row.sequences] == ["chosen", "rejected"]
+    assert [kinds(one)[-2:] for one in row.sequences] == [
+        [("trained", "Paris."), ("trained special", "<|end|>")],
+        [("trained", "Fox."), ("trained special", "<|end|>")],
+    ]
+
+
+def test_pair_that_is_the_same_when_cut_is_not_used(tokenizer: Any) -> None:
+    long = "The quick brown fox answers the user briefly."
+    (row,) = preview_rows([pair("?", f"{long} Yes", f"{long} No")], tokenizer, Encoding(8), "pair")
+    assert row.reason == "both responses have the same tokens"
+
+
+def test_row_without_a_second_response_is_no_pair(tokenizer: Any) -> None:
+    (row,) = preview_rows([chat(*CHAT)], tokenizer, Encoding(99), "pair")
+    assert (row.reason, row.sequences) == ("it is no preference pair", ())
+
+
+def test_rated_responses_say_which_is_desirable(tokenizer: Any) -> None:
+    rows = [chat(*CHAT[:2], label=False), pair("Capital?", "Paris.", "Fox."), chat(*CHAT[:2])]
+    shown = preview_rows(rows, tokenizer, Encoding(99), "rated")
+    labels = [[one.label for one in row.sequences] for row in shown]
+    assert labels == [["undesirable"], ["desirable", "undesirable"], []]
+    assert shown[2].reason == "it has neither a label nor a rejected response"
+
+
+def test_prompt_ends_where_generation_begins_and_has_no_mask(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT[:2])], tokenizer, Encoding(99), "prompt"))
+    assert kinds(shown) == [
+        ("input special", "<|user|>"),
+        ("input", "Capital?"),
+        ("input special", "<|end|><|assistant|>"),
+        ("mark", "generation begins here"),
+    ]
+
+
+def test_prompt_that_leaves_no_room_for_a_response_says_so(tokenizer: Any) -> None:
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(9), "prompt"))
+    assert "max_length leaves room for 9" in shown.reason
+
+
+def test_documents_show_their_end_tokens_and_where_blocks_begin(tokenizer: Any) -> None:
+    rows = [text("Paris. Paris."), text("The quick brown fox")]
+    lengths = [len(item.ids) for item in encode_whole(rows, tokenizer, Encoding(5))]
+    shown = [only([row]) for row in preview_rows(rows, tokenizer, Encoding(5), "documents")]
+    begins = [index - offset for offset, one in zip((0, lengths[0]), shown, strict=True) for index, _ in one.marks]
+    assert [text for one in shown for _, text in one.marks] == [
+        f"block {number} begins" for number in range(1, 2 + (sum(lengths) - 1) // 5)
+    ]
+    assert begins
+    for one, start in zip(shown, (0, lengths[0]), strict=True):
+        assert all((start + index) % 5 == 0 for index, _ in one.marks)
+        assert {index for index, _ in one.marks} == set(range(len(one.ids))) - one.trained
+        assert (one.groups[-1].text, one.groups[-1].special) == ("<|end|>", True)
+
+
+def test_blocks_of_a_later_document_go_on_from_those_before_it(tokenizer: Any) -> None:
+    rows = [text("Paris. Paris."), text("The quick brown fox")]
+    both = preview_rows(rows, tokenizer, Encoding(5), "documents")
+    assert preview_rows(rows, tokenizer, Encoding(5), "documents", skip=1) == both[1:]
+
+
+def test_ifd_scores_the_response_after_the_prompt_and_without_it(tokenizer: Any) -> None:
+    (row,) = preview_rows([chat(*CHAT[:2])], tokenizer, Encoding(99), "ifd")
+    assert [one.label for one in row.sequences] == ["after the prompt", "without the prompt"]
+    assert kinds(row.sequences[1]) == [
+        ("masked special", "<|assistant|>"),
+        ("trained", "Paris."),
+        ("trained special", "<|end|>"),
+    ]
+
+
+def test_classifier_without_a_template_gets_question_and_response_as_a_pair_of_texts(tmp_path: Any) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = write_encoder(tmp_path, ["bad", "good"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    row = chat(("user", "why how"), ("assistant", "because so"))
+    shown = only(preview_rows([row], words, Encoding(32), "classifier", model=model))
+    assert [one.text.strip() for one in shown.segments()] == ["[CLS]", "why how", "[SEP]", "because so", "[SEP]"]
+    assert {one.kind for one in shown.segments()} == {"input"}
+
+
+@pytest.mark.parametrize("content", [CHINESE, "plain words", " leading", "tab\tand\nline", "e\u0301 \u202e x", ""])
+def test_texts_of_token_groups_are_the_text_of_the_whole(tokenizer: Any, content: str) -> None:
+    ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+    groups = list(token_groups(ids, tokenizer))
+    assert "".join(group.text for group in groups) == content
+    assert [token for group in groups for token in group.ids] == ids
+
+
+def test_character_of_several_tokens_is_shown_whole(tokenizer: Any) -> None:
+    (group,) = token_groups(tokenizer("京")["input_ids"], tokenizer)
+    assert (group.text, len(group.ids)) == ("京", 3)
+
+
+def test_tokenizer_that_drops_the_first_space_keeps_those_between_words() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # As Llama 2's: words begin with ▁, and the decoder drops the first one.
+    model = models.WordLevel({"<unk>": 0, "▁one": 1, "▁two": 2}, unk_token="<unk>")
+    words = Tokenizer(model)
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    groups = list(token_groups([1, 2, 1], PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")))
+    assert [group.text for group in groups] == ["one", " two", " one"]
+
+
+def test_record_leaves_out_the_middle_of_a_long_sequence(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.models.preview.MAX_RECORD_TOKENS", 8)
+    ((record,),) = [preview_records([chat(*CHAT)], tokenizer, Encoding(200))]
+    (sequence,) = record["sequences"]
+    (mark,) = [shown for kind, shown, _ in sequence["segments"] if kind == "mark"]
+    assert mark.endswith("tokens are not shown here")
+    assert sequence["num_tokens"] > 8
+    assert sequence["segments"][-1] == ["trained", "<|end|>", 1]
+
+
+def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.models.preview.MAX_RECORD_TOKENS", 40)
+    row = text("The quick brown fox. " * 5_000)
+    (encoded,) = encode_whole([row], tokenizer, Encoding(16))
+    decoded = 0
+    decode = type(tokenizer).decode
+
+    def counted(self: Any, ids: Any, **options: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    (record,) = preview_records([row], tokenizer, Encoding(16), input_format="documents")
+    segments = record["sequences"][0]["segments"]
+    assert 0 < decoded < 200
+    assert segments[0] == ["mark", "block 1 begins", 0]
+    (omitted,) = [shown for kind, shown, _ in segments if kind == "mark" and "not shown" in shown]
+    shown = "".join(shown for kind, shown, _ in segments if kind != "mark")
+    kept = len(tokenizer(shown.removesuffix("<|end|>"))["input_ids"])
+    assert int(omitted.split()[0].replace(",", "")) == pytest.approx(len(encoded.ids) - kept, abs=2)
+
+
+def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunery.models.preview.MAX_CUT_TOKENS", 4)
+    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
+    assert sum(len(group.ids) for group in shown.cut) == 4
+    assert kinds(shown)[-1] == ("mark", f"{shown.cut_tokens - 4} more tokens")
+
+
+def test_training_logs_its_first_rows_and_what_the_template_does(tokenizer: Any) -> None:
+    fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 0.1, "max_length": 99}
+    told = stage_preview(Sft.model_validate(fields), [chat(*CHAT)] * 5, tokenizer)
+    assert len(told["records"]) == 3
+    assert told["records"][0]["source"] == "a.jsonl"
+    assert told["template"] == template_summary(tokenizer)
+
+
+def test_template_summary_names_end_token_and_what_is_not_supported(tokenizer: Any) -> None:
+    own = template_summary(tokenizer)
+    assert own.startswith(
+        "a response ends with <|end|>; generation begins after '<|assistant|>'; system turns are rend"
+    )
+    assert "tool calls are rendered" in own
+    tokenizer.chat_template = GEMMA_LIKE
+    summary = template_summary(tokenizer)
+    assert "system turns are not supported" in summary
+    assert "tool calls are not rendered" in summary
