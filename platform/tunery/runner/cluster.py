@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from tunery.errors import RequestError, TuneryError
+from tunery.runner.failures import raised_in
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 30.0
@@ -97,7 +98,8 @@ def connection_failed(address: str, error: Exception | None) -> TuneryError:
         cause = f"its head is reachable, but did not take this driver within {CONNECT_SECONDS:.0f} s"
     else:
         # Ray's own line says no more than that it failed; why is in the error that it handled.
-        texts = [str(link) for link in (error, error.__cause__ or error.__context__) if link is not None]
+        links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
+        texts = [raised_in(str(link)) or str(link) for link in links]  # some hold another error's traceback
         lines = dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip())
         cause = "; ".join(lines)[:500] or type(error).__name__
     return _unreachable(
