@@ -89,7 +89,8 @@ class StopSignals:
             self._disarm()
             self._installed = False
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one of C code's, which Python can't put back
+                    signal.signal(number, handler)
 
     def install(self) -> None:
         """Put the handlers in place once more: Ray's C++ code (2.60, RayLog::InstallFailureSignalHandler within

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 import time
@@ -32,11 +33,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
+ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The address of a Ray that another process has started here."""
+    """The address of a Ray that another process has started here; it wants a token."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CLUSTER],
+        env={**ENVIRONMENT, **ACCESS},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     try:
@@ -48,12 +56,23 @@ def cluster() -> Iterator[str]:
 
 def test_run_takes_the_cluster_that_ray_address_names_and_leaves_it_running(bench: Bench, cluster: str) -> None:
     for _ in range(2):
-        done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled")
+        done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled", **ACCESS)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"connecting to Ray at {cluster}" in done.stdout
         (scored,) = bench.artifacts("score")
         bench.file.write_text(EXPERIMENT.replace("limit: 60", "limit: 50"))
         scored.rename(bench.folder / scored.name)
+
+
+def test_cluster_that_wants_another_token_is_told_within_the_limit(bench: Bench, cluster: str) -> None:
+    begin = time.monotonic()
+    other = {**ACCESS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled", **other)
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no Ray cluster can be reached at RAY_ADDRESS={cluster}\n")
+    assert "RAY_AUTH_TOKEN" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_address_where_nobody_listens_is_told_within_seconds(bench: Bench) -> None:

@@ -145,3 +145,15 @@ def test_all_that_ray_says_is_the_cause() -> None:
     failed = connection_failed("auto", ConnectionError("Could not find any running Ray instance.\nPlease specify it."))
     assert failed.cause == "Could not find any running Ray instance.; Please specify it."
     assert "ray start --head" in failed.remedy
+
+
+def test_cause_is_what_ray_handled_and_not_its_traceback() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at head:6379")
+    error.__cause__ = RuntimeError(
+        'Failed on error: Traceback (most recent call last):\n  File "node.py", line 996, in init\n    client = x()\n'
+        "             ^^^\nray.exceptions.AuthenticationError: the token is not that of the cluster"
+    )
+    cause = connection_failed("head:6379", error).cause
+    assert cause == (
+        "Failed to connect to Ray cluster at head:6379; AuthenticationError: the token is not that of the cluster"
+    )

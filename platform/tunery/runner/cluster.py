@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from tunery.errors import RequestError, TuneryError
+from tunery.runner.failures import raised_in
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 30.0
@@ -96,13 +97,16 @@ def connection_failed(address: str, error: Exception | None) -> TuneryError:
     if error is None:
         cause = f"its head is reachable, but did not take this driver within {CONNECT_SECONDS:.0f} s"
     else:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Ray's own line says no more than that it failed; why is in the error that it handled.
+        links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
+        texts = [raised_in(str(link)) or str(link) for link in links]  # some hold another error's traceback
+        lines = dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip())
         cause = "; ".join(lines)[:500] or type(error).__name__
     return _unreachable(
         address,
         cause,
         "the cluster must have this machine's versions of Ray and Python, a Ray node on this machine, and its token "
-        f"(RAY_AUTH_TOKEN) where it wants one; correct that, {UNSET}"
+        f"(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN) where it wants one; correct that, {UNSET}"
         if address != "auto"
         else f"start one with `ray start --head`, give its HOST:PORT as {VARIABLE}, {UNSET}",
     )
