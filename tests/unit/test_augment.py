@@ -285,6 +285,7 @@ def run(folder: Path, rows: list[Row], heldout: list[Row] | None = None, seed: i
         folder=folder,
         out=out,
         work=folder,
+        store=folder,
         scores=folder,
         events=folder,
         logs=folder,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import LoadText
+from tokenizers import Tokenizer, models
 
 from tunery.errors import RequestError, SpecErrors, StoreError
 from tunery.runner.check import check
@@ -55,7 +56,8 @@ def folder(tmp_path: Path) -> Path:
     model.mkdir()
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"")
-    (model / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]")).save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
     return tmp_path
 
 

@@ -384,6 +384,7 @@ def make(
         folder=folder,
         out=tmp_path / name / "out",
         work=tmp_path / name / "work",
+        store=tmp_path / name / "work",
         scores=tmp_path / "scores",
         events=tmp_path,
         logs=tmp_path,

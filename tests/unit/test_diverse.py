@@ -238,6 +238,7 @@ def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[Stag
         folder=folder,
         out=out,
         work=folder / "work",
+        store=folder / "work",
         scores=folder,
         events=folder,
         logs=folder,

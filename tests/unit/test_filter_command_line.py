@@ -51,7 +51,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "columns found: `x`, `y`",
         ),
         (Asked(("odd.csv",), Path("g.csv"), columns=("txet=x",)), "`--column txet=x` can't be used", "'text'"),
-        (Asked(("array.jsonl",), Path("g.csv")), "`array.jsonl` holds no row", "end in .json"),
+        (Asked(("array.jsonl",), Path("g.csv")), "`array.jsonl` holds no row", "a row must be an object, this is list"),
         (Asked(("rows.csv",), Path("g.csv"), limit=0), "`--limit 0` can't be used", "greater than 0"),
         (Asked(("builtin:python-docs",), Path("g.csv")), "is no source of a filter", "tunery run"),
     ],

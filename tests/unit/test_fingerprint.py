@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.runner import identity as identity_module
-from tunery.runner.identity import difference, fingerprints, identity, stage_seed
+from tunery.runner.identity import WITHOUT_EFFECT, difference, fingerprints, identity, stage_seed
 from tunery.runner.stages import STAGES
 from tunery.spec import Compute, Evaluate, Experiment, Stage, Training, WinRate
 from tunery.spec.graph import closure
@@ -61,6 +61,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "wins": {"kind": "win_rate", "models": ["base"], "against": "other", "judge": "judge", "data": "clean"},
 }
 
+MIXTURES = ("base", "sft", "dpo", "kto")
 LABELLED = [{"good": "more", "bad": "docs"}, {"good": "more", "bad": "scored"}, {"review": "checked"}]
 
 # By kind of stage, the field and other values that it may have, each to give a fingerprint of its own.
@@ -177,6 +178,16 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
             **({"beta": [0.5]} if name != "ppo" else {}),
         }.items()
     },
+    ("sft", "train_on"): ["last_turn"],
+    ("sft", "truncate"): ["left", "drop", "split"],
+    **{
+        (name, field): values
+        for name in ("sft", "dpo", "kto")
+        for field, values in {
+            "empty_thinking": ["train"],
+            **({"truncate": ["right", "drop"]} if name != "sft" else {}),
+        }.items()
+    },
     ("dpo", "loss"): ["hinge", "ipo"],
     ("dpo", "label_smoothing"): [0.1],
     ("dpo", "reference_free"): [True],
@@ -240,7 +251,11 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         (name, field): values
         for name in ("base", "sft", "judge", "rm", "dpo", "kto", "grpo", "rloo", "ppo")
         for field, values in {
-            "data": ["more", *LABELLED] if name == "judge" else ["more"],
+            "data": [
+                "more",
+                *(LABELLED if name == "judge" else []),
+                *([{"docs": 1.0, "more": 2.0}, {"docs": 1.0, "more": 3.0}] if name in MIXTURES else []),
+            ],
             "epochs": [3, 0.5, "auto"],
             "learning_rate": [0.5, "auto"],
             "global_batch_size": [8, 16],
@@ -305,7 +320,7 @@ def test_every_field_of_every_kind_of_stage_is_tried_below() -> None:
         (name, field)
         for name in ONE_OF_EACH_KIND
         for field in type(EXPERIMENT.stages[name]).model_fields
-        if field != "kind"
+        if field not in ("kind", *WITHOUT_EFFECT)
     }
     assert fields == OTHER_VALUES.keys()
 

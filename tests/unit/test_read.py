@@ -409,7 +409,7 @@ def test_builtin_subset_has_the_shape_that_is_said_of_it(subset: Any, shape: str
 
 
 def make(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageResult, Path]:
-    paths = {name: folder / out / name for name in ("out", "work", "scores", "events", "logs")}
+    paths = {name: folder / out / name for name in ("out", "work", "store", "scores", "events", "logs")}
     paths["out"].mkdir(parents=True)
     context = StageContext(
         name="docs",

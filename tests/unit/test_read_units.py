@@ -54,6 +54,7 @@ def context(stage: Dataset, folder: Path) -> StageContext:
         folder=folder,
         out=folder / "out",
         work=folder / "work",
+        store=folder / "work",
         scores=folder / "scores",
         events=folder,
         logs=folder,

@@ -35,6 +35,7 @@ def job_of(base: Path, out: Path) -> Job:
         ptx_rows=(),
         out=out,
         work=out,
+        store=out,
         events=out,
         compute=Compute(),
         workers=1,

@@ -259,4 +259,4 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
 
 def test_line_of_a_reward_model_tells_losses_and_accuracy() -> None:
     stage = StageState("rm", kind="reward", facts=FACTS)
-    assert outcome(stage) == "loss 0.250 → eval 0.500, accuracy 0.75"
+    assert outcome(stage) == "loss 0.250 → eval 0.500, accuracy 0.75, 9 of 12 rows (3 unusable)"

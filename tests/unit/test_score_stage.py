@@ -41,6 +41,7 @@ def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULE
         folder=folder,
         out=out,
         work=folder / "work",
+        store=folder / "work",
         scores=folder / "scores",
         events=folder,
         logs=folder,

@@ -228,6 +228,7 @@ def select(
         folder=folder,
         out=out,
         work=folder,
+        store=folder,
         scores=folder,
         events=folder,
         logs=folder,

@@ -125,9 +125,11 @@ def _check_stage(
         yield from _check_has_labels(name, stage, experiment, source, folder)
     yield from check_shapes(name, stage, experiment, source, folder)
     if whole:
-        yield from check_models(name, stage, experiment, source, folder)
+        of_models = list(check_models(name, stage, experiment, source, folder))
+        yield from of_models
         yield from check_rewards(name, stage, experiment, source, folder)
-        yield from check_templates(name, stage, experiment, source, folder)
+        if not of_models:
+            yield from check_templates(name, stage, experiment, source, folder)
 
 
 def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:

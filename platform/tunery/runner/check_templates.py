@@ -14,14 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 from tunery.data.read import first_rows
 from tunery.data.sources import BadSource
-from tunery.errors import SpecError, TuneryError
+from tunery.errors import SpecError
 from tunery.models.chat_template import chat_template_of
 from tunery.models.encode import as_prompt, encode_prompts, encoding_of
 from tunery.models.load import Source, load_tokenizer
 from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplate
 from tunery.runner.check_training import root_of
 from tunery.runner.identity import model_folder
-from tunery.spec import Evaluate, Experiment, Pretrain, Pretrained, Score, Training, WinRate
+from tunery.spec import (
+    ClassifierTraining,
+    Evaluate,
+    Experiment,
+    Pretrain,
+    Pretrained,
+    RewardTraining,
+    Score,
+    Training,
+    WinRate,
+)
 from tunery.spec.trainings import row_stages
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
@@ -72,11 +82,21 @@ def check_templates(
     for at, model in _models(stage):
         try:
             tokenizer = _tokenizer(model, experiment, folder)
-            if tokenizer is None:
-                continue
+        except Exception as error:  # whatever a tokenizer's files make of the library that reads them
+            yield error_at(
+                source,
+                ("stages", name, *at),
+                f"{name}: the tokenizer of `{_named(model, experiment)}` can't be used",
+                cause=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+                remedy="save the tokenizer again by `save_pretrained`, into the model's folder",
+            )
+            continue
+        if tokenizer is None:
+            continue
+        try:
             found = check_rows(stage, experiment, folder, tokenizer)
-        except (UnsupportedTemplate, TuneryError) as error:
-            message = error.message if isinstance(error, TuneryError) else str(error)
+        except UnsupportedTemplate as error:
+            message = str(error)
             yield error_at(
                 source,
                 ("stages", name, *at),
@@ -107,8 +127,8 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
             tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {})
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note
-        except (UnsupportedTemplate, TuneryError):
-            continue  # an error of `validate`
+        except Exception:  # an error of `check_templates`
+            continue
     return notes
 
 
@@ -162,6 +182,8 @@ def _check_sequences(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizer
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Language models of a stage, with where each stands in it."""
+    if isinstance(stage, ClassifierTraining | RewardTraining):
+        return  # rows without a chat template are given to these as texts (models/shown.py)
     if isinstance(stage, Training):
         yield ("model",), stage.model
     elif isinstance(stage, Evaluate | WinRate):

@@ -32,6 +32,8 @@ from tunery.store.fingerprint import folder_digest
 
 LATER = ("diverse", "fraction", "baseline", "changes")
 """Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
+WITHOUT_EFFECT = ("max_unusable",)
+"""Fields that end a stage or do not, and change no result."""
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
@@ -42,7 +44,7 @@ def stage_seed(stage: Stage, experiment: Experiment) -> int:
 def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
     where chance plays a part, the content that it reads from outside, and the version of how it is made."""
-    fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed"}))
+    fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed", *WITHOUT_EFFECT}))
     mixture = _mixture(stage)
     for item in stage.inputs():
         if not (mixture and item.path[0] == "data"):

@@ -138,16 +138,17 @@ TrainingSequences = SequenceSet | BlockSet
 
 
 class GivenSequences:
-    """Sequences in memory, of which every token counts."""
+    """Sequences in memory. Without `labels` every token counts."""
 
-    def __init__(self, ids: Sequence[list[int]]) -> None:
-        self._ids = ids
+    def __init__(self, ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None) -> None:
+        self._ids, self._labels = ids, labels or ids
         self.lengths: Integers = np.array([len(sequence) for sequence in ids], np.int64)
 
     def ids(self, index: int) -> list[int]:
         return self._ids[index]
 
-    labels = ids
+    def labels(self, index: int) -> list[int]:
+        return self._labels[index]
 
 
 @dataclass(frozen=True)
