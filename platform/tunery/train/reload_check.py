@@ -100,13 +100,13 @@ def check_saved(
     Raises StageError, on all ranks, where the two differ.
     """
     begin = time.perf_counter()
-    error, told = "", ""
+    error, outcome = "", ""
     if rank == 0:
-        told = why_skipped(parameters)
-        if not told:
-            with whole_models():
-                error, told = compare(what, trained, saved(), dtype)
-    error, told = as_first((error, told))
+        outcome = why_skipped(parameters)
+        if not outcome:
+            with unsharded_models():
+                error, outcome = compare(what, trained, saved(), dtype)
+    error, outcome = as_first((error, outcome))
     if error:
         raise StageError(
             job.stage,
@@ -116,7 +116,7 @@ def check_saved(
             remedy="leave out a part of `tuner` (train with `tuner: full`, or `target_modules: auto`), and report the "
             "model's architecture with this message",
         )
-    return {"reload_check": told, "reload_check_seconds": time.perf_counter() - begin}
+    return {"reload_check": outcome, "reload_check_seconds": time.perf_counter() - begin}
 
 
 def compare(what: str, trained: Sequence[float], saved: Sequence[float], dtype: str) -> tuple[str, str]:
@@ -160,7 +160,7 @@ def available_memory() -> float:
 
 
 @contextmanager
-def whole_models() -> Iterator[None]:
+def unsharded_models() -> Iterator[None]:
     """Models load whole meanwhile: under ZeRO-3 transformers (5.23) would share out their weights over all ranks."""
     from transformers.integrations import deepspeed as integration
 
