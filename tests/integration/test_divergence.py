@@ -118,6 +118,15 @@ def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
         assert result["facts"]["skipped_steps"] == 0
 
 
+def test_rounding_to_bf16_is_no_difference_between_what_is_saved_and_what_was_trained(tmp_path: Path) -> None:
+    sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
+    file = write_experiment(tmp_path, {"workers": 1, "precision": "bf16"}, **sane)
+    told = train_one_by_one(file, tmp_path / "store", "sft", "sft_lora", "reward", "reward_lora", "ppo_lora")
+    for name, result in told.items():
+        assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
+        assert result["measured"]["dtype"] == "bf16"
+
+
 def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:
     # DeepSpeed computes no gradient norm then, and skips nothing.
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 0})

@@ -126,7 +126,7 @@ def test_by_default_a_classifier_reads_as_far_as_it_has_positions(load_text: Loa
 
 def test_a_searched_length_beyond_the_positions_is_refused(load_text: LoadText, models: Path) -> None:
     stages = (
-        f"  s: {TUNED}{{pretrained: ./gpt2}}, max_length: 16, eval_data: questions}}\n"
+        f"  s: {TUNED}{{pretrained: ./gpt2}}, max_length: 31, eval_data: questions}}\n"
         "search: {metric: s.eval_loss, mode: min, trials: 2, space: {s.max_length: {choice: [32, 48]}}}\n"
     )
     (wrong,) = checked(load_text, models, stages)

@@ -16,6 +16,7 @@ from tunery.data.read import first_rows
 from tunery.data.sources import BadSource
 from tunery.errors import SpecError
 from tunery.models.chat_template import chat_template_of
+from tunery.models.check import BadModel, check_model_folder
 from tunery.models.encode import as_prompt, encode_prompts, encoding_of
 from tunery.models.load import Source, load_tokenizer
 from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplate
@@ -207,6 +208,10 @@ def _tokenizer(
         return None
     source: Source
     if model.is_folder:
+        try:
+            check_model_folder(model_folder(model, folder))
+        except BadModel:  # an error of the stage that names it
+            return None
         source = {"pretrained": str(model_folder(model, folder)), "revision": None}
     elif (cached := _cached(model)) is not None:
         source = {"pretrained": cached, "revision": None}

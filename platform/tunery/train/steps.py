@@ -84,12 +84,12 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         """Listens to the loss of every micro batch: transformers (5.23) hands none to callbacks."""
         self._trainer, training_step = trainer, trainer.training_step
 
-        def listening(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
             loss: torch.Tensor = training_step(*args, **kwargs)
             self._loss = self._loss + loss.detach()
             return loss
 
-        trainer.training_step = listening
+        trainer.training_step = recording
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,7 +137,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         norm, skipped = step_result(self._trainer.model_wrapped)
         rate = self._learning_rate
         if self.guard.check_step(step, loss=loss, grad_norm=norm, learning_rate=rate, skipped=skipped):
-            self._tell(step, {SKIPPED_STEPS: float(self.guard.skipped_steps)})
+            self._record(step, {SKIPPED_STEPS: float(self.guard.skipped_steps)})
 
     def check_weights(self, step: int) -> None:
         """All ranks take part, before they save anything."""
@@ -148,7 +148,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.guard.check_end()
         self.check_weights(self.total)
 
-    def _tell(self, step: int, values: dict[str, float]) -> None:
+    def _record(self, step: int, values: dict[str, float]) -> None:
         values["rows"] = float(step * self.rows_per_step)
         self.history.append({"step": float(step), **values})
         self.emit("metrics", step=step, values=values)
@@ -168,7 +168,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             return
         if self._course is not None and "learning_rate" in values:  # transformers tells its own
             values["learning_rate"] = self._course.learning_rates[state.global_step - 1]
-        self._tell(state.global_step, values)
+        self._record(state.global_step, values)
 
     def on_evaluate(
         self,
