@@ -172,7 +172,7 @@ MISTAKES: dict[str, Mistake] = {
         ["has no weights: two.safetensors is missing", "one.safetensors"],
     ),
     "model without tokenizer": (
-        lambda folder: (folder / "model" / "tokenizer.json").unlink(),
+        lambda folder: [path.unlink() for path in (folder / "model").glob("tokenizer*")],
         [],
         (2, 1),
         9,
