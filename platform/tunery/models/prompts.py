@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +29,13 @@ class Prompts:
     """Rows in which nothing is asked, and those that the chat template can't render."""
     rejected: str = ""
     """Why the chat template can't render the first of those."""
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Rows that are not answered, by reason."""
+        asks_nothing = "nothing is asked, or the chat template can't render it"
+        reasons = {"the prompt leaves no room for a response": self.too_long, asks_nothing: self.unusable}
+        return Counter({reason: count for reason, count in reasons.items() if count})
 
 
 def read_prompts(

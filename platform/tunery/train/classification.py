@@ -6,6 +6,7 @@ the memory of every worker, as in every training here: 100,000 rows of 300 token
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from tunery.spec import LABELS, ClassifierTraining
 from tunery.store.rows import CONTENT, Row
 from tunery.train.headed import HeadedModel, HeadProbe, logits_of
 from tunery.train.job import Job, Rows, rows_of
+from tunery.train.sequences import check_unusable
 
 COLUMNS = [*CONTENT, "id", "label"]
 """Not `planted`: only judges read it."""
@@ -124,6 +126,7 @@ class Classification:
                 self._take(pending, examples)
                 pending = []
         self._take(pending, examples)
+        check_unusable(self._job, named, examples.rows, Counter({"the model reads no token": examples.unusable}))
         if 0 in (counts := examples.counts).values():
             told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
             raise StageError(

@@ -26,6 +26,7 @@ from tunery.train.evaluation import ExactEvaluation
 from tunery.train.job import Job, Rows, rows_of
 from tunery.train.policy import Policy
 from tunery.train.reload_check import LanguageProbe
+from tunery.train.sequences import check_unusable
 
 SOBER = {
     "reward_std": "reward_deviation",
@@ -119,7 +120,9 @@ class Groups:
     def _prompts(self, sources: Sequence[Rows], named: str) -> Prompts:
         """Not cut: a prompt that leaves no room for an answer would end in the middle."""
         room = self._spec.max_length - self._spec.sampling.max_new_tokens
-        return read_prompts(rows_of(sources, COLUMNS), self._policy.tokenizer, room, self._job.stage, named)
+        prompts = read_prompts(rows_of(sources, COLUMNS), self._policy.tokenizer, room, self._job.stage, named)
+        check_unusable(self._job, named, prompts.read, prompts.left_out)
+        return prompts
 
 
 class OnPrompts(ExactEvaluation):

@@ -31,6 +31,7 @@ from tunery.store.rows import CONTENT, Row
 from tunery.train.headed import HeadedModel, HeadProbe, logits_of
 from tunery.train.job import Job, Rows, rows_of
 from tunery.train.reload_check import MAX_SEQUENCES
+from tunery.train.sequences import check_unusable
 
 COLUMNS = [*CONTENT, "id", "rejected"]
 SCALE_PAIRS = 2000
@@ -206,6 +207,8 @@ class RewardModelling:
                 f"({limit}) tokens, the question's among them",
                 remedy="give rows with `chosen` and `rejected` (docs/data.md), or raise max_length",
             )
+        reasons = Counter({REASONS[name]: number for name, number in pairs.unusable.items()})
+        check_unusable(self._job, named, pairs.rows, reasons)
         return pairs
 
     def _collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

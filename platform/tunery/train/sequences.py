@@ -243,13 +243,20 @@ def _check_usable(job: Job, found: TrainingSequences, kind: RowEncoding, field: 
             or f"all texts together have fewer than max_length ({spec.max_length}) tokens",
             remedy=f"give rows of which each is {kind.what}, or change max_length (now {spec.max_length})",
         )
-    share = stats.num_unusable / stats.rows
+    check_unusable(job, field, stats.rows, stats.unusable, _example(found))
+
+
+def check_unusable(job: Job, field: str, rows: int, unusable: Counter[str], example: str = "") -> None:
+    """Raises StageError where more of the `rows` of `data` or `eval_data` are unusable, by reason, than `max_unusable`
+    allows."""
+    spec, count = job.spec, sum(unusable.values())
+    share = count / max(1, rows)
     if share > spec.max_unusable:
         raise StageError(
             job.stage,
-            f"{stats.num_unusable:,} of {stats.rows:,} rows of `{stage}` ({field}) can't be trained on: {share:.0%}, "
+            f"{count:,} of {rows:,} rows of `{getattr(spec, field)}` ({field}) can't be trained on: {share:.0%}, "
             f"and max_unusable is {spec.max_unusable:g}",
-            cause=_reasons(stats.unusable) + _example(found),
+            cause=_reasons(unusable) + example,
             remedy=f"raise max_length (now {spec.max_length}), repair or filter the rows, or allow more with "
             "`max_unusable`; `tunery preview` shows rows as they are trained",
         )

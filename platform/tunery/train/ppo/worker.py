@@ -65,6 +65,7 @@ class _Run:
         from tunery.train.ppo.engine import frozen_engine, trained_engine
         from tunery.train.ppo.mixing import mixed_rows
         from tunery.train.ppo.trainer import PpoTrainer
+        from tunery.train.sequences import check_unusable
 
         spec, compute = job.spec, job.compute
         assert isinstance(spec, Ppo)
@@ -87,6 +88,9 @@ class _Run:
             if job.eval_rows
             else None
         )
+        for field, prompts in (("data", self.prompts), ("eval_data", self.measured)):
+            if prompts is not None:
+                check_unusable(job, field, prompts.read, prompts.left_out)
         size = spec.global_batch_size
         micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
         if micro is None:
