@@ -164,7 +164,7 @@ def test_both_responses_of_a_pair_end_with_their_end_token(tokenizer: Any) -> No
 def test_pair_that_is_the_same_when_cut_is_not_used(tokenizer: Any) -> None:
     long = "The quick brown fox answers the user briefly."
     (row,) = preview_rows([pair("?", f"{long} Yes", f"{long} No")], tokenizer, Encoding(8), "pair")
-    assert row.reason == "both responses have the same tokens"
+    assert row.reason == "both responses are the same once they are cut"
 
 
 def test_row_without_a_second_response_is_no_pair(tokenizer: Any) -> None:
@@ -177,7 +177,7 @@ def test_rated_responses_say_which_is_desirable(tokenizer: Any) -> None:
     shown = preview_rows(rows, tokenizer, Encoding(99), "rated")
     labels = [[one.label for one in row.sequences] for row in shown]
     assert labels == [["undesirable"], ["desirable", "undesirable"], []]
-    assert shown[2].reason == "it has neither a label nor a rejected response"
+    assert shown[2].reason == "it has no rating"
 
 
 def test_prompt_ends_where_generation_begins_and_has_no_mask(tokenizer: Any) -> None:
