@@ -13,7 +13,7 @@ from small_classifiers import write_language_model, write_reward_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tunery.errors import StageError, TuneryError
-from tunery.models.encode import closing_tokens
+from tunery.models.encode import template_suffix_ids
 from tunery.models.load import write_base
 from tunery.spec import Compute, Ppo
 from tunery.train.job import Job
@@ -123,7 +123,7 @@ def test_reward_is_read_behind_what_the_template_puts_after_an_end() -> None:
 def test_what_the_template_puts_after_an_end_is_found(policy: Path, behind: str, closing: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|end|>" + behind)
-    found = closing_tokens(tokenizer, [tokenizer.eos_token_id])
+    found = template_suffix_ids(tokenizer, [tokenizer.eos_token_id])
     assert (len(found), tokenizer.decode(found)) == (closing, behind)
 
 

@@ -29,7 +29,7 @@ from tunery.models.frozen_head import frozen_head_nll
 from tunery.models.side_by_side import Layout, attend_by_rows
 from tunery.train.packed.batch import IGNORED, batch_of
 from tunery.train.packed.blocks import blocks, rectangles
-from tunery.train.sequences import GivenSequences
+from tunery.train.sequences import InMemorySequences
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
@@ -166,7 +166,7 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
 def test_a_batch_tells_what_predicts_each_counted_token_and_whose_it_is(beside: bool) -> None:
     ids = rows_of(LENGTHS)
     counted = [[[token if place % 2 else IGNORED for place, token in enumerate(row)] for row in own] for own in ids]
-    chosen = [(GivenSequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
+    chosen = [(InMemorySequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
     batch = batch_of(chosen, beside)
     flat_n = batch.ids_bt.flatten()
     told = sorted(

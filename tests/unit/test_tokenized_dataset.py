@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from small_classifiers import write_language_model
 from tunery.models import tokenized_dataset
 from tunery.models.encode import Encoding, encode_sequences
 from tunery.models.load import load_tokenizer
-from tunery.models.tokenized_dataset import TokenCache, TokenizedDataset, cache_key, encode_conversations
+from tunery.models.tokenized_dataset import (
+    TokenCache,
+    TokenizedDataset,
+    cache_key,
+    encode_conversations,
+    encode_documents,
+)
 from tunery.store import rows as store_rows
 from tunery.store.rows import CONTENT, write_rows
 from tunery.train.batches import SequenceMixture, data_order
@@ -93,7 +99,7 @@ def test_processes_make_the_same_files_as_one(
 ) -> None:
     one = build(tmp_path / "one", rows, source, tokenizer, Encoding(24))
     monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(tokenized_dataset, "available_cpus", lambda: 2)
     seen: list[tuple[int, int]] = []
     two = build(tmp_path / "two", rows, source, tokenizer, Encoding(24), progress=lambda *now: seen.append(now))
     files = sorted(path.name for path in one.folder.iterdir())
@@ -129,7 +135,7 @@ def test_build_that_was_cut_off_is_built_again(
 ) -> None:
     whole = build(tmp_path / "whole", rows, source, tokenizer, Encoding(24))
     key = whole.folder.name
-    staging = tmp_path / "cut" / "tokenized" / f"{key}.staging"
+    staging = tmp_path / "cut" / "tokenized" / f"{key}.staging-1"
     staging.mkdir(parents=True)
     (staging / "tokens.bin").write_bytes(b"half")
     again = build(tmp_path / "cut", rows, source, tokenizer, Encoding(24))
@@ -137,16 +143,21 @@ def test_build_that_was_cut_off_is_built_again(
     assert not staging.exists()
 
 
-def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(source: dict[str, Any]) -> None:
-    def key(rows: str = "a", template: str | None = None, **fields: Any) -> str:
+def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(
+    rows: Path, source: dict[str, Any], tmp_path: Path
+) -> None:
+    def key(name: str = "a", template: str | None = None, at: Path = rows, **fields: Any) -> str:
         tokenizer = load_tokenizer(source)
         tokenizer.chat_template = template or tokenizer.chat_template
         tokenizer("a text", truncation=True, max_length=3)  # a call's settings are not the tokenizer's content
-        return cache_key(rows, tokenizer, Encoding(**{"max_length": 64, **fields}), encode_conversations)
+        return cache_key(at, name, tokenizer, Encoding(**{"max_length": 64, **fields}), encode_conversations)
+
+    write_rows(ROWS[1:], tmp_path / "fewer")
 
     others = [
         key(),
         key("b"),
+        key(at=tmp_path / "fewer"),
         key(template=load_tokenizer(source).chat_template + " "),
         key(max_length=65),
         key(train_on="last_turn"),
@@ -155,6 +166,34 @@ def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(source
     ]
     assert len(set(others)) == len(others)
     assert key() == others[0]
+
+
+def test_template_that_writes_the_date_has_a_key_a_day(
+    rows: Path, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(template: str, day: int) -> str:
+        class Day(date):
+            @classmethod
+            def today(cls) -> date:
+                return date(2026, 11, day)
+
+        monkeypatch.setattr(tokenized_dataset, "date", Day)
+        tokenizer = load_tokenizer(source)
+        tokenizer.chat_template = template + tokenizer.chat_template
+        return cache_key(rows, "a", tokenizer, Encoding(64), encode_conversations)
+
+    assert key("{{ strftime_now('%d') }}", 1) != key("{{ strftime_now('%d') }}", 2)
+    assert key("", 1) == key("", 2)
+
+
+def test_pretraining_takes_all_tokens_of_every_row(
+    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
+    encoding = Encoding(2**31 - 1, "all_tokens")
+    found = cache.open_or_build(rows, "dataset-1", source, tokenizer, encoding, encode_documents, CONTENT)
+    assert len(found) == found.stats.rows == 42, "a conversation without a response too"
+    assert all(found.loss_tokens(index) == len(found.ids(index)) - 1 for index in range(len(found)))
 
 
 def test_no_usable_row_is_an_empty_dataset(source: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:

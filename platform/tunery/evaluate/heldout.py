@@ -51,7 +51,7 @@ class EvaluationActor:
         from tunery.models.encode import encode
         from tunery.models.likelihood import answer_nll
 
-        nlls, tokens, counts = [], [], []
+        nlls, tokens, counts, unusable = [], [], [], []
         for source, shard in zip(batch["source"], batch["shard"], strict=True):
             likelihood, tokenizer = self._load(str(source))
             encoded = encode(
@@ -61,13 +61,19 @@ class EvaluationActor:
             nlls.append(math.fsum(nll for nll, _ in pairs))
             tokens.append(sum(count for _, count in pairs))
             counts.append(len(pairs))
+            unusable.append(sum(not count for _, count in pairs))
         keys = ("index", "model", "set")
-        return {key: list(batch[key]) for key in keys} | {"nll": nlls, "tokens": tokens, "rows": counts}
+        return {key: list(batch[key]) for key in keys} | {
+            "nll": nlls,
+            "tokens": tokens,
+            "rows": counts,
+            "unusable": unusable,
+        }
 
 
 def make_metrics(context: StageContext) -> StageResult:
-    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows; where there is a
-    baseline, forgetting."""
+    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows, and how many of
+    them are unusable (no response, or refused by the chat template); where there is a baseline, forgetting."""
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Evaluate)
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
@@ -126,4 +132,5 @@ def _total(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
         "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
         "tokens": tokens,
         "rows": sum(int(row["rows"]) for row in mine),
+        "unusable": sum(int(row["unusable"]) for row in mine),
     }

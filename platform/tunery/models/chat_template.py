@@ -19,8 +19,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from tunery.models.template_profile import alternating, profile_of
 from tunery.models.template_rendering import (
@@ -68,15 +68,14 @@ class RenderedConversation:
     """Special tokens in the text of turns."""
 
 
-_TEMPLATES: WeakKeyDictionary[Any, ChatTemplate] = WeakKeyDictionary()
-
-
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The tokenizer's chat template, profiled once. Raises UnsupportedTemplate."""
-    known = _TEMPLATES.get(tokenizer)
-    if known is None or known.source != tokenizer.chat_template:
-        known = _TEMPLATES[tokenizer] = ChatTemplate(tokenizer)
-    return known
+    return _profiled(tokenizer, json.dumps(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)  # few: it keeps the tokenizers alive
+def _profiled(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
 
 
 class ChatTemplate(TemplateRenderer):

@@ -1,4 +1,4 @@
-"""Rows to tokens, the same for scoring, training, evaluation and generation: what a filter reads is what is trained.
+"""Rows to tokens: the same functions for scoring, training, evaluation and generation.
 
 A text becomes the tokens that the tokenizer makes of it, special tokens included (BOS exactly where the tokenizer adds
 one), and an end token. A conversation is rendered by the chat template (models/chat_template.py); the responses of its
@@ -8,21 +8,23 @@ encoded as ordinary text: nobody's question may end a turn.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from tunery.models.chat_template import ESCAPED, ChatTemplate, RenderedConversation, chat_template_of
-from tunery.models.template_rendering import RejectedConversation, last_match
+from tunery.models.template_rendering import RejectedConversation, any_of, last_match
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TrainOn = Literal["all_turns", "last_turn"]
+TrainOn = Literal["all_turns", "last_turn", "all_tokens"]
+ENCODING_VERSION = 1
+"""Raise it when a change gives other tokens or spans for the same rows: tokenised rows are rebuilt, and so are the
+models that were trained on them."""
 Truncation = Literal["right", "left", "drop", "split"]
 Span = tuple[int, int]
 """Begin and end of trained tokens."""
@@ -37,7 +39,8 @@ class Encoding:
     max_length: int
     """Tokens of a sequence, at most."""
     train_on: TrainOn = "all_turns"
-    """all_turns: every assistant turn whose `weight` is not 0; last_turn: the last turn of the row."""
+    """all_turns: every assistant turn whose `weight` is not 0; last_turn: the last turn of the row; all_tokens: every
+    token, as pre-training has it, whatever the weights."""
     truncate: Truncation = "right"
     """right: a conversation ends after the last response that fits; a text, and a single response, loses its end.
     left: a conversation loses its oldest turns (not the system turn), then the beginning of its prompt.
@@ -53,7 +56,7 @@ def encoding_of(stage: Any) -> Encoding:
     """The settings of a training stage (tunery.spec) that decide its tokens. Texts of `pretrain` are not cut: its
     blocks are, wherever they end."""
     if stage.kind == "pretrain":
-        return Encoding(NO_LIMIT)
+        return Encoding(NO_LIMIT, "all_tokens")
     return Encoding(
         stage.max_length,
         getattr(stage, "train_on", "last_turn"),
@@ -70,7 +73,7 @@ class Encoded:
     ids: list[int]
     spans: tuple[Span, ...]
     truncated: bool = False
-    opening: tuple[int, ...] = ()
+    generation_prompt_ids: tuple[int, ...] = ()
     """What the chat template puts before a response ("<|assistant|>"); empty for a text."""
     rejected: str = ""
     """Why the row can't be used; then there are no tokens."""
@@ -134,7 +137,7 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
     )
     if len(texts) < len(rows):
         template = chat_template_of(tokenizer)
-        opening = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
+        prompt_ids = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
         pieces: list[list[str]] = []
         drafts: dict[int, Encoded] = {}
         kept: list[list[bool]] = []
@@ -152,7 +155,7 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
             drafts[index] = Encoded(
                 [],
                 (),
-                opening=opening,
+                generation_prompt_ids=prompt_ids,
                 dropped_reasoning=conversation.dropped_reasoning,
                 escaped_tokens=conversation.escaped_tokens,
             )
@@ -160,6 +163,8 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
             edges = list(accumulate((len(piece) for piece in tokens), initial=0))
             responses = zip(edges[1::2], edges[2::2], keeps, strict=False)
             spans = tuple((start, end) for start, end, keep in responses if keep and start < end)
+            if encoding.train_on == "all_tokens":
+                spans = ((0, edges[-1]),)
             found[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
     return [found[index] for index in range(len(rows))]
 
@@ -201,7 +206,7 @@ def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -
     ]
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
+def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
     """What the chat template puts behind the token that ends an answer (a line end, in Qwen's); often nothing."""
     template = chat_template_of(tokenizer)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -220,6 +225,8 @@ def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
     """Raises RejectedConversation for a weight other than 0 and 1: a loss counts or it does not."""
     turns: list[Mapping[str, Any]] = row["messages"]
+    if train_on == "all_tokens":
+        return set()
     weights = {turn.get("weight") for turn in turns}
     if odd := sorted(str(weight) for weight in weights - {None, 0, 1}):
         raise RejectedConversation(f"a turn has the weight {odd[0]}; only 0 and 1 are supported")
@@ -232,7 +239,7 @@ def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
 def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     if not texts:
         return []
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or r"(?!)")
+    special = any_of(tokenizer.all_special_tokens)
     counts = [len(special.findall(text)) for text in texts]
     found: dict[int, list[int]] = {}
     for split in (False, True):
@@ -270,16 +277,14 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
         cuts = (item.ids[start : start + limit] for start in range(0, len(item.ids), limit))
         # A last token alone has nothing to be predicted from.
         return [replace(item, ids=ids, spans=((0, len(ids)),)) for ids in cuts if len(ids) > 1]
-    if encoding.truncate == "left":
-        for shorter in without_oldest_turns(row):
-            (found,) = encode_whole([shorter], tokenizer, encoding)
-            if found.rejected or not found.spans:
-                continue
-            item = found
-            if len(item.ids) <= limit:
-                return [replace(item, truncated=True)]
-        return [cut_prompt(item, limit, bos=tokenizer.bos_token_id)]
-    return _split(row, item, tokenizer, encoding)
+    if encoding.truncate == "split":
+        return _split(row, item, tokenizer, encoding)
+    sides = without_oldest_turns(row, lambda rows: encode_whole(rows, tokenizer, encoding), lambda row: [row], limit)
+    if sides is not None:
+        (item,) = sides
+        if len(item.ids) <= limit:
+            return [replace(item, truncated=True)]
+    return [cut_prompt(item, limit, bos=tokenizer.bos_token_id)]
 
 
 def cut_right(item: Encoded, limit: int) -> Encoded:
@@ -296,28 +301,57 @@ def cut_right(item: Encoded, limit: int) -> Encoded:
 def cut_prompt(item: Encoded, limit: int, response: int | None = None, bos: int | None = None) -> Encoded:
     """Cut the beginning of what precedes the last span (its first token stays, where that is `bos`), so that prompt
     and `response` tokens (the span's own, when not given) are `limit`. The prompt keeps a quarter of `limit`; a
-    response that is longer than the rest loses its end."""
+    response that is longer than the rest loses its end. Earlier spans count where they are left whole."""
     start, end = item.response
     response = end - start if response is None else response
     prompt = min(start, max(limit - response, int(limit * MIN_PROMPT_FRACTION)))
-    ids = item.ids[start - prompt : end][:limit]
-    if prompt > 1 and item.ids[0] == bos:
+    first = start - prompt
+    ids = item.ids[first:end][:limit]
+    has_bos = prompt > 1 and item.ids[0] == bos
+    if has_bos:
         ids[0] = item.ids[0]
-    return replace(item, ids=ids, spans=((prompt, len(ids)),) if len(ids) > prompt else (), truncated=True)
+    spans = [(begin - first, stop - first) for begin, stop in item.spans[:-1] if begin >= first + has_bos]
+    if len(ids) > prompt:
+        spans.append((prompt, len(ids)))
+    return replace(item, ids=ids, spans=tuple(spans), truncated=True)
 
 
-def without_oldest_turns(row: Row) -> Iterator[Row]:
-    """The row from its second user turn on, from its third, and so on; system turns stay."""
+def without_oldest_turns(
+    row: Row,
+    encode_rows: Callable[[Sequence[Row]], list[Encoded]],
+    sides_of: Callable[[Row], list[Row]],
+    limit: int,
+) -> list[Encoded] | None:
+    """The sides of the row (one, or both of a preference pair) without its oldest turns: as few as make all sides fit
+    `limit`, or all that can go where they never fit. System turns stay, and what remains begins with a user turn. None
+    where no turn can go."""
     turns = row["messages"]
     system = [turn for turn in turns if turn["role"] == "system"]
     starts = [index for index, turn in enumerate(turns) if turn["role"] == "user"][1:]
-    for start in starts:
-        yield {**row, "messages": [*system, *(turn for turn in turns[start:] if turn["role"] != "system")]}
+
+    def sides(start: int) -> list[Encoded]:
+        rest = [turn for turn in turns[start:] if turn["role"] != "system"]
+        return encode_rows(sides_of({**row, "messages": [*system, *rest]}))
+
+    def usable(found: list[Encoded]) -> bool:
+        return all(item.spans and not item.rejected for item in found)
+
+    # The fewer turns, the shorter.
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        if all(len(item.ids) <= limit for item in sides(starts[middle])):
+            high = middle
+        else:
+            low = middle + 1
+    candidates = (*starts[low:], *reversed(starts[:low]))
+    return next((found for start in candidates if usable(found := sides(start))), None)
 
 
 def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """As many turns as fit, then those that follow, after the system turn again."""
-    parts: list[Encoded] = []
+    """As many turns as fit, from one user turn to the next, then those that follow, after the system turn again. What
+    is too long between two user turns is cut by tokens."""
+    limit, parts = encoding.max_length, []
     turns = row["messages"]
     system = [turn for turn in turns if turn["role"] == "system"]
     rest = [turn for turn in turns if turn["role"] != "system"]
@@ -327,15 +361,34 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
         for end in starts:
             part = {**row, "messages": [*system, *rest[:end]]}
             (found,) = encode_whole([part], tokenizer, encoding)
-            if best is not None and (found.rejected or len(found.ids) > encoding.max_length):
+            if found.rejected:
+                return _windows(item, limit)
+            if best is not None and len(found.ids) > limit:
                 break
             best = end, found
         assert best is not None, "starts is not empty"
         end, found = best
         if end == len(rest) or encoding.train_on == "all_turns":
-            parts.append(cut_right(found, encoding.max_length))
+            parts += [found] if len(found.ids) <= limit else _windows(found, limit)
         rest = rest[end:]
-    return [part for part in parts if part.num_loss_tokens] or [cut_right(item, encoding.max_length)]
+    return [part for part in parts if part.num_loss_tokens] or [cut_right(item, limit)]
+
+
+def _windows(item: Encoded, limit: int) -> list[Encoded]:
+    """Every trained token in one window of at most `limit` tokens, after a quarter of `limit` of what precedes it."""
+    parts: list[Encoded] = []
+    context, trained_to = int(limit * MIN_PROMPT_FRACTION), 0
+    while pending := [max(start, trained_to) for start, end in item.spans if end > trained_to]:
+        first = 0 if not parts and pending[0] < limit - 1 else max(0, pending[0] - context)
+        stop = first + limit
+        spans = tuple(
+            (max(start, trained_to) - first, min(end, stop) - first)
+            for start, end in item.spans
+            if end > trained_to and start < stop
+        )
+        parts.append(replace(item, ids=item.ids[first:stop], spans=spans, truncated=True))
+        trained_to = stop
+    return parts
 
 
 # Text to ids

@@ -30,7 +30,9 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
         chosen, rejected = next(found)
         reason = _unusable(chosen) or _unusable(rejected)
         if not reason and chosen.ids == rejected.ids:
-            reason = "both responses are the same" + (" once they are cut" if chosen.truncated else "")
+            reason = "both responses are the same" + (
+                " once they are cut" if chosen.truncated or rejected.truncated else ""
+            )
         yield TokenizedRow([chosen, rejected], unusable=reason)
 
 
@@ -94,10 +96,15 @@ def _fitted(
         )
     if encoding.truncate == "right":
         return tuple(cut_right(item, limit) for item in sides)
-    for shorter in without_oldest_turns(row):
-        rows = [shorter] if len(sides) == 1 else [shorter, rejected_side(shorter)]
-        fitting = _whole(rows, tokenizer, encoding)
-        if all(len(item.ids) <= limit and not item.rejected for item in fitting):
-            return tuple(replace(item, truncated=True) for item in fitting)
+    shorter = without_oldest_turns(
+        row,
+        lambda rows: _whole(rows, tokenizer, encoding),
+        lambda row: [row] if len(sides) == 1 else [row, rejected_side(row)],
+        limit,
+    )
+    if shorter is not None:
+        sides = [replace(item, truncated=True) for item in shorter]
+        if all(len(item.ids) <= limit for item in sides):
+            return tuple(sides)
     response = max(item.response[1] - item.response[0] for item in sides)
     return tuple(cut_prompt(item, limit, response, tokenizer.bos_token_id) for item in sides)

@@ -131,10 +131,10 @@ def view_sums(
 def _response_alone(item: Encoded) -> Tokens:
     """The response after nothing but what the chat template puts before one."""
     start, end = item.response
-    if not item.opening or start == end:
+    if not item.generation_prompt_ids or start == end:
         return Tokens((), ())
-    ids = [*item.opening, *item.ids[start:end]]
-    return Tokens(ids, range(len(item.opening), len(ids)))
+    ids = [*item.generation_prompt_ids, *item.ids[start:end]]
+    return Tokens(ids, range(len(item.generation_prompt_ids), len(ids)))
 
 
 def _sum(values: np.ndarray) -> tuple[float, int]:

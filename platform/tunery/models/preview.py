@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
 from tunery.models.encode import (
+    NO_LIMIT,
     Encoded,
     Encoding,
     as_prompt,
@@ -325,7 +326,7 @@ def _documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int, max_tokens: int | None
 ) -> list[PreviewRow]:
     """Each row's part of the blocks. The first token of a block has no loss: nothing predicts it."""
-    encoded = encode_whole(rows, tokenizer, Encoding(block)) if rows else []
+    encoded = encode_whole(rows, tokenizer, Encoding(NO_LIMIT, "all_tokens")) if rows else []
     start = sum(len(item.ids) for item in encoded[:skip])
     found = []
     for row, item in zip(rows[skip:], encoded[skip:], strict=True):
@@ -396,10 +397,10 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
     item = _encoded(row, tokenizer, encoding)
     after_prompt = _with_loss("after the prompt", row, item, tokenizer, encoding)
     start, end = item.response
-    if not item.opening or start == end:
+    if not item.generation_prompt_ids or start == end:
         return _row(row, [replace(after_prompt, reason=after_prompt.reason or "there is no response to compare")])
-    ids = [*item.opening, *item.ids[start:end]]
-    alone = Encoded(ids, ((len(item.opening), len(ids)),))
+    ids = [*item.generation_prompt_ids, *item.ids[start:end]]
+    alone = Encoded(ids, ((len(item.generation_prompt_ids), len(ids)),))
     return _row(row, [after_prompt, _sequence("without the prompt", alone, tokenizer, encoding.max_length)])
 
 

@@ -10,9 +10,10 @@
         unusable.jsonl    a line for each row that gives no sequence: id, source, line, reason
         stats.json        what became of the rows (`TokenStats`)
 
-The cache key covers the rows (the artifact's name holds its own cache key), the content of the tokenizer with its chat
-template, the `Encoding`, and how rows become sequences. Shards are encoded in parallel, and the same rows make the same
-files whatever the number of processes.
+The cache key covers the rows (the artifact's manifest and the sizes of its shards), the content of the tokenizer with
+its chat template, the `Encoding`, how rows become sequences (`ENCODING_VERSION`, and the versions of the libraries that
+render and tokenise), and today's date where the chat template writes it. Shards are encoded in parallel, and the number
+of processes changes nothing in the files.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ import hashlib
 import json
 import os
 import shutil
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +40,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from tunery.models.encode import Encoded, Encoding, Span, encode_sequences, labels_of
+from tunery.errors import TuneryError
+from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_sequences, encode_whole, labels_of
 from tunery.models.load import Source, load_tokenizer
 from tunery.store import Lease
 from tunery.store.rows import Row, shards
@@ -44,9 +51,10 @@ if TYPE_CHECKING:
 
 Integers = npt.NDArray[np.int64]
 FORMAT = 1
-"""Of the files, and of how rows are encoded: part of the cache key."""
+"""Of the files: part of the cache key."""
 PARALLEL_ROWS = 20_000
 """From so many rows on, processes are started: they take some 5 s to import transformers."""
+POLL_SECONDS = 0.2
 BATCH = 1000
 """Rows that are encoded together."""
 _NO_LABEL = -1
@@ -172,24 +180,39 @@ class TokenCache:
     ) -> TokenizedDataset:
         """The rows of an artifact (at `rows`, called `rows_name` in the cache key) as sequences. `source` is where
         processes load `tokenizer` from. One process builds, others wait for it."""
-        key = cache_key(rows_name, tokenizer, encoding, encode_rows)
-        final = self.path(key)
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, encode_rows))
         if not (final / "stats.json").is_file():
-            with Lease(self.leases / f"tokenized-{key}", self.waiting):
+            with Lease(self.leases / f"tokenized-{final.name}", self.waiting):
                 if not (final / "stats.json").is_file():
                     job = _Encoder(source, encoding, encode_rows, (*columns, "id", "source", "line"))
                     self._build(rows, final, job, tokenizer)
         return TokenizedDataset(final)
 
+    def wait_for(
+        self,
+        rows: Path,
+        rows_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        encoding: Encoding,
+        encode_rows: EncodeRows,
+    ) -> TokenizedDataset:
+        """The same, built by another process. A collective of all ranks would time out while a large dataset is built;
+        when the process that builds fails, Ray Train ends this one too."""
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, encode_rows))
+        while not (final / "stats.json").is_file():
+            time.sleep(POLL_SECONDS)
+        return TokenizedDataset(final)
+
     def _build(self, rows: Path, final: Path, job: _Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
-        staging = final.with_name(f"{final.name}.staging")
-        shutil.rmtree(staging, ignore_errors=True)
+        for left in final.parent.glob(f"{final.name}.staging-*"):  # by a build that was cut off
+            shutil.rmtree(left, ignore_errors=True)
+        staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex[:8]}")
         staging.mkdir(parents=True)
         files = shards(rows)
         counts = [int(pq.read_metadata(file).num_rows) for file in files]
         total, done = sum(counts), 0
         parts = [staging / f"part-{number:05d}" for number in range(len(files))]
-        processes = min(len(os.sched_getaffinity(0)), len(files)) if total >= PARALLEL_ROWS else 1
+        processes = min(available_cpus(), len(files)) if total >= PARALLEL_ROWS else 1
         with ExitStack() as stack:
             if processes > 1:
                 # Not forked: a process that has threads, or CUDA, can't be.
@@ -199,20 +222,58 @@ class TokenCache:
                 job.tokenizer = tokenizer
                 results = map(job, files, parts)
             stats = TokenStats()
-            for count, found in zip(counts, results, strict=True):
-                stats.add(found)
-                done += count
-                self.progress(done, total)
+            try:
+                for count, found in zip(counts, results, strict=True):
+                    stats.add(found)
+                    done += count
+                    self.progress(done, total)
+            except BrokenProcessPool as error:
+                raise TuneryError(
+                    f"a process that tokenizes rows died after {done:,} of {total:,} rows",
+                    cause="it was killed; mostly the machine ran out of memory",
+                    remedy="free memory, or allow fewer CPUs to this process: each takes about 400 MiB",
+                ) from error
         _merge(parts, staging, counts)
         (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
         shutil.rmtree(final, ignore_errors=True)  # without stats: a build that was cut off
         staging.rename(final)
 
 
-def cache_key(rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows) -> str:
+def cache_key(
+    rows: Path, rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows
+) -> str:
     """16 hex digits."""
-    what = [FORMAT, rows_name, tokenizer_key(tokenizer), asdict(encoding), encode_rows.__name__]
+    dated = "strftime_now" in json.dumps(tokenizer.chat_template)
+    what = [
+        FORMAT,
+        ENCODING_VERSION,
+        [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+        rows_name,
+        _rows_key(rows),
+        tokenizer_key(tokenizer),
+        asdict(encoding),
+        encode_rows.__name__,
+        date.today().isoformat() if dated else "",
+    ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rows_key(rows: Path) -> list[Any]:
+    """Of an artifact's rows. Its name holds the cache key of what was asked for; a score on other hardware, and so what
+    a filter keeps by it, may differ under the same name."""
+    manifests = [path for path in (rows / "manifest.json", rows.parent / "manifest.json") if path.is_file()]
+    manifest = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
+    return [manifest, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]
+
+
+def available_cpus() -> int:
+    """Of this process: its affinity, and the quota of its container (cgroup v2)."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -321,9 +382,17 @@ def _merge(parts: Sequence[Path], target: Path, row_counts: Sequence[int]) -> No
 def encode_conversations(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """For `sft` and `pretrain`: the sequences of each text or conversation."""
+    """For `sft`: the sequences of each text or conversation."""
     for sequences in encode_sequences(rows, tokenizer, encoding):
         reason = next((item.rejected for item in sequences if item.rejected), "")
         if not reason and not any(item.num_loss_tokens for item in sequences):
             reason = "no response is left to train on"
         yield TokenizedRow([item for item in sequences if item.num_loss_tokens] or sequences, unusable=reason)
+
+
+def encode_documents(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> Iterator[TokenizedRow]:
+    """For `pretrain`: all tokens of each text or conversation."""
+    for item in encode_whole(rows, tokenizer, encoding):
+        yield TokenizedRow([item], unusable=item.rejected or ("" if item.ids else "it has no token"))

@@ -19,14 +19,15 @@ from tunery.models.chat_template import chat_template_of
 from tunery.models.check import BadModel, check_model_folder
 from tunery.models.encode import as_prompt, encode_prompts, encoding_of
 from tunery.models.load import Source, load_tokenizer
-from tunery.models.template_rendering import TemplateProfile, UnsupportedTemplate
+from tunery.models.template_rendering import UnsupportedTemplate
+from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.runner.check_training import root_of
 from tunery.runner.identity import model_folder
 from tunery.spec import (
     ClassifierTraining,
+    Dataset,
     Evaluate,
     Experiment,
-    Pretrain,
     Pretrained,
     RewardTraining,
     Score,
@@ -44,15 +45,19 @@ if TYPE_CHECKING:
 
 SAMPLE = 200
 """Rows that are encoded: the first ones of the dataset at the root of a stage's data, filters not applied."""
+ESTIMATED_AS = {"reward": "dpo"}
+"""A reward model's pairs are cut side by side, not with one prompt: the counts are near."""
 PROMPTS = ("ppo", "grpo", "rloo", "win_rate")
+
+
+class TokenizerError(Exception):
+    """A tokenizer whose files can't be loaded."""
 
 
 @dataclass
 class TemplateCheck:
     """Of a stage whose tokenizer is at hand."""
 
-    profile: TemplateProfile
-    end_tokens: tuple[str, ...]
     rows: int = 0
     unusable: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
@@ -83,12 +88,12 @@ def check_templates(
     for at, model in _models(stage):
         try:
             tokenizer = _tokenizer(model, experiment, folder)
-        except Exception as error:  # whatever a tokenizer's files make of the library that reads them
+        except TokenizerError as error:
             yield error_at(
                 source,
                 ("stages", name, *at),
                 f"{name}: the tokenizer of `{_named(model, experiment)}` can't be used",
-                cause=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+                cause=str(error),
                 remedy="save the tokenizer again by `save_pretrained`, into the model's folder",
             )
             continue
@@ -106,7 +111,9 @@ def check_templates(
                 remedy="give the tokenizer another `chat_template`; docs/templates.md lists what is supported",
             )
             continue
-        if found.rows and sum(found.unusable.values()) == found.rows:
+        # A sample says nothing certain of rows that it does not hold, or that are filtered first.
+        unfiltered = isinstance(stage.data, str) and isinstance(experiment.stages[stage.data], Dataset)
+        if unfiltered and 0 < found.rows < SAMPLE and sum(found.unusable.values()) == found.rows:
             reason, count = found.unusable.most_common(1)[0]
             yield error_at(
                 source,
@@ -128,29 +135,29 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
             tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {})
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note
-        except Exception:  # an error of `check_templates`
+        except (UnsupportedTemplate, TokenizerError):  # an error of `validate`
             continue
     return notes
 
 
 def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
-    """Raises UnsupportedTemplate."""
-    profile = chat_template_of(tokenizer).profile
-    found = TemplateCheck(profile, profile.end_tokens)
-    data = getattr(stage, "data", None)
-    if not isinstance(data, str | dict) or not (stage.kind in ROW_ENCODINGS or stage.kind in PROMPTS):
-        return found
+    """Raises UnsupportedTemplate, where some row is a conversation."""
+    found = TemplateCheck()
+    data = stage.data.values() if isinstance(stage, Evaluate) else row_stages(stage.data).values()
     try:
-        rows = [
-            row for name in row_stages(data).values() for row in first_rows(root_of(experiment, name), folder, SAMPLE)
-        ]
+        rows = [row for name in data for row in first_rows(root_of(experiment, name), folder, SAMPLE)]
     except BadSource:  # an error of the dataset
         return found
-    found.rows = len(rows)
-    if stage.kind in PROMPTS:
+    if any(row.get("messages") for row in rows):
+        chat_template_of(tokenizer)
+    kind = ESTIMATED_AS.get(stage.kind, stage.kind)
+    if kind in PROMPTS:
+        found.rows = len(rows)
         _check_prompts(stage, rows, tokenizer, found)
-    else:
-        _check_sequences(stage, rows, tokenizer, found)
+    elif kind in ROW_ENCODINGS:
+        found.rows = len(rows)
+        for item in ROW_ENCODINGS[kind].encode_rows(rows, tokenizer, encoding_of(stage)):
+            _count(item, found)
     return found
 
 
@@ -169,22 +176,19 @@ def _check_prompts(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizerBa
             found.unusable[f"the prompt is longer than {limit} tokens (max_length less max_new_tokens)"] += 1
 
 
-def _check_sequences(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizerBase, found: TemplateCheck) -> None:
-    if isinstance(stage, Pretrain) and not any(row.get("messages") for row in rows):
+def _count(item: TokenizedRow, found: TemplateCheck) -> None:
+    if item.unusable:
+        found.unusable[item.unusable] += 1
         return
-    for item in ROW_ENCODINGS[stage.kind].encode_rows(rows, tokenizer, encoding_of(stage)):
-        if item.unusable:
-            found.unusable[item.unusable] += 1
-            continue
-        found.truncated += any(part.truncated for part in item.sequences)
-        found.escaped += sum(part.escaped_tokens for part in item.sequences)
-        found.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
+    found.truncated += any(part.truncated for part in item.sequences)
+    found.escaped += sum(part.escaped_tokens for part in item.sequences)
+    found.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
 
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Language models of a stage, with where each stands in it."""
     if isinstance(stage, ClassifierTraining | RewardTraining):
-        return  # rows without a chat template are given to these as texts (models/shown.py)
+        return  # where the tokenizer has no chat template, rows are given to these as texts (models/shown.py)
     if isinstance(stage, Training):
         yield ("model",), stage.model
     elif isinstance(stage, Evaluate | WinRate):
@@ -202,7 +206,7 @@ def _tokenizer(
     """None where it is not at hand: of a new model, and of one on the hub that was not downloaded yet."""
     while isinstance(model, str):
         if artifacts is not None and model in artifacts:
-            return load_tokenizer({"artifact": str(artifacts[model])})
+            return _loaded({"artifact": str(artifacts[model])})
         model = getattr(experiment.stages[model], "model", None)
     if not isinstance(model, Pretrained):
         return None
@@ -217,7 +221,15 @@ def _tokenizer(
         source = {"pretrained": cached, "revision": None}
     else:
         return None
-    return load_tokenizer(source)
+    return _loaded(source)
+
+
+def _loaded(source: Source) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(source)
+    except Exception as error:  # whatever a tokenizer's files make of the library that reads them
+        lines = str(error).strip().splitlines()
+        raise TokenizerError(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
 
 
 def _cached(model: Pretrained) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunery.data.review.decisions import decisions_identity
 from tunery.data.sources import source_identity
+from tunery.models.encode import ENCODING_VERSION
 from tunery.runner.stages import STAGES
 from tunery.spec import (
     RANDOM,
@@ -59,6 +60,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         or (isinstance(stage, Dataset) and stage.corrupt)
     ):
         result["seed"] = stage_seed(stage, experiment)
+    if isinstance(stage, Training):
+        result["encoding_version"] = ENCODING_VERSION
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):

@@ -1,7 +1,8 @@
 """The table of stage kinds: what makes each, and the version of how.
 
 Functions are named, not imported, so that planning loads neither torch nor Ray. Raise a version when a change makes
-a stage give another result from the same inputs: its artifacts, and those of whatever reads them, are made anew.
+a stage give another result from the same inputs: its artifacts, and those of whatever reads them, are made anew. Where
+rows become other tokens, raise `ENCODING_VERSION` (models/encode.py).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tunery.errors import StageError
 from tunery.train.agreement import anyone
@@ -107,5 +108,14 @@ def step_result(engine: Any) -> tuple[float | None, bool]:
 
 def _is_finite(weight: Any) -> bool:
     """Of a parameter that ZeRO-3 has sharded, this rank's part."""
-    own: torch.Tensor = getattr(weight, "ds_tensor", weight).detach()
+    own: torch.Tensor = getattr(weight, "ds_tensor", weight).detach().flatten()
+    if hasattr(weight, "ds_numel"):
+        # The last part is filled up with memory that nobody wrote (DeepSpeed 0.19.8, _partition_param).
+        own = own[: max(0, weight.ds_numel - _partition(weight) * own.numel())]
     return bool(torch.isfinite(own).all())
+
+
+def _partition(weight: Any) -> int:
+    """Which part of a parameter that ZeRO-3 has sharded is this rank's."""
+    rank: int = dist.get_rank(group=weight.ds_process_group)
+    return rank

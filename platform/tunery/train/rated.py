@@ -13,10 +13,12 @@ takes it from a micro batch, and refuses those of one row). In an evaluation it 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -55,7 +57,7 @@ class Answers:
         return [
             int(order[start + other])
             for start in range(0, len(order), group)
-            for other in mismatched([self._prompt(int(index)) for index in order[start : start + group]])
+            for other in mismatched([self._prompt_hash(int(index)) for index in order[start : start + group]])
         ]
 
     def sequence(self, index: int) -> tuple[list[int], list[int]]:
@@ -70,6 +72,10 @@ class Answers:
 
     def _start(self, index: int) -> int:
         return self.sequences.spans(index)[0][0]
+
+    def _prompt_hash(self, index: int) -> bytes:
+        ids = np.array(self._prompt(index), np.uint32)
+        return hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
 
     def _prompt(self, index: int) -> tuple[int, ...]:
         return tuple(self.sequences.ids(index)[: self._start(index)])

@@ -158,7 +158,18 @@ def available_memory() -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+    free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+    return min(free, _container_memory())
+
+
+def _container_memory() -> float:
+    """Bytes that are left of a container's limit (cgroup v2); infinite without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        return float("inf") if limit == "max" else float(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return float("inf")
 
 
 @contextmanager

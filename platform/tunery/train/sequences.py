@@ -6,9 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from tunery.models.tokenized_dataset import (
     TokenizedDataset,
     TokenStats,
     encode_conversations,
+    encode_documents,
 )
 from tunery.spec import Pretrain, Training
 from tunery.store.rows import CONTENT
@@ -111,6 +110,7 @@ class BlockSet:
         self._starts = np.cumsum([0, *self.part_sizes])
         self.lengths: Integers = np.full(int(self._starts[-1]), length, np.int64)
         self.stats = sequences.stats
+        self.parts = sequences.parts
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -131,13 +131,14 @@ class BlockSet:
         return [self.ids(index) for index in range(min(count, len(self)))]
 
     def facts(self) -> dict[str, Any]:
-        return {**self._sequences.facts(), "sequences": len(self), "truncated": 0}
+        loss_tokens = len(self) * (self._length - 1)
+        return {**self._sequences.facts(), "sequences": len(self), "truncated": 0, "loss_tokens": loss_tokens}
 
 
 TrainingSequences = SequenceSet | BlockSet
 
 
-class GivenSequences:
+class InMemorySequences:
     """Sequences in memory. Without `labels` every token counts."""
 
     def __init__(self, ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None) -> None:
@@ -161,13 +162,12 @@ class RowEncoding:
     """What a row must be, for messages."""
 
 
-_CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response")
-_PAIRS = RowEncoding(encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)")
 ROW_ENCODINGS = {
-    "pretrain": RowEncoding(encode_conversations, tuple(CONTENT), "a text or a conversation"),
-    "sft": _CONVERSATIONS,
-    "dpo": _PAIRS,
-    "reward": _PAIRS,
+    "pretrain": RowEncoding(encode_documents, tuple(CONTENT), "a text or a conversation"),
+    "sft": RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response"),
+    "dpo": RowEncoding(
+        encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)"
+    ),
     "kto": RowEncoding(
         encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
     ),
@@ -204,44 +204,57 @@ def read_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSe
     """Those that are trained on, and those that are evaluated (of `eval_data`). All ranks take part: rank 0 builds what
     is not in the store's cache. Raises StageError when more rows are unusable than `max_unusable` allows, or none is
     left."""
-    kind = ROW_ENCODINGS[job.spec.kind]
-    data = _read(job, job.rows, tokenizer, source, kind, "data")
-    evaluated = _read(job, job.eval_rows, tokenizer, source, kind, "eval_data")
-    if _rank() == 0 and data.stats.num_unusable:
-        _write_unusable(data, job.out / UNUSABLE)
+    data, evaluated = open_sequences(job, tokenizer, source)
+    check_sequences(job, data, evaluated)
     return data, evaluated
 
 
-def _read(
-    job: Job, rows: Sequence[Rows], tokenizer: Any, source: Source, kind: RowEncoding, field: str
-) -> TrainingSequences:
-    spec, encoding = job.spec, encoding_of(job.spec)
+def open_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSequences, TrainingSequences]:
+    """The same, whatever the number of unusable rows."""
+    return _open(job, job.rows, tokenizer, source), _open(job, job.eval_rows, tokenizer, source)
+
+
+def check_sequences(job: Job, data: TrainingSequences, evaluated: TrainingSequences) -> None:
+    """Raises StageError as `read_sequences` does; rank 0 lists the unusable rows in the artifact."""
+    for field, found in (("data", data), ("eval_data", evaluated)):
+        if found.parts:
+            _check_usable(job, found, field)
+    if _rank() == 0 and (data.stats.num_unusable or evaluated.stats.num_unusable):
+        with (job.out / UNUSABLE).open("w", encoding="utf-8") as file:
+            for field, found in (("data", data), ("eval_data", evaluated)):
+                for row in _unusable_rows(found):
+                    file.write(json.dumps({**row, "field": field}, ensure_ascii=False) + "\n")
+
+
+def _open(job: Job, rows: Sequence[Rows], tokenizer: Any, source: Source) -> TrainingSequences:
+    spec, encoding, kind = job.spec, encoding_of(job.spec), ROW_ENCODINGS[job.spec.kind]
     cache = TokenCache(job.store / "tokenized", job.store / "leases", *_reporting(job))
     parts = []
     for item in rows:
-        with _rank_zero_first():
-            name = os.path.relpath(item.path, job.store / "artifacts")
-            parts.append(
-                cache.open_or_build(item.path, name, source, tokenizer, encoding, kind.encode_rows, kind.columns)
-            )
-    found: TrainingSequences = SequenceSet(parts)
-    if isinstance(spec, Pretrain):
-        found = BlockSet(SequenceSet(parts), spec.max_length)
-    if rows:
-        _check_usable(job, found, kind, field)
-    return found
+        name = os.path.relpath(item.path, job.store / "artifacts")
+        given = (tokenizer, encoding, kind.encode_rows)
+        if _rank() == 0:
+            parts.append(cache.open_or_build(item.path, name, source, *given, kind.columns))
+        else:
+            parts.append(cache.wait_for(item.path, name, *given))
+    found = SequenceSet(parts)
+    return BlockSet(found, spec.max_length) if isinstance(spec, Pretrain) else found
 
 
-def _check_usable(job: Job, found: TrainingSequences, kind: RowEncoding, field: str) -> None:
-    stats, spec = found.stats, job.spec
+def _check_usable(job: Job, found: TrainingSequences, field: str) -> None:
+    stats, spec, kind = found.stats, job.spec, ROW_ENCODINGS[job.spec.kind]
     stage = getattr(spec, field)
     if not len(found):
+        short = isinstance(spec, Pretrain) and stats.num_unusable < stats.rows
         raise StageError(
             job.stage,
             f"none of the {stats.rows:,} rows of `{stage}` ({field}) gives a training sequence",
-            cause=_reasons(stats.unusable)
-            or f"all texts together have fewer than max_length ({spec.max_length}) tokens",
-            remedy=f"give rows of which each is {kind.what}, or change max_length (now {spec.max_length})",
+            cause=f"all texts together have fewer than max_length ({spec.max_length}) tokens"
+            if short
+            else _reasons(stats.unusable),
+            remedy=f"give more rows, or lower max_length (now {spec.max_length})"
+            if short
+            else f"give rows of which each is {kind.what}, or change max_length (now {spec.max_length})",
         )
     check_unusable(job, field, stats.rows, stats.unusable, _example(found))
 
@@ -257,8 +270,8 @@ def check_unusable(job: Job, field: str, rows: int, unusable: Counter[str], exam
             f"{count:,} of {rows:,} rows of `{getattr(spec, field)}` ({field}) can't be trained on: {share:.0%}, "
             f"and max_unusable is {spec.max_unusable:g}",
             cause=_reasons(unusable) + example,
-            remedy=f"raise max_length (now {spec.max_length}), repair or filter the rows, or allow more with "
-            "`max_unusable`; `tunery preview` shows rows as they are trained",
+            remedy="repair or filter these rows (`tunery preview` shows rows as they are trained), raise max_length "
+            f"(now {spec.max_length}) where they are too long, or allow more with `max_unusable`",
         )
 
 
@@ -267,17 +280,13 @@ def _reasons(unusable: Counter[str]) -> str:
 
 
 def _example(found: TrainingSequences) -> str:
-    parts = found.parts if isinstance(found, SequenceSet) else ()
-    first = next((row for part in parts for row in part.unusable_rows()), None)
+    first = next(_unusable_rows(found), None)
     return "" if first is None else f"; the first of them: {first['source']}:{first['line']}"
 
 
-def _write_unusable(found: TrainingSequences, path: Path) -> None:
-    parts = found.parts if isinstance(found, SequenceSet) else ()
-    with path.open("w", encoding="utf-8") as file:
-        for part in parts:
-            for row in part.unusable_rows():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _unusable_rows(found: TrainingSequences) -> Iterator[dict[str, Any]]:
+    for part in found.parts:
+        yield from part.unusable_rows()
 
 
 def _reporting(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], None]]:
@@ -296,16 +305,3 @@ def _rank() -> int:
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-@contextmanager
-def _rank_zero_first() -> Iterator[None]:
-    """Others begin when rank 0 is through."""
-    import torch.distributed as dist
-
-    together = dist.is_available() and dist.is_initialized()
-    if together and dist.get_rank() != 0:
-        dist.barrier()
-    yield
-    if together and dist.get_rank() == 0:
-        dist.barrier()

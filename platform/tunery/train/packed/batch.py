@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 
 from tunery.models.side_by_side import Layout
-from tunery.train.sequences import GivenSequences, TrainingSequences
+from tunery.train.sequences import InMemorySequences, TrainingSequences
 
 IGNORED = -100
 """A label that does not count."""
@@ -29,7 +29,7 @@ class Batch:
     """None where each row is a sequence of its own."""
 
 
-def batch_of(chosen: Sequence[tuple[TrainingSequences | GivenSequences, Sequence[int]]], beside: bool) -> Batch:
+def batch_of(chosen: Sequence[tuple[TrainingSequences | InMemorySequences, Sequence[int]]], beside: bool) -> Batch:
     """`chosen`: of each member some of its rows, beside each other (models/side_by_side.py) or below each other.
 
     Padded with token 0, which is never looked at.

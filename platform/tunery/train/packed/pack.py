@@ -26,7 +26,7 @@ from tunery.train.packed.blocks import blocks, rectangles
 from tunery.train.packed.member import Member, same_rows
 from tunery.train.packed.outline import with_adapter
 from tunery.train.packed.stack import Stack, StackedLinear, install
-from tunery.train.sequences import GivenSequences, TrainingSequences, read_sequences
+from tunery.train.sequences import InMemorySequences, TrainingSequences, check_sequences, open_sequences
 
 T = TypeVar("T")
 BLOCK_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -77,7 +77,8 @@ class Pack:
         spec: Any = job.spec
         rows = (job.rows, job.eval_rows, encoding_of(spec))
         if rows not in self._read:
-            self._read[rows] = read_sequences(job, self._tokenizer, self._source)
+            self._read[rows] = open_sequences(job, self._tokenizer, self._source)
+        check_sequences(job, *self._read[rows])
         peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
         member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)
         self._check(member, peft_model)
@@ -223,7 +224,7 @@ class Pack:
         self._stack.activate([place])
         losses = []
         for ids in member.probe.sequences:
-            one = GivenSequences([ids])
+            one = InMemorySequences([ids])
             losses.append(float(self._nll(batch_of([(one, [0])], self._attention is not None), [0])[0].mean()))
         self._model.train()
         return losses

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from tunery.models.encode import Encoded, closing_tokens
+from tunery.models.encode import Encoded, template_suffix_ids
 from tunery.models.generate import Answer, TransformersEngine, text_of
 from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
@@ -105,7 +105,7 @@ class PpoTrainer:
         self._device = torch.device(engine.device)
         self._sampler = TransformersEngine(engine.module.policy.model, end)
         self._end = set(end)
-        self._closing = closing_tokens(tokenizer, self._end)
+        self._closing = template_suffix_ids(tokenizer, self._end)
         self.state = State(kl_coefficient=spec.kl.coefficient)
         self.guard = DivergenceGuard(stage)
         self.timing = Timing()
