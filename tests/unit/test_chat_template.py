@@ -414,4 +414,4 @@ def test_left_keeps_a_response_where_a_question_without_one_follows() -> None:
 def test_drop_rejects_a_row_that_is_too_long() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     ((found,),) = encode_sequences([FOUR], tokenizer, Encoding(20, truncate="drop"))
-    assert found.rejected.endswith("tokens, max_length is 20")
+    assert found.rejected == "it is longer than max_length (20 tokens)"

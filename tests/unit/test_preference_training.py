@@ -171,7 +171,7 @@ def test_long_prompt_is_cut_from_the_left_alike_for_both_sides(tokenizer: Any) -
         "so it is<|end|>",
     ]
     (dropped,) = encode_pairs([long], tokenizer, Encoding(40, truncate="drop"))
-    assert "max_length is 40" in dropped.unusable
+    assert "max_length (40 tokens)" in dropped.unusable
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_parts_of_a_conversation_that_is_split_are_numbered_and_hide_nothing(tok
 
 def test_row_that_is_dropped_for_its_length_shows_reason_and_text(tokenizer: Any) -> None:
     shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20, truncate="drop"), "conversation"))
-    assert "max_length is 20" in shown.reason
+    assert "max_length (20 tokens)" in shown.reason
     assert "".join(part for kind, part in kinds(shown) if kind.startswith("cut")).endswith("Yes.<|end|>")
 
 
@@ -142,7 +142,7 @@ def test_response_that_is_cut_off_whole_says_that_nothing_is_trained(tokenizer: 
     rows = [chat(*CHAT[:2])]
     (whole,) = encode_whole(rows, tokenizer, Encoding(500))
     shown = only(preview_rows(rows, tokenizer, Encoding(whole.response[0]), "conversation"))
-    assert "no token would be trained" in shown.reason
+    assert "no response is left to train on" in shown.reason
 
 
 def test_special_token_in_a_rows_own_text_is_not_special(tokenizer: Any) -> None:

@@ -84,12 +84,12 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gpt2"])
 def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kind: str) -> None:
-    model = plain(kind).eval().cuda()
     layout = Layout.of(LENGTHS)
     ids_bt = torch.arange(layout.sequences * layout.width, device="cuda").remainder(50).view(layout.sequences, -1)
     told = []
     for dtype in (torch.float32, torch.bfloat16):
-        attention = attend_by_rows(model.to(dtype))
+        model = plain(kind).eval().to("cuda", dtype)
+        attention = attend_by_rows(model)
         assert attention is not None
         attention.tell(layout, model.device, dtype)
         positions_bt = layout.positions_bt().cuda()

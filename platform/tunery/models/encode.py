@@ -266,7 +266,7 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
     if item.rejected:
         return [item]
     if encoding.truncate == "drop":
-        return [replace(item, ids=[], spans=(), rejected=f"it has {len(item.ids)} tokens, max_length is {limit}")]
+        return [replace(item, ids=[], spans=(), rejected=f"it is longer than max_length ({limit} tokens)")]
     if encoding.truncate == "right":
         return [cut_right(item, limit)]
     if not row.get("messages"):

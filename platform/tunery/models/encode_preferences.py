@@ -89,10 +89,8 @@ def _fitted(
     if all(len(item.ids) <= limit for item in sides) or any(item.rejected for item in sides):
         return tuple(sides)
     if encoding.truncate == "drop":
-        longest = max(len(item.ids) for item in sides)
         return tuple(
-            replace(item, ids=[], spans=(), rejected=f"it has {longest} tokens, max_length is {limit}")
-            for item in sides
+            replace(item, ids=[], spans=(), rejected=f"it is longer than max_length ({limit} tokens)") for item in sides
         )
     if encoding.truncate == "right":
         return tuple(cut_right(item, limit) for item in sides)

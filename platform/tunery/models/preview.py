@@ -439,7 +439,7 @@ def _with_loss(
 ) -> PreviewSequence:
     one = _sequence(label, item, tokenizer, encoding.max_length)
     if not item.num_loss_tokens and not one.reason:
-        why = "no token would be trained: the responses are empty, not trained, or cut off"
+        why = "no response is left to train on: it is empty, masked, or cut off"
         one = replace(one, reason=why)
     if not item.truncated and not (item.rejected and not item.ids):
         return one

@@ -64,6 +64,9 @@ class TemplateCheck:
     escaped: int = 0
     """Special tokens in the rows' own text."""
     dropped_reasoning: int = 0
+    opens_thinking: str = ""
+    """The generation prompt, where it opens a thinking block that rows without reasoning are trained without."""
+    max_unusable: float = 1.0
 
     @property
     def note(self) -> str:
@@ -71,14 +74,22 @@ class TemplateCheck:
         parts = []
         if count := sum(self.unusable.values()):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self.unusable.most_common(2))
-            parts.append(f"{count / self.rows:.0%} unusable ({reasons})")
+            fails = count / self.rows > self.max_unusable
+            above = f", more than max_unusable ({self.max_unusable:g}): the stage would fail" if fails else ""
+            parts.append(f"{count / self.rows:.0%} unusable ({reasons}){above}")
         if self.truncated:
             parts.append(f"{self.truncated / self.rows:.0%} truncated")
         if self.dropped_reasoning:
-            parts.append(f"reasoning of {self.dropped_reasoning} turns is not rendered by the chat template")
+            parts.append(
+                f"the chat template does not render the reasoning of assistant turns ({self.dropped_reasoning})"
+            )
         if self.escaped:
-            parts.append(f"{self.escaped} special tokens in the text of rows are encoded as ordinary text")
-        return f"of the first {self.rows} rows: {', '.join(parts)}" if parts else ""
+            parts.append(f"special tokens in the text of rows are encoded as ordinary text ({self.escaped})")
+        if self.opens_thinking:
+            parts.append(
+                f"generation begins with {self.opens_thinking!r}, which rows without reasoning are trained without"
+            )
+        return f"of the first {_rows(self.rows)}: {'; '.join(parts)}" if parts else ""
 
 
 def check_templates(
@@ -114,14 +125,14 @@ def check_templates(
         # A sample says nothing certain of rows that it does not hold, or that are filtered first.
         unfiltered = isinstance(stage.data, str) and isinstance(experiment.stages[stage.data], Dataset)
         if unfiltered and 0 < found.rows < SAMPLE and sum(found.unusable.values()) == found.rows:
-            reason, count = found.unusable.most_common(1)[0]
             yield error_at(
                 source,
                 ("stages", name, "data"),
-                f"{name}: none of the first {found.rows} rows of `{_data_named(stage.data)}` can be used with the chat "
-                f"template of `{_named(model, experiment)}`",
-                cause=f"{count} rows: {reason}",
-                remedy="take a model whose chat template renders such rows, or other rows; `tunery preview` shows them",
+                f"{name}: none of the {found.rows} rows of `{_data_named(stage.data)}` can be used with "
+                f"`{_named(model, experiment)}`",
+                cause="; ".join(f"{_rows(count)}: {reason}" for reason, count in found.unusable.most_common(3)),
+                remedy=f"raise max_length (now {stage.max_length}) where they are too long; take a model whose chat "
+                "template renders such rows; or give other rows. `tunery preview` shows them",
             )
 
 
@@ -142,14 +153,18 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
 
 def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
     """Raises UnsupportedTemplate, where some row is a conversation."""
-    found = TemplateCheck()
+    found = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
     data = stage.data.values() if isinstance(stage, Evaluate) else row_stages(stage.data).values()
     try:
-        rows = [row for name in data for row in first_rows(root_of(experiment, name), folder, SAMPLE)]
+        roots = [root_of(experiment, name) for name in data]
+        rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
     except BadSource:  # an error of the dataset
         return found
     if any(row.get("messages") for row in rows):
-        chat_template_of(tokenizer)
+        profile = chat_template_of(tokenizer).profile
+        reasoned = all(_reasons(row) for row in rows if row.get("messages"))
+        if isinstance(stage, Training) and not profile.prefix and not reasoned:
+            found.opens_thinking = profile.generation_prompt
     kind = ESTIMATED_AS.get(stage.kind, stage.kind)
     if kind in PROMPTS:
         found.rows = len(rows)
@@ -238,6 +253,16 @@ def _cached(model: Pretrained) -> str | None:
 
     found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
     return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _reasons(row: Row) -> bool:
+    """Whether the last turn has reasoning."""
+    last = row["messages"][-1]
+    return bool(last.get("reasoning_content")) or "</think>" in (last["content"] or "")
 
 
 def _data_named(data: str | dict[str, float]) -> str:

@@ -42,6 +42,7 @@ from tunery.spec import (
     Rloo,
     Scratch,
     Select,
+    Sft,
     Stage,
     Training,
     Tuner,
@@ -114,6 +115,12 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
         stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
     shown = compute.model_dump(exclude_defaults=False)
     known_before = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
+    known_before += [
+        f"`{name}` trains {'all assistant turns' if stage.train_on == 'all_turns' else 'the last turn of each row'} "
+        f"(train_on: {stage.train_on})"
+        for name, stage in experiment.stages.items()
+        if isinstance(stage, Sft)
+    ]
     known_before += notes(experiment, source)
     return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, known_before)
 

@@ -77,7 +77,10 @@ class LanguageModelling:
         return LanguageProbe(self._job, self._data.first(PROBED), parameters)
 
     def counted(self) -> dict[str, Any]:
-        return {**self._data.facts(), "eval_rows": self._measured.stats.rows}
+        trains = (
+            {"train_on": self._spec.train_on, "truncate": self._spec.truncate} if isinstance(self._spec, Sft) else {}
+        )
+        return {**self._data.facts(), **trains, "eval_rows": self._measured.stats.rows}
 
     def found(self, trainer: Trainer) -> dict[str, Any]:
         return {}

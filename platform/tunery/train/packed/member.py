@@ -238,6 +238,8 @@ class Member:
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
             **self.data.facts(),
+            "train_on": self.spec.train_on,
+            "truncate": self.spec.truncate,
             "eval_rows": self.measured.stats.rows,
             "tokens": int(self.data.lengths[self._order].sum()),
             **mixture_facts(self.spec, self.data.part_sizes, self._order, self.data.lengths),
