@@ -159,11 +159,10 @@ def summary(path: Path) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("how", ["group"])
-def test_killed_at_step_100_and_resumed_from_step_100_has_every_point_once(tmp_path: Path, how: str) -> None:
+def test_killed_at_step_100_and_resumed_from_step_100_has_every_point_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = Invocation(folder, 0, 100, "").told()
-    first.kill() if how == "process" else first.kill_group()
+    first.kill_group()  # W&B's own service too
     assert 50 <= len(rows(folder)) < 102, "the mirror is seconds behind the log"
     Invocation(folder, 100, 200, "").told().end()
     check_complete(folder, 200)
@@ -179,10 +178,9 @@ def test_resumed_twice_from_checkpoints_before_the_kill_has_every_point_once(tmp
     check_complete(folder, 200)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_interrupted_run_is_complete_at_once_and_after_it_is_resumed(tmp_path: Path, number: int) -> None:
+def test_interrupted_run_is_complete_at_once_and_after_it_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    Invocation(folder, 0, 100, "").told().kill_group(number)  # as a terminal and a cluster's scheduler send it
+    Invocation(folder, 0, 100, "").told().kill_group(signal.SIGTERM)  # as a terminal and a cluster's scheduler send it
     check_complete(folder, 100)
     Invocation(folder, 80, 200, "").told().end()
     check_complete(folder, 200)
