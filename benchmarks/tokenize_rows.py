@@ -5,7 +5,8 @@
 Rows are questions and answers of the builtin corpus, repeated with a number in each. TRL prepares its rows with
 `assistant_only_loss` and as many processes as tunery uses; its time is that of constructing the trainer, less that of
 constructing it for ten rows. Printed: rows per second of both and the ratio, the largest resident memory of tunery's
-process at a tenth of the rows and at all of them, and the seconds that opening the finished cache takes.
+process and of its children at a tenth of the rows and at all of them, and the seconds that opening the finished cache
+takes.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def ours(rows: Path, name: str, tokenizer: Path, store: Path) -> dict[str, float
         "tokens": float(found.stats.tokens),
         "before_mib": before,
         "peak_mib": _peak(),
+        "child_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
 
 
@@ -163,7 +165,8 @@ def main() -> None:
         speed = count / told["seconds"]
         print(
             f"tunery   {count:>9,} rows  {told['seconds']:8.1f} s  {speed:9,.0f} rows/s  ({speed / theirs:.2f} x TRL)  "
-            f"peak {told['peak_mib']:,.0f} MiB (before: {told['before_mib']:,.0f})  "
+            f"peak {told['peak_mib']:,.0f} MiB (before: {told['before_mib']:,.0f}; "
+            f"of a child {told['child_mib']:,.0f})  "
             f"second run {told['opening']:.3f} s  {told['tokens']:,.0f} tokens",
             flush=True,
         )
