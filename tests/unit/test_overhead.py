@@ -35,6 +35,12 @@ def test_first_step_launches_and_gaps_are_measured_and_a_search_is_no_gap() -> N
     }
 
 
+def test_rows_that_are_tokenised_before_a_training_are_no_step_of_it() -> None:
+    begin = next(index for index, event in enumerate(EVENTS) if event["event"] == "stage_started")
+    tokenised = at(21, "progress", stage="base", done=300, unit="rows", preparing=True)
+    assert overhead([*EVENTS[: begin + 1], tokenised, *EVENTS[begin + 1 :]]) == overhead(EVENTS)
+
+
 def test_only_the_last_invocation_counts() -> None:
     again = [*EVENTS, at(200, "run_started"), at(201, "stage_finished", stage="base", reused=True)]
     assert overhead(again)["first_step_seconds"] is None

@@ -12,7 +12,8 @@ file) and `trial` ("" outside a search). The kinds of event and their further ke
     ray_connecting   address, limit (seconds): a cluster is asked for; a Ray of this machine is not announced
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
-    progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters
+    progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters;
+                     preparing: true before the stage's own work (rows are tokenised)
     metrics          step, values {name: number}                                  a point of a training's curves
     preview          template (what the chat template does, a sentence), records [{id, source, line, reason,
                      sequences}]: a training's first rows as its model gets them (models/preview.py)

@@ -37,6 +37,8 @@ def overhead(events: Iterable[Event]) -> dict[str, Any]:
             started[name] = when
         elif kind == "stage_finished" and not event["reused"]:
             ended = when
+        elif kind == "progress" and event.get("preparing"):
+            continue
         elif kind == "progress" and event.get("done") and name in started and name not in launch:
             launch[name] = when - started[name]
             if event.get("unit") == "steps" and first_step is None:

@@ -95,12 +95,13 @@ def _progress(state: RunState, event: Event) -> None:
     done, total = as_number(event.get("done")), as_number(event.get("total"))
     if done is None or stage.status in ("done", "reused", "failed"):
         return
-    if stage.recent and done < stage.recent[-1][1]:
-        stage.recent.clear()  # it began again, from a checkpoint or with fewer workers
+    unit = str(event.get("unit", stage.unit))
+    if stage.recent and (done < stage.recent[-1][1] or unit != stage.unit):
+        stage.recent.clear()  # it began again, from a checkpoint or with fewer workers, or with the next kind of work
         stage.first_progress, stage.advances = None, 0
     advanced = bool(stage.recent) and done > stage.recent[-1][1]
     stage.done, stage.total = done, total or 0
-    stage.unit = str(event.get("unit", stage.unit))
+    stage.unit = unit
     if stage.first_progress is None and advanced:
         stage.recent.clear()  # until here it loaded, compiled, or read what is done already
         stage.first_progress = now, done

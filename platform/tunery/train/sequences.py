@@ -293,7 +293,7 @@ def _reporting(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], No
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial)
 
     def progress(done: int, total: int) -> None:
-        log.write("progress", done=done, total=total, unit="rows", detail="tokenizing")
+        log.write("progress", done=done, total=total, unit="rows", detail="tokenizing", preparing=True)
 
     def waiting(holder: str) -> None:
         log.write("progress", done=0, total=None, unit="rows", detail=f"waiting: {holder} tokenizes the same rows")
