@@ -107,7 +107,7 @@ MOMENTS: dict[str, Moment] = {
         pytest.param("checkpoint", signal.SIGINT, "ignored", marks=all_moments),
         ("checkpoint", signal.SIGTERM, "group"),
         pytest.param("evaluating", signal.SIGTERM, "process", marks=all_moments),
-        ("end", signal.SIGTERM, "twice"),
+        pytest.param("end", signal.SIGTERM, "twice", marks=all_moments),
         pytest.param("report is there", signal.SIGTERM, "process", marks=all_moments),
         pytest.param("report is there", signal.SIGINT, "group", marks=all_moments),
     ],
