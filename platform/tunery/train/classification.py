@@ -1,7 +1,7 @@
 """What `classifier` learns: to tell good rows from bad ones, by transformers' Trainer, from labelled rows.
 
 A row is shown to the model as to the scorer that will use it (models/shown.py). The tokens of all labelled rows are in
-the memory of every worker, as in every training here: 100,000 rows of 300 tokens are about 0.6 GB.
+the memory of every worker: 100,000 rows of 300 tokens are about 0.6 GB.
 """
 
 from __future__ import annotations
