@@ -164,23 +164,21 @@ def work(told: dict[str, Any]) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if told["gpu"] else "gloo")
     prepare_process("gpu" if told["gpu"] else "cpu", 1 if not told["gpu"] else 8)
-    from tunery.models import prompts
     from tunery.train.ppo.trainer import PpoTrainer
+    from tunery.train.sequences import PromptSet
 
     folder, out, steps = Path(told["folder"]), Path(told["out"]), []
-    plain, read = PpoTrainer.step, prompts.read_prompts
+    plain, read = PpoTrainer.step, PromptSet.ids
 
     def step(self: PpoTrainer, rows: Any) -> dict[str, float]:
         found = plain(self, rows)
         steps.append(dict(self.timing.seconds))
         return found
 
-    def of_one_length(*arguments: Any) -> prompts.Prompts:
-        found = read(*arguments)
-        found.tokens = [(row * told["prompt"])[: told["prompt"]] for row in found.tokens]
-        return found
+    def of_one_length(self: PromptSet, index: int) -> list[int]:
+        return (read(self, index) * told["prompt"])[: told["prompt"]]
 
-    PpoTrainer.step, prompts.read_prompts = step, of_one_length  # type: ignore[method-assign]
+    PpoTrainer.step, PromptSet.ids = step, of_one_length  # type: ignore[method-assign]
     lora = told["tuner"] == "lora"
     spec = Ppo.model_validate(
         {

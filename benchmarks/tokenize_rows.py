@@ -30,9 +30,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tunery.data.read import read_source
 from tunery.models.encode import Encoding
-from tunery.models.tokenized_dataset import TokenCache, encode_conversations
+from tunery.models.tokenized_dataset import TokenCache
 from tunery.spec import Dataset
-from tunery.store.rows import CONTENT, row_id, write_rows
+from tunery.store.rows import row_id, write_rows
+from tunery.train.sequences import ROW_ENCODINGS
 
 MAX_LENGTH = 1024
 
@@ -72,14 +73,13 @@ def ours(rows: Path, name: str, tokenizer: Path, store: Path) -> dict[str, float
     """In a process of its own, so that its memory is its own."""
     from tunery.models.load import load_tokenizer
 
-    source = {"pretrained": str(tokenizer), "revision": None}
-    loaded = load_tokenizer(source)
+    loaded = load_tokenizer({"pretrained": str(tokenizer), "revision": None})
     before = _peak()
     cache = TokenCache(store / "tokenized", store / "leases")
     timings = []
     for _ in range(2):
         begin = time.perf_counter()
-        found = cache.open_or_build(rows, name, source, loaded, Encoding(MAX_LENGTH), encode_conversations, CONTENT)
+        found = cache.open_or_build(rows, name, loaded, Encoding(MAX_LENGTH), ROW_ENCODINGS["sft"])
         timings.append(time.perf_counter() - begin)
     return {
         "seconds": timings[0],

@@ -167,11 +167,8 @@ def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
         scale = [facts["reward_mean"], facts["reward_deviation"]]
         rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *measures, *scale])
         if facts["unusable"]:
-            because = ", ".join(f"{count:,} {reason}" for reason, count in facts["unusable_because"].items() if count)
-            notes.append(
-                f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})"
-                + ("; alike: where sides differ is cut off at max_length" if facts["unusable_because"]["alike"] else "")
-            )
+            because = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items())
+            notes.append(f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})")
         if facts["eval_rows_trained_on"]:
             notes.append(
                 f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are among those it was trained on"

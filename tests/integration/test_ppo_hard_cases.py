@@ -49,7 +49,8 @@ spec = Ppo.model_validate({
 train(Job(
     stage="ppo", trial="", spec=spec, seed=17, model={"pretrained": told["policy"], "revision": None},
     rows=(Rows(Path(told["rows"])),), eval_rows=(), ptx_rows=(),
-    reward={"python": told["reward"], "function": "reward"}, out=out, work=out.parent, events=out.parent / "events",
+    reward={"python": told["reward"], "function": "reward"}, out=out, work=out.parent,
+    store=out.parent, events=out.parent / "events",
     compute=Compute(workers=told["workers"], device="cpu", zero_stage=told["zero"], micro_batch_size=1),
     workers=told["workers"], started=time.time(),
 ), lambda metrics: None)

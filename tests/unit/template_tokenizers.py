@@ -13,10 +13,12 @@ from pathlib import Path
 
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tunery.models.chat_template import chat_template_of
 from tunery.models.load import _plain_template
 from tunery.models.scratch import CHAT_TEMPLATE
+from tunery.store.rows import Row
 
 _TRL = Path(trl.__file__).parent / "chat_templates"
 _SPECIAL = re.compile(
@@ -255,3 +257,9 @@ def tokenizer_of(family: str, kind: str = "byte-level", adds: tuple[str, ...] = 
     if family == "plain":
         tokenizer.chat_template = _plain_template(tokenizer)
     return tokenizer
+
+
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A whole conversation as the tokenizer's chat template has it."""
+    template = chat_template_of(tokenizer)
+    return template.unescape(template.conversation(row).text)

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from template_tokenizers import tokenizer_of
+from template_tokenizers import rendered, tokenizer_of
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_sequences, encode_whole, rendered
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_sequences, encode_whole
 from tunery.models.generate import end_tokens
 from tunery.models.template_rendering import UnsupportedTemplate
 

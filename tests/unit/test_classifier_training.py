@@ -34,12 +34,11 @@ from tunery.spec import LABELS, Contrast, Lora
 from tunery.spec.check_search import metrics_of
 from tunery.spec.trainings import row_stages
 from tunery.store import Artifact, Store
-from tunery.store.rows import DECIDED, read_rows, write_rows
+from tunery.store.rows import DECIDED, read_rows
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
 from tunery.train.batches import evaluation_batches
 from tunery.train.headed import padding_as
-from tunery.train.job import Rows, rows_of
 
 TEXT = """\
 name: x
@@ -88,15 +87,6 @@ def test_labels_may_come_from_rows_from_two_stages_or_from_a_review(
     planned = {stage.name: stage for stage in make_plan(experiment, source, Store(tmp_path / "store")).stages}
     assert (planned["judge"].rows, planned["judge"].steps) == (rows, -(-rows * 2 // 4))
     assert planned["judge"].memory_bytes == planned["base"].memory_bytes
-
-
-def test_rows_of_two_stages_get_their_stages_label_and_others_keep_their_own(tmp_path: Path) -> None:
-    write_rows([{"id": "a", "text": "a", "label": False}, {"id": "b", "text": "b"}], tmp_path / "one")
-    write_rows([{"id": "c", "text": "c"}], tmp_path / "two")
-    contrast = rows_of((Rows(tmp_path / "one", True), Rows(tmp_path / "two", False)), ["id", "label"])
-    assert [(row["id"], row["label"]) for row in contrast] == [("a", True), ("b", True), ("c", False)]
-    own = rows_of((Rows(tmp_path / "one"),), ["id", "label"])
-    assert [(row["id"], row["label"]) for row in own] == [("a", False), ("b", None)]
 
 
 def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ from tunery.errors import SpecErrors, TuneryError
 from tunery.models import load as load_module
 from tunery.models.check import BadModel
 from tunery.models.classify import SequenceClassifier
-from tunery.models.encode import encode
+from tunery.models.encode import Encoded, encode
 from tunery.models.labels import Labels, labels_of
 from tunery.models.load import load_classifier, load_own_tokenizer
 from tunery.models.packing import length_batches
-from tunery.models.shown import RowReader, Seen
+from tunery.models.shown import RowReader
 from tunery.runner.check import check
 from tunery.spec import Classifier, Compute, Pretrained, Reward, Score
 from tunery.store import Artifact, StageContext, StageResult, Store
@@ -162,7 +162,7 @@ def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None
     ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
     model, _ = load_classifier(source(folder / "three"), torch.float32)
     reader = RowReader(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
-    inputs = reader.tensors([Seen(row, [0] * len(row), False) for row in ids])
+    inputs = reader.tensors([Encoded(row, ()) for row in ids])
     assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
     with torch.inference_mode():

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_tokenizers import FAMILIES, KINDS, tokenizer_of
+from template_tokenizers import FAMILIES, KINDS, rendered, tokenizer_of
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, encode_prompts, encode_sequences, encode_whole, rendered
+from tunery.models.encode import Encoded, Encoding, encode_prompts, encode_sequences, encode_whole
 
 EXAMPLES = int(os.environ.get("ENCODING_EXAMPLES", "60"))
 fixed = settings(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_classifiers import write_language_model, write_reward_model
+from training_jobs import training_job
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tunery.errors import StageError, TuneryError
 from tunery.models.encode import template_suffix_ids
 from tunery.models.load import write_base
-from tunery.spec import Compute, Ppo
+from tunery.spec import Ppo
 from tunery.train.job import Job
 from tunery.train.ppo.build import Models, build
 from tunery.train.ppo.models import POLICY, REWARD, VALUE, activated, recomputed_as_before
@@ -37,24 +38,7 @@ def spec(**fields: object) -> Ppo:
 
 
 def job(policy: Path, reward: dict, **fields: object) -> Job:
-    return Job(
-        stage="ppo",
-        trial="",
-        spec=spec(**fields),
-        seed=17,
-        model={"pretrained": str(policy), "revision": None},
-        rows=(),
-        eval_rows=(),
-        reward=reward,
-        ptx_rows=(),
-        out=Path(),
-        work=Path(),
-        store=Path(),
-        events=Path(),
-        compute=Compute(),
-        workers=1,
-        started=0.0,
-    )
+    return training_job(Path(), spec(**fields), policy, seed=17, reward=reward, out=Path())
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from conftest import LoadText
 from peft import get_peft_model
 from small_classifiers import write_language_model
+from training_jobs import rows_at, training_job
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -21,12 +20,12 @@ from tunery.models.encode import Encoding, encode
 from tunery.models.encode_preferences import encode_pairs, rejected_side
 from tunery.models.load import load_model, load_tokenizer, write_base
 from tunery.models.tuners import lora_config
-from tunery.spec import Compute, Dpo, Kto, Lora
+from tunery.spec import Dpo, Kto, Lora
 from tunery.spec.trainings import Training
-from tunery.store.rows import row_id, write_rows
+from tunery.store.rows import row_id
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
-from tunery.train.job import Job, Rows
+from tunery.train.job import Job
 from tunery.train.preference import Preference, pair_losses
 from tunery.train.rated import Rated, answer_losses, baseline, margin, mismatched
 from tunery.train.reference import answer_log_probs, padded
@@ -75,29 +74,9 @@ def tokenizer(model_folder: Path) -> Any:
 @pytest.fixture
 def job_of(model_folder: Path, tmp_path: Path) -> Any:
     def make(spec: Training[Any], rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Job:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        (tmp_path / "out").mkdir(exist_ok=True)
-        write_rows(rows, folder / "rows")
-        write_rows(held_out or [], folder / "held_out")
-        source = {"pretrained": str(model_folder), "revision": None}
-        return Job(
-            stage="tuned",
-            trial="",
-            spec=spec,
-            seed=1,
-            model=source,
-            rows=(Rows(folder / "rows"),),
-            eval_rows=() if held_out is None else (Rows(folder / "held_out"),),
-            reward=None,
-            ptx_rows=(),
-            out=tmp_path / "out",
-            work=tmp_path / "work",
-            store=tmp_path,
-            events=tmp_path / "events",
-            compute=Compute(),
-            workers=1,
-            started=time.time(),
-        )
+        sources = rows_at(tmp_path, rows), rows_at(tmp_path, held_out or [])
+        evaluated = () if held_out is None else sources[1:]
+        return training_job(tmp_path, spec, model_folder, rows=sources[:1], eval_rows=evaluated)
 
     return make
 
@@ -139,7 +118,7 @@ def test_log_probabilities_of_answers_are_those_of_plain_transformers(model_fold
 
 def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any) -> None:
     answers = Rated(job_of(kto(), PAIRS), 0).answers
-    assert [answers.sequences.row_label(index) for index in range(4)] == [True, False, True, False]
+    assert answers.sequences.row_labels.tolist() == [1, 0, 1, 0]
     partners = answers.partners([0, 1, 2, 3], group=4)
     assert sorted(partners) == [0, 1, 2, 3], "each answer is used once"
     own = [answers.sequence(index)[0] for index in range(4)]
@@ -232,7 +211,9 @@ def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Pa
 def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None:
     same_when_cut = pair("what", "the model the model the model one", "the model the model the model two")
     rows = [*PAIRS, pair("what", "", "no"), RATED[0], same_when_cut, pair("why how " * 20, "a", "b")]
-    recipe = Preference(job_of(dpo(max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0)
+    recipe = Preference(
+        job_of(dpo(eval_data="held_out", max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0
+    )
     counted = recipe.counted()
     assert counted["rows"] == 6
     assert counted["sequences"] + counted["unusable"] == 6

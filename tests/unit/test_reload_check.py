@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_classifiers import write_language_model
+from training_jobs import training_job
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tunery.errors import StageError
-from tunery.spec import Compute, Sft
+from tunery.spec import Sft
 from tunery.train import reload_check
 from tunery.train.job import Job
 from tunery.train.reload_check import LanguageProbe, available_memory, check_saved, compare, first_tokens, why_skipped
@@ -23,24 +24,7 @@ SEQUENCES = [[7], [5, 6, 7, 8, 9, 10], [11, 12, 13], [20, 21, 22, 23]]
 
 def job_of(base: Path, out: Path) -> Job:
     spec = {"kind": "sft", "data": "d", "model": "m", "epochs": 1.0, "learning_rate": 1.0}
-    return Job(
-        stage="sft",
-        trial="",
-        spec=Sft.model_validate(spec),
-        seed=1,
-        model={"pretrained": str(base), "revision": None},
-        rows=(),
-        eval_rows=(),
-        reward=None,
-        ptx_rows=(),
-        out=out,
-        work=out,
-        store=out,
-        events=out,
-        compute=Compute(),
-        workers=1,
-        started=0.0,
-    )
+    return training_job(out, Sft.model_validate(spec), base, out=out)
 
 
 def saved_adapter(base: Path, out: Path, *targets: str) -> tuple[Job, list[float], LanguageProbe]:

@@ -28,7 +28,8 @@ from tunery.models.load import (
     write_head,
 )
 from tunery.models.metrics import preference_accuracy, preference_loss
-from tunery.models.shown import RowReader, Seen
+from tunery.models.shown import RowReader, encode_compared
+from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.models.tuners import lora_config
 from tunery.runner.check import check
 from tunery.spec import Lora, Reward
@@ -37,7 +38,7 @@ from tunery.store import Artifact, Store
 from tunery.store.rows import Row
 from tunery.track.notes import outcome
 from tunery.track.snapshot import StageState
-from tunery.train.reward import Pair, evenly, measures, pairs_of, scale_of
+from tunery.train.reward import evenly, measures, scale_of
 
 # What it learns from.
 
@@ -61,22 +62,25 @@ def pair_row(chosen: str, rejected: str) -> Row:
     return {**row, "text": None, "tools": None}
 
 
+def found_in(rows: list[Row], read: RowReader, model: dict[str, Any]) -> list[TokenizedRow]:
+    return list(encode_compared(rows, load_own_tokenizer(model), read.encoding))
+
+
 def test_tokens_of_both_sides_are_those_that_the_scorer_is_shown(model: dict[str, Any]) -> None:
     rows = [pair_row("it is the model", "no"), pair_row("blue", "green and one of three")]
-    found = pairs_of(iter(rows), reader(model))
     tokenizer = AutoTokenizer.from_pretrained(model["pretrained"])
-    for row, sides in zip(rows, found.seen, strict=True):
+    for row, found in zip(rows, found_in(rows, reader(model), model), strict=True):
         start = row["messages"][:-1]
         conversations = (row["messages"], [*start, *row["rejected"]])
-        assert list(sides) == reader(model)([{"messages": turns} for turns in conversations])
-        for side, turns in zip(sides, conversations, strict=True):
+        assert found.sequences == reader(model)([{"messages": turns} for turns in conversations])
+        for side, turns in zip(found.sequences, conversations, strict=True):
             plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
             text = tokenizer.apply_chat_template(plain, tokenize=False)
             assert side.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert (found.rows, found.ids, found.unusable.total()) == (2, {row["id"] for row in rows}, 0)
+        assert not found.unusable
 
 
-def test_rows_that_cannot_be_learned_from_are_counted_by_why(model: dict[str, Any]) -> None:
+def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None:
     call = json.dumps([{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}])
     rows = [
         pair_row("yes", "no"),
@@ -88,18 +92,24 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_why(model: dict[str, An
         pair_row("one " * 40 + "two", "one " * 40 + "three"),
         pair_row("one " * 40 + "two", "no"),
     ]
-    found = pairs_of(iter(rows), reader(model, 48))
-    assert found.rows == len(rows) == len(found.seen) + found.unusable.total()
-    assert len(found.seen) == 3, "an answer that only calls a tool says something"
-    assert dict(found.unusable) == {"unpaired": 2, "empty": 2, "alike": 1}
-    assert found.truncated == 2, "the long answer, and the call that the chat template renders"
-    assert found.reasons() == "2 are no pairs, 2 have an empty answer, 1 look the same on both sides"
+    found = found_in(rows, reader(model, 48), model)
+    assert [item.unusable for item in found] == [
+        "",
+        "it is no preference pair",
+        "it is no preference pair",
+        "a response is empty",
+        "a response is empty",
+        "",  # a response that only calls a tool
+        "both responses have the same tokens once they are cut",
+        "",
+    ]
+    cut = [any(side.truncated for side in item.sequences) for item in found if not item.unusable]
+    assert cut == [False, True, True], "the call, which the chat template renders, and the long response"
 
 
-def test_pairs_of_a_sample_lie_at_even_distances() -> None:
-    pairs: list[Pair] = [(Seen([n], [0], False), Seen([n], [0], False)) for n in range(10)]
-    assert [chosen.ids[0] for chosen, _ in evenly(pairs, 4)] == [0, 2, 5, 7]
-    assert evenly(pairs, 2000) == pairs
+def test_places_of_a_sample_lie_at_even_distances() -> None:
+    assert evenly(10, 4) == [0, 2, 5, 7]
+    assert evenly(10, 2000) == list(range(10))
 
 
 # What is measured.
@@ -230,7 +240,7 @@ FACTS = {
     "rows": 12,
     "pairs": 9,
     "unusable": 3,
-    "unusable_because": {"unpaired": 0, "empty": 1, "alike": 2},
+    "unusable_because": {"both responses have the same tokens": 2, "a response is empty": 1},
     "eval_pairs": 4,
     "eval_rows_trained_on": 1,
     "loss": 0.25,
@@ -249,7 +259,10 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
     table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": FACTS}, {})})
     assert table is not None
     assert table["rows"] == [["rm", "9", "4", 0.5, 0.75, 0.875, -0.5, 1.5]]
-    assert "3 of 12 rows were left out (1 empty, 2 alike)" in table["notes"][0]
+    assert (
+        "3 of 12 rows were left out (2: both responses have the same tokens; 1: a response is empty)"
+        in table["notes"][0]
+    )
     assert "1 of the held-out pairs are among those" in table["notes"][1]
     blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
     table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})

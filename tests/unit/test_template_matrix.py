@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from template_tokenizers import FAMILIES, source_of, tokenizer_of
+from template_tokenizers import FAMILIES, rendered, source_of, tokenizer_of
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole, rendered
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
 
 Turn = dict[str, Any]
 

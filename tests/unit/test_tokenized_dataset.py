@@ -17,6 +17,7 @@ from tunery.models import tokenized_dataset
 from tunery.models.encode import Encoding, encode_sequences
 from tunery.models.load import load_tokenizer
 from tunery.models.tokenized_dataset import (
+    RowEncoding,
     TokenCache,
     TokenizedDataset,
     cache_key,
@@ -44,6 +45,9 @@ ROWS = [
 ]
 
 
+CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"pretrained": str(write_language_model(tmp_path_factory.mktemp("base"))), "revision": None}
@@ -61,33 +65,27 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "artifact"
 
 
-def build(
-    folder: Path, rows: Path, source: dict[str, Any], tokenizer: Any, encoding: Encoding, **other: Any
-) -> TokenizedDataset:
+def build(folder: Path, rows: Path, tokenizer: Any, encoding: Encoding, **other: Any) -> TokenizedDataset:
     cache = TokenCache(folder / "tokenized", folder / "leases", **other)
-    return cache.open_or_build(rows, "dataset-1", source, tokenizer, encoding, encode_conversations, CONTENT)
+    return cache.open_or_build(rows, "dataset-1", tokenizer, encoding, CONVERSATIONS)
 
 
-def test_sequences_are_those_of_encoding_the_rows(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
+def test_sequences_are_those_of_encoding_the_rows(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     encoding = Encoding(24)
-    found = build(tmp_path, rows, source, tokenizer, encoding)
+    found = build(tmp_path, rows, tokenizer, encoding)
     expected = [item for items in encode_sequences(ROWS, tokenizer, encoding) for item in items if item.spans]
     assert [found.ids(index) for index in range(len(found))] == [item.ids for item in expected]
     assert [found.labels(index) for index in range(len(found))] == [item.labels for item in expected]
     assert [found.loss_tokens(index) for index in range(len(found))] == [item.num_loss_tokens for item in expected]
     assert found.lengths.tolist() == [len(item.ids) for item in expected]
-    assert found.rows.tolist() == [*range(40), 41]
+    assert found.row_ids.tolist() == [*range(40), 41]
     assert found.stats.rows == 42 == len(found) + found.stats.num_unusable
     assert found.stats.truncated == sum(item.truncated for item in expected) > 0
     assert found.stats.tokens == found.tokens.size == sum(len(item.ids) for item in expected)
 
 
-def test_unusable_rows_are_listed_with_file_line_and_reason(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
-    found = build(tmp_path, rows, source, tokenizer, Encoding(24))
+def test_unusable_rows_are_listed_with_file_line_and_reason(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    found = build(tmp_path, rows, tokenizer, Encoding(24))
     assert list(found.unusable_rows()) == [
         {"id": f"{40:016x}", "source": "rows.jsonl", "line": 41, "reason": "no response is left to train on"}
     ]
@@ -95,13 +93,13 @@ def test_unusable_rows_are_listed_with_file_line_and_reason(
 
 
 def test_processes_make_the_same_files_as_one(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = build(tmp_path / "one", rows, source, tokenizer, Encoding(24))
+    one = build(tmp_path / "one", rows, tokenizer, Encoding(24))
     monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
     monkeypatch.setattr(tokenized_dataset, "available_cpus", lambda: 2)
     seen: list[tuple[int, int]] = []
-    two = build(tmp_path / "two", rows, source, tokenizer, Encoding(24), progress=lambda *now: seen.append(now))
+    two = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *now: seen.append(now))
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
@@ -109,9 +107,7 @@ def test_processes_make_the_same_files_as_one(
     assert seen == [(16, 42), (32, 42), (42, 42)]
 
 
-def test_built_once_and_opened_by_all_others(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
+def test_built_once_and_opened_by_all_others(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     calls: list[int] = []
 
     def counting(some: Any, tokenizer: Any, encoding: Any) -> Any:
@@ -120,7 +116,7 @@ def test_built_once_and_opened_by_all_others(
 
     def open_it() -> None:
         cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
-        cache.open_or_build(rows, "dataset-1", source, tokenizer, Encoding(24), counting, CONTENT)
+        cache.open_or_build(rows, "dataset-1", tokenizer, Encoding(24), RowEncoding(counting, tuple(CONTENT), ""))
 
     threads = [threading.Thread(target=open_it) for _ in range(3)]
     for thread in threads:
@@ -130,15 +126,13 @@ def test_built_once_and_opened_by_all_others(
     assert sum(calls) == 42
 
 
-def test_build_that_was_cut_off_is_built_again(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
-    whole = build(tmp_path / "whole", rows, source, tokenizer, Encoding(24))
+def test_build_that_was_cut_off_is_built_again(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", rows, tokenizer, Encoding(24))
     key = whole.folder.name
     staging = tmp_path / "cut" / "tokenized" / f"{key}.staging-1"
     staging.mkdir(parents=True)
     (staging / "tokens.bin").write_bytes(b"half")
-    again = build(tmp_path / "cut", rows, source, tokenizer, Encoding(24))
+    again = build(tmp_path / "cut", rows, tokenizer, Encoding(24))
     assert (again.folder / "tokens.bin").read_bytes() == (whole.folder / "tokens.bin").read_bytes()
     assert not staging.exists()
 
@@ -186,26 +180,24 @@ def test_template_that_writes_the_date_has_a_key_a_day(
     assert key("", 1) == key("", 2)
 
 
-def test_pretraining_takes_all_tokens_of_every_row(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
+def test_pretraining_takes_all_tokens_of_every_row(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
     encoding = Encoding(2**31 - 1, "all_tokens")
-    found = cache.open_or_build(rows, "dataset-1", source, tokenizer, encoding, encode_documents, CONTENT)
+    found = cache.open_or_build(
+        rows, "dataset-1", tokenizer, encoding, RowEncoding(encode_documents, tuple(CONTENT), "")
+    )
     assert len(found) == found.stats.rows == 42, "a conversation without a response too"
     assert all(found.loss_tokens(index) == len(found.ids(index)) - 1 for index in range(len(found)))
 
 
-def test_no_usable_row_is_an_empty_dataset(source: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+def test_no_usable_row_is_an_empty_dataset(tokenizer: Any, tmp_path: Path) -> None:
     write_rows([ROWS[40]], tmp_path / "artifact")
-    found = build(tmp_path, tmp_path / "artifact", source, tokenizer, Encoding(24))
+    found = build(tmp_path, tmp_path / "artifact", tokenizer, Encoding(24))
     assert (len(found), found.stats.rows, found.stats.num_unusable) == (0, 1, 1)
 
 
-def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
-    part = build(tmp_path, rows, source, tokenizer, Encoding(2**31 - 1))
+def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    part = build(tmp_path, rows, tokenizer, Encoding(2**31 - 1))
     blocks = BlockSet(SequenceSet([part, part]), 50)
     assert blocks.part_sizes == [part.tokens.size // 50] * 2
     joined = [token for index in range(blocks.part_sizes[0]) for token in blocks.ids(index)]
@@ -214,10 +206,8 @@ def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(
     assert set(blocks.lengths.tolist()) == {50}
 
 
-def test_sequence_set_of_several_datasets_has_one_index(
-    rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path
-) -> None:
-    part = build(tmp_path, rows, source, tokenizer, Encoding(24))
+def test_sequence_set_of_several_datasets_has_one_index(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    part = build(tmp_path, rows, tokenizer, Encoding(24))
     both = SequenceSet([part, part])
     assert len(both) == 2 * len(part)
     assert both.ids(len(part) + 3) == part.ids(3)
@@ -247,8 +237,8 @@ def test_order_without_a_mixture_is_what_it_was() -> None:
     assert data_order([5, 3, 9, 1], 2, 3, 5).tolist() == [0, 1, 3, 2, 2, 3]
 
 
-def test_stats_are_json_of_counts(rows: Path, source: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
-    found = build(tmp_path, rows, source, tokenizer, Encoding(24))
+def test_stats_are_json_of_counts(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    found = build(tmp_path, rows, tokenizer, Encoding(24))
     stats = json.loads((found.folder / "stats.json").read_text())
     assert stats["rows"] == 42
     assert stats["sequences"] == 41

@@ -18,9 +18,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from tunery.models.encode import Encoding, as_prompt, encoding_of
 from tunery.models.load import Source, source_of
 from tunery.models.pool import map_units, score_dtype
-from tunery.models.prompts import COLUMNS, take_prompts
+from tunery.models.prompts import COLUMNS, TOO_LONG, encode_prompt_rows
 from tunery.models.reward import WHOLE, reward_origin
 from tunery.spec import Compute, Sampling, WinRate
 from tunery.store import StageContext
@@ -88,7 +89,7 @@ def answer_all(context: StageContext, artifacts: dict[str, Path], parts: Sequenc
             units.append({"source": source, **at, "file": str(made[place])})
     total = len(models) * sum(part.rows for part in parts)
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
-    arguments = (judge, context.seed, stage.sampling, longest_prompt(stage), context.compute)
+    arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="answers", detail="starting actors")
     results = map_units(AnsweringActor, arguments, units, context.compute, context.in_process) if units else iter(())
     for result in results:
@@ -97,20 +98,15 @@ def answer_all(context: StageContext, artifacts: dict[str, Path], parts: Sequenc
     return files
 
 
-def longest_prompt(stage: WinRate) -> int:
-    """Tokens."""
-    return stage.max_length - stage.sampling.max_new_tokens
-
-
 class AnsweringActor:
     """Answers parts of shards with one model after another, and rates what it answered."""
 
-    def __init__(self, judge: str, seed: int, sampling: Sampling, longest: int, compute: Compute) -> None:
-        """judge: a RewardOrigin as JSON. longest: tokens of a prompt, at most."""
+    def __init__(self, judge: str, seed: int, sampling: Sampling, encoding: Encoding, compute: Compute) -> None:
+        """judge: a RewardOrigin as JSON."""
         import torch
 
         torch.set_num_threads(compute.cpus_per_worker)
-        self._origin, self._seed, self._sampling, self._longest = judge, seed, sampling, longest
+        self._origin, self._seed, self._sampling, self._encoding = judge, seed, sampling, encoding
         self._dtype = score_dtype(compute)
         self._device = torch.device("cuda" if compute.device == "gpu" else "cpu")
         self._judge: Any = None
@@ -147,23 +143,27 @@ class AnsweringActor:
             # Not in __init__: of an error there Ray tells the text, not the exception with its cause and remedy.
             self._judge = load_reward(json.loads(self._origin), self._dtype, self._device, WHOLE)
         engine, tokenizer, end = self._load(source)
-        table = pq.read_table(shard, columns=COLUMNS).slice(start, PART).to_pylist()
+        table = pq.read_table(shard, columns=list(COLUMNS)).slice(start, PART).to_pylist()
         numbered = [{**row, "row": first + start + place} for place, row in enumerate(table)]
-        prompts = take_prompts(numbered, tokenizer, self._longest)
-        keys = [(int(row["id"], 16),) for row in prompts.rows]
+        encoded = list(encode_prompt_rows(numbered, tokenizer, self._encoding))
+        usable = [(as_prompt(row), item) for row, item in zip(numbered, encoded, strict=True) if not item.unusable]
+        prompts = [row for row, _ in usable]
+        keys = [(int(row["id"], 16),) for row in prompts]
         uniform_bt = uniform_numbers(self._seed, "win_rate", keys, self._sampling.max_new_tokens)
-        drawn = engine(prompts.tokens, uniform_bt, self._sampling)
+        drawn = engine([item.sequences[0].ids for _, item in usable], uniform_bt, self._sampling)
         texts = [text_of(answer.tokens, end, tokenizer) for answer in drawn]
-        rewards = self._judge(prompts.rows, texts) if texts else []
-        lines: list[Line] = [{"read": prompts.read, "too_long": prompts.too_long, "unusable": prompts.unusable}]
-        for row, answer, text, reward in zip(prompts.rows, drawn, texts, rewards, strict=True):
+        rewards = self._judge(prompts, texts) if texts else []
+        too_long = sum(item.unusable == TOO_LONG for item in encoded)
+        unusable = len(encoded) - len(usable) - too_long
+        lines: list[Line] = [{"read": len(encoded), "too_long": too_long, "unusable": unusable}]
+        for row, answer, text, reward in zip(prompts, drawn, texts, rewards, strict=True):
             turns = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
             told = {"answer": text, "reward": reward, "tokens": len(answer.tokens), "ended": answer.ended}
             lines.append({"row": row["row"], "id": row["id"], "prompt": turns, **told})
         aside = file.with_suffix(".part")  # whole or not at all: what is there is not made again
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         aside.replace(file)
-        return prompts.read
+        return len(encoded)
 
 
 def read_answers(file: Path) -> Answered:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.errors import RowsLost
-from tunery.evaluate.answers import Answered, Line, answer_all, longest_prompt, parts_of, read_answers
+from tunery.errors import RowsLost, StageError
+from tunery.evaluate.answers import Answered, Line, answer_all, parts_of, read_answers
 from tunery.evaluate.wins import compare
-from tunery.models.prompts import none_to_answer
 from tunery.spec import WinRate
 from tunery.spec.reference import model_name
 from tunery.store import StageContext, StageResult
@@ -133,7 +132,15 @@ def make_win_rates(context: StageContext) -> StageResult:
     for name, pairs in zip(names[1:], gathered.pairs, strict=True):
         too_long = expected - gathered.unusable - len(pairs.rewards)
         if not pairs.rewards:
-            raise none_to_answer(context.name, "data", expected, too_long, gathered.unusable, longest_prompt(stage))
+            room = stage.max_length - stage.sampling.max_new_tokens
+            raise StageError(
+                context.name,
+                f"none of the {expected:,} rows of `{stage.data}` (data) can be answered",
+                cause=f"{too_long:,} prompts are longer than {room:,} tokens, {gathered.unusable:,} rows ask nothing "
+                "or can't be rendered by a chat template",
+                remedy=f"raise max_length (now {stage.max_length}), lower sampling.max_new_tokens (now "
+                f"{stage.sampling.max_new_tokens}), or give other rows",
+            )
         left_out = {"too_long": too_long, "unusable": gathered.unusable}
         results.append({"model": name, "set": stage.data, **_result(pairs, names[0]), "left_out": left_out})
     (context.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

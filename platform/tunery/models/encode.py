@@ -53,10 +53,12 @@ NO_LIMIT = 2**31 - 1
 
 
 def encoding_of(stage: Any) -> Encoding:
-    """The settings of a training stage (tunery.spec) that decide its tokens. Texts of `pretrain` are not cut: its
-    blocks are, wherever they end."""
+    """The settings of a stage (tunery.spec) that decide the tokens it trains on, or answers. Texts of `pretrain` are
+    not cut: its blocks are, wherever they end. A prompt is not cut either: it would end in the middle of a question."""
     if stage.kind == "pretrain":
         return Encoding(NO_LIMIT, "all_tokens")
+    if hasattr(stage, "sampling"):
+        return Encoding(stage.max_length - stage.sampling.max_new_tokens, "last_turn", "drop")
     return Encoding(
         stage.max_length,
         getattr(stage, "train_on", "last_turn"),
@@ -81,6 +83,8 @@ class Encoded:
     """Assistant turns whose reasoning the chat template does not render."""
     escaped_tokens: int = 0
     """Special tokens in the row's own text, encoded as ordinary text."""
+    token_types: list[int] | None = None
+    """Which of the two texts of a pair each token belongs to, where the tokenizer tells (BERT's)."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -178,13 +182,9 @@ def _pieces(conversation: RenderedConversation) -> list[str]:
 
 
 def as_prompt(row: Row) -> Row:
-    """A conversation up to its last answer: what is asked. Raises ValueError for a row in which nothing is."""
+    """A conversation up to its last response; without any turn where nothing is asked."""
     turns = row.get("messages") or []
-    if turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise ValueError("a row without a question")
-    return {**row, "messages": turns}
+    return {**row, "messages": turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns}
 
 
 def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -214,12 +214,6 @@ def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) 
     stops = set(end)
     last = next((index for index in reversed(range(len(ids))) if ids[index] in stops), len(ids) - 1)
     return ids[last + 1 :]
-
-
-def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A whole conversation as the tokenizer's chat template has it. Raises RejectedConversation."""
-    template = chat_template_of(tokenizer)
-    return template.unescape(template.conversation(row).text)
 
 
 def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:

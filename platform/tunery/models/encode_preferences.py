@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunery.models.encode import Encoded, Encoding, cut_prompt, cut_right, encode_whole, without_oldest_turns
 from tunery.models.tokenized_dataset import TokenizedRow
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 def rejected_side(row: Row) -> Row:
     """A preference pair's conversation with the rejected response in place of the chosen one."""
     return {**row, "messages": [*row["messages"][:-1], *row["rejected"]]}
+
+
+def check_pair(row: Row) -> str:
+    """Why the row is no preference pair; "" where it is one."""
+    chosen, rejected = row.get("messages"), row.get("rejected")
+    if not chosen or not rejected:
+        return "it is no preference pair"
+    return "a response is empty" if _is_empty(chosen[-1:]) or _is_empty(rejected) else ""
+
+
+def _is_empty(turns: Sequence[dict[str, Any]]) -> bool:
+    return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in turns)
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[TokenizedRow]:

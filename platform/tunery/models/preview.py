@@ -17,15 +17,14 @@ from tunery.models.encode import (
     NO_LIMIT,
     Encoded,
     Encoding,
-    as_prompt,
-    encode_prompts,
     encode_sequences,
     encode_whole,
     encoding_of,
     tokenize_pieces,
 )
 from tunery.models.encode_preferences import encode_pairs, encode_rated, rejected_side
-from tunery.models.shown import RowReader
+from tunery.models.prompts import TOO_LONG, encode_prompt_rows
+from tunery.models.shown import NO_TOKEN, RowReader, encode_compared
 from tunery.store.rows import CONTENT, Row
 
 if TYPE_CHECKING:
@@ -271,9 +270,7 @@ def stage_preview(
 
 
 def stage_encoding(stage: Any) -> Encoding:
-    """How a stage encodes its rows. Of prompts `max_length` is what a response of `max_new_tokens` leaves to them."""
-    if FORMATS.get(stage.kind) == "prompt":
-        return Encoding(stage.max_length - stage.sampling.max_new_tokens)
+    """How a stage encodes its rows."""
     if stage.kind in ("pretrain", "evaluate"):
         return Encoding(stage.max_length)
     return Encoding(stage.max_length, "last_turn") if stage.kind == "score" else encoding_of(stage)
@@ -371,13 +368,12 @@ def _rated(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> 
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
-    try:
-        prompt = as_prompt(row)
-    except ValueError as error:
-        return _row(row, [], f"it is {error}")
-    (item,) = encode_prompts([prompt], tokenizer)
+    (found,) = encode_prompt_rows([row], tokenizer, encoding)
+    if not found.sequences:
+        return _row(row, [], found.unusable)
+    (item,) = found.sequences
     one = _sequence("", item, tokenizer, encoding.max_length)
-    if len(item.ids) > encoding.max_length:
+    if found.unusable == TOO_LONG:
         reason = f"its prompt has {len(item.ids):,} tokens, and max_length leaves room for {encoding.max_length:,}"
         one = replace(one, reason=reason)
     return _row(row, [replace(one, marks=((len(item.ids), "generation begins here"),) if item.ids else ())])
@@ -405,18 +401,19 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
 
 
 def _classified(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    return _row(row, [_shown("", row, read, tokenizer, max_length)])
+    return _row(row, [_shown("", row, read([row])[0], tokenizer, max_length)])
 
 
 def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    if not row.get("messages") or not row.get("rejected"):
-        return _row(row, [], "it is no preference pair")
+    (found,) = encode_compared([row], tokenizer, read.encoding)
+    if not found.sequences:
+        return _row(row, [], found.unusable)
+    chosen, rejected = found.sequences
     sides = [
-        _shown("chosen", row, read, tokenizer, max_length),
-        _shown("rejected", rejected_side(row), read, tokenizer, max_length),
+        _shown("chosen", row, chosen, tokenizer, max_length),
+        _shown("rejected", rejected_side(row), rejected, tokenizer, max_length),
     ]
-    same = sides[0].ids == sides[1].ids and not sides[0].reason
-    return _row(row, sides, "both responses have the same tokens" if same else "")
+    return _row(row, sides, "" if any(side.reason for side in sides) else found.unusable)
 
 
 # Sequences
@@ -484,15 +481,11 @@ def _sequence(
     )
 
 
-def _shown(
-    label: str, row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> PreviewSequence:
-    (seen,) = read([row])
-    item = Encoded(seen.ids, (), truncated=seen.truncated, rejected=seen.rejected)
+def _shown(label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewSequence:
     one = _sequence(label, item, tokenizer, max_length)
-    if not seen.ids and not seen.rejected:
-        return replace(one, reason="it has no token")
-    if not seen.truncated:
+    if not item.ids and not item.rejected:
+        return replace(one, reason=NO_TOKEN)
+    if not item.truncated:
         return one
     if not row.get("messages"):
         return _with_cut(one, tokenizer(row["text"], verbose=False)["input_ids"], tokenizer)

@@ -2,11 +2,13 @@
 
     <store>/tokenized/<cache key>/
         tokens.bin        uint32, all sequences one after the other
+        types.bin         uint8, the token type of each; empty where the tokenizer gives none
         offsets.npy       int64 (sequences + 1): where each begins in tokens.bin
         spans.npy         int32 (spans, 2): begin and end of trained tokens, within their sequence
         span_offsets.npy  int64 (sequences + 1): the spans of each sequence
-        rows.npy          int64 (sequences): which row of the artifact each comes from
+        row_ids.npy       uint64 (sequences): the id of the row that each comes from
         labels.npy        int8 (sequences): the row's label, -1 where it has none
+        rows.arrow        the rows, in the order of their sequences, where a stage needs more of them than tokens
         unusable.jsonl    a line for each row that gives no sequence: id, source, line, reason
         stats.json        what became of the rows (`TokenStats`)
 
@@ -38,11 +40,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.errors import TuneryError
 from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_sequences, encode_whole, labels_of
-from tunery.models.load import Source, load_tokenizer
 from tunery.store import Lease
 from tunery.store.rows import Row, shards
 
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Integers = npt.NDArray[np.int64]
-FORMAT = 1
+FORMAT = 2
 """Of the files: part of the cache key."""
 PARALLEL_ROWS = 20_000
 """From so many rows on, processes are started: they take some 5 s to import transformers."""
@@ -71,6 +73,18 @@ class TokenizedRow:
 
 EncodeRows = Callable[[Sequence[Row], "PreTrainedTokenizerBase", Encoding], Iterator[TokenizedRow]]
 """A function of a module: it travels to other processes by its name."""
+
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """How a kind of stage takes rows."""
+
+    encode_rows: EncodeRows
+    columns: tuple[str, ...]
+    what: str
+    """What a row must be, for messages."""
+    keeps_rows: bool = False
+    """The stage needs the rows themselves, each of which gives one sequence: `TokenizedDataset.row`."""
 
 
 @dataclass
@@ -107,13 +121,13 @@ class TokenizedDataset:
         self._offsets: Integers = np.load(folder / "offsets.npy", mmap_mode="r")
         self._spans = np.load(folder / "spans.npy", mmap_mode="r")
         self._span_offsets: Integers = np.load(folder / "span_offsets.npy", mmap_mode="r")
-        self.rows: Integers = np.load(folder / "rows.npy", mmap_mode="r")
-        self._labels = np.load(folder / "labels.npy", mmap_mode="r")
-        size = int(self._offsets[-1])
-        # An empty file can't be mapped.
-        self.tokens: npt.NDArray[np.uint32] = (
-            np.memmap(folder / "tokens.bin", np.uint32, "r", shape=(size,)) if size else np.zeros(0, np.uint32)
-        )
+        self.row_ids: npt.NDArray[np.uint64] = np.load(folder / "row_ids.npy", mmap_mode="r")
+        """(sequences,) of the row that each comes from."""
+        self.row_labels: npt.NDArray[np.int8] = np.load(folder / "labels.npy", mmap_mode="r")
+        """(sequences,) the label of its row: 1, 0, or -1 where it has none."""
+        self.tokens: npt.NDArray[np.uint32] = _mapped(folder / "tokens.bin", np.uint32)
+        self._types: npt.NDArray[np.uint8] = _mapped(folder / "types.bin", np.uint8)
+        self._rows = _RowFile(folder / "rows.arrow") if (folder / "rows.arrow").is_file() else None
         stats = json.loads((folder / "stats.json").read_text())
         self.stats = TokenStats(**{**stats, "unusable": Counter(stats["unusable"])})
 
@@ -140,14 +154,17 @@ class TokenizedDataset:
     def loss_tokens(self, index: int) -> int:
         return sum(end - max(start, 1) for start, end in self.spans(index) if end > 1)
 
-    def row_label(self, index: int) -> bool | None:
-        label = int(self._labels[index])
-        return None if label == _NO_LABEL else bool(label)
+    def token_types(self, index: int) -> list[int] | None:
+        """None where the tokenizer gives none."""
+        if not len(self._types):
+            return None
+        found: list[int] = self._types[self._offsets[index] : self._offsets[index + 1]].tolist()
+        return found
 
-    @property
-    def wanted(self) -> int:
-        """Sequences whose row has the label true."""
-        return int((self._labels == 1).sum())
+    def row(self, index: int) -> Row:
+        """Of a stage that keeps its rows (`RowEncoding.keeps_rows`)."""
+        assert self._rows is not None, "the stage keeps no rows"
+        return self._rows[index]
 
     def unusable_rows(self) -> Iterator[dict[str, Any]]:
         with (self.folder / "unusable.jsonl").open(encoding="utf-8") as lines:
@@ -172,20 +189,17 @@ class TokenCache:
         self,
         rows: Path,
         rows_name: str,
-        source: Source,
         tokenizer: PreTrainedTokenizerBase,
         encoding: Encoding,
-        encode_rows: EncodeRows,
-        columns: Sequence[str],
+        kind: RowEncoding,
     ) -> TokenizedDataset:
-        """The rows of an artifact (at `rows`, called `rows_name` in the cache key) as sequences. `source` is where
-        processes load `tokenizer` from. One process builds, others wait for it."""
-        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, encode_rows))
+        """The rows of an artifact (at `rows`, called `rows_name` in the cache key) as sequences. One process builds,
+        others wait for it."""
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
         if not (final / "stats.json").is_file():
             with Lease(self.leases / f"tokenized-{final.name}", self.waiting):
                 if not (final / "stats.json").is_file():
-                    job = _Encoder(source, encoding, encode_rows, (*columns, "id", "source", "line"))
-                    self._build(rows, final, job, tokenizer)
+                    self._build(rows, final, _Encoder(tokenizer, encoding, kind))
         return TokenizedDataset(final)
 
     def wait_for(
@@ -194,16 +208,16 @@ class TokenCache:
         rows_name: str,
         tokenizer: PreTrainedTokenizerBase,
         encoding: Encoding,
-        encode_rows: EncodeRows,
+        kind: RowEncoding,
     ) -> TokenizedDataset:
         """The same, built by another process. A collective of all ranks would time out while a large dataset is built;
         when the process that builds fails, Ray Train ends this one too."""
-        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, encode_rows))
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
         while not (final / "stats.json").is_file():
             time.sleep(POLL_SECONDS)
         return TokenizedDataset(final)
 
-    def _build(self, rows: Path, final: Path, job: _Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _build(self, rows: Path, final: Path, encoder: _Encoder) -> None:
         for left in final.parent.glob(f"{final.name}.staging-*"):  # by a build that was cut off
             shutil.rmtree(left, ignore_errors=True)
         staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex[:8]}")
@@ -216,11 +230,12 @@ class TokenCache:
         with ExitStack() as stack:
             if processes > 1:
                 # Not forked: a process that has threads, or CUDA, can't be.
-                pool = stack.enter_context(ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (job,)))
+                pool = stack.enter_context(
+                    ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encoder,))
+                )
                 results: Iterator[TokenStats] = pool.map(_encode_shard, files, parts)
             else:
-                job.tokenizer = tokenizer
-                results = map(job, files, parts)
+                results = map(encoder, files, parts)
             stats = TokenStats()
             try:
                 for count, found in zip(counts, results, strict=True):
@@ -233,7 +248,7 @@ class TokenCache:
                     cause="it was killed; mostly the machine ran out of memory",
                     remedy="free memory, or allow fewer CPUs to this process: each takes about 400 MiB",
                 ) from error
-        _merge(parts, staging, counts)
+        _merge(parts, staging)
         (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
         shutil.rmtree(final, ignore_errors=True)  # without stats: a build that was cut off
         staging.rename(final)
@@ -286,34 +301,56 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@dataclass
+def _mapped(file: Path, dtype: type[Any]) -> npt.NDArray[Any]:
+    # An empty file can't be mapped.
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+
+
+class _RowFile:
+    """Rows by their place, in an Arrow file that is mapped into memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+
+    def __getitem__(self, index: int) -> Row:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = int(index - self._starts[number])
+        row: Row = self._file.get_batch(number).slice(place, 1).to_pylist()[0]
+        return row
+
+
+@dataclass(frozen=True)
 class _Encoder:
     """Encodes shards, in this process or another one."""
 
-    source: Source
+    tokenizer: PreTrainedTokenizerBase
     encoding: Encoding
-    encode_rows: EncodeRows
-    columns: tuple[str, ...]
-    tokenizer: Any = None
+    kind: RowEncoding
 
     def __call__(self, shard: Path, part: Path) -> TokenStats:
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.source)
-        table = pq.read_table(shard, columns=list(dict.fromkeys(self.columns)))
+        columns = [*self.kind.columns, "id", "source", "line"]
+        table = pq.read_table(shard, columns=list(dict.fromkeys(columns)))
         stats = TokenStats()
         lengths: list[int] = []
         span_counts: list[int] = []
         spans: list[Span] = []
-        numbers: list[int] = []
+        row_ids: list[int] = []
         labels: list[int] = []
         part.mkdir()
-        with (part / "tokens.bin").open("wb") as tokens, (part / "unusable.jsonl").open("w", encoding="utf-8") as lost:
+        with ExitStack() as stack:
+            tokens, types = (stack.enter_context((part / f"{name}.bin").open("wb")) for name in ("tokens", "types"))
+            lost = stack.enter_context((part / "unusable.jsonl").open("w", encoding="utf-8"))
+            kept = None
+            if self.kind.keeps_rows:
+                kept = stack.enter_context(pa.ipc.new_file(str(part / "rows.arrow"), table.schema))
             for start in range(0, table.num_rows, BATCH):
-                rows = table.slice(start, BATCH).to_pylist()
-                for place, (row, found) in enumerate(
-                    zip(rows, self.encode_rows(rows, self.tokenizer, self.encoding), strict=True)
-                ):
+                some = table.slice(start, BATCH)
+                rows, usable = some.to_pylist(), []
+                for row, found in zip(rows, self.kind.encode_rows(rows, self.tokenizer, self.encoding), strict=True):
                     stats.rows += 1
+                    usable.append(not found.unusable)
                     stats.dropped_reasoning += sum(item.dropped_reasoning for item in found.sequences)
                     stats.escaped_tokens += sum(item.escaped_tokens for item in found.sequences)
                     if found.unusable:
@@ -324,17 +361,20 @@ class _Encoder:
                     stats.truncated += any(item.truncated for item in found.sequences)
                     for number, item in enumerate(found.sequences):
                         tokens.write(np.asarray(item.ids, np.uint32).tobytes())
+                        types.write(bytes(item.token_types or ()))
                         lengths.append(len(item.ids))
                         span_counts.append(len(item.spans))
                         spans += item.spans
-                        numbers.append(start + place)
+                        row_ids.append(int(row["id"], 16))
                         labels.append(found.labels[number] if found.labels else _NO_LABEL)
                         stats.loss_tokens += item.num_loss_tokens
+                if kept is not None:
+                    kept.write_table(some.filter(pa.array(usable)).combine_chunks())
         stats.sequences, stats.tokens = len(lengths), sum(lengths)
         np.save(part / "lengths.npy", np.array(lengths, np.int64))
         np.save(part / "span_counts.npy", np.array(span_counts, np.int64))
         np.save(part / "spans.npy", np.array(spans, np.int32).reshape(-1, 2))
-        np.save(part / "rows.npy", np.array(numbers, np.int64))
+        np.save(part / "row_ids.npy", np.array(row_ids, np.uint64))
         np.save(part / "labels.npy", np.array(labels, np.int8))
         return stats
 
@@ -354,24 +394,27 @@ def _encode_shard(shard: Path, part: Path) -> TokenStats:
     return _process_encoder(shard, part)
 
 
-def _merge(parts: Sequence[Path], target: Path, row_counts: Sequence[int]) -> None:
+def _merge(parts: Sequence[Path], target: Path) -> None:
     """Parts one after the other, then removed. Memory: the numbers of a sequence, not its tokens."""
-    first_rows = np.concatenate([[0], np.cumsum(row_counts)])
-    with (target / "tokens.bin").open("wb") as tokens, (target / "unusable.jsonl").open("wb") as lost:
-        for part in parts:
-            for name, stream in (("tokens.bin", tokens), ("unusable.jsonl", lost)):
+    for name in ("tokens.bin", "types.bin", "unusable.jsonl"):
+        with (target / name).open("wb") as stream:
+            for part in parts:
                 with (part / name).open("rb") as file:
                     shutil.copyfileobj(file, stream, 1 << 20)
+    if parts and (parts[0] / "rows.arrow").is_file():
+        readers = [pa.ipc.open_file(pa.memory_map(str(part / "rows.arrow"))) for part in parts]
+        with pa.ipc.new_file(str(target / "rows.arrow"), readers[0].schema) as writer:
+            for reader in readers:
+                for number in range(reader.num_record_batches):
+                    writer.write_batch(reader.get_batch(number))
 
     def joined(name: str) -> npt.NDArray[Any]:
         return np.concatenate([np.load(part / f"{name}.npy") for part in parts])
 
     for name, target_name in (("lengths", "offsets"), ("span_counts", "span_offsets")):
         np.save(target / f"{target_name}.npy", np.concatenate([[0], np.cumsum(joined(name))]).astype(np.int64))
-    for name in ("spans", "labels"):
+    for name in ("spans", "labels", "row_ids"):
         np.save(target / f"{name}.npy", joined(name))
-    rows = [np.load(part / "rows.npy") + first for part, first in zip(parts, first_rows, strict=False)]
-    np.save(target / "rows.npy", np.concatenate(rows))
     for part in parts:
         shutil.rmtree(part)
 

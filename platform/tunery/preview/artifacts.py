@@ -16,12 +16,13 @@ from tunery.data.sources import BadSource, find_parts, out_of_reach
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.models.check import BadModel, check_model_folder
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, outline_with_head, source_of
+from tunery.models.outline import outline
 from tunery.models.preview import InputFormat
 from tunery.runner.check_training import check_rewards, root_of
 from tunery.runner.execute import Where
 from tunery.runner.identity import fingerprints, model_folder, pretrained_models
 from tunery.spec import Augment, Dataset, Experiment, Pretrained, Review, Scratch, Select
-from tunery.spec.graph import closure, lineage
+from tunery.spec.graph import closure, lineage, model_chain
 from tunery.spec.reference import model_name
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
@@ -161,9 +162,7 @@ class Artifacts:
                 return self._load(*found, input_format, embeds)
         first = names[0]
         assert isinstance(first, str), "only stages begin from scratch"
-        begun = first
-        while isinstance(base := self.experiment.stages[begun].model, str):  # type: ignore[union-attr]
-            begun = base
+        *_, begun, _ = model_chain(self.experiment.stages, first)
         raise RequestError(
             f"the tokenizer of `{first}` isn't built yet",
             cause=f"`{begun}` begins from scratch: its tokenizer is trained on its rows when it runs",
@@ -171,23 +170,26 @@ class Artifacts:
         )
 
     def _source_of(self, model: str | Pretrained) -> tuple[Source, str] | None:
-        name = model_name(model)
-        while isinstance(model, str):
-            if (artifact := self.find(model)) is not None:
-                return {"artifact": str(artifact.path)}, f"`{model}`, from the store"
-            base = self.experiment.stages[model].model  # type: ignore[union-attr]  # spec.load: it gives a model
-            if isinstance(base, Scratch):
-                return None
-            model = base
-        of = f", the base of `{name}`" if name != model_name(model) else ""
-        return source_of(model, {}, self.where.folder), f"{model.pretrained}{of}"
+        for base in model_chain(self.experiment.stages, model):
+            if isinstance(base, str) and (artifact := self.find(base)) is not None:
+                return {"artifact": str(artifact.path)}, f"`{base}`, from the store"
+            if isinstance(base, Pretrained):
+                of = "" if base == model else f", the base of `{model_name(model)}`"
+                return source_of(base, {}, self.where.folder), f"{base.pretrained}{of}"
+        return None
 
     def _load(self, source: Source, origin: str, input_format: InputFormat, embeds: bool) -> LoadedTokenizer:
         own = load_own_tokenizer(source)
         if input_format not in ("classifier", "reward_pair"):
             return LoadedTokenizer(load_tokenizer(source), origin, own.chat_template is not None, None)
-        outline = _outline(source) if embeds and "pretrained" in source else outline_with_head(source, ("",))
-        return LoadedTokenizer(own, origin, own.chat_template is not None, outline)
+        # Not every architecture of an embedding model has a classifier.
+        body = embeds and "pretrained" in source
+        model = outline(source["pretrained"], "body", source["revision"]) if body else outline_with_head(source, ("",))
+        if model is None:
+            raise RequestError(
+                f"the config.json of `{source['pretrained']}` can't be used", remedy="download the model"
+            )
+        return LoadedTokenizer(own, origin, own.chat_template is not None, model)
 
 
 def _small_tables(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -195,14 +197,3 @@ def _small_tables(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while some := list(islice(rows, 16)):
         for table in as_tables(iter(some), Tally()):
             yield table.to_pylist()
-
-
-def _outline(source: Source) -> PreTrainedModel:
-    """An embedding model without weights and head: not every such architecture has a classifier."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.from_pretrained(source["pretrained"], revision=source["revision"])
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(config)
-    return model

@@ -24,6 +24,7 @@ from tunery.spec import (
     Training,
     WinRate,
 )
+from tunery.spec.graph import model_chain
 from tunery.spec.reference import model_name
 from tunery.spec.stages import TRAININGS
 from tunery.spec.trainings import row_stages
@@ -123,7 +124,7 @@ def _joined(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput
     found: dict[object, ModelInput] = {}
     for item in inputs:
         (model,) = item.models
-        key = (item.data, item.within, item.input_format, root_model(model, experiment))
+        key = (item.data, item.within, item.input_format, _tokenizer_of(model, experiment))
         if (same := found.get(key)) is None:
             found[key] = item
             continue
@@ -136,12 +137,7 @@ def _joined(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput
     ]
 
 
-def root_model(model: Model, experiment: Experiment) -> str:
-    """What a model goes back to: a pretrained model, or the stage that begins from scratch."""
-    while isinstance(model, str):
-        base: Model = experiment.stages[model].model  # type: ignore[union-attr]  # spec.load checked that it has one
-        if isinstance(base, Scratch):
-            return f"stage {model}"
-        model = base
-    assert isinstance(model, Pretrained), "only stages begin from scratch"
-    return f"{model.pretrained} {model.revision}"
+def _tokenizer_of(model: Model, experiment: Experiment) -> Model:
+    """What brings the tokenizer of a model: a pretrained model, or the stage that begins from scratch."""
+    *stages, root = model_chain(experiment.stages, model)
+    return stages[-1] if isinstance(root, Scratch) else root

@@ -36,14 +36,12 @@ from tunery.spec import (
     RewardTraining,
     Score,
     Scratch,
-    Training,
 )
+from tunery.spec.graph import Root, root_model
 from tunery.spec.reference import model_name
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
-
-Root = Pretrained | Scratch
 
 
 def check_models(
@@ -96,7 +94,7 @@ def _wrong(
     tuner = getattr(stage, "tuner", None)
     if isinstance(tuner, LoraTuner) and not isinstance(tuner.lora.target_modules, str):
         form: Form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
-        root = root_model(stage.model, experiment)
+        root = root_model(experiment.stages, stage.model)
         built = outline(*_located(root, folder, form)) if _is_here(root, folder, download) else None
         if built is not None:
             try:
@@ -114,7 +112,7 @@ def _limits(
         return
     seen: list[Root] = []
     for path, model in models_of(stage):
-        root = root_model(model, experiment)
+        root = root_model(experiment.stages, model)
         if root in seen or _cuts_by_itself(stage, path):
             continue
         seen.append(root)
@@ -137,15 +135,6 @@ def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
     if not isinstance(stage, Score) or stage.max_length != Score.model_fields["max_length"].default:
         return False
     return isinstance(stage.by[int(path[1])], ClassificationSpec | Embedding)
-
-
-def root_model(model: str | Pretrained | Scratch, experiment: Experiment) -> Root:
-    """What the first of the trainings begins with that a model comes from."""
-    while isinstance(model, str):
-        stage = experiment.stages[model]
-        assert isinstance(stage, Training), "checked by spec.load: only these give models"
-        model = stage.model
-    return model
 
 
 def _is_here(root: Root, folder: Path, download: bool) -> bool:

@@ -7,7 +7,7 @@ Tokenizers are loaded here, models are not, and nothing imports torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from tunery.data.sources import BadSource
 from tunery.errors import SpecError
 from tunery.models.chat_template import chat_template_of
 from tunery.models.check import BadModel, check_model_folder
-from tunery.models.encode import as_prompt, encode_prompts, encoding_of
-from tunery.models.load import Source, load_tokenizer
+from tunery.models.encode import encoding_of
+from tunery.models.load import Source, load_own_tokenizer, load_tokenizer
+from tunery.models.prompts import encode_prompt_rows
 from tunery.models.template_rendering import UnsupportedTemplate
-from tunery.models.tokenized_dataset import TokenizedRow
+from tunery.models.tokenized_dataset import EncodeRows, TokenizedRow
 from tunery.runner.check_training import root_of
 from tunery.runner.identity import model_folder
 from tunery.spec import (
@@ -34,20 +35,22 @@ from tunery.spec import (
     Training,
     WinRate,
 )
+from tunery.spec.graph import model_chain, root_model
 from tunery.spec.trainings import row_stages
 from tunery.spec.translate import error_at
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
-from tunery.train.sequences import ROW_ENCODINGS
+from tunery.train.sequences import LABELLED_BY_STAGE, NOT_COUNTED, ROW_ENCODINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 200
 """Rows that are encoded: the first ones of the dataset at the root of a stage's data, filters not applied."""
-ESTIMATED_AS = {"reward": "dpo"}
-"""A reward model's pairs are cut side by side, not with one prompt: the counts are near."""
-PROMPTS = ("ppo", "grpo", "rloo", "win_rate")
+
+
+HEADED = (ClassifierTraining, RewardTraining)
+"""Trainings to which rows are given as texts where the tokenizer has no chat template of its own (models/shown.py)."""
 
 
 class TokenizerError(Exception):
@@ -143,7 +146,8 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
         if not isinstance(stage, Training):
             continue
         try:
-            tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {})
+            load = load_own_tokenizer if isinstance(stage, HEADED) else load_tokenizer
+            tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {}, load)
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note
         except (UnsupportedTemplate, TokenizerError):  # an error of `validate`
@@ -165,35 +169,26 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
         reasoned = all(_reasons(row) for row in rows if row.get("messages"))
         if isinstance(stage, Training) and not profile.prefix and not reasoned:
             found.opens_thinking = profile.generation_prompt
-    kind = ESTIMATED_AS.get(stage.kind, stage.kind)
-    if kind in PROMPTS:
+    if (encode_rows := _encode_rows(stage)) is not None:
         found.rows = len(rows)
-        _check_prompts(stage, rows, tokenizer, found)
-    elif kind in ROW_ENCODINGS:
-        found.rows = len(rows)
-        for item in ROW_ENCODINGS[kind].encode_rows(rows, tokenizer, encoding_of(stage)):
+        for item in encode_rows(rows, tokenizer, encoding_of(stage)):
             _count(item, found)
     return found
 
 
-def _check_prompts(stage: Any, rows: list[Row], tokenizer: PreTrainedTokenizerBase, found: TemplateCheck) -> None:
-    limit = stage.max_length - stage.sampling.max_new_tokens
-    prompts = []
-    for row in rows:
-        try:
-            prompts.append(as_prompt(row))
-        except ValueError as error:
-            found.unusable[str(error)] += 1
-    for item in encode_prompts(prompts, tokenizer):
-        if item.rejected:
-            found.unusable[item.rejected] += 1
-        elif len(item.ids) > limit:
-            found.unusable[f"the prompt is longer than {limit} tokens (max_length less max_new_tokens)"] += 1
+def _encode_rows(stage: Any) -> EncodeRows | None:
+    """How the stage turns rows into sequences; None where that is not known of the rows of a sample."""
+    if isinstance(stage, WinRate):
+        return encode_prompt_rows
+    if isinstance(stage, ClassifierTraining) and not isinstance(stage.data, str):
+        return LABELLED_BY_STAGE.encode_rows
+    kind = ROW_ENCODINGS.get(stage.kind)
+    return None if kind is None else kind.encode_rows
 
 
 def _count(item: TokenizedRow, found: TemplateCheck) -> None:
     if item.unusable:
-        found.unusable[item.unusable] += 1
+        found.unusable[item.unusable] += item.unusable not in NOT_COUNTED
         return
     found.truncated += any(part.truncated for part in item.sequences)
     found.escaped += sum(part.escaped_tokens for part in item.sequences)
@@ -202,8 +197,8 @@ def _count(item: TokenizedRow, found: TemplateCheck) -> None:
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Language models of a stage, with where each stands in it."""
-    if isinstance(stage, ClassifierTraining | RewardTraining):
-        return  # where the tokenizer has no chat template, rows are given to these as texts (models/shown.py)
+    if isinstance(stage, HEADED):
+        return
     if isinstance(stage, Training):
         yield ("model",), stage.model
     elif isinstance(stage, Evaluate | WinRate):
@@ -216,32 +211,34 @@ def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
 
 
 def _tokenizer(
-    model: Any, experiment: Experiment, folder: Path, artifacts: Mapping[str, Path] | None = None
+    model: Any,
+    experiment: Experiment,
+    folder: Path,
+    artifacts: Mapping[str, Path] | None = None,
+    load: Callable[[Source], PreTrainedTokenizerBase] = load_tokenizer,
 ) -> PreTrainedTokenizerBase | None:
     """None where it is not at hand: of a new model, and of one on the hub that was not downloaded yet."""
-    while isinstance(model, str):
-        if artifacts is not None and model in artifacts:
-            return _loaded({"artifact": str(artifacts[model])})
-        model = getattr(experiment.stages[model], "model", None)
-    if not isinstance(model, Pretrained):
-        return None
-    source: Source
-    if model.is_folder:
-        try:
-            check_model_folder(model_folder(model, folder))
-        except BadModel:  # an error of the stage that names it
-            return None
-        source = {"pretrained": str(model_folder(model, folder)), "revision": None}
-    elif (cached := _cached(model)) is not None:
-        source = {"pretrained": cached, "revision": None}
-    else:
-        return None
-    return _loaded(source)
+    for base in model_chain(experiment.stages, model):
+        if isinstance(base, str) and artifacts is not None and base in artifacts:
+            return _loaded({"artifact": str(artifacts[base])}, load)
+        if isinstance(base, Pretrained) and (name := _tokenizer_folder(base, folder)) is not None:
+            return _loaded({"pretrained": name, "revision": None}, load)
+    return None
 
 
-def _loaded(source: Source) -> PreTrainedTokenizerBase:
+def _tokenizer_folder(model: Pretrained, folder: Path) -> str | None:
+    if not model.is_folder:
+        return _cached(model)
     try:
-        return load_tokenizer(source)
+        check_model_folder(model_folder(model, folder))
+    except BadModel:  # an error of the stage that names it
+        return None
+    return str(model_folder(model, folder))
+
+
+def _loaded(source: Source, load: Callable[[Source], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    try:
+        return load(source)
     except Exception as error:  # whatever a tokenizer's files make of the library that reads them
         lines = str(error).strip().splitlines()
         raise TokenizerError(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
@@ -270,6 +267,4 @@ def _data_named(data: str | dict[str, float]) -> str:
 
 
 def _named(model: Any, experiment: Experiment) -> str:
-    while isinstance(model, str):
-        model = getattr(experiment.stages[model], "model", None)
-    return str(getattr(model, "pretrained", model))
+    return str(getattr(root_model(experiment.stages, model), "pretrained", model))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+from tunery.spec.reference import Pretrained, Scratch
 from tunery.spec.stages import Stage
+
+Root = Pretrained | Scratch
 
 
 def inputs_of(stage: Stage) -> tuple[str, ...]:
@@ -45,6 +48,21 @@ def lineage(stages: Mapping[str, Stage], name: str) -> tuple[str, ...]:
     while isinstance(data := getattr(stages[found[-1]], "data", None), str):
         found.append(data)
     return tuple(found)
+
+
+def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str | Root]:
+    """A model, the one that its training begins with, and so on to one that no stage trains."""
+    while isinstance(model, str):
+        yield model
+        model = stages[model].model  # type: ignore[union-attr]  # spec.load checked that the stage gives a model
+    yield model
+
+
+def root_model(stages: Mapping[str, Stage], model: str | Root) -> Root:
+    """The end of the chain."""
+    *_, root = model_chain(stages, model)
+    assert not isinstance(root, str)
+    return root
 
 
 def find_cycle(stages: Mapping[str, Stage]) -> tuple[str, ...] | None:

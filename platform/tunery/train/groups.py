@@ -8,7 +8,6 @@ other `compute` are alike, not the same. Evaluations draw from a fixed seed, bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from tunery.models.pool import score_dtype
-from tunery.models.prompts import COLUMNS, Prompts, read_prompts
 from tunery.models.reward import Rate, load_reward
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Grpo, Rloo
 from tunery.train.evaluation import ExactEvaluation
-from tunery.train.job import Job, Rows, rows_of
+from tunery.train.job import Job
 from tunery.train.policy import Policy
-from tunery.train.reload_check import LanguageProbe
-from tunery.train.sequences import check_unusable
+from tunery.train.reload_check import PROBED, LanguageProbe
+from tunery.train.sequences import PromptSet, read_row_sequences
 
 SOBER = {
     "reward_std": "reward_deviation",
@@ -52,10 +50,10 @@ class Groups:
         self._job, self._spec = job, job.spec
         # TRL 1.16 loads the reference by the name in the model's config: of a merged adapter that is its base.
         self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and job.spec.tuner == "full")
-        self._data = self._prompts(job.rows, "data")
-        self._measured = self._prompts(job.eval_rows, "eval_data") if job.eval_rows else Prompts()
-        self.lengths = [len(ids) for ids in self._data.tokens]
-        self.part_sizes = [len(self.lengths)]
+        data, evaluated = read_row_sequences(job, self._policy.tokenizer)
+        self._data, self._evaluated = PromptSet(data), PromptSet(evaluated)
+        self.lengths = data.lengths
+        self.part_sizes = data.part_sizes
         device = torch.device("cuda" if job.compute.device == "gpu" else "cpu")
         # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
         self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)
@@ -83,7 +81,7 @@ class Groups:
         return kind(
             **self._policy.arguments(),
             data=self._data,
-            measured=self._measured,
+            evaluated=self._evaluated,
             reward=self._reward,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": order}),
@@ -94,16 +92,10 @@ class Groups:
         self._policy.save(trainer)
 
     def probe(self, parameters: int) -> LanguageProbe:
-        return LanguageProbe(self._job, self._data.tokens, parameters)
+        return LanguageProbe(self._job, self._data.sequences.first(PROBED), parameters)
 
     def counted(self) -> dict[str, Any]:
-        return {
-            "rows": self._data.read,
-            "sequences": len(self._data.tokens),
-            "too_long": self._data.too_long,
-            "unusable": self._data.unusable,
-            "eval_rows": self._measured.read,
-        }
+        return {**self._data.facts(), "eval_rows": self._evaluated.sequences.stats.rows}
 
     def found(self, trainer: Any) -> dict[str, Any]:
         """tokens: of prompts and answers, over all answers. first_reward: of the first step. Of the last five points of
@@ -117,13 +109,6 @@ class Groups:
         told = {"first_reward": first, "eval_reward": trainer.metrics_at_end.get("eval_reward")}
         return {"tokens": int(trainer.state.num_input_tokens_seen), **ends, **told}
 
-    def _prompts(self, sources: Sequence[Rows], named: str) -> Prompts:
-        """Not cut: a prompt that leaves no room for an answer would end in the middle."""
-        room = self._spec.max_length - self._spec.sampling.max_new_tokens
-        prompts = read_prompts(rows_of(sources, COLUMNS), self._policy.tokenizer, room, self._job.stage, named)
-        check_unusable(self._job, named, prompts.read, prompts.left_out)
-        return prompts
-
 
 class OnPrompts(ExactEvaluation):
     """Beside TRL's GRPOTrainer and RLOOTrainer (1.16): prompts are handed around by their number, their tokens are
@@ -134,26 +119,26 @@ class OnPrompts(ExactEvaluation):
     generation_kwargs: Any
     _metrics: Any
 
-    def __init__(self, *, data: Prompts, measured: Prompts, reward: Rate, **arguments: Any) -> None:
-        self._data, self._measured, self._reward = data, measured, reward
+    def __init__(self, *, data: PromptSet, evaluated: PromptSet, reward: Rate, **arguments: Any) -> None:
+        self._data, self._evaluated, self._reward = data, evaluated, reward
 
         def rate(prompts: list[int], completions: list[str], **others: Any) -> list[float]:
-            return reward([data.rows[number] for number in prompts], completions)
+            return reward([data.row(number) for number in prompts], completions)
 
         super().__init__(reward_funcs=rate, **arguments)  # type: ignore[call-arg]  # of TRL's trainer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """eval_reward: the mean over one answer to each prompt, drawn from a fixed seed."""
-        prompts = self._measured
+        prompts = self._evaluated
 
         def measure(batch: list[int]) -> torch.Tensor:
             # The rows of a batch don't depend on the number of workers: neither does its seed.
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed + batch[0])
-                answers = self._draw([prompts.tokens[number] for number in batch])
-            return torch.tensor([[value] for value in self._reward([prompts.rows[n] for n in batch], answers)])
+                answers = self._draw([prompts.ids(number) for number in batch])
+            return torch.tensor([[value] for value in self._reward([prompts.row(n) for n in batch], answers)])
 
-        rewards = self.measured([len(ids) for ids in prompts.tokens], 1, measure, DRAWN_TOGETHER)
+        rewards = self.measured(prompts.lengths, 1, measure, DRAWN_TOGETHER)
         return self.told({"eval_reward": rewards.mean().item()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -164,7 +149,7 @@ class OnPrompts(ExactEvaluation):
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[int]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self._data.tokens[number] for number in prompts], None, {}
+        return [self._data.ids(number) for number in prompts], None, {}
 
     def _draw(self, prompts: list[list[int]]) -> list[str]:
         """Of all ranks together: ZeRO-3 gathers the weights."""

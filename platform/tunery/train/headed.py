@@ -6,14 +6,16 @@ How the head begins, how rows are shown to it, what it says of them, and how it 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from tunery.models.encode import Encoded
 from tunery.models.load import (
     Source,
     is_adapter,
@@ -24,13 +26,14 @@ from tunery.models.load import (
     write_base,
     write_head,
 )
-from tunery.models.metrics import Floats
-from tunery.models.shown import RowReader, Seen
+from tunery.models.metrics import Floats, Integers
+from tunery.models.shown import RowReader
 from tunery.models.tuners import lora_config
 from tunery.spec import Tuner
 from tunery.train.batches import evaluation_batches
 from tunery.train.job import Job, once, save_model
 from tunery.train.reload_check import MAX_SEQUENCES, first_tokens
+from tunery.train.sequences import SequenceSet, read_row_sequences
 
 
 class HeadedModel:
@@ -58,8 +61,12 @@ class HeadedModel:
         set_seed(self._job.seed)
         return get_peft_model(model, lora_config(self._tuner.lora, "SEQ_CLS", new))
 
-    def probe(self, seen: Sequence[Seen], parameters: int) -> HeadProbe:
-        return HeadProbe(self._job, self.read, seen, parameters)
+    def sequences(self) -> tuple[SequenceSet, SequenceSet]:
+        """Those that are trained on, and those that are evaluated; all ranks take part."""
+        return read_row_sequences(self._job, self.tokenizer, self.read.encoding)
+
+    def probe(self, rows: Sequence[Encoded], parameters: int) -> HeadProbe:
+        return HeadProbe(self._job, self.read, rows, parameters)
 
     def save(self, trainer: Any) -> None:
         """So that models.load.load_classifier finds it."""
@@ -76,22 +83,26 @@ class HeadProbe:
 
     what = "output"
 
-    def __init__(self, job: Job, read: RowReader, seen: Sequence[Seen], parameters: int) -> None:
-        """`seen`: all that is trained on; `parameters`: of the model."""
+    def __init__(self, job: Job, read: RowReader, rows: Sequence[Encoded], parameters: int) -> None:
+        """`rows`: the first that are trained on; `parameters`: of the model."""
         self._job, self._read = job, read
-        rows = seen[:MAX_SEQUENCES]
+        rows = rows[:MAX_SEQUENCES]
         cut = first_tokens([item.ids for item in rows], parameters)
-        self._seen = [Seen(ids, item.types[: len(ids)], True) for ids, item in zip(cut, rows, strict=True)]
+        self._rows = [
+            Encoded(ids, (), token_types=item.token_types and item.token_types[: len(ids)])
+            for ids, item in zip(cut, rows, strict=True)
+        ]
 
     def trained(self, trainer: Any) -> list[float]:
-        outputs: list[float] = logits_of(trainer, self._read, self._seen).flatten().tolist()
+        lengths = [len(item.ids) for item in self._rows]
+        outputs: list[float] = logits_of(trainer, self._read, lengths, self._rows.__getitem__).flatten().tolist()
         return outputs
 
     @torch.no_grad()
     def saved(self) -> list[float]:
         model, _ = load_saved_classifier(self._job.out, self._job.model, torch.float32)
         model.eval()
-        logits_nl = torch.cat([model(**self._read.tensors([item], device="cpu")).logits for item in self._seen])
+        logits_nl = torch.cat([model(**self._read.tensors([item], device="cpu")).logits for item in self._rows])
         outputs: list[float] = logits_nl.float().flatten().tolist()
         return outputs
 
@@ -109,15 +120,16 @@ def padding_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pr
     return tokenizer
 
 
-def logits_of(trainer: Any, read: RowReader, seen: Sequence[Seen]) -> Floats:
+def logits_of(
+    trainer: Any, read: RowReader, lengths: Sequence[int] | Integers, row_of: Callable[[int], Encoded]
+) -> Floats:
     """(rows, labels) in float64, by the transformers Trainer's model as it is now: all of them on every rank, however
-    many ranks share the work. All take part."""
-    lengths, size = [len(item.ids) for item in seen], trainer.args.per_device_eval_batch_size
-    labels = trainer.model.config.num_labels
-    logits_nl = torch.zeros(len(seen), labels, dtype=torch.float64, device=trainer.args.device)
+    many ranks share the work. All take part. `row_of`: the row with a number, `lengths`: the tokens of each."""
+    size, labels = trainer.args.per_device_eval_batch_size, trainer.model.config.num_labels
+    logits_nl = torch.zeros(len(lengths), labels, dtype=torch.float64, device=trainer.args.device)
     trainer.model.eval()
     for batch, counts in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
-        inputs = trainer._prepare_inputs(read.tensors([seen[index] for index in batch], device="cpu"))
+        inputs = trainer._prepare_inputs(read.tensors([row_of(index) for index in batch], device="cpu"))
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits_bl = trainer.model_wrapped(**inputs).logits
         if counts:
@@ -126,6 +138,11 @@ def logits_of(trainer: Any, read: RowReader, seen: Sequence[Seen]) -> Floats:
     trainer.model.train()
     found: Floats = logits_nl.cpu().numpy()
     return found
+
+
+def rows_in_both(data: SequenceSet, evaluated: SequenceSet) -> int:
+    """Rows that are trained on and evaluated."""
+    return len(np.intersect1d(data.row_ids(), evaluated.row_ids()))
 
 
 def _headed(job: Job, labels: Sequence[str], rank: int) -> tuple[Source, list[str]]:

@@ -87,10 +87,9 @@ class Recipe(Protocol):
 
 
 def rows_of(sources: Sequence[Rows], columns: list[str]) -> Iterator[Row]:
-    """One after another, with the label that a source gives all of its rows."""
+    """One after another."""
     for source in sources:
-        for row in read_rows(source.path, columns):
-            yield row if source.label is None else {**row, "label": source.label}
+        yield from read_rows(source.path, columns)
 
 
 def once(folder: Path, rank: int, write: Callable[[Path], None]) -> Source:

@@ -39,7 +39,7 @@ class LanguageModelling:
             source = merged(job, rank)
         self._source: Source = source
         self._tokenizer = load_tokenizer(source)
-        self._data, self._measured = read_sequences(job, self._tokenizer, source)
+        self._data, self._measured = read_sequences(job, self._tokenizer)
         self.lengths = self._data.lengths
         self.part_sizes = self._data.part_sizes
 

@@ -23,7 +23,7 @@ from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, indices, padded
 from tunery.train.reload_check import PROBED, LanguageProbe
-from tunery.train.sequences import SequenceSet, read_sequences
+from tunery.train.sequences import SequenceSet, read_row_sequences
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Preference:
         assert isinstance(job.spec, Dpo)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source)
-        assert isinstance(data, SequenceSet)
-        assert isinstance(evaluated, SequenceSet)
+        data, evaluated = read_row_sequences(job, self._policy.tokenizer)
         self._data, self._evaluated = PairSet(data), PairSet(evaluated)
         self.lengths = self._data.lengths
         self.part_sizes = [size // 2 for size in data.part_sizes]

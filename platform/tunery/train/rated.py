@@ -31,7 +31,7 @@ from tunery.train.job import Job
 from tunery.train.policy import Policy
 from tunery.train.reference import SETTINGS, AgainstReference, padded
 from tunery.train.reload_check import PROBED, LanguageProbe
-from tunery.train.sequences import SequenceSet, TrainingSequences, read_sequences
+from tunery.train.sequences import SequenceSet, read_row_sequences
 
 SHIFTS = 64
 """So many ways to hand answers on are looked at."""
@@ -49,7 +49,7 @@ class Answers:
 
     @property
     def counts(self) -> dict[str, int]:
-        wanted = sum(part.wanted for part in self.sequences.parts)
+        wanted = int((self.sequences.row_labels == 1).sum())
         return {"wanted": wanted, "unwanted": len(self) - wanted}
 
     def partners(self, order: Sequence[int], group: int) -> list[int]:
@@ -105,7 +105,7 @@ class Rated:
         assert isinstance(job.spec, Kto)
         self._job, self._spec = job, job.spec
         self._policy = Policy(job, rank)
-        data, evaluated = read_sequences(job, self._policy.tokenizer, self._policy.source)
+        data, evaluated = read_row_sequences(job, self._policy.tokenizer)
         self.answers, self._measured = self._answers(data, "data"), self._answers(evaluated, "eval_data")
         self.lengths = data.lengths
         self.part_sizes = data.part_sizes
@@ -157,8 +157,7 @@ class Rated:
         """eval_margin: at the end."""
         return {"eval_margin": trainer.metrics_at_end.get("eval_margin")}
 
-    def _answers(self, sequences: TrainingSequences, named: str) -> Answers:
-        assert isinstance(sequences, SequenceSet)
+    def _answers(self, sequences: SequenceSet, named: str) -> Answers:
         answers = Answers(sequences, self._spec.max_length)
         if sequences.parts and 0 in (counts := answers.counts).values():
             found = " and ".join(f"{count:,} {name}" for name, count in counts.items())
@@ -176,7 +175,7 @@ class Rated:
         pad = self._policy.tokenizer.pad_token_id
         own = padded([data.sequence(index) for index in batch], pad)
         other = padded([data.with_answer_of(*pair) for pair in zip(batch, others, strict=True)], pad)
-        wanted = torch.tensor([data.sequences.row_label(index) for index in batch])
+        wanted = torch.tensor([bool(data.sequences.row_labels[index] == 1) for index in batch])
         return {**own, **{f"other_{name}": values for name, values in other.items()}, "wanted": wanted}
 
 

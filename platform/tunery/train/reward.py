@@ -8,15 +8,11 @@ shown to the model as to the scorer that will use it (models/shown.py).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl
 from trl import RewardConfig, RewardTrainer
@@ -24,81 +20,18 @@ from trl import RewardConfig, RewardTrainer
 from tunery.errors import StageError
 from tunery.models.labels import REWARD, Scale
 from tunery.models.metrics import Floats, preference_accuracy, preference_loss
-from tunery.models.shown import RowReader, Seen
+from tunery.models.shown import RowReader
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import RewardTraining
-from tunery.store.rows import CONTENT, Row
-from tunery.train.headed import HeadedModel, HeadProbe, logits_of
-from tunery.train.job import Job, Rows, rows_of
+from tunery.train.headed import HeadedModel, HeadProbe, logits_of, rows_in_both
+from tunery.train.job import Job
+from tunery.train.preference import PairSet
+from tunery.train.reference import indices
 from tunery.train.reload_check import MAX_SEQUENCES
-from tunery.train.sequences import check_unusable
 
-COLUMNS = [*CONTENT, "id", "rejected"]
 SCALE_PAIRS = 2000
-"""Training pairs whose answers give the scale, where there is no eval_data: the mean of 4,000 answers is known to a
+"""Training pairs whose responses give the scale, where there is no eval_data: the mean of 4,000 responses is known to a
 sixtieth of their deviation."""
-REASONS = {
-    "unpaired": "are no pairs",
-    "empty": "have an empty answer",
-    "alike": "look the same on both sides",
-    "rejected": "can't be rendered by the chat template",
-}
-"""Why a row can't be learned from, as facts and as people have it."""
-Pair = tuple[Seen, Seen]
-"""What is seen of the chosen answer and of the rejected one, each after all that comes before it."""
-
-
-@dataclass
-class Pairs:
-    """Preference pairs, in the order of their rows."""
-
-    seen: list[Pair] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
-    rows: int = 0
-    unusable: Counter[str] = field(default_factory=Counter)
-    """Rows that can't be learned from, by reason."""
-
-    @property
-    def truncated(self) -> int:
-        """Pairs with a side that was cut."""
-        return sum(chosen.truncated or rejected.truncated for chosen, rejected in self.seen)
-
-    def reasons(self) -> str:
-        return ", ".join(f"{self.unusable[name]:,} {words}" for name, words in REASONS.items() if self.unusable[name])
-
-
-def pairs_of(rows: Iterator[Row], read: RowReader) -> Pairs:
-    """All that can be learned from, and counts of the rest."""
-    pairs = Pairs()
-    while some := list(islice(rows, 1000)):
-        pairs.rows += len(some)
-        given = [(row, sides) for row in some if (sides := _sides(row, pairs.unusable)) is not None]
-        seen = read([side for _, sides in given for side in sides])
-        for (row, _), chosen, rejected in zip(given, seen[::2], seen[1::2], strict=True):
-            if chosen.rejected or rejected.rejected:
-                pairs.unusable["rejected"] += 1
-            elif (chosen.ids, chosen.types) == (rejected.ids, rejected.types):
-                pairs.unusable["alike"] += 1
-            else:
-                pairs.seen.append((chosen, rejected))
-                pairs.ids.add(row["id"])
-    return pairs
-
-
-def _sides(row: Row, unusable: Counter[str]) -> tuple[Row, Row] | None:
-    """The conversation with the chosen answer, and with the rejected one."""
-    chosen, rejected = row.get("messages"), row.get("rejected")
-    if not chosen or not rejected:
-        unusable["unpaired"] += 1
-        return None
-    if _says_nothing(chosen[-1:]) or _says_nothing(rejected):
-        unusable["empty"] += 1
-        return None
-    return row, {**row, "messages": [*chosen[:-1], *rejected]}
-
-
-def _says_nothing(turns: Sequence[dict[str, Any]]) -> bool:
-    return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in turns)
 
 
 def measures(rewards_p2: Floats) -> dict[str, float]:
@@ -135,15 +68,15 @@ class RewardModelling:
         assert isinstance(job.spec, RewardTraining)
         self._job, self._center = job, job.spec.center
         self._headed = HeadedModel(job, job.spec.tuner, REWARD, rank)
-        self._data = self._pairs(job.rows, "data")
-        self._measured = self._pairs(job.eval_rows, "eval_data") if job.eval_rows else Pairs()
-        self.lengths = [len(chosen.ids) + len(rejected.ids) for chosen, rejected in self._data.seen]
-        self.part_sizes = [len(self.lengths)]
+        data, evaluated = self._headed.sequences()
+        self._data, self._evaluated = PairSet(data), PairSet(evaluated)
+        self.lengths = self._data.lengths
+        self.part_sizes = [size // 2 for size in data.part_sizes]
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> PairTrainer:
         settings = RewardConfig(
             **arguments,
-            max_length=None,  # the rows are cut already
+            max_length=None,  # the rows come as tokens, cut already
             # TRL (1.16) would switch a model's dropout off, and LoRA's with it: the spec's would do nothing.
             disable_dropout=False,
             center_rewards_coefficient=self._center or None,
@@ -152,11 +85,11 @@ class RewardModelling:
         return PairTrainer(
             model=self._headed.load(),
             args=settings,
-            train_dataset=_dataset(self._data.seen).select(order),
+            train_dataset=indices(order),
             processing_class=self._headed.tokenizer,
-            data_collator=self._collate,
+            data_collator=lambda rows: self._collate([row["index"] for row in rows]),
             callbacks=[steps],
-            held_out=self._measured.seen,
+            evaluated=self._evaluated,
             read=self._headed.read,
         )
 
@@ -164,20 +97,21 @@ class RewardModelling:
         self._headed.save(trainer)
 
     def probe(self, parameters: int) -> HeadProbe:
-        return self._headed.probe([side for pair in self._data.seen[:MAX_SEQUENCES] for side in pair], parameters)
+        first = range(min(MAX_SEQUENCES, len(self._data.sequences)))
+        return self._headed.probe([self._data.sequences.encoded(index) for index in first], parameters)
 
     def counted(self) -> dict[str, Any]:
-        data, measured = self._data, self._measured
+        data, evaluated = self._data.sequences, self._evaluated.sequences
         return {
-            "rows": data.rows,
-            "pairs": len(data.seen),
-            "truncated": data.truncated,
-            "unusable": data.unusable.total(),
-            "unusable_because": {reason: data.unusable[reason] for reason in REASONS},
-            "eval_rows": measured.rows,
-            "eval_pairs": len(measured.seen),
-            "eval_unusable": measured.unusable.total(),
-            "eval_rows_trained_on": len(measured.ids & data.ids),
+            "rows": data.stats.rows,
+            "pairs": len(self._data),
+            "truncated": data.stats.truncated,
+            "unusable": data.stats.num_unusable,
+            "unusable_because": dict(data.stats.unusable.most_common()),
+            "eval_rows": evaluated.stats.rows,
+            "eval_pairs": len(self._evaluated),
+            "eval_unusable": evaluated.stats.num_unusable,
+            "eval_rows_trained_on": rows_in_both(data, evaluated),
         }
 
     def found(self, trainer: PairTrainer) -> dict[str, Any]:
@@ -186,7 +120,7 @@ class RewardModelling:
         rewards_p2 = trainer.measured
         told = {} if rewards_p2 is None else measures(rewards_p2)
         if rewards_p2 is None:
-            rewards_p2 = trainer.rewards_of(evenly(self._data.seen, SCALE_PAIRS))
+            rewards_p2 = trainer.rewards_of(self._data, evenly(len(self._data), SCALE_PAIRS))
         scale = scale_of(rewards_p2, self._job.stage)
         return {
             **told,
@@ -196,52 +130,24 @@ class RewardModelling:
             "scale_from": "eval_data" if told else "data",
         }
 
-    def _pairs(self, sources: Sequence[Rows], named: str) -> Pairs:
-        pairs = pairs_of(rows_of(sources, COLUMNS), self._headed.read)
-        if not pairs.seen:
-            limit = self._job.spec.max_length
-            raise StageError(
-                self._job.stage,
-                f"none of the {pairs.rows:,} rows of `{named}` is a pair that can be used: {pairs.reasons()}",
-                cause="a pair is a question with two answers that differ within max_length "
-                f"({limit}) tokens, the question's among them",
-                remedy="give rows with `chosen` and `rejected` (docs/data.md), or raise max_length",
-            )
-        reasons = Counter({REASONS[name]: number for name, number in pairs.unusable.items()})
-        check_unusable(self._job, named, pairs.rows, reasons)
-        return pairs
-
-    def _collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _collate(self, pairs: Sequence[int]) -> dict[str, torch.Tensor]:
         """What the model takes: all chosen sides, then all rejected ones, as TRL's loss has them."""
-        sides = [
-            Seen(example[f"{side}_ids"], example[f"{side}_types"], False)
-            for side in ("chosen", "rejected")
-            for example in examples
-        ]
+        sides = [self._data.sequences.encoded(index) for index in self._data.sides(pairs)]
         return self._headed.read.tensors(sides, device="cpu")
 
 
-def evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """At most so many of them, at even distances."""
-    count = min(most, len(pairs))
-    return [pairs[index * len(pairs) // count] for index in range(count)]
-
-
-def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    """With the columns by which TRL knows that rows are tokens already, and what else of a side is seen."""
-    columns: dict[str, list[list[int]]] = {}
-    for place, side in enumerate(("chosen", "rejected")):
-        columns[f"{side}_ids"] = [pair[place].ids for pair in pairs]
-        columns[f"{side}_types"] = [pair[place].types for pair in pairs]
-    return Dataset.from_dict(columns)
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of `count` places, at even distances."""
+    taken = min(most, count)
+    return [place * count // taken for place in range(taken)]
 
 
 class PairTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no types
     """With our data order, a loss in fp32, and an exact evaluation."""
 
-    def __init__(self, *, held_out: Sequence[Pair], read: RowReader, **arguments: Any) -> None:
+    def __init__(self, *, evaluated: PairSet, read: RowReader, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._held_out, self._read = held_out, read
+        self._evaluated, self._read = evaluated, read
         self.measured: Floats | None = None
         """Of the last evaluation: rewards (pairs, 2)."""
 
@@ -260,13 +166,20 @@ class PairTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no types
 
         return super().compute_loss(rewards, inputs, *args, **kwargs)
 
-    def rewards_of(self, pairs: Sequence[Pair]) -> Floats:
-        """(pairs, 2), chosen and rejected. All ranks take part."""
-        return logits_of(self, self._read, [side for pair in pairs for side in pair]).reshape(len(pairs), 2)
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rows are indices: their tokens are read when a batch is collated."""
+        return dataset
+
+    def rewards_of(self, pairs: PairSet, chosen: Sequence[int]) -> Floats:
+        """(pairs, 2) of those with the numbers `chosen`: the chosen and the rejected side. All ranks take part."""
+        sides = np.array([(2 * pair, 2 * pair + 1) for pair in chosen], np.int64).flatten()
+        data = pairs.sequences
+        rewards_n1 = logits_of(self, self._read, data.lengths[sides], lambda place: data.encoded(int(sides[place])))
+        return rewards_n1.reshape(len(chosen), 2)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`measures` of all held-out pairs: the rewards of all ranks are put together."""
-        self.measured = self.rewards_of(self._held_out)
+        self.measured = self.rewards_of(self._evaluated, range(len(self._evaluated)))
         metrics = measures(self.measured)
         self.log(dict(metrics))  # TRL adds to what it is given
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

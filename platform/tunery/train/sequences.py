@@ -6,18 +6,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tunery.errors import StageError
-from tunery.models.encode import Span, encoding_of
+from tunery.models.encode import Encoded, Encoding, Span, as_prompt, encoding_of
 from tunery.models.encode_preferences import encode_pairs, encode_rated
-from tunery.models.load import Source
+from tunery.models.prompts import COLUMNS as PROMPT_COLUMNS
+from tunery.models.prompts import TOO_LONG, encode_prompt_rows
+from tunery.models.shown import NO_LABEL, encode_compared, encode_labelled, encode_shown_rows
 from tunery.models.tokenized_dataset import (
-    EncodeRows,
     Integers,
+    RowEncoding,
     TokenCache,
     TokenizedDataset,
     TokenStats,
@@ -25,7 +27,8 @@ from tunery.models.tokenized_dataset import (
     encode_documents,
 )
 from tunery.spec import Pretrain, Training
-from tunery.store.rows import CONTENT
+from tunery.spec.trainings import row_stages
+from tunery.store.rows import CONTENT, Row
 from tunery.track.events import EventLog
 from tunery.train.batches import SequenceMixture
 from tunery.train.job import Job, Rows
@@ -37,8 +40,18 @@ UNUSABLE = "unusable.jsonl"
 class SequenceSet:
     """Sequences of several tokenised datasets, one after the other."""
 
-    def __init__(self, parts: Sequence[TokenizedDataset]) -> None:
+    def __init__(self, parts: Sequence[TokenizedDataset], labels: Sequence[bool | None] = ()) -> None:
+        """labels: of all rows of a dataset, instead of their own."""
         self.parts = list(parts)
+        given = labels or [None] * len(parts)
+        self.row_labels: Integers = np.concatenate(
+            [
+                part.row_labels if label is None else np.full(len(part), label)
+                for part, label in zip(parts, given, strict=True)
+            ]
+            or [np.zeros(0)]
+        ).astype(np.int64)
+        """(sequences,) the label of the row that each comes from: 1, 0, or -1 where it has none."""
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self.lengths: Integers = np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)])
         """(sequences,) tokens of each."""
@@ -75,9 +88,18 @@ class SequenceSet:
         part, place = self._part(index)
         return part.loss_tokens(place)
 
-    def row_label(self, index: int) -> bool | None:
+    def encoded(self, index: int) -> Encoded:
         part, place = self._part(index)
-        return part.row_label(place)
+        return Encoded(part.ids(place), tuple(part.spans(place)), token_types=part.token_types(place))
+
+    def row(self, index: int) -> Row:
+        """Of a stage that keeps its rows."""
+        part, place = self._part(index)
+        return part.row(place)
+
+    def row_ids(self) -> npt.NDArray[np.uint64]:
+        """(sequences,) of the rows that they come from."""
+        return np.concatenate([part.row_ids for part in self.parts] or [np.zeros(0, np.uint64)])
 
     def first(self, count: int) -> list[list[int]]:
         """The ids of the first sequences."""
@@ -138,6 +160,35 @@ class BlockSet:
 TrainingSequences = SequenceSet | BlockSet
 
 
+class PromptSet:
+    """Prompts that a training generates responses to."""
+
+    def __init__(self, sequences: SequenceSet) -> None:
+        self.sequences = sequences
+        self.lengths = sequences.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, index: int) -> list[int]:
+        return self.sequences.ids(index)
+
+    def row(self, index: int) -> Row:
+        """What a reward is given: the conversation up to the response."""
+        return as_prompt(self.sequences.row(index))
+
+    def facts(self) -> dict[str, Any]:
+        """What became of the rows."""
+        stats = self.sequences.stats
+        too_long = stats.unusable[TOO_LONG]
+        return {
+            "rows": stats.rows,
+            "sequences": len(self),
+            "too_long": too_long,
+            "unusable": stats.num_unusable - too_long,
+        }
+
+
 class InMemorySequences:
     """Sequences in memory. Without `labels` every token counts."""
 
@@ -152,16 +203,6 @@ class InMemorySequences:
         return self._labels[index]
 
 
-@dataclass(frozen=True)
-class RowEncoding:
-    """How a kind of training takes rows."""
-
-    encode_rows: EncodeRows
-    columns: tuple[str, ...]
-    what: str
-    """What a row must be, for messages."""
-
-
 ROW_ENCODINGS = {
     "pretrain": RowEncoding(encode_documents, tuple(CONTENT), "a text or a conversation"),
     "sft": RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response"),
@@ -171,8 +212,22 @@ ROW_ENCODINGS = {
     "kto": RowEncoding(
         encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
     ),
+    "reward": RowEncoding(
+        encode_compared,
+        (*CONTENT, "rejected"),
+        "a preference pair (`chosen` and `rejected`, docs/data.md) whose responses differ within max_length",
+    ),
+    "classifier": RowEncoding(encode_labelled, (*CONTENT, "label"), "a text or a conversation with a label"),
+    **dict.fromkeys(
+        ("ppo", "grpo", "rloo"),
+        RowEncoding(encode_prompt_rows, PROMPT_COLUMNS, "a conversation that asks something", keeps_rows=True),
+    ),
 }
 """By stage kind."""
+LABELLED_BY_STAGE = RowEncoding(encode_shown_rows, tuple(CONTENT), "a text or a conversation")
+"""Of `classifier`, where all rows of a stage have one label."""
+NOT_COUNTED = frozenset({NO_LABEL})
+"""Reasons that `max_unusable` does not count: a dataset may be labelled in part."""
 
 
 def mixture_of(spec: Training[Any], part_sizes: Sequence[int]) -> SequenceMixture | None:
@@ -200,18 +255,34 @@ def mixture_facts(spec: Training[Any], part_sizes: Sequence[int], order: Integer
     }
 
 
-def read_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSequences, TrainingSequences]:
+def read_sequences(
+    job: Job, tokenizer: Any, encoding: Encoding | None = None
+) -> tuple[TrainingSequences, TrainingSequences]:
     """Those that are trained on, and those that are evaluated (of `eval_data`). All ranks take part: rank 0 builds what
-    is not in the store's cache. Raises StageError when more rows are unusable than `max_unusable` allows, or none is
-    left."""
-    data, evaluated = open_sequences(job, tokenizer, source)
+    is not in the store's cache. `encoding`: where the model decides on it too. Raises StageError when more rows are
+    unusable than `max_unusable` allows, or none is left."""
+    data, evaluated = open_sequences(job, tokenizer, encoding)
     check_sequences(job, data, evaluated)
     return data, evaluated
 
 
-def open_sequences(job: Job, tokenizer: Any, source: Source) -> tuple[TrainingSequences, TrainingSequences]:
-    """The same, whatever the number of unusable rows."""
-    return _open(job, job.rows, tokenizer, source), _open(job, job.eval_rows, tokenizer, source)
+def read_row_sequences(job: Job, tokenizer: Any, encoding: Encoding | None = None) -> tuple[SequenceSet, SequenceSet]:
+    """The same, of a training whose sequences are not cut into blocks."""
+    data, evaluated = read_sequences(job, tokenizer, encoding)
+    assert isinstance(data, SequenceSet), "only pretrain has blocks"
+    assert isinstance(evaluated, SequenceSet)
+    return data, evaluated
+
+
+def open_sequences(
+    job: Job, tokenizer: Any, encoding: Encoding | None = None
+) -> tuple[TrainingSequences, TrainingSequences]:
+    """As `read_sequences`, whatever the number of unusable rows."""
+    encoding, kind = encoding or encoding_of(job.spec), ROW_ENCODINGS[job.spec.kind]
+    found = [open_rows(job, rows, tokenizer, encoding, kind) for rows in (job.rows, job.eval_rows)]
+    if isinstance(job.spec, Pretrain):
+        return BlockSet(found[0], job.spec.max_length), BlockSet(found[1], job.spec.max_length)
+    return found[0], found[1]
 
 
 def check_sequences(job: Job, data: TrainingSequences, evaluated: TrainingSequences) -> None:
@@ -226,24 +297,20 @@ def check_sequences(job: Job, data: TrainingSequences, evaluated: TrainingSequen
                     file.write(json.dumps({**row, "field": field}, ensure_ascii=False) + "\n")
 
 
-def _open(job: Job, rows: Sequence[Rows], tokenizer: Any, source: Source) -> TrainingSequences:
-    spec, encoding, kind = job.spec, encoding_of(job.spec), ROW_ENCODINGS[job.spec.kind]
+def open_rows(job: Job, rows: Sequence[Rows], tokenizer: Any, encoding: Encoding, kind: RowEncoding) -> SequenceSet:
+    """The sequences of `rows`. All ranks take part."""
     cache = TokenCache(job.store / "tokenized", job.store / "leases", *_reporting(job))
     parts = []
     for item in rows:
         name = os.path.relpath(item.path, job.store / "artifacts")
-        given = (tokenizer, encoding, kind.encode_rows)
-        if _rank() == 0:
-            parts.append(cache.open_or_build(item.path, name, source, *given, kind.columns))
-        else:
-            parts.append(cache.wait_for(item.path, name, *given))
-    found = SequenceSet(parts)
-    return BlockSet(found, spec.max_length) if isinstance(spec, Pretrain) else found
+        get = cache.open_or_build if _rank() == 0 else cache.wait_for
+        parts.append(get(item.path, name, tokenizer, encoding, kind if item.label is None else LABELLED_BY_STAGE))
+    return SequenceSet(parts, [item.label for item in rows])
 
 
 def _check_usable(job: Job, found: TrainingSequences, field: str) -> None:
     stats, spec, kind = found.stats, job.spec, ROW_ENCODINGS[job.spec.kind]
-    stage = getattr(spec, field)
+    stage = ", ".join(row_stages(getattr(spec, field)).values())
     if not len(found):
         short = isinstance(spec, Pretrain) and stats.num_unusable < stats.rows
         raise StageError(
@@ -254,29 +321,32 @@ def _check_usable(job: Job, found: TrainingSequences, field: str) -> None:
             else _reasons(stats.unusable),
             remedy=f"give more rows, or lower max_length (now {spec.max_length})"
             if short
-            else f"give rows of which each is {kind.what}, or change max_length (now {spec.max_length})",
+            else f"give rows of which each is {kind.what}, or change {_limits(spec)}",
         )
-    check_unusable(job, field, stats.rows, stats.unusable, _example(found))
-
-
-def check_unusable(job: Job, field: str, rows: int, unusable: Counter[str], example: str = "") -> None:
-    """Raises StageError where more of the `rows` of `data` or `eval_data` are unusable, by reason, than `max_unusable`
-    allows."""
-    spec, count = job.spec, sum(unusable.values())
-    share = count / max(1, rows)
-    if share > spec.max_unusable:
+    unusable = Counter({reason: count for reason, count in stats.unusable.items() if reason not in NOT_COUNTED})
+    count, rows = unusable.total(), stats.rows
+    if count > spec.max_unusable * rows:
         raise StageError(
             job.stage,
-            f"{count:,} of {rows:,} rows of `{getattr(spec, field)}` ({field}) can't be trained on: {share:.0%}, "
+            f"{count:,} of {rows:,} rows of `{stage}` ({field}) can't be trained on: {count / rows:.0%}, "
             f"and max_unusable is {spec.max_unusable:g}",
-            cause=_reasons(unusable) + example,
-            remedy="repair or filter these rows (`tunery preview` shows rows as they are trained), raise max_length "
-            f"(now {spec.max_length}) where they are too long, or allow more with `max_unusable`",
+            cause=_reasons(unusable) + _example(found),
+            remedy="repair or filter these rows (`tunery preview` shows rows as they are trained), change "
+            f"{_limits(spec)} where they are too long, or allow more with `max_unusable`",
         )
+
+
+def _limits(spec: Training[Any]) -> str:
+    """The fields that say how long a sequence may be."""
+    limits = f"max_length (now {spec.max_length})"
+    sampling = getattr(spec, "sampling", None)
+    return limits if sampling is None else f"{limits} or sampling.max_new_tokens (now {sampling.max_new_tokens})"
 
 
 def _reasons(unusable: Counter[str]) -> str:
-    return "; ".join(f"{count:,} rows: {reason}" for reason, count in unusable.most_common(3))
+    return "; ".join(
+        f"{count:,} {'row' if count == 1 else 'rows'}: {reason}" for reason, count in unusable.most_common(3)
+    )
 
 
 def _example(found: TrainingSequences) -> str:

@@ -51,7 +51,7 @@ class Pack:
         budget: int | None = None,
         free: Callable[[torch.device], float] | None = None,
     ) -> None:
-        self._source, self._dtype = source, dtype
+        self._dtype = dtype
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
         model: Any = load_model(source, torch.bfloat16 if dtype == "bf16" else torch.float32)
         model.config.use_cache = False
@@ -77,7 +77,7 @@ class Pack:
         spec: Any = job.spec
         rows = (job.rows, job.eval_rows, encoding_of(spec))
         if rows not in self._read:
-            self._read[rows] = open_sequences(job, self._tokenizer, self._source)
+            self._read[rows] = open_sequences(job, self._tokenizer)
         check_sequences(job, *self._read[rows])
         peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
         member = Member(job, *self._read[rows], self._tokenizer, peft_model, self._parameters)

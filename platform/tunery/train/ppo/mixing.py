@@ -4,40 +4,46 @@ https://arxiv.org/abs/2203.02155, eq. 2)."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 from tunery.errors import StageError
-from tunery.models.encode import Encoded, encode
+from tunery.models.encode import Encoding
 from tunery.spec import Ppo
-from tunery.store.rows import CONTENT
-from tunery.train.job import Job, rows_of
+from tunery.train.job import Job
+from tunery.train.sequences import ROW_ENCODINGS, SequenceSet, open_rows
 
 
-def mixed_rows(job: Job, tokenizer: Any) -> Sequence[Encoded]:
-    """All of `ptx.data` that has a token to learn, in an order of its own. Raises StageError when none has."""
+class MixedRows:
+    """The sequences of `ptx.data`, in an order of their own, round and round."""
+
+    def __init__(self, sequences: SequenceSet, seed: int) -> None:
+        self._sequences, self._order = sequences, list(range(len(sequences)))
+        random.Random(seed).shuffle(self._order)
+
+    def __call__(self, start: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
+        """`count` sequences from place `start` on: what comes before the tokens that count, and these."""
+        prompts, responses = [], []
+        for place in range(start, start + count):
+            index = self._order[place % len(self._order)]
+            ids, (begin, end) = self._sequences.ids(index), self._sequences.spans(index)[-1]
+            begin = max(begin, 1)  # the first token of a sequence is never predicted
+            prompts.append(ids[:begin])
+            responses.append(ids[begin:end])
+        return prompts, responses
+
+
+def mixed_rows(job: Job, tokenizer: Any) -> MixedRows | None:
+    """None without `ptx`. Raises StageError when no row has a token to learn."""
     assert isinstance(job.spec, Ppo)
     if job.spec.ptx is None:
-        return []
-    encoded = encode(list(rows_of(job.ptx_rows, CONTENT)), tokenizer, job.spec.max_length, "last_turn")
-    items = [item for item in encoded if item.num_loss_tokens]
-    if not items:
+        return None
+    encoding = Encoding(job.spec.max_length, "last_turn")
+    sequences = open_rows(job, job.ptx_rows, tokenizer, encoding, ROW_ENCODINGS["sft"])
+    if not len(sequences):
         raise StageError(
             job.stage,
             f"none of the rows of `{job.spec.ptx.data}` has a token to learn",
-            cause="every answer is empty, or cut off because the question alone fills max_length",
+            cause="every response is empty, or cut off because the prompt alone fills max_length",
             remedy="give other rows in `ptx.data`",
         )
-    random.Random(job.seed).shuffle(items)
-    return items
-
-
-def mixed_in(items: Sequence[Encoded], start: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """`count` rows from place `start` on, round and round: what comes before the tokens that count, and these."""
-    chosen = [items[place % len(items)] for place in range(start, start + count)]
-    # The first token of a sequence is never predicted.
-    spans = [(max(item.response[0], 1), item.response[1]) for item in chosen]
-    return (
-        [item.ids[:start] for item, (start, _) in zip(chosen, spans, strict=True)],
-        [item.ids[start:end] for item, (start, end) in zip(chosen, spans, strict=True)],
-    )
+    return MixedRows(sequences, job.seed)

@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from tunery.models.encode import Encoded, template_suffix_ids
+from tunery.models.encode import template_suffix_ids
 from tunery.models.generate import Answer, TransformersEngine, text_of
-from tunery.models.prompts import Prompts
 from tunery.models.sampling import uniform_numbers
 from tunery.spec import Ppo
 from tunery.train.agreement import mean_over_ranks
@@ -31,7 +30,7 @@ from tunery.train.ppo.engine import set_rates, whole_weights
 from tunery.train.ppo.guards import check_kl, check_rewards_differ
 from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
 from tunery.train.ppo.losses import policy_loss, value_loss
-from tunery.train.ppo.mixing import mixed_in
+from tunery.train.ppo.mixing import MixedRows
 from tunery.train.ppo.models import POLICY
 from tunery.train.ppo.rollouts import (
     MicroBatch,
@@ -44,6 +43,7 @@ from tunery.train.ppo.rollouts import (
     minibatches,
     share,
 )
+from tunery.train.sequences import PromptSet
 
 Phase = Literal["rollout", "score", "update"]
 SCORED_TOGETHER = 4
@@ -90,8 +90,8 @@ class PpoTrainer:
         reward: Any,
         batching: Batching,
         minibatch: Batching,
-        prompts: Prompts,
-        mixed: Sequence[Encoded],
+        prompts: PromptSet,
+        mixed: MixedRows | None,
         tokenizer: Any,
         end: Sequence[int],
         zero_stage: int,
@@ -155,10 +155,10 @@ class PpoTrainer:
         state.step = step
         return told
 
-    def draw(self, prompts: Prompts, rows: Sequence[int], name: str) -> Rollouts:
+    def draw(self, prompts: PromptSet, rows: Sequence[int], name: str) -> Rollouts:
         """An answer to each of the prompts `rows`; which, depends on (seed, name, row and how often it stood before)
         alone."""
-        asked = [prompts.tokens[row] for row in rows]
+        asked = [prompts.ids(int(row)) for row in rows]
         mine = self._share(range(len(rows)), [len(prompt) for prompt in asked])
         keys = [(rows[place], list(rows[:place]).count(rows[place])) for place in mine]
         uniform_bt = uniform_numbers(self._seed, name, keys, self._spec.sampling.max_new_tokens)
@@ -172,7 +172,7 @@ class PpoTrainer:
         return rollouts
 
     @torch.no_grad()
-    def rate(self, prompts: Prompts, rollouts: Rollouts) -> Rated:
+    def rate(self, prompts: PromptSet, rollouts: Rollouts) -> Rated:
         """What all models say of the answers."""
         found: dict[str, list[tuple[MicroBatch, torch.Tensor]]] = {}
         scores: list[tuple[int, float]] = []
@@ -190,7 +190,7 @@ class PpoTrainer:
                     scores += zip(batch.index, self._scores(whole).tolist(), strict=True)
             if self._models.rate is not None:
                 texts = [self.text(rollouts.answers[place]) for place in mine]
-                asked = [prompts.rows[rollouts.rows[place]] for place in mine]
+                asked = [prompts.row(rollouts.rows[place]) for place in mine]
                 scores += zip(mine, self._models.rate(asked, texts), strict=True)
             by_place = dict(gathered(scores))
             scores_b = torch.tensor([by_place[place] for place in range(len(rollouts.rows))])
@@ -298,14 +298,15 @@ class PpoTrainer:
 
     def _mixing(self, epoch: int, number: int) -> Iterator[torch.Tensor] | None:
         """The loss that is mixed in, a micro batch at a time: as many rows a minibatch as it has answers."""
-        if self._spec.ptx is None:
+        if self._mixed is None:
             return None
         size, done = self._minibatch.global_batch_size, self.state.step * self._spec.ppo_epochs + epoch
         start = (done * self._spec.minibatches + number) * size
-        return self._mixed_losses(start, size, self._spec.ptx.coefficient)
+        return self._mixed_losses(*self._mixed(start, size))
 
-    def _mixed_losses(self, start: int, size: int, coefficient: float) -> Iterator[torch.Tensor]:
-        prompts, answers = mixed_in(self._mixed, start, size)
+    def _mixed_losses(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[torch.Tensor]:
+        assert self._spec.ptx is not None, "there are mixed rows"
+        size, coefficient = len(prompts), self._spec.ptx.coefficient
         rows = Rollouts(list(range(size)), prompts, answers, [True] * size, [])
         scale = coefficient / sum(map(len, answers)) * self._minibatch.accumulation * self._workers
         mine = self._share(range(size), rows.lengths)

@@ -59,13 +59,12 @@ class _Run:
         from tunery.models.load import load_tokenizer
         from tunery.models.preview import COLUMNS as PREVIEW_COLUMNS
         from tunery.models.preview import stage_preview
-        from tunery.models.prompts import COLUMNS, read_prompts
         from tunery.train.checkpoints import written_by
         from tunery.train.ppo.build import build
         from tunery.train.ppo.engine import frozen_engine, trained_engine
         from tunery.train.ppo.mixing import mixed_rows
         from tunery.train.ppo.trainer import PpoTrainer
-        from tunery.train.sequences import check_unusable
+        from tunery.train.sequences import PromptSet, read_row_sequences
 
         spec, compute = job.spec, job.compute
         assert isinstance(spec, Ppo)
@@ -81,25 +80,17 @@ class _Run:
         set_seed(job.seed)
         self.tokenizer = load_tokenizer(job.model)
         self.emit("preview", **stage_preview(spec, rows_of(job.rows, PREVIEW_COLUMNS), self.tokenizer))
-        longest = spec.max_length - spec.sampling.max_new_tokens
-        self.prompts = read_prompts(rows_of(job.rows, COLUMNS), self.tokenizer, longest, job.stage, "data")
-        self.measured = (
-            read_prompts(rows_of(job.eval_rows, COLUMNS), self.tokenizer, longest, job.stage, "eval_data")
-            if job.eval_rows
-            else None
-        )
-        for field, prompts in (("data", self.prompts), ("eval_data", self.measured)):
-            if prompts is not None:
-                check_unusable(job, field, prompts.read, prompts.left_out)
+        data, evaluated = read_row_sequences(job, self.tokenizer)
+        self.prompts, self.measured = PromptSet(data), PromptSet(evaluated) if job.eval_rows else None
         size = spec.global_batch_size
         micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
         if micro is None:
             part = size // spec.minibatches // self.workers
             largest = min(part, LARGEST_MICRO_BATCH[compute.device])
             micro = max(count for count in range(1, largest + 1) if part % count == 0)
-        self.batching = plan_batches(len(self.prompts.tokens), spec.epochs, size, self.workers, None)
+        self.batching = plan_batches(len(self.prompts), spec.epochs, size, self.workers, None)
         self.minibatch = plan_batches(1, 1, size // spec.minibatches, self.workers, micro)
-        self.order = data_order([len(tokens) for tokens in self.prompts.tokens], self.batching.steps, size, job.seed)
+        self.order = data_order(self.prompts.lengths, self.batching.steps, size, job.seed)
         self.evaluate_at = set(at_even_steps(self.batching.steps, spec.evaluations)) if self.measured else set()
 
         device = torch.device("cuda", torch.cuda.current_device()) if compute.device == "gpu" else torch.device("cpu")
@@ -189,12 +180,12 @@ class _Run:
     def evaluate(self) -> None:
         """Rewards of answers to the held-out prompts, each drawn by the same numbers every time."""
         prompts = self.measured or self.prompts
-        places = list(range(len(prompts.tokens))) if self.measured else list(range(min(SHOWN, len(prompts.tokens))))
+        places = list(range(len(prompts) if self.measured else min(SHOWN, len(prompts))))
         rollouts = self.trainer.draw(prompts, places, "evaluation")
         rated = self.trainer.rate(prompts, rollouts)
         self.after = [
             {
-                "prompt": (prompts.rows[place]["messages"][-1]["content"] or "")[:CHARACTERS],
+                "prompt": (prompts.row(place)["messages"][-1]["content"] or "")[:CHARACTERS],
                 "answer": self.trainer.text(rollouts.answers[place])[:CHARACTERS],
                 "reward": float(rated.scores_b[place]),
             }
@@ -262,7 +253,7 @@ class _Run:
 
     def finish(self) -> None:
         from tunery.train.ppo.engine import save_policy
-        from tunery.train.reload_check import LanguageProbe, check_saved
+        from tunery.train.reload_check import PROBED, LanguageProbe, check_saved
 
         self.trainer.guard.check_end()
         self.check_weights()
@@ -271,7 +262,7 @@ class _Run:
         parameters = sum(
             int(getattr(weight, "ds_numel", weight.numel())) for weight in self.engine.module.policy.parameters()
         )
-        probe = LanguageProbe(self.job, self.prompts.tokens, parameters)
+        probe = LanguageProbe(self.job, self.prompts.sequences.first(PROBED), parameters)
         losses = [self.trainer.loss_of(ids) for ids in probe.sequences]
         save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
         checked = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved)
@@ -295,11 +286,8 @@ class _Run:
             (int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in self.engine.module.policy.parameters()
         ]
         return {
-            "rows": self.prompts.read,
-            "sequences": len(self.prompts.tokens),
-            "too_long": self.prompts.too_long,
-            "unusable": self.prompts.unusable,
-            "eval_rows": self.measured.read if self.measured else 0,
+            **self.prompts.facts(),
+            "eval_rows": self.measured.sequences.stats.rows if self.measured else 0,
             "steps": self.batching.steps,
             "answers": self.batching.steps * self.batching.global_batch_size,
             "epochs": self.spec.epochs,

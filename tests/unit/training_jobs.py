@@ -1,0 +1,43 @@
+"""Jobs of training stages, for tests of what a worker does before and after its steps."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tunery.spec import Compute, Training
+from tunery.store.rows import write_rows
+from tunery.train.job import Job, Rows
+
+
+def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) -> Job:
+    """Of the pretrained model in the folder `model`, on one worker; without rows, unless `fields` gives them."""
+    if "out" not in fields:
+        (folder / "out").mkdir(exist_ok=True)
+    given: dict[str, Any] = {
+        "stage": "tuned",
+        "trial": "",
+        "spec": spec,
+        "seed": 1,
+        "model": {"pretrained": str(model), "revision": None},
+        "rows": (),
+        "eval_rows": (),
+        "reward": None,
+        "ptx_rows": (),
+        "out": folder / "out",
+        "work": folder / "work",
+        "store": folder,
+        "events": folder / "events",
+        "compute": Compute(),
+        "workers": 1,
+        "started": 0.0,
+    }
+    return Job(**{**given, **fields})
+
+
+def rows_at(folder: Path, rows: list[dict[str, Any]], label: bool | None = None) -> Rows:
+    """The rows as a new artifact."""
+    artifact = Path(tempfile.mkdtemp(dir=folder))
+    write_rows(rows, artifact)
+    return Rows(artifact, label)
