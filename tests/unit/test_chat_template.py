@@ -12,9 +12,10 @@ from template_tokenizers import rendered, tokenizer_of
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_sequences, encode_whole
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
 from tunery.models.generate import end_tokens
 from tunery.models.template_rendering import UnsupportedTemplate
+from tunery.models.truncation import encode_sequences
 
 LONG = 10**6
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}]

@@ -34,11 +34,12 @@ from tunery.errors import SpecErrors, TuneryError
 from tunery.models import load as load_module
 from tunery.models.check import BadModel
 from tunery.models.classify import SequenceClassifier
-from tunery.models.encode import Encoded, encode
+from tunery.models.encode import Encoded
 from tunery.models.labels import Labels, labels_of
 from tunery.models.load import load_classifier, load_own_tokenizer
 from tunery.models.packing import length_batches
 from tunery.models.shown import RowReader
+from tunery.models.truncation import encode
 from tunery.runner.check import check
 from tunery.spec import Classifier, Compute, Pretrained, Reward, Score
 from tunery.store import Artifact, StageContext, StageResult, Store

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from template_tokenizers import FAMILIES, KINDS, rendered, tokenizer_of
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, encode_prompts, encode_sequences, encode_whole
+from tunery.models.encode import Encoded, Encoding, encode_prompts, encode_whole
+from tunery.models.truncation import encode_sequences
 
 EXAMPLES = int(os.environ.get("ENCODING_EXAMPLES", "60"))
 fixed = settings(

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from tunery.errors import SpecErrors, StageError
-from tunery.models.encode import Encoding, encode
+from tunery.models.encode import Encoding
 from tunery.models.encode_preferences import encode_pairs, rejected_side
 from tunery.models.load import load_model, load_tokenizer, write_base
+from tunery.models.truncation import encode
 from tunery.models.tuners import lora_config
 from tunery.spec import Dpo, Kto, Lora
 from tunery.spec.trainings import Training
@@ -217,7 +218,7 @@ def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None
     counted = recipe.counted()
     assert counted["rows"] == 6
     assert counted["sequences"] + counted["unusable"] == 6
-    assert counted["sequences"] == len(recipe.lengths) == 2, "an empty answer teaches nothing"
+    assert counted["sequences"] == len(recipe.examples.lengths) == 2, "an empty answer teaches nothing"
     assert counted["eval_rows"] == 1
 
 
@@ -243,7 +244,7 @@ def test_more_unusable_rows_than_allowed_end_the_stage_with_an_example(job_of: A
         Preference(job_of(dpo(), rows), 0)
     assert "max_unusable is 0.1" in found.value.message
     assert "pairs.jsonl:7" in found.value.cause
-    assert len(Preference(job_of(dpo(max_unusable=0.5), rows), 0).lengths) == 2
+    assert len(Preference(job_of(dpo(max_unusable=0.5), rows), 0).examples) == 2
 
 
 def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:

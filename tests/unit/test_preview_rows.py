@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from small_classifiers import write_encoder
 
-from tunery.models.encode import Encoding, encode_sequences, encode_whole
+from tunery.models.encode import Encoding, encode_whole
 from tunery.models.preview import (
     PreviewRow,
     PreviewSequence,
@@ -18,6 +18,7 @@ from tunery.models.preview import (
     token_groups,
 )
 from tunery.models.scratch import train_tokenizer
+from tunery.models.truncation import encode_sequences
 from tunery.spec import Sft
 from tunery.store.rows import Row
 

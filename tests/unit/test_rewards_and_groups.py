@@ -14,9 +14,10 @@ from small_classifiers import write_language_model, write_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tunery.errors import SpecErrors, TuneryError
-from tunery.models.encode import as_prompt, encode, encode_prompts
+from tunery.models.encode import as_prompt, encode_prompts
 from tunery.models.load import load_tokenizer
 from tunery.models.reward import Rate, load_reward
+from tunery.models.truncation import encode
 from tunery.runner.check import check
 from tunery.runner.plan import make_plan
 from tunery.spec import Grpo

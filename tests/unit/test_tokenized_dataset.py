@@ -14,7 +14,7 @@ import pytest
 from small_classifiers import write_language_model
 
 from tunery.models import tokenized_dataset
-from tunery.models.encode import Encoding, encode_sequences
+from tunery.models.encode import Encoding
 from tunery.models.load import load_tokenizer
 from tunery.models.tokenized_dataset import (
     RowEncoding,
@@ -24,6 +24,7 @@ from tunery.models.tokenized_dataset import (
     encode_conversations,
     encode_documents,
 )
+from tunery.models.truncation import encode_sequences
 from tunery.store import rows as store_rows
 from tunery.store.rows import CONTENT, write_rows
 from tunery.train.batches import SequenceMixture, data_order

@@ -13,11 +13,12 @@ from training_jobs import rows_at, training_job
 
 from tunery.errors import StageError
 from tunery.models import tokenized_dataset
-from tunery.models.encode import Encoding, as_prompt, encode, encode_prompts
+from tunery.models.encode import Encoding, as_prompt, encode_prompts
 from tunery.models.load import load_own_tokenizer, load_tokenizer
 from tunery.models.prompts import NO_QUESTION, TOO_LONG
 from tunery.models.shown import NO_LABEL, encode_shown
 from tunery.models.tokenized_dataset import TokenCache
+from tunery.models.truncation import encode
 from tunery.spec import ClassifierTraining, Grpo, Ppo
 from tunery.store import rows as store_rows
 from tunery.store.rows import row_id

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tunery.models.encode import Encoded, Encoding, encode_sequences, encode_whole
+from tunery.models.encode import Encoded, Encoding, encode_whole
 from tunery.models.scratch import train_tokenizer
+from tunery.models.truncation import encode_sequences
 
 CALL = json.dumps([{"type": "function", "function": {"name": "look", "arguments": {"n": 1}}}])
 

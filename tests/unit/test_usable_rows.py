@@ -59,3 +59,14 @@ def test_funnel_has_no_training_for_the_dataset_that_only_evaluates_it_or_that_i
     assert len(levels(validation, stage("policy", "dpo", ["pairs", "validation"], **DPO))) == 1
     whole = {**DPO, "unusable": 0, "truncated": 0}
     assert len(levels(validation, stage("policy", "dpo", ["validation"], **whole))) == 1
+
+
+def test_funnels_of_the_sources_of_a_mixture_end_with_their_own_used_rows() -> None:
+    web, code = stage("web", "dataset", [], rows=100), stage("code", "dataset", [], rows=50)
+    mixture = {
+        "web": {"rows": 100, "unusable": 4, "truncated": 0, "share": 0.5},
+        "code": {"rows": 50, "unusable": 0, "truncated": 0, "share": 0.5},
+    }
+    mixed = stage("mixed", "sft", ["web", "code", "base"], rows=150, unusable=4, mixture=mixture)
+    assert levels(web, code, mixed)[1:] == [("used by mixed", 96, "−4 (4%), 4 unusable")]
+    assert levels(code, web, mixed)[1:] == []

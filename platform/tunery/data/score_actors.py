@@ -44,8 +44,8 @@ class LikelihoodActor:
         return _units(batch, self._job, self._score)
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        from tunery.models.encode import encode
         from tunery.models.likelihood import view_sums
+        from tunery.models.truncation import encode
 
         encoded = encode(rows, self._tokenizer, self._max_length)
         views: dict[View, None] = {view: None for score in scores for view in self._scorers[score].views}

@@ -48,8 +48,8 @@ class EvaluationActor:
         return self._loaded[1], self._loaded[2]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        from tunery.models.encode import encode
         from tunery.models.likelihood import answer_nll
+        from tunery.models.truncation import encode
 
         nlls, tokens, counts, unusable = [], [], [], []
         for source, shard in zip(batch["source"], batch["shard"], strict=True):

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tunery.models.encode import Encoded, Encoding, cut_prompt, cut_right, encode_whole, without_oldest_turns
+from tunery.models.encode import Encoded, Encoding, encode_whole
 from tunery.models.tokenized_dataset import TokenizedRow
+from tunery.models.truncation import cut_prompt, cut_right, without_oldest_turns
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:

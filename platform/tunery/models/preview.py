@@ -13,18 +13,12 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import (
-    NO_LIMIT,
-    Encoded,
-    Encoding,
-    encode_sequences,
-    encode_whole,
-    encoding_of,
-    tokenize_pieces,
-)
+from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_whole, encoding_of
 from tunery.models.encode_preferences import encode_pairs, encode_rated, rejected_side
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
 from tunery.models.shown import NO_TOKEN, RowReader, encode_compared
+from tunery.models.tokenize import tokenize_pieces
+from tunery.models.truncation import encode_sequences
 from tunery.store.rows import CONTENT, Row
 
 if TYPE_CHECKING:

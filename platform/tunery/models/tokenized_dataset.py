@@ -44,7 +44,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.errors import TuneryError
-from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_sequences, encode_whole, labels_of
+from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_whole, labels_of
+from tunery.models.truncation import encode_sequences
 from tunery.store import Lease
 from tunery.store.rows import Row, shards
 

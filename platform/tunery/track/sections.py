@@ -116,9 +116,7 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
         above = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         if stage.kind in TRAININGS:
-            level = _used_level(stage, depths, sizes)
-            if level is not None:
-                yield level
+            yield from _used_levels(stage, depths, sizes)
             continue
         # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
         other = stage.kind in ("augment", "evaluate", "win_rate")
@@ -141,15 +139,20 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
             )
 
 
-def _used_level(stage: StageState, depths: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]) -> Level | None:
-    """None where the training uses every row as it is, where its rows come from several stages, and where corruption
+def _used_levels(
+    stage: StageState, depths: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]
+) -> Iterator[Level]:
+    """Of each stage that gives a training its rows. None where all of them are used as they are, and where corruption
     was injected, since nobody counts how many of the unusable rows are corrupted."""
-    usable = usable_rows(stage.facts)
+    mixture = stage.facts.get("mixture")
     data = next(iter(stage.inputs), "")  # `data` is the first field that names stages; others are models and eval_data
-    if usable is None or not usable.reasons or sizes.get(data) != (usable.rows, 0):
-        return None
-    note = ", ".join(part for part in (lost_note(usable.rows, usable.used), usable.reasons) if part)
-    return Level(f"used by {stage.name}", usable.used, note, depth=depths[data])
+    facts = mixture if isinstance(mixture, Mapping) else {data: stage.facts}
+    for name, own in facts.items():
+        usable = usable_rows(own)
+        if usable is None or not usable.reasons or sizes.get(name) != (usable.rows, 0):
+            continue
+        note = ", ".join(part for part in (lost_note(usable.rows, usable.used), usable.reasons) if part)
+        yield Level(f"used by {stage.name}", usable.used, note, depth=depths[name])
 
 
 def score_figures(state: RunState) -> list[Figure]:

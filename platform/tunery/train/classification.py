@@ -36,8 +36,7 @@ class Classification:
         self._data, self._evaluated = self._headed.sequences()
         for field, sequences in (("data", self._data), ("eval_data", self._evaluated)):
             self._check_labels(sequences, field)
-        self.lengths = self._data.lengths
-        self.part_sizes = self._data.part_sizes
+        self.examples = self._data
         balanced = job.spec.balanced
         self._weights = class_weights(self._data.row_labels, len(LABELS)) if balanced else np.ones(len(LABELS))
 

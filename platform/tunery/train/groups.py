@@ -52,8 +52,7 @@ class Groups:
         self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and job.spec.tuner == "full")
         data, evaluated = read_row_sequences(job, self._policy.tokenizer)
         self._data, self._evaluated = PromptSet(data), PromptSet(evaluated)
-        self.lengths = data.lengths
-        self.part_sizes = data.part_sizes
+        self.examples = self._data
         device = torch.device("cuda" if job.compute.device == "gpu" else "cpu")
         # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
         self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunery.models.load import Source
-from tunery.models.tokenized_dataset import Integers
+from tunery.models.tokenized_dataset import Integers, TokenStats
 from tunery.spec import Compute, Training
 from tunery.store.rows import Row, read_rows
 
@@ -59,14 +59,27 @@ class Job:
 Report = Callable[[dict[str, float]], None]
 
 
+class Examples(Protocol):
+    """What a training sees one after another: sequences, pairs of them, or prompts."""
+
+    @property
+    def lengths(self) -> Integers:
+        """(examples,) tokens of each."""
+
+    @property
+    def part_sizes(self) -> Sequence[int]:
+        """Examples of each data stage."""
+
+    @property
+    def part_stats(self) -> Sequence[TokenStats]:
+        """What became of the rows of each data stage."""
+
+
 class Recipe(Protocol):
     """What is special about a kind of training; train/worker.py does the rest. Made in every worker, from (job, rank),
     after the process has been made ready and seeded. Raises StageError when the rows won't do."""
 
-    lengths: Sequence[int] | Integers
-    """Tokens of each training sequence."""
-    part_sizes: Sequence[int]
-    """Training sequences of each data stage."""
+    examples: Examples
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: Any) -> Any:
         """A transformers Trainer with its model: `arguments` are for its TrainingArguments, `order` the sequences to

@@ -40,8 +40,7 @@ class LanguageModelling:
         self._source: Source = source
         self._tokenizer = load_tokenizer(source)
         self._data, self._measured = read_sequences(job, self._tokenizer)
-        self.lengths = self._data.lengths
-        self.part_sizes = self._data.part_sizes
+        self.examples = self._data
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> Trainer:
         # Under ZeRO-3 these make transformers shard the model while it loads.

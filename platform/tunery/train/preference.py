@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tunery.models.metrics import preference_accuracy
-from tunery.models.tokenized_dataset import Integers
+from tunery.models.tokenized_dataset import Integers, TokenStats
 from tunery.spec import Dpo
 from tunery.train.job import Job
 from tunery.train.policy import Policy
@@ -41,6 +41,15 @@ class PairSet:
         both: Integers = self.sequences.lengths.reshape(-1, 2).sum(axis=1)
         return both
 
+    @property
+    def part_sizes(self) -> list[int]:
+        """Pairs of each data stage."""
+        return [size // 2 for size in self.sequences.part_sizes]
+
+    @property
+    def part_stats(self) -> list[TokenStats]:
+        return self.sequences.part_stats
+
     def sides(self, pairs: Sequence[int]) -> list[int]:
         """Indices of the chosen sequences, and after them the rejected ones."""
         return [*(2 * pair for pair in pairs), *(2 * pair + 1 for pair in pairs)]
@@ -56,8 +65,7 @@ class Preference:
         self._policy = Policy(job, rank)
         data, evaluated = read_row_sequences(job, self._policy.tokenizer)
         self._data, self._evaluated = PairSet(data), PairSet(evaluated)
-        self.lengths = self._data.lengths
-        self.part_sizes = [size // 2 for size in data.part_sizes]
+        self.examples = self._data
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> DpoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.

@@ -107,8 +107,7 @@ class Rated:
         self._policy = Policy(job, rank)
         data, evaluated = read_row_sequences(job, self._policy.tokenizer)
         self.answers, self._measured = self._answers(data, "data"), self._answers(evaluated, "eval_data")
-        self.lengths = data.lengths
-        self.part_sizes = data.part_sizes
+        self.examples = data
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> KtoTrainer:
         # Under ZeRO-3 these make transformers shard the models while they load.

@@ -66,7 +66,7 @@ class AgainstReference(ExactEvaluation):
         return SequentialSampler(self.train_dataset)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Rows are tokens already, cut where every training here cuts them (models/encode.py)."""
+        """Rows are tokens already, cut where every training here cuts them (models/truncation.py)."""
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:

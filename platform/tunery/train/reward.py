@@ -70,8 +70,7 @@ class RewardModelling:
         self._headed = HeadedModel(job, job.spec.tuner, REWARD, rank)
         data, evaluated = self._headed.sequences()
         self._data, self._evaluated = PairSet(data), PairSet(evaluated)
-        self.lengths = self._data.lengths
-        self.part_sizes = [size // 2 for size in data.part_sizes]
+        self.examples = self._data
 
     def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> PairTrainer:
         settings = RewardConfig(

@@ -31,7 +31,7 @@ from tunery.spec.trainings import row_stages
 from tunery.store.rows import CONTENT, Row
 from tunery.track.events import EventLog
 from tunery.train.batches import SequenceMixture
-from tunery.train.job import Job, Rows
+from tunery.train.job import Examples, Job, Rows
 
 UNUSABLE = "unusable.jsonl"
 """In a model's artifact: the rows that were not trained on, and why."""
@@ -66,6 +66,10 @@ class SequenceSet:
     def part_sizes(self) -> list[int]:
         """Sequences of each data stage."""
         return [len(part) for part in self.parts]
+
+    @property
+    def part_stats(self) -> list[TokenStats]:
+        return [part.stats for part in self.parts]
 
     def _part(self, index: int) -> tuple[TokenizedDataset, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -110,10 +114,8 @@ class SequenceSet:
         stats = self.stats
         reasons = dict(stats.unusable.most_common(5))
         return {
-            "rows": stats.rows,
+            **_row_counts(stats),
             "sequences": len(self),
-            "truncated": stats.truncated,
-            "unusable": stats.num_unusable,
             "unusable_because": reasons,
             "loss_tokens": stats.loss_tokens,
             "escaped_tokens": stats.escaped_tokens,
@@ -131,7 +133,7 @@ class BlockSet:
         self.part_sizes = [int(part.tokens.size) // length for part in sequences.parts]
         self._starts = np.cumsum([0, *self.part_sizes])
         self.lengths: Integers = np.full(int(self._starts[-1]), length, np.int64)
-        self.stats = sequences.stats
+        self.stats, self.part_stats = sequences.stats, sequences.part_stats
         self.parts = sequences.parts
 
     def __len__(self) -> int:
@@ -166,6 +168,7 @@ class PromptSet:
     def __init__(self, sequences: SequenceSet) -> None:
         self.sequences = sequences
         self.lengths = sequences.lengths
+        self.part_sizes, self.part_stats = sequences.part_sizes, sequences.part_stats
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -230,29 +233,41 @@ NOT_COUNTED = frozenset({NO_LABEL})
 """Reasons that `max_unusable` does not count: a dataset may be labelled in part."""
 
 
-def mixture_of(spec: Training[Any], part_sizes: Sequence[int]) -> SequenceMixture | None:
-    """Of a stage whose `data` is one; `part_sizes`: sequences of each of its data stages."""
+def mixture_of(spec: Training[Any], examples: Examples) -> SequenceMixture | None:
+    """Of a stage whose `data` is one."""
     if not isinstance(spec.data, dict):
         return None
+    part_sizes = examples.part_sizes
     # A stage that gives no sequence has no share.
     weights = [weight if size else 0.0 for weight, size in zip(spec.data.values(), part_sizes, strict=True)]
     total = sum(weights)
     return SequenceMixture(tuple(part_sizes), tuple(weight / total for weight in weights)) if total else None
 
 
-def mixture_facts(spec: Training[Any], part_sizes: Sequence[int], order: Integers, lengths: Integers) -> dict[str, Any]:
-    """Of each data stage of a mixture: sequences, tokens, and its share of all tokens."""
+def mixture_facts(spec: Training[Any], examples: Examples, order: Integers) -> dict[str, Any]:
+    """Of each data stage of a mixture: what became of its rows; the sequences and tokens that are trained on, and its
+    share of all tokens."""
     if not isinstance(spec.data, dict):
         return {}
+    part_sizes, lengths = examples.part_sizes, examples.lengths
     parts = np.searchsorted(np.cumsum(part_sizes), order, side="right")
     tokens = np.bincount(parts, weights=lengths[order], minlength=len(part_sizes))
     counts = np.bincount(parts, minlength=len(part_sizes))
     return {
         "mixture": {
-            stage: {"sequences": int(count), "tokens": int(number), "share": float(number / tokens.sum())}
-            for stage, count, number in zip(spec.data, counts, tokens, strict=True)
+            stage: {
+                **_row_counts(part),
+                "sequences": int(count),
+                "tokens": int(number),
+                "share": float(number / tokens.sum()),
+            }
+            for stage, part, count, number in zip(spec.data, examples.part_stats, counts, tokens, strict=True)
         }
     }
+
+
+def _row_counts(stats: TokenStats) -> dict[str, int]:
+    return {"rows": stats.rows, "truncated": stats.truncated, "unusable": stats.num_unusable}
 
 
 def read_sequences(

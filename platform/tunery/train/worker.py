@@ -59,11 +59,11 @@ def train(job: Job, report: Report) -> None:
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
     recipe = _recipe(job, rank)
-    batching = plan_training(spec, len(recipe.lengths), world, compute.micro_batch_size)
+    batching = plan_training(spec, len(recipe.examples.lengths), world, compute.micro_batch_size)
     again = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
-    lengths = np.asarray(recipe.lengths, np.int64)
-    mixture = mixture_of(spec, recipe.part_sizes)
+    lengths = recipe.examples.lengths
+    mixture = mixture_of(spec, recipe.examples)
     order = data_order(lengths, batching.steps // again, size, job.seed, mixture)
     tokens = np.concatenate([[0], np.cumsum(lengths[order])])
 
@@ -125,7 +125,7 @@ def train(job: Job, report: Report) -> None:
     if rank == 0:
         facts = {
             **recipe.counted(),
-            **mixture_facts(spec, recipe.part_sizes, order, lengths),
+            **mixture_facts(spec, recipe.examples, order),
             "tokens": int(tokens[-1]),
             **_facts(job, batching, trainer, steps.history),
             **found,

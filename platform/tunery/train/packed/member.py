@@ -80,9 +80,7 @@ class Member:
             job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial
         )
         self.batching = plan_training(job.spec, len(data), 1, "auto")
-        self._order = data_order(
-            data.lengths, self.batching.steps, self._size, job.seed, mixture_of(job.spec, data.part_sizes)
-        )
+        self._order = data_order(data.lengths, self.batching.steps, self._size, job.seed, mixture_of(job.spec, data))
         self._course = course(job.spec, self.batching.steps)
         self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if len(measured) else [])
         self._log_every = log_period(self.batching.steps)
@@ -242,7 +240,7 @@ class Member:
             "truncate": self.spec.truncate,
             "eval_rows": self.measured.stats.rows,
             "tokens": int(self.data.lengths[self._order].sum()),
-            **mixture_facts(self.spec, self.data.part_sizes, self._order, self.data.lengths),
+            **mixture_facts(self.spec, self.data, self._order),
             **training_facts(self.spec, self.batching, self.history, self._base_parameters + trainable, trainable),
         }
         seconds = time.time() - self._began
