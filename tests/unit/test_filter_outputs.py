@@ -17,8 +17,9 @@ from filter_bench import filter_here
 
 from tunery.data.formats.hub import HubDataset
 from tunery.errors import RequestError, StageError, TuneryError
-from tunery.filter import outputs, writers
+from tunery.filter import outputs
 from tunery.filter.originals import originals, originals_of
+from tunery.filter.writers import WRITERS, excel
 from tunery.spec import Dataset
 
 KEEP = ("length 3..5",)
@@ -208,7 +209,7 @@ def test_an_arrow_file_is_written_as_parquet_with_its_schema() -> None:
     assert good.drop_columns(["length"]).equals(table.slice(2, 3))
 
 
-@pytest.mark.parametrize("ending", writers.WRITERS)
+@pytest.mark.parametrize("ending", WRITERS)
 def test_files_of_every_format_go_into_one_with_the_columns_of_all(ending: str) -> None:
     write("a.csv", "\n".join(TICKETS) + "\n")
     write("b.jsonl", (CHAT % (1, 1, words(4))) + "\n{broken\n")
@@ -367,7 +368,7 @@ def test_a_workbook_that_can_not_hold_a_row_is_refused_and_nothing_is_left(monke
     with pytest.raises(RequestError, match="32,768 characters") as caught:
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert ".parquet" in caught.value.remedy
-    monkeypatch.setattr(writers, "SHEET_ROWS", 1)
+    monkeypatch.setattr(excel, "SHEET_ROWS", 1)
     write("in.jsonl", json.dumps({"text": words(3)}) + "\n" + json.dumps({"text": words(4)}) + "\n")
     with pytest.raises(RequestError, match="rows don't fit"):
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
