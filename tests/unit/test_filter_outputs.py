@@ -416,6 +416,31 @@ def test_nothing_passes_in_the_words_of_the_command_line() -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".xlsx", ".parquet"])
+def test_where_nothing_passes_the_dropped_file_has_every_record_and_its_reason(ending: str) -> None:
+    write("in.jsonl", f'{{"text": "word"}}\n{{broken\n{{"text": "{words(9)}"}}\n')
+    with pytest.raises(TuneryError, match="no row of 2 passes") as caught:
+        filter_here("in.jsonl", out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
+    assert caught.value.exit_code == 1
+    assert caught.value.remedy.endswith(f"why each row was dropped is in bad{ending}")
+    rows = rows_of(f"bad{ending}")
+    assert [(row["dropped_by"], row["dropped_reason"].split(":")[0]) for row in rows] == [
+        ("length 3..5", "length is 1"),
+        ("quarantined", "not JSON"),
+        ("length 3..5", "length is 9"),
+    ]
+    assert not Path(f"good{ending}").exists()
+
+
+def test_where_nothing_passes_an_earlier_output_stays_and_rules_without_a_score_have_a_reason() -> None:
+    write("in.csv", f"text\n=1 {words(9)}\n")
+    write("good.csv", "an earlier one")
+    with pytest.raises(TuneryError, match="no row of 1 passes"):
+        filter_here("in.csv", out="good.csv", dropped="bad.jsonl", keep=("random >= 2",))
+    assert json_lines("bad.jsonl")[0]["dropped_reason"] == "not among the random rows"
+    assert read("good.csv") == "an earlier one"
+
+
 def test_rows_of_a_hub_dataset_keep_their_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Path("data").mkdir()
     nested("data/train.parquet")

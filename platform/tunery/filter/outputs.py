@@ -2,7 +2,8 @@
 
 The sources are read twice more: for their columns, and to write. Records and verdicts meet by source and line, and
 every record has to have its verdict, and every verdict its record. Both files are written under other names and
-renamed at the end, so each of them is complete or absent.
+renamed at the end, so each of them is complete or absent. Where no row is kept there is no file of kept rows: one
+without rows would pass for a result.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class AddedColumns:
 @dataclass(frozen=True)
 class Outputs:
     kept: Written
+    """Zeros where nothing is kept."""
     dropped: Written | None
     added: AddedColumns
 
@@ -86,7 +88,7 @@ def write_outputs(
         dropped_types = {**score_types, added.dropped_by: pa.string(), added.dropped_reason: pa.string()}
         if columns.has_unreadable:
             dropped_types[added.raw_record] = pa.string()
-        kept_file = _OutputFile(out, columns, score_types)
+        kept_file = _OutputFile(out, columns, score_types) if expected.kept else None
         dropped_file = _OutputFile(dropped, columns, dropped_types) if dropped is not None else None
         files = [file for file in (kept_file, dropped_file) if file is not None]
         for file in files:
@@ -98,14 +100,15 @@ def write_outputs(
                 break
             verdict = verdicts.of(record.table.name, record.line)
             counted[verdict.outcome] += 1
+            target = kept_file if verdict.outcome == "kept" else dropped_file
+            if target is None:
+                continue
             told: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
-            if verdict.outcome == "kept":
-                kept_file.write(record, told)
-            elif dropped_file is not None:
+            if target is dropped_file:
                 told |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
                 if not record.is_readable:
                     told[added.raw_record] = record.text or None
-                dropped_file.write(record, told)
+            target.write(record, told)
         if not verdicts.is_exhausted or Counts(**counted) != expected:
             raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
         if _is_changed(stage, folder, identity):
@@ -114,7 +117,7 @@ def write_outputs(
             file.close()
         for file in files:
             file.publish()
-    return Outputs(kept_file.written, dropped_file.written if dropped_file else None, added)
+    return Outputs(kept_file.written if kept_file else Written(), dropped_file.written if dropped_file else None, added)
 
 
 @contextmanager
