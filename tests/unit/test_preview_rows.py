@@ -8,15 +8,8 @@ import pytest
 from small_classifiers import write_encoder
 
 from tunery.models.encode import Encoding, encode_sequences, encode_whole
-from tunery.models.preview import (
-    PreviewRow,
-    PreviewSequence,
-    preview_records,
-    preview_rows,
-    stage_preview,
-    template_summary,
-    token_groups,
-)
+from tunery.models.preview import preview_records, preview_rows, stage_preview, template_summary
+from tunery.models.preview_sequences import PreviewRow, PreviewSequence, token_groups
 from tunery.models.scratch import train_tokenizer
 from tunery.spec import Sft
 from tunery.store.rows import Row
@@ -298,7 +291,7 @@ def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeyp
 
 
 def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunery.models.preview.MAX_CUT_TOKENS", 4)
+    monkeypatch.setattr("tunery.models.preview_truncation.MAX_CUT_TOKENS", 4)
     shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
     assert sum(len(group.ids) for group in shown.cut) == 4
     assert kinds(shown)[-1] == ("mark", f"{shown.cut_tokens - 4} more tokens")

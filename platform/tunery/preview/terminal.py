@@ -8,7 +8,7 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunery.models.preview import PreviewRow, PreviewSequence, Segment
+from tunery.models.preview_sequences import PreviewRow, PreviewSequence, Segment
 from tunery.preview.command import Preview, PreviewSection
 from tunery.track.previews import said_tokens, visible
 
@@ -79,7 +79,7 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
 
 
 def _said(sequence: PreviewSequence, section: PreviewSection) -> str:
-    return visible(said_tokens(sequence.as_record(), section.input.loss_word))
+    return visible(said_tokens(sequence.described(), section.input.loss_word))
 
 
 def _text(segments: list[Segment], colours: bool) -> Text:
