@@ -13,20 +13,25 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import (
-    NO_LIMIT,
-    Encoded,
-    Encoding,
-    encode_sequences,
-    encode_whole,
-    encoding_of,
-    tokenize_pieces,
+from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_sequences, encode_whole, encoding_of
+from tunery.models.encode_preferences import (
+    encode_pairs,
+    encode_rated,
+    encode_responses,
+    encode_whole_responses,
+    rejected_side,
 )
-from tunery.models.encode_preferences import encode_pairs, encode_rated, rejected_side
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, TokenGroup, token_groups
-from tunery.models.preview_truncation import with_cut
+from tunery.models.preview_truncation import (
+    Untruncated,
+    cut_positions,
+    kept_indices,
+    kept_of_text,
+    untruncated,
+    with_cuts,
+)
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
-from tunery.models.shown import NO_TOKEN, RowReader, encode_compared
+from tunery.models.shown import NO_TOKEN, RowReader, encode_compared, encode_shown
 from tunery.store.rows import CONTENT, Row
 
 if TYPE_CHECKING:
@@ -163,27 +168,28 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encodi
         return _row(row, [_with_loss("", row, parts[0], tokenizer, encoding)])
     labels = [f"part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
     # What one part lacks, the others have: nothing is shown as cut off.
-    return _row(
-        row, [_sequence(label, part, tokenizer, encoding.max_length) for label, part in zip(labels, parts, strict=True)]
-    )
+    return _row(row, [_sequence(*part, tokenizer, encoding.max_length) for part in zip(labels, parts, strict=True)])
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
     (found,) = encode_pairs([row], tokenizer, encoding)
     if not found.sequences:
         return _row(row, [], found.unusable)
-    sides = zip(("chosen", "rejected"), (row, rejected_side(row)), found.sequences, strict=True)
-    shown = [_response(label, side, item, tokenizer, encoding) for label, side, item in sides]
+    sides = [
+        (label, side, item)
+        for side, (label, item) in enumerate(zip(("chosen", "rejected"), found.sequences, strict=True))
+    ]
+    shown = _responses(row, sides, tokenizer, encoding)
     return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
 
 
 def _rated(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
     (found,) = encode_rated([row], tokenizer, encoding)
-    sides = [rejected_side(row) if row.get("rejected") and not label else row for label in found.labels]
-    shown = [
-        _response("desirable" if label else "undesirable", side, item, tokenizer, encoding)
-        for label, side, item in zip(found.labels, sides, found.sequences, strict=True)
+    sides = [
+        ("desirable" if label else "undesirable", 1 if row.get("rejected") and not label else 0, item)
+        for label, item in zip(found.labels, found.sequences, strict=True)
     ]
+    shown = _responses(row, sides, tokenizer, encoding)
     return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
 
 
@@ -221,7 +227,7 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
 
 
 def _classified(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    return _row(row, [_shown("", row, read([row])[0], tokenizer, max_length)])
+    return _row(row, [_shown("", row, read([row])[0], read, tokenizer, max_length)])
 
 
 def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
@@ -230,8 +236,8 @@ def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, 
         return _row(row, [], found.unusable)
     chosen, rejected = found.sequences
     sides = [
-        _shown("chosen", row, chosen, tokenizer, max_length),
-        _shown("rejected", rejected_side(row), rejected, tokenizer, max_length),
+        _shown("chosen", row, chosen, read, tokenizer, max_length),
+        _shown("rejected", rejected_side(row), rejected, read, tokenizer, max_length),
     ]
     return _row(row, sides, "" if any(side.reason for side in sides) else found.unusable)
 
@@ -244,24 +250,69 @@ def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -
     return parts[0]
 
 
-def _response(
-    label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
-) -> PreviewSequence:
-    """`item`: up to the end of the last response, as preferences are encoded."""
-    return _with_loss(label, row, item, tokenizer, replace(encoding, train_on="last_turn"))
+def _responses(
+    row: Row,
+    items: Sequence[tuple[str, int, Encoded]],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+) -> list[PreviewSequence]:
+    """items: (label, side of the row, sequence). All sides of a row are cut to the same prompt."""
+    sources: list[Untruncated] = []
+    if any(_may_be_cut(item, encoding) for _, _, item in items):
+        sources = untruncated(
+            row,
+            lambda rows: encode_whole_responses(rows, tokenizer, encoding),
+            lambda row: [row, rejected_side(row)] if row.get("rejected") else [row],
+            tokenizer,
+            encoding,
+        )
+    return [
+        _with_loss_and_cuts(label, item, sources[side] if sources else None, tokenizer, encoding)
+        for label, side, item in items
+    ]
 
 
 def _with_loss(
     label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> PreviewSequence:
-    one = _sequence(label, item, tokenizer, encoding.max_length)
+    source = None
+    if _may_be_cut(item, encoding):
+        (source,) = untruncated(
+            row, lambda rows: encode_whole(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+        )
+    return _with_loss_and_cuts(label, item, source, tokenizer, encoding)
+
+
+def _may_be_cut(item: Encoded, encoding: Encoding) -> bool:
+    """`split` leaves out turns without a loss and does not count them as truncated."""
+    return item.truncated or encoding.truncate == "split" or (encoding.truncate == "drop" and not item.ids)
+
+
+def _with_loss_and_cuts(
+    label: str, item: Encoded, source: Untruncated | None, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> PreviewSequence:
+    if source is None:
+        one = _sequence(label, item, tokenizer, encoding.max_length)
+    else:
+        kept = kept_indices(item, source, encoding.truncate, tokenizer)
+        one = _with_kept(label, item, source.whole.ids, kept, tokenizer, encoding.max_length)
     if not item.num_loss_tokens and not one.reason:
-        why = "no response is left to train on: it is empty, masked, or cut off"
-        one = replace(one, reason=why)
-    if not item.truncated and not (item.rejected and not item.ids):
-        return one
-    (whole,) = encode_whole([row], tokenizer, encoding)
-    return with_cut(one, whole.ids, tokenizer)
+        one = replace(one, reason="no response is left to train on: it is empty, masked, or cut off")
+    return one
+
+
+def _with_kept(
+    label: str,
+    item: Encoded,
+    whole: Sequence[int],
+    kept: Sequence[int] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> PreviewSequence:
+    """kept: the index in `whole` of each token of `item`; None where it is unknown."""
+    positions = None if kept is None else cut_positions(kept, len(whole))
+    edges = frozenset(index for index, _, _ in positions or ())
+    return with_cuts(_sequence(label, item, tokenizer, max_length, edges), whole, positions, tokenizer)
 
 
 def _sequence(
@@ -301,19 +352,24 @@ def _sequence(
     )
 
 
-def _shown(label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewSequence:
-    one = _sequence(label, item, tokenizer, max_length)
-    if not item.ids and not item.rejected:
-        return replace(one, reason=NO_TOKEN)
-    if not item.truncated:
-        return one
-    if not row.get("messages"):
-        return with_cut(one, tokenizer(row["text"], verbose=False)["input_ids"], tokenizer)
-    if tokenizer.chat_template is None:
-        return one  # a pair of texts, of which the tokenizer cuts the longer one
-    template = chat_template_of(tokenizer)
-    ((whole,),) = tokenize_pieces([[template.conversation(row).text]], template)
-    return with_cut(one, whole, tokenizer)
+def _shown(
+    label: str, row: Row, item: Encoded, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreviewSequence:
+    encoding = read.encoding
+    (whole,) = encode_shown([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
+    if not item.ids or len(item.ids) == len(whole.ids):
+        one = _sequence(label, item, tokenizer, max_length)
+        return one if item.ids or item.rejected else replace(one, reason=NO_TOKEN)
+    if row.get("messages") and tokenizer.chat_template is not None:
+        # The same tokens, with the span of the response.
+        (with_span,) = encode_responses([row], tokenizer, encoding)
+        (source,) = untruncated(
+            row, lambda rows: encode_whole_responses(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+        )
+        kept = kept_indices(with_span, source, encoding.truncate, tokenizer)
+    else:
+        kept = kept_of_text(whole.ids, item.ids)
+    return _with_kept(label, item, whole.ids, kept, tokenizer, max_length)
 
 
 # What is put around rows

@@ -51,6 +51,28 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Neighbouring tokens that truncation removes."""
+
+    index: int
+    """In the kept tokens, before which they were."""
+    groups: tuple[TokenGroup, ...]
+    """Those that are shown,"""
+    hidden_before: int = 0
+    """the number of those before them,"""
+    hidden_after: int = 0
+    """and behind them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_before + sum(len(group.ids) for group in self.groups) + self.hidden_after
+
+    def as_json(self) -> dict[str, Any]:
+        text = "".join(group.text for group in self.groups)
+        return {"index": self.index, "num_tokens": self.num_tokens, "text": text}
+
+
+@dataclass(frozen=True)
 class PreviewSequence:
     """A sequence that the model gets."""
 
@@ -68,11 +90,8 @@ class PreviewSequence:
     blocks: bool = False
     """It is a document, of which blocks are cut."""
     truncated: bool = False
-    cut: tuple[TokenGroup, ...] = ()
-    """What truncation removed, where it is one piece: its first tokens, or the last ones where the beginning is cut
-    off;"""
-    cut_at: int = 0
-    """and the index in `ids` before which it was."""
+    cuts: tuple[Cut, ...] = ()
+    """What truncation removed, ascending; none where the positions are unknown."""
     cut_tokens: int = 0
     marks: tuple[tuple[int, str], ...] = ()
     """(index in `ids`, text) of positions to show, ascending."""
@@ -101,10 +120,10 @@ class PreviewSequence:
 
     def _pieces(self, with_ids: bool) -> Iterator[Segment]:
         index = 0
-        marks = list(self.marks)
+        marks, cuts = list(self.marks), list(self.cuts)
         for group in self.groups:
-            if self.cut and index == self.cut_at:
-                yield from self._cut_pieces(with_ids)
+            while cuts and cuts[0].index <= index:
+                yield from self._cut_pieces(cuts.pop(0), with_ids)
             while marks and marks[0][0] <= index:
                 yield Segment("mark", marks.pop(0)[1])
             if group.omitted:
@@ -113,28 +132,25 @@ class PreviewSequence:
             else:
                 yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
             index += len(group.ids)
-        if self.cut and index <= self.cut_at:
-            yield from self._cut_pieces(with_ids)
+        for cut in cuts:
+            yield from self._cut_pieces(cut, with_ids)
         for _, text in marks:
             yield Segment("mark", text)
 
-    def _cut_pieces(self, with_ids: bool) -> Iterator[Segment]:
+    def _cut_pieces(self, cut: Cut, with_ids: bool) -> Iterator[Segment]:
         yield Segment("mark", "cut off")
-        at_end = bool(self.cut_at) or not self.ids
-        hidden = self.cut_tokens - sum(len(group.ids) for group in self.cut)
-        more = [Segment("mark", f"{hidden:,} more tokens")] if hidden else []
-        if not at_end:
-            yield from more
-        for group in self.cut:
+        if cut.hidden_before:
+            yield Segment("mark", f"{cut.hidden_before:,} more tokens")
+        for group in cut.groups:
             yield Segment("cut", group.shown(with_ids), group.special)
-        if at_end:
-            yield from more
-        if not at_end or self.cut_at < len(self.ids):
+        if cut.hidden_after:
+            yield Segment("mark", f"{cut.hidden_after:,} more tokens")
+        if cut.index < len(self.ids):
             yield Segment("mark", "end of what is cut off")
 
     def as_json(self) -> dict[str, Any]:
         """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
-        that of the last one. cut has a part of what is cut off."""
+        that of the last one. The text of a long cut is only the part that is shown."""
         tokens: list[str] = []
         special: list[bool] = []
         for group in self.groups:
@@ -147,7 +163,7 @@ class PreviewSequence:
             "trained": [index in self.trained for index in range(len(self.ids))],
             "special": special,
             "marks": [{"index": index, "text": text} for index, text in self.marks],
-            "cut": {"index": self.cut_at, "text": "".join(group.text for group in self.cut)} if self.cut else None,
+            "cuts": [cut.as_json() for cut in self.cuts],
         }
 
     def as_record(self, max_tokens: int) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def _legend(preview: Preview, colours: bool) -> Text:
     if any(one.has_loss for one in sequences):
         entries += [(word, "trained") for word in words] + [("masked: no loss", "masked")]
     entries += [("special token", "special")] if colours else []
-    entries += [("cut off", "cut")] if any(one.cut for one in sequences) else []
-    entries += [("position", "mark")] if any(one.marks or one.cut for one in sequences) else []
+    entries += [("cut off", "cut")] if any(one.cuts for one in sequences) else []
+    entries += [("position", "mark")] if any(one.marks or one.cuts for one in sequences) else []
     legend = Text("legend: ")
     for number, (word, kind) in enumerate(entries):
         if number:
