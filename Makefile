@@ -5,7 +5,7 @@ READY := .venv/.ready
 STORE ?= .tunery
 SPREAD := -n logical --maxprocesses 8
 
-.PHONY: demo test unit check format gpu report constraints clean
+.PHONY: demo test unit check format docs gpu constraints clean
 
 demo: $(READY)  ## the main job: one experiment from raw rows to a compared and tracked result
 	$(BIN)/tunery run experiments/quickstart.yaml --store $(STORE)
@@ -27,6 +27,10 @@ check: $(READY)  ## ruff, mypy, import-linter, and every experiment validates
 format: $(READY)
 	$(BIN)/ruff format platform tests benchmarks
 	$(BIN)/ruff check --fix platform tests benchmarks
+
+docs: $(READY)  ## rebuild the generated pages of docs/
+	PYTHONPATH=platform:tests/unit $(BIN)/python tests/unit/experiment_reference.py
+	PYTHONPATH=platform:tests/unit $(BIN)/python tests/unit/template_table.py
 
 gpu:  ## the quickstart on one GPU and on two, ZeRO-2 and ZeRO-3, beside the CPU; on a host that has tunery's packages
 	$(PYTHON) benchmarks/gpu_matches_cpu.py

@@ -1,4 +1,4 @@
-"""Which score finds which kind of bad row? Runs experiments/filter.yaml and prints the README's table.
+"""Which score finds which kind of bad row? Runs experiments/filter.yaml and prints the table of docs/benchmarks.md.
 
     python benchmarks/finding_bad_rows.py [--store .tunery] [--seeds 17 18 19]
 

@@ -153,15 +153,26 @@ def test_shipped_experiment_opens_with_its_question(path: Path) -> None:
     assert "?" in first
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
-def test_readme_has_a_line_for_every_file_of_the_package() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [
-        str(path.relative_to(PACKAGE))
-        for path in SOURCES
-        if path.name != "__init__.py" and not re.search(rf"\b{re.escape(path.name)}\b", text)
-    ]
-    assert missing == []
+def listed_files(page: str) -> list[str]:
+    """Paths of the tree in docs/architecture.md, relative to the package: two spaces a level, a folder ends in `/`."""
+    tree = page.split("<!-- files -->")[1].split("<!-- end of files -->")[0]
+    folders: list[str] = []
+    found = []
+    for indent, name in re.findall(r"^((?:  )+)(\S+?),?(?:\s|$)", tree, flags=re.M):
+        del folders[len(indent) // 2 - 1 :]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            found.append("".join([*folders, name]))
+    return found
+
+
+def test_architecture_page_has_a_line_for_every_source_file() -> None:
+    listed = listed_files((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    modules = [str(path.relative_to(PACKAGE)) for path in SOURCES if path.name != "__init__.py"]
+    assert sorted(set(modules) - set(listed)) == []
+    assert [name for name in listed if not list(PACKAGE.glob(name))] == []
+    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize(

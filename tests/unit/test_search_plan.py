@@ -76,9 +76,9 @@ def test_why_trials_train_alone(old: str, new: str, why: str, load_text: LoadTex
 
 def test_the_dimensions_of_the_documentation_are_read(load_text: LoadText) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/search.md").read_text()
-    example = re.search(r"    space:\n((?:      .*\n)+)", page)
+    example = re.search(r"^space:\n(?:  .*\n)+", page, flags=re.M)
     assert example is not None
-    space = read_yaml("space:\n" + re.sub(r"^    ", "", example[1], flags=re.M), "search.md").data["space"]
+    space = read_yaml(example[0], "search.md").data["space"]
     text = TEXT[: TEXT.index("  space:")].replace("algorithm: grid", "algorithm: random")
     fitting = {path.replace("perplexity", "length"): dimension for path, dimension in space.items()}
     experiment, _ = load_text(text + f"  space: {fitting}\n".replace("'", '"'))

@@ -1,0 +1,162 @@
+"""README.md, CONTRIBUTING.md and docs/ describe what is there: links, experiments, commands, generated pages."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from experiment_reference import PATH as REFERENCE
+from experiment_reference import page
+from pydantic import TypeAdapter
+from small_classifiers import write_language_model
+
+from tunery.cli import app
+from tunery.runner.check import check
+from tunery.spec import Compute, load
+from tunery.spec.stages import Stage
+from tunery.spec.yaml_source import read_yaml
+from tunery.store import Store
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.M | re.S)
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("path", PAGES, ids=name_of)
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub names them."""
+    found: dict[str, int] = {}
+    result = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(path), flags=re.M):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        result.add(slug if slug not in found else f"{slug}-{found[slug]}")
+        found[slug] = found.get(slug, 0) + 1
+    return result
+
+
+@each_page
+def test_links_and_anchors_resolve(path: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_index_lists_every_page_and_experiment() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    experiments = {f"../experiments/{path.name}" for path in (ROOT / "experiments").glob("*.yaml")}
+    assert [name for name in sorted(pages | experiments) if f"]({name})" not in index] == []
+
+
+def test_every_benchmark_is_described() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    described = set(re.findall(r"^\| \[`(\w+\.py)`\]", text, flags=re.M))
+    assert described == scripts
+
+
+def test_readme_is_an_overview() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_reference_is_what_the_schema_says() -> None:
+    assert REFERENCE.read_text(encoding="utf-8") == page(), "out of date: run `make docs`"
+
+
+# YAML.
+
+
+def yaml_blocks() -> list[tuple[str, str, str]]:
+    """(page and number, info string, text) of each YAML block."""
+    return [
+        (f"{name_of(path)}-{number}", block["info"].strip(), block["text"])
+        for path in PAGES
+        for number, block in enumerate(FENCE.finditer(path.read_text(encoding="utf-8")))
+        if block["info"].startswith("yaml")
+    ]
+
+
+EXPERIMENTS = [(name, text) for name, info, text in yaml_blocks() if info == "yaml"]
+FRAGMENTS = [(name, text) for name, info, text in yaml_blocks() if info == "yaml fragment"]
+
+
+def test_yaml_blocks_are_experiments_or_marked_as_fragments() -> None:
+    assert {info for _, info, _ in yaml_blocks()} == {"yaml", "yaml fragment"}
+    assert EXPERIMENTS
+
+
+@pytest.mark.parametrize("text", [text for _, text in EXPERIMENTS], ids=[name for name, _ in EXPERIMENTS])
+def test_experiments_of_the_documentation_validate(text: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"why is row {number} red?", "completion": "it is so"} for number in range(40)]
+    for source in re.findall(r"source: ([\w./]+)", text):
+        (tmp_path / source).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    if "{pretrained:" in text:
+        write_language_model(tmp_path / "model")
+    path = tmp_path / "experiment.yaml"
+    path.write_text(re.sub(r"\{pretrained: [^}]+\}", "{pretrained: ./model}", text), encoding="utf-8")
+    experiment, source = load(path)
+    check(experiment, source, Store(tmp_path / "store"), 2, 1)
+
+
+@pytest.mark.parametrize("text", [text for _, text in FRAGMENTS], ids=[name for name, _ in FRAGMENTS])
+def test_stages_of_fragments_are_valid(text: str) -> None:
+    for name, value in read_yaml(text, "fragment").data.items():
+        if isinstance(value, dict) and "kind" in value:
+            TypeAdapter(Stage).validate_json(json.dumps(value), strict=True)
+        if name == "compute":
+            Compute.model_validate_json(json.dumps(value), strict=True)
+
+
+# Commands.
+
+
+def commands_of(path: Path) -> Iterator[str]:
+    """`tunery ..` in code: lines of blocks, and inline."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for block in FENCE.finditer(text) for line in block["text"].splitlines()]
+    lines += re.findall(r"^    (\S.*)$", prose(path), flags=re.M)
+    lines += re.findall(r"`([^`\n]+)`", prose(path))
+    for line in lines:
+        if found := re.match(r"(?:\S*/)?tunery ([a-z].*)", line):
+            yield found[1]
+
+
+@each_page
+def test_commands_have_the_subcommands_and_options_that_are_named(path: Path) -> None:
+    unknown = []
+    for line in commands_of(path):
+        name, *words = shlex.split(line.replace("\\|", "|"), comments=True)
+        if name not in COMMANDS:
+            unknown.append(line)
+            continue
+        options = {option for item in COMMANDS[name].params for option in (*item.opts, *item.secondary_opts)}
+        unknown += [f"{line}: {word}" for word in words if word.startswith("--") and word not in options]
+    assert unknown == []
+
+
+def test_readme_lists_every_command() -> None:
+    listed = re.findall(r"^\| `tunery (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(listed) == sorted(COMMANDS)
