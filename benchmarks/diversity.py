@@ -76,10 +76,10 @@ class Memory:
 
 
 def measure(method: str, rows: int, chosen: int, dimensions: int) -> dict[str, Any]:
-    from tunery.data.select.candidates import Candidates, rounded
-    from tunery.data.select.cover import cover
-    from tunery.data.select.k_center import k_center
-    from tunery.data.select.score_first import score_first
+    from tunery.selection.candidates import Candidates, rounded
+    from tunery.selection.coverage import coverage
+    from tunery.selection.k_center import k_center
+    from tunery.selection.score_first import score_first
 
     draw = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -102,13 +102,13 @@ def measure(method: str, rows: int, chosen: int, dimensions: int) -> dict[str, A
         else:
             picks = draw.permutation(rows)[:chosen].tolist()
         seconds, most = time.time() - begin, memory.stop()
-        told = cover(candidates, np.arange(rows), np.array(picks))
+        told = coverage(candidates, np.arange(rows), np.array(picks))
     digest = hashlib.sha256(np.array(picks, np.int64).tobytes()).hexdigest()[:8]
     return {"seconds": seconds, "memory": most, "chosen": len(picks), **told, "picks": digest}
 
 
 def plain(candidates: Any, chosen: int) -> list[int]:
-    from tunery.data.select.k_center import k_center
+    from tunery.selection.k_center import k_center
 
     rows, squares = candidates.vectors(slice(0, candidates.count)), np.asarray(candidates.squares)
     picks = list(k_center(candidates, 1)[0])

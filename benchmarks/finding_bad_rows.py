@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from tunery.data.judge import auc, auc_by_kind
-from tunery.data.rules import random_scores
-from tunery.data.score_facts import as_badness
+from tunery.ingest.corruption_metrics import auc, auc_by_kind
+from tunery.scoring.score_stats import as_badness
+from tunery.selection.thresholds import random_scores
 from tunery.store.rows import read_rows, shards
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -120,7 +120,7 @@ def make(told: dict[str, Any]) -> dict[str, Any]:
 
 def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
     from tunery.spec import Compute, Sft
-    from tunery.train.job import Job, Rows
+    from tunery.training.job import Job, RowSource
 
     folder = Path(told["folder"])
     spec = Sft(
@@ -142,7 +142,7 @@ def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
         spec=spec,
         seed=1,
         model={"pretrained": str(folder / "model"), "revision": None},
-        rows=(Rows(folder / "rows"),),
+        rows=(RowSource(folder / "rows"),),
         eval_rows=(),
         reward=None,
         ptx_rows=(),
@@ -161,22 +161,22 @@ def alone(told: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from tunery.train.worker import train
+    from tunery.training.worker import train
 
     times: list[float] = []
-    from tunery.train.worker_setup import prepare_process
+    from tunery.training.worker_setup import prepare_process
 
     prepare_process(told["device"], 1)
-    from tunery.train import steps
+    from tunery.training import training_callback
 
-    plain = steps.Steps.on_step_end
+    plain = training_callback.TrainingCallback.on_step_end
 
     def timed(self: Any, *arguments: Any, **more: Any) -> None:
         _wait(told)
         times.append(time.time())
         plain(self, *arguments, **more)
 
-    steps.Steps.on_step_end = timed  # type: ignore[method-assign]
+    training_callback.TrainingCallback.on_step_end = timed  # type: ignore[method-assign]
     train(_job(told, "alone", 1e-4), lambda metrics: None)
     return _measured(told, (times[-1] - times[WARM - 1]) / (len(times) - WARM))
 
@@ -185,7 +185,7 @@ def packed(told: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from tunery.train.packed.pack import Pack
+    from tunery.training.packed.pack import Pack
 
     jobs = [_job(told, f"member{number}", 1e-4 * (number + 1)) for number in range(told["count"])]
     pack = Pack(jobs[0].model, told["device"], told["precision"], budget=told["budget"] or None)

@@ -36,21 +36,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from tunery.events.event_log import EventLog
 from tunery.models.encode import encode_prompts
-from tunery.runner.compute import Hardware, resolve_compute
-from tunery.runner.execute import Trial, Where, execute
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.pipeline.execute import RunContext, TrialContext, execute
 from tunery.spec import Compute, Ppo
-from tunery.spec.load import parse
+from tunery.spec.loader import parse
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
 from tunery.store.rows import read_rows
-from tunery.track.events import EventLog
-from tunery.train.job import Job, Rows
-from tunery.train.ppo.advantages import generalized_advantages, whitened
-from tunery.train.ppo.kl import kl_per_token, token_rewards
-from tunery.train.ppo.losses import policy_loss, value_loss
-from tunery.train.ppo.models import Backbone, LanguageModel, Scalar
-from tunery.train.ppo.rollouts import Rollouts, micro_batch
+from tunery.training.job import Job, RowSource
+from tunery.training.ppo.advantages import generalized_advantages, whiten
+from tunery.training.ppo.kl import kl_per_token, token_rewards
+from tunery.training.ppo.losses import policy_loss, value_loss
+from tunery.training.ppo.models import LanguageModel, ScalarHead, ScalarModel
+from tunery.training.ppo.rollouts import Rollouts, micro_batch
 
 PEER = Path(__file__).with_name("ppo_peer.py")
 EXPERIMENT = """
@@ -107,9 +107,9 @@ class Bench:
         file.write_text(EXPERIMENT)
         experiment = parse(read_yaml(EXPERIMENT, str(file)))
         compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
-        where = Where(Store(self.folder / "store"), self.folder / "run", file)
+        where = RunContext(Store(self.folder / "store"), self.folder / "run", file)
         log = EventLog(where.events / "made.jsonl")
-        made = execute(experiment.model_copy(update={"compute": compute}), where, log, Trial(in_process=True))
+        made = execute(experiment.model_copy(update={"compute": compute}), where, log, TrialContext(in_process=True))
         self.rows = made["prompts"].path
         self.policy = made["sft"].path / "model"
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
@@ -190,11 +190,11 @@ def _run(command: list[str]) -> None:
 
 def train_ours(told: dict[str, Any], out: Path) -> None:
     """In a process of its own: a training as a worker runs it."""
-    from tunery.train.ppo import worker
-    from tunery.train.worker_setup import prepare_process
+    from tunery.training.ppo import ppo_worker
+    from tunery.training.worker_setup import prepare_process
 
     prepare_process("cpu", told["threads"])
-    from tunery.train.ppo.trainer import PpoTrainer
+    from tunery.training.ppo.trainer import PpoTrainer
 
     steps: list[dict[str, float]] = []
     plain = PpoTrainer.step
@@ -235,7 +235,7 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
             spec=spec,
             seed=told["seed"],
             model={"pretrained": told["policy"], "revision": None},
-            rows=(Rows(Path(told["rows"])),),
+            rows=(RowSource(Path(told["rows"])),),
             eval_rows=(),
             reward={"python": str(out.parent / "count.py"), "function": "reward"},
             ptx_rows=(),
@@ -247,7 +247,7 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
             workers=1,
             started=time.time(),
         )
-        worker.train(job, lambda metrics: None)
+        ppo_worker.train(job, lambda metrics: None)
     out.write_text(json.dumps({"steps": steps}))
 
 
@@ -294,7 +294,7 @@ def digits(bench: Bench) -> None:
     kl_bt = kl_per_token(log_probs_bt, reference_bt, "k1")
     rewards_bt = token_rewards(scores_b, kl_bt, mask_bt, 0.05, late=True)
     raw_bt, returns_bt = generalized_advantages(rewards_bt, behind_bt, later_bt, 1.0, 0.95)
-    advantages_bt = whitened(raw_bt, mask_bt)
+    advantages_bt = whiten(raw_bt, mask_bt)
     found = {
         "log-probabilities": off(log_probs_bt, kept["logprobs"], mask_bt),
         "reference log-probabilities": off(reference_bt, kept["ref_logprobs"], mask_bt),
@@ -318,13 +318,13 @@ def digits(bench: Bench) -> None:
     for name, difference in found.items():
         print(f"  {name:34} {difference:.1e}  {'agrees' if difference < 1e-5 else 'DIFFERS'}")
     ours_bt, _ = generalized_advantages(token_rewards(scores_b, kl_bt, mask_bt, 0.05), values_bt, mask_bt, 1.0, 0.95)
-    differs = off(whitened(ours_bt, mask_bt), kept["advantages"], mask_bt)
+    differs = off(whiten(ours_bt, mask_bt), kept["advantages"], mask_bt)
     print(f"  on purpose: score on the last token, not behind it: advantages differ by up to {differs:.2f}")
 
 
-def _backbone(folder: Path) -> Backbone:
+def _backbone(folder: Path) -> ScalarModel:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    return Backbone(model.base_model, Scalar(model.score.in_features).take(model.score, 0.0, 1.0))
+    return ScalarModel(model.base_model, ScalarHead(model.score.in_features).take(model.score, 0.0, 1.0))
 
 
 def curves(bench: Bench, seeds: int, steps: int) -> None:

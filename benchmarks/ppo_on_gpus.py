@@ -155,17 +155,17 @@ def work(told: dict[str, Any]) -> None:
     import torch
 
     from tunery.spec import Compute, Ppo
-    from tunery.train.job import Job, Rows
-    from tunery.train.ppo import worker
-    from tunery.train.worker_setup import prepare_process
+    from tunery.training.job import Job, RowSource
+    from tunery.training.ppo import ppo_worker
+    from tunery.training.worker_setup import prepare_process
 
     faulthandler.dump_traceback_later(told["limit"] - 10)  # says where an arm stood that is cut off
     if told["gpu"]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if told["gpu"] else "gloo")
     prepare_process("gpu" if told["gpu"] else "cpu", 1 if not told["gpu"] else 8)
-    from tunery.train.ppo.trainer import PpoTrainer
-    from tunery.train.sequences import PromptSet
+    from tunery.training.ppo.trainer import PpoTrainer
+    from tunery.training.sequences import PromptSet
 
     folder, out, steps = Path(told["folder"]), Path(told["out"]), []
     plain, read = PpoTrainer.step, PromptSet.ids
@@ -203,7 +203,7 @@ def work(told: dict[str, Any]) -> None:
         spec=spec,
         seed=17,
         model={"pretrained": str(folder / "policy"), "revision": None},
-        rows=(Rows(folder / "prompts"),),
+        rows=(RowSource(folder / "prompts"),),
         eval_rows=(),
         reward=reward if lora else {"pretrained": str(folder / "reward"), "revision": None},
         ptx_rows=(),
@@ -222,7 +222,7 @@ def work(told: dict[str, Any]) -> None:
         workers=told["workers"],
         started=time.time(),
     )
-    run = worker._Run(job, lambda metrics: None)
+    run = ppo_worker._Run(job, lambda metrics: None)
     for _ in range(told["steps"]):
         run.step()
     if run.rank == 0:

@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from tunery.data import python_docs
-from tunery.data.scorers.spill import Sketches
-from tunery.data.scorers.table import KINDS
+from tunery.ingest import python_docs
+from tunery.scoring.scorers.external_groupby import RowSignatures
+from tunery.scoring.scorers.registry import SCORER_ENTRIES
 from tunery.spec import Scorer
 from tunery.store.rows import Row, row_id, shards, write_rows
 
@@ -69,7 +69,7 @@ def peak() -> float:
 def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float]:
     """In this process, which does nothing else."""
     spec = TypeAdapter(Scorer).validate_json(json.dumps(SPECS[name]))
-    kind = KINDS[spec.kind()]
+    kind = SCORER_ENTRIES[spec.kind()]
     make = kind.load()
     files = shards(data)
     scorer = make(spec, {"heldout": heldout}) if kind.reads == "row" else make(spec)
@@ -88,7 +88,7 @@ def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float
         if number == 3:
             before = peak()
     found = (
-        sum(count(columns["score"]) for columns in scorer.resolve(Sketches(tuple(sketches)), work / "files"))
+        sum(count(columns["score"]) for columns in scorer.resolve(RowSignatures(tuple(sketches)), work / "files"))
         if sketches
         else 0
     )

@@ -33,29 +33,34 @@ def search(folder: Path, trials: int, at_once: int) -> None:
     import ray
     from ray import tune
 
-    from tunery.runner.execute import Where
-    from tunery.runner.session import QUIET
-    from tunery.search.budget import Enough
+    from tunery.events.event_log import EventLog
+    from tunery.pipeline.execute import RunContext
+    from tunery.pipeline.ray_session import QUIET_ENV
+    from tunery.search.budget import BudgetStopper
     from tunery.search.journal import Journal
-    from tunery.search.progress import TellTrials
+    from tunery.search.progress import JournalCallback
     from tunery.search.queue import Queue
-    from tunery.search.steering import Steering
+    from tunery.search.steering import SearchControl
     from tunery.search.suggest import suggester
     from tunery.spec import Search
     from tunery.store import Store
-    from tunery.track.events import EventLog
 
-    os.environ.update({**QUIET, "TUNE_GLOBAL_CHECKPOINT_S": "3600"})
+    os.environ.update({**QUIET_ENV, "TUNE_GLOBAL_CHECKPOINT_S": "3600"})
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000)
     space = {"sft.learning_rate": {"loguniform": [1e-5, 1e-2]}}
     told = Search.model_validate_json(
         json.dumps({"metric": "sft.eval_loss", "mode": "min", "trials": trials, "space": space})
     )
-    where = Where(Store(folder / "store"), folder / "run", folder / "x.yaml")
+    where = RunContext(Store(folder / "store"), folder / "run", folder / "x.yaml")
     where.logs.mkdir(parents=True)
     journal = Journal(folder / "journal.jsonl")
     queue = Queue(
-        told, journal, suggester(told, 1, folder, []), Steering(where.run), at_once, lambda overrides, seed: overrides
+        told,
+        journal,
+        suggester(told, 1, folder, []),
+        SearchControl(where.run),
+        at_once,
+        lambda overrides, seed: overrides,
     )
     began = time.time()
     tuner = tune.Tuner(
@@ -68,8 +73,8 @@ def search(folder: Path, trials: int, at_once: int) -> None:
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            stop=Enough(told, journal, 1),
-            callbacks=[TellTrials(EventLog(folder / "events.jsonl"), journal, told, where)],
+            stop=BudgetStopper(told, journal, 1),
+            callbacks=[JournalCallback(EventLog(folder / "events.jsonl"), journal, told, where)],
         ),
     )
     tuner.fit()

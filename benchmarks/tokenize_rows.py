@@ -28,12 +28,12 @@ import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tunery.data.read import read_source
+from tunery.ingest.read import read_source
 from tunery.models.encode import Encoding
 from tunery.models.tokenized_dataset import TokenCache
 from tunery.spec import Dataset
 from tunery.store.rows import row_id, write_rows
-from tunery.train.sequences import ROW_ENCODINGS
+from tunery.training.sequences import ROW_ENCODINGS
 
 MAX_LENGTH = 1024
 

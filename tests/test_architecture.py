@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import tunery.spec
-from tunery.runner.check import check
+from tunery.pipeline.validate import validate
 from tunery.spec import load
-from tunery.spec.reference import Spec
+from tunery.spec.references import Config
 from tunery.spec.scorers import ScorerSpec
 from tunery.store import Store
 
@@ -30,7 +30,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Fields: each is read somewhere, or it is a promise that nobody keeps.
 
 
-def models_of_the_spec() -> list[type[Spec]]:
+def models_of_the_spec() -> list[type[Config]]:
     modules = [
         importlib.import_module(f"tunery.spec.{found.name}") for found in pkgutil.iter_modules(tunery.spec.__path__)
     ]
@@ -38,7 +38,7 @@ def models_of_the_spec() -> list[type[Spec]]:
         value
         for module in modules
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Spec) and value is not Spec
+        if inspect.isclass(value) and issubclass(value, Config) and value is not Config
     }
     return sorted(found, key=lambda model: (model.__module__, model.__name__))
 
@@ -109,7 +109,14 @@ def test_source_root_does_not_shadow_pythons_platform() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
 
 
-LIGHT = ["tunery", "tunery.spec", "tunery.store", "tunery.runner.check", "tunery.runner.stages", "tunery.cli"]
+LIGHT = [
+    "tunery",
+    "tunery.spec",
+    "tunery.store",
+    "tunery.pipeline.validate",
+    "tunery.pipeline.stage_registry",
+    "tunery.cli",
+]
 HEAVY = ["torch", "ray", "transformers", "trl", "deepspeed", "datasets", "wandb"]
 
 
@@ -137,7 +144,7 @@ def test_there_are_experiments() -> None:
 def test_shipped_experiment_is_right(path: Path, tmp_path: Path) -> None:
     experiment, source = load(path)
     workers, trial_workers = experiment.compute.workers, experiment.compute.workers_per_trial
-    check(
+    validate(
         experiment,
         source,
         Store(tmp_path),

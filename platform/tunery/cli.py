@@ -46,8 +46,8 @@ def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
 @app.command()
 def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
     """Check an experiment: its text, its files and models, its search space. Starts and writes nothing."""
-    from tunery.runner.check import notes
-    from tunery.runner.check_templates import template_notes
+    from tunery.pipeline.validate import notes
+    from tunery.pipeline.validate_templates import template_notes
 
     experiment, source, _ = _checked(file, store)
     found = notes(experiment, source)
@@ -67,8 +67,8 @@ def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) 
     """Show what a run would do: stages, what is reused and why the rest is not, rows, steps, memory, time."""
     from rich.console import Console
 
+    from tunery.pipeline.plan import render_plan
     from tunery.run import plan_experiment
-    from tunery.runner.plan import render_plan
 
     experiment, source, the_store = _checked(file, store)
     planned = plan_experiment(experiment, source, the_store)
@@ -148,12 +148,12 @@ def filter_rows(
     """
     from rich.console import Console
 
-    from tunery.filter.command import render, run_filter
-    from tunery.filter.experiment import Asked
+    from tunery.filter.filter_command import render, run_filter
+    from tunery.filter.filter_experiment import FilterRequest
     from tunery.store import Store as TheStore
 
     words = (tuple(sources), out, tuple(by or ()), tuple(keep or ()))
-    asked = Asked(*words, any_rule, tuple(column or ()), limit, seed, scores)
+    asked = FilterRequest(*words, any_rule, tuple(column or ()), limit, seed, scores)
     say = (lambda note: None) if as_json else partial(print, flush=True)
     told = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
     if as_json:
@@ -178,7 +178,7 @@ def review(
 ) -> None:
     """Look at rows near a filter's cut and decide: keep or drop. On a page of this machine, or in a workbook."""
     experiment, source, the_store = _checked(file, store)
-    from tunery.runner.review import find_review, serve_review, write_review
+    from tunery.pipeline.review_command import find_review, serve_review, write_review
 
     pending = find_review(experiment, source, the_store, stage)
     if xlsx is not None:
@@ -193,8 +193,8 @@ def report(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Draw a run's report anew: one HTML file that needs nothing else."""
+    from tunery.reporting.report import write_report
     from tunery.store import Store as TheStore
-    from tunery.track.report import write_report
 
     print(write_report(TheStore(store).find_run(run)))
 
@@ -215,8 +215,8 @@ def preview(
     """Show rows as a model gets them: tokens, which of them are trained, what is cut off. Starts and writes nothing."""
     from rich.console import Console
 
-    from tunery.preview.command import preview as preview_stage
-    from tunery.preview.terminal import render
+    from tunery.preview.preview_command import preview as preview_stage
+    from tunery.preview.preview_terminal import render
     from tunery.store import Store as TheStore
 
     shown = preview_stage(file, stage, TheStore(store), rows, offset, row)
@@ -251,7 +251,7 @@ def trials(
     """List the trials of a search; stop some and add others while it runs, from another terminal."""
     from rich.console import Console
 
-    from tunery.search.wishes import trials as steer
+    from tunery.search.trial_commands import trials as steer
     from tunery.store import Store as TheStore
 
     told = steer(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
@@ -274,8 +274,8 @@ def compare(
     """Set two runs or trials side by side: what was measured, which fields differ, which rows only one trained on."""
     from rich.console import Console
 
-    from tunery.compare.command import compare as set_side_by_side
-    from tunery.compare.command import render
+    from tunery.compare.compare_command import compare as set_side_by_side
+    from tunery.compare.compare_command import render
     from tunery.store import Store as TheStore
 
     told = set_side_by_side(left, right, TheStore(store))
@@ -303,7 +303,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's model as a plain Hugging Face folder, with a card that says how it came about."""
-    from tunery.export.command import export_model, render
+    from tunery.export.export_command import export_model, render
     from tunery.store import Store as TheStore
 
     exported = export_model(run, out, TheStore(store), stage=stage, trial=trial, adapter=adapter)

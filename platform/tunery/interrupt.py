@@ -47,7 +47,7 @@ class StopSignals:
         self._armed = False
         self._alarm_before: Any = None
         self.last_words: int | None = None
-        """Where `last_words` waits for the end of this process."""
+        """Where `report_abrupt_exit` waits for the end of this process."""
 
     @property
     def requested(self) -> bool:
@@ -222,7 +222,7 @@ def interruptible(call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def last_words(words: str) -> Iterator[None]:
+def report_abrupt_exit(words: str) -> Iterator[None]:
     """While inside, `words` go to standard error if this process ends without leaving.
 
     That is so after kill -9, and when Ray's node process (raylet) dies: Ray 2.60 then ends the driver from C++

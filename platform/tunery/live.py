@@ -11,24 +11,24 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from tunery.comparison import results
 from tunery.errors import Interrupted, RequestError, TuneryError
-from tunery.interrupt import STOP, last_words
+from tunery.events.event_log import EventLog, EventReader
+from tunery.interrupt import STOP, report_abrupt_exit
+from tunery.pipeline.ray_session import RaySession, redirect_output
+from tunery.reporting.report import write_report
+from tunery.reporting.summary_tables import results
+from tunery.reporting.terminal import Terminal
+from tunery.reporting.wandb_mirror import WandbMirror, WandbResult
 from tunery.run import run_experiment
-from tunery.runner.session import RaySession, noise_to
 from tunery.spec import Experiment
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Lease, LeaseHeld, Store
-from tunery.track.events import EventLog, EventReader
-from tunery.track.report import write_report
-from tunery.track.terminal import Terminal
-from tunery.track.wandb_mirror import Mirrored, WandbMirror
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Told:
+class RunSummary:
     """Where to look when a run has ended."""
 
     run: str
@@ -49,7 +49,7 @@ class Told:
         }
 
 
-def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> Told:
+def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> RunSummary:
     """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted.
 
     Whatever fails while the run is closed is reported beside its error and never instead of it.
@@ -59,9 +59,9 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         STOP.handled(),
         # Signals interrupt the experiment (run_experiment releases them), and neither its start nor its end.
         STOP.held(),
-        last_words(_killed(folder)),
-        _alone(folder),
-        noise_to(folder / "logs" / "driver.log") as out,
+        report_abrupt_exit(_killed(folder)),
+        _single_run_lock(folder),
+        redirect_output(folder / "logs" / "driver.log") as out,
     ):
         log = EventLog(folder / "events" / "driver.jsonl")
         session = RaySession(log, folder / "logs")
@@ -81,7 +81,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         _, ray_failed = _attempt(session.stop)
         report, report_failed = _attempt(lambda: write_report(folder))
         mirrored, mirror_failed = _attempt(lambda: mirror.close(lambda: STOP.hurried))
-        synced = mirrored or Mirrored("disabled")
+        synced = mirrored or WandbResult("disabled")
         lines = [
             f"report: {report}" if report else f"report: not written ({report_failed})",
             *synced.notes,
@@ -103,7 +103,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
             remedy=f"then write it with `tunery report {folder}`",
         )
     made = artifacts or {}
-    return Told(experiment.name, folder, report, list(synced.notes), results(experiment, made), made)
+    return RunSummary(experiment.name, folder, report, list(synced.notes), results(experiment, made), made)
 
 
 def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
@@ -127,7 +127,7 @@ log: {folder / "logs" / "driver.log"}
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _single_run_lock(folder: Path) -> Iterator[None]:
     """Two runs of one name would write one event log: the second is refused while the first lives."""
     try:
         with Lease(folder / "lease"):

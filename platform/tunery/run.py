@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tunery
-from tunery.comparison import (
+from tunery.errors import Interrupted
+from tunery.events.event_log import EventLog, read_events
+from tunery.events.overhead import overhead
+from tunery.interrupt import STOP
+from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
+from tunery.pipeline.diagnose import RUN, diagnose
+from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.pipeline.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
+from tunery.pipeline.ray_address import cluster_address
+from tunery.pipeline.ray_session import RaySession
+from tunery.pipeline.validate import validate
+from tunery.reporting.summary_tables import (
     classifier_table,
     diversity_table,
     filter_table,
@@ -21,27 +33,15 @@ from tunery.comparison import (
     search_table,
     win_table,
 )
-from tunery.errors import Interrupted
-from tunery.interrupt import STOP
-from tunery.runner.check import check
-from tunery.runner.cluster import cluster_address
-from tunery.runner.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
-from tunery.runner.execute import Trial, Where, execute
-from tunery.runner.failures import RUN, explain
-from tunery.runner.identity import fingerprints
-from tunery.runner.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
-from tunery.runner.session import RaySession
-from tunery.search.plan import plan_search
 from tunery.search.population import most_descendants
+from tunery.search.search_plan import plan_search
 from tunery.search.space import before_selection, curve_stage, longest, metric_stages
-from tunery.spec import Decisions, Evaluate, Experiment, Training, WinRate
-from tunery.spec.graph import closure, inputs_of
+from tunery.spec import Evaluate, Experiment, ReviewLabels, Training, WinRate
+from tunery.spec.graph import inputs_of, with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
-from tunery.track.events import EventLog, read_events
-from tunery.track.overhead import overhead
 
 SAMPLE = 1000
 """Rows whose length stands for that of all."""
@@ -64,12 +64,12 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
         auto = experiment.compute
         workers = 1 if auto.workers == "auto" else auto.workers
         per_trial = 1 if auto.workers_per_trial == "auto" else auto.workers_per_trial
-        check(experiment, source, store, workers, per_trial)
+        validate(experiment, source, store, workers, per_trial)
         return experiment
     compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
     assert compute.workers != "auto", "resolved"
     assert compute.workers_per_trial != "auto", "resolved"
-    check(experiment, source, store, compute.workers, compute.workers_per_trial)
+    validate(experiment, source, store, compute.workers, compute.workers_per_trial)
     return experiment.model_copy(update={"compute": compute})
 
 
@@ -94,7 +94,7 @@ def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) ->
 
 def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:
     """Everything in the file. The run's event log tells all of it; raises the first error, after telling it."""
-    where = Where(store, store.run(experiment.name), Path(source.file))
+    where = RunContext(store, store.run(experiment.name), Path(source.file))
     log = EventLog(where.events / "driver.jsonl")
     begin = time.time()
     try:
@@ -118,7 +118,7 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
     except Exception as error:
         if STOP.requested:  # the signal went to the whole process group, and ended a worker before it came here
             raise _interrupted(log, begin) from error
-        told = explain(error, RUN, where)
+        told = diagnose(error, RUN, where)
         with suppress(OSError):  # on a full disk the error matters more than its place in the log
             log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(told))
         raise told from error
@@ -132,24 +132,24 @@ def _interrupted(log: EventLog, begin: float) -> Interrupted:
     return Interrupted(message)
 
 
-def _run(experiment: Experiment, source: YamlSource, where: Where, log: EventLog, session: RaySession) -> Outcome:
+def _run(experiment: Experiment, source: YamlSource, where: RunContext, log: EventLog, session: RaySession) -> Outcome:
     if _needs_ray(experiment, where):
         hardware = session.start(experiment.compute)
         compute, _ = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
         assert compute.workers != "auto", "resolved"
         assert compute.workers_per_trial != "auto", "resolved"
-        check(experiment, source, where.store, compute.workers, compute.workers_per_trial)
+        validate(experiment, source, where.store, compute.workers, compute.workers_per_trial)
         experiment = experiment.model_copy(update={"compute": compute})
     found: Artifact | None = None
     best: dict[str, Artifact] = {}
     made = execute(before_search(experiment), where, log)
     if experiment.search is not None:
-        from tunery.search.tune import Room, run_search
+        from tunery.search.tune import Capacity, run_search
 
-        room = Room(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
+        room = Capacity(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
         found = run_search(experiment, where, log, room, longest(experiment, *_rows_of(experiment, made)))
         made = execute(experiment, where, log, made=made)
-        best = _measure_best(experiment, where, log, found)
+        best = _evaluate_best_trial(experiment, where, log, found)
     for table in (
         filter_table(experiment, made),
         diversity_table(experiment, made),
@@ -177,14 +177,14 @@ def before_search(experiment: Experiment) -> Experiment:
     trained = {
         name
         for name, stage in stages.items()
-        if isinstance(stage, Training) and searched & closure(stages, [name]).keys()
+        if isinstance(stage, Training) and searched & with_upstream(stages, [name]).keys()
     }
-    kept = {name: stage for name, stage in stages.items() if not trained & closure(stages, [name]).keys()}
+    kept = {name: stage for name, stage in stages.items() if not trained & with_upstream(stages, [name]).keys()}
     return experiment.model_copy(update={"stages": kept})
 
 
-def _needs_ray(experiment: Experiment, where: Where) -> bool:
-    from tunery.runner.stages import STAGES
+def _needs_ray(experiment: Experiment, where: RunContext) -> bool:
+    from tunery.pipeline.stage_registry import STAGES
     from tunery.search.tune import search_fingerprint
 
     stages = experiment.stages
@@ -215,7 +215,7 @@ def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> tuple[int, fl
         return 0, 0.0
     stage = experiment.stages[name]
     assert isinstance(stage, Training), "a curve belongs to a training"
-    if isinstance(stage.data, Decisions) and stage.data.review in made:
+    if isinstance(stage.data, ReviewLabels) and stage.data.review in made:
         return int(made[stage.data.review].facts["decided"]), TOKENS_OF_A_DECISION
     rows, characters = 0, 0.0
     for data in before_selection(experiment, name):
@@ -236,15 +236,17 @@ def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
     wanted = [
         name
         for name, stage in best.stages.items()
-        if isinstance(stage, Evaluate | WinRate) and searched & closure(best.stages, [name]).keys()
+        if isinstance(stage, Evaluate | WinRate) and searched & with_upstream(best.stages, [name]).keys()
     ] or metric_stages(experiment.search)
-    return best.model_copy(update={"stages": closure(best.stages, wanted), "search": None})
+    return best.model_copy(update={"stages": with_upstream(best.stages, wanted), "search": None})
 
 
-def _measure_best(experiment: Experiment, where: Where, log: EventLog, found: Artifact) -> dict[str, Artifact]:
+def _evaluate_best_trial(
+    experiment: Experiment, where: RunContext, log: EventLog, found: Artifact
+) -> dict[str, Artifact]:
     """The best trial's model on the sets of evaluate and win_rate stages; what the trials made is not made again."""
     best = _best_experiment(experiment, found)
-    return execute(best, where, log, Trial(label=" (best trial)"))
+    return execute(best, where, log, TrialContext(label=" (best trial)"))
 
 
 def _versions() -> dict[str, str]:

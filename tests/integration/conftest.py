@@ -37,17 +37,17 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE":
 WITHOUT_RAY = """
 import json, sys
 from pathlib import Path
-from tunery.runner.compute import Hardware, resolve_compute
-from tunery.runner.execute import Trial, Where, execute
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.pipeline.execute import TrialContext, RunContext, execute
 from tunery.spec import load
 from tunery.store import Store
-from tunery.track.events import EventLog
+from tunery.events.event_log import EventLog
 file, store = Path(sys.argv[1]), Path(sys.argv[2])
 experiment, _ = load(file)
 compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
-where = Where(Store(store), store / "run", file)
+where = RunContext(Store(store), store / "run", file)
 made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"),
-               Trial(in_process=True))
+               TrialContext(in_process=True))
 print(json.dumps({name: {"path": str(item.path), "facts": item.facts} for name, item in made.items()}))
 """
 

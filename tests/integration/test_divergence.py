@@ -18,22 +18,22 @@ ONE_BY_ONE = """
 import json, sys
 from pathlib import Path
 from tunery.errors import StageError
-from tunery.runner.compute import Hardware, resolve_compute
-from tunery.runner.execute import Trial, Where, execute
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.pipeline.execute import TrialContext, RunContext, execute
 from tunery.spec import load
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.store import Store
-from tunery.track.events import EventLog
+from tunery.events.event_log import EventLog
 file, store = Path(sys.argv[1]), Path(sys.argv[2])
 experiment, _ = load(file)
 compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
 experiment = experiment.model_copy(update={"compute": compute})
-where = Where(Store(store), store / "run", file)
+where = RunContext(Store(store), store / "run", file)
 found = {}
 for name in sys.argv[3:]:
-    own = experiment.model_copy(update={"stages": closure(experiment.stages, [name])})
+    own = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [name])})
     try:
-        made = execute(own, where, EventLog(where.events / "e.jsonl"), Trial(in_process=True))
+        made = execute(own, where, EventLog(where.events / "e.jsonl"), TrialContext(in_process=True))
         found[name] = {"facts": made[name].facts, "measured": made[name].measured}
     except StageError as error:
         found[name] = {"error": str(error)}

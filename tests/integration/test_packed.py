@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from tunery.errors import StageError
 from tunery.spec import Compute, Sft
-from tunery.train.job import Job, Rows
-from tunery.train.packed.pack import STATE_BYTES, Pack
+from tunery.training.job import Job, RowSource
+from tunery.training.packed.pack import STATE_BYTES, Pack
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -61,8 +61,8 @@ def job_of(bench: Bench, name: str, folder: Path, **changed: Any) -> Job:
         spec=spec,
         seed=spec.seed or 17,
         model={"artifact": str(bench.only("pretrain"))},
-        rows=(Rows(bench.only("select")),),
-        eval_rows=(Rows(measured),),
+        rows=(RowSource(bench.only("select")),),
+        eval_rows=(RowSource(measured),),
         reward=None,
         ptx_rows=(),
         out=work / "out",

@@ -25,9 +25,10 @@ import torch
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 from tunery.spec import Compute, Ppo
-from tunery.train.job import Job, Rows
-from tunery.train.ppo import engine, models
-from tunery.train.ppo.worker import train
+from tunery.training.job import Job, RowSource
+from tunery.training.ppo import engine
+from tunery.training.ppo import models
+from tunery.training.ppo.ppo_worker import train
 
 told = json.loads(sys.argv[1])
 models.LOGIT_BYTES = 4 * 300 * 3  # three tokens a piece
@@ -48,7 +49,7 @@ spec = Ppo.model_validate({
 })
 train(Job(
     stage="ppo", trial="", spec=spec, seed=17, model={"pretrained": told["policy"], "revision": None},
-    rows=(Rows(Path(told["rows"])),), eval_rows=(), ptx_rows=(),
+    rows=(RowSource(Path(told["rows"])),), eval_rows=(), ptx_rows=(),
     reward={"python": told["reward"], "function": "reward"}, out=out, work=out.parent,
     store=out.parent, events=out.parent / "events",
     compute=Compute(workers=told["workers"], device="cpu", zero_stage=told["zero"], micro_batch_size=1),

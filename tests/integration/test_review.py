@@ -21,7 +21,7 @@ import pytest
 from chromium import CHROMIUM, Chromium, Page
 from review_bench import BUILTIN, ReviewBench, questions, review_bench
 
-from tunery.data.review.decisions import read_decisions
+from tunery.review.decisions import read_decisions
 from tunery.store.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -124,8 +124,8 @@ KILLER = """
 import os, sys
 from pathlib import Path
 import ray
-from tunery.data.score_unit import Pass, score_unit
-from tunery.models.pool import map_units
+from tunery.scoring.score_shard import ScorePass, score_shard
+from tunery.models.actor_pool import map_tasks
 from tunery.spec import Compute
 
 class Actor:
@@ -136,14 +136,14 @@ class Actor:
             if any(row["text"] == "row 700" for row in rows):
                 os.kill(os.getpid(), 9)
             return {"a": {"score": [1.0] * len(rows)}}
-        told = [score_unit(Path(shard), self.job, score) for shard in batch["shard"]]
+        told = [score_shard(Path(shard), self.job, score) for shard in batch["shard"]]
         return {key: [unit[key] for unit in told] for key in told[0]}
 
 folder = Path(sys.argv[1])
 ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-job = Pass(("a",), folder / "out", "run")
+job = ScorePass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
-told = list(map_units(Actor, (job,), units, Compute(workers=2, device="cpu"), False))
+told = list(map_tasks(Actor, (job,), units, Compute(workers=2, device="cpu"), False))
 print("told", sum(unit["scored"] for unit in told), sum(unit["lost"] for unit in told))
 """
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from wandb_server import wandb_server
 
+from tunery.events.event_log import EventLog, read_events
+from tunery.events.event_reducer import replay
+from tunery.reporting.wandb_files import read_records, repair_files, run_files
+from tunery.reporting.wandb_mirror import WandbMirror
+from tunery.reporting.wandb_translate import run_id
 from tunery.spec import Wandb
-from tunery.track.events import EventLog, read_events
-from tunery.track.state import replay
-from tunery.track.wandb_files import read_records, repair_files, run_files
-from tunery.track.wandb_mirror import WandbMirror
-from tunery.track.wandb_translate import run_id
 
 ROOT = Path(__file__).parents[2]
 RUN, STAGE = run_id("small"), run_id("small", "sft", "", "f")
@@ -29,9 +29,9 @@ import os, signal, sys, time
 from pathlib import Path
 from tunery.spec import Wandb
 from tunery.spec import Wandb
-from tunery.track import wandb_mirror
-from tunery.track.events import EventLog
-from tunery.track.wandb_mirror import WandbMirror
+from tunery.reporting import wandb_mirror
+from tunery.events.event_log import EventLog
+from tunery.reporting.wandb_mirror import WandbMirror
 
 wandb_mirror.POLL_SECONDS, wandb_mirror.SETTLE_SECONDS, wandb_mirror.FLUSH_SECONDS = 0.1, 0.3, 0.2
 folder, resumed, last, trials = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
@@ -254,7 +254,7 @@ def test_file_that_a_kill_left_without_a_run_or_within_a_record_does_not_block_t
 
 
 def test_report_and_terminal_have_every_point_once_after_two_kills(tmp_path: Path) -> None:
-    """They are drawn from the folded event log (track/state.py)."""
+    """They are drawn from the folded event log (events/event_reducer.py)."""
     log = EventLog(tmp_path / "driver.jsonl")
     for resumed, last in ((0, 100), (66, 150), (130, 200)):
         log.write("run_started", run="small", stages=[{"name": "sft", "kind": "sft", "inputs": []}])

@@ -23,11 +23,11 @@ sys.path.append(str(ROOT / "tests" / "unit"))
 from sample_run import Event, rewarded_events, sample_events, write_run  # noqa: E402
 from sample_search import searched_events  # noqa: E402
 
+from tunery.events.event_log import EventLog  # noqa: E402
+from tunery.reporting import wandb_mirror  # noqa: E402
+from tunery.reporting.wandb_mirror import WandbMirror, WandbResult  # noqa: E402
+from tunery.reporting.wandb_translate import run_id  # noqa: E402
 from tunery.spec import Wandb  # noqa: E402
-from tunery.track import wandb_mirror  # noqa: E402
-from tunery.track.events import EventLog  # noqa: E402
-from tunery.track.wandb_mirror import Mirrored, WandbMirror  # noqa: E402
-from tunery.track.wandb_translate import run_id  # noqa: E402
 
 EXPERIMENT = {"name": "quickstart", "stages": {"sft": {"kind": "sft", "learning_rate": "auto"}}}
 WHOLE = run_id("quickstart")
@@ -115,7 +115,7 @@ def records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def mirror(folder: Path, events: list[Event], mode: Any = "offline") -> Mirrored:
+def mirror(folder: Path, events: list[Event], mode: Any = "offline") -> WandbResult:
     """What a command does: the mirror starts, the last of the invocations in `events` is written, the mirror closes."""
     write_run(folder, events[: last_invocation(events)])
     mirrored = WandbMirror(Wandb(project="p", mode=mode), "quickstart", folder, EXPERIMENT)
@@ -149,7 +149,7 @@ def told_points(events: list[Event], stage: str, trial: str = "") -> list[dict[s
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mirrored, list[Stored], list[Event]]:
+def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WandbResult, list[Stored], list[Event]]:
     """The last invocation of the made-up run, as one log: what was before it is in the log but not in W&B."""
     folder, events = tmp_path_factory.mktemp("run"), sample_events()
     folder.joinpath("report.html").write_text("<p>the report</p>")
@@ -171,7 +171,7 @@ def test_one_run_a_stage_a_trial_and_the_whole_in_one_group(sample: Any) -> None
     assert {run.run.run_group for run in runs} == {"quickstart"}
     assert {run.run.project for run in runs} == {"p"}
     assert {"quickstart", "quickstart/sft", "t00"} <= {run.run.display_name for run in runs}
-    assert done == Mirrored("offline", str(folder / "wandb"), runs=19)
+    assert done == WandbResult("offline", str(folder / "wandb"), runs=19)
     assert done.notes == [f"W&B (offline): wandb sync {folder / 'wandb'}"]
 
 
@@ -359,7 +359,7 @@ import sys
 from pathlib import Path
 from sample_run import sample_events, write_run
 from tunery.spec import Wandb
-from tunery.track.wandb_mirror import WandbMirror
+from tunery.reporting.wandb_mirror import WandbMirror
 
 mirror = WandbMirror(Wandb(project="p", mode=sys.argv[2]), "quickstart", Path(sys.argv[1]), {})
 mirror.start()

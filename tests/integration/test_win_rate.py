@@ -25,7 +25,7 @@ def bench(tmp_path: Path) -> Bench:
     (found.folder / "rules.py").write_text(REWARD)
 
     def change(experiment: dict) -> None:
-        # More than one part of a shard (evaluate/answers.py).
+        # More than one part of a shard (evaluation/generate_responses.py).
         prompts = {**experiment["stages"]["questions"], "limit": 300, "corrupt": 0.0}
         compared = {
             "kind": "win_rate",

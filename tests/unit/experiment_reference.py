@@ -39,7 +39,7 @@ from tunery.spec.feedback import Kl, Ptx
 from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings, ScorerSpec
 from tunery.spec.search import Budget, Constraint, Dimension, Objective
 from tunery.spec.stages import Diverse, Keep, Quota, Stage
-from tunery.spec.trainings import Change, Contrast, Decisions, LoraTuner
+from tunery.spec.trainings import LoraTuner, PositiveNegative, ReviewLabels, ScheduleOverride
 
 PATH = Path(__file__).parents[2] / "docs" / "experiment-reference.md"
 STAGES: dict[str, type[BaseModel]] = {
@@ -51,9 +51,9 @@ SECTIONS: dict[type[BaseModel], str] = {
     Scratch: "New model",
     LoraTuner: "LoRA",
     Lora: "LoRA settings",
-    Contrast: "Two labelled stages",
-    Decisions: "Labels from a review",
-    Change: "Scheduled change",
+    PositiveNegative: "Two labelled stages",
+    ReviewLabels: "Labels from a review",
+    ScheduleOverride: "Scheduled change",
     Keep: "Rule",
     Quota: "Quota",
     Diverse: "Diversity",
@@ -83,9 +83,9 @@ STAGE_REFERENCES = {
     (STAGES["augment"], "heldout"),
     (Keep, "as_many_as"),
     (FewShot, "examples"),
-    (Contrast, "good"),
-    (Contrast, "bad"),
-    (Decisions, "review"),
+    (PositiveNegative, "good"),
+    (PositiveNegative, "bad"),
+    (ReviewLabels, "review"),
     (Ptx, "data"),
     (ContaminationSettings, "sets"),
     *((cls, "near") for cls in SCORERS),
@@ -253,7 +253,19 @@ def page() -> str:
         lines += _scorer_section(scorer)
     lines += _nested(GopherRules, C4Rules, NearDuplicatesSettings, ContaminationSettings)
     lines += ["## Nested keys of stages", ""]
-    lines += _nested(Pretrained, Scratch, LoraTuner, Lora, Contrast, Decisions, Change, Keep, Quota, Diverse, FewShot)
+    lines += _nested(
+        Pretrained,
+        Scratch,
+        LoraTuner,
+        Lora,
+        PositiveNegative,
+        ReviewLabels,
+        ScheduleOverride,
+        Keep,
+        Quota,
+        Diverse,
+        FewShot,
+    )
     lines += _nested(ChainOfThought, Sampling, PythonReward, Kl, Ptx)
     lines += _nested(Search, level=2)
     lines += _nested(Dimension, Objective, Constraint, Budget)

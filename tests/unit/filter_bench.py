@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunery.data.sources import source_identity
-from tunery.filter.check import check_models, check_sources, command_line_errors
-from tunery.filter.command import RowFiles, write_experiment
-from tunery.filter.experiment import ROWS, Asked, build
+from tunery.events.event_log import EventLog
+from tunery.filter.filter_checks import check_models, check_sources, command_line_errors
+from tunery.filter.filter_command import RowFiles, write_experiment
+from tunery.filter.filter_experiment import ROWS, FilterRequest, build
 from tunery.filter.outputs import Outputs
+from tunery.ingest.sources import source_identity
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.pipeline.execute import RunContext, TrialContext, execute
 from tunery.run import check_all
-from tunery.runner.compute import Hardware, resolve_compute
-from tunery.runner.execute import Trial, Where, execute
 from tunery.spec import load
 from tunery.store import Store
-from tunery.track.events import EventLog
 
 
 def filter_here(*sources: str, out: str, dropped: str | None = None, store: str = "store", **options: Any) -> Outputs:
     """The command with these options, from the current folder."""
-    asked = Asked(sources, Path(out), **options)
+    asked = FilterRequest(sources, Path(out), **options)
     check_sources(asked)
     built = build(asked)
     check_models(built)
@@ -31,8 +31,10 @@ def filter_here(*sources: str, out: str, dropped: str | None = None, store: str 
         compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
         stage, folder = experiment.stages[ROWS], asked.file.parent
         files = RowFiles(asked, Path(dropped) if dropped else None, built, stage, source_identity(stage, folder))
-        where = Where(Store(Path(store)), Path(store) / "run", asked.file)
+        where = RunContext(Store(Path(store)), Path(store) / "run", asked.file)
         log = EventLog(where.events / "e.jsonl")
         with files.dropped_if_none_kept(print):
-            made = execute(experiment.model_copy(update={"compute": compute}), where, log, Trial(in_process=True))
+            made = execute(
+                experiment.model_copy(update={"compute": compute}), where, log, TrialContext(in_process=True)
+            )
         return files.write(made)

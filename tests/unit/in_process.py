@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tunery.spec import Compute
-from tunery.spec.reference import Spec
+from tunery.spec.references import Config
 from tunery.store import Artifact, StageContext
 
 
 def stage_context(
-    kind: type[Spec], fields: dict[str, Any], data: Path, models: Path, out: Path, **other: Any
+    kind: type[Config], fields: dict[str, Any], data: Path, models: Path, out: Path, **other: Any
 ) -> StageContext:
     """`fields` as in a file, with `data` as the stage that gives the rows; relative paths in them start at `models`."""
     given = {

@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.runner.execute import Where, execute
-from tunery.runner.identity import fingerprints
+from tunery.events.event_log import EventLog
+from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.execute import RunContext, execute
 from tunery.spec import Experiment, load
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import Row, read_rows, shards
-from tunery.track.events import EventLog
 
 TEXT = """
 # A filter and who looks at it.
@@ -52,15 +52,15 @@ class ReviewBench:
         return Store(self.folder / "store")
 
     @property
-    def where(self) -> Where:
-        return Where(self.store, self.store.run("small"), self.file)
+    def where(self) -> RunContext:
+        return RunContext(self.store, self.store.run("small"), self.file)
 
     def load(self) -> tuple[Experiment, YamlSource]:
         return load(self.file)
 
     def make(self, *names: str) -> dict[str, Artifact]:
         experiment, _ = self.load()
-        wanted = experiment.model_copy(update={"stages": closure(experiment.stages, names)})
+        wanted = experiment.model_copy(update={"stages": with_upstream(experiment.stages, names)})
         return execute(wanted, self.where, EventLog(self.where.events / "driver.jsonl"))
 
     def decide(self, decided: dict[str, str | None]) -> None:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from tunery.data.scorers.spill import Sketches
-from tunery.data.scorers.table import AcrossScorer, Columns
+from tunery.scoring.scorers.external_groupby import RowSignatures
+from tunery.scoring.scorers.registry import Columns, CorpusScorer
 from tunery.store.rows import Row, row_id
 
 
@@ -57,7 +57,7 @@ hostile_rows = st.one_of(
 
 
 def across(
-    scorer: AcrossScorer, rows: list[Row], folder: Path, shard: int = 7, killed: int = 0
+    scorer: CorpusScorer, rows: list[Row], folder: Path, shard: int = 7, killed: int = 0
 ) -> dict[str, list[Any]]:
     """What a stage would write: sketches of shards, then all their columns in a row; after a try that was killed when
     so many shards were done."""
@@ -68,8 +68,8 @@ def across(
         sketches.append(folder / f"sketch-{number:05d}.parquet")
         pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.sketch(some)}), sketches[-1])
     joined: Columns = {}
-    list(islice(scorer.resolve(Sketches(tuple(sketches)), folder / "work"), killed))
-    resolved = list(scorer.resolve(Sketches(tuple(sketches)), folder / "work"))
+    list(islice(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"), killed))
+    resolved = list(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"))
     assert [len(columns["score"]) for columns in resolved] == [len(some) for some in shards]
     for columns in resolved:
         for name, values in columns.items():

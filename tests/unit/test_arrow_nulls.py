@@ -12,8 +12,8 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data.formats.hub import streamed
-from tunery.data.read import Quarantined, read_source
+from tunery.ingest.formats.hub import streamed
+from tunery.ingest.read import Quarantined, read_source
 from tunery.spec import Dataset
 from tunery.store.rows import Row
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.data.augment import pool as pool_module
-from tunery.data.augment import stage as stage_module
-from tunery.data.augment.draw import numbers, shuffled, spread
-from tunery.data.augment.exchange import exchange_of
-from tunery.data.augment.heldout import Heldout
-from tunery.data.augment.pool import Pool, read_pool
-from tunery.data.augment.prompts import variants
-from tunery.data.augment.stage import make_augmented
+from tunery.augment import augment_stage as stage_module
+from tunery.augment import few_shot_pool as pool_module
+from tunery.augment.augment_stage import run_augment
+from tunery.augment.few_shot_pool import FewShotPool, read_pool
+from tunery.augment.hash_stream import hash_stream, shuffled, spread_evenly
+from tunery.augment.heldout_rows import Heldout
+from tunery.augment.prompt_variants import variants
+from tunery.augment.qa_pairs import qa_pair_of
 from tunery.errors import RowsLost, StageError
 from tunery.spec import Augment, Compute
 from tunery.store import Artifact, StageContext, StageResult
-from tunery.store.rows import Row, read_rows, row_id, shape_of, write_rows
+from tunery.store.rows import Row, read_rows, row_format, row_id, write_rows
 
 COT = {"separator": "####", "cue": "Think!"}
 
@@ -48,10 +48,10 @@ def augment(**fields: Any) -> Augment:
     return Augment.model_validate_json(json.dumps({"kind": "augment", "data": "rows", **fields}), strict=True)
 
 
-def pool_of(rows: Sequence[Row], separator: str | None = None) -> Pool:
-    pool = Pool()
+def pool_of(rows: Sequence[Row], separator: str | None = None) -> FewShotPool:
+    pool = FewShotPool()
     for one in rows:
-        example = exchange_of(one, separator)
+        example = qa_pair_of(one, separator)
         assert not isinstance(example, str)
         pool.add(example)
     return pool
@@ -61,8 +61,8 @@ def said(made: Row) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"]) for turn in made["messages"]]
 
 
-def one_variant(given: Row, pool: Pool | None = None, **fields: Any) -> Row:
-    made = variants(given, augment(**fields), pool or Pool(), 17)
+def one_variant(given: Row, pool: FewShotPool | None = None, **fields: Any) -> Row:
+    made = variants(given, augment(**fields), pool or FewShotPool(), 17)
     assert not isinstance(made, str)
     return made[0].row
 
@@ -106,7 +106,7 @@ def test_as_many_copies_as_templates_have_each_of_them_in_an_order_of_the_row() 
     templates = [f"{letter} {{question}}" for letter in "abcd"]
     orders = set()
     for number in range(20):
-        made = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), Pool(), 17)
+        made = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), FewShotPool(), 17)
         assert not isinstance(made, str)
         orders.add(tuple(variant.template for variant in made))
         assert sorted(orders.copy().pop()) == [0, 1, 2, 3]
@@ -115,9 +115,10 @@ def test_as_many_copies_as_templates_have_each_of_them_in_an_order_of_the_row() 
 
 def test_rows_without_a_question_have_no_variants() -> None:
     stage = augment(templates=["a {question}"])
-    assert variants({"text": "plain", "messages": None, "id": "0" * 16}, stage, Pool(), 1) == "no question"
+    assert variants({"text": "plain", "messages": None, "id": "0" * 16}, stage, FewShotPool(), 1) == "no question"
     assert (
-        variants({**row("q"), "messages": [{"role": "assistant", "content": "a"}]}, stage, Pool(), 1) == "no question"
+        variants({**row("q"), "messages": [{"role": "assistant", "content": "a"}]}, stage, FewShotPool(), 1)
+        == "no question"
     )
 
 
@@ -169,9 +170,9 @@ def test_rows_that_are_more_than_one_exchange_get_no_examples_and_are_none() -> 
         assert not isinstance(made, str)
         assert (made[0].shots, made[0].fewer) == (0, reason)
         assert said(made[0].row)[-2][1].startswith("T ")
-        assert exchange_of(longer, None) == reason
-    assert exchange_of(row("q"), None) == "no answer"
-    assert exchange_of(row("q", "bad", label=False), None) == "rated as bad"
+        assert qa_pair_of(longer, None) == reason
+    assert qa_pair_of(row("q"), None) == "no answer"
+    assert qa_pair_of(row("q", "bad", label=False), None) == "rated as bad"
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(20, 200), st.sampled_from(["turns", "prompt"]))
@@ -189,7 +190,7 @@ def test_examples_never_make_a_row_longer_than_max_chars(lengths: list[int], mos
 def test_the_pool_is_bounded_and_the_same_whatever_the_order_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "MOST_EXAMPLES", 10)
+    monkeypatch.setattr(pool_module, "MAX_EXAMPLES", 10)
     rows = [row(f"q{number}", "a") for number in range(50)]
     found = []
     # One row a hundred times over has one seat.
@@ -197,7 +198,7 @@ def test_the_pool_is_bounded_and_the_same_whatever_the_order_of_rows(
         write_rows(order, tmp_path / name)
         pool = read_pool(tmp_path / name, Heldout([]), None, 100, 17)
         assert len(pool) == 10
-        found.append([example.id for example in pool.draw(("", False), 10, ("", 0), lambda _: True, numbers(1))])
+        found.append([example.id for example in pool.draw(("", False), 10, ("", 0), lambda _: True, hash_stream(1))])
     assert found[0] == found[1]
     assert found[0] != sorted(found[0]), "in random order"
 
@@ -215,7 +216,7 @@ def test_an_answer_is_asked_with_the_cue_or_answered_without_its_reasoning() -> 
 
 @pytest.mark.parametrize("answer", ["4", "#### 4", "reasons ####", "reasons #### \n"])
 def test_an_answer_without_reasoning_or_final_answer_stays_whole(answer: str) -> None:
-    made = variants(row("q", answer), augment(chain_of_thought={**COT, "direct": 1}), Pool(), 1)
+    made = variants(row("q", answer), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
     assert not isinstance(made, str)
     assert made[0].form == "whole"
     assert said(made[0].row) == [("user", "q"), ("assistant", answer)]
@@ -229,7 +230,7 @@ def test_judged_answers_stay_whole_and_prompts_get_the_cue() -> None:
     for made in (rated, pair):
         assert said(made) == [("user", "q\nThink!"), ("assistant", "so #### 4")]
     assert (rated["label"], pair["rejected"]) == (False, rejected)
-    assert (shape_of(rated), shape_of(pair)) == ("rated", "preference")
+    assert (row_format(rated), row_format(pair)) == ("rated", "preference")
     assert said(one_variant(row("q"), chain_of_thought={**COT, "direct": 0})) == [("user", "q\nThink!")]
     assert said(one_variant(row("q"), chain_of_thought=thought)) == [("user", "q")]
 
@@ -251,18 +252,18 @@ def test_examples_reason_where_the_row_does_and_only_there() -> None:
 
 @given(st.integers(0, 50), st.integers())
 def test_shuffled_is_every_number_once(count: int, key: int) -> None:
-    assert sorted(shuffled(count, numbers(key))) == list(range(count))
+    assert sorted(shuffled(count, hash_stream(key))) == list(range(count))
 
 
 @given(st.floats(0, 1), st.integers(1, 12), st.integers())
 def test_a_share_of_copies_is_kept_in_every_row(share: float, copies: int, key: int) -> None:
-    assert abs(sum(spread(share, copies, numbers(key))) - share * copies) < 1 + 1e-9
+    assert abs(sum(spread_evenly(share, copies, hash_stream(key))) - share * copies) < 1 + 1e-9
     if share == 0.5:
-        assert copies // 2 <= sum(spread(share, copies, numbers(key))) <= (copies + 1) // 2
+        assert copies // 2 <= sum(spread_evenly(share, copies, hash_stream(key))) <= (copies + 1) // 2
 
 
 def test_draws_are_the_same_everywhere() -> None:
-    drawn = numbers("a", 1)
+    drawn = hash_stream("a", 1)
     assert [next(drawn) % 1000 for _ in range(10)] == [257, 621, 540, 410, 611, 911, 586, 947, 823, 927]
 
 
@@ -292,7 +293,7 @@ def run(folder: Path, rows: list[Row], heldout: list[Row] | None = None, seed: i
         compute=Compute(),
         emit=lambda *args, **values: None,
     )
-    return make_augmented(context)
+    return run_augment(context)
 
 
 GROUPED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=4, max_size=30)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tunery.errors import RequestError
 from tunery.spec import Compute, Lora, Pretrain, Pretrained, Scratch, Sft, Training
 from tunery.spec.trainings import LoraTuner
-from tunery.train.auto import GLOBAL_BATCH_SIZES, resolve
-from tunery.train.batches import LARGEST_MICRO_BATCH, at_even_steps, data_order, plan_batches
-from tunery.train.deepspeed_config import deepspeed_config, model_state_bytes
+from tunery.training.auto import GLOBAL_BATCH_SIZES, resolve
+from tunery.training.batches import LARGEST_MICRO_BATCH, at_even_steps, data_order, plan_batches
+from tunery.training.deepspeed_config import deepspeed_config, model_state_bytes
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from tunery.models.chat_template import chat_template_of
 from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
-from tunery.models.generate import end_tokens
+from tunery.models.generate import eos_token_ids
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.models.truncation import encode_sequences
 
@@ -311,14 +311,14 @@ def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_a_text() -> Non
     tokenizer = tokenizer_of("chatml")  # a text ends with <|endoftext|>, a turn with <|im_end|>
     model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     assert trained(chat("Where?", "Paris"), "chatml") == ["Paris<|im_end|>"]
-    names = tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer))
+    names = tokenizer.convert_ids_to_tokens(eos_token_ids(model, tokenizer))
     assert set(names) == {"<|endoftext|>", "<|im_end|>"}
 
 
 def test_generation_does_not_stop_between_the_channels_of_a_gpt_oss_response() -> None:
     tokenizer = tokenizer_of("gptoss")
     model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
-    names = tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer))
+    names = tokenizer.convert_ids_to_tokens(eos_token_ids(model, tokenizer))
     assert set(names) == {"<|return|>", "<|call|>"}
 
 

@@ -10,15 +10,15 @@ import pytest
 from conftest import LoadText
 
 from tunery.errors import SpecError, SpecErrors
-from tunery.runner.check import check
-from tunery.runner.check_augment import _shared
+from tunery.events.event_reducer import RunState, replay
+from tunery.events.stage_summary import outcome
+from tunery.pipeline.validate import validate
+from tunery.pipeline.validate_augment import _shared
+from tunery.reporting.report import report_html
+from tunery.reporting.wandb_values import flatten
 from tunery.spec import Dataset
 from tunery.spec.graph import lineage
 from tunery.store import Store
-from tunery.track.notes import outcome
-from tunery.track.report import report_html
-from tunery.track.state import RunState, replay
-from tunery.track.wandb_values import flatten
 
 GOOD = """\
 name: x
@@ -63,7 +63,7 @@ def errors(load_text: LoadText, folder: Path, *replacements: tuple[str, str]) ->
         text = text.replace(old, new)
     try:
         experiment, source = load_text(text)
-        check(experiment, source, Store(folder / "store"), 2, 1)
+        validate(experiment, source, Store(folder / "store"), 2, 1)
     except SpecErrors as caught:
         return caught.errors
     return []

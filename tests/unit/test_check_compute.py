@@ -13,8 +13,8 @@ from conftest import LoadText
 from tokenizers import Tokenizer, models
 
 from tunery.errors import RequestError, SpecErrors, StoreError
-from tunery.runner.check import check
-from tunery.runner.compute import Hardware, concurrent_trials, local_hardware, resolve_compute, visible_gpus
+from tunery.pipeline.compute import Hardware, concurrent_trials, local_hardware, resolve_compute, visible_gpus
+from tunery.pipeline.validate import validate
 from tunery.spec import Compute
 from tunery.store import Store
 
@@ -81,7 +81,7 @@ def ask(load_text: LoadText, folder: Path, text: str = GOOD, workers: int = 2, t
     experiment, source = load_text(text)
     before = listing(folder)
     try:
-        check(experiment, source, Store(folder / "store"), workers, trial_workers)
+        validate(experiment, source, Store(folder / "store"), workers, trial_workers)
     finally:
         assert listing(folder) == before
 
@@ -332,7 +332,7 @@ def test_unwritable_store_is_refused_by_name(load_text: LoadText, folder: Path) 
     experiment, source = load_text(GOOD)
     before = listing(folder)
     with pytest.raises(StoreError) as caught:
-        check(experiment, source, Store(folder / "texts.jsonl" / "store"), 1, 1)
+        validate(experiment, source, Store(folder / "texts.jsonl" / "store"), 1, 1)
     assert str(folder / "texts.jsonl") in str(caught.value)
     assert "--store" in caught.value.remedy
     assert listing(folder) == before

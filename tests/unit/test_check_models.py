@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from tunery.errors import SpecErrors, StageError
-from tunery.models.check import BadModel
-from tunery.models.outline import PositionLimit, check_target_modules, declared_positions, outline, position_limit
+from tunery.models.meta_model import PositionLimit, check_target_modules, declared_positions, outline, position_limit
+from tunery.models.model_folder import BadModel
 from tunery.models.scratch import train_tokenizer
-from tunery.runner.check import check, notes
-from tunery.runner.check_models import check_models_at_start
+from tunery.pipeline.validate import notes, validate
+from tunery.pipeline.validate_models import validate_models_at_start
 from tunery.store import Store
 
 SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -81,7 +81,7 @@ def checked(load_text: LoadText, models: Path, stages: str) -> list[str]:
     """What is wrong, a text each."""
     experiment, source = load_text(text_of(stages))
     try:
-        check(experiment, source, Store(models / "store"), 1, 1)
+        validate(experiment, source, Store(models / "store"), 1, 1)
     except SpecErrors as error:
         return [str(item) for item in error.errors]
     return []
@@ -150,7 +150,7 @@ def test_a_stage_that_starts_with_too_few_positions_ends_before_its_workers(load
     stages = f"  s: {{kind: sft, {STAGES['sft'].replace('MODEL', '{pretrained: ./gpt2}')}}}\n"
     experiment, _ = load_text(text_of(stages))
     with pytest.raises(StageError, match="stage s: `max_length` is 64"):
-        check_models_at_start("s", experiment.stages["s"], experiment, models)
+        validate_models_at_start("s", experiment.stages["s"], experiment, models)
 
 
 @pytest.mark.parametrize(

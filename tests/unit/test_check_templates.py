@@ -12,8 +12,8 @@ from template_tokenizers import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunery.errors import SpecErrors
-from tunery.runner.check import check
-from tunery.runner.check_templates import template_notes
+from tunery.pipeline.validate import validate
+from tunery.pipeline.validate_templates import template_notes
 from tunery.store import Store
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -48,7 +48,7 @@ def write(tmp_path: Path) -> Any:
 
 def notes(load_text: LoadText, text: str, folder: Path) -> dict[str, str]:
     experiment, source = load_text(text)
-    check(experiment, source, Store(folder / "store"), 1, 1)
+    validate(experiment, source, Store(folder / "store"), 1, 1)
     return template_notes(experiment, folder)
 
 

@@ -16,8 +16,10 @@ from review_bench import questions, review_bench
 from small_classifiers import write_encoder, write_language_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
-from tunery.comparison import classifier_table
 from tunery.errors import SpecErrors, TuneryError
+from tunery.events.run_state import StageState
+from tunery.events.stage_summary import outcome
+from tunery.models.adapters import lora_config
 from tunery.models.classify import SequenceClassifier
 from tunery.models.load import (
     load_classifier,
@@ -27,18 +29,16 @@ from tunery.models.load import (
     write_base,
     write_head,
 )
-from tunery.models.tuners import lora_config
-from tunery.runner.check import check
-from tunery.runner.plan import make_plan
-from tunery.spec import LABELS, Contrast, Lora
+from tunery.pipeline.plan import make_plan
+from tunery.pipeline.validate import validate
+from tunery.reporting.summary_tables import classifier_table
+from tunery.spec import LABELS, Lora, PositiveNegative
 from tunery.spec.check_search import metrics_of
-from tunery.spec.trainings import row_stages
+from tunery.spec.trainings import data_refs
 from tunery.store import Artifact, Store
-from tunery.store.rows import DECIDED, read_rows
-from tunery.track.notes import outcome
-from tunery.track.snapshot import StageState
-from tunery.train.batches import evaluation_batches
-from tunery.train.headed import padding_as
+from tunery.store.rows import REVIEWED_DIR, read_rows
+from tunery.training.batches import evaluation_batches
+from tunery.training.classification_head import padding_as
 
 TEXT = """\
 name: x
@@ -68,7 +68,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
     def load_it(data: str = "rated", held_out: str = "rated", scorer: str = SCORER) -> Any:
         lines = TEXT.replace("DATA", data).replace("EVAL", held_out).replace("SCORER", scorer)
         experiment, source = load_text(lines)
-        check(experiment, source, Store(tmp_path / "store"), 1, 1)
+        validate(experiment, source, Store(tmp_path / "store"), 1, 1)
         return experiment, source
 
     return load_it
@@ -94,7 +94,7 @@ def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_pa
     ids = [row["id"] for row in read_rows(bench.make("scored")["scored"].path, ["id"])]
     bench.decide({ids[0]: "drop", ids[39]: "keep", "elsewhere": "drop"})
     checked = bench.make("checked")["checked"]
-    decided = {row["id"]: row["label"] for row in read_rows(checked.path / DECIDED)}
+    decided = {row["id"]: row["label"] for row in read_rows(checked.path / REVIEWED_DIR)}
     assert decided == {ids[0]: False, ids[39]: True}
     assert checked.facts["decided"] == 2
 
@@ -105,7 +105,7 @@ def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Pa
     ids = [row["id"] for row in read_rows(bench.make("questions")["questions"].path, ["id"])]
     bench.decide({ids[0]: "drop", ids[1]: "keep"})
     checked = bench.make("checked")["checked"]
-    assert [row["label"] for row in read_rows(checked.path / DECIDED)] == [False, True]
+    assert [row["label"] for row in read_rows(checked.path / REVIEWED_DIR)] == [False, True]
 
 
 def test_every_held_out_row_counts_once_and_every_worker_has_as_many_batches() -> None:
@@ -122,7 +122,7 @@ def test_search_may_aim_at_what_is_measured_of_a_classifier(load_stage: Any) -> 
 
 
 def test_contrast_names_its_two_stages() -> None:
-    assert row_stages(Contrast(good="a", bad="b")) == {("good",): "a", ("bad",): "b"}
+    assert data_refs(PositiveNegative(good="a", bad="b")) == {("good",): "a", ("bad",): "b"}
 
 
 # What is refused, at its line.

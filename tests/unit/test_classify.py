@@ -24,23 +24,23 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from tunery.data.score import make_scores
-from tunery.data.score_actors import ClassificationActor
-from tunery.data.score_unit import Pass
-from tunery.data.scorers.classifier import ClassifierScorer
-from tunery.data.scorers.reward import RewardScorer
-from tunery.data.scorers.table import KINDS
 from tunery.errors import SpecErrors, TuneryError
 from tunery.models import load as load_module
-from tunery.models.check import BadModel
+from tunery.models.batching import token_budget_batches
+from tunery.models.classifier_inputs import ClassifierEncoder
 from tunery.models.classify import SequenceClassifier
 from tunery.models.encode import Encoded
 from tunery.models.labels import Labels, labels_of
 from tunery.models.load import load_classifier, load_own_tokenizer
-from tunery.models.packing import length_batches
-from tunery.models.shown import RowReader
+from tunery.models.model_folder import BadModel
 from tunery.models.truncation import encode
-from tunery.runner.check import check
+from tunery.pipeline.validate import validate
+from tunery.scoring.score import run_scoring
+from tunery.scoring.score_actors import ClassificationActor
+from tunery.scoring.score_shard import ScorePass
+from tunery.scoring.scorers.label_probability import ClassifierScorer
+from tunery.scoring.scorers.registry import SCORER_ENTRIES
+from tunery.scoring.scorers.reward_score import RewardScorer
 from tunery.spec import Classifier, Compute, Pretrained, Reward, Score
 from tunery.store import Artifact, StageContext, StageResult, Store
 from tunery.store.rows import Row, write_rows
@@ -162,7 +162,7 @@ def test_rows_that_share_a_batch_change_nothing(name: str, folder: Path) -> None
 def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None:
     ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
     model, _ = load_classifier(source(folder / "three"), torch.float32)
-    reader = RowReader(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
+    reader = ClassifierEncoder(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
     inputs = reader.tensors([Encoded(row, ()) for row in ids])
     assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
@@ -173,7 +173,7 @@ def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None
 
 def test_batches_hold_each_sequence_once_within_the_budget() -> None:
     lengths = [3, 0, 9, 1, 4, 4, 20, 2, 0, 5]
-    batches = list(length_batches(lengths, 12))
+    batches = list(token_budget_batches(lengths, 12))
     assert sorted(index for batch in batches for index in batch) == [n for n, length in enumerate(lengths) if length]
     assert all(len(batch) * max(lengths[n] for n in batch) <= 12 or len(batch) == 1 for batch in batches)
     assert [6] in batches, "longer than the budget, and alone"
@@ -265,7 +265,7 @@ def test_reward_is_the_logit_itself() -> None:
 
 
 def test_more_of_either_is_better() -> None:
-    assert [KINDS[kind].good for kind in ("reward", "classifier")] == ["high", "high"]
+    assert [SCORER_ENTRIES[kind].good for kind in ("reward", "classifier")] == ["high", "high"]
 
 
 def test_labels_are_those_of_the_config_in_the_order_of_their_numbers() -> None:
@@ -290,7 +290,7 @@ def checked(folder: Path, load_text: LoadText, tmp_path: Path, scorer: str) -> N
         f"name: x\nseed: 1\nstages:\n  docs: {{kind: dataset, source: rows.jsonl}}\n"
         f"  scored:\n    kind: score\n    data: docs\n    by:\n      - {{length: words}}\n      - {scorer}\n"
     )
-    check(experiment, where, Store(tmp_path / "store"), 1, 1)
+    validate(experiment, where, Store(tmp_path / "store"), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_head_without_weights_is_refused_instead_of_drawn_at_random(folder: Path
 def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor(folder: Path, tmp_path: Path) -> None:
     spec = Classifier(classifier=Pretrained(pretrained="org/name"), label="grey")
     with pytest.raises(TuneryError, match=r"has no label `grey`\ncause: its labels: `red`, `green`, `blue`"):
-        ClassificationActor(Pass(("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
+        ClassificationActor(ScorePass(("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
     with pytest.raises(BadModel):
         RewardScorer(Reward(reward="m"), Labels(("a", "b"), False), "m")
 
@@ -393,7 +393,7 @@ def make(
         emit=lambda *args, **values: None,
         in_process=True,
     )
-    return make_scores(context)
+    return run_scoring(context)
 
 
 LIMIT = 20

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tunery.errors import RequestError, TuneryError
-from tunery.runner import cluster
-from tunery.runner.cluster import check_reachable, cluster_address, connection_failed
-from tunery.runner.session import RaySession
+from tunery.events.event_log import EventLog, read_events
+from tunery.pipeline import ray_address
+from tunery.pipeline.ray_address import check_reachable, cluster_address, connection_failed
+from tunery.pipeline.ray_session import RaySession
 from tunery.spec import Compute
-from tunery.track.events import EventLog, read_events
 
 
 @pytest.mark.parametrize("address", ["", " ", "local"])
@@ -95,14 +95,14 @@ def test_http_server_is_not_taken_for_a_head(http_port: int) -> None:
 
 
 def test_server_that_says_nothing_is_not_taken_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "not the head" in unreachable(f"127.0.0.1:{silent.getsockname()[1]}").cause
 
 
 def test_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose queue is full drops packets, as a dead host does."""
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(ray_address, "CONNECT_SECONDS", 1.0)
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)

@@ -14,19 +14,19 @@ import pytest
 from rich.console import Console
 
 from tunery import cli
-from tunery.compare.command import Compared, compare, render
+from tunery.compare.compare_command import Compared, compare, render
 from tunery.compare.fields import Field
-from tunery.compare.metrics import Measured, Metric
-from tunery.compare.rows import Median
+from tunery.compare.row_sets import Median
+from tunery.compare.side_metrics import Measured, Metric
 from tunery.errors import RequestError
+from tunery.events.event_log import EventLog
 from tunery.search.space import trial_id
 from tunery.spec import Experiment
-from tunery.spec.load import parse
+from tunery.spec.loader import parse
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store, fingerprint
 from tunery.store.rows import row_id, write_rows
-from tunery.track.events import EventLog
 
 TEXT = """
 # Which rows?

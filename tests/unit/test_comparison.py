@@ -8,8 +8,8 @@ from typing import Any
 from conftest import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.comparison import diversity_table, loss_table, policy_table, results, search_table, win_table
-from tunery.search.journal import Begun, Record
+from tunery.reporting.summary_tables import diversity_table, loss_table, policy_table, results, search_table, win_table
+from tunery.search.journal import JournalRecord, TrialStart
 from tunery.search.outcome import facts_of
 from tunery.store import Artifact
 
@@ -219,10 +219,10 @@ search:
 """
 
 
-def ended(name: str, value: float, of: str = "", **more: Any) -> Record:
+def ended(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
     overrides = {"sft.learning_rate": value / 1000, "sft.schedule": "constant"}
     result = {"state": "done", "values": {"sft.eval_loss": value}, "tokens": 900.0, "seconds": 1.0, "error": ""}
-    return Record(Begun(name, 0, overrides, "replicate" if of else "drawn", of), [], {**result, **more})
+    return JournalRecord(TrialStart(name, 0, overrides, "replicate" if of else "drawn", of), [], {**result, **more})
 
 
 def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(load_text: LoadText) -> None:

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data import corrupt as corrupt_module
-from tunery.data.corrupt import KINDS, Row, corrupt
+from tunery.ingest import corruption as corrupt_module
+from tunery.ingest.corruption import KINDS, Row, corrupt
 
 WORDS = [
     "the",
@@ -128,7 +128,7 @@ def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
 def test_result_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "import json, sys\n"
-        "from tunery.data.corrupt import corrupt\n"
+        "from tunery.ingest.corruption import corrupt\n"
         "print(json.dumps(corrupt(json.load(sys.stdin), 0.5, 11)))"
     )
     rows = chat_rows(40) + text_rows(40)

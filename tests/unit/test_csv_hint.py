@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunery.data.read import Quarantined, read_source
+from tunery.ingest.read import Quarantined, read_source
 from tunery.spec import Dataset
 from tunery.store.rows import Row
 

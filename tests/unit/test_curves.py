@@ -6,9 +6,9 @@ import re
 
 from sample_run import Event, events_until, rewarded_events, sample_events
 
-from tunery.track.charts import Series, line_chart
-from tunery.track.curves import LAST_ROW, NOT_CURVES, ROWS, Details, curve_details, curve_figures
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.reporting.charts import Series, line_chart
+from tunery.reporting.curves import LAST_ROW, NOT_CURVES, ROWS, Details, curve_details, curve_figures
 
 
 def told(values: dict[str, float], kind: str = "ppo", step: int = 1, stage: str = "s") -> list[Event]:

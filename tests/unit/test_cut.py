@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.cut import kth_smallest
+from tunery.scoring.order_statistics import kth_smallest
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=40), st.data())

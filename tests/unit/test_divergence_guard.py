@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tunery.errors import StageError
-from tunery.train.divergence import MAX_SKIPPED_STEPS, DivergenceGuard, check_finite, step_result
-from tunery.train.facts import SKIPPED_STEPS, skipped_steps
-from tunery.train.packed.adamw import Rates, update
+from tunery.training.divergence import MAX_SKIPPED_STEPS, DivergenceGuard, check_finite, step_result
+from tunery.training.packed.adamw import Rates, update
+from tunery.training.training_stats import SKIPPED_STEPS, skipped_steps
 
 
 def take(guard: DivergenceGuard, step: int, loss: float = 2.0, norm: float | None = 1.0, skipped: bool = False) -> bool:

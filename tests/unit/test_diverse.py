@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tunery.data.review.filtered import read_filtered
-from tunery.data.select import candidates as candidates_module
-from tunery.data.select import k_center as k_center_module
-from tunery.data.select import score_first as score_first_module
-from tunery.data.select.candidates import MOST_DIMENSIONS, SCALE, Candidates, rounded
-from tunery.data.select.cover import by_chance, cover
-from tunery.data.select.k_center import k_center
-from tunery.data.select.score_first import by_score, score_first
-from tunery.data.select.stage import make_selection
 from tunery.errors import StageError
+from tunery.review.filter_results import read_filter_results
+from tunery.selection import candidates as candidates_module
+from tunery.selection import k_center as k_center_module
+from tunery.selection import score_first as score_first_module
+from tunery.selection.candidates import MOST_DIMENSIONS, SCALE, Candidates, rounded
+from tunery.selection.coverage import chance_similarity, coverage
+from tunery.selection.k_center import k_center
+from tunery.selection.score_first import by_score, score_first
+from tunery.selection.select_stage import run_select
 from tunery.spec import Compute, Diverse, Keep, Quota, Select
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import SCHEMA, read_rows
@@ -64,7 +64,7 @@ def small_pieces() -> Iterator[None]:
         patch.setattr(k_center_module, "LEAST", 3)
         patch.setattr(k_center_module, "ACTIVE", 5)
         patch.setattr(k_center_module, "SHRINK", 2)
-        patch.setattr(score_first_module, "LOOKED_AT", 4)
+        patch.setattr(score_first_module, "MAX_CANDIDATES", 4)
         patch.setattr(score_first_module, "RECORDS", 9)
         yield
 
@@ -189,11 +189,11 @@ def test_order_by_score_through_files_is_that_of_a_stable_sort(badness: list[flo
 
 def test_cover_by_hand() -> None:
     with gathered(directions(0, 60, 180)) as (candidates, _):
-        told = cover(candidates, np.arange(3), np.array([0]))
+        told = coverage(candidates, np.arange(3), np.array([0]))
         assert told["radius"] == pytest.approx(2.0, abs=1e-3)
         assert told["similarity"] == pytest.approx((1 + 0.5 - 1) / 3, abs=1e-3)
-        assert cover(candidates, np.arange(3), np.arange(3)) == {"radius": 0.0, "similarity": 1.0}
-        told = by_chance(candidates) or {}
+        assert coverage(candidates, np.arange(3), np.arange(3)) == {"radius": 0.0, "similarity": 1.0}
+        told = chance_similarity(candidates) or {}
         assert told["median"] == pytest.approx(-0.5, abs=1e-3)  # of 0.5, -0.5 and -1
 
 
@@ -245,7 +245,7 @@ def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[Stag
         compute=Compute(),
         emit=lambda *args, **values: None,
     )
-    result = make_selection(context)
+    result = run_select(context)
     assert not list((folder / "work").iterdir()), "what was on disk for the choice is gone"
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     return result, [row["id"] for row in read_rows(out)], {line["id"]: line["rule"] for line in dropped}
@@ -356,7 +356,7 @@ def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversit
     (tmp_path / "out").rename(artifacts / "select-g")
     identity = spec.model_dump(mode="json", exclude={"kind", "seed"})
     manifest = {"identity": identity, "inputs": {"data": "f"}, "facts": result.facts}
-    filtered = read_filtered(Artifact(artifacts / "select-g", manifest, {}))
+    filtered = read_filter_results(Artifact(artifacts / "select-g", manifest, {}))
     assert [id for id, keep in zip(filtered.ids, filtered.kept, strict=True) if keep] == kept
     assert (filtered.distance[20:] < 0).sum() == 5
     assert (filtered.distance == ROWS).sum() == 15

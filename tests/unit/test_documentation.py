@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from small_classifiers import write_language_model
 
 from tunery.cli import app
-from tunery.runner.check import check
+from tunery.pipeline.validate import validate
 from tunery.spec import Compute, load
 from tunery.spec.stages import Stage
 from tunery.spec.yaml_source import read_yaml
@@ -118,7 +118,7 @@ def test_experiments_of_the_documentation_validate(text: str, tmp_path: Path) ->
     path = tmp_path / "experiment.yaml"
     path.write_text(re.sub(r"\{pretrained: [^}]+\}", "{pretrained: ./model}", text), encoding="utf-8")
     experiment, source = load(path)
-    check(experiment, source, Store(tmp_path / "store"), 2, 1)
+    validate(experiment, source, Store(tmp_path / "store"), 2, 1)
 
 
 @pytest.mark.parametrize("text", [text for _, text in FRAGMENTS], ids=[name for name, _ in FRAGMENTS])

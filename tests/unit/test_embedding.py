@@ -17,11 +17,11 @@ from small_classifiers import write_encoder, write_language_model
 from test_classify import ROWS, make
 from transformers import AutoModel, AutoTokenizer
 
-from tunery.data.scorers import embedding as embedding_module
-from tunery.data.scorers.embedding import EmbeddingScorer, reference_rows
 from tunery.errors import TuneryError
 from tunery.models.embed import Embedder
 from tunery.models.load import load_encoder, load_own_tokenizer
+from tunery.scoring.scorers import embedding as embedding_module
+from tunery.scoring.scorers.embedding import EmbeddingScorer, reference_rows
 from tunery.store import Artifact
 from tunery.store.rows import Row, write_rows
 from tunery.store.vectors import vectors_of
@@ -98,7 +98,7 @@ def test_of_many_reference_rows_the_same_few_are_taken_in_whatever_order_they_st
     for name, some in (("a", rows), ("b", rows[::-1])):
         write_rows([{**row, "planted": ""} for row in some], tmp_path / name)
     assert len(reference_rows(tmp_path / "a")) == 40
-    monkeypatch.setattr(embedding_module, "MOST_REFERENCES", 7)
+    monkeypatch.setattr(embedding_module, "MAX_REFERENCES", 7)
     taken = [row["id"] for row in reference_rows(tmp_path / "a")]
     assert len(taken) == 7
     assert taken == [row["id"] for row in reference_rows(tmp_path / "b")]

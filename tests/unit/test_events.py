@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tunery.track import events
-from tunery.track.events import EventLog, EventReader, read_events
+from tunery.events import event_log
+from tunery.events.event_log import EventLog, EventReader, read_events
 
 
 def test_half_written_line_is_skipped_and_the_next_event_kept(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_log_is_forced_to_disk_every_few_seconds_not_with_every_event(
 ) -> None:
     forced: list[int] = []
     monkeypatch.setattr(os, "fsync", forced.append)
-    monkeypatch.setattr(events, "SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(event_log, "SYNC_SECONDS", 0.05)
     log, end = EventLog(tmp_path / "driver.jsonl"), time.monotonic() + 0.3
     while time.monotonic() < end:
         log.write("progress", done=1)

@@ -11,8 +11,8 @@ from typing import Any
 import openpyxl
 import pytest
 
-from tunery.data.read import Quarantined, read_source
-from tunery.data.review.decisions import read_decisions
+from tunery.ingest.read import Quarantined, read_source
+from tunery.review.decisions import read_decisions
 from tunery.spec import Dataset
 from tunery.store.rows import Row
 

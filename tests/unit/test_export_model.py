@@ -16,17 +16,17 @@ from peft import PeftModel, get_peft_model
 from small_classifiers import write_encoder, write_language_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-import tunery.export.command
+import tunery.export.export_command
 from tunery import cli
 from tunery.errors import RequestError, TuneryError
-from tunery.export.command import export_model, render
+from tunery.events.event_log import EventLog
+from tunery.export.export_command import export_model, render
+from tunery.models.adapters import lora_config
 from tunery.models.load import load_classifier, load_model, load_with_new_head, write_base, write_head
-from tunery.models.tuners import lora_config
-from tunery.runner.identity import fingerprints
+from tunery.pipeline.cache_keys import fingerprints
 from tunery.search.space import trial_experiment, trial_id
 from tunery.spec import Experiment, Lora, load
 from tunery.store import Artifact, Store
-from tunery.track.events import EventLog
 
 SECRET = "a row that nobody else may read"
 TEXT = """
@@ -558,7 +558,7 @@ def test_failed_export_leaves_nothing_behind(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tunery.export.command, fails, fail)
+    monkeypatch.setattr(tunery.export.export_command, fails, fail)
     with pytest.raises(TuneryError, match="No space left") as told:
         export_model("small", tmp_path / "out", bench.store)
     assert told.value.exit_code == 1

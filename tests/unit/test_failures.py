@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
-from tunery.runner.execute import Where
-from tunery.runner.failures import explain
+from tunery.pipeline.diagnose import diagnose
+from tunery.pipeline.execute import RunContext
 from tunery.store import Store
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> Where:
+def where(tmp_path: Path) -> RunContext:
     (tmp_path / "store").mkdir()
-    return Where(Store(tmp_path / "store"), tmp_path / "run", tmp_path)
+    return RunContext(Store(tmp_path / "store"), tmp_path / "run", tmp_path)
 
 
 def died(text: str) -> RayActorError:
@@ -24,15 +24,15 @@ def died(text: str) -> RayActorError:
     return error
 
 
-def test_killed_worker_is_told_as_such(where: Where) -> None:
-    told = explain(died("The actor died unexpectedly: Worker exit: SIGKILL"), "sft", where)
+def test_killed_worker_is_told_as_such(where: RunContext) -> None:
+    told = diagnose(died("The actor died unexpectedly: Worker exit: SIGKILL"), "sft", where)
     assert told.message == "a worker process was killed"
     assert "SIGKILL" in told.cause
 
 
-def test_worker_that_raised_before_its_work_is_not_called_killed(where: Where) -> None:
+def test_worker_that_raised_before_its_work_is_not_called_killed(where: RunContext) -> None:
     text = "The actor died because of an error raised in its creation task, ray::A.x()\nValueError: no such file x"
-    told = explain(died(text), "sft", where)
+    told = diagnose(died(text), "sft", where)
     assert told.message == "a worker could not start"
     assert told.cause == "ValueError: no such file x"
     assert "ValueError" in (where.logs / "run-sft-error.txt").read_text()

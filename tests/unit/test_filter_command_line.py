@@ -10,8 +10,8 @@ from filter_bench import filter_here
 from small_classifiers import write_encoder
 
 from tunery.errors import RequestError
-from tunery.filter.command import run_filter
-from tunery.filter.experiment import Asked, build
+from tunery.filter.filter_command import run_filter
+from tunery.filter.filter_experiment import FilterRequest, build
 from tunery.spec import Experiment, parse
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
@@ -28,35 +28,51 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("asked", "message", "remedy"),
     [
-        (Asked(("rows.csv",), Path("g.csv"), ("length=wrods",)), "`--by length=wrods`: `length` can't be", "words"),
-        (Asked(("rows.csv",), Path("g.csv"), ("{length: words, naem: x}",)), "has no key `naem`", "`name`"),
         (
-            Asked(("rows.csv",), Path("g.csv"), ("length", "length=chars")),
+            FilterRequest(("rows.csv",), Path("g.csv"), ("length=wrods",)),
+            "`--by length=wrods`: `length` can't be",
+            "words",
+        ),
+        (FilterRequest(("rows.csv",), Path("g.csv"), ("{length: words, naem: x}",)), "has no key `naem`", "`name`"),
+        (
+            FilterRequest(("rows.csv",), Path("g.csv"), ("length", "length=chars")),
             "`--by length` and `--by length=chars`",
             "name:",
         ),
-        (Asked(("rows.csv",), Path("g.csv"), ("language=english",)), "`--by language=english`: `language`", "ISO 639"),
-        (Asked(("rows.csv",), Path("g.csv"), ("{embedding: ./m}",)), "gives rows no score", "near: good.jsonl"),
         (
-            Asked(("rows.csv",), Path("g.csv"), ("contamination=no.csv",)),
+            FilterRequest(("rows.csv",), Path("g.csv"), ("language=english",)),
+            "`--by language=english`: `language`",
+            "ISO 639",
+        ),
+        (FilterRequest(("rows.csv",), Path("g.csv"), ("{embedding: ./m}",)), "gives rows no score", "near: good.jsonl"),
+        (
+            FilterRequest(("rows.csv",), Path("g.csv"), ("contamination=no.csv",)),
             "`--by contamination=no.csv`: there is no",
             "",
         ),
-        (Asked(("rows.csv",), Path("g.csv"), (), ("lenght >= 3",)), "`--keep lenght >= 3` is about", "`length`"),
-        (Asked(("rows.csv", "no.csv"), Path("sub/g.csv")), "there is no file `no.csv`", "the current folder"),
-        (Asked(("odd.csv",), Path("sub/g.csv")), "the columns of `odd.csv` don't fit", "--column prompt=NAME"),
         (
-            Asked(("odd.csv",), Path("g.csv"), columns=("text=z",)),
+            FilterRequest(("rows.csv",), Path("g.csv"), (), ("lenght >= 3",)),
+            "`--keep lenght >= 3` is about",
+            "`length`",
+        ),
+        (FilterRequest(("rows.csv", "no.csv"), Path("sub/g.csv")), "there is no file `no.csv`", "the current folder"),
+        (FilterRequest(("odd.csv",), Path("sub/g.csv")), "the columns of `odd.csv` don't fit", "--column prompt=NAME"),
+        (
+            FilterRequest(("odd.csv",), Path("g.csv"), columns=("text=z",)),
             "the columns of `odd.csv`",
             "columns found: `x`, `y`",
         ),
-        (Asked(("odd.csv",), Path("g.csv"), columns=("txet=x",)), "`--column txet=x` can't be used", "'text'"),
-        (Asked(("array.jsonl",), Path("g.csv")), "`array.jsonl` holds no row", "a row must be an object, this is list"),
-        (Asked(("rows.csv",), Path("g.csv"), limit=0), "`--limit 0` can't be used", "greater than 0"),
-        (Asked(("builtin:python-docs",), Path("g.csv")), "is no source of a filter", "tunery run"),
+        (FilterRequest(("odd.csv",), Path("g.csv"), columns=("txet=x",)), "`--column txet=x` can't be used", "'text'"),
+        (
+            FilterRequest(("array.jsonl",), Path("g.csv")),
+            "`array.jsonl` holds no row",
+            "a row must be an object, this is list",
+        ),
+        (FilterRequest(("rows.csv",), Path("g.csv"), limit=0), "`--limit 0` can't be used", "greater than 0"),
+        (FilterRequest(("builtin:python-docs",), Path("g.csv")), "is no source of a filter", "tunery run"),
     ],
 )
-def test_an_error_names_the_option_its_value_and_a_remedy(asked: Asked, message: str, remedy: str) -> None:
+def test_an_error_names_the_option_its_value_and_a_remedy(asked: FilterRequest, message: str, remedy: str) -> None:
     before = sorted(Path().rglob("*"))
     with pytest.raises(RequestError) as caught:
         run_filter(asked, None, Store(Path("store")), quiet=True, say=print)
@@ -71,7 +87,7 @@ def test_models_that_are_missing_are_all_named_with_their_options() -> None:
     Path("empty").mkdir()
     by = ("reward=./rm", "{classifier: {pretrained: ./c}, label: good}", "perplexity=empty")
     with pytest.raises(RequestError) as caught:
-        run_filter(Asked(("rows.csv",), Path("g.csv"), by), None, Store(Path("store")), quiet=True, say=print)
+        run_filter(FilterRequest(("rows.csv",), Path("g.csv"), by), None, Store(Path("store")), quiet=True, say=print)
     for text in by:
         assert f"`--by {text}`: " in str(caught.value)
     assert "the current folder" in str(caught.value)
@@ -79,7 +95,7 @@ def test_models_that_are_missing_are_all_named_with_their_options() -> None:
 
 def test_a_label_that_a_classifier_has_not_is_an_error_of_its_option() -> None:
     write_encoder(Path("c"), ["NEGATIVE", "POSITIVE"])
-    asked = Asked(("rows.csv",), Path("sub/g.csv"), ("classifier=c",))
+    asked = FilterRequest(("rows.csv",), Path("sub/g.csv"), ("classifier=c",))
     with pytest.raises(RequestError, match=r"`--by classifier=c`: `c` has no label `good`") as caught:
         run_filter(asked, None, Store(Path("store")), quiet=True, say=print)
     assert "POSITIVE" in str(caught.value)
@@ -99,7 +115,7 @@ EVERY_MODEL = (
 )
 
 
-def parsed(asked: Asked) -> Experiment:
+def parsed(asked: FilterRequest) -> Experiment:
     return parse(read_yaml(build(asked).text, str(asked.file)))
 
 
@@ -108,7 +124,7 @@ def test_models_and_rows_of_every_scorer_start_at_the_current_folder(out: str, t
     for folder in ("m", "sub/deep", "elsewhere/far"):
         Path(folder).mkdir(parents=True)
     Path("link").symlink_to("elsewhere/far")
-    experiment = parsed(Asked(("rows.csv",), Path(out), EVERY_MODEL))
+    experiment = parsed(FilterRequest(("rows.csv",), Path(out), EVERY_MODEL))
     folder = os.path.realpath(Path(out).parent)
     models = [scorer.model for scorer in experiment.stages["scored"].by if scorer.model is not None]
     assert len(models) == 8
@@ -123,7 +139,7 @@ def test_models_and_rows_of_every_scorer_start_at_the_current_folder(out: str, t
 
 def test_hub_names_and_absolute_paths_stay_as_they_are(tmp_path: Path) -> None:
     by = ("perplexity=org/model", f"ifd={tmp_path}/m", "reward=~/m")
-    experiment = parsed(Asked(("rows.csv",), Path("sub/good.csv"), by))
+    experiment = parsed(FilterRequest(("rows.csv",), Path("sub/good.csv"), by))
     assert [scorer.model.pretrained for scorer in experiment.stages["scored"].by] == [
         "org/model",
         f"{tmp_path}/m",

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from tunery.errors import RequestError, SpecErrors
-from tunery.filter.command import run_filter, write_experiment
-from tunery.filter.experiment import MARKER, USUAL_KEEP, Asked, Built, build
+from tunery.filter.filter_command import run_filter, write_experiment
+from tunery.filter.filter_experiment import MARKER, USUAL_KEEP, Built, FilterRequest, build
 from tunery.spec import Experiment, load
 from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import Dataset, Score, Select
 from tunery.store import Store
 
 
-def loaded(built: Built, asked: Asked) -> Experiment:
+def loaded(built: Built, asked: FilterRequest) -> Experiment:
     write_experiment(asked.file, built.text)
     return load(asked.file)[0]
 
@@ -27,7 +27,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_word_what_is_bad_in_any_data_is_dropped_and_that_is_said() -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"))
+    asked = FilterRequest(("rows.csv",), Path("good.csv"))
     built = build(asked)
     experiment = loaded(built, asked)
     assert [type(stage) for stage in experiment.stages.values()] == [Dataset, Score, Select]
@@ -37,31 +37,33 @@ def test_without_a_word_what_is_bad_in_any_data_is_dropped_and_that_is_said() ->
 
 
 def test_prompts_are_judged_whole_since_they_have_no_answer() -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"))
+    asked = FilterRequest(("rows.csv",), Path("good.csv"))
     (*_, gopher) = loaded(build(asked, answers=False), asked).stages["scored"].by
     assert gopher.gopher.of == "whole"
 
 
 def test_every_score_has_its_usual_rule_where_none_is_given() -> None:
     by = ("length", "gopher", "c4", "language=en", "duplicates", "near_duplicates", "perplexity=org/model", "ifd=./m")
-    asked = Asked(("rows.csv",), Path("good.csv"), by)
+    asked = FilterRequest(("rows.csv",), Path("good.csv"), by)
     experiment = loaded(build(asked), asked)
     assert list(experiment.stages["kept"].keep) == [scorer.score for scorer in experiment.stages["scored"].by]
 
 
 def test_a_rule_brings_its_score_along_where_that_needs_no_word() -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"), keep=("length 3..500", "random best 10"), any_rule=True, limit=20)
+    asked = FilterRequest(
+        ("rows.csv",), Path("good.csv"), keep=("length 3..500", "random best 10"), any_rule=True, limit=20
+    )
     experiment = loaded(build(asked), asked)
     assert [scorer.score for scorer in experiment.stages["scored"].by] == ["length"]
     assert experiment.stages["kept"].combine == "any"
     assert experiment.stages["rows"].limit == 20
     with pytest.raises(RequestError, match="needs to know more") as caught:
-        build(Asked(("rows.csv",), Path("good.csv"), keep=("language >= 0.1",)))
+        build(FilterRequest(("rows.csv",), Path("good.csv"), keep=("language >= 0.1",)))
     assert "language=en" in caught.value.remedy
 
 
 def test_random_rows_need_no_score() -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"), keep=("random best 10",))
+    asked = FilterRequest(("rows.csv",), Path("good.csv"), keep=("random best 10",))
     assert list(loaded(build(asked), asked).stages) == ["rows", "kept"]
 
 
@@ -69,7 +71,7 @@ def test_paths_lead_from_the_experiment_to_where_they_led_from_here(tmp_path: Pa
     (tmp_path / "model").mkdir()
     sources = ("in/a b.csv", "hub:org/name", "s3://bucket/x.jsonl", "/data/*.csv")
     by = ("perplexity=model", "contamination=in/test.jsonl")
-    asked = Asked(sources, Path("out/deep/good.csv"), by, columns=("prompt=Frage: was?", "completion=no"))
+    asked = FilterRequest(sources, Path("out/deep/good.csv"), by, columns=("prompt=Frage: was?", "completion=no"))
     experiment = loaded(build(asked), asked)
     first, *others = experiment.stages["rows"].source
     assert os.path.normpath(asked.file.parent / first) == "in/a b.csv"
@@ -83,13 +85,15 @@ def test_paths_lead_from_the_experiment_to_where_they_led_from_here(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ['a"b.csv', "ä\u2028😀.csv", "{x}: #.csv", "no", "line\nend.csv", "tab\there.csv"])
 def test_any_name_of_a_file_survives_the_text(name: str) -> None:
-    asked = Asked((name,), Path("good.csv"))
+    asked = FilterRequest((name,), Path("good.csv"))
     assert loaded(build(asked), asked).stages["rows"].source == name
 
 
 def test_every_option_has_a_line_of_its_own_in_the_experiment(tmp_path: Path) -> None:
     options = ("--by length=wrods", "--by language=xx")
-    asked = Asked(("a.csv", "b.csv"), Path("good.csv"), ("length=wrods", "language=xx"), limit=3, columns=("text=t",))
+    asked = FilterRequest(
+        ("a.csv", "b.csv"), Path("good.csv"), ("length=wrods", "language=xx"), limit=3, columns=("text=t",)
+    )
     built = build(asked)
     with pytest.raises(SpecErrors) as caught:
         loaded(built, asked)
@@ -99,7 +103,7 @@ def test_every_option_has_a_line_of_its_own_in_the_experiment(tmp_path: Path) ->
 
 @pytest.mark.parametrize("by", ["{}", "{lenght: words}", "{length: words, name: A b}", "{length: [}", "{3: x}"])
 def test_a_scorer_in_braces_is_checked_as_an_experiments(by: str) -> None:
-    asked = Asked(("rows.csv",), Path("good.csv"), (by,))
+    asked = FilterRequest(("rows.csv",), Path("good.csv"), (by,))
     with pytest.raises(RequestError):
         loaded(build(asked), asked)
 
@@ -120,7 +124,7 @@ def test_a_place_that_can_not_be_written_is_an_error_with_a_remedy(tmp_path: Pat
 
 def test_two_rules_on_a_score_are_refused() -> None:
     with pytest.raises(RequestError, match=r"length >= 3.*length <= 5"):
-        build(Asked(("rows.csv",), Path("good.csv"), keep=("length >= 3", "length <= 5")))
+        build(FilterRequest(("rows.csv",), Path("good.csv"), keep=("length >= 3", "length <= 5")))
 
 
 def test_an_experiment_of_somebody_else_is_not_overwritten_and_ours_is(tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_files_that_would_be_read_or_can_not_be_written_are_refused_before_anyth
 ) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "rows.csv").write_text("text\nhello\n")
-    asked = Asked((source,), Path(out))
+    asked = FilterRequest((source,), Path(out))
     with pytest.raises(RequestError, match=why):
         run_filter(asked, Path(dropped) if dropped else None, Store(tmp_path / "store"), quiet=True, say=print)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "rows.csv"]

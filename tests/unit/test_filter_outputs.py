@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from filter_bench import filter_here
 
-from tunery.data.formats.hub import HubDataset
 from tunery.errors import RequestError, StageError, TuneryError
 from tunery.filter import outputs
 from tunery.filter.originals import originals, originals_of
-from tunery.filter.writers import WRITERS, excel
+from tunery.filter.writers import WRITERS, excel_writer
+from tunery.ingest.formats.hub import HubDataset
 from tunery.spec import Dataset
 
 KEEP = ("length 3..5",)
@@ -368,7 +368,7 @@ def test_a_workbook_that_can_not_hold_a_row_is_refused_and_nothing_is_left(monke
     with pytest.raises(RequestError, match="32,768 characters") as caught:
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert ".parquet" in caught.value.remedy
-    monkeypatch.setattr(excel, "SHEET_ROWS", 1)
+    monkeypatch.setattr(excel_writer, "SHEET_ROWS", 1)
     write("in.jsonl", json.dumps({"text": words(3)}) + "\n" + json.dumps({"text": words(4)}) + "\n")
     with pytest.raises(RequestError, match="rows don't fit"):
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
@@ -397,8 +397,8 @@ def test_originals_are_the_readers_records(name: str) -> None:
             name,
             {"in.csv": "\n".join(TICKETS), "in.json": '[{"a": 1}, 2]', "in.txt": "a\n\nb"}.get(name, '{"a": 1}\n['),
         )
-    from tunery.data.filesystem import local_file
-    from tunery.data.read import records_of
+    from tunery.ingest.filesystem import local_file
+    from tunery.ingest.read import records_of
 
     stage = Dataset.model_validate({"kind": "dataset", "source": name})
     file = local_file(Path.cwd() / name, Path.cwd())

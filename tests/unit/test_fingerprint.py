@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.runner import identity as identity_module
-from tunery.runner.identity import WITHOUT_EFFECT, difference, fingerprints, identity, stage_seed
-from tunery.runner.stages import STAGES
+from tunery.pipeline import cache_keys as identity_module
+from tunery.pipeline.cache_keys import WITHOUT_EFFECT, difference, fingerprints, identity, stage_seed
+from tunery.pipeline.stage_registry import STAGES
 from tunery.spec import Compute, Evaluate, Experiment, Stage, Training, WinRate
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.store.fingerprint import LENGTH, file_digest, fingerprint, folder_digest
 
@@ -306,7 +306,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 def users_of(experiment: Experiment, *names: str) -> set[str]:
     """`names` and whatever depends on them."""
-    return {user for user in experiment.stages if closure(experiment.stages, [user]).keys() & set(names)}
+    return {user for user in experiment.stages if with_upstream(experiment.stages, [user]).keys() & set(names)}
 
 
 def kinds() -> list[type[Stage]]:

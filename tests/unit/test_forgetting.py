@@ -11,7 +11,7 @@ from conftest import LoadText
 from in_process import stage_context
 from small_classifiers import WORDS, write_language_model
 
-from tunery.evaluate.heldout import make_metrics, with_forgetting
+from tunery.evaluation.loss_eval import run_evaluate, with_forgetting
 from tunery.search.space import metric_of, trial_experiment
 from tunery.spec import Evaluate, Experiment, WinRate
 from tunery.spec.check_search import metrics_of
@@ -62,7 +62,7 @@ def test_results_tell_it_where_there_is_a_baseline(baseline: dict[str, str] | No
     models = [{"pretrained": f"./{name}"} for name in ("base", "sft")]
     spec = {"kind": "evaluate", "models": models, "data": {"set": "data"}, "baseline": baseline}
     context = stage_context(Evaluate, spec, tmp_path / "data", tmp_path, tmp_path)
-    before, after = make_metrics(context).facts["results"]
+    before, after = run_evaluate(context).facts["results"]
     if baseline is None:
         assert "forgetting" not in before | after
     else:

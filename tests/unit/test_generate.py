@@ -9,8 +9,8 @@ import torch
 from small_classifiers import write_language_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from tunery.models.generate import Answer, TransformersEngine
-from tunery.models.sampling import draw, nucleus, uniform_numbers
+from tunery.models.generate import Response, TransformersEngine
+from tunery.models.sampling import sample, top_p_filter, uniform_numbers
 from tunery.spec import Sampling
 
 END = 1
@@ -32,7 +32,7 @@ def numbers(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).log_softmax(0)
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens, log_probs = draw(logits.expand(100_000, -1).clone(), uniform, Sampling())
+    tokens, log_probs = sample(logits.expand(100_000, -1).clone(), uniform, Sampling())
     shares = torch.bincount(tokens, minlength=4) / 100_000
     torch.testing.assert_close(shares, logits.exp(), atol=0.006, rtol=0)
     torch.testing.assert_close(log_probs, logits[tokens])
@@ -41,24 +41,24 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_every_number_in_0_to_1_draws_a_token_that_can_be_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for uniform in (0.0, 0.4999999, 0.5, 1 - 2**-53):
-        token, _ = draw(logits.clone(), torch.tensor([uniform], dtype=torch.float64), Sampling())
+        token, _ = sample(logits.clone(), torch.tensor([uniform], dtype=torch.float64), Sampling())
         assert int(token) == (1 if uniform < 0.5 else 3)
 
 
 def test_temperature_0_takes_the_likeliest() -> None:
-    tokens, log_probs = draw(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), Sampling(temperature=0))
+    tokens, log_probs = sample(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), Sampling(temperature=0))
     assert (tokens.tolist(), log_probs.tolist()) == ([1], [0.0])
 
 
 def test_nucleus_is_the_likeliest_tokens_that_together_reach_top_p() -> None:
     log_probs = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
     for top_p, kept in [(0.4, [1]), (0.5, [1]), (0.51, [1, 2]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
-        assert nucleus(log_probs, top_p).isfinite().nonzero()[:, 1].tolist() == kept, top_p
+        assert top_p_filter(log_probs, top_p).isfinite().nonzero()[:, 1].tolist() == kept, top_p
 
 
 def test_log_probability_is_that_of_what_was_drawn_from() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
-    token, log_prob = draw(logits.clone(), torch.tensor([0.9]), Sampling(top_p=0.6))
+    token, log_prob = sample(logits.clone(), torch.tensor([0.9]), Sampling(top_p=0.6))
     assert int(token) == 2
     assert float(log_prob) == pytest.approx(torch.tensor(0.25 / 0.75).log())
 
@@ -193,5 +193,5 @@ class Counting(torch.nn.Module):
         return self.model(**inputs)
 
 
-def _tokens(answers: list[Answer]) -> list[list[int]]:
+def _tokens(answers: list[Response]) -> list[list[int]]:
     return [answer.tokens for answer in answers]

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_read import dataset, make, quarantine_of
 
-from tunery.data.formats import json_values, tables, text
-from tunery.data.formats import lines as formats_lines
-from tunery.data.read import Quarantined, Tally, as_tables, read_source
+from tunery.ingest.formats import delimited, json_values, text
+from tunery.ingest.formats import lines as formats_lines
+from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
 from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows
 
 FEW = settings(max_examples=40, derandomize=True, deadline=None)
@@ -29,7 +29,7 @@ FEW = settings(max_examples=40, derandomize=True, deadline=None)
 def read(folder: Path, name: str, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
     """Rows and quarantine, which together are all that was read."""
     bad: list[Quarantined] = []
-    tally = Tally()
+    tally = ReadCounts()
     rows = list(read_source(dataset(name, **fields), folder, bad.append, tally))
     assert tally.records == len(rows) + len(bad)
     return rows, bad
@@ -87,7 +87,7 @@ def test_pieces_that_a_file_is_read_in_change_nothing(
 def test_record_longer_than_the_longest_is_quarantined_unread(
     name: str, before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (json_values, formats_lines, tables, text):
+    for module in (json_values, formats_lines, delimited, text):
         monkeypatch.setattr(module, "LONGEST", 1000)
     for module in (json_values, formats_lines):
         monkeypatch.setattr(module, "CHUNK", 64)
@@ -227,4 +227,4 @@ def test_any_records_become_the_same_rows_from_lines_and_from_an_array(records: 
     assert in_lines == in_array
     assert [line.reason for line in bad] == [line.reason for line in bad_there]
     assert len(in_lines) + len(bad) == len(records)
-    assert sum(table.num_rows for table in as_tables(in_lines, Tally())) == len(in_lines)
+    assert sum(table.num_rows for table in as_tables(in_lines, ReadCounts())) == len(in_lines)

@@ -8,9 +8,9 @@ from typing import Any
 
 from sample_search import FORGETTING, LOSS, RATE, SCHEDULE, SHARE, WARMUP, searched_events
 
-from tunery.track.importance import ENOUGH, Importance, importances, too_few
-from tunery.track.snapshot import SearchState, TrialState
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.events.run_state import SearchState, TrialState
+from tunery.reporting.importance import ENOUGH, Importance, importances, too_few
 
 
 def search_of(trials: list[tuple[dict[str, Any], float]], **more: Any) -> SearchState:

@@ -122,8 +122,8 @@ with STOP.handled(), STOP.held():
 
 def test_third_signal_ends_the_process_and_says_so_once() -> None:
     code = """
-from tunery.interrupt import last_words
-with STOP.handled(), last_words("somebody killed the run"), STOP.held():
+from tunery.interrupt import report_abrupt_exit
+with STOP.handled(), report_abrupt_exit("somebody killed the run"), STOP.held():
     for _ in range(3):
         kill()
 """

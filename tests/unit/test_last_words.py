@@ -11,8 +11,8 @@ import pytest
 
 CODE = """
 import os, sys
-from tunery.interrupt import last_words
-with last_words("gone at once"):
+from tunery.interrupt import report_abrupt_exit
+with report_abrupt_exit("gone at once"):
     exec(sys.argv[1])
 """
 

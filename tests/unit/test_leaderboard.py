@@ -7,9 +7,9 @@ from typing import Any
 from sample_run import sample_events
 from sample_search import FORGETTING, LOSS, RATE, WARMUP, event, searched_events
 
-from tunery.track.leaderboard import column_names, leaderboard, verdict
-from tunery.track.snapshot import SearchState
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.events.leaderboard import column_names, leaderboard, winner_summary
+from tunery.events.run_state import SearchState
 
 
 def search_of(events: list[dict[str, Any]]) -> SearchState:
@@ -62,7 +62,7 @@ def test_all_metrics_and_fields_have_a_column_and_a_missing_field_a_gap() -> Non
 
 
 def test_a_tie_is_told_in_words() -> None:
-    lines = verdict(search_of(searched_events()))
+    lines = winner_summary(search_of(searched_events()))
     assert lines[0].startswith("best: t00, eval loss 3.105 ± 0.012 over 2 seeds, with learning_rate=")
     assert lines[1] == "a tie with t01: 2 seeds can't tell them apart"
     assert lines[2].startswith("Pareto front of eval_loss and forgetting: t00 and t03; ")
@@ -72,26 +72,26 @@ def test_a_tie_is_told_in_words() -> None:
 def test_a_winner_that_was_not_repeated_is_said_to_be_by_one_seed() -> None:
     events = [one for one in searched_events(standings=[], ties=[], front=[]) if one.get("origin") != "replicate"]
     events = [one for one in events if not str(one.get("trial", "")).startswith("r")]
-    (line,) = verdict(search_of(events))
+    (line,) = winner_summary(search_of(events))
     assert "by one seed" in line
 
 
 def test_what_ended_a_search_early_is_told() -> None:
     search = search_of(searched_events(ended_by="the budget of 2 hours is spent"))
-    assert verdict(search)[-1] == "the search ended early: the budget of 2 hours is spent"
+    assert winner_summary(search)[-1] == "the search ended early: the budget of 2 hours is spent"
 
 
 def test_winner_that_breaks_a_constraint_says_so() -> None:
     end = {"state": "done", "value": 2.0, "values": {LOSS: 2.0, FORGETTING: 0.5}, "feasible": False}
     opening = next(one for one in searched_events() if one["event"] == "search_started")
-    lines = verdict(search_of([opening, event("trial_finished", 9, trial="t", overrides={}, **end)]))
+    lines = winner_summary(search_of([opening, event("trial_finished", 9, trial="t", overrides={}, **end)]))
     assert lines[1] == "no trial keeps to the constraints: t has forgetting > 0.1"
 
 
 def test_search_under_way_names_the_best_so_far_and_is_by_its_replicates_as_they_come() -> None:
     events = [one for one in searched_events() if one["event"] not in ("search_finished", "run_finished")]
     search = search_of(events)
-    assert verdict(search)[0].startswith("best so far: t00, eval loss 3.105 over 2 seeds")
+    assert winner_summary(search)[0].startswith("best so far: t00, eval loss 3.105 over 2 seeds")
 
 
 def test_log_from_before_origins_and_values_were_told_gives_a_table_all_the_same() -> None:

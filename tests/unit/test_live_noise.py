@@ -12,12 +12,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from tunery.runner.session import noise_to
-from tunery.track.events import EventReader
-from tunery.track.terminal import Terminal
+from tunery.pipeline.ray_session import redirect_output
+from tunery.events.event_log import EventReader
+from tunery.reporting.terminal import Terminal
 folder = Path(sys.argv[1])
 (folder / "events").mkdir()
-with noise_to(folder / "driver.log") as out:
+with redirect_output(folder / "driver.log") as out:
     with Terminal(Console(file=out, force_terminal=True), "quiet", folder, EventReader(folder / "events")):
         print("chatter on stdout")
         print("chatter on stderr", file=sys.stderr)

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import LoadText
 
-from tunery.data.formats.hub import Ambiguous
-from tunery.data.sources import BadSource
 from tunery.errors import (
     Interrupted,
     RequestError,
@@ -21,7 +19,9 @@ from tunery.errors import (
     StoreError,
     TuneryError,
 )
-from tunery.models.check import BadModel
+from tunery.ingest.formats.hub import Ambiguous
+from tunery.ingest.sources import BadSource
+from tunery.models.model_folder import BadModel
 from tunery.spec import Dataset, Gopher, Pretrain, Score, Sft, load
 
 GOOD = """\

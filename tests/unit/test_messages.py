@@ -11,14 +11,14 @@ import pytest
 from pydantic import ValidationError
 from test_read import make
 
-from tunery.data.formats.record import BadRow
-from tunery.data.read import Quarantined, Tally, check_source, read_source
-from tunery.data.review.shown import Item, Verdict
-from tunery.data.sources import BUILTIN, BadSource
-from tunery.data.turns import ROLES, MessageReader, tools_json
 from tunery.errors import SpecErrors
+from tunery.ingest.formats.record import InvalidRow
+from tunery.ingest.messages import ROLES, MessageReader, tools_json
+from tunery.ingest.read import Quarantined, ReadCounts, check_source, read_source
+from tunery.ingest.sources import BUILTIN, BadSource
+from tunery.review.review_items import ReviewItem, RowOutcome
 from tunery.spec import Dataset
-from tunery.spec.load import load
+from tunery.spec.loader import load
 from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows, write_rows
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -29,7 +29,7 @@ def read(folder: Path, *records: dict[str, Any], **fields: Any) -> tuple[list[Ro
     """Rows, reasons of the quarantine, and what was ignored."""
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     bad: list[Quarantined] = []
-    tally = Tally()
+    tally = ReadCounts()
     rows = list(read_source(Dataset(kind="dataset", source="a.jsonl", **fields), folder, bad.append, tally))
     return rows, [f"{line.line}: {line.reason}" for line in bad], dict(tally.ignored)
 
@@ -70,7 +70,7 @@ def test_empty_reasoning_is_none_and_a_flag_called_thinking_is_ignored() -> None
     assert not reader.ignored
     assert reader.turns([{**A, "thinking": False}, {**Q, "reasoning": "x"}]) == [A, Q]
     assert reader.ignored == {"messages[].reasoning_content"}
-    with pytest.raises(BadRow, match="the reasoning of turn 1 is dict, not text"):
+    with pytest.raises(InvalidRow, match="the reasoning of turn 1 is dict, not text"):
         turns_of({**A, "reasoning_content": {"a": 1}})
 
 
@@ -110,7 +110,7 @@ def test_weight_of_an_assistants_turn_is_kept(given: dict[str, Any], weight: flo
 
 @pytest.mark.parametrize("weight", ["x", "1", -1, float("nan"), float("inf"), 10**400, [1]])
 def test_weight_that_is_no_number_of_0_or_more_costs_the_row(weight: Any) -> None:
-    with pytest.raises(BadRow, match=r"the weight of turn 2 is .*, not a number of 0 or more"):
+    with pytest.raises(InvalidRow, match=r"the weight of turn 2 is .*, not a number of 0 or more"):
         turns_of(Q, {**A, "weight": weight})
 
 
@@ -177,16 +177,16 @@ def test_empty_turn_of_the_system_is_none_and_an_empty_result_of_a_tool_is_kept(
     assert turns_of({"role": "system", **content}, Q, A) == [Q, A]
     (result,) = turns_of({"role": "tool", **content})
     assert result["content"] == (content.get("content") or "")
-    with pytest.raises(BadRow, match="nothing but an empty turn of the system"):
+    with pytest.raises(InvalidRow, match="nothing but an empty turn of the system"):
         turns_of({"role": "system", **content})
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
 @pytest.mark.parametrize("calls", [{}, {"tool_calls": []}, {"tool_calls": None, "function_call": None}])
 def test_empty_question_or_answer_costs_the_row(role: str, calls: dict[str, Any]) -> None:
-    with pytest.raises(BadRow, match="turn 1 is empty"):
+    with pytest.raises(InvalidRow, match="turn 1 is empty"):
         turns_of({"role": role, "content": " ", **calls})
-    with pytest.raises(BadRow, match="turn 1 lacks role or content"):
+    with pytest.raises(InvalidRow, match="turn 1 lacks role or content"):
         turns_of({"role": role, **calls})
 
 
@@ -405,7 +405,7 @@ def test_cells_of_a_table_without_a_name_are_counted(form: str, tmp_path: Path) 
         for line in lines:
             book.worksheets[0].append(line)
         book.save(tmp_path / "a.xlsx")
-    tally = Tally()
+    tally = ReadCounts()
     stage = Dataset(kind="dataset", source=f"a.{form}")
     assert len(list(read_source(stage, tmp_path, pytest.fail, tally))) == 3
     assert tally.ignored == {"(a column without a name)": 2}
@@ -443,7 +443,7 @@ def test_reviewer_sees_the_reasoning_and_the_calls(full: list[Any], tmp_path: Pa
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == full
     assert set(row["messages"][0]) == {"role", "content", *OPTIONAL_TURN_FIELDS}
-    shown = Item("0" * 16, row, Verdict(True, {}, {})).turns
+    shown = ReviewItem("0" * 16, row, RowOutcome(True, {}, {})).turns
     assert [turn["content"] for turn in shown] == ["q", "Reasoning:\nt\n\nCalls f: {}", "", "Reasoning:\nbecause\n\na"]
     assert [turn["judged"] for turn in shown] == [False, False, False, True]
     assert set(shown[0]) == {"role", "content", "judged"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sample_run import START, rewarded_events
 
-from tunery.track.overhead import overhead
+from tunery.events.overhead import overhead
 
 
 def at(t: float, event: str, **values: object) -> dict:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tunery.spec import Dataset, Evaluate, Experiment, Keep, Perplexity, Pretrain, Score, Scratch, Select, Sft, Stage
-from tunery.spec.graph import closure, find_cycle, inputs_of, order
+from tunery.spec.graph import find_cycle, inputs_of, order, with_upstream
 from tunery.spec.overrides import PathError, with_overrides
 
 EXPERIMENT = Experiment(
@@ -139,13 +139,13 @@ def test_order_of_the_file_stays_where_inputs_stand_before_users(stages: dict[st
 @given(graphs(), st.data())
 def test_closure_is_the_smallest_part_that_can_run_by_itself(stages: dict[str, Stage], data: st.DataObject) -> None:
     wanted = data.draw(st.sets(st.sampled_from(sorted(stages)), min_size=1))
-    needed = closure(stages, wanted)
+    needed = with_upstream(stages, wanted)
     assert wanted <= needed.keys()
     assert list(needed) == [name for name in stages if name in needed]
     used = {name for stage in needed.values() for name in inputs_of(stage)}
     assert used <= needed.keys()
     assert needed.keys() - wanted <= used
-    assert closure(stages, needed) == needed
+    assert with_upstream(stages, needed) == needed
 
 
 @given(graphs())
@@ -158,7 +158,7 @@ def test_cycle_is_found_and_leads_along_references_back_to_its_start(
     stages: dict[str, Stage], data: st.DataObject
 ) -> None:
     user = data.draw(st.sampled_from([name for name in stages if name != "m"]))
-    used = data.draw(st.sampled_from(sorted(closure(stages, [user]).keys() - {"m"})))
+    used = data.draw(st.sampled_from(sorted(with_upstream(stages, [user]).keys() - {"m"})))
     closed = {**stages, used: stage_reading([*inputs_of(stages[used]), user])}
     cycle = find_cycle(closed)
     assert cycle is not None

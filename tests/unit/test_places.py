@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_read import dataset, make
 
-from tunery.data import filesystem
-from tunery.data.filesystem import File, OutOfReach, find
-from tunery.data.formats import hub
-from tunery.data.formats.hub import Ambiguous, streamed
-from tunery.data.read import check_source, first_shape, read_source
-from tunery.data.sources import BadSource, source_identity
 from tunery.errors import RequestError, StageError
+from tunery.ingest import filesystem
+from tunery.ingest.filesystem import File, UnavailableFile, find
+from tunery.ingest.formats import hub
+from tunery.ingest.formats.hub import Ambiguous, streamed
+from tunery.ingest.read import check_source, first_shape, read_source
+from tunery.ingest.sources import BadSource, source_identity
 from tunery.store.rows import read_rows
 
 
@@ -93,7 +93,7 @@ def test_file_that_may_not_be_read_is_told_before_the_run(tmp_path: Path, monkey
     put(tmp_path, "a.jsonl")
 
     def refuse(file: File) -> Any:
-        raise OutOfReach("`a.jsonl`: Permission denied")
+        raise UnavailableFile("`a.jsonl`: Permission denied")
 
     monkeypatch.setattr(filesystem, "_open_raw", refuse)
     with pytest.raises(BadSource, match="Permission denied"):

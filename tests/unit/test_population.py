@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from tunery.search.journal import Begun, Journal
-from tunery.search.population import Descent, Population, changeable
+from tunery.search.journal import Journal, TrialStart
+from tunery.search.population import Exploit, Population, changeable
 from tunery.search.space import Point, point_by_chance, trial_id
 from tunery.spec import Search, Sft
-from tunery.spec.overrides import present
-from tunery.train.batches import at_even_steps
-from tunery.train.course import change_step, course
+from tunery.spec.overrides import final_values
+from tunery.training.batches import at_even_steps
+from tunery.training.schedule import override_step, schedule
 
 SPACE: dict[str, Any] = {
     "sft.learning_rate": {"loguniform": [1e-5, 1e-2]},
@@ -46,13 +46,13 @@ def report(point: Point, generation: int) -> dict[str, float]:
     return {"sft.eval_loss": loss, "steps": float(step), "share": step / STEPS}
 
 
-def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Descent]:
+def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
     """Everybody trains to the end; each turn one of those that can go on reports."""
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
         told.join(name, point)
     ahead = dict.fromkeys(points, 1)
-    found: list[Descent] = []
+    found: list[Exploit] = []
     while going := order([name for name in ahead if name not in told.replaced and ahead[name] < EVALUATIONS]):
         name = going[0]
         told.hear(name, report(points[name], ahead[name]))
@@ -65,7 +65,7 @@ def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Des
     return found
 
 
-def due(told: Population) -> list[Descent]:
+def due(told: Population) -> list[Exploit]:
     told.decide()
     found, told.offspring = told.offspring, []
     assert [descent.member for descent in found] == told.leaving
@@ -104,7 +104,7 @@ def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None
         (change,) = descent.overrides["sft.changes"]
         assert search().space["sft.learning_rate"].holds(change["learning_rate"])
         assert change["weight_decay"] in (0.0, 0.01, 0.1)
-        assert present(descent.overrides)["sft.learning_rate"] == change["learning_rate"]
+        assert final_values(descent.overrides)["sft.learning_rate"] == change["learning_rate"]
     assert changeable(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
 
 
@@ -114,10 +114,10 @@ def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() 
     for evaluations in range(2, 13):
         for steps in (12, 50, 51, 99, 300):
             evaluated = at_even_steps(steps, evaluations)[:-1]
-            assert [change_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
+            assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
     told = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
     spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "changes": [change]}))
-    rates = course(spec, STEPS).learning_rates
+    rates = schedule(spec, STEPS).learning_rates
     assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
 
 
@@ -125,7 +125,7 @@ def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
     journal, told = Journal(tmp_path / "journal.jsonl"), population()
     points = {trial_id(point): point for point in starts()}
     for number, (name, point) in enumerate(points.items()):
-        journal.begin(Begun(name, number, point, "drawn"))
+        journal.begin(TrialStart(name, number, point, "drawn"))
         told.join(name, point)
     for name, point in points.items():
         for generation in (1, 2):  # nobody waits for the decision
@@ -133,7 +133,9 @@ def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
             told.hear(name, report(point, generation))
     found = due(told)
     for descent in found[:1]:  # the search was killed before the other had begun
-        journal.begin(Begun(trial_id(descent.overrides), 9, descent.overrides, "descendant", descent.of, descent.since))
+        journal.begin(
+            TrialStart(trial_id(descent.overrides), 9, descent.overrides, "descendant", descent.of, descent.since)
+        )
         journal.end(descent.member, state="stopped", values={}, seconds=1.0, error="")
     again = population()
     again.replay(Journal(tmp_path / "journal.jsonl").records.values())

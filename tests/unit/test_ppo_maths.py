@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from tunery.errors import StageError
 from tunery.spec import Ppo
-from tunery.train.divergence import check_finite
-from tunery.train.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whitened
-from tunery.train.ppo.guards import PATIENCE, check_kl, check_rewards_differ
-from tunery.train.ppo.kl import adapted, kl_per_token, penalised, token_rewards
-from tunery.train.ppo.losses import log_probs_of, policy_loss, value_loss
-from tunery.train.ppo.trainer import learning_rate_at
+from tunery.training.divergence import check_finite
+from tunery.training.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whiten
+from tunery.training.ppo.kl import adapt_kl_coef, apply_eos_penalty, kl_per_token, token_rewards
+from tunery.training.ppo.losses import log_probs_of, policy_loss, value_loss
+from tunery.training.ppo.sanity_checks import MIN_REWARD_SAMPLES, check_kl, check_rewards_differ
+from tunery.training.ppo.trainer import learning_rate_at
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -60,7 +60,7 @@ def test_late_score_stands_one_place_further_where_there_is_one() -> None:
 
 
 def test_answers_that_were_cut_off_lose_the_penalty() -> None:
-    scores = penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.25)
+    scores = apply_eos_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.25)
     assert scores.tolist() == [1.0, 0.75]
 
 
@@ -69,7 +69,7 @@ def test_answers_that_were_cut_off_lose_the_penalty() -> None:
     [(6.0, 0.1), (6.6, 0.1 * math.exp(0.1 * 0.1)), (60.0, 0.1 * math.exp(0.02)), (0.0, 0.1 * math.exp(-0.02))],
 )
 def test_coefficient_moves_towards_the_target_by_at_most_a_fifth_a_horizon(kl: float, expected: float) -> None:
-    assert adapted(0.1, kl, target=6.0, horizon=1000, answers=100) == pytest.approx(expected)
+    assert adapt_kl_coef(0.1, kl, target=6.0, horizon=1000, answers=100) == pytest.approx(expected)
 
 
 # Advantages.
@@ -111,16 +111,16 @@ def test_padding_changes_no_advantage() -> None:
 
 def test_whitened_has_mean_0_and_deviation_1_over_the_mask_alone() -> None:
     values = tensor([1.0, 2.0, 6.0], [3.0, 1e9, -1e9])
-    white = whitened(values, MASK)
+    white = whiten(values, MASK)
     assert float(white[MASK].mean()) == pytest.approx(0, abs=1e-6)
     assert float(white[MASK].std()) == pytest.approx(1, abs=1e-5)
     assert white[1, 1:].tolist() == [0, 0]
-    kept = whitened(values, MASK, shift=False)
+    kept = whiten(values, MASK, shift=False)
     assert float(kept[MASK].mean()) == pytest.approx(3, abs=1e-5)
 
 
 def test_one_token_can_be_whitened() -> None:
-    assert whitened(tensor([4.0]), torch.tensor([[True]])).tolist() == [[0.0]]
+    assert whiten(tensor([4.0]), torch.tensor([[True]])).tolist() == [[0.0]]
 
 
 def test_explained_variance_is_1_for_the_truth_and_0_for_a_constant() -> None:
@@ -213,9 +213,9 @@ def test_kl_beyond_the_bound_ends_the_training() -> None:
 
 
 def test_rewards_that_never_differ_end_the_training_and_those_that_did_once_do_not() -> None:
-    check_rewards_differ("ppo", 1.0, 1.0, PATIENCE - 1, last=False)
+    check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES - 1, last=False)
     with pytest.raises(StageError, match="all 512 answers so far got the same reward, 1"):
-        check_rewards_differ("ppo", 1.0, 1.0, PATIENCE, last=False)
+        check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES, last=False)
     with pytest.raises(StageError, match="all 16 answers"):
         check_rewards_differ("ppo", 1.0, 1.0, 16, last=True)
-    check_rewards_differ("ppo", 1.0, 2.0, PATIENCE, last=True)
+    check_rewards_differ("ppo", 1.0, 2.0, MIN_REWARD_SAMPLES, last=True)

@@ -17,10 +17,10 @@ from tunery.errors import StageError, TuneryError
 from tunery.models.encode import template_suffix_ids
 from tunery.models.load import write_base
 from tunery.spec import Ppo
-from tunery.train.job import Job
-from tunery.train.ppo.build import Models, build
-from tunery.train.ppo.models import POLICY, REWARD, VALUE, activated, recomputed_as_before
-from tunery.train.ppo.rollouts import MicroBatch, Rollouts, micro_batch, minibatches, share
+from tunery.training.job import Job
+from tunery.training.ppo.build import Models, build
+from tunery.training.ppo.models import POLICY, REWARD, VALUE, activated, recomputed_as_before
+from tunery.training.ppo.rollouts import MicroBatch, Rollouts, micro_batch, minibatches, shard_by_length
 
 CPU = torch.device("cpu")
 ROLLOUTS = Rollouts(
@@ -113,7 +113,7 @@ def test_what_the_template_puts_after_an_end_is_found(policy: Path, behind: str,
 
 def test_workers_share_a_batch_whole_and_evenly() -> None:
     lengths = [5, 9, 1, 7, 3, 8]
-    parts = [share(range(6), lengths, rank, 2) for rank in range(2)]
+    parts = [shard_by_length(range(6), lengths, rank, 2) for rank in range(2)]
     assert parts == [[1, 3, 4], [5, 0, 2]]
 
 
@@ -171,7 +171,7 @@ def test_logits_a_piece_at_a_time_give_the_same_gradients(
         return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
 
     whole = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
-    monkeypatch.setattr("tunery.train.ppo.models.LOGIT_BYTES", 4 * 300 * 3)  # three tokens
+    monkeypatch.setattr("tunery.training.ppo.models.LOGIT_BYTES", 4 * 300 * 3)  # three tokens
     pieces = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
     assert whole.keys() == pieces.keys()
     for name, gradient in whole.items():

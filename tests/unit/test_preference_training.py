@@ -16,20 +16,20 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from tunery.errors import SpecErrors, StageError
+from tunery.events.run_state import StageState
+from tunery.events.stage_summary import outcome
+from tunery.models.adapters import lora_config
 from tunery.models.encode import Encoding
 from tunery.models.encode_preferences import encode_pairs, rejected_side
 from tunery.models.load import load_model, load_tokenizer, write_base
 from tunery.models.truncation import encode
-from tunery.models.tuners import lora_config
 from tunery.spec import Dpo, Kto, Lora
 from tunery.spec.trainings import Training
 from tunery.store.rows import row_id
-from tunery.track.notes import outcome
-from tunery.track.snapshot import StageState
-from tunery.train.job import Job
-from tunery.train.preference import Preference, pair_losses
-from tunery.train.rated import Rated, answer_losses, baseline, margin, mismatched
-from tunery.train.reference import answer_log_probs, padded
+from tunery.training.dpo import DpoTask, pair_losses
+from tunery.training.job import Job
+from tunery.training.kto import KtoTask, baseline, margin, mismatched, response_losses
+from tunery.training.reference_log_probs import padded, response_log_probs
 
 COMMON: dict[str, Any] = {"data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3, "global_batch_size": 4}
 
@@ -113,12 +113,14 @@ def test_log_probabilities_of_answers_are_those_of_plain_transformers(model_fold
             log_probs = model(torch.tensor([item.ids])).logits[0].log_softmax(dim=-1)
             wanted.append(sum(log_probs[place - 1, item.ids[place]] for place in item.loss_indices))
         add_fused_lm_head(model)
-        found = answer_log_probs(model, padded([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id))
+        found = response_log_probs(
+            model, padded([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id)
+        )
     torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=1e-5)
 
 
 def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any) -> None:
-    answers = Rated(job_of(kto(), PAIRS), 0).answers
+    answers = KtoTask(job_of(kto(), PAIRS), 0).answers
     assert answers.sequences.row_labels.tolist() == [1, 0, 1, 0]
     partners = answers.partners([0, 1, 2, 3], group=4)
     assert sorted(partners) == [0, 1, 2, 3], "each answer is used once"
@@ -133,7 +135,7 @@ def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any)
 
 
 def test_answers_are_only_handed_on_within_a_step_and_cut_to_length(job_of: Any) -> None:
-    answers = Rated(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).answers
+    answers = KtoTask(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).answers
     partners = answers.partners([0, 2, 1, 3], group=2)
     assert partners[:2] == answers.partners([0, 2], group=2) == [2, 0]
     assert max(len(answers.with_answer_of(*pair)[0]) for pair in zip([0, 2, 1, 3], partners, strict=True)) == 14
@@ -183,7 +185,7 @@ def test_losses_of_pairs_by_hand() -> None:
 def test_losses_of_rated_answers_by_hand() -> None:
     ratios, wanted = torch.tensor([3.0, -1.0, 1.0]), torch.tensor([True, True, False])
     spec = kto(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
-    found = answer_losses(spec, ratios, wanted, torch.tensor(1.0)).tolist()
+    found = response_losses(spec, ratios, wanted, torch.tensor(1.0)).tolist()
     assert found == pytest.approx([2 * (1 - 1 / (1 + math.exp(-1))), 2 * (1 - 1 / (1 + math.exp(1))), 1.5])
 
 
@@ -212,7 +214,7 @@ def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Pa
 def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None:
     same_when_cut = pair("what", "the model the model the model one", "the model the model the model two")
     rows = [*PAIRS, pair("what", "", "no"), RATED[0], same_when_cut, pair("why how " * 20, "a", "b")]
-    recipe = Preference(
+    recipe = DpoTask(
         job_of(dpo(eval_data="held_out", max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0
     )
     counted = recipe.counted()
@@ -223,7 +225,7 @@ def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None
 
 
 def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> None:
-    counted = Rated(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).counted()
+    counted = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).counted()
     expected = {"rows": 5, "sequences": 6, "wanted": 3, "unwanted": 3, "truncated": 0, "unusable": 1, "eval_rows": 0}
     assert {name: counted[name] for name in expected} == expected
     assert counted["unusable_because"] == {"it has no rating": 1}
@@ -231,25 +233,25 @@ def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> Non
 
 def test_rows_without_pairs_are_refused(job_of: Any) -> None:
     with pytest.raises(StageError, match=r"none of the 3 rows of `rows` \(data\)") as found:
-        Preference(job_of(dpo(), RATED), 0)
+        DpoTask(job_of(dpo(), RATED), 0)
     assert found.value.cause == "3 rows: it is no preference pair"
     assert "`chosen` and `rejected`" in found.value.remedy
     with pytest.raises(StageError, match=r"none of the 3 rows of `held_out` \(eval_data\)"):
-        Preference(job_of(dpo(eval_data="held_out"), PAIRS, RATED), 0)
+        DpoTask(job_of(dpo(eval_data="held_out"), PAIRS, RATED), 0)
 
 
 def test_more_unusable_rows_than_allowed_end_the_stage_with_an_example(job_of: Any) -> None:
     rows = [*PAIRS, {**RATED[0], "source": "pairs.jsonl", "line": 7}]
     with pytest.raises(StageError, match=r"1 of 3 rows of `rows` \(data\) can't be trained on: 33%") as found:
-        Preference(job_of(dpo(), rows), 0)
+        DpoTask(job_of(dpo(), rows), 0)
     assert "max_unusable is 0.1" in found.value.message
     assert "pairs.jsonl:7" in found.value.cause
-    assert len(Preference(job_of(dpo(max_unusable=0.5), rows), 0).examples) == 2
+    assert len(DpoTask(job_of(dpo(max_unusable=0.5), rows), 0).examples) == 2
 
 
 def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:
     with pytest.raises(StageError, match="the 2 rows of `data` give 1 wanted and 0 unwanted answers") as found:
-        Rated(job_of(kto(max_unusable=0.5), [RATED[0], RATED[2]]), 0)
+        KtoTask(job_of(kto(max_unusable=0.5), [RATED[0], RATED[2]]), 0)
     assert "1 rows are unusable" in found.value.cause
 
 

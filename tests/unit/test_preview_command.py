@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from tunery.cli import app
 from tunery.errors import RequestError, SpecError, SpecErrors
+from tunery.events.event_log import EventLog
 from tunery.models.scratch import write_scratch_model
-from tunery.preview.command import Preview, preview
-from tunery.preview.terminal import render
-from tunery.runner.execute import Where, execute
+from tunery.pipeline.execute import RunContext, execute
+from tunery.preview.preview_command import Preview, preview
+from tunery.preview.preview_terminal import render
+from tunery.reporting.preview_section import visible
 from tunery.spec import Compute, load
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.store import Store
-from tunery.track.events import EventLog
-from tunery.track.previews import visible
 
 EXPERIMENT = """
 name: look
@@ -81,9 +81,9 @@ def shown(file: Path, tmp_path: Path) -> Callable[..., Preview]:
 
 def build(file: Path, store: Store, *names: str) -> None:
     experiment, _ = load(file)
-    stages = closure(experiment.stages, names)
+    stages = with_upstream(experiment.stages, names)
     wanted = experiment.model_copy(update={"stages": stages, "compute": Compute(workers=1)})
-    where = Where(store, store.run(experiment.name), file)
+    where = RunContext(store, store.run(experiment.name), file)
     execute(wanted, where, EventLog(where.events / "driver.jsonl"))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from sample_run import Event, sample_events
 from test_report import Page
 
-from tunery.track.previews import visible
-from tunery.track.report import report_html
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.reporting.preview_section import visible
+from tunery.reporting.report import report_html
 
 STAGE = "sft"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tunery.data import python_docs
-from tunery.data.python_docs import Row, Subset, documented_objects, identity, rows, unimportable_modules
-from tunery.data.split import split_of
+from tunery.ingest import python_docs
+from tunery.ingest.python_docs import Row, Subset, documented_objects, identity, rows, unimportable_modules
+from tunery.ingest.split import split_of
 
 SUBSETS: tuple[Subset, ...] = ("texts", "questions", "preferences", "prompts")
 PLATFORM = Path(python_docs.__file__).parents[2]
@@ -53,7 +53,7 @@ def answer(row: Row) -> str:
 def test_rows_are_the_same_bytes_whatever_the_hash_seed_and_the_environment(tmp_path: Path) -> None:
     code = (
         "import hashlib, json\n"
-        "from tunery.data.python_docs import rows\n"
+        "from tunery.ingest.python_docs import rows\n"
         "digest = hashlib.sha256()\n"
         "for subset in ('texts', 'questions', 'preferences', 'prompts'):\n"
         "    for row in rows(subset): digest.update(json.dumps(row).encode())\n"
@@ -123,12 +123,12 @@ def test_callers_interpreter_imports_next_to_nothing() -> None:
     code = (
         "import sys\n"
         "before = set(sys.modules)\n"
-        "from tunery.data.python_docs import rows\n"
+        "from tunery.ingest.python_docs import rows\n"
         "list(rows('texts'))\n"
         "print(*sorted(set(sys.modules) - before))"
     )
     imported = run_python(code).split()
-    assert "tunery.data.python_docs" in imported
+    assert "tunery.ingest.python_docs" in imported
     assert len(imported) < 120
     assert not {"asyncio", "curses", "pydoc_data.topics", "sqlite3", "xml", "unittest"} & set(imported)
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.data.dataset import make_dataset
-from tunery.data.read import PROBED, Quarantined, check_source, first_shape, read_source
-from tunery.data.sources import BUILTIN, BadSource, find_parts, source_identity
 from tunery.errors import StageError
+from tunery.ingest.dataset import run_dataset
+from tunery.ingest.read import PROBED, Quarantined, check_source, first_shape, read_source
+from tunery.ingest.sources import BUILTIN, BadSource, find_parts, source_identity
 from tunery.spec import Compute, Dataset
 from tunery.store import StageContext, StageResult
-from tunery.store.rows import SHARD, Row, read_rows, row_id, shape_of, shards
+from tunery.store.rows import SHARD, Row, read_rows, row_format, row_id, shards
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 
@@ -76,7 +76,7 @@ def test_shape_is_recognised_by_its_columns(
     (found,), bad = read(tmp_path, text, name)
     assert not bad
     assert content(found) == row
-    assert shape_of(found) == shape == first_shape(dataset(name), tmp_path)
+    assert row_format(found) == shape == first_shape(dataset(name), tmp_path)
     assert (found["source"], found["line"]) == (name, 1)
 
 
@@ -237,7 +237,7 @@ def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
 
 def test_shapes_may_be_mixed_in_one_file(tmp_path: Path) -> None:
     rows, bad = read(tmp_path, "\n".join(json.dumps(record) for record, _, _ in SHAPES))
-    assert [shape_of(row) for row in rows] == [shape for _, _, shape in SHAPES]
+    assert [row_format(row) for row in rows] == [shape for _, _, shape in SHAPES]
     assert not bad
 
 
@@ -401,7 +401,7 @@ def test_builtin_subset_has_the_shape_that_is_said_of_it(subset: Any, shape: str
     stage = dataset(BUILTIN, subset=subset, limit=3)
     check_source(stage, tmp_path)
     rows = list(read_source(stage, tmp_path, pytest.fail))
-    assert {shape_of(row) for row in rows} == {shape} == {first_shape(stage, tmp_path)}
+    assert {row_format(row) for row in rows} == {shape} == {first_shape(stage, tmp_path)}
     assert [(row["source"], row["line"]) for row in rows] == [(f"{BUILTIN}/{subset}", n) for n in (1, 2, 3)]
 
 
@@ -422,7 +422,7 @@ def make(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageRe
         emit=lambda *args, **values: None,
         **paths,
     )
-    return make_dataset(context), paths["out"]
+    return run_dataset(context), paths["out"]
 
 
 def quarantine_of(out: Path) -> list[dict[str, Any]]:
@@ -510,7 +510,7 @@ def test_real_rows_are_all_read_without_a_setting(name: str, rows: int, shape: s
     check_source(stage, tmp_path)
     found = list(read_source(stage, tmp_path, pytest.fail))
     assert len(found) == rows
-    assert {shape_of(row) for row in found} == {shape} == {first_shape(stage, tmp_path)}
+    assert {row_format(row) for row in found} == {shape} == {first_shape(stage, tmp_path)}
     assert [row["line"] for row in found] == list(range(1, rows + 1))
 
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tunery.data import read_units
-from tunery.data.filesystem import File, OutOfReach, local_file
-from tunery.data.read import Quarantined, Tally, as_tables, read_source
-from tunery.data.read_units import ReadActor, read_in_parallel, units_of
-from tunery.data.sources import find_parts
+from tunery.ingest import parallel_read
+from tunery.ingest.filesystem import File, UnavailableFile, local_file
+from tunery.ingest.parallel_read import ReadActor, read_in_parallel, read_tasks
+from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
+from tunery.ingest.sources import find_parts
 from tunery.spec import Compute, Dataset
 from tunery.store import StageContext
 from tunery.store.rows import shards, write_tables
@@ -64,19 +64,19 @@ def context(stage: Dataset, folder: Path) -> StageContext:
     )
 
 
-Told = tuple[list[bytes], list[Quarantined], Tally]
+Told = tuple[list[bytes], list[Quarantined], ReadCounts]
 
 
 def at_once(stage: Dataset, folder: Path) -> Told:
     bad: list[Quarantined] = []
-    tally = Tally()
+    tally = ReadCounts()
     write_tables(as_tables(read_source(stage, folder, bad.append, tally), tally), folder / "one")
     return [path.read_bytes() for path in shards(folder / "one")], bad, tally
 
 
 def in_units(stage: Dataset, folder: Path) -> Told:
     bad: list[Quarantined] = []
-    tally = Tally()
+    tally = ReadCounts()
     shutil.rmtree(folder / "many", ignore_errors=True)
     write_tables(read_in_parallel(context(stage, folder), stage, bad.append, tally), folder / "many")
     return [path.read_bytes() for path in shards(folder / "many")], bad, tally
@@ -92,19 +92,19 @@ def test_spans_of_a_file_give_what_the_file_gives(
     lines: list[bytes], ended: bool, marked: bool, span: int, form: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
-        patch.setattr(read_units, "SPAN", span)
+        patch.setattr(parallel_read, "SPAN", span)
         folder = Path(name)
         content = (b"\xef\xbb\xbf" if marked else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
         (folder / "a").write_bytes(content)
         stage = dataset("a", format=form)
-        assert len(units_of(find_parts(stage, folder), stage)) == max(1, -(-len(content) // span))
+        assert len(read_tasks(find_parts(stage, folder), stage)) == max(1, -(-len(content) // span))
         assert in_units(stage, folder) == at_once(stage, folder)
 
 
 def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_units, "SPAN", 50)
+    monkeypatch.setattr(parallel_read, "SPAN", 50)
     rows = [{"question": f"q{n}", "answer": "a" * n} for n in range(20)]
     text = "\n".join(map(json.dumps, rows))
     (tmp_path / "a.jsonl").write_text(text)
@@ -112,7 +112,7 @@ def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
     (tmp_path / "c.json").write_text(json.dumps(rows))
     (tmp_path / "d.csv").write_text('question,answer\n"one\nline",two\nlost\n')
     stage = dataset(("a.jsonl", "*.gz", "c.json", "d.csv", "a.jsonl"), split="train", holdout=0.2)
-    units = units_of(find_parts(stage, tmp_path), stage)
+    units = read_tasks(find_parts(stage, tmp_path), stage)
     assert [unit.name for unit in units if isinstance(unit, File) and unit.span is None] == [
         "b.jsonl.gz",
         "c.json",
@@ -126,10 +126,10 @@ def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
 
 
 def test_units_that_are_done_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_units, "SPAN", 20)
+    monkeypatch.setattr(parallel_read, "SPAN", 20)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     stage = dataset("a.jsonl")
-    read_unit = read_units.read_unit
+    read_unit = parallel_read.run_read_task
     asked: list[str] = []
 
     def dies(unit: Any, stage: Dataset, out: Path) -> int:
@@ -138,7 +138,7 @@ def test_units_that_are_done_are_not_read_again(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return read_unit(unit, stage, out)
 
-    monkeypatch.setattr(read_units, "read_unit", dies)
+    monkeypatch.setattr(parallel_read, "run_read_task", dies)
     with pytest.raises(KeyboardInterrupt):
         in_units(stage, tmp_path)
     found = in_units(stage, tmp_path)
@@ -157,11 +157,11 @@ def test_file_out_of_reach_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_lines_are_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_units, "SPAN", 16)
+    monkeypatch.setattr(parallel_read, "SPAN", 16)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}')
     stage = dataset("a.jsonl")
     bad: list[Quarantined] = []
-    tables = list(read_in_parallel(context(stage, tmp_path), stage, bad.append, Tally()))
+    tables = list(read_in_parallel(context(stage, tmp_path), stage, bad.append, ReadCounts()))
     assert pa.concat_tables(tables)["line"].to_pylist() == [1, 3, 5]
     assert [line.line for line in bad] == [4]
 
@@ -171,8 +171,8 @@ def test_failure_of_a_unit_ends_the_reading(tmp_path: Path, monkeypatch: pytest.
     stage = dataset("a.jsonl")
 
     def fails(*_: Any) -> int:
-        raise OutOfReach("`a.jsonl`: no network")
+        raise UnavailableFile("`a.jsonl`: no network")
 
-    monkeypatch.setattr(read_units, "read_unit", fails)
-    with pytest.raises(OutOfReach, match="no network"):
+    monkeypatch.setattr(parallel_read, "run_read_task", fails)
+    with pytest.raises(UnavailableFile, match="no network"):
         in_units(stage, tmp_path)

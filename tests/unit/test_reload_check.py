@@ -15,9 +15,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tunery.errors import StageError
 from tunery.spec import Sft
-from tunery.train import reload_check
-from tunery.train.job import Job
-from tunery.train.reload_check import LanguageProbe, available_memory, check_saved, compare, first_tokens, why_skipped
+from tunery.training import reload_check
+from tunery.training.job import Job
+from tunery.training.reload_check import (
+    LanguageProbe,
+    available_memory,
+    check_saved,
+    compare,
+    first_tokens,
+    why_skipped,
+)
 
 SEQUENCES = [[7], [5, 6, 7, 8, 9, 10], [11, 12, 13], [20, 21, 22, 23]]
 

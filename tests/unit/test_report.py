@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from sample_run import Event, events_until, failed_events, sample_events, write_run
 
-from tunery.track import sections
-from tunery.track.axes import log_ticks, nice_ticks, spread
-from tunery.track.charts import Cut, Series, histogram_chart, line_chart, thinned
-from tunery.track.report import report_html, write_report
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.reporting import report_sections
+from tunery.reporting.axes import log_ticks, nice_ticks, spread
+from tunery.reporting.charts import Cut, Series, histogram_chart, line_chart, thinned
+from tunery.reporting.report import report_html, write_report
 
 SECTIONS = ["result", "leaderboard", "rows", "scores", "curves", "search", "time", "stages", "experiment"]
 
@@ -233,7 +233,7 @@ def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:
         return {"t": 1.0, "event": "stage_finished", "stage": stage, "kind": "evaluate", "fingerprint": stage,
                 "reused": False, "seconds": 1.0, "artifact": "", "facts": {"results": [result]}}  # fmt: skip
 
-    table = sections.leaderboard(replay([evaluated("eval", 2.5), evaluated("eval (best trial)", 2.25)]))
+    table = report_sections.leaderboard(replay([evaluated("eval", 2.5), evaluated("eval (best trial)", 2.25)]))
     assert table is not None
     assert [row[0].text for row in table.rows] == ["sft", "sft, eval (best trial)"]
 
@@ -250,7 +250,7 @@ def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
 
     losses = [{"model": model, "set": "heldout", "loss": 2.5, "rows": 4} for model in ("base", "sft", "ppo")]
     state = replay([measured("evaluate", *losses), measured("win_rate", won("sft", 0.6), won("ppo", 0.75))])
-    table = sections.leaderboard(state)
+    table = report_sections.leaderboard(state)
     assert table is not None
     assert table.columns == ["model", "heldout loss", "heldout win rate", "heldout reward"]
     assert [[cell.text for cell in row][:3] for row in table.rows] == [

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.data.score_facts import STEPS, describe_scores
+from tunery.events.event_reducer import RunState, replay
+from tunery.reporting.filter_section import auc_tables, cuts_of, filters, heat_figures, quarantines
+from tunery.reporting.heatmap import heat_chart
+from tunery.reporting.report import report_html
+from tunery.reporting.wandb_values import flatten
+from tunery.scoring.score_stats import STEPS, describe_scores
 from tunery.spec.scorers import Gopher, Language, Length
 from tunery.store.rows import write_rows
-from tunery.track.filters import auc_tables, cuts_of, filters, heat_figures, quarantines
-from tunery.track.heat import heat_chart
-from tunery.track.report import report_html
-from tunery.track.state import RunState, replay
-from tunery.track.wandb_values import flatten
 
 HOSTILE = '<script>alert("x")</script> & more'
 ROW = {"text": HOSTILE, "score": 5.0, "planted": "cut"}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sample_run import PPO_FACTS, Event, rewarded_events
 
-from tunery.track.report import report_html
-from tunery.track.responses import asked, responses, responses_table
-from tunery.track.snapshot import StageState
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.events.run_state import StageState
+from tunery.reporting.report import report_html
+from tunery.reporting.responses import asked, responses, responses_table
 
 EVIL = "</p></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.review.agreement import agreement, best_threshold, between
+from tunery.review.agreement import agreement, best_threshold, between
 
 BOOLS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
 SCORES = st.sampled_from([-2.0, 0.0, 1.0, 1.5, 2.0, 1e300, math.inf]) | st.floats(-1e6, 1e6)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openpyxl import Workbook, load_workbook
 
-from tunery.data.review.decisions import BadDecisions, DecisionLog, fold, read_decisions
-from tunery.data.review.shown import Item, Verdict
-from tunery.data.review.workbook import LONGEST, write_workbook
+from tunery.review.decisions import BadDecisions, DecisionLog, read_decisions, replay
+from tunery.review.review_items import ReviewItem, RowOutcome
+from tunery.review.workbook import LONGEST, write_workbook
 
 # .jsonl
 
@@ -113,7 +113,7 @@ def test_undo_goes_back_step_by_step_also_after_a_restart(
         assert log.decided == past[-1]
         assert read_decisions(path) == past[-1]
     log.close()
-    assert fold(path, path.read_bytes())[0] == past[-1]
+    assert replay(path, path.read_bytes())[0] == past[-1]
 
 
 def test_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +151,11 @@ def test_decision_is_on_the_disk_when_decide_returns(tmp_path: Path, monkeypatch
 # .xlsx
 
 
-def item(id: str, question: str, answer: str, keep: bool = True, score: float = 3.5) -> Item:
+def item(id: str, question: str, answer: str, keep: bool = True, score: float = 3.5) -> ReviewItem:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Item(id, {"text": None, "messages": turns, "rejected": None}, Verdict(keep, {"perplexity": score}, {}))
+    return ReviewItem(
+        id, {"text": None, "messages": turns, "rejected": None}, RowOutcome(keep, {"perplexity": score}, {})
+    )
 
 
 HOSTILE = ['=HYPERLINK("http://x","y")', "+1", "@SUM(1)", "-2", "a\x00\x1b[31mred\x07", "x" * 50_000]
@@ -232,12 +234,12 @@ def test_filter_is_out_of_sight_unless_asked_for(tmp_path: Path) -> None:
 
 def test_texts_conversations_and_pairs_have_their_columns(tmp_path: Path) -> None:
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    verdict = Verdict(True, {}, {})
+    verdict = RowOutcome(True, {}, {})
     rows = [
-        Item("1", {"text": "t", "messages": None, "rejected": None}, verdict),
-        Item("2", {"text": None, "messages": [user, assistant, user, assistant], "rejected": None}, verdict),
-        Item("3", {"text": None, "messages": [user, assistant], "rejected": [assistant]}, verdict),
-        Item("4", {"text": None, "messages": [user], "rejected": None}, verdict),
+        ReviewItem("1", {"text": "t", "messages": None, "rejected": None}, verdict),
+        ReviewItem("2", {"text": None, "messages": [user, assistant, user, assistant], "rejected": None}, verdict),
+        ReviewItem("3", {"text": None, "messages": [user, assistant], "rejected": [assistant]}, verdict),
+        ReviewItem("4", {"text": None, "messages": [user], "rejected": None}, verdict),
     ]
     write_workbook(tmp_path / "w.xlsx", rows, {}, show_filter=False)
     found = [[cell.value for cell in row] for row in load_workbook(tmp_path / "w.xlsx")["review"]]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.review.filtered import ranks_from_cut
-from tunery.data.review.sample import BANDS, Sample, draw, shared_out
-from tunery.data.rules import find_cut
+from tunery.review.filter_results import ranks_from_cut
+from tunery.review.sample import BANDS, Sample, allocate_evenly, sample_rows
+from tunery.selection.thresholds import find_threshold
 from tunery.spec import Keep
 
 
@@ -23,12 +23,14 @@ def distances(kept: int, dropped: int) -> np.ndarray:
 
 def sample_of(kept: int, dropped: int, rows: int, seed: int = 17, sources: list[str] | None = None) -> Sample:
     n = kept + dropped
-    return draw([f"{index:016x}" for index in range(n)], sources or ["a"] * n, distances(kept, dropped), rows, seed)
+    return sample_rows(
+        [f"{index:016x}" for index in range(n)], sources or ["a"] * n, distances(kept, dropped), rows, seed
+    )
 
 
 @given(st.dictionaries(st.integers(0, 20), st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 100))
 def test_shares_are_as_equal_as_the_room_allows(room: dict[int, int], total: int) -> None:
-    shares = shared_out(room, total)
+    shares = allocate_evenly(room, total)
     assert sum(shares.values()) == min(total, sum(room.values()))
     assert all(shares[key] <= room[key] for key in room)
     # Who has room left got as much as anybody, but for what can't be halved.
@@ -37,9 +39,9 @@ def test_shares_are_as_equal_as_the_room_allows(room: dict[int, int], total: int
 
 
 def test_shares_by_hand() -> None:
-    assert shared_out({"a": 10, "b": 10}, 5) == {"a": 3, "b": 2}
-    assert shared_out({"a": 1, "b": 10, "c": 0}, 8) == {"a": 1, "b": 7, "c": 0}
-    assert shared_out({"a": 2, "b": 2}, 100) == {"a": 2, "b": 2}
+    assert allocate_evenly({"a": 10, "b": 10}, 5) == {"a": 3, "b": 2}
+    assert allocate_evenly({"a": 1, "b": 10, "c": 0}, 8) == {"a": 1, "b": 7, "c": 0}
+    assert allocate_evenly({"a": 2, "b": 2}, 100) == {"a": 2, "b": 2}
 
 
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 120), st.integers(0, 3))
@@ -104,7 +106,7 @@ def test_order_mixes_the_sides() -> None:
 
 def test_copies_of_a_row_are_asked_about_once() -> None:
     ids = ["a", "b", "a", "c", "b", "d"]
-    sample = draw(ids, ["s"] * 6, distances(3, 3), 6, 17)
+    sample = sample_rows(ids, ["s"] * 6, distances(3, 3), 6, 17)
     assert sorted(row.id for row in sample.rows) == ["a", "b", "c", "d"]
     assert sum(sample.available.values()) == 4
 
@@ -119,7 +121,7 @@ def test_rank_from_the_cut_is_below_zero_exactly_where_the_rule_passes(
 ) -> None:
     badness = np.array(scores)
     rule = Keep(quantile=quantile) if quantile else Keep(threshold=threshold)
-    passed = find_cut(lambda: iter([badness]), rule, "low", len(badness), None).passing(badness)
+    passed = find_threshold(lambda: iter([badness]), rule, "low", len(badness), None).passing(badness)
     ranks = ranks_from_cut(badness, passed)
     assert ((ranks < 0) == passed).all()
     assert sorted(ranks) == pytest.approx(np.arange(len(scores)) - passed.sum() + 0.5)

@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 
-from tunery.data.review.decisions import DecisionLog, read_decisions
-from tunery.data.review.server import ReviewServer
-from tunery.data.review.session import ReviewSession
-from tunery.data.review.shown import Item, Verdict
 from tunery.errors import RequestError
+from tunery.review.decisions import DecisionLog, read_decisions
+from tunery.review.review_items import ReviewItem, RowOutcome
+from tunery.review.review_session import ReviewSession
+from tunery.review.server import ReviewServer
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \u202e \x1b[31m " + "x" * 50_000
 
 
-def item(id: str, text: str = "t") -> Item:
+def item(id: str, text: str = "t") -> ReviewItem:
     row = {"id": id, "text": text, "messages": None, "rejected": None}
-    return Item(id, row, Verdict(id != "b", {"perplexity": float("nan") if id == "c" else 2.5}, {"perplexity": 3.0}))
+    return ReviewItem(
+        id, row, RowOutcome(id != "b", {"perplexity": float("nan") if id == "c" else 2.5}, {"perplexity": 3.0})
+    )
 
 
 ROWS = [item("a", HOSTILE), item("b"), item("c"), *(item(f"{n:016x}") for n in range(40))]

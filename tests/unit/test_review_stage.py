@@ -10,20 +10,20 @@ import pytest
 from openpyxl import load_workbook
 from review_bench import BUILTIN, TEXT, ReviewBench, questions, review_bench
 
-from tunery.comparison import filter_table, review_table
-from tunery.data.review.filtered import SHOWN, read_filtered
 from tunery.errors import RequestError, SpecErrors, StageError, StoreError
-from tunery.runner.check import check, waiting
-from tunery.runner.plan import make_plan
-from tunery.runner.review import find_review, write_review
+from tunery.events.event_log import read_events
+from tunery.events.event_reducer import replay
+from tunery.events.stage_summary import outcome
+from tunery.pipeline.plan import make_plan
+from tunery.pipeline.review_command import find_review, write_review
+from tunery.pipeline.validate import validate, waiting
+from tunery.reporting.report import report_html
+from tunery.reporting.review_section import reviews
+from tunery.reporting.summary_tables import filter_table, review_table
+from tunery.review.filter_results import SHOWN, read_filter_results
 from tunery.spec import load
 from tunery.store import StageContext
 from tunery.store.rows import Row, read_rows
-from tunery.track.events import read_events
-from tunery.track.notes import outcome
-from tunery.track.report import report_html
-from tunery.track.reviews import reviews
-from tunery.track.state import replay
 
 
 @pytest.fixture
@@ -201,15 +201,15 @@ def test_decisions_that_change_while_a_run_goes_on_are_not_used_under_the_old_fi
 ) -> None:
     ids = ids_of(bench)
     bench.decide({ids[0]: "keep"})
-    from tunery.data.review import stage as module
+    from tunery.review import review_stage as module
 
-    whole = module.make_review
+    whole = module.run_review
 
     def later(context: StageContext) -> object:
         bench.decide({ids[1]: "keep"})
         return whole(context)
 
-    monkeypatch.setattr(module, "make_review", later)
+    monkeypatch.setattr(module, "run_review", later)
     with pytest.raises(StageError, match="has changed since this run began"):
         bench.make("checked")
 
@@ -229,7 +229,7 @@ def test_scored_rows_that_were_removed_are_told(bench: ReviewBench) -> None:
     made = bench.make("clean")
     made["scored"].path.rename(bench.folder / "gone")
     with pytest.raises(StoreError, match="isn't there any more"):
-        read_filtered(made["clean"])
+        read_filter_results(made["clean"])
 
 
 def test_selection_that_its_rules_do_not_give_is_told(bench: ReviewBench) -> None:
@@ -238,7 +238,7 @@ def test_selection_that_its_rules_do_not_give_is_told(bench: ReviewBench) -> Non
     manifest["identity"]["keep"] = {"perplexity": {"quantile": 0.25}}
     made["clean"].manifest.update(manifest)
     with pytest.raises(StoreError, match="doesn't hold the rows"):
-        read_filtered(made["clean"])
+        read_filter_results(made["clean"])
 
 
 # The command, before anything is served.
@@ -273,7 +273,7 @@ def test_sample_can_be_drawn_while_the_file_of_decisions_is_broken_elsewhere(ben
 
 def test_missing_decisions_are_no_mistake_but_are_said(bench: ReviewBench) -> None:
     experiment, source = bench.load()
-    check(experiment, source, bench.store, 1, 1)
+    validate(experiment, source, bench.store, 1, 1)
     (note,) = waiting(experiment, source)
     assert "`checked` waits for decisions, there are none in decisions/checked.jsonl yet" in note
     assert f"tunery review {bench.file} checked" in note
@@ -287,7 +287,7 @@ def test_bad_decisions_are_told_with_the_line_of_the_experiment(bench: ReviewBen
     bench.decisions.write_text('{"id": "a", "decision": "perhaps"}\n')
     experiment, source = bench.load()
     with pytest.raises(SpecErrors) as caught:
-        check(experiment, source, bench.store, 1, 1)
+        validate(experiment, source, bench.store, 1, 1)
     assert f"{bench.file}:9: checked: {bench.decisions}:1: " in str(caught.value)
 
 
@@ -373,7 +373,7 @@ def test_every_kind_of_rule_can_be_reviewed(rules: str, tmp_path: Path) -> None:
     text = TEXT.replace("keep: {perplexity: {quantile: 0.5}}", rules)
     text += "  few: {kind: select, data: scored, keep: {random: {top_k: 17}}}\n"
     bench = review_bench(tmp_path, questions(120), text=text)
-    filtered = read_filtered(bench.make("clean")["clean"])
+    filtered = read_filter_results(bench.make("clean")["clean"])
     kept = [id for id, keep in zip(filtered.ids, filtered.kept, strict=True) if keep]
     assert kept == [row["id"] for row in read_rows(bench.make("clean")["clean"].path)]
     assert 0 < len(kept) < 120

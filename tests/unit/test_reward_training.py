@@ -15,10 +15,12 @@ from peft import get_peft_model
 from small_classifiers import write_language_model
 from transformers import AutoTokenizer
 
-from tunery.comparison import reward_table
-from tunery.data.scorers.reward import RewardScorer
 from tunery.errors import SpecErrors, StageError
-from tunery.models.labels import REWARD, Labels, Scale
+from tunery.events.run_state import StageState
+from tunery.events.stage_summary import outcome
+from tunery.models.adapters import lora_config
+from tunery.models.classifier_inputs import ClassifierEncoder, encode_reward_pairs
+from tunery.models.labels import REWARD, Labels, RewardNorm
 from tunery.models.load import (
     load_classifier,
     load_own_tokenizer,
@@ -28,17 +30,15 @@ from tunery.models.load import (
     write_head,
 )
 from tunery.models.metrics import preference_accuracy, preference_loss
-from tunery.models.shown import RowReader, encode_compared
 from tunery.models.tokenized_dataset import TokenizedRow
-from tunery.models.tuners import lora_config
-from tunery.runner.check import check
+from tunery.pipeline.validate import validate
+from tunery.reporting.summary_tables import reward_table
+from tunery.scoring.scorers.reward_score import RewardScorer
 from tunery.spec import Lora, Reward
 from tunery.spec.check_search import metrics_of
 from tunery.store import Artifact, Store
 from tunery.store.rows import Row
-from tunery.track.notes import outcome
-from tunery.track.snapshot import StageState
-from tunery.train.reward import evenly, measures, scale_of
+from tunery.training.reward import evenly, measures, scale_of
 
 # What it learns from.
 
@@ -48,8 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"pretrained": str(write_language_model(tmp_path_factory.mktemp("model"))), "revision": None}
 
 
-def reader(model: dict[str, Any], max_length: int = 64) -> RowReader:
-    return RowReader(outline_with_head(model, REWARD), load_own_tokenizer(model), max_length)
+def reader(model: dict[str, Any], max_length: int = 64) -> ClassifierEncoder:
+    return ClassifierEncoder(outline_with_head(model, REWARD), load_own_tokenizer(model), max_length)
 
 
 def said(role: str, content: str, **more: Any) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def pair_row(chosen: str, rejected: str) -> Row:
     return {**row, "text": None, "tools": None}
 
 
-def found_in(rows: list[Row], read: RowReader, model: dict[str, Any]) -> list[TokenizedRow]:
-    return list(encode_compared(rows, load_own_tokenizer(model), read.encoding))
+def found_in(rows: list[Row], read: ClassifierEncoder, model: dict[str, Any]) -> list[TokenizedRow]:
+    return list(encode_reward_pairs(rows, load_own_tokenizer(model), read.encoding))
 
 
 def test_tokens_of_both_sides_are_those_that_the_scorer_is_shown(model: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def test_outputs_without_a_scale_end_the_stage(outputs: list[float]) -> None:
 def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:
     logits_nl = np.array([[1.0], [np.nan], [4.0]], np.float32)
     spec = Reward(reward="rm")
-    scaled = RewardScorer(spec, Labels(REWARD, True, scale=Scale(2.0, 0.5)), "rm")(logits_nl)["score"]
+    scaled = RewardScorer(spec, Labels(REWARD, True, scale=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
     assert [scaled[0], scaled[2]] == [-2, 4]
     assert math.isnan(scaled[1])
     assert RewardScorer(spec, Labels(REWARD, True), "outside")(logits_nl)["score"][::2] == [1, 4]
@@ -166,7 +166,7 @@ def test_scale_is_found_with_a_whole_model_and_with_an_adapter(model: dict[str, 
     for artifact in (whole, adapter):
         (artifact / "manifest.json").write_text(json.dumps(facts))
         _, labels = load_classifier({"artifact": str(artifact)}, torch.float32)
-        assert labels == Labels(REWARD, True, None, Scale(0.25, 1.5))
+        assert labels == Labels(REWARD, True, None, RewardNorm(0.25, 1.5))
     _, outside = load_classifier({"pretrained": str(whole / "model"), "revision": None}, torch.float32)
     assert outside == Labels(REWARD, True)
 
@@ -195,7 +195,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
     def load_it(data: str = "pairs", held_out: str = "pairs", scorer: str = "{reward: rm}") -> Any:
         lines = TEXT.replace("DATA", data).replace("EVAL", held_out).replace("SCORER", scorer)
         experiment, source = load_text(lines)
-        check(experiment, source, Store(tmp_path / "store"), 1, 1)
+        validate(experiment, source, Store(tmp_path / "store"), 1, 1)
         return experiment, source
 
     return load_it

@@ -16,14 +16,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tunery.errors import SpecErrors, TuneryError
 from tunery.models.encode import as_prompt, encode_prompts
 from tunery.models.load import load_tokenizer
-from tunery.models.reward import Rate, load_reward
+from tunery.models.reward_functions import RewardFn, load_reward
 from tunery.models.truncation import encode
-from tunery.runner.check import check
-from tunery.runner.plan import make_plan
+from tunery.pipeline.plan import make_plan
+from tunery.pipeline.validate import validate
 from tunery.spec import Grpo
 from tunery.store import Store
-from tunery.train.auto import resolve
-from tunery.train.batches import plan_training
+from tunery.training.auto import resolve
+from tunery.training.batches import plan_training
 
 
 def row(*turns: str, **columns: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ PROMPTS = [row("what is the row"), row("why", "because", "how")]
 ANSWERS = ["green", "the model"]
 
 
-def function(tmp_path: Path, body: str) -> Rate:
+def function(tmp_path: Path, body: str) -> RewardFn:
     path = tmp_path / "reward.py"
     path.write_text(f"def reward(prompts, answers):\n    {body}\n")
     return load_reward({"python": str(path), "function": "reward"}, torch.float32, torch.device("cpu"), 64)
@@ -159,7 +159,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 
     def load_it(kind: str, fields: str, workers: int = 1) -> Any:
         experiment, source = load_text(TEXT.replace("KIND", kind).replace("FIELDS", fields))
-        check(experiment, source, Store(tmp_path / "store"), workers, 1)
+        validate(experiment, source, Store(tmp_path / "store"), workers, 1)
         return experiment, source
 
     return load_it

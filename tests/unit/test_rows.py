@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.data import duplicates
-from tunery.data.duplicates import DuplicateCount
+from tunery.ingest import duplicate_count
+from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.store import rows as store
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows, write_tables
 
@@ -105,7 +105,7 @@ def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) ->
 
     for in_memory in (7, 1000):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            patch.setattr(duplicates, "IN_MEMORY", in_memory)
+            patch.setattr(duplicate_count, "IN_MEMORY", in_memory)
             count = DuplicateCount(Path(folder) / "ids")
             for start in range(0, len(ids), 3):
                 count.add(np.array(ids[start : start + 3], dtype=np.uint64))

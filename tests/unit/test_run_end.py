@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tunery
-from tunery.track.events import EventLog, read_events
+from tunery.events.event_log import EventLog, read_events
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tunery.__file__).parents[1])}
 CODE = """
@@ -97,7 +97,7 @@ def test_event_that_did_not_fit_is_an_error_and_spoils_no_other(tmp_path: Path) 
     code = """
 import resource, sys
 from pathlib import Path
-from tunery.track.events import EventLog
+from tunery.events.event_log import EventLog
 log = EventLog(Path(sys.argv[1]))
 log.write("first")
 size = Path(sys.argv[1]).stat().st_size

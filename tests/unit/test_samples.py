@@ -11,7 +11,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.samples import EACH, TEXT, Samples, decile_edges, excerpt, quarantine_facts
+from tunery.ingest.row_samples import EACH, TEXT, Samples, decile_edges, excerpt, quarantine_facts
 from tunery.store.rows import SCHEMA, row_id
 
 COUNT = 400

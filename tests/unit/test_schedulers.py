@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from tunery.search.journal import Begun, Journal
+from tunery.search.journal import Journal, TrialStart
 from tunery.search.schedulers import scheduler_of
 from tunery.spec import Search
 
@@ -34,7 +34,7 @@ def report(tokens: float, loss: float) -> dict[str, float]:
 def test_trials_that_ended_before_a_kill_are_still_what_others_are_compared_with(name: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(6):
-        journal.begin(Begun(f"ended{number}", number, {"sft.epochs": 1}, "drawn"))
+        journal.begin(TrialStart(f"ended{number}", number, {"sft.epochs": 1}, "drawn"))
         for part in range(1, 10):
             journal.report(f"ended{number}", report(100.0 * part, 1.0))
         journal.end(f"ended{number}", state="done", values={"sft.eval_loss": 1.0}, seconds=1.0, error="")

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data.score import LONGEST_NAME, make_scores
 from tunery.errors import RowsLost, StageError
+from tunery.scoring.score import LONGEST_NAME, run_scoring
 from tunery.spec import Compute, Score
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows
@@ -49,7 +49,7 @@ def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULE
         emit=lambda *_, **__: None,
         in_process=True,
     )
-    return make_scores(context), out
+    return run_scoring(context), out
 
 
 def scores_of(out: Path) -> dict[str, list[Any]]:
@@ -95,7 +95,7 @@ def test_row_that_is_lost_under_way_is_an_error(tmp_path: Path) -> None:
 
 
 def test_strange_row_is_quarantined_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunery.data.scorers.length import LengthScorer
+    from tunery.scoring.scorers.length import LengthScorer
 
     whole = LengthScorer.__call__
 

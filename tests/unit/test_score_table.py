@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunery.store import score_table
-from tunery.store.score_table import ScoreTable, as_numbers
+from tunery.store import score_cache
+from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import vector_column, vectors_of
 
 
@@ -24,7 +24,7 @@ def table(ids: np.ndarray) -> pa.Table:
 def test_what_was_added_is_found_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
 ) -> None:
-    kept = ScoreTable(tmp_path_factory.mktemp("scores") / "s")
+    kept = ScoreCache(tmp_path_factory.mktemp("scores") / "s")
     added = data.draw(st.lists(st.sampled_from(numbers), unique=True))
     cut = data.draw(st.integers(0, len(added)))
     for name, part in (("a", added[:cut]), ("b", added[cut:])):
@@ -39,11 +39,11 @@ def test_what_was_added_is_found_and_nothing_else(
 
 
 def test_large_runs_are_split_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_table, "PARTITION_ROWS", 100)
+    monkeypatch.setattr(score_cache, "PARTITION_ROWS", 100)
     ids = np.random.default_rng(0).integers(0, 2**64 - 1, 1000, np.uint64)
-    ScoreTable(tmp_path).add("a", (table(ids[start : start + 70]) for start in range(0, 1000, 70)), rows=1000)
+    ScoreCache(tmp_path).add("a", (table(ids[start : start + 70]) for start in range(0, 1000, 70)), rows=1000)
     assert len(list((tmp_path / "a").iterdir())) == 16
-    known, found = ScoreTable(tmp_path).find(ids[::-1])
+    known, found = ScoreCache(tmp_path).find(ids[::-1])
     assert known.all()
     assert found is not None
     assert found["score"].to_numpy().tolist() == (ids[::-1].astype(float) / 7).tolist()
@@ -52,13 +52,13 @@ def test_large_runs_are_split_and_found_again(tmp_path: Path, monkeypatch: pytes
 def test_large_vectors_are_split_into_more_files_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_table, "PARTITION_BYTES", 1 << 12)
+    monkeypatch.setattr(score_cache, "PARTITION_BYTES", 1 << 12)
     ids = np.random.default_rng(0).integers(0, 2**64 - 1, 256, np.uint64)
     vectors = np.random.default_rng(1).standard_normal((256, 32)).astype(np.float16)
     whole = pa.table({"id": ids, "score": np.full(256, np.nan), "vector": vector_column(vectors)})
-    ScoreTable(tmp_path).add("a", (whole.slice(start, 50) for start in range(0, 256, 50)), rows=256)
+    ScoreCache(tmp_path).add("a", (whole.slice(start, 50) for start in range(0, 256, 50)), rows=256)
     assert len(list((tmp_path / "a").iterdir())) == 4  # 64 bytes a row: 16 KiB in files of 4
-    known, found = ScoreTable(tmp_path).find(ids[::-2])
+    known, found = ScoreCache(tmp_path).find(ids[::-2])
     assert known.all()
     assert found is not None
     np.testing.assert_array_equal(vectors_of(found["vector"]), vectors[::-2])
@@ -66,8 +66,8 @@ def test_large_vectors_are_split_into_more_files_and_found_again(
 
 def test_row_twice_in_a_run_is_kept_once(tmp_path: Path) -> None:
     ids = np.array([5, 5, 3], np.uint64)
-    ScoreTable(tmp_path).add("a", [table(ids)], rows=3)
-    known, found = ScoreTable(tmp_path).find(ids)
+    ScoreCache(tmp_path).add("a", [table(ids)], rows=3)
+    known, found = ScoreCache(tmp_path).find(ids)
     assert known.all()
     assert found is not None
     assert found["words"].to_pylist() == ["w5", "w5", "w3"]
@@ -79,26 +79,26 @@ def test_half_written_run_is_not_seen(tmp_path: Path) -> None:
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"):
-        ScoreTable(tmp_path).add("a", fails(), rows=1)
-    assert ScoreTable(tmp_path).find(np.array([1], np.uint64))[1] is None
+        ScoreCache(tmp_path).add("a", fails(), rows=1)
+    assert ScoreCache(tmp_path).find(np.array([1], np.uint64))[1] is None
 
 
 def test_ids_are_numbers_of_16_hex_digits() -> None:
-    assert as_numbers(["00000000000000ff", "ffffffffffffffff"]).tolist() == [255, 2**64 - 1]
-    assert as_numbers([]).tolist() == []
+    assert ids_to_uint64(["00000000000000ff", "ffffffffffffffff"]).tolist() == [255, 2**64 - 1]
+    assert ids_to_uint64([]).tolist() == []
 
 
 def test_many_small_runs_become_one_and_the_large_ones_stay(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).permutation(np.arange(1, 1000, dtype=np.uint64) << np.uint64(50))
-    kept = ScoreTable(tmp_path)
+    kept = ScoreCache(tmp_path)
     kept.add("large", [table(ids[:500])], 500)
-    pieces = np.array_split(ids[500:], score_table.MOST_RUNS - 1)
+    pieces = np.array_split(ids[500:], score_cache.MOST_RUNS - 1)
     for number, piece in enumerate(pieces):
         before = kept.find(ids)[0]
         kept.add(f"r{number:02d}", [table(piece)], len(piece))
         assert kept.find(ids)[0].sum() == before.sum() + len(piece)
     runs = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    assert len(runs) == score_table.MOST_RUNS // 2 + 1
+    assert len(runs) == score_cache.MOST_RUNS // 2 + 1
     assert "large" in runs
     assert len([name for name in runs if name.startswith("merged-")]) == 1
     known, found = kept.find(ids)
@@ -111,18 +111,18 @@ def test_run_that_is_merged_while_it_is_looked_up_is_found_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = np.arange(10, dtype=np.uint64)
-    kept = ScoreTable(tmp_path)
+    kept = ScoreCache(tmp_path)
     kept.add("a", [table(ids)], 10)
-    runs = ScoreTable._runs
+    runs = ScoreCache._runs
     seen: list[int] = []
 
-    def merged_after_listing(self: ScoreTable) -> list[Path]:
+    def merged_after_listing(self: ScoreCache) -> list[Path]:
         found = runs(self)
         if not seen:
             (tmp_path / "a").rename(tmp_path / "merged-1")
         seen.append(len(found))
         return found
 
-    monkeypatch.setattr(ScoreTable, "_runs", merged_after_listing)
+    monkeypatch.setattr(ScoreCache, "_runs", merged_after_listing)
     assert kept.find(ids)[0].all()
     assert seen == [1, 1]

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data.score_unit import DEATHS, HOPELESS, PIECE, Pass, Scored, score_unit
 from tunery.errors import TuneryError
+from tunery.scoring.score_shard import MAX_CONSECUTIVE_FAILURES, MAX_CRASHES, PIECE, Scored, ScorePass, score_shard
 from tunery.store.rows import Row, row_id, shards, write_rows
-from tunery.store.score_table import ScoreTable, as_numbers
+from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import vectors_of
 
 
@@ -37,12 +37,12 @@ def shard(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=[PIECE, 4], ids=["in one piece", "in three pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunery.data.score_unit.PIECE", request.param)
+    monkeypatch.setattr("tunery.scoring.score_shard.PIECE", request.param)
 
 
-def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> Pass:
+def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> ScorePass:
     (folder / "out").mkdir(exist_ok=True)
-    return Pass(scores, folder / "out", run, tables)
+    return ScorePass(scores, folder / "out", run, tables)
 
 
 def plain(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -62,7 +62,7 @@ def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path:
         seen.extend(rows)
         return plain(rows, scores)
 
-    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "known": 0, "lost": 0}
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "known": 0, "lost": 0}
     found = result(tmp_path, shard)
     assert found["id"] == [row["id"] for row in rows_of(10)]
     assert found["a"] == [float(n) for n in range(10)]
@@ -72,11 +72,11 @@ def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path:
 
 
 def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: None) -> None:
-    score_unit(shard, job(tmp_path), plain)
+    score_shard(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
     table = made.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = table.append_column("id", [as_numbers(made["id"].to_pylist())])
-    ScoreTable(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
+    kept = table.append_column("id", [ids_to_uint64(made["id"].to_pylist())])
+    ScoreCache(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
     asked: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -84,7 +84,7 @@ def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: No
         return plain(rows, scores)
 
     before = result(tmp_path, shard)
-    told = score_unit(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
+    told = score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
     assert told == {"rows": 10, "scored": 8, "known": 2, "lost": 0}
     assert asked == [f"row {n}" for n in range(10) if n not in (1, 4)]
     after = result(tmp_path, shard)
@@ -100,7 +100,7 @@ def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(
             raise ValueError("a strange row")
         return plain(rows, scores)
 
-    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
     found = result(tmp_path, shard)
     assert found["lost"] == [n == 3 for n in range(10)]
     assert math.isnan(found["a"][3])
@@ -115,8 +115,10 @@ def test_fault_of_every_row_is_raised_instead_of_losing_them_all(tmp_path: Path)
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         raise ValueError("the model is broken")
 
-    with pytest.raises(TuneryError, match=f"none of {HOPELESS} rows one after the other can be scored") as raised:
-        score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
+    with pytest.raises(
+        TuneryError, match=f"none of {MAX_CONSECUTIVE_FAILURES} rows one after the other can be scored"
+    ) as raised:
+        score_shard(shards(tmp_path / "many")[0], job(tmp_path), score)
     first = rows_of(50)[0]
     assert raised.value.cause == (
         f"row {first['id']} ({first['source']}, line {first['line']}): ValueError: the model is broken"
@@ -131,7 +133,7 @@ def test_lack_of_memory_for_every_row_is_raised_as_such(tmp_path: Path) -> None:
         raise MemoryError("no 3 GB left")
 
     with pytest.raises(MemoryError):
-        score_unit(shards(tmp_path / "many")[0], job(tmp_path), score)
+        score_shard(shards(tmp_path / "many")[0], job(tmp_path), score)
 
 
 def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp_path: Path, pieces: None) -> None:
@@ -143,10 +145,10 @@ def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp
         scored.extend(row["text"] for row in rows)
         return plain(rows, scores)
 
-    for _ in range(DEATHS + 1):  # the whole unit, then one by one
+    for _ in range(MAX_CRASHES + 1):  # the whole unit, then one by one
         with pytest.raises(Killed):
-            score_unit(shard, job(tmp_path), score)
-    assert score_unit(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
+            score_shard(shard, job(tmp_path), score)
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
     assert result(tmp_path, shard)["lost"] == [n == 6 for n in range(10)]
     assert "its worker died 3 times" in (tmp_path / "out" / f"{shard.stem}.lost.json").read_text()
 
@@ -157,28 +159,28 @@ def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
 
     for run in ("1", "2", "3", "4"):
         with pytest.raises(Killed):
-            score_unit(shard, job(tmp_path, run), killed)
+            score_shard(shard, job(tmp_path, run), killed)
     batches: list[int] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         batches.append(len(rows))
         return plain(rows, scores)
 
-    assert score_unit(shard, job(tmp_path, "5"), score)["lost"] == 0
+    assert score_shard(shard, job(tmp_path, "5"), score)["lost"] == 0
     assert batches == [10], "all at once: nothing is suspected"
 
 
 def test_piece_of_which_every_row_is_lost_keeps_its_place(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunery.data.score_unit.PIECE", 4)
+    monkeypatch.setattr("tunery.scoring.score_shard.PIECE", 4)
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(4 <= row["line"] < 8 for row in rows):
             raise ValueError("a strange row")
         return {"a": {"score": [1.0] * len(rows), "sketch": [b"x"] * len(rows)}}
 
-    assert score_unit(shard, job(tmp_path), score)["lost"] == 4
+    assert score_shard(shard, job(tmp_path), score)["lost"] == 4
     found = result(tmp_path, shard)
     assert found["lost"] == [4 <= n < 8 for n in range(10)]
     assert found["a:sketch"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
@@ -186,11 +188,11 @@ def test_piece_of_which_every_row_is_lost_keeps_its_place(
 
 
 def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path) -> None:
-    score_unit(shard, job(tmp_path), plain)
+    score_shard(shard, job(tmp_path), plain)
     made = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
     kept = made.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = kept.append_column("id", [as_numbers(made["id"].to_pylist())]).select(["id", "score", "why"])
-    ScoreTable(tmp_path / "kept").add("r", [kept], 6)
+    kept = kept.append_column("id", [ids_to_uint64(made["id"].to_pylist())]).select(["id", "score", "why"])
+    ScoreCache(tmp_path / "kept").add("r", [kept], 6)
     asked: list[tuple[int, tuple[str, ...]]] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -198,8 +200,8 @@ def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path)
         return plain(rows, scores)
 
     (tmp_path / "both").mkdir()
-    both = Pass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
-    score_unit(shard, both, score)
+    both = ScorePass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
+    score_shard(shard, both, score)
     assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
     found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
     assert found["a"] == found["b"] == [float(n) for n in range(10)]
@@ -213,15 +215,15 @@ def test_vectors_pass_through_known_new_and_lost_rows(shard: Path, tmp_path: Pat
         vectors = np.array([[number, 0.5, -number] for number in numbers], np.float16)
         return {name: {"score": [math.nan] * len(rows), "vector": vectors} for name in scores}
 
-    score_unit(shard, job(tmp_path), score)
+    score_shard(shard, job(tmp_path), score)
     made = pq.read_table(tmp_path / "out" / shard.name)
     expected = [[math.nan] * 3 if n == 3 else [n, 0.5, -n] for n in range(10)]
     assert str(made["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
     np.testing.assert_array_equal(vectors_of(made["a:vector"]), expected)
     kept = made.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
-    kept = kept.append_column("id", [as_numbers(made.take([1, 4])["id"].to_pylist())])
-    ScoreTable(tmp_path / "kept").add("r", [kept], 2)
-    assert score_unit(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["known"] == 2
+    kept = kept.append_column("id", [ids_to_uint64(made.take([1, 4])["id"].to_pylist())])
+    ScoreCache(tmp_path / "kept").add("r", [kept], 2)
+    assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["known"] == 2
     again = pq.read_table(tmp_path / "out" / shard.name)
     assert again["known:a"].to_pylist() == [n in (1, 4) for n in range(10)]
     np.testing.assert_array_equal(vectors_of(again["a:vector"]), expected)
@@ -237,6 +239,6 @@ def test_one_death_changes_no_batch(shard: Path, tmp_path: Path) -> None:
         return plain(rows, scores)
 
     with pytest.raises(Killed):
-        score_unit(shard, job(tmp_path), dies_once)
-    assert score_unit(shard, job(tmp_path), dies_once)["lost"] == 0
+        score_shard(shard, job(tmp_path), dies_once)
+    assert score_shard(shard, job(tmp_path), dies_once)["lost"] == 0
     assert batches == [10, 10]

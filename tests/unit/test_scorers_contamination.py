@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_rows import answer_row, hostile_rows, text_row
 
-from tunery.data.scorers.contamination import SHORTEST, ContaminationScorer, Index
-from tunery.data.scorers.ngrams import Words
+from tunery.scoring.scorers.contamination import SHORTEST, ContaminationScorer, Index
+from tunery.scoring.scorers.ngrams import Words
 from tunery.spec import Contamination
 from tunery.store.rows import Row, write_rows
 

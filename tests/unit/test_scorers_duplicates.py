@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_rows import across, answer_row, hostile_rows, prompt_row, text_row
 
-from tunery.data.scorers import near_duplicates
-from tunery.data.scorers.duplicates import DuplicatesScorer
-from tunery.data.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbours
-from tunery.data.scorers.spill import Partitions, Sketches, part_of
-from tunery.data.scorers.texts import normal
+from tunery.scoring.scorers import near_duplicates
+from tunery.scoring.scorers.exact_duplicates import DuplicatesScorer
+from tunery.scoring.scorers.external_groupby import PartitionFiles, RowSignatures, part_of
+from tunery.scoring.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbours
+from tunery.scoring.scorers.texts import normalize
 from tunery.spec import Duplicates, NearDuplicates
-from tunery.store.rows import Row, composed
+from tunery.store.rows import Row, nfc
 
 
 def exact(of: str = "row", records: int = 1000, how: str = "exact") -> DuplicatesScorer:
@@ -66,9 +66,9 @@ def test_rejected_answers_are_part_of_the_row(tmp_path: Path) -> None:
 
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
-    assert normal("Cafe\u0301 noir") == normal("caf\u00e9  noir ")
-    assert normal("caf\u00e9") != normal("cafe")
-    assert composed("Cafe\u0301\n noir") == "Caf\u00e9\n noir"
+    assert normalize("Cafe\u0301 noir") == normalize("caf\u00e9  noir ")
+    assert normalize("caf\u00e9") != normalize("cafe")
+    assert nfc("Cafe\u0301\n noir") == "Caf\u00e9\n noir"
 
 
 @pytest.mark.parametrize("records", [1, 3, 50])
@@ -203,7 +203,7 @@ def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -
         [math.nan] * 3, nan_ok=True
     )
     assert near().sketch([]) == {"signature": []}
-    assert list(near().resolve(Sketches(()), tmp_path / "none")) == []
+    assert list(near().resolve(RowSignatures(()), tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0])
@@ -247,7 +247,7 @@ def test_run_of_combining_marks_takes_no_quadratic_time(tmp_path: Path) -> None:
 
 
 def test_partitions_give_back_what_was_put_in_in_order(tmp_path: Path) -> None:
-    partitions = Partitions(tmp_path / "parts", {"value": "<u8"}, buffer=3)
+    partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"}, buffer=3)
     for start in range(0, 10, 2):
         values = np.arange(start, start + 2, dtype=np.uint64)
         partitions.append((values % 3).astype(np.int64), value=values)
@@ -258,7 +258,7 @@ def test_partitions_give_back_what_was_put_in_in_order(tmp_path: Path) -> None:
 
 def test_partitions_begin_empty_where_a_killed_try_left_some(tmp_path: Path) -> None:
     for value in (1, 2):
-        partitions = Partitions(tmp_path / "parts", {"value": "<u8"})
+        partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"})
         partitions.append(np.zeros(1, dtype=np.int64), value=np.array([value], dtype=np.uint64))
         assert partitions.read(0)["value"].tolist() == [value]
 

@@ -9,14 +9,14 @@ import pytest
 from answers_in_languages import SENTENCES, answers
 from scorer_rows import across, answer_row, text_row
 
-from tunery.data.scorers import c4, gopher
-from tunery.data.scorers.c4 import C4Scorer
-from tunery.data.scorers.contamination import ContaminationScorer
-from tunery.data.scorers.gopher import GopherScorer
-from tunery.data.scorers.gopher_limits import ENGLISH, LANGUAGES, STOP_WORDS, limits
-from tunery.data.scorers.language import LanguageScorer
-from tunery.data.scorers.length import LengthScorer
-from tunery.data.scorers.near_duplicates import NearDuplicatesScorer
+from tunery.scoring.scorers import c4, gopher
+from tunery.scoring.scorers.c4 import C4Scorer
+from tunery.scoring.scorers.contamination import ContaminationScorer
+from tunery.scoring.scorers.gopher import GopherScorer
+from tunery.scoring.scorers.gopher_limits import ENGLISH, LANGUAGES, STOP_WORDS, limits
+from tunery.scoring.scorers.language import LanguageScorer
+from tunery.scoring.scorers.length import LengthScorer
+from tunery.scoring.scorers.near_duplicates import NearDuplicatesScorer
 from tunery.spec import (
     C4,
     C4Rules,

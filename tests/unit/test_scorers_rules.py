@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_rows import answer_row, hostile_rows, prompt_row, text_row
 
-from tunery.data.scorers import c4, gopher
-from tunery.data.scorers.c4 import C4Scorer
-from tunery.data.scorers.gopher import GopherScorer
-from tunery.data.scorers.gopher_limits import limits
-from tunery.data.scorers.language import LanguageScorer
-from tunery.data.scorers.length import LengthScorer
-from tunery.data.scorers.table import RowScorer
+from tunery.scoring.scorers import c4, gopher
+from tunery.scoring.scorers.c4 import C4Scorer
+from tunery.scoring.scorers.gopher import GopherScorer
+from tunery.scoring.scorers.gopher_limits import limits
+from tunery.scoring.scorers.language import LanguageScorer
+from tunery.scoring.scorers.length import LengthScorer
+from tunery.scoring.scorers.registry import RowScorer
 from tunery.spec import C4, C4Rules, Gopher, GopherRules, Language, Length
 from tunery.spec.scorers import LANGUAGES
 from tunery.store.rows import Row

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from conftest import LoadText
 
-from tunery.runner.compute import Hardware, resolve_compute
-from tunery.search.plan import plan_search
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.search.search_plan import plan_search
 from tunery.spec import Experiment
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tunery.search.journal import Begun, Record
+from tunery.search.journal import JournalRecord, TrialStart
 from tunery.search.outcome import facts_of
-from tunery.search.ranking import pareto_front, standings, student, tied, value_of
+from tunery.search.ranking import pareto_front, standings, statistical_ties, t_quantile, value_of
 from tunery.spec import Search
 
 
@@ -20,10 +20,10 @@ def search(**fields: Any) -> Search:
     return Search.model_validate_json(json.dumps({"metric": "a", "mode": "min", "trials": 9, "space": space, **fields}))
 
 
-def record(name: str, state: str = "done", of: str = "", **values: float) -> Record:
+def record(name: str, state: str = "done", of: str = "", **values: float) -> JournalRecord:
     origin: Any = "replicate" if of else "drawn"
     ended = {"state": state, "values": values, "seconds": 1.0, "error": ""}
-    return Record(Begun(name, 0, {"x": name}, origin, of), [], ended)
+    return JournalRecord(TrialStart(name, 0, {"x": name}, origin, of), [], ended)
 
 
 def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_better_value() -> None:
@@ -79,19 +79,19 @@ def test_intervals_hold_the_true_mean_in_nineteen_of_twenty_cases_and_ties_are_c
         groups = {name: [chance.gauss(0, 1) for _ in range(3)] for name in "abc"}
         found = standings(groups)
         held += sum(abs(item.mean) <= item.half for item in found)  # type: ignore[operator]
-        ties += len(tied(found[0], found[1:2], {name: groups[name] for name in "abc"}))
+        ties += len(statistical_ties(found[0], found[1:2], {name: groups[name] for name in "abc"}))
     assert 0.93 < held / 6000 < 0.97
     assert 0.93 < ties / 2000 < 0.97
     far = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
-    assert tied(standings(far)[0], standings(far), far) == []
+    assert statistical_ties(standings(far)[0], standings(far), far) == []
     assert standings({"a": [1.0]})[0].half is None
 
 
 def test_students_t_comes_down_to_the_normal_distribution() -> None:
-    values = [student(freedom) for freedom in range(1, 200)]
+    values = [t_quantile(freedom) for freedom in range(1, 200)]
     assert values == sorted(values, reverse=True)
-    assert student(20) == pytest.approx(2.086, abs=2e-3)
-    assert student(60) == pytest.approx(2.000, abs=2e-3)
+    assert t_quantile(20) == pytest.approx(2.086, abs=2e-3)
+    assert t_quantile(60) == pytest.approx(2.000, abs=2e-3)
 
 
 def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:

@@ -16,10 +16,19 @@ from conftest import LoadText
 
 from tunery.errors import SpecErrors
 from tunery.run import before_search
-from tunery.search.journal import Begun, Journal
+from tunery.search.journal import Journal, TrialStart
 from tunery.search.queue import Queue
-from tunery.search.space import at_random, before_selection, grid, in_turn, longest, point, reseeded, trial_experiment
-from tunery.search.steering import Steering
+from tunery.search.space import (
+    at_random,
+    before_selection,
+    grid,
+    grid_point,
+    longest,
+    sample_point,
+    trial_experiment,
+    with_seed,
+)
+from tunery.search.steering import SearchControl
 from tunery.search.suggest import suggester
 from tunery.spec import Dimension, Search
 
@@ -39,7 +48,7 @@ def search(**fields: Any) -> Search:
 
 
 def drawn(number: int, space: dict[str, Dimension]) -> dict[str, Any]:
-    return point(space, at_random(7, number))
+    return sample_point(space, at_random(7, number))
 
 
 def test_values_are_within_their_dimension_and_only_there_when_their_conditions_hold() -> None:
@@ -65,7 +74,7 @@ def test_what_is_drawn_depends_on_the_number_alone() -> None:
 
 def test_grids_are_taken_in_turn_and_a_whole_grid_has_each_trial_once() -> None:
     space = search().space
-    counted = Counter(tuple(in_turn(space, number).values()) for number in range(40))
+    counted = Counter(tuple(grid_point(space, number).values()) for number in range(40))
     assert set(counted.values()) == {10}
     assert len(counted) == 4
     whole = {path: dimension for path, dimension in space.items() if path != "sft.learning_rate"}
@@ -115,8 +124,8 @@ def test_before_a_search_all_is_made_that_no_searched_training_changes(load_text
 
 def test_another_seed_is_that_of_the_trainings_that_the_search_changes(load_text: LoadText) -> None:
     experiment, _ = load_text(EXPERIMENT)
-    assert reseeded(experiment, {"sft.learning_rate": 1e-4}, 0) == {"sft.learning_rate": 1e-4}
-    assert reseeded(experiment, {"sft.learning_rate": 1e-4}, 2) == {"sft.learning_rate": 1e-4, "sft.seed": 2003}
+    assert with_seed(experiment, {"sft.learning_rate": 1e-4}, 0) == {"sft.learning_rate": 1e-4}
+    assert with_seed(experiment, {"sft.learning_rate": 1e-4}, 2) == {"sft.learning_rate": 1e-4, "sft.seed": 2003}
 
 
 EVALUATED = EXPERIMENT[EXPERIMENT.index("seed: 3}") : EXPERIMENT.index("search:")] + "search:"
@@ -208,7 +217,7 @@ class Bench:
     def begin(self) -> None:
         """Also again, after a kill."""
         self.journal = Journal(self.folder / "journal.jsonl")
-        self.steering = Steering(self.run)
+        self.steering = SearchControl(self.run)
         self.queue = Queue(
             self.told,
             self.journal,
@@ -294,7 +303,7 @@ def test_a_wide_range_of_whole_numbers_takes_no_room() -> None:
 def test_a_full_disk_leaves_no_half_line_in_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
-    journal.begin(Begun("a", 0, {"x": 1}, "drawn"))
+    journal.begin(TrialStart("a", 0, {"x": 1}, "drawn"))
     before = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -372,7 +381,7 @@ def test_wished_trials_are_run_and_stopped_ones_are_not(tmp_path: Path) -> None:
 
 
 def test_a_wish_that_fits_the_file_no_more_fails_and_the_search_goes_on(tmp_path: Path) -> None:
-    told: list[Begun] = []
+    told: list[TrialStart] = []
     bench = Bench(tmp_path, search(trials=1))
     bench.queue = Queue(
         bench.told,
@@ -396,7 +405,7 @@ def test_a_wish_that_fits_the_file_no_more_fails_and_the_search_goes_on(tmp_path
 def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
-    journal.begin(Begun("a", 0, {"x": 1}, "drawn"))
+    journal.begin(TrialStart("a", 0, {"x": 1}, "drawn"))
     journal.report("a", {"loss": 1.0})
     with path.open("a") as file:
         file.write('{"event": "ended", "tri')

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.judge import auc, auc_by_kind, filter_quality, histogram
-from tunery.data.rules import describe, find_cut
-from tunery.data.select.stage import make_selection
 from tunery.errors import StageError
+from tunery.ingest.corruption_metrics import auc, auc_by_kind, filter_quality, histogram
+from tunery.selection.select_stage import run_select
+from tunery.selection.thresholds import describe, find_threshold
 from tunery.spec import Compute, Keep, Select
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import SHARD, read_rows, shards, write_rows
@@ -36,7 +36,7 @@ def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndar
     """The rule's cut found and applied in pieces, as a stage does."""
     middle = len(badness) // 2
     pieces = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
-    cut = find_cut(pieces, rule, good, len(badness), None)
+    cut = find_threshold(pieces, rule, good, len(badness), None)
     return np.concatenate([cut.passing(piece) for piece in pieces()]), cut.worst
 
 
@@ -235,7 +235,7 @@ def select(
         compute=Compute(),
         emit=lambda *args, **values: None,
     )
-    return make_selection(context), out
+    return run_select(context), out
 
 
 def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from test_read import content, dataset
 
-from tunery.data.columns import FORMS, LAYOUTS, NoShape, converter
-from tunery.data.formats.record import BadRow
-from tunery.data.read import read_source
+from tunery.ingest.columns import COLUMN_PATTERNS, ROW_BUILDERS, UnknownColumns, converter
+from tunery.ingest.formats.record import InvalidRow
+from tunery.ingest.read import read_source
 from tunery.spec.stages import Dataset
-from tunery.store.rows import Row, shape_of
+from tunery.store.rows import Row, row_format
 
 SYSTEM = {"role": "system", "content": "s"}
 Q, A, B = ({"role": role, "content": said} for role, said in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
@@ -126,7 +126,7 @@ def test_shape_becomes_the_one_schema(name: str, tmp_path: Path) -> None:
     record, row, shape = SHAPES[name]
     found = read(record, tmp_path)
     assert everything(found) == row
-    assert shape_of(found) == shape
+    assert row_format(found) == shape
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def test_columns_name_every_role_of_a_shape(columns: Any, record: Any, row: Row,
     ],
 )
 def test_row_that_lacks_something_is_not_taken_for_another_shape(record: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(InvalidRow, match=reason):
         converter(record, None)(record)
 
 
 def test_every_layout_is_a_form_and_every_role_may_be_named() -> None:
     roles = set(Dataset.model_fields["columns"].annotation.__args__[0].__args__[0].__args__)  # type: ignore[union-attr]
-    assert roles == {role for needed, allowed, _ in FORMS for role in f"{needed} {allowed}".split()}
-    for layout in LAYOUTS:
+    assert roles == {role for needed, allowed, _ in ROW_BUILDERS for role in f"{needed} {allowed}".split()}
+    for layout in COLUMN_PATTERNS:
         columns = [word.removesuffix("?").partition("=") for word in layout.split()]
         converter({name or role: "x" for role, _, name in columns}, None)
-    with pytest.raises(NoShape, match="columns found: `body`"):
+    with pytest.raises(UnknownColumns, match="columns found: `body`"):
         converter({"body": "x"}, None)

@@ -25,11 +25,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tunery.models.frozen_head import frozen_head_nll
-from tunery.models.side_by_side import Layout, attend_by_rows
-from tunery.train.packed.batch import IGNORED, batch_of
-from tunery.train.packed.blocks import blocks, rectangles
-from tunery.train.sequences import InMemorySequences
+from tunery.models.fused_nll import fused_nll
+from tunery.models.packed_attention import Layout, install_varlen_attention
+from tunery.training.packed.microbatches import microbatches, padded_microbatches
+from tunery.training.packed.packed_batch import IGNORED, batch_of
+from tunery.training.sequences import InMemorySequences
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
@@ -68,7 +68,7 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
     expected = weight.grad.clone()
     model.zero_grad()
 
-    attention = attend_by_rows(model)
+    attention = install_varlen_attention(model)
     assert attention is not None
     layout = Layout.of(LENGTHS)
     attention.tell(layout, model.device, model.dtype)
@@ -89,7 +89,7 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
     told = []
     for dtype in (torch.float32, torch.bfloat16):
         model = plain(kind).eval().to("cuda", dtype)
-        attention = attend_by_rows(model)
+        attention = install_varlen_attention(model)
         assert attention is not None
         attention.tell(layout, model.device, dtype)
         positions_bt = layout.positions_bt().cuda()
@@ -111,7 +111,7 @@ def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str)
     ids_bt = torch.arange(12).view(2, 6)
     before, by = model.eval()(input_ids=ids_bt).logits, model.config._attn_implementation
     model.train()
-    assert attend_by_rows(model) is None
+    assert install_varlen_attention(model) is None
     assert model.config._attn_implementation == by
     assert model.training
     torch.testing.assert_close(model.eval()(input_ids=ids_bt).logits, before)
@@ -143,13 +143,13 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
         ]
         seen: list[tuple[int, int]] = []
         below: list[tuple[int, int]] = []
-        for block in rectangles(lengths, budget):
+        for block in padded_microbatches(lengths, budget):
             own = [*zip(block.members, block.rows, strict=True)]
             padded = sum(map(len, block.rows)) * max(lengths[member][row] for member, rows in own for row in rows)
             assert padded <= budget or (len(own) == 1 and len(block.rows[0]) == 1)
             assert len(set(map(len, block.rows))) == 1
             below += [(member, row) for member, rows in own for row in rows]
-        for block in blocks(lengths, budget, fixed=50):
+        for block in microbatches(lengths, budget, fixed=50):
             own = [*zip(block.members, block.rows, strict=True)]
             totals = [sum(lengths[member][row] for row in rows) for member, rows in own]
             padded = max(totals) * len(totals)
@@ -188,7 +188,7 @@ def test_a_frozen_heads_loss_and_gradient_are_those_of_autograd(bias: bool) -> N
     targets_n, weights_n = torch.randint(5000, (700,)), torch.rand(700)
     results = []
     hidden_nh = torch.randn(700, 16).mul_(20)
-    for nll in (frozen_head_nll, lambda h, head, t: cross_entropy(head(h), t, reduction="none")):
+    for nll in (fused_nll, lambda h, head, t: cross_entropy(head(h), t, reduction="none")):
         own = hidden_nh.clone().requires_grad_()
         losses_n = nll(own, head, targets_n)
         (losses_n * weights_n).sum().backward()

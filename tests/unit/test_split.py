@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.data.split import LARGEST_HOLDOUT, split_of
+from tunery.ingest.split import LARGEST_HOLDOUT, split_of
 
 HOLDOUTS = st.floats(min_value=0, max_value=LARGEST_HOLDOUT)
 RELEASED = {"print": "validation", "json": "test", "os.path.join": "train", "abs": "train", "ü": "validation"}

@@ -8,9 +8,9 @@ import pytest
 from sample_run import START, Event, events_until, failed_events, sample_events
 from sample_search import FORGETTING, LOSS, searched_events
 
-from tunery.track.notes import note
-from tunery.track.snapshot import Bound, Standing
-from tunery.track.state import RunState, replay
+from tunery.events.event_reducer import RunState, replay
+from tunery.events.run_state import ConstraintState, TrialStanding
+from tunery.events.stage_summary import note
 
 
 def event(name: str, at: float = 0.0, **values: Any) -> Event:
@@ -182,11 +182,11 @@ def test_search_folds_origins_values_standings_ties_and_front() -> None:
     first, again = search.trials["t00"], search.trials["r00"]
     assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("drawn", 3.1, True, 40_000)
     assert (again.origin, again.of) == ("replicate", "t00")
-    assert search.standings.get(first.name) == Standing(pytest.approx(3.105), 0.0123, 2)
+    assert search.standings.get(first.name) == TrialStanding(pytest.approx(3.105), 0.0123, 2)
     assert search.standings.get(again.name) is None
     assert (search.ties, search.front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
     assert search.objectives == [(LOSS, "min"), (FORGETTING, "min")]
-    assert search.bounds == [Bound(FORGETTING, None, 0.1)]
+    assert search.bounds == [ConstraintState(FORGETTING, None, 0.1)]
 
 
 def test_search_that_is_told_again_as_done_keeps_its_origins() -> None:

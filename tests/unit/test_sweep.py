@@ -9,13 +9,13 @@ import pytest
 from sample_search import FORGETTING, LOSS, WARMUP, event, searched_events
 from test_report import Page
 
-from tunery.track import sweep
-from tunery.track.charts import Axis, Dot
-from tunery.track.parallel import Line, parallel_chart
-from tunery.track.pareto import pareto_chart
-from tunery.track.report import report_html
-from tunery.track.snapshot import SearchState
-from tunery.track.state import replay
+from tunery.events.event_reducer import replay
+from tunery.events.run_state import SearchState
+from tunery.reporting import search_report
+from tunery.reporting.charts import Axis, Dot
+from tunery.reporting.parallel_coordinates import Line, parallel_chart
+from tunery.reporting.pareto import pareto_chart
+from tunery.reporting.report import report_html
 
 
 def search_of(events: list[dict[str, Any]]) -> SearchState:
@@ -29,7 +29,7 @@ def lines_of(svg: str, css: str) -> list[str]:
 
 
 def test_every_trial_is_a_line_and_the_best_one_lies_over_them() -> None:
-    figure = sweep.parallel(search_of(searched_events()))
+    figure = search_report.parallel(search_of(searched_events()))
     assert figure is not None
     assert len(lines_of(figure.svg, "curve quiet")) == 15
     assert len(lines_of(figure.svg, "curve best c1")) == 1
@@ -40,7 +40,7 @@ def test_every_trial_is_a_line_and_the_best_one_lies_over_them() -> None:
 
 
 def test_line_of_a_trial_without_a_field_is_interrupted_there() -> None:
-    figure = sweep.parallel(search_of(searched_events()))
+    figure = search_report.parallel(search_of(searched_events()))
     assert figure is not None
     pieces = [drawn.count("M") for drawn in lines_of(figure.svg, "curve quiet")]
     search = search_of(searched_events())
@@ -64,7 +64,10 @@ def test_values_stand_on_their_axis_at_their_place() -> None:
 
 
 def test_one_field_or_one_trial_is_no_parallel_coordinates() -> None:
-    assert sweep.parallel(search_of([event("search_started", 0, metric="m", space={"a.b": "", "a.c": ""})])) is None
+    assert (
+        search_report.parallel(search_of([event("search_started", 0, metric="m", space={"a.b": "", "a.c": ""})]))
+        is None
+    )
     assert parallel_chart([Axis("a")], [Line([1.0], "quiet", "")]) == ""
 
 
@@ -83,7 +86,7 @@ def test_front_is_marked_and_joined_by_steps_that_no_trial_lies_beyond() -> None
 
 
 def test_pareto_chart_shows_front_and_broken_constraints() -> None:
-    figure = sweep.pareto(search_of(searched_events()))
+    figure = search_report.pareto(search_of(searched_events()))
     assert figure is not None
     assert figure.svg.count(' front" data-tip') == 2
     assert figure.svg.count('class="trial broken"') == sum(
@@ -91,14 +94,14 @@ def test_pareto_chart_shows_front_and_broken_constraints() -> None:
     )
     assert ("broken-dot", "breaks forgetting ≤ 0.1") in figure.keys
     one = [{**told, "also": []} if told["event"] == "search_started" else told for told in searched_events()]
-    assert sweep.pareto(search_of(one)) is None
+    assert search_report.pareto(search_of(one)) is None
 
 
 def test_importance_is_drawn_for_each_metric_and_says_when_there_are_too_few_trials() -> None:
-    figures = sweep.importance(search_of(searched_events()))
+    figures = search_report.importance(search_of(searched_events()))
     assert [figure.title for figure in figures] == ["what eval_loss depends on", "what forgetting depends on"]
     assert "by-chance" in figures[0].svg
-    (few,) = sweep.importance(search_of(searched_events(6)))
+    (few,) = search_report.importance(search_of(searched_events(6)))
     assert (few.svg, "too few" in few.note) == ("", True)
 
 
@@ -137,6 +140,6 @@ def test_field_that_no_trial_has_yet_has_no_axis() -> None:
     events = searched_events()
     for one in events:
         one.get("overrides", {}).pop(WARMUP, None)
-    figure = sweep.parallel(search_of(events))
+    figure = search_report.parallel(search_of(events))
     assert figure is not None
     assert ">warmup<" not in figure.svg

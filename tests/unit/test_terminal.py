@@ -15,10 +15,10 @@ from rich.console import Console, RenderableType
 from sample_run import START, Event, events_until, failed_events, rewarded_events, sample_events
 from sample_search import searched_events
 
-from tunery.track.events import EventReader
-from tunery.track.notes import latest, note
-from tunery.track.state import RunState, StageState, replay
-from tunery.track.terminal import PlainLines, Terminal, final_table, render
+from tunery.events.event_log import EventReader
+from tunery.events.event_reducer import RunState, StageState, replay
+from tunery.events.stage_summary import latest, note
+from tunery.reporting.terminal import PlainLines, Terminal, final_table, render
 
 
 def drawn(picture: RenderableType, width: int) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tunery.track.events import Event, EventLog, EventReader
-from tunery.track.snapshot import RunState, StageState
-from tunery.track.state import apply
-from tunery.track.terminal import PlainLines, Terminal
+from tunery.events.event_log import Event, EventLog, EventReader
+from tunery.events.event_reducer import apply
+from tunery.events.run_state import RunState, StageState
+from tunery.reporting.terminal import PlainLines, Terminal
 
 TOTAL = 1_284
 STARTED = {"t": 0.0, "event": "stage_started", "stage": "sft", "kind": "sft", "fingerprint": "f"}

@@ -27,8 +27,8 @@ from tunery.models.tokenized_dataset import (
 from tunery.models.truncation import encode_sequences
 from tunery.store import rows as store_rows
 from tunery.store.rows import CONTENT, write_rows
-from tunery.train.batches import SequenceMixture, data_order
-from tunery.train.sequences import BlockSet, SequenceSet
+from tunery.training.batches import SequenceMixture, data_order
+from tunery.training.sequences import BlockSet, SequenceSet
 
 
 def conversation(number: int, **fields: Any) -> dict[str, Any]:

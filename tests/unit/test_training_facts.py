@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tunery.spec import Sft
-from tunery.train.batches import Batching
-from tunery.train.facts import log_period, training_facts
+from tunery.training.batches import Batching
+from tunery.training.training_stats import log_period, training_facts
 
 SPEC = Sft.model_validate_json("""{"kind": "sft", "data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3,
  "global_batch_size": 4}""")

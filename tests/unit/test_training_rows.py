@@ -13,18 +13,18 @@ from training_jobs import rows_at, training_job
 
 from tunery.errors import StageError
 from tunery.models import tokenized_dataset
+from tunery.models.classifier_inputs import NO_LABEL, encode_classifier_inputs
 from tunery.models.encode import Encoding, as_prompt, encode_prompts
 from tunery.models.load import load_own_tokenizer, load_tokenizer
 from tunery.models.prompts import NO_QUESTION, TOO_LONG
-from tunery.models.shown import NO_LABEL, encode_shown
 from tunery.models.tokenized_dataset import TokenCache
 from tunery.models.truncation import encode
 from tunery.spec import ClassifierTraining, Grpo, Ppo
 from tunery.store import rows as store_rows
 from tunery.store.rows import row_id
-from tunery.train.classification import Classification
-from tunery.train.ppo.mixing import mixed_rows
-from tunery.train.sequences import ROW_ENCODINGS, UNUSABLE, PromptSet, read_row_sequences
+from tunery.training.classifier import ClassifierTask
+from tunery.training.ppo.ptx import mixed_rows
+from tunery.training.sequences import ROW_ENCODINGS, UNUSABLE, PromptSet, read_row_sequences
 
 
 def row(*turns: str, **fields: Any) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_without_a_label_are_left_out_and_are_no_fault(encoder: Path, tmp_path: Path) -> None:
     rows = [row("why", "it is so", label=True), row("what", "a row"), row("how", "so", label=False)]
     job = training_job(tmp_path, classifier(), encoder, rows=(rows_at(tmp_path, rows),))
-    recipe = Classification(job, 0)
+    recipe = ClassifierTask(job, 0)
     counted = recipe.counted()
     assert counted["labels"] == {"bad": 1, "good": 1}
     assert (counted["rows"], counted["sequences"], counted["unlabelled"], counted["unusable"]) == (3, 2, 1, 0)
@@ -157,7 +157,7 @@ def test_rows_of_two_stages_have_the_label_of_their_stage(encoder: Path, tmp_pat
     spec = classifier(data={"good": "one", "bad": "two"}, eval_data="held_out")
     held_out = rows_at(tmp_path, [row("why", "it is so", label=False), row("is it", "yes", label=True)])
     job = training_job(tmp_path, spec, encoder, rows=(good, bad), eval_rows=(held_out,))
-    recipe = Classification(job, 0)
+    recipe = ClassifierTask(job, 0)
     counted = recipe.counted()
     assert counted["labels"] == {"bad": 2, "good": 2}
     assert counted["eval_rows_trained_on"] == 1
@@ -165,7 +165,7 @@ def test_rows_of_two_stages_have_the_label_of_their_stage(encoder: Path, tmp_pat
     assert batch["target"].tolist() == [1, 1, 0, 0]
     # What an encoder is shown of a conversation is a pair of texts, with their token types.
     tokenizer = load_own_tokenizer({"pretrained": str(encoder), "revision": None})
-    (shown,) = encode_shown([row("what", "a row")], tokenizer, Encoding(32))
+    (shown,) = encode_classifier_inputs([row("what", "a row")], tokenizer, Encoding(32))
     length = len(shown.ids)
     assert batch["input_ids"][1][:length].tolist() == shown.ids
     assert batch["token_type_ids"][1][:length].tolist() == shown.token_types
@@ -176,4 +176,4 @@ def test_one_label_alone_is_refused(encoder: Path, tmp_path: Path) -> None:
     rows = [row("why", "it is so", label=True), row("what", "a row")]
     job = training_job(tmp_path, classifier(), encoder, rows=(rows_at(tmp_path, rows),))
     with pytest.raises(StageError, match=r"`rows` \(data\) don't have both labels: 0 bad, 1 good, 1 without a label"):
-        Classification(job, 0)
+        ClassifierTask(job, 0)

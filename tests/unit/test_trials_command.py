@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tunery import cli
 from tunery.errors import RequestError
+from tunery.events.event_log import EventLog
+from tunery.events.event_reducer import replay
 from tunery.search.space import trial_id
-from tunery.search.steering import Steering
+from tunery.search.steering import SearchControl
+from tunery.search.trial_commands import TrialCommand, trials
 from tunery.search.trials import Trials, trials_of
-from tunery.search.wishes import Wished, trials
 from tunery.store import Lease, Store
-from tunery.track.events import EventLog
-from tunery.track.state import replay
 
 TEXT = """
 # Which learning rate?
@@ -50,7 +50,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store")
         self.folder = self.store.run("small")
-        self.steering = Steering(self.folder)
+        self.steering = SearchControl(self.folder)
 
     def begin(self, text: str = TEXT, *, search: bool = True) -> Bench:
         stages = [{"name": name, "kind": "sft"} for name in ("rows", "held", "base", "sft")]
@@ -83,9 +83,9 @@ class Bench:
         assert isinstance(told, Trials)
         return told
 
-    def wish(self, *words: str, **asked: Any) -> Wished:
+    def wish(self, *words: str, **asked: Any) -> TrialCommand:
         told = trials("small", self.store, words, **asked)
-        assert isinstance(told, Wished)
+        assert isinstance(told, TrialCommand)
         return told
 
     def refused(self, *words: str, **asked: Any) -> RequestError:
@@ -111,7 +111,7 @@ def running(bench: Bench) -> Iterator[Bench]:
         yield bench
 
 
-def shown(told: Trials | Wished, width: int) -> str:
+def shown(told: Trials | TrialCommand, width: int) -> str:
     console = Console(width=width, highlight=False, no_color=True)
     with console.capture() as captured:
         console.print(told.render(width))
@@ -209,14 +209,14 @@ def test_stop_is_kept_where_nobody_runs_the_search(bench: Bench) -> None:
 def test_added_trial_is_what_the_search_reads(running: Bench) -> None:
     told = running.wish("sft.learning_rate=5e-3", "sft.tuner={lora: {rank: 8}}", add=True)
     values = {"sft.learning_rate": 5e-3, "sft.tuner": {"lora": {"rank": 8}}}
-    assert Steering(running.folder).new() == [{"overrides": values, "origin": "added", "of": ""}]
+    assert SearchControl(running.folder).new() == [{"overrides": values, "origin": "added", "of": ""}]
     waits = running.list().named(told.trials[0])
     assert (waits.state, waits.origin, waits.overrides) == ("waiting", "added", values)
 
 
 def test_cloned_trial_has_the_others_values_and_the_changes(running: Bench) -> None:
     running.wish("sft.epochs=2", clone=NAMES[3].removeprefix("trial-"))
-    (wish,) = Steering(running.folder).new()
+    (wish,) = SearchControl(running.folder).new()
     assert wish == {"overrides": {"sft.learning_rate": 4e-3, "sft.epochs": 2}, "origin": "cloned", "of": NAMES[3]}
 
 

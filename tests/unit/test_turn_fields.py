@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tunery.data.corrupt import corrupt
+from tunery.ingest.corruption import corrupt
 from tunery.store import rows as store
 from tunery.store.rows import OPTIONAL_TURN_FIELDS, TURNS, Row, read_rows, row_id, shards, write_rows, write_tables
 

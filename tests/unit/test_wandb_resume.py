@@ -6,8 +6,8 @@ from typing import Any
 
 from sample_run import Event
 
-from tunery.track.wandb_files import History, Row, keys_of
-from tunery.track.wandb_translate import INTERRUPTED, Finish, Log, Open, Summarize, Translator, run_id
+from tunery.reporting.wandb_files import History, Row, keys_of
+from tunery.reporting.wandb_translate import INTERRUPTED, Finish, Log, Open, Summarize, Translator, run_id
 
 STAGE = run_id("quickstart", "sft", "", "f")
 

@@ -11,9 +11,9 @@ import pytest
 from sample_run import METRIC, PPO_FACTS, START, Event, failed_events, rewarded_events, sample_events
 from sample_search import FORGETTING, LOSS, SHARE, WARMUP, searched_events
 
-from tunery.track.wandb_mirror import Mirrored, wanted_mode
-from tunery.track.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
-from tunery.track.wandb_values import Histogram, Table, flatten, histograms, table
+from tunery.reporting.wandb_mirror import WandbResult, wanted_mode
+from tunery.reporting.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
+from tunery.reporting.wandb_values import Histogram, Table, flatten, histograms, table
 
 EXPERIMENT = {
     "name": "quickstart",
@@ -350,12 +350,12 @@ def test_wandb_mode_of_the_environment_decides_what_the_file_leaves_open(
 
 
 def test_notes_say_how_to_sync_and_what_is_missing() -> None:
-    assert Mirrored("disabled").notes == []
-    assert Mirrored("offline", "my runs/wandb", 3).notes == ["W&B (offline): wandb sync 'my runs/wandb'"]
-    assert Mirrored("online", "https://wandb.ai/me/p", 3).notes == ["W&B (online): https://wandb.ai/me/p"]
-    (_, problem) = Mirrored("offline", "r", 3, lost=2, error="OSError: disk full").notes
+    assert WandbResult("disabled").notes == []
+    assert WandbResult("offline", "my runs/wandb", 3).notes == ["W&B (offline): wandb sync 'my runs/wandb'"]
+    assert WandbResult("online", "https://wandb.ai/me/p", 3).notes == ["W&B (online): https://wandb.ai/me/p"]
+    (_, problem) = WandbResult("offline", "r", 3, lost=2, error="OSError: disk full").notes
     assert problem == "W&B: OSError: disk full (2 things are missing there)"
-    assert "--include-online" in Mirrored("offline", "r", 3, partly_online=True).notes[0]
+    assert "--include-online" in WandbResult("offline", "r", 3, partly_online=True).notes[0]
 
 
 # Searches.

@@ -13,9 +13,9 @@ from in_process import stage_context
 from small_classifiers import WORDS, write_language_model, write_reward_model
 
 from tunery.errors import StageError, TuneryError
-from tunery.evaluate import answers as answers_module
-from tunery.evaluate.win_rate import CHARACTERS, SHOWN, make_win_rates
-from tunery.evaluate.wins import Wins, compare, wilson
+from tunery.evaluation import generate_responses as answers_module
+from tunery.evaluation.win_counts import WinCounts, compare, wilson
+from tunery.evaluation.win_rate import CHARACTERS, SHOWN, run_win_rate
 from tunery.spec import WinRate
 from tunery.store import StageResult
 from tunery.store.rows import Row, row_id, write_rows
@@ -29,12 +29,12 @@ QUESTIONS = 21
 
 def test_a_tie_counts_half() -> None:
     found = compare([(2.0, 1.0, False), (0.5, 0.1, False), (1.0, 1.0, False), (0.0, 3.0, False)])
-    assert found == Wins(wins=2, ties=1, losses=1)
+    assert found == WinCounts(wins=2, ties=1, losses=1)
     assert found.rate == 0.625
 
 
 def test_the_same_text_is_a_tie_whatever_rounding_makes_of_its_rewards() -> None:
-    assert compare([(1.0000001, 1.0, True), (1.0, 1.0000001, True)]) == Wins(0, 2, 0)
+    assert compare([(1.0000001, 1.0, True), (1.0, 1.0000001, True)]) == WinCounts(0, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def compared(
         **fields,
     }
     context = stage_context(WinRate, spec, data, home, out, work=work or folder / "work")
-    result = make_win_rates(context)
+    result = run_win_rate(context)
     return result, [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
 

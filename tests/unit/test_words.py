@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scorer_rows import answer_row
 
-from tunery.data.scorers.length import LengthScorer
-from tunery.data.scorers.texts import has_words, script, terms, words
+from tunery.scoring.scorers.length import LengthScorer
+from tunery.scoring.scorers.texts import has_words, script, terms, words
 from tunery.spec import Length
 
 SENTENCES = [

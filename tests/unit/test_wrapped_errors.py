@@ -13,8 +13,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.tune.error import TuneError
 
 from tunery.errors import StageError, TuneryError
-from tunery.runner.execute import Where
-from tunery.runner.failures import RUN, explain
+from tunery.pipeline.diagnose import RUN, diagnose
+from tunery.pipeline.execute import RunContext
 from tunery.store import Store
 
 NOTE = (
@@ -26,9 +26,9 @@ SHOWN = "ValueError: the row has 3 labels"
 
 
 @pytest.fixture
-def where(tmp_path: Path) -> Where:
+def where(tmp_path: Path) -> RunContext:
     (tmp_path / "store").mkdir()
-    return Where(Store(tmp_path / "store"), tmp_path / "run", tmp_path)
+    return RunContext(Store(tmp_path / "store"), tmp_path / "run", tmp_path)
 
 
 def raised(error: Exception) -> tuple[Exception, str]:
@@ -44,25 +44,25 @@ def task_error(error: Exception) -> RayTaskError:
     return RayTaskError("Map", text, caught)
 
 
-def told(error: Exception, where: Where) -> TuneryError:
-    return explain(error, "scored", where)
+def told(error: Exception, where: RunContext) -> TuneryError:
+    return diagnose(error, "scored", where)
 
 
-def test_error_of_a_ray_task(where: Where) -> None:
+def test_error_of_a_ray_task(where: RunContext) -> None:
     assert told(task_error(ValueError("the row has 3 labels")), where).message == SHOWN
 
 
-def test_error_of_a_ray_task_as_ray_get_raises_it(where: Where) -> None:
+def test_error_of_a_ray_task_as_ray_get_raises_it(where: RunContext) -> None:
     dual = task_error(ValueError("the row has 3 labels")).as_instanceof_cause()
     assert told(dual, where).message == SHOWN
 
 
-def test_error_of_a_ray_data_task_is_shown_without_the_note_on_retries(where: Where) -> None:
+def test_error_of_a_ray_data_task_is_shown_without_the_note_on_retries(where: RunContext) -> None:
     found = told(task_error(ValueError(f"the row has 3 labels\n{NOTE}")).as_instanceof_cause(), where)
     assert (found.message, found.cause) == (SHOWN, "")
 
 
-def test_error_that_cannot_be_pickled_is_read_from_the_traceback(where: Where) -> None:
+def test_error_that_cannot_be_pickled_is_read_from_the_traceback(where: RunContext) -> None:
     class Local(Exception):  # of a class that the driver can't import
         def __reduce__(self) -> tuple:
             raise TypeError("cannot pickle")
@@ -74,7 +74,7 @@ def test_error_that_cannot_be_pickled_is_read_from_the_traceback(where: Where) -
     assert "To change retry" not in str(found)
 
 
-def test_error_within_a_user_code_exception(where: Where) -> None:
+def test_error_within_a_user_code_exception(where: RunContext) -> None:
     error = UserCodeException("UDF failed")
     error.__cause__ = ValueError("the row has 3 labels")
     assert told(error, where).message == SHOWN
@@ -85,19 +85,19 @@ def worker_error(error: Exception) -> WorkerGroupError:
     return WorkerGroupError(str(wrapped), {0: RuntimeError("Connection reset by peer"), 1: wrapped})
 
 
-def test_error_of_a_training_worker_and_not_that_of_its_neighbour(where: Where) -> None:
+def test_error_of_a_training_worker_and_not_that_of_its_neighbour(where: RunContext) -> None:
     assert told(pickle.loads(pickle.dumps(worker_error(ValueError("the row has 3 labels")))), where).message == SHOWN
 
 
-def test_error_of_ray_trains_controller(where: Where) -> None:
+def test_error_of_ray_trains_controller(where: RunContext) -> None:
     assert told(ControllerError(task_error(ValueError("the row has 3 labels"))), where).message == SHOWN
 
 
-def test_error_of_tune_is_read_from_the_traceback(where: Where) -> None:
+def test_error_of_tune_is_read_from_the_traceback(where: RunContext) -> None:
     assert told(TuneError(raised(ValueError("the row has 3 labels"))[1]), where).message == SHOWN
 
 
-def test_error_of_an_actors_constructor(where: Where) -> None:
+def test_error_of_an_actors_constructor(where: RunContext) -> None:
     error = ActorDiedError()
     error.error_msg = (
         "The actor died because of an error raised in its creation task, "
@@ -108,7 +108,7 @@ def test_error_of_an_actors_constructor(where: Where) -> None:
 
 
 @pytest.mark.parametrize("wrap", [task_error, worker_error, lambda error: ControllerError(task_error(error))])
-def test_error_of_ours_keeps_its_cause_and_remedy_and_gains_the_stage(where: Where, wrap: object) -> None:
+def test_error_of_ours_keeps_its_cause_and_remedy_and_gains_the_stage(where: RunContext, wrap: object) -> None:
     found = told(wrap(TuneryError("no row", cause="all are empty", remedy="give others")), where)  # type: ignore[operator]
     assert isinstance(found, StageError)
     assert (found.stage, found.message, found.cause, found.remedy) == (
@@ -119,7 +119,7 @@ def test_error_of_ours_keeps_its_cause_and_remedy_and_gains_the_stage(where: Whe
     )
 
 
-def test_first_line_is_the_message_and_the_others_the_cause(where: Where) -> None:
+def test_first_line_is_the_message_and_the_others_the_cause(where: RunContext) -> None:
     found = told(OSError("can't load the model\nit has no config.json\nsee the docs"), where)
     assert found.message == "OSError: can't load the model"
     assert found.cause == "it has no config.json; see the docs"
@@ -138,16 +138,16 @@ def caught(reason: Exception, *, given: bool) -> Exception:
         return error
 
 
-def test_what_was_handled_when_an_error_was_raised_does_not_replace_it(where: Where) -> None:
+def test_what_was_handled_when_an_error_was_raised_does_not_replace_it(where: RunContext) -> None:
     found = told(caught(KeyError("tokens"), given=False), where)
     assert (found.message, found.cause) == (SHOWN, "")
 
 
-def test_reason_that_a_library_gives_is_the_cause(where: Where) -> None:
+def test_reason_that_a_library_gives_is_the_cause(where: RunContext) -> None:
     found = told(caught(OSError("connection refused"), given=True), where)
     assert (found.message, found.cause) == (SHOWN, "OSError: connection refused")
 
 
-def test_error_of_ours_between_the_stages_is_of_no_stage(where: Where) -> None:
-    found = explain(TuneryError("no cluster answers"), RUN, where)
+def test_error_of_ours_between_the_stages_is_of_no_stage(where: RunContext) -> None:
+    found = diagnose(TuneryError("no cluster answers"), RUN, where)
     assert type(found) is TuneryError

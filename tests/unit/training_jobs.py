@@ -8,7 +8,7 @@ from typing import Any
 
 from tunery.spec import Compute, Training
 from tunery.store.rows import write_rows
-from tunery.train.job import Job, Rows
+from tunery.training.job import Job, RowSource
 
 
 def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) -> Job:
@@ -36,8 +36,8 @@ def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) 
     return Job(**{**given, **fields})
 
 
-def rows_at(folder: Path, rows: list[dict[str, Any]], label: bool | None = None) -> Rows:
+def rows_at(folder: Path, rows: list[dict[str, Any]], label: bool | None = None) -> RowSource:
     """The rows as a new artifact."""
     artifact = Path(tempfile.mkdtemp(dir=folder))
     write_rows(rows, artifact)
-    return Rows(artifact, label)
+    return RowSource(artifact, label)

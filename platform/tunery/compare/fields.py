@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.compare.sides import Side
+from tunery.compare.sides import RunSelection
 from tunery.spec import AUTO, Dataset, Experiment
 
 
@@ -26,7 +26,7 @@ class Fields:
     only_right: tuple[str, ...]
 
 
-def compare_fields(left: Side, right: Side) -> Fields:
+def compare_fields(left: RunSelection, right: RunSelection) -> Fields:
     """Of the stages that both have, of the seed and of the search. What `auto` became counts, where it is known, and so
     does another content of a dataset's files."""
     one, other = left.experiment.stages, right.experiment.stages
@@ -52,7 +52,7 @@ def _shared(left: Experiment, right: Experiment) -> tuple[dict[str, Any], dict[s
     return one, other
 
 
-def _content(left: Side, right: Side, name: str) -> list[Field]:
+def _content(left: RunSelection, right: RunSelection, name: str) -> list[Field]:
     """Of a dataset with the same fields whose fingerprint differs: by its files, where it isn't by the seed."""
     stage, prints = left.experiment.stages[name], [side.prints.get(name) for side in (left, right)]
     if not isinstance(stage, Dataset) or None in prints or prints[0] == prints[1]:
@@ -61,7 +61,7 @@ def _content(left: Side, right: Side, name: str) -> list[Field]:
     return [] if by_seed else [Field(f"{name}: content of its files", *prints)]
 
 
-def _fields(side: Side, stage: str) -> dict[str, Any]:
+def _fields(side: RunSelection, stage: str) -> dict[str, Any]:
     """As the experiment has them, and in place of `auto` what it became."""
     fields = side.experiment.stages[stage].model_dump(mode="json", exclude_none=True)
     for name, became in (side.facts(stage).get("resolved") or {}).items():

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunery.errors import RequestError
-from tunery.runner.recorded import OWN, Recorded, read_run
+from tunery.events.run_state import TrialState
+from tunery.pipeline.run_record import OWN, Recorded, read_run
 from tunery.search.trials import trial_named
 from tunery.spec import Experiment
 from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, Store
-from tunery.track.snapshot import TrialState
 
 
 @dataclass(frozen=True)
-class Side:
+class RunSelection:
     recorded: Recorded
     experiment: Experiment
     """With the values that it was made with."""
@@ -83,10 +83,10 @@ class Side:
         return next((found for store in self.stores if (found := store.find(kind, print_)) is not None), None)
 
 
-def side(asked: str, store: Store) -> Side:
+def side(asked: str, store: Store) -> RunSelection:
     """`asked`: a run's name or folder, which means its best trial where a search has ended; RUN/TRIAL, or RUN/file for
     the file's own values. Raises RequestError where there is no such run or trial."""
-    run, trial = _parted(asked, store)
+    run, trial = _split_name(asked, store)
     recorded = read_run(run, store)
     # Run and store may have been moved, together or apart.
     stores = (Store(recorded.folder.absolute().parent.parent), store)
@@ -95,12 +95,12 @@ def side(asked: str, store: Store) -> Side:
         return _of_trial(recorded, search.best, stores)
     if trial in (None, OWN):
         prints = {name: stage.fingerprint for name, stage in recorded.state.stages.items() if stage.artifact}
-        return Side(recorded, recorded.experiment, None, False, prints, stores)
+        return RunSelection(recorded, recorded.experiment, None, False, prints, stores)
     trials = search.trials if search is not None else {}
     return _of_trial(recorded, trials[trial_named(trial, trials, recorded.folder.name)], stores, asked=True)
 
 
-def _parted(asked: str, store: Store) -> tuple[str, str | None]:
+def _split_name(asked: str, store: Store) -> tuple[str, str | None]:
     """The run, and the trial that follows its name."""
     run, slash, trial = asked.rpartition("/")
     is_trial = trial.startswith("trial-") or trial == OWN
@@ -117,7 +117,7 @@ def _is_run(name: str, store: Store) -> bool:
     return True
 
 
-def _of_trial(recorded: Recorded, trial: TrialState, stores: tuple[Store, ...], *, asked: bool = False) -> Side:
+def _of_trial(recorded: Recorded, trial: TrialState, stores: tuple[Store, ...], *, asked: bool = False) -> RunSelection:
     search = recorded.state.search
     assert search is not None, "there is a trial"
     experiment = with_overrides(recorded.experiment, trial.overrides)
@@ -130,4 +130,4 @@ def _of_trial(recorded: Recorded, trial: TrialState, stores: tuple[Store, ...], 
             cause="it found the search in the store, where another run had left it; or the trial has not begun",
             remedy="compare it by that run's name",
         )
-    return Side(recorded, experiment, trial, trial is search.best and not asked, prints, stores)
+    return RunSelection(recorded, experiment, trial, trial is search.best and not asked, prints, stores)

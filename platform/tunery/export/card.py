@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from tunery.export.choose import Chosen
+from tunery.export.card_tables import fields, loss_row, outcomes, search_line, space_rows, step, version_rows, win_row
+from tunery.export.choose import ExportTarget
 from tunery.export.lineage import Link, losses, root_of, wins
-from tunery.export.tables import fields, loss_row, outcomes, search_line, space_rows, step, version_rows, win_row
+from tunery.reporting.report_sections import question
 from tunery.spec import LABELS
-from tunery.track.sections import question
 
 TEMPLATE = "card.md.jinja"
 
@@ -37,7 +37,7 @@ class Form:
     """The command line that writes the base's folder; empty where no stage made it."""
 
 
-def card(chosen: Chosen, links: list[Link], form: Form) -> str:
+def card(chosen: ExportTarget, links: list[Link], form: Form) -> str:
     """Markdown."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -85,7 +85,7 @@ def front_matter(links: list[Link], form: Form) -> dict[str, Any]:
     }
 
 
-def _what(chosen: Chosen, form: Form) -> str:
+def _what(chosen: ExportTarget, form: Form) -> str:
     kind = chosen.experiment.stages[chosen.stage].kind
     what = "reward model" if kind == "reward" else "text classifier" if form.labels else "causal language model"
     form_of = "The adapter (PEFT) of a" if form.base else "A"

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from tunery.errors import RequestError
-from tunery.runner.recorded import OWN, asks_the_same, read_run
+from tunery.events.run_state import RunState, StageState, TrialState
+from tunery.pipeline.run_record import OWN, asks_the_same, read_run
 from tunery.search.space import metric_stages
 from tunery.spec import Experiment, Training, load
-from tunery.spec.graph import closure
+from tunery.spec.error_messages import nearest
+from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
-from tunery.spec.translate import nearest
 from tunery.store import Artifact, Store
-from tunery.track.snapshot import RunState, StageState, TrialState
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ExportTarget:
     """A model that there is."""
 
     state: RunState
@@ -44,7 +44,7 @@ class Chosen:
         return f"by {self.trial.name}" + (", the best trial" if best else "")
 
 
-def choose(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> Chosen:
+def choose(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> ExportTarget:
     """`run`: a run's name or folder, or its experiment's file. Raises RequestError where there is no such model."""
     asked = load(Path(run))[0] if Path(run).is_file() else None
     recorded = read_run(run if asked is None else asked.name, store)
@@ -63,7 +63,7 @@ def choose(run: str, store: Store, stage: str | None = None, trial: str | None =
 
 def is_searched(experiment: Experiment, name: str) -> bool:
     """Whether what the search varies changes the stage's model."""
-    search, needed = experiment.search, closure(experiment.stages, [name])
+    search, needed = experiment.search, with_upstream(experiment.stages, [name])
     return search is not None and any(path.split(".")[0] in needed for path in search.space)
 
 
@@ -105,7 +105,7 @@ class _Run:
             )
         return about
 
-    def by_file(self, name: str, *notes: str) -> Chosen:
+    def by_file(self, name: str, *notes: str) -> ExportTarget:
         """With the file's own values."""
         told = self.state.stages.get(name, StageState(name))
         if not told.artifact:
@@ -116,9 +116,11 @@ class _Run:
                 remedy=f"give `tunery run {self.state.file}` again: it goes on from where it was",
             )
         artifact = self._artifact(name, self.experiment, told.fingerprint)
-        return Chosen(self.state, self.experiment, name, None, artifact or self._removed(name, told.fingerprint), notes)
+        return ExportTarget(
+            self.state, self.experiment, name, None, artifact or self._removed(name, told.fingerprint), notes
+        )
 
-    def by_trial(self, name: str, asked: str) -> Chosen:
+    def by_trial(self, name: str, asked: str) -> ExportTarget:
         """With the values of a certain trial."""
         search = self.state.search
         trials = search.trials if search else {}
@@ -140,7 +142,7 @@ class _Run:
             remedy=f"trials that did: {', '.join(made) or 'none'}; `--trial {OWN}` takes the file's own values",
         )
 
-    def by_best(self, name: str) -> Chosen:
+    def by_best(self, name: str) -> ExportTarget:
         """With the best trial's values; with the file's own where the search didn't need the stage."""
         search = self.state.search
         if search is None or not search.finished or search.best is None:
@@ -157,7 +159,7 @@ class _Run:
             self._unknown(search.best)
         return self.by_file(name, f"no trial made `{name}`, because the search's metric doesn't need it")
 
-    def _made_by(self, trial: TrialState, name: str) -> Chosen | None:
+    def _made_by(self, trial: TrialState, name: str) -> ExportTarget | None:
         """None where the trial made no such model. Raises RequestError where it was removed."""
         search, tried = self.state.search, with_overrides(self.experiment, trial.overrides)
         assert search is not None, "there is a trial"
@@ -168,7 +170,7 @@ class _Run:
             print_ = search.best_fingerprints.get(name, print_)
         artifact = self._artifact(name, tried, print_) if print_ else None
         if artifact is not None:
-            return Chosen(self.state, tried, name, trial, artifact, ())
+            return ExportTarget(self.state, tried, name, trial, artifact, ())
         # Of what the metric doesn't need, only what the best one's evaluation has asked for was ever made.
         if print_ and name in _measured(tried):
             self._removed(name, print_)
@@ -197,4 +199,4 @@ class _Run:
 def _measured(experiment: Experiment) -> dict[str, object]:
     """The stages that every trial makes."""
     assert experiment.search is not None, "there was a search"
-    return dict(closure(experiment.stages, metric_stages(experiment.search)))
+    return dict(with_upstream(experiment.stages, metric_stages(experiment.search)))

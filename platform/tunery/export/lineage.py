@@ -116,7 +116,7 @@ def manifests(links: list[Link]) -> list[dict[str, Any]]:
     ]
 
 
-def places(experiment: Experiment) -> set[str]:
+def local_paths(experiment: Experiment) -> set[str]:
     """Absolute paths in an experiment: they mean nothing on another machine, and tell of this one."""
 
     def texts(value: Any) -> Iterator[str]:
@@ -129,12 +129,12 @@ def places(experiment: Experiment) -> set[str]:
     return {text for text in texts(experiment.model_dump(mode="json")) if text.startswith(("/", "~")) and len(text) > 1}
 
 
-def without_places(value: Any, known: set[str]) -> Any:
+def strip_local_paths(value: Any, known: set[str]) -> Any:
     """The same with the last part of each path only."""
     if isinstance(value, str):
         for place in sorted(known, key=len, reverse=True):
             value = value.replace(place, Path(place).name)
         return value
     if isinstance(value, Mapping):
-        return {without_places(key, known): without_places(item, known) for key, item in value.items()}
-    return [without_places(item, known) for item in value] if isinstance(value, list) else value
+        return {strip_local_paths(key, known): strip_local_paths(item, known) for key, item in value.items()}
+    return [strip_local_paths(item, known) for item in value] if isinstance(value, list) else value

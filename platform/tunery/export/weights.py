@@ -31,14 +31,14 @@ def _write_generation_config(source: Source, folder: Path) -> None:
     """With all tokens that end a response: those of the chat template, of the tokenizer, and the model's own."""
     from transformers import AutoConfig, GenerationConfig
 
-    from tunery.models.generate import stop_tokens
+    from tunery.models.generate import stop_token_ids
 
     tokenizer = load_tokenizer(source)
     try:
         config = GenerationConfig.from_pretrained(folder)
     except OSError:  # the model has none
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
-    config.eos_token_id = stop_tokens(config.eos_token_id, tokenizer)
+    config.eos_token_id = stop_token_ids(config.eos_token_id, tokenizer)
     config.save_pretrained(folder)
 
 

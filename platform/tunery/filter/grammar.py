@@ -16,8 +16,8 @@ from decimal import Decimal
 from typing import Any
 
 from tunery.errors import RequestError
+from tunery.spec.error_messages import nearest
 from tunery.spec.scorers import SCORERS
-from tunery.spec.translate import nearest
 from tunery.spec.yaml_source import plain_scalar, read_yaml
 
 Scorer = dict[str, Any]

@@ -1,8 +1,9 @@
 """Records of a source as they are in its files, with the types and the text that the row schema drops.
 
 `tunery filter` decides on rows of the schema (store/rows.py) and writes the original records. Both are matched by
-source and line, so what is a record, and which line it has, is left to the readers of data/formats: here their records
-are read again, side by side with the file's own lines, cells or Arrow batches. One record, or one batch, is in memory.
+source and line, so what is a record, and which line it has, is left to the readers of ingest/formats: here their
+records are read again, side by side with the file's own lines, cells or Arrow batches. One record, or one batch, is in
+memory.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from tunery.data.filesystem import Bytes, Damaged, File, OutOfReach, open_seekable, open_stream
-from tunery.data.formats import format_of
-from tunery.data.formats.arrow import arrow_batches, parquet_batches
-from tunery.data.formats.hub import HubDataset, raw_hub_rows
-from tunery.data.formats.lines import lines
-from tunery.data.formats.record import BadRow, Record, cell_text
-from tunery.data.formats.tables import delimiter_of
-from tunery.data.read import records_of
-from tunery.data.sources import Builtin, find_parts
+from tunery.ingest.filesystem import Bytes, CorruptFile, File, UnavailableFile, open_seekable, open_stream
+from tunery.ingest.formats import format_of
+from tunery.ingest.formats.arrow import arrow_batches, parquet_batches
+from tunery.ingest.formats.delimited import delimiter_of
+from tunery.ingest.formats.hub import HubDataset, raw_hub_rows
+from tunery.ingest.formats.lines import lines
+from tunery.ingest.formats.record import InvalidRow, Record, cell_text
+from tunery.ingest.read import records_of
+from tunery.ingest.sources import Builtin, find_parts
 from tunery.spec import Dataset
 
 Kind = Literal["json", "csv", "xlsx", "arrow", "values"]
 
 
-class Cell(NamedTuple):
+class OriginalCell(NamedTuple):
     """A cell of a workbook: its value, openpyxl's letter for its type, and how it is displayed."""
 
     value: Any
@@ -41,7 +42,7 @@ class Cell(NamedTuple):
     number_format: str
 
 
-EMPTY = Cell(None, "n", "General")
+EMPTY = OriginalCell(None, "n", "General")
 
 
 @dataclass
@@ -60,7 +61,7 @@ class SourceTable:
     has_bom: bool = False
     """Of csv: the file begins with UTF-8's byte order mark, by which Excel knows it."""
     sheet: str = ""
-    header_cells: Sequence[Cell] = ()
+    header_cells: Sequence[OriginalCell] = ()
     width: int = 0
     """Of xlsx: columns of the widest row."""
     schema: Any = None
@@ -105,7 +106,7 @@ class Original:
     is_readable: bool = True
     """It has columns."""
     record: Record | None = None
-    cells: Sequence[Cell] = ()
+    cells: Sequence[OriginalCell] = ()
     batch: Any = None
     """Of Arrow files: the RecordBatch that holds it, as row `index`."""
     index: int = 0
@@ -166,7 +167,7 @@ def _scalar(scalar: Any) -> Any:
 def originals(stage: Dataset, folder: Path) -> Iterator[Original]:
     """Every record of the stage's sources, readable or not, in the order in which the stage reads them.
 
-    Raises BadSource when a source can't be found, OutOfReach when a file or the network fails under way.
+    Raises BadSource when a source can't be found, UnavailableFile when a file or the network fails under way.
     """
     for part in find_parts(stage, folder):
         assert not isinstance(part, Builtin), "a filter's source is files or a hub dataset"
@@ -203,14 +204,14 @@ def _arrow(file: File, batches: Iterator[tuple[int, Any]]) -> Iterator[Original]
     line = 0
     try:
         for line, batch in batches:
-            if isinstance(batch, BadRow):
+            if isinstance(batch, InvalidRow):
                 yield Original(table, line, is_readable=False)
                 continue
             table.schema = batch.schema
             for index in range(batch.num_rows):
                 yield Original(table, line + index, batch=batch, index=index)
             line += batch.num_rows - 1
-    except Damaged:
+    except CorruptFile:
         yield Original(table, line + 1, is_readable=False)
 
 
@@ -254,8 +255,8 @@ def _physical(stream: Bytes) -> Iterator[tuple[int, bytes]]:
     """Lines by number; b"" for one that is too long. Ends where the file is damaged."""
     try:
         for number, line in lines(stream):
-            yield number, b"" if isinstance(line, BadRow) else line
-    except Damaged:
+            yield number, b"" if isinstance(line, InvalidRow) else line
+    except CorruptFile:
         return
 
 
@@ -295,10 +296,10 @@ def _workbook(file: File) -> Iterator[Any]:
         try:
             raw = stack.enter_context(open_seekable(file))
             book = openpyxl.load_workbook(raw, read_only=True, data_only=True)
-        except OutOfReach:
+        except UnavailableFile:
             raise
         except Exception:
-            # As in data/formats/excel.py: openpyxl lets errors of every kind through.
+            # As in ingest/formats/excel.py: openpyxl lets errors of every kind through.
             book = None
         else:
             stack.callback(book.close)
@@ -313,10 +314,10 @@ class _Sheet:
         # A workbook's own <dimension> may be wrong.
         sheet.reset_dimensions()
         self._rows = enumerate(sheet.iter_rows(), 1)
-        self._last: dict[int, Cell] = {}
+        self._last: dict[int, OriginalCell] = {}
         """By column: the last cell that holds something, which is the one that a merged range shows."""
 
-    def row(self, record: Record) -> list[Cell]:
+    def row(self, record: Record) -> list[OriginalCell]:
         """The cells of the record's row; rows before it that are no records are empty, or the header."""
         for number, row in self._rows:
             cells = [_cell(cell) for cell in row]
@@ -331,7 +332,7 @@ class _Sheet:
                 self.table.header = ["" if cell.value is None else str(cell_text(cell.value)) for cell in cells]
         return []
 
-    def _filled(self, cells: list[Cell], record: Record) -> list[Cell]:
+    def _filled(self, cells: list[OriginalCell], record: Record) -> list[OriginalCell]:
         """A value merged over several rows is in each of them, as the reader has it."""
         if not isinstance(record.value, dict):
             return cells
@@ -343,10 +344,10 @@ class _Sheet:
         return cells
 
 
-def _cell(cell: Any) -> Cell:
+def _cell(cell: Any) -> OriginalCell:
     if cell.value is None or cell.value == "":
         return EMPTY
-    return Cell(cell.value, cell.data_type, cell.number_format)
+    return OriginalCell(cell.value, cell.data_type, cell.number_format)
 
 
 def one_line(text: str) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from tunery.data.filesystem import OutOfReach
-from tunery.data.sources import BadSource, source_identity
 from tunery.errors import RequestError, RowsLost, StageError, TuneryError
-from tunery.filter.columns import SourceColumns, find_columns
 from tunery.filter.originals import Original, free_name, originals
-from tunery.filter.verdicts import Verdicts
+from tunery.filter.row_decisions import RowDecisions
+from tunery.filter.source_columns import SourceColumns, find_columns
 from tunery.filter.writers import WRITERS, Writer, Written
+from tunery.ingest.filesystem import UnavailableFile
+from tunery.ingest.sources import BadSource, source_identity
 from tunery.spec import Dataset
 
 
@@ -69,7 +69,7 @@ def check_ending(path: Path, option: str) -> None:
 def write_outputs(
     stage: Dataset,
     folder: Path,
-    verdicts: Verdicts,
+    verdicts: RowDecisions,
     expected: Counts,
     *,
     out: Path,
@@ -125,7 +125,7 @@ def _source_errors(stage: Dataset, folder: Path, identity: Any) -> Iterator[None
     """Errors of reading the sources again, as errors of the command."""
     try:
         yield
-    except (BadSource, OutOfReach) as error:
+    except (BadSource, UnavailableFile) as error:
         raise _unreadable(str(error)) from error
     except RowsLost as error:
         if _is_changed(stage, folder, identity):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Batch:
+class DecodingBatch:
     rows_b: torch.Tensor
     """(rows,), int64: which prompt each answers."""
     times_b: torch.Tensor
@@ -33,7 +33,7 @@ class Batch:
     cache: DynamicCache
 
     @classmethod
-    def of(cls, rows: list[int], prompts: list[list[int]], config: Any, device: torch.device) -> Batch:
+    def of(cls, rows: list[int], prompts: list[list[int]], config: Any, device: torch.device) -> DecodingBatch:
         """That has read nothing yet. rows: which of `prompts`."""
         from transformers import DynamicCache
 
@@ -92,7 +92,7 @@ class Batch:
 
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: DecodingBatch) -> None:
         """Rows that have been begun as this one's have."""
         for name in ("rows_b", "times_b", "alive_b", "ids_bt", "positions_bt"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))

@@ -1,7 +1,7 @@
 """Embeddings of rows: the mean of a model's last hidden states over a row's tokens, of length 1.
 
 Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3: of the ways to pool, the mean is
-the best there. What the model sees of a row stands in models/shown.py.
+the best there. What the model sees of a row stands in models/classifier_inputs.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunery.models.packing import BATCH_TOKENS, length_batches
-from tunery.models.shown import RowReader
+from tunery.models.batching import BATCH_TOKENS, token_budget_batches
+from tunery.models.classifier_inputs import ClassifierEncoder
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Embedder:
         batch_tokens: int | None = None,
     ) -> None:
         """Rows are cut to `max_length` tokens, or to what the model has positions for, whichever is less."""
-        self._model, self._read = model, RowReader(model, tokenizer, max_length)
+        self._model, self._read = model, ClassifierEncoder(model, tokenizer, max_length)
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
 
     def __call__(self, rows: Sequence[Row]) -> Embedded:
@@ -49,7 +49,7 @@ class Embedder:
         seen = self._read(rows)
         lengths = [len(item.ids) for item in seen]
         vectors_nh = np.full((len(rows), self._model.config.get_text_config().hidden_size), np.nan, np.float32)
-        for batch in length_batches(lengths, self._budget):
+        for batch in token_budget_batches(lengths, self._budget):
             inputs = self._read.tensors([seen[index] for index in batch])
             with torch.inference_mode():
                 hidden_bth = self._model(**inputs).last_hidden_state.float()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunery.models.check import BadModel
+from tunery.models.model_folder import BadModel
 
 HEAD = "ForSequenceClassification"
 MOST_SHOWN = 12
@@ -22,7 +22,7 @@ REWARD = ("reward",)
 
 
 @dataclass(frozen=True)
-class Scale:
+class RewardNorm:
     """Of a reward model's outputs for answers: where they lie, and how far apart."""
 
     mean: float
@@ -41,7 +41,7 @@ class Labels:
     """A row may have several of them or none: each has a probability of its own, where else all share one."""
     temperature: float | None = None
     """By which probabilities fit best on rows that it wasn't trained on; None where nobody looked."""
-    scale: Scale | None = None
+    scale: RewardNorm | None = None
     """Of a reward model that was trained here; None of any other."""
 
     def shown(self) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunery.errors import TuneryError
-from tunery.models.check import BadModel
-from tunery.models.labels import Labels, Scale, labels_of
+from tunery.models.labels import Labels, RewardNorm, labels_of
+from tunery.models.model_folder import BadModel
 from tunery.models.scratch import chat_template
 from tunery.spec import Pretrained
 
@@ -58,7 +58,7 @@ def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _attend_without_plans() -> None:
+def _disable_cudnn_sdp() -> None:
     """Of this process. cuDNN's attention, which torch (2.11, 2.13) prefers on an H100, builds a plan for each new
     shape, and batches here are as long as their longest row: a step of LoRA on 0.6 B parameters took 0.62 s with it and
     0.35 s without, answers 33 s and 13 s."""
@@ -71,7 +71,7 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model in `dtype`, adapters merged."""
     from transformers import AutoModelForCausalLM
 
-    _attend_without_plans()
+    _disable_cudnn_sdp()
     if "pretrained" in source:
         return _from_hub(AutoModelForCausalLM, source, dtype=dtype)
     artifact = Path(source["artifact"])
@@ -101,7 +101,7 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
     """
     from transformers import AutoModelForSequenceClassification
 
-    _attend_without_plans()
+    _disable_cudnn_sdp()
     if "artifact" in source:
         artifact = Path(source["artifact"])
         model, labels = load_saved_classifier(artifact, base_of(artifact) if is_adapter(source) else {}, dtype)
@@ -132,10 +132,10 @@ def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tup
     return _merged(headed, folder).to(dtype), Labels(names, len(names) == 1)
 
 
-def scale_of(artifact: Path) -> Scale | None:
+def scale_of(artifact: Path) -> RewardNorm | None:
     """Of the rewards of a `reward` stage's artifact; None of another's."""
     facts = _facts(artifact)
-    return Scale(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
+    return RewardNorm(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
 
 
 def _facts(artifact: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
     """
     from transformers import AutoModelForSequenceClassification
 
-    _attend_without_plans()
+    _disable_cudnn_sdp()
     if is_adapter(source):
         whole = load_model(source, dtype)
         model = AutoModelForSequenceClassification.from_config(_for_labels(source, labels), dtype=dtype)
@@ -225,7 +225,7 @@ def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """A model without its head, encoder or causal, in `dtype`: it gives hidden states."""
     from transformers import AutoModel
 
-    _attend_without_plans()
+    _disable_cudnn_sdp()
     if "artifact" in source:
         causal: PreTrainedModel = load_model(source, dtype).base_model
         return causal

@@ -1,8 +1,8 @@
 """Rows as a model gets them, by input format: the token sequences of a training, a score or an evaluation, as text with
 what each token is: trained, masked, special, or cut off (models/preview_sequences.py).
 
-`preview_rows` encodes rows by the same functions as the stages do (models/encode.py, models/shown.py). `tunery preview`
-prints the result; a training logs `preview_records` of its first rows, which the report shows.
+`preview_rows` encodes rows by the same functions as the stages do (models/encode.py, models/classifier_inputs.py).
+`tunery preview` prints the result; a training logs `preview_records` of its first rows, which the report shows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
+from tunery.models.classifier_inputs import NO_TOKEN, ClassifierEncoder, encode_classifier_inputs, encode_reward_pairs
 from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_whole, encoding_of
 from tunery.models.encode_preferences import (
     encode_pairs,
@@ -31,7 +32,6 @@ from tunery.models.preview_truncation import (
     with_cuts,
 )
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
-from tunery.models.shown import NO_TOKEN, RowReader, encode_compared, encode_shown
 from tunery.models.truncation import encode_sequences
 from tunery.store.rows import CONTENT, Row
 
@@ -123,7 +123,7 @@ def preview_rows(
     rows = rows[skip:]
     if input_format in ("classifier", "reward_pair"):
         assert model is not None, "these formats need a model"
-        read = RowReader(model, tokenizer, encoding.max_length)
+        read = ClassifierEncoder(model, tokenizer, encoding.max_length)
         show = _reward_pair if input_format == "reward_pair" else _classified
         return [show(row, read, tokenizer, encoding.max_length) for row in rows]
     make: dict[str, Callable[[Row, PreTrainedTokenizerBase, Encoding], PreviewRow]] = {
@@ -227,12 +227,12 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
     return _row(row, [after_prompt, _sequence("without the prompt", alone, tokenizer, encoding.max_length)])
 
 
-def _classified(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
+def _classified(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
     return _row(row, [_shown("", row, read([row])[0], read, tokenizer, max_length)])
 
 
-def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    (found,) = encode_compared([row], tokenizer, read.encoding)
+def _reward_pair(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
+    (found,) = encode_reward_pairs([row], tokenizer, read.encoding)
     if not found.sequences:
         return _row(row, [], found.unusable)
     chosen, rejected = found.sequences
@@ -354,10 +354,10 @@ def _sequence(
 
 
 def _shown(
-    label: str, row: Row, item: Encoded, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int
+    label: str, row: Row, item: Encoded, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> PreviewSequence:
     encoding = read.encoding
-    (whole,) = encode_shown([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
+    (whole,) = encode_classifier_inputs([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
     if not item.ids or len(item.ids) == len(whole.ids):
         one = _sequence(label, item, tokenizer, max_length)
         return one if item.ids or item.rejected else replace(one, reason=NO_TOKEN)

@@ -26,7 +26,7 @@ def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count
     return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float64)
 
 
-def draw(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """A token a row, (rows,) int64, and its log-probability under what it was drawn from, (rows,) float32.
 
     logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. At
@@ -38,7 +38,7 @@ def draw(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -
         return tokens_b, torch.zeros_like(tokens_b, dtype=torch.float32)
     log_probs_bv = torch.log_softmax(logits_bv / sampling.temperature, dim=1)
     if sampling.top_p < 1:
-        log_probs_bv = torch.log_softmax(nucleus(log_probs_bv, sampling.top_p), dim=1)
+        log_probs_bv = torch.log_softmax(top_p_filter(log_probs_bv, sampling.top_p), dim=1)
     cumulative_bv = log_probs_bv.exp().cumsum(dim=1, dtype=torch.float64)
     # Scaled by the last sum, which rounding leaves near 1 but not at it.
     target_b1 = uniform_b[:, None].to(cumulative_bv) * cumulative_bv[:, -1:]
@@ -46,7 +46,7 @@ def draw(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -
     return tokens_b, log_probs_bv.gather(1, tokens_b[:, None])[:, 0]
 
 
-def nucleus(log_probs_bv: torch.Tensor, top_p: float) -> torch.Tensor:
+def top_p_filter(log_probs_bv: torch.Tensor, top_p: float) -> torch.Tensor:
     """-inf for all but the likeliest tokens that together reach `top_p`; the likeliest one always stays
     (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     ordered_bv, index_bv = log_probs_bv.sort(dim=1, descending=True)

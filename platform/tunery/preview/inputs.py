@@ -10,7 +10,6 @@ from tunery.errors import RequestError
 from tunery.models.encode import Encoding
 from tunery.models.preview import FORMATS, InputFormat, stage_encoding
 from tunery.spec import (
-    Decisions,
     Embedding,
     Evaluate,
     Experiment,
@@ -18,18 +17,19 @@ from tunery.spec import (
     Perplexity,
     Ppo,
     Pretrained,
+    ReviewLabels,
     Score,
     ScorerSpec,
     Scratch,
     Training,
     WinRate,
 )
+from tunery.spec.error_messages import nearest
 from tunery.spec.graph import model_chain
-from tunery.spec.reference import model_name
+from tunery.spec.references import model_name
 from tunery.spec.stages import TRAININGS
-from tunery.spec.trainings import row_stages
-from tunery.spec.translate import nearest
-from tunery.store.rows import DECIDED
+from tunery.spec.trainings import data_refs
+from tunery.store.rows import REVIEWED_DIR
 
 Model = str | Pretrained | Scratch
 KINDS = (*TRAININGS, "score", "evaluate", "win_rate")
@@ -84,14 +84,14 @@ def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
 def _of_training(stage: Training[Any], name: str) -> Iterator[ModelInput]:
     # What begins from scratch has the tokenizer that it trains itself.
     model: Model = name if isinstance(stage.model, Scratch) else stage.model
-    for path, data in row_stages(stage.data).items():
+    for path, data in data_refs(stage.data).items():
         yield ModelInput(
             ".".join(path),
             data,
             (model,),
             FORMATS[stage.kind],
             stage_encoding(stage),
-            within=DECIDED if isinstance(stage.data, Decisions) else "",
+            within=REVIEWED_DIR if isinstance(stage.data, ReviewLabels) else "",
         )
     if isinstance(stage, Ppo) and stage.ptx is not None:
         yield ModelInput("ptx", stage.ptx.data, (model,), "scored", Encoding(stage.max_length, "last_turn"))

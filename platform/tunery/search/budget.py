@@ -15,7 +15,7 @@ TOLD_EVERY = 5.0
 """Seconds between two notes of the time spent, in the journal."""
 
 
-class Enough(Stopper):  # type: ignore[misc]
+class BudgetStopper(Stopper):  # type: ignore[misc]
     """Ends all trials when time is up or the target is met. Tune asks after every result and every step of its loop."""
 
     def __init__(self, search: Search, journal: Journal, devices: int) -> None:

@@ -25,7 +25,7 @@ Origin = Literal["first", "drawn", "added", "cloned", "descendant", "replicate"]
 
 
 @dataclass(frozen=True)
-class Begun:
+class TrialStart:
     """A trial that was decided on."""
 
     trial: str
@@ -40,10 +40,10 @@ class Begun:
 
 
 @dataclass
-class Record:
+class JournalRecord:
     """A trial, as far as the journal knows."""
 
-    begun: Begun
+    begun: TrialStart
     reports: list[dict[str, float]] = field(default_factory=list)
     ended: dict[str, Any] | None = None
 
@@ -54,13 +54,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, JournalRecord] = {}
         self.spent = 0.0
         """Seconds of earlier invocations."""
         for line in _lines(path):
             self._fold(line)
 
-    def begin(self, begun: Begun) -> None:
+    def begin(self, begun: TrialStart) -> None:
         self._write({"event": "begun", **asdict(begun)})
 
     def report(self, trial: str, result: dict[str, float]) -> None:
@@ -81,12 +81,12 @@ class Journal:
         self._append({"event": "spent", "seconds": seconds, "before": self.spent})
 
     @property
-    def open(self) -> list[Begun]:
+    def open(self) -> list[TrialStart]:
         """Begun and not ended, in the order in which they were begun."""
         return [record.begun for record in self.records.values() if record.ended is None]
 
     @property
-    def ended(self) -> list[Record]:
+    def ended(self) -> list[JournalRecord]:
         return [record for record in self.records.values() if record.ended is not None]
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class Journal:
         told = {name: value for name, value in line.items() if name != "event"}
         match line["event"]:
             case "begun":
-                self.records[told["trial"]] = Record(Begun(**told))
+                self.records[told["trial"]] = JournalRecord(TrialStart(**told))
             case "report":
                 self.records[told["trial"]].reports.append(told["result"])
             case "ended":

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from tunery.search.journal import Record
-from tunery.search.ranking import feasible, pareto_front, rank, standings, tied, value_of
+from tunery.search.journal import JournalRecord
+from tunery.search.ranking import feasible, pareto_front, rank, standings, statistical_ties, value_of
 from tunery.spec import Search
 
 
-def facts_of(search: Search, records: Sequence[Record], ended_by: str) -> dict[str, Any]:
+def facts_of(search: Search, records: Sequence[JournalRecord], ended_by: str) -> dict[str, Any]:
     """trials: best first, those that repeat another after them; each {trial, overrides, origin, of, state, value (the
     metric, or the weighted sum; null without one), values {metric: number}, feasible, steps, tokens, rows, seconds,
     error}. best: the winner, null when no trial ran to its end. standings: of those that were repeated mean, half of
@@ -39,7 +39,7 @@ def facts_of(search: Search, records: Sequence[Record], ended_by: str) -> dict[s
         "standings": [
             {"trial": item.trial, "mean": item.mean, "half": item.half, "values": list(item.values)} for item in found
         ],
-        "ties": [] if winner is None else tied(winner, found, groups),
+        "ties": [] if winner is None else statistical_ties(winner, found, groups),
         "front": sorted(pareto_front(search, own)),
         "ended_by": ended_by,
     }
@@ -59,7 +59,7 @@ def _best(
     return min(top, key=lambda trial: (diverged[trial["trial"]], sign * mean(groups[trial["trial"]])))
 
 
-def _trial(search: Search, record: Record) -> dict[str, Any]:
+def _trial(search: Search, record: JournalRecord) -> dict[str, Any]:
     ended = record.ended or {"state": "stopped", "values": {}, "seconds": None, "error": ""}
     value = value_of(search, ended["values"])
     begun = record.begun

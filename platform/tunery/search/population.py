@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.search.journal import Record
+from tunery.search.journal import JournalRecord
 from tunery.search.space import Point, at_random, curve_stage, rounded, trial_id
-from tunery.spec import CHANGEABLE, Dimension, Experiment, Search
-from tunery.spec.overrides import present
+from tunery.spec import OVERRIDABLE, Dimension, Experiment, Search
+from tunery.spec.overrides import final_values
 
 QUARTER = 0.25
 FACTORS = (0.8, 1.2)
@@ -33,7 +33,7 @@ MEMBERS = ("first", "drawn")
 
 
 @dataclass(frozen=True)
-class Descent:
+class Exploit:
     """A member makes room for a changed copy of another."""
 
     member: str
@@ -44,7 +44,7 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _EvalPoint:
     value: float
     step: int
 
@@ -57,17 +57,17 @@ class Population:
         self._members: list[str] = []
         """By place: who has it now."""
         self._points: dict[str, Point] = {}
-        self._heard: dict[str, dict[int, _Heard]] = {}
+        self._heard: dict[str, dict[int, _EvalPoint]] = {}
         self._ended: set[str] = set()
         self._complete = False
         self._generation = 1
         self.replaced: set[str] = set()
-        self.offspring: list[Descent] = []
+        self.offspring: list[Exploit] = []
         """Copies that nobody has begun yet."""
         self.leaving: list[str] = []
         """Members that nobody has stopped yet."""
 
-    def replay(self, records: Iterable[Record]) -> None:
+    def replay(self, records: Iterable[JournalRecord]) -> None:
         """What a journal tells of an earlier try, and what it decided by that."""
         for record in records:
             if record.begun.origin in MEMBERS:
@@ -88,9 +88,10 @@ class Population:
         self._complete = True
 
     def hear(self, trial: str, report: Mapping[str, Any]) -> None:
-        """Of an evaluation: {"share", "steps", the metric}, as train/facts.py tells it. Without the metric: NaN."""
+        """Of an evaluation: {"share", "steps", the metric}, as training/training_stats.py tells it. Without the metric:
+        NaN."""
         if (generation := self._number(report)) < self._evaluations:
-            found = _Heard(float(report.get(self._search.metric, math.nan)), int(report["steps"]))
+            found = _EvalPoint(float(report.get(self._search.metric, math.nan)), int(report["steps"]))
             self._heard.setdefault(trial, {})[generation] = found
 
     def end(self, trial: str) -> None:
@@ -126,7 +127,7 @@ class Population:
         ]
 
     def _number(self, report: Mapping[str, Any]) -> int:
-        """Of an evaluation, from 1 (train/batches.py, `at_even_steps`)."""
+        """Of an evaluation, from 1 (training/batches.py, `at_even_steps`)."""
         return math.floor(float(report["share"]) * self._evaluations + 1e-9)
 
     def _ready(self) -> bool:
@@ -140,14 +141,14 @@ class Population:
         """Its last evaluation. Of so few steps that there is none for each evaluation, some are left out."""
         return max(self._heard.get(trial, {}), default=0)
 
-    def _decide(self) -> list[Descent]:
+    def _decide(self) -> list[Exploit]:
         generation = self._generation
         heard = {trial: told[generation] for trial, told in self._heard.items() if generation in told}
         ranked = sorted(
             (place for place, trial in enumerate(self._members) if trial in heard),
             key=lambda place: (self._merit(heard[self._members[place]]), place),
         )
-        count = making_room(len(ranked))
+        count = num_to_replace(len(ranked))
         best, worst = [self._members[place] for place in ranked[:count]], ranked[len(ranked) - count :]
         found = []
         for place in sorted(worst):
@@ -161,12 +162,12 @@ class Population:
                     break
             else:
                 continue
-            found.append(Descent(member, of, heard[of].step, overrides))
+            found.append(Exploit(member, of, heard[of].step, overrides))
             self.replaced.add(member)
             self._members[place], self._points[copy] = copy, overrides
         return found
 
-    def _merit(self, heard: _Heard) -> float:
+    def _merit(self, heard: _EvalPoint) -> float:
         """Less is better."""
         if math.isnan(heard.value):
             return math.inf
@@ -174,7 +175,7 @@ class Population:
 
     def _changed(self, point: Point, generation: int, place: int, chance: random.Random) -> Point:
         draw = at_random(self._seed, generation * 1_000_000 + place)
-        now = present(point)
+        now = final_values(point)
         changed = {}
         for path in changeable(self._search, self._stage):
             if path in now:
@@ -186,7 +187,7 @@ class Population:
         return {**point, path: [*point.get(path, ()), change]}
 
 
-def making_room(count: int) -> int:
+def num_to_replace(count: int) -> int:
     """Of so many, how many make room at an evaluation."""
     return min(math.ceil(count * QUARTER), count // 2)
 
@@ -196,12 +197,12 @@ def most_descendants(experiment: Experiment) -> int:
     search, stage = experiment.search, curve_stage(experiment)
     assert search is not None, "asked for a search"
     training: Any = experiment.stages[stage or ""]
-    return int(training.evaluations - 1) * making_room(search.trials)
+    return int(training.evaluations - 1) * num_to_replace(search.trials)
 
 
 def changeable(search: Search, stage: str) -> list[str]:
     """The dimensions whose values a training can change in its course."""
-    return [path for field in CHANGEABLE if (path := f"{stage}.{field}") in search.space]
+    return [path for field in OVERRIDABLE if (path := f"{stage}.{field}") in search.space]
 
 
 def _shifted(value: Any, dimension: Dimension, chance: random.Random) -> Any:

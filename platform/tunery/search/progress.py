@@ -7,16 +7,16 @@ from typing import Any
 
 from ray.tune import Callback
 
-from tunery.runner.execute import Where
+from tunery.events.event_log import EventLog
+from tunery.pipeline.execute import RunContext
 from tunery.search.journal import PROGRESS, Journal
 from tunery.search.ranking import feasible, value_of
 from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search
-from tunery.track.events import EventLog
 
 
-class TellTrials(Callback):  # type: ignore[misc]
-    def __init__(self, log: EventLog, journal: Journal, search: Search, where: Where) -> None:
+class JournalCallback(Callback):  # type: ignore[misc]
+    def __init__(self, log: EventLog, journal: Journal, search: Search, where: RunContext) -> None:
         self._log, self._journal, self._search, self._where = log, journal, search, where
         self._begun: set[str] = set()
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from tunery.search.journal import Begun, Journal
+from tunery.search.journal import Journal, TrialStart
 from tunery.search.population import Population
 from tunery.search.ranking import rank, value_of
 from tunery.search.space import Point, trial_id
-from tunery.search.steering import Steering
+from tunery.search.steering import SearchControl
 from tunery.search.suggest import Suggester
 from tunery.spec import Search
 
@@ -25,10 +25,10 @@ class Queue(Searcher):  # type: ignore[misc]
         search: Search,
         journal: Journal,
         suggester: Suggester,
-        steering: Steering,
+        steering: SearchControl,
         at_once: int,
         reseeded: Callable[[Point, int], Point],
-        untold: Callable[[Begun], None] = lambda begun: None,
+        untold: Callable[[TrialStart], None] = lambda begun: None,
         population: Population | None = None,
         unfit: Callable[[Point], str] = lambda overrides: "",
     ) -> None:
@@ -71,7 +71,7 @@ class Queue(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search goes on from its journal")
 
-    def _next(self) -> Begun | None:
+    def _next(self) -> TrialStart | None:
         while self._waiting:
             begun = self._waiting.pop(0)
             if not self._steering.stops(begun.trial):
@@ -153,8 +153,10 @@ class Queue(Searcher):  # type: ignore[misc]
         if trial_id(overrides) not in self._journal.records:
             self._waiting.append(self._begin(overrides, origin, of=of, since=since))
 
-    def _begin(self, overrides: Point, origin: Any, number: int | None = None, of: str = "", since: int = 0) -> Begun:
+    def _begin(
+        self, overrides: Point, origin: Any, number: int | None = None, of: str = "", since: int = 0
+    ) -> TrialStart:
         number = 1_000_000_000 + len(self._journal.records) if number is None else number
-        begun = Begun(trial_id(overrides), number, overrides, origin, of, since)
+        begun = TrialStart(trial_id(overrides), number, overrides, origin, of, since)
         self._journal.begin(begun)
         return begun

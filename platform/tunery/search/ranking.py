@@ -35,13 +35,13 @@ def value_of(search: Search, values: Values) -> float:
     return sign * total
 
 
-def excesses(search: Search, values: Values) -> list[float]:
+def violations(search: Search, values: Values) -> list[float]:
     """By how much each constraint is broken; 0 or less where it is kept."""
     return [item.excess(values.get(item.metric, math.nan)) for item in search.constraints]
 
 
 def feasible(search: Search, values: Values) -> bool:
-    return all(excess <= 0 for excess in excesses(search, values))
+    return all(excess <= 0 for excess in violations(search, values))
 
 
 def rank(search: Search, trial: Trial) -> tuple[bool, bool, float]:
@@ -77,7 +77,7 @@ def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrialRank:
     """What several seeds say of one trial."""
 
     trial: str
@@ -87,7 +87,7 @@ class Standing:
     """Half of the 95% interval of the mean; None of a single seed."""
 
 
-def standings(groups: Mapping[str, Sequence[float]]) -> list[Standing]:
+def standings(groups: Mapping[str, Sequence[float]]) -> list[TrialRank]:
     """Of each trial's values over its seeds. The spread over seeds is taken to be the same for all of them: with three
     seeds each an estimate from one trial alone would be worth nothing."""
     spread, freedom = _pooled(groups.values())
@@ -95,12 +95,12 @@ def standings(groups: Mapping[str, Sequence[float]]) -> list[Standing]:
     for trial, values in groups.items():
         half = None
         if freedom and len(values) > 1:
-            half = student(freedom) * spread / math.sqrt(len(values))
-        found.append(Standing(trial, tuple(values), mean(values), half))
+            half = t_quantile(freedom) * spread / math.sqrt(len(values))
+        found.append(TrialRank(trial, tuple(values), mean(values), half))
     return found
 
 
-def tied(best: Standing, others: Iterable[Standing], groups: Mapping[str, Sequence[float]]) -> list[str]:
+def statistical_ties(best: TrialRank, others: Iterable[TrialRank], groups: Mapping[str, Sequence[float]]) -> list[str]:
     """Those whose mean differs from the best one's by no more than chance gives in 19 of 20 cases (Student's t with the
     pooled spread). Without a second seed nothing can be told apart, and nothing is said."""
     spread, freedom = _pooled(groups.values())
@@ -111,7 +111,7 @@ def tied(best: Standing, others: Iterable[Standing], groups: Mapping[str, Sequen
         other.trial
         for other in others
         if other.trial != best.trial
-        and abs(other.mean - best.mean) <= student(freedom) * spread * math.sqrt(1 / n + 1 / len(other.values))
+        and abs(other.mean - best.mean) <= t_quantile(freedom) * spread * math.sqrt(1 / n + 1 / len(other.values))
     ]
 
 
@@ -123,5 +123,5 @@ def _pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
 
 
-def student(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     return T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.5 / freedom

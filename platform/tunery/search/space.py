@@ -22,10 +22,10 @@ from tunery.spec import (
     Training,
     WinRate,
 )
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
-from tunery.spec.reference import model_name
-from tunery.spec.trainings import row_stages
+from tunery.spec.references import model_name
+from tunery.spec.trainings import data_refs
 
 Point = dict[str, Any]
 """A trial's values by path: of the dimensions that are there."""
@@ -34,7 +34,7 @@ DIGITS = 6
 """Of a value drawn from a range: as many as anybody wants to read."""
 
 
-def point(space: Mapping[str, Dimension], draw: Draw) -> Point:
+def sample_point(space: Mapping[str, Dimension], draw: Draw) -> Point:
     """Values for the dimensions that are there, each drawn after those that it depends on."""
     drawn: Point = {}
     for path in in_order(space):
@@ -74,14 +74,14 @@ def at_random(seed: int, number: int) -> Draw:
     return draw
 
 
-def or_drawn(given: Mapping[str, Any], draw: Draw) -> Draw:
+def with_fixed(given: Mapping[str, Any], draw: Draw) -> Draw:
     """What is given, and the rest drawn."""
     return lambda path, dimension: given[path] if path in given else draw(path, dimension)
 
 
 def point_by_chance(space: Mapping[str, Dimension], seed: int, number: int, first: Mapping[str, Any]) -> Point:
     """The trial of this number: what is given, its turn of the grids, and the rest by chance."""
-    return point(space, or_drawn({**in_turn(space, number), **first}, at_random(seed, number)))
+    return sample_point(space, with_fixed({**grid_point(space, number), **first}, at_random(seed, number)))
 
 
 def rounded(value: float, dimension: Dimension) -> float:
@@ -97,7 +97,7 @@ def grid(space: Mapping[str, Dimension]) -> Iterator[Point]:
     seen: set[str] = set()
     for combination in itertools.product(*(values or () for values in listed.values())):
         values = dict(zip(listed, combination, strict=True))
-        found = point(space, or_drawn(values, _nothing))
+        found = sample_point(space, with_fixed(values, _nothing))
         if (name := trial_id(found)) not in seen:
             seen.add(name)
             yield found
@@ -107,7 +107,7 @@ def _nothing(path: str, dimension: Dimension) -> Any:
     raise AssertionError(f"a grid lists {path}")
 
 
-def in_turn(space: Mapping[str, Dimension], number: int) -> Point:
+def grid_point(space: Mapping[str, Dimension], number: int) -> Point:
     """Values of the `grid` dimensions of the trial with this number: combination after combination."""
     grids = {path: dimension.grid for path, dimension in space.items() if dimension.grid is not None}
     if not grids:
@@ -151,7 +151,7 @@ def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Ex
             stages[name] = stage.model_copy(update={"models": models})
     return trial.model_copy(
         update={
-            "stages": closure(stages, metric_stages(search)),
+            "stages": with_upstream(stages, metric_stages(search)),
             "search": None,
             "compute": trial.compute.model_copy(update={"workers": trial.compute.workers_per_trial}),
         }
@@ -192,7 +192,7 @@ def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
         answers = max(values("group_size")) * max(values("iterations"))
         return max(1.0, seen * answers / min(values("global_batch_size", 8.0)))
     longest_row = max(values("max_length", 512.0))
-    # ppo tells the tokens that its answers may have (train/ppo/worker.py).
+    # ppo tells the tokens that its answers may have (training/ppo/ppo_worker.py).
     return max(1.0, seen * (longest_row if isinstance(stage, Ppo) else min(tokens_per_row, longest_row)))
 
 
@@ -204,16 +204,16 @@ def before_selection(experiment: Experiment, stage: str) -> list[str]:
     training = stages[stage]
     assert isinstance(training, Training), "only a training learns"
     found = []
-    for data in row_stages(training.data).values():
+    for data in data_refs(training.data).values():
         while isinstance(earlier := stages[data], Review | Score) or (
-            isinstance(earlier, Select) and searched & closure(stages, [data]).keys()
+            isinstance(earlier, Select) and searched & with_upstream(stages, [data]).keys()
         ):
             data = earlier.data
         found.append(data)
     return found
 
 
-def reseeded(experiment: Experiment, overrides: Mapping[str, Any], replicate: int) -> Point:
+def with_seed(experiment: Experiment, overrides: Mapping[str, Any], replicate: int) -> Point:
     """The same trial with another seed in each training that depends on what is searched. 0 changes nothing."""
     if replicate == 0:
         return dict(overrides)
@@ -221,7 +221,7 @@ def reseeded(experiment: Experiment, overrides: Mapping[str, Any], replicate: in
     searched = {path.split(".")[0] for path in overrides}
     seeds: Point = {}
     for name, stage in trial.stages.items():
-        if isinstance(stage, Training) and searched & closure(trial.stages, [name]).keys():
+        if isinstance(stage, Training) and searched & with_upstream(trial.stages, [name]).keys():
             own = trial.seed if stage.seed is None else stage.seed
             seeds[f"{name}.seed"] = own + 1000 * replicate
     return {**overrides, **seeds}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Steering:
+class SearchControl:
     def __init__(self, run: Path) -> None:
         self._folder = run / "steering"
         self._read: set[str] = set()

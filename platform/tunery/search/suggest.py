@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from tunery.search.ranking import excesses, objectives, value_of
-from tunery.search.space import Point, grid, in_turn, point, point_by_chance, rounded, trial_id
+from tunery.search.ranking import objectives, value_of, violations
+from tunery.search.space import Point, grid, grid_point, point_by_chance, rounded, sample_point, trial_id
 from tunery.spec import Dimension, Search
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRIES = 100
 """To draw a trial that was not there before; a space of few values runs out."""
-MOST_RANDOM = 10
+MAX_RANDOM = 10
 """Random trials that TPE begins with, as Optuna has it; of a search of fewer than 40 trials a quarter of them."""
 NUMBER = "number"
 Reports = Sequence[Mapping[str, float]]
@@ -42,13 +42,13 @@ class Suggester(Protocol):
 def suggester(search: Search, seed: int, folder: Path, earlier: Sequence[dict[str, Any]]) -> Suggester:
     """`folder`: where it may keep what it was told. `earlier`: trials of other searches, as an event log tells them."""
     if search.algorithm == "grid":
-        return ByGrid(search)
+        return GridSearch(search)
     if search.algorithm == "random":
-        return ByChance(search, seed)
-    return ByOptuna(search, seed, folder, earlier)
+        return RandomSearch(search, seed)
+    return OptunaSearch(search, seed, folder, earlier)
 
 
-class ByChance:
+class RandomSearch:
     def __init__(self, search: Search, seed: int) -> None:
         self._space, self._seed = search.space, seed
         self._given: set[str] = set()
@@ -56,7 +56,7 @@ class ByChance:
     def ask(self, number: int, first: Point | None) -> Point | None:
         for attempt in range(TRIES):
             # The numbers of further attempts are nobody else's.
-            given = {**in_turn(self._space, number), **(first or {})}
+            given = {**grid_point(self._space, number), **(first or {})}
             found = point_by_chance(self._space, self._seed, number + attempt * 1_000_000, given)
             if (name := trial_id(found)) not in self._given:
                 self._given.add(name)
@@ -69,16 +69,20 @@ class ByChance:
         self._given.add(trial_id(overrides))
 
 
-class ByGrid:
+class GridSearch:
     def __init__(self, search: Search) -> None:
         self._points = list(itertools.islice(grid(search.space), search.trials))
         self._given: set[str] = set()
 
     def ask(self, number: int, first: Point | None) -> Point | None:
-        left = [point for point in self._points if trial_id(point) not in self._given]
+        left = [sample_point for sample_point in self._points if trial_id(sample_point) not in self._given]
         if first is not None and trial_id(first) not in self._given:
             # What it leaves out is as in the first combination that agrees with it.
-            agreeing = (point for point in left if all(point.get(path) == value for path, value in first.items()))
+            agreeing = (
+                sample_point
+                for sample_point in left
+                if all(sample_point.get(path) == value for path, value in first.items())
+            )
             found = next(agreeing, first)
         elif left:
             found = left[0]
@@ -93,7 +97,7 @@ class ByGrid:
         self._given.add(trial_id(overrides))
 
 
-class ByOptuna:
+class OptunaSearch:
     """An Optuna study in a file of the search's work folder: it outlives this process.
 
     A listed value goes by its index: Optuna's own categories are plain values only, and a dimension may choose among
@@ -139,17 +143,17 @@ class ByOptuna:
             multivariate=True,
             group=True,  # conditional dimensions: those that occur together are modelled together
             constant_liar=True,  # trials that still run count as bad, so that those beside them look elsewhere
-            n_startup_trials=min(MOST_RANDOM, max(1, self._search.trials // 4)),
+            n_startup_trials=min(MAX_RANDOM, max(1, self._search.trials // 4)),
         )
 
     def ask(self, number: int, first: Point | None) -> Point | None:
         for attempt in range(TRIES):
             self._study.sampler = self._sampler(number + attempt * 1_000_000)
-            fixed = {**in_turn(self._search.space, number), **(first or {})}
+            fixed = {**grid_point(self._search.space, number), **(first or {})}
             params = {path: _coded(self._search.space[path], value) for path, value in fixed.items()}
             self._study.enqueue_trial(params, user_attrs={NUMBER: number})
             trial = self._study.ask()
-            found = point(self._search.space, partial(_drawn, trial))
+            found = sample_point(self._search.space, partial(_drawn, trial))
             if (name := trial_id(found)) not in self._given:
                 self._given.add(name)
                 return found
@@ -176,7 +180,7 @@ class ByOptuna:
             for index, report in enumerate(reports):
                 if self._search.metric in report and not math.isnan(report[self._search.metric]):
                     trial.report(report[self._search.metric], index)
-        for index, excess in enumerate(excesses(self._search, ended["values"]) if values else ()):
+        for index, excess in enumerate(violations(self._search, ended["values"]) if values else ()):
             trial.set_constraint(str(index), min(excess, 1e300))
         if values is not None:
             self._study.tell(trial, values)
@@ -190,9 +194,9 @@ class ByOptuna:
         space = self._search.space
         inside = {path: value for path, value in overrides.items() if path in space and space[path].holds(value)}
         values = self._values(ended)
-        if values is None or point(space, lambda path, dimension: inside.get(path)) != inside:
+        if values is None or sample_point(space, lambda path, dimension: inside.get(path)) != inside:
             return
-        constraints = {str(i): min(e, 1e300) for i, e in enumerate(excesses(self._search, ended["values"]))}
+        constraints = {str(i): min(e, 1e300) for i, e in enumerate(violations(self._search, ended["values"]))}
         self._study.add_trial(
             optuna.trial.create_trial(
                 values=values,

@@ -1,8 +1,8 @@
 """A trial: a small driver that makes the trial's own stages, and tells Tune how they go.
 
-It trains in a pack with others where it can (search/packing.py), and else, with one worker, in its own process, which
-Tune keeps for the next trial (`reuse_actors`): torch is loaded once, not eight times. With several workers it starts a
-Ray Train run of its own.
+It trains in a pack with others where it can (search/pack_eligibility.py), and else, with one worker, in its own
+process, which Tune keeps for the next trial (`reuse_actors`): torch is loaded once, not eight times. With several
+workers it starts a Ray Train run of its own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import Stopped
-from tunery.runner.execute import Trial, Where, execute
-from tunery.runner.identity import fingerprints
-from tunery.search.packing import why_not_packed
+from tunery.events.event_log import EventLog
+from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.search.pack_eligibility import search_unpackable_reason
 from tunery.search.population import MEMBERS
 from tunery.search.space import curve_stage, metric_of, trial_experiment
-from tunery.search.steering import Steering
+from tunery.search.steering import SearchControl
 from tunery.spec import Experiment
 from tunery.store import Artifact
-from tunery.track.events import EventLog
 
 FINISHED = "finished"
 """In a trial's last report: it ran to its end, and was not stopped."""
@@ -35,7 +35,7 @@ class TrialFunction:
     """Tune's trainable; plain data, so that it travels to any host that sees the store."""
 
     experiment: Experiment
-    where: Where
+    where: RunContext
     desk: Any
     """None where no trial of the search can be packed."""
     kept: Path | None = None
@@ -69,11 +69,11 @@ class TrialFunction:
 
         log = EventLog(self.where.events / f"{identifier}.jsonl", trial=identifier)
         begin = time.time()
-        how = Trial(
+        how = TrialContext(
             identifier,
             in_process=in_process,
             desk=self.desk if packed else None,
-            stop=Steering(self.where.run).stop_file(identifier),
+            stop=SearchControl(self.where.run).stop_file(identifier),
             report=report,
             callbacks=callbacks,
             **self._checkpoints(config, curve),
@@ -113,14 +113,16 @@ class TrialFunction:
         """Why a trial with these values trains by itself; "" when in a pack."""
         if self.desk is None:
             return "no trial of this search can be packed"
-        return why_not_packed(trial_experiment(self.experiment, overrides), {path.split(".")[0] for path in overrides})
+        return search_unpackable_reason(
+            trial_experiment(self.experiment, overrides), {path.split(".")[0] for path in overrides}
+        )
 
     def _is_made(self, experiment: Experiment, stage: str) -> bool:
         print_ = fingerprints(experiment, self.where.folder)[stage][0]
         return self.where.store.find(experiment.stages[stage].kind, print_) is not None
 
 
-def error_file(where: Where, trial: str) -> Path:
+def error_file(where: RunContext, trial: str) -> Path:
     """What a trial failed with at first. Tune (2.60) keeps the last error alone, as the library's traceback."""
     return where.logs / f"{trial}-error.txt"
 

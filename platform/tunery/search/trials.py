@@ -11,12 +11,12 @@ from rich.padding import Padding
 from rich.text import Text
 
 from tunery.errors import RequestError
+from tunery.events.event_log import Event
+from tunery.events.formatting import as_number, count, duration, measure, overrides_text, short_paths
+from tunery.events.run_state import RunState, SearchState, StageState, TrialState
+from tunery.reporting.terminal_view import MARKS, STYLES, WIDE
 from tunery.search.space import trial_id
-from tunery.spec.translate import nearest
-from tunery.track.events import Event
-from tunery.track.screen import MARKS, STYLES, WIDE
-from tunery.track.snapshot import RunState, SearchState, StageState, TrialState
-from tunery.track.wording import as_number, count, duration, measure, overrides_text, short_paths
+from tunery.spec.error_messages import nearest
 
 OPEN = ("running", "stopping", "waiting")
 """States of trials that have not ended. stopping: somebody wants it to end, and it has not seen that yet."""
@@ -24,7 +24,7 @@ COLUMNS = ("trial", "state", "value", "progress", "time")
 
 
 @dataclass(frozen=True)
-class Listed:
+class TrialRow:
     """A trial as the list shows it."""
 
     name: str
@@ -57,9 +57,9 @@ class Trials:
     """not begun, running, ended; or waiting: begun, and at the moment nobody runs it."""
     holder: str
     """Who runs it; "" when nobody does."""
-    trials: tuple[Listed, ...]
+    trials: tuple[TrialRow, ...]
 
-    def named(self, asked: str) -> Listed:
+    def named(self, asked: str) -> TrialRow:
         """The trial that is meant: by its name, the part after `trial-`, or the beginning of either. Raises
         RequestError."""
         known = {trial.name: trial for trial in self.trials}
@@ -121,7 +121,7 @@ def trials_of(
         if all(trial.name != name for trial in listed):
             state_ = "stopped" if stops(name) else "waiting"
             told = (dict(wish["overrides"]), wish["origin"], wish["of"])
-            listed.append(Listed(name, state_, None, 0, 0, "", None, *told, error="", best=False))
+            listed.append(TrialRow(name, state_, None, 0, 0, "", None, *told, error="", best=False))
     listed.sort(key=lambda trial: OPEN.index(trial.state) if trial.state in OPEN else len(OPEN))
     begun = "ended" if search.finished else "not begun" if state.search is None else "running" if running else "waiting"
     return Trials(state.run, state.file, search.value_name, search.mode, search.planned, begun, holder, tuple(listed))
@@ -138,7 +138,7 @@ def _origins(events: Iterable[Event]) -> dict[str, tuple[str, str]]:
 
 def _listed(
     trial: TrialState, search: SearchState, origin: tuple[str, str], stops: bool, running: bool, now: float
-) -> Listed:
+) -> TrialRow:
     state: str = trial.status
     if state in ("running", "waiting") and not (running and trial.status == "running"):
         state = "stopped" if stops else "waiting"  # a search that goes on leaves out what nobody wants
@@ -150,7 +150,7 @@ def _listed(
     seconds = trial.seconds
     if seconds is None and state in ("running", "stopping") and trial.started is not None:
         seconds = max(0.0, now - trial.started)
-    return Listed(
+    return TrialRow(
         trial.name,
         state,
         value,
@@ -214,7 +214,7 @@ def _standing(told: Trials) -> str:
     )
 
 
-def _table(trials: Sequence[Listed], width: int) -> list[RenderableType]:
+def _table(trials: Sequence[TrialRow], width: int) -> list[RenderableType]:
     """A line a trial; where its values don't fit beside the rest they stand below it."""
     if not trials:
         return []
@@ -249,7 +249,7 @@ def _below(text: str, style: str) -> Padding:
     return Padding(Text(text, style=style), (0, 0, 0, 4), expand=False)
 
 
-def _cells(trial: Listed) -> tuple[str, ...]:
+def _cells(trial: TrialRow) -> tuple[str, ...]:
     progress = ""
     if trial.total:
         whole = trial.done >= trial.total
@@ -271,7 +271,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     )
 
 
-def _origin(trial: Listed) -> str:
+def _origin(trial: TrialRow) -> str:
     return f"{trial.origin} of {trial.of}" if trial.of else trial.origin
 
 

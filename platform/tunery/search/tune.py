@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import StageError
+from tunery.events.event_log import EventLog
 from tunery.interrupt import interruptible
-from tunery.runner.execute import Where
-from tunery.runner.failures import explain
-from tunery.runner.identity import fingerprints
-from tunery.search.journal import Begun, Journal, Record
+from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.diagnose import diagnose
+from tunery.pipeline.execute import RunContext
+from tunery.search.journal import Journal, JournalRecord, TrialStart
 from tunery.search.outcome import facts_of
-from tunery.search.packing import pack_size, why_not_packed
+from tunery.search.pack_eligibility import pack_size, search_unpackable_reason
 from tunery.search.population import Population
 from tunery.search.ranking import value_of
-from tunery.search.space import curve_stage, metric_stages, reseeded, trial_experiment
-from tunery.search.steering import Steering
+from tunery.search.space import curve_stage, metric_stages, trial_experiment, with_seed
+from tunery.search.steering import SearchControl
 from tunery.search.suggest import suggester
 from tunery.search.trial import TrialFunction
-from tunery.search.warm import earlier_trials
+from tunery.search.warm_start import earlier_trials
 from tunery.spec import Experiment, Search
-from tunery.spec.graph import closure
+from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, LeaseHeld, fingerprint
-from tunery.track.events import EventLog
 
 VERSION = 2
 """Raised when a change makes a search give other trials."""
@@ -43,14 +43,16 @@ QUIET = {
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """How many workers there are for trials, and why."""
 
     workers: int
     reason: str
 
 
-def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room | None, longest: float) -> Artifact:
+def run_search(
+    experiment: Experiment, where: RunContext, log: EventLog, room: Capacity | None, longest: float
+) -> Artifact:
     """The search's artifact: facts are the trials, best first, and the winner (search/outcome.py).
 
     `room` may be None when Ray has not been started, because the search is known to be done. `longest`: of a trial, in
@@ -92,18 +94,18 @@ def run_search(experiment: Experiment, where: Where, log: EventLog, room: Room |
     return artifact
 
 
-def _fingerprints_of(experiment: Experiment, where: Where, overrides: dict[str, Any]) -> dict[str, str]:
+def _fingerprints_of(experiment: Experiment, where: RunContext, overrides: dict[str, Any]) -> dict[str, str]:
     """By stage. A run that finds its search in the store has no trial that would tell what it made."""
     known = fingerprints(with_overrides(experiment, overrides), where.folder)
     return {name: print_ for name, (print_, _, _) in known.items()}
 
 
-def search_fingerprint(experiment: Experiment, where: Where) -> tuple[str, dict[str, Any]]:
+def search_fingerprint(experiment: Experiment, where: RunContext) -> tuple[str, dict[str, Any]]:
     """A search depends on its spec, on every stage that its metrics need, and on what it is warmed up with."""
     search = experiment.search
     assert search is not None, "called for experiments with a search"
     folder = where.folder
-    needed = experiment.model_copy(update={"stages": closure(experiment.stages, metric_stages(search))})
+    needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, metric_stages(search))})
     inputs = {name: item[0] for name, item in fingerprints(needed, folder).items()}
     for path, dimension in search.space.items():
         for value in dimension.choice or dimension.grid or ():  # a choice may lead to other stages, files or models
@@ -131,23 +133,29 @@ def _why_not_packed(experiment: Experiment) -> set[str]:
     for path, dimension in experiment.search.space.items():
         for value in dimension.values:
             with suppress(ValueError):
-                found.add(why_not_packed(trial_experiment(experiment, {path: value}), searched))
+                found.add(search_unpackable_reason(trial_experiment(experiment, {path: value}), searched))
     return found
 
 
-def _at_once(room: Room, size: int, search: Search) -> int:
+def _at_once(room: Capacity, size: int, search: Search) -> int:
     # A bracket is full, and a population whole, when all its trials are there, be they at work or waiting.
     if search.scheduler in ("hyperband", "pbt"):
         return search.trials
     return min(search.trials, room.workers * size)
 
 
-def _why(room: Room, size: int) -> str:
+def _why(room: Capacity, size: int) -> str:
     return room.reason + (f", {size} a pack" if size > 1 else "")
 
 
 def _search(
-    experiment: Experiment, where: Where, log: EventLog, room: Room, longest: float, print_: str, described: Any
+    experiment: Experiment,
+    where: RunContext,
+    log: EventLog,
+    room: Capacity,
+    longest: float,
+    print_: str,
+    described: Any,
 ) -> Artifact:
     search = experiment.search
     assert search is not None, "checked by run_search"
@@ -160,7 +168,7 @@ def _search(
         with suppress(OSError):  # on a full disk the error matters more than the time it took
             journal.spend(time.time() - begin)
         if isinstance(error, Exception):
-            raise explain(error, "search", where) from error
+            raise diagnose(error, "search", where) from error
         raise
     journal.spend(time.time() - begin)
     facts = facts_of(search, list(journal.records.values()), ended_by)
@@ -177,12 +185,12 @@ def _search(
         {"seconds": journal.spent + time.time() - begin},
     )
     shutil.rmtree(work, ignore_errors=True)
-    Steering(where.run).clear()
+    SearchControl(where.run).clear()
     _drop_leftovers(experiment, where, list(journal.records.values()))
     return artifact
 
 
-def _drop_leftovers(experiment: Experiment, where: Where, records: list[Record]) -> None:
+def _drop_leftovers(experiment: Experiment, where: RunContext, records: list[JournalRecord]) -> None:
     """Stopped trials leave checkpoints behind that nobody goes on from once the search is over."""
     for record in records:
         if record.ended is not None and record.ended["state"] != "stopped":
@@ -195,7 +203,13 @@ def _drop_leftovers(experiment: Experiment, where: Where, records: list[Record])
 
 
 def _run(
-    experiment: Experiment, where: Where, log: EventLog, room: Room, longest: float, work: Path, journal: Journal
+    experiment: Experiment,
+    where: RunContext,
+    log: EventLog,
+    room: Capacity,
+    longest: float,
+    work: Path,
+    journal: Journal,
 ) -> str:
     """All trials; returns what ended the search before its last one, "" where nothing did.
 
@@ -205,12 +219,12 @@ def _run(
     """
     from ray import tune
 
-    from tunery.search.breeding import Breeding
-    from tunery.search.budget import Enough
-    from tunery.search.progress import TellTrials
+    from tunery.search.budget import BudgetStopper
+    from tunery.search.pbt_scheduler import PbtScheduler
+    from tunery.search.progress import JournalCallback
     from tunery.search.queue import Queue
     from tunery.search.schedulers import scheduler_of
-    from tunery.train.packed.seat import open_desk
+    from tunery.training.packed.pack_server import get_pack_scheduler
 
     os.environ.update(QUIET)
     shutil.rmtree(work / "tune", ignore_errors=True)
@@ -219,30 +233,30 @@ def _run(
     compute = experiment.compute
     reasons = _why_not_packed(experiment)
     size = _packed_by(experiment, reasons)
-    desk = open_desk(room.workers, size, compute) if size > 1 else None
+    desk = get_pack_scheduler(room.workers, size, compute) if size > 1 else None
     # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
     kept = work / "kept" if search.scheduler == "pbt" else None
     function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk, kept)
-    steering = Steering(where.run)
+    steering = SearchControl(where.run)
     if not journal.records:
         steering.forget_stops()
     scheduler: Any
     population = None
     if kept is not None:
         population = _population(experiment, journal, steering)
-        scheduler = Breeding(population, steering, kept, in_turn=search.trials > room.workers * size)
+        scheduler = PbtScheduler(population, steering, kept, in_turn=search.trials > room.workers * size)
     else:
         scheduler = scheduler_of(search, longest, journal)
     assert compute.workers_per_trial != "auto", "resolved before a search"
     held = compute.workers_per_trial * (1 if compute.device == "gpu" else compute.cpus_per_worker)
-    enough = Enough(search, journal, room.workers * held)
+    enough = BudgetStopper(search, journal, room.workers * held)
     queue = Queue(
         search,
         journal,
         suggester(search, experiment.seed, work, earlier_trials(search, where.store)),
         steering,
         _at_once(room, size, search),
-        partial(reseeded, experiment),
+        partial(with_seed, experiment),
         partial(_tell_untold, log, journal, search),
         population,
         partial(_unfit, experiment),
@@ -265,7 +279,7 @@ def _run(
             storage_path=str(work),
             verbose=0,
             stop=enough,
-            callbacks=[TellTrials(log, journal, search, where)],
+            callbacks=[JournalCallback(log, journal, search, where)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
@@ -277,7 +291,7 @@ def _run(
     return enough.reason
 
 
-def _population(experiment: Experiment, journal: Journal, steering: Steering) -> Population:
+def _population(experiment: Experiment, journal: Journal, steering: SearchControl) -> Population:
     """As an earlier try left it: what it had decided is decided again."""
     stage = curve_stage(experiment)
     assert experiment.search is not None, "checked by run_search"
@@ -291,7 +305,7 @@ def _population(experiment: Experiment, journal: Journal, steering: Steering) ->
     return population
 
 
-def _tell_untold(log: EventLog, journal: Journal, search: Search, begun: Begun) -> None:
+def _tell_untold(log: EventLog, journal: Journal, search: Search, begun: TrialStart) -> None:
     outcome = journal.records[begun.trial].ended or {}
     value = value_of(search, outcome["values"]) if outcome["values"] else None
     told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}

@@ -15,8 +15,8 @@ from tunery.spec.feedback import (
     Rloo,
     Sampling,
 )
-from tunery.spec.load import load, parse
-from tunery.spec.reference import AUTO, Pretrained, Scratch
+from tunery.spec.loader import load, parse
+from tunery.spec.references import AUTO, Pretrained, Scratch
 from tunery.spec.scorers import (
     C4,
     C4Rules,
@@ -52,15 +52,15 @@ from tunery.spec.stages import (
     WinRate,
 )
 from tunery.spec.trainings import (
-    CHANGEABLE,
     LABELS,
-    Change,
+    OVERRIDABLE,
     ClassifierTraining,
-    Contrast,
-    Decisions,
     Lora,
     LoraTuner,
+    PositiveNegative,
     Pretrain,
+    ReviewLabels,
+    ScheduleOverride,
     Sft,
     Training,
     Tuner,
@@ -82,11 +82,11 @@ __all__ = [
     "Compute",
     "Constraint",
     "Contamination",
-    "CHANGEABLE",
-    "Change",
-    "Contrast",
+    "OVERRIDABLE",
+    "ScheduleOverride",
+    "PositiveNegative",
     "Dataset",
-    "Decisions",
+    "ReviewLabels",
     "Dimension",
     "Diverse",
     "Dpo",

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from tunery.spec.reference import ROWS, Gives, Input, Spec
+from tunery.spec.references import ROWS, Config, Gives, StageRef
 
 PLAIN = "{question}"
 """The template that changes nothing."""
@@ -46,7 +46,7 @@ def _with(*known: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class FewShot(Spec):
+class FewShot(Config):
     """Worked examples before the question (Brown et al. 2020, https://arxiv.org/abs/2005.14165)."""
 
     shots: (
@@ -80,7 +80,7 @@ class FewShot(Spec):
         return range(low, high + 1)
 
 
-class ChainOfThought(Spec):
+class ChainOfThought(Config):
     """Answers that hold reasoning and, behind a separator, the final answer (Wei et al. 2022,
     https://arxiv.org/abs/2201.11903), such as GSM8K's `... #### 42`."""
 
@@ -93,7 +93,7 @@ class ChainOfThought(Spec):
     """Share of the variants that are asked without the cue and answered by the final answer alone."""
 
 
-class Augment(Spec):
+class Augment(Config):
     """Other wordings of the rows' questions, with examples and reasoning from the data itself, as in FLAN (Wei et al.
     2021, https://arxiv.org/abs/2109.01652) and its collection (Longpre et al. 2023, https://arxiv.org/abs/2301.13688):
     zero-shot, few-shot and chain-of-thought prompts mixed."""
@@ -115,12 +115,12 @@ class Augment(Spec):
     seed: int | None = None
     """Of what is drawn; the experiment's when not given."""
 
-    def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ROWS)
+    def inputs(self) -> Iterator[StageRef]:
+        yield StageRef(("data",), self.data, ROWS)
         if self.few_shot is not None and self.few_shot.examples is not None:
-            yield Input(("few_shot", "examples"), self.few_shot.examples, ROWS)
+            yield StageRef(("few_shot", "examples"), self.few_shot.examples, ROWS)
         for index, stage in enumerate(self.heldout):
-            yield Input(("heldout", index), stage, ROWS)
+            yield StageRef(("heldout", index), stage, ROWS)
 
     @field_validator("templates", "heldout")
     @classmethod

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from tunery.errors import SpecError
 from tunery.spec import graph
+from tunery.spec.error_messages import error_at, nearest
 from tunery.spec.experiment import Experiment
-from tunery.spec.reference import ROWS
+from tunery.spec.references import ROWS
 from tunery.spec.stages import RANDOM, Review, Score, Select
-from tunery.spec.translate import error_at, nearest
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 

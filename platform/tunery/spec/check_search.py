@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from tunery.errors import SpecError
 from tunery.spec import graph
 from tunery.spec.check_references import check_references, check_scores
+from tunery.spec.error_messages import error_at, nearest, sentence
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
-from tunery.spec.reference import AUTO, model_name
+from tunery.spec.references import AUTO, model_name
 from tunery.spec.search import Dimension, Search, wanted
 from tunery.spec.stages import Evaluate, WinRate
-from tunery.spec.trainings import CHANGEABLE, Training
-from tunery.spec.translate import error_at, nearest, sentence
+from tunery.spec.trainings import OVERRIDABLE, Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
@@ -53,7 +53,7 @@ def check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecErr
         return
     if search.algorithm == "grid":
         yield from _check_grid(search, source)
-    reached = graph.closure(experiment.stages, [metric.split(".")[0] for metric in search.metrics])
+    reached = graph.with_upstream(experiment.stages, [metric.split(".")[0] for metric in search.metrics])
     for path, dimension in search.space.items():
         at: KeyPath = ("search", "space", path)
         if errors := [*_check_conditions(path, dimension, search, source)]:
@@ -117,7 +117,7 @@ def _check_scheduler(
 
 
 def _check_population(name: str, stage: Training[Any], search: Search, source: YamlSource) -> Iterator[SpecError]:
-    paths = [f"{name}.{field}" for field in CHANGEABLE]
+    paths = [f"{name}.{field}" for field in OVERRIDABLE]
     if not any(path in search.space for path in paths):
         yield error_at(
             source,

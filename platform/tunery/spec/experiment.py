@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunery.spec.reference import AUTO, Auto, Spec
+from tunery.spec.references import AUTO, Auto, Config
 from tunery.spec.search import Search
 from tunery.spec.stages import Stage
 
 
-class Compute(Spec):
+class Compute(Config):
     """How, never what: outside every fingerprint. The result is the same up to floating-point order,
     but for `precision` (bf16 rounds more), for LoRA's dropout, which each worker draws for itself, and for `grpo` and
     `rloo`, whose workers draw answers of their own."""
@@ -48,18 +48,18 @@ class Compute(Spec):
     """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
 
 
-class Wandb(Spec):
+class Wandb(Config):
     project: str = "tunery"
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online when an API key is set, else offline (sync later with `wandb sync`)."""
 
 
-class Tracking(Spec):
+class Tracking(Config):
     wandb: Wandb = Wandb()
 
 
-class Experiment(Spec):
+class Experiment(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     seed: int
     stages: Annotated[dict[str, Stage], Field(min_length=1)]

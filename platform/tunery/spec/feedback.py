@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tunery.spec.reference import AUTO, ROWS, Auto, Gives, Input, Model, Pretrained, Spec
+from tunery.spec.references import AUTO, ROWS, Auto, Config, Gives, Model, Pretrained, StageRef
 from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training, Tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class Sampling(Spec):
+class Sampling(Config):
     """How an answer is drawn from a model, token by token."""
 
     temperature: NotNegative = 1.0
@@ -39,7 +39,7 @@ class Sampling(Spec):
             )
 
 
-class PythonReward(Spec):
+class PythonReward(Config):
     """A function of one's own: `reward(prompts, answers)` gets two lists of texts and returns a list of numbers."""
 
     python: str
@@ -60,9 +60,9 @@ RewardSource = Annotated[
 """A `reward` stage, `{pretrained: ..}` with a sequence-classification model of one output, or `{python: file.py}`."""
 
 
-def reward_inputs(path: tuple[str | int, ...], reward: str | Pretrained | PythonReward) -> Iterator[Input]:
+def reward_inputs(path: tuple[str | int, ...], reward: str | Pretrained | PythonReward) -> Iterator[StageRef]:
     if isinstance(reward, str):
-        yield Input(path, reward, ("classifier",))
+        yield StageRef(path, reward, ("classifier",))
 
 
 class RewardTraining(Training[str]):
@@ -132,7 +132,7 @@ class Kto(Training[RowsOrMixture]):
         return self
 
 
-class _OnPolicy(Training[str]):
+class OnlineRl(Training[str]):
     """Learns from answers that the model draws itself, and a reward for each. `data` gives the prompts: of
     conversations and preference pairs all that comes before the answer."""
 
@@ -142,18 +142,18 @@ class _OnPolicy(Training[str]):
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
-    def _draws(self) -> _OnPolicy:
+    def _draws(self) -> OnlineRl:
         if not self.sampling.temperature:
             raise ValueError("at `sampling.temperature` 0 nothing is drawn: there is nothing to learn from")
         self.sampling.check_room(self.max_length)
         return self
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()
         yield from reward_inputs(("reward",), self.reward)
 
 
-class _Grouped(_OnPolicy):
+class GroupRl(OnlineRl):
     """`global_batch_size` counts answers: a multiple of `group_size`. `epochs` are over the prompts."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward",)
@@ -167,7 +167,7 @@ class _Grouped(_OnPolicy):
     """Of the ratio of new to old probabilities, which is 1 in the first of the iterations."""
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> _Grouped:
+    def _whole_groups(self) -> GroupRl:
         if self.global_batch_size != AUTO and self.global_batch_size % self.group_size:
             raise ValueError(
                 f"`global_batch_size` ({self.global_batch_size}) counts answers: it must be a multiple of "
@@ -176,7 +176,7 @@ class _Grouped(_OnPolicy):
         return self
 
 
-class Grpo(_Grouped):
+class Grpo(GroupRl):
     """Group relative policy optimization: a reward counts by how far it is above its group's (Shao et al. 2024,
     https://arxiv.org/abs/2402.03300)."""
 
@@ -188,14 +188,14 @@ class Grpo(_Grouped):
     """What advantages are divided by the deviation of."""
 
 
-class Rloo(_Grouped):
+class Rloo(GroupRl):
     """REINFORCE leave-one-out: a reward counts by how far it is above the mean of the others in its group (Ahmadian et
     al. 2024, https://arxiv.org/abs/2402.14740)."""
 
     kind: Literal["rloo"]
 
 
-class Kl(Spec):
+class Kl(Config):
     """What holds the policy near the model that it began with."""
 
     estimator: Literal["k1", "k3"] = "k1"
@@ -219,7 +219,7 @@ class Kl(Spec):
         return self
 
 
-class Ptx(Spec):
+class Ptx(Config):
     """Mixes the loss of pre-training or SFT into PPO's, against forgetting (PPO-ptx, Ouyang et al. 2022, eq. 2)."""
 
     data: str
@@ -227,7 +227,7 @@ class Ptx(Spec):
     coefficient: Positive = 1.0
 
 
-class Ppo(_OnPolicy):
+class Ppo(OnlineRl):
     """Proximal policy optimization with a value model (Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for
     language models Ziegler et al. 2019, https://arxiv.org/abs/1909.08593). Without dropout, LoRA's too.
 
@@ -264,10 +264,10 @@ class Ppo(_OnPolicy):
     kl: Kl = Kl()
     ptx: Ptx | None = None
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()
         if self.ptx is not None:
-            yield Input(("ptx", "data"), self.ptx.data, ROWS)
+            yield StageRef(("ptx", "data"), self.ptx.data, ROWS)
 
     @model_validator(mode="after")
     def _minibatches_are_equal(self) -> Ppo:

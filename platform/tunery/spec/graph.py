@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from tunery.spec.reference import Pretrained, Scratch
+from tunery.spec.references import Pretrained, Scratch
 from tunery.spec.stages import Stage
 
 Root = Pretrained | Scratch
@@ -30,7 +30,7 @@ def order(stages: Mapping[str, Stage]) -> tuple[str, ...]:
     return tuple(done)
 
 
-def closure(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[str, Stage]:
+def with_upstream(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[str, Stage]:
     """`wanted` and everything that they need, in the order of the file."""
     needed: set[str] = set()
     queue = list(wanted)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunery.spec.experiment import Experiment
-from tunery.spec.trainings import CHANGEABLE
+from tunery.spec.trainings import OVERRIDABLE
 
 
 class PathError(ValueError):
@@ -50,11 +50,11 @@ def _put(stages: dict[str, Any], path: str, value: Any) -> None:
             here = here[step]
 
 
-def present(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def final_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's values at its end: of what changes in the course of its trainings the last ones."""
     now = dict(overrides)
     for path, changes in overrides.items():
         stage, _, field = path.rpartition(".")
         for change in changes if field == "changes" else ():
-            now |= {f"{stage}.{name}": change[name] for name in CHANGEABLE if change.get(name) is not None}
+            now |= {f"{stage}.{name}": change[name] for name in OVERRIDABLE if change.get(name) is not None}
     return now

@@ -1,6 +1,6 @@
 """What rows can be scored by. A scorer is a mapping whose first key names it: `{perplexity: base}`.
 
-A new scorer: its class here and in `Scorer`, its file in data/scorers/, and its line in data/scorers/table.py.
+A new scorer: its class here and in `Scorer`, its file in scoring/scorers/, and its line in scoring/scorers/registry.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from tunery.spec.reference import AUTO, ROWS, Auto, Input, Model, Pretrained, Spec, model_inputs
+from tunery.spec.references import AUTO, ROWS, Auto, Config, Model, Pretrained, StageRef, model_inputs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -22,7 +22,7 @@ AnyPart = Literal["answer", "question", "whole"]
 plain text, answer and whole are the text, and there is no question. Rejected answers are not looked at."""
 
 
-class ScorerSpec(Spec):
+class ScorerSpec(Config):
     """The first field of a scorer is its kind."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")] | None = None
@@ -47,7 +47,7 @@ class ScorerSpec(Spec):
         """Whether it keeps vectors of the rows instead of giving them a score."""
         return False
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         """Stages that the scorer reads, by path within it."""
         if self.model is not None:
             yield from model_inputs((self.kind(),), self.model)
@@ -87,12 +87,12 @@ class ClassificationSpec(ScorerSpec):
     """What scorers by a sequence-classification model have in common.
 
     A conversation is shown to it by its own chat template, or, where it has none, as a pair of texts (see
-    models/shown.py). Its hub revision or its folder's content belongs to the score.
+    models/classifier_inputs.py). Its hub revision or its folder's content belongs to the score.
     """
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         if isinstance(self.model, str):
-            yield Input((self.kind(),), self.model, ("classifier",))
+            yield StageRef((self.kind(),), self.model, ("classifier",))
 
 
 class Reward(ClassificationSpec):
@@ -153,10 +153,10 @@ class Embedding(ScorerSpec):
     def model(self) -> str | Pretrained:
         return self.embedding
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()
         if self.near is not None:
-            yield Input(("near",), self.near, ROWS)
+            yield StageRef(("near",), self.near, ROWS)
 
 
 class Length(ScorerSpec):
@@ -168,18 +168,18 @@ class Length(ScorerSpec):
 
     length: Literal["words", "chars", "lines"]
     """words: what white space separates; in Chinese and Japanese each character, in Thai, Lao, Khmer and Burmese the
-    words that ICU's dictionaries find (data/scorers/texts.py); chars: Unicode code points; lines: those that are not
+    words that ICU's dictionaries find (scoring/scorers/texts.py); chars: Unicode code points; lines: those that are not
     blank."""
     of: AnyPart = "answer"
 
 
-class GopherRules(Spec):
+class GopherRules(Config):
     """The rules' limits; `null` switches a rule off. A rule is violated beyond its limit, not at it.
 
     Words are those of `length: words`. The paper's limits are for web pages in English. `auto` takes these for English,
     and for other languages those of FineWeb-2 (Penedo et al. 2025, https://arxiv.org/abs/2506.20920), by the script of
-    the text and the stop words in it (data/scorers/gopher_limits.py); a number holds for every language. On answers of
-    a few sentences `words_min` and `stop_words_min` only say that they are short, and on code `mean_word_max`,
+    the text and the stop words in it (scoring/scorers/gopher_limits.py); a number holds for every language. On answers
+    of a few sentences `words_min` and `stop_words_min` only say that they are short, and on code `mean_word_max`,
     `stop_words_min` and `alphabetic_words_min` say nothing. Switch those off there.
     """
 
@@ -240,7 +240,7 @@ class Gopher(ScorerSpec):
     gopher: GopherRules
 
 
-class C4Rules(Spec):
+class C4Rules(Config):
     """The rules' limits; `null` or `false` switches a rule off.
 
     The paper takes lines out of pages; rows are kept or dropped whole, so a rule on lines is violated when it would
@@ -381,7 +381,7 @@ class Duplicates(ScorerSpec):
     """row: all there is, roles and rejected answers too."""
 
 
-class NearDuplicatesSettings(Spec):
+class NearDuplicatesSettings(Config):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity of the sets of n-grams from which on rows are near duplicates (Lee et al. 2022, 4.2)."""
     ngram: Count = 5
@@ -402,7 +402,7 @@ class NearDuplicates(ScorerSpec):
     near_duplicates: NearDuplicatesSettings
 
 
-class ContaminationSettings(Spec):
+class ContaminationSettings(Config):
     sets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Stages whose rows must not be among those that are scored: evaluation sets."""
     ngram: Annotated[int, Field(ge=2)] = 13
@@ -426,9 +426,9 @@ class Contamination(ScorerSpec):
 
     contamination: ContaminationSettings
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         for index, stage in enumerate(self.contamination.sets):
-            yield Input(("contamination", "sets", index), stage, ROWS)
+            yield StageRef(("contamination", "sets", index), stage, ROWS)
 
 
 SCORERS: tuple[type[ScorerSpec], ...] = (

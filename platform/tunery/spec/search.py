@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tunery.spec.reference import Spec
+from tunery.spec.references import Config
 
 Mode = Literal["min", "max"]
 Pair = tuple[float, float]
 KINDS = ("choice", "grid", "uniform", "loguniform", "int")
 
 
-class Dimension(Spec):
+class Dimension(Config):
     """Exactly one of `choice`, `grid`, `uniform`, `loguniform` and `int`. Ranges include both ends; a value outside a
     field's own bounds is refused."""
 
@@ -110,7 +110,7 @@ def wanted(values: Any) -> tuple[Any, ...]:
     return tuple(values) if isinstance(values, list | tuple) else (values,)
 
 
-class Objective(Spec):
+class Objective(Config):
     """A further metric."""
 
     metric: str
@@ -121,7 +121,7 @@ class Objective(Spec):
     front."""
 
 
-class Constraint(Spec):
+class Constraint(Config):
     """What a trial must keep to win: `{metric: eval.sft.general.forgetting, max: 0.02}`."""
 
     metric: str
@@ -143,7 +143,7 @@ class Constraint(Spec):
         return math.inf if math.isnan(value) else max(over, under)
 
 
-class Budget(Spec):
+class Budget(Config):
     """When a search has had enough, whichever comes first; what runs then is stopped, and the best so far wins."""
 
     hours: Annotated[float, Field(gt=0)] | None = None
@@ -154,7 +154,7 @@ class Budget(Spec):
     """A value of the metric that is good enough."""
 
 
-class Search(Spec):
+class Search(Config):
     """Trials of the experiment with other values; what they share is made once."""
 
     metric: str
@@ -204,7 +204,7 @@ class Search(Spec):
         return "weighted sum" if any(item.weight is not None for item in self.also) else self.metric
 
     def describe(self) -> dict[str, Any]:
-        """What its event says of it (track/events.py)."""
+        """What its event says of it (events/event_log.py)."""
         return {
             "metric": self.metric,
             "mode": self.mode,

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from tunery.spec.augment import Augment
 from tunery.spec.feedback import Dpo, Grpo, Kto, Ppo, RewardSource, RewardTraining, Rloo, Sampling, reward_inputs
-from tunery.spec.reference import ROWS, Gives, Input, Model, Pretrained, Spec, model_inputs, model_name
+from tunery.spec.references import ROWS, Config, Gives, Model, Pretrained, StageRef, model_inputs, model_name
 from tunery.spec.scorers import Scorer
 from tunery.spec.trainings import ClassifierTraining, Pretrain, Sft, Training
 
@@ -41,7 +41,7 @@ def role_name(name: object) -> str:
     return str(name).strip().casefold()
 
 
-class Dataset(Spec):
+class Dataset(Config):
     """Rows, read from a builtin corpus or from files, in one schema (store/rows.py)."""
 
     kind: Literal["dataset"]
@@ -81,7 +81,7 @@ class Dataset(Spec):
     message_keys: Annotated[dict[MessageKey, str], Field(min_length=1)] | None = None
     """Names of the keys of a message, where they are not recognised by themselves: {role: speaker, content: line}."""
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         return iter(())
 
     @field_validator("roles")
@@ -97,7 +97,7 @@ RANDOM = "random"
 """A score that every row has: evenly spread over [0, 1), from the row's id and the stage's seed."""
 
 
-class Score(Spec):
+class Score(Config):
     """Every row gets scores; none is dropped."""
 
     kind: Literal["score"]
@@ -107,11 +107,11 @@ class Score(Spec):
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens; what is longer is cut at the end, and counted."""
 
-    def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ROWS)
+    def inputs(self) -> Iterator[StageRef]:
+        yield StageRef(("data",), self.data, ROWS)
         for index, scorer in enumerate(self.by):
             for item in scorer.inputs():
-                yield Input(("by", index, *item.path), item.stage, item.wants)
+                yield StageRef(("by", index, *item.path), item.stage, item.wants)
 
     @field_validator("by")
     @classmethod
@@ -124,7 +124,7 @@ class Score(Spec):
         return by
 
 
-class Keep(Spec):
+class Keep(Config):
     """One rule on one score. Rows without a score never pass, save by `quantile: 1`."""
 
     quantile: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -162,7 +162,7 @@ class Keep(Spec):
 KEEP_RULES = ("quantile", "top_k", "as_many_as", "fraction", "threshold", "range")
 
 
-class Quota(Spec):
+class Quota(Config):
     """At most so many rows of each source or group, the best by a score (those that come first where none is named)."""
 
     per: Literal["source", "group"]
@@ -170,7 +170,7 @@ class Quota(Spec):
     by: str | None = None
 
 
-class Diverse(Spec):
+class Diverse(Config):
     """Few rows that stand for all: chosen by how alike they are, as the cosine of their embeddings has it."""
 
     by: str
@@ -207,7 +207,7 @@ class Diverse(Spec):
         return self
 
 
-class Select(Spec):
+class Select(Config):
     """The rows that pass; the dropped ones are listed with the rule that dropped them."""
 
     kind: Literal["select"]
@@ -240,14 +240,14 @@ class Select(Spec):
         others = (self.quota and self.quota.by, self.diverse and self.diverse.score)
         return tuple(dict.fromkeys([*self.keep, *(score for score in others if score)]))
 
-    def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ROWS)
+    def inputs(self) -> Iterator[StageRef]:
+        yield StageRef(("data",), self.data, ROWS)
         for score, rule in self.keep.items():
             if rule.as_many_as is not None:
-                yield Input(("keep", score, "as_many_as"), rule.as_many_as, ROWS)
+                yield StageRef(("keep", score, "as_many_as"), rule.as_many_as, ROWS)
 
 
-class Review(Spec):
+class Review(Config):
     """A person's decisions on rows near the cut of a `select` stage, which beat the filter's."""
 
     kind: Literal["review"]
@@ -260,8 +260,8 @@ class Review(Spec):
     """To look at: half of them on either side of the cut. 100 tell an agreement of 80% to within 8 points (one
     standard error is 4), and take a person about half an hour."""
 
-    def inputs(self) -> Iterator[Input]:
-        yield Input(("data",), self.data, ("selected",))
+    def inputs(self) -> Iterator[StageRef]:
+        yield StageRef(("data",), self.data, ("selected",))
 
     @field_validator("decisions")
     @classmethod
@@ -278,7 +278,7 @@ def _named_once(models: tuple[str | Pretrained, ...]) -> tuple[str | Pretrained,
     return models
 
 
-class Evaluate(Spec):
+class Evaluate(Config):
     """Loss (nats per token, answers only where there are answers) and perplexity of each model on each set."""
 
     kind: Literal["evaluate"]
@@ -291,11 +291,11 @@ class Evaluate(Spec):
     set is above the baseline's."""
     max_length: Annotated[int, Field(ge=8)] = 512
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         for index, model in enumerate(self.models):
             yield from model_inputs(("models", index), model)
         for name, stage in self.data.items():
-            yield Input(("data", name), stage, ROWS)
+            yield StageRef(("data", name), stage, ROWS)
         if self.baseline is not None:
             yield from model_inputs(("baseline",), self.baseline)
 
@@ -306,7 +306,7 @@ class Evaluate(Spec):
         return self
 
 
-class WinRate(Spec):
+class WinRate(Config):
     """Answers of several models to the same prompts, rated by a reward model: how often each beats the baseline's.
 
     Judge by another reward model than the one that was trained against: a policy learns that one's mistakes too (Gao
@@ -328,12 +328,12 @@ class WinRate(Spec):
     seed: int | None = None
     """Of the draws; the experiment's when not given."""
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         for index, model in enumerate(self.models):
             yield from model_inputs(("models", index), model)
         yield from model_inputs(("against",), self.against)
         yield from reward_inputs(("judge",), self.judge)
-        yield Input(("data",), self.data, ROWS)
+        yield StageRef(("data",), self.data, ROWS)
 
     @property
     def contestants(self) -> tuple[str | Pretrained, ...]:

@@ -8,22 +8,22 @@ from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from tunery.spec.reference import (
+from tunery.spec.references import (
     AUTO,
     ROWS,
     Auto,
+    Config,
     Gives,
-    Input,
     Model,
     NewOrModel,
     Pretrained,
     Scratch,
-    Spec,
+    StageRef,
     model_inputs,
 )
 
 
-class Lora(Spec):
+class Lora(Config):
     """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by PEFT."""
 
     rank: Annotated[int, Field(ge=1)] = 16
@@ -36,7 +36,7 @@ class Lora(Spec):
     the embedding where it shares the head's weight: merging the adapter would change both."""
 
 
-class LoraTuner(Spec):
+class LoraTuner(Config):
     lora: Lora
 
 
@@ -46,7 +46,7 @@ Tuner = Annotated[
 ]
 
 
-class Contrast(Spec):
+class PositiveNegative(Config):
     """Two stages in place of labels: all rows of one are good, all of the other bad.
 
     As in DataComp-LM (Li et al. 2024, https://arxiv.org/abs/2406.11794), whose classifier tells wanted texts from web
@@ -57,13 +57,13 @@ class Contrast(Spec):
     bad: str
 
     @model_validator(mode="after")
-    def _two(self) -> Contrast:
+    def _two(self) -> PositiveNegative:
         if self.good == self.bad:
             raise ValueError(f"`{self.good}` can't be good and bad")
         return self
 
 
-class Decisions(Spec):
+class ReviewLabels(Config):
     """The rows that a person decided on: kept ones are good, dropped ones bad."""
 
     review: str
@@ -71,13 +71,15 @@ class Decisions(Spec):
 
 
 Labelled = Annotated[
-    Annotated[str, Tag("stage")] | Annotated[Contrast, Tag("contrast")] | Annotated[Decisions, Tag("decisions")],
+    Annotated[str, Tag("stage")]
+    | Annotated[PositiveNegative, Tag("contrast")]
+    | Annotated[ReviewLabels, Tag("decisions")],
     Discriminator(
         lambda value: (
             "decisions"
-            if isinstance(value, Decisions) or (isinstance(value, dict) and "review" in value)
+            if isinstance(value, ReviewLabels) or (isinstance(value, dict) and "review" in value)
             else "contrast"
-            if isinstance(value, Contrast | dict)
+            if isinstance(value, PositiveNegative | dict)
             else "stage"
         )
     ),
@@ -103,7 +105,7 @@ number). An epoch has as many sequences as all of them together, so a stage with
 """
 
 
-def row_stages(data: str | Contrast | Decisions | dict[str, float]) -> dict[tuple[str, ...], str]:
+def data_refs(data: str | PositiveNegative | ReviewLabels | dict[str, float]) -> dict[tuple[str, ...], str]:
     """The stages that `data` names, by path within it."""
     if isinstance(data, str):
         return {(): data}
@@ -119,11 +121,11 @@ PairTruncation = Literal["left", "right", "drop"]
 """What happens to a prompt and response of more than `max_length` tokens. left: the oldest turns and the beginning of
 the prompt go, the same of both sides of a pair. right: the response loses its end. drop: the row is unusable."""
 
-CHANGEABLE = ("learning_rate", "weight_decay")
+OVERRIDABLE = ("learning_rate", "weight_decay")
 """What a training can change in its course."""
 
 
-class Change(Spec):
+class ScheduleOverride(Config):
     """Other values in the course of a training."""
 
     after: Annotated[float, Field(gt=0, lt=1)]
@@ -133,7 +135,7 @@ class Change(Spec):
     weight_decay: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
-    def _something(self) -> Change:
+    def _something(self) -> ScheduleOverride:
         if self.learning_rate is None and self.weight_decay is None:
             raise ValueError("it changes nothing: give `learning_rate` or `weight_decay`")
         return self
@@ -142,7 +144,7 @@ class Change(Spec):
 Data = TypeVar("Data")
 
 
-class Training(Spec, Generic[Data]):
+class Training(Config, Generic[Data]):
     """What all trainings have in common. `Data` is how they name what they learn from."""
 
     gives: ClassVar[Gives] = "model"
@@ -166,7 +168,7 @@ class Training(Spec, Generic[Data]):
     """Share of the steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ScheduleOverride, ...] = ()
     """In their order. A search by population (`scheduler: pbt`) writes them: what it finds is a training like any
     other, and can be run again from its beginning."""
     eval_data: Data | None = None
@@ -188,11 +190,11 @@ class Training(Spec, Generic[Data]):
             raise ValueError("`eval_data` is one stage: a loss over a mixture would depend on its weights")
         return self
 
-    def inputs(self) -> Iterator[Input]:
+    def inputs(self) -> Iterator[StageRef]:
         for field in ("data", "eval_data"):
             if (data := getattr(self, field)) is not None:
-                for path, stage in row_stages(data).items():
-                    yield Input((field, *path), stage, ROWS)
+                for path, stage in data_refs(data).items():
+                    yield StageRef((field, *path), stage, ROWS)
         yield from model_inputs(("model",), self.model)
 
 
@@ -226,7 +228,7 @@ class ClassifierTraining(Training[Labelled]):
     """A text classifier that tells good rows from bad ones: a new head on a model, trained to cross-entropy.
 
     As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): a few labels, and then any number of rows
-    filtered by `{classifier: STAGE, label: good}`. A row is shown to it as to the scorer (models/shown.py).
+    filtered by `{classifier: STAGE, label: good}`. A row is shown to it as to the scorer (models/classifier_inputs.py).
     """
 
     gives: ClassVar[Gives] = "classifier"

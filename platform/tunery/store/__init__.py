@@ -3,7 +3,7 @@
 from tunery.store.artifacts import DEFAULT_STORE, Artifact, Store
 from tunery.store.context import StageContext, StageResult
 from tunery.store.fingerprint import fingerprint
-from tunery.store.lease import Lease, LeaseHeld, living_holder
+from tunery.store.lease import Lease, LeaseHeld, active_owner
 
 __all__ = [
     "DEFAULT_STORE",
@@ -14,5 +14,5 @@ __all__ = [
     "StageResult",
     "Store",
     "fingerprint",
-    "living_holder",
+    "active_owner",
 ]

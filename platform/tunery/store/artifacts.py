@@ -83,7 +83,7 @@ class Store:
 
     @property
     def scores(self) -> Path:
-        """The folder of score tables (store/score_table.py)."""
+        """The folder of score tables (store/score_cache.py)."""
         return self.root / "scores"
 
     def run(self, name: str) -> Path:

@@ -28,7 +28,7 @@ class StageContext:
     store: Path
     """The store's root."""
     scores: Path
-    """The store's score tables (store/score_table.py)."""
+    """The store's score tables (store/score_cache.py)."""
     events: Path
     """The run's folder of event logs, for workers that write their own."""
     logs: Path
@@ -43,14 +43,14 @@ class StageContext:
     in_process: bool = False
     """Train in this process (a trial has one for itself) instead of on Ray Train workers."""
     desk: Any = None
-    """Of a search whose trials can be packed (train/packed/seat.py): the training takes a seat in a pack."""
+    """Of a search whose trials can be packed (training/packed/pack_server.py): the training takes a seat in a pack."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None
     """Called by a training in this process or in a pack after each evaluation."""
     stop: Path | None = None
     """A file that somebody writes to end a training before its time: it raises Stopped."""
     kept: Path | None = None
     begins_with: Path | None = None
-    """Both as a training's job has them (train/job.py)."""
+    """Both as a training's job has them (training/job.py)."""
     callbacks: tuple[Any, ...] = ()
     """Ray Train callbacks for a training on workers (a search's link from worker to Tune)."""
 

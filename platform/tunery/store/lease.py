@@ -72,7 +72,7 @@ class Lease:
     def _take(self) -> str | None:
         """None when the lease is ours now, else who holds it."""
         with FileLock(self.path.with_name(self.path.name + ".lock")):
-            if self.path.exists() and (holder := living_holder(self.path)) is not None:
+            if self.path.exists() and (holder := active_owner(self.path)) is not None:
                 return holder
             owner = {
                 "token": self._token,
@@ -98,7 +98,7 @@ class Lease:
                     os.utime(self.path)
 
 
-def living_holder(path: Path) -> str | None:
+def active_owner(path: Path) -> str | None:
     """Who holds the lease at `path`; None when nobody does, or who did is dead."""
     try:
         owner = json.loads(path.read_text())

@@ -42,7 +42,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
-Shape = Literal["text", "conversation", "preference", "rated", "prompt"]
+RowFormat = Literal["text", "conversation", "preference", "rated", "prompt"]
 
 
 class Turn(TypedDict):
@@ -94,7 +94,7 @@ SHARD_BYTES = 32 << 20
 """Content at which a shard ends before it has its rows: what a worker holds at once. A single row may be larger."""
 
 
-DECIDED = "decided"
+REVIEWED_DIR = "decided"
 """In a review's artifact: a folder with the rows that a person decided on, their `label` whether they are kept."""
 
 
@@ -133,10 +133,10 @@ def _turn(turn: Turn) -> list[Any]:
 
 
 def _normal(text: str | None) -> str | None:
-    return None if text is None else composed(text).rstrip()
+    return None if text is None else nfc(text).rstrip()
 
 
-def composed(text: str) -> str:
+def nfc(text: str) -> str:
     """In Unicode NFC, word by word: nothing composes across white space."""
     if text.isascii():
         return text
@@ -146,7 +146,7 @@ def composed(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
 
-def shape_of(row: Row) -> Shape:
+def row_format(row: Row) -> RowFormat:
     if row.get("rejected"):
         return "preference"
     if not row.get("messages"):
@@ -233,7 +233,7 @@ def _write_shard(tables: list[pa.Table], target: Path, index: int) -> None:
     pq.write_table(whole, target / f"part-{index:05d}.parquet")
 
 
-def strings(column: Any) -> list[str]:
+def to_str_list(column: Any) -> list[str]:
     """An Arrow column without nulls, such as `id`."""
     found: list[str] = column.to_pylist()
     return found

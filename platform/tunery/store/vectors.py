@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-Halves = NDArray[np.float16]
+Float16Array = NDArray[np.float16]
 
 
-def vector_column(vectors_nh: Halves) -> Any:
+def vector_column(vectors_nh: Float16Array) -> Any:
     """The Arrow array of (rows, dimensions); a row without a vector is all NaN."""
     values = np.ascontiguousarray(vectors_nh, dtype=np.float16).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), vectors_nh.shape[1])
@@ -26,7 +26,7 @@ def is_vectors(kind: Any) -> bool:
     return bool(pa.types.is_fixed_size_list(kind))
 
 
-def vectors_of(column: Any) -> Halves:
+def vectors_of(column: Any) -> Float16Array:
     """(rows, dimensions) of a table's column."""
     width = column.type.list_size
     pieces = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks if len(chunk)]

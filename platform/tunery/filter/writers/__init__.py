@@ -11,7 +11,7 @@ last. A writer streams: at most a batch of rows is in memory.
 
 from __future__ import annotations
 
-from tunery.filter.writers.excel import workbook
+from tunery.filter.writers.excel_writer import workbook
 from tunery.filter.writers.json_records import json_array, json_lines
 from tunery.filter.writers.parquet import parquet
 from tunery.filter.writers.separated import separated

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunery.filter.columns import SourceColumns, json_ready
 from tunery.filter.originals import Original, one_line
+from tunery.filter.source_columns import SourceColumns, json_ready
 from tunery.filter.writers.writer import Added, Writer, Written
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.filter.columns import SourceColumns, as_text
 from tunery.filter.originals import Original, unique_names
+from tunery.filter.source_columns import SourceColumns, as_text
 from tunery.filter.writers.writer import Added, Writer, Written
 
 ROW_GROUP = 16_384

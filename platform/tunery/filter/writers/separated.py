@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunery.filter.columns import SourceColumns, as_text
 from tunery.filter.originals import Original
+from tunery.filter.source_columns import SourceColumns, as_text
 from tunery.filter.writers.writer import FORMULA, Added, Open, Writer, Written
 
 

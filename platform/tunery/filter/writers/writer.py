@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tunery.filter.columns import SourceColumns
 from tunery.filter.originals import Original
+from tunery.filter.source_columns import SourceColumns
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a cell begins with that a spreadsheet takes for a formula

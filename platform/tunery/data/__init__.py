@@ -1,1 +1,0 @@
-"""Rows: reading, damaging on purpose, scoring, selecting."""

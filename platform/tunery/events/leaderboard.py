@@ -1,0 +1,156 @@
+"""The trials of a search as a table, best first, and in words who won and how sure that is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunery.events.formatting import as_number, duration, in_course, measure, overrides_text, short_paths, with_half
+from tunery.events.run_state import ConstraintState, SearchState, TrialStanding, TrialState
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    columns: list[str]
+    rows: list[list[object]]
+    optional: list[str]
+    """Columns that a narrow table may leave out, the last one first: of the best trial the values are told in words."""
+    chosen: int | None
+    """The row of the winner."""
+
+
+def parameters(search: SearchState) -> list[str]:
+    """The searched fields, in the order of the space; the trials' own where no space was told."""
+    told = [path for trial in search.own for path in in_course(trial.overrides)]
+    return list(dict.fromkeys([*search.space, *told]))
+
+
+def leaderboard(search: SearchState, *, words: bool = False, times: bool = False) -> Leaderboard:
+    """A row a trial, best first. Replicates have none: with the trial that they repeat they give its mean, half of the
+    95% interval, and the number of seeds. Columns that would be empty are left out, and the state where all ran to
+    their end. `words`: column names are broken into words. `times`: how long each took, and why it failed."""
+    ranked = search.ranked
+    names = column_names(search, words=words)
+    found = search.standings
+    standings = [found.get(trial.name) for trial in ranked]
+    columns: list[tuple[str, Sequence[object]]] = [("trial", [trial.name for trial in ranked])]
+    if {trial.status for trial in ranked} != {"done"}:
+        columns.append(("state", [trial.status for trial in ranked]))
+    measured = {metric: [trial.values.get(metric) for trial in ranked] for metric in search.metrics}
+    measured[search.value_name] = [trial.value for trial in ranked]
+    # What the search goes by comes first, and how sure it is beside it.
+    columns.append((names.get(search.value_name, search.value_name), measured.pop(search.value_name)))
+    columns.append(("mean of seeds", [mean_text(standing) if standing else None for standing in standings]))
+    columns.append(("seeds", [standing.seeds if standing else None for standing in standings]))
+    columns += [(names[metric], values) for metric, values in measured.items()]
+    columns.append(("breaks", [", ".join(broken(search, trial, names)) or None for trial in ranked]))
+    columns.append(("front", ["yes" if trial.name in search.front else None for trial in ranked]))
+    fields = [names[path] for path in parameters(search)]
+    values = [in_course(trial.overrides) for trial in ranked]
+    for path in parameters(search):
+        columns.append((names[path], [told.get(path) for told in values]))
+    learned = "tokens" if any(trial.tokens for trial in ranked) else "steps"
+    columns.append((learned, [_whole(trial.tokens if learned == "tokens" else trial.steps) for trial in ranked]))
+    columns.append(("origin", [origin(trial) or None for trial in ranked]))
+    if times:
+        seconds = [trial.seconds for trial in ranked]
+        columns.append(("time", [None if value is None else duration(value) for value in seconds]))
+        columns.append(("why", [trial.error.splitlines()[0] if trial.error else None for trial in ranked]))
+    cells = [(name, column) for name, column in columns if any(cell is not None for cell in column)]
+    best = search.best
+    return Leaderboard(
+        [name for name, _ in cells],
+        [[column[index] for _, column in cells] for index in range(len(ranked))],
+        [name for name in ("front", *fields, "seeds", "origin", learned) if name in dict(cells)],
+        next((index for index, trial in enumerate(ranked) if trial is best), None),
+    )
+
+
+def column_names(search: SearchState, *, words: bool = False) -> dict[str, str]:
+    """Metrics and searched fields by their shortest endings that differ from each other's."""
+    names = short_paths([*search.metrics, *parameters(search)])
+    return {path: name.replace("_", " ") if words else name for path, name in names.items()}
+
+
+def origin(trial: TrialState) -> str:
+    """Where a trial comes from, unless it was drawn like any other."""
+    match trial.origin:
+        case "cloned" | "descendant" | "replicate":
+            joined = "from" if trial.origin == "cloned" else "of"
+            return f"{trial.origin} {joined} {trial.of}" if trial.of else trial.origin
+        case "" | "drawn":
+            return ""
+        case other:
+            return other
+
+
+def broken(search: SearchState, trial: TrialState, names: dict[str, str] | None = None) -> list[str]:
+    """The constraints that a trial that ran to its end breaks: 'forgetting > 0.02'."""
+    if trial.status != "done" or trial.feasible:
+        return []
+    found = []
+    for bound in search.bounds:
+        name, value = (names or {}).get(bound.metric, bound.metric), trial.values.get(bound.metric)
+        if value is None:
+            found.append(f"{name} unknown")
+        elif bound.high is not None and value > bound.high:
+            found.append(f"{name} > {bound.high:g}")
+        elif bound.low is not None and value < bound.low:
+            found.append(f"{name} < {bound.low:g}")
+    return found
+
+
+def bound_text(bound: ConstraintState, name: str) -> str:
+    """'forgetting ≤ 0.02'."""
+    ends = [f"{sign} {end:g}" for sign, end in (("≥", bound.low), ("≤", bound.high)) if end is not None]
+    return f"{name} {' and '.join(ends)}"
+
+
+def mean_text(standing: TrialStanding) -> str:
+    """Mean ± half of the 95% interval."""
+    return with_half(standing.mean, standing.half)
+
+
+def winner_summary(search: SearchState) -> list[str]:
+    """Who won, how sure that is, and what ended the search before its last trial; a line each."""
+    best, lines = search.best, list[str]()
+    if best is not None and best.value is not None:
+        lines.append(_winner(search, best))
+        if search.ties:
+            standing = search.standings.get(best.name)
+            seeds = f"{standing.seeds} seeds" if standing else "the seeds"
+            lines.append(f"a tie with {_listed(search.ties)}: {seeds} can't tell them apart")
+        names = column_names(search)
+        if told := broken(search, best, names):
+            lines.append(f"no trial keeps to the constraints: {best.name} has {' and '.join(told)}")
+    if search.front:
+        names = short_paths([metric for metric, _ in search.objectives])
+        metrics = _listed(list(names.values()))
+        members = _listed([trial.name for trial in search.ranked if trial.name in search.front])
+        lines.append(f"Pareto front of {metrics}: {members}; no trial is better in one without being worse in another")
+    if search.ended_by:
+        lines.append(f"the search ended early: {search.ended_by}")
+    return lines
+
+
+def _winner(search: SearchState, best: TrialState) -> str:
+    standing = search.standings.get(best.name)
+    value = mean_text(standing) if standing else measure(best.value or 0.0)
+    seeds = f"over {standing.seeds} seeds" if standing else "by one seed"
+    name = search.value_name.rpartition(".")[2].replace("_", " ")
+    values = in_course(best.overrides)
+    overrides = {path: values[path] for path in parameters(search) if path in values}
+    given = overrides_text(overrides, column_names(search)).replace("  ", ", ")
+    label = "best" if search.finished else "best so far"
+    return f"{label}: {best.name}, {name} {value} {seeds}" + (f", with {given}" if given else "")
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
+
+
+def _whole(value: float | None) -> int | None:
+    number = as_number(value)
+    return round(number) if number is not None else None

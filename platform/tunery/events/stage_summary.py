@@ -1,0 +1,241 @@
+"""The one fact of a stage that its line shows: what came out of it, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunery.events.formatting import as_number, count, measure, plain, share
+from tunery.events.run_state import StageState
+from tunery.spec import TRAININGS
+
+Facts = Mapping[str, Any]
+
+
+def note(stage: StageState) -> str:
+    """What a stage's line ends with; empty when there is nothing worth saying yet."""
+    if stage.status == "failed":
+        return stage.error.message.splitlines()[0] if stage.error and stage.error.message else "failed"
+    if stage.status == "waiting":
+        return f"after {', '.join(stage.inputs)}" if stage.inputs else ""
+    if stage.status == "running":
+        return ", ".join(part for part in (latest(stage), stage.detail) if part)
+    if stage.status == "reused":
+        return f"reused: {outcome(stage)}" if outcome(stage) else "reused"
+    return outcome(stage)
+
+
+def outcome(stage: StageState) -> str:
+    """The main fact of a stage that has ended, whether it was made now or found in the store."""
+    result = _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
+    usable = usable_rows(stage.facts) if stage.kind in TRAININGS else None
+    parts = (result, usable.note if usable else "", mixture_note(stage.facts))
+    return ", ".join(part for part in parts if part)
+
+
+def mixture_note(facts: Facts) -> str:
+    """'tokens: web 70%, code 30%': of a training on several stages, each one's share; "" of others."""
+    mixture = facts.get("mixture")
+    if not isinstance(mixture, Mapping):
+        return ""
+    return "tokens: " + ", ".join(f"{stage} {share(part['share'], 1)}" for stage, part in mixture.items())
+
+
+@dataclass(frozen=True)
+class UsableRows:
+    """How many of the `rows` that a training was given it could learn from, and how many of those it cut short."""
+
+    rows: float
+    unusable: float
+    too_long: float
+    """Prompts, which are not cut."""
+    truncated: float
+
+    @property
+    def used(self) -> float:
+        return self.rows - self.unusable - self.too_long
+
+    @property
+    def reasons(self) -> str:
+        """'32 unusable, 27 truncated'; empty where every row was used as it is."""
+        counts = {"unusable": self.unusable, "too long": self.too_long, "truncated": self.truncated}
+        return ", ".join(f"{count(number)} {reason}" for reason, number in counts.items() if number)
+
+    @property
+    def note(self) -> str:
+        """'28 of 60 rows (32 unusable, 27 truncated)'; empty where every row was used as it is."""
+        rows = count(self.rows) if self.used == self.rows else f"{count(self.used)} of {count(self.rows)}"
+        return f"{rows} rows ({self.reasons})" if self.reasons else ""
+
+
+def usable_rows(facts: Facts) -> UsableRows | None:
+    """Of a training's facts; None where they lack the number of rows."""
+    rows, *counts = (as_number(facts.get(name)) for name in ("rows", "unusable", "too_long", "truncated"))
+    return None if rows is None else UsableRows(rows, *(number or 0 for number in counts))
+
+
+def latest(stage: StageState) -> str:
+    """Of the newest point that has one the reward, with KL: 'reward 4.61, KL 11.9'; else the loss: 'loss 3.210'."""
+    for point in reversed(stage.curve):
+        if "reward" in point.values:
+            return _reward_and_kl(None, point.values["reward"], point.values.get("kl"))
+        if "loss" in point.values:
+            return f"loss {measure(point.values['loss'])}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a policy's answers were worth before its training and after, and how far it went for that. `held_out`: of
+    answers to held-out prompts, else of the training's own, in its first steps and its last."""
+
+    before: float | None
+    after: float
+    kl: float | None
+    held_out: bool
+
+
+def rewards(facts: Facts) -> Rewards | None:
+    """Of a stage that learns from rewards; None where its facts tell no reward."""
+    held_out = as_number(facts.get("eval_reward"))
+    names = ("first_reward", "reward") if held_out is None else ("eval_reward_before", "eval_reward")
+    before, after = (as_number(facts.get(name)) for name in names)
+    # Not every kind measures KL on held-out prompts.
+    kls = [as_number(facts.get(name)) for name in (("kl",) if held_out is None else ("eval_kl", "kl"))]
+    kl = next((value for value in kls if value is not None), None)
+    return None if after is None else Rewards(before, after, kl, held_out is not None)
+
+
+def listed(value: object) -> list[Mapping[str, Any]]:
+    """The mappings of a list of mappings; a fact of another shape gives none."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def _dataset(facts: Facts) -> str:
+    rows, quarantined = as_number(facts.get("rows")), as_number(facts.get("quarantined"))
+    if rows is None:
+        return ""
+    ignored = facts.get("ignored_columns")
+    names = list(ignored) if isinstance(ignored, Mapping) else []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{count(rows)} rows"
+        + (f", {count(quarantined)} quarantined" if quarantined else "")
+        + (f", not read: {', '.join(map(str, names[:3]))}{more}" if names else "")
+    )
+
+
+def _score(facts: Facts) -> str:
+    rows = as_number(facts.get("rows_out")) or as_number(facts.get("rows_in"))
+    parts = [f"{count(rows)} rows"] if rows else []
+    scores = facts.get("scores")
+    for name, score in scores.items() if isinstance(scores, Mapping) else ():
+        auc, median = (as_number(score.get(key)) if isinstance(score, Mapping) else None for key in ("auc", "median"))
+        if auc is not None:
+            parts.append(f"{name} AUC {auc:.2f}")
+        elif median is not None:
+            parts.append(f"{name} median {measure(median, 3)}")
+    return ", ".join(parts[:3])
+
+
+def _select(facts: Facts) -> str:
+    rows, kept = as_number(facts.get("rows_in")), as_number(facts.get("kept"))
+    if rows is None or kept is None:
+        return ""
+    return f"kept {share(kept, rows)}: {count(kept)} of {count(rows)}"
+
+
+def _review(facts: Facts) -> str:
+    kept, agreed = as_number(facts.get("kept")), facts.get("agreement")
+    told = agreed if isinstance(agreed, Mapping) else {}
+    reviewed, agreeing = as_number(told.get("reviewed")), as_number(told.get("agreed"))
+    if kept is None or reviewed is None or agreeing is None:
+        return ""
+    return f"agrees on {share(agreeing, reviewed)} of {count(reviewed)} reviewed, kept {count(kept)} rows"
+
+
+def _augment(facts: Facts) -> str:
+    rows, given, heldout = (as_number(facts.get(key)) for key in ("rows", "rows_in", "heldout"))
+    if rows is None or given is None:
+        return ""
+    return f"{count(rows)} rows of {count(given)}" + (f", {count(heldout)} held out" if heldout else "")
+
+
+def _training(facts: Facts) -> str:
+    loss, held_out = as_number(facts.get("loss")), as_number(facts.get("eval_loss"))
+    if loss is None:
+        return f"eval {measure(held_out)}" if held_out is not None else ""
+    return f"loss {measure(loss)}" + (f" → eval {measure(held_out)}" if held_out is not None else "")
+
+
+def _classifier(facts: Facts) -> str:
+    area = as_number(facts.get("eval_auc"))
+    return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
+
+
+def _reward(facts: Facts) -> str:
+    accuracy = as_number(facts.get("eval_accuracy"))
+    return _training(facts) + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
+
+
+def _policy(facts: Facts) -> str:
+    told = rewards(facts)
+    return _training(facts) if told is None else _reward_and_kl(told.before, told.after, told.kl)
+
+
+def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
+    was = f"{measure(before, 3)} → " if before is not None else ""
+    return f"reward {was}{measure(after, 3)}" + (f", KL {measure(kl, 3)}" if kl is not None else "")
+
+
+def _rated(facts: Facts) -> str:
+    margin = as_number(facts.get("eval_margin"))
+    return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
+
+
+def _evaluate(facts: Facts) -> str:
+    results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
+    if not results:
+        return ""
+    first = [result for result in results if result.get("set") == results[0].get("set")]
+    best = min(first, key=lambda result: as_number(result.get("loss")) or 0.0)
+    lead = f"best {best.get('model', '')}: " if len(first) > 1 else f"{best.get('model', '')}: "
+    return f"{lead}loss {measure(best['loss'])} on {best.get('set', '')}"
+
+
+def _win_rate(facts: Facts) -> str:
+    results = [result for result in listed(facts.get("results")) if as_number(result.get("win_rate")) is not None]
+    if not results:
+        return ""
+    best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)
+    against = best.get("against")
+    baseline = against.get("model", "") if isinstance(against, Mapping) else ""
+    lead = "best " if len(results) > 1 else ""
+    return f"{lead}{best.get('model', '')}: wins {share(best['win_rate'], 1)} against {baseline}"
+
+
+def _other(facts: Facts) -> str:
+    """Of a stage kind that is not known here: its first few plain facts."""
+    simple = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str) and value != ""]
+    return ", ".join(f"{key.replace('_', ' ')} {plain(value, key)}" for key, value in simple[:3])
+
+
+_KINDS: dict[str, Callable[[Facts], str]] = {
+    "dataset": _dataset,
+    "score": _score,
+    "select": _select,
+    "review": _review,
+    "augment": _augment,
+    "pretrain": _training,
+    "sft": _training,
+    "classifier": _classifier,
+    "reward": _reward,
+    "dpo": _reward,
+    "kto": _rated,
+    "ppo": _policy,
+    "grpo": _policy,
+    "rloo": _policy,
+    "evaluate": _evaluate,
+    "win_rate": _win_rate,
+}

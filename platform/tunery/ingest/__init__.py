@@ -1,0 +1,1 @@
+"""Files, hub datasets and the builtin corpus to rows: the `dataset` stage."""

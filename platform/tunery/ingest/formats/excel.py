@@ -1,0 +1,136 @@
+"""Excel workbooks (.xlsx, .xlsm): every sheet, or the one that `sheet` names; a header, then a record a row.
+
+Merged cells: a value merged over several rows holds for each of them (one question, several answers); merged over
+several columns it holds for the first. Formulas give the value that Excel computed last; one that was never computed
+costs its row, as does an error such as #N/A. Numbers and dates become text (record.cell_text). Rows pass one by one;
+but the texts of a workbook stand in one table in front of its sheets, which openpyxl holds in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import zip_longest
+from typing import IO, Any
+
+from tunery.ingest.filesystem import CorruptFile, File, UnavailableFile, open_seekable
+from tunery.ingest.formats.record import InvalidRow, Record, cell_text, from_pairs
+from tunery.spec import Dataset
+
+_MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*?ref="([A-Z]+)(\d+):[A-Z]+(\d+)"')
+_FORMULA = re.compile(rb"<(?:\w+:)?f[\s/>]")
+_LONGEST_TAG = 200
+
+
+def workbook(file: File, stage: Dataset) -> Iterator[Record]:
+    """Raises Damaged where the file is no workbook, or has not the sheet that is named."""
+    with open_seekable(file) as raw:
+        try:
+            yield from _sheets(raw, stage.sheet)
+        except (CorruptFile, UnavailableFile):
+            raise
+        except Exception as error:
+            # openpyxl and what it builds on let KeyError, TypeError, BadZipFile and many more through.
+            hint = "; an .xls file, or one with a password, is no .xlsx" if "zip" in str(error).lower() else ""
+            raise CorruptFile(
+                f"not an Excel workbook that can be read: {type(error).__name__}: {error}{hint}"
+            ) from error
+
+
+def _sheets(raw: IO[bytes], named: str | None) -> Iterator[Record]:
+    import openpyxl
+
+    with closing(openpyxl.load_workbook(raw, read_only=True, data_only=True)) as values:
+        if named is not None and named not in values.sheetnames:
+            raise CorruptFile(f"there is no sheet `{named}`; sheets found: {', '.join(values.sheetnames)}")
+        for sheet in values.worksheets:
+            if named in (None, sheet.title):
+                yield from _rows(raw, sheet)
+
+
+def all_rows(sheet: Any, values_only: bool = False) -> Iterator[Any]:
+    """Tuples of the cells of each row, from row 1 and column 1 to the row's last cell.
+
+    What a sheet's <dimension> says of its size is not read: several programs write a wrong one, openpyxl's read-only
+    mode (3.1) ends there, and whatever lies beyond is missing without a word.
+    """
+    sheet.reset_dimensions()
+    return iter(sheet.iter_rows(values_only=values_only))
+
+
+def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
+    from openpyxl.cell.read_only import EMPTY_CELL
+
+    merged, has_formulas = _layout(sheet)
+    filling: dict[int, tuple[int, Any]] = {}
+    formulas = _formulas(raw, sheet.title) if has_formulas else None
+    header: list[str] | None = None
+    for number, row in enumerate(all_rows(sheet), 1):
+        written = next(formulas, ()) if formulas else ()
+        cells: list[Any] = []
+        wrong = ""
+        # A row ends with its last cell: those of the header that follow are empty, or merged with one above.
+        absent = max(0, len(header or ()) - len(row))
+        for column, cell in enumerate((*row, *(EMPTY_CELL,) * absent), 1):
+            value = cell.value
+            if column <= len(written) and written[column - 1] and value is None:
+                wrong = (
+                    wrong or f"the formula in {_name(column)}{number} has no value: open the file in Excel and save it"
+                )
+            elif cell.data_type == "e":
+                wrong = wrong or f"the error {value} in {_name(column)}{number}"
+            if (column, number) in merged:
+                filling[column] = merged[column, number], value
+            last, shared = filling.get(column, (0, None))
+            cells.append(shared if number <= last else value)
+        if wrong:
+            yield Record(number, InvalidRow(wrong), _shown(cells), sheet.title)
+        elif all(value is None or value == "" for value in cells):
+            continue
+        elif header is None:
+            header = ["" if value is None else str(cell_text(value)).strip() for value in cells]
+        else:
+            # A value in a column without a name belongs to the record, so that it is counted as not read.
+            columns = zip_longest(header, cells, fillvalue="")
+            pairs = [(name, cell_text(value) or None) for name, value in columns if name or value not in (None, "")]
+            yield Record(number, from_pairs(pairs), _shown(cells), sheet.title)
+
+
+def _layout(sheet: Any) -> tuple[dict[tuple[int, int], int], bool]:
+    """(column, first row): last row of every range merged over rows, and whether there are formulas. From the sheet's
+    XML, since openpyxl tells merged cells only of workbooks that it loads whole."""
+    from openpyxl.utils import column_index_from_string
+
+    merged: dict[tuple[int, int], int] = {}
+    has_formulas = False
+    with sheet._get_source() as source:
+        before = b""
+        while piece := source.read(1 << 20):
+            text = before + piece
+            for match in _MERGED.finditer(text):
+                first, last = int(match[2]), int(match[3])
+                if last > first:
+                    merged[column_index_from_string(match[1].decode()), first] = last
+            has_formulas = has_formulas or _FORMULA.search(text) is not None
+            before = text[-_LONGEST_TAG:]
+    return merged, has_formulas
+
+
+def _formulas(raw: IO[bytes], title: str) -> Iterator[tuple[bool, ...]]:
+    """Which cells of each row hold a formula: openpyxl gives either formulas or their values."""
+    import openpyxl
+
+    with closing(openpyxl.load_workbook(raw, read_only=True)) as book:
+        for row in all_rows(book[title]):
+            yield tuple(cell.data_type == "f" for cell in row)
+
+
+def _name(column: int) -> str:
+    from openpyxl.utils import get_column_letter
+
+    return str(get_column_letter(column))
+
+
+def _shown(cells: list[Any]) -> str:
+    return " | ".join("" if value is None else str(value) for value in cells)[:1000]

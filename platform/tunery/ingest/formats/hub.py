@@ -1,0 +1,139 @@
+"""Datasets of the Hugging Face hub, by `hub:org/name`, and folders that Datasets saved (`save_to_disk`).
+
+A hub dataset is streamed by the Datasets library: nothing is copied to this machine, and nothing is read without a
+network. A saved one is read as the Arrow files that it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tunery.ingest.filesystem import CorruptFile, File, UnavailableFile, local_file
+from tunery.ingest.formats.record import Record, table_row
+
+PREFIX = "hub:"
+SECONDS = 10
+"""How long the hub may take to say what a dataset is."""
+
+
+class Ambiguous(ValueError):
+    """A dataset of which more must be said: the message is what, `known` the choices, `field` where."""
+
+    def __init__(self, field: str, message: str, known: list[str]) -> None:
+        super().__init__(field, message, known)  # all of them: pickle makes it anew from these
+        self.field, self.message, self.known = field, message, known
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    name: str
+    """hub:org/name"""
+    config: str | None
+    split: str | None
+    revision: str | None
+
+    def identity(self) -> Any:
+        """The commit that the revision stands for now."""
+        return _commit(self.name.removeprefix(PREFIX), self.revision)
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str:
+    """Asked for once a process: a dataset that changes between plan and reading would be filed under a wrong name."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=SECONDS).sha)
+    except Exception as error:
+        # huggingface_hub raises its own errors, those of httpx and plain OSErrors.
+        raise UnavailableFile(f"`{PREFIX}{name}`: {_reason(error)}") from error
+
+
+def hub_rows(dataset: HubDataset) -> Iterator[Record]:
+    """Rows by number. Raises UnavailableFile without a network or a permission, Ambiguous when a config or split is
+    open."""
+    for number, row in enumerate(raw_hub_rows(dataset), 1):
+        yield Record(number, table_row(row))
+
+
+def raw_hub_rows(dataset: HubDataset) -> Iterator[dict[str, Any]]:
+    """Rows with the types that the dataset gives them. Raises as `hub_rows` does."""
+    commit = dataset.identity()
+    yield from _streamed_rows(dataset.name.removeprefix(PREFIX), dataset.config, dataset.split, commit)
+
+
+def streamed(name: str, config: str | None, split: str | None, revision: str | None) -> Iterator[Record]:
+    """`name` is what `datasets.load_dataset` takes: a hub name, or a folder of data files."""
+    for number, row in enumerate(_streamed_rows(name, config, split, revision), 1):
+        yield Record(number, table_row(row))
+
+
+def _streamed_rows(name: str, config: str | None, split: str | None, revision: str | None) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    number = 0
+    try:
+        configs = datasets.get_dataset_config_names(name, revision=revision)
+        if config is None and len(configs) > 1 and "default" not in configs:
+            raise Ambiguous("config", f"`{name}` has several configs", configs)
+        if config is not None and config not in configs:
+            raise Ambiguous("config", f"`{name}` has no config `{config}`", configs)
+        splits = datasets.load_dataset(name, config, revision=revision, streaming=True)
+        split = chosen_split(name, split, list(splits))
+        for row in splits[split]:
+            number += 1
+            yield row
+    except (UnavailableFile, Ambiguous):
+        raise
+    except Exception as error:
+        raise UnavailableFile(f"`{PREFIX}{name}`, row {number + 1}: {_reason(error)}") from error
+
+
+def chosen_split(name: str, split: str | None, known: list[str]) -> str:
+    """The split that is named, or the only one. Raises Ambiguous."""
+    if split is None and len(known) == 1:
+        return known[0]
+    if split is None:
+        raise Ambiguous("hub_split", f"`{name}` has several splits", known)
+    if split not in known:
+        raise Ambiguous("hub_split", f"`{name}` has no split `{split}`", known)
+    return split
+
+
+def saved_files(path: Path, folder: Path, split: str | None) -> list[File] | None:
+    """The Arrow files of a saved dataset in their order, None where the folder is none. Raises Ambiguous, Damaged."""
+    splits = _json(path / "dataset_dict.json")
+    if splits is not None:
+        path = path / chosen_split(path.name, split, [str(name) for name in splits.get("splits", [])])
+    state = _json(path / "state.json")
+    if state is None or "_data_files" not in state:
+        return None
+    return [local_file(path / str(file["filename"]), folder) for file in state["_data_files"]]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"`{path.name}` can't be read: {error}") from error
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _reason(error: Exception) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return "no network: the host's name can't be resolved" if "Name or service not known" in text else text

@@ -1,0 +1,163 @@
+"""What a dataset stage names, found: files, hub datasets and the builtin corpus; and whether its fields fit them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import RequestError
+from tunery.ingest import python_docs
+from tunery.ingest.filesystem import REMOTE, CorruptFile, File, UnavailableFile, find
+from tunery.ingest.formats import ENDINGS, format_of
+from tunery.ingest.formats.hub import PREFIX, Ambiguous, HubDataset, saved_files
+from tunery.spec import Dataset
+
+BUILTIN = "builtin:python-docs"
+
+
+class BadSource(ValueError):
+    """A dataset stage that can't work, found before anything runs. `field` is the stage's field that is to blame."""
+
+    def __init__(self, field: str, message: str, cause: str = "", remedy: str = "") -> None:
+        super().__init__(field, message, cause, remedy)  # all of them: pickle makes it anew from these
+        self.field, self.message, self.cause, self.remedy = field, message, cause, remedy
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Builtin:
+    name: str
+
+    def identity(self) -> Any:
+        """Of the interpreter, whose documentation it is."""
+        return python_docs.identity()
+
+
+Part = File | HubDataset | Builtin
+"""One thing that is read: all of them have a `name` and an `identity()`."""
+
+
+def sources_of(stage: Dataset) -> tuple[str, ...]:
+    return (stage.source,) if isinstance(stage.source, str) else stage.source
+
+
+def find_parts(stage: Dataset, folder: Path) -> list[Part]:
+    """What the stage's sources are, in their order and each once. Raises BadSource when one is not there, is of an
+    unknown form or out of reach."""
+    parts: dict[Part, None] = {}
+    for source in sources_of(stage):
+        try:
+            found = _parts_of(source, stage, folder)
+        except UnavailableFile as error:
+            raise out_of_reach(error) from error
+        except Ambiguous as error:
+            raise ambiguous(error) from error
+        except CorruptFile as error:
+            raise BadSource("source", f"`{source}` can't be read", cause=str(error)) from error
+        parts |= dict.fromkeys(found)
+    return list(parts)
+
+
+def out_of_reach(error: UnavailableFile) -> BadSource:
+    return BadSource(
+        "source",
+        f"{error}",
+        cause="the file or the network refused",
+        remedy="check permissions, credentials (of the environment, as their own tools read them) and the network",
+    )
+
+
+def ambiguous(error: Ambiguous) -> BadSource:
+    known = ", ".join(error.known[:20])
+    return BadSource(error.field, str(error), cause=f"known: {known}", remedy=f"name one with `{error.field}:`")
+
+
+def source_identity(stage: Dataset, folder: Path) -> Any:
+    """What the rows depend on besides the stage's fields. Raises RequestError."""
+    try:
+        return [part.identity() for part in find_parts(stage, folder)]
+    except (BadSource, UnavailableFile) as error:
+        cause = getattr(error, "cause", "")
+        raise RequestError(str(error), cause=cause, remedy=getattr(error, "remedy", "")) from error
+
+
+def _parts_of(source: str, stage: Dataset, folder: Path) -> list[Part]:
+    if source.startswith("builtin:"):
+        if source != BUILTIN:
+            raise BadSource("source", f"there is no builtin source `{source}`", remedy=f"known: {BUILTIN}")
+        return [Builtin(f"{source}/{stage.subset}")]
+    if source.startswith(PREFIX):
+        return [HubDataset(source, stage.config, stage.hub_split, stage.revision)]
+    if "://" in source and not source.startswith(REMOTE):
+        raise BadSource("source", f"`{source}` is of no known form", remedy="files are read by path, s3:// or gs://")
+    path = folder / os.path.expanduser(source)
+    if not source.startswith(REMOTE) and path.is_dir():
+        saved = saved_files(path, folder, stage.hub_split)
+        if saved is not None:
+            return list(saved)
+    found = find(source, folder)
+    if not found:
+        raise _nothing(source, path)
+    readable: list[Part] = []
+    for file in found:
+        if format_of(file, stage) is not None:
+            readable.append(file)
+        elif not file.below_a_folder:
+            raise _unknown_form(file)
+    if not readable:
+        raise BadSource("source", f"no file below `{source}` has a known ending", remedy=f"known: {' '.join(ENDINGS)}")
+    return readable
+
+
+def _nothing(source: str, path: Path) -> BadSource:
+    if source.startswith(REMOTE):
+        return BadSource("source", f"there is no file `{source}`", remedy="check bucket and path")
+    if path.is_dir():
+        return BadSource("source", f"there is no file in the folder `{source}`", cause=f"{path} is empty")
+    return BadSource(
+        "source",
+        f"there is no file `{source}`",
+        cause=f"nothing matches {path}",
+        remedy="paths start at the experiment's folder; a pattern matches files, not folders",
+    )
+
+
+def _unknown_form(file: File) -> BadSource:
+    ending = file.endings[0]
+    hint = "; save it as .xlsx" if ending in (".xls", ".ods") else ""
+    return BadSource(
+        "source",
+        f"`{file.name}` is a {ending or 'file without ending'}",
+        remedy=f"name files that end in {', '.join(ENDINGS)}, or say `format:`{hint}",
+    )
+
+
+def check_fields(stage: Dataset, parts: list[Part]) -> None:
+    """Raises BadSource where a field is given, or missing, that the parts have no use for, or need."""
+    builtin = any(isinstance(part, Builtin) for part in parts)
+    hub = any(isinstance(part, HubDataset) for part in parts)
+    files = [part for part in parts if isinstance(part, File)]
+    formats = {format_of(file, stage) for file in files}
+    if builtin and stage.subset is None:
+        remedy = "add `subset:` texts, questions, preferences, damaged or prompts"
+        raise BadSource("source", f"`{BUILTIN}` needs a subset", remedy=remedy)
+    for field in ("columns", "roles", "message_keys"):
+        if builtin and getattr(stage, field) is not None:
+            raise BadSource(field, f"a builtin source has nothing that `{field}` names", remedy=f"remove `{field}`")
+    if stage.subset is not None and not builtin:
+        raise BadSource("subset", "files have no subset", remedy="remove `subset`; it is for builtin sources")
+    saved = any(file.endings[0] == ".arrow" for file in files)
+    for field, fits, what in (
+        ("format", bool(files), "files"),
+        ("sheet", "xlsx" in formats, "Excel files"),
+        ("sample_by", "text" in formats, "plain texts"),
+        ("config", hub, "hub datasets"),
+        ("revision", hub, "hub datasets"),
+        ("hub_split", hub or saved, "hub datasets and saved DatasetDicts"),
+    ):
+        if getattr(stage, field) is not None and not fits:
+            raise BadSource(field, f"`{field}` is for {what}, and the source has none", remedy=f"remove `{field}`")

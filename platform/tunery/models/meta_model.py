@@ -1,0 +1,186 @@
+"""What a model's config alone tells, without weights: which layers LoRA can be put on, and how many positions it has.
+
+The model is built on torch's meta device, where weights take no memory: seconds for any size, most of them to import
+torch. So nothing here is imported before a question needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunery.models.model_folder import BadModel
+from tunery.models.scratch import SHAPES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Form = Literal["causal", "classifier", "body"]
+"""Of a model: with the head of a language model, with a classification head, or without a head."""
+DECLARED = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+"""Names of a config's number of positions."""
+MARGIN = 8
+"""Rows that a table of positions may have beyond the config's number (OPT: 2), or that can't be used (RoBERTa: 2)."""
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    tokens: int
+    is_table: bool
+    """Positions are rows of a table (GPT-2, BERT, GPT-J): beyond it there are none, and a longer sequence fails. Else
+    (RoPE) a longer sequence can be computed, but the model was not trained on any."""
+
+
+# Configs.
+
+
+def config_of_folder(folder: Path) -> dict[str, Any]:
+    """config.json as it is; empty where it can't be read (models/model_folder.py refuses that)."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def declared_positions(config: Mapping[str, Any]) -> int | None:
+    """What a config.json says, without torch; None where it says nothing."""
+    for part in (config, config.get("text_config") or {}):
+        for name in DECLARED:
+            if isinstance(part.get(name), int) and part[name] > 0:
+                return int(part[name])
+    return None
+
+
+@lru_cache(maxsize=32)
+def outline(name: str, form: Form, revision: str | None = None) -> PreTrainedModel | None:
+    """The model of a folder, a hub name (its config must have been downloaded) or `scratch:tiny`; None where
+    transformers can't build it from its config: loading it will say why."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    built: dict[Form, Any] = {
+        "causal": AutoModelForCausalLM,
+        "classifier": AutoModelForSequenceClassification,
+        "body": AutoModel,
+    }
+    try:
+        config = (
+            _scratch_config(name.removeprefix("scratch:"))
+            if name.startswith("scratch:")
+            else AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
+        )
+        with torch.device("meta"):
+            model: PreTrainedModel = built[form].from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError):
+        return None
+    return model
+
+
+def _scratch_config(name: str) -> PretrainedConfig:
+    from tunery.models.scratch import scratch_config
+
+    return scratch_config(SHAPES[name])
+
+
+# Positions.
+
+
+def position_limit(model: PreTrainedModel) -> PositionLimit | None:
+    """How many tokens the model has positions for; None where its config names no number."""
+    config = model.config.get_text_config()
+    declared = next((value for name in DECLARED if (value := getattr(config, name, None))), None)
+    if not isinstance(declared, int) or declared <= 0:
+        return None
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        named = "pos" in name or name.endswith("wpe.weight")
+        if named and tensor.dim() == 2 and declared <= tensor.shape[0] <= declared + MARGIN:
+            # RoBERTa and its kin begin behind the padding token's number: 514 positions take 512 tokens.
+            padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
+            rows = tensor.shape[0] - (0 if padding is None else padding + 1)
+            return PositionLimit(int(min(declared, rows)), True)
+    return PositionLimit(int(declared * _rope_factor(config, declared)), False)
+
+
+def _rope_factor(config: Any, declared: int) -> float:
+    """By which RoPE scaling extends the declared positions (YaRN: Peng et al. 2023, https://arxiv.org/abs/2309.00071);
+    1 where they count as extended already, as in Llama 3.1."""
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if not isinstance(factor, int | float):
+        return 1.0
+    return max(1.0, factor * (scaling.get("original_max_position_embeddings") or declared) / declared)
+
+
+# Layers for LoRA.
+
+
+def check_target_modules(model: PreTrainedModel, targets: Sequence[str], form: Form) -> None:
+    """Raises BadModel where a name of `target_modules` matches no layer that LoRA can be put on, or one whose adapter
+    would be lost or would change another layer."""
+    layers = _lora_layers(model)
+    head, embedding = _head_and_embedding(model) if form == "causal" else ("", "")
+    body = f"{model.base_model_prefix}." if form == "classifier" else ""
+    tied = bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    refused = {head} | ({embedding} if tied else set())
+    valid = [name for name in layers if name not in refused and name.startswith(body)]
+    remedy = "valid names: " + ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in valid))
+    for target in targets:
+        if head and matches(target, head):
+            raise BadModel(
+                f"`{target}` is the output head, and an adapter on it would not be trained",
+                "losses are computed from the head's own weight, without its logits in memory"
+                + (", and it is the embedding's too (tie_word_embeddings)" if tied else ""),
+                remedy,
+            )
+        if tied and matches(target, embedding):
+            raise BadModel(
+                f"`{target}` is the embedding, whose weight is the output head's too (tie_word_embeddings)",
+                "training would change the embedding alone; merging the adapter changes both, to another model",
+                f"{remedy}; `tuner: full` trains the embedding too",
+            )
+        if not any(matches(target, name) for name in valid) and target not in _converted(model, targets):
+            raise BadModel(
+                f"`{target}` matches no layer of the model that LoRA can be put on",
+                "a name matches the layers whose full name is it or ends in it",
+                remedy,
+            )
+
+
+def matches(target: str, name: str) -> bool:
+    """As PEFT (0.21) matches a list of names."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _lora_layers(model: PreTrainedModel) -> list[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _head_and_embedding(model: PreTrainedModel) -> tuple[str, str]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(head), ""), names.get(id(embedding), "")
+
+
+def _converted(model: PreTrainedModel, targets: Sequence[str]) -> set[str]:
+    """Names that PEFT (0.21) takes for parameters: transformers 5 fuses the experts' layers of some models."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_config_for_transformers,
+        get_model_conversion_mapping,
+    )
+
+    config = LoraConfig(target_modules=list(targets))
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+    except ValueError:  # of several names that belong together not all are there: PEFT says so when it trains
+        return set(targets)
+    return set(targets) - set(config.target_modules or ())

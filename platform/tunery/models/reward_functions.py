@@ -1,0 +1,119 @@
+"""What rates answers: a reward model, or a function of the user's. Named as plain data; loaded where it is asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunery.errors import TuneryError
+from tunery.models.load import load_classifier, load_own_tokenizer, source_of
+from tunery.models.model_folder import BadModel
+from tunery.spec import Pretrained, PythonReward
+from tunery.store.rows import Row
+
+if TYPE_CHECKING:
+    import torch
+
+RewardOrigin = dict[str, Any]
+"""models.load.Source, or {"python": path, "function": name}: fits into JSON."""
+RewardFn = Callable[[Sequence[Row], Sequence[str]], list[float]]
+"""From prompts (rows that end with a question) and as many answers to their rewards."""
+
+
+NO_LIMIT = 1 << 20
+"""For `max_length`: whoever rates sees the whole conversation, as far as it has positions for it."""
+
+
+def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, Path], folder: Path) -> RewardOrigin:
+    """Where a stage's reward comes from; `artifacts` by stage name, `folder` where relative paths start."""
+    if isinstance(reward, PythonReward):
+        return {"python": str((folder / reward.python).resolve()), "function": reward.function}
+    return source_of(reward, artifacts, folder)
+
+
+def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, max_length: int) -> RewardFn:
+    """Raises TuneryError where it can't be loaded, or gives more than one number. So does what it returns, when it
+    can't rate."""
+    if "python" in origin:
+        return _Function(Path(origin["python"]), origin["function"])
+    from tunery.models.classify import SequenceClassifier
+
+    name = str(origin.get("pretrained", origin.get("artifact")))
+    model, labels = load_classifier(origin, dtype)
+    try:
+        labels.check_single(name)
+    except BadModel as error:
+        raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+    ask = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(origin), max_length)
+
+    def rate(prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        rows = [
+            {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        outputs = ask(rows).logits[:, 0]
+        rewards: list[float] = (labels.scale(outputs) if labels.scale else outputs).tolist()
+        for answer, reward in zip(answers, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise TuneryError(
+                    f"the reward model `{name}` gave {reward} for the answer {answer[:60]!r}",
+                    cause="a reward is a finite number",
+                    remedy="try it on rows with the scorer `reward`; a model in bf16 may need `precision: fp32`",
+                )
+        return rewards
+
+    return rate
+
+
+class _Function:
+    """A function of the user's, called with texts: the last question of each prompt, and its answer."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        spec = importlib.util.spec_from_file_location(f"tunery_reward_{path.stem}", path)
+        assert spec is not None, "it ends in .py, which was checked"
+        assert spec.loader is not None, "it is a file"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # a dataclass looks its module up
+        try:
+            spec.loader.exec_module(module)
+            self._function = getattr(module, name)
+        except Exception as error:  # whatever the user's file does
+            raise self._failed("can't be loaded", error) from error
+
+    def __call__(self, prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+        questions = [prompt["messages"][-1]["content"] or "" for prompt in prompts]
+        try:
+            given = self._function(questions, list(answers))
+        except Exception as error:
+            raise self._failed("failed", error) from error
+        if isinstance(given, str | dict) or not hasattr(given, "__len__"):
+            raise self._error(
+                f"gave a {type(given).__name__}", "it has to return a list, with a number for each answer"
+            )
+        found = list(given)
+        if len(found) != len(answers):
+            raise self._error(
+                f"gave {len(found)} rewards for {len(answers)} answers", "it has to return a number for each, in order"
+            )
+        for answer, value in zip(answers, found, strict=True):
+            try:
+                number = math.nan if value is None or isinstance(value, str) else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise self._error(f"gave {value!r} for the answer {answer[:60]!r}", "a reward is a finite number")
+        return [float(value) for value in found]
+
+    def _failed(self, what: str, error: Exception) -> TuneryError:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self._path)]
+        return self._error(what, f"{type(error).__name__}: {error}" + (f", at line {lines[-1]}" if lines else ""))
+
+    def _error(self, what: str, cause: str) -> TuneryError:
+        return TuneryError(f"the reward `{self._name}` of {self._path.name} {what}", cause=cause, remedy="correct it")

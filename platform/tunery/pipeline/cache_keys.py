@@ -1,0 +1,147 @@
+"""Fingerprints of an experiment's stages, worked out before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunery.ingest.sources import source_identity
+from tunery.models.encode import ENCODING_VERSION
+from tunery.pipeline.stage_registry import STAGES
+from tunery.review.decisions import decisions_identity
+from tunery.spec import (
+    RANDOM,
+    Augment,
+    Dataset,
+    Evaluate,
+    Experiment,
+    Pretrained,
+    PythonReward,
+    Review,
+    Scratch,
+    Select,
+    Stage,
+    Training,
+    WinRate,
+)
+from tunery.spec.graph import order
+from tunery.spec.references import StageRef, model_name
+from tunery.store import fingerprint
+from tunery.store.fingerprint import folder_digest
+
+DEFAULT_OMITTED_FIELDS = ("diverse", "fraction", "baseline", "changes")
+"""Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
+WITHOUT_EFFECT = ("max_unusable",)
+"""Fields that end a stage or do not, and change no result."""
+
+
+def stage_seed(stage: Stage, experiment: Experiment) -> int:
+    own = stage.seed if isinstance(stage, Training | Select | Augment | WinRate) else None
+    return experiment.seed if own is None else own
+
+
+def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
+    where chance plays a part, the content that it reads from outside, and the version of how it is made."""
+    fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed", *WITHOUT_EFFECT}))
+    mixture = _mixture(stage)
+    for item in stage.inputs():
+        if not (mixture and item.path[0] == "data"):
+            _blank(fields, item.path)
+    if mixture:
+        fields["data"] = list(mixture.values())
+    result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
+    by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
+    if (
+        isinstance(stage, Training | Review | Augment | WinRate)
+        or by_chance
+        or (isinstance(stage, Dataset) and stage.corrupt)
+    ):
+        result["seed"] = stage_seed(stage, experiment)
+    if isinstance(stage, Training):
+        result["encoding_version"] = ENCODING_VERSION
+    if isinstance(stage, Dataset):
+        result["content"] = source_identity(stage, folder)
+    if isinstance(stage, Review):
+        result["content"] = decisions_identity(stage, folder)
+    if isinstance(stage, Evaluate):
+        result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
+    if isinstance(stage, WinRate):
+        result["names"] = [*(model_name(model) for model in stage.contestants), stage.data]
+    for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
+        if isinstance(reward, PythonReward):
+            result[f"content of {reward.python}"] = hashlib.sha256((folder / reward.python).read_bytes()).hexdigest()
+    for model in pretrained_models(stage):
+        if model.is_folder:
+            result[f"content of {model.pretrained}"] = folder_digest(model_folder(model, folder))
+    return result
+
+
+def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretrained | Scratch]]:
+    """The models that a stage names, by path within it: stages, models from outside, new ones."""
+    models: list[tuple[tuple[str | int, ...], Any]] = [
+        ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "against", "baseline")
+    ]
+    models += [(("models", index), model) for index, model in enumerate(getattr(stage, "models", ()))]
+    models += [(("by", index), scorer.model) for index, scorer in enumerate(getattr(stage, "by", ()))]
+    return [(path, model) for path, model in models if isinstance(model, str | Pretrained | Scratch)]
+
+
+def pretrained_models(stage: Stage) -> list[Pretrained]:
+    """Models that a stage takes from outside the experiment."""
+    return [model for _, model in models_of(stage) if isinstance(model, Pretrained)]
+
+
+def model_folder(model: Pretrained, folder: Path) -> Path:
+    return (folder / Path(model.pretrained).expanduser()).resolve()
+
+
+def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, str]]]:
+    """By stage: (fingerprint, identity, fingerprints of its inputs by field path), inputs before users."""
+    result: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {}
+    for name in order(experiment.stages):
+        stage = experiment.stages[name]
+        own = identity(stage, experiment, folder)
+        inputs = {_input_key(stage, item): result[item.stage][0] for item in stage.inputs()}
+        result[name] = (fingerprint(stage.kind, own, inputs), own, inputs)
+    return result
+
+
+def _mixture(stage: Stage) -> dict[str, float]:
+    data = getattr(stage, "data", None)
+    return data if isinstance(stage, Training) and isinstance(data, dict) else {}
+
+
+def _input_key(stage: Stage, item: StageRef) -> str:
+    """The field of an input. Of a mixture, whose fields are the names of stages, its number: names don't count."""
+    if (mixture := _mixture(stage)) and item.path[0] == "data":
+        return f"data.{list(mixture).index(item.stage)}"
+    return ".".join(map(str, item.path))
+
+
+def _without_later(fields: Any) -> Any:
+    if isinstance(fields, dict):
+        return {
+            key: _without_later(value)
+            for key, value in fields.items()
+            if key not in DEFAULT_OMITTED_FIELDS or value not in (None, [])
+        }
+    return [_without_later(value) for value in fields] if isinstance(fields, list) else fields
+
+
+def _blank(fields: Any, path: tuple[str | int, ...]) -> None:
+    *parents, last = path
+    for key in parents:
+        fields = fields[key]
+    fields[last] = None
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What changed between two identities, a phrase each: "learning_rate 0.001 -> 0.002"."""
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,326 @@
+"""What a run would do, worked out without Ray and without making anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tunery.errors import RequestError
+from tunery.events.formatting import duration
+from tunery.ingest.filesystem import UnavailableFile
+from tunery.ingest.read import first_shape, read_source
+from tunery.models.model_folder import count_parameters
+from tunery.models.scratch import SHAPES
+from tunery.pipeline.cache_keys import difference, fingerprints, model_folder
+from tunery.pipeline.compute import batch_sizes, local_hardware, resolve_compute
+from tunery.pipeline.validate import notes
+from tunery.pipeline.validate_templates import template_notes
+from tunery.pipeline.validate_training import root_of
+from tunery.spec import (
+    Augment,
+    Compute,
+    Dataset,
+    Dpo,
+    Evaluate,
+    Experiment,
+    Grpo,
+    Kto,
+    Lora,
+    Ppo,
+    Pretrain,
+    Pretrained,
+    PythonReward,
+    ReviewLabels,
+    Rloo,
+    Scratch,
+    Select,
+    Sft,
+    Stage,
+    Training,
+    Tuner,
+    WinRate,
+)
+from tunery.spec.graph import order
+from tunery.spec.trainings import data_refs
+from tunery.spec.yaml_source import YamlSource
+from tunery.store import Artifact, Store
+from tunery.store.rows import read_rows
+from tunery.training.auto import resolve
+from tunery.training.batches import plan_training
+from tunery.training.deepspeed_config import frozen_bytes, model_state_bytes
+
+CHARACTERS_PER_TOKEN = 3.3
+"""Of a small byte-level BPE on English and code; to estimate the tokens of rows that were never tokenised."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    kind: str
+    fingerprint: str
+    reused: bool
+    why: str
+    """Why it is not reused."""
+    rows: int | None = None
+    steps: int | None = None
+    memory_bytes: int | None = None
+    """Per rank: weights, gradients and optimizer; activations come on top."""
+    seconds: float | None = None
+    auto: dict[str, str] = field(default_factory=dict)
+    """field: what `auto` became, and the rule."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    experiment: str
+    store: str
+    stages: list[PlannedStage]
+    search: list[str]
+    """What it would do, a line each; empty without one."""
+    compute: dict[str, Any]
+    rules: dict[str, str]
+    notes: list[str]
+    """What is worth knowing before: estimates of the first rows of each training, and what the run will stop for."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: Sequence[str] = ()) -> Plan:
+    """`search`: what its search would do, in words. Raises RequestError when the workers can't be placed here."""
+    folder = Path(source.file).parent
+    hardware = local_hardware()
+    compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
+    known = fingerprints(experiment, folder)
+    before = _last_run(store, experiment.name)
+    estimate = _Estimates(experiment, folder, compute)
+    models: dict[str, Path] = {}
+    stages = []
+    for name in order(experiment.stages):
+        stage = experiment.stages[name]
+        print_, identity, inputs = known[name]
+        artifact = store.find(stage.kind, print_)
+        why = "" if artifact else _why(name, identity, inputs, before)
+        if artifact is not None and isinstance(stage, Training):
+            models[name] = artifact.path
+        stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
+    shown = compute.model_dump(exclude_defaults=False)
+    known_before = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
+    known_before += [
+        f"`{name}` trains {'all assistant turns' if stage.train_on == 'all_turns' else 'the last turn of each row'} "
+        f"(train_on: {stage.train_on})"
+        for name, stage in experiment.stages.items()
+        if isinstance(stage, Sft)
+    ]
+    known_before += notes(experiment, source)
+    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, known_before)
+
+
+def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
+    """By stage: manifest and measured of what the last run of this name made or used."""
+    from tunery.events.event_log import read_events
+
+    found: dict[str, dict[str, Any]] = {}
+    for event in read_events(store.run(name) / "events"):
+        if event["event"] == "stage_finished" and not event.get("trial"):
+            path = Path(event["artifact"])
+            if (path / "manifest.json").is_file():
+                manifest = json.loads((path / "manifest.json").read_text())
+                found[event["stage"]] = {**manifest, "measured": json.loads((path / "measured.json").read_text())}
+    return found
+
+
+def _why(name: str, identity: dict[str, Any], inputs: dict[str, str], before: dict[str, dict[str, Any]]) -> str:
+    last = before.get(name)
+    if last is None:
+        return "never made"
+    changed = difference(last["identity"], json.loads(json.dumps(identity)))
+    changed += [f"{path} changed" for path in inputs if last["inputs"].get(path) != inputs[path]]
+    return ", ".join(changed) or "its artifact was removed"
+
+
+class _Estimates:
+    """Rows, steps, memory and time of stages, from artifacts where there are some, else from what they will read."""
+
+    def __init__(self, experiment: Experiment, folder: Path, compute: Compute) -> None:
+        self._experiment, self._folder, self._compute = experiment, folder, compute
+        self._rows: dict[str, int] = {}
+        self._characters: dict[str, int] = {}
+        self._parameters: dict[str, int | None] = {}
+
+    def stage(
+        self,
+        name: str,
+        stage: Stage,
+        print_: str,
+        artifact: Artifact | None,
+        why: str,
+        before: dict[str, Any] | None,
+    ) -> PlannedStage:
+        make: Callable[..., PlannedStage] = partial(PlannedStage, name, stage.kind, print_, artifact is not None, why)
+        facts = artifact.facts if artifact else {}
+        if "parameters" in facts:
+            self._parameters[name] = facts["parameters"]
+        if isinstance(stage, Evaluate):
+            sets = sum(self._rows[data] for data in stage.data.values())
+            rows = sets * len(stage.models)
+            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+        if isinstance(stage, WinRate):
+            rows = self._rows[stage.data] * len(stage.contestants)
+            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+        if isinstance(stage, Training):
+            return self._training(make, name, stage, artifact, before)
+        rows = int(facts["rows"]) if artifact else self._count(name, stage)
+        self._rows[name] = rows
+        if artifact is not None:
+            self._characters[name] = sum(map(characters_of, read_rows(artifact.path, ["text", "messages"])))
+        self._characters.setdefault(name, self._characters.get(getattr(stage, "data", ""), 0))
+        scale = rows / max(1, before["facts"].get("rows", rows)) if before else 1.0
+        return make(rows=rows, seconds=self._seconds(artifact, before, scale))
+
+    def _count(self, name: str, stage: Any) -> int:
+        if isinstance(stage, Dataset):
+            count = characters = 0
+            try:
+                for row in read_source(stage, self._folder, lambda line: None):
+                    count, characters = count + 1, characters + characters_of(row)
+            except UnavailableFile as error:
+                raise RequestError(f"{name}: {error}", remedy="check the network and permissions") from error
+            self._characters[name] = characters
+            return count
+        rows_in = self._rows[stage.data]
+        if isinstance(stage, Select):
+            shares = [share for rule in stage.keep.values() for share in (rule.quantile, rule.fraction) if share]
+            rows = round(rows_in * min(shares, default=1.0))
+            if stage.diverse is not None:
+                rows = min(stage.diverse.rows or rows, round(rows * (stage.diverse.share or 1)))
+            return rows
+        if isinstance(stage, Augment):
+            return rows_in * (stage.copies + stage.originals)
+        return rows_in
+
+    def _training(
+        self,
+        make: Callable[..., PlannedStage],
+        name: str,
+        stage: Training[Any],
+        artifact: Artifact | None,
+        before: dict[str, Any] | None,
+    ) -> PlannedStage:
+        rows = self._rows_read(stage.data)
+        resolved, rules = resolve(stage, rows)
+        sequences = rows
+        if isinstance(stage, Pretrain):
+            characters = sum(self._characters.get(name, 0) for name in data_refs(stage.data).values())
+            sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
+        if isinstance(stage, Kto):
+            # A preference pair gives two.
+            sequences = sum(
+                self._rows[data]
+                * (2 if first_shape(root_of(self._experiment, data), self._folder) == "preference" else 1)
+                for data in data_refs(stage.data).values()
+            )
+        workers = self._compute.workers
+        assert workers != "auto", "resolved"
+        batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)
+        steps = artifact.facts["steps"] if artifact else batching.steps
+        parameters = self._parameters.setdefault(name, self._size(stage.model))
+        trainable = self._trainable(getattr(stage, "tuner", "full"), parameters)
+        memory = None
+        if parameters is not None and trainable is not None:
+            bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
+            zero = self._compute.zero_stage
+            trained = 2 if isinstance(resolved, Ppo) else 1  # the value model, or its adapter
+            whole = parameters * (trained if getattr(resolved, "tuner", "full") == "full" else 1)
+            memory = model_state_bytes(whole, trained * trainable, zero, workers, bf16)
+            memory += _frozen_copies(resolved) * frozen_bytes(parameters, zero, workers, bf16)
+        scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
+        auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
+        seconds = self._seconds(artifact, before, scale)
+        return make(rows=rows, steps=steps, memory_bytes=memory, seconds=seconds, auto=auto)
+
+    def _rows_read(self, data: Any) -> int:
+        """By a training; of a review whose decisions it learns from, all that it asks for are decided."""
+        if isinstance(data, ReviewLabels):
+            return getattr(self._experiment.stages[data.review], "rows", 0)
+        return sum(self._rows[stage] for stage in data_refs(data).values())
+
+    def _size(self, model: str | Pretrained | Scratch) -> int | None:
+        if isinstance(model, Scratch):
+            return SHAPES[model.scratch].parameters
+        if isinstance(model, Pretrained):
+            return count_parameters(model_folder(model, self._folder)) if model.is_folder else None
+        return self._parameters.get(model)
+
+    @staticmethod
+    def _trainable(tuner: Tuner, parameters: int | None) -> int | None:
+        """LoRA's share depends on the layers' shapes, which a plan does not read: 2 r / width of a linear layer, at
+        a width of about sqrt(parameters / 100)."""
+        if parameters is None or isinstance(tuner, str):
+            return parameters
+        lora: Lora = tuner.lora
+        return min(parameters, round(parameters * 2 * lora.rank / max(1.0, math.sqrt(parameters / 100))))
+
+    @staticmethod
+    def _seconds(artifact: Artifact | None, before: dict[str, Any] | None, scale: float) -> float | None:
+        if artifact is not None:
+            return 0.0
+        return before["measured"]["seconds"] * scale if before else None
+
+
+def _frozen_copies(stage: Training[Any]) -> int:
+    """Of the model that training began with: one to be held to, and PPO's reward model, taken to be as large; under an
+    adapter the base is there already, for the reward model too where that is an adapter on it."""
+    if getattr(stage, "tuner", "full") != "full":
+        return 0
+    if isinstance(stage, Ppo):
+        return 1 if isinstance(stage.reward, PythonReward) else 2
+    if isinstance(stage, Dpo):
+        return 0 if stage.reference_free else 1
+    return int(isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0))
+
+
+def characters_of(row: dict[str, Any]) -> int:
+    """Of all turns."""
+    return len(row["text"]) if row.get("text") else sum(len(turn["content"]) for turn in row["messages"])
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("stage", "kind"):
+        table.add_column(column)
+    for column in ("rows", "steps", "memory/rank", "time"):
+        table.add_column(column, justify="right")
+    table.add_column("plan")
+    for stage in plan.stages:
+        state = Text("reused", style="green") if stage.reused else Text(f"run: {stage.why}")
+        table.add_row(
+            stage.name,
+            stage.kind,
+            "" if stage.rows is None else f"{stage.rows:,}",
+            "" if stage.steps is None else f"{stage.steps:,}",
+            "" if stage.memory_bytes is None else _bytes(stage.memory_bytes),
+            "?" if stage.seconds is None else "" if stage.reused else duration(stage.seconds),
+            state,
+        )
+    lines: list[RenderableType] = [Text(f"{plan.experiment}  (store {plan.store})", style="bold"), table]
+    lines += [
+        Text(f"  auto: {stage.name}.{name} = {value}") for stage in plan.stages for name, value in stage.auto.items()
+    ]
+    lines += [Text(f"  auto: compute.{name} = {plan.compute[name]} ({rule})") for name, rule in plan.rules.items()]
+    lines += [Text(f"  search: {line}") for line in plan.search]
+    lines += [Text(f"  note: {note}") for note in plan.notes]
+    return Group(*lines)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

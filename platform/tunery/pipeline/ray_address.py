@@ -1,0 +1,142 @@
+"""The Ray cluster that RAY_ADDRESS names: its address checked, and whether anything of Ray answers there.
+
+Ray itself (2.60) tells little: with nobody at the address `ray.init` retries for 14 minutes without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from tunery.errors import RequestError, TuneryError
+from tunery.pipeline.diagnose import raised_in
+
+VARIABLE = "RAY_ADDRESS"
+CONNECT_SECONDS = 30.0
+"""At most, from the first packet to a connected driver."""
+ANSWER_SECONDS = 5.0
+"""For the first bytes of a server that has accepted a connection."""
+DEFAULT_PORT = 6379
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""A client's connection preface and its empty SETTINGS frame (RFC 9113, section 3.4): Ray's head speaks gRPC, and a
+gRPC server answers with SETTINGS of its own."""
+SETTINGS_FRAME = 4
+DASHBOARD = "it is the dashboard's, which takes jobs, and job submission is not available yet"
+SCHEMES = {"http": DASHBOARD, "https": DASHBOARD, "ray": "it is Ray Client's, which Ray Train does not run through"}
+"""What an address with a scheme is."""
+UNSET = f"or unset {VARIABLE} to start Ray on this machine"
+
+
+def cluster_address() -> str | None:
+    """RAY_ADDRESS as HOST:PORT or `auto`; None where Ray is to be started here. Connects to nothing.
+
+    Raises RequestError for what is no address of a cluster's head.
+    """
+    address = os.environ.get(VARIABLE, "").strip()
+    if address in ("", "local"):
+        return None
+    if address == "auto":
+        return address
+    scheme, separator, rest = address.rpartition("://")
+    host, port = _host_and_port(rest)
+    if separator:
+        raise RequestError(
+            f"{VARIABLE}={address} is not the address of a Ray cluster's head",
+            cause=SCHEMES.get(scheme, f"`{scheme}://` is no scheme of Ray's"),
+            remedy=f"tunery connects as a Ray driver, on a machine of the cluster: set {VARIABLE}="
+            f"{host or 'HOST'}:{DEFAULT_PORT}, {UNSET}",
+        )
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise RequestError(
+            f"{VARIABLE}={address} is not an address of the form HOST:PORT",
+            cause="it has no port" if host and not port else f"its port is `{port}`" if host else "it has no host",
+            remedy=f"set {VARIABLE}={host or 'HOST'}:{DEFAULT_PORT}, the port of `ray start --head`, {UNSET}",
+        )
+    return address
+
+
+def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) -> None:
+    """Raise TuneryError unless a server of Ray's kind answers at `address` (HOST:PORT) within CONNECT_SECONDS.
+
+    A host that does not answer is tried until then; a closed port and a name that nobody knows are told at once.
+    `wait` is called between tries, with seconds.
+    """
+    host, port = _host_and_port(address)
+    end = time.monotonic() + CONNECT_SECONDS
+    remedy = f"start the cluster (`ray start --head`), correct {VARIABLE}, {UNSET}"
+    try:
+        socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _unreachable(address, f"the host name `{host}` can't be resolved ({error.strerror})", remedy) from None
+    while True:
+        try:
+            # Short tries, so that an interrupt in between is never far away.
+            connection = socket.create_connection((host, int(port)), timeout=2.0)
+            break
+        except TimeoutError:
+            if time.monotonic() >= end:
+                cause = f"the host `{host}` did not answer within {CONNECT_SECONDS:.0f} s"
+                raise _unreachable(address, cause, remedy) from None
+            wait(0.1)
+        except OSError as error:
+            raise _unreachable(address, f"{error.strerror or error}: nothing listens there", remedy) from None
+    with connection:
+        if not _tls() and not _speaks_grpc(connection):
+            raise _unreachable(
+                address,
+                "what answers there is not the head of a Ray cluster, which speaks gRPC",
+                f"give the head's port, {DEFAULT_PORT} unless `ray start --head` was given another one, and not that "
+                f"of the dashboard (8265) or of Ray Client (10001), {UNSET}",
+            )
+
+
+def connection_failed(address: str, error: Exception | None) -> TuneryError:
+    """Of a driver whose `ray.init` failed with `error`, or did not end in time (None)."""
+    if error is None:
+        cause = f"its head is reachable, but did not take this driver within {CONNECT_SECONDS:.0f} s"
+    else:
+        # Ray's own line says no more than that it failed; why is in the error that it handled.
+        links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
+        texts = [raised_in(str(link)) or str(link) for link in links]  # some hold another error's traceback
+        lines = dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip())
+        cause = "; ".join(lines)[:500] or type(error).__name__
+    return _unreachable(
+        address,
+        cause,
+        "the cluster must have this machine's versions of Ray and Python, a Ray node on this machine, and its token "
+        f"(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN) where it wants one; correct that, {UNSET}"
+        if address != "auto"
+        else f"start one with `ray start --head`, give its HOST:PORT as {VARIABLE}, {UNSET}",
+    )
+
+
+def _unreachable(address: str, cause: str, remedy: str) -> TuneryError:
+    return TuneryError(f"no Ray cluster can be reached at {VARIABLE}={address}", cause=cause, remedy=remedy)
+
+
+def _host_and_port(text: str) -> tuple[str, str]:
+    """Of HOST:PORT and [IPv6]:PORT; the port is "" where there is none."""
+    text = text.split("/")[0]
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        return host, port.removeprefix(":")
+    host, _, port = text.partition(":")
+    return host, port
+
+
+def _tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    connection.settimeout(ANSWER_SECONDS)
+    try:
+        connection.sendall(HTTP2_HELLO)
+        header = b""
+        while len(header) < 9 and (more := connection.recv(9 - len(header))):
+            header += more
+    except OSError:
+        return False
+    return len(header) == 9 and header[3] == SETTINGS_FRAME

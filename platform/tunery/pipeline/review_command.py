@@ -1,0 +1,126 @@
+"""`tunery review`: the sample of a review stage, served as a page or written as a workbook."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunery.errors import RequestError
+from tunery.interrupt import STOP
+from tunery.pipeline.cache_keys import fingerprints, stage_seed
+from tunery.pipeline.execute import RunContext
+from tunery.review.decisions import DecisionLog, decisions_path, read_decisions
+from tunery.review.filter_results import read_filter_results
+from tunery.review.review_items import ReviewItem, review_items
+from tunery.review.review_session import ReviewSession
+from tunery.review.sample import sample_rows
+from tunery.review.server import ReviewServer
+from tunery.spec import Experiment, Review
+from tunery.spec.error_messages import nearest
+from tunery.spec.graph import with_upstream
+from tunery.spec.yaml_source import YamlSource
+from tunery.store import Store
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A review stage whose rows can be shown."""
+
+    stage: str
+    rows: list[ReviewItem]
+    decisions: Path
+    where: RunContext
+
+
+def find_review(experiment: Experiment, source: YamlSource, store: Store, name: str) -> Pending:
+    """Draws the sample of the review stage `name`. Raises RequestError when there is no such stage, or when the rows
+    that it looks at haven't been selected yet."""
+    where = RunContext(store, store.run(experiment.name), Path(source.file))
+    stage = experiment.stages.get(name)
+    if not isinstance(stage, Review):
+        reviews = [other for other, stage in experiment.stages.items() if isinstance(stage, Review)]
+        remedy = "add one: `checked: {kind: review, data: <a select stage>, decisions: decisions/checked.jsonl}`"
+        raise RequestError(
+            f"`{name}` is no review stage of {source.file}",
+            cause="" if stage is None else f"it is a {stage.kind} stage",
+            remedy=nearest(name, reviews) if reviews else remedy,
+        )
+    # Not the whole experiment: what other stages read need not be there to look at these rows.
+    needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [stage.data])})
+    selection = store.find("select", fingerprints(needed, where.folder)[stage.data][0])
+    if selection is None:
+        raise RequestError(
+            f"the rows of `{stage.data}` aren't selected yet, so there is nothing to review",
+            cause=f"the store {store.root} has no artifact of `{stage.data}` as {source.file} describes it now",
+            remedy=f"run `{where.command('run')}` first: it makes `{stage.data}`, and stops at `{name}`",
+        )
+    filtered = read_filter_results(selection)
+    sample = sample_rows(filtered.ids, filtered.sources, filtered.distance, stage.rows, stage_seed(stage, experiment))
+    return Pending(name, review_items(filtered, sample), decisions_path(stage, where.folder), where)
+
+
+def write_review(pending: Pending, path: Path, *, show_filter: bool, say: Say) -> None:
+    """As a workbook at `path`, with the decisions that there are. Raises RequestError rather than overwrite one."""
+    from tunery.review.workbook import write_workbook
+
+    if path.suffix != ".xlsx":
+        raise RequestError(f"{path} is no name for a workbook", remedy="let it end in .xlsx")
+    if path.exists():
+        raise RequestError(
+            f"{path} is there already", cause="it may hold decisions", remedy="give another name, or move it away"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decided = read_decisions(pending.decisions)
+    write_workbook(path, pending.rows, decided, show_filter=show_filter)
+    folder = pending.where.folder.absolute()
+    absolute = path.absolute()
+    named = absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
+    say(f"{path}: {len(pending.rows)} rows to decide on, in the column `decision`")
+    if absolute != pending.decisions.absolute():
+        say(f"to hand it back: write `decisions: {named}` in the stage `{pending.stage}`")
+    say(f"then: {pending.where.command('run')}")
+
+
+def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: bool, say: Say) -> None:
+    """As a page, until Ctrl-C. Every decision is in the file of decisions at once."""
+    if pending.decisions.suffix == ".xlsx":
+        raise RequestError(
+            f"the page can't write decisions into {pending.decisions}",
+            cause="it adds them to a .jsonl file, one line each",
+            remedy="let `decisions` name a .jsonl file, or write the workbook with --xlsx and decide there",
+        )
+    log = DecisionLog(pending.decisions)
+    try:
+        session = ReviewSession(
+            pending.stage, pending.rows, log, next_command=pending.where.command("run"), show_filter=show_filter
+        )
+        with ReviewServer(session, port) as server:
+            say(f"{pending.stage}: {session.decided} of {session.total} rows are decided")
+            say(f"review them at {server.url}")
+            say(f"every decision is saved at once, to {pending.decisions}; Ctrl-C ends this")
+            if browser and _has_screen():
+                webbrowser.open(server.url)
+            try:
+                server.serve_forever(poll_interval=0.2)
+            except KeyboardInterrupt:
+                STOP.forget()
+                say("")  # the terminal's ^C stands on this line
+        left = session.total - session.decided
+        say(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))
+        if left:
+            say(f"to go on: {pending.where.command('review', pending.stage)}")
+        if session.decided:
+            say(f"to use them: {pending.where.command('run')}")
+    finally:
+        log.close()
+
+
+def _has_screen() -> bool:
+    """Without one `webbrowser` would start a text browser in this terminal."""
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

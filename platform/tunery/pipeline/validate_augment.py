@@ -1,0 +1,170 @@
+"""What can be checked of an `augment` stage before a run: that its rows can be worded anew, that its examples have
+answers, and that nothing which the experiment measures on can get into its rows without being named in `heldout`.
+
+Two stages are taken to share rows where both go back to the same file, hub dataset or builtin corpus, and to splits
+that overlap. Copies of rows in two files can't be seen before they are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tunery.errors import SpecError
+from tunery.ingest.filesystem import File
+from tunery.ingest.formats.hub import HubDataset
+from tunery.ingest.read import first_shape, source_label
+from tunery.ingest.sources import BadSource, Builtin, Part, find_parts
+from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
+from tunery.spec.error_messages import error_at
+from tunery.spec.graph import lineage
+from tunery.spec.trainings import data_refs
+from tunery.spec.yaml_source import Path as KeyPath
+from tunery.spec.yaml_source import YamlSource
+
+
+def validate_augment(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    try:
+        yield from _check_shapes(name, stage, experiment, source, folder)
+        yield from _check_heldout(name, stage, experiment, source, folder)
+    except BadSource:  # told at the dataset
+        return
+
+
+def _check_shapes(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    at: KeyPath = ("stages", name)
+    data = _root(experiment, stage.data)
+    shape = first_shape(data, folder)
+    if shape == "text":
+        yield error_at(
+            source,
+            (*at, "data"),
+            f"`{name}.data` needs conversations or prompts, but `{source_label(data)}` holds texts",
+            cause="a text has no question to word anew",
+            remedy="use rows with questions",
+        )
+        return
+    if stage.few_shot is not None and stage.few_shot.counts[-1]:
+        given = stage.few_shot.examples
+        examples = _root(experiment, given or stage.data)
+        shape = first_shape(examples, folder)
+        if shape in ("text", "prompt"):
+            yield error_at(
+                source,
+                (*at, "few_shot", "examples") if given else (*at, "few_shot"),
+                f"`{name}.few_shot` needs examples with answers, but `{source_label(examples)}` holds {shape}s",
+                cause="" if given else f"no stage is named in `examples`, so they are the rows of `{stage.data}`",
+                remedy="name a stage with questions and answers in `examples`",
+            )
+
+
+def _check_heldout(
+    name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    to_measure_on = _is_to_measure_on(name, experiment)
+    uses: list[tuple[str, str, str]] = []
+    if not to_measure_on:
+        uses.append(("heldout", stage.data, "measure on rows that it does not make, such as another split"))
+    if stage.few_shot is not None:
+        examples = stage.few_shot.examples or stage.data
+        uses.append(("few_shot", examples, "name other rows in `few_shot.examples`, such as another split"))
+    named, told = set(stage.heldout), set[str]()
+    # Datasets first: to name one covers what is made of it.
+    for measured, where in sorted(_measured_on(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))):
+        line = lineage(experiment.stages, measured)
+        if _covering(line, experiment) & named:
+            continue
+        for field, used, otherwise in uses:
+            shared = _shared(_root(experiment, used), _root(experiment, measured), folder)
+            remedy = f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap"
+            if to_measure_on or name in line:
+                remedy = otherwise
+            if shared and remedy not in told:
+                named.add(measured)
+                told.add(remedy)
+                yield error_at(
+                    source,
+                    ("stages", name, field),
+                    f"rows that `{where}` measures on can get into `{name}`, from `{used}`",
+                    cause=f"`{measured}` and `{used}` both read {shared}",
+                    remedy=remedy,
+                )
+                break
+
+
+def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
+    """Whether the stage's rows are prompts to measure on, which no model learns: then they are held out themselves, and
+    only their examples must not be."""
+    stages = experiment.stages
+    trainings = [stage for stage in stages.values() if isinstance(stage, Training)]
+    lines = [lineage(stages, data) for stage in trainings for data in data_refs(stage.data).values()]
+    measured = any(name in lineage(stages, other) for other, _ in _measured_on(experiment))
+    return measured and not any(name in line for line in lines)
+
+
+def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
+    """The stages of a lineage that have all groups of its first one: each has a part of what the next has, but for a
+    review, which may bring back rows that its filter dropped."""
+    reviewed = {stage.data for name in line if isinstance(stage := experiment.stages[name], Review)}
+    return set(line) - (reviewed - {line[0]})
+
+
+def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Each stage whose rows some loss or win rate is measured on, with the first field that names it."""
+    found: dict[str, str] = {}
+    for name, stage in experiment.stages.items():
+        if isinstance(stage, Evaluate):
+            for key, data in stage.data.items():
+                found.setdefault(data, f"{name}.data.{key}")
+        if isinstance(stage, WinRate):
+            found.setdefault(stage.data, f"{name}.data")
+        if isinstance(stage, Training) and stage.eval_data is not None:
+            for path, data in data_refs(stage.eval_data).items():
+                found.setdefault(data, ".".join((name, "eval_data", *path)))
+    yield from found.items()
+
+
+def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
+    """What both read, and their splits; "" where they can share no group. Raises BadSource."""
+    if not _overlap(one, other):
+        return ""
+    parts = find_parts(other, folder)
+    known = {_path(part) for part in parts if isinstance(part, File)}
+    splits = one.split if one.split == other.split else f"{other.split} and {one.split}"
+    for part in find_parts(one, folder):
+        if _path(part) in known if isinstance(part, File) else any(_same(part, seen) for seen in parts):
+            return f"`{part.name}` (split {splits})"
+    return ""
+
+
+def _path(file: File) -> str:
+    """One for a file, whichever way it is named."""
+    return file.name if file.is_remote else os.path.realpath(file.path)
+
+
+def _same(one: Builtin | HubDataset, other: Part) -> bool:
+    """Subsets of a builtin corpus speak of the same objects; a config or split that is not named may be any."""
+    if isinstance(one, HubDataset) and isinstance(other, HubDataset):
+        named = ((one.config, other.config), (one.split, other.split))
+        return one.name == other.name and all(a == b or None in (a, b) for a, b in named)
+    return isinstance(one, Builtin) and isinstance(other, Builtin)
+
+
+def _overlap(one: Dataset, other: Dataset) -> bool:
+    """Whether a group can be in both splits: a larger holdout moves groups out of train, and nowhere else."""
+    if "all" in (one.split, other.split) or one.split == other.split:
+        return True
+    if one.split == "train":
+        return other.holdout > one.holdout
+    return other.split == "train" and one.holdout > other.holdout
+
+
+def _root(experiment: Experiment, name: str) -> Dataset:
+    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
+    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
+    return stage

@@ -1,0 +1,271 @@
+"""What a model's chat template makes of the rows that a stage gives it, found out on the first rows before anything
+runs: whether exact masks are possible, which rows it rejects, what `max_length` cuts, and where generation stops.
+
+Tokenizers are loaded here, models are not, and nothing imports torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunery.errors import SpecError
+from tunery.ingest.read import first_rows
+from tunery.ingest.sources import BadSource
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import encoding_of
+from tunery.models.load import Source, load_own_tokenizer, load_tokenizer
+from tunery.models.model_folder import BadModel, check_model_folder
+from tunery.models.prompts import encode_prompt_rows
+from tunery.models.template_rendering import UnsupportedTemplate
+from tunery.models.tokenized_dataset import EncodeRows, TokenizedRow
+from tunery.pipeline.cache_keys import model_folder
+from tunery.pipeline.validate_training import root_of
+from tunery.spec import (
+    ClassifierTraining,
+    Dataset,
+    Evaluate,
+    Experiment,
+    Pretrained,
+    RewardTraining,
+    Score,
+    Training,
+    WinRate,
+)
+from tunery.spec.error_messages import error_at
+from tunery.spec.graph import model_chain, root_model
+from tunery.spec.trainings import data_refs
+from tunery.spec.yaml_source import YamlSource
+from tunery.store.rows import Row
+from tunery.training.sequences import LABELLED_BY_STAGE, NOT_COUNTED, ROW_ENCODINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 200
+"""Rows that are encoded: the first ones of the dataset at the root of a stage's data, filters not applied."""
+
+
+HEADED = (ClassifierTraining, RewardTraining)
+"""Trainings to which rows are given as texts where the tokenizer has no chat template of its own
+(models/classifier_inputs.py)."""
+
+
+class TokenizerError(Exception):
+    """A tokenizer whose files can't be loaded."""
+
+
+@dataclass
+class TemplateCheck:
+    """Of a stage whose tokenizer is at hand."""
+
+    rows: int = 0
+    unusable: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    escaped: int = 0
+    """Special tokens in the rows' own text."""
+    dropped_reasoning: int = 0
+    opens_thinking: str = ""
+    """The generation prompt, where it opens a thinking block that rows without reasoning are trained without."""
+    max_unusable: float = 1.0
+
+    @property
+    def note(self) -> str:
+        """What is worth knowing of the sampled rows; "" when all of them are used whole."""
+        parts = []
+        if count := sum(self.unusable.values()):
+            reasons = "; ".join(f"{number} x {reason}" for reason, number in self.unusable.most_common(2))
+            fails = count / self.rows > self.max_unusable
+            above = f", more than max_unusable ({self.max_unusable:g}): the stage would fail" if fails else ""
+            parts.append(f"{count / self.rows:.0%} unusable ({reasons}){above}")
+        if self.truncated:
+            parts.append(f"{self.truncated / self.rows:.0%} truncated")
+        if self.dropped_reasoning:
+            parts.append(
+                f"the chat template does not render the reasoning of assistant turns ({self.dropped_reasoning})"
+            )
+        if self.escaped:
+            parts.append(f"special tokens in the text of rows are encoded as ordinary text ({self.escaped})")
+        if self.opens_thinking:
+            parts.append(
+                f"generation begins with {self.opens_thinking!r}, which rows without reasoning are trained without"
+            )
+        return f"of the first {_rows(self.rows)}: {'; '.join(parts)}" if parts else ""
+
+
+def validate_templates(
+    name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
+) -> Iterator[SpecError]:
+    """Of a stage whose models come from outside the experiment, at first or second hand."""
+    for at, model in _models(stage):
+        try:
+            tokenizer = _tokenizer(model, experiment, folder)
+        except TokenizerError as error:
+            yield error_at(
+                source,
+                ("stages", name, *at),
+                f"{name}: the tokenizer of `{_named(model, experiment)}` can't be used",
+                cause=str(error),
+                remedy="save the tokenizer again by `save_pretrained`, into the model's folder",
+            )
+            continue
+        if tokenizer is None:
+            continue
+        try:
+            found = check_rows(stage, experiment, folder, tokenizer)
+        except UnsupportedTemplate as error:
+            message = str(error)
+            yield error_at(
+                source,
+                ("stages", name, *at),
+                f"{name}: the chat template of `{_named(model, experiment)}` can't be used: {message}",
+                cause="no method gives an exact mask of what is trained, or the model would not learn to stop",
+                remedy="give the tokenizer another `chat_template`; docs/templates.md lists what is supported",
+            )
+            continue
+        # A sample says nothing certain of rows that it does not hold, or that are filtered first.
+        unfiltered = isinstance(stage.data, str) and isinstance(experiment.stages[stage.data], Dataset)
+        if unfiltered and 0 < found.rows < SAMPLE and sum(found.unusable.values()) == found.rows:
+            yield error_at(
+                source,
+                ("stages", name, "data"),
+                f"{name}: none of the {found.rows} rows of `{_data_named(stage.data)}` can be used with "
+                f"`{_named(model, experiment)}`",
+                cause="; ".join(f"{_rows(count)}: {reason}" for reason, count in found.unusable.most_common(3)),
+                remedy=f"raise max_length (now {stage.max_length}) where they are too long; take a model whose chat "
+                "template renders such rows; or give other rows. `tunery preview` shows them",
+            )
+
+
+def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str, Path] | None = None) -> dict[str, str]:
+    """By training stage, what is worth knowing of its rows. `artifacts`: of models that are built."""
+    notes = {}
+    for name, stage in experiment.stages.items():
+        if not isinstance(stage, Training):
+            continue
+        try:
+            load = load_own_tokenizer if isinstance(stage, HEADED) else load_tokenizer
+            tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {}, load)
+            if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
+                notes[name] = note
+        except (UnsupportedTemplate, TokenizerError):  # an error of `validate`
+            continue
+    return notes
+
+
+def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
+    """Raises UnsupportedTemplate, where some row is a conversation."""
+    found = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
+    data = stage.data.values() if isinstance(stage, Evaluate) else data_refs(stage.data).values()
+    try:
+        roots = [root_of(experiment, name) for name in data]
+        rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
+    except BadSource:  # an error of the dataset
+        return found
+    if any(row.get("messages") for row in rows):
+        profile = chat_template_of(tokenizer).profile
+        reasoned = all(_reasons(row) for row in rows if row.get("messages"))
+        if isinstance(stage, Training) and not profile.prefix and not reasoned:
+            found.opens_thinking = profile.generation_prompt
+    if (encode_rows := _encode_rows(stage)) is not None:
+        found.rows = len(rows)
+        for item in encode_rows(rows, tokenizer, encoding_of(stage)):
+            _count(item, found)
+    return found
+
+
+def _encode_rows(stage: Any) -> EncodeRows | None:
+    """How the stage turns rows into sequences; None where that is not known of the rows of a sample."""
+    if isinstance(stage, WinRate):
+        return encode_prompt_rows
+    if isinstance(stage, ClassifierTraining) and not isinstance(stage.data, str):
+        return LABELLED_BY_STAGE.encode_rows
+    kind = ROW_ENCODINGS.get(stage.kind)
+    return None if kind is None else kind.encode_rows
+
+
+def _count(item: TokenizedRow, found: TemplateCheck) -> None:
+    if item.unusable:
+        found.unusable[item.unusable] += item.unusable not in NOT_COUNTED
+        return
+    found.truncated += any(part.truncated for part in item.sequences)
+    found.escaped += sum(part.escaped_tokens for part in item.sequences)
+    found.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
+
+
+def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Language models of a stage, with where each stands in it."""
+    if isinstance(stage, HEADED):
+        return
+    if isinstance(stage, Training):
+        yield ("model",), stage.model
+    elif isinstance(stage, Evaluate | WinRate):
+        for index, model in enumerate(stage.models):
+            yield ("models", index), model
+    elif isinstance(stage, Score):
+        for index, scorer in enumerate(stage.by):
+            if scorer.kind() in ("perplexity", "ifd") and scorer.model is not None:
+                yield ("by", index), scorer.model
+
+
+def _tokenizer(
+    model: Any,
+    experiment: Experiment,
+    folder: Path,
+    artifacts: Mapping[str, Path] | None = None,
+    load: Callable[[Source], PreTrainedTokenizerBase] = load_tokenizer,
+) -> PreTrainedTokenizerBase | None:
+    """None where it is not at hand: of a new model, and of one on the hub that was not downloaded yet."""
+    for base in model_chain(experiment.stages, model):
+        if isinstance(base, str) and artifacts is not None and base in artifacts:
+            return _loaded({"artifact": str(artifacts[base])}, load)
+        if isinstance(base, Pretrained) and (name := _tokenizer_folder(base, folder)) is not None:
+            return _loaded({"pretrained": name, "revision": None}, load)
+    return None
+
+
+def _tokenizer_folder(model: Pretrained, folder: Path) -> str | None:
+    if not model.is_folder:
+        return _cached(model)
+    try:
+        check_model_folder(model_folder(model, folder))
+    except BadModel:  # an error of the stage that names it
+        return None
+    return str(model_folder(model, folder))
+
+
+def _loaded(source: Source, load: Callable[[Source], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    try:
+        return load(source)
+    except Exception as error:  # whatever a tokenizer's files make of the library that reads them
+        lines = str(error).strip().splitlines()
+        raise TokenizerError(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
+
+
+def _cached(model: Pretrained) -> str | None:
+    """The folder of a hub model's tokenizer in Hugging Face's cache; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def _reasons(row: Row) -> bool:
+    """Whether the last turn has reasoning."""
+    last = row["messages"][-1]
+    return bool(last.get("reasoning_content")) or "</think>" in (last["content"] or "")
+
+
+def _data_named(data: str | dict[str, float]) -> str:
+    return ", ".join(data_refs(data).values())
+
+
+def _named(model: Any, experiment: Experiment) -> str:
+    return str(getattr(root_model(experiment.stages, model), "pretrained", model))

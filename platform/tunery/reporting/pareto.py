@@ -1,0 +1,46 @@
+"""Two metrics of a search against each other, and the trials that no other beats in both. Pure, SVG text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tunery.reporting.axes import WIDTH, Scale, circle, frame, path, svg
+from tunery.reporting.charts import Dot
+
+
+def pareto_chart(dots: Sequence[Dot], labels: tuple[str, str], *, higher: bool = False, joined: bool = True) -> str:
+    """Dots whose style has the word `front` are the Pareto front, and are joined by steps: what lies beyond them no
+    trial has reached. `higher`: of the horizontal metric more is better. Not `joined` where further metrics decide as
+    well."""
+    if not dots:
+        return ""
+    height, bottom, top = 320.0, 272.0, 30.0
+    x = _scale([dot.x for dot in dots], 64, WIDTH - 12)
+    y = _scale([dot.y for dot in dots], bottom, top)
+    parts = frame(x, y, labels[0], labels[1])
+    front = sorted((dot.x, dot.y) for dot in dots if "front" in dot.style.split())
+    if joined and len(front) > 1:
+        parts.append(path(_steps([(x(px), y(py)) for px, py in front], higher), "front-line"))
+    for dot in sorted(dots, key=lambda dot: ("front" in dot.style, "best" in dot.style)):
+        size = 6 if "best" in dot.style else 5 if "front" in dot.style else 4.5
+        parts.append(circle(x(dot.x), y(dot.y), size, f"trial {dot.style}", dot.tip))
+    said = f"{labels[1]} by {labels[0]}: {len(dots)} trials, {len(front)} on the Pareto front"
+    return svg(height, parts, said)
+
+
+def _steps(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
+    """From one to the next by way of the corner that is worse than both."""
+    found = list(points[:1])
+    for (x1, y1), (x2, y2) in pairwise(points):
+        found += [(x1, y2) if higher else (x2, y1), (x2, y2)]
+    return found
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> Scale:
+    low, high = min(values), max(values)
+    log = low > 0 and high / low > 30
+    if log:
+        return Scale(low / (high / low) ** 0.06, high * (high / low) ** 0.06, start, end, True)
+    margin = (high - low) * 0.08 or max(abs(high) * 0.02, 1e-6)
+    return Scale(low - margin, high + margin, start, end)

@@ -1,0 +1,147 @@
+"""The report of a run: one HTML file that needs nothing else, neither a network nor a server.
+
+Drawn from the event log alone, so it can be written for a run that is under way, interrupted or failed.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from tunery.events.event_log import read_events
+from tunery.events.event_reducer import replay
+from tunery.events.formatting import duration
+from tunery.events.leaderboard import winner_summary
+from tunery.events.run_state import RunState, StageState
+from tunery.events.stage_summary import note, outcome
+from tunery.reporting import (
+    augment_section,
+    curves,
+    filter_section,
+    preview_section,
+    report_sections,
+    responses,
+    review_section,
+    search_report,
+    timing_section,
+)
+from tunery.reporting.tables import fact
+
+TEMPLATE = "report.html.jinja"
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `<run_folder>/report.html` from the folder's event log and return its path."""
+    path = run_folder / "report.html"
+    page = report_html(replay(read_events(run_folder / "events")), name=run_folder.name)
+    # Aside and renamed into place: a browser that reloads while a run goes on never sees half a page.
+    aside = path.with_name(f".report.{os.getpid()}.html")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def report_html(state: RunState, name: str = "") -> str:
+    """The page for a run's state; `name` is used where the log doesn't say one."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # Charts escape their own text (axes.py); everything else passes through the template's escaping.
+    environment.filters["drawn"] = Markup
+    template = environment.from_string(
+        resources.files("tunery.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
+    search = state.search
+    page = template.render(
+        run=state.run or name,
+        state=state,
+        question=report_sections.question(state.text),
+        begun=_moment(state.started),
+        took=_took(state),
+        versions=report_sections.versions(state),
+        problems=_problems(state),
+        comparisons=report_sections.comparisons(state),
+        leaderboard=report_sections.leaderboard(state),
+        funnels=report_sections.funnels(state),
+        scores=report_sections.score_figures(state),
+        aucs=filter_section.auc_tables(state),
+        heats=filter_section.heat_figures(state),
+        filters=filter_section.filters(state),
+        quarantines=filter_section.quarantines(state),
+        reviews=review_section.reviews(state),
+        augmented=augment_section.augmented(state),
+        previews=preview_section.previews(_told_stages(state)),
+        open_previews=preview_section.OPEN,
+        curves=curves.curve_figures(state),
+        details=curves.curve_details(state),
+        responses=responses.responses(_told_stages(state)),
+        open_responses=responses.OPEN,
+        search=search,
+        search_summary=search_report.summary(search) if search else "",
+        search_verdict=winner_summary(search) if search else [],
+        parallel=search_report.parallel(search) if search else None,
+        pareto=search_report.pareto(search) if search else None,
+        importance=search_report.importance(search) if search else [],
+        scatters=search_report.scatters(search) if search else [],
+        trial_curves=search_report.trial_curves(search) if search else None,
+        trials=search_report.trials_table(search) if search else None,
+        overhead=timing_section.overhead(state),
+        timeline=timing_section.timeline(state),
+        stages=[(stage, _said(stage), fact(_facts(stage)), _seconds(stage)) for stage in _told_stages(state)],
+    )
+    return page.lstrip()  # the macros before the page leave blank lines
+
+
+def _told_stages(state: RunState) -> list[StageState]:
+    """The run's stages, and those of the best trial: what came out of the search can be looked up as well."""
+    best = state.search.best if state.search else None
+    return [*state.stages.values(), *(best.stages.values() if best else ())]
+
+
+def _facts(stage: StageState) -> dict[str, object]:
+    own = {"fingerprint": stage.fingerprint, "artifact": stage.artifact, "detail": stage.detail}
+    return {**{name: value for name, value in own.items() if value}, **stage.facts}
+
+
+def _said(stage: StageState) -> str:
+    return outcome(stage) if stage.status in ("done", "reused") else note(stage)
+
+
+def _problems(state: RunState) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What stands on top of the page of a run that did not end well: (headline, [(label, text)])."""
+    told = [
+        (
+            f"{failure.stage}: {failure.message}",
+            [
+                (label, said)
+                for label, said in (
+                    ("cause", failure.cause),
+                    ("remedy", failure.remedy),
+                    ("log", failure.log),
+                )
+                if said
+            ],
+        )
+        for failure in state.failures
+    ]
+    if not told and state.status in ("failed", "interrupted"):
+        rest = "The same command goes on where this run stopped." if state.status == "interrupted" else ""
+        return [(state.message or f"the run was {state.status}", [("remedy", rest)] if rest else [])]
+    return told
+
+
+def _moment(seconds: float | None) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC") if seconds is not None else ""
+
+
+def _took(state: RunState) -> str:
+    elapsed = state.elapsed(state.last_event or 0.0)
+    return duration(elapsed) if elapsed is not None else ""
+
+
+def _seconds(stage: StageState) -> str:
+    elapsed = stage.elapsed(stage.finished or stage.started or 0.0) if stage.finished else stage.seconds
+    return duration(elapsed) if elapsed is not None else ""

@@ -1,0 +1,1 @@
+"""Scorers, and the pass over the shards of a dataset: the `score` stage."""

@@ -1,0 +1,173 @@
+"""What goes over the shards of rows, one actor a worker: each holds the scorers of a pass, and the model they share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunery.errors import TuneryError
+from tunery.models.actor_pool import score_dtype
+from tunery.models.load import Source
+from tunery.models.model_folder import BadModel
+from tunery.models.nll import SpanNll
+from tunery.scoring.score_shard import Scored, ScorePass, score_shard
+from tunery.scoring.scorers.embedding import keep_vectors, reference_rows
+from tunery.scoring.scorers.registry import SCORER_ENTRIES, ClassificationScorer, Columns, CorpusScorer, RowScorer
+from tunery.spec import Compute, Embedding, ScorerSpec
+from tunery.store.rows import Row
+
+
+class LikelihoodActor:
+    """Holds one model, for all scorers that ask it."""
+
+    def __init__(self, job: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute):
+        import torch
+
+        from tunery.models.load import load_model, load_tokenizer
+        from tunery.models.nll import Likelihood
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        self._job, self._max_length = job, max_length
+        self._scorers = {spec.score: SCORER_ENTRIES[spec.kind()].load()(spec) for spec in specs}
+        self._tokenizer = load_tokenizer(source)
+        pad = self._tokenizer.pad_token_id
+        assert isinstance(pad, int), "load_tokenizer saw to it"
+        self._likelihood = Likelihood(load_model(source, score_dtype(compute)).to(device).eval(), pad)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        from tunery.models.nll import nll_by_span
+        from tunery.models.truncation import encode
+
+        encoded = encode(rows, self._tokenizer, self._max_length)
+        views: dict[SpanNll, None] = {view: None for score in scores for view in self._scorers[score].views}
+        sums = nll_by_span(self._likelihood, encoded, list(views))
+        truncated = [item.truncated for item in encoded]
+        return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
+
+
+class ClassificationActor:
+    """Holds one sequence-classification model, for all scorers that ask it."""
+
+    def __init__(
+        self, job: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute
+    ) -> None:
+        import torch
+
+        from tunery.models.classify import SequenceClassifier
+        from tunery.models.load import load_classifier, load_own_tokenizer
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        self._job = job
+        model, labels = load_classifier(source, score_dtype(compute))
+        name = source.get("pretrained", source.get("artifact"))
+        try:
+            self._scorers: dict[str, ClassificationScorer] = {
+                spec.score: SCORER_ENTRIES[spec.kind()].load()(spec, labels, name) for spec in specs
+            }
+        except BadModel as error:  # of a folder it was told before; what is on the hub is only seen here
+            raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        self._classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(source), max_length)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        found = self._classifier(rows)
+        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
+        return {score: {**self._scorers[score](found.logits), **seen} for score in scores}
+
+
+class EmbeddingActor:
+    """Holds one model without its head, and the embeddings of the reference rows of all scorers that ask it."""
+
+    def __init__(
+        self,
+        job: ScorePass,
+        specs: Sequence[ScorerSpec],
+        source: Source,
+        max_length: int,
+        compute: Compute,
+        inputs: dict[str, Path],
+    ) -> None:
+        import torch
+
+        from tunery.models.embed import Embedder
+        from tunery.models.load import load_encoder, load_own_tokenizer
+
+        torch.set_num_threads(compute.cpus_per_worker)
+        device = "cuda" if compute.device == "gpu" else "cpu"
+        model = load_encoder(source, score_dtype(compute)).to(device).eval()
+        self._job = job
+        self._embedder = Embedder(model, load_own_tokenizer(source), max_length)
+        self._scorers = {spec.score: self._scorer(spec, inputs) for spec in specs}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
+        assert isinstance(spec, Embedding)
+        if spec.near is None:
+            return keep_vectors
+        references = reference_rows(inputs[spec.near])
+        vectors = self._embedder(references).vectors
+        there = np.flatnonzero(~np.isnan(vectors[:, 0]))
+        if not len(there):
+            raise TuneryError(
+                f"no row of `{spec.near}` can be compared with",
+                cause=f"the model sees no token in any of {len(references):,}",
+                remedy="name a stage whose rows are not empty in `near`",
+            )
+        scorer: Callable[[np.ndarray], Columns] = SCORER_ENTRIES[spec.kind()].load()(
+            vectors[there], [references[n]["id"] for n in there]
+        )
+        return scorer
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        found = self._embedder(rows)
+        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
+        return {score: {**self._scorers[score](found.vectors), **seen} for score in scores}
+
+
+class RuleActor:
+    """Holds the scorers that need no model: those of the row alone, and of those that compare rows the part that is
+    done row by row, their sketches."""
+
+    def __init__(self, job: ScorePass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
+        self._job = job
+        self._scorers = {spec.score: _by_row(spec, inputs) for spec in specs}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _units(batch, self._job, self._score)
+
+    def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        return {score: self._scorers[score](rows) for score in scores}
+
+
+def _by_row(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
+    kind = SCORER_ENTRIES[spec.kind()]
+    if kind.reads == "row":
+        scorer: RowScorer = kind.load()(spec, inputs)
+        return scorer
+    across: CorpusScorer = kind.load()(spec)
+    return lambda rows: {"score": [math.nan] * len(rows), **across.sketch(rows)}
+
+
+def _units(
+    batch: dict[str, Any], job: ScorePass, score: Callable[[Sequence[Row], Sequence[str]], Scored]
+) -> dict[str, Any]:
+    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, a unit each."""
+    told: list[dict[str, float]] = []
+    for shard in batch["shard"]:
+        begin = time.time()
+        told.append({**score_shard(Path(shard), job, score), "seconds": time.time() - begin})
+    return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}

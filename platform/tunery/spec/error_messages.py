@@ -1,0 +1,165 @@
+"""From pydantic's errors to ours: each names the file, the line, the value, the cause and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import Tag
+from pydantic_core import ErrorDetails
+
+from tunery.errors import SpecError
+from tunery.spec.experiment import Experiment
+from tunery.spec.references import Config
+from tunery.spec.scorers import SCORERS
+from tunery.spec.stages import Stage
+from tunery.spec.yaml_source import Path as KeyPath
+from tunery.spec.yaml_source import YamlSource
+
+
+def error_at(source: YamlSource, path: KeyPath, message: str, *, cause: str = "", remedy: str = "") -> SpecError:
+    return SpecError(message, file=source.file, line=source.line(path), cause=cause, remedy=remedy)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A remedy: the known word that was probably meant, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+def translate_all(details: list[ErrorDetails], source: YamlSource) -> list[SpecError]:
+    """One error a mistake: the members of a union that a value fits none of are told together, and a key that is
+    missing because it is misspelled is told once."""
+    errors: dict[str, SpecError] = {}
+    for detail in details:
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # pydantic counts the good items only; the bad ones are told by themselves
+        error = _translate(detail, source)
+        if error.message in errors:
+            errors[error.message].cause += f", or {sentence(detail).removeprefix('it should be ')}"
+        else:
+            errors[error.message] = error
+    misspelled = {error.remedy.split("`")[1] for error in errors.values() if error.remedy.startswith("did you mean")}
+    return [
+        error
+        for error in errors.values()
+        if not (error.remedy.startswith("add `") and error.remedy.split("`")[1].split(":")[0] in misspelled)
+    ]
+
+
+def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
+    path = _path_in_file(detail["loc"], source.data)
+    shown = ".".join(map(str, path)) or "the experiment"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        key = str(detail["loc"][-1])
+        owner = ".".join(map(str, path[:-1])) or "an experiment"
+        return error_at(source, path, f"`{owner}` has no key `{key}`", remedy=nearest(key, _fields_at(detail["loc"])))
+    if kind == "missing":
+        key = str(detail["loc"][-1])
+        return error_at(source, path, f"`{shown}` lacks `{key}`", remedy=f"add `{key}: ...`")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [stage.model_fields["kind"].annotation.__args__[0] for stage in _members(Stage)]
+        if kind == "union_tag_not_found":
+            return error_at(source, path, f"`{shown}` lacks `kind`", remedy=f"one of: {', '.join(kinds)}")
+        given = str(detail["ctx"]["tag"])
+        if detail["ctx"]["discriminator"] == "_scorer_tag()":
+            known = [scorer.kind() for scorer in SCORERS]
+            return error_at(
+                source,
+                path,
+                f"`{shown}` can't be {_shorten(detail['input'])}",
+                cause="a scorer is a mapping whose first key is its kind",
+                remedy=nearest(given.removesuffix(" scorer"), known),
+            )
+        if detail["ctx"]["discriminator"] != "'kind'":
+            cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
+            remedy = "name a stage that gives a model, or write {pretrained: <folder or hub name>}"
+            return error_at(source, path, f"`{shown}` can't be {_shorten(detail['input'])}", cause=cause, remedy=remedy)
+        return error_at(source, (*path, "kind"), f"there is no stage kind `{given}`", remedy=nearest(given, kinds))
+    value = _shorten(detail["input"])
+    return error_at(source, path, f"`{shown}` can't be {value}", cause=sentence(detail))
+
+
+def sentence(detail: ErrorDetails) -> str:
+    text = detail["msg"].removeprefix("Value error, ")
+    text = text.replace("Input should be", "it should be").replace("Input", "it")
+    return text[:1].lower() + text[1:]
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def kind_of(data: Any) -> str:
+    return "a list" if isinstance(data, list) else f"one value ({_shorten(data)})"
+
+
+def _path_in_file(loc: tuple[int | str, ...], data: Any) -> KeyPath:
+    """pydantic's location without the union tags in it, which the file does not have."""
+    path: list[int | str] = []
+    here = data
+    for key in loc:
+        if isinstance(here, dict):
+            found = key in here
+        else:
+            found = isinstance(here, list) and isinstance(key, int) and key < len(here)
+        if found:
+            here = here[key]
+            path.append(key)
+    return tuple(path)
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that holds the last key of `loc`: walks the annotations along it."""
+    annotation: Any = Experiment
+    for key in loc[:-1]:
+        annotation = _step(annotation, key)
+    model = next((member for member in _members(annotation) if _is_model(member)), None)
+    return [field.alias or name for name, field in model.model_fields.items()] if model else []
+
+
+def _step(annotation: Any, key: int | str) -> Any:
+    if _is_model(annotation):
+        field = annotation.model_fields.get(key)
+        if field is None:
+            return annotation
+        # Field() metadata is split off the annotation by pydantic; what matters here are its members.
+        return field.annotation
+    origin = get_origin(annotation)
+    if origin is dict:
+        return get_args(annotation)[1]
+    if origin is tuple:
+        return get_args(annotation)[0]
+    for member in _members(annotation):
+        if key in _tags(member):
+            return _bare(member)
+    for member in _members(annotation):
+        if _is_model(_bare(member)) or get_origin(_bare(member)) in (dict, tuple):
+            return _step(_bare(member), key)
+    return annotation
+
+
+def _members(annotation: Any) -> list[Any]:
+    bare = _bare(annotation)
+    return list(get_args(bare)) if get_origin(bare) is Union or type(bare).__name__ == "UnionType" else [bare]
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _tags(member: Any) -> set[str]:
+    tags = {item.tag for item in getattr(member, "__metadata__", ()) if isinstance(item, Tag)}
+    bare = _bare(member)
+    if _is_model(bare) and "kind" in bare.model_fields:
+        tags.add(get_args(bare.model_fields["kind"].annotation)[0])
+    return tags
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)

@@ -1,0 +1,91 @@
+"""What stages refer to: other stages, and models from outside."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
+
+AUTO: Literal["auto"] = "auto"
+Auto = Literal["auto"]
+Gives = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
+"""What a stage makes. classifier: a sequence-classification model, as reward models are."""
+ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """A reference from a stage's field (`path`, within the stage) to another stage, and what that stage may give."""
+
+    path: tuple[str | int, ...]
+    stage: str
+    wants: tuple[Gives, ...]
+
+
+class Scratch(Config):
+    """A new model with random weights, and a byte-level BPE tokenizer trained on the stage's rows."""
+
+    scratch: Literal["tiny", "small"]
+    """tiny: a Llama of about 1 M parameters, small: about 3 M (see models/scratch.py for the shapes)."""
+
+
+class Pretrained(Config):
+    """A Hugging Face model: a local folder (relative to the experiment's file) or a hub name."""
+
+    pretrained: str
+    revision: str | None = None
+    """Hub revision (a commit hash makes the experiment repeatable); not for folders."""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.pretrained.startswith(("/", "./", "../", "~"))
+
+    @model_validator(mode="after")
+    def _revision_is_for_hub_names(self) -> Pretrained:
+        if self.revision is not None and self.is_folder:
+            raise ValueError(f"a folder ({self.pretrained}) has no revision")
+        return self
+
+
+def _model_tag(value: object) -> str:
+    """Which form of a model reference this is, so that an error speaks of the form that was meant."""
+    if isinstance(value, dict):
+        near = [form for form in ("scratch", "pretrained") if difflib.get_close_matches(form, value, n=1)]
+        return near[0] if near else "pretrained"
+    if isinstance(value, Scratch):
+        return "scratch"
+    return "pretrained" if isinstance(value, Pretrained) else "stage"
+
+
+Model = Annotated[Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")], Discriminator(_model_tag)]
+"""A stage's name, or `{pretrained: folder or hub name}`."""
+
+NewOrModel = Annotated[
+    Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")] | Annotated[Scratch, Tag("scratch")],
+    Discriminator(_model_tag),
+]
+"""The same, or `{scratch: tiny}`."""
+
+
+def model_inputs(path: tuple[str | int, ...], model: str | Pretrained | Scratch) -> Iterator[StageRef]:
+    if isinstance(model, str):
+        yield StageRef(path, model, ("model",))
+
+
+def model_name(model: str | Pretrained | Scratch) -> str:
+    """What a model is called in results: its stage's name, or the last part of its folder or hub name."""
+    if isinstance(model, str):
+        return model
+    if isinstance(model, Scratch):
+        return f"scratch-{model.scratch}"
+    return re.split(r"[/\\]", model.pretrained.rstrip("/\\"))[-1]
