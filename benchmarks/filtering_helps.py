@@ -74,7 +74,7 @@ def prepare(scores: Sequence[str], shares: Sequence[float], device: str, folder:
     stages["scored"] = {"kind": "score", "data": "questions", "by": [SCORES[score] for score in scores]}
     for share in shares:
         for score in ("random", *scores):
-            keep = {score: {"quantile": share}}
+            keep = {score: {"keep_fraction": share}}
             stages[stage_of((score, share))] = {"kind": "select", "data": "scored", "keep": keep}
     experiment = {
         "name": "prepare",

@@ -71,7 +71,7 @@ def train(folder: Path) -> dict[str, Path]:
     stages = {
         "texts": {**CORPUS, "subset": "texts", "split": "train", "limit": 1500},
         "good": {**CORPUS, "subset": "questions", "split": "train", "limit": 600},
-        "bad": {**CORPUS, "subset": "questions", "split": "train", "limit": 600, "corrupt": 1.0},
+        "bad": {**CORPUS, "subset": "questions", "split": "train", "limit": 600, "corrupt_fraction": 1.0},
         "base": {
             "kind": "pretrain",
             "data": "texts",

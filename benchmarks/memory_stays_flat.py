@@ -36,7 +36,11 @@ EXPERIMENT = {
         "clean": {
             "kind": "select",
             "data": "scored",
-            "keep": {"length": {"range": [5, 500]}, "gopher": {"quantile": 0.9}, "near_duplicates": {"threshold": 0.5}},
+            "keep": {
+                "length": {"range": [5, 500]},
+                "gopher": {"keep_fraction": 0.9},
+                "near_duplicates": {"threshold": 0.5},
+            },
         },
     },
     "tracking": {"wandb": {"mode": "disabled"}},

@@ -216,7 +216,7 @@ def work(told: dict[str, Any]) -> None:
             device="gpu" if told["gpu"] else "cpu",
             zero_stage=told["zero"],
             micro_batch_size=told["micro"],
-            checkpoint_steps=1000,
+            save_steps=1000,
             gradient_checkpointing=True,
         ),
         workers=told["workers"],

@@ -6,7 +6,7 @@ the winner is known. The same trials, the same rule (lowest loss on the same hel
 
 plain            Ray Tune, one trial at a time on all cores: each loads the model, scores the rows, filters them, trains
                  LoRA by TRL's SFTTrainer and evaluates
-ours, alone      tunery with `pack: 1`: rows are scored once, trials side by side, one on each core
+ours, alone      tunery with `max_packed_trials: 1`: rows are scored once, trials side by side, one on each core
 ours, packed     the same in packs
 ours, with ASHA  in packs, the worse ones stopped early
 
@@ -228,7 +228,7 @@ def _trial(config: dict[str, Any], told: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, heldout = (_encoded(Path(told[name]), tokenizer) for name in ("questions", "validation"))
     scores = _perplexities(model, rows)
-    keep = round(point["clean.keep.perplexity.quantile"] * len(rows))
+    keep = round(point["clean.keep.perplexity.keep_fraction"] * len(rows))
     kept = [rows[index] for index in sorted(range(len(rows)), key=lambda index: scores[index])[:keep]]
     rank = point["sft.tuner.lora.rank"]
     trainer = SFTTrainer(

@@ -81,14 +81,14 @@ def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) ->
         resolved = experiment.model_copy(update={"compute": compute})
         workers, why = concurrent_trials(compute, local_hardware())
         planned = plan_search(resolved, store, Path(source.file).parent, workers, why)
-        by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.rungs}"
+        by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.progress_unit}"
         stopped = by if search.scheduler != "none" else ""
         lines = [f"{planned.trials} trials ({search.algorithm}{stopped}) for {search.metric}", *planned.lines()]
         if search.scheduler == "pbt":
             lines.append(f"then up to {most_descendants(resolved)} that go on from a better one's checkpoint")
-        if search.replicate > 1:
-            more = search.replicate - 1
-            lines.append(f"then the {min(search.top, planned.trials)} best with {more} more seeds each")
+        if search.num_seeds > 1:
+            more = search.num_seeds - 1
+            lines.append(f"then the {min(search.replicate_top_k, planned.trials)} best with {more} more seeds each")
     return make_plan(experiment, source, store, lines)
 
 

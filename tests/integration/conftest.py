@@ -22,16 +22,17 @@ name: small
 seed: 17
 stages:
   texts:      {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 150}
-  questions:  {kind: dataset, source: "builtin:python-docs", subset: questions, split: train, limit: 120, corrupt: 0.2}
+  questions:  {kind: dataset, source: "builtin:python-docs", subset: questions, split: train, limit: 120,
+               corrupt_fraction: 0.2}
   validation: {kind: dataset, source: "builtin:python-docs", subset: questions, split: validation, limit: 30}
   base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3, global_batch_size: 4,
            max_length: 128}
   scored: {kind: score, data: questions, by: [{perplexity: base}]}
-  clean:  {kind: select, data: scored, keep: {perplexity: {quantile: 0.8}}}
+  clean:  {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.8}}}
   sft:    {kind: sft, data: clean, model: base, epochs: 2, learning_rate: 1e-3, global_batch_size: 4,
-           eval_data: validation, evaluations: 2}
+           eval_data: validation, num_evals: 2}
   eval:   {kind: evaluate, models: [base, sft], data: {validation: validation}}
-compute: {workers: 2, zero_stage: 2, checkpoint_steps: 10}
+compute: {workers: 2, zero_stage: 2, save_steps: 10}
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE": "offline", "COLUMNS": "120"}
 WITHOUT_RAY = """

@@ -22,10 +22,10 @@ def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
             stages.pop(name)
         rows = {**stages["validation"], "limit": 20}
         stages |= {
-            "damaged": {**stages["questions"], "corrupt": 1.0},
-            "intact": {**stages["questions"], "corrupt": 0.0},
-            "rows": {**rows, "corrupt": 0.5},
-            "damaged_eval": {**rows, "corrupt": 1.0},
+            "damaged": {**stages["questions"], "corrupt_fraction": 1.0},
+            "intact": {**stages["questions"], "corrupt_fraction": 0.0},
+            "rows": {**rows, "corrupt_fraction": 0.5},
+            "damaged_eval": {**rows, "corrupt_fraction": 1.0},
             "intact_eval": rows,
             "judge": {
                 "kind": "classifier",
@@ -35,7 +35,7 @@ def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
                 "epochs": 0.5,
                 "learning_rate": 0.001,
                 "global_batch_size": 8,
-                "evaluations": 2,
+                "num_evals": 2,
             },
         }
         if compute["workers"] == 2:

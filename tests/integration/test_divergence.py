@@ -100,7 +100,7 @@ def models_in(store: Path) -> list[str]:
 
 
 def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> None:
-    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2, "checkpoint_steps": 1})
+    file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2, "save_steps": 1})
     told = train_one_by_one(file, tmp_path / "store", *STAGES)
     for name, result in told.items():
         assert "diverged at step" in result.get("error", ""), (name, result)

@@ -42,7 +42,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 def stages(experiment: dict) -> None:
-    sft = {**experiment["stages"].pop("sft"), "epochs": 1, "evaluations": 3, "tuner": {"lora": {"rank": 4}}}
+    sft = {**experiment["stages"].pop("sft"), "epochs": 1, "num_evals": 3, "tuner": {"lora": {"rank": 4}}}
     experiment["stages"].pop("eval")
     experiment["stages"] |= {name: {**sft, **changed} for name, changed in TRAININGS.items()}
     experiment["compute"] = {"workers": 1}
@@ -69,7 +69,7 @@ def job_of(bench: Bench, name: str, folder: Path, **changed: Any) -> Job:
         work=work,
         store=work,
         events=folder / "events",
-        compute=Compute(workers=1, device="cpu", checkpoint_steps=8),
+        compute=Compute(workers=1, device="cpu", save_steps=8),
         workers=1,
         started=time.time(),
     )

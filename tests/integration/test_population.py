@@ -15,7 +15,7 @@ from conftest import Bench, facts, wait_for
 
 def bred(experiment: dict[str, Any]) -> None:
     """Four LoRA trials that fit in one pack."""
-    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "evaluations": 4}
+    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "num_evals": 4}
     experiment["stages"].pop("eval")
     experiment["compute"] |= {"pack": 4}
     experiment["search"] = {

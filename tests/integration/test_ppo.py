@@ -29,7 +29,7 @@ PPO = {
     "ppo_epochs": 2,
     "sampling": {"max_new_tokens": 20},
     "eval_data": "held",
-    "evaluations": 2,
+    "num_evals": 2,
 }
 
 
@@ -65,7 +65,7 @@ def with_ppo(bench: Bench, **compute: object) -> None:
             },
             "whole": PPO,
         }
-        experiment["compute"] = {**experiment["compute"], "checkpoint_steps": 1, **compute}
+        experiment["compute"] = {**experiment["compute"], "save_steps": 1, **compute}
 
     bench.write(change)
 
@@ -123,7 +123,7 @@ def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
         for key, value in first.items():
             assert second[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if "reward" in key else value), key
     assert told["shared_base"] == (name == "lora")
-    assert told["value_from"] == "reward"
+    assert told["value_init"] == "reward"
 
 
 def test_four_models_on_one_base_take_a_part_of_the_memory_of_four(alone: dict[str, dict]) -> None:

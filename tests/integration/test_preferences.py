@@ -9,7 +9,7 @@ import pytest
 from conftest import Bench
 from small_classifiers import write_language_model
 
-COMMON = {"model": {"pretrained": "./base"}, "learning_rate": 0.001, "max_length": 64, "evaluations": 2}
+COMMON = {"model": {"pretrained": "./base"}, "learning_rate": 0.001, "max_length": 64, "num_evals": 2}
 LORA = {"lora": {"rank": 4}}
 COLOURS = ("red", "green", "blue", "one", "two", "three")
 
@@ -33,8 +33,8 @@ def write(bench: Bench, trainings: dict[str, dict], **compute: object) -> None:
     def change(experiment: dict) -> None:
         pairs = {"kind": "dataset", "source": "pairs.jsonl"}
         experiment["stages"] = {
-            "data": {**pairs, "split": "train", "holdout": 0.2},
-            "held_out": {**pairs, "split": "test", "holdout": 0.2},
+            "data": {**pairs, "split": "train", "eval_fraction": 0.2},
+            "held_out": {**pairs, "split": "test", "eval_fraction": 0.2},
             **{
                 name: {"data": "data", "eval_data": "held_out", **COMMON, **fields}
                 for name, fields in trainings.items()

@@ -33,7 +33,7 @@ def reward_models(bench: Bench, **compute: object) -> None:
             "epochs": 1,
             "learning_rate": 0.001,
             "global_batch_size": 8,
-            "evaluations": 2,
+            "num_evals": 2,
             "center": 0.01,
         }
         lora = {**rm, "eval_data": None, "tuner": {"lora": {"rank": 4}}, "epochs": 0.5}

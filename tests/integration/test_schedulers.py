@@ -24,14 +24,14 @@ first."""
 
 
 def packed(experiment: dict[str, Any]) -> None:
-    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 8, "evaluations": 9}
+    experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 8, "num_evals": 9}
     experiment["stages"].pop("eval")
     experiment["compute"] |= {"pack": 4}
     experiment["search"] = {
         "metric": "sft.eval_loss",
         "mode": "min",
         "trials": len(RATES),
-        "rungs": "steps",
+        "progress_unit": "steps",
         "first": [{"sft.learning_rate": rate} for rate in RATES],
         "space": {"sft.learning_rate": {"loguniform": [1e-6, 1e-2]}},
     }
@@ -116,7 +116,7 @@ def test_two_searches_share_a_store_and_a_cluster(before_sft: Bench, cluster: di
         def change(experiment: dict[str, Any], name: str = name, rates: list[float] = rates) -> None:
             packed(experiment)
             experiment["name"] = name
-            experiment["stages"]["sft"] |= {"epochs": 1, "evaluations": 2}
+            experiment["stages"]["sft"] |= {"epochs": 1, "num_evals": 2}
             experiment["search"] |= {"trials": 3, "algorithm": "grid", "first": []}
             experiment["search"]["space"] = {"sft.learning_rate": {"choice": rates}}
 

@@ -22,7 +22,7 @@ def searched(experiment: dict) -> None:
         "algorithm": "grid",
         "space": {
             "sft.learning_rate": {"choice": [1e-3, 3e-3]},
-            "clean.keep.perplexity.quantile": {"choice": [0.5, 0.8]},
+            "clean.keep.perplexity.keep_fraction": {"choice": [0.5, 0.8]},
         },
     }
 
@@ -80,7 +80,7 @@ def packed(experiment: dict) -> None:
     """Six LoRA trials, of which two pairs differ in what they are trained on."""
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 1}
     experiment["stages"].pop("eval")
-    experiment["compute"] |= {"checkpoint_steps": 5, "pack": 3}
+    experiment["compute"] |= {"save_steps": 5, "pack": 3}
     experiment["search"] = {
         "metric": "sft.eval_loss",
         "mode": "min",
@@ -88,7 +88,7 @@ def packed(experiment: dict) -> None:
         "algorithm": "grid",
         "space": {
             "sft.tuner.lora.rank": {"choice": [2, 4, 8]},
-            "clean.keep.perplexity.quantile": {"choice": [0.5, 0.8]},
+            "clean.keep.perplexity.keep_fraction": {"choice": [0.5, 0.8]},
         },
     }
 
@@ -150,7 +150,7 @@ def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Ben
 
     def change(experiment: dict) -> None:
         searched(experiment)
-        experiment["stages"]["sft"]["evaluations"] = 8
+        experiment["stages"]["sft"]["num_evals"] = 8
         experiment["stages"].pop("eval")
         experiment["compute"] |= {"workers_per_trial": 2}
         experiment["search"] = {
@@ -177,7 +177,7 @@ def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Ben
 def test_trials_are_stopped_and_added_from_another_terminal(before_sft: Bench) -> None:
     def change(experiment: dict) -> None:
         searched(experiment)
-        experiment["stages"]["sft"] |= {"epochs": 0.25, "evaluations": 10}
+        experiment["stages"]["sft"] |= {"epochs": 0.25, "num_evals": 10}
         experiment["search"] |= {"trials": 2, "algorithm": "random", "scheduler": "asha"}
         rates = {"loguniform": [1e-3, 3e-3]}
         experiment["search"]["space"] = {"sft.learning_rate": rates, "sft.epochs": {"choice": [10]}}

@@ -25,7 +25,7 @@ stages:
   base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 6, learning_rate: 2.0e-3, global_batch_size: 4,
            max_length: 128}
   eval:   {kind: evaluate, models: [base], data: {texts: texts}}
-compute: {workers: 1, checkpoint_steps: 5}
+compute: {workers: 1, save_steps: 5}
 """
 SEARCH = """
 search: {metric: base.eval_loss, mode: min, trials: 3, space: {base.learning_rate: {loguniform: [5.0e-4, 5.0e-3]}}}

@@ -26,11 +26,11 @@ def bench(tmp_path: Path) -> Bench:
 
     def change(experiment: dict) -> None:
         # More than one part of a shard (evaluation/generate_responses.py).
-        prompts = {**experiment["stages"]["questions"], "limit": 300, "corrupt": 0.0}
+        prompts = {**experiment["stages"]["questions"], "limit": 300, "corrupt_fraction": 0.0}
         compared = {
             "kind": "win_rate",
             "models": [{"pretrained": "./after"}],
-            "against": {"pretrained": "./before"},
+            "baseline": {"pretrained": "./before"},
             "data": "prompts",
             "sampling": {"max_new_tokens": 8},
             "max_length": 62,

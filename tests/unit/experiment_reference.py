@@ -81,14 +81,14 @@ SECTIONS: dict[type[BaseModel], str] = {
 STAGE_REFERENCES = {
     *((cls, "data") for cls in STAGES.values()),
     (STAGES["augment"], "heldout"),
-    (Keep, "as_many_as"),
+    (Keep, "match_count_of"),
     (FewShot, "examples"),
     (PositiveNegative, "good"),
     (PositiveNegative, "bad"),
     (ReviewLabels, "review"),
     (Ptx, "data"),
     (ContaminationSettings, "sets"),
-    *((cls, "near") for cls in SCORERS),
+    *((cls, "reference") for cls in SCORERS),
 }
 """Fields whose text is the name of a stage."""
 

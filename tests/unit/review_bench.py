@@ -27,10 +27,10 @@ seed: 17
 stages:
   questions: {kind: dataset, source: %s}
   scored:  {kind: score, data: questions, by: [{perplexity: {pretrained: nobody/loads-this}}]}
-  clean:   {kind: select, data: scored, keep: {perplexity: {quantile: 0.5}}}
+  clean:   {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.5}}}
   checked: {kind: review, data: clean, rows: 12, decisions: decisions/checked.jsonl}
 """
-BUILTIN = '"builtin:python-docs", subset: questions, split: train, limit: 120, corrupt: 0.2'
+BUILTIN = '"builtin:python-docs", subset: questions, split: train, limit: 120, corrupt_fraction: 0.2'
 
 
 @dataclass

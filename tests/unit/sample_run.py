@@ -27,7 +27,7 @@ stages:
   docs:   {kind: dataset,  source: "builtin:python-docs"}
   base:   {kind: pretrain, data: docs, model: {scratch: tiny}, epochs: 2, learning_rate: 1e-3}
   scored: {kind: score,    data: docs, by: [{perplexity: base}]}
-  clean:  {kind: select,   data: scored, keep: {perplexity: {quantile: 0.8}}}
+  clean:  {kind: select,   data: scored, keep: {perplexity: {keep_fraction: 0.8}}}
   sft:    {kind: sft,      data: clean, model: base, tuner: {lora: {rank: 16}}, learning_rate: auto}
   raw:    {kind: sft,      data: docs,  model: base, tuner: {lora: {rank: 16}}, learning_rate: auto}
   eval:   {kind: evaluate, models: [base, sft, raw], data: {domain: heldout, general: general}}
@@ -45,7 +45,7 @@ STAGES = [
 SPACE = {
     "sft.epochs": "one of 1, 2, 4",
     "sft.learning_rate": "log-uniform 1e-4 to 3e-3",
-    "clean.keep.perplexity.quantile": "one of 0.5, 0.8, 1.0",
+    "clean.keep.perplexity.keep_fraction": "one of 0.5, 0.8, 1.0",
 }
 
 
@@ -369,7 +369,7 @@ class _Story:
             "random_precision": 0.2,
             "random_recall": 0.2,
         }
-        rules = [{"score": "perplexity", "rule": "quantile 0.8", "cut": 105.0, "dropped": 800}]
+        rules = [{"score": "perplexity", "rule": "keep_fraction 0.8", "cut": 105.0, "dropped": 800}]
         facts = {"rows_in": 4_000, "kept": 3_200, "dropped": 800, "rules": rules, "planted": planted}
         self.finish("clean", "select", 0.6, facts)
 
@@ -492,7 +492,7 @@ class _Story:
         overrides: dict[str, Any] = {
             "sft.epochs": self.random.choice([1, 2, 4]),
             "sft.learning_rate": 10 ** self.random.uniform(-4, -2.52),
-            "clean.keep.perplexity.quantile": quantile,
+            "clean.keep.perplexity.keep_fraction": quantile,
         }
         off = abs(math.log10(overrides["sft.learning_rate"]) + 3.1)
         floor = 3.0 + 0.4 * off + 0.12 * abs(quantile - 0.8) + 0.05 / overrides["sft.epochs"]
@@ -501,7 +501,7 @@ class _Story:
         self.tell("trial_started", trial=trial, overrides=overrides)
         begun, kept = self.now, int(4_000 * quantile)
         cut = {0.5: 48.3, 0.8: 105.0, 1.0: 900.0}[quantile]
-        rules = [{"score": "perplexity", "rule": f"quantile {quantile}", "cut": cut, "dropped": 4_000 - kept}]
+        rules = [{"score": "perplexity", "rule": f"keep_fraction {quantile}", "cut": cut, "dropped": 4_000 - kept}]
         facts = {"rows_in": 4_000, "kept": kept, "dropped": 4_000 - kept, "rules": rules, "planted": None}
         self.finish("clean", "select", 0.4, facts, trial=trial)
         self.tell(

@@ -86,7 +86,7 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             (
                 "data: {held: held, worded: worded}}\n",
                 "data: {worded: worded}}\n"
-                "  wins: {kind: win_rate, models: [sft], against: base, judge: {pretrained: org/name}, data: held}\n",
+                "  wins: {kind: win_rate, models: [sft], baseline: base, judge: {pretrained: org/name}, data: held}\n",
             ),
             (
                 "train: {kind: dataset, source: pairs.jsonl, split: train}",
@@ -97,7 +97,7 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         ["`wins.data` measures on can get into `prompts`, from `train`"],
     ),
     "rows of a larger holdout": (
-        [("split: test}", "split: test, holdout: 0.2}")],
+        [("split: test}", "split: test, eval_fraction: 0.2}")],
         HELDOUT,
         ["(split test and train)", "name `held` in `prompts.heldout`, or give them splits that don't overlap"],
     ),
@@ -176,10 +176,18 @@ HUB = {"source": "hub:org/name"}
         ({**HUB, "config": "a"}, {**HUB, "config": "b"}, False),
         (HUB, {"source": "pairs.jsonl"}, False),
         ({"source": "pairs.jsonl", "split": "train"}, {"source": "pairs.jsonl", "split": "test"}, False),
-        ({"source": "pairs.jsonl", "split": "train"}, {"source": "pairs.jsonl", "split": "test", "holdout": 0.2}, True),
-        ({"source": "pairs.jsonl", "split": "test", "holdout": 0.3}, {"source": "pairs.jsonl", "split": "train"}, True),
         (
-            {"source": "pairs.jsonl", "split": "train", "holdout": 0.3},
+            {"source": "pairs.jsonl", "split": "train"},
+            {"source": "pairs.jsonl", "split": "test", "eval_fraction": 0.2},
+            True,
+        ),
+        (
+            {"source": "pairs.jsonl", "split": "test", "eval_fraction": 0.3},
+            {"source": "pairs.jsonl", "split": "train"},
+            True,
+        ),
+        (
+            {"source": "pairs.jsonl", "split": "train", "eval_fraction": 0.3},
             {"source": "pairs.jsonl", "split": "test"},
             False,
         ),

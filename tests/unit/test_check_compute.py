@@ -29,7 +29,7 @@ stages:
   base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 2, learning_rate: 2e-3}
   other: {kind: pretrain, data: texts, model: {pretrained: ./model}, epochs: 2, learning_rate: 2e-3}
   scored: {kind: score, data: docs, by: [{perplexity: base}]}
-  clean: {kind: select, data: scored, keep: {perplexity: {quantile: 0.8}}}
+  clean: {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.8}}}
   sft:
     kind: sft
     data: clean
@@ -215,7 +215,7 @@ MISTAKES: dict[str, Mistake] = {
         [
             (
                 "    sft.epochs: {choice: [1, 2]}\n    sft.global",
-                "    clean.keep.perplexity.quantile: {choice: [0.5]}\n    #",
+                "    clean.keep.perplexity.keep_fraction: {choice: [0.5]}\n    #",
             ),
             ("model: {scratch: tiny}", "model: {scratch: tiny}, global_batch_size: 6"),
         ],

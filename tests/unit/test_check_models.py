@@ -48,7 +48,7 @@ STAGES = {
     "rloo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINED}, {SAMPLED}",
     "ppo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINED}, {SAMPLED}",
     "evaluate": "models: [MODEL], data: {set: questions}, max_length: 64",
-    "win_rate": f"models: [MODEL], against: {{pretrained: ./llama}}, judge: {{pretrained: ./judge}}, data: prompts, "
+    "win_rate": f"models: [MODEL], baseline: {{pretrained: ./llama}}, judge: {{pretrained: ./judge}}, data: prompts, "
     f"max_length: 64, {SAMPLED}",
 }
 SUBSETS = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prompts": "prompts"}

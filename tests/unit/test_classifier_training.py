@@ -48,7 +48,7 @@ stages:
   plain: {kind: dataset, source: plain.jsonl}
   docs: {kind: dataset, source: plain.jsonl, limit: 3}
   scored: {kind: score, data: plain, by: [{length: words}]}
-  clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}
+  clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}
   checked: {kind: review, data: clean, decisions: checked.jsonl, rows: 7}
   base: {kind: pretrain, data: docs, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3}
   judge: {kind: classifier, data: DATA, eval_data: EVAL, model: base, epochs: 2, learning_rate: 1e-3,

@@ -127,7 +127,7 @@ stages:
   base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 2, learning_rate: 2e-3}
   sft: {kind: sft, data: rows, model: base, epochs: 1, learning_rate: 1e-5}
   eval: {kind: evaluate, models: [base, sft], data: {held: rows}, baseline: base}
-  wins: {kind: win_rate, models: [sft], against: base, judge: {python: reward.py}, data: rows}
+  wins: {kind: win_rate, models: [sft], baseline: base, judge: {python: reward.py}, data: rows}
 """
 SEARCHED = """\
 search: {metric: wins.sft.rows.win_rate, mode: max, trials: 2, space: {sft.epochs: {choice: [1, 2]}}}
@@ -143,7 +143,7 @@ def won(rate: float, too_long: int = 0) -> Artifact:
         "reward": 1.5,
         "response_length": 20.5,
         "eos_rate": 1.0,
-        "against": {"model": "base", "reward": 0.5, "response_length": 10.0, "eos_rate": 1.0},
+        "baseline": {"model": "base", "reward": 0.5, "response_length": 10.0, "eos_rate": 1.0},
         "rows": 90,
         "left_out": {"too_long": too_long, "unusable": 0},
     }
@@ -166,7 +166,7 @@ def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out
     assert table is not None
     assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
         "model": "sft",
-        "against": "base",
+        "baseline": "base",
         "prompts": "rows",
         "judge": "reward.py",
         "win rate": 0.6,
@@ -211,7 +211,7 @@ search:
   mode: min
   constraints: [{metric: sft.eval_loss, min: 1.0}]
   trials: 30
-  replicate: 3
+  num_seeds: 3
   space:
     sft.learning_rate: {loguniform: [1e-4, 1e-2]}
     sft.schedule: {choice: [linear, constant]}

@@ -290,7 +290,7 @@ def test_every_row_is_kept_or_listed_and_the_same_in_whatever_shards(tmp_path: P
 
 def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", directions(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
-    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", best="low", rows=2))
+    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=2))
     result, kept, dropped = run(tmp_path, data, spec)
     ids = [f"{n * 7919:016x}" for n in range(4)]
     assert kept == [ids[0], ids[2]]
@@ -318,7 +318,7 @@ def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: P
 def test_diversity_has_the_last_word_after_rules_and_quota(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", some_vectors(), [20])
     diverse = Diverse(by="vec", method="k_center", rows=5)
-    keep, quota = {"length": Keep(threshold=10.0)}, Quota(per="source", rows=4, by="length")
+    keep, quota = {"length": Keep(threshold=10.0)}, Quota(group_by="source", rows=4, by="length")
     result, kept, dropped = run(tmp_path, data, select(keep=keep, quota=quota, diverse=diverse))
     assert len(kept) == 5
     assert result.facts["diverse"]["candidates"] == 12
@@ -349,7 +349,9 @@ def test_choice_among_no_rows_says_what_dropped_them(tmp_path: Path) -> None:
 def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversity_dropped(tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
     data = scored(artifacts / "score-f", some_vectors(), [20])
-    spec = select(keep={"length": Keep(fraction=0.5)}, diverse=Diverse(by="vec", method="k_center", rows=5))
+    spec = select(
+        keep={"length": Keep(keep_fraction_of_rest=0.5)}, diverse=Diverse(by="vec", method="k_center", rows=5)
+    )
     result, kept, _ = run(tmp_path, data, spec)
     (artifacts / "score-f" / "manifest.json").write_text(json.dumps(data.manifest))
     (artifacts / "score-f" / "measured.json").write_text("{}")

@@ -114,7 +114,7 @@ def near(folder: Path, rows: list[Row], fingerprint: str) -> Artifact:
 def test_stage_scores_every_row_by_its_nearest_and_again_when_the_references_change(
     folder: Path, tmp_path: Path
 ) -> None:
-    by = [{"embedding": {"pretrained": "./encoder"}, "near": "near"}]
+    by = [{"embedding": {"pretrained": "./encoder"}, "reference": "near"}]
     references = [answer_row("it is blue", "how"), ROWS[3]]
     both = near(tmp_path, references, "a")
     told = make(folder, tmp_path, "one", by, near=both)
@@ -154,6 +154,8 @@ def test_without_references_the_vectors_are_kept_and_nothing_is_embedded_again(f
 
 
 def test_references_without_a_token_are_told(folder: Path, tmp_path: Path) -> None:
-    by = [{"embedding": {"pretrained": "./causal"}, "near": "near"}]
-    with pytest.raises(TuneryError, match=r"no row of `near` can be compared with\ncause: the model sees no token"):
+    by = [{"embedding": {"pretrained": "./causal"}, "reference": "near"}]
+    with pytest.raises(
+        TuneryError, match=r"no row of `reference` can be compared with\ncause: the model sees no token"
+    ):
         make(folder, tmp_path, "empty", by, near=near(tmp_path, [text_row("")], "a"))

@@ -418,10 +418,10 @@ def test_card_tells_question_training_data_scores_and_search(bench: Bench, tmp_p
 def test_win_rates_that_name_the_model_are_told_from_both_sides(bench: Bench, tmp_path: Path) -> None:
     print_ = bench.make(bench.experiment)["more"].fingerprint
     result = {"set": "asked", "win_rate": 0.75, "interval": [0.6, 0.9], "rows": 8}
-    for field, names, beaten in (("models.0", ["base", "more"], "base"), ("against", ["more", "hub"], "more")):
+    for field, names, beaten in (("models.0", ["base", "more"], "base"), ("baseline", ["more", "hub"], "more")):
         out = bench.store.work("win_rate", field) / "out"
         out.mkdir(parents=True)
-        facts = {"results": [{"model": names[1], "against": {"model": beaten}, **result}]}
+        facts = {"results": [{"model": names[1], "baseline": {"model": beaten}, **result}]}
         identity = {"names": [*names, "asked"], "judge": {"python": "/home/me/rate.py", "function": "rate"}}
         manifest = {"kind": "win_rate", "fingerprint": field, "identity": identity, "inputs": {field: print_}}
         bench.store.commit(out, {**manifest, "facts": facts}, {})

@@ -44,7 +44,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "`--by language=english`: `language`",
             "ISO 639",
         ),
-        (FilterRequest(("rows.csv",), Path("g.csv"), ("{embedding: ./m}",)), "gives rows no score", "near: good.jsonl"),
+        (
+            FilterRequest(("rows.csv",), Path("g.csv"), ("{embedding: ./m}",)),
+            "gives rows no score",
+            "reference: good.jsonl",
+        ),
         (
             FilterRequest(("rows.csv",), Path("g.csv"), ("contamination=no.csv",)),
             "`--by contamination=no.csv`: there is no",
@@ -109,7 +113,7 @@ EVERY_MODEL = (
     "{perplexity: ./m, of: whole, name: a}",
     "{reward: {pretrained: m}, name: b}",
     "{classifier: {pretrained: ./m}, label: 0, name: c}",
-    "{embedding: ./m, near: rows.csv}",
+    "{embedding: ./m, reference: rows.csv}",
     "contamination=rows.csv",
     "{contamination: {sets: [rows.csv, odd.csv]}, name: d}",
 )

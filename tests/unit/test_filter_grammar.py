@@ -17,8 +17,8 @@ from tunery.spec.scorers import SCORERS, Scorer
 
 NUMBERS = st.integers(-(10**15), 10**15) | st.floats(allow_nan=False, allow_infinity=False)
 SCORES = st.from_regex(r"[a-z][a-z0-9_]{0,12}", fullmatch=True)
-ENDS = st.sampled_from([{}, {"best": "low"}, {"best": "high"}])
-SHARES = st.integers(1, 1000).map(lambda tenths: {"quantile": tenths / 1000})
+ENDS = st.sampled_from([{}, {"prefer": "low"}, {"prefer": "high"}])
+SHARES = st.integers(1, 1000).map(lambda tenths: {"keep_fraction": tenths / 1000})
 RULES = st.one_of(
     st.tuples(NUMBERS, NUMBERS).map(lambda ends: {"range": sorted(ends)}),
     NUMBERS.map(lambda end: {"range": [end, None]}),
@@ -51,13 +51,13 @@ def test_whatever_is_said_is_a_rule_or_a_wrong_request(text: str) -> None:
         ("length 3..", {"range": [3, None]}),
         ("length ..  .5", {"range": [None, 0.5]}),
         ("  length   -2.5 .. 1e3", {"range": [-2.5, 1000.0]}),
-        ("length >= 0.1", {"threshold": 0.1, "best": "high"}),
-        ("length<=0", {"threshold": 0, "best": "low"}),
-        ("length best 80%", {"quantile": 0.8}),
-        ("length best 7%", {"quantile": 0.07}),
+        ("length >= 0.1", {"threshold": 0.1, "prefer": "high"}),
+        ("length<=0", {"threshold": 0, "prefer": "low"}),
+        ("length best 80%", {"keep_fraction": 0.8}),
+        ("length best 7%", {"keep_fraction": 0.07}),
         ("length best 1000", {"top_k": 1000}),
-        ("length lowest 10", {"top_k": 10, "best": "low"}),
-        ("length highest 12.5%", {"quantile": 0.125, "best": "high"}),
+        ("length lowest 10", {"top_k": 10, "prefer": "low"}),
+        ("length highest 12.5%", {"keep_fraction": 0.125, "prefer": "high"}),
     ],
 )
 def test_rules(text: str, rule: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tunery.store.fingerprint import LENGTH, file_digest, fingerprint, folder_di
 
 STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "docs": {"kind": "dataset", "source": "a.jsonl"},
-    "more": {"kind": "dataset", "source": "b.jsonl", "corrupt": 0.2},
+    "more": {"kind": "dataset", "source": "b.jsonl", "corrupt_fraction": 0.2},
     "base": {"kind": "pretrain", "data": "docs", "model": {"scratch": "tiny"}, "epochs": 2, "learning_rate": 1e-3},
     "other": {"kind": "pretrain", "data": "docs", "model": {"pretrained": "./model"}, "epochs": 1, "learning_rate": 1},
     "scored": {"kind": "score", "data": "docs", "by": [{"perplexity": "base"}]},
@@ -32,8 +32,12 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
         "data": "more",
         "by": [{"perplexity": "base"}, {"reward": {"pretrained": "./model"}}],
     },
-    "clean": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.8}, "random": {"top_k": 9}}},
-    "strict": {"kind": "select", "data": "scored", "keep": {"perplexity": {"quantile": 0.4}}},
+    "clean": {
+        "kind": "select",
+        "data": "scored",
+        "keep": {"perplexity": {"keep_fraction": 0.8}, "random": {"top_k": 9}},
+    },
+    "strict": {"kind": "select", "data": "scored", "keep": {"perplexity": {"keep_fraction": 0.4}}},
     "checked": {"kind": "review", "data": "clean", "decisions": "checked.jsonl"},
     "prompts": {"kind": "augment", "data": "clean", "templates": ["Q {question}", "{question}"], "heldout": ["more"]},
     "sft": {"kind": "sft", "data": "clean", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
@@ -58,7 +62,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     },
     "rm": {"kind": "reward", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4, "seed": 3},
     "eval": {"kind": "evaluate", "models": ["base", "sft"], "data": {"one": "docs", "two": "more"}},
-    "wins": {"kind": "win_rate", "models": ["base"], "against": "other", "judge": "judge", "data": "clean"},
+    "wins": {"kind": "win_rate", "models": ["base"], "baseline": "other", "judge": "judge", "data": "clean"},
 }
 
 MIXTURES = ("base", "sft", "dpo", "kto")
@@ -75,9 +79,9 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("docs", "revision"): ["v1"],
     ("docs", "subset"): ["texts", "questions", "preferences", "prompts"],
     ("docs", "split"): ["train", "validation", "test"],
-    ("docs", "holdout"): [0.2, 0.3],
+    ("docs", "eval_fraction"): [0.2, 0.3],
     ("docs", "limit"): [10, 20],
-    ("docs", "corrupt"): [0.1, 1.0],
+    ("docs", "corrupt_fraction"): [0.1, 1.0],
     ("docs", "columns"): [{"text": "a"}, {"text": "b"}, {"prompt": "a"}],
     ("docs", "roles"): [{"bob": "user"}, {"bob": "assistant"}],
     ("docs", "message_keys"): [{"role": "speaker"}, {"content": "speaker"}],
@@ -88,9 +92,9 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         [{"perplexity": "base", "of": "whole"}],
         [{"perplexity": "base", "name": "ppl"}],
         [{"perplexity": "base"}, {"ifd": "base"}],
-        [{"embedding": "base", "near": "more"}],
-        [{"embedding": "base", "near": "docs"}],
-        [{"embedding": {"pretrained": "./model"}, "near": "docs"}],
+        [{"embedding": "base", "reference": "more"}],
+        [{"embedding": "base", "reference": "docs"}],
+        [{"embedding": {"pretrained": "./model"}, "reference": "docs"}],
         [{"embedding": {"pretrained": "./model"}}],
         [{"embedding": "base"}],
         [{"reward": {"pretrained": "./model"}}],
@@ -108,26 +112,26 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
         {score: rule}
         for score in ("perplexity", "random")
         for rule in (
-            {"quantile": 0.5},
+            {"keep_fraction": 0.5},
             {"threshold": 0.8},
             {"top_k": 9},
-            {"fraction": 0.5},
-            {"as_many_as": "docs"},
+            {"keep_fraction_of_rest": 0.5},
+            {"match_count_of": "docs"},
             {"range": [0.8, None]},
         )
     ],
     ("clean", "combine"): ["any"],
     ("clean", "quota"): [
-        {"per": "source", "rows": 5},
-        {"per": "group", "rows": 5},
-        {"per": "group", "rows": 5, "by": "random"},
+        {"group_by": "source", "rows": 5},
+        {"group_by": "group", "rows": 5},
+        {"group_by": "group", "rows": 5, "by": "random"},
     ],
     ("clean", "diverse"): [
         {"by": "embedding", "method": "k_center", "rows": 5},
         {"by": "other", "method": "k_center", "rows": 5},
         {"by": "embedding", "method": "k_center", "share": 0.5},
         {"by": "embedding", "method": "score_first", "score": "random", "rows": 5},
-        {"by": "embedding", "method": "score_first", "score": "random", "rows": 5, "best": "high"},
+        {"by": "embedding", "method": "score_first", "score": "random", "rows": 5, "prefer": "high"},
         {"by": "embedding", "method": "score_first", "score": "random", "rows": 5, "similarity": 0.5},
     ],
     ("clean", "seed"): [4, 5],
@@ -206,19 +210,19 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     **{
         ("ppo", field): values
         for field, values in {
-            "value_from": ["reward", "policy"],
-            "retokenise": [True],
+            "value_init": ["reward", "policy"],
+            "allow_retokenize": [True],
             "minibatches": [2],
             "ppo_epochs": [1],
             "gamma": [0.9],
-            "lam": [0.5],
+            "gae_lambda": [0.5],
             "value_clip": [None, 0.1],
             "value_coefficient": [0.5],
             "entropy_coefficient": [0.5],
             "whiten_rewards": [True],
             "whiten_advantages": [False],
             "missing_eos_penalty": [0.5],
-            "kl": [{"estimator": "k3"}, {"coefficient": 0.5}, {"target": 1.0}, {"horizon": 1.0}, {"bound": 1.0}],
+            "kl": [{"estimator": "k3"}, {"coefficient": 0.5}, {"target": 1.0}, {"horizon": 1.0}, {"max_kl": 1.0}],
             "ptx": [None, {"data": "more"}, {"data": "docs", "coefficient": 0.5}],
         }.items()
     },
@@ -232,7 +236,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("eval", "baseline"): ["base", "sft"],
     ("eval", "max_length"): [64],
     ("wins", "models"): [["sft"], ["base", "sft"], ["sft", "base"], [{"pretrained": "./model"}]],
-    ("wins", "against"): ["sft", {"pretrained": "./model"}, {"pretrained": "org/name"}],
+    ("wins", "baseline"): ["sft", {"pretrained": "./model"}, {"pretrained": "org/name"}],
     ("wins", "judge"): [
         {"pretrained": "./model"},
         {"pretrained": "org/name"},
@@ -264,9 +268,9 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
             "warmup": [0.0],
             "weight_decay": [0.1],
             "max_grad_norm": [0.5],
-            "changes": [[{"after": 0.5, "learning_rate": 1e-5}], [{"after": 0.5, "weight_decay": 0.1}]],
+            "schedule_overrides": [[{"after": 0.5, "learning_rate": 1e-5}], [{"after": 0.5, "weight_decay": 0.1}]],
             "eval_data": ["more", *LABELLED] if name == "judge" else ["more"],
-            "evaluations": [2],
+            "num_evals": [2],
             "seed": [4, 5],
         }.items()
     },
@@ -346,8 +350,10 @@ def test_fields_that_came_later_change_no_fingerprint_where_they_are_not_given(f
         "combine": "all",
         "quota": None,
         "keep": {
-            score: dict.fromkeys(("top_k", "as_many_as", "threshold", "range", "best")) | {"quantile": None} | own
-            for score, own in (("perplexity", {"quantile": 0.8}), ("random", {"top_k": 9}))
+            score: dict.fromkeys(("top_k", "match_count_of", "threshold", "range", "best"))
+            | {"keep_fraction": None}
+            | own
+            for score, own in (("perplexity", {"keep_fraction": 0.8}), ("random", {"top_k": 9}))
         },
     }
 
@@ -370,10 +376,10 @@ COMPUTE: dict[str, list[Any]] = {
     "micro_batch_size": [1, 8],
     "precision": ["fp32", "bf16"],
     "gradient_checkpointing": [True],
-    "checkpoint_steps": [5],
+    "save_steps": [5],
     "max_failures": [3],
     "object_store_gb": [2.0],
-    "pack": [1, 4],
+    "max_packed_trials": [1, 4],
 }
 
 

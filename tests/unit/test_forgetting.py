@@ -27,7 +27,7 @@ stages:
   sft: {kind: sft, data: prompts, model: base, epochs: 1, learning_rate: 1e-5}
   more: {kind: sft, data: prompts, model: sft, epochs: 1, learning_rate: 1e-5}
   eval: {kind: evaluate, models: [base, more, sft], data: {general: docs, domain: prompts}, baseline: base}
-  wins: {kind: win_rate, models: [sft, more], against: base, judge: {python: reward.py}, data: prompts}
+  wins: {kind: win_rate, models: [sft, more], baseline: base, judge: {python: reward.py}, data: prompts}
 search:
   metric: eval.sft.general.loss
   mode: min

@@ -96,7 +96,7 @@ def test_each_metric_has_shares_of_its_own() -> None:
 def test_a_copy_of_a_population_counts_with_the_values_that_it_ended_with() -> None:
     """All began with the same rate."""
     points = [
-        ({"sft.learning_rate": 1.0, "sft.changes": [{"after": 0.2, "learning_rate": rate}]}, rate)
+        ({"sft.learning_rate": 1.0, "sft.schedule_overrides": [{"after": 0.2, "learning_rate": rate}]}, rate)
         for rate in (float(index) for index in range(2, 26))
     ]
     found = by_path(search_of(points), "sft.learning_rate")["sft.learning_rate"]

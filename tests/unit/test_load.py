@@ -37,7 +37,7 @@ stages:
     epochs: 2
     learning_rate: 2e-3
   scored: {kind: score, data: docs, by: [{perplexity: base}]}
-  clean: {kind: select, data: scored, keep: {perplexity: {quantile: 0.8}}}
+  clean: {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.8}}}
   sft: {kind: sft, data: clean, model: base, epochs: 1, learning_rate: 1e-5, eval_data: more}
   eval: {kind: evaluate, models: [base, sft], data: {held: more}}
 search:
@@ -48,7 +48,7 @@ search:
     sft.learning_rate: {loguniform: [1e-5, 1e-3]}
 """
 EVALUATE = "eval: {kind: evaluate, models: [base, sft], data: {held: more}}"
-WIN_RATE = "eval: {kind: win_rate, models: [base], against: sft, judge: {pretrained: org/name}, data: more}"
+WIN_RATE = "eval: {kind: win_rate, models: [base], baseline: sft, judge: {pretrained: org/name}, data: more}"
 
 
 def edited(*replacements: tuple[str, str]) -> str:
@@ -138,9 +138,14 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             "{classifier: {pretrained: a/b}}": ["`stages.scored.by.1` lacks `label`"],
             "{classifier: {pretrained: a/b}, label: -1}": ["`stages.scored.by.1.label` can't be -1", "or equal to 0"],
             "{classifier: {pretrained: a/b}, label: x, temperature: 0}": ["temperature` can't be 0", "greater than 0"],
-            "{embedding: base, near: mroe}": ["`scored.by.1.near` refers to stage `mroe`", "did you mean `more`?"],
-            "{embedding: more, near: more}": ["`scored.by.1.embedding` needs a model, but `more` is a dataset stage"],
-            "{embedding: base, near: base}": ["`scored.by.1.near` needs rows or scored rows, but `base`"],
+            "{embedding: base, reference: mroe}": [
+                "`scored.by.1.reference` refers to stage `mroe`",
+                "did you mean `more`?",
+            ],
+            "{embedding: more, reference: more}": [
+                "`scored.by.1.embedding` needs a model, but `more` is a dataset stage"
+            ],
+            "{embedding: base, reference: base}": ["`scored.by.1.reference` needs rows or scored rows, but `base`"],
             "{lenght: words}": ["`stages.scored.by.1` has no key `lenght`", "did you mean `length`?"],
             "{length: word}": ['`stages.scored.by.1.length` can\'t be "word"', "'words', 'chars' or 'lines'"],
             "{length: words, off: answer}": ["`stages.scored.by.1` has no key `off`", "did you mean `of`?"],
@@ -263,34 +268,34 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         ["`clean.keep` uses the score `perplexiti`, which `scored` does not make", "did you mean `perplexity`?"],
     ),
     "two rules on one score": (
-        [("{quantile: 0.8}", "{quantile: 0.8, threshold: 3}")],
+        [("{keep_fraction: 0.8}", "{keep_fraction: 0.8, threshold: 3}")],
         13,
-        ["give one of `quantile`, `top_k`, `as_many_as`, `fraction`, `threshold`, `range`"],
+        ["give one of `keep_fraction`, `top_k`, `match_count_of`, `keep_fraction_of_rest`, `threshold`, `range`"],
     ),
     "filter without a rule": (
-        [("keep: {perplexity: {quantile: 0.8}}", "combine: all")],
+        [("keep: {perplexity: {keep_fraction: 0.8}}", "combine: all")],
         13,
         ["`stages.clean` can't be", "it keeps all rows: give `keep`, `quota` or `diverse`"],
     ),
     "fraction of what no rule leaves": (
-        [("{quantile: 0.8}}", "{fraction: 0.8}}, combine: any")],
+        [("{keep_fraction: 0.8}}", "{keep_fraction_of_rest: 0.8}}, combine: any")],
         13,
-        ["take `quantile` with `combine: any`"],
+        ["with `combine: any` use `keep_fraction`"],
     ),
     "diversity by a score": (
-        [("{quantile: 0.8}}", "{quantile: 0.8}}, diverse: {by: perplexity, method: k_center, rows: 9}")],
+        [("{keep_fraction: 0.8}}", "{keep_fraction: 0.8}}, diverse: {by: perplexity, method: k_center, rows: 9}")],
         13,
         ["`clean.diverse` compares rows by `perplexity`", "keeps no vectors", "`by: [{embedding: <model>}]`"],
     ),
     "diversity of rows without scores": (
-        [("scored, keep: {perplexity: {quantile: 0.8}}", "docs, diverse: {by: e, method: k_center, rows: 9}")],
+        [("scored, keep: {perplexity: {keep_fraction: 0.8}}", "docs, diverse: {by: e, method: k_center, rows: 9}")],
         13,
         ["`clean.diverse` compares rows by `e`, of which `docs` keeps no vectors", "it is a dataset stage"],
     ),
     "diversity by vectors that are called otherwise": (
         [
             ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
-            ("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embeddings, method: k_center, rows: 9}"),
+            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embeddings, method: k_center, rows: 9}"),
         ],
         13,
         ["by `embeddings`", "did you mean `embedding`?"],
@@ -299,7 +304,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         [
             ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
             (
-                "keep: {perplexity: {quantile: 0.8}}",
+                "keep: {perplexity: {keep_fraction: 0.8}}",
                 "diverse: {by: embedding, method: score_first, score: perplexiti}",
             ),
         ],
@@ -312,23 +317,23 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             ("keep: {perplexity:", "keep: {embedding:"),
         ],
         13,
-        ["`clean.keep` uses the score `embedding`, which is none", "give it `near` in `scored`"],
+        ["`clean.keep` uses the score `embedding`, which is none", "give it `reference` in `scored`"],
     ),
     "diversity of no method": (
-        [("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embedding, method: kcenter, rows: 9}")],
+        [("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embedding, method: kcenter, rows: 9}")],
         13,
         ['`stages.clean.diverse.method` can\'t be "kcenter"', "'k_center' or 'score_first'"],
     ),
     "review of a choice without a cut": (
         [
             ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
-            ("keep: {perplexity: {quantile: 0.8}}", "diverse: {by: embedding, method: k_center, rows: 9}"),
+            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embedding, method: k_center, rows: 9}"),
             ("  eval:", "  checked: {kind: review, data: clean, decisions: a.jsonl}\n  eval:"),
         ],
         15,
         ["`checked` asks about rows near a cut, and `clean` has none"],
     ),
-    "threshold that keeps everything": ([("{quantile: 0.8}", "{threshold: .inf}")], 13, ["finite number"]),
+    "threshold that keeps everything": ([("{keep_fraction: 0.8}", "{threshold: .inf}")], 13, ["finite number"]),
     "search path that no field has": (
         [("sft.learning_rate: {log", "sft.learnin_rate: {log")],
         21,
@@ -338,7 +343,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         [
             ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
             (
-                "keep: {perplexity: {quantile: 0.8}}",
+                "keep: {perplexity: {keep_fraction: 0.8}}",
                 "diverse: {by: embedding, method: score_first, score: perplexity}",
             ),
             ("sft.learning_rate: {loguniform: [1e-5, 1e-3]}", "clean.diverse.score: {choice: [random, ifd]}"),
@@ -575,7 +580,7 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
         " {language: en}, {duplicates: exact, of: question}, {near_duplicates: {threshold: 0.7}},"
         " {contamination: {sets: [more], ngram: 8}}, {reward: {pretrained: a/b}},"
         " {classifier: {pretrained: a/b, revision: abc}, label: 1, temperature: 0.5},"
-        " {embedding: base, near: docs}"
+        " {embedding: base, reference: docs}"
     )
     scored = load_text(edited(("by: [{perplexity: base}]", f"by: [{scorers}]")))[0].stages["scored"]
     assert isinstance(scored, Score)
@@ -598,7 +603,7 @@ def test_scorers_are_named_by_their_first_key_and_take_their_settings(load_text:
     assert [item.path for item in scored.inputs()][2:] == [
         ("by", 9, "contamination", "sets", 0),
         ("by", 12, "embedding"),
-        ("by", 12, "near"),
+        ("by", 12, "reference"),
     ]
     gopher = scored.by[4]
     assert isinstance(gopher, Gopher)

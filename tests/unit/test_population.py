@@ -39,7 +39,7 @@ def population(**fields: Any) -> Population:
 def report(point: Point, generation: int) -> dict[str, float]:
     """The nearer to 1e-3 a trial has learned, the less is its loss."""
     rates = [point["sft.learning_rate"]]
-    for change in point.get("sft.changes", ()):
+    for change in point.get("sft.schedule_overrides", ()):
         rates += [change["learning_rate"]] * (change["after"] < generation / EVALUATIONS)
     loss = sum(abs(math.log10(rate) + 3) for rate in rates) / len(rates)
     step = at_even_steps(STEPS, EVALUATIONS)[generation - 1]
@@ -61,7 +61,7 @@ def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Exp
             found.append(descent)
             child = trial_id(descent.overrides)
             points[child] = descent.overrides
-            ahead[child] = round(descent.overrides["sft.changes"][-1]["after"] * EVALUATIONS) + 1
+            ahead[child] = round(descent.overrides["sft.schedule_overrides"][-1]["after"] * EVALUATIONS) + 1
     return found
 
 
@@ -92,16 +92,21 @@ def test_who_makes_room_does_not_depend_on_who_is_faster(seed: int) -> None:
 def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None:
     told = population()
     first = {trial_id(point): point for point in starts()}
-    found = [descent for descent in lived(told, lambda names: names) if len(descent.overrides["sft.changes"]) == 1]
-    found = [descent for descent in found if descent.overrides["sft.changes"][0]["after"] == 0.2]
+    found = [
+        descent for descent in lived(told, lambda names: names) if len(descent.overrides["sft.schedule_overrides"]) == 1
+    ]
+    found = [descent for descent in found if descent.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
     losses = {name: report(point, 1)["sft.eval_loss"] for name, point in first.items()}
     ranked = sorted(losses, key=lambda name: losses[name])
     assert {descent.member for descent in found} == set(ranked[-2:])
     assert {descent.of for descent in found} <= set(ranked[:2])
     for descent in found:
         assert descent.since == 10
-        assert {**first[descent.of], "sft.changes": descent.overrides["sft.changes"]} == descent.overrides
-        (change,) = descent.overrides["sft.changes"]
+        assert {
+            **first[descent.of],
+            "sft.schedule_overrides": descent.overrides["sft.schedule_overrides"],
+        } == descent.overrides
+        (change,) = descent.overrides["sft.schedule_overrides"]
         assert search().space["sft.learning_rate"].holds(change["learning_rate"])
         assert change["weight_decay"] in (0.0, 0.01, 0.1)
         assert final_values(descent.overrides)["sft.learning_rate"] == change["learning_rate"]
@@ -109,7 +114,7 @@ def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None
 
 
 def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() -> None:
-    (change,) = lived(population(), lambda names: names)[0].overrides["sft.changes"]
+    (change,) = lived(population(), lambda names: names)[0].overrides["sft.schedule_overrides"]
     assert change["after"] == 1 / EVALUATIONS
     for evaluations in range(2, 13):
         for steps in (12, 50, 51, 99, 300):
@@ -224,7 +229,9 @@ def test_a_member_of_fewer_steps_than_evaluations_keeps_nobody_waiting(pause: in
         for descent in due(told):
             others.append(trial_id(descent.overrides))
             points[others[-1]] = descent.overrides
-            pending[others[-1]] = list(range(round(descent.overrides["sft.changes"][-1]["after"] * 5) + 1, EVALUATIONS))
+            pending[others[-1]] = list(
+                range(round(descent.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, EVALUATIONS)
+            )
         if told.is_far_ahead(short):
             assert told.waits(short), "else it is paused, begun again, and paused again"
         elif not ahead:

@@ -274,8 +274,8 @@ def test_reward_model_with_another_tokenizer_is_refused_and_read_as_text_when_as
     origin = {"pretrained": str(other), "revision": None}
     with pytest.raises(StageError, match="reads other tokens") as caught:
         built(job(policy, origin))
-    assert "retokenise: true" in caught.value.remedy
-    models = built(job(policy, origin, retokenise=True))
+    assert "allow_retokenize: true" in caught.value.remedy
+    models = built(job(policy, origin, allow_retokenize=True))
     assert (models.reward, models.value_from) == (None, "policy")
     assert models.rate is not None
     assert len(models.rate([{"messages": [{"role": "user", "content": "why"}]}], ["because"])) == 1
@@ -290,7 +290,7 @@ def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path)
     (tmp_path / "r.py").write_text("def reward(prompts, answers):\n    return [0] * len(answers)\n")
     origin = {"python": str(tmp_path / "r.py"), "function": "reward"}
     with pytest.raises(StageError, match="can't begin with this reward"):
-        built(job(policy, origin, value_from="reward"))
+        built(job(policy, origin, value_init="reward"))
 
 
 @pytest.mark.parametrize(

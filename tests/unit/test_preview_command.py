@@ -46,7 +46,7 @@ stages:
   grpo: {kind: grpo, data: chats, model: sft, reward: rm, epochs: 1, learning_rate: 1e-3}
   rloo: {kind: rloo, data: chats, model: sft, reward: rm, epochs: 1, learning_rate: 1e-3}
   ppo: {kind: ppo, data: chats, model: sft, reward: rm, epochs: 1, learning_rate: 1e-3, ptx: {data: texts}}
-  wins: {kind: win_rate, models: [dpo], against: sft, judge: rm, data: chats}
+  wins: {kind: win_rate, models: [dpo], baseline: sft, judge: rm, data: chats}
   eval: {kind: evaluate, models: [sft, dpo], data: {held: chats, pages: texts}}
 """
 CHATS = [

@@ -274,14 +274,14 @@ def test_limit_counts_good_rows_from_the_top_and_reads_no_further(tmp_path: Path
     assert [line.line for line in bad] == [2]
 
 
-@pytest.mark.parametrize("holdout", [0.1, 0.45])
-def test_splits_share_no_group_and_lose_no_row(holdout: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eval_fraction", [0.1, 0.45])
+def test_splits_share_no_group_and_lose_no_row(eval_fraction: float, tmp_path: Path) -> None:
     records = [{"messages": conversation(f"question {n % 120}", f"answer {n}")} for n in range(360)]
     text = "\n".join(map(json.dumps, records))
     groups: dict[str, set[str]] = {}
     lines: list[int] = []
     for split in ("train", "validation", "test"):
-        rows, _ = read(tmp_path, text, split=split, holdout=holdout)
+        rows, _ = read(tmp_path, text, split=split, eval_fraction=eval_fraction)
         groups[split] = {row["group"] for row in rows}
         lines += [row["line"] for row in rows]
     assert all(groups.values())
@@ -454,7 +454,7 @@ def test_quarantine_of_a_json_array_holds_what_utf_8_cannot(tmp_path: Path) -> N
     assert json.loads(quarantine_of(out)[0]["excerpt"]) == {"text": "\ud83d"}
 
 
-@pytest.mark.parametrize("corrupt", [0.0, 0.3])
+@pytest.mark.parametrize("corrupt_fraction", [0.0, 0.3])
 def test_same_rows_make_the_same_bytes(corrupt: float, tmp_path: Path) -> None:
     records = [{"question": f"what is {n}?", "answer": " ".join(f"word{n + k}" for k in range(12))} for n in range(80)]
     (tmp_path / "a.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, records)))

@@ -245,7 +245,7 @@ def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
 
     def won(model: str, rate: float) -> dict[str, object]:
         return {"model": model, "set": "heldout", "win_rate": rate, "interval": [0.1, 0.9], "reward": 1.5, "rows": 3,
-                "outcomes": {"wins": 2, "ties": 0, "losses": 1}, "against": {"model": "base", "reward": 0.5},
+                "outcomes": {"wins": 2, "ties": 0, "losses": 1}, "baseline": {"model": "base", "reward": 0.5},
                 "left_out": {"too_long": 1, "unusable": 0}}  # fmt: skip
 
     losses = [{"model": model, "set": "heldout", "loss": 2.5, "rows": 4} for model in ("base", "sft", "ppo")]

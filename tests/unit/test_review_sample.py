@@ -120,7 +120,7 @@ def test_rank_from_the_cut_is_below_zero_exactly_where_the_rule_passes(
     scores: list[float], quantile: float | None, threshold: float
 ) -> None:
     badness = np.array(scores)
-    rule = Keep(quantile=quantile) if quantile else Keep(threshold=threshold)
+    rule = Keep(keep_fraction=quantile) if quantile else Keep(threshold=threshold)
     passed = find_threshold(lambda: iter([badness]), rule, "low", len(badness), None).passing(badness)
     ranks = ranks_from_cut(badness, passed)
     assert ((ranks < 0) == passed).all()

@@ -53,7 +53,7 @@ def test_decision_of_a_person_beats_the_filter_and_all_other_rows_stay_as_they_w
     assert [row["id"] for row in read_rows(made.path)] == [*ids[:19], ids[20]], "in the order they came in"
     dropped = [json.loads(line) for line in (made.path / "dropped.jsonl").read_text().splitlines()]
     assert [(line["id"], line["rule"]) for line in dropped] == [
-        (id, "review" if id in (ids[19], ids[39]) else "perplexity quantile 0.5") for id in [ids[19], *ids[21:]]
+        (id, "review" if id in (ids[19], ids[39]) else "perplexity keep_fraction 0.5") for id in [ids[19], *ids[21:]]
     ]
     facts = made.facts
     assert (facts["rows_in"], facts["rows"], facts["kept"], facts["dropped"]) == (40, 20, 20, 20)
@@ -235,7 +235,7 @@ def test_scored_rows_that_were_removed_are_told(bench: ReviewBench) -> None:
 def test_selection_that_its_rules_do_not_give_is_told(bench: ReviewBench) -> None:
     made = bench.make("clean")
     manifest = json.loads((made["clean"].path / "manifest.json").read_text())
-    manifest["identity"]["keep"] = {"perplexity": {"quantile": 0.25}}
+    manifest["identity"]["keep"] = {"perplexity": {"keep_fraction": 0.25}}
     made["clean"].manifest.update(manifest)
     with pytest.raises(StoreError, match="doesn't hold the rows"):
         read_filter_results(made["clean"])
@@ -363,14 +363,14 @@ def test_what_is_shown_of_a_row_is_its_turns_with_what_is_judged_marked(tmp_path
     "rules",
     [
         "keep: {perplexity: {range: [20, 90]}}",
-        "keep: {perplexity: {top_k: 30}, random: {quantile: 0.5}}",
-        "keep: {perplexity: {top_k: 30}, random: {quantile: 0.5}}, combine: any",
-        "keep: {perplexity: {as_many_as: few}}",
-        "keep: {perplexity: {threshold: 60, best: high}}, quota: {per: source, rows: 11, by: random}",
+        "keep: {perplexity: {top_k: 30}, random: {keep_fraction: 0.5}}",
+        "keep: {perplexity: {top_k: 30}, random: {keep_fraction: 0.5}}, combine: any",
+        "keep: {perplexity: {match_count_of: few}}",
+        "keep: {perplexity: {threshold: 60, prefer: high}}, quota: {group_by: source, rows: 11, by: random}",
     ],
 )
 def test_every_kind_of_rule_can_be_reviewed(rules: str, tmp_path: Path) -> None:
-    text = TEXT.replace("keep: {perplexity: {quantile: 0.5}}", rules)
+    text = TEXT.replace("keep: {perplexity: {keep_fraction: 0.5}}", rules)
     text += "  few: {kind: select, data: scored, keep: {random: {top_k: 17}}}\n"
     bench = review_bench(tmp_path, questions(120), text=text)
     filtered = read_filter_results(bench.make("clean")["clean"])

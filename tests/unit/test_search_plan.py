@@ -24,7 +24,7 @@ stages:
   rows: {kind: dataset, source: "builtin:python-docs", subset: questions, split: train, limit: 10}
   held: {kind: dataset, source: "builtin:python-docs", subset: questions, split: test, limit: 10}
   scored: {kind: score, data: rows, by: [{length: words}]}
-  clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}
+  clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}
   sft:  {kind: sft, data: clean, model: base, epochs: 1, learning_rate: 1e-3, eval_data: held}
 search:
   metric: sft.eval_loss
@@ -32,7 +32,7 @@ search:
   trials: 30
   algorithm: grid
   space:
-    clean.keep.length.quantile: {choice: [0.5, 0.8]}
+    clean.keep.length.keep_fraction: {choice: [0.5, 0.8]}
     sft.tuner: {choice: [full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]}
     sft.epochs: {choice: [1, 1.0, 2]}
 """
@@ -59,7 +59,7 @@ def test_what_is_shared_what_differs_and_who_trains_in_a_pack(load_text: LoadTex
 
 
 ALONE: dict[str, tuple[str, str, str]] = {
-    "switched off": ("search:", "compute: {pack: 1}\nsearch:", "sft: compute.pack is 1"),
+    "switched off": ("search:", "compute: {max_packed_trials: 1}\nsearch:", "sft: compute.max_packed_trials is 1"),
     "several workers": ("search:", "compute: {workers_per_trial: 2}\nsearch:", "a trial has 2 workers"),
     "another base each": ("sft.epochs", "base.epochs", "base: a pretrain stage has no packed form, sft has"),
 }

@@ -45,13 +45,13 @@ def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_bett
 
 def test_weights_make_one_value_whose_sign_is_that_of_the_first_metric() -> None:
     also = [{"metric": "b", "mode": "max", "weight": 2.0}]
-    assert value_of(search(also=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
-    assert value_of(search(also=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
-    assert math.isnan(value_of(search(also=also), {"a": 1.0}))
+    assert value_of(search(objectives=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
+    assert value_of(search(objectives=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
+    assert math.isnan(value_of(search(objectives=also), {"a": 1.0}))
 
 
 def test_a_front_has_every_trial_that_no_other_dominates() -> None:
-    told = search(also=[{"metric": "b", "mode": "max"}])
+    told = search(objectives=[{"metric": "b", "mode": "max"}])
     chance = random.Random(0)
     trials = [
         {"trial": str(i), "state": "done", "values": {"a": chance.randrange(6), "b": chance.randrange(6)}, "value": 1.0}
@@ -104,7 +104,7 @@ def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
         record("good-1", of="good", a=1.1),
         record("good-2", of="good", a=1.2),
     ]
-    facts = facts_of(search(replicate=3, top=2), records, "")
+    facts = facts_of(search(num_seeds=3, replicate_top_k=2), records, "")
     assert facts["best"]["trial"] == "good"
     assert {item["trial"]: item["mean"] for item in facts["standings"]} == pytest.approx(
         {"lucky": 5 / 3, "good": 3.4 / 3}
@@ -122,7 +122,7 @@ def test_a_seed_that_diverges_counts_against_its_trial() -> None:
         record("two-1", of="two", a=1.1),
         record("two-2", of="two", a=1.2),
     ]
-    facts = facts_of(search(replicate=3, top=2), records, "")
+    facts = facts_of(search(num_seeds=3, replicate_top_k=2), records, "")
     assert facts["best"]["trial"] == "two"
     assert {item["trial"]: item["values"] for item in facts["standings"]} == {"one": [1.0, 1.0], "two": [1.1, 1.1, 1.2]}
 
@@ -130,6 +130,6 @@ def test_a_seed_that_diverges_counts_against_its_trial() -> None:
 def test_a_trial_does_not_win_because_only_it_was_repeated() -> None:
     """The budget was spent while the repetitions ran, or those of the best one failed."""
     records = [record("one", a=1.0), record("two", a=2.0), record("two-1", of="two", a=2.1)]
-    assert facts_of(search(replicate=2, top=2), records, "")["best"]["trial"] == "one"
+    assert facts_of(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"
     records.append(record("one-1", "failed", of="one"))
-    assert facts_of(search(replicate=2, top=2), records, "")["best"]["trial"] == "one"
+    assert facts_of(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"

@@ -138,15 +138,16 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "metric that nobody logs": ("eval.sft.a.forgetting", "eval.sft.c.forgetting", ["nobody logs", "did you mean"]),
     "weights of some": (
         "  space:",
-        "  also: [{metric: eval.sft.a.loss, mode: min, weight: 1}, {metric: eval.sft.b.loss, mode: min}]\n  space:",
+        "  objectives: [{metric: eval.sft.a.loss, mode: min, weight: 1},"
+        " {metric: eval.sft.b.loss, mode: min}]\n  space:",
         ["all of them one, or none"],
     ),
     "bounds that nothing meets": ("max: 0.02", "max: 0.02, min: 1", ["nothing is at least 1 and at most 0.02"]),
     "scheduler of an end": ("metric: sft.eval_loss", "scheduler: median\n  metric: eval.sft.a.loss", ["once, after"]),
     "scheduler with nothing to judge by": (
         EVALUATED,
-        EVALUATED.replace("3}", "3, evaluations: 1}") + "\n  scheduler: asha",
-        ["evaluates once, at its end (`evaluations: 1`)", "raise `evaluations`"],
+        EVALUATED.replace("3}", "3, num_evals: 1}") + "\n  scheduler: asha",
+        ["evaluates once, at its end (`num_evals: 1`)", "raise `num_evals`"],
     ),
     "population with nothing to change": (
         "sft.learning_rate: {choice: [1e-3, 1e-4]}",
@@ -156,8 +157,8 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "population of one": ("  trials: 4", "  scheduler: pbt\n  trials: 1", ["nobody to learn from"]),
     "population that changes when it evaluates": (
         "  space:",
-        "  scheduler: pbt\n  space:\n    sft.evaluations: {choice: [2, 3]}",
-        ["can't search `sft.evaluations`"],
+        "  scheduler: pbt\n  space:\n    sft.num_evals: {choice: [2, 3]}",
+        ["can't search `sft.num_evals`"],
     ),
     "population with a rate that is there in some": (
         "1e-4]}",
@@ -179,8 +180,12 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
         "1e-4], when: {sft.epochs: 1}}\n    sft.epochs: {choice: [1, 2], when: {sft.learning_rate: 1e-3}}",
         ["is there only if it is there"],
     ),
-    "first point outside": ("  space:", "  first: [{sft.learning_rate: 1}]\n  space:", ["can't be 1", "choice"]),
-    "first point of no dimension": ("  space:", "  first: [{sft.epochs: 1}]\n  space:", ["is no dimension"]),
+    "first point outside": (
+        "  space:",
+        "  initial_points: [{sft.learning_rate: 1}]\n  space:",
+        ["can't be 1", "choice"],
+    ),
+    "first point of no dimension": ("  space:", "  initial_points: [{sft.epochs: 1}]\n  space:", ["is no dimension"]),
 }
 
 
@@ -271,9 +276,14 @@ def test_tpe_learns_what_is_good_and_chance_does_not(tmp_path: Path) -> None:
 
 def test_first_points_come_first_and_a_grid_ends_by_itself(tmp_path: Path) -> None:
     first = [{"sft.learning_rate": 1e-3, "sft.tuner": "full"}]
-    assert first[0].items() <= Bench(tmp_path / "a", search(first=first, algorithm="tpe", trials=3)).all()[0].items()
+    assert (
+        first[0].items()
+        <= Bench(tmp_path / "a", search(initial_points=first, algorithm="tpe", trials=3)).all()[0].items()
+    )
     space = {"sft.epochs": {"choice": [1, 2, 3]}, "sft.schedule": {"choice": ["cosine", "linear"]}}
-    told = search(space=space, algorithm="grid", trials=50, first=[{"sft.epochs": 2, "sft.schedule": "linear"}])
+    told = search(
+        space=space, algorithm="grid", trials=50, initial_points=[{"sft.epochs": 2, "sft.schedule": "linear"}]
+    )
     bench = Bench(tmp_path / "b", told)
     found = []
     while (asked := bench.next())[0] != "FINISHED":
@@ -286,7 +296,7 @@ def test_first_points_come_first_and_a_grid_ends_by_itself(tmp_path: Path) -> No
 
 def test_what_a_first_point_of_a_grid_leaves_out_is_as_in_a_combination_that_agrees(tmp_path: Path) -> None:
     space = {"sft.learning_rate": {"choice": [1, 2, 3]}, "sft.tuner": {"choice": ["full", "lora"]}}
-    told = search(space=space, algorithm="grid", trials=6, first=[{"sft.tuner": "lora"}])
+    told = search(space=space, algorithm="grid", trials=6, initial_points=[{"sft.tuner": "lora"}])
     found = [tuple(overrides.values()) for overrides in Bench(tmp_path, told).all()]
     assert found[0] == (1, "lora")
     assert len(set(found)) == 6
@@ -344,18 +354,20 @@ def test_the_longest_trial_has_the_longest_rows_and_most_epochs(case: str, load_
 def test_rows_are_counted_before_a_selection_that_is_searched_and_after_one_that_is_not(load_text: LoadText) -> None:
     selected = """stages:
   scored: {kind: score, data: rows, by: [{length: words}]}
-  clean: {kind: select, data: scored, keep: {length: {quantile: 0.5}}}"""
+  clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}"""
     text = EXPERIMENT.replace("data: rows", "data: clean", 1).replace("stages:", selected, 1)
     experiment, _ = load_text(text)
     assert before_selection(experiment, "sft") == ["clean"]
     searched, _ = load_text(
-        text.replace("sft.learning_rate: {choice: [1e-3, 1e-4]}", "clean.keep.length.quantile: {choice: [0.3, 1.0]}")
+        text.replace(
+            "sft.learning_rate: {choice: [1e-3, 1e-4]}", "clean.keep.length.keep_fraction: {choice: [0.3, 1.0]}"
+        )
     )
     assert before_selection(searched, "sft") == ["rows"]
 
 
 def test_the_best_are_repeated_with_other_seeds_once_all_have_ended(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, search(trials=5, replicate=3, top=2))
+    bench = Bench(tmp_path, search(trials=5, num_seeds=3, replicate_top_k=2))
     found = bench.all(kill_at=6)
     assert len(found) == 5 + 2 * 2
     best = sorted(found[:5], key=quality)[:2]

@@ -43,7 +43,7 @@ def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndar
 @given(SCORES, QUANTILES)
 def test_quantile_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[float], quantile: float) -> None:
     badness = np.array([score if math.isfinite(score) else 1e308 for score in scores])
-    passed, cut = passing(badness, Keep(quantile=quantile))
+    passed, cut = passing(badness, Keep(keep_fraction=quantile))
     assert passed.sum() == round(quantile * len(scores))
     if passed.any():
         assert cut == badness[passed].max()
@@ -55,30 +55,30 @@ def test_quantile_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[
 @given(SCORES, QUANTILES)
 def test_ties_at_the_cut_go_to_the_rows_that_come_first(scores: list[float], quantile: float) -> None:
     badness = np.array(scores)
-    passed, cut = passing(badness, Keep(quantile=min(quantile, 0.999)))
+    passed, cut = passing(badness, Keep(keep_fraction=min(quantile, 0.999)))
     at_cut = passed[badness == cut]
     assert not (np.diff(at_cut.astype(int)) > 0).any()
 
 
 @given(SCORES, QUANTILES, QUANTILES)
 def test_smaller_quantile_keeps_a_part_of_what_a_larger_keeps(scores: list[float], one: float, other: float) -> None:
-    few, _ = passing(np.array(scores), Keep(quantile=min(one, other)))
-    many, _ = passing(np.array(scores), Keep(quantile=max(one, other)))
+    few, _ = passing(np.array(scores), Keep(keep_fraction=min(one, other)))
+    many, _ = passing(np.array(scores), Keep(keep_fraction=max(one, other)))
     assert (few <= many).all()
 
 
 @pytest.mark.parametrize(
     ("scores", "rule", "passed", "cut"),
     [
-        ([3, 1, 2, 4], Keep(quantile=0.5), [0, 1, 1, 0], 2),
-        ([1, 1, 1, 1], Keep(quantile=0.5), [1, 1, 0, 0], 1),
-        ([2, 1, 1, 2], Keep(quantile=0.75), [1, 1, 1, 0], 2),
-        ([3, 1, 2], Keep(quantile=1.0), [1, 1, 1], 3),
-        ([3, NAN, 2], Keep(quantile=1.0), [1, 1, 1], 3),
-        ([3, NAN, 2], Keep(quantile=0.9), [1, 0, 1], 3),
-        ([NAN, NAN, 2], Keep(quantile=0.6), [0, 0, 1], 2),
-        ([NAN, NAN], Keep(quantile=0.5), [0, 0], -INF),
-        ([3, 1], Keep(quantile=0.1), [0, 0], -INF),
+        ([3, 1, 2, 4], Keep(keep_fraction=0.5), [0, 1, 1, 0], 2),
+        ([1, 1, 1, 1], Keep(keep_fraction=0.5), [1, 1, 0, 0], 1),
+        ([2, 1, 1, 2], Keep(keep_fraction=0.75), [1, 1, 1, 0], 2),
+        ([3, 1, 2], Keep(keep_fraction=1.0), [1, 1, 1], 3),
+        ([3, NAN, 2], Keep(keep_fraction=1.0), [1, 1, 1], 3),
+        ([3, NAN, 2], Keep(keep_fraction=0.9), [1, 0, 1], 3),
+        ([NAN, NAN, 2], Keep(keep_fraction=0.6), [0, 0, 1], 2),
+        ([NAN, NAN], Keep(keep_fraction=0.5), [0, 0], -INF),
+        ([3, 1], Keep(keep_fraction=0.1), [0, 0], -INF),
         ([1, 2, 3, NAN], Keep(threshold=2.0), [1, 1, 0, 0], 2),
         ([1, 2], Keep(threshold=0.5), [0, 0], 0.5),
     ],
@@ -92,12 +92,12 @@ def test_rows_that_pass_by_hand(scores: list[float], rule: Keep, passed: list[in
 @given(st.lists(FEW_VALUES | st.just(NAN), min_size=1), st.floats(0.01, 0.99), st.sampled_from([0.0, 1.5, 1e301]))
 def test_row_without_a_score_never_passes(scores: list[float], quantile: float, threshold: float) -> None:
     badness = np.array(scores)
-    for rule in (Keep(quantile=quantile), Keep(threshold=threshold)):
+    for rule in (Keep(keep_fraction=quantile), Keep(threshold=threshold)):
         assert not (passing(badness, rule)[0] & np.isnan(badness)).any()
 
 
 def test_rule_is_described_as_it_was_written() -> None:
-    assert describe("perplexity", Keep(quantile=0.8)) == "perplexity quantile 0.8"
+    assert describe("perplexity", Keep(keep_fraction=0.8)) == "perplexity keep_fraction 0.8"
     assert describe("perplexity", Keep(threshold=12.5)) == "perplexity threshold 12.5"
 
 
@@ -242,7 +242,7 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
     count = SHARD + 100  # two shards
     scores = [float((n * 37) % count) for n in range(count)]
     scores[5] = NAN
-    result, out = select(tmp_path, scores, {"perplexity": Keep(quantile=0.75)}, [""] * count)
+    result, out = select(tmp_path, scores, {"perplexity": Keep(keep_fraction=0.75)}, [""] * count)
     kept = [row["line"] for row in read_rows(out)]
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     facts = result.facts
@@ -253,7 +253,7 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
     assert max(scores[n] for n in kept) == facts["rules"][0]["cut"]
     assert min(scores[line["line"]] for line in dropped if line["line"] != 5) >= facts["rules"][0]["cut"]
     assert 5 not in kept
-    assert {line["rule"] for line in dropped} == {"perplexity quantile 0.75"}
+    assert {line["rule"] for line in dropped} == {"perplexity keep_fraction 0.75"}
     assert facts["rules"][0]["dropped"] == len(dropped)
 
 
@@ -261,13 +261,16 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
     ("keep", "kept"),
     [
         # The others leave rows 1, 2, 4, 6, 7: half of those that have a score, best first, ties by place.
-        ({"perplexity": Keep(fraction=0.5), "length": Keep(threshold=1.0)}, [2, 4]),
-        ({"length": Keep(threshold=1.0), "perplexity": Keep(fraction=0.5)}, [2, 4]),
-        ({"length": Keep(threshold=1.0), "perplexity": Keep(fraction=1.0)}, [1, 2, 4, 6]),
-        ({"length": Keep(threshold=1.0), "perplexity": Keep(quantile=0.5)}, [2, 4]),
-        ({"perplexity": Keep(fraction=0.5)}, [0, 2, 3, 4]),
-        ({"perplexity": Keep(quantile=0.75)}, [0, 1, 2, 3, 4, 5]),
-        ({"perplexity": Keep(fraction=0.5), "length": Keep(fraction=0.5, best="high")}, [0, 3]),
+        ({"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(threshold=1.0)}, [2, 4]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(keep_fraction_of_rest=0.5)}, [2, 4]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(keep_fraction_of_rest=1.0)}, [1, 2, 4, 6]),
+        ({"length": Keep(threshold=1.0), "perplexity": Keep(keep_fraction=0.5)}, [2, 4]),
+        ({"perplexity": Keep(keep_fraction_of_rest=0.5)}, [0, 2, 3, 4]),
+        ({"perplexity": Keep(keep_fraction=0.75)}, [0, 1, 2, 3, 4, 5]),
+        (
+            {"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(keep_fraction_of_rest=0.5, prefer="high")},
+            [0, 3],
+        ),
     ],
 )
 def test_fraction_is_of_the_rows_that_the_other_rules_leave(
@@ -279,7 +282,7 @@ def test_fraction_is_of_the_rows_that_the_other_rules_leave(
 
 
 def test_rows_that_a_fraction_leaves_to_another_rule_are_listed_under_that(tmp_path: Path) -> None:
-    keep = {"perplexity": Keep(fraction=0.5), "length": Keep(threshold=1.0)}
+    keep = {"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(threshold=1.0)}
     result, out = select(tmp_path, [9, 1, 2, 3, 4], keep, [""] * 5, length=[5, 0, 0, 0, 0])
     rules = {line["line"]: line["rule"] for line in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
     assert rules == {0: "length threshold 1", 3: "perplexity fraction 0.5", 4: "perplexity fraction 0.5"}

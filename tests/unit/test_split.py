@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.ingest.split import LARGEST_HOLDOUT, split_of
+from tunery.ingest.split import MAX_EVAL_FRACTION, split_of
 
-HOLDOUTS = st.floats(min_value=0, max_value=LARGEST_HOLDOUT)
+HOLDOUTS = st.floats(min_value=0, max_value=MAX_EVAL_FRACTION)
 RELEASED = {"print": "validation", "json": "test", "os.path.join": "train", "abs": "train", "ü": "validation"}
 NAMES = [f"group {number}" for number in range(4000)]
 
 
-@pytest.mark.parametrize("holdout", [0.0, 0.05, 0.2, 0.45])
-def test_validation_and_test_get_the_holdout_each(holdout: float) -> None:
-    sizes = Counter(split_of(name, holdout) for name in NAMES)
-    assert sizes["test"] / len(NAMES) == pytest.approx(holdout, abs=0.03)
-    assert sizes["validation"] / len(NAMES) == pytest.approx(holdout, abs=0.03)
+@pytest.mark.parametrize("eval_fraction", [0.0, 0.05, 0.2, 0.45])
+def test_validation_and_test_get_the_holdout_each(eval_fraction: float) -> None:
+    sizes = Counter(split_of(name, eval_fraction) for name in NAMES)
+    assert sizes["test"] / len(NAMES) == pytest.approx(eval_fraction, abs=0.03)
+    assert sizes["validation"] / len(NAMES) == pytest.approx(eval_fraction, abs=0.03)
     assert sizes["train"] + sizes["test"] + sizes["validation"] == len(NAMES)
 
 
@@ -47,7 +47,7 @@ def test_first_groups_by_hash_fall_into_all_splits() -> None:
     assert min(sizes["train"], sizes["validation"], sizes["test"]) > 60
 
 
-@pytest.mark.parametrize("holdout", [-0.01, 0.46, 1.0, float("nan")])
-def test_impossible_holdout_is_refused(holdout: float) -> None:
-    with pytest.raises(ValueError, match="holdout is"):
-        split_of("print", holdout)
+@pytest.mark.parametrize("eval_fraction", [-0.01, 0.46, 1.0, float("nan")])
+def test_impossible_holdout_is_refused(eval_fraction: float) -> None:
+    with pytest.raises(ValueError, match="eval_fraction is"):
+        split_of("print", eval_fraction)

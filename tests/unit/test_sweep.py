@@ -35,7 +35,9 @@ def test_every_trial_is_a_line_and_the_best_one_lies_over_them() -> None:
     assert len(lines_of(figure.svg, "curve best c1")) == 1
     assert figure.svg.index("curve best") > figure.svg.rindex("curve quiet")
     assert [
-        said for said in ("learning_rate (log)", "schedule", "warmup", "quantile", "eval_loss") if said in figure.svg
+        said
+        for said in ("learning_rate (log)", "schedule", "warmup", "keep_fraction", "eval_loss")
+        if said in figure.svg
     ]
 
 

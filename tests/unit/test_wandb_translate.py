@@ -19,7 +19,7 @@ EXPERIMENT = {
     "name": "quickstart",
     "stages": {
         "sft": {"kind": "sft", "learning_rate": "auto", "tuner": {"lora": {"rank": 16}}},
-        "clean": {"kind": "select", "keep": {"perplexity": {"quantile": 0.8}}},
+        "clean": {"kind": "select", "keep": {"perplexity": {"keep_fraction": 0.8}}},
     },
 }
 WHOLE = run_id("quickstart")
@@ -198,7 +198,7 @@ def test_stage_is_configured_by_its_spec() -> None:
 
 
 def test_stage_of_the_best_trial_is_configured_by_its_values() -> None:
-    overrides = {"sft.tuner.lora.rank": 4, "clean.keep.perplexity.quantile": 0.5}
+    overrides = {"sft.tuner.lora.rank": 4, "clean.keep.perplexity.keep_fraction": 0.5}
     best = [
         event("trial_finished", 1, trial="t1", overrides=overrides, state="done", value=1.0, seconds=1.0),
         event("search_finished", 2, best="t1", best_overrides=overrides, value=1.0, seconds=1.0),
@@ -281,7 +281,7 @@ def test_facts_become_flat_names() -> None:
         "none": None,
         "nested": {"rate": {"value": 1e-3, "rule": "why"}},
         "results": [{"model": "sft", "set": "domain", "loss": 2.0}, {"model": "sft", "set": "general", "loss": 3.0}],
-        "rules": [{"score": "perplexity", "rule": "quantile 0.8", "dropped": 8}],
+        "rules": [{"score": "perplexity", "rule": "keep_fraction 0.8", "dropped": 8}],
         "planted": {"": 3, "cut": 1},
         "unnamed": [{"x": 1}, {"x": 2}],
         "twice": [{"name": "a", "x": 1}, {"name": "a", "x": 2}],
@@ -299,7 +299,7 @@ def test_facts_become_flat_names() -> None:
         "nested.rate.rule": "why",
         "sft.domain.loss": 2.0,
         "sft.general.loss": 3.0,
-        "rules.perplexity.rule": "quantile 0.8",
+        "rules.perplexity.rule": "keep_fraction 0.8",
         "rules.perplexity.dropped": 8,
         "planted.none": 3,
         "planted.cut": 1,

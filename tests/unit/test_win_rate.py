@@ -98,7 +98,7 @@ def compared(
     spec = {
         "kind": "win_rate",
         "models": [{"pretrained": "./sft"}],
-        "against": {"pretrained": "./base"},
+        "baseline": {"pretrained": "./base"},
         "judge": judge,
         "data": "data",
         "sampling": {"max_new_tokens": 12},
@@ -123,8 +123,8 @@ def test_win_rate_is_that_of_the_answers_that_were_written(tmp_path: Path, model
     assert told["win_rate"] == wins / QUESTIONS
     assert told["interval"] == list(wilson(wins / QUESTIONS, QUESTIONS))
     assert 0 < told["outcomes"]["wins"] < QUESTIONS
-    assert (told["model"], told["set"], told["against"]["model"]) == ("sft", "data", "base")
-    for measured, place in ((told, 0), (told["against"], 1)):
+    assert (told["model"], told["set"], told["baseline"]["model"]) == ("sft", "data", "base")
+    for measured, place in ((told, 0), (told["baseline"], 1)):
         assert measured["reward"] == pytest.approx(sum(both[place]["reward"] for both in sides) / QUESTIONS)
         assert measured["response_length"] == pytest.approx(sum(both[place]["tokens"] for both in sides) / QUESTIONS)
         assert measured["eos_rate"] == pytest.approx(sum(both[place]["ended"] for both in sides) / QUESTIONS)

@@ -57,7 +57,7 @@ def _content(left: RunSelection, right: RunSelection, name: str) -> list[Field]:
     stage, prints = left.experiment.stages[name], [side.prints.get(name) for side in (left, right)]
     if not isinstance(stage, Dataset) or None in prints or prints[0] == prints[1]:
         return []
-    by_seed = stage.corrupt and left.experiment.seed != right.experiment.seed
+    by_seed = stage.corrupt_fraction and left.experiment.seed != right.experiment.seed
     return [] if by_seed else [Field(f"{name}: content of its files", *prints)]
 
 

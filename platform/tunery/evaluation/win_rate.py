@@ -155,14 +155,14 @@ def run_win_rate(context: StageContext) -> StageResult:
 
 def _result(pairs: ResponsePairs, baseline: str) -> dict[str, Any]:
     """win_rate: share of the prompts on which the model got the higher reward, ties half; interval: where it lies with
-    95% certainty (wins.py); the means of the model, and under `against` those of the baseline on the same prompts."""
+    95% certainty (wins.py); the means of the model, and under `baseline` those of the baseline on the same prompts."""
     found = compare(pairs.rewards)
     return {
         "win_rate": found.rate,
         "interval": list(found.interval),
         "outcomes": {"wins": found.wins, "ties": found.ties, "losses": found.losses},
         **pairs.means(0),
-        "against": {"model": baseline, **pairs.means(1)},
+        "baseline": {"model": baseline, **pairs.means(1)},
         "rows": len(pairs.rewards),
     }
 

@@ -144,14 +144,14 @@ def overrides_text(overrides: Mapping[str, object], names: Mapping[str, str] | N
 
 def in_course(overrides: Mapping[str, object]) -> dict[str, object]:
     """What changes while a trial trains, with the field that it changes: learning_rate '1e-3 → 1.2e-3', and no
-    `changes` of their own."""
-    told = {path: value for path, value in overrides.items() if not path.endswith(".changes")}
+    `schedule_overrides` of their own."""
+    told = {path: value for path, value in overrides.items() if not path.endswith(".schedule_overrides")}
     for path, changes in overrides.items():
         if path in told or not isinstance(changes, list | tuple):
             continue
         for change in changes:
             for field, value in change.items():
-                name = f"{path.removesuffix('.changes')}.{field}"
+                name = f"{path.removesuffix('.schedule_overrides')}.{field}"
                 if field != "after" and value is not None:
                     told[name] = f"{plain(told[name])} → {plain(value)}" if name in told else plain(value)
     return told

@@ -209,7 +209,7 @@ def _win_rate(facts: Facts) -> str:
     if not results:
         return ""
     best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)
-    against = best.get("against")
+    against = best.get("baseline")
     baseline = against.get("model", "") if isinstance(against, Mapping) else ""
     lead = "best " if len(results) > 1 else ""
     return f"{lead}{best.get('model', '')}: wins {share(best['win_rate'], 1)} against {baseline}"

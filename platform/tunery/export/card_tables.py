@@ -17,7 +17,7 @@ from tunery.spec.references import model_name
 
 Rows = list[tuple[str, ...]]
 
-SOURCE = ("source", "subset", "config", "hub_split", "revision", "split", "limit", "corrupt")
+SOURCE = ("source", "subset", "config", "hub_split", "revision", "split", "limit", "corrupt_fraction")
 """Fields of a dataset that say which rows it is."""
 RAN = ("workers", "device", "dtype", "zero_stage")
 """Measured of a training: where it ran."""
@@ -91,7 +91,7 @@ def loss_row(result: Mapping[str, Any], *, forgetting: bool) -> tuple[str, ...]:
 
 def win_row(result: Mapping[str, Any]) -> tuple[str, ...]:
     """The model of the card in bold."""
-    names = [f"**{name}**" if name == result["mine"] else name for name in (result["model"], result["against"])]
+    names = [f"**{name}**" if name == result["mine"] else name for name in (result["model"], result["baseline"])]
     prompts = f"{result['set']} ({result['rows']:,})"
     low, high = result["interval"]
     return (*names, prompts, result["judge"], f"{result['win_rate']:.3f}", f"{low:.3f}–{high:.3f}")

@@ -74,13 +74,13 @@ def wins(artifact: Artifact) -> list[dict[str, Any]]:
     found = []
     for measured, fields in _measured(artifact, "win_rate"):
         against, *models = measured.manifest["identity"]["names"][:-1]  # the last one names the prompts
-        mine = {against} if "against" in fields else set()
+        mine = {against} if "baseline" in fields else set()
         mine |= {called for place, called in enumerate(models) if f"models.{place}" in fields}
         for result in measured.facts["results"]:
-            if here := mine & {result["model"], result["against"]["model"]}:
-                sides = {"against": result["against"]["model"], "mine": min(here)}
+            if here := mine & {result["model"], result["baseline"]["model"]}:
+                sides = {"baseline": result["baseline"]["model"], "mine": min(here)}
                 found.append({**result, **sides, "judge": _judge(measured.manifest["identity"]["judge"])})
-    return _distinct(found, ("model", "against", "set", "win_rate"))
+    return _distinct(found, ("model", "baseline", "set", "win_rate"))
 
 
 def _judge(given: dict[str, str] | None) -> str:

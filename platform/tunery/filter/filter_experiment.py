@@ -114,11 +114,11 @@ def build(asked: FilterRequest, *, answers: bool = True) -> Built:
     what an experiment can't say is left to its loader."""
     by = [(with_models(parse_by(text)), f"--by {text}") for text in asked.by]
     for scorer, option in by:
-        if "embedding" in scorer and not isinstance(scorer.get("near"), str):
+        if "embedding" in scorer and not isinstance(scorer.get("reference"), str):
             raise RequestError(
                 f"`{option}` gives rows no score",
                 cause="an embedding scores a row by the most similar of other rows, and none are named",
-                remedy="add rows to be like: `near: good.jsonl`",
+                remedy="add rows to be like: `reference: good.jsonl`",
             )
     keep: dict[str, tuple[Rule, str]] = {}
     for text in asked.keep:
@@ -196,7 +196,7 @@ def other_rows(scorer: Scorer) -> list[str]:
     settings = scorer.get("contamination")
     sets = settings.get("sets") if isinstance(settings, dict) else None
     found = [str(source) for source in sets] if isinstance(sets, list) else []
-    return [*found, str(scorer["near"])] if isinstance(scorer.get("near"), str) else found
+    return [*found, str(scorer["reference"])] if isinstance(scorer.get("reference"), str) else found
 
 
 def with_models(scorer: Scorer) -> Scorer:
@@ -297,8 +297,8 @@ def _in_experiment(asked: FilterRequest, scorer: Scorer, sets: Sequence[str]) ->
         if isinstance(model, dict) and isinstance(name := model.get("pretrained"), str) and _is_folder(name):
             found[kind] = {**model, "pretrained": _folder_from(asked.file.parent, name)}
     names = list(sets)
-    if isinstance(found.get("near"), str):
-        found["near"] = names.pop()
+    if isinstance(found.get("reference"), str):
+        found["reference"] = names.pop()
     if names:
         found["contamination"] = {**found["contamination"], "sets": names}
     return found

@@ -62,7 +62,7 @@ _ASKED = {
 
 
 _IN_FULL = {
-    "embedding": 'a model, and rows to be like: `--by "{embedding: ./model, near: good.jsonl}"`',
+    "embedding": 'a model, and rows to be like: `--by "{embedding: ./model, reference: good.jsonl}"`',
 }
 """Scores that one value is not enough for."""
 _BESIDES: Mapping[str, Scorer] = {"classifier": {"label": "good"}}
@@ -131,7 +131,7 @@ def parse_keep(text: str) -> tuple[str, Rule]:
             raise _no_rule(text, f"the range ends ({high.strip()}) before it begins ({low.strip()})")
         return score, {"range": ends}
     if rule.startswith((">=", "<=")):
-        return score, {"threshold": _number(rule[2:], text), "best": "high" if rule[0] == ">" else "low"}
+        return score, {"threshold": _number(rule[2:], text), "prefer": "high" if rule[0] == ">" else "low"}
     if rule[0] in "<>=":
         remedy = "`>=` and `<=` include their end" if rule[0] != "=" else "for one value give both ends: `gopher 0..0`"
         raise _no_rule(text, f"there is no `{rule.split()[0].rstrip('0123456789.') or rule[0]}`; {remedy}")
@@ -139,12 +139,12 @@ def parse_keep(text: str) -> tuple[str, Rule]:
     if word not in _ENDS:
         raise _no_rule(text, f"`{rule}` is of no known form")
     end = _ENDS[word]
-    told: Rule = {"best": end} if end else {}
+    told: Rule = {"prefer": end} if end else {}
     if amount.endswith("%"):
         if not 0 < _number(amount[:-1], text) <= 100:
             raise _no_rule(text, f"{amount} is no share of the rows: more than 0% and at most 100%")
         # Through decimals: 0.07, and not the 0.07 and a bit that floats make of 7 / 100.
-        return score, {"quantile": float(Decimal(amount[:-1].strip()) / 100), **told}
+        return score, {"keep_fraction": float(Decimal(amount[:-1].strip()) / 100), **told}
     rows = _number(amount, text)
     if not float(rows).is_integer():
         raise _no_rule(text, f"{amount} is no number of rows")
@@ -155,14 +155,14 @@ def parse_keep(text: str) -> tuple[str, Rule]:
 
 def said(score: str, rule: Rule) -> str:
     """The rule as `--keep` has it: `parse_keep(said(score, rule))` is `(score, rule)`."""
-    word = {None: "best", "low": "lowest", "high": "highest"}[rule.get("best")]
+    word = {None: "best", "low": "lowest", "high": "highest"}[rule.get("prefer")]
     if "range" in rule:
         low, high = ("" if end is None else _plain(end) for end in rule["range"])
         return f"{score} {low}..{high}"
     if "threshold" in rule:
-        return f"{score} {'>=' if rule['best'] == 'high' else '<='} {_plain(rule['threshold'])}"
-    if "quantile" in rule:
-        return f"{score} {word} {_plain(Decimal(repr(rule['quantile'])) * 100)}%"
+        return f"{score} {'>=' if rule['prefer'] == 'high' else '<='} {_plain(rule['threshold'])}"
+    if "keep_fraction" in rule:
+        return f"{score} {word} {_plain(Decimal(repr(rule['keep_fraction'])) * 100)}%"
     return f"{score} {word} {rule['top_k']}"
 
 

@@ -29,7 +29,7 @@ def run_dataset(context: StageContext) -> StageResult:
     before), shape (the most frequent one), source, split, planted by kind, ignored_columns
     (columns and keys of turns that no row keeps: the number of rows in which they hold something).
 
-    Streams; but where rows are to be damaged (`corrupt`) all of them are in memory.
+    Streams; but where rows are to be damaged (`corrupt_fraction`) all of them are in memory.
     """
     stage = context.spec
     assert isinstance(stage, Dataset)
@@ -97,6 +97,6 @@ def _tables(context: StageContext, stage: Dataset, quarantine: Quarantine, tally
     if worth_reading_in_parallel(context, stage):
         return read_in_parallel(context, stage, quarantine, tally)
     rows: Iterator[Row] = read_source(stage, context.folder, quarantine, tally)
-    if stage.corrupt:
-        rows = iter(corrupt(list(rows), stage.corrupt, context.seed))
+    if stage.corrupt_fraction:
+        rows = iter(corrupt(list(rows), stage.corrupt_fraction, context.seed))
     return as_tables(rows, tally)

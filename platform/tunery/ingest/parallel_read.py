@@ -62,9 +62,9 @@ def _in_lines(file: File, stage: Dataset) -> bool:
 
 
 def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
-    """Where Ray is there and the source is long. What looks at all rows (`corrupt`) or stops early (`limit`) is read by
-    one process."""
-    if context.in_process or stage.corrupt or stage.limit is not None or "ray" not in sys.modules:
+    """Where Ray is there and the source is long. What looks at all rows (`corrupt_fraction`) or stops early (`limit`)
+    is read by one process."""
+    if context.in_process or stage.corrupt_fraction or stage.limit is not None or "ray" not in sys.modules:
         return False
     import ray
 

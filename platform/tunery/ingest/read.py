@@ -145,7 +145,7 @@ def _rows(stage: Dataset, folder: Path, quarantine: Quarantine, tally: ReadCount
 
 
 def _wanted(stage: Dataset) -> Callable[[str], bool]:
-    return lambda group: stage.split == "all" or split_of(group, stage.holdout) == stage.split
+    return lambda group: stage.split == "all" or split_of(group, stage.eval_fraction) == stage.split
 
 
 def _builtin(part: Builtin, stage: Dataset, tally: ReadCounts) -> Iterator[Row]:

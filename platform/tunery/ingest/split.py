@@ -12,28 +12,28 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 
-LARGEST_HOLDOUT = 0.45
+MAX_EVAL_FRACTION = 0.45
 """Validation and test take a share each, so that at least a tenth is left to train on."""
 
 # Rows may come ordered by a plain hash of their group; by the same hash the first n would share a split.
 _SALT = b"split\0"
 
 
-def split_of(group: str, holdout: float) -> Split:
-    """The split of a group, where validation and test each get the share `holdout` of the groups.
+def split_of(group: str, eval_fraction: float) -> Split:
+    """The split of a group, where validation and test each get the share `eval_fraction` of the groups.
 
-    A larger holdout moves groups out of train only: never back into it, nor between validation and test.
-    Raises ValueError unless holdout is in [0, 0.45].
+    A larger eval_fraction moves groups out of train only: never back into it, nor between validation and test.
+    Raises ValueError unless eval_fraction is in [0, 0.45].
     """
-    if not 0 <= holdout <= LARGEST_HOLDOUT:
+    if not 0 <= eval_fraction <= MAX_EVAL_FRACTION:
         raise ValueError(
-            f"holdout is {holdout}: it is the share of validation and again of test, "
-            f"so choose it between 0 and {LARGEST_HOLDOUT} (0.05 is common)."
+            f"eval_fraction is {eval_fraction}: it is the share of validation and again of test, "
+            f"so choose it between 0 and {MAX_EVAL_FRACTION} (0.05 is common)."
         )
     # 53 bits, so that the quotient is exact and below 1.
     place = (int.from_bytes(hashlib.sha256(_SALT + group.encode()).digest()[:8], "big") >> 11) / 2**53
-    if place < holdout:
+    if place < eval_fraction:
         return "test"
-    if 1 - place <= holdout:
+    if 1 - place <= eval_fraction:
         return "validation"
     return "train"

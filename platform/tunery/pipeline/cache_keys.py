@@ -31,7 +31,7 @@ from tunery.spec.references import StageRef, model_name
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
-DEFAULT_OMITTED_FIELDS = ("diverse", "fraction", "baseline", "changes")
+DEFAULT_OMITTED_FIELDS = ("diverse", "keep_fraction_of_rest", "baseline", "schedule_overrides")
 """Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
 WITHOUT_EFFECT = ("max_unusable",)
 """Fields that end a stage or do not, and change no result."""
@@ -57,7 +57,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     if (
         isinstance(stage, Training | Review | Augment | WinRate)
         or by_chance
-        or (isinstance(stage, Dataset) and stage.corrupt)
+        or (isinstance(stage, Dataset) and stage.corrupt_fraction)
     ):
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Training):
@@ -82,7 +82,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
 def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretrained | Scratch]]:
     """The models that a stage names, by path within it: stages, models from outside, new ones."""
     models: list[tuple[tuple[str | int, ...], Any]] = [
-        ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "against", "baseline")
+        ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "baseline")
     ]
     models += [(("models", index), model) for index, model in enumerate(getattr(stage, "models", ()))]
     models += [(("by", index), scorer.model) for index, scorer in enumerate(getattr(stage, "by", ()))]

@@ -199,7 +199,12 @@ class _Estimates:
             return count
         rows_in = self._rows[stage.data]
         if isinstance(stage, Select):
-            shares = [share for rule in stage.keep.values() for share in (rule.quantile, rule.fraction) if share]
+            shares = [
+                share
+                for rule in stage.keep.values()
+                for share in (rule.keep_fraction, rule.keep_fraction_of_rest)
+                if share
+            ]
             rows = round(rows_in * min(shares, default=1.0))
             if stage.diverse is not None:
                 rows = min(stage.diverse.rows or rows, round(rows * (stage.diverse.share or 1)))

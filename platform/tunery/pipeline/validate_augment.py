@@ -156,12 +156,12 @@ def _same(one: Builtin | HubDataset, other: Part) -> bool:
 
 
 def _overlap(one: Dataset, other: Dataset) -> bool:
-    """Whether a group can be in both splits: a larger holdout moves groups out of train, and nowhere else."""
+    """Whether a group can be in both splits: a larger eval_fraction moves groups out of train, and nowhere else."""
     if "all" in (one.split, other.split) or one.split == other.split:
         return True
     if one.split == "train":
-        return other.holdout > one.holdout
-    return other.split == "train" and one.holdout > other.holdout
+        return other.eval_fraction > one.eval_fraction
+    return other.split == "train" and one.eval_fraction > other.eval_fraction
 
 
 def _root(experiment: Experiment, name: str) -> Dataset:

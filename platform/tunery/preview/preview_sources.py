@@ -122,8 +122,8 @@ class PreviewSources:
         effects = []
         for name in reversed(stages):
             stage = self.experiment.stages[name]
-            if isinstance(stage, Dataset) and stage.corrupt:
-                effects.append(f"`corrupt` of `{name}`")
+            if isinstance(stage, Dataset) and stage.corrupt_fraction:
+                effects.append(f"`corrupt_fraction` of `{name}`")
             elif isinstance(stage, Select | Review | Augment):
                 effects.append(f"`{name}` ({stage.kind})")
         if not effects:

@@ -324,7 +324,7 @@ def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappin
         if not isinstance(stage, WinRate):
             continue
         judge = stage.judge.python if isinstance(stage.judge, PythonReward) else model_name(stage.judge)
-        sides = [reference for reference in (stage.against, stage.judge) if isinstance(reference, str)]
+        sides = [reference for reference in (stage.baseline, stage.judge) if isinstance(reference, str)]
         for result in made[name].facts["results"]:
             rows.append(_win_row(result, result["model"], judge))
         for result in best[name].facts["results"] if name in best else []:
@@ -341,14 +341,14 @@ def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappin
     if not rows:
         return None
     rows.sort(key=lambda row: (row[2], row[3], -row[4]))
-    columns = ["model", "against", "prompts", "judge", "win rate", "95% interval", "reward", "reward against"]
+    columns = ["model", "baseline", "prompts", "judge", "win rate", "95% interval", "reward", "reward against"]
     columns += ["tokens an answer"]
     return {"title": "Win rates", "columns": columns, "rows": rows, "notes": notes}
 
 
 def _win_row(result: Mapping[str, Any], label: str, judge: str) -> list[Any]:
     low, high = result["interval"]
-    against = result["against"]
+    against = result["baseline"]
     compared = [label, against["model"], result["set"], judge, result["win_rate"], f"{low:.3f}–{high:.3f}"]
     return [*compared, result["reward"], against["reward"], result["response_length"]]
 

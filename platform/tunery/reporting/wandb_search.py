@@ -53,7 +53,7 @@ def leaderboard_table(search: SearchState) -> Table:
     paths, metrics = parameters(search), _metrics(search)
     columns = ["trial", "state", "place", *metrics, "mean", "half", "seeds", "feasible", "breaks", "front"]
     columns += [*paths, "origin", "of", "steps", "tokens", "seconds", "error"]
-    changes = any(path.endswith(".changes") for trial in search.ranked for path in trial.overrides)
+    changes = any(path.endswith(".schedule_overrides") for trial in search.ranked for path in trial.overrides)
     columns += ["with its changes"] if changes else []
     rows, standings = [], search.standings
     for place, trial in enumerate(search.ranked, start=1):

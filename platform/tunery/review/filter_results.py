@@ -67,14 +67,14 @@ def read_filter_results(selection: Artifact) -> FilterResult:
     keeps: dict[str, Keep] = {}
     for (score, described), told in zip(identity["keep"].items(), selection.facts["rules"], strict=True):
         if not any(described.get(name) is not None for name in KEEP_RULES):
-            # An identity leaves out the names of stages (`as_many_as`): what their number of rows came to is told.
+            # An identity leaves out the names of stages (`match_count_of`): what their number of rows came to is told.
             described = {**described, "top_k": told["passed"]}
         keeps[score] = Keep.model_validate_json(json.dumps(described))
     rules = fit_rules(table, keeps, score_directions(scored), {})
     scores = {score: np.concatenate(list(table.column(score))) for score in keeps}
     passed_by = rule_masks(rules, scores)
     # A fraction's cut is one among the rows that the other rules keep: the others are beyond it, wherever they score.
-    plain = [passed for rule, passed in zip(rules, passed_by, strict=True) if rule.keep.fraction is None]
+    plain = [passed for rule, passed in zip(rules, passed_by, strict=True) if rule.keep.keep_fraction_of_rest is None]
     left = np.logical_and.reduce(plain) if plain else np.True_
     distances: list[Floats] = []
     for rule, passed in zip(rules, passed_by, strict=True):
@@ -85,7 +85,7 @@ def read_filter_results(selection: Artifact) -> FilterResult:
         else:
             badness[score] = _without_nan(rule.badness(scores))
             signs[score], cuts[score] = rule.sign, rule.sign * rule.cut.worst
-        among = badness[score] if rule.keep.fraction is None else np.where(left, badness[score], math.inf)
+        among = badness[score] if rule.keep.keep_fraction_of_rest is None else np.where(left, badness[score], math.inf)
         distances.append(ranks_from_cut(among, passed))
     every = identity["combine"] == "all"
     kept = np.logical_and.reduce(passed_by) if every else np.logical_or.reduce(passed_by)

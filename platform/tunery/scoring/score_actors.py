@@ -116,16 +116,16 @@ class EmbeddingActor:
 
     def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
         assert isinstance(spec, Embedding)
-        if spec.near is None:
+        if spec.reference is None:
             return keep_vectors
-        references = reference_rows(inputs[spec.near])
+        references = reference_rows(inputs[spec.reference])
         vectors = self._embedder(references).vectors
         there = np.flatnonzero(~np.isnan(vectors[:, 0]))
         if not len(there):
             raise TuneryError(
-                f"no row of `{spec.near}` can be compared with",
+                f"no row of `{spec.reference}` can be compared with",
                 cause=f"the model sees no token in any of {len(references):,}",
-                remedy="name a stage whose rows are not empty in `near`",
+                remedy="name a stage whose rows are not empty in `reference`",
             )
         scorer: Callable[[np.ndarray], Columns] = SCORER_ENTRIES[spec.kind()].load()(
             vectors[there], [references[n]["id"] for n in there]

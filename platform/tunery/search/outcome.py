@@ -50,7 +50,7 @@ def _best(
 ) -> dict[str, Any] | None:
     """By the mean over seeds, where all that were to be repeated have been; a seed without a value counts against its
     trial. Else by the first seed: one that happened to be repeated first is no better for it. `ended`: best first."""
-    top = ended[: search.top]
+    top = ended[: search.replicate_top_k]
     top = [trial for trial in top if trial["feasible"]] or top
     if not top or any(trial["trial"] not in groups for trial in top):
         return next(iter(ended), None)

@@ -16,7 +16,11 @@ on a CPU a member's step takes 43 ms alone, 26 among four and 30 among eight; an
 
 def pack_size(experiment: Experiment) -> int:
     compute = experiment.compute
-    return AUTO_SIZE["gpu" if compute.device == "gpu" else "cpu"] if compute.pack == "auto" else compute.pack
+    return (
+        AUTO_SIZE["gpu" if compute.device == "gpu" else "cpu"]
+        if compute.max_packed_trials == "auto"
+        else compute.max_packed_trials
+    )
 
 
 def search_unpackable_reason(trial: Experiment, searched: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 the worst quarter of the trials makes room for changed copies of the best quarter. Pure.
 
 A copy goes on from the other's checkpoint, with another learning rate from there on. What it is does not hang on that:
-its values say what changed and when (`changes` of its training), and from its beginning it would come to the same. So a
-trial of a population is named, found in the store, run again and repeated with other seeds like any other.
+its values say what changed and when (`schedule_overrides` of its training), and from its beginning it would come to the
+same. So a trial of a population is named, found in the store, run again and repeated with other seeds like any other.
 
 Who makes room is worked out from what all members reported of the same evaluation, whenever that was: a search that is
 run again, or goes on after a kill, decides as it did before.
@@ -50,7 +50,7 @@ class _EvalPoint:
 
 
 class Population:
-    """`stage`: the training whose evaluations count, of which there are `evaluations`."""
+    """`stage`: the training whose evaluations count, of which there are `num_evals`."""
 
     def __init__(self, search: Search, stage: str, evaluations: int, seed: int) -> None:
         self._search, self._stage, self._evaluations, self._seed = search, stage, evaluations, seed
@@ -182,7 +182,7 @@ class Population:
                 anew = chance.random() < REDRAWN
                 dimension = self._search.space[path]
                 changed[path.split(".")[1]] = draw(path, dimension) if anew else _shifted(now[path], dimension, chance)
-        path = f"{self._stage}.changes"
+        path = f"{self._stage}.schedule_overrides"
         change = {"after": generation / self._evaluations, **changed}
         return {**point, path: [*point.get(path, ()), change]}
 

@@ -82,7 +82,7 @@ class Queue(Searcher):  # type: ignore[misc]
             self._untold(begun)
         self._tell()
         while (drawn := self._drawn) < self._search.trials and not self._exhausted:
-            first = self._search.first[drawn] if drawn < len(self._search.first) else None
+            first = self._search.initial_points[drawn] if drawn < len(self._search.initial_points) else None
             found = self._suggester.ask(drawn, first)
             if found is None:
                 self._exhausted = True
@@ -115,7 +115,7 @@ class Queue(Searcher):  # type: ignore[misc]
 
     def _replicate(self) -> None:
         """The best trials so far, with the seeds that they have not had."""
-        if self._search.replicate == 1:
+        if self._search.num_seeds == 1:
             return
         ended = [
             {"trial": record.begun.trial, "overrides": record.begun.overrides, **(record.ended or {})}
@@ -123,11 +123,11 @@ class Queue(Searcher):  # type: ignore[misc]
             if record.begun.origin != "replicate"
         ]
         ended = [{**trial, "value": value_of(self._search, trial["values"])} for trial in ended]
-        best = sorted(ended, key=lambda trial: rank(self._search, trial))[: self._search.top]
+        best = sorted(ended, key=lambda trial: rank(self._search, trial))[: self._search.replicate_top_k]
         for trial in best:
             if rank(self._search, trial)[0]:
                 continue
-            for replicate in range(1, self._search.replicate):
+            for replicate in range(1, self._search.num_seeds):
                 self._wait(self._reseeded(trial["overrides"], replicate), "replicate", trial["trial"])
 
     def _take_offspring(self) -> bool:

@@ -19,17 +19,17 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def objectives(search: Search) -> list[tuple[str, str]]:
-    """(metric, mode) of what is optimised apart: one where `also` has weights, else all of them."""
+    """(metric, mode) of what is optimised apart: one where `objectives` has weights, else all of them."""
     first: list[tuple[str, str]] = [(search.metric, search.mode)]
-    weighted = any(item.weight is not None for item in search.also)
-    return first if weighted else [*first, *((item.metric, item.mode) for item in search.also)]
+    weighted = any(item.weight is not None for item in search.objectives)
+    return first if weighted else [*first, *((item.metric, item.mode) for item in search.objectives)]
 
 
 def value_of(search: Search, values: Values) -> float:
     """The first metric, or the weighted sum, whose sign is as the first metric's `mode` has it. NaN without one."""
     sign = 1 if search.mode == "min" else -1
     total = sign * values.get(search.metric, math.nan)
-    for item in search.also:
+    for item in search.objectives:
         if item.weight is not None:
             total += item.weight * (1 if item.mode == "min" else -1) * values.get(item.metric, math.nan)
     return sign * total

@@ -47,7 +47,7 @@ def scheduler_of(search: Search, longest: float, journal: Journal) -> TrialSched
         scheduler = tune.schedulers.HyperBandScheduler(
             **told, max_t=LONGEST, reduction_factor=REDUCTION_FACTOR, stop_last_trials=False
         )
-    units = search.rungs, longest / LONGEST
+    units = search.progress_unit, longest / LONGEST
     if search.scheduler != "hyperband":  # that one's brackets are made of trials that wait, and nobody waits any more
         _remember(scheduler, journal, units)
     return Sparing(scheduler, units)

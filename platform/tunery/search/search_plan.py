@@ -117,7 +117,7 @@ def _draws(search: Search, seed: int) -> list[dict[str, Any]]:
         grid = GridSearch(search)
         asked = [grid.ask(number, None) for number in range(min(search.trials, LOOKED_AT))]
         return [found for found in asked if found is not None]
-    firsts = [*search.first, *[None] * search.trials][: min(search.trials, LOOKED_AT)]
+    firsts = [*search.initial_points, *[None] * search.trials][: min(search.trials, LOOKED_AT)]
     return [point_by_chance(search.space, seed, number, first or {}) for number, first in enumerate(firsts)]
 
 

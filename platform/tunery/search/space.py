@@ -188,7 +188,7 @@ def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
         return [auto if value == "auto" else float(value) for value in given]
 
     seen = rows * max(values("epochs", 4.0))
-    if search.rungs == "steps":
+    if search.progress_unit == "steps":
         answers = max(values("group_size")) * max(values("iterations"))
         return max(1.0, seen * answers / min(values("global_batch_size", 8.0)))
     longest_row = max(values("max_length", 512.0))

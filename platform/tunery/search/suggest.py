@@ -31,7 +31,7 @@ class Suggester(Protocol):
     was killed goes on as it would have gone."""
 
     def ask(self, number: int, first: Point | None) -> Point | None:
-        """Values for the trial of this number, those of `first` among them; None when nothing new is left."""
+        """Values for the trial of this number, those of `initial_points` among them; None when nothing new is left."""
 
     def tell(
         self, number: int, overrides: Point, reports: Sequence[Mapping[str, float]], ended: dict[str, Any]

@@ -116,7 +116,7 @@ def _gather(
     """The candidates, and of each row that passes the rules whether it is one: it has a vector, and a score if one is
     asked for."""
     candidates: Candidates | None = None
-    good = spec.best or goods.get(spec.score or "", "low")
+    good = spec.prefer or goods.get(spec.score or "", "low")
     passed = 0
     with (folder / "there").open("wb") as file:
         for shard, (scores, kept, _) in zip(table.files, passing, strict=True):

@@ -54,8 +54,8 @@ def k_center(
 def _update_distances(
     candidates: Candidates, centres: Places, near: NDArray[np.float32], keep: bool
 ) -> tuple[Places, float]:
-    """Bring `near` up to date with new centres, in a pass; returns the farthest rows, in their order, and the distance
-    that no other row exceeds."""
+    """Bring `reference` up to date with new centres, in a pass; returns the farthest rows, in their order, and the
+    distance that no other row exceeds."""
     count = candidates.count
     most = max(LEAST, min(ACTIVE, count // 32))
     pieces = [centres[start : start + BLOCK] for start in range(0, len(centres), BLOCK)]

@@ -61,12 +61,16 @@ def fit_rules(
     table: ScoredRows, keeps: Mapping[str, Keep], goods: Mapping[str, str], as_many: Mapping[str, int]
 ) -> list[Rule]:
     """The rules with their cuts in the rows at hand. `goods`: which end of each score is good, by its scorer;
-    `as_many`: by score, what `as_many_as` came to."""
+    `as_many`: by score, what `match_count_of` came to."""
     found: dict[str, Rule] = {}
     # A fraction is of what the other rules leave, so those come first.
-    for score, keep in sorted(keeps.items(), key=lambda item: item[1].fraction is not None):
-        good: Any = keep.best or goods.get(score, "low")
-        before = [rule for rule in found.values() if rule.keep.fraction is None] if keep.fraction is not None else []
+    for score, keep in sorted(keeps.items(), key=lambda item: item[1].keep_fraction_of_rest is not None):
+        good: Any = keep.prefer or goods.get(score, "low")
+        before = (
+            [rule for rule in found.values() if rule.keep.keep_fraction_of_rest is None]
+            if keep.keep_fraction_of_rest is not None
+            else []
+        )
 
         def pieces(
             score: str = score, sign: float = _sign(keep, good), before: Sequence[Rule] = before
@@ -90,10 +94,12 @@ def reset_ties(rules: Sequence[Rule]) -> list[Rule]:
 
 def rule_masks(rules: Sequence[Rule], scores: Scores) -> list[Bools]:
     """Which of the next rows each rule keeps; one of a fraction only among those that the rules without one keep."""
-    found = {rule.score: rule.cut.passing(rule.badness(scores)) for rule in rules if rule.keep.fraction is None}
+    found = {
+        rule.score: rule.cut.passing(rule.badness(scores)) for rule in rules if rule.keep.keep_fraction_of_rest is None
+    }
     left = np.logical_and.reduce(list(found.values())) if found else np.True_
     for rule in rules:
-        if rule.keep.fraction is not None:
+        if rule.keep.keep_fraction_of_rest is not None:
             found[rule.score] = rule.cut.passing(np.where(left, rule.badness(scores), np.nan))
     return [found[rule.score] for rule in rules]
 
@@ -113,7 +119,7 @@ def apply_rules(
     every = list(passed.values())
     kept: Bools = np.logical_and.reduce(every) if combine == "all" else np.logical_or.reduce(every)
     open_rows = ~kept
-    for rule in sorted(rules, key=lambda rule: rule.keep.fraction is not None):
+    for rule in sorted(rules, key=lambda rule: rule.keep.keep_fraction_of_rest is not None):
         rule.passed += int(passed[rule.score].sum())
         mine = open_rows & ~passed[rule.score]
         rule.dropped += int(mine.sum())

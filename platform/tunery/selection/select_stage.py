@@ -53,9 +53,9 @@ def run_select(context: StageContext) -> StageResult:
     data = context.inputs[stage.data]
     table, goods = ScoredRows(data.path, context.seed), score_directions(data)
     as_many = {
-        score: int(context.inputs[keep.as_many_as].facts["rows"])
+        score: int(context.inputs[keep.match_count_of].facts["rows"])
         for score, keep in stage.keep.items()
-        if keep.as_many_as is not None
+        if keep.match_count_of is not None
     }
     rules = fit_rules(table, stage.keep, goods, as_many)
     quota = _see_quota(stage, table, reset_ties(rules), goods) if stage.quota else None
@@ -126,7 +126,7 @@ def _see_quota(stage: Select, table: ScoredRows, rules: Sequence[Rule], goods: M
     assert stage.quota is not None
     quota, start = QuotaThreshold(stage.quota.rows), 0
     for shard, (scores, kept, _) in zip(table.files, _passing(stage, table, rules, None), strict=True):
-        kinds = to_str_list(pq.read_table(shard, columns=[stage.quota.per])[0].filter(pa.array(kept)))
+        kinds = to_str_list(pq.read_table(shard, columns=[stage.quota.group_by])[0].filter(pa.array(kept)))
         places = [start + int(index) for index in np.flatnonzero(kept)]
         if stage.quota.by is None:
             badness = np.zeros(len(places))

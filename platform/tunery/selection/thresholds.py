@@ -50,22 +50,22 @@ def find_threshold(
 ) -> Threshold:
     """The cut of `rule` in a column of badness (the score where low is good, else its negative; a range: the score).
 
-    `rows` is how many there are in all, `as_many` what `as_many_as` came to. Of a fraction the column holds those rows
-    alone that it is of.
+    `rows` is how many there are in all, `as_many` what `match_count_of` came to. Of a fraction the column holds those
+    rows alone that it is of.
     """
     if rule.range is not None:
         low, high = rule.range
         return Threshold(math.inf if high is None else high, None, -math.inf if low is None else low, is_range=True)
     if rule.threshold is not None:
         return Threshold(rule.threshold if good == "low" else -rule.threshold, None)
-    if rule.quantile == 1:
+    if rule.keep_fraction == 1:
         most = [float(np.nanmax(piece)) for piece in pieces() if not np.isnan(piece).all()]
         return Threshold(max(most, default=-math.inf), None, all_rows=True)
     usable = sum(int((~np.isnan(piece)).sum()) for piece in pieces())
-    if rule.quantile is not None:
-        wanted = round(rule.quantile * rows)
-    elif rule.fraction is not None:
-        wanted = round(rule.fraction * usable)
+    if rule.keep_fraction is not None:
+        wanted = round(rule.keep_fraction * rows)
+    elif rule.keep_fraction_of_rest is not None:
+        wanted = round(rule.keep_fraction_of_rest * usable)
     elif rule.top_k is not None:
         wanted = rule.top_k
     else:
@@ -80,13 +80,13 @@ def find_threshold(
 
 
 def describe(score: str, rule: Keep) -> str:
-    """The rule in words: "perplexity quantile 0.8"."""
+    """The rule in words: "perplexity keep_fraction 0.8"."""
     if rule.range is not None:
         low, high = rule.range
         return f"{score} from {_end(low)} to {_end(high)}"
-    if rule.as_many_as is not None:
-        return f"{score} as many as {rule.as_many_as}"
-    for name in ("quantile", "fraction", "threshold"):
+    if rule.match_count_of is not None:
+        return f"{score} as many as {rule.match_count_of}"
+    for name in ("keep_fraction", "keep_fraction_of_rest", "threshold"):
         if (value := getattr(rule, name)) is not None:
             return f"{score} {name} {value:g}"
     return f"{score} top {rule.top_k:,}"

@@ -102,8 +102,8 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
                 source,
                 at,
                 f"`{name}.{path[0]}` uses the score `{score}`, which is none",
-                cause=f"without `near` an embedding gives each row a vector, for `{name}.diverse.by`",
-                remedy=f"give it `near` in `{stage.data}`, or name another: {', '.join([*made, RANDOM])}",
+                cause=f"without `reference` an embedding gives each row a vector, for `{name}.diverse.by`",
+                remedy=f"give it `reference` in `{stage.data}`, or name another: {', '.join([*made, RANDOM])}",
             )
         elif score not in (*made, RANDOM):
             yield error_at(
@@ -115,7 +115,7 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
             )
     if stage.diverse is not None and stage.diverse.by not in vectors:
         by = stage.diverse.by
-        cause = f"it is a {scored.kind} stage" if not scorers else "only an embedding without `near` keeps some"
+        cause = f"it is a {scored.kind} stage" if not scorers else "only an embedding without `reference` keeps some"
         yield error_at(
             source,
             ("stages", name, "diverse", "by"),

@@ -69,14 +69,14 @@ def check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecErr
                 cause=f"`{search.metric.split('.')[0]}` does not depend on `{path.split('.')[0]}`",
                 remedy=f"search fields of: {', '.join(reached)}",
             )
-    for index, point in enumerate(search.first):
-        yield from _check_point(point, ("search", "first", index), search, source)
+    for index, point in enumerate(search.initial_points):
+        yield from _check_point(point, ("search", "initial_points", index), search, source)
 
 
 def _check_metrics(experiment: Experiment, search: Search, source: YamlSource) -> Iterator[SpecError]:
     known = metrics_of(experiment)
     named: list[tuple[KeyPath, str]] = [(("search", "metric"), search.metric)]
-    for field in ("also", "constraints"):
+    for field in ("objectives", "constraints"):
         items = getattr(search, field)
         named += [(("search", field, index, "metric"), item.metric) for index, item in enumerate(items)]
     for path, metric in named:
@@ -104,13 +104,13 @@ def _check_scheduler(
             if while_training
             else "use `scheduler: none`, or give a training `eval_data` and aim at its eval_loss",
         )
-    elif stage.evaluations == 1 and f"{name}.evaluations" not in search.space:
+    elif stage.num_evals == 1 and f"{name}.num_evals" not in search.space:
         yield error_at(
             source,
             at,
             f"{search.scheduler} can't stop trials early by `{search.metric}`",
-            cause=f"`{name}` evaluates once, at its end (`evaluations: 1`)",
-            remedy="raise `evaluations`, or use `scheduler: none`",
+            cause=f"`{name}` evaluates once, at its end (`num_evals: 1`)",
+            remedy="raise `num_evals`, or use `scheduler: none`",
         )
     elif search.scheduler == "pbt":
         yield from _check_population(name, stage, search, source)
@@ -136,20 +136,20 @@ def _check_population(name: str, stage: Training[Any], search: Search, source: Y
                 cause="it is there in some trials only" if dimension.when else "`auto` is no number",
                 remedy="give it numbers, and no `when`",
             )
-    written = [path for path in search.space if path in (f"{name}.changes", f"{name}.evaluations")]
+    written = [path for path in search.space if path in (f"{name}.schedule_overrides", f"{name}.num_evals")]
     for path in written:
         yield error_at(
             source,
             ("search", "space", path),
             f"pbt can't search `{path}`",
-            cause="it writes `changes` itself, at evaluations that all trials have in common",
+            cause="it writes `schedule_overrides` itself, at evaluations that all trials have in common",
             remedy="leave it out, or use another scheduler",
         )
-    if stage.changes:
+    if stage.schedule_overrides:
         yield error_at(
             source,
-            ("stages", name, "changes"),
-            f"pbt writes the `changes` of `{name}` itself",
+            ("stages", name, "schedule_overrides"),
+            f"pbt writes the `schedule_overrides` of `{name}` itself",
             remedy="leave them out, or use another scheduler",
         )
     if search.trials == 1:

@@ -35,13 +35,13 @@ class Compute(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the GPU has it, else fp32."""
     gradient_checkpointing: bool = False
-    checkpoint_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
+    save_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Optimizer steps between checkpoints, each written at the next step whose loss is logged; auto: a tenth of the
     training, at least 20; of PPO's steps, each a batch of answers, a tenth."""
     max_failures: Annotated[int, Field(ge=0)] = 0
     """How often a training whose worker died goes on from its last checkpoint before the run ends with the error;
     not in trials of one worker, which train in their own process."""
-    pack: Annotated[int, Field(ge=1)] | Auto = AUTO
+    max_packed_trials: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Trials of a search that train LoRA on the same base: how many at most share one copy of it on a worker, and its
     forward passes; auto: 4, on a GPU up to 8, as its memory has room. 1: each trial has a copy for itself."""
     object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO

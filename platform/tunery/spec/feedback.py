@@ -208,7 +208,7 @@ class Kl(Config):
     https://arxiv.org/abs/1909.08593, section 2.2)."""
     horizon: Positive = 10_000.0
     """Answers over which it is adapted."""
-    bound: Positive = 100.0
+    max_kl: Positive = 100.0
     """Nats an answer: beyond, the policy has left all that the reward model knows, and the training ends with an
     error."""
 
@@ -237,10 +237,10 @@ class Ppo(OnlineRl):
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_kl")
     kind: Literal["ppo"]
-    value_from: Literal["reward", "policy"] | Auto = AUTO
+    value_init: Literal["reward", "policy"] | Auto = AUTO
     """What the value model begins with; auto: the reward model, where it is one that reads the policy's tokens (as in
     InstructGPT)."""
-    retokenise: bool = False
+    allow_retokenize: bool = False
     """Allow a reward model with another tokenizer: answers are decoded, and read by it as text."""
     minibatches: Annotated[int, Field(ge=1)] = 1
     """Optimizer steps each time over a batch of answers."""
@@ -248,7 +248,7 @@ class Ppo(OnlineRl):
     """Times over each batch of answers."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount a token."""
-    lam: Share = 0.95
+    gae_lambda: Share = 0.95
     """Of generalized advantage estimation (Schulman et al. 2015, https://arxiv.org/abs/1506.02438)."""
     clip: Positive = 0.2
     """Of the ratio of new to old probabilities."""

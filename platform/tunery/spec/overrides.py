@@ -55,6 +55,6 @@ def final_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
     now = dict(overrides)
     for path, changes in overrides.items():
         stage, _, field = path.rpartition(".")
-        for change in changes if field == "changes" else ():
+        for change in changes if field == "schedule_overrides" else ():
             now |= {f"{stage}.{name}": change[name] for name in OVERRIDABLE if change.get(name) is not None}
     return now

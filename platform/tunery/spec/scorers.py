@@ -112,7 +112,7 @@ class Reward(ClassificationSpec):
 
 class Classifier(ClassificationSpec):
     """Probability of one label under a text classifier. Higher is better: name the label of good rows, or give
-    `best: low` in `keep`.
+    `prefer: low` in `keep`.
 
     A softmax over the labels; a sigmoid for each where the model's config says `multi_label_classification`, and for a
     model of one label. As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), whose own classifier
@@ -142,12 +142,12 @@ class Embedding(ScorerSpec):
 
     embedding: Model
     """An encoder, or a causal language model without its head."""
-    near: str | None = None
+    reference: str | None = None
     """Stage that gives the reference rows; of more than 2,048, so many by a hash of their ids."""
 
     @property
     def gives_vectors(self) -> bool:
-        return self.near is None
+        return self.reference is None
 
     @property
     def model(self) -> str | Pretrained:
@@ -155,12 +155,12 @@ class Embedding(ScorerSpec):
 
     def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()
-        if self.near is not None:
-            yield StageRef(("near",), self.near, ROWS)
+        if self.reference is not None:
+            yield StageRef(("reference",), self.reference, ROWS)
 
 
 class Length(ScorerSpec):
-    """How long the answer is. Meant for a range in `keep`; as for `quantile`, longer is better.
+    """How long the answer is. Meant for a range in `keep`; as for `keep_fraction`, longer is better.
 
     Zhao et al. 2024, "Long Is More for Alignment" (https://arxiv.org/abs/2402.04833): the 1,000 longest answers are a
     baseline that is hard to beat.

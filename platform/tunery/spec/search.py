@@ -162,7 +162,7 @@ class Search(Config):
     `.eval_reward`, `.eval_kl`); `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`, `.forgetting`); or
     `<win rate stage>.<model>.<data stage>.win_rate` (or `.reward`)."""
     mode: Mode
-    also: tuple[Objective, ...] = ()
+    objectives: tuple[Objective, ...] = ()
     """Further metrics, all with a weight or all without."""
     constraints: tuple[Constraint, ...] = ()
     trials: Annotated[int, Field(ge=1)]
@@ -177,31 +177,31 @@ class Search(Config):
     (Li et al. 2016, https://arxiv.org/abs/1603.06560). median: what is worse than the median of the others' means so
     far (Golovin et al. 2017, Vizier). pbt: at each evaluation the worst quarter makes room for copies of the best one
     that go on with another learning rate or weight decay (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846)."""
-    rungs: Literal["tokens", "steps"] = "tokens"
+    progress_unit: Literal["tokens", "steps"] = "tokens"
     """What a trial's progress is measured in, so that trials of other batch sizes compare: tokens that were learned
     from, or optimizer steps. pbt compares at the same evaluation."""
     budget: Budget = Budget()
-    first: tuple[dict[str, Any], ...] = ()
+    initial_points: tuple[dict[str, Any], ...] = ()
     """Points to begin with; what one leaves out is drawn (of a grid: as in the first combination that agrees)."""
     warm_start: tuple[str, ...] = ()
     """Names of earlier runs in this store: tpe and nsga2 begin with what their trials found, where those dimensions are
     searched here too."""
-    replicate: Annotated[int, Field(ge=1)] = 1
+    num_seeds: Annotated[int, Field(ge=1)] = 1
     """Seeds that each of the best trials is run with before a winner is named."""
-    top: Annotated[int, Field(ge=1)] = 3
-    """How many are the best, of `replicate`."""
+    replicate_top_k: Annotated[int, Field(ge=1)] = 3
+    """How many are the best, of `num_seeds`."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """All that a trial is measured by, each once: the first one first."""
-        further = (*(item.metric for item in self.also), *(item.metric for item in self.constraints))
+        further = (*(item.metric for item in self.objectives), *(item.metric for item in self.constraints))
         return tuple(dict.fromkeys((self.metric, *further)))
 
     @property
     def value_name(self) -> str:
         """Of what a trial is judged by."""
-        return "weighted sum" if any(item.weight is not None for item in self.also) else self.metric
+        return "weighted sum" if any(item.weight is not None for item in self.objectives) else self.metric
 
     def describe(self) -> dict[str, Any]:
         """What its event says of it (events/event_log.py)."""
@@ -209,7 +209,7 @@ class Search(Config):
             "metric": self.metric,
             "mode": self.mode,
             "metrics": list(self.metrics),
-            "also": [item.model_dump() for item in self.also],
+            "also": [item.model_dump() for item in self.objectives],
             "constraints": [item.model_dump() for item in self.constraints],
             "trials": self.trials,
             "scheduler": self.scheduler,
@@ -218,7 +218,7 @@ class Search(Config):
 
     @model_validator(mode="after")
     def _weights(self) -> Search:
-        weighted = [item.weight is not None for item in self.also]
+        weighted = [item.weight is not None for item in self.objectives]
         if any(weighted) and not all(weighted):
-            raise ValueError("`also` has metrics with a weight and such without: give all of them one, or none")
+            raise ValueError("`objectives` has metrics with a weight and such without: give all of them one, or none")
         return self

@@ -67,11 +67,11 @@ class Dataset(Config):
     """Which rows of a builtin source; files have none."""
     split: Literal["train", "validation", "test", "all"] = "all"
     """By a hash of what the row is about (the documented object; in files the first user turn, or the text)."""
-    holdout: Annotated[float, Field(gt=0, le=0.45)] = 0.1
+    eval_fraction: Annotated[float, Field(gt=0, le=0.45)] = 0.1
     """Share of the groups in validation, and as much again in test."""
     limit: Annotated[int, Field(gt=0)] | None = None
     """At most so many rows, from the top."""
-    corrupt: Annotated[float, Field(ge=0, le=1)] = 0.0
+    corrupt_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Plant this share of bad rows, told apart in the column `planted` that no scorer reads: to judge a filter."""
     columns: dict[ColumnRole, str] | None = None
     """Names of the source's columns, where they are not recognised by themselves."""
@@ -125,22 +125,22 @@ class Score(Config):
 
 
 class Keep(Config):
-    """One rule on one score. Rows without a score never pass, save by `quantile: 1`."""
+    """One rule on one score. Rows without a score never pass, save by `keep_fraction: 1`."""
 
-    quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keep this share of all rows, the best by the score; of rows at the cut those that come first."""
     top_k: Annotated[int, Field(gt=0)] | None = None
     """Keep so many rows, the best by the score."""
-    as_many_as: str | None = None
+    match_count_of: str | None = None
     """Keep as many rows, the best by the score, as another stage has: with `random`, its control."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep this share of the rows that have this score and pass every rule without `fraction`, the best by the score:
-    `quantile` counts all rows, whatever the other rules drop."""
+    keep_fraction_of_rest: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep this share of the rows that have this score and pass every rule without `keep_fraction_of_rest`, the best by
+    the score: `keep_fraction` counts all rows, whatever the other rules drop."""
     threshold: float | None = None
     """Keep the rows at or on the good side of this score."""
     range: Annotated[tuple[float | None, float | None], Field(min_length=2, max_length=2)] | None = None
     """Keep the rows from the one to the other score, both included; null leaves an end open."""
-    best: Literal["low", "high"] | None = None
+    prefer: Literal["low", "high"] | None = None
     """Which end of the score is the good one; else the scorer's own (low for perplexity, high for language)."""
 
     @model_validator(mode="after")
@@ -154,18 +154,18 @@ class Keep(Config):
                 raise ValueError("both ends of the range are open")
             if low is not None and high is not None and low > high:
                 raise ValueError(f"the range ends ({high:g}) before it begins ({low:g})")
-            if self.best is not None:
-                raise ValueError("a range has no good end: remove `best`")
+            if self.prefer is not None:
+                raise ValueError("a range has no good end: remove `prefer`")
         return self
 
 
-KEEP_RULES = ("quantile", "top_k", "as_many_as", "fraction", "threshold", "range")
+KEEP_RULES = ("keep_fraction", "top_k", "match_count_of", "keep_fraction_of_rest", "threshold", "range")
 
 
 class Quota(Config):
     """At most so many rows of each source or group, the best by a score (those that come first where none is named)."""
 
-    per: Literal["source", "group"]
+    group_by: Literal["source", "group"]
     rows: Annotated[int, Field(gt=0)]
     by: str | None = None
 
@@ -174,7 +174,7 @@ class Diverse(Config):
     """Few rows that stand for all: chosen by how alike they are, as the cosine of their embeddings has it."""
 
     by: str
-    """A score of kind `embedding` without `near`: it keeps the rows' vectors."""
+    """A score of kind `embedding` without `reference`: it keeps the rows' vectors."""
     method: Literal["k_center", "score_first"]
     """k_center: the row farthest from those that are kept, again and again (Gonzalez 1985,
     https://doi.org/10.1016/0304-3975(85)90224-5; Sener & Savarese 2018, https://arxiv.org/abs/1708.00489): no choice
@@ -187,7 +187,7 @@ class Diverse(Config):
     """The same as a share of the rows that pass `keep` and `quota`."""
     score: str | None = None
     """Which rows come first, in score_first; of equal ones those that come first in the data."""
-    best: Literal["low", "high"] | None = None
+    prefer: Literal["low", "high"] | None = None
     """Which end of the score comes first; else the scorer's own."""
     similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
     """Cosine from above which rows are too similar, in score_first; 0.9 (DEITA's) when not given. What is high depends
@@ -200,7 +200,7 @@ class Diverse(Config):
         if self.method == "k_center":
             if self.rows is None and self.share is None:
                 raise ValueError("k_center needs `rows` or `share`")
-            if given := [name for name in ("score", "best", "similarity") if getattr(self, name) is not None]:
+            if given := [name for name in ("score", "prefer", "similarity") if getattr(self, name) is not None]:
                 raise ValueError(f"k_center looks at distances alone: remove `{given[0]}`, or take score_first")
         elif self.score is None:
             raise ValueError("score_first needs a `score`; `random` is always there")
@@ -214,8 +214,8 @@ class Select(Config):
     gives: ClassVar[Gives] = "selected"
     data: str
     keep: dict[str, Keep] = Field(default_factory=dict)
-    """By score. Each rule looks at all rows, whatever the others drop (but for `fraction`). May be left out where there
-    is a `quota` or `diverse`."""
+    """By score. Each rule looks at all rows, whatever the others drop (but for `keep_fraction_of_rest`). May be left
+    out where there is a `quota` or `diverse`."""
     combine: Literal["all", "any"] = "all"
     """A row passes when all rules keep it, or any of them."""
     quota: Quota | None = None
@@ -230,8 +230,10 @@ class Select(Config):
     def _keeps_by_something(self) -> Select:
         if not self.keep and self.quota is None and self.diverse is None:
             raise ValueError("it keeps all rows: give `keep`, `quota` or `diverse`")
-        if self.combine == "any" and any(rule.fraction is not None for rule in self.keep.values()):
-            raise ValueError("`fraction` is of the rows that pass the other rules: take `quantile` with `combine: any`")
+        if self.combine == "any" and any(rule.keep_fraction_of_rest is not None for rule in self.keep.values()):
+            raise ValueError(
+                "`keep_fraction_of_rest` counts rows that pass the other rules: with `combine: any` use `keep_fraction`"
+            )
         return self
 
     @property
@@ -243,8 +245,8 @@ class Select(Config):
     def inputs(self) -> Iterator[StageRef]:
         yield StageRef(("data",), self.data, ROWS)
         for score, rule in self.keep.items():
-            if rule.as_many_as is not None:
-                yield StageRef(("keep", score, "as_many_as"), rule.as_many_as, ROWS)
+            if rule.match_count_of is not None:
+                yield StageRef(("keep", score, "match_count_of"), rule.match_count_of, ROWS)
 
 
 class Review(Config):
@@ -316,7 +318,7 @@ class WinRate(Config):
     kind: Literal["win_rate"]
     gives: ClassVar[Gives] = "metrics"
     models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_named_once)]
-    against: Model
+    baseline: Model
     """The baseline; not among `models`."""
     judge: RewardSource
     data: str
@@ -331,19 +333,19 @@ class WinRate(Config):
     def inputs(self) -> Iterator[StageRef]:
         for index, model in enumerate(self.models):
             yield from model_inputs(("models", index), model)
-        yield from model_inputs(("against",), self.against)
+        yield from model_inputs(("baseline",), self.baseline)
         yield from reward_inputs(("judge",), self.judge)
         yield StageRef(("data",), self.data, ROWS)
 
     @property
     def contestants(self) -> tuple[str | Pretrained, ...]:
         """The baseline, then the others."""
-        return self.against, *self.models
+        return self.baseline, *self.models
 
     @model_validator(mode="after")
     def _against_another(self) -> WinRate:
-        if self.against in self.models:
-            raise ValueError(f"`{model_name(self.against)}` would be compared with itself: remove it from `models`")
+        if self.baseline in self.models:
+            raise ValueError(f"`{model_name(self.baseline)}` would be compared with itself: remove it from `models`")
         _named_once(self.contestants)  # they stand side by side in the results
         self.sampling.check_room(self.max_length)
         return self

@@ -168,12 +168,12 @@ class Training(Config, Generic[Data]):
     """Share of the steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    changes: tuple[ScheduleOverride, ...] = ()
+    schedule_overrides: tuple[ScheduleOverride, ...] = ()
     """In their order. A search by population (`scheduler: pbt`) writes them: what it finds is a training like any
     other, and can be run again from its beginning."""
     eval_data: Data | None = None
     """Rows that the loss is measured on while training (and never trained on)."""
-    evaluations: Annotated[int, Field(ge=1)] = 4
+    num_evals: Annotated[int, Field(ge=1)] = 4
     """How often, evenly spread, the last one at the end."""
     seed: int | None = None
     """Of weights, data order and dropout; the experiment's when not given."""
@@ -183,9 +183,9 @@ class Training(Config, Generic[Data]):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        shares = [change.after for change in self.changes]
+        shares = [change.after for change in self.schedule_overrides]
         if shares != sorted(set(shares)):
-            raise ValueError(f"`changes` come one after another, but their `after` are {shares}")
+            raise ValueError(f"`schedule_overrides` come one after another, but their `after` are {shares}")
         if isinstance(self.eval_data, dict):
             raise ValueError("`eval_data` is one stage: a loss over a mixture would depend on its weights")
         return self

@@ -32,7 +32,7 @@ def values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Traini
     value = getattr(spec, field)
     assert value != "auto", "resolved"
     found: list[float] = [value] * steps
-    for change in spec.changes:
+    for change in spec.schedule_overrides:
         if (other := getattr(change, field)) is not None:
             begin = override_step(change.after, steps)
             found[begin:] = [other] * (steps - begin)

@@ -21,7 +21,7 @@ def log_period(steps: int) -> int:
 
 def save_period(compute: Compute, steps: int) -> int:
     """Steps between checkpoints."""
-    return max(20, steps // 10) if compute.checkpoint_steps == "auto" else compute.checkpoint_steps
+    return max(20, steps // 10) if compute.save_steps == "auto" else compute.save_steps
 
 
 def report_of(

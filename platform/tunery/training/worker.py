@@ -89,7 +89,7 @@ def train(job: Job, report: Report) -> None:
             report(report_of(job.stage, step, batching.steps, int(tokens[rows]), rows, metrics))
 
     steps = TrainingCallback(
-        at_even_steps(batching.steps, spec.evaluations) if job.eval_rows else [],
+        at_even_steps(batching.steps, spec.num_evals) if job.eval_rows else [],
         save_period(compute, batching.steps),
         job.work / "checkpoints",
         size / again,
@@ -102,7 +102,7 @@ def train(job: Job, report: Report) -> None:
         again,
         job.stop,
         job.kept,
-        schedule(spec, batching.steps) if spec.changes else None,
+        schedule(spec, batching.steps) if spec.schedule_overrides else None,
     )
     trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
     if rank == 0:

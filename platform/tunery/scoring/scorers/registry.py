@@ -75,7 +75,7 @@ class ScorerEntry:
     make: str
     """module:callable"""
     good: Literal["low", "high"]
-    """Which end is good: what `quantile` keeps, and the sign of an AUC against planted rows."""
+    """Which end is good: what `keep_fraction` keeps, and the sign of an AUC against planted rows."""
     version: int
     """Raised when the same row gets another score: kept scores are then not used again."""
 

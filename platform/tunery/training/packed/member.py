@@ -82,7 +82,7 @@ class Member:
         self.batching = plan_training(job.spec, len(data), 1, "auto")
         self._order = data_order(data.lengths, self.batching.steps, self._size, job.seed, mixture_of(job.spec, data))
         self._course = schedule(job.spec, self.batching.steps)
-        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.evaluations) if len(measured) else [])
+        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.num_evals) if len(measured) else [])
         self._log_every = log_period(self.batching.steps)
         self._save_every = save_period(job.compute, self.batching.steps)
         self.adapter = adapter_of(peft_model)

@@ -102,7 +102,7 @@ class Pack:
                 member.job.stage,
                 "an adapter on the head or on an embedding can't be trained in a pack",
                 cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",
-                remedy="leave them out, or set `compute: {pack: 1}`",
+                remedy="leave them out, or set `compute: {max_packed_trials: 1}`",
             )
 
     def _has_room(self, members: Sequence[Member]) -> bool:

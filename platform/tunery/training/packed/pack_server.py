@@ -33,8 +33,8 @@ CALLS = 256
 
 def unpackable_reason(stage: Stage, compute: Compute) -> str:
     """Why a training can't be in a pack; "" when it can."""
-    if compute.pack == 1:
-        return "compute.pack is 1"
+    if compute.max_packed_trials == 1:
+        return "compute.max_packed_trials is 1"
     if not isinstance(stage, Sft):
         return f"a {stage.kind} stage has no packed form, sft has"
     if not isinstance(stage.tuner, LoraTuner):

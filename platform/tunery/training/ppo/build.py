@@ -100,14 +100,14 @@ def reads_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
     if theirs.get_vocab() == tokenizer.get_vocab():
         # With another chat template it has learned from other tokens: it is given texts.
         return bool(theirs.chat_template == tokenizer.chat_template)
-    if not job.spec.retokenise:
+    if not job.spec.allow_retokenize:
         name = job.reward.get("pretrained") or Path(job.reward["artifact"]).name
         raise StageError(
             job.stage,
             f"the reward model `{name}` reads other tokens than the policy writes",
             cause=f"its tokenizer has {len(theirs):,} tokens, the policy's {len(tokenizer):,}; they differ",
-            remedy="set `retokenise: true`: answers are then decoded, and read by it as text; or take a reward model "
-            "that was trained from the same model",
+            remedy="set `allow_retokenize: true`: responses are then decoded and retokenized for it; or take a reward "
+            "model that was trained from the same model",
         )
     return False
 
@@ -203,18 +203,18 @@ def _as_backbone(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> ScalarMo
 def _value_from(job: Job, reward_fits: bool) -> str:
     """Raises StageError where the value model is to begin with a reward model that can't be one."""
     assert isinstance(job.spec, Ppo)
-    if job.spec.value_from == "reward" and not reward_fits:
+    if job.spec.value_init == "reward" and not reward_fits:
         raise StageError(
             job.stage,
             "the value model can't begin with this reward",
             cause="it is no causal model that reads the policy's tokens"
             if isinstance(job.spec.tuner, str)
             else "with LoRA that takes a reward model that is an adapter on the same base",
-            remedy="set `value_from: policy`, or leave it out",
+            remedy="set `value_init: policy`, or leave it out",
         )
-    if job.spec.value_from == "auto":
+    if job.spec.value_init == "auto":
         return "reward" if reward_fits else "policy"
-    return job.spec.value_from
+    return job.spec.value_init
 
 
 def _width(model: PreTrainedModel) -> int:

@@ -91,7 +91,7 @@ class _Run:
         self.batching = plan_batches(len(self.prompts), spec.epochs, size, self.workers, None)
         self.minibatch = plan_batches(1, 1, size // spec.minibatches, self.workers, micro)
         self.order = data_order(self.prompts.lengths, self.batching.steps, size, job.seed)
-        self.evaluate_at = set(at_even_steps(self.batching.steps, spec.evaluations)) if self.measured else set()
+        self.evaluate_at = set(at_even_steps(self.batching.steps, spec.num_evals)) if self.measured else set()
 
         device = torch.device("cuda", torch.cuda.current_device()) if compute.device == "gpu" else torch.device("cpu")
         rounded = torch.bfloat16 if self.dtype == "bf16" else torch.float32
@@ -119,7 +119,7 @@ class _Run:
         )
         self.held, self.separate = self.models.held_bytes, self.models.separate_bytes
         self.written_by = checkpoint_signature(self.workers, compute.zero_stage, self.dtype)
-        every = compute.checkpoint_steps
+        every = compute.save_steps
         self.save_every = max(1, self.batching.steps // 10) if every == "auto" else every
         self.history: list[dict[str, float]] = []
         self.due: dict[str, float] | None = None
@@ -296,7 +296,7 @@ class _Run:
             "parameters": sum(size for size, _ in sizes),
             "trainable": sum(size for size, learns in sizes if learns),
             "skipped_steps": skipped_steps(self.history),
-            "value_from": self.models.value_from,
+            "value_init": self.models.value_from,
             "shared_base": self.models.trained.shared,
             **{name: sum(point[name] for point in last) / len(last) for name in ("reward", "kl", "eos_rate")},
             "first_reward": steps[0]["reward"],

@@ -17,7 +17,7 @@ def check_kl(stage: str, step: int, kl: float, bound: float) -> None:
             stage,
             f"KL to the reference is {kl:.1f} nats an answer at step {step}, beyond the bound of {bound:g}",
             cause="the policy has left what the reward model was trained on: its rewards mean little there",
-            remedy="raise `kl.coefficient`, set `kl.target`, lower `learning_rate`, or raise `kl.bound` on purpose",
+            remedy="raise `kl.coefficient`, set `kl.target`, lower `learning_rate`, or raise `kl.max_kl` on purpose",
         )
 
 

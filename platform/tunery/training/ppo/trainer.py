@@ -120,7 +120,7 @@ class PpoTrainer:
         kl_b = self.kl(rollouts, rated)
         kl, reward = float(kl_b.mean()), float(rated.scores_b.mean())
         check_finite(self._stage, step, reward=reward, kl=kl, mean_value=float(rated.values_bt.mean()))
-        check_kl(self._stage, step, kl, spec.kl.bound)
+        check_kl(self._stage, step, kl, spec.kl.max_kl)
         rewards_b = apply_eos_penalty(rated.scores_b, torch.tensor(rollouts.ended), spec.missing_eos_penalty)
         state.least, state.most = min(state.least, float(rewards_b.min())), max(state.most, float(rewards_b.max()))
         check_rewards_differ(
@@ -209,7 +209,9 @@ class PpoTrainer:
         rewards_bt = token_rewards(scores_b, kl_bt, mask_bt, self.state.kl_coefficient)
         if spec.whiten_rewards:
             rewards_bt = whiten(rewards_bt, mask_bt, shift=False)
-        advantages_bt, returns_bt = generalized_advantages(rewards_bt, rated.values_bt, mask_bt, spec.gamma, spec.lam)
+        advantages_bt, returns_bt = generalized_advantages(
+            rewards_bt, rated.values_bt, mask_bt, spec.gamma, spec.gae_lambda
+        )
         if spec.whiten_advantages:
             advantages_bt = whiten(advantages_bt, mask_bt)
         return AdvantageTargets(advantages_bt, returns_bt)
