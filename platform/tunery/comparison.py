@@ -167,7 +167,7 @@ def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table 
         scale = [facts["reward_mean"], facts["reward_deviation"]]
         rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *measures, *scale])
         if facts["unusable"]:
-            because = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items())
+            because = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items() if count)
             notes.append(f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})")
         if facts["eval_rows_trained_on"]:
             notes.append(

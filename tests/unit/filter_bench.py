@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.data.sources import source_identity
 from tunery.filter.check import check_models, check_sources, command_line_errors
-from tunery.filter.command import write_experiment, write_files
+from tunery.filter.command import RowFiles, write_experiment
 from tunery.filter.experiment import ROWS, Asked, build
 from tunery.filter.outputs import Outputs
 from tunery.run import check_all
@@ -30,8 +30,9 @@ def filter_here(*sources: str, out: str, dropped: str | None = None, store: str 
         experiment = check_all(experiment, source, Store(Path(store)))
         compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
         stage, folder = experiment.stages[ROWS], asked.file.parent
-        identity = source_identity(stage, folder)
+        files = RowFiles(asked, Path(dropped) if dropped else None, built, stage, source_identity(stage, folder))
         where = Where(Store(Path(store)), Path(store) / "run", asked.file)
         log = EventLog(where.events / "e.jsonl")
-        made = execute(experiment.model_copy(update={"compute": compute}), where, log, Trial(in_process=True))
-        return write_files(asked, Path(dropped) if dropped else None, built, made, stage, identity)
+        with files.dropped_if_none_kept(print):
+            made = execute(experiment.model_copy(update={"compute": compute}), where, log, Trial(in_process=True))
+        return files.write(made)

@@ -17,8 +17,9 @@ from filter_bench import filter_here
 
 from tunery.data.formats.hub import HubDataset
 from tunery.errors import RequestError, StageError, TuneryError
-from tunery.filter import outputs, writers
+from tunery.filter import outputs
 from tunery.filter.originals import originals, originals_of
+from tunery.filter.writers import WRITERS, excel
 from tunery.spec import Dataset
 
 KEEP = ("length 3..5",)
@@ -208,7 +209,7 @@ def test_an_arrow_file_is_written_as_parquet_with_its_schema() -> None:
     assert good.drop_columns(["length"]).equals(table.slice(2, 3))
 
 
-@pytest.mark.parametrize("ending", writers.WRITERS)
+@pytest.mark.parametrize("ending", WRITERS)
 def test_files_of_every_format_go_into_one_with_the_columns_of_all(ending: str) -> None:
     write("a.csv", "\n".join(TICKETS) + "\n")
     write("b.jsonl", (CHAT % (1, 1, words(4))) + "\n{broken\n")
@@ -367,7 +368,7 @@ def test_a_workbook_that_can_not_hold_a_row_is_refused_and_nothing_is_left(monke
     with pytest.raises(RequestError, match="32,768 characters") as caught:
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert ".parquet" in caught.value.remedy
-    monkeypatch.setattr(writers, "SHEET_ROWS", 1)
+    monkeypatch.setattr(excel, "SHEET_ROWS", 1)
     write("in.jsonl", json.dumps({"text": words(3)}) + "\n" + json.dumps({"text": words(4)}) + "\n")
     with pytest.raises(RequestError, match="rows don't fit"):
         filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
@@ -413,6 +414,31 @@ def test_nothing_passes_in_the_words_of_the_command_line() -> None:
     assert not isinstance(caught.value, StageError)
     assert caught.value.cause == "`length 3..5` dropped 1"
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".xlsx", ".parquet"])
+def test_where_nothing_passes_the_dropped_file_has_every_record_and_its_reason(ending: str) -> None:
+    write("in.jsonl", f'{{"text": "word"}}\n{{broken\n{{"text": "{words(9)}"}}\n')
+    with pytest.raises(TuneryError, match="no row of 2 passes") as caught:
+        filter_here("in.jsonl", out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
+    assert caught.value.exit_code == 1
+    assert caught.value.remedy.endswith(f"why each row was dropped is in bad{ending}")
+    rows = rows_of(f"bad{ending}")
+    assert [(row["dropped_by"], row["dropped_reason"].split(":")[0]) for row in rows] == [
+        ("length 3..5", "length is 1"),
+        ("quarantined", "not JSON"),
+        ("length 3..5", "length is 9"),
+    ]
+    assert not Path(f"good{ending}").exists()
+
+
+def test_where_nothing_passes_an_earlier_output_stays_and_rules_without_a_score_have_a_reason() -> None:
+    write("in.csv", f"text\n=1 {words(9)}\n")
+    write("good.csv", "an earlier one")
+    with pytest.raises(TuneryError, match="no row of 1 passes"):
+        filter_here("in.csv", out="good.csv", dropped="bad.jsonl", keep=("random >= 2",))
+    assert json_lines("bad.jsonl")[0]["dropped_reason"] == "not among the random rows"
+    assert read("good.csv") == "an earlier one"
 
 
 def test_rows_of_a_hub_dataset_keep_their_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

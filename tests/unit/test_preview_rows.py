@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
 from small_classifiers import write_encoder
+from template_tokenizers import tokenizer_of
 
-from tunery.models.encode import Encoding, encode_whole
-from tunery.models.preview import (
-    PreviewRow,
-    PreviewSequence,
-    preview_records,
-    preview_rows,
-    stage_preview,
-    template_summary,
-    token_groups,
-)
+from tunery.models.encode import Encoding, Truncation, encode_whole
+from tunery.models.preview import InputFormat, preview_records, preview_rows, stage_preview, template_summary
+from tunery.models.preview_sequences import PreviewRow, PreviewSequence, token_groups
+from tunery.models.preview_truncation import UNKNOWN_CUT
 from tunery.models.scratch import train_tokenizer
 from tunery.models.truncation import encode_sequences
 from tunery.spec import Sft
@@ -117,13 +113,145 @@ def test_oldest_turns_that_are_cut_off_are_shown_before_what_is_kept(tokenizer: 
     )
 
 
+def left(
+    row: Row, tokenizer: Any, limit: int, input_format: InputFormat = "conversation", **options: Any
+) -> PreviewRow:
+    (shown,) = preview_rows([row], tokenizer, Encoding(limit, truncate="left"), input_format, **options)
+    return shown
+
+
+def joined(sequence: PreviewSequence) -> str:
+    """Its text, with what is cut off in brackets."""
+    texts = []
+    for kind, group in groupby(sequence.segments(), key=lambda one: one.kind):
+        text = "".join(one.text for one in group)
+        texts.append({"cut": f"⟪{text}⟫", "mark": f"«{text}»"}.get(kind, text))
+    return "".join(texts)
+
+
+# A digit and a capital letter are a token each.
+LONG_RESPONSE = "ABCDEFGHIJKLMNOPQRST"
+
+
+def test_beginning_of_the_prompt_and_end_of_the_response_are_both_shown_as_cut_off(tokenizer: Any) -> None:
+    row = chat(("user", "0123456789"), ("assistant", LONG_RESPONSE))
+    (shown,) = left(row, tokenizer, 16).sequences
+    assert kinds(shown) == [
+        ("mark", "cut off"),
+        ("cut special", "<|user|>"),
+        ("cut", "01234567"),
+        ("mark", "end of what is cut off"),
+        ("masked", "89"),
+        ("masked special", "<|end|><|assistant|>"),
+        ("trained", "ABCDEFGHIJKL"),
+        ("mark", "cut off"),
+        ("cut", "MNOPQRST"),
+        ("cut special", "<|end|>"),
+    ]
+    assert (shown.cut_tokens, shown.notes) == (18, ())
+    assert shown.as_json()["cuts"] == [
+        {"index": 0, "num_tokens": 9, "text": "<|user|>01234567"},
+        {"index": 16, "num_tokens": 9, "text": "MNOPQRST<|end|>"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rejected", "end"),
+    [
+        (LONG_RESPONSE[::-1], "TSRQPONMLKJI«cut off»⟪HGFEDCBA<|end|>⟫"),
+        ("TSRQ", "TSRQ<|end|>"),
+    ],
+    ids=["both long", "one long"],
+)
+@pytest.mark.parametrize("input_format", ["pair", "rated"])
+def test_both_sides_of_a_pair_show_the_same_cut_of_the_prompt_and_their_own_cut_of_the_response(
+    tokenizer: Any, rejected: str, end: str, input_format: InputFormat
+) -> None:
+    row = left(pair("0123456789", LONG_RESPONSE, rejected), tokenizer, 16, input_format)
+    prompt = "«cut off»⟪<|user|>01234567⟫«end of what is cut off»89<|end|><|assistant|>"
+    assert [joined(one) for one in row.sequences] == [
+        f"{prompt}ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
+        f"{prompt}{end}",
+    ]
+
+
+def test_reward_pair_shows_the_cuts_of_both_sides(tokenizer: Any, tmp_path: Any) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(write_encoder(tmp_path, ["bad", "good"]))
+    row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer, 16, "reward_pair", model=model)
+    end = "⟫«end of what is cut off»"
+    assert [joined(one) for one in row.sequences] == [
+        f"«cut off»⟪<|user|>01234567{end}89<|end|><|assistant|>ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
+        f"«cut off»⟪<|user|>0{end}123456789<|end|><|assistant|>TSRQ<|end|>",
+    ]
+
+
+def test_text_behind_the_end_token_of_a_pair_is_not_shown_as_cut_off() -> None:
+    row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer_of("qwen3"), 40, "pair")
+    assert [one.truncated for one in row.sequences] == [True, True]
+    assert [joined(one)[-len("<|im_end|>") :] for one in row.sequences] == ["<|im_end|>"] * 2
+
+
+def test_cuts_of_system_turn_oldest_turns_and_response_are_shown_apart(tokenizer: Any) -> None:
+    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", LONG_RESPONSE)]
+    (shown,) = left(chat(("system", "0123456789"), *turns), tokenizer, 24).sequences
+    assert joined(shown) == (
+        "«cut off»⟪<|system|>012345678⟫«end of what is cut off»9<|end|>"
+        "«cut off»⟪<|user|>1<|end|><|assistant|>2<|end|>⟫«end of what is cut off»"
+        "<|user|>3<|end|><|assistant|>ABCDEFGHIJKLMNOPQR«cut off»⟪ST<|end|>⟫"
+    )
+
+
+def test_of_equal_turns_the_oldest_are_shown_as_cut_off(tokenizer: Any) -> None:
+    turns = [("user", "1"), ("assistant", "2")] * 3
+    (shown,) = left(chat(("system", "0"), *turns), tokenizer, 16).sequences
+    turn = "<|user|>1<|end|><|assistant|>2<|end|>"
+    assert joined(shown) == f"<|system|>0<|end|>«cut off»⟪{turn}⟫«end of what is cut off»{turn}{turn}"
+
+
+def test_first_token_that_stays_is_shown_before_the_cut() -> None:
+    row = chat(("user", "0123456789 " * 4), ("assistant", "OK"))
+    (shown,) = left(row, tokenizer_of("llama3"), 30).sequences
+    assert joined(shown).startswith("<|bos|>«cut off»⟪<|start_header_id|>user<|end_header_id|>")
+
+
+@pytest.mark.parametrize("limit", [14, 30, 48, 66])
+@pytest.mark.parametrize("truncate", ["left", "right", "drop"])
+@pytest.mark.parametrize("family", ["scratch", "qwen3", "llama3", "mistral_v3"])
+def test_what_is_kept_and_what_is_cut_off_together_are_the_complete_conversation(
+    family: str, truncate: Truncation, limit: int
+) -> None:
+    turns = [("user", "one fox"), ("assistant", "yes"), *CHAT, ("user", "one fox"), ("assistant", "yes " * 12)]
+    row, words = chat(*turns), tokenizer_of(family)
+    (whole,) = encode_whole([row], words, Encoding(999))
+    shown = only(preview_rows([row], words, Encoding(limit, truncate=truncate), "conversation"))
+    ids = list(shown.ids)
+    for cut in reversed(shown.cuts):
+        ids[cut.index : cut.index] = [token for group in cut.groups for token in group.ids]
+    assert ids == whole.ids
+    assert shown.cut_tokens == len(whole.ids) - len(shown.ids)
+
+
+def test_cut_whose_position_is_unknown_is_said_and_not_shown() -> None:
+    # Llama 2's template puts the system turn into the first user turn, which is another one once turns are left out.
+    turns = [("user", "one fox"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]
+    row, words = chat(("system", "Be brief."), *turns), tokenizer_of("llama2")
+    (whole,) = encode_whole([row], words, Encoding(999))
+    (shown,) = left(row, words, len(whole.ids) - 1).sequences
+    assert shown.truncated
+    assert shown.cut_tokens == len(whole.ids) - len(shown.ids)
+    assert shown.notes == (UNKNOWN_CUT,)
+    assert {kind for kind, _ in kinds(shown)}.isdisjoint({"cut", "cut special", "mark"})
+
+
 def test_parts_of_a_conversation_that_is_split_are_numbered_and_hide_nothing(tokenizer: Any) -> None:
     rows = [chat(*CHAT)]
     (whole,) = encode_whole(rows, tokenizer, Encoding(500))
     encoding = Encoding(len(whole.ids) - 1, truncate="split")
     (row,) = preview_rows(rows, tokenizer, encoding, "conversation")
     assert [one.label for one in row.sequences] == ["part 1 of 2", "part 2 of 2"]
-    assert not any(one.cut for one in row.sequences)
+    assert not any(one.cuts for one in row.sequences)
 
 
 def test_row_that_is_dropped_for_its_length_shows_reason_and_text(tokenizer: Any) -> None:
@@ -239,6 +367,24 @@ def test_classifier_without_a_template_gets_question_and_response_as_a_pair_of_t
     assert {one.kind for one in shown.segments()} == {"input"}
 
 
+def test_cut_of_one_text_of_a_pair_is_shown_and_of_both_is_said(tmp_path: Any) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = write_encoder(tmp_path, ["bad", "good"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    long = chat(("user", "why how"), ("assistant", "because so because so because"))
+    (one,) = left(long, words, 8, "classifier", model=model).sequences
+    assert [(part.kind, part.text.strip()) for part in one.segments()][-4:] == [
+        ("mark", "cut off"),
+        ("cut", "so because"),
+        ("mark", "end of what is cut off"),
+        ("input", "[SEP]"),
+    ]
+    (both,) = left(long, words, 6, "classifier", model=model).sequences
+    assert (both.cuts, both.cut_tokens, both.notes) == ((), 4, (UNKNOWN_CUT,))
+
+
 @pytest.mark.parametrize("content", [CHINESE, "plain words", " leading", "tab\tand\nline", "e\u0301 \u202e x", ""])
 def test_texts_of_token_groups_are_the_text_of_the_whole(tokenizer: Any, content: str) -> None:
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
@@ -299,9 +445,10 @@ def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeyp
 
 
 def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunery.models.preview.MAX_CUT_TOKENS", 4)
+    monkeypatch.setattr("tunery.models.preview_truncation.MAX_CUT_TOKENS", 4)
     shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
-    assert sum(len(group.ids) for group in shown.cut) == 4
+    (cut,) = shown.cuts
+    assert sum(len(group.ids) for group in cut.groups) == 4
     assert kinds(shown)[-1] == ("mark", f"{shown.cut_tokens - 4} more tokens")
 
 

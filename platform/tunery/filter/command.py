@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.data.read import first_shape
+from tunery.data.select.stage import NothingPasses
 from tunery.data.sources import BadSource, source_identity
-from tunery.errors import RequestError
+from tunery.errors import RequestError, StageError
 from tunery.filter.check import check_models, check_sources, command_line_errors
 from tunery.filter.experiment import KEPT, MARKER, ROWS, SCORED, Asked, Built, build, dataset_here
 from tunery.filter.grammar import said, score_of
@@ -26,6 +27,7 @@ from tunery.run import check_all
 from tunery.spec import Dataset, parse
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Artifact, Store
+from tunery.store.artifacts import input_of
 
 Say = Callable[[str], None]
 
@@ -87,30 +89,63 @@ def run_filter(asked: Asked, dropped: Path | None, store: Store, *, quiet: bool,
         say(note)
     stage, folder = experiment.stages[ROWS], asked.file.parent
     assert isinstance(stage, Dataset), "build wrote it"
-    identity = source_identity(stage, folder)
+    files = RowFiles(asked, dropped, built, stage, source_identity(stage, folder))
     with command_line_errors(asked, built):
-        told = run_live(experiment, source, store, quiet=quiet)
-        written = write_files(asked, dropped, built, told.artifacts, stage, identity)
+        with files.dropped_if_none_kept(say):
+            told = run_live(experiment, source, store, quiet=quiet)
+        written = files.write(told.artifacts)
     return _summary(asked, dropped, built, told.artifacts, told.report, written)
 
 
-def write_files(
-    asked: Asked, dropped: Path | None, built: Built, made: Mapping[str, Artifact], stage: Dataset, identity: Any
-) -> Outputs:
-    """The rows that the run's artifacts say, from `stage`'s sources; `identity`: theirs before the run."""
-    scored, kept = made.get(SCORED), made[KEPT]
-    names = [name for scorer in built.by if (name := score_of(scorer))]
-    artifacts = Artifacts(made[ROWS].path, scored.path if scored else None, kept.path)
-    return write_outputs(
-        stage,
-        asked.file.parent,
-        Verdicts(artifacts, names, _rules_said(built)),
-        Counts(kept.facts["kept"], kept.facts["dropped"], _quarantined(made)),
-        out=asked.out,
-        dropped=dropped,
-        scores=names if asked.scores else (),
-        identity=identity,
-    )
+@dataclass(frozen=True)
+class RowFiles:
+    """The files that a filter writes, and what they are written from besides the run's artifacts."""
+
+    asked: Asked
+    dropped: Path | None
+    built: Built
+    stage: Dataset
+    """It reads the sources."""
+    identity: Any
+    """Of the sources before the run."""
+
+    def write(self, made: Mapping[str, Artifact]) -> Outputs:
+        """Both, from the artifacts of a run."""
+        kept = made[KEPT]
+        return self._write(made, kept.path, kept.facts["kept"], kept.facts["dropped"])
+
+    @contextmanager
+    def dropped_if_none_kept(self, say: Say) -> Iterator[None]:
+        """Around a run, which ends with an error where no row passes: before that the file of dropped rows is written,
+        since it shows why."""
+        try:
+            yield
+        except NothingPasses as error:
+            if self.dropped is None:
+                raise
+            scored = error.data if error.data.kind == "score" else None
+            made = {ROWS: input_of(scored, "data"), SCORED: scored} if scored else {ROWS: error.data}
+            written = self._write(made, error.out, 0, error.rows)
+            for note in _notes(self.asked, self.dropped, written):
+                say(note)
+            remedy = f"{error.remedy}, and why each row was dropped is in {self.dropped}"
+            raise StageError(error.stage, error.message, cause=error.cause, remedy=remedy) from error
+
+    def _write(self, made: Mapping[str, Artifact], selection: Path, kept: int, dropped: int) -> Outputs:
+        """`selection`: the folder of the select stage's dropped.jsonl."""
+        scored = made.get(SCORED)
+        names = [name for scorer in self.built.by if (name := score_of(scorer))]
+        artifacts = Artifacts(made[ROWS].path, scored.path if scored else None, selection)
+        return write_outputs(
+            self.stage,
+            self.asked.file.parent,
+            Verdicts(artifacts, names, _rules_said(self.built)),
+            Counts(kept, dropped, _quarantined(made)),
+            out=self.asked.out,
+            dropped=self.dropped,
+            scores=names if self.asked.scores else (),
+            identity=self.identity,
+        )
 
 
 def _rules_said(built: Built) -> dict[str, tuple[str, list[str]]]:

@@ -2,7 +2,8 @@
 
 The sources are read twice more: for their columns, and to write. Records and verdicts meet by source and line, and
 every record has to have its verdict, and every verdict its record. Both files are written under other names and
-renamed at the end, so each of them is complete or absent.
+renamed at the end, so each of them is complete or absent. Where no row is kept there is no file of kept rows: one
+without rows would pass for a result.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class AddedColumns:
 @dataclass(frozen=True)
 class Outputs:
     kept: Written
+    """Zeros where nothing is kept."""
     dropped: Written | None
     added: AddedColumns
 
@@ -78,8 +80,51 @@ def write_outputs(
     """`stage` and `folder` are those that read the rows, `scores` the scorers whose scores are written, `identity` what
     the sources were when the run started. Raises RowsLost where records and verdicts differ in number, StageError where
     a source changed meanwhile, RequestError where a file can't hold a row, TuneryError where it can't be written."""
+    with _source_errors(stage, folder, identity), ExitStack() as stack:
+        with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
+        columns = find_columns((record for record in originals(stage, folder)), with_types=with_types)
+        added = _added(columns, scores)
+        score_types = dict.fromkeys(added.scores.values(), pa.float64())
+        dropped_types = {**score_types, added.dropped_by: pa.string(), added.dropped_reason: pa.string()}
+        if columns.has_unreadable:
+            dropped_types[added.raw_record] = pa.string()
+        kept_file = _OutputFile(out, columns, score_types) if expected.kept else None
+        dropped_file = _OutputFile(dropped, columns, dropped_types) if dropped is not None else None
+        files = [file for file in (kept_file, dropped_file) if file is not None]
+        for file in files:
+            stack.push(file.discard)
+            file.open()
+        counted = {"kept": 0, "dropped": 0, "quarantined": 0}
+        for record in originals(stage, folder):
+            if verdicts.is_exhausted and stage.limit is not None:
+                break
+            verdict = verdicts.of(record.table.name, record.line)
+            counted[verdict.outcome] += 1
+            target = kept_file if verdict.outcome == "kept" else dropped_file
+            if target is None:
+                continue
+            told: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
+            if target is dropped_file:
+                told |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
+                if not record.is_readable:
+                    told[added.raw_record] = record.text or None
+            target.write(record, told)
+        if not verdicts.is_exhausted or Counts(**counted) != expected:
+            raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
+        if _is_changed(stage, folder, identity):
+            raise _changed()
+        for file in files:
+            file.close()
+        for file in files:
+            file.publish()
+    return Outputs(kept_file.written if kept_file else Written(), dropped_file.written if dropped_file else None, added)
+
+
+@contextmanager
+def _source_errors(stage: Dataset, folder: Path, identity: Any) -> Iterator[None]:
+    """Errors of reading the sources again, as errors of the command."""
     try:
-        return _written(stage, folder, verdicts, expected, out, dropped, scores, identity)
+        yield
     except (BadSource, OutOfReach) as error:
         raise _unreadable(str(error)) from error
     except RowsLost as error:
@@ -111,55 +156,6 @@ def _unreadable(reason: str) -> StageError:
         cause="it was read before, to score its rows, and can't be read again to write them",
         remedy="give the same command again once it can be read: nothing is scored again",
     )
-
-
-def _written(
-    stage: Dataset,
-    folder: Path,
-    verdicts: Verdicts,
-    expected: Counts,
-    out: Path,
-    dropped: Path | None,
-    scores: Sequence[str],
-    identity: Any,
-) -> Outputs:
-    with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
-    columns = find_columns((record for record in originals(stage, folder)), with_types=with_types)
-    added = _added(columns, scores)
-    score_types = dict.fromkeys(added.scores.values(), pa.float64())
-    dropped_types = {**score_types, added.dropped_by: pa.string(), added.dropped_reason: pa.string()}
-    if columns.has_unreadable:
-        dropped_types[added.raw_record] = pa.string()
-    kept_file = _OutputFile(out, columns, score_types)
-    dropped_file = _OutputFile(dropped, columns, dropped_types) if dropped is not None else None
-    files = [file for file in (kept_file, dropped_file) if file is not None]
-    with ExitStack() as stack:
-        for file in files:
-            stack.push(file.discard)
-            file.open()
-        counted = {"kept": 0, "dropped": 0, "quarantined": 0}
-        for record in originals(stage, folder):
-            if verdicts.is_exhausted and stage.limit is not None:
-                break
-            verdict = verdicts.of(record.table.name, record.line)
-            counted[verdict.outcome] += 1
-            told: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
-            if verdict.outcome == "kept":
-                kept_file.write(record, told)
-            elif dropped_file is not None:
-                told |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
-                if not record.is_readable:
-                    told[added.raw_record] = record.text or None
-                dropped_file.write(record, told)
-        if not verdicts.is_exhausted or Counts(**counted) != expected:
-            raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
-        if _is_changed(stage, folder, identity):
-            raise _changed()
-        for file in files:
-            file.close()
-        for file in files:
-            file.publish()
-    return Outputs(kept_file.written, dropped_file.written if dropped_file else None, added)
 
 
 def _added(columns: SourceColumns, scores: Sequence[str]) -> AddedColumns:

@@ -34,12 +34,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Folders of the run's artifacts."""
+    """Folders of what the run's stages wrote."""
 
     rows: Path
     scored: Path | None
     """None where the rules need no score."""
     kept: Path
+    """Only its dropped.jsonl is read, which is complete also where the stage failed because no row passes."""
 
 
 class Verdicts:

@@ -74,7 +74,7 @@ def _unusable(item: Encoded) -> str:
 def _encode_sides(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[tuple[Encoded, Encoded]]:
-    whole = _whole([*rows, *map(rejected_side, rows)], tokenizer, encoding)
+    whole = encode_whole_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
     found = []
     for row, chosen, rejected in zip(rows, whole[: len(rows)], whole[len(rows) :], strict=True):
         one, other = _fitted(row, (chosen, rejected), tokenizer, encoding)
@@ -84,12 +84,15 @@ def _encode_sides(
 
 def encode_responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     """A sequence a row, of which the last turn counts."""
-    whole = _whole(rows, tokenizer, encoding)
+    whole = encode_whole_responses(rows, tokenizer, encoding)
     return [_fitted(row, (item,), tokenizer, encoding)[0] for row, item in zip(rows, whole, strict=True)]
 
 
-def _whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """Up to the end of the response: a template may put text behind its end token."""
+def encode_whole_responses(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> list[Encoded]:
+    """One sequence a row, whatever its length, up to the end of the response: a template may put text behind its end
+    token."""
     encoded = encode_whole(rows, tokenizer, replace(encoding, train_on="last_turn"))
     return [replace(item, ids=item.ids[: item.response[1]]) if item.spans else item for item in encoded]
 
@@ -109,7 +112,7 @@ def _fitted(
         return tuple(cut_right(item, limit) for item in sides)
     shorter = without_oldest_turns(
         row,
-        lambda rows: _whole(rows, tokenizer, encoding),
+        lambda rows: encode_whole_responses(rows, tokenizer, encoding),
         lambda row: [row] if len(sides) == 1 else [row, rejected_side(row)],
         limit,
     )

@@ -1,5 +1,5 @@
-"""Rows as a model gets them: the token sequences of a training, a score or an evaluation, as text with what each token
-is: trained, masked, special, or cut off.
+"""Rows as a model gets them, by input format: the token sequences of a training, a score or an evaluation, as text with
+what each token is: trained, masked, special, or cut off (models/preview_sequences.py).
 
 `preview_rows` encodes rows by the same functions as the stages do (models/encode.py, models/shown.py). `tunery preview`
 prints the result; a training logs `preview_records` of its first rows, which the report shows.
@@ -7,17 +7,31 @@ prints the result; a training logs `preview_records` of its first rows, which th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
 from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_whole, encoding_of
-from tunery.models.encode_preferences import encode_pairs, encode_rated, rejected_side
+from tunery.models.encode_preferences import (
+    encode_pairs,
+    encode_rated,
+    encode_responses,
+    encode_whole_responses,
+    rejected_side,
+)
+from tunery.models.preview_sequences import PreviewRow, PreviewSequence, TokenGroup, token_groups
+from tunery.models.preview_truncation import (
+    Untruncated,
+    cut_positions,
+    kept_indices,
+    kept_of_text,
+    untruncated,
+    with_cuts,
+)
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
-from tunery.models.shown import NO_TOKEN, RowReader, encode_compared
-from tunery.models.tokenize import tokenize_pieces
+from tunery.models.shown import NO_TOKEN, RowReader, encode_compared, encode_shown
 from tunery.models.truncation import encode_sequences
 from tunery.store.rows import CONTENT, Row
 
@@ -53,188 +67,6 @@ ROWS = 3
 """Rows of a stage that are logged and printed where no number is given."""
 MAX_RECORD_TOKENS = 2_000
 """Tokens of a sequence in a record; of a longer one the middle is left out."""
-MAX_CUT_TOKENS = 200
-"""Tokens of what truncation cuts off that are shown."""
-_CONTEXT_TOKENS = 8
-"""Tokens before the one that is decoded: some tokenizers (Llama 2's) drop the space of the first token of a text."""
-_MAX_GROUP = 16
-"""Tokens that are decoded together, at most. A character has at most four bytes, but tokens may hold the end of one
-character and the beginning of the next."""
-_REPLACEMENT = "\ufffd"
-
-SegmentKind = Literal["trained", "masked", "input", "cut", "mark"]
-"""input: a token of a sequence in which no token has a loss; cut: truncation removes it; mark: no token but a position,
-such as the beginning of a block."""
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Tokens that are shown together: one, or those whose bytes together are whole characters."""
-
-    ids: tuple[int, ...]
-    text: str
-    special: bool
-    """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
-    omitted: bool = False
-    """The middle of a long document, which is not decoded."""
-
-    def shown(self, with_ids: bool) -> str:
-        if not with_ids:
-            return self.text
-        end = "" if self.text.endswith("\n") else "  "
-        return f"{'+'.join(map(str, self.ids))}:{self.text}{end}"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring tokens of the same kind."""
-
-    kind: SegmentKind
-    text: str
-    special: bool = False
-    num_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class PreviewSequence:
-    """A sequence that the model gets."""
-
-    label: str
-    """Which of a row's sequences it is ("chosen", "part 1 of 2"); "" where there is one."""
-    ids: tuple[int, ...]
-    groups: tuple[TokenGroup, ...]
-    """Decoded from `ids`, in their order."""
-    has_loss: bool
-    """Some tokens have a loss; not so of prompts and of classifiers' inputs."""
-    trained: frozenset[int]
-    """Indices of the tokens with a loss."""
-    max_length: int
-    """Tokens, at most; or of a block."""
-    blocks: bool = False
-    """It is a document, of which blocks are cut."""
-    truncated: bool = False
-    cut: tuple[TokenGroup, ...] = ()
-    """What truncation removed, where it is one piece: its first MAX_CUT_TOKENS, or the last ones where the beginning is
-    cut off;"""
-    cut_at: int = 0
-    """and the index in `ids` before which it was."""
-    cut_tokens: int = 0
-    marks: tuple[tuple[int, str], ...] = ()
-    """(index in `ids`, text) of positions to show, ascending."""
-    reason: str = ""
-    """Why it is not used."""
-    notes: tuple[str, ...] = ()
-
-    def segments(self, max_tokens: int | None = None, with_ids: bool = False) -> list[Segment]:
-        """The text in its order, neighbours of one kind joined. `max_tokens`: of more than these the middle is left
-        out. `with_ids`: each token as `id:text`."""
-        pieces = list(self._pieces(with_ids))
-        if max_tokens is not None and len(pieces) > max_tokens:
-            head = max_tokens * 3 // 4
-            tail = max_tokens - head
-            pieces = [*pieces[:head], _omitted(sum(one.num_tokens for one in pieces[head:-tail])), *pieces[-tail:]]
-        joined: list[Segment] = []
-        for key, group in groupby(pieces, key=lambda piece: (piece.kind, piece.special, piece.kind == "mark")):
-            same = list(group)
-            joined += same if key[2] else [replace(same[0], text="".join(piece.text for piece in same))]
-        return joined
-
-    def token_kind(self, index: int) -> SegmentKind:
-        if not self.has_loss:
-            return "input"
-        return "trained" if index in self.trained else "masked"
-
-    def _pieces(self, with_ids: bool) -> Iterator[Segment]:
-        index = 0
-        marks = list(self.marks)
-        for group in self.groups:
-            if self.cut and index == self.cut_at:
-                yield from self._cut_pieces(with_ids)
-            while marks and marks[0][0] <= index:
-                yield Segment("mark", marks.pop(0)[1])
-            if group.omitted:
-                yield _omitted(len(group.ids))
-                marks = [mark for mark in marks if mark[0] >= index + len(group.ids)]
-            else:
-                yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
-            index += len(group.ids)
-        if self.cut and index <= self.cut_at:
-            yield from self._cut_pieces(with_ids)
-        for _, text in marks:
-            yield Segment("mark", text)
-
-    def _cut_pieces(self, with_ids: bool) -> Iterator[Segment]:
-        yield Segment("mark", "cut off")
-        at_end = bool(self.cut_at) or not self.ids
-        hidden = self.cut_tokens - sum(len(group.ids) for group in self.cut)
-        more = [Segment("mark", f"{hidden:,} more tokens")] if hidden else []
-        if not at_end:
-            yield from more
-        for group in self.cut:
-            yield Segment("cut", group.shown(with_ids), group.special)
-        if at_end:
-            yield from more
-        if not at_end or self.cut_at < len(self.ids):
-            yield Segment("mark", "end of what is cut off")
-
-    def as_json(self) -> dict[str, Any]:
-        """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
-        that of the last one. cut has at most MAX_CUT_TOKENS."""
-        tokens: list[str] = []
-        special: list[bool] = []
-        for group in self.groups:
-            tokens += [""] * (len(group.ids) - 1) + [group.text]
-            special += [group.special] * len(group.ids)
-        return {
-            **self._described(),
-            "ids": list(self.ids),
-            "tokens": tokens,
-            "trained": [index in self.trained for index in range(len(self.ids))],
-            "special": special,
-            "marks": [{"index": index, "text": text} for index, text in self.marks],
-            "cut": {"index": self.cut_at, "text": "".join(group.text for group in self.cut)} if self.cut else None,
-        }
-
-    def as_record(self) -> dict[str, Any]:
-        """For the event log: segments in place of tokens."""
-        segments = [[one.kind, one.text, int(one.special)] for one in self.segments(MAX_RECORD_TOKENS)]
-        return {**self._described(), "segments": segments}
-
-    def _described(self) -> dict[str, Any]:
-        return {
-            "label": self.label,
-            "num_tokens": len(self.ids),
-            "num_trained": len(self.trained) if self.has_loss else None,
-            "max_length": self.max_length,
-            "blocks": self.blocks,
-            "truncated": self.truncated,
-            "cut_tokens": self.cut_tokens,
-            "reason": self.reason,
-            "notes": list(self.notes),
-        }
-
-
-def _omitted(num_tokens: int) -> Segment:
-    return Segment("mark", f"{num_tokens:,} tokens are not shown here", num_tokens=num_tokens)
-
-
-@dataclass(frozen=True)
-class PreviewRow:
-    id: str
-    source: str
-    line: int
-    sequences: tuple[PreviewSequence, ...]
-    reason: str = ""
-    """Why the row is not used, where it has no sequence at all."""
-
-    def as_json(self) -> dict[str, Any]:
-        return {**self._described(), "sequences": [one.as_json() for one in self.sequences]}
-
-    def as_record(self) -> dict[str, Any]:
-        return {**self._described(), "sequences": [one.as_record() for one in self.sequences]}
-
-    def _described(self) -> dict[str, Any]:
-        return {"id": self.id, "source": self.source, "line": self.line, "reason": self.reason}
 
 
 def preview_records(
@@ -249,7 +81,7 @@ def preview_records(
     """The first `count` of `rows` for the event `preview`. Raises UnsupportedTemplate, as the training itself does."""
     first = list(islice(rows, count))
     shown = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
-    return [row.as_record() for row in shown]
+    return [row.as_record(MAX_RECORD_TOKENS) for row in shown]
 
 
 def stage_preview(
@@ -337,27 +169,28 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encodi
         return _row(row, [_with_loss("", row, parts[0], tokenizer, encoding)])
     labels = [f"part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
     # What one part lacks, the others have: nothing is shown as cut off.
-    return _row(
-        row, [_sequence(label, part, tokenizer, encoding.max_length) for label, part in zip(labels, parts, strict=True)]
-    )
+    return _row(row, [_sequence(*part, tokenizer, encoding.max_length) for part in zip(labels, parts, strict=True)])
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
     (found,) = encode_pairs([row], tokenizer, encoding)
     if not found.sequences:
         return _row(row, [], found.unusable)
-    sides = zip(("chosen", "rejected"), (row, rejected_side(row)), found.sequences, strict=True)
-    shown = [_response(label, side, item, tokenizer, encoding) for label, side, item in sides]
+    sides = [
+        (label, side, item)
+        for side, (label, item) in enumerate(zip(("chosen", "rejected"), found.sequences, strict=True))
+    ]
+    shown = _responses(row, sides, tokenizer, encoding)
     return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
 
 
 def _rated(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
     (found,) = encode_rated([row], tokenizer, encoding)
-    sides = [rejected_side(row) if row.get("rejected") and not label else row for label in found.labels]
-    shown = [
-        _response("desirable" if label else "undesirable", side, item, tokenizer, encoding)
-        for label, side, item in zip(found.labels, sides, found.sequences, strict=True)
+    sides = [
+        ("desirable" if label else "undesirable", 1 if row.get("rejected") and not label else 0, item)
+        for label, item in zip(found.labels, found.sequences, strict=True)
     ]
+    shown = _responses(row, sides, tokenizer, encoding)
     return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
 
 
@@ -395,7 +228,7 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
 
 
 def _classified(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    return _row(row, [_shown("", row, read([row])[0], tokenizer, max_length)])
+    return _row(row, [_shown("", row, read([row])[0], read, tokenizer, max_length)])
 
 
 def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
@@ -404,8 +237,8 @@ def _reward_pair(row: Row, read: RowReader, tokenizer: PreTrainedTokenizerBase, 
         return _row(row, [], found.unusable)
     chosen, rejected = found.sequences
     sides = [
-        _shown("chosen", row, chosen, tokenizer, max_length),
-        _shown("rejected", rejected_side(row), rejected, tokenizer, max_length),
+        _shown("chosen", row, chosen, read, tokenizer, max_length),
+        _shown("rejected", rejected_side(row), rejected, read, tokenizer, max_length),
     ]
     return _row(row, sides, "" if any(side.reason for side in sides) else found.unusable)
 
@@ -418,24 +251,69 @@ def _encoded(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -
     return parts[0]
 
 
-def _response(
-    label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
-) -> PreviewSequence:
-    """`item`: up to the end of the last response, as preferences are encoded."""
-    return _with_loss(label, row, item, tokenizer, replace(encoding, train_on="last_turn"))
+def _responses(
+    row: Row,
+    items: Sequence[tuple[str, int, Encoded]],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+) -> list[PreviewSequence]:
+    """items: (label, side of the row, sequence). All sides of a row are cut to the same prompt."""
+    sources: list[Untruncated] = []
+    if any(_may_be_cut(item, encoding) for _, _, item in items):
+        sources = untruncated(
+            row,
+            lambda rows: encode_whole_responses(rows, tokenizer, encoding),
+            lambda row: [row, rejected_side(row)] if row.get("rejected") else [row],
+            tokenizer,
+            encoding,
+        )
+    return [
+        _with_loss_and_cuts(label, item, sources[side] if sources else None, tokenizer, encoding)
+        for label, side, item in items
+    ]
 
 
 def _with_loss(
     label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> PreviewSequence:
-    one = _sequence(label, item, tokenizer, encoding.max_length)
+    source = None
+    if _may_be_cut(item, encoding):
+        (source,) = untruncated(
+            row, lambda rows: encode_whole(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+        )
+    return _with_loss_and_cuts(label, item, source, tokenizer, encoding)
+
+
+def _may_be_cut(item: Encoded, encoding: Encoding) -> bool:
+    """`split` leaves out turns without a loss and does not count them as truncated."""
+    return item.truncated or encoding.truncate == "split" or (encoding.truncate == "drop" and not item.ids)
+
+
+def _with_loss_and_cuts(
+    label: str, item: Encoded, source: Untruncated | None, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> PreviewSequence:
+    if source is None:
+        one = _sequence(label, item, tokenizer, encoding.max_length)
+    else:
+        kept = kept_indices(item, source, encoding.truncate, tokenizer)
+        one = _with_kept(label, item, source.whole.ids, kept, tokenizer, encoding.max_length)
     if not item.num_loss_tokens and not one.reason:
-        why = "no response is left to train on: it is empty, masked, or cut off"
-        one = replace(one, reason=why)
-    if not item.truncated and not (item.rejected and not item.ids):
-        return one
-    (whole,) = encode_whole([row], tokenizer, encoding)
-    return _with_cut(one, whole.ids, tokenizer)
+        one = replace(one, reason="no response is left to train on: it is empty, masked, or cut off")
+    return one
+
+
+def _with_kept(
+    label: str,
+    item: Encoded,
+    whole: Sequence[int],
+    kept: Sequence[int] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> PreviewSequence:
+    """kept: the index in `whole` of each token of `item`; None where it is unknown."""
+    positions = None if kept is None else cut_positions(kept, len(whole))
+    edges = frozenset(index for index, _, _ in positions or ())
+    return with_cuts(_sequence(label, item, tokenizer, max_length, edges), whole, positions, tokenizer)
 
 
 def _sequence(
@@ -475,57 +353,24 @@ def _sequence(
     )
 
 
-def _shown(label: str, row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewSequence:
-    one = _sequence(label, item, tokenizer, max_length)
-    if not item.ids and not item.rejected:
-        return replace(one, reason=NO_TOKEN)
-    if not item.truncated:
-        return one
-    if not row.get("messages"):
-        return _with_cut(one, tokenizer(row["text"], verbose=False)["input_ids"], tokenizer)
-    if tokenizer.chat_template is None:
-        return one  # a pair of texts, of which the tokenizer cuts the longer one
-    template = chat_template_of(tokenizer)
-    ((whole,),) = tokenize_pieces([[template.conversation(row).text]], template)
-    return _with_cut(one, whole, tokenizer)
-
-
-def _with_cut(one: PreviewSequence, whole: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> PreviewSequence:
-    """With what truncation removed from `whole`, where the rest is one piece of it, or two."""
-    kept, count = list(one.ids), len(one.ids)
-    missing = len(whole) - count
-    if missing <= 0:
-        return one
-    start = next((at for at in (0, missing) if list(whole[at : at + count]) == kept), None)
-    if start is None:
-        start = 0
-        while start < count and whole[start] == kept[start]:
-            start += 1
-        if list(whole[start + missing :]) != kept[start:]:
-            return replace(one, cut_tokens=missing)
-        start = _turn_begin(whole, start, missing, tokenizer)
-        begin, at = start, start
+def _shown(
+    label: str, row: Row, item: Encoded, read: RowReader, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreviewSequence:
+    encoding = read.encoding
+    (whole,) = encode_shown([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
+    if not item.ids or len(item.ids) == len(whole.ids):
+        one = _sequence(label, item, tokenizer, max_length)
+        return one if item.ids or item.rejected else replace(one, reason=NO_TOKEN)
+    if row.get("messages") and tokenizer.chat_template is not None:
+        # The same tokens, with the span of the response.
+        (with_span,) = encode_responses([row], tokenizer, encoding)
+        (source,) = untruncated(
+            row, lambda rows: encode_whole_responses(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+        )
+        kept = kept_indices(with_span, source, encoding.truncate, tokenizer)
     else:
-        begin, at = (count, count) if start == 0 else (0, 0)
-    end = begin + missing
-    if at or not kept:
-        end = min(end, begin + MAX_CUT_TOKENS)
-    else:
-        begin = max(begin, end - MAX_CUT_TOKENS)
-    cut = tuple(token_groups(whole, tokenizer, start=begin, stop=end))
-    return replace(one, cut=cut, cut_at=at, cut_tokens=missing)
-
-
-def _turn_begin(whole: Sequence[int], start: int, missing: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of all indices from which `missing` tokens can be cut with the same rest, the last one up to `start` that has a
-    special token: turns begin alike, so what is left alone says no more than that."""
-    special = _special_tokens(tokenizer)
-    at = start
-    while whole[at] not in special:
-        if not at or whole[at - 1] != whole[at + missing - 1]:
-            return start
-        at -= 1
-    return at
+        kept = kept_of_text(whole.ids, item.ids)
+    return _with_kept(label, item, whole.ids, kept, tokenizer, max_length)
 
 
 # What is put around rows
@@ -563,56 +408,3 @@ def text_summary(tokenizer: PreTrainedTokenizerBase) -> str:
     begin = f"begins with {tokenizer.bos_token}" if adds_bos else "has no token before it"
     end = f"ends with {tokenizer.eos_token}" if tokenizer.eos_token is not None else "has no end token"
     return f"a text {begin} and {end}"
-
-
-# Ids to text
-
-
-def token_groups(
-    ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    edges: frozenset[int] = frozenset(),
-    start: int = 0,
-    stop: int | None = None,
-) -> Iterator[TokenGroup]:
-    """Decode `ids[start:stop]` token by token; those that only together are whole characters form one group, which has
-    no index of `edges` within it. The texts of all groups, one after another, are the text of the whole."""
-    special = _special_tokens(tokenizer)
-    stop = len(ids) if stop is None else stop
-    while start < stop:
-        end = start + 1
-        if ids[start] in special:
-            yield TokenGroup((ids[start],), special[ids[start]], True)
-            start = end
-            continue
-        text = _text_between(ids, start, end, tokenizer)
-        while text.endswith(_REPLACEMENT) and end < stop and end - start < _MAX_GROUP:
-            if end in edges or ids[end] in special:
-                break
-            end += 1
-            text = _text_between(ids, start, end, tokenizer)
-        yield TokenGroup(tuple(ids[start:end]), text, False)
-        start = end
-
-
-def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokens from `start` to `end` add to the text of those before them."""
-    context = max(0, start - _CONTEXT_TOKENS)
-    before = _decode(ids[context:start], tokenizer)
-    with_them = _decode(ids[context:end], tokenizer)
-    if with_them.startswith(before):
-        return with_them[len(before) :]
-    return _decode(ids[start:end], tokenizer)
-
-
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
-    """Special tokens, and added ones that are no white space (Gemma adds runs of spaces)."""
-    return {
-        index: token.content
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content.strip()
-    }

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import RequestError, SpecErrors
-from tunery.models.preview import ROWS, PreviewRow, preview_rows, template_summary, text_summary
+from tunery.models.preview import ROWS, preview_rows, template_summary, text_summary
+from tunery.models.preview_sequences import PreviewRow
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.preview.artifacts import Artifacts, LoadedTokenizer
 from tunery.preview.inputs import ModelInput, preview_inputs

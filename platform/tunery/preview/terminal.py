@@ -8,7 +8,7 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tunery.models.preview import PreviewRow, PreviewSequence, Segment
+from tunery.models.preview_sequences import PreviewRow, PreviewSequence, Segment
 from tunery.preview.command import Preview, PreviewSection
 from tunery.track.previews import said_tokens, visible
 
@@ -42,8 +42,8 @@ def _legend(preview: Preview, colours: bool) -> Text:
     if any(one.has_loss for one in sequences):
         entries += [(word, "trained") for word in words] + [("masked: no loss", "masked")]
     entries += [("special token", "special")] if colours else []
-    entries += [("cut off", "cut")] if any(one.cut for one in sequences) else []
-    entries += [("position", "mark")] if any(one.marks or one.cut for one in sequences) else []
+    entries += [("cut off", "cut")] if any(one.cuts for one in sequences) else []
+    entries += [("position", "mark")] if any(one.marks or one.cuts for one in sequences) else []
     legend = Text("legend: ")
     for number, (word, kind) in enumerate(entries):
         if number:
@@ -79,7 +79,7 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
 
 
 def _said(sequence: PreviewSequence, section: PreviewSection) -> str:
-    return visible(said_tokens(sequence.as_record(), section.input.loss_word))
+    return visible(said_tokens(sequence.described(), section.input.loss_word))
 
 
 def _text(segments: list[Segment], colours: bool) -> Text:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -27,8 +28,21 @@ from tunery.data.select.scored import ScoredRows, goods_of
 from tunery.data.select.verdicts import Rule, Scores, again, decide, rules_of
 from tunery.errors import RowsLost, StageError
 from tunery.spec import RANDOM, Select
-from tunery.store import StageContext, StageResult
+from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import strings, write_tables
+
+
+class NothingPasses(StageError):
+    """No row passes, so the stage has no artifact."""
+
+    def __init__(self, stage: str, data: Artifact, rows: int, out: Path, *, cause: str) -> None:
+        remedy = "loosen the rule; the scores' spread is in the report"
+        super().__init__(stage, f"no row of {rows:,} passes", cause=cause, remedy=remedy)
+        self.data = data
+        """What the rows are in."""
+        self.rows = rows
+        self.out = out
+        """The folder in which dropped.jsonl lists all of them, until the stage runs again."""
 
 
 def make_selection(context: StageContext) -> StageResult:
@@ -76,7 +90,7 @@ def make_selection(context: StageContext) -> StageResult:
     if written + dropped != table.rows:
         raise RowsLost(context.name, f"{table.rows} rows went in, {written} kept, {dropped} dropped")
     if not written:
-        raise _nothing_passes(context, table.rows, rules, diversity)
+        raise _nothing_passes(context, data, table.rows, rules, diversity)
     return StageResult(
         {
             "rows": written,
@@ -130,16 +144,13 @@ def _list_dropped(file: TextIO, rows: pa.Table, kept: Bools, reasons: Sequence[s
         file.write(json.dumps({**row, "rule": reason}, ensure_ascii=False) + "\n")
 
 
-def _nothing_passes(context: StageContext, rows: int, rules: Sequence[Rule], diversity: Diversity | None) -> StageError:
+def _nothing_passes(
+    context: StageContext, data: Artifact, rows: int, rules: Sequence[Rule], diversity: Diversity | None
+) -> NothingPasses:
     causes = [f"`{rule.described}` dropped {rule.dropped:,}" for rule in rules]
     if diversity is not None and diversity.facts["without"]:
         causes.append(f"{diversity.facts['without']:,} rows have {diversity.lacking}")
-    return StageError(
-        context.name,
-        f"no row of {rows:,} passes",
-        cause="; ".join(causes),
-        remedy="loosen the rule; the scores' spread is in the report",
-    )
+    return NothingPasses(context.name, data, rows, context.out, cause="; ".join(causes))
 
 
 class Judge:

@@ -1,0 +1,152 @@
+"""Excel workbooks; a row of a workbook keeps its sheet and the types and number formats of its cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import RequestError
+from tunery.filter.columns import SourceColumns, as_text
+from tunery.filter.originals import Cell, Original
+from tunery.filter.writers.writer import FORMULA, Added, Writer, Written
+
+SHEET_ROWS = 1_048_575
+"""Rows of an Excel sheet (1,048,576), less the header."""
+CELL = 32_767
+"""Characters of an Excel cell."""
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+"""What XML 1.0 has no way to write."""
+EXACT = 2**53
+"""Whole numbers up to here are exact in a spreadsheet, which has floating-point numbers alone."""
+
+
+@contextmanager
+def workbook(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+    from openpyxl import Workbook
+
+    book = Workbook(write_only=True)
+    cells = _SheetCells(path, book, done)
+    workbooks = {table.name.removesuffix(f"#{table.sheet}") for table in columns.tables}
+    try:
+        if columns.only_kind() == "xlsx" and len(workbooks) == 1:
+            yield _OwnSheets(cells, columns, list(added))
+        else:
+            yield _OneSheet(cells, list(columns.types), list(added))
+    except BaseException:
+        # openpyxl 3.1 prints a traceback where sheets are collected that are still open.
+        for sheet in book.worksheets:
+            sheet.close()
+        raise
+    book.save(path)
+
+
+class _SheetCells:
+    def __init__(self, path: Path, book: Any, done: Written) -> None:
+        self._path, self.book, self._done = path, book, done
+        self._rows: dict[str, int] = {}
+
+    def new_sheet(self, title: str, header: Sequence[Any]) -> Any:
+        from openpyxl.styles import Font
+
+        sheet = self.book.create_sheet(title)
+        sheet.freeze_panes = "A2"
+        written = [self.cell(sheet, name) for name in header]
+        for cell in written:
+            if cell is not None:
+                cell.font = Font(bold=True)
+        sheet.append(written)
+        return sheet
+
+    def append(self, sheet: Any, cells: Sequence[Any]) -> None:
+        count = self._rows[sheet.title] = self._rows.get(sheet.title, 0) + 1
+        if count > SHEET_ROWS:
+            raise RequestError(
+                f"the rows don't fit into {self._path}",
+                cause=f"an Excel sheet has {SHEET_ROWS:,} rows below its header",
+                remedy=f"give another ending, as {self._path.stem}.parquet (nothing is scored again), or keep fewer",
+            )
+        sheet.append([self.cell(sheet, cell) for cell in cells])
+
+    def cell(self, sheet: Any, value: Any) -> Any:
+        """A value, or a Cell of a source's workbook, as openpyxl writes it; None for an empty one."""
+        from openpyxl.cell import WriteOnlyCell
+
+        original = value if isinstance(value, Cell) else None
+        plain = _sheet_value(value if original is None else original.value)
+        if plain is None:
+            return None
+        if not isinstance(plain, str):
+            cell = WriteOnlyCell(sheet, plain)
+            if original is not None:
+                cell.number_format = original.number_format
+            return cell
+        text = UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", plain)
+        if len(text) > CELL:
+            raise RequestError(
+                f"a text of {len(text):,} characters doesn't fit into {self._path}",
+                cause=f"an Excel cell holds {CELL:,}, and none is cut in silence",
+                remedy="give another ending, as .parquet (nothing is scored again), or a rule on `length`",
+            )
+        self._done.replaced += text != plain
+        cell = WriteOnlyCell(sheet, text)
+        # openpyxl takes what begins with "=" for a formula, and a spreadsheet takes an id of digits for a number.
+        cell.data_type = "e" if original is not None and original.data_type == "e" else "s"
+        cell.number_format = original.number_format if original is not None else "@"
+        cell.quotePrefix = text.startswith(FORMULA)  # so it stays a text when somebody edits the cell
+        return cell
+
+
+def _sheet_value(value: Any) -> Any:
+    """A number, a truth value, a date or a text; None for an empty cell."""
+    if isinstance(value, bool | timedelta) or (isinstance(value, datetime | time) and value.tzinfo is None):
+        return value
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) <= EXACT else str(value)
+    if isinstance(value, float | Decimal):
+        return value if value == value and abs(value) != float("inf") else None
+    return as_text(value)
+
+
+class _OwnSheets:
+    """The sheets of the one workbook that is the source, each with its own header."""
+
+    def __init__(self, cells: _SheetCells, columns: SourceColumns, added: Sequence[str]) -> None:
+        self._cells = cells
+        self._tables = {table.name: table for table in columns.tables}
+        self._sheets: dict[str, Any] = {}
+        for table in columns.tables:
+            if table.sheet:
+                header = [*table.header_cells, *[None] * (table.width - len(table.header_cells)), *added]
+                self._sheets[table.name] = cells.new_sheet(table.sheet, header)
+        self._further = added
+
+    def write(self, record: Original, added: Added) -> None:
+        name = record.table.name
+        if name not in self._sheets:  # of a workbook that can't be read to its end
+            title = "unreadable" if "unreadable" not in self._cells.book.sheetnames else "unreadable records"
+            self._sheets[name] = self._cells.new_sheet(title, self._further)
+        width = self._tables[name].width if self._tables[name].sheet else 0
+        padding = [None] * (width - len(record.cells))
+        self._cells.append(self._sheets[name], [*record.cells, *padding, *map(added.get, self._further)])
+
+
+class _OneSheet:
+    """All records in one sheet, in the columns of all sources."""
+
+    def __init__(self, cells: _SheetCells, names: Sequence[str], added: Sequence[str]) -> None:
+        self._cells, self._names, self._further = cells, names, added
+        self._sheet = cells.new_sheet("rows", [*names, *added])
+
+    def write(self, record: Original, added: Added) -> None:
+        values: dict[str, Any] = record.values()
+        if record.table.kind == "xlsx":
+            formats = zip(record.table.names, record.cells, strict=False)
+            values |= {name: cell for name, cell in formats if name in values}
+        self._cells.append(self._sheet, [*map(values.get, self._names), *map(added.get, self._further)])

@@ -1,0 +1,49 @@
+"""JSON, one record a line or as the elements of one array; a record that is JSON in its source keeps its own text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunery.filter.columns import SourceColumns, json_ready
+from tunery.filter.originals import Original, one_line
+from tunery.filter.writers.writer import Added, Writer, Written
+
+
+@contextmanager
+def json_lines(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+    class Lines:
+        def write(self, record: Original, added: Added) -> None:
+            file.write(one_line(_json_text(record, added)) + "\n")
+
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        yield Lines()
+
+
+@contextmanager
+def json_array(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+    class Elements:
+        def write(self, record: Original, added: Added) -> None:
+            text = _json_text(record, added).strip()
+            # A value over several lines is as far to the right as its end.
+            last = text.rpartition("\n")[2] if "\n" in text else ""
+            indent = last[: len(last) - len(last.lstrip())]
+            file.write((",\n" if done.rows else "\n") + indent + text)
+
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        file.write("[")
+        yield Elements()
+        file.write("\n]\n")
+
+
+def _json_text(record: Original, added: Added) -> str:
+    further = {name: json_ready(value) for name, value in added.items()}
+    if record.table.kind != "json" or not record.is_readable:
+        return json.dumps(json_ready(record.values()) | further, ensure_ascii=False)
+    if not further:
+        return record.text
+    # Into the record's own text: its numbers, escapes and order stay as they are.
+    before = record.text.rstrip().removesuffix("}").rstrip()
+    return before + ("" if before.endswith("{") else ", ") + json.dumps(further, ensure_ascii=False)[1:]

@@ -1,0 +1,100 @@
+"""CSV and TSV; a record of a CSV keeps its own line where all sources have the same columns and delimiter."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunery.filter.columns import SourceColumns, as_text
+from tunery.filter.originals import Original
+from tunery.filter.writers.writer import FORMULA, Added, Open, Writer, Written
+
+
+def separated(delimiter: str) -> Open:
+    @contextmanager
+    def opened(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+        tables = [table for table in columns.tables if table.kind == "csv"]
+        own = {table.delimiter for table in tables if ".tsv" not in table.name.lower()[-len(".tsv.zst") :]}
+        used = own.pop() if delimiter == "," and len(own) == 1 else delimiter
+        is_same = columns.only_kind() == "csv" and all(
+            (table.header, table.delimiter) == (tables[0].header, used) for table in tables
+        )
+        # The mark tells Excel that the file is UTF-8; what comes from a CSV without one has none.
+        has_bom = tables[0].has_bom if tables else True
+        line_end = tables[0].line_end if tables else "\n"
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.write("\N{BYTE ORDER MARK}" if has_bom else "")
+            cells = _SeparatedCells(file, used, line_end, done)
+            if is_same:
+                file.write(tables[0].header_text + cells.further(list(added)) + line_end)
+                yield _OwnLines(cells, len(tables[0].header), list(added))
+            else:
+                cells.row([*columns.types, *added])
+                yield _Cells(cells, list(columns.types), list(added))
+
+    return opened
+
+
+class _SeparatedCells:
+    def __init__(self, file: Any, delimiter: str, line_end: str, done: Written) -> None:
+        self.file, self.delimiter, self.line_end, self.done = file, delimiter, line_end, done
+        self._csv = csv.writer(file, delimiter=delimiter, lineterminator=line_end)
+
+    def row(self, cells: Sequence[str | None]) -> None:
+        self._csv.writerow(cells)
+
+    def further(self, cells: Sequence[str | None]) -> str:
+        """Cells behind a line: each with the delimiter in front."""
+        if not cells:
+            return ""
+        text = io.StringIO()
+        csv.writer(text, delimiter=self.delimiter, lineterminator="").writerow([None, *cells])
+        return text.getvalue()
+
+    def guarded(self, value: Any) -> str | None:
+        """A CSV has no types: what begins like a formula is one, unless something is in front of it."""
+        text = as_text(value)
+        if isinstance(value, str) and text is not None and text.startswith(FORMULA):
+            self.done.guarded += 1
+            return f"'{text}"
+        return text
+
+
+class _OwnLines:
+    """Each record's own line, and behind it the further columns."""
+
+    def __init__(self, cells: _SeparatedCells, width: int, further: Sequence[str]) -> None:
+        self._cells, self._width, self._further = cells, width, further
+
+    def write(self, record: Original, added: Added) -> None:
+        further = [as_text(added.get(name)) for name in self._further]
+        if not record.is_readable:
+            self._cells.row([*[None] * self._width, *further])
+            return
+        if not further:
+            self._cells.file.write(record.text + self._cells.line_end)
+            return
+        cells = record.csv_cells()
+        if len(cells) > self._width:
+            self._cells.row([*cells[: self._width], *further])
+            return
+        missing = self._cells.delimiter * (self._width - len(cells))
+        self._cells.file.write(record.text + missing + self._cells.further(further) + self._cells.line_end)
+
+
+class _Cells:
+    """Values in the columns of all sources."""
+
+    def __init__(self, cells: _SeparatedCells, names: Sequence[str], further: Sequence[str]) -> None:
+        self._cells, self._names, self._further = cells, names, further
+
+    def write(self, record: Original, added: Added) -> None:
+        values = record.values()
+        # What is text in a CSV was like that before.
+        written = as_text if record.table.kind == "csv" else self._cells.guarded
+        own = [written(values.get(name)) for name in self._names]
+        self._cells.row([*own, *(as_text(added.get(name)) for name in self._further)])

@@ -1,0 +1,262 @@
+"""What a preview consists of: rows and their token sequences as text, with what each token is, as JSON and as records
+of the event log; and how tokens become text (`token_groups`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SegmentKind = Literal["trained", "masked", "input", "cut", "mark"]
+"""input: a token of a sequence in which no token has a loss; cut: truncation removes it; mark: no token but a position,
+such as the beginning of a block."""
+_CONTEXT_TOKENS = 8
+"""Tokens before the one that is decoded: some tokenizers (Llama 2's) drop the space of the first token of a text."""
+_MAX_GROUP = 16
+"""Tokens that are decoded together, at most. A character has at most four bytes, but tokens may hold the end of one
+character and the beginning of the next."""
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Tokens that are shown together: one, or those whose bytes together are whole characters."""
+
+    ids: tuple[int, ...]
+    text: str
+    special: bool
+    """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
+    omitted: bool = False
+    """The middle of a long document, which is not decoded."""
+
+    def shown(self, with_ids: bool) -> str:
+        if not with_ids:
+            return self.text
+        end = "" if self.text.endswith("\n") else "  "
+        return f"{'+'.join(map(str, self.ids))}:{self.text}{end}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of the same kind."""
+
+    kind: SegmentKind
+    text: str
+    special: bool = False
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Neighbouring tokens that truncation removes."""
+
+    index: int
+    """In the kept tokens, before which they were."""
+    groups: tuple[TokenGroup, ...]
+    """Those that are shown,"""
+    hidden_before: int = 0
+    """the number of those before them,"""
+    hidden_after: int = 0
+    """and behind them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_before + sum(len(group.ids) for group in self.groups) + self.hidden_after
+
+    def as_json(self) -> dict[str, Any]:
+        text = "".join(group.text for group in self.groups)
+        return {"index": self.index, "num_tokens": self.num_tokens, "text": text}
+
+
+@dataclass(frozen=True)
+class PreviewSequence:
+    """A sequence that the model gets."""
+
+    label: str
+    """Which of a row's sequences it is ("chosen", "part 1 of 2"); "" where there is one."""
+    ids: tuple[int, ...]
+    groups: tuple[TokenGroup, ...]
+    """Decoded from `ids`, in their order."""
+    has_loss: bool
+    """Some tokens have a loss; not so of prompts and of classifiers' inputs."""
+    trained: frozenset[int]
+    """Indices of the tokens with a loss."""
+    max_length: int
+    """Tokens, at most; or of a block."""
+    blocks: bool = False
+    """It is a document, of which blocks are cut."""
+    truncated: bool = False
+    cuts: tuple[Cut, ...] = ()
+    """What truncation removed, ascending; none where the positions are unknown."""
+    cut_tokens: int = 0
+    marks: tuple[tuple[int, str], ...] = ()
+    """(index in `ids`, text) of positions to show, ascending."""
+    reason: str = ""
+    """Why it is not used."""
+    notes: tuple[str, ...] = ()
+
+    def segments(self, max_tokens: int | None = None, with_ids: bool = False) -> list[Segment]:
+        """The text in its order, neighbours of one kind joined. `max_tokens`: of more than these the middle is left
+        out. `with_ids`: each token as `id:text`."""
+        pieces = list(self._pieces(with_ids))
+        if max_tokens is not None and len(pieces) > max_tokens:
+            head = max_tokens * 3 // 4
+            tail = max_tokens - head
+            pieces = [*pieces[:head], _omitted(sum(one.num_tokens for one in pieces[head:-tail])), *pieces[-tail:]]
+        joined: list[Segment] = []
+        for key, group in groupby(pieces, key=lambda piece: (piece.kind, piece.special, piece.kind == "mark")):
+            same = list(group)
+            joined += same if key[2] else [replace(same[0], text="".join(piece.text for piece in same))]
+        return joined
+
+    def token_kind(self, index: int) -> SegmentKind:
+        if not self.has_loss:
+            return "input"
+        return "trained" if index in self.trained else "masked"
+
+    def _pieces(self, with_ids: bool) -> Iterator[Segment]:
+        index = 0
+        marks, cuts = list(self.marks), list(self.cuts)
+        for group in self.groups:
+            while cuts and cuts[0].index <= index:
+                yield from self._cut_pieces(cuts.pop(0), with_ids)
+            while marks and marks[0][0] <= index:
+                yield Segment("mark", marks.pop(0)[1])
+            if group.omitted:
+                yield _omitted(len(group.ids))
+                marks = [mark for mark in marks if mark[0] >= index + len(group.ids)]
+            else:
+                yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
+            index += len(group.ids)
+        for cut in cuts:
+            yield from self._cut_pieces(cut, with_ids)
+        for _, text in marks:
+            yield Segment("mark", text)
+
+    def _cut_pieces(self, cut: Cut, with_ids: bool) -> Iterator[Segment]:
+        yield Segment("mark", "cut off")
+        if cut.hidden_before:
+            yield Segment("mark", f"{cut.hidden_before:,} more tokens")
+        for group in cut.groups:
+            yield Segment("cut", group.shown(with_ids), group.special)
+        if cut.hidden_after:
+            yield Segment("mark", f"{cut.hidden_after:,} more tokens")
+        if cut.index < len(self.ids):
+            yield Segment("mark", "end of what is cut off")
+
+    def as_json(self) -> dict[str, Any]:
+        """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
+        that of the last one. The text of a long cut is only the part that is shown."""
+        tokens: list[str] = []
+        special: list[bool] = []
+        for group in self.groups:
+            tokens += [""] * (len(group.ids) - 1) + [group.text]
+            special += [group.special] * len(group.ids)
+        return {
+            **self.described(),
+            "ids": list(self.ids),
+            "tokens": tokens,
+            "trained": [index in self.trained for index in range(len(self.ids))],
+            "special": special,
+            "marks": [{"index": index, "text": text} for index, text in self.marks],
+            "cuts": [cut.as_json() for cut in self.cuts],
+        }
+
+    def as_record(self, max_tokens: int) -> dict[str, Any]:
+        """For the event log: segments in place of tokens. Of more than `max_tokens` the middle is left out."""
+        segments = [[one.kind, one.text, int(one.special)] for one in self.segments(max_tokens)]
+        return {**self.described(), "segments": segments}
+
+    def described(self) -> dict[str, Any]:
+        """What `as_json` and `as_record` have in common."""
+        return {
+            "label": self.label,
+            "num_tokens": len(self.ids),
+            "num_trained": len(self.trained) if self.has_loss else None,
+            "max_length": self.max_length,
+            "blocks": self.blocks,
+            "truncated": self.truncated,
+            "cut_tokens": self.cut_tokens,
+            "reason": self.reason,
+            "notes": list(self.notes),
+        }
+
+
+def _omitted(num_tokens: int) -> Segment:
+    return Segment("mark", f"{num_tokens:,} tokens are not shown here", num_tokens=num_tokens)
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    id: str
+    source: str
+    line: int
+    sequences: tuple[PreviewSequence, ...]
+    reason: str = ""
+    """Why the row is not used, where it has no sequence at all."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.described(), "sequences": [one.as_json() for one in self.sequences]}
+
+    def as_record(self, max_tokens: int) -> dict[str, Any]:
+        return {**self.described(), "sequences": [one.as_record(max_tokens) for one in self.sequences]}
+
+    def described(self) -> dict[str, Any]:
+        return {"id": self.id, "source": self.source, "line": self.line, "reason": self.reason}
+
+
+# Tokens to text
+
+
+def token_groups(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    edges: frozenset[int] = frozenset(),
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[TokenGroup]:
+    """Decode `ids[start:stop]` token by token; those that only together are whole characters form one group, which has
+    no index of `edges` within it. The texts of all groups, one after another, are the text of the whole."""
+    special = special_tokens(tokenizer)
+    stop = len(ids) if stop is None else stop
+    while start < stop:
+        end = start + 1
+        if ids[start] in special:
+            yield TokenGroup((ids[start],), special[ids[start]], True)
+            start = end
+            continue
+        text = _text_between(ids, start, end, tokenizer)
+        while text.endswith(_REPLACEMENT) and end < stop and end - start < _MAX_GROUP:
+            if end in edges or ids[end] in special:
+                break
+            end += 1
+            text = _text_between(ids, start, end, tokenizer)
+        yield TokenGroup(tuple(ids[start:end]), text, False)
+        start = end
+
+
+def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokens from `start` to `end` add to the text of those before them."""
+    context = max(0, start - _CONTEXT_TOKENS)
+    before = _decode(ids[context:start], tokenizer)
+    with_them = _decode(ids[context:end], tokenizer)
+    if with_them.startswith(before):
+        return with_them[len(before) :]
+    return _decode(ids[start:end], tokenizer)
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), skipspecial_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
+    """Special tokens, and added ones that are no white space (Gemma adds runs of spaces)."""
+    return {
+        index: token.content
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content.strip()
+    }
