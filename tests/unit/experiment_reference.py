@@ -195,6 +195,7 @@ def default_text(field: FieldInfo) -> str:
 
 
 def _one_line(text: str) -> str:
+    text = re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text)
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -240,8 +241,8 @@ def _nested(*models: type[BaseModel], level: int = 3) -> list[str]:
 
 
 def page() -> str:
-    kinds = " · ".join(link(kind) for kind in STAGES)
-    scores = " · ".join(link(f"{model.kind()} score") for model in SCORERS)
+    kinds = " ·\n".join(link(kind) for kind in STAGES)
+    scores = " ·\n".join(link(f"{model.kind()} score") for model in SCORERS)
     lines = [HEAD, "## Experiment", "", *table(Experiment), ""]
     lines += ["## Stages", "", "Each stage has a `kind`:", "", kinds, ""]
     for kind, model in STAGES.items():

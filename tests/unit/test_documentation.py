@@ -86,6 +86,10 @@ def test_reference_is_what_the_schema_says() -> None:
     assert REFERENCE.read_text(encoding="utf-8") == page(), "out of date: run `make docs`"
 
 
+def test_every_key_of_the_reference_has_a_description() -> None:
+    assert re.findall(r"^\| `.*\|\s*\|$", page(), flags=re.M) == []
+
+
 # YAML.
 
 

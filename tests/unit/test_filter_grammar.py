@@ -23,7 +23,7 @@ RULES = st.one_of(
     st.tuples(NUMBERS, NUMBERS).map(lambda ends: {"range": sorted(ends)}),
     NUMBERS.map(lambda end: {"range": [end, None]}),
     NUMBERS.map(lambda end: {"range": [None, end]}),
-    st.tuples(NUMBERS, st.sampled_from(["low", "high"])).map(lambda r: {"threshold": r[0], "best": r[1]}),
+    st.tuples(NUMBERS, st.sampled_from(["low", "high"])).map(lambda r: {"threshold": r[0], "prefer": r[1]}),
     st.tuples(SHARES, ENDS).map(lambda pair: pair[0] | pair[1]),
     st.tuples(st.integers(1, 10**12).map(lambda n: {"top_k": n}), ENDS).map(lambda pair: pair[0] | pair[1]),
 )

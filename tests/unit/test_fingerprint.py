@@ -350,7 +350,7 @@ def test_fields_that_came_later_change_no_fingerprint_where_they_are_not_given(f
         "combine": "all",
         "quota": None,
         "keep": {
-            score: dict.fromkeys(("top_k", "match_count_of", "threshold", "range", "best"))
+            score: dict.fromkeys(("top_k", "match_count_of", "threshold", "range", "prefer"))
             | {"keep_fraction": None}
             | own
             for score, own in (("perplexity", {"keep_fraction": 0.8}), ("random", {"top_k": 9}))

@@ -121,7 +121,7 @@ def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() 
             evaluated = at_even_steps(steps, evaluations)[:-1]
             assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
     told = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
-    spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "changes": [change]}))
+    spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "schedule_overrides": [change]}))
     rates = schedule(spec, STEPS).learning_rates
     assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
 

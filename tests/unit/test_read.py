@@ -455,10 +455,12 @@ def test_quarantine_of_a_json_array_holds_what_utf_8_cannot(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("corrupt_fraction", [0.0, 0.3])
-def test_same_rows_make_the_same_bytes(corrupt: float, tmp_path: Path) -> None:
+def test_same_rows_make_the_same_bytes(corrupt_fraction: float, tmp_path: Path) -> None:
     records = [{"question": f"what is {n}?", "answer": " ".join(f"word{n + k}" for k in range(12))} for n in range(80)]
     (tmp_path / "a.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, records)))
-    (one, first), (two, second) = (make(tmp_path, out, dataset(corrupt=corrupt), seed=5) for out in ("one", "two"))
+    (one, first), (two, second) = (
+        make(tmp_path, out, dataset(corrupt_fraction=corrupt_fraction), seed=5) for out in ("one", "two")
+    )
     assert one == two
     files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
     assert files == [path.relative_to(second) for path in sorted(second.rglob("*")) if path.is_file()]

@@ -111,7 +111,7 @@ def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.json").write_text(json.dumps(rows))
     (tmp_path / "d.csv").write_text('question,answer\n"one\nline",two\nlost\n')
-    stage = dataset(("a.jsonl", "*.gz", "c.json", "d.csv", "a.jsonl"), split="train", holdout=0.2)
+    stage = dataset(("a.jsonl", "*.gz", "c.json", "d.csv", "a.jsonl"), split="train", eval_fraction=0.2)
     units = read_tasks(find_parts(stage, tmp_path), stage)
     assert [unit.name for unit in units if isinstance(unit, File) and unit.span is None] == [
         "b.jsonl.gz",

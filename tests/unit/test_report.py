@@ -102,7 +102,7 @@ def test_what_users_wrote_is_escaped_everywhere() -> None:
 def test_cut_of_a_select_is_drawn_in_the_histogram_of_its_score() -> None:
     html = page_of(sample_events())
     assert 'class="cut"' in html
-    assert "clean: quantile 0.8, cut at 105.0" in html
+    assert "clean: keep_fraction 0.8, cut at 105.0" in html
     without = [e for e in sample_events() if not (e.get("stage") == "clean" and not e.get("trial"))]
     assert "cut at 105.0<" not in page_of(without)
 

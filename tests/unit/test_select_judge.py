@@ -285,7 +285,11 @@ def test_rows_that_a_fraction_leaves_to_another_rule_are_listed_under_that(tmp_p
     keep = {"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(threshold=1.0)}
     result, out = select(tmp_path, [9, 1, 2, 3, 4], keep, [""] * 5, length=[5, 0, 0, 0, 0])
     rules = {line["line"]: line["rule"] for line in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
-    assert rules == {0: "length threshold 1", 3: "perplexity fraction 0.5", 4: "perplexity fraction 0.5"}
+    assert rules == {
+        0: "length threshold 1",
+        3: "perplexity keep_fraction_of_rest 0.5",
+        4: "perplexity keep_fraction_of_rest 0.5",
+    }
     assert [(rule["passed"], rule["dropped"], rule["cut"]) for rule in result.facts["rules"]] == [(2, 2, 2), (4, 1, 1)]
 
 

@@ -334,7 +334,7 @@ def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappin
             if any(result["left_out"].values()):
                 left_out = result["left_out"]
                 notes.append(
-                    f"{name}: {result['model']} and {result['against']['model']} are compared on {result['rows']:,} "
+                    f"{name}: {result['model']} and {result['baseline']['model']} are compared on {result['rows']:,} "
                     f"prompts of {result['set']}; {left_out['too_long']:,} are too long for one of them, "
                     f"{left_out['unusable']:,} rows ask nothing"
                 )

@@ -47,24 +47,24 @@ def _with(*known: str) -> AfterValidator:
 
 
 class FewShot(Config):
-    """Worked examples before the question (Brown et al. 2020, https://arxiv.org/abs/2005.14165)."""
+    """Examples before the question (Brown et al. 2020, https://arxiv.org/abs/2005.14165)."""
 
     shots: (
         Annotated[int, Field(ge=0), Tag("number")]
         | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, max_length=2), Tag("range")]
     ) = Field(discriminator=Discriminator(lambda value: "range" if isinstance(value, list | tuple) else "number"))
-    """How many examples; of a range one is drawn a variant, both ends included. With 0 in it zero-shot prompts stand
-    among them, which helps both (Longpre et al. 2023)."""
+    """Number of examples, or a range [LOW, HIGH] from which each variant samples one, ends included. A range from 0
+    mixes zero-shot with few-shot prompts, which helps both (Longpre et al. 2023)."""
     examples: str | None = None
-    """The stage whose rows are the examples; the rows of `data` themselves when not given."""
+    """Stage with the examples; `data` when not given."""
     layout: Literal["turns", "prompt"] = "turns"
-    """As turns of their own before the question's, or as text within it."""
+    """turns: examples are messages before the question. prompt: they are text in the question's message."""
     example: Annotated[str, _with("question", "answer")] = "Q: {question}\nA: {answer}"
-    """How `prompt` writes an example; the question itself stands last, up to where its answer would begin. With
-    templates that lead to the answer themselves: `"{question}\\n{answer}"`."""
+    """Format of an example in `layout: prompt`; the question itself follows in the same format, up to its answer. With
+    templates that introduce the answer themselves use `"{question}\\n{answer}"`."""
     max_chars: Annotated[int, Field(ge=1)] = 1600
-    """Of the whole row, examples and answer included: examples that would make it longer are not taken. 512 tokens, the
-    default `max_length`, are about 1,700 characters, and what is cut there is the answer."""
+    """Maximum number of characters of the row including examples and response; examples that do not fit are left out.
+    The default `max_length` of 512 tokens is about 1,700 characters."""
 
     @field_validator("shots")
     @classmethod
@@ -81,39 +81,42 @@ class FewShot(Config):
 
 
 class ChainOfThought(Config):
-    """Answers that hold reasoning and, behind a separator, the final answer (Wei et al. 2022,
+    """For responses with reasoning and, after a separator, the final answer (Wei et al. 2022,
     https://arxiv.org/abs/2201.11903), such as GSM8K's `... #### 42`."""
 
     separator: Annotated[str, Field(min_length=1)]
-    """Where it stands several times the last one counts."""
+    """Text between reasoning and final answer; its last occurrence counts."""
     cue: Annotated[str, Field(min_length=1)] = "Let's think step by step."
-    """On a line of its own below a question whose answer holds the reasoning (Kojima et al. 2022,
-    https://arxiv.org/abs/2205.11916); not below one with the final answer alone."""
+    """Line below a question whose response contains the reasoning (Kojima et al. 2022,
+    https://arxiv.org/abs/2205.11916)."""
     direct: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the variants that are asked without the cue and answered by the final answer alone."""
+    """Share of the variants without cue and reasoning, whose response is the final answer only."""
 
 
 class Augment(Config):
-    """Other wordings of the rows' questions, with examples and reasoning from the data itself, as in FLAN (Wei et al.
-    2021, https://arxiv.org/abs/2109.01652) and its collection (Longpre et al. 2023, https://arxiv.org/abs/2301.13688):
-    zero-shot, few-shot and chain-of-thought prompts mixed."""
+    """Builds prompts from the rows with templates, few-shot examples and chain of thought, as in FLAN (Wei et al. 2021,
+    https://arxiv.org/abs/2109.01652) and the Flan Collection (Longpre et al. 2023,
+    https://arxiv.org/abs/2301.13688)."""
 
     kind: Literal["augment"]
     gives: ClassVar[Gives] = "rows"
     data: str
+    """Conversations, prompts, preference pairs or rated responses."""
     templates: Annotated[tuple[Annotated[str, _with("question")], ...], Field(min_length=1)] = (PLAIN,)
-    """Of the last user turn. A row's variants take them in turn, in an order drawn for the row: as many copies as
-    templates have each of them."""
+    """Templates of the last user message, with the placeholder {question}. The variants of a row use them in turn, in
+    an order sampled per row."""
     few_shot: FewShot | None = None
+    """Adds examples."""
     chain_of_thought: ChainOfThought | None = None
+    """Requests reasoning."""
     copies: Annotated[int, Field(ge=1)] = 1
-    """Variants of a row."""
+    """Number of variants of a row."""
     originals: bool = False
-    """Whether the rows as they were come out too, each before its variants."""
+    """Whether the output also contains the original rows, each before its variants."""
     heldout: tuple[str, ...] = ()
-    """Stages to measure on: their rows, and rows of the same groups, neither serve as examples nor come out."""
+    """Evaluation stages: their rows, and rows of the same groups, are not used as examples and not output."""
     seed: int | None = None
-    """Of what is drawn; the experiment's when not given."""
+    """Seed of the sampling; the experiment's when not given."""
 
     def inputs(self) -> Iterator[StageRef]:
         yield StageRef(("data",), self.data, ROWS)

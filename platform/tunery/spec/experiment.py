@@ -12,57 +12,73 @@ from tunery.spec.stages import Stage
 
 
 class Compute(Config):
-    """How, never what: outside every fingerprint. The result is the same up to floating-point order,
-    but for `precision` (bf16 rounds more), for LoRA's dropout, which each worker draws for itself, and for `grpo` and
-    `rloo`, whose workers draw answers of their own."""
+    """How the experiment is executed; not part of any cache key. The result is the same up to floating-point order,
+    except with other `precision` (bf16 rounds more), with LoRA dropout, which each worker samples itself, and in `grpo`
+    and `rloo`, whose workers sample their own responses."""
 
     workers: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Training workers; auto: one a GPU, without GPUs two (or one on a single core), or fewer where that many can't
-    share out every stage's global batch size."""
+    """Training workers. auto: one per GPU, without GPUs two (one on a single core), fewer if that many cannot divide
+    every stage's global batch size evenly."""
     workers_per_trial: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Of each trial of a search; auto: one, so that trials run side by side."""
+    """Workers of each trial of a search. auto: one, so that trials run in parallel."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: GPUs if there are any."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPU cores of a worker."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters (in `ppo` each
-    worker loads the models whole into its host's memory first)."""
+    worker first loads the complete models into host memory)."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What waits in the host's memory while it is not needed: AdamW's states and full-precision weights (from ZeRO
-    stage 1 on), or, under stage 3, the weights too. Slower, and room for a larger model."""
+    """Offloading to host memory. optimizer: AdamW's states and full-precision weights (from ZeRO stage 1 on); all: with
+    stage 3 the weights too. Slower, with room for a larger model."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Sequences per forward pass and worker; auto: the largest up to 4 (of answers, in
-    `ppo` on a GPU, up to 16) that divides the worker's share."""
+    """Sequences per forward pass and worker. auto: the largest divisor of the worker's share up to 4 (in `ppo` on a GPU
+    up to 16 responses)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the GPU has it, else fp32."""
+    """auto: bf16 if the GPU supports it, else fp32."""
     gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass to save memory."""
     save_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Optimizer steps between checkpoints, each written at the next step whose loss is logged; auto: a tenth of the
-    training, at least 20; of PPO's steps, each a batch of answers, a tenth."""
+    """Optimizer steps between checkpoints, each written at the next step whose loss is logged. auto: a tenth of the
+    training, at least 20; in PPO a tenth of its steps, each a batch of responses."""
     max_failures: Annotated[int, Field(ge=0)] = 0
-    """How often a training whose worker died goes on from its last checkpoint before the run ends with the error;
-    not in trials of one worker, which train in their own process."""
+    """How often a training whose worker died resumes from its last checkpoint before the run fails; not in trials of
+    one worker, which train in their own process."""
     max_packed_trials: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Trials of a search that train LoRA on the same base: how many at most share one copy of it on a worker, and its
-    forward passes; auto: 4, on a GPU up to 8, as its memory has room. 1: each trial has a copy for itself."""
+    """Maximum number of LoRA trials of a search that share one copy of their base, and its forward passes, on a worker.
+    auto: 4, on a GPU up to 8 as memory allows. 1: each trial has its own copy."""
     object_store_gb: Annotated[float, Field(gt=0)] | Auto = AUTO
-    """Of a Ray started here, in GB; auto: 0.5. A cluster that is already running has its own."""
+    """Object store of a Ray that tunery starts, in GB. auto: 0.5."""
 
 
 class Wandb(Config):
+    """Settings of Weights & Biases."""
+
     project: str = "tunery"
+    """W&B project."""
     entity: str | None = None
+    """W&B user or team; the account's default when not given."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set, else offline (sync later with `wandb sync`)."""
+    """auto: online if an API key is set, else offline (upload later with `wandb sync`)."""
 
 
 class Tracking(Config):
+    """Where results are logged, besides the event log and the report."""
+
     wandb: Wandb = Wandb()
+    """Weights & Biases."""
 
 
 class Experiment(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    """Name of the run: letters, digits, `_`, `.` and `-`, at most 64."""
     seed: int
+    """Seed of every stage that has none of its own."""
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    """Stages by name, in any order."""
     search: Search | None = None
+    """Search over values of the stages."""
     compute: Compute = Compute()
+    """How the experiment is executed."""
     tracking: Tracking = Tracking()
+    """Where results are logged."""

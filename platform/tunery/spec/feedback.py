@@ -17,17 +17,17 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Sampling(Config):
-    """How an answer is drawn from a model, token by token."""
+    """How responses are sampled from a model."""
 
     temperature: NotNegative = 1.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of the likeliest tokens that together have this probability (Holtzman et al. 2019,
+    """Nucleus sampling: only the most likely tokens with this total probability (Holtzman et al. 2019,
     https://arxiv.org/abs/1904.09751)."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """The end token is not drawn before so many others."""
+    """Minimum number of tokens before the end token."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """An answer that has not ended by then is cut off."""
+    """Maximum number of tokens; a longer response is truncated."""
 
     def check_room(self, max_length: int) -> None:
         """Raises ValueError where no answer fits, or none behind a prompt within `max_length` tokens."""
@@ -40,11 +40,12 @@ class Sampling(Config):
 
 
 class PythonReward(Config):
-    """A function of one's own: `reward(prompts, answers)` gets two lists of texts and returns a list of numbers."""
+    """A Python function: `reward(prompts, answers)` gets two lists of texts and returns a list of numbers."""
 
     python: str
-    """A .py file, relative to the experiment's file; its content belongs to the fingerprint."""
+    """A .py file, relative to the experiment file; its content is part of the cache key."""
     function: str = "reward"
+    """Name of the function."""
 
 
 def _reward_tag(value: object) -> str:
@@ -66,21 +67,24 @@ def reward_inputs(path: tuple[str | int, ...], reward: str | Pretrained | Python
 
 
 class RewardTraining(Training[str]):
-    """A reward model: a head of one output on a model, trained on preference pairs so that the chosen answer gets more
-    than the rejected one (Bradley-Terry; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5).
+    """A reward model: a head of one output on a model, trained on preference pairs so that the chosen response gets a
+    higher reward than the rejected one (Bradley-Terry; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section
+    3.5).
 
-    Its scale is arbitrary, so mean and standard deviation over held-out answers (`eval_data`; without it the training
-    pairs) are measured and kept: whoever asks it, the scorer `reward` or `ppo`, gets (output - mean) / deviation.
+    Its scale is arbitrary, so the mean and standard deviation over held-out responses (`eval_data`; without it the
+    training pairs) are stored, and every user of the model gets (output - mean) / standard deviation.
     """
 
     gives: ClassVar[Gives] = "classifier"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
     kind: Literal["reward"]
     model: Model
+    """Initial model; a pretrained reward model keeps its head."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     center: NotNegative = 0.0
-    """Coefficient of (chosen + rejected)^2, which keeps rewards around 0 (Eisenstein et al. 2023,
-    https://arxiv.org/abs/2312.09244, who take 0.01)."""
+    """Coefficient of a penalty (chosen + rejected)^2 that keeps rewards around 0 (Eisenstein et al. 2023,
+    https://arxiv.org/abs/2312.09244, use 0.01)."""
 
 
 class Dpo(Training[RowsOrMixture]):
@@ -89,19 +93,23 @@ class Dpo(Training[RowsOrMixture]):
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
     kind: Literal["dpo"]
     model: Model
-    """What training begins with, and the reference that it is held to."""
+    """Initial model and reference."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     truncate: PairTruncation = "left"
+    """Truncation of a prompt and response with more than `max_length` tokens. left: removes the oldest turns and the
+    beginning of the prompt, the same of both sides of a pair. right: the response loses its end. drop: the row is
+    unusable."""
     empty_thinking: EmptyThinking = "mask"
+    """As in `sft`."""
     beta: Positive = 0.1
-    """How strongly it is held to the reference."""
+    """Strength of the regularisation towards the reference."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """sigmoid: DPO's own; hinge: SLiC (https://arxiv.org/abs/2305.10425); ipo: https://arxiv.org/abs/2310.12036."""
+    """sigmoid: DPO; hinge: SLiC (https://arxiv.org/abs/2305.10425); ipo: https://arxiv.org/abs/2310.12036."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be the wrong way round (cDPO, https://ericmitchell.ai/cdpo.pdf); of the
-    sigmoid loss."""
+    """Assumed share of mislabelled pairs (cDPO, https://ericmitchell.ai/cdpo.pdf); only with the sigmoid loss."""
     reference_free: bool = False
-    """The reference is taken to find every answer equally likely: no second model."""
+    """Uses a uniform reference: no second model."""
 
     @model_validator(mode="after")
     def _smoothing_of_sigmoid(self) -> Dpo:
@@ -111,19 +119,26 @@ class Dpo(Training[RowsOrMixture]):
 
 
 class Kto(Training[RowsOrMixture]):
-    """Kahneman-Tversky optimization on rated answers, or on both sides of preference pairs (Ethayarajh et al. 2024,
+    """Kahneman-Tversky optimization on rated responses, or on both sides of preference pairs (Ethayarajh et al. 2024,
     https://arxiv.org/abs/2402.01306)."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_margin")
     kind: Literal["kto"]
     model: Model
+    """Initial model and reference."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     truncate: PairTruncation = "left"
+    """As in `dpo`."""
     empty_thinking: EmptyThinking = "mask"
+    """As in `sft`."""
     beta: Positive = 0.1
+    """Strength of the regularisation towards the reference."""
     desirable_weight: Positive = 1.0
+    """Weight of the loss of desirable responses."""
     undesirable_weight: Positive = 1.0
-    """Where one kind is rarer, give it more: desirable rows x weight within 1 to 4/3 of the other (section 4.2)."""
+    """Weight of the loss of undesirable responses. If one kind is rarer, raise its weight: desirable rows x weight
+    should be 1 to 4/3 times undesirable rows x weight (section 4.2)."""
 
     @model_validator(mode="after")
     def _others_in_a_step(self) -> Kto:
@@ -133,13 +148,17 @@ class Kto(Training[RowsOrMixture]):
 
 
 class OnlineRl(Training[str]):
-    """Learns from answers that the model draws itself, and a reward for each. `data` gives the prompts: of
-    conversations and preference pairs all that comes before the answer."""
+    """Learns from sampled responses and their rewards. `data` gives the prompts: of conversations and preference pairs
+    everything before the last response."""
 
     model: Model
+    """Initial policy, and the reference."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     reward: RewardSource
+    """Reward of the responses."""
     sampling: Sampling = Sampling()
+    """How responses are sampled; the temperature must be above 0."""
 
     @model_validator(mode="after")
     def _draws(self) -> OnlineRl:
@@ -154,17 +173,18 @@ class OnlineRl(Training[str]):
 
 
 class GroupRl(OnlineRl):
-    """`global_batch_size` counts answers: a multiple of `group_size`. `epochs` are over the prompts."""
+    """`global_batch_size` counts responses and is a multiple of `group_size`; `epochs` count passes over the
+    prompts."""
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward",)
     group_size: Annotated[int, Field(ge=2)] = 8
-    """Answers a prompt."""
+    """Responses per prompt."""
     iterations: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps over each batch of answers."""
+    """Optimizer steps on each batch of responses."""
     beta: NotNegative = 0.0
-    """Of the KL divergence to the model that training began with; 0 needs no second model."""
+    """Coefficient of the KL divergence to the initial model; 0 needs no second model."""
     clip: Positive = 0.2
-    """Of the ratio of new to old probabilities, which is 1 in the first of the iterations."""
+    """Clipping range of the probability ratio, which is 1 in the first iteration."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GroupRl:
@@ -177,40 +197,40 @@ class GroupRl(OnlineRl):
 
 
 class Grpo(GroupRl):
-    """Group relative policy optimization: a reward counts by how far it is above its group's (Shao et al. 2024,
-    https://arxiv.org/abs/2402.03300)."""
+    """Group relative policy optimization: advantages are rewards relative to the group's (Shao et al. 2024,
+    https://arxiv.org/abs/2402.03300). `global_batch_size` counts responses, `epochs` passes over the prompts."""
 
     kind: Literal["grpo"]
     loss: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged, as TRL names it: over each answer, over a constant (`max_new_tokens` an answer),
-    or over all tokens of the step. (bnpo, over all tokens of a micro batch, would depend on `compute`.)"""
+    """How token losses are averaged, with TRL's names. grpo: over each response; dr_grpo: over a constant
+    (`max_new_tokens` per response); dapo: over all tokens of the step. (bnpo would depend on `compute`.)"""
     scale: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by the deviation of."""
+    """Standard deviation that advantages are divided by: of the group or of the batch."""
 
 
 class Rloo(GroupRl):
-    """REINFORCE leave-one-out: a reward counts by how far it is above the mean of the others in its group (Ahmadian et
-    al. 2024, https://arxiv.org/abs/2402.14740)."""
+    """REINFORCE leave-one-out: the baseline of a response is the mean reward of the others in its group (Ahmadian et
+    al. 2024, https://arxiv.org/abs/2402.14740). `global_batch_size` counts responses, `epochs` passes over the
+    prompts."""
 
     kind: Literal["rloo"]
 
 
 class Kl(Config):
-    """What holds the policy near the model that it began with."""
+    """Penalty on the KL divergence from the initial model."""
 
     estimator: Literal["k1", "k3"] = "k1"
-    """Of the KL divergence from sampled tokens (http://joschu.net/blog/kl-approx.html). k1, log p - log q, can be
-    negative; k3 never is, and varies less while the two are near."""
+    """Estimator from sampled tokens (http://joschu.net/blog/kl-approx.html). k1, log p - log q, can be negative; k3 is
+    not and has lower variance while the two are close."""
     coefficient: NotNegative = 0.05
-    """Of the penalty in each token's reward."""
+    """Coefficient of the penalty in each token's reward."""
     target: Positive | None = None
-    """Nats an answer. Given, the coefficient is adapted so that KL stays near it (Ziegler et al. 2019,
+    """Target in nats per response. If given, the coefficient is adapted to keep KL near it (Ziegler et al. 2019,
     https://arxiv.org/abs/1909.08593, section 2.2)."""
     horizon: Positive = 10_000.0
-    """Answers over which it is adapted."""
+    """Number of responses over which the coefficient adapts."""
     max_kl: Positive = 100.0
-    """Nats an answer: beyond, the policy has left all that the reward model knows, and the training ends with an
-    error."""
+    """Maximum KL in nats per response; above it the training fails."""
 
     @model_validator(mode="after")
     def _can_be_adapted(self) -> Kl:
@@ -220,49 +240,56 @@ class Kl(Config):
 
 
 class Ptx(Config):
-    """Mixes the loss of pre-training or SFT into PPO's, against forgetting (PPO-ptx, Ouyang et al. 2022, eq. 2)."""
+    """Adds the loss of pretraining or SFT to PPO's to reduce forgetting (PPO-ptx, Ouyang et al. 2022, eq. 2)."""
 
     data: str
-    """Texts, or conversations whose answers count."""
+    """Texts, or conversations, of which the responses count."""
     coefficient: Positive = 1.0
+    """Coefficient of the added loss."""
 
 
 class Ppo(OnlineRl):
     """Proximal policy optimization with a value model (Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for
-    language models Ziegler et al. 2019, https://arxiv.org/abs/1909.08593). Without dropout, LoRA's too.
+    language models Ziegler et al. 2019, https://arxiv.org/abs/1909.08593). Dropout is off, LoRA's too.
 
-    A step draws an answer to each of `global_batch_size` prompts, rates them, and then goes `ppo_epochs` times over
-    them in `minibatches`, an optimizer step each. `epochs` are over the prompts.
+    A step generates a response to each of `global_batch_size` prompts, scores them, and then passes `ppo_epochs` times
+    over them in `minibatches`, with one optimizer step each. `epochs` count passes over the prompts.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_kl")
     kind: Literal["ppo"]
     value_init: Literal["reward", "policy"] | Auto = AUTO
-    """What the value model begins with; auto: the reward model, where it is one that reads the policy's tokens (as in
-    InstructGPT)."""
+    """Initial value model. auto: the reward model if it has the policy's vocabulary (as in InstructGPT), else the
+    policy with a new head."""
     allow_retokenize: bool = False
-    """Allow a reward model with another tokenizer: answers are decoded, and read by it as text."""
+    """Allows a reward model with another tokenizer, which then gets the responses as text."""
     minibatches: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps each time over a batch of answers."""
+    """Optimizer steps per pass over a batch of responses."""
     ppo_epochs: Annotated[int, Field(ge=1)] = 4
-    """Times over each batch of answers."""
+    """Passes over each batch of responses."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount a token."""
+    """Discount factor per token."""
     gae_lambda: Share = 0.95
-    """Of generalized advantage estimation (Schulman et al. 2015, https://arxiv.org/abs/1506.02438)."""
+    """Lambda of generalized advantage estimation (Schulman et al. 2015, https://arxiv.org/abs/1506.02438)."""
     clip: Positive = 0.2
-    """Of the ratio of new to old probabilities."""
+    """Clipping range of the probability ratio."""
     value_clip: Positive | None = 0.2
-    """How far a value may move from its old one before its loss stops counting; null: any distance."""
+    """Clipping range of values around the old ones; null: no clipping."""
     value_coefficient: NotNegative = 0.1
+    """Coefficient of the value loss."""
     entropy_coefficient: NotNegative = 0.0
+    """Coefficient of the entropy bonus."""
     whiten_rewards: bool = False
+    """Whether to scale token rewards to standard deviation 1, keeping their mean."""
     whiten_advantages: bool = True
-    """To mean 0 and deviation 1 over all answer tokens of the batch, on all workers."""
+    """Whether to normalise advantages to mean 0 and standard deviation 1 over all response tokens of the batch, on all
+    workers."""
     missing_eos_penalty: NotNegative = 0.0
-    """Taken off the reward of an answer that was cut off."""
+    """Subtracted from the reward of a truncated response."""
     kl: Kl = Kl()
+    """KL penalty."""
     ptx: Ptx | None = None
+    """Loss added against forgetting."""
 
     def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()

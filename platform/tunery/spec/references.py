@@ -1,4 +1,4 @@
-"""What stages refer to: other stages, and models from outside."""
+"""References of a stage: to other stages, and to pretrained models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
 Gives = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
-"""What a stage makes. classifier: a sequence-classification model, as reward models are."""
+"""Output of a stage. classifier: a sequence-classification model, as reward models are."""
 ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 
@@ -36,15 +36,16 @@ class Scratch(Config):
     """A new model with random weights, and a byte-level BPE tokenizer trained on the stage's rows."""
 
     scratch: Literal["tiny", "small"]
-    """tiny: a Llama of about 1 M parameters, small: about 3 M (see models/scratch.py for the shapes)."""
+    """tiny: a Llama of about 1 M parameters; small: about 3 M."""
 
 
 class Pretrained(Config):
     """A Hugging Face model: a local folder (relative to the experiment's file) or a hub name."""
 
     pretrained: str
+    """Folder (starting with /, ./, ../ or ~) or hub name."""
     revision: str | None = None
-    """Hub revision (a commit hash makes the experiment repeatable); not for folders."""
+    """Hub revision; a commit hash makes the experiment reproducible. Not for folders."""
 
     @property
     def is_folder(self) -> bool:

@@ -1,6 +1,6 @@
 """What rows can be scored by. A scorer is a mapping whose first key names it: `{perplexity: base}`.
 
-A new scorer: its class here and in `Scorer`, its file in scoring/scorers/, and its line in scoring/scorers/registry.py.
+A new scorer: its class here and in `Scorer`, its file in data/scorers/, and its line in scoring/scorers/registry.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Part = Literal["answer", "whole"]
 AnyPart = Literal["answer", "question", "whole"]
-"""What is looked at. answer: the last turn of a conversation; question: its user turns; whole: all its turns. Of a
-plain text, answer and whole are the text, and there is no question. Rejected answers are not looked at."""
+"""The part of a row that is scored. answer: the last turn of a conversation; question: its user turns; whole: all its
+turns. Of a text, answer and whole are the text, and there is no question. Rejected responses are not scored."""
 
 
 class ScorerSpec(Config):
     """The first field of a scorer is its kind."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")] | None = None
-    """What the score is called, where a stage has two of a kind; else its kind."""
+    """Name of the score, if a stage has two of one kind; the kind when not given."""
 
     @classmethod
     def kind(cls) -> str:
@@ -60,8 +60,9 @@ class Perplexity(ScorerSpec):
     """
 
     perplexity: Model
+    """Causal language model."""
     of: Literal["answer", "whole"] = "answer"
-    """answer: of the last answer given all before it (of a text, the whole); whole: of every token."""
+    """answer: of the last response given everything before it (of a text, all of it); whole: of every token."""
 
     @property
     def model(self) -> str | Pretrained:
@@ -69,14 +70,16 @@ class Perplexity(ScorerSpec):
 
 
 class Ifd(ScorerSpec):
-    """Instruction-following difficulty: perplexity of the answer given the question over that of the answer alone.
+    """Instruction-following difficulty: perplexity of the response given the prompt, divided by that without the
+    prompt.
 
-    Near 1 (and above) the question does not help, so the two hardly belong together; near 0 the answer is trivial.
-    Li et al. 2024, "From Quantity to Quality" (https://arxiv.org/abs/2308.12032), who take the highest below 1 for
-    training. As a filter of damaged rows, lower is better.
+    Near 1 and above, the prompt does not help, so the two hardly belong together; near 0 the response is trivial. Li et
+    al. 2024, "From Quantity to Quality" (https://arxiv.org/abs/2308.12032), train on the highest below 1. To filter bad
+    rows, lower is better.
     """
 
     ifd: Model
+    """Causal language model."""
 
     @property
     def model(self) -> str | Pretrained:
@@ -96,14 +99,15 @@ class ClassificationSpec(ScorerSpec):
 
 
 class Reward(ClassificationSpec):
-    """What a reward model gives a row: the one logit of its head, without bounds. Higher is better. Of a `reward` stage
-    that is (logit - mean) / deviation, by the scale that was measured at its end.
+    """Output of a reward model: the single logit of its head, unbounded; of a `reward` stage normalised to (logit -
+    mean) / standard deviation. Higher is better.
 
     Stiennon et al. 2020, "Learning to summarize from human feedback" (https://arxiv.org/abs/2009.01325). Any
-    sequence-classification model with one label will do, one that was trained to a regression, too.
+    sequence-classification model with one label works, regression models too.
     """
 
     reward: Model
+    """A `reward` stage, or a sequence-classification model with one label."""
 
     @property
     def model(self) -> str | Pretrained:
@@ -111,21 +115,22 @@ class Reward(ClassificationSpec):
 
 
 class Classifier(ClassificationSpec):
-    """Probability of one label under a text classifier. Higher is better: name the label of good rows, or give
-    `prefer: low` in `keep`.
+    """Probability of one label under a text classifier. Higher is better: name the label of good rows, or set `prefer:
+    low` in `keep`.
 
-    A softmax over the labels; a sigmoid for each where the model's config says `multi_label_classification`, and for a
-    model of one label. As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), whose own classifier
-    is a regression: take `reward` for such a one.
+    A softmax over the labels; a sigmoid for each if the model's config has `multi_label_classification`, and for a
+    model with one label. As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), whose own classifier
+    is a regression: use `reward` for that.
     """
 
     classifier: Model
+    """A `classifier` stage, or a sequence-classification model."""
     label: str | Annotated[int, Field(ge=0)]
-    """Its name or its number, as `id2label` in the model's config.json has them."""
+    """Name or number of the label, as in `id2label` of the model's config.json."""
     temperature: Annotated[float, Field(gt=0)] | Auto = 1.0
-    """Logits are divided by it: above 1 probabilities are drawn together, below 1 apart (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, the order of the rows stays. auto: the one that
-    fits the eval_data of a `classifier` stage best."""
+    """Divisor of the logits: above 1 probabilities are less extreme, below 1 more (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, it does not change the order of rows. auto: the
+    one that calibrates a `classifier` stage best on its eval_data."""
 
     @property
     def model(self) -> str | Pretrained:
@@ -133,17 +138,17 @@ class Classifier(ClassificationSpec):
 
 
 class Embedding(ScorerSpec):
-    """Cosine similarity to the most similar row of another stage. Higher is better: more like what is wanted.
+    """Cosine similarity to the most similar row of another stage. Higher is better.
 
-    Of the mean of the model's last hidden states over the row's tokens, as in Reimers & Gurevych 2019, "Sentence-BERT"
-    (https://arxiv.org/abs/1908.10084). A row that is in the other stage, too, has 1. Without another stage there is no
-    score: the rows' vectors are kept, for `diverse` in a select stage.
+    The embedding is the mean of the model's last hidden states over the row's tokens, as in Reimers & Gurevych 2019,
+    "Sentence-BERT" (https://arxiv.org/abs/1908.10084). A row that is also in the other stage has 1. Without another
+    stage there is no score, but the vectors are stored for `diverse` in a select stage.
     """
 
     embedding: Model
     """An encoder, or a causal language model without its head."""
     reference: str | None = None
-    """Stage that gives the reference rows; of more than 2,048, so many by a hash of their ids."""
+    """Stage with the reference rows; of more than 2,048 rows a sample of that size by a hash of their ids."""
 
     @property
     def gives_vectors(self) -> bool:
@@ -160,125 +165,137 @@ class Embedding(ScorerSpec):
 
 
 class Length(ScorerSpec):
-    """How long the answer is. Meant for a range in `keep`; as for `keep_fraction`, longer is better.
+    """Length of the response. Meant for a range in `keep`; for `keep_fraction`, longer is better.
 
-    Zhao et al. 2024, "Long Is More for Alignment" (https://arxiv.org/abs/2402.04833): the 1,000 longest answers are a
-    baseline that is hard to beat.
+    Zhao et al. 2024, "Long Is More for Alignment" (https://arxiv.org/abs/2402.04833): the 1,000 longest responses are a
+    strong baseline.
     """
 
     length: Literal["words", "chars", "lines"]
-    """words: what white space separates; in Chinese and Japanese each character, in Thai, Lao, Khmer and Burmese the
-    words that ICU's dictionaries find (scoring/scorers/texts.py); chars: Unicode code points; lines: those that are not
-    blank."""
+    """words: separated by white space; in Chinese and Japanese each character, in Thai, Lao, Khmer and Burmese words by
+    ICU's dictionaries; chars: Unicode code points; lines: lines that are not blank."""
     of: AnyPart = "answer"
+    """Part that is measured. answer: the last turn of a conversation; question: its user turns; whole: all its
+    turns."""
 
 
 class GopherRules(Config):
-    """The rules' limits; `null` switches a rule off. A rule is violated beyond its limit, not at it.
+    """Limits of the rules; `null` switches a rule off. A rule is violated beyond its limit, not at it.
 
-    Words are those of `length: words`. The paper's limits are for web pages in English. `auto` takes these for English,
+    Words are those of `length: words`. The paper's limits are for web pages in English. `auto` uses them for English,
     and for other languages those of FineWeb-2 (Penedo et al. 2025, https://arxiv.org/abs/2506.20920), by the script of
-    the text and the stop words in it (scoring/scorers/gopher_limits.py); a number holds for every language. On answers
-    of a few sentences `words_min` and `stop_words_min` only say that they are short, and on code `mean_word_max`,
-    `stop_words_min` and `alphabetic_words_min` say nothing. Switch those off there.
+    the text and its stop words; a number applies to every language. On responses of a few sentences `words_min` and
+    `stop_words_min` only detect that they are short, and on code `mean_word_max`, `stop_words_min` and
+    `alphabetic_words_min` mean nothing: switch them off there.
     """
 
     of: Part = "answer"
+    """Part that is scored. answer: the last turn of a conversation; whole: all its turns."""
     words_min: Count | None = 50
-    """Words (A1.1)."""
+    """Minimum number of words (A1.1)."""
     words_max: Count | None = 100_000
-    """Words (A1.1)."""
+    """Maximum number of words (A1.1)."""
     mean_word_min: Annotated[float, Field(ge=0)] | Auto | None = AUTO
-    """Characters (A1.1). auto: 3 in English, 1 to 3 in other scripts, none in a script that is not known."""
+    """Minimum mean length of words in characters (A1.1). auto: 3 in English, 1 to 3 in other scripts, none in unknown
+    scripts."""
     mean_word_max: Annotated[float, Field(ge=0)] | Auto | None = AUTO
-    """Characters (A1.1). auto: 10 in English, 15 in other languages in Latin letters, 5 (Chinese) to 37 (Tamil) in
-    other scripts, none in a script that is not known."""
+    """Maximum mean length of words in characters (A1.1). auto: 10 in English, 15 in other languages with Latin letters,
+    5 (Chinese) to 37 (Tamil) in other scripts, none in unknown scripts."""
     hashes_max: Annotated[float, Field(ge=0)] | None = 0.1
-    """Hash signs a word (A1.1)."""
+    """Maximum number of hash signs per word (A1.1)."""
     ellipses_max: Annotated[float, Field(ge=0)] | None = 0.1
-    """Ellipses, as three dots or one character, a word (A1.1)."""
+    """Maximum number of ellipses per word, as three dots or one character (A1.1)."""
     bullet_lines_max: Share | None = 0.9
-    """Share of the lines that start with a bullet point (A1.1)."""
+    """Maximum share of lines that start with a bullet point (A1.1)."""
     ellipsis_lines_max: Share | None = 0.3
-    """Share of the lines that end with an ellipsis (A1.1)."""
+    """Maximum share of lines that end with an ellipsis (A1.1)."""
     alphabetic_words_min: Share | None = 0.8
-    """Share of the words with at least one letter (A1.1)."""
+    """Minimum share of words with at least one letter (A1.1)."""
     stop_words_min: Annotated[int, Field(ge=1, le=8)] | Auto | None = AUTO
-    """How many of `the be to of and that have with`, or of the stop words of the text's language, occur, in any case
-    (A1.1). auto: 2, none in a script of which no stop words are known."""
+    """Minimum number of different stop words, of `the be to of and that have with` or of the text's language, in any
+    letter case (A1.1). auto: 2, none in scripts without known stop words."""
     duplicate_lines_max: Share | None = 0.3
-    """Share of the lines that stood before (table A1, as all below)."""
+    """Maximum share of repeated lines (table A1, as all below)."""
     duplicate_paragraphs_max: Share | None = 0.3
-    """Share of the paragraphs (parted by blank lines) that stood before."""
+    """Maximum share of repeated paragraphs (separated by blank lines)."""
     duplicate_line_chars_max: Share | None = 0.2
-    """Share of the lines' characters that are in lines that stood before."""
+    """Maximum share of characters in repeated lines."""
     duplicate_paragraph_chars_max: Share | None = 0.2
-    """Share of the paragraphs' characters that are in paragraphs that stood before."""
+    """Maximum share of characters in repeated paragraphs."""
     top_2gram_max: Share | Auto | None = AUTO
-    """Share of the words' characters that are in occurrences of the most frequent pair of words, if it occurs twice.
+    """Maximum share of the words' characters in occurrences of the most frequent pair of words, if it occurs twice.
     auto: 0.2, 0.18 and 0.16 for n = 2, 3 and 4; in Chinese and Japanese, where a word is one character, 0.26, 0.21 and
     0.18."""
     top_3gram_max: Share | Auto | None = AUTO
+    """The same for three words."""
     top_4gram_max: Share | Auto | None = AUTO
+    """The same for four words."""
     duplicate_5grams_max: Share | Auto | None = AUTO
-    """Share of the words' characters that are in runs of 5 words that stood before; each character counts once. auto:
-    0.15 for n = 5, down to 0.1 for n = 10; in Chinese and Japanese 0.25 down to 0.16."""
+    """Maximum share of the words' characters in repeated runs of 5 words; each character counts once. auto: 0.15 for
+    n = 5, down to 0.1 for n = 10; in Chinese and Japanese 0.25 down to 0.16."""
     duplicate_6grams_max: Share | Auto | None = AUTO
+    """The same for 6 words."""
     duplicate_7grams_max: Share | Auto | None = AUTO
+    """The same for 7 words."""
     duplicate_8grams_max: Share | Auto | None = AUTO
+    """The same for 8 words."""
     duplicate_9grams_max: Share | Auto | None = AUTO
+    """The same for 9 words."""
     duplicate_10grams_max: Share | Auto | None = AUTO
+    """The same for 10 words."""
 
 
 class Gopher(ScorerSpec):
-    """How many of MassiveText's quality and repetition rules a row violates. Lower is better.
+    """Number of MassiveText's quality and repetition rules that a row violates. Lower is better.
 
-    Rae et al. 2021, "Scaling Language Models" (https://arxiv.org/abs/2112.11446), section A1.1 and table A1, who drop a
+    Rae et al. 2021, "Scaling Language Models" (https://arxiv.org/abs/2112.11446), section A1.1 and table A1, drop a
     page for one violation.
     """
 
     gopher: GopherRules
+    """Limits; `{}` for the defaults."""
 
 
 class C4Rules(Config):
-    """The rules' limits; `null` or `false` switches a rule off.
+    """Limits of the rules; `null` or `false` switches a rule off.
 
-    The paper takes lines out of pages; rows are kept or dropped whole, so a rule on lines is violated when it would
-    take out more than `failing_lines_max` of them, and sentences are counted in what all of them leave. Not here: the
-    list of bad words (a file of somebody else's), citation marks (removed there, not judged), repeated spans of three
-    sentences (see `duplicates`) and the language (see `language`).
-    On short answers `sentences_min` only says that they are short; on code, `braces` and `terminal_punctuation` say
-    that it is code.
+    The paper removes lines from pages. Rows are kept or dropped as a whole, so a rule on lines is violated if it would
+    remove more than `failing_lines_max` of them, and sentences are counted in the remaining lines. Not implemented: the
+    list of bad words, citation marks (which the paper removes), repeated spans of three sentences (see `duplicates`)
+    and the language (see `language`). On short responses `sentences_min` only detects that they are short; on code,
+    `braces` and `terminal_punctuation` detect that it is code.
     """
 
     of: Part = "answer"
+    """Part that is scored. answer: the last turn of a conversation; whole: all its turns."""
     failing_lines_max: Share = 0.5
-    """Share of the lines; ours, the paper has no such limit. 0: as soon as one line fails."""
+    """Maximum share of failing lines (not in the paper). 0: one failing line is a violation."""
     terminal_punctuation: bool = True
-    """A line ends with a period, an exclamation or question mark (also of other scripts) or an end quotation mark. A
-    line in Thai or Lao, which have no end marks, passes (mC4 has no such rule for that reason: Xue et al. 2021,
+    """A line must end with a period, an exclamation or question mark (also of other scripts) or an end quotation mark.
+    Lines in Thai or Lao, which have no end marks, pass (mC4 has no such rule for that reason: Xue et al. 2021,
     https://arxiv.org/abs/2010.11934, section 3.1)."""
     line_words_min: Count | None = 5
-    """Words a line, those of `length: words`."""
+    """Minimum number of words of a line, those of `length: words`."""
     javascript: bool = True
-    """A line does not name Javascript."""
+    """A line must not mention Javascript."""
     policy: bool = True
-    """A line does not speak of terms of use, privacy policies or cookies."""
+    """A line must not mention terms of use, privacy policies or cookies."""
     sentences_min: Count | None = 3
-    """Sentences in the lines that pass the rules above. In Thai and Lao a space ends one."""
+    """Minimum number of sentences in the lines that pass the rules above. In Thai and Lao a space ends a sentence."""
     lorem_ipsum: bool = True
-    """The words `lorem ipsum` do not occur."""
+    """The words `lorem ipsum` must not occur."""
     braces: bool = True
-    """There is no curly bracket."""
+    """There must be no curly bracket."""
 
 
 class C4(ScorerSpec):
-    """How many of C4's rules a row violates. Lower is better.
+    """Number of C4's rules that a row violates. Lower is better.
 
     Raffel et al. 2020, "Exploring the Limits of Transfer Learning" (https://arxiv.org/abs/1910.10683), section 2.2.
     """
 
     c4: C4Rules
+    """Limits; `{}` for the defaults."""
 
 
 _CODES = """
@@ -341,16 +358,17 @@ _OTHER_NAMES = {
 class Language(ScorerSpec):
     """Probability that the row is in the language, by py3langid. Higher is better.
 
-    Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). It is low where there is little to go by: 0.9
-    drops 30% of the builtin answers, all of them English; 0.1 drops 3%, and each of 70 sentences in 14 other languages.
-    The probability of a macrolanguage is the sum over its members: `zh` takes what the detector calls Wu (`wuu`) or
-    Cantonese (`yue`), `no` Nynorsk (`nn`), `ar` Egyptian Arabic (`arz`), `ms` Indonesian (`id`). A member's own code
-    is that member alone. `hr`, `sr` and `bs` are languages of their own; `hbs` is all three.
+    Lui & Baldwin 2012, "langid.py" (https://aclanthology.org/P12-3005/). Short texts get low probabilities: 0.9 drops
+    30% of the builtin responses, all of them English; 0.1 drops 3%, and each of 70 sentences in 14 other languages. The
+    probability of a macrolanguage is the sum over its members: `zh` includes Wu (`wuu`) and Cantonese (`yue`), `no`
+    Nynorsk (`nn`), `ar` Egyptian Arabic (`arz`), `ms` Indonesian (`id`). A member's own code is that member only. `hr`,
+    `sr` and `bs` are separate languages; `hbs` is all three.
     """
 
     language: str
     """ISO 639 code: en, de, zh."""
     of: AnyPart = "answer"
+    """Part that is scored. answer: the last turn of a conversation; question: its user turns; whole: all its turns."""
 
     @field_validator("language")
     @classmethod
@@ -372,43 +390,50 @@ class Language(ScorerSpec):
 
 
 class Duplicates(ScorerSpec):
-    """How many rows before this one have the same content: 0 for the first. Lower is better; keep those at 0."""
+    """Number of earlier rows with the same content: 0 for the first. Lower is better; keep rows at 0."""
 
     duplicates: Literal["exact", "normalised"]
-    """exact: as the row's id has it (Unicode NFC, white space at the end dropped); normalised: case and the amount of
-    white space aside as well."""
+    """exact: the content of the row's id (Unicode NFC, without trailing white space); normalised: also ignores case and
+    the amount of white space."""
     of: Literal["row", "question", "answer"] = "row"
-    """row: all there is, roles and rejected answers too."""
+    """row: everything, including roles and rejected responses; question: the user turns; answer: the last turn."""
 
 
 class NearDuplicatesSettings(Config):
+    """Settings of near-duplicate detection; `{}` for the defaults."""
+
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Jaccard similarity of the sets of n-grams from which on rows are near duplicates (Lee et al. 2022, 4.2)."""
+    """Jaccard similarity of the n-gram sets from which rows are near duplicates (Lee et al. 2022, 4.2)."""
     ngram: Count = 5
-    """Words (Lee et al. 2022, appendix A); a shorter text is one n-gram."""
+    """Words of an n-gram (Lee et al. 2022, appendix A); a shorter text is one n-gram."""
     permutations: Annotated[int, Field(ge=16, le=1024)] = 128
-    """Hash functions: the estimate's standard error is at most 0.5 / sqrt(permutations), 0.044 for 128. Four bytes each
-    a row."""
+    """Number of hash functions: the standard error of the estimate is at most 0.5 / sqrt(permutations), 0.044 for 128.
+    Each takes four bytes per row."""
     of: AnyPart = "whole"
+    """Part that is compared. answer: the last turn of a conversation; question: its user turns; whole: all its
+    turns."""
 
 
 class NearDuplicates(ScorerSpec):
-    """Similarity to the most similar earlier row, 0 where none reaches the threshold. Lower is better; keep those at 0.
+    """Similarity to the most similar earlier row, 0 if none reaches the threshold. Lower is better; keep rows at 0.
 
     MinHash (Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900) with LSH, as in Lee et al. 2022, "Deduplicating
     Training Data Makes Language Models Better" (https://arxiv.org/abs/2107.06499).
     """
 
     near_duplicates: NearDuplicatesSettings
+    """Settings; `{}` for the defaults."""
 
 
 class ContaminationSettings(Config):
+    """Settings of contamination detection."""
+
     sets: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Stages whose rows must not be among those that are scored: evaluation sets."""
+    """Stages with evaluation sets, whose rows must not occur in the scored rows."""
     ngram: Annotated[int, Field(ge=2)] = 13
-    """Words (appendix C; the paper takes 8 to 13). Shorter texts use their whole length."""
+    """Words of an n-gram (appendix C; the paper uses 8 to 13). A shorter text is one n-gram."""
     of: AnyPart = "whole"
-    """In the scored rows and in the sets' alike."""
+    """Part that is compared, in the scored rows and in the sets."""
 
     @field_validator("sets")
     @classmethod
@@ -419,12 +444,13 @@ class ContaminationSettings(Config):
 
 
 class Contamination(ScorerSpec):
-    """Share of the row's n-grams that occur in an evaluation set. Lower is better; keep those at 0.
+    """Share of the row's n-grams that occur in an evaluation set. Lower is better; keep rows at 0.
 
     Brown et al. 2020, "Language Models are Few-Shot Learners" (https://arxiv.org/abs/2005.14165), appendix C.
     """
 
     contamination: ContaminationSettings
+    """Evaluation sets and settings."""
 
     def inputs(self) -> Iterator[StageRef]:
         for index, stage in enumerate(self.contamination.sets):

@@ -16,25 +16,27 @@ KINDS = ("choice", "grid", "uniform", "loguniform", "int")
 
 
 class Dimension(Config):
-    """Exactly one of `choice`, `grid`, `uniform`, `loguniform` and `int`. Ranges include both ends; a value outside a
-    field's own bounds is refused."""
+    """Values of one key: exactly one of `choice`, `grid`, `uniform`, `loguniform` and `int`. Ranges include both ends;
+    values outside the key's own bounds are refused."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """One of these values."""
     grid: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
-    """Values that the trials take in turn, whatever the algorithm: each is tried as often as the others (of several
-    grids each combination)."""
+    """Values that trials use in turn, with any algorithm, so that each gets as many trials (with several grids each
+    combination)."""
     uniform: Pair | None = None
+    """Uniform in [LOW, HIGH]."""
     loguniform: Pair | None = None
-    """Uniform in the logarithm: as many trials between 1e-5 and 1e-4 as between 1e-4 and 1e-3."""
+    """Uniform in the logarithm: 1e-5 to 1e-4 is as likely as 1e-4 to 1e-3."""
     integer: Annotated[tuple[int, int] | None, Field(alias="int")] = None
-    """Whole numbers, both ends among them."""
+    """Integers in [LOW, HIGH]."""
     step: Annotated[float, Field(gt=0)] | None = None
-    """Of a `uniform` or `int`: values are the lower end and so many steps above it."""
+    """Step of a `uniform` or `int`, from its lower end."""
     when: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Other dimensions by path, and the value (or list of values) that each must have for this one to be there.
-    Without it the field is as the file has it."""
+    """Condition: other dimensions by path, and the value (or list of values) that each must have for this one to be
+    active. Otherwise the key has the file's value."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Dimension:
@@ -111,22 +113,26 @@ def wanted(values: Any) -> tuple[Any, ...]:
 
 
 class Objective(Config):
-    """A further metric."""
+    """A further metric of the search."""
 
     metric: str
+    """As `metric` of the search."""
     mode: Mode
+    """Whether less (min) or more (max) is better."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Of its value in the sum with the first metric (whose weight is 1), where less is better: a metric to be raised
-    counts negative. Without weights nothing is added up: the trials that no other beats in all metrics are the Pareto
-    front."""
+    """Weight in a sum with the first metric, whose weight is 1; a metric with the opposite `mode` is subtracted.
+    Without weights the result is a Pareto front."""
 
 
 class Constraint(Config):
-    """What a trial must keep to win: `{metric: eval.sft.general.forgetting, max: 0.02}`."""
+    """A bound that a winner must satisfy: `{metric: eval.sft.general.forgetting, max: 0.02}`."""
 
     metric: str
+    """As `metric` of the search."""
     max: float | None = None
+    """Upper bound."""
     min: float | None = None
+    """Lower bound."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Constraint:
@@ -144,53 +150,58 @@ class Constraint(Config):
 
 
 class Budget(Config):
-    """When a search has had enough, whichever comes first; what runs then is stopped, and the best so far wins."""
+    """Ends the search, whichever comes first; running trials are stopped, and the best so far wins."""
 
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Of wall time, over all invocations of the command."""
+    """Hours of wall time, over all invocations of the command."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    """Wall time times the GPUs that the search holds (without GPUs: its CPUs)."""
+    """GPU hours: wall time times the GPUs of the search (without GPUs: its CPUs)."""
     target: float | None = None
-    """A value of the metric that is good enough."""
+    """Value of the metric at which the search ends."""
 
 
 class Search(Config):
-    """Trials of the experiment with other values; what they share is made once."""
+    """Runs trials of the experiment with other values. Trials share stages that are equal."""
 
     metric: str
-    """`<training stage>.eval_loss` or another of what its kind measures (`.eval_accuracy`, `.eval_auc`, `.eval_margin`,
-    `.eval_reward`, `.eval_kl`); `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`, `.forgetting`); or
-    `<win rate stage>.<model>.<data stage>.win_rate` (or `.reward`)."""
+    """Metric to optimise: `<training stage>.eval_loss` or another metric of its kind (`.eval_accuracy`, `.eval_auc`,
+    `.eval_margin`, `.eval_reward`, `.eval_kl`); `<evaluate stage>.<model>.<set>.loss` (or `.perplexity`,
+    `.forgetting`); or `<win_rate stage>.<model>.<data stage>.win_rate` (or `.reward`)."""
     mode: Mode
+    """Whether less (min) or more (max) is better."""
     objectives: tuple[Objective, ...] = ()
     """Further metrics, all with a weight or all without."""
     constraints: tuple[Constraint, ...] = ()
+    """Bounds that a winner must satisfy."""
     trials: Annotated[int, Field(ge=1)]
+    """Number of trials."""
     algorithm: Literal["random", "grid", "tpe", "nsga2"] = "random"
-    """grid: every combination once (only listed values), at most `trials` of them. tpe: random trials first (a quarter
-    of `trials`, rounded down, at least 1 and at most 10), then those that promise most by the ones so far (Bergstra et
-    al. 2011; with several metrics Ozaki et al. 2020). nsga2: generations of trials that inherit from the Pareto front
-    (Deb et al. 2002). Both by Optuna."""
+    """random: independent samples. grid: every combination once (listed values only), at most `trials`. tpe: random
+    trials first (a quarter of `trials`, rounded down, at least 1 and at most 10), then a tree-structured Parzen
+    estimator (Bergstra et al. 2011; with several metrics Ozaki et al. 2020). nsga2: a genetic algorithm on the Pareto
+    front (Deb et al. 2002). tpe and nsga2 are Optuna's."""
     scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
-    """Ends the worse trials early, by the first metric. asha: those outside the best third at each rung (Li et al.
-    2018, https://arxiv.org/abs/1810.05934). hyperband: the same, but rungs wait until all of a bracket are there
-    (Li et al. 2016, https://arxiv.org/abs/1603.06560). median: what is worse than the median of the others' means so
-    far (Golovin et al. 2017, Vizier). pbt: at each evaluation the worst quarter makes room for copies of the best one
-    that go on with another learning rate or weight decay (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846)."""
+    """Stops worse trials early by the first metric. asha: trials outside the best third at each rung (Li et al. 2018,
+    https://arxiv.org/abs/1810.05934). hyperband: the same, but a rung waits for all trials of its bracket (Li et al.
+    2016, https://arxiv.org/abs/1603.06560). median: trials worse than the median of the others' running means (Golovin
+    et al. 2017, Vizier). pbt: replaces the worst quarter at each evaluation by copies of the best quarter with another
+    learning rate or weight decay (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846)."""
     progress_unit: Literal["tokens", "steps"] = "tokens"
-    """What a trial's progress is measured in, so that trials of other batch sizes compare: tokens that were learned
-    from, or optimizer steps. pbt compares at the same evaluation."""
+    """Unit of a trial's progress: trained tokens, which compare between batch sizes, or optimizer steps. pbt compares
+    at the same evaluation."""
     budget: Budget = Budget()
+    """Limits of the whole search."""
     initial_points: tuple[dict[str, Any], ...] = ()
-    """Points to begin with; what one leaves out is drawn (of a grid: as in the first combination that agrees)."""
+    """Initial points; omitted values are sampled (of a grid: those of the first combination that agrees)."""
     warm_start: tuple[str, ...] = ()
-    """Names of earlier runs in this store: tpe and nsga2 begin with what their trials found, where those dimensions are
-    searched here too."""
+    """Earlier runs in this store: tpe and nsga2 start with the results of their trials, for dimensions that both
+    search."""
     num_seeds: Annotated[int, Field(ge=1)] = 1
-    """Seeds that each of the best trials is run with before a winner is named."""
+    """Number of seeds with which the best trials are run before a winner is named."""
     replicate_top_k: Annotated[int, Field(ge=1)] = 3
-    """How many are the best, of `num_seeds`."""
+    """Number of trials that `num_seeds` repeats."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
+    """Dimensions by path, for example `sft.learning_rate`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -42,44 +42,45 @@ def role_name(name: object) -> str:
 
 
 class Dataset(Config):
-    """Rows, read from a builtin corpus or from files, in one schema (store/rows.py)."""
+    """Reads rows from files, hub datasets or the builtin corpus into one schema."""
 
     kind: Literal["dataset"]
     gives: ClassVar[Gives] = "rows"
     source: Annotated[str, Tag("text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("list")] = Field(
         discriminator=Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "text")
     )
-    """`builtin:python-docs`; a path, a pattern or a folder, relative to the experiment's file or with s3:// or gs://;
-    `hub:org/name`; or a list of these. Formats and shapes: docs/data.md."""
+    """`builtin:python-docs`; a file, pattern or folder, relative to the experiment file or with s3:// or gs://;
+    `hub:org/name`; or a list of these. Formats and column patterns: docs/data.md."""
     format: Literal["jsonl", "json", "csv", "tsv", "xlsx", "parquet", "arrow", "text"] | None = None
-    """Of all files of the source, where their endings don't tell it."""
+    """Format of all files of the source; by their extensions when not given."""
     sample_by: Literal["line", "paragraph", "document"] | None = None
-    """What is a row of a plain text; a line when not given, as in Hugging Face's text loader."""
+    """Unit of a row in plain text files; a line when not given, as in Hugging Face's text loader."""
     sheet: str | None = None
-    """The sheet of Excel files to read; all when not given."""
+    """Sheet of Excel files to read; all sheets when not given."""
     config: str | None = None
-    """Of a hub dataset; may be left out where there is one, or one named default."""
+    """Configuration of a hub dataset; optional if it has only one, or one named default."""
     hub_split: str | None = None
-    """Of a hub dataset, or of a saved DatasetDict; may be left out where there is one."""
+    """Split of a hub dataset or of a saved DatasetDict; optional if it has only one."""
     revision: str | None = None
-    """Of a hub dataset: branch, tag or commit; the main branch when not given. Its commit is looked up in any case."""
+    """Branch, tag or commit of a hub dataset; the main branch when not given. The cache key contains the commit."""
     subset: Literal["texts", "questions", "preferences", "damaged", "prompts"] | None = None
-    """Which rows of a builtin source; files have none."""
+    """Subset of the builtin corpus; not for files."""
     split: Literal["train", "validation", "test", "all"] = "all"
-    """By a hash of what the row is about (the documented object; in files the first user turn, or the text)."""
+    """Split by a hash of the row's group: the first user message, or the text (in the builtin corpus: the documented
+    object)."""
     eval_fraction: Annotated[float, Field(gt=0, le=0.45)] = 0.1
-    """Share of the groups in validation, and as much again in test."""
+    """Share of the groups in `validation`, and again in `test`."""
     limit: Annotated[int, Field(gt=0)] | None = None
-    """At most so many rows, from the top."""
+    """Maximum number of rows; reading stops there."""
     corrupt_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Plant this share of bad rows, told apart in the column `planted` that no scorer reads: to judge a filter."""
+    """Corrupts this share of the rows, to evaluate a filter. The column `planted` records them; no scorer reads it."""
     columns: dict[ColumnRole, str] | None = None
-    """Names of the source's columns, where they are not recognised by themselves."""
+    """Column names of the source by role, if they are not recognised. Then only these columns are read."""
     roles: Annotated[dict[str, MessageRole], Field(min_length=1)] | None = None
-    """What the source's own names of roles mean, besides those that are recognised: {customer: user, agent: assistant}.
-    Compared without regard to case and surrounding white space."""
+    """Additional role names of messages, for example {customer: user, agent: assistant}. Case and surrounding white
+    space are ignored."""
     message_keys: Annotated[dict[MessageKey, str], Field(min_length=1)] | None = None
-    """Names of the keys of a message, where they are not recognised by themselves: {role: speaker, content: line}."""
+    """Keys of messages, if they are not recognised, for example {role: speaker, content: line}."""
 
     def inputs(self) -> Iterator[StageRef]:
         return iter(())
@@ -94,18 +95,20 @@ class Dataset(Config):
 
 
 RANDOM = "random"
-"""A score that every row has: evenly spread over [0, 1), from the row's id and the stage's seed."""
+"""A score that every row has: uniform in [0, 1), from the row's id and the stage's seed."""
 
 
 class Score(Config):
-    """Every row gets scores; none is dropped."""
+    """Computes scores of all rows and drops none."""
 
     kind: Literal["score"]
     gives: ClassVar[Gives] = "scored"
     data: str
+    """Rows to score."""
     by: Annotated[tuple[Scorer, ...], Field(min_length=1)]
+    """Scores to compute."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens; what is longer is cut at the end, and counted."""
+    """Maximum number of tokens for model scorers; longer rows are truncated at the end and counted."""
 
     def inputs(self) -> Iterator[StageRef]:
         yield StageRef(("data",), self.data, ROWS)
@@ -125,23 +128,25 @@ class Score(Config):
 
 
 class Keep(Config):
-    """One rule on one score. Rows without a score never pass, save by `keep_fraction: 1`."""
+    """One rule on one score; give exactly one of the first six keys. Rows without a score pass only `keep_fraction:
+    1`."""
 
     keep_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep this share of all rows, the best by the score; of rows at the cut those that come first."""
+    """Keep this share of all rows, best first; of equal scores those that come first in the data."""
     top_k: Annotated[int, Field(gt=0)] | None = None
-    """Keep so many rows, the best by the score."""
+    """Keep this number of rows, best first."""
     match_count_of: str | None = None
-    """Keep as many rows, the best by the score, as another stage has: with `random`, its control."""
+    """Keep as many rows as another stage has, best first. With `random`: the random baseline of that stage."""
     keep_fraction_of_rest: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep this share of the rows that have this score and pass every rule without `keep_fraction_of_rest`, the best by
-    the score: `keep_fraction` counts all rows, whatever the other rules drop."""
+    """Keep this share, best first, of the rows that have this score and pass all rules without `keep_fraction_of_rest`.
+    (`keep_fraction` counts all rows.)"""
     threshold: float | None = None
-    """Keep the rows at or on the good side of this score."""
+    """Keep the rows whose score is this value or better."""
     range: Annotated[tuple[float | None, float | None], Field(min_length=2, max_length=2)] | None = None
-    """Keep the rows from the one to the other score, both included; null leaves an end open."""
+    """Keep the rows whose score is in this range, ends included; null leaves an end open."""
     prefer: Literal["low", "high"] | None = None
-    """Which end of the score is the good one; else the scorer's own (low for perplexity, high for language)."""
+    """Which direction of the score is better; the scorer's own when not given (low for perplexity, high for
+    language)."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Keep:
@@ -163,35 +168,39 @@ KEEP_RULES = ("keep_fraction", "top_k", "match_count_of", "keep_fraction_of_rest
 
 
 class Quota(Config):
-    """At most so many rows of each source or group, the best by a score (those that come first where none is named)."""
+    """Limits the rows of each source or group."""
 
     group_by: Literal["source", "group"]
+    """source: file or dataset; group: see `split` of a dataset."""
     rows: Annotated[int, Field(gt=0)]
+    """Maximum number of rows of each."""
     by: str | None = None
+    """Score to sort by, best first; the order of the data when not given."""
 
 
 class Diverse(Config):
-    """Few rows that stand for all: chosen by how alike they are, as the cosine of their embeddings has it."""
+    """Selects a diverse subset by the cosine similarity of embeddings."""
 
     by: str
-    """A score of kind `embedding` without `reference`: it keeps the rows' vectors."""
+    """Name of an `embedding` score without `reference`, which stores the rows' vectors."""
     method: Literal["k_center", "score_first"]
-    """k_center: the row farthest from those that are kept, again and again (Gonzalez 1985,
-    https://doi.org/10.1016/0304-3975(85)90224-5; Sener & Savarese 2018, https://arxiv.org/abs/1708.00489): no choice
-    of as many rows leaves the worst one less than half as far from a kept one. Likes outliers: filter first.
-    score_first: best score first, less what is too similar to a row kept before (Liu et al. 2024, DEITA,
+    """k_center: repeatedly the row farthest from the kept ones (Gonzalez 1985,
+    https://doi.org/10.1016/0304-3975(85)90224-5; Sener & Savarese 2018, https://arxiv.org/abs/1708.00489); no subset of
+    the same size more than halves the largest distance to a kept row. Prefers outliers: filter first. score_first: best
+    score first, without rows too similar to a row kept before (Liu et al. 2024, DEITA,
     https://arxiv.org/abs/2312.15685)."""
     rows: Annotated[int, Field(gt=0)] | None = None
-    """At most so many. Fewer where all others equal a kept one (k_center) or are too similar to one (score_first)."""
+    """Maximum number of rows. Fewer if all others equal a kept row (k_center) or are too similar to one
+    (score_first)."""
     share: Annotated[float, Field(gt=0, le=1)] | None = None
     """The same as a share of the rows that pass `keep` and `quota`."""
     score: str | None = None
-    """Which rows come first, in score_first; of equal ones those that come first in the data."""
+    """Score to sort by in score_first; required there. `random` is always available."""
     prefer: Literal["low", "high"] | None = None
-    """Which end of the score comes first; else the scorer's own."""
+    """Which direction of `score` is better; the scorer's own when not given."""
     similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
-    """Cosine from above which rows are too similar, in score_first; 0.9 (DEITA's) when not given. What is high depends
-    on the model: the facts tell how similar rows are by chance."""
+    """Cosine above which rows are too similar, in score_first; 0.9 (DEITA's) when not given. Which value is high
+    depends on the model; the run reports the similarity of random rows."""
 
     @model_validator(mode="after")
     def _fields_of_its_method(self) -> Diverse:
@@ -208,23 +217,23 @@ class Diverse(Config):
 
 
 class Select(Config):
-    """The rows that pass; the dropped ones are listed with the rule that dropped them."""
+    """Keeps rows by their scores and lists the dropped ones with the rule that dropped them."""
 
     kind: Literal["select"]
     gives: ClassVar[Gives] = "selected"
     data: str
+    """Rows to select from; scored rows if a rule needs a score."""
     keep: dict[str, Keep] = Field(default_factory=dict)
-    """By score. Each rule looks at all rows, whatever the others drop (but for `keep_fraction_of_rest`). May be left
-    out where there is a `quota` or `diverse`."""
+    """Rules by name of the score. Each rule applies to all rows, whatever the others drop (except
+    `keep_fraction_of_rest`). Optional with `quota` or `diverse`."""
     combine: Literal["all", "any"] = "all"
-    """A row passes when all rules keep it, or any of them."""
+    """Whether a row must pass all rules, or any of them."""
     quota: Quota | None = None
-    """Applied to the rows that pass."""
+    """Applied to the rows that pass `keep`."""
     diverse: Diverse | None = None
-    """Applied last, to the rows that pass both, so that what is kept is as many rows as it says."""
+    """Applied last, to the rows that pass `keep` and `quota`."""
     seed: int | None = None
-    """Of the score `random`, and of the random choice that `diverse` is told beside; the experiment's when not
-    given."""
+    """Seed of the score `random` and of the random baseline of `diverse`; the experiment's when not given."""
 
     @model_validator(mode="after")
     def _keeps_by_something(self) -> Select:
@@ -250,17 +259,18 @@ class Select(Config):
 
 
 class Review(Config):
-    """A person's decisions on rows near the cut of a `select` stage, which beat the filter's."""
+    """Applies a reviewer's decisions about rows near the cut of a `select` stage; they override the filter."""
 
     kind: Literal["review"]
     gives: ClassVar[Gives] = "rows"
     data: str
+    """A `select` stage."""
     decisions: str
-    """A .jsonl file, as `tunery review` writes it, or an .xlsx one, relative to the experiment's file. It may be
-    missing until somebody has decided: its content belongs to the fingerprint, as a dataset's does."""
+    """A .jsonl file, as `tunery review` writes it, or an .xlsx file, relative to the experiment file. It may be missing
+    until there are decisions. Its content is part of the cache key."""
     rows: Annotated[int, Field(gt=0)] = 100
-    """To look at: half of them on either side of the cut. 100 tell an agreement of 80% to within 8 points (one
-    standard error is 4), and take a person about half an hour."""
+    """Number of rows to review, half of them on either side of the cut. 100 rows measure an agreement of 80% to within
+    8 percentage points (two standard errors) and take about half an hour."""
 
     def inputs(self) -> Iterator[StageRef]:
         yield StageRef(("data",), self.data, ("selected",))
@@ -281,17 +291,19 @@ def _named_once(models: tuple[str | Pretrained, ...]) -> tuple[str | Pretrained,
 
 
 class Evaluate(Config):
-    """Loss (nats per token, answers only where there are answers) and perplexity of each model on each set."""
+    """Loss (nats per token; of conversations over the responses only) and perplexity of each model on each set."""
 
     kind: Literal["evaluate"]
     gives: ClassVar[Gives] = "metrics"
     models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_named_once)]
+    """Models to evaluate."""
     data: Annotated[dict[str, str], Field(min_length=1)]
-    """Name of the set in the results: stage that gives its rows."""
+    """Evaluation sets: name in the results, and the stage with the rows."""
     baseline: Model | None = None
-    """One of `models`. Results then say how much of it each other model has forgotten: by what share its loss on the
-    set is above the baseline's."""
+    """One of `models`. The results then contain the forgetting of each model: the relative increase of its loss on the
+    set over the baseline's."""
     max_length: Annotated[int, Field(ge=8)] = 512
+    """Maximum number of tokens of a row."""
 
     def inputs(self) -> Iterator[StageRef]:
         for index, model in enumerate(self.models):
@@ -309,26 +321,30 @@ class Evaluate(Config):
 
 
 class WinRate(Config):
-    """Answers of several models to the same prompts, rated by a reward model: how often each beats the baseline's.
+    """Compares the responses of several models to the same prompts by a judge's rewards: how often each model beats the
+    baseline.
 
-    Judge by another reward model than the one that was trained against: a policy learns that one's mistakes too (Gao
-    et al. 2022, https://arxiv.org/abs/2210.10760).
+    Use another reward model than the training did: a policy learns to exploit the errors of its reward model (Gao et
+    al. 2022, https://arxiv.org/abs/2210.10760).
     """
 
     kind: Literal["win_rate"]
     gives: ClassVar[Gives] = "metrics"
     models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_named_once)]
+    """Models to compare with the baseline."""
     baseline: Model
-    """The baseline; not among `models`."""
+    """The baseline; not one of `models`."""
     judge: RewardSource
+    """Reward that rates the responses."""
     data: str
-    """The prompts: of conversations and preference pairs all that comes before the answer."""
+    """Prompts: of conversations and preference pairs everything before the last response."""
     sampling: Sampling = Sampling()
+    """How responses are sampled."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of prompt and answer; a prompt that leaves no room for `sampling.max_new_tokens` is left out, and
-    counted."""
+    """Maximum number of tokens of prompt and response; prompts that leave no room for `sampling.max_new_tokens` are
+    left out and counted."""
     seed: int | None = None
-    """Of the draws; the experiment's when not given."""
+    """Seed of the sampling; the experiment's when not given."""
 
     def inputs(self) -> Iterator[StageRef]:
         for index, model in enumerate(self.models):

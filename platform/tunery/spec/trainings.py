@@ -27,17 +27,22 @@ class Lora(Config):
     """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by PEFT."""
 
     rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] | Auto = AUTO
-    """Scale of the update is alpha / rank; auto: 2 x rank."""
+    """The update is scaled by alpha / rank. auto: 2 x rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the adapter's input. Trials with dropout do not train in packs."""
     target_modules: tuple[str, ...] | Auto = AUTO
-    """Names of layers, or what their full names end in; a name that matches none is refused. auto: every linear layer
-    but the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). The output head can't be named, nor
-    the embedding where it shares the head's weight: merging the adapter would change both."""
+    """Names of layers, or ends of their full names; a name without a match is refused. auto: every linear layer except
+    the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). Not allowed are the output head, and the
+    embedding if it shares the head's weight: merging the adapter would change both."""
 
 
 class LoraTuner(Config):
+    """Trains a LoRA adapter instead of all weights."""
+
     lora: Lora
+    """Settings of the adapter."""
 
 
 Tuner = Annotated[
@@ -47,14 +52,16 @@ Tuner = Annotated[
 
 
 class PositiveNegative(Config):
-    """Two stages in place of labels: all rows of one are good, all of the other bad.
+    """Labels by stage: all rows of one stage are good, all rows of the other are bad.
 
-    As in DataComp-LM (Li et al. 2024, https://arxiv.org/abs/2406.11794), whose classifier tells wanted texts from web
-    pages. A row's own label is not looked at.
+    As in DataComp-LM (Li et al. 2024, https://arxiv.org/abs/2406.11794), whose classifier separates reference texts
+    from web pages. A row's own label is not used.
     """
 
     good: str
+    """Stage whose rows are good."""
     bad: str
+    """Stage whose rows are bad."""
 
     @model_validator(mode="after")
     def _two(self) -> PositiveNegative:
@@ -64,7 +71,7 @@ class PositiveNegative(Config):
 
 
 class ReviewLabels(Config):
-    """The rows that a person decided on: kept ones are good, dropped ones bad."""
+    """Labels by a review: rows that the reviewer kept are good, dropped ones bad."""
 
     review: str
     """A `review` stage."""
@@ -84,7 +91,7 @@ Labelled = Annotated[
         )
     ),
 ]
-"""A stage whose rows bear labels, `{good: stage, bad: stage}`, or `{review: stage}`."""
+"""A stage with labelled rows, `{good: stage, bad: stage}`, or `{review: stage}`."""
 
 
 def _has_weight(mixture: dict[str, float]) -> dict[str, float]:
@@ -122,17 +129,18 @@ PairTruncation = Literal["left", "right", "drop"]
 the prompt go, the same of both sides of a pair. right: the response loses its end. drop: the row is unusable."""
 
 OVERRIDABLE = ("learning_rate", "weight_decay")
-"""What a training can change in its course."""
+"""Keys that can change during a training."""
 
 
 class ScheduleOverride(Config):
-    """Other values in the course of a training."""
+    """Changes the learning rate or weight decay during a training."""
 
     after: Annotated[float, Field(gt=0, lt=1)]
-    """Share of its steps; rounded up to a whole one."""
+    """Share of the steps after which it applies, rounded up to a step."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Another peak: the schedule keeps its shape."""
+    """New peak learning rate; the schedule keeps its shape."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """New weight decay."""
 
     @model_validator(mode="after")
     def _something(self) -> ScheduleOverride:
@@ -145,41 +153,45 @@ Data = TypeVar("Data")
 
 
 class Training(Config, Generic[Data]):
-    """What all trainings have in common. `Data` is how they name what they learn from."""
+    """Keys of every training. `Data` is the type of `data`."""
 
     gives: ClassVar[Gives] = "model"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
-    """What is measured on `eval_data`."""
+    """Metrics on `eval_data`."""
     data: Data
+    """Rows to train on."""
     epochs: Annotated[float, Field(gt=0)] | Auto
+    """Passes over the data; may be a fraction."""
     learning_rate: Annotated[float, Field(gt=0)] | Auto
-    """Peak, of AdamW."""
+    """Peak learning rate of AdamW."""
     global_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
-    """Sequences per optimizer step, over all workers and accumulation steps; in `ppo` answers per step, gone over in
-    `minibatches`."""
+    """Sequences per optimizer step, over all workers and accumulation steps; in `dpo` and `reward` pairs; in `grpo` and
+    `rloo` responses; in `ppo` responses per step, which is divided into `minibatches`."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence. At most as many as the model has positions for, where those are a table."""
+    """Maximum number of tokens of a sequence; at most the size of the model's position table, if it has one."""
     max_unusable: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the rows that may be left out because nothing in them can be trained on (no response, too long, refused
-    by the chat template). The stage fails when there are more, before it trains."""
+    """Share of the rows that may be left out because nothing in them can be trained (no response, too long, refused by
+    the chat template). With more the stage fails before it trains."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Of the learning rate, after warm-up, down to zero."""
+    """Learning rate schedule after warm-up; cosine and linear decay to zero."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps."""
+    """Share of the steps with linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping by global norm."""
     schedule_overrides: tuple[ScheduleOverride, ...] = ()
-    """In their order. A search by population (`scheduler: pbt`) writes them: what it finds is a training like any
-    other, and can be run again from its beginning."""
+    """Scheduled changes in order. `scheduler: pbt` writes them, so its winner is an ordinary training that can be run
+    from the beginning."""
     eval_data: Data | None = None
-    """Rows that the loss is measured on while training (and never trained on)."""
+    """Held-out rows to evaluate on during training."""
     num_evals: Annotated[int, Field(ge=1)] = 4
-    """How often, evenly spread, the last one at the end."""
+    """Number of evaluations, evenly spaced, the last one at the end."""
     seed: int | None = None
-    """Of weights, data order and dropout; the experiment's when not given."""
+    """Seed of new weights, data order and dropout; the experiment's when not given."""
     kind: str
     model: str | Pretrained | Scratch
-    """What the training begins with; which of these, each kind says."""
+    """Initial model."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -199,44 +211,50 @@ class Training(Config, Generic[Data]):
 
 
 class Pretrain(Training[RowsOrMixture]):
-    """Next-token prediction on whole texts, one after another, cut into blocks of `max_length`; new or continued."""
+    """Next-token prediction on concatenated texts, cut into blocks of `max_length`; on a new or existing model."""
 
     kind: Literal["pretrain"]
     model: NewOrModel
+    """Initial model."""
 
 
 class Sft(Training[RowsOrMixture]):
-    """Supervised fine-tuning on conversations: the loss counts the responses' tokens only."""
+    """Supervised fine-tuning on conversations, with the loss on the responses only."""
 
     kind: Literal["sft"]
     model: Model
+    """Initial model."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
-    """Which assistant turns are trained: all whose `weight` is not 0, or the last turn of each row."""
+    """Trained turns: all assistant turns whose `weight` is not 0, or the last turn of each row."""
     truncate: Literal["right", "left", "drop", "split"] = "right"
-    """What happens to a row of more than `max_length` tokens. right: it ends after the last response that fits; a
-    single response loses its end. left: it loses its oldest turns, then the beginning of its prompt. drop: it is
-    unusable. split: what is cut off becomes further sequences."""
+    """Truncation of rows with more than `max_length` tokens. right: ends after the last response that fits; a single
+    response loses its end. left: removes the oldest turns, then the beginning of the prompt. drop: the row is unusable.
+    split: the remainder becomes further sequences."""
     empty_thinking: EmptyThinking = "mask"
+    """Whether the empty thinking block that a chat template puts before a response without reasoning (Qwen3's
+    `<think></think>`) is trained, or belongs to the prompt."""
 
 
 LABELS = ("bad", "good")
-"""What a classifier that was trained here tells apart, by number."""
+"""Labels of a classifier that was trained here, by number."""
 
 
 class ClassifierTraining(Training[Labelled]):
-    """A text classifier that tells good rows from bad ones: a new head on a model, trained to cross-entropy.
+    """A text classifier of good and bad rows: a new head on a model, trained with cross-entropy.
 
-    As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): a few labels, and then any number of rows
-    filtered by `{classifier: STAGE, label: good}`. A row is shown to it as to the scorer (models/classifier_inputs.py).
+    As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557): label a few rows, then filter any number
+    with `{classifier: STAGE, label: good}`. Training and scorer give it the same input.
     """
 
     gives: ClassVar[Gives] = "classifier"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_auc")
     kind: Literal["classifier"]
     model: Model
-    """A language model, causal or not: it gets a head with random weights, unless it has one of two labels."""
+    """A language model, causal or not. It gets a head with random weights, unless it has one with two labels."""
     tuner: Tuner = "full"
+    """Full fine-tuning or LoRA."""
     balanced: bool = True
-    """Each label has half of the loss, however few of the rows have it: then 0.5 is between more like the good and
-    more like the bad ones. False: every row counts the same, and probabilities know how frequent the labels are."""
+    """true: each label has half of the loss, however rare it is, so that a probability of 0.5 separates the two. false:
+    every row has the same weight, and probabilities reflect the frequency of the labels."""
