@@ -155,7 +155,5 @@ def test_without_references_the_vectors_are_kept_and_nothing_is_embedded_again(f
 
 def test_references_without_a_token_are_told(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}, "reference": "near"}]
-    with pytest.raises(
-        TuneryError, match=r"no row of `reference` can be compared with\ncause: the model sees no token"
-    ):
+    with pytest.raises(TuneryError, match=r"no row of `near` can be compared with\ncause: the model sees no token"):
         make(folder, tmp_path, "empty", by, near=near(tmp_path, [text_row("")], "a"))

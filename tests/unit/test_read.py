@@ -454,12 +454,12 @@ def test_quarantine_of_a_json_array_holds_what_utf_8_cannot(tmp_path: Path) -> N
     assert json.loads(quarantine_of(out)[0]["excerpt"]) == {"text": "\ud83d"}
 
 
-@pytest.mark.parametrize("corrupt_fraction", [0.0, 0.3])
-def test_same_rows_make_the_same_bytes(corrupt_fraction: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_same_rows_make_the_same_bytes(fraction: float, tmp_path: Path) -> None:
     records = [{"question": f"what is {n}?", "answer": " ".join(f"word{n + k}" for k in range(12))} for n in range(80)]
     (tmp_path / "a.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, records)))
     (one, first), (two, second) = (
-        make(tmp_path, out, dataset(corrupt_fraction=corrupt_fraction), seed=5) for out in ("one", "two")
+        make(tmp_path, out, dataset(corrupt_fraction=fraction), seed=5) for out in ("one", "two")
     )
     assert one == two
     files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
@@ -467,8 +467,8 @@ def test_same_rows_make_the_same_bytes(corrupt_fraction: float, tmp_path: Path) 
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes()
     planted = Counter(row["planted"] for row in read_rows(first))
-    assert sum(count for kind, count in planted.items() if kind) == round(corrupt * 80)
-    assert one.facts["planted"] == ({} if corrupt == 0 else dict(sorted(planted.items())))
+    assert sum(count for kind, count in planted.items() if kind) == round(fraction * 80)
+    assert one.facts["planted"] == ({} if fraction == 0 else dict(sorted(planted.items())))
 
 
 def test_id_is_the_same_for_the_same_content_however_it_is_written() -> None:
