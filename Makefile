@@ -29,8 +29,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix platform tests benchmarks
 
 docs: $(READY)  ## rebuild the generated pages of docs/
-	PYTHONPATH=platform:tests/unit $(BIN)/python tests/unit/experiment_reference.py
-	PYTHONPATH=platform:tests/unit $(BIN)/python tests/unit/template_table.py
+	PYTHONPATH=platform:tests/support $(BIN)/python tests/support/experiment_reference.py
+	PYTHONPATH=platform:tests/support $(BIN)/python tests/support/template_table.py
 
 gpu:  ## the quickstart on one GPU and on two, ZeRO-2 and ZeRO-3, beside the CPU; on a host that has tunery's packages
 	$(PYTHON) benchmarks/gpu_matches_cpu.py

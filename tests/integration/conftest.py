@@ -1,149 +1,18 @@
-"""Experiments run as a user runs them: `python -m tunery run FILE` in a process of its own, with real parts."""
+"""The small experiment of tests/support/workspace.py, built once for all tests."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-TEXT = """
-# A small experiment for the tests.
-name: small
-seed: 17
-stages:
-  texts:      {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 150}
-  questions:  {kind: dataset, source: "builtin:python-docs", subset: questions, split: train, limit: 120,
-               corrupt_fraction: 0.2}
-  validation: {kind: dataset, source: "builtin:python-docs", subset: questions, split: validation, limit: 30}
-  base:   {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3, global_batch_size: 4,
-           max_length: 128}
-  scored: {kind: score, data: questions, by: [{perplexity: base}]}
-  clean:  {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.8}}}
-  sft:    {kind: sft, data: clean, model: base, epochs: 2, learning_rate: 1e-3, global_batch_size: 4,
-           eval_data: validation, num_evals: 2}
-  eval:   {kind: evaluate, models: [base, sft], data: {validation: validation}}
-compute: {workers: 2, zero_stage: 2, save_steps: 10}
-"""
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE": "offline", "COLUMNS": "120"}
-WITHOUT_RAY = """
-import json, sys
-from pathlib import Path
-from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import TrialContext, RunContext, execute
-from tunery.spec import load
-from tunery.store import Store
-from tunery.events.event_log import EventLog
-file, store = Path(sys.argv[1]), Path(sys.argv[2])
-experiment, _ = load(file)
-compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
-where = RunContext(Store(store), store / "run", file)
-made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"),
-               TrialContext(in_process=True))
-print(json.dumps({name: {"path": str(item.path), "facts": item.facts} for name, item in made.items()}))
-"""
-
-
-@dataclass
-class Bench:
-    """A folder with an experiment and a store."""
-
-    folder: Path
-
-    @property
-    def file(self) -> Path:
-        return self.folder / "experiment.yaml"
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def run(self) -> Path:
-        return self.store / "runs" / "small"
-
-    def write(self, change: Callable[[dict], None] = lambda experiment: None) -> Path:
-        experiment = yaml.safe_load(TEXT.replace("e-3", ".0e-3"))  # PyYAML's own loader reads 2e-3 as text
-        change(experiment)
-        self.file.write_text(yaml.safe_dump(experiment, sort_keys=False))
-        return self.file
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "tunery", *words]
-
-    def tunery(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*words, "--store", str(self.store)),
-            env={**ENVIRONMENT, **environment},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-            cwd=self.folder,
-        )
-
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        """`tunery run` in the background, in a process group of its own."""
-        return subprocess.Popen(
-            self.command("run", str(self.file), "--store", str(self.store)),
-            env={**ENVIRONMENT, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            cwd=self.folder,
-        )
-
-    def without_ray(self, store: Path) -> dict[str, dict]:
-        """The experiment's stages made as a trial of a search makes them, in one process: path and facts by stage."""
-        command = [sys.executable, "-c", WITHOUT_RAY, str(self.file), str(store)]
-        done = subprocess.run(
-            command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=self.folder, timeout=400
-        )
-        assert done.returncode == 0, done.stderr
-        made: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])
-        return made
-
-    def artifacts(self, kind: str) -> list[Path]:
-        return sorted((self.store / "artifacts").glob(f"{kind}-*"))
-
-    def only(self, kind: str) -> Path:
-        (path,) = self.artifacts(kind)
-        return path
-
-    def events(self) -> list[dict]:
-        lines = [line for path in (self.run / "events").glob("*.jsonl") for line in path.read_text().splitlines()]
-        return sorted((json.loads(line) for line in lines), key=lambda event: event["t"])
-
-
-def wait_for(
-    happened: Callable[[], object], seconds: float = 120, process: subprocess.Popen[str] | None = None
-) -> None:
-    end = time.time() + seconds
-    while not happened():
-        if process is not None and process.poll() is not None:
-            raise AssertionError(f"ended too early:\n{process.stdout.read()}\n{process.stderr.read()}")
-        assert time.time() < end, "waited too long"
-        time.sleep(0.05)
-
-
-def facts(artifact: Path) -> dict:
-    return json.loads((artifact / "manifest.json").read_text())["facts"]
+from workspace import Workspace
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The small experiment, run to its end without a disturbance. Nobody may change it."""
-    bench = Bench(tmp_path_factory.mktemp("made"))
+    bench = Workspace(tmp_path_factory.mktemp("made"))
     bench.write()
     done = bench.tunery("run", str(bench.file))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,9 +21,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture
-def before_sft(made: Bench, tmp_path: Path) -> Bench:
+def before_sft(made: Workspace, tmp_path: Path) -> Workspace:
     """A bench of one's own whose store has all but sft and eval."""
-    bench = Bench(tmp_path)
+    bench = Workspace(tmp_path)
     bench.write()
     for artifact in (made.store / "artifacts").iterdir():
         if not artifact.name.startswith(("sft-", "evaluate-")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import Bench, facts
+from workspace import Workspace, facts
 
 from tunery.store.rows import read_rows
 
@@ -29,7 +29,7 @@ stages:
 
 
 def test_a_file_becomes_prompts_without_its_held_out_rows_and_the_same_ones_again(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+    bench = Workspace(tmp_path)
     lines = [
         {"question": f"What is {n} + {{1}}?", "answer": f"{n} and 1 are {n + 1}. #### {n + 1}"} for n in range(300)
     ]
@@ -51,7 +51,7 @@ def test_a_file_becomes_prompts_without_its_held_out_rows_and_the_same_ones_agai
     assert "Augmented rows" in (bench.store / "runs" / "sums" / "report.html").read_text()
     again = bench.tunery("run", str(bench.file))
     assert again.stdout.count("reused") == 3, again.stdout + again.stderr
-    other = Bench(tmp_path / "other")
+    other = Workspace(tmp_path / "other")
     other.folder.mkdir()
     (other.folder / "sums.jsonl").write_bytes((tmp_path / "sums.jsonl").read_bytes())
     other.file.write_text(TEXT)

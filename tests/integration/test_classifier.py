@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import Bench, facts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from workspace import Workspace, facts
 
 from tunery.store.rows import read_rows
 
 
-def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
+def classifier_on_two_stages(bench: Workspace, **compute: object) -> None:
     """Rows as they are against the same rows damaged; whoever trains has other `compute`."""
 
     def change(experiment: dict) -> None:
@@ -47,7 +47,9 @@ def classifier_on_two_stages(bench: Bench, **compute: object) -> None:
     bench.write(change)
 
 
-def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_transformers(before_sft: Bench) -> None:
+def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_transformers(
+    before_sft: Workspace,
+) -> None:
     bench = before_sft
     classifier_on_two_stages(bench, workers=1, zero_stage=0)
     shutil.copytree(bench.store, bench.folder / "alone")

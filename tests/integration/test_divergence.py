@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import ENVIRONMENT, ROOT, Bench
-
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
 from small_classifiers import write_language_model
+from workspace import ENVIRONMENT, Workspace
 
 ONE_BY_ONE = """
 import json, sys
@@ -135,7 +133,7 @@ def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None
     assert models_in(tmp_path / "store") == []
 
 
-def test_workers_stop_together_and_a_search_goes_on_without_the_trial_that_diverged(before_sft: Bench) -> None:
+def test_workers_stop_together_and_a_search_goes_on_without_the_trial_that_diverged(before_sft: Workspace) -> None:
     def change(experiment: dict[str, Any]) -> None:
         sft = experiment["stages"]["sft"]
         sft |= {"max_grad_norm": 1.0e9, "schedule": "constant", "warmup": 0, "tuner": {"lora": {"rank": 2}}}

@@ -6,11 +6,11 @@ import csv
 import json
 from pathlib import Path
 
-from conftest import Bench
+from workspace import Workspace
 
 
 def test_a_csv_is_filtered_by_rules_and_every_row_is_accounted_for(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+    bench = Workspace(tmp_path)
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["ticket", "question", "answer", "created"])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench, facts
 from safetensors.torch import load_file
+from workspace import Workspace, facts
 
 from tunery.errors import StageError
 from tunery.spec import Compute, Sft
@@ -48,7 +48,7 @@ def stages(experiment: dict) -> None:
     experiment["compute"] = {"workers": 1}
 
 
-def job_of(bench: Bench, name: str, folder: Path, **changed: Any) -> Job:
+def job_of(bench: Workspace, name: str, folder: Path, **changed: Any) -> Job:
     experiment: dict[str, Any] = {}
     bench.write(lambda told: experiment.update(told) or stages(experiment))
     spec = Sft.model_validate_json(json.dumps({**experiment["stages"][name], **changed}))
@@ -79,7 +79,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Bench, tmp_path: Path) -> None:
+def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Workspace, tmp_path: Path) -> None:
     before_sft.write(stages)
     alone = before_sft.without_ray(before_sft.store)
     jobs = {name: job_of(before_sft, name, tmp_path / "packed") for name in TRAININGS}
@@ -129,7 +129,7 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Bench
         assert (jobs[name].out / "base.json").read_bytes() == (Path(made["path"]) / "base.json").read_bytes()
 
 
-def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft: Bench, tmp_path: Path) -> None:
+def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft: Workspace, tmp_path: Path) -> None:
     def losses(wild: bool) -> list[float]:
         folder = tmp_path / str(wild)
         pack = Pack(job_of(before_sft, "plain", folder / "source").model, "cpu", "fp32")
@@ -149,7 +149,7 @@ def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)
 
 
-def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Bench, tmp_path: Path) -> None:
+def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Workspace, tmp_path: Path) -> None:
     job = job_of(before_sft, "plain", tmp_path, tuner={"lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]}})
     pack = Pack(job.model, "cpu", "fp32")
     with pytest.raises(StageError, match="on the head"):
@@ -160,7 +160,7 @@ def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Bench, t
     pack.step()
 
 
-def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Bench, tmp_path: Path) -> None:
+def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Workspace, tmp_path: Path) -> None:
     jobs = {name: job_of(before_sft, name, tmp_path) for name in ("plain", "large_batches", "other_rank")}
     numbers = sum(
         (module.in_features + module.out_features) * 8  # of the largest rank: a stack is filled up to it
@@ -177,7 +177,7 @@ def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Bench, tmp_
     assert pack.join(jobs["other_rank"], lambda metrics: None) is not None
 
 
-def test_a_model_whose_rows_cannot_share_a_sequence_learns_the_same(before_sft: Bench, tmp_path: Path) -> None:
+def test_a_model_whose_rows_cannot_share_a_sequence_learns_the_same(before_sft: Workspace, tmp_path: Path) -> None:
     told: dict[bool, list[list[dict[str, float]]]] = {}
     for beside in (True, False):
         names = ("plain", "large_batches", "few_layers")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bench, facts, wait_for
+from workspace import Workspace, facts, wait_for
 
 
 def bred(experiment: dict[str, Any]) -> None:
@@ -27,16 +27,16 @@ def bred(experiment: dict[str, Any]) -> None:
     }
 
 
-def trials_of(bench: Bench) -> dict[str, dict[str, Any]]:
+def trials_of(bench: Workspace) -> dict[str, dict[str, Any]]:
     (search,) = bench.artifacts("search")
     return {trial["trial"]: trial for trial in facts(search)["trials"]}
 
 
 def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_beginning(
-    before_sft: Bench, tmp_path: Path
+    before_sft: Workspace, tmp_path: Path
 ) -> None:
     before_sft.write(bred)
-    other = Bench(tmp_path / "other")
+    other = Workspace(tmp_path / "other")
     other.folder.mkdir()
     shutil.copytree(before_sft.store, other.store)
 
@@ -81,7 +81,7 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
         experiment.pop("search")
         experiment["stages"]["sft"] |= {path.removeprefix("sft."): value for path, value in last["overrides"].items()}
 
-    whole = Bench(tmp_path / "whole")
+    whole = Workspace(tmp_path / "whole")
     whole.folder.mkdir()
     whole.write(written)
     shutil.copytree(other.store, whole.store, ignore=shutil.ignore_patterns("runs"))

@@ -9,9 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Bench, facts, wait_for
-from test_resume import contents, worker_pids
+from processes import contents, worker_pids
 from transformers import AutoModelForCausalLM
+from workspace import Workspace, facts, wait_for
 
 from tunery.models.load import load_model
 
@@ -33,7 +33,7 @@ PPO = {
 }
 
 
-def with_ppo(bench: Bench, **compute: object) -> None:
+def with_ppo(bench: Workspace, **compute: object) -> None:
     """A reward model by LoRA, PPO by LoRA on the same base with all that may be mixed in, and PPO of whole models."""
 
     def change(experiment: dict) -> None:
@@ -71,7 +71,7 @@ def with_ppo(bench: Bench, **compute: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def store(made: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(made: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of the small experiment without its ends."""
     folder = tmp_path_factory.mktemp("before-ppo") / "store"
     for artifact in (made.store / "artifacts").iterdir():
@@ -83,7 +83,7 @@ def store(made: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """All of it made by one worker. What the others begin with, the reward model too, is in `store` afterwards."""
-    bench = Bench(tmp_path_factory.mktemp("alone"))
+    bench = Workspace(tmp_path_factory.mktemp("alone"))
     with_ppo(bench, workers=1, zero_stage=0)
     shutil.copytree(store, bench.store)
     told = bench.without_ray(bench.store)
@@ -94,9 +94,9 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 
 @pytest.fixture(scope="module")
-def sharded(alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def sharded(alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The same by two workers, weights sharded over them."""
-    bench = Bench(tmp_path_factory.mktemp("sharded"))
+    bench = Workspace(tmp_path_factory.mktemp("sharded"))
     shutil.copytree(store, bench.store)
     with_ppo(bench, workers=2, zero_stage=3, micro_batch_size=2)
     done = bench.tunery("run", str(bench.file))
@@ -106,7 +106,7 @@ def sharded(alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
-    alone: dict[str, dict], sharded: Bench, name: str
+    alone: dict[str, dict], sharded: Workspace, name: str
 ) -> None:
     (end,) = (e for e in sharded.events() if e["event"] == "stage_finished" and e["stage"] == name)
     told = end["facts"]
@@ -148,8 +148,8 @@ def test_what_was_trained_loads_as_any_model(alone: dict[str, dict]) -> None:
     assert (weights[2] - weights[1]).norm() < 0.2 * weights[1].norm()
 
 
-def test_killed_ppo_goes_on_and_ends_with_the_same_bytes(sharded: Bench, store: Path, tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+def test_killed_ppo_goes_on_and_ends_with_the_same_bytes(sharded: Workspace, store: Path, tmp_path: Path) -> None:
+    bench = Workspace(tmp_path)
     shutil.copytree(store, bench.store)
     with_ppo(bench, workers=2, zero_stage=3, micro_batch_size=2)
     first = bench.start()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from small_classifiers import write_language_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workspace import ROOT
 
 from tunery.models.encode import encode_prompts
 from tunery.store.rows import row_id, write_rows

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Bench
 from small_classifiers import write_language_model
+from workspace import Workspace
 
 COMMON = {"model": {"pretrained": "./base"}, "learning_rate": 0.001, "max_length": 64, "num_evals": 2}
 LORA = {"lora": {"rank": 4}}
@@ -15,7 +15,7 @@ COLOURS = ("red", "green", "blue", "one", "two", "three")
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> Workspace:
     write_language_model(tmp_path / "base")
     pairs = [
         {"prompt": f"what is {first} {second}", "chosen": f"the {first} row", "rejected": f"no {second} model is it"}
@@ -24,10 +24,10 @@ def bench(tmp_path: Path) -> Bench:
         if first != second
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return Bench(tmp_path)
+    return Workspace(tmp_path)
 
 
-def write(bench: Bench, trainings: dict[str, dict], **compute: object) -> None:
+def write(bench: Workspace, trainings: dict[str, dict], **compute: object) -> None:
     """Trainings on the first pairs, measured on the last ones."""
 
     def change(experiment: dict) -> None:
@@ -45,13 +45,13 @@ def write(bench: Bench, trainings: dict[str, dict], **compute: object) -> None:
     bench.write(change)
 
 
-def facts_of_run(bench: Bench) -> dict[str, dict]:
+def facts_of_run(bench: Workspace) -> dict[str, dict]:
     done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
     assert done.returncode == 0, done.stdout + done.stderr
     return {event["stage"]: event["facts"] for event in bench.events() if event["event"] == "stage_finished"}
 
 
-def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Bench) -> None:
+def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Workspace) -> None:
     trainings = {
         "dpo": {"kind": "dpo", "epochs": 1.5, "global_batch_size": 4},
         "dpo_lora": {"kind": "dpo", "epochs": 1, "global_batch_size": 4, "tuner": LORA, "label_smoothing": 0.1},
@@ -84,7 +84,7 @@ def curve(made: dict, name: str) -> list[float]:
     return [point[name] for line in lines if name in (point := json.loads(line))]
 
 
-def test_groups_of_answers_raise_the_reward_of_a_function(bench: Bench) -> None:
+def test_groups_of_answers_raise_the_reward_of_a_function(bench: Workspace) -> None:
     (bench.folder / "reward.py").write_text(REWARD)
     common = {"reward": {"python": "reward.py"}, "learning_rate": 0.03, **GROUPS}
     trainings = {

@@ -10,29 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Bench, wait_for
+from processes import checkpoints, contents, worker_pids
+from workspace import Workspace, wait_for
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the measured times."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "measured.json"
-    }
-
-
-def checkpoints(bench: Bench) -> list[Path]:
-    return list(bench.store.glob("work/sft-*/checkpoints/checkpoint-*/whole"))
-
-
-def worker_pids() -> list[int]:
-    """Training workers, by the title that Ray gives their processes while they train."""
-    found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
-def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Bench, before_sft: Bench) -> None:
+def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Workspace, before_sft: Workspace) -> None:
     first = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=first)
     os.kill(first.pid, signal.SIGKILL)
@@ -52,7 +34,7 @@ def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Bench, 
     assert contents(before_sft.only("evaluate")) == contents(made.only("evaluate"))
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Bench) -> None:
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Workspace) -> None:
     run = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=run)
     run.send_signal(signal.SIGINT)
@@ -64,7 +46,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Bench) -> None:
     wait_for(lambda: not worker_pids(), seconds=60)
 
 
-def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Bench) -> None:
+def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Workspace) -> None:
     finished = {path.name for path in (before_sft.store / "artifacts").iterdir()}
     run = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=run)
@@ -77,7 +59,7 @@ def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Bench
     assert checkpoints(before_sft), "the last checkpoint must stay"
 
 
-def test_a_worker_out_of_memory_is_named(before_sft: Bench) -> None:
+def test_a_worker_out_of_memory_is_named(before_sft: Workspace) -> None:
     """Ray's memory monitor kills the training worker, because nearly all memory counts as too much."""
     done = before_sft.tunery(
         "run", str(before_sft.file), RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"
@@ -102,10 +84,10 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory):
         time.sleep(0.5)
 
 
-def test_a_full_disk_is_named_and_nothing_finished_is_lost(before_sft: Bench, small_disk: Path) -> None:
+def test_a_full_disk_is_named_and_nothing_finished_is_lost(before_sft: Workspace, small_disk: Path) -> None:
     shutil.copytree(before_sft.store, small_disk / "store")
     finished = {path.name for path in (small_disk / "store" / "artifacts").iterdir()}
-    bench = Bench(small_disk)
+    bench = Workspace(small_disk)
     shutil.copy(before_sft.file, bench.file)
     done = bench.tunery("run", str(bench.file))
     assert done.returncode == 1, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """A review as a person does one: the command, its page in a real browser, and the run that uses the decisions.
 
-The scores are given (tests/unit/review_bench.py), so nothing is trained and Ray is never started.
+The scores are given (tests/support/review_bench.py), so nothing is trained and Ray is never started.
 """
 
 from __future__ import annotations

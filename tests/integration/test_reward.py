@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Bench, facts
 from small_classifiers import WORDS, write_language_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from workspace import Workspace, facts
 
 from tunery.store.rows import read_rows
 
 
-def reward_models(bench: Bench, **compute: object) -> None:
+def reward_models(bench: Workspace, **compute: object) -> None:
     """One trained whole and measured on held-out pairs, one beside an adapter; whoever trains has other `compute`."""
 
     def change(experiment: dict) -> None:
@@ -51,7 +51,7 @@ def reward_models(bench: Bench, **compute: object) -> None:
     bench.write(change)
 
 
-def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_scale(before_sft: Bench) -> None:
+def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_scale(before_sft: Workspace) -> None:
     bench = before_sft
     reward_models(bench, workers=1, zero_stage=0)
     shutil.copytree(bench.store, bench.folder / "alone")
@@ -124,7 +124,7 @@ def test_training_reads_its_outputs_where_the_evaluation_does_whatever_the_model
         "judge": {"kind": "classifier", "data": "rated", "eval_data": "rated", **still},
     }
     compute = {"workers": 1, "zero_stage": 0, "micro_batch_size": 4}
-    bench = Bench(tmp_path)
+    bench = Workspace(tmp_path)
     bench.file.write_text(yaml.safe_dump({"name": "still", "seed": 17, "stages": stages, "compute": compute}))
     made = bench.without_ray(bench.store)
     for name in ("rm", "judge"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT, Bench, facts, wait_for
+from workspace import ENVIRONMENT, Workspace, facts, wait_for
 
 RATES = [3e-3, 1e-3, 8e-4, 6e-4, 4e-4, 1e-6, 2e-6, 3e-6, 4e-6]
 """The first five learn something, the others next to nothing: the median is of those that learn, whoever was asked
@@ -37,13 +37,13 @@ def packed(experiment: dict[str, Any]) -> None:
     }
 
 
-def states(bench: Bench) -> dict[float, str]:
+def states(bench: Workspace) -> dict[float, str]:
     (search,) = bench.artifacts("search")
     return {trial["overrides"]["sft.learning_rate"]: trial["state"] for trial in facts(search)["trials"]}
 
 
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
-def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Bench, scheduler: str) -> None:
+def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Workspace, scheduler: str) -> None:
     def change(experiment: dict[str, Any]) -> None:
         packed(experiment)
         experiment["search"]["scheduler"] = scheduler
@@ -105,7 +105,7 @@ def cluster() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_searches_share_a_store_and_a_cluster(before_sft: Bench, cluster: dict[str, str]) -> None:
+def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster: dict[str, str]) -> None:
     """They begin together, with nothing scored: each row is scored once, and what both try is trained once."""
     for kind in ("score", "select"):
         for made in before_sft.artifacts(kind):

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from conftest import ENVIRONMENT, ROOT, Bench, wait_for
+from workspace import ENVIRONMENT, ROOT, Workspace, wait_for
 
 ROWS = 30_720  # 30 shards
 
 
-def prepared(bench: Bench, made: Bench) -> Bench:
+def prepared(bench: Workspace, made: Workspace) -> Workspace:
     """An experiment that scores many short rows by the model of the small experiment."""
     words = ["path", "join", "list", "sort", "file", "open", "read", "line", "text", "code"]
     with (bench.folder / "rows.jsonl").open("w") as file:
@@ -36,33 +36,33 @@ def prepared(bench: Bench, made: Bench) -> Bench:
     return bench
 
 
-def raylet(bench: Bench) -> int:
+def raylet(bench: Workspace) -> int:
     """The pid of the raylet of this run's own Ray."""
     session = (bench.run / "logs" / "ray").resolve().parent.name
     found = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[0])
 
 
-def actors(bench: Bench) -> list[int]:
+def actors(bench: Workspace) -> list[int]:
     found = subprocess.run(
         ["pgrep", "-P", str(raylet(bench)), "-f", "ray::.*LikelihoodActor"], capture_output=True, text=True, check=False
     )
     return [int(line) for line in found.stdout.split()]
 
 
-def parts(bench: Bench) -> list[Path]:
+def parts(bench: Workspace) -> list[Path]:
     return list(bench.store.glob("work/score-*/passes/*/part-*.parquet"))
 
 
-def in_process(bench: Bench) -> Path:
+def in_process(bench: Workspace) -> Path:
     """The same scores without Ray, in a store of their own."""
     store = bench.folder / "undisturbed"
     shutil.copytree(bench.store, store)
     return Path(bench.without_ray(store)["scored"]["path"])
 
 
-def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(made: Bench, tmp_path: Path) -> None:
-    bench = prepared(Bench(tmp_path), made)
+def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(made: Workspace, tmp_path: Path) -> None:
+    bench = prepared(Workspace(tmp_path), made)
     undisturbed = in_process(bench)
 
     soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
@@ -101,8 +101,8 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     assert len({row for path in scored.glob("rows/*") for row in pq.read_table(path)["id"].to_pylist()}) == ROWS
 
 
-def test_one_per_cent_of_new_rows_is_all_that_is_scored(made: Bench, tmp_path: Path) -> None:
-    bench = prepared(Bench(tmp_path), made)
+def test_one_per_cent_of_new_rows_is_all_that_is_scored(made: Workspace, tmp_path: Path) -> None:
+    bench = prepared(Workspace(tmp_path), made)
     text = (bench.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3000]
     (bench.folder / "rows.jsonl").write_text("".join(text))
     in_process_here(bench)
@@ -113,7 +113,7 @@ def test_one_per_cent_of_new_rows_is_all_that_is_scored(made: Bench, tmp_path: P
     assert (measured["rows_scored"], measured["rows_known"]) == (30, 3000)
 
 
-def in_process_here(bench: Bench) -> Path:
+def in_process_here(bench: Workspace) -> Path:
     shutil.rmtree(bench.folder / "undisturbed", ignore_errors=True)
     scored = in_process(bench)
     shutil.copytree(bench.folder / "undisturbed" / "scores", bench.store / "scores", dirs_exist_ok=True)

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Bench, facts, wait_for
+from workspace import Workspace, facts, wait_for
 
 
 def searched(experiment: dict) -> None:
@@ -27,7 +27,7 @@ def searched(experiment: dict) -> None:
     }
 
 
-def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Bench) -> None:
+def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Workspace) -> None:
     before_sft.write(searched)
     first = before_sft.start()
     done = lambda: [e for e in before_sft.events() if e["event"] == "trial_finished"]  # noqa: E731
@@ -58,7 +58,7 @@ def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Bench) -
     assert third.stderr == ""
 
 
-def test_trials_on_several_workers_each_and_a_metric_of_an_evaluate_stage(before_sft: Bench) -> None:
+def test_trials_on_several_workers_each_and_a_metric_of_an_evaluate_stage(before_sft: Workspace) -> None:
     def change(experiment: dict) -> None:
         searched(experiment)
         experiment["search"] |= {"metric": "eval.sft.validation.loss", "trials": 2, "algorithm": "random"}
@@ -93,12 +93,12 @@ def packed(experiment: dict) -> None:
     }
 
 
-def outcome(bench: Bench) -> dict[str, dict]:
+def outcome(bench: Workspace) -> dict[str, dict]:
     (search,) = bench.artifacts("search")
     return {trial["trial"]: trial for trial in facts(search)["trials"]}
 
 
-def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Bench, tmp_path: Path) -> None:
+def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Workspace, tmp_path: Path) -> None:
     before_sft.write(packed)
     shutil.copytree(before_sft.store, tmp_path / "undisturbed")
     first = before_sft.start()
@@ -113,7 +113,7 @@ def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Ben
     measured = [json.loads((path / "measured.json").read_text()) for path in before_sft.artifacts("sft")]
     assert any(told["resumed_from"] > 0 for told in measured), "nothing went on from a checkpoint"
     assert all("packed_with" in told for told in measured if told["workers"] == 1)
-    undisturbed = Bench(tmp_path / "other")
+    undisturbed = Workspace(tmp_path / "other")
     undisturbed.folder.mkdir()
     undisturbed.write(packed)
     shutil.move(tmp_path / "undisturbed", undisturbed.store)
@@ -124,7 +124,7 @@ def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Ben
     assert len(undisturbed.artifacts("score")) == len(before_sft.artifacts("score")) == 1
 
 
-def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: Bench) -> None:
+def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: Workspace) -> None:
     def change(experiment: dict) -> None:
         packed(experiment)
         experiment["search"]["space"] = {"sft.max_length": {"choice": [128, 8]}, "sft.epochs": {"choice": [1, 0.5]}}
@@ -145,7 +145,7 @@ def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: B
         assert sum(event["trial"] == trial["trial"] for event in started) == 1 + failed
 
 
-def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Bench) -> None:
+def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Workspace) -> None:
     """Each trial takes both CPUs: the next one can only begin when they are free."""
 
     def change(experiment: dict) -> None:
@@ -174,7 +174,7 @@ def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Ben
     assert next(event["t"] for event in steps if event["done"]) - stopped < 60
 
 
-def test_trials_are_stopped_and_added_from_another_terminal(before_sft: Bench) -> None:
+def test_trials_are_stopped_and_added_from_another_terminal(before_sft: Workspace) -> None:
     def change(experiment: dict) -> None:
         searched(experiment)
         experiment["stages"]["sft"] |= {"epochs": 0.25, "num_evals": 10}

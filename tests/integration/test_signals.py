@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import Bench, facts, wait_for
+from workspace import Workspace, facts, wait_for
 
 EXPERIMENT = """
 name: small
@@ -34,8 +34,8 @@ all_moments = pytest.mark.skipif("TUNERY_ALL_MOMENTS" not in os.environ, reason=
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("signals"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    bench = Workspace(tmp_path_factory.mktemp("signals"))
     bench.file.write_text(EXPERIMENT)
     return bench
 
@@ -43,7 +43,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 class Log:
     """The events of the run that was started last."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Workspace) -> None:
         self._bench = bench
         self.since = time.time()
 
@@ -55,18 +55,18 @@ class Log:
         return [told for told in self._bench.events() if told["event"] == "run_finished"][-1]["state"]
 
 
-def checkpoint(bench: Bench, since: float) -> bool:
+def checkpoint(bench: Workspace, since: float) -> bool:
     """A new one, of this run."""
     whole = bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")
     return any(path.stat().st_mtime >= since for path in whole)
 
 
-def report_is_new(bench: Bench, since: float) -> bool:
+def report_is_new(bench: Workspace, since: float) -> bool:
     path = bench.run / "report.html"
     return path.is_file() and path.stat().st_mtime >= since
 
 
-def left_of(bench: Bench, group: int) -> list[str]:
+def left_of(bench: Workspace, group: int) -> list[str]:
     """Processes of the run's group and of its Ray that still live."""
     ray = (bench.run / "logs" / "ray").resolve().parent.name
     found = [
@@ -76,7 +76,7 @@ def left_of(bench: Bench, group: int) -> list[str]:
     return [pid for pids in found for pid in pids]
 
 
-Moment = Callable[[Bench, Log], bool]
+Moment = Callable[[Workspace, Log], bool]
 MOMENTS: dict[str, Moment] = {
     "start": lambda bench, log: log.has("run_started"),
     "ray started": lambda bench, log: log.has("ray_started"),
@@ -112,7 +112,7 @@ MOMENTS: dict[str, Moment] = {
         pytest.param("report is there", signal.SIGINT, "group", marks=all_moments),
     ],
 )
-def test_signal_stops_cleanly(bench: Bench, moment: str, number: signal.Signals, how: str) -> None:
+def test_signal_stops_cleanly(bench: Workspace, moment: str, number: signal.Signals, how: str) -> None:
     log = Log(bench)
     out, err = stopped(bench, lambda: MOMENTS[moment](bench, log), number, how)
     assert "the same command" in err
@@ -124,7 +124,7 @@ def test_signal_stops_cleanly(bench: Bench, moment: str, number: signal.Signals,
     assert log.last_state() == ("done" if moment in ("end", "report is there") else "interrupted")
 
 
-def stopped(bench: Bench, happened: Callable[[], bool], number: signal.Signals, how: str) -> tuple[str, str]:
+def stopped(bench: Workspace, happened: Callable[[], bool], number: signal.Signals, how: str) -> tuple[str, str]:
     """What a run wrote that got the signal when it `happened`; it left no process."""
     run = start(bench, sigint_ignored=how == "ignored")
     try:
@@ -144,7 +144,7 @@ def stopped(bench: Bench, happened: Callable[[], bool], number: signal.Signals, 
         run.kill()
 
 
-def start(bench: Bench, *, sigint_ignored: bool) -> subprocess.Popen[str]:
+def start(bench: Workspace, *, sigint_ignored: bool) -> subprocess.Popen[str]:
     """A run in a group of its own. A shell without job control ignores SIGINT for what it starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if sigint_ignored else None
     try:
@@ -154,7 +154,7 @@ def start(bench: Bench, *, sigint_ignored: bool) -> subprocess.Popen[str]:
             signal.signal(signal.SIGINT, before)
 
 
-def test_run_resumes_after_all_of_it(bench: Bench) -> None:
+def test_run_resumes_after_all_of_it(bench: Workspace) -> None:
     done = bench.tunery("run", str(bench.file), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == "small"
@@ -171,7 +171,9 @@ def test_run_resumes_after_all_of_it(bench: Bench) -> None:
         ("trial_finished", signal.SIGINT, "twice"),
     ],
 )
-def test_signal_during_a_search_stops_cleanly(searching: Bench, event: str, number: signal.Signals, how: str) -> None:
+def test_signal_during_a_search_stops_cleanly(
+    searching: Workspace, event: str, number: signal.Signals, how: str
+) -> None:
     log = Log(searching)
     out, err = stopped(searching, lambda: log.has(event), number, how)
     assert "the same command" in err
@@ -181,7 +183,7 @@ def test_signal_during_a_search_stops_cleanly(searching: Bench, event: str, numb
 
 
 @all_moments
-def test_search_resumes_after_all_of_it(searching: Bench) -> None:
+def test_search_resumes_after_all_of_it(searching: Workspace) -> None:
     done = searching.tunery("run", str(searching.file), "--json")
     assert done.returncode == 0, done.stderr
     (search,) = searching.artifacts("search")
@@ -189,7 +191,7 @@ def test_search_resumes_after_all_of_it(searching: Bench) -> None:
 
 
 @pytest.fixture(scope="module")
-def searching(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("searching"))
+def searching(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    bench = Workspace(tmp_path_factory.mktemp("searching"))
     bench.file.write_text(EXPERIMENT.replace("max_length: 128}", "max_length: 128, eval_data: texts}") + SEARCH)
     return bench

@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_run import Event, rewarded_events, sample_events, write_run
+from sample_search import searched_events
+from workspace import ROOT
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests" / "unit"))
-from sample_run import Event, rewarded_events, sample_events, write_run  # noqa: E402
-from sample_search import searched_events  # noqa: E402
-
-from tunery.events.event_log import EventLog  # noqa: E402
-from tunery.reporting import wandb_mirror  # noqa: E402
-from tunery.reporting.wandb_mirror import WandbMirror, WandbResult  # noqa: E402
-from tunery.reporting.wandb_translate import run_id  # noqa: E402
-from tunery.spec import Wandb  # noqa: E402
+from tunery.events.event_log import EventLog
+from tunery.reporting import wandb_mirror
+from tunery.reporting.wandb_mirror import WandbMirror, WandbResult
+from tunery.reporting.wandb_translate import run_id
+from tunery.spec import Wandb
 
 EXPERIMENT = {"name": "quickstart", "stages": {"sft": {"kind": "sft", "learning_rate": "auto"}}}
 WHOLE = run_id("quickstart")
@@ -376,7 +374,7 @@ def run_script(folder: Path, mode: str, runs: int, **environment: str) -> tuple[
     """A process of its own; returns what it printed, and the files in its home and its working folder."""
     home = folder / "home"
     home.mkdir()
-    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT / "tests" / "unit")])
+    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT / "tests" / "support")])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder / "run"), mode, str(runs)],
         env={**os.environ, "HOME": str(home), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **environment},

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Bench, facts
 from small_classifiers import write_language_model, write_reward_model
+from workspace import Workspace, facts
 
 REWARD = """
 def reward(prompts, answers):
@@ -16,9 +16,9 @@ def reward(prompts, answers):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> Workspace:
     """No training: two models of random weights, a judge of such, and one in Python."""
-    found = Bench(tmp_path)
+    found = Workspace(tmp_path)
     write_language_model(found.folder / "before")
     write_language_model(found.folder / "after", seed=1)
     write_reward_model(found.folder / "rater", pad=0)
@@ -47,7 +47,7 @@ def bench(tmp_path: Path) -> Bench:
     return found
 
 
-def test_two_workers_find_what_one_process_finds_and_a_failing_judge_is_told(bench: Bench) -> None:
+def test_two_workers_find_what_one_process_finds_and_a_failing_judge_is_told(bench: Workspace) -> None:
     done = bench.tunery("run", str(bench.file))
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("Win rates", "rules.py", "rater", "forgetting"):

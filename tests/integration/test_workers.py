@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import Bench
+from workspace import Workspace
 
 LORA = {"lora": {"rank": 4}}
 
 
-def two_trainings(bench: Bench, **compute: object) -> None:
+def two_trainings(bench: Workspace, **compute: object) -> None:
     """A full and a LoRA fine-tuning, and nothing after them."""
 
     def change(experiment: dict) -> None:
@@ -22,7 +22,7 @@ def two_trainings(bench: Bench, **compute: object) -> None:
     bench.write(change)
 
 
-def test_one_worker_and_two_under_zero_3_learn_the_same(before_sft: Bench) -> None:
+def test_one_worker_and_two_under_zero_3_learn_the_same(before_sft: Workspace) -> None:
     two_trainings(before_sft, workers=1, zero_stage=0)
     shutil.copytree(before_sft.store, before_sft.folder / "alone")
     alone = {name: made["facts"] for name, made in before_sft.without_ray(before_sft.folder / "alone").items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from experiments import LoadText
 from hypothesis import settings
 
 from tunery.spec import Experiment, load
@@ -16,8 +16,6 @@ from tunery.spec.yaml_source import YamlSource
 settings.register_profile("quick", deadline=None, max_examples=30)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-LoadText = Callable[[str], tuple[Experiment, YamlSource]]
 
 
 @pytest.fixture

@@ -6,5 +6,5 @@ from template_table import PATH, page
 
 
 def test_the_table_of_templates_is_what_the_encoding_does() -> None:
-    command = "PYTHONPATH=platform:tests/unit python tests/unit/template_table.py"
+    command = "PYTHONPATH=platform:tests/support python tests/support/template_table.py"
     assert PATH.read_text(encoding="utf-8") == page(), f"out of date: run {command}"

@@ -1,0 +1,36 @@
+"""A page of HTML, parsed for what tests look at."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+
+class Page(HTMLParser):
+    """Sections in order, unclosed tags, and every reference to something outside the page."""
+
+    VOID = frozenset({"meta", "br", "circle", "line", "rect", "path", "link", "img"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.references: list[str] = []
+        self.scripts = 0
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.scripts += tag == "script"
+        if tag == "section":
+            self.sections.append(given.get("id") or "")
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.references += re.findall(r"url\(([^)]*)\)", given.get("style") or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag

@@ -1,0 +1,50 @@
+"""Rows of a dataset stage, read as the stage reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunery.ingest.dataset import run_dataset
+from tunery.ingest.read import Quarantined, read_source
+from tunery.spec import Compute, Dataset
+from tunery.store import StageContext, StageResult
+from tunery.store.rows import Row
+
+
+def dataset(source: str = "a.jsonl", **fields: Any) -> Dataset:
+    return Dataset(kind="dataset", source=source, **fields)
+
+
+def read(
+    folder: Path, content: bytes | str, name: str = "a.jsonl", **fields: Any
+) -> tuple[list[Row], list[Quarantined]]:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    bad: list[Quarantined] = []
+    return list(read_source(dataset(name, **fields), folder, bad.append)), bad
+
+
+def content(row: Row) -> Row:
+    return {key: row[key] for key in ("text", "messages", "rejected") if row.get(key) is not None}
+
+
+def make(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageResult, Path]:
+    paths = {name: folder / out / name for name in ("out", "work", "store", "scores", "events", "logs")}
+    paths["out"].mkdir(parents=True)
+    context = StageContext(
+        name="docs",
+        trial="",
+        spec=stage,
+        inputs={},
+        seed=seed,
+        folder=folder,
+        compute=Compute(),
+        emit=lambda *args, **values: None,
+        **paths,
+    )
+    return run_dataset(context), paths["out"]
+
+
+def quarantine_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,177 @@
+"""Shapes as people have them, to one schema: sharegpt, OpenAI with tools, preference pairs, rated answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reading import content, dataset
+
+from tunery.ingest.columns import COLUMN_PATTERNS, ROW_BUILDERS, UnknownColumns, converter
+from tunery.ingest.formats.record import InvalidRow
+from tunery.ingest.read import read_source
+from tunery.spec.stages import Dataset
+from tunery.store.rows import Row, row_format
+
+SYSTEM = {"role": "system", "content": "s"}
+Q, A, B = ({"role": role, "content": said} for role, said in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+HUMAN, GPT, OTHER = ({"from": who, "value": said} for who, said in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
+CALLING_1 = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id": "1", **CALL}])}
+RESULT, ANSWER = {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"}
+PAIR: Row = {"messages": [Q, A], "rejected": [B]}
+
+SHAPES: dict[str, tuple[dict[str, Any], Row, str]] = {
+    "sharegpt": ({"conversations": [HUMAN, GPT]}, {"messages": [Q, A]}, "conversation"),
+    "sharegpt with a system column": (
+        {"conversations": [HUMAN, GPT], "system": "s", "tools": ""},
+        {"messages": [SYSTEM, Q, A]},
+        "conversation",
+    ),
+    "sharegpt with tools": (
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "two"},
+            ],
+            "tools": json.dumps(TOOLS),
+        },
+        {"messages": [Q, CALLING, RESULT, ANSWER], "tools": json.dumps(TOOLS)},
+        "conversation",
+    ),
+    "OpenAI with tools": (
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "s"}]},
+                Q,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": "2"},
+                {"role": "assistant", "content": "two", "tool_calls": []},
+            ],
+            "tools": TOOLS,
+        },
+        {"messages": [SYSTEM, Q, CALLING_1, {**RESULT, "tool_call_id": "1"}, ANSWER], "tools": json.dumps(TOOLS)},
+        "conversation",
+    ),
+    "turns as JSON text": ({"messages": json.dumps([Q, A])}, {"messages": [Q, A]}, "conversation"),
+    "alpaca with a system column": (
+        {"instruction": "q", "input": "", "output": "a", "system": "s"},
+        {"messages": [SYSTEM, Q, A]},
+        "conversation",
+    ),
+    "prompt and completion as turns": ({"prompt": [Q], "completion": [A]}, {"messages": [Q, A]}, "conversation"),
+    "pair of texts": ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR, "preference"),
+    "pair of turns": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, PAIR, "preference"),
+    "pair of conversations": ({"chosen": [Q, A], "rejected": [Q, B]}, PAIR, "preference"),
+    "pair of conversations beside their prompt": (
+        {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
+        PAIR,
+        "preference",
+    ),
+    "pair in sharegpt": ({"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER}, PAIR, "preference"),
+    "pair in alpaca": (
+        {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"},
+        {"messages": [{"role": "user", "content": "q\n\ni"}, A], "rejected": [B]},
+        "preference",
+    ),
+    "pair with a system column": (
+        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        {"messages": [SYSTEM, Q, A], "rejected": [B]},
+        "preference",
+    ),
+    "rated": ({"messages": [Q, A], "label": True}, {"messages": [Q, A], "label": True}, "rated"),
+    "rated in sharegpt": (
+        {"conversations": [HUMAN, GPT], "kto_tag": False},
+        {"messages": [Q, A], "label": False},
+        "rated",
+    ),
+    "rated completion": ({"prompt": "q", "completion": "a", "label": 0}, {"messages": [Q, A], "label": False}, "rated"),
+    "rated alpaca": (
+        {"instruction": "q", "output": "a", "kto_tag": "True"},
+        {"messages": [Q, A], "label": True},
+        "rated",
+    ),
+    "label of something else": (
+        {"question": "q", "answer": "a", "label": "easy"},
+        {"messages": [Q, A]},
+        "conversation",
+    ),
+}
+
+
+def read(record: dict[str, Any], folder: Path, **fields: Any) -> Row:
+    (folder / "a.jsonl").write_text(json.dumps(record))
+    (row,) = read_source(dataset(**fields), folder, pytest.fail)
+    return row
+
+
+def everything(row: Row) -> Row:
+    return {**content(row), **{name: row[name] for name in ("label", "tools") if row.get(name) is not None}}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape_becomes_the_one_schema(name: str, tmp_path: Path) -> None:
+    record, row, shape = SHAPES[name]
+    found = read(record, tmp_path)
+    assert everything(found) == row
+    assert row_format(found) == shape
+
+
+@pytest.mark.parametrize(
+    ("columns", "record", "row"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, {"p": "q", "c": "a", "r": "b"}, PAIR),
+        ({"messages": "m", "chosen": "c", "rejected": "r"}, {"m": [HUMAN], "c": GPT, "r": OTHER}, PAIR),
+        ({"chosen": "c", "rejected": "r"}, {"c": [Q, A], "r": [Q, B]}, PAIR),
+        ({"messages": "m", "label": "l"}, {"m": [Q, A], "l": "false"}, {"messages": [Q, A], "label": False}),
+        ({"messages": "messages"}, {"messages": [Q, A], "label": "fine"}, {"messages": [Q, A]}),
+        (
+            {"prompt": "p", "input": "i", "completion": "c", "label": "l", "system": "s", "tools": "t"},
+            {"p": "q", "i": None, "c": "a", "l": True, "s": "s", "t": TOOLS},
+            {"messages": [SYSTEM, Q, A], "label": True, "tools": json.dumps(TOOLS)},
+        ),
+    ],
+)
+def test_columns_name_every_role_of_a_shape(columns: Any, record: Any, row: Row, tmp_path: Path) -> None:
+    assert everything(read(record, tmp_path, columns=columns)) == row
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "q", "chosen": [Q, A, Q, A], "rejected": [Q, B]}, "differ in more than their last turn"),
+        ({"chosen": [A], "rejected": [B]}, "there is no prompt"),
+        ({"messages": [Q, A], "chosen": [A], "rejected": [B]}, "no question before them"),
+        ({"prompt": "q", "completion": None}, "answer is missing"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected is missing"),
+        ({"messages": [Q, A], "label": None}, "label is None"),
+        ({"messages": [Q, A], "system": 5}, "system is int, not text"),
+        ({"messages": [Q, A], "tools": [5]}, "tools is not a list of tools"),
+        ({"messages": [Q, A], "tools": [{"x": "\ud800"}]}, "half of a surrogate pair"),
+    ],
+)
+def test_row_that_lacks_something_is_not_taken_for_another_shape(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRow, match=reason):
+        converter(record, None)(record)
+
+
+def test_every_layout_is_a_form_and_every_role_may_be_named() -> None:
+    roles = set(Dataset.model_fields["columns"].annotation.__args__[0].__args__[0].__args__)  # type: ignore[union-attr]
+    assert roles == {role for needed, allowed, _ in ROW_BUILDERS for role in f"{needed} {allowed}".split()}
+    for layout in COLUMN_PATTERNS:
+        columns = [word.removesuffix("?").partition("=") for word in layout.split()]
+        converter({name or role: "x" for role, _, name in columns}, None)
+    with pytest.raises(UnknownColumns, match="columns found: `body`"):
+        converter({"body": "x"}, None)

@@ -1,0 +1,408 @@
+"""Scores by sequence-classification models: what transformers gives a row by itself, however rows are batched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from experiments import LoadText
+from scorer_rows import answer_row, text_row
+from scoring_runs import CPU, ROWS, make
+from small_classifiers import write_encoder, write_language_model, write_reward_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from tunery.errors import SpecErrors, TuneryError
+from tunery.models import load as load_module
+from tunery.models.batching import token_budget_batches
+from tunery.models.classifier_inputs import ClassifierEncoder
+from tunery.models.classify import SequenceClassifier
+from tunery.models.encode import Encoded
+from tunery.models.labels import Labels, labels_of
+from tunery.models.load import load_classifier, load_own_tokenizer
+from tunery.models.model_folder import BadModel
+from tunery.models.truncation import encode
+from tunery.pipeline.validate import validate
+from tunery.scoring.score_actors import ClassificationActor
+from tunery.scoring.score_shard import ScorePass
+from tunery.scoring.scorers.label_probability import ClassifierScorer
+from tunery.scoring.scorers.registry import SCORER_ENTRIES
+from tunery.scoring.scorers.reward_score import RewardScorer
+from tunery.spec import Classifier, Pretrained, Reward
+from tunery.store import Store
+from tunery.store.rows import Row
+
+torch.set_num_threads(1)
+
+COLOURS = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_encoder(folder / "colours", COLOURS)
+    write_encoder(folder / "several", COLOURS, problem_type="multi_label_classification")
+    write_reward_model(folder / "reward")
+    write_reward_model(folder / "padded", pad=1)  # the end of every turn: what many models pad with
+    write_reward_model(folder / "three", labels=3)
+    write_language_model(folder / "causal")
+    return folder
+
+
+def source(folder: Path) -> dict[str, Any]:
+    return {"pretrained": str(folder), "revision": None}
+
+
+def classifier(folder: Path, max_length: int = 512, batch_tokens: int | None = None) -> SequenceClassifier:
+    model, _ = load_classifier(source(folder), torch.float32)
+    return SequenceClassifier(model.eval(), load_own_tokenizer(source(folder)), max_length, batch_tokens)
+
+
+def test_encoder_of_the_tests_tells_first_from_second_text(folder: Path) -> None:
+    pair = AutoTokenizer.from_pretrained(folder / "colours")(["why"], ["red"])
+    assert pair["token_type_ids"] == [[0, 0, 0, 1, 1]]
+
+
+@cache
+def plain(folder: Path) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def plain_logits(folder: Path, *inputs: Any, **options: Any) -> np.ndarray:
+    """Of one row, by transformers alone."""
+    tokenizer, model = plain(folder)
+    with torch.inference_mode():
+        logits: np.ndarray = (
+            model(**tokenizer(*([text] for text in inputs), return_tensors="pt", **options)).logits[0].numpy()
+        )
+    return logits
+
+
+def turns(row: Row) -> list[str]:
+    return [turn["content"] for turn in row["messages"]]
+
+
+def test_encoder_sees_question_and_answer_as_a_pair_and_anything_else_as_one_text(folder: Path) -> None:
+    found = classifier(folder / "colours")(ROWS)
+    for row, logits in zip(ROWS, found.logits, strict=True):
+        inputs = turns(row) if row["messages"] else [row["text"]]
+        np.testing.assert_allclose(logits, plain_logits(folder / "colours", *inputs), atol=1e-5)
+    assert found.logits.dtype == np.float32
+    assert not any(found.truncated)
+
+
+def test_the_two_texts_of_a_pair_are_told_apart(folder: Path) -> None:
+    pair, swapped = classifier(folder / "colours")([answer_row("red", "why"), answer_row("why", "red")]).logits
+    assert np.abs(pair - swapped).max() > 0.01
+    alone = classifier(folder / "colours")([text_row("why red")]).logits
+    assert np.abs(pair - alone).max() > 0.01
+
+
+def test_earlier_turns_stand_before_the_answer(folder: Path) -> None:
+    row = answer_row("yes", "why")
+    row["messages"] = [*answer_row("no", "how")["messages"], *row["messages"]]
+    expected = plain_logits(folder / "colours", "how\n\nno\n\nwhy", "yes")
+    np.testing.assert_allclose(classifier(folder / "colours")([row]).logits[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reward", "padded"])
+def test_reward_model_sees_the_conversation_as_its_template_renders_it(name: str, folder: Path) -> None:
+    found = classifier(folder / name)(ROWS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    for row, logits, tokens in zip(ROWS, found.logits, found.tokens, strict=True):
+        text = row["text"]
+        if row["messages"]:
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            assert len(encode([row], tokenizer, 512)[0].ids) == tokens, "what training sees"
+        expected = plain_logits(folder / name, text, add_special_tokens=False)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_without_pairs_or_template_turns_are_joined_by_a_blank_line(folder: Path) -> None:
+    model, _ = load_classifier(source(folder / "three"), torch.float32)
+    tokenizer = load_own_tokenizer(source(folder / "three"))
+    tokenizer.chat_template = None
+    found = SequenceClassifier(model.eval(), tokenizer, 512)([answer_row("yes", "why")])
+    np.testing.assert_allclose(found.logits[0], plain_logits(folder / "three", "why\n\nyes"), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["colours", "reward", "padded"])
+def test_rows_that_share_a_batch_change_nothing(name: str, folder: Path) -> None:
+    alone = classifier(folder / name)
+    expected = np.concatenate([alone([row]).logits for row in ROWS])
+    assert np.ptp(expected[:, 0]) > 0.1, "or the test tells nothing"
+    for budget in (1, 40, 100_000):
+        together = classifier(folder / name, batch_tokens=budget)
+        np.testing.assert_allclose(together(ROWS).logits, expected, atol=1e-5)
+        np.testing.assert_allclose(together(ROWS[::-1]).logits[::-1], expected, atol=1e-5)
+
+
+def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None:
+    ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
+    model, _ = load_classifier(source(folder / "three"), torch.float32)
+    reader = ClassifierEncoder(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
+    inputs = reader.tensors([Encoded(row, ()) for row in ids])
+    assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
+    with torch.inference_mode():
+        expected = torch.cat([plain(input_ids=torch.tensor([row])).logits for row in ids])
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_batches_hold_each_sequence_once_within_the_budget() -> None:
+    lengths = [3, 0, 9, 1, 4, 4, 20, 2, 0, 5]
+    batches = list(token_budget_batches(lengths, 12))
+    assert sorted(index for batch in batches for index in batch) == [n for n, length in enumerate(lengths) if length]
+    assert all(len(batch) * max(lengths[n] for n in batch) <= 12 or len(batch) == 1 for batch in batches)
+    assert [6] in batches, "longer than the budget, and alone"
+
+
+def test_long_rows_are_cut_at_the_end_and_counted(folder: Path) -> None:
+    long = answer_row("red green " * 20, "why")
+    for name, limit in (("colours", 12), ("reward", 12)):
+        found = classifier(folder / name, max_length=limit)([long, answer_row("yes", "so")])
+        assert found.truncated == [True, False]
+        assert found.tokens[0] == limit
+    expected = plain_logits(folder / "colours", *turns(long), truncation=True, max_length=12)
+    np.testing.assert_allclose(classifier(folder / "colours", 12)([long]).logits[0], expected, atol=1e-5)
+    assert classifier(folder / "colours", 12)([text_row("red " * 10), text_row("red " * 11)]).truncated == [False, True]
+
+
+def test_model_with_fewer_positions_than_tokens_are_allowed_gets_as_many_as_it_has(folder: Path) -> None:
+    found = classifier(folder / "colours", max_length=512)([text_row("red " * 100)])
+    assert (found.tokens, found.truncated) == ([64], [True])
+
+
+def test_positions_that_stand_for_padding_take_no_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "colours")
+    shape = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        type_vocab_size=2,
+        pad_token_id=1,
+    )
+    reader = SequenceClassifier(RobertaForSequenceClassification(shape).eval(), tokenizer, 512)
+    found = reader([text_row("red " * 100)])
+    assert (found.tokens, found.truncated) == ([18], [True])
+    assert np.isfinite(found.logits).all()
+
+
+def test_row_without_a_token_has_no_score(folder: Path) -> None:
+    found = classifier(folder / "three")([text_row(""), text_row("red")])
+    assert np.isnan(found.logits[0]).all()
+    assert np.isfinite(found.logits[1]).all()
+    by_label = ClassifierScorer(Classifier(classifier="m", label=0), Labels(("a", "b", "c"), False), "m")
+    columns = by_label(found.logits)
+    assert math.isnan(columns["score"][0])
+    assert columns["found"][0] == ""
+
+
+# From logits to scores.
+
+
+def scored(
+    logits: list[list[float]], label: str | int, temperature: float = 1.0, independent: bool = False
+) -> dict[str, list[Any]]:
+    labels = Labels(("bad", "good", "odd")[: len(logits[0])], independent)
+    spec = Classifier(classifier="m", label=label, temperature=temperature)
+    return ClassifierScorer(spec, labels, "m")(np.array(logits, np.float32))
+
+
+def test_probability_of_a_label_is_a_softmax_at_a_temperature() -> None:
+    logits = [[math.log(1), math.log(3), math.log(4)]]
+    assert scored(logits, "good")["score"] == pytest.approx([3 / 8])
+    assert scored(logits, 1) == scored(logits, "good")
+    assert scored(logits, "bad")["score"] == pytest.approx([1 / 8])
+    # At temperature 1/2 odds are squared.
+    assert scored(logits, "good", 0.5)["score"] == pytest.approx([9 / 26])
+    assert scored(logits, "good", 1e9)["score"] == pytest.approx([1 / 3])
+    assert scored(logits, "good")["found"] == ["odd"]
+
+
+def test_labels_that_do_not_exclude_each_other_have_a_probability_each() -> None:
+    logits = [[math.log(3), -900.0, math.log(1 / 3)], [900.0, 900.0, -900.0]]
+    columns = scored(logits, "bad", independent=True)
+    assert columns["score"] == pytest.approx([3 / 4, 1.0])
+    assert columns["found"] == ["bad", "bad, good"]
+    assert scored(logits, "odd", 0.5, independent=True)["score"] == pytest.approx([1 / 10, 0.0])
+
+
+def test_one_label_has_a_sigmoid() -> None:
+    labels = labels_of({"architectures": ["XForSequenceClassification"], "id2label": {"0": "good"}}, "m")
+    columns = ClassifierScorer(Classifier(classifier="m", label="good"), labels, "m")(np.array([[0.0], [-1.0]]))
+    assert columns == {"score": pytest.approx([0.5, 1 / (1 + math.e)]), "found": ["good", ""]}
+
+
+def test_reward_is_the_logit_itself() -> None:
+    one = Labels(("LABEL_0",), True)
+    assert RewardScorer(Reward(reward="m"), one, "m")(np.array([[-3.5], [7.0]])) == {"score": [-3.5, 7.0]}
+
+
+def test_more_of_either_is_better() -> None:
+    assert [SCORER_ENTRIES[kind].good for kind in ("reward", "classifier")] == ["high", "high"]
+
+
+def test_labels_are_those_of_the_config_in_the_order_of_their_numbers() -> None:
+    named = {str(n): f"l{n}" for n in range(11)}
+    assert labels_of({"id2label": dict(sorted(named.items()))}, "m").names == tuple(named.values())
+    assert labels_of({}, "m").names == ("LABEL_0", "LABEL_1")
+    assert labels_of({"num_labels": 3}, "m").names == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_labels_of_a_folder_are_those_of_the_loaded_model(folder: Path) -> None:
+    for name in ("colours", "several", "reward", "three"):
+        config = json.loads((folder / name / "config.json").read_text())
+        assert labels_of(config, name) == load_classifier(source(folder / name), torch.float32)[1]
+
+
+# What can't be.
+
+
+def checked(folder: Path, load_text: LoadText, tmp_path: Path, scorer: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    experiment, where = load_text(
+        f"name: x\nseed: 1\nstages:\n  docs: {{kind: dataset, source: rows.jsonl}}\n"
+        f"  scored:\n    kind: score\n    data: docs\n    by:\n      - {{length: words}}\n      - {scorer}\n"
+    )
+    validate(experiment, where, Store(tmp_path / "store"), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "words"),
+    [
+        ("{reward: {pretrained: M/causal}}", ["no classification head", "LlamaForCausalLM", "`perplexity` or `ifd`"]),
+        ("{classifier: {pretrained: M/causal}, label: 0}", ["no classification head"]),
+        (
+            "{reward: {pretrained: M/colours}}",
+            ["it has 3 labels", "`red`, `green`, `blue`", "{classifier: ..., label:"],
+        ),
+        ("{classifier: {pretrained: M/colours}, label: Gren}", ["no label `Gren`", "did you mean `green`?"]),
+        ("{classifier: {pretrained: M/colours}, label: 3}", ["no label 3", "numbers 0 to 2", "`red`, `green`, `blue`"]),
+        ("{reward: {pretrained: M/absent}}", ["there is no model folder"]),
+    ],
+)
+def test_model_that_cannot_score_is_told_at_its_line_before_anything_runs(
+    scorer: str, words: list[str], folder: Path, load_text: LoadText, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecErrors) as caught:
+        checked(folder, load_text, tmp_path, scorer.replace("M", str(folder)))
+    (error,) = caught.value.errors
+    assert error.exit_code == 2
+    assert error.line == (5 if "absent" in scorer else 10)
+    for word in words:
+        assert word in str(error)
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "{reward: {pretrained: M/reward}}",
+        "{classifier: {pretrained: M/colours}, label: 2}",
+        "{reward: {pretrained: a/b}}",
+    ],
+)
+def test_model_that_can_score_passes(scorer: str, folder: Path, load_text: LoadText, tmp_path: Path) -> None:
+    checked(folder, load_text, tmp_path, scorer.replace("M", str(folder)))
+
+
+def test_config_that_is_no_json_is_told(folder: Path, load_text: LoadText, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    write_reward_model(broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(SpecErrors, match=r"config.json of .* can't be read"):
+        checked(folder, load_text, tmp_path, f"{{reward: {{pretrained: {broken}}}}}")
+
+
+def test_head_without_weights_is_refused_instead_of_drawn_at_random(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((write_language_model(tmp_path / "silent") / "config.json").read_text())
+    del config["architectures"]  # nothing in the config says that it is a language model
+    (tmp_path / "silent" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TuneryError, match=r"no classification head\ncause: it has no weights for score.weight"):
+        load_classifier(source(tmp_path / "silent"), torch.float32)
+
+
+def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor(folder: Path, tmp_path: Path) -> None:
+    spec = Classifier(classifier=Pretrained(pretrained="org/name"), label="grey")
+    with pytest.raises(TuneryError, match=r"has no label `grey`\ncause: its labels: `red`, `green`, `blue`"):
+        ClassificationActor(ScorePass(("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
+    with pytest.raises(BadModel):
+        RewardScorer(Reward(reward="m"), Labels(("a", "b"), False), "m")
+
+
+# The whole stage.
+
+
+LIMIT = 20
+"""Tokens; some rows are longer."""
+GREEN: dict[str, Any] = {"classifier": {"pretrained": "./colours"}, "label": "green"}
+RED: dict[str, Any] = {**GREEN, "label": "red", "name": "red"}
+REWARD: dict[str, Any] = {"reward": {"pretrained": "./reward"}}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each model was loaded."""
+    counted: Counter[str] = Counter()
+    before = load_module.load_classifier
+
+    def counting(source: dict[str, Any], dtype: Any) -> Any:
+        counted[Path(source["pretrained"]).name] += 1
+        return before(source, dtype)
+
+    monkeypatch.setattr(load_module, "load_classifier", counting)
+    return counted
+
+
+def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path: Path, loads: Counter[str]) -> None:
+    told = make(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
+    assert loads == {"colours": 1, "reward": 1}
+    assert (told.facts["rows_in"], told.facts["rows_out"]) == (len(ROWS), len(ROWS))
+    cut = [classifier(folder / name, LIMIT)(ROWS).truncated for name in ("colours", "reward")]
+    assert 0 < sum(cut[0]) < sum(cut[1]) < len(ROWS)
+    assert told.facts["truncated"] == np.logical_or(*cut).sum()
+    assert told.facts["scores"]["classifier"]["good"] == "high"
+    (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
+    table = pq.read_table(shard).to_pydict()
+    assert table["id"] == [row["id"] for row in ROWS]
+    colours, rewarder = classifier(folder / "colours", LIMIT), classifier(folder / "reward", LIMIT)
+    for row, green, red, reward in zip(ROWS, *(table[name] for name in ("classifier", "red", "reward")), strict=True):
+        logits = colours([row]).logits[0]
+        weights = np.exp(logits - logits.max())
+        assert (red, green) == pytest.approx(tuple(weights[:2] / weights.sum()), abs=1e-5)
+        assert reward == pytest.approx(rewarder([row]).logits[0, 0], abs=1e-5)
+    assert set(table["classifier_found"]) <= set(COLOURS)
+
+
+def test_rows_are_known_again_by_model_label_and_temperature(folder: Path, tmp_path: Path) -> None:
+    def fresh(name: str, *by: dict[str, Any], max_length: int = 64) -> int:
+        return int(make(folder, tmp_path, name, list(by), max_length).measured["rows_scored"])
+
+    assert fresh("first", GREEN) == len(ROWS)
+    assert fresh("again", GREEN) == 0
+    for number, other in enumerate(
+        [{"temperature": 2.0}, {"label": "red"}, {"classifier": {"pretrained": "./several"}}]
+    ):
+        assert fresh(f"other{number}", {**GREEN, **other}) == len(ROWS)
+    assert fresh("shorter", GREEN, max_length=16) == len(ROWS)
+    # The same name and other weights.
+    write_encoder(folder / "retrained", COLOURS)
+    retrained = {**GREEN, "classifier": {"pretrained": "./retrained"}}
+    assert fresh("before", retrained) == len(ROWS)
+    write_encoder(folder / "retrained", COLOURS, hidden_act="relu")
+    assert fresh("after", retrained) == len(ROWS)

@@ -1,0 +1,379 @@
+"""Every chat template with every kind of conversation: an exact mask, or a rejection with its reason.
+
+What is trained is compared with rules written by hand from the families' documentation: what a model of the family
+generates for a turn. The rules know nothing of how the encoding finds a response.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+from conversation_kinds import HOSTILE, KINDS, WITH_TOOLS, Turn, encoded_kinds, row_of
+from template_tokenizers import FAMILIES, rendered, source_of, tokenizer_of
+
+from tunery.models.chat_template import chat_template_of
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a model of a family generates for a turn."""
+
+    end: str = "<|im_end|>"
+    middle_end: str | None = None
+    """Trained behind a response that is not the last; None: `end`."""
+    before: str = ""
+    """Ahead of a response without reasoning."""
+    content: Callable[[str], str] = str
+    """What the template makes of content."""
+    content_earlier: Callable[[str], str] | None = None
+    """The same of a turn that is not the last; None: alike."""
+    thought: str | None = None
+    """Reasoning `R` as it is generated; None: the template does not render it, and the response is trained without."""
+    thought_call: str | None = None
+    """The same before a tool call; None: as before a response."""
+    keeps_thoughts: bool = False
+    """Earlier turns too. Where they lose it they are masked."""
+    call: str | None = None
+    """A tool call with the argument `V`; None: rejected."""
+    before_calls: str = ""
+    after_calls: str = ""
+    between_calls: str | None = ""
+    """None: several calls are rejected."""
+    beside: str | None = "TC"
+    """Text `T` with a call `C`; None: rejected."""
+    call_end: str | None = None
+    definitions: bool = True
+    system: str = ""
+    """Part of the reason for which a system turn is rejected."""
+    opens_thinking: bool = False
+    """The generation prompt opens or skips a thinking block, which a row without or with reasoning has not."""
+    reopens_turn: bool = False
+    """Behind a tool result the conversation has a header that the generation prompt has not."""
+    empty_thinking: str = ""
+    """Masked between the generation prompt and a response without reasoning."""
+
+
+def strip_line_ends(text: str) -> str:
+    return text.lstrip("\n")
+
+
+JSON_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": V, "b": "two"}}\n</tool_call>'
+XML_CALL = (
+    "<tool_call>\n<function=add>\n<parameter=a>\nV\n</parameter>\n<parameter=b>\ntwo\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+QWEN25 = Rule(call=JSON_CALL, between_calls="\n", beside="T\nC")
+QWEN3 = replace(
+    QWEN25, thought="<think>\nR\n</think>\n\n", content=strip_line_ends, content_earlier=str, empty_thinking=EMPTY_BLOCK
+)
+QWEN35 = Rule(
+    call=XML_CALL,
+    between_calls="\n",
+    beside="T\n\nC",
+    thought="R\n</think>\n\n",
+    content=str.strip,
+    empty_thinking="\n</think>\n\n",
+)
+NEMOTRON = Rule(
+    call=XML_CALL,
+    between_calls="\n",
+    beside="T\nC",
+    after_calls="\n",
+    thought="R\n</think>\n",
+    thought_call="R\n</think>\n",
+    content=str.rstrip,
+    opens_thinking=True,
+)
+NEMOTRON_ULTRA = replace(NEMOTRON, thought="R</think>", thought_call="R</think>\n", before_calls="\n")
+COHERE = Rule(end="<|END_OF_TURN_TOKEN|>", content=str.strip, definitions=False)
+DEEPSEEK = Rule(
+    end="<｜end▁of▁sentence｜>", thought="R\n</think>\n\n", opens_thinking=True, definitions=False, beside="TC"
+)
+DEEPSEEK_CALL = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": V, "b": "two"}\n```<｜tool▁call▁end｜>'
+GEMMA = Rule(end="<end_of_turn>", content=str.strip, definitions=False)
+GEMMA4_CALL = '<|tool_call>call:add{a:V,b:<|"|>two<|"|>}<tool_call|>'
+GEMMA4 = Rule(
+    end="<turn|>",
+    content=str.strip,
+    call=GEMMA4_CALL,
+    beside="CT",
+    call_end="<|tool_response>",
+    thought_call="<|channel>thought\nR\n<channel|>",
+)
+LFM = Rule(
+    call="add(a=V, b='two')", before_calls="<|tool_call_start|>[", after_calls="]<|tool_call_end|>", between_calls=", "
+)
+LLAMA3 = Rule(end="<|eot_id|>", content=str.strip, definitions=False)
+LLAMA31 = replace(
+    LLAMA3,
+    call='{"name": "add", "parameters": {"a": V, "b": "two"}}',
+    between_calls=None,
+    beside=None,
+    definitions=True,
+)
+GLM = Rule(
+    end="<|user|>",
+    content=str.strip,
+    thought="\n<think>R</think>\n",
+    call="<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>V</arg_value>\n<arg_key>b</arg_key>\n"
+    "<arg_value>two</arg_value>\n</tool_call>",
+    between_calls="\n",
+    beside="T\nC",
+    call_end="<|observation|>",
+    empty_thinking="\n<think></think>\n",
+)
+GPT_OSS = Rule(
+    end="<|return|>",
+    middle_end="",  # history has <|end|> there, by which no model ends a response
+    before="<|channel|>final<|message|>",
+    thought="<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>",
+    thought_call="<|channel|>analysis<|message|>R<|end|><|start|>assistant",
+    call=' to=functions.add<|channel|>commentary json<|message|>{"a": V, "b": "two"}',
+    between_calls=None,
+    beside="<|channel|>analysis<|message|>T<|end|><|start|>assistantC",
+    call_end="<|call|>",
+)
+MUSE = Rule(
+    end="<|eot|>",
+    before=" to=user<|message|>",
+    thought=" to=self<|message|>R<|eom|><|start|>assistant to=user<|message|>",
+    thought_call=" to=self<|message|>R<|eom|><|start|>assistant",
+    keeps_thoughts=True,
+    call=' to=add<|message|><atem:function_calls>\n<atem:invoke name="add">\n<atem:parameter name="a">'
+    'V</atem:parameter>\n<atem:parameter name="b">two</atem:parameter>\n</atem:invoke>\n</atem:function_calls>',
+    between_calls="<|eom|><|start|>assistant",
+    beside=None,
+)
+PLAIN = Rule(end="<|end|>", definitions=False)
+SCRATCH = replace(
+    PLAIN,
+    thought="<think>\nR\n</think>\n\n",
+    keeps_thoughts=True,
+    call='<tool_call>{"name": "add", "arguments": {"a": V, "b": "two"}}</tool_call>',
+    definitions=True,
+)
+VISION = Rule(end="<end_of_utterance>", before=" ", definitions=False)
+
+RULES: dict[str, Rule] = {
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, end="<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", content=str),
+    "deepseek_r1_distill": DEEPSEEK,
+    "deepseekv3": replace(
+        DEEPSEEK,
+        call=DEEPSEEK_CALL,
+        before_calls="<｜tool▁calls▁begin｜>",
+        between_calls="\n",
+        after_calls="<｜tool▁calls▁end｜>",
+        thought_call="",  # not rendered beside calls
+    ),
+    "diffusion_gemma": replace(GEMMA4, thought="<|channel>thought\nR\n<channel|>", reopens_turn=True),
+    "gemma": replace(GEMMA, system="System role not supported"),
+    "gemma3": GEMMA,
+    "gemma4": GEMMA4,
+    "gemma4_v2": replace(GEMMA4, call_end="<turn|>", thought_call=""),
+    "gemma4_v3": GEMMA4,
+    "gemma4_v4": GEMMA4,
+    "gemma4_v5": replace(GEMMA4, thought="<|channel>thought\nR\n<channel|>"),
+    "glm4moe": GLM,
+    "gptoss": GPT_OSS,
+    "idefics3": VISION,
+    "smolvlm": VISION,
+    "lfm2": replace(LFM, call=None),
+    "lfm2_v2": LFM,
+    "lfm2_2_5": replace(LFM, thought="<think>R</think>"),
+    "lfm2_2_5_v2": replace(LFM, thought="<think>R</think>"),
+    "lfm2_2_5_vl": replace(LFM, thought="<think>R</think>"),
+    "llama3": LLAMA3,
+    "llama3_1": LLAMA31,
+    "llama3_2": LLAMA31,
+    "llava_next": replace(VISION, end="</s>"),
+    "muse_glimmer": MUSE,
+    "nemotron_3_nano": NEMOTRON,
+    "nemotron_3_super": NEMOTRON,
+    "nemotron_3_ultra": NEMOTRON_ULTRA,
+    "nemotron_3_5_lightning": NEMOTRON_ULTRA,
+    "phi3": PLAIN,
+    "phi3_5": PLAIN,
+    "qwen2_5": QWEN25,
+    "qwen2_5_vl": replace(QWEN25, call=None, definitions=False),
+    "qwen3": QWEN3,
+    "qwen3_instruct_2507": QWEN25,
+    "qwen3_vl": QWEN25,
+    "qwen3_5_think": QWEN35,
+    "qwen3_5_nothink": replace(QWEN35, opens_thinking=True),
+    "qwen3_6": QWEN35,
+    "qwen3_8": replace(QWEN35, keeps_thoughts=True),
+    # Training variants that render other conversations than the original
+    "qwen3_training": replace(QWEN3, keeps_thoughts=True, content_earlier=strip_line_ends),
+    "qwen3_5_think_training": replace(QWEN35, keeps_thoughts=True),
+    "qwen3_5_nothink_training": replace(QWEN35, keeps_thoughts=True, opens_thinking=True),
+    "qwen3_6_training": replace(QWEN35, keeps_thoughts=True),
+    "qwen3_8_training": replace(QWEN35, keeps_thoughts=True),
+    # Written for these tests
+    "chatml": Rule(definitions=False),
+    "zephyr": replace(PLAIN, end="</s>"),
+    "llama2": Rule(end=" </s>", before=" ", content=str.strip, definitions=False),
+    "vicuna": replace(VISION, end="</s>"),
+    "mistral_v3": Rule(
+        end="</s>",
+        before=" ",
+        call='{"name": "add", "arguments": {"a": V, "b": "two"}, "id": "call0000#"}',
+        before_calls="[TOOL_CALLS] [",
+        between_calls=", ",
+        after_calls="]",
+        beside=None,
+        system="system turns are not supported",
+    ),
+    "glm_plain": Rule(end="<|user|>", before="\n", definitions=False),
+    "no_end_tokens": replace(VISION, end="</s>", middle_end=""),
+    "raises_on_system": replace(PLAIN, system="no system turns, please"),
+    "ignores_system": replace(PLAIN, system="does not render the text of turn 1 (system)"),
+    "strips_content": replace(PLAIN, content=str.strip),
+    "drops_thinking": replace(PLAIN, thought="<think>R</think>"),
+    "dated": PLAIN,
+    "scratch": SCRATCH,
+    "plain": replace(SCRATCH, end="</s>"),
+}
+
+
+def rule_of(family: str) -> Rule:
+    return RULES[family] if family in RULES else RULES[family.removesuffix("_training")]
+
+
+def expected(rule: Rule, turns: Sequence[Turn]) -> list[str]:
+    """What is trained, by the rule."""
+    texts = []
+    for index, turn in enumerate(turns):
+        last = index == len(turns) - 1
+        if turn["role"] != "assistant" or turn.get("weight") == 0:
+            continue
+        content, reasoning = turn["content"], turn.get("reasoning_content", "")
+        if rule.thought is not None and content.startswith("<think>"):
+            reasoning, content = "add", "four"
+        if not content and not reasoning and not turn.get("tool_calls"):
+            continue
+        thought = rule.thought
+        if turn.get("tool_calls") and rule.thought_call is not None:
+            thought = rule.thought_call
+        if reasoning and not last and thought is not None and not rule.keeps_thoughts:
+            continue
+        generated = (thought or "").replace("R", reasoning) if reasoning else ""
+        content = (rule.content if last else rule.content_earlier or rule.content)(content)
+        if turn.get("tool_calls"):
+            assert rule.call is not None
+            arguments = [call["function"]["arguments"] for call in json.loads(turn["tool_calls"])]
+            values = [str((json.loads(item) if isinstance(item, str) else item)["a"]) for item in arguments]
+            written = [rule.call.replace("V", value).replace("#", str(n + 1)) for n, value in enumerate(values)]
+            called = rule.before_calls + (rule.between_calls or "").join(written) + rule.after_calls
+            if reasoning and rule.thought_call is not None and rule.before_calls == "\n":
+                called = called.removeprefix("\n")  # the line end belongs to the block of reasoning
+            if content:
+                called = (rule.beside or "").replace("C", "\0").replace("T", content).replace("\0", called)
+                called = called.replace("\n\n<tool_call>", "\n<tool_call>") if rule.beside == "T\nC" else called
+            generated += called + (rule.end if rule.call_end is None else rule.call_end)
+        else:
+            generated += content if generated else rule.before + content
+            generated += rule.end if last or rule.middle_end is None else rule.middle_end
+        texts.append(generated)
+    return texts
+
+
+def reason_for_rejection(family: str, rule: Rule, kind: str, tools: bool) -> str:
+    turns = KINDS[kind]
+    called = [turn for turn in turns if turn.get("tool_calls")]
+    if called and rule.call is None:
+        return "the chat template does not render tool calls"
+    if tools and not rule.definitions:
+        return "the chat template does not render the definitions of tools"
+    if called and rule.beside is None and called[0]["content"]:
+        return "does not render the text beside the tool calls of turn 2 (assistant)"
+    if kind == "parallel tool calls" and rule.between_calls is None:
+        return (
+            "single tool-calls" if family.startswith("llama") else "does not render tool call 2 of turn 2 (assistant)"
+        )
+    if kind == "system turn" and rule.system:
+        return rule.system
+    if kind in ("two user turns", "assistant first") and "alternate" in source_of(family):
+        return "alternate"
+    return ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_is_what_a_model_of_the_family_generates(family: str) -> None:
+    rule, tokenizer = rule_of(family), tokenizer_of(family)
+    wrong = []
+    for kind, found in encoded_kinds(family).items():
+        if reason := reason_for_rejection(family, rule, kind, kind in WITH_TOOLS):
+            if reason not in found.rejected:
+                wrong.append(f"{kind}: not rejected by {reason!r} but {found.rejected!r}")
+            continue
+        texts = [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
+        if found.rejected or texts != expected(rule, KINDS[kind]):
+            wrong.append(f"{kind}: {found.rejected or texts} instead of {expected(rule, KINDS[kind])}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_begins_with_the_tokens_that_are_masked_in_training(family: str) -> None:
+    """But for families whose generation prompt opens a thinking block (or an empty one) that the row has not."""
+    rule, tokenizer = rule_of(family), tokenizer_of(family)
+    answered = {
+        kind: found
+        for kind, found in encoded_kinds(family).items()
+        if found.spans and KINDS[kind][-1]["role"] == "assistant" and KINDS[kind][-1]["content"]
+    }
+    prompts = encode_prompts([as_prompt(row_of(kind)) for kind in answered], tokenizer)
+    wrong = []
+    for (kind, found), prompt in zip(answered.items(), prompts, strict=True):
+        if rule.reopens_turn and KINDS[kind][-2]["role"] == "tool":
+            continue
+        masked = found.ids[: found.response[0]]
+        if rule.opens_thinking and masked[: len(prompt.ids)] != prompt.ids:
+            opening = tokenizer.decode(masked[-8:] + found.ids[found.response[0] :])
+            text = tokenizer.decode(prompt.ids)
+            # What both have in common ends where the prompt opens the block.
+            if not re.search(r"<think>\n(\n</think>\n\n)?$", text):
+                wrong.append(f"{kind}: {text!r} is not the beginning of {opening!r}")
+        elif (
+            tokenizer.decode(masked)
+            not in (
+                tokenizer.decode(prompt.ids),
+                tokenizer.decode(prompt.ids) + rule.empty_thinking,
+            )
+            or masked[: len(prompt.ids)] != prompt.ids
+        ):
+            wrong.append(f"{kind}: {tokenizer.decode(masked)!r} instead of {tokenizer.decode(prompt.ids)!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_and_masked_tokens_together_are_the_rendered_conversation(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    for kind, found in encoded_kinds(family).items():
+        if not found.rejected:
+            assert tokenizer.decode(found.ids) == rendered(row_of(kind), tokenizer), kind
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_a_question_are_ordinary_text_and_no_turn_ends_within_a_response(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    added = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    turns = KINDS["special tokens in the texts"]
+    plain = [{**turn, "content": turn["content"].replace(HOSTILE, "it")} for turn in turns]
+    (harmless,) = encode_whole([{"messages": plain}], tokenizer, Encoding(10**6))
+    found = encoded_kinds(family)["special tokens in the texts"]
+
+    def controls(item: Encoded, begin: int, end: int) -> list[int]:
+        return [token for token in item.ids[begin:end] if token in added]
+
+    (start, end), (begin, _) = found.response, harmless.response
+    assert controls(found, 0, start) == controls(harmless, 0, begin)
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in chat_template_of(tokenizer).profile.end_tokens}
+    assert ends.isdisjoint(found.ids[start : end - 1])
+    assert found.escaped_tokens > 0

@@ -1,0 +1,354 @@
+"""Mistakes in an augment stage are told at their line, above all that held-out rows could get into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiments import LoadText
+
+from tunery.errors import SpecError, SpecErrors
+from tunery.events.event_reducer import RunState, replay
+from tunery.events.stage_summary import outcome
+from tunery.pipeline.validate import validate
+from tunery.pipeline.validate_augment import _shared
+from tunery.reporting.report import report_html
+from tunery.reporting.wandb_values import flatten
+from tunery.spec import Dataset
+from tunery.spec.graph import lineage
+from tunery.store import Store
+
+GOOD = """\
+name: x
+seed: 1
+stages:
+  texts: {kind: dataset, source: texts.jsonl}
+  asked: {kind: dataset, source: asked.jsonl}
+  other: {kind: dataset, source: copy.jsonl}
+  train: {kind: dataset, source: pairs.jsonl, split: train}
+  val: {kind: dataset, source: pairs.jsonl, split: validation}
+  held: {kind: dataset, source: pairs.jsonl, split: test}
+  prompts:
+    kind: augment
+    data: train
+    templates:
+      - "{question}"
+      - "Briefly: {question}"
+    few_shot: {shots: [0, 2]}
+    heldout: [val]
+  worded: {kind: augment, data: held, templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}}
+  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
+  sft: {kind: sft, data: prompts, model: base, epochs: 1, learning_rate: 1e-3, eval_data: val}
+  eval: {kind: evaluate, models: [sft], data: {held: held, worded: worded}}
+"""
+TEMPLATE, FEW_SHOT, HELDOUT, WORDED, SFT = 15, 16, 17, 18, 20
+"""Lines."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    (tmp_path / "copy.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    return tmp_path
+
+
+def errors(load_text: LoadText, folder: Path, *replacements: tuple[str, str]) -> list[SpecError]:
+    text = GOOD
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the good file"
+        text = text.replace(old, new)
+    try:
+        experiment, source = load_text(text)
+        validate(experiment, source, Store(folder / "store"), 2, 1)
+    except SpecErrors as caught:
+        return caught.errors
+    return []
+
+
+def test_splits_that_do_not_overlap_need_no_naming(load_text: LoadText, folder: Path) -> None:
+    assert errors(load_text, folder) == []
+    assert errors(load_text, folder, ("    heldout: [val]\n", "")) == []
+
+
+# What is edited, line of the error, what it says.
+FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
+    "the same file without splits": (
+        [("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")],
+        HELDOUT,
+        ["`eval.data.held` measures on can get into `prompts`, from `train`", "`pairs.jsonl` (split test and all)"],
+    ),
+    "prompts of a win rate": (
+        [
+            (
+                "data: {held: held, worded: worded}}\n",
+                "data: {worded: worded}}\n"
+                "  wins: {kind: win_rate, models: [sft], baseline: base, judge: {pretrained: org/name}, data: held}\n",
+            ),
+            (
+                "train: {kind: dataset, source: pairs.jsonl, split: train}",
+                "train: {kind: dataset, source: pairs.jsonl}",
+            ),
+        ],
+        HELDOUT,
+        ["`wins.data` measures on can get into `prompts`, from `train`"],
+    ),
+    "rows of a larger holdout": (
+        [("split: test}", "split: test, eval_fraction: 0.2}")],
+        HELDOUT,
+        ["(split test and train)", "name `held` in `prompts.heldout`, or give them splits that don't overlap"],
+    ),
+    "a file within a folder": (
+        [
+            (
+                "train: {kind: dataset, source: pairs.jsonl, split: train}",
+                "train: {kind: dataset, source: 'p*s.jsonl'}",
+            ),
+            ("data: train\n", "data: train\n    seed: 3\n"),
+        ],
+        HELDOUT + 1,
+        ["`eval.data.held`"],
+    ),
+    "rows that a training measures on": (
+        [("    heldout: [val]\n", ""), ("split: validation", "split: train")],
+        10,
+        ["`sft.eval_data` measures on", "name `val` in `prompts.heldout`"],
+    ),
+    "rows behind a score and a selection": (
+        [
+            ("  base:", "  best: {kind: select, data: val, keep: {random: {top_k: 9}}}\n  base:"),
+            ("eval_data: val", "eval_data: best"),
+            ("    heldout: [val]\n", "    heldout: [held]\n"),
+            ("split: validation", "split: all"),
+        ],
+        HELDOUT,
+        ["name `best` in `prompts.heldout`"],
+    ),
+    "another subset of a builtin corpus": (
+        [
+            ("source: pairs.jsonl, split: train", "source: 'builtin:python-docs', subset: questions"),
+            ("source: pairs.jsonl, split: test", "source: 'builtin:python-docs', subset: preferences, split: test"),
+        ],
+        HELDOUT,
+        ["both read `builtin:python-docs/questions` (split test and all)"],
+    ),
+    "examples from held-out rows": (
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: [0, 2], examples: held}")],
+        FEW_SHOT,
+        ["can get into `prompts`, from `held`", "name `held` in `prompts.heldout`"],
+    ),
+    "examples of prompts to measure on from those": (
+        [("few_shot: {shots: 1, examples: other}", "few_shot: {shots: 1}")],
+        WORDED,
+        ["can get into `worded`, from `held`", "name other rows in `few_shot.examples`"],
+    ),
+    "a loss on the very rows": (
+        [("data: {held: held, worded: worded}", "data: {train: prompts}")],
+        HELDOUT,
+        ["`eval.data.train` measures on can get into `prompts`", "measure on rows that it does not make"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_rows_that_are_measured_on_must_be_named_in_heldout(case: str, load_text: LoadText, folder: Path) -> None:
+    replacements, line, words = FORGOTTEN[case]
+    (error,) = errors(load_text, folder, *replacements)
+    assert (error.file, error.line) == (str(folder / "exp.yaml"), line)
+    for word in words:
+        assert word in str(error)
+
+
+HUB = {"source": "hub:org/name"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ({"source": "pairs.jsonl"}, {"source": "./link.jsonl"}, True),
+        ({"source": ["copy.jsonl", "pairs.jsonl"]}, {"source": "p*.jsonl"}, True),
+        ({"source": "pairs.jsonl"}, {"source": "copy.jsonl"}, False),
+        (HUB, {**HUB, "hub_split": "train", "revision": "v1"}, True),
+        ({**HUB, "hub_split": "train"}, {**HUB, "hub_split": "test"}, False),
+        ({**HUB, "config": "a"}, {**HUB, "config": "b"}, False),
+        (HUB, {"source": "pairs.jsonl"}, False),
+        ({"source": "pairs.jsonl", "split": "train"}, {"source": "pairs.jsonl", "split": "test"}, False),
+        (
+            {"source": "pairs.jsonl", "split": "train"},
+            {"source": "pairs.jsonl", "split": "test", "eval_fraction": 0.2},
+            True,
+        ),
+        (
+            {"source": "pairs.jsonl", "split": "test", "eval_fraction": 0.3},
+            {"source": "pairs.jsonl", "split": "train"},
+            True,
+        ),
+        (
+            {"source": "pairs.jsonl", "split": "train", "eval_fraction": 0.3},
+            {"source": "pairs.jsonl", "split": "test"},
+            False,
+        ),
+        ({"source": "pairs.jsonl", "split": "test"}, {"source": "pairs.jsonl", "split": "validation"}, False),
+    ],
+)
+def test_datasets_share_rows_by_what_they_read_and_by_their_splits(
+    one: dict[str, Any], other: dict[str, Any], shared: bool, folder: Path
+) -> None:
+    (folder / "link.jsonl").symlink_to(folder / "pairs.jsonl")
+    datasets = [Dataset.model_validate_json(json.dumps({"kind": "dataset", **fields})) for fields in (one, other)]
+    assert bool(_shared(datasets[0], datasets[1], folder)) == shared
+    assert bool(_shared(datasets[1], datasets[0], folder)) == shared
+
+
+def test_a_search_may_not_make_splits_overlap(load_text: LoadText, folder: Path) -> None:
+    search = "search:\n  metric: sft.eval_loss\n  mode: min\n  trials: 1\n  space:\n    val.split: {choice: [%s]}\n"
+    end = ("worded: worded}}\n", "worded: worded}}\n" + search)
+    forgotten = ("    heldout: [val]\n", "")
+    assert errors(load_text, folder, forgotten, (end[0], end[1] % "validation, test")) == []
+    (error,) = errors(load_text, folder, forgotten, (end[0], end[1] % "validation, all"))
+    assert "a trial can't work: rows that `sft.eval_data` measures on can get into `prompts`" in error.message
+
+
+def test_naming_a_stage_covers_what_is_made_of_it(load_text: LoadText, folder: Path) -> None:
+    whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")
+    assert len(errors(load_text, folder, whole)) == 1
+    # `worded` goes back to `held`.
+    assert errors(load_text, folder, whole, ("heldout: [val]", "heldout: [val, held]")) == []
+
+
+def test_a_review_may_bring_back_what_its_filter_dropped(load_text: LoadText, folder: Path) -> None:
+    reviewed = (
+        "  base:",
+        "  few: {kind: select, data: val, keep: {random: {top_k: 9}}}\n"
+        "  seen: {kind: review, data: few, decisions: seen.jsonl}\n  base:",
+    )
+    rest = [reviewed, ("eval_data: val", "eval_data: seen"), ("split: validation", "split: all")]
+    (error,) = errors(load_text, folder, *rest, ("heldout: [val]", "heldout: [few, held]"))
+    assert "name `seen` in `prompts.heldout`" in error.remedy
+    assert errors(load_text, folder, *rest, ("heldout: [val]", "heldout: [seen, held]")) == []
+
+
+def test_another_file_is_taken_for_other_rows(load_text: LoadText, folder: Path) -> None:
+    whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: copy.jsonl}")
+    assert errors(load_text, folder, whole) == []
+
+
+# What is edited, line of the error, what it says.
+MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
+    "template without the question": ([('"Briefly: {question}"', '"Briefly."')], TEMPLATE, ["it lacks {question}"]),
+    "template with an unknown name": (
+        [("Briefly: {question}", "{questoin}: {question}")],
+        TEMPLATE,
+        ["it names {questoin}, and there is only {question}"],
+    ),
+    "template with an attribute": ([("Briefly: {question}", "{question.x}")], TEMPLATE, ["it names {question.x}"]),
+    "template with a format": ([("Briefly: {question}", "{question:>9}")], TEMPLATE, ["only the name may stand"]),
+    "template with an open brace": ([("Briefly: {question}", "{question} {")], TEMPLATE, ["written twice, {{ or }}"]),
+    "template twice": ([("Briefly: {question}", "{question}")], 13, ["'{question}' stands in it twice"]),
+    "example without its answer": (
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 1, example: '{question}'}")],
+        FEW_SHOT,
+        ["it lacks {answer}"],
+    ),
+    "example with its answer first": (
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 1, example: '{answer} {question}'}")],
+        FEW_SHOT,
+        ["{answer} should stand in it once, behind {question}"],
+    ),
+    "range that runs down": ([("[0, 2]", "[2, 0]")], FEW_SHOT, ["the range ends (0) before it begins (2)"]),
+    "range of one": ([("[0, 2]", "[2]")], FEW_SHOT, ["`stages.prompts.few_shot.shots` can't be [2]"]),
+    "more copies than can differ": (
+        [("few_shot: {shots: [0, 2]}", "copies: 3")],
+        10,
+        ["3 copies can't all differ by 2 of `templates` and no examples"],
+    ),
+    "nothing to change": (
+        [('templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}', "copies: 1")],
+        WORDED,
+        ["it changes nothing"],
+    ),
+    "texts": (
+        [("data: held, templates", "data: texts, templates")],
+        WORDED,
+        ["`worded.data` needs conversations or prompts, but `texts.jsonl` holds texts"],
+    ),
+    "prompts as examples": (
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: asked}")],
+        FEW_SHOT,
+        ["`prompts.few_shot` needs examples with answers, but `asked.jsonl` holds prompts"],
+    ),
+    "examples that are a model": (
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: base}")],
+        FEW_SHOT,
+        ["`prompts.few_shot.examples` needs rows", "a pretrain stage gives a model"],
+    ),
+    "held-out stage that isn't there": (
+        [("heldout: [val]", "heldout: [vla]")],
+        HELDOUT,
+        ["`prompts.heldout.0` refers to stage `vla`", "did you mean `val`?"],
+    ),
+    "sft on augmented prompts": (
+        [("    data: train\n", "    data: asked\n"), ("few_shot: {shots: [0, 2]}", "copies: 2")],
+        SFT,
+        ["`sft.data` needs conversations with answers, but `asked.jsonl` holds prompts"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_told_at_its_line(mistake: str, load_text: LoadText, folder: Path) -> None:
+    replacements, line, words = MISTAKES[mistake]
+    (error,) = errors(load_text, folder, *replacements)
+    assert error.line == line
+    for word in words:
+        assert word in str(error)
+
+
+def test_a_lineage_goes_back_to_the_dataset(load_text: LoadText, folder: Path) -> None:
+    experiment, _ = load_text(GOOD)
+    assert lineage(experiment.stages, "worded") == ("worded", "held")
+    assert lineage(experiment.stages, "held") == ("held",)
+
+
+# The report.
+
+HOSTILE = '<script>alert("x")</script>'
+FACTS: dict[str, Any] = {
+    "rows": 190,
+    "rows_in": 100,
+    "heldout": 4,
+    "repeated": 2,
+    "unchanged": {"no question": 1},
+    "templates": [{"template": "{question}", "variants": 94}, {"template": HOSTILE + "{question}", "variants": 95}],
+    "answers": {"direct": 90, "reasoned": 99},
+    "shots": {"0": 80, "2": 109},
+    "fewer_examples": {"several turns": 7},
+    "samples": {"rows": [{"before": HOSTILE, "after": f"user: {HOSTILE}\n\nassistant: 4"}]},
+}
+
+
+def state(facts: dict[str, Any]) -> RunState:
+    stages = [{"name": "prompts", "kind": "augment", "inputs": []}]
+    return replay(
+        [
+            {"t": 1.0, "event": "run_started", "run": "x", "stages": stages},
+            {"t": 2.0, "event": "stage_finished", "stage": "prompts", "kind": "augment", "facts": facts},
+        ]
+    )
+
+
+def test_the_report_shows_rows_before_and_after_and_escapes_them() -> None:
+    page = report_html(state(FACTS))
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert") == 4, "two in the sample, a template here and among the facts"
+    for words in ("7 have fewer: several turns", "4 rows are held out", "1 rows came out as they were: no question"):
+        assert words in page
+    assert outcome(state(FACTS).stages["prompts"]) == "190 rows of 100, 4 held out"
+    assert "Augmented rows" not in report_html(state({"rows": 3}))
+
+
+def test_texts_of_augmented_rows_are_not_uploaded() -> None:
+    assert "alert" not in str(flatten({"samples": FACTS["samples"]}))

@@ -1,0 +1,88 @@
+"""What `validate` and `plan` say of the first rows: estimates, refusals, and what a generation prompt opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiments import LoadText
+from template_tokenizers import tokenizer_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunery.errors import SpecErrors
+from tunery.pipeline.validate import validate
+from tunery.pipeline.validate_templates import template_notes
+from tunery.store import Store
+
+SYSTEM = {"role": "system", "content": "be brief"}
+QUESTION = {"role": "user", "content": "where"}
+ANSWER = {"role": "assistant", "content": "in Paris"}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(template: str, rows: list[list[dict[str, Any]]], fields: str = "") -> str:
+        tokenizer = tokenizer_of(template)
+        folder = tmp_path / "model"
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        return (
+            "name: x\nseed: 1\nstages:\n  rows: {kind: dataset, source: rows.jsonl}\n"
+            "  sft: {kind: sft, data: rows, model: {pretrained: ./model}, epochs: 1, learning_rate: 1e-4, "
+            f"max_length: 64{fields}}}\n"
+        )
+
+    return write
+
+
+def notes(load_text: LoadText, text: str, folder: Path) -> dict[str, str]:
+    experiment, source = load_text(text)
+    validate(experiment, source, Store(folder / "store"), 1, 1)
+    return template_notes(experiment, folder)
+
+
+def test_rows_that_the_template_refuses_are_estimated(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    text = write("gemma", [[SYSTEM, QUESTION, ANSWER], [QUESTION, ANSWER]])
+    assert notes(load_text, text, tmp_path) == {
+        "sft": "of the first 2 rows: 50% unusable (1 x the chat template fails: System role not supported), "
+        "more than max_unusable (0.1): the stage would fail"
+    }
+
+
+def test_rows_that_are_used_whole_are_not_mentioned(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    assert notes(load_text, write("qwen3", [[QUESTION, ANSWER]]), tmp_path) == {}
+
+
+def test_template_that_refuses_every_row_is_an_error(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    with pytest.raises(SpecErrors) as wrong:
+        notes(load_text, write("gemma", [[SYSTEM, QUESTION, ANSWER]]), tmp_path)
+    assert "none of the 1 rows of `rows` can be used with `./model`" in str(wrong.value)
+    assert "1 row: the chat template fails: System role not supported" in str(wrong.value)
+
+
+def test_rows_that_are_too_long_are_not_blamed_on_the_template(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    text = write("qwen3", [[QUESTION, {**ANSWER, "content": "in Paris " * 80}]], ", truncate: drop")
+    with pytest.raises(SpecErrors) as wrong:
+        notes(load_text, text, tmp_path)
+    assert "longer than max_length (64 tokens)" in str(wrong.value)
+    assert "raise max_length (now 64)" in str(wrong.value)
+
+
+def test_generation_prompt_that_opens_thinking_is_noted_for_rows_without_it(
+    load_text: LoadText, write: Any, tmp_path: Path
+) -> None:
+    plain = notes(load_text, write("deepseek_r1_distill", [[QUESTION, ANSWER]]), tmp_path)
+    assert "which rows without reasoning are trained without" in plain["sft"]
+    reasoned = [[QUESTION, {**ANSWER, "reasoning_content": "because"}]]
+    assert notes(load_text, write("deepseek_r1_distill", reasoned), tmp_path) == {}

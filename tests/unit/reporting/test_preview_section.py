@@ -1,0 +1,104 @@
+"""Rows as the model sees them, in the report: from the events that trainings log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from html_page import Page
+from sample_run import Event, sample_events
+
+from tunery.events.event_reducer import replay
+from tunery.reporting.preview_section import visible
+from tunery.reporting.report import report_html
+
+STAGE = "sft"
+
+
+def record(*segments: list[Any], **values: Any) -> dict[str, Any]:
+    sequence = {
+        "label": "",
+        "num_tokens": 12,
+        "num_trained": 4,
+        "max_length": 99,
+        "blocks": False,
+        "truncated": True,
+        "cut_tokens": 7,
+        "reason": "",
+        "notes": ["a note"],
+        "segments": list(segments),
+    }
+    return {"id": "0f", "source": "a.jsonl", "line": 3, "reason": "", "sequences": [{**sequence, **values}]}
+
+
+def events_with(*records: dict[str, Any]) -> list[Event]:
+    events = sample_events()
+    started = next(
+        index
+        for index, event in enumerate(events)
+        if event["event"] == "stage_started" and event.get("stage") == STAGE and not event.get("trial")
+    )
+    told = {"event": "preview", "stage": STAGE, "template": "a response ends with <|end|>", "records": list(records)}
+    return [*events[: started + 1], {"t": events[started]["t"] + 0.001, **told}, *events[started + 1 :]]
+
+
+def section(events: list[Event]) -> str:
+    html = report_html(replay(events))
+    start = html.find('<section id="previews">')
+    return html[start : html.index("</section>", start)] if start >= 0 else ""
+
+
+def test_report_shows_what_is_trained_masked_special_and_cut_off() -> None:
+    html = section(
+        events_with(
+            record(["masked", "Capital?", 0], ["trained", "Paris.", 0], ["trained", "<|end|>", 1], ["cut", "More", 0])
+        )
+    )
+    for part in (
+        '<span class="masked">Capital?</span>',
+        '<span class="trained">Paris.</span>',
+        '<span class="trained special">&lt;|end|&gt;</span>',
+        '<span class="cut">More</span>',
+        "a.jsonl:3 12 of at most 99 tokens, 4 trained; truncated, 7 tokens cut off; a note",
+        "Chat template: a response ends with &lt;|end|&gt;",
+    ):
+        assert part in html
+
+
+def test_report_stays_whole_with_what_users_wrote() -> None:
+    html = report_html(replay(events_with(record(["masked", "</span><script>alert(1)</script>\x1b", 0]))))
+    assert "<script>alert" not in html
+    assert "\x1b" not in html
+    assert Page(html).open == []
+
+
+def test_row_that_is_not_used_says_why() -> None:
+    assert "not used: System role not supported" in section(
+        events_with(record(num_tokens=0, reason="System role not supported"))
+    )
+
+
+def test_report_without_previews_has_no_such_section() -> None:
+    assert section(sample_events()) == ""
+
+
+def test_entries_of_an_unknown_form_are_left_out() -> None:
+    assert section(events_with({"sequences": [{"segments": ["odd", ["trained"], ["odd", "x", 0]]}]}))
+    assert section(events_with({"sequences": "odd"}))
+
+
+def test_preview_of_a_stage_that_is_reused_is_kept() -> None:
+    events = events_with(record(["trained", "Paris.", 0]))
+    again = next(event for event in events if event["event"] == "run_started")
+    later = max(event["t"] for event in events) + 1
+    assert "Paris." in section([*events, {**again, "t": later}])
+
+
+def test_preview_of_another_artifact_is_dropped() -> None:
+    events = events_with(record(["trained", "Paris.", 0]))
+    later = max(event["t"] for event in events) + 1
+    started = {"event": "stage_started", "stage": STAGE, "kind": "sft", "fingerprint": "another", "t": later}
+    assert section([*events, started]) == ""
+
+
+def test_characters_that_would_act_on_a_screen_become_signs() -> None:
+    assert visible("a\x1b\r\t\n\x7f\x9b\u202eb👨‍👩") == "a␛␍⇥\t⏎\n␡<U+009B><U+202E>b👨‍👩"

@@ -1,0 +1,147 @@
+"""The figures of a search in the report."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from html_page import Page
+from sample_search import FORGETTING, LOSS, WARMUP, event, searched_events
+
+from tunery.events.event_reducer import replay
+from tunery.events.run_state import SearchState
+from tunery.reporting import search_report
+from tunery.reporting.charts import Axis, Dot
+from tunery.reporting.parallel_coordinates import Line, parallel_chart
+from tunery.reporting.pareto import pareto_chart
+from tunery.reporting.report import report_html
+
+
+def search_of(events: list[dict[str, Any]]) -> SearchState:
+    search = replay(events).search
+    assert search is not None
+    return search
+
+
+def lines_of(svg: str, css: str) -> list[str]:
+    return re.findall(rf'<path d="([^"]+)" class="{css}"', svg)
+
+
+def test_every_trial_is_a_line_and_the_best_one_lies_over_them() -> None:
+    figure = search_report.parallel(search_of(searched_events()))
+    assert figure is not None
+    assert len(lines_of(figure.svg, "curve quiet")) == 15
+    assert len(lines_of(figure.svg, "curve best c1")) == 1
+    assert figure.svg.index("curve best") > figure.svg.rindex("curve quiet")
+    assert [
+        said
+        for said in ("learning_rate (log)", "schedule", "warmup", "keep_fraction", "eval_loss")
+        if said in figure.svg
+    ]
+
+
+def test_line_of_a_trial_without_a_field_is_interrupted_there() -> None:
+    figure = search_report.parallel(search_of(searched_events()))
+    assert figure is not None
+    pieces = [drawn.count("M") for drawn in lines_of(figure.svg, "curve quiet")]
+    search = search_of(searched_events())
+    without = sum(WARMUP not in trial.overrides for trial in search.own)
+    assert pieces.count(2) == without == 8
+    assert "interrupted" in figure.note
+
+
+def test_value_between_two_gaps_is_a_dot() -> None:
+    axes = [Axis(name, categories=["a", "b"]) for name in "xyz"]
+    drawn = parallel_chart(axes, [Line([None, "b", None], "quiet", ""), Line(["a", "a", "b"], "quiet", "")])
+    assert drawn.count('class="dot-quiet"') == 1
+
+
+def test_values_stand_on_their_axis_at_their_place() -> None:
+    axes = [Axis("a", log=True), Axis("b", categories=["x", "y"])]
+    lines = [Line([value, "x"], "quiet", "") for value in (1.0, 10.0, 100.0)]
+    starts = [float(drawn.split("L")[0].split()[1]) for drawn in lines_of(parallel_chart(axes, lines), "curve quiet")]
+    assert starts[0] - starts[1] == pytest.approx(starts[1] - starts[2], abs=0.2)
+    assert starts[0] > starts[2]
+
+
+def test_one_field_or_one_trial_is_no_parallel_coordinates() -> None:
+    assert (
+        search_report.parallel(search_of([event("search_started", 0, metric="m", space={"a.b": "", "a.c": ""})]))
+        is None
+    )
+    assert parallel_chart([Axis("a")], [Line([1.0], "quiet", "")]) == ""
+
+
+def test_front_is_marked_and_joined_by_steps_that_no_trial_lies_beyond() -> None:
+    dots = [Dot(1.0, 3.0, "", "best front"), Dot(2.0, 1.0, "", "done front"), Dot(2.5, 3.5, "", "done")]
+
+    def corner(higher: bool) -> tuple[float, float]:
+        (drawn,) = lines_of(pareto_chart(dots, ("x", "y"), higher=higher), "front-line")
+        first, middle, last = (tuple(map(float, point.split())) for point in drawn[1:].split("L"))
+        assert first != last
+        return (middle[0] - first[0], middle[1] - first[1])
+
+    assert corner(higher=False)[1] == 0, "where less is better: first right, then down"
+    assert corner(higher=True)[0] == 0
+    assert lines_of(pareto_chart(dots, ("x", "y"), joined=False), "front-line") == []
+
+
+def test_pareto_chart_shows_front_and_broken_constraints() -> None:
+    figure = search_report.pareto(search_of(searched_events()))
+    assert figure is not None
+    assert figure.svg.count(' front" data-tip') == 2
+    assert figure.svg.count('class="trial broken"') == sum(
+        not trial.feasible for trial in search_of(searched_events()).own
+    )
+    assert ("broken-dot", "breaks forgetting ≤ 0.1") in figure.keys
+    one = [{**told, "also": []} if told["event"] == "search_started" else told for told in searched_events()]
+    assert search_report.pareto(search_of(one)) is None
+
+
+def test_importance_is_drawn_for_each_metric_and_says_when_there_are_too_few_trials() -> None:
+    figures = search_report.importance(search_of(searched_events()))
+    assert [figure.title for figure in figures] == ["what eval_loss depends on", "what forgetting depends on"]
+    assert "by-chance" in figures[0].svg
+    (few,) = search_report.importance(search_of(searched_events(6)))
+    assert (few.svg, "too few" in few.note) == ("", True)
+
+
+def test_report_of_a_search_is_whole_with_any_part_missing() -> None:
+    events = searched_events()
+    keys = {key for one in events for key in one if key not in ("t", "event", "trial", "stage")}
+    for key in sorted(keys):
+        for wrong in (None, "word", 3, [1], {"a": [None]}):
+            changed = [{**one, key: wrong} if key in one else one for one in events]
+            assert Page(report_html(replay(changed))).open == [], (key, wrong)
+
+
+def test_what_users_wrote_is_escaped_in_all_charts() -> None:
+    evil = "<script>x</script>\"'&"
+    events = searched_events()
+    for one in events:
+        if "overrides" in one:
+            one["overrides"] = {f"{evil}.{path}": f"{evil}{value}" for path, value in one["overrides"].items()}
+        if "values" in one:
+            one["values"] = {f"{name}{evil}": value for name, value in one["values"].items()}
+        if one["event"] == "search_started":
+            one.update(metric=LOSS + evil, metrics=[LOSS + evil, FORGETTING + evil], space={})
+            one["also"] = [{"metric": FORGETTING + evil, "mode": "min"}]
+            one["constraints"] = [{"metric": FORGETTING + evil, "max": 0.1}]
+        if one["event"] == "search_finished":
+            one.update(ended_by=evil, ties=[evil], front=["t00", evil])
+    html = report_html(replay(events))
+    assert "<script>x" not in html
+    page = Page(html)
+    assert (page.scripts, page.open) == (1, [])
+    for drawn in ("curve best c1", 'class="trial best front"', "bar by-chance"):
+        assert drawn in html
+
+
+def test_field_that_no_trial_has_yet_has_no_axis() -> None:
+    events = searched_events()
+    for one in events:
+        one.get("overrides", {}).pop(WARMUP, None)
+    figure = search_report.parallel(search_of(events))
+    assert figure is not None
+    assert ">warmup<" not in figure.svg

@@ -1,0 +1,257 @@
+"""The tables that a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments import LoadText
+from sample_run import GRPO_FACTS, PPO_FACTS
+
+from tunery.reporting.summary_tables import diversity_table, loss_table, policy_table, results, search_table, win_table
+from tunery.search.journal import JournalRecord, TrialStart
+from tunery.search.outcome import facts_of
+from tunery.store import Artifact
+
+TEXT = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  scored: {kind: score, data: rows, by: [{embedding: {pretrained: org/name}}, {length: words}]}
+  long: {kind: select, data: scored, keep: {length: {top_k: 9}}}
+  spread: {kind: select, data: scored, diverse: {by: embedding, method: k_center, rows: 9}}
+"""
+
+
+def made(**diverse: Any) -> dict[str, Artifact]:
+    told = {"rows": {}, "scored": {}, "long": {}, "spread": {"diverse": diverse}}
+    return {name: Artifact(Path(name), {"facts": facts}, {}) for name, facts in told.items()}
+
+
+def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: LoadText) -> None:
+    experiment, _ = load_text(TEXT)
+    told = {
+        "method": "k_center",
+        "kept": 9,
+        "wanted": 9,
+        "candidates": 1200,
+        "cover": {"radius": 0.3, "similarity": 0.98},
+        "random": {"radius": 0.5, "similarity": 0.97},
+    }
+    table = diversity_table(experiment, made(**told))
+    assert table is not None
+    assert table["rows"] == [
+        ["spread (k_center)", "9 of 1,200", 0.3, 0.98],
+        ["as many at random", "9 of 1,200", 0.5, 0.97],
+    ]
+    assert len(table["notes"]) == 1
+    score_first = {"method": "score_first", "similarity": 0.9, "by_chance": {"median": 0.82, "high": 0.94}}
+    table = diversity_table(experiment, made(**{**told, "wanted": 20, **score_first}))
+    assert table is not None
+    assert table["notes"][0] == (
+        "spread: 20 rows were asked for, all others are more similar to a kept one than 0.9 "
+        "(two rows have 0.82 by chance)"
+    )
+
+
+def test_without_a_diverse_choice_there_is_no_table(load_text: LoadText) -> None:
+    experiment, _ = load_text(TEXT.replace("  spread:", "  # spread:"))
+    assert diversity_table(experiment, made()) is None
+
+
+POLICIES = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
+  ppo: {kind: ppo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3, eval_data: rows}
+  grpo: {kind: grpo, data: rows, model: base, reward: {python: r.py}, epochs: 1, learning_rate: 1e-3}
+  eval: {kind: evaluate, models: [base, ppo], data: {heldout: rows}}
+"""
+
+
+def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
+    told = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
+    measured = ("weights_bytes", "weights_bytes_separate")
+    return {
+        name: Artifact(
+            Path(name),
+            {"facts": {key: value for key, value in facts.items() if key not in measured}, "kind": name},
+            {key: value for key, value in facts.items() if key in measured},
+        )
+        for name, facts in {**told, **more}.items()
+    }
+
+
+def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies())
+    assert table is not None
+    assert table["title"] == "Rewards"
+    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    assert table["rows"] == [
+        ["ppo", 0.96875, 4.609375, 11.92, 0.8125, "1,024", "32"],
+        ["grpo", None, 3.75, 0.125, 0.75, None, "20"],
+    ]
+    assert table["notes"] == [
+        "ppo: models on one base: 14.3 MiB of weights instead of 48.8 MiB",
+        "grpo: rewards of its own first and last steps; with `eval_data` they would be held out",
+        "KL: from the first model, in nats an answer (ppo), a token (grpo)",
+    ]
+
+
+def test_policy_with_weights_of_its_own_saved_none(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    table = policy_table(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
+    assert table is not None
+    assert not any("one base" in note for note in table["notes"])
+
+
+def test_without_policies_there_is_no_table_of_rewards(load_text: LoadText) -> None:
+    experiment, _ = load_text(TEXT)
+    assert policy_table(experiment, made()) is None
+
+
+def test_other_programs_are_told_the_first_that_a_training_measures(load_text: LoadText) -> None:
+    experiment, _ = load_text(POLICIES)
+    assert results(experiment, policies()) == {"base": 2.5, "ppo": 4.609375, "grpo": None, "eval": [1]}
+
+
+MEASURED = """\
+name: x
+seed: 1
+stages:
+  rows: {kind: dataset, source: a.jsonl}
+  base: {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 2, learning_rate: 2e-3}
+  sft: {kind: sft, data: rows, model: base, epochs: 1, learning_rate: 1e-5}
+  eval: {kind: evaluate, models: [base, sft], data: {held: rows}, baseline: base}
+  wins: {kind: win_rate, models: [sft], baseline: base, judge: {python: reward.py}, data: rows}
+"""
+SEARCHED = """\
+search: {metric: wins.sft.rows.win_rate, mode: max, trials: 2, space: {sft.epochs: {choice: [1, 2]}}}
+"""
+
+
+def won(rate: float, too_long: int = 0) -> Artifact:
+    result = {
+        "model": "sft",
+        "set": "rows",
+        "win_rate": rate,
+        "interval": [rate - 0.1, rate + 0.1],
+        "reward": 1.5,
+        "response_length": 20.5,
+        "eos_rate": 1.0,
+        "baseline": {"model": "base", "reward": 0.5, "response_length": 10.0, "eos_rate": 1.0},
+        "rows": 90,
+        "left_out": {"too_long": too_long, "unusable": 0},
+    }
+    return Artifact(Path("wins"), {"facts": {"results": [result]}}, {})
+
+
+def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
+    results = [
+        {"model": model, "set": "held", "loss": loss, "perplexity": 9.0}
+        | ({} if forgetting is None else {"forgetting": forgetting})
+        for model, loss, forgetting in losses
+    ]
+    trained = {name: Artifact(Path(name), {"facts": {"rows": 9, "steps": 3}}, {}) for name in ("base", "sft")}
+    return {"eval": Artifact(Path("eval"), {"facts": {"results": results}}, {}), **trained}
+
+
+def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = win_table(experiment, {"wins": won(0.6, too_long=10)}, {})
+    assert table is not None
+    assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
+        "model": "sft",
+        "baseline": "base",
+        "prompts": "rows",
+        "judge": "reward.py",
+        "win rate": 0.6,
+        "95% interval": "0.500–0.700",
+        "reward": 1.5,
+        "reward against": 0.5,
+        "tokens an answer": 20.5,
+    }
+    assert table["notes"] == [
+        "wins: sft and base are compared on 90 prompts of rows; 10 are too long for one of them, 0 rows ask nothing"
+    ]
+
+
+def test_best_trials_win_rate_stands_beside_the_files_own(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED + SEARCHED)
+    table = win_table(experiment, {"wins": won(0.6)}, {"wins": won(0.7)})
+    assert table is not None
+    assert [(row[0], row[4]) for row in table["rows"]] == [("sft (best trial)", 0.7), ("sft", 0.6)]
+    assert table["notes"] == []
+
+
+def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> None:
+    experiment, _ = load_text(MEASURED)
+    table = loss_table(experiment, lost(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
+    assert table is not None
+    assert [row[table["columns"].index("forgetting")] for row in table["rows"]] == ["+0.0%", "+12.5%"]
+    table = loss_table(experiment, lost(("base", 2.0, None), ("sft", 2.25, None)), {})
+    assert table is not None
+    assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]
+
+
+SEARCH = """
+name: searched
+seed: 1
+stages:
+  rows: {kind: dataset, source: rows.jsonl}
+  held: {kind: dataset, source: held.jsonl}
+  sft:  {kind: sft, data: rows, model: {pretrained: ./base}, epochs: 1, learning_rate: 1e-3, eval_data: held}
+search:
+  metric: sft.eval_loss
+  mode: min
+  constraints: [{metric: sft.eval_loss, min: 1.0}]
+  trials: 30
+  num_seeds: 3
+  space:
+    sft.learning_rate: {loguniform: [1e-4, 1e-2]}
+    sft.schedule: {choice: [linear, constant]}
+    sft.warmup: {uniform: [0, 0.2], when: {sft.schedule: linear}}
+"""
+
+
+def ended(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
+    overrides = {"sft.learning_rate": value / 1000, "sft.schedule": "constant"}
+    result = {"state": "done", "values": {"sft.eval_loss": value}, "tokens": 900.0, "seconds": 1.0, "error": ""}
+    return JournalRecord(TrialStart(name, 0, overrides, "replicate" if of else "drawn", of), [], {**result, **more})
+
+
+def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(load_text: LoadText) -> None:
+    experiment, _ = load_text(SEARCH)
+    assert experiment.search is not None
+    records = [ended("a", 2.0), ended("b", 2.1), ended("broken", 0.5), ended("c", 3.0, state="stopped")]
+    records += [ended("a2", 2.3, "a"), ended("a3", 2.2, "a"), ended("b2", 2.0, "b"), ended("b3", 2.1, "b")]
+    facts = facts_of(experiment.search, records, "the budget of 1 hours is spent")
+    table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
+    assert table is not None
+    columns = ["trial", "state", "eval loss", "mean of seeds", "seeds", "breaks", "learning rate", "schedule", "tokens"]
+    assert table["columns"] == columns
+    assert [row[0] for row in table["rows"]] == ["b", "a", "broken", "c"]
+    assert table["rows"][0][3:5] == ["2.07 ± 0.19", 3]
+    assert table["rows"][2][5] == "eval loss < 1"
+    assert table["notes"] == [
+        "best: b, eval loss 2.07 ± 0.19 over 3 seeds, with learning_rate=2.1e-3, schedule=constant",
+        "a tie with a: 3 seeds can't tell them apart",
+        "the search ended early: the budget of 1 hours is spent",
+        "4 trials: 3 done, 1 stopped; 4 more with other seeds",
+    ]
+
+
+def test_table_of_a_long_search_has_its_best_trials_and_says_where_the_others_are(load_text: LoadText) -> None:
+    experiment, _ = load_text(SEARCH)
+    assert experiment.search is not None
+    facts = facts_of(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")
+    table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
+    assert table is not None
+    assert [row[0] for row in table["rows"]] == [f"t{number}" for number in range(20)]
+    assert table["notes"][-1] == "30 trials: 30 done; the report has the other 10"
+    assert "by one seed" in table["notes"][0]

@@ -1,0 +1,95 @@
+"""What a plan tells of a search: what trials share, who trains in a pack, and which come to the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiments import LoadText
+
+from tunery.pipeline.compute import Hardware, resolve_compute
+from tunery.search.search_plan import plan_search
+from tunery.spec import Experiment
+from tunery.spec.yaml_source import read_yaml
+from tunery.store import Store
+
+TEXT = """
+name: x
+seed: 17
+stages:
+  docs: {kind: dataset, source: "builtin:python-docs", subset: texts, split: train, limit: 10}
+  base: {kind: pretrain, data: docs, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
+  rows: {kind: dataset, source: "builtin:python-docs", subset: questions, split: train, limit: 10}
+  held: {kind: dataset, source: "builtin:python-docs", subset: questions, split: test, limit: 10}
+  scored: {kind: score, data: rows, by: [{length: words}]}
+  clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}
+  sft:  {kind: sft, data: clean, model: base, epochs: 1, learning_rate: 1e-3, eval_data: held}
+search:
+  metric: sft.eval_loss
+  mode: min
+  trials: 30
+  algorithm: grid
+  space:
+    clean.keep.length.keep_fraction: {choice: [0.5, 0.8]}
+    sft.tuner: {choice: [full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]}
+    sft.epochs: {choice: [1, 1.0, 2]}
+"""
+
+
+def planned(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware | None = None) -> Any:
+    experiment, _ = load_text(text)
+    compute, _ = resolve_compute(experiment.compute, hardware or Hardware(2, 0, "here"))
+    resolved: Experiment = experiment.model_copy(update={"compute": compute})
+    return plan_search(resolved, Store(tmp_path / "store"), tmp_path, 2, "2 CPUs / 1 a trial")
+
+
+def test_what_is_shared_what_differs_and_who_trains_in_a_pack(load_text: LoadText, tmp_path: Path) -> None:
+    plan = planned(TEXT, load_text, tmp_path)
+    assert plan.shared == ["docs", "base", "rows", "held", "scored"]
+    assert plan.own == {"clean": 2, "sft": 2 * 3 * 2}
+    assert (plan.packed, plan.pack, plan.at_once) == (6, 4, 8)
+    assert {why: count for why, count in plan.alone.items() if count} == {
+        "sft: full fine-tuning changes the base that a pack shares": 6,
+        "sft: LoRA's dropout would be drawn for all members together": 6,
+    }
+    assert len(plan.same) == 6, "epochs 1 and 1.0 are one"
+    assert any("unknown" in line for line in plan.lines())
+
+
+ALONE: dict[str, tuple[str, str, str]] = {
+    "switched off": ("search:", "compute: {max_packed_trials: 1}\nsearch:", "sft: compute.max_packed_trials is 1"),
+    "several workers": ("search:", "compute: {workers_per_trial: 2}\nsearch:", "a trial has 2 workers"),
+    "another base each": ("sft.epochs", "base.epochs", "base: a pretrain stage has no packed form, sft has"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "why"), ALONE.values(), ids=ALONE)
+def test_why_trials_train_alone(old: str, new: str, why: str, load_text: LoadText, tmp_path: Path) -> None:
+    text = TEXT.replace("[full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]", "[{lora: {rank: 8}}]")
+    assert planned(text, load_text, tmp_path).alone == {}
+    found = planned(text.replace(old, new, 1), load_text, tmp_path)
+    assert list(found.alone) == [why]
+    assert found.packed == 0
+
+
+def test_the_dimensions_of_the_documentation_are_read(load_text: LoadText) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs/search.md").read_text()
+    example = re.search(r"^space:\n(?:  .*\n)+", page, flags=re.M)
+    assert example is not None
+    space = read_yaml(example[0], "search.md").data["space"]
+    text = TEXT[: TEXT.index("  space:")].replace("algorithm: grid", "algorithm: random")
+    fitting = {path.replace("perplexity", "length"): dimension for path, dimension in space.items()}
+    experiment, _ = load_text(text + f"  space: {fitting}\n".replace("'", '"'))
+    assert experiment.search is not None
+    assert set(experiment.search.space) == set(fitting)
+
+
+@pytest.mark.parametrize(("scheduler", "told"), [("hyperband", True), ("asha", False)])
+def test_an_algorithm_that_learns_nothing_is_told(
+    scheduler: str, told: bool, load_text: LoadText, tmp_path: Path
+) -> None:
+    text = TEXT.replace("algorithm: grid", f"algorithm: tpe\n  scheduler: {scheduler}")
+    lines = planned(text, load_text, tmp_path).lines()
+    assert any("tpe learns nothing: hyperband begins all trials" in line for line in lines) == told

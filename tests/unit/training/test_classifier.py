@@ -1,0 +1,285 @@
+"""The `classifier` stage before it trains: where labels come from, what is refused, and the head it begins with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from experiments import LoadText
+from peft import get_peft_model
+from review_bench import TEXT as TEXT_OF_REVIEW
+from review_bench import questions, review_bench
+from small_classifiers import write_encoder, write_language_model
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+
+from tunery.errors import SpecErrors, TuneryError
+from tunery.events.run_state import StageState
+from tunery.events.stage_summary import outcome
+from tunery.models.adapters import lora_config
+from tunery.models.classify import SequenceClassifier
+from tunery.models.load import (
+    load_classifier,
+    load_own_tokenizer,
+    load_with_new_head,
+    outline_with_head,
+    write_base,
+    write_head,
+)
+from tunery.pipeline.plan import make_plan
+from tunery.pipeline.validate import validate
+from tunery.reporting.summary_tables import classifier_table
+from tunery.spec import LABELS, Lora, PositiveNegative
+from tunery.spec.check_search import metrics_of
+from tunery.spec.trainings import data_refs
+from tunery.store import Artifact, Store
+from tunery.store.rows import REVIEWED_DIR, read_rows
+from tunery.training.batches import evaluation_batches
+from tunery.training.classification_head import padding_as
+
+TEXT = """\
+name: x
+seed: 1
+stages:
+  rated: {kind: dataset, source: rated.jsonl}
+  plain: {kind: dataset, source: plain.jsonl}
+  docs: {kind: dataset, source: plain.jsonl, limit: 3}
+  scored: {kind: score, data: plain, by: [{length: words}]}
+  clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}
+  checked: {kind: review, data: clean, decisions: checked.jsonl, rows: 7}
+  base: {kind: pretrain, data: docs, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3}
+  judge: {kind: classifier, data: DATA, eval_data: EVAL, model: base, epochs: 2, learning_rate: 1e-3,
+          global_batch_size: 4}
+  judged: {kind: score, data: plain, by: [SCORER]}
+"""
+SCORER = "{classifier: judge, label: good}"
+
+
+@pytest.fixture
+def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
+    answers = [{"prompt": f"q{n}", "completion": "a b"} for n in range(6)]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    rated = [{**row, "label": n % 2 == 0} for n, row in enumerate(answers)]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+
+    def load_it(data: str = "rated", held_out: str = "rated", scorer: str = SCORER) -> Any:
+        lines = TEXT.replace("DATA", data).replace("EVAL", held_out).replace("SCORER", scorer)
+        experiment, source = load_text(lines)
+        validate(experiment, source, Store(tmp_path / "store"), 1, 1)
+        return experiment, source
+
+    return load_it
+
+
+# Where labels come from.
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"), [("rated", 6), ("{good: plain, bad: docs}", 9), ("{review: checked}", 7)], ids=str
+)
+def test_labels_may_come_from_rows_from_two_stages_or_from_a_review(
+    load_stage: Any, tmp_path: Path, data: str, rows: int
+) -> None:
+    experiment, source = load_stage(data)
+    planned = {stage.name: stage for stage in make_plan(experiment, source, Store(tmp_path / "store")).stages}
+    assert (planned["judge"].rows, planned["judge"].steps) == (rows, -(-rows * 2 // 4))
+    assert planned["judge"].memory_bytes == planned["base"].memory_bytes
+
+
+def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_path: Path) -> None:
+    bench = review_bench(tmp_path, [*questions(40), *questions(1)])
+    ids = [row["id"] for row in read_rows(bench.make("scored")["scored"].path, ["id"])]
+    bench.decide({ids[0]: "drop", ids[39]: "keep", "elsewhere": "drop"})
+    checked = bench.make("checked")["checked"]
+    decided = {row["id"]: row["label"] for row in read_rows(checked.path / REVIEWED_DIR)}
+    assert decided == {ids[0]: False, ids[39]: True}
+    assert checked.facts["decided"] == 2
+
+
+def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Path) -> None:
+    text = TEXT_OF_REVIEW.replace("data: scored, keep: {perplexity:", "data: questions, keep: {random:")
+    bench = review_bench(tmp_path, questions(40), text=text)
+    ids = [row["id"] for row in read_rows(bench.make("questions")["questions"].path, ["id"])]
+    bench.decide({ids[0]: "drop", ids[1]: "keep"})
+    checked = bench.make("checked")["checked"]
+    assert [row["label"] for row in read_rows(checked.path / REVIEWED_DIR)] == [False, True]
+
+
+def test_every_held_out_row_counts_once_and_every_worker_has_as_many_batches() -> None:
+    lengths = [5, 1, 9, 2, 7, 3, 3]
+    for workers in (1, 2, 3):
+        shares = [evaluation_batches(lengths, 2, rank, workers) for rank in range(workers)]
+        assert {len(share) for share in shares} == {-(-4 // workers)}
+        counted = [index for share in shares for batch, counts in share if counts for index in batch]
+        assert sorted(counted) == list(range(7))
+
+
+def test_search_may_aim_at_what_is_measured_of_a_classifier(load_stage: Any) -> None:
+    assert metrics_of(load_stage()[0]) == ["judge.eval_loss", "judge.eval_accuracy", "judge.eval_auc"]
+
+
+def test_contrast_names_its_two_stages() -> None:
+    assert data_refs(PositiveNegative(good="a", bad="b")) == {("good",): "a", ("bad",): "b"}
+
+
+# What is refused, at its line.
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "told"),
+    [
+        ({"data": "plain"}, 11, ["`judge.data` needs labelled rows", "plain.jsonl not one of the first 6"]),
+        ({"held_out": "docs"}, 11, ["`judge.eval_data` needs labelled rows", "{good: STAGE, bad: STAGE}"]),
+        ({"data": "checked"}, 11, ["those of `checked` bear no label", "{review: STAGE}"]),
+        ({"data": "{good: plain}"}, 11, ["`stages.judge.data` lacks `bad`"]),
+        ({"data": "{good: plain, bad: plain}"}, 11, ["`plain` can't be good and bad"]),
+        ({"data": "{good: plain, bda: docs}"}, 11, ["has no key `bda`", "did you mean `bad`?"]),
+        ({"data": "{good: plain, bad: dosc}"}, 11, ["`judge.data.bad` refers to stage `dosc`", "`docs`"]),
+        ({"data": "{review: clean}"}, 11, ["needs a review, but `clean` is a select stage", "write `data: clean`"]),
+        ({"data": "{review: base}"}, 11, ["`judge.data.review` needs rows"]),
+        ({"scorer": "{classifier: judge, label: god}"}, 13, ["`judge` has no label `god`", "did you mean `good`?"]),
+        ({"scorer": "{classifier: judge, label: 2}"}, 13, ["`judge` has no label 2"]),
+        ({"scorer": "{reward: judge}"}, 13, ["`judge` is no reward model", "label: good}"]),
+        ({"scorer": "{perplexity: judge}"}, 13, ["needs a model, but `judge` is a classifier stage"]),
+        (
+            {"held_out": "null", "scorer": "{classifier: judge, label: good, temperature: auto}"},
+            13,
+            ["no temperature of its own", "`eval_data`"],
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_learned_or_scored_is_told_before_anything_runs(
+    load_stage: Any, change: dict[str, str], line: int, told: list[str]
+) -> None:
+    with pytest.raises(SpecErrors) as found:
+        load_stage(**change)
+    (error,) = found.value.errors
+    assert error.line == line
+    for words in told:
+        assert words in str(error)
+
+
+def test_temperature_auto_is_fine_where_there_is_eval_data(load_stage: Any) -> None:
+    load_stage(scorer="{classifier: judge, label: bad, temperature: auto}")
+
+
+# The head.
+
+
+def write_masked_model(folder: Path) -> Path:
+    """An encoder without a pooler, as masked language models are: both pooler and head will be new."""
+    write_encoder(folder, ["a", "b"])
+    config = json.loads((folder / "config.json").read_text())
+    shape = {key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**shape, num_attention_heads=2, max_position_embeddings=64)).save_pretrained(folder)
+    return folder
+
+
+def source(folder: Path) -> dict[str, Any]:
+    return {"pretrained": str(folder), "revision": None}
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "what is the row"}, {"role": "assistant", "content": words}]}
+    for words in ("green", "blue one two", "the model")
+]
+
+
+@pytest.mark.parametrize("write", [write_language_model, write_masked_model])
+def test_adapter_with_its_head_loads_as_it_was_trained(write: Any, tmp_path: Path) -> None:
+    base = source(write(tmp_path / "base"))
+    tokenizer = load_own_tokenizer(base)
+    model, new = load_with_new_head(base, LABELS, torch.float32)
+    tuned = get_peft_model(model, lora_config(Lora(rank=2), "SEQ_CLS", new))
+    with torch.no_grad():  # as training would: B of LoRA is zero at first
+        for weight in tuned.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    trained = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
+    for module in new:
+        assert any(module in name and "modules_to_save" in name for name in trained), module
+    tuned.eval()
+    wanted = SequenceClassifier(tuned.base_model.model, tokenizer, 64)(ROWS).logits
+    artifact = tmp_path / "classifier-1"
+    tuned.save_pretrained(artifact / "adapter")
+    tokenizer.save_pretrained(artifact / "adapter")
+    write_base(artifact, base)
+    write_head(artifact, LABELS)
+    (artifact / "manifest.json").write_text(json.dumps({"facts": {"temperature": 1.5}}))
+    loaded, labels = load_classifier({"artifact": str(artifact)}, torch.float32)
+    assert (labels.names, labels.independent, labels.temperature) == (LABELS, False, 1.5)
+    found = SequenceClassifier(loaded.eval(), tokenizer, 64)(ROWS).logits
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_whole_model_with_a_new_head_is_an_ordinary_one(tmp_path: Path) -> None:
+    base = source(write_language_model(tmp_path / "base"))
+    model, new = load_with_new_head(base, LABELS, torch.float32)
+    assert new == ["score"]
+    model.save_pretrained(tmp_path / "whole")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert plain.config.id2label == {0: "bad", 1: "good"}
+    assert plain.config.pad_token_id == load_own_tokenizer(base).pad_token_id, "batches of rows need it"
+
+
+def test_head_of_as_many_labels_is_kept_and_of_others_replaced(tmp_path: Path) -> None:
+    two, three = (write_encoder(tmp_path / str(n), [str(n) for n in range(n)]) for n in (2, 3))
+    kept, new = load_with_new_head(source(two), LABELS, torch.float32)
+    assert new == []
+    before = AutoModelForSequenceClassification.from_pretrained(two)
+    assert torch.equal(kept.classifier.weight, before.classifier.weight)
+    assert load_with_new_head(source(three), LABELS, torch.float32)[1] == ["classifier"]
+
+
+@pytest.mark.parametrize(("named", "used"), [(7, 7), (None, 0), (-1, 0), (10_000, 0)])
+def test_rows_are_padded_with_what_the_model_names_where_there_is_such_a_token(
+    tmp_path: Path, named: int | None, used: int
+) -> None:
+    base = source(write_language_model(tmp_path / "base"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": named}))
+    outline = outline_with_head(base, LABELS)
+    assert padding_as(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
+
+
+def test_model_whose_body_is_missing_is_refused(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "base", ["a", "b"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(TuneryError, match="can't be given a classification head\ncause: it has no weights for bert"):
+        load_with_new_head(source(folder), LABELS, torch.float32)
+
+
+# What is told.
+
+FACTS = {
+    "rows": 10,
+    "labels": {"bad": 3, "good": 5},
+    "unlabelled": 2,
+    "eval_labels": {"bad": 2, "good": 2},
+    "eval_rows_trained_on": 1,
+    "loss": 0.25,
+    "eval_loss": 0.5,
+    "eval_accuracy": 0.75,
+    "eval_auc": 0.875,
+    "temperature": 1.5,
+}
+
+
+def test_run_ends_with_what_each_classifier_learned_from_and_how_well_it_does(load_stage: Any) -> None:
+    experiment, _ = load_stage()
+    table = classifier_table(experiment, {"judge": Artifact(Path(), {"facts": FACTS}, {})})
+    assert table is not None
+    assert table["rows"] == [["judge", "5", "3", "4", 0.5, 0.75, 0.875, 1.5]]
+    assert "2 of 10 rows bear no label" in table["notes"][0]
+    assert "1 of the held-out rows are among those" in table["notes"][1]
+
+
+def test_line_of_a_classifier_tells_losses_and_auc() -> None:
+    stage = StageState("judge", kind="classifier", facts=FACTS)
+    assert outcome(stage) == "loss 0.250 → eval 0.500, AUC 0.88"

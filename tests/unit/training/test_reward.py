@@ -1,0 +1,275 @@
+"""The `reward` stage: what it learns from, what is measured of it, its scale, and what is refused before it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from experiments import LoadText
+from peft import get_peft_model
+from small_classifiers import write_language_model
+from transformers import AutoTokenizer
+
+from tunery.errors import SpecErrors, StageError
+from tunery.events.run_state import StageState
+from tunery.events.stage_summary import outcome
+from tunery.models.adapters import lora_config
+from tunery.models.classifier_inputs import ClassifierEncoder, encode_reward_pairs
+from tunery.models.labels import REWARD, Labels, RewardNorm
+from tunery.models.load import (
+    load_classifier,
+    load_own_tokenizer,
+    load_with_new_head,
+    outline_with_head,
+    write_base,
+    write_head,
+)
+from tunery.models.metrics import preference_accuracy, preference_loss
+from tunery.models.tokenized_dataset import TokenizedRow
+from tunery.pipeline.validate import validate
+from tunery.reporting.summary_tables import reward_table
+from tunery.scoring.scorers.reward_score import RewardScorer
+from tunery.spec import Lora, Reward
+from tunery.spec.check_search import metrics_of
+from tunery.store import Artifact, Store
+from tunery.store.rows import Row
+from tunery.training.reward import evenly, measures, scale_of
+
+# What it learns from.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"pretrained": str(write_language_model(tmp_path_factory.mktemp("model"))), "revision": None}
+
+
+def reader(model: dict[str, Any], max_length: int = 64) -> ClassifierEncoder:
+    return ClassifierEncoder(outline_with_head(model, REWARD), load_own_tokenizer(model), max_length)
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, "tool_calls": None, **more}
+
+
+def pair_row(chosen: str, rejected: str) -> Row:
+    turns = [said("system", "yes and no"), said("user", "why is it red"), said("assistant", chosen)]
+    row = {"id": f"{chosen}-{rejected}", "messages": turns, "rejected": [said("assistant", rejected)]}
+    return {**row, "text": None, "tools": None}
+
+
+def found_in(rows: list[Row], read: ClassifierEncoder, model: dict[str, Any]) -> list[TokenizedRow]:
+    return list(encode_reward_pairs(rows, load_own_tokenizer(model), read.encoding))
+
+
+def test_tokens_of_both_sides_are_those_that_the_scorer_is_shown(model: dict[str, Any]) -> None:
+    rows = [pair_row("it is the model", "no"), pair_row("blue", "green and one of three")]
+    tokenizer = AutoTokenizer.from_pretrained(model["pretrained"])
+    for row, found in zip(rows, found_in(rows, reader(model), model), strict=True):
+        start = row["messages"][:-1]
+        conversations = (row["messages"], [*start, *row["rejected"]])
+        assert found.sequences == reader(model)([{"messages": turns} for turns in conversations])
+        for side, turns in zip(found.sequences, conversations, strict=True):
+            plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            text = tokenizer.apply_chat_template(plain, tokenize=False)
+            assert side.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert not found.unusable
+
+
+def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None:
+    call = json.dumps([{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}])
+    rows = [
+        pair_row("yes", "no"),
+        {**pair_row("yes", "no"), "rejected": None},
+        {**pair_row("yes", "no"), "messages": None, "text": "a text"},
+        pair_row(" \n", "no"),
+        pair_row("yes", ""),
+        {**pair_row("yes", ""), "rejected": [said("assistant", "", tool_calls=call)]},
+        pair_row("one " * 40 + "two", "one " * 40 + "three"),
+        pair_row("one " * 40 + "two", "no"),
+    ]
+    found = found_in(rows, reader(model, 48), model)
+    assert [item.unusable for item in found] == [
+        "",
+        "it is no preference pair",
+        "it is no preference pair",
+        "a response is empty",
+        "a response is empty",
+        "",  # a response that only calls a tool
+        "both responses have the same tokens once they are cut",
+        "",
+    ]
+    cut = [any(side.truncated for side in item.sequences) for item in found if not item.unusable]
+    assert cut == [False, True, True], "the call, which the chat template renders, and the long response"
+
+
+def test_places_of_a_sample_lie_at_even_distances() -> None:
+    assert evenly(10, 4) == [0, 2, 5, 7]
+    assert evenly(10, 2000) == list(range(10))
+
+
+# What is measured.
+
+
+def test_loss_accuracy_and_margin_by_hand() -> None:
+    rewards_p2 = np.array([[2.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [5.0, 3.0]])  # margins 1, 0, -3, 2
+    losses = [math.log(1 + math.exp(-margin)) for margin in (1, 0, -3, 2)]
+    told = measures(rewards_p2)
+    assert told["eval_loss"] == pytest.approx(sum(losses) / 4)
+    assert told["eval_accuracy"] == 2.5 / 4
+    assert told["eval_margin"] == 0
+
+
+def test_loss_of_wide_margins_does_not_overflow() -> None:
+    assert preference_loss(np.array([-1000.0])) == 1000
+    assert preference_loss(np.array([1000.0])) == 0
+    assert preference_accuracy(np.array([0.0])) == 0.5
+
+
+def test_scale_is_mean_and_standard_deviation_of_all_answers() -> None:
+    scale = scale_of(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
+    assert (scale.mean, scale.deviation) == (4, pytest.approx(math.sqrt(5)))
+    assert scale(4 + 2 * math.sqrt(5)) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("outputs", [[1.0, 1.0], [1.0, math.nan], [1.0, math.inf]])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_outputs_without_a_scale_end_the_stage(outputs: list[float]) -> None:
+    with pytest.raises(StageError, match="stage rm: the reward model has no scale: its outputs for 2 answers"):
+        scale_of(np.array([outputs]), "rm")
+
+
+def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:
+    logits_nl = np.array([[1.0], [np.nan], [4.0]], np.float32)
+    spec = Reward(reward="rm")
+    scaled = RewardScorer(spec, Labels(REWARD, True, scale=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
+    assert [scaled[0], scaled[2]] == [-2, 4]
+    assert math.isnan(scaled[1])
+    assert RewardScorer(spec, Labels(REWARD, True), "outside")(logits_nl)["score"][::2] == [1, 4]
+
+
+# What is kept.
+
+
+def test_scale_is_found_with_a_whole_model_and_with_an_adapter(model: dict[str, Any], tmp_path: Path) -> None:
+    facts = {"facts": {"reward_mean": 0.25, "reward_deviation": 1.5}}
+    whole, adapter = tmp_path / "reward-1", tmp_path / "reward-2"
+    headed, new = load_with_new_head(model, REWARD, torch.float32)
+    headed.save_pretrained(whole / "model")
+    get_peft_model(headed, lora_config(Lora(rank=2), "SEQ_CLS", new)).save_pretrained(adapter / "adapter")
+    write_base(adapter, model)
+    write_head(adapter, REWARD)
+    for artifact in (whole, adapter):
+        (artifact / "manifest.json").write_text(json.dumps(facts))
+        _, labels = load_classifier({"artifact": str(artifact)}, torch.float32)
+        assert labels == Labels(REWARD, True, None, RewardNorm(0.25, 1.5))
+    _, outside = load_classifier({"pretrained": str(whole / "model"), "revision": None}, torch.float32)
+    assert outside == Labels(REWARD, True)
+
+
+# What is refused, at its line.
+
+TEXT = """\
+name: x
+seed: 1
+stages:
+  pairs: {kind: dataset, source: pairs.jsonl}
+  plain: {kind: dataset, source: plain.jsonl}
+  base: {kind: pretrain, data: plain, model: {scratch: tiny}, epochs: 1, learning_rate: 2e-3}
+  rm: {kind: reward, data: DATA, eval_data: EVAL, model: base, epochs: 2, learning_rate: 1e-3, global_batch_size: 4}
+  rated: {kind: score, data: plain, by: [SCORER]}
+"""
+
+
+@pytest.fixture
+def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
+    answers = [{"prompt": f"q{n}", "completion": "a b"} for n in range(6)]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    pairs = [{"prompt": f"q{n}", "chosen": "a b", "rejected": "c"} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+
+    def load_it(data: str = "pairs", held_out: str = "pairs", scorer: str = "{reward: rm}") -> Any:
+        lines = TEXT.replace("DATA", data).replace("EVAL", held_out).replace("SCORER", scorer)
+        experiment, source = load_text(lines)
+        validate(experiment, source, Store(tmp_path / "store"), 1, 1)
+        return experiment, source
+
+    return load_it
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "told"),
+    [
+        ({"data": "plain"}, 7, ["`rm.data` needs preference pairs", "holds conversations", "`chosen` and `rejected`"]),
+        ({"held_out": "plain"}, 7, ["`rm.eval_data` needs preference pairs"]),
+        ({"data": "base"}, 7, ["`rm.data` needs rows"]),
+        ({"scorer": "{perplexity: rm}"}, 8, ["needs a model, but `rm` is a reward stage"]),
+        ({"scorer": "{reward: base}"}, 8, ["`base` is a pretrain stage"]),
+        ({"scorer": "{classifier: rm, label: good}"}, 8, ["`rm` has no label `good`", "its labels: `reward`"]),
+        ({"scorer": "{classifier: rm, label: 1}"}, 8, ["`rm` has no label 1"]),
+        (
+            {"scorer": "{classifier: rm, label: reward, temperature: auto}"},
+            8,
+            ["`rm` has no temperature of its own"],
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_learned_or_scored_is_told_before_anything_runs(
+    load_stage: Any, change: dict[str, str], line: int, told: list[str]
+) -> None:
+    with pytest.raises(SpecErrors) as found:
+        load_stage(**change)
+    (error,) = found.value.errors
+    assert error.line == line
+    for words in told:
+        assert words in str(error)
+
+
+def test_search_may_aim_at_what_is_measured_of_a_reward_model(load_stage: Any) -> None:
+    assert metrics_of(load_stage()[0]) == ["rm.eval_loss", "rm.eval_accuracy", "rm.eval_margin"]
+
+
+# What is told.
+
+FACTS = {
+    "rows": 12,
+    "pairs": 9,
+    "unusable": 3,
+    "unusable_because": {"both responses have the same tokens": 2, "a response is empty": 1},
+    "eval_pairs": 4,
+    "eval_rows_trained_on": 1,
+    "loss": 0.25,
+    "eval_loss": 0.5,
+    "eval_accuracy": 0.75,
+    "eval_margin": 0.875,
+    "reward_mean": -0.5,
+    "reward_deviation": 1.5,
+    "scale_answers": 8,
+    "scale_from": "eval_data",
+}
+
+
+def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_stage: Any) -> None:
+    experiment, _ = load_stage()
+    table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": FACTS}, {})})
+    assert table is not None
+    assert table["rows"] == [["rm", "9", "4", 0.5, 0.75, 0.875, -0.5, 1.5]]
+    assert (
+        "3 of 12 rows were left out (2: both responses have the same tokens; 1: a response is empty)"
+        in table["notes"][0]
+    )
+    assert "1 of the held-out pairs are among those" in table["notes"][1]
+    blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
+    table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
+    assert table is not None
+    assert table["notes"][0] == "rm: its scale is that of 8 answers that it was trained on"
+
+
+def test_line_of_a_reward_model_tells_losses_and_accuracy() -> None:
+    stage = StageState("rm", kind="reward", facts=FACTS)
+    assert outcome(stage) == "loss 0.250 → eval 0.500, accuracy 0.75, 9 of 12 rows (3 unusable)"
