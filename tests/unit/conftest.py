@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 from hypothesis import settings
 
 from tunery.spec import Experiment, load

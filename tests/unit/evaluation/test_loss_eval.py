@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 from in_process import stage_context
 from small_classifiers import WORDS, write_language_model
 

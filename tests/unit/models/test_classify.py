@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from scorer_rows import answer_row, text_row
 from scoring_runs import CPU, ROWS, make
 from small_classifiers import write_encoder, write_language_model, write_reward_model

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 from tokenizers import Tokenizer, models
 
 from tunery.errors import RequestError, SpecErrors, StoreError

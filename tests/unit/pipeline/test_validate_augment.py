@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 
 from tunery.errors import SpecError, SpecErrors
 from tunery.events.event_reducer import RunState, replay

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from small_classifiers import TEXT, write_encoder, write_language_model
 from transformers import (
     GPT2Config,

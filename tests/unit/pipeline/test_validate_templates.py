@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 from template_tokenizers import tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments import LoadText
+from experiment_text import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
 from tunery.reporting.summary_tables import diversity_table, loss_table, policy_table, results, search_table, win_table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 
 from tunery.pipeline.compute import Hardware, resolve_compute
 from tunery.search.search_plan import plan_search

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 
 from tunery.errors import SpecErrors
 from tunery.run import before_search

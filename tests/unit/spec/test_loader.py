@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from experiments import LoadText
+from experiment_text import LoadText
 
 from tunery.errors import (
     Interrupted,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from peft import get_peft_model
 from review_bench import TEXT as TEXT_OF_REVIEW
 from review_bench import questions, review_bench

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from peft import get_peft_model
 from small_classifiers import write_language_model
 from training_jobs import rows_at, training_job

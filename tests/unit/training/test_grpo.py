@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from small_classifiers import write_language_model, write_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

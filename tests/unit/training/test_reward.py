@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments import LoadText
+from experiment_text import LoadText
 from peft import get_peft_model
 from small_classifiers import write_language_model
 from transformers import AutoTokenizer
