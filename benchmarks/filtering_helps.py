@@ -38,7 +38,7 @@ INTACT = 0.8
 SCORES: dict[str, dict[str, Any]] = {
     "perplexity": {"perplexity": "base"},
     "ifd": {"ifd": "base"},
-    "embedding": {"embedding": "base", "near": "validation"},
+    "embedding": {"embedding": "base", "reference": "validation"},
     "length": {"length": "words"},
     "gopher": {"gopher": {"words_min": None, "stop_words_min": None}},
     "c4": {"c4": {"sentences_min": None, "line_words_min": None}},

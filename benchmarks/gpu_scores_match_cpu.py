@@ -103,7 +103,7 @@ def scores(arm: str, models: dict[str, Path], rows: int, folder: Path) -> tuple[
         {"ifd": model["base"]},
         {"classifier": model["judge"], "label": "good"},
         {"reward": model["reward"]},
-        {"embedding": model["base"], "near": "near"},
+        {"embedding": model["base"], "reference": "near"},
     ]
     stages = {
         "rows": {**CORPUS, "subset": "questions", "split": "all", "limit": rows},

@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS: dict[str, dict[str, Any]] = {
-    "alone": {"compute": {"pack": 1}},
+    "alone": {"compute": {"max_packed_trials": 1}},
     "packed": {},
     "asha": {"search": {"scheduler": "asha"}},
 }
@@ -79,7 +79,7 @@ def _experiment(trials: int, changes: dict[str, Any], own: dict[str, Any], model
     stages = told["stages"]
     for name in ("eval", "heldout"):
         stages.pop(name)
-    told["search"] |= {"trials": trials, "scheduler": "none", "replicate": 1, **changes.get("search", {})}
+    told["search"] |= {"trials": trials, "scheduler": "none", "num_seeds": 1, **changes.get("search", {})}
     told["compute"] = changes.get("compute", {})
     if model:
         for name in ("texts", "base"):

@@ -17,7 +17,7 @@ def bred(experiment: dict[str, Any]) -> None:
     """Four LoRA trials that fit in one pack."""
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "num_evals": 4}
     experiment["stages"].pop("eval")
-    experiment["compute"] |= {"pack": 4}
+    experiment["compute"] |= {"max_packed_trials": 4}
     experiment["search"] = {
         "metric": "sft.eval_loss",
         "mode": "min",
@@ -58,7 +58,7 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     # Every one alone, and no room for more than two: members wait at each evaluation until all have come so far.
     def in_turn(experiment: dict[str, Any]) -> None:
         bred(experiment)
-        experiment["compute"]["pack"] = 1
+        experiment["compute"]["max_packed_trials"] = 1
 
     other.write(in_turn)
     again = other.tunery("run", str(other.file))

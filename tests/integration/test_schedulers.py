@@ -26,13 +26,13 @@ first."""
 def packed(experiment: dict[str, Any]) -> None:
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 8, "num_evals": 9}
     experiment["stages"].pop("eval")
-    experiment["compute"] |= {"pack": 4}
+    experiment["compute"] |= {"max_packed_trials": 4}
     experiment["search"] = {
         "metric": "sft.eval_loss",
         "mode": "min",
         "trials": len(RATES),
         "progress_unit": "steps",
-        "first": [{"sft.learning_rate": rate} for rate in RATES],
+        "initial_points": [{"sft.learning_rate": rate} for rate in RATES],
         "space": {"sft.learning_rate": {"loguniform": [1e-6, 1e-2]}},
     }
 
@@ -117,7 +117,7 @@ def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster
             packed(experiment)
             experiment["name"] = name
             experiment["stages"]["sft"] |= {"epochs": 1, "num_evals": 2}
-            experiment["search"] |= {"trials": 3, "algorithm": "grid", "first": []}
+            experiment["search"] |= {"trials": 3, "algorithm": "grid", "initial_points": []}
             experiment["search"]["space"] = {"sft.learning_rate": {"choice": rates}}
 
         files[name] = before_sft.write(change).rename(before_sft.folder / f"{name}.yaml")

@@ -80,7 +80,7 @@ def packed(experiment: dict) -> None:
     """Six LoRA trials, of which two pairs differ in what they are trained on."""
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 1}
     experiment["stages"].pop("eval")
-    experiment["compute"] |= {"save_steps": 5, "pack": 3}
+    experiment["compute"] |= {"save_steps": 5, "max_packed_trials": 3}
     experiment["search"] = {
         "metric": "sft.eval_loss",
         "mode": "min",
@@ -158,7 +158,7 @@ def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Wor
             "algorithm": "random",
             "scheduler": "asha",
             "trials": 3,
-            "first": [{"sft.learning_rate": rate} for rate in (1e-3, 0.5, 9e-4)],
+            "initial_points": [{"sft.learning_rate": rate} for rate in (1e-3, 0.5, 9e-4)],
             "space": {"sft.learning_rate": {"loguniform": [1e-4, 1.0]}},
         }
 
