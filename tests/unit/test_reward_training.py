@@ -263,7 +263,7 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
         "3 of 12 rows were left out (2: both responses have the same tokens; 1: a response is empty)"
         in table["notes"][0]
     )
-    assert "1 of the held-out pairs are among those" in table["notes"][1]
+    assert "1 of the held-out pairs are also training pairs" in table["notes"][1]
     blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
     table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
     assert table is not None

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, Segment
 from tunery.preview.preview_command import Preview, PreviewSection
-from tunery.reporting.preview_section import said_tokens, visible
+from tunery.reporting.preview_section import token_summary, visible
 
 STYLES = {"trained": "bold green", "masked": "dim", "input": "", "cut": "dim red strike", "mark": "bold cyan"}
 SPECIAL = {"trained": "bold reverse green", "masked": "magenta", "input": "magenta", "cut": "dim red strike"}
@@ -79,7 +79,7 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
 
 
 def _said(sequence: PreviewSequence, section: PreviewSection) -> str:
-    return visible(said_tokens(sequence.described(), section.input.loss_word))
+    return visible(token_summary(sequence.described(), section.input.loss_word))
 
 
 def _text(segments: list[Segment], colours: bool) -> Text:
