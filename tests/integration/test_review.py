@@ -117,13 +117,13 @@ def test_filter_review_and_use_from_the_first_command_to_the_last(tmp_path: Path
 
     done = run(bench, "run", str(bench.file))
     assert done.returncode == 0, done.stderr
-    assert "Filter and reviewer near the cut" in done.stdout
+    assert "Agreement of filter and reviewer" in done.stdout
     (made,) = (bench.store.root / "artifacts").glob("review-*")
     kept = {row["id"] for row in read_rows(made)}
     assert set(ids[:4]) <= kept
     assert not set(ids[4:]) & kept
     report = (bench.store.run("small") / "report.html").read_text()
-    assert "Review near the cut" in report
+    assert "Review near the threshold" in report
 
 
 @pytest.fixture(scope="module")

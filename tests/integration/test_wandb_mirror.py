@@ -209,7 +209,7 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     table = whole.table("result")
     assert (table["columns"], table["data"]) == (comparison["columns"], comparison["rows"])
     trials = whole.table("leaderboard")
-    assert trials["columns"][:4] == ["trial", "state", "place", "eval.sft.domain.loss"]
+    assert trials["columns"][:4] == ["trial", "state", "rank", "eval.sft.domain.loss"]
     assert "sft.learning_rate" in trials["columns"]
     assert len(trials["data"]) == 12
     assert whole.summary["result.sft.domain loss"] == 3.191
@@ -318,7 +318,7 @@ def test_error_of_wandb_is_told_once_and_does_not_reach_the_run(
 
     monkeypatch.setattr(wandb, "init", fails)
     done = mirror(tmp_path, sample_events())
-    assert len(calls) == wandb_mirror.TRIES, "then W&B is left alone"
+    assert len(calls) == wandb_mirror.MAX_CONSECUTIVE_FAILURES, "then W&B is left alone"
     assert done.runs == 0
     assert done.lost > 200
     assert done.error == "OSError: [Errno 28] No space left on device"

@@ -1,4 +1,4 @@
-"""`tunery compare`: metrics, fields and rows of two sides, for people and for programs."""
+"""`tunery compare`: differences of two runs or trials in metrics, config fields and training rows, as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rich.text import Text
 
 from tunery.compare.fields import Fields, compare_fields
 from tunery.compare.row_sets import RowsCompared, RowSetStats, compare_rows
-from tunery.compare.side_metrics import Measured, Metric, compare_metrics
-from tunery.compare.sides import RunSelection, side
+from tunery.compare.side_metrics import Metric, MetricValue, compare_metrics
+from tunery.compare.sides import RunSelection, select_run
 from tunery.events.formatting import count, measure, with_half
 from tunery.store import Store
 
-LONGEST = 120
-"""Characters of a field's value that are shown."""
+MAX_VALUE_LENGTH = 120
+"""Characters of a field's value that are printed."""
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     left: RunSelection
     right: RunSelection
     metrics: list[Metric]
@@ -35,9 +35,9 @@ class Compared:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the columns: without the run where it is the same one."""
+        """Column names; without the run's name if both sides are of the same run."""
         sides = (self.left, self.right)
-        if self.left.recorded.folder != self.right.recorded.folder:
+        if self.left.record.folder != self.right.record.folder:
             return self.left.name, self.right.name
         one, other = (side.trial.name if side.trial is not None else "file" for side in sides)
         return one, other
@@ -59,22 +59,22 @@ class Compared:
         }
 
 
-def compare(left: str, right: str, store: Store) -> Compared:
-    """Raises RequestError where there is no such run or trial, or what it made was removed."""
-    one, other = side(left, store), side(right, store)
+def compare(left: str, right: str, store: Store) -> Comparison:
+    """Compare two runs or trials by name. Raises RequestError if one does not exist or its artifacts were removed."""
+    one, other = select_run(left, store), select_run(right, store)
     rows, notes = compare_rows(one, other)
-    return Compared(one, other, compare_metrics(one, other), compare_fields(one, other), rows, notes)
+    return Comparison(one, other, compare_metrics(one, other), compare_fields(one, other), rows, notes)
 
 
-def render(told: Compared) -> RenderableType:
+def render(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = []
-    for name, side_ in zip(told.names, (told.left, told.right), strict=True):
+    for name, side in zip(comparison.names, (comparison.left, comparison.right), strict=True):
         line = Text(name, style="bold")
-        parts.append(line.append(f"  {side_.made}" if side_.made else "", style="not bold dim"))
-    parts += _titled("Measured", _metrics(told))
-    parts += _titled("Fields that differ", _fields(told))
-    parts += _titled("Rows trained on", _rows(told))
-    parts += [Text(f"  {note}", style="dim") for note in told.notes]
+        parts.append(line.append(f"  {side.description}" if side.description else "", style="not bold dim"))
+    parts += _titled("Metrics", _metrics(comparison))
+    parts += _titled("Fields that differ", _fields(comparison))
+    parts += _titled("Training rows", _rows(comparison))
+    parts += [Text(f"  {note}", style="dim") for note in comparison.notes]
     return Group(*parts)
 
 
@@ -82,26 +82,25 @@ def _titled(title: str, parts: Sequence[RenderableType]) -> list[RenderableType]
     return [Text(""), Text(title, style="bold"), *parts]
 
 
-def _table(columns: Sequence[str], numbers: int) -> Table:
-    """Columns of texts, and from `numbers` on of numbers."""
+def _table(columns: Sequence[str], num_text_columns: int) -> Table:
+    """A table whose first `num_text_columns` columns are left-aligned texts; the others are right-aligned numbers."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     for index, name in enumerate(columns):
-        right = index >= numbers
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column(name, justify="right" if index >= num_text_columns else "left", overflow="fold")
     return table
 
 
-def _metrics(told: Compared) -> list[RenderableType]:
-    if not told.metrics:
-        return [Text("  nothing was measured yet", style="dim")]
-    table = _table(("metric", *told.names, "difference"), 1)
-    for metric in told.metrics:
-        table.add_row(metric.name, _measured(metric.left), _measured(metric.right), _signed(metric.difference))
+def _metrics(comparison: Comparison) -> list[RenderableType]:
+    if not comparison.metrics:
+        return [Text("  no metrics yet", style="dim")]
+    table = _table(("metric", *comparison.names, "difference"), 1)
+    for metric in comparison.metrics:
+        table.add_row(metric.name, _value(metric.left), _value(metric.right), _signed(metric.difference))
     return [table]
 
 
-def _measured(found: Measured | None) -> str:
-    return "–" if found is None else with_half(found.value, found.half)
+def _value(metric: MetricValue | None) -> str:
+    return "–" if metric is None else with_half(metric.value, metric.half)
 
 
 def _signed(difference: float | None) -> str:
@@ -110,52 +109,52 @@ def _signed(difference: float | None) -> str:
     return f"{difference:+.2g}" if abs(difference) < 0.01 else f"{difference:+,.3f}"
 
 
-def _fields(told: Compared) -> list[RenderableType]:
-    fields, parts = told.fields, list[RenderableType]()
+def _fields(comparison: Comparison) -> list[RenderableType]:
+    fields, parts = comparison.fields, list[RenderableType]()
     if fields.differ:
-        table = _table(("field", *told.names), 3)
+        table = _table(("field", *comparison.names), 3)
         for field in fields.differ:
-            table.add_row(field.path, _said(field.left), _said(field.right))
+            table.add_row(field.path, _yaml_like(field.left), _yaml_like(field.right))
         parts.append(table)
-    for name, stages in zip(told.names, (fields.only_left, fields.only_right), strict=True):
+    for name, stages in zip(comparison.names, (fields.only_left, fields.only_right), strict=True):
         if stages:
-            parts.append(Text(f"  stages that only {name} has: {', '.join(stages)}"))
+            parts.append(Text(f"  stages only in {name}: {', '.join(stages)}"))
     return parts or [Text("  none", style="dim")]
 
 
-def _said(value: Any) -> str:
-    """As an experiment's file has it, about."""
+def _yaml_like(value: Any) -> str:
+    """The value approximately as an experiment file has it."""
     if value is None:
         return "–"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace('"', "")
     text = text.removesuffix(".0") if isinstance(value, float) else text
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 1] + "…"
 
 
-def _rows(told: Compared) -> list[RenderableType]:
-    if not told.rows:
-        return [Text("  both have no training of the same name", style="dim")] if not told.notes else []
-    one, other = told.names
+def _rows(comparison: Comparison) -> list[RenderableType]:
+    if not comparison.rows:
+        return [Text("  no training of the same name in both", style="dim")] if not comparison.notes else []
+    one, other = comparison.names
     table = _table(("training", "both", f"only {one}", f"only {other}"), 1)
-    for rows in told.rows:
+    for rows in comparison.rows:
         table.add_row(rows.stage, count(rows.both), count(rows.left.only), count(rows.right.only))
     parts: list[RenderableType] = [table]
-    for rows in told.rows:
-        for name, given in ((one, rows.left), (other, rows.right)):
-            parts += _only(rows.stage, name, given)
+    for rows in comparison.rows:
+        for name, stats in ((one, rows.left), (other, rows.right)):
+            parts += _exclusive_rows(rows.stage, name, stats)
     return parts
 
 
-def _only(stage: str, name: str, given: RowSetStats) -> list[RenderableType]:
-    """What the rows are like that only one side has."""
-    if not given.only:
+def _exclusive_rows(stage: str, name: str, stats: RowSetStats) -> list[RenderableType]:
+    """Median scores and samples of the rows that only one side has."""
+    if not stats.only:
         return []
-    rows = "row" if given.only == 1 else "rows"
-    parts: list[RenderableType] = [Text(f"  {stage}: {count(given.only)} {rows} only in {name}")]
-    for score, median in given.scores.items():
-        shared = "" if median.both is None else f", of the rows that both have {measure(median.both)}"
+    rows = "row" if stats.only == 1 else "rows"
+    parts: list[RenderableType] = [Text(f"  {stage}: {count(stats.only)} {rows} only in {name}")]
+    for score, median in stats.scores.items():
+        shared = "" if median.both is None else f" (rows in both: {measure(median.both)})"
         parts.append(Text(f"    median {score} {measure(median.only)}{shared}"))
-    for sample in given.samples:
+    for sample in stats.samples:
         line = Text(f"{sample.source}:{sample.line}  ", style="dim").append(sample.text, style="not dim")
         parts.append(Padding(line, (0, 0, 0, 4), expand=False))
     return parts

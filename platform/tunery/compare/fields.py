@@ -1,4 +1,4 @@
-"""Fields that differ between two experiments, by their paths. Pure."""
+"""Config fields that differ between two experiments, by path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunery.spec import AUTO, Dataset, Experiment
 class Field:
     path: str
     left: Any
-    """None where it isn't given."""
+    """None if it is not set."""
     right: Any
 
 
@@ -22,59 +22,60 @@ class Field:
 class Fields:
     differ: tuple[Field, ...]
     only_left: tuple[str, ...]
-    """Stages."""
+    """Names of stages."""
     only_right: tuple[str, ...]
 
 
 def compare_fields(left: RunSelection, right: RunSelection) -> Fields:
-    """Of the stages that both have, of the seed and of the search. What `auto` became counts, where it is known, and so
-    does another content of a dataset's files."""
+    """Differences in the stages that both have, the seed and the search. `auto` is compared by its resolved value, if
+    that is known; a dataset with equal fields also by the content of its files."""
     one, other = left.experiment.stages, right.experiment.stages
     both = [name for name in one if name in other]
-    found = [*_differ(*_shared(left.experiment, right.experiment), "")]
+    differences = [*_diff(*_experiment_fields(left.experiment, right.experiment), "")]
     for name in both:
-        own = [*_differ(_fields(left, name), _fields(right, name), f"{name}.")]
-        found += own or _content(left, right, name)
+        in_stage = [*_diff(_stage_fields(left, name), _stage_fields(right, name), f"{name}.")]
+        differences += in_stage or _content_diff(left, right, name)
     return Fields(
-        tuple(found),
+        tuple(differences),
         tuple(name for name in one if name not in other),
         tuple(name for name in other if name not in one),
     )
 
 
-def _shared(left: Experiment, right: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Beside the stages; `compute` and `tracking` say how, not what. Of a search that only one has, little is told."""
-    wanted = {"seed", "search"}
-    one, other = (told.model_dump(mode="json", include=wanted, exclude_none=True) for told in (left, right))
-    for told, beside in ((one, other), (other, one)):
-        if "search" in told and "search" not in beside:
-            told["search"] = f"for {told['search']['metric']}"
+def _experiment_fields(left: Experiment, right: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields outside the stages that change results (`compute` and `tracking` do not). A search that only one side has
+    is reduced to its metric."""
+    included = {"seed", "search"}
+    one, other = (side.model_dump(mode="json", include=included, exclude_none=True) for side in (left, right))
+    for fields, others in ((one, other), (other, one)):
+        if "search" in fields and "search" not in others:
+            fields["search"] = f"for {fields['search']['metric']}"
     return one, other
 
 
-def _content(left: RunSelection, right: RunSelection, name: str) -> list[Field]:
-    """Of a dataset with the same fields whose fingerprint differs: by its files, where it isn't by the seed."""
-    stage, prints = left.experiment.stages[name], [side.prints.get(name) for side in (left, right)]
-    if not isinstance(stage, Dataset) or None in prints or prints[0] == prints[1]:
+def _content_diff(left: RunSelection, right: RunSelection, name: str) -> list[Field]:
+    """The fingerprints of a dataset with equal fields, if the content of its files differs (and not only the seed)."""
+    stage, fingerprints = left.experiment.stages[name], [side.fingerprints.get(name) for side in (left, right)]
+    if not isinstance(stage, Dataset) or None in fingerprints or fingerprints[0] == fingerprints[1]:
         return []
     by_seed = stage.corrupt_fraction and left.experiment.seed != right.experiment.seed
-    return [] if by_seed else [Field(f"{name}: content of its files", *prints)]
+    return [] if by_seed else [Field(f"{name}: content of its files", *fingerprints)]
 
 
-def _fields(side: RunSelection, stage: str) -> dict[str, Any]:
-    """As the experiment has them, and in place of `auto` what it became."""
+def _stage_fields(side: RunSelection, stage: str) -> dict[str, Any]:
+    """The stage's fields, with the resolved values of `auto`."""
     fields = side.experiment.stages[stage].model_dump(mode="json", exclude_none=True)
-    for name, became in (side.facts(stage).get("resolved") or {}).items():
+    for name, resolved in (side.facts(stage).get("resolved") or {}).items():
         if fields.get(name) == AUTO:
-            fields[name] = f"{became['value']:g} (auto)"
+            fields[name] = f"{resolved['value']:g} (auto)"
     return fields
 
 
-def _differ(left: Any, right: Any, above: str) -> Iterator[Field]:
-    """Mappings field by field; of anything else the whole."""
+def _diff(left: Any, right: Any, prefix: str) -> Iterator[Field]:
+    """Compare mappings recursively, other values as a whole."""
     for name in {**left, **right}:
         one, other = left.get(name), right.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _differ(one, other, f"{above}{name}.")
+            yield from _diff(one, other, f"{prefix}{name}.")
         elif one != other:
-            yield Field(f"{above}{name}", one, other)
+            yield Field(f"{prefix}{name}", one, other)

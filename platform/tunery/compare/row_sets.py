@@ -1,7 +1,7 @@
-"""Rows that trainings of the same name were given: how many both had, how many only one, and what those are like.
+"""Compares the rows of trainings with the same name: counts of shared and exclusive rows, samples, median scores.
 
-Rows are the same when their ids are (store/rows.py); a row that stands twice counts once. Ids of 100 million rows take
-0.8 GB a side.
+Rows are equal if their ids are (store/rows.py); duplicates count once. The ids of 100 million rows take 0.8 GB per
+side.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tunery.spec.trainings import data_refs
 from tunery.store.rows import REVIEWED_DIR, shards, to_str_list
 from tunery.store.score_cache import Ids, ids_to_uint64
 
-SAMPLES = 3
-"""Rows that are shown of each side."""
-SHOWN = ["text", "messages", "source", "line"]
+NUM_SAMPLES = 3
+"""Sample rows of each side."""
+SAMPLE_COLUMNS = ["text", "messages", "source", "line"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RowSample:
 
 @dataclass(frozen=True)
 class Median:
-    """Of a score, over the rows that only one side has and over those that both have."""
+    """Median of a score over the rows that only one side has, and over the rows that both have."""
 
     only: float
     both: float | None
@@ -45,14 +45,15 @@ class Median:
 
 @dataclass(frozen=True)
 class RowSetStats:
-    """What one side's training was given."""
+    """The rows of one side's training."""
 
     rows: int
-    """Distinct ones."""
+    """Distinct rows."""
     only: int
+    """Rows that only this side has."""
     samples: tuple[RowSample, ...]
     scores: dict[str, Median]
-    """By score, where its rows were scored by this side, or else by the other."""
+    """By score, from this side's score stage, or from the other's if this side did not score its rows."""
 
 
 @dataclass(frozen=True)
@@ -67,74 +68,78 @@ class RowsCompared:
 
 
 def compare_rows(left: RunSelection, right: RunSelection) -> tuple[list[RowsCompared], list[str]]:
-    """By training that both have; and why others can't be compared. Raises RequestError where rows were removed."""
-    found, notes = [], []
+    """Compare the trainings that both have; return (comparisons, notes on trainings that cannot be compared).
+
+    Raises RequestError if rows were removed from the store."""
+    comparisons, notes = [], []
     for name, stage in left.experiment.stages.items():
         if not isinstance(stage, Training) or not isinstance(right.experiment.stages.get(name), Training):
             continue
-        places = [places_of(side, name) for side in (left, right)]
-        without = [side.name for side, there in zip((left, right), places, strict=True) if there is None]
-        if without:
-            notes.append(f"{name}: its rows were not made by {' and '.join(dict.fromkeys(without))}")
-        elif places[0] is not None and places[1] is not None:
-            found.append(_compare(name, left, right, places[0], places[1]))
-    return found, notes
+        dirs = [row_dirs(side, name) for side in (left, right)]
+        missing = [side.name for side, own in zip((left, right), dirs, strict=True) if own is None]
+        if missing:
+            notes.append(f"{name}: its rows are not built in {' and '.join(dict.fromkeys(missing))}")
+        elif dirs[0] is not None and dirs[1] is not None:
+            comparisons.append(_compare(name, left, right, dirs[0], dirs[1]))
+    return comparisons, notes
 
 
-def places_of(side: RunSelection, training: str) -> list[Path] | None:
-    """Folders with the rows of a training; None where they were not made."""
+def row_dirs(side: RunSelection, training: str) -> list[Path] | None:
+    """Folders with the rows of a training; None if some were not built."""
     stage = side.experiment.stages[training]
-    assert isinstance(stage, Training), "asked of trainings"
+    assert isinstance(stage, Training), "the caller passes trainings"
     artifacts = [side.artifact(name) for name in data_refs(stage.data).values()]
     within = REVIEWED_DIR if isinstance(stage.data, ReviewLabels) else ""
-    places = [artifact.path / within for artifact in artifacts if artifact is not None]
-    return places if len(places) == len(artifacts) else None
+    dirs = [artifact.path / within for artifact in artifacts if artifact is not None]
+    return dirs if len(dirs) == len(artifacts) else None
 
 
-def _compare(name: str, left: RunSelection, right: RunSelection, ones: list[Path], others: list[Path]) -> RowsCompared:
-    one, other = _ids(ones), _ids(others)
-    both = np.intersect1d(one, other, assume_unique=True)
-    tables = [[*_scored(side, name)] for side in (left, right)]
-    given = [
+def _compare(
+    name: str, left: RunSelection, right: RunSelection, left_dirs: list[Path], right_dirs: list[Path]
+) -> RowsCompared:
+    left_ids, right_ids = _ids(left_dirs), _ids(right_dirs)
+    both = np.intersect1d(left_ids, right_ids, assume_unique=True)
+    left_scores, right_scores = ([*_score_dirs(side, name)] for side in (left, right))
+    stats = [
         RowSetStats(
-            len(own),
-            len(only := np.setdiff1d(own, both, assume_unique=True)),
-            tuple(_samples(places, only)),
-            _medians([*own_tables, *other_tables], only, both),
+            len(ids),
+            len(only := np.setdiff1d(ids, both, assume_unique=True)),
+            tuple(_samples(dirs, only)),
+            _medians([*own_scores, *other_scores], only, both),
         )
-        for own, places, own_tables, other_tables in (
-            (one, ones, tables[0], tables[1]),
-            (other, others, tables[1], tables[0]),
+        for ids, dirs, own_scores, other_scores in (
+            (left_ids, left_dirs, left_scores, right_scores),
+            (right_ids, right_dirs, right_scores, left_scores),
         )
     ]
-    return RowsCompared(name, len(both), *given)
+    return RowsCompared(name, len(both), *stats)
 
 
-def _ids(places: list[Path]) -> Ids:
-    """Each once, in ascending order."""
-    found = [_column(shard) for place in places for shard in shards(place)]
-    return np.unique(np.concatenate(found)) if found else ids_to_uint64(())
+def _ids(dirs: list[Path]) -> Ids:
+    """Distinct row ids, ascending."""
+    columns = [_id_column(shard) for folder in dirs for shard in shards(folder)]
+    return np.unique(np.concatenate(columns)) if columns else ids_to_uint64(())
 
 
-def _column(file: Path) -> Ids:
+def _id_column(file: Path) -> Ids:
     return ids_to_uint64(to_str_list(pq.read_table(file, columns=["id"])[0]))
 
 
-def _samples(places: list[Path], wanted: Ids) -> Iterator[RowSample]:
-    """The first rows of them, in the order in which they are trained on without shuffling."""
-    left = SAMPLES
-    for shard in (shard for place in places for shard in shards(place)):
-        found = np.flatnonzero(np.isin(_column(shard), wanted))[:left] if left and len(wanted) else ()
-        if len(found):
-            for row in pq.read_table(shard, columns=["id", *SHOWN]).take(found).to_pylist():
+def _samples(dirs: list[Path], ids: Ids) -> Iterator[RowSample]:
+    """The first rows with one of the ids, in training order without shuffling."""
+    left = NUM_SAMPLES
+    for shard in (shard for folder in dirs for shard in shards(folder)):
+        indices = np.flatnonzero(np.isin(_id_column(shard), ids))[:left] if left and len(ids) else ()
+        if len(indices):
+            for row in pq.read_table(shard, columns=["id", *SAMPLE_COLUMNS]).take(indices).to_pylist():
                 yield RowSample(row["id"], row["source"] or "", row["line"] or 0, excerpt(row))
-            left -= len(found)
+            left -= len(indices)
 
 
-def _scored(side: RunSelection, training: str) -> Iterator[tuple[str, Path]]:
-    """Scores that a training's rows were given on their way, with the folder where they lie; the last first."""
+def _score_dirs(side: RunSelection, training: str) -> Iterator[tuple[str, Path]]:
+    """(score, folder of its tables) for the score stages upstream of a training, the last stage first."""
     stage = side.experiment.stages[training]
-    assert isinstance(stage, Training), "asked of trainings"
+    assert isinstance(stage, Training), "the caller passes trainings"
     for data in data_refs(stage.data).values():
         for name in lineage(side.experiment.stages, data):
             scorer = side.experiment.stages[name]
@@ -143,24 +148,24 @@ def _scored(side: RunSelection, training: str) -> Iterator[tuple[str, Path]]:
                 yield from ((spec.score, artifact.path / "scores") for spec in scorer.by)
 
 
-def _medians(tables: list[tuple[str, Path]], only: Ids, both: Ids) -> dict[str, Median]:
-    """By the first table of a score that knows some of the rows."""
-    found: dict[str, Median] = {}
-    for score, folder in tables if len(only) else ():
-        if score in found:
+def _medians(score_dirs: list[tuple[str, Path]], only: Ids, both: Ids) -> dict[str, Median]:
+    """Medians by score, from the first folder that has values for some of the exclusive rows."""
+    medians: dict[str, Median] = {}
+    for score, folder in score_dirs if len(only) else ():
+        if score in medians:
             continue
         own, shared = _values(score, folder, only), _values(score, folder, both)
         if len(own):
-            found[score] = Median(float(np.median(own)), float(np.median(shared)) if len(shared) else None)
-    return found
+            medians[score] = Median(float(np.median(own)), float(np.median(shared)) if len(shared) else None)
+    return medians
 
 
-def _values(score: str, folder: Path, wanted: Ids) -> Any:
-    """Of the wanted rows that have one."""
-    found = [np.empty(0)]
+def _values(score: str, folder: Path, ids: Ids) -> Any:
+    """Score values of the rows with one of the ids, without NaN."""
+    parts = [np.empty(0)]
     for file in sorted(folder.glob("part-*.parquet")):
         if score in pq.read_schema(file).names:
             values = pq.read_table(file, columns=[score])[0].to_numpy().astype(float)
-            found.append(values[np.isin(_column(file), wanted)])
-    values = np.concatenate(found)
+            parts.append(values[np.isin(_id_column(file), ids)])
+    values = np.concatenate(parts)
     return values[~np.isnan(values)]

@@ -1,4 +1,4 @@
-"""What was measured of each side, in the names by which a search aims at it. Pure."""
+"""Metrics of each side, under the names that a search uses for them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tunery.events.formatting import as_number
 from tunery.search.trials import last_value
 from tunery.spec import Evaluate, Training, WinRate
 
-OF_EVALUATE = ("loss", "perplexity", "forgetting")
-OF_WIN_RATE = ("win_rate", "reward")
+EVALUATE_METRICS = ("loss", "perplexity", "forgetting")
+WIN_RATE_METRICS = ("win_rate", "reward")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     value: float
     half: float | None = None
-    """Half of its 95% interval, where it is a mean over seeds."""
+    """Half-width of the 95% interval of a mean over seeds; None for a single value."""
 
 
 @dataclass(frozen=True)
 class Metric:
     name: str
-    left: Measured | None
-    right: Measured | None
+    left: MetricValue | None
+    right: MetricValue | None
 
     @property
     def difference(self) -> float | None:
@@ -34,50 +34,50 @@ class Metric:
 
     def as_json(self) -> dict[str, Any]:
         sides = {"left": self.left, "right": self.right}
-        told = {name: None if found is None else found.value for name, found in sides.items()}
-        halves = {f"{name}_half": found.half for name, found in sides.items() if found and found.half is not None}
-        return {"name": self.name, **told, **halves, "difference": self.difference}
+        values = {name: None if side is None else side.value for name, side in sides.items()}
+        halves = {f"{name}_half": side.half for name, side in sides.items() if side and side.half is not None}
+        return {"name": self.name, **values, **halves, "difference": self.difference}
 
 
 def compare_metrics(left: RunSelection, right: RunSelection) -> list[Metric]:
-    """All that at least one of them has, in the order of the left one's file."""
-    one, other = dict(measured(left)), dict(measured(right))
+    """Metrics that at least one side has, in the order of the left side's file."""
+    one, other = dict(metrics_of(left)), dict(metrics_of(right))
     return [Metric(name, one.get(name), other.get(name)) for name in {**one, **other}]
 
 
-def measured(side: RunSelection) -> Iterator[tuple[str, Measured]]:
-    found = {name: Measured(value) for name, value in _of_stages(side)}
+def metrics_of(side: RunSelection) -> Iterator[tuple[str, MetricValue]]:
+    metrics = {name: MetricValue(value) for name, value in _stage_metrics(side)}
     search = side.experiment.search
     if side.trial is not None and search is not None:
         name = search.value_name
-        if (value := last_value(side.trial, name)) is not None:  # of an unfinished one no stage has told it
-            found.setdefault(name, Measured(value))
+        if (value := last_value(side.trial, name)) is not None:  # no stage of an unfinished trial has logged it
+            metrics.setdefault(name, MetricValue(value))
         for standing in _standings(side):
             if standing["trial"] == side.trial.name:
                 half = as_number(standing["half"])
-                found[f"{name}, mean of {len(standing['values'])} seeds"] = Measured(standing["mean"], half)
-    yield from found.items()
+                metrics[f"{name}, mean of {len(standing['values'])} seeds"] = MetricValue(standing["mean"], half)
+    yield from metrics.items()
 
 
-def _of_stages(side: RunSelection) -> Iterator[tuple[str, float]]:
+def _stage_metrics(side: RunSelection) -> Iterator[tuple[str, float]]:
     for name, stage in side.experiment.stages.items():
         facts = side.facts(name)
         if isinstance(stage, Training):
-            told = {f"{name}.{metric}": facts.get(metric) for metric in stage.metrics}
+            values = {f"{name}.{metric}": facts.get(metric) for metric in stage.metrics}
         elif isinstance(stage, Evaluate | WinRate):
-            kinds = OF_EVALUATE if isinstance(stage, Evaluate) else OF_WIN_RATE
-            told = {
-                f"{name}.{result['model']}.{result['set']}.{kind}": result.get(kind)
+            metrics = EVALUATE_METRICS if isinstance(stage, Evaluate) else WIN_RATE_METRICS
+            values = {
+                f"{name}.{result['model']}.{result['set']}.{metric}": result.get(metric)
                 for result in facts.get("results", ())
-                for kind in kinds
+                for metric in metrics
             }
         else:
             continue
-        for metric, value in told.items():
+        for metric, value in values.items():
             if (number := as_number(value)) is not None:
                 yield metric, number
 
 
 def _standings(side: RunSelection) -> list[dict[str, Any]]:
-    ended = [event for event in side.recorded.events if event["event"] == "search_finished"]
-    return list(ended[-1].get("standings") or ()) if ended else []
+    finished = [event for event in side.record.events if event["event"] == "search_finished"]
+    return list(finished[-1].get("standings") or ()) if finished else []

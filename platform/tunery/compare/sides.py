@@ -1,4 +1,4 @@
-"""Which run is meant, with whose values, and what it made: a side of a comparison. From its event log."""
+"""One side of a comparison: a run or one of its trials, with its config and artifacts, from the run's event log."""
 
 from __future__ import annotations
 
@@ -16,97 +16,99 @@ from tunery.store import Artifact, Store
 
 @dataclass(frozen=True)
 class RunSelection:
-    recorded: Recorded
+    record: Recorded
     experiment: Experiment
-    """With the values that it was made with."""
+    """With the trial's overrides applied."""
     trial: TrialState | None
-    """None: made with the file's own values."""
+    """None for the file's own values."""
     best: bool
-    """The trial is the one that the search ended with."""
-    prints: dict[str, str]
-    """Fingerprints by stage; of what was not made too, where they are known."""
+    """The trial was selected as the best of its search, not by name."""
+    fingerprints: dict[str, str]
+    """Fingerprints by stage, including stages that were not built if they are known."""
     stores: tuple[Store, ...]
 
     @property
     def run(self) -> str:
-        return self.recorded.folder.name
+        return self.record.folder.name
 
     @property
     def name(self) -> str:
         return self.run if self.trial is None or self.best else f"{self.run}/{self.trial.name}"
 
     @property
-    def made(self) -> str:
-        """In words: with whose values, and how far it came."""
-        state = self.recorded.state
+    def description(self) -> str:
+        """Whose values the side has, and its status unless it is done."""
+        state = self.record.state
         if self.trial is None:
             searched = self.experiment.search is not None
             how = "with the file's own values" if searched else ""
             return ", ".join(part for part in (how, "" if state.status == "done" else state.status) if part)
         if self.best:
-            return f"with the values of {self.trial.name}, its best trial"
+            return f"with the values of its best trial, {self.trial.name}"
         return "" if self.trial.status == "done" else self.trial.status
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """Of what the stage made: as the run told them, else from the store. Empty where it made nothing."""
-        print_ = self.prints.get(stage)
-        if print_ is None:
+        """The stage's facts, from the event log or else from the store. Empty if it was not built."""
+        fingerprint = self.fingerprints.get(stage)
+        if fingerprint is None:
             return {}
-        told = [event for event in self.recorded.events if event["event"] == "stage_finished"]
-        found = next((event["facts"] for event in reversed(told) if event.get("fingerprint") == print_), None)
-        if found is not None:
-            return dict(found)
-        artifact = self._find(stage, print_)
+        finished = [event for event in self.record.events if event["event"] == "stage_finished"]
+        facts = next((event["facts"] for event in reversed(finished) if event.get("fingerprint") == fingerprint), None)
+        if facts is not None:
+            return dict(facts)
+        artifact = self._find(stage, fingerprint)
         return {} if artifact is None else artifact.facts
 
     def artifact(self, stage: str) -> Artifact | None:
-        """What the stage made; None where it has made nothing. Raises RequestError where it was removed."""
-        print_ = self.prints.get(stage)
-        if print_ is None:
+        """The stage's artifact; None if it was not built. Raises RequestError if it was removed from the store."""
+        fingerprint = self.fingerprints.get(stage)
+        if fingerprint is None:
             return None
-        artifact = self._find(stage, print_)
-        told = any(
-            event["event"] == "stage_finished" and event.get("fingerprint") == print_ for event in self.recorded.events
+        artifact = self._find(stage, fingerprint)
+        was_built = any(
+            event["event"] == "stage_finished" and event.get("fingerprint") == fingerprint
+            for event in self.record.events
         )
-        if artifact is None and told:
+        if artifact is None and was_built:
             kind = self.experiment.stages[stage].kind
             raise RequestError(
-                f"what `{stage}` of {self.name} made isn't in the store any more",
-                cause=f"there is no {kind}-{print_} in {self.stores[0].root / 'artifacts'}",
-                remedy=f"give `tunery run {self.recorded.state.file}` again: it makes what is missing (of trials, the "
-                "best one's); or say with --store where it is",
+                f"the artifact of `{stage}` of {self.name} is no longer in the store",
+                cause=f"there is no {kind}-{fingerprint} in {self.stores[0].root / 'artifacts'}",
+                remedy=f"run `tunery run {self.record.state.file}` again to rebuild it (for trials: only the best "
+                "one's); or give its store with --store",
             )
         return artifact
 
-    def _find(self, stage: str, print_: str) -> Artifact | None:
+    def _find(self, stage: str, fingerprint: str) -> Artifact | None:
         kind = self.experiment.stages[stage].kind
-        return next((found for store in self.stores if (found := store.find(kind, print_)) is not None), None)
+        candidates = (store.find(kind, fingerprint) for store in self.stores)
+        return next((artifact for artifact in candidates if artifact is not None), None)
 
 
-def side(asked: str, store: Store) -> RunSelection:
-    """`asked`: a run's name or folder, which means its best trial where a search has ended; RUN/TRIAL, or RUN/file for
-    the file's own values. Raises RequestError where there is no such run or trial."""
-    run, trial = _split_name(asked, store)
-    recorded = read_run(run, store)
-    # Run and store may have been moved, together or apart.
-    stores = (Store(recorded.folder.absolute().parent.parent), store)
-    search = recorded.state.search
+def select_run(name: str, store: Store) -> RunSelection:
+    """Resolve `name`: a run's name or folder, which selects its best trial if its search has ended; RUN/TRIAL; or
+    RUN/file for the file's own values. Raises RequestError if there is no such run or trial."""
+    run, trial = _split_name(name, store)
+    record = read_run(run, store)
+    # The run's folder and the store may have been moved, together or separately.
+    stores = (Store(record.folder.absolute().parent.parent), store)
+    search = record.state.search
     if trial is None and search is not None and search.finished and search.best is not None:
-        return _of_trial(recorded, search.best, stores)
+        return _select_trial(record, search.best, stores)
     if trial in (None, OWN):
-        prints = {name: stage.fingerprint for name, stage in recorded.state.stages.items() if stage.artifact}
-        return RunSelection(recorded, recorded.experiment, None, False, prints, stores)
+        fingerprints = {name: stage.fingerprint for name, stage in record.state.stages.items() if stage.artifact}
+        return RunSelection(record, record.experiment, None, False, fingerprints, stores)
     trials = search.trials if search is not None else {}
-    return _of_trial(recorded, trials[trial_named(trial, trials, recorded.folder.name)], stores, asked=True)
+    return _select_trial(record, trials[trial_named(trial, trials, record.folder.name)], stores, by_name=True)
 
 
-def _split_name(asked: str, store: Store) -> tuple[str, str | None]:
-    """The run, and the trial that follows its name."""
-    run, slash, trial = asked.rpartition("/")
+def _split_name(name: str, store: Store) -> tuple[str, str | None]:
+    """Split RUN/TRIAL into run and trial; the trial is None if there is none."""
+    run, slash, trial = name.rpartition("/")
     is_trial = trial.startswith("trial-") or trial == OWN
-    if slash and not _is_run(asked, store) and (is_trial or _is_run(run, store)):
+    if slash and not _is_run(name, store) and (is_trial or _is_run(run, store)):
         return run, trial
-    return asked, None
+    return name, None
 
 
 def _is_run(name: str, store: Store) -> bool:
@@ -117,17 +119,19 @@ def _is_run(name: str, store: Store) -> bool:
     return True
 
 
-def _of_trial(recorded: Recorded, trial: TrialState, stores: tuple[Store, ...], *, asked: bool = False) -> RunSelection:
-    search = recorded.state.search
-    assert search is not None, "there is a trial"
-    experiment = with_overrides(recorded.experiment, trial.overrides)
-    prints = {name: stage.fingerprint for name, stage in trial.stages.items() if stage.fingerprint}
+def _select_trial(
+    record: Recorded, trial: TrialState, stores: tuple[Store, ...], *, by_name: bool = False
+) -> RunSelection:
+    search = record.state.search
+    assert search is not None, "a run with trials has a search"
+    experiment = with_overrides(record.experiment, trial.overrides)
+    fingerprints = {name: stage.fingerprint for name, stage in trial.stages.items() if stage.fingerprint}
     if search.finished and trial is search.best:
-        prints = {**prints, **search.best_fingerprints}
-    if not prints:
+        fingerprints = {**fingerprints, **search.best_fingerprints}
+    if not fingerprints:
         raise RequestError(
-            f"the run `{recorded.folder.name}` doesn't know what {trial.name} made",
-            cause="it found the search in the store, where another run had left it; or the trial has not begun",
-            remedy="compare it by that run's name",
+            f"the event log of `{record.folder.name}` has no artifacts of {trial.name}",
+            cause="the run reused the search of another run from the store, or the trial has not started",
+            remedy="name the run that did the search",
         )
-    return RunSelection(recorded, experiment, trial, trial is search.best and not asked, prints, stores)
+    return RunSelection(record, experiment, trial, trial is search.best and not by_name, fingerprints, stores)

@@ -1,4 +1,4 @@
-"""The card of an exported model: README.md with the front matter that the Hugging Face hub reads. Pure."""
+"""The model card of an exported model: README.md with the metadata that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from tunery.export.card_tables import fields, loss_row, outcomes, search_line, space_rows, step, version_rows, win_row
+from tunery.export.card_tables import (
+    fields,
+    loss_row,
+    search_line,
+    space_rows,
+    step,
+    training_results,
+    version_rows,
+    win_row,
+)
 from tunery.export.choose import ExportTarget
 from tunery.export.lineage import Link, losses, root_of, wins
 from tunery.reporting.report_sections import question
@@ -20,112 +29,117 @@ TEMPLATE = "card.md.jinja"
 
 
 @dataclass(frozen=True)
-class Form:
-    """What stands beside the card."""
+class ExportFormat:
+    """How the model is exported: all of it, or an adapter of a base model."""
 
     folder: str
-    """Its name."""
-    labels: int
-    """Of a classifier; 0 of a language model."""
-    settings: dict[str, Any]
-    """PEFT's, of what was trained; empty where all of the model was."""
+    """Name of the output folder."""
+    num_labels: int
+    """Outputs of a classifier or reward model; 0 for a language model."""
+    peft_config: dict[str, Any]
+    """PEFT's configuration of the training; empty if all weights were trained."""
     base: str | None
-    """What the adapter lies on, a hub name or a folder; None of a whole model."""
+    """The adapter's base model, a hub name or a folder; None for a complete model."""
     revision: str | None = None
-    """Of a base from the hub."""
+    """Revision of a base from the hub."""
     base_command: str = ""
-    """The command line that writes the base's folder; empty where no stage made it."""
+    """Command that exports the base model; empty if it is not a stage of the experiment."""
 
 
-def card(chosen: ExportTarget, links: list[Link], form: Form) -> str:
-    """Markdown."""
+def card(target: ExportTarget, links: list[Link], export_format: ExportFormat) -> str:
+    """Render the model card as Markdown."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["cell"] = _cell
     template = environment.from_string(resources.files("tunery.export").joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    link, state = links[-1], chosen.state
-    measured = losses(link.artifact)
-    forgetting = any("forgetting" in result for result in measured)
+    link, state = links[-1], target.state
+    loss_results = losses(link.artifact)
+    forgetting = any("forgetting" in result for result in loss_results)
     return template.render(
-        front=yaml.safe_dump(front_matter(links, form), sort_keys=False, allow_unicode=True),
-        title=f"{state.run}: {chosen.stage}",
-        what=_what(chosen, form),
+        metadata=yaml.safe_dump(card_metadata(links, export_format), sort_keys=False, allow_unicode=True),
+        title=f"{state.run}: {target.stage}",
+        description=_description(target, export_format),
         question=question(state.text.lstrip()).splitlines(),
-        use=_use(form),
-        remarks=list(_remarks(link, form)),
-        fields=fields(link, form.settings),
-        outcome=outcomes(link),
+        usage=_usage_code(export_format),
+        remarks=list(_remarks(link, export_format)),
+        fields=fields(link, export_format.peft_config),
+        results=training_results(link),
         steps=[step(item) for item in links],
-        losses=[loss_row(result, forgetting=forgetting) for result in measured],
+        losses=[loss_row(result, forgetting=forgetting) for result in loss_results],
         forgetting=forgetting,
         wins=[win_row(result) for result in wins(link.artifact)],
-        search=search_line(chosen),
-        space=space_rows(chosen),
-        versions=version_rows(chosen, link),
+        search=search_line(target),
+        space=space_rows(target),
+        versions=version_rows(target, link),
     )
 
 
 def _cell(text: str) -> str:
-    """In a row of a table."""
+    """Escape a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def front_matter(links: list[Link], form: Form) -> dict[str, Any]:
-    """https://huggingface.co/docs/hub/model-cards"""
-    root, adapter = root_of(links), form.base is not None
+def card_metadata(links: list[Link], export_format: ExportFormat) -> dict[str, Any]:
+    """The card's YAML metadata (https://huggingface.co/docs/hub/model-cards)."""
+    root, adapter = root_of(links), export_format.base is not None
     from_hub = root is not None and not root.is_folder
-    lora = ["lora"] if form.settings else []
+    lora = ["lora"] if export_format.peft_config else []
     return {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-classification" if form.labels else "text-generation",
+        "pipeline_tag": "text-classification" if export_format.num_labels else "text-generation",
         **({"base_model": root.pretrained} if root is not None and from_hub else {}),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if from_hub else {}),
         "tags": ["tunery", links[-1].stage.kind, *lora],
     }
 
 
-def _what(chosen: ExportTarget, form: Form) -> str:
-    kind = chosen.experiment.stages[chosen.stage].kind
-    what = "reward model" if kind == "reward" else "text classifier" if form.labels else "causal language model"
-    form_of = "The adapter (PEFT) of a" if form.base else "A"
-    by = f" It was made {chosen.by}." if chosen.by else ""
-    return f"{form_of} {what}, from the stage `{chosen.stage}` ({kind}) of the experiment `{chosen.state.run}`.{by}"
+def _description(target: ExportTarget, export_format: ExportFormat) -> str:
+    kind = target.experiment.stages[target.stage].kind
+    is_classifier = export_format.num_labels > 0
+    model = "reward model" if kind == "reward" else "text classifier" if is_classifier else "causal language model"
+    article = "The adapter (PEFT) of a" if export_format.base else "A"
+    trained = f" It was trained {target.trained_with}." if target.trained_with else ""
+    experiment = target.state.run
+    return f"{article} {model}, from the stage `{target.stage}` ({kind}) of the experiment `{experiment}`.{trained}"
 
 
-def _use(form: Form) -> str:
-    auto = "AutoModelForSequenceClassification" if form.labels else "AutoModelForCausalLM"
-    here = f'"./{form.folder}"'
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({here})"
-    imports = f"from transformers import {auto}, AutoTokenizer"
-    if form.base is None:
-        return f"{imports}\n\n{tokenizer}\nmodel = {auto}.from_pretrained({here})"
-    options = f', revision="{form.revision}"' if form.revision else ""
-    if form.labels:
-        options += f", num_labels={form.labels}, pad_token_id=tokenizer.pad_token_id"
+def _usage_code(export_format: ExportFormat) -> str:
+    auto_class = "AutoModelForSequenceClassification" if export_format.num_labels else "AutoModelForCausalLM"
+    folder = f'"./{export_format.folder}"'
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+    imports = f"from transformers import {auto_class}, AutoTokenizer"
+    if export_format.base is None:
+        return f"{imports}\n\n{tokenizer}\nmodel = {auto_class}.from_pretrained({folder})"
+    options = f', revision="{export_format.revision}"' if export_format.revision else ""
+    if export_format.num_labels:
+        options += f", num_labels={export_format.num_labels}, pad_token_id=tokenizer.pad_token_id"
     lines = [
-        f'base = {auto}.from_pretrained("{form.base}"{options})',
-        f"model = PeftModel.from_pretrained(base, {here})",
+        f'base = {auto_class}.from_pretrained("{export_format.base}"{options})',
+        f"model = PeftModel.from_pretrained(base, {folder})",
     ]
     return "\n".join(["from peft import PeftModel", imports, "", tokenizer, *lines])
 
 
-def _remarks(link: Link, form: Form) -> Iterator[str]:
-    facts = link.artifact.facts
-    if form.base_command:
-        yield f"The base is another model of the experiment: `{form.base_command}` writes it."
-    elif form.base is not None and form.base.startswith("./"):
-        yield f"The base is the model folder `{form.base}`, which the experiment took from outside."
+def _remarks(link: Link, export_format: ExportFormat) -> Iterator[str]:
+    facts, base = link.artifact.facts, export_format.base
+    if export_format.base_command:
+        yield f"The base is another model of the experiment. To export it: `{export_format.base_command}`."
+    elif base is not None and base.startswith("./"):
+        yield f"The base is the external model folder `{base}`."
     if link.stage.kind == "classifier":
         names = ", ".join(f"{number} is `{name}`" for number, name in enumerate(LABELS))
-        fitted = facts.get("temperature")
-        by = f"; divided by {fitted:.4g} first (the temperature), they fit held-out rows best" if fitted else ""
-        yield f"Labels: {names}. Probabilities are the softmax of the logits{by}."
+        temperature = facts.get("temperature")
+        scaling = f" divided by {temperature:.4g}, the temperature fitted to held-out rows" if temperature else ""
+        yield f"Labels: {names}. Probabilities are the softmax of the logits{scaling}."
     if link.stage.kind == "reward":
-        mean, deviation = facts["reward_mean"], facts["reward_deviation"]
+        mean, std = facts["reward_mean"], facts["reward_deviation"]
         yield (
-            "Its one output is a reward for a conversation up to its last answer. tunery's rewards are "
-            f"(output - {mean:.6g}) / {deviation:.6g}: in deviations from the mean."
+            "Its single output is the reward of a conversation up to its last response. tunery normalizes it with mean "
+            f"and standard deviation: (output - {mean:.6g}) / {std:.6g}."
         )
-    if form.labels:
-        yield "It has seen rows as the tokenizer's chat template has them; without one, question and answer as a pair."
+    if export_format.num_labels:
+        yield (
+            "It was trained on text rendered with the tokenizer's chat template; without a template, on prompt and "
+            "response as a pair of texts."
+        )

@@ -1,4 +1,4 @@
-"""What a card says of stages, scores and search, as cells and sentences. Pure."""
+"""Tables and sentences of the model card: stages, evaluations and search."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tunery.spec.references import model_name
 
 Rows = list[tuple[str, ...]]
 
-SOURCE = ("source", "subset", "config", "hub_split", "revision", "split", "limit", "corrupt_fraction")
-"""Fields of a dataset that say which rows it is."""
-RAN = ("workers", "device", "dtype", "zero_stage")
-"""Measured of a training: where it ran."""
+SOURCE_FIELDS = ("source", "subset", "config", "hub_split", "revision", "split", "limit", "corrupt_fraction")
+"""Fields of a dataset that determine its rows."""
+RUNTIME_FIELDS = ("workers", "device", "dtype", "zero_stage")
+"""Runtime stats of a training that are listed."""
 
 
-def fields(link: Link, settings: Mapping[str, Any]) -> Rows:
-    """Of a training, from its manifest: what it really was made with, and what `auto` became; `settings` are PEFT's."""
+def fields(link: Link, peft_config: Mapping[str, Any]) -> Rows:
+    """Fields of a training, from its manifest, with the resolved values of `auto`; `peft_config` resolves LoRA's."""
     assert isinstance(link.stage, Training)
-    became = link.artifact.facts.get("resolved", {})
-    resolved = {name: f"{plain(one['value'])} (auto: {one['rule']})" for name, one in became.items()}
-    for name, setting in (("alpha", "lora_alpha"), ("target_modules", "target_modules")):
-        if setting in settings:
-            resolved[f"tuner.lora.{name}"] = f"{plain(settings[setting])} (auto)"
-    rows: Rows = [("begins with", _beginning(link.stage.model))]
+    auto_values = link.artifact.facts.get("resolved", {})
+    resolved = {name: f"{plain(one['value'])} (auto: {one['rule']})" for name, one in auto_values.items()}
+    for name, key in (("alpha", "lora_alpha"), ("target_modules", "target_modules")):
+        if key in peft_config:
+            resolved[f"tuner.lora.{name}"] = f"{plain(peft_config[key])} (auto)"
+    rows: Rows = [("initial model", _initial_model(link.stage.model))]
     for name, value in _flat(link.artifact.manifest["identity"]):
         if name not in ("version", "seed") and not name.startswith(("content of ", "model.")):
             rows.append((name, resolved.get(name, "auto") if value == "auto" else plain(value)))
     return rows
 
 
-def _beginning(model: str | Pretrained | Scratch) -> str:
+def _initial_model(model: str | Pretrained | Scratch) -> str:
     if isinstance(model, str):
         return f"the stage `{model}`"
     if isinstance(model, Scratch) or model.is_folder:
@@ -46,38 +46,40 @@ def _beginning(model: str | Pretrained | Scratch) -> str:
     return model.pretrained + (f" at {model.revision}" if model.revision else "")
 
 
-def outcomes(link: Link) -> Rows:
-    """Of a training: numbers that it came to, and where it ran."""
-    told, listed_above = link.artifact.manifest["facts"], link.artifact.manifest["identity"]
-    measured = link.artifact.measured
-    found = {key: value for key, value in told.items() if key not in listed_above and isinstance(value, int | float)}
-    ran = {key: measured[key] for key in RAN if key in measured}
-    return [(key.replace("_", " "), plain(value, key)) for key, value in {**found, **ran}.items()]
+def training_results(link: Link) -> Rows:
+    """Final numbers of a training, and where it ran."""
+    facts, config = link.artifact.manifest["facts"], link.artifact.manifest["identity"]
+    runtime_stats = link.artifact.measured
+    numbers = {key: value for key, value in facts.items() if key not in config and isinstance(value, int | float)}
+    runtime = {key: runtime_stats[key] for key in RUNTIME_FIELDS if key in runtime_stats}
+    return [(key.replace("_", " "), plain(value, key)) for key, value in {**numbers, **runtime}.items()]
 
 
 def step(link: Link) -> str:
-    """A sentence on how a stage's rows or model came about."""
-    reads = ", ".join(f"{field} `{stage}`" for field, stage in link.reads.items())
+    """A stage of the lineage in one line: its inputs, outcome and details."""
+    inputs = ", ".join(f"{field} `{stage}`" for field, stage in link.reads.items())
     facts = link.artifact.facts
-    said = [outcome(StageState(link.name, link.stage.kind, facts=facts)), *_details(link)]
-    of = f" of {reads}" if reads else ""
-    return f"`{link.name}` ({link.stage.kind}{of}): {'; '.join(part for part in said if part)}"
+    parts = [outcome(StageState(link.name, link.stage.kind, facts=facts)), *_details(link)]
+    of = f" of {inputs}" if inputs else ""
+    return f"`{link.name}` ({link.stage.kind}{of}): {'; '.join(part for part in parts if part)}"
 
 
 def _details(link: Link) -> Iterator[str]:
     facts, identity = link.artifact.facts, link.artifact.manifest["identity"]
     if isinstance(link.stage, Dataset):
-        told = {key: identity[key] for key in SOURCE if identity.get(key)}
-        yield ", ".join(f"{key} {plain(value)}" for key, value in told.items())
+        values = {key: identity[key] for key in SOURCE_FIELDS if identity.get(key)}
+        yield ", ".join(f"{key} {plain(value)}" for key, value in values.items())
     if isinstance(link.stage, Dataset) and facts.get("planted"):
-        planted = {kind or "as they were": count for kind, count in facts["planted"].items()}
-        yield f"damaged on purpose: {plain(planted)}"
+        corruption = {kind or "intact": count for kind, count in facts["planted"].items()}
+        yield f"injected corruption: {plain(corruption)}"
     if isinstance(link.stage, Select):
         for rule in listed(facts.get("rules")):
-            cuts = " and ".join(measure(cut) for cut in rule["cuts"])
-            yield f"{rule['rule']}" + (f" (cut at {cuts})" if cuts else "") + f" drops {rule['dropped']:,}"
+            thresholds = " and ".join(measure(cut) for cut in rule["cuts"])
+            yield (
+                f"{rule['rule']}" + (f" (threshold {thresholds})" if thresholds else "") + f" drops {rule['dropped']:,}"
+            )
         if diverse := facts.get("diverse"):
-            yield f"unlike each other by {diverse['method']}: {diverse['kept']:,} of {diverse['candidates']:,}"
+            yield f"diverse subset by {diverse['method']}: {diverse['kept']:,} of {diverse['candidates']:,}"
         if link.stage.quota is not None:
             yield f"quota {plain(identity['quota'])}"
     if isinstance(link.stage, Training):
@@ -85,64 +87,64 @@ def _details(link: Link) -> Iterator[str]:
 
 
 def loss_row(result: Mapping[str, Any], *, forgetting: bool) -> tuple[str, ...]:
-    forgotten = [f"{result['forgetting']:+.1%}" if "forgetting" in result else "–"] if forgetting else []
-    return (result["set"], plain(result["rows"]), measure(result["loss"]), measure(result["perplexity"]), *forgotten)
+    relative = [f"{result['forgetting']:+.1%}" if "forgetting" in result else "–"] if forgetting else []
+    return (result["set"], plain(result["rows"]), measure(result["loss"]), measure(result["perplexity"]), *relative)
 
 
 def win_row(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """The model of the card in bold."""
+    """A row of the win rate table; the card's model is bold."""
     names = [f"**{name}**" if name == result["mine"] else name for name in (result["model"], result["baseline"])]
     prompts = f"{result['set']} ({result['rows']:,})"
     low, high = result["interval"]
     return (*names, prompts, result["judge"], f"{result['win_rate']:.3f}", f"{low:.3f}–{high:.3f}")
 
 
-def search_line(chosen: ExportTarget) -> str:
-    """Empty where no search changes the model, or none is finished."""
-    search, told = chosen.experiment.search, chosen.state.search
-    if not chosen.is_searched or search is None or told is None or not told.finished or told.best is None:
+def search_line(target: ExportTarget) -> str:
+    """The search in two sentences; empty if no finished search changes the model."""
+    search, state = target.experiment.search, target.state.search
+    if not target.is_searched or search is None or state is None or not state.finished or state.best is None:
         return ""
-    states = [trial.status for trial in told.trials.values()]
+    states = [trial.status for trial in state.trials.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    aim = "lowest" if search.mode == "min" else "highest"
-    own = "with the file's own values" if chosen.trial is None else f"by {_valued(chosen.trial)}"
+    goal = "minimized" if search.mode == "min" else "maximized"
+    trained = "with the file's own values" if target.trial is None else f"by {_with_value(target.trial)}"
     return (
-        f"Its trials ({len(states)}: {counts}) were for the {aim} `{search.metric}`; the best is {_valued(told.best)}. "
-        f"This model was made {own}."
+        f"The search {goal} `{search.metric}` over {len(states)} trials ({counts}); the best is "
+        f"{_with_value(state.best)}. This model was trained {trained}."
     )
 
 
-def _valued(trial: TrialState) -> str:
+def _with_value(trial: TrialState) -> str:
     return f"{trial.name} with {plain(trial.value)}"
 
 
-def space_rows(chosen: ExportTarget) -> Rows:
-    """What was searched, and the values that the model was made with."""
-    search = chosen.experiment.search
-    stages = chosen.experiment.model_dump(mode="json")["stages"]
+def space_rows(target: ExportTarget) -> Rows:
+    """The search space, with the values that the model was trained with."""
+    search = target.experiment.search
+    stages = target.experiment.model_dump(mode="json")["stages"]
     space = search.space.items() if search else ()
-    return [(path, dimension.describe(), plain(_at(stages, path))) for path, dimension in space]
+    return [(path, dimension.describe(), plain(_value_at(stages, path))) for path, dimension in space]
 
 
-def _at(stages: Any, path: str) -> Any:
-    found = stages
+def _value_at(stages: Any, path: str) -> Any:
+    value = stages
     for key in path.split("."):
-        found = found[int(key)] if isinstance(found, list) else found[key]
-    return found
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
 
 
-def version_rows(chosen: ExportTarget, link: Link) -> Rows:
-    """What is needed to make the model again."""
-    trial = [("trial", chosen.trial.name)] if chosen.trial else []
-    seed = str(stage_seed(link.stage, chosen.experiment))
-    own = [("stage", link.name), *trial, ("fingerprint", link.artifact.fingerprint), ("seed", seed)]
-    return [("experiment", chosen.state.run), *own, *versions(chosen.state)]
+def version_rows(target: ExportTarget, link: Link) -> Rows:
+    """What is needed to reproduce the model."""
+    trial = [("trial", target.trial.name)] if target.trial else []
+    seed = str(stage_seed(link.stage, target.experiment))
+    rows = [("stage", link.name), *trial, ("fingerprint", link.artifact.fingerprint), ("seed", seed)]
+    return [("experiment", target.state.run), *rows, *versions(target.state)]
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested fields by their path; those that aren't given are left out, and names of other stages with them."""
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested fields by path, without those that are None."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value

@@ -1,4 +1,4 @@
-"""Which model is meant: of which run, of which stage, and made with whose values. Known from the run's event log."""
+"""Selects the model to export: its run, stage and trial, from the run's event log."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tunery.store import Artifact, Store
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A model that there is."""
+    """An existing model of a run."""
 
     state: RunState
     experiment: Experiment
-    """With the values that the model was made with."""
+    """With the trial's overrides applied."""
     stage: str
     trial: TrialState | None
-    """None: made with the file's own values."""
+    """None if the model was trained with the file's own values."""
     artifact: Artifact
     notes: tuple[str, ...]
 
@@ -35,8 +35,8 @@ class ExportTarget:
         return is_searched(self.experiment, self.stage)
 
     @property
-    def by(self) -> str:
-        """In words: whose values the model was made with; empty where there is no choice."""
+    def trained_with(self) -> str:
+        """Whose values the model was trained with, as a phrase; empty if the search does not change the model."""
         search = self.state.search
         if self.trial is None:
             return "with the file's own values, not a trial's" if self.is_searched else ""
@@ -45,46 +45,50 @@ class ExportTarget:
 
 
 def choose(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> ExportTarget:
-    """`run`: a run's name or folder, or its experiment's file. Raises RequestError where there is no such model."""
-    asked = load(Path(run))[0] if Path(run).is_file() else None
-    recorded = read_run(run if asked is None else asked.name, store)
-    folder, state, experiment = recorded.folder, recorded.state, recorded.experiment
-    if asked is not None and not asks_the_same(asked, experiment):
+    """Select a model. `run`: a run's name or folder, or its experiment's file. Raises RequestError if there is no such
+    model."""
+    from_file = load(Path(run))[0] if Path(run).is_file() else None
+    record = read_run(run if from_file is None else from_file.name, store)
+    folder, state, experiment = record.folder, record.state, record.experiment
+    if from_file is not None and not asks_the_same(from_file, experiment):
         raise RequestError(
-            f"{run} isn't what the run `{asked.name}` has made: it was edited since",
-            remedy=f"give `tunery run {run}` first; or give the run's name, to export what it made before",
+            f"{run} was edited since the run `{from_file.name}`",
+            remedy=f"run `tunery run {run}` first; or give the run's name to export the model of the earlier version",
         )
-    of = _Run(state, experiment, (Store(folder.absolute().parent.parent), store))
-    name = of.stage(stage)
+    candidates = _Run(state, experiment, (Store(folder.absolute().parent.parent), store))
+    name = candidates.stage(stage)
     if trial not in (None, OWN):
-        return of.by_trial(name, trial)
-    return of.by_best(name) if trial is None and is_searched(experiment, name) else of.by_file(name)
+        return candidates.of_trial(name, trial)
+    if trial is None and is_searched(experiment, name):
+        return candidates.of_best_trial(name)
+    return candidates.of_file(name)
 
 
 def is_searched(experiment: Experiment, name: str) -> bool:
-    """Whether what the search varies changes the stage's model."""
-    search, needed = experiment.search, with_upstream(experiment.stages, [name])
-    return search is not None and any(path.split(".")[0] in needed for path in search.space)
+    """Whether a field that the search varies changes the stage's model."""
+    search, upstream = experiment.search, with_upstream(experiment.stages, [name])
+    return search is not None and any(path.split(".")[0] in upstream for path in search.space)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run has told, and where its artifacts may lie: run and store may have been moved together or apart."""
+    """A run's state, and the stores that may have its artifacts: run and store may have been moved separately."""
 
     state: RunState
     experiment: Experiment
     stores: tuple[Store, Store]
 
-    def stage(self, asked: str | None) -> str:
-        """The stage whose model is meant. Raises RequestError where that makes none."""
+    def stage(self, name: str | None) -> str:
+        """The stage whose model is exported: `name`, or by default the stage of the search's metric, or the last
+        training. Raises RequestError if it trains no model."""
         stages = self.experiment.stages
         models = [name for name, stage in stages.items() if isinstance(stage, Training)]
-        if asked in models:
-            return asked
-        if asked is not None:
-            kind = f"`{asked}` is a {stages[asked].kind} stage" if asked in stages else ""
+        if name in models:
+            return name
+        if name is not None:
+            kind = f"`{name}` is a {stages[name].kind} stage" if name in stages else ""
             raise RequestError(
-                f"no stage `{asked}` of `{self.state.run}` makes a model", cause=kind, remedy=nearest(asked, models)
+                f"no stage `{name}` of `{self.state.run}` trains a model", cause=kind, remedy=nearest(name, models)
             )
         if not models:
             raise RequestError(
@@ -95,108 +99,113 @@ class _Run:
         if self.experiment.search is None:
             return models[-1]
         metric = self.experiment.search.metric
-        # <training>.<measure>, or <stage that measures>.<model>.<set>.<measure>
-        about = next((name for name in metric.split(".")[:2] if name in models), None)
-        if about is None:
+        # <training>.<metric>, or <evaluation>.<model>.<set>.<metric>
+        evaluated = next((name for name in metric.split(".")[:2] if name in models), None)
+        if evaluated is None:
             raise RequestError(
-                "the search is about no model of the run's own",
+                "the search's metric belongs to no model of this run",
                 cause=f"its metric is `{metric}`",
                 remedy=f"give --stage with one of: {', '.join(models)}",
             )
-        return about
+        return evaluated
 
-    def by_file(self, name: str, *notes: str) -> ExportTarget:
-        """With the file's own values."""
-        told = self.state.stages.get(name, StageState(name))
-        if not told.artifact:
-            failure = f": {told.error.message}" if told.error else ""
+    def of_file(self, name: str, *notes: str) -> ExportTarget:
+        """The model trained with the file's own values."""
+        stage = self.state.stages.get(name, StageState(name))
+        if not stage.artifact:
+            failure = f": {stage.error.message}" if stage.error else ""
             raise RequestError(
                 f"`{name}` of the run `{self.state.run}` isn't finished",
-                cause=f"the run is {self.state.status}, the stage {told.status}{failure}",
-                remedy=f"give `tunery run {self.state.file}` again: it goes on from where it was",
+                cause=f"the run is {self.state.status}, the stage {stage.status}{failure}",
+                remedy=f"run `tunery run {self.state.file}` again to resume it",
             )
-        artifact = self._artifact(name, self.experiment, told.fingerprint)
+        artifact = self._artifact(name, self.experiment, stage.fingerprint)
         return ExportTarget(
-            self.state, self.experiment, name, None, artifact or self._removed(name, told.fingerprint), notes
+            self.state, self.experiment, name, None, artifact or self._raise_removed(name, stage.fingerprint), notes
         )
 
-    def by_trial(self, name: str, asked: str) -> ExportTarget:
-        """With the values of a certain trial."""
+    def of_trial(self, name: str, trial_name: str) -> ExportTarget:
+        """The model of the given trial."""
         search = self.state.search
         trials = search.trials if search else {}
-        if asked not in trials:
+        if trial_name not in trials:
+            no_search = "it has no search" if self.experiment.search is None else "no trial has started"
             raise RequestError(
-                f"the run `{self.state.run}` has no trial `{asked}`",
-                cause="" if trials else "it has no search" if self.experiment.search is None else "no trial has begun",
-                remedy=nearest(asked, [*trials, OWN]),
+                f"the run `{self.state.run}` has no trial `{trial_name}`",
+                cause="" if trials else no_search,
+                remedy=nearest(trial_name, [*trials, OWN]),
             )
-        trial = trials[asked]
-        if found := self._made_by(trial, name):
-            return found
+        trial = trials[trial_name]
+        if target := self._trial_model(trial, name):
+            return target
         if trial.status == "done" and not trial.stages:
-            self._unknown(trial)
-        made = [other.name for other in trials.values() if name in other.stages and other.stages[name].artifact]
+            self._raise_unknown(trial)
+        others = [other.name for other in trials.values() if name in other.stages and other.stages[name].artifact]
         raise RequestError(
-            f"{asked} made no `{name}`",
+            f"{trial_name} has no model `{name}`",
             cause=f"it is {trial.status}" + (f": {trial.error}" if trial.error else ""),
-            remedy=f"trials that did: {', '.join(made) or 'none'}; `--trial {OWN}` takes the file's own values",
+            remedy=f"trials that have one: {', '.join(others) or 'none'}; `--trial {OWN}` exports the model of the "
+            "file's own values",
         )
 
-    def by_best(self, name: str) -> ExportTarget:
-        """With the best trial's values; with the file's own where the search didn't need the stage."""
+    def of_best_trial(self, name: str) -> ExportTarget:
+        """The model of the best trial; that of the file's own values if the search's metric does not need the stage."""
         search = self.state.search
         if search is None or not search.finished or search.best is None:
-            done = "it has not begun" if search is None else f"{search.count('done')} of {search.total} trials are done"
+            progress = (
+                "it has not started" if search is None else f"{search.count('done')} of {search.total} trials are done"
+            )
             raise RequestError(
                 f"the search of `{self.state.run}` has no best trial yet",
-                cause=done,
-                remedy=f"give `tunery run {self.state.file}` again: it goes on; or take a certain trial's model with "
+                cause=progress,
+                remedy=f"run `tunery run {self.state.file}` again to resume it; or export another trial's model with "
                 f"--trial, or that of the file's own values with `--trial {OWN}`",
             )
-        if found := self._made_by(search.best, name):
-            return found
-        if name in _measured(self.experiment):
-            self._unknown(search.best)
-        return self.by_file(name, f"no trial made `{name}`, because the search's metric doesn't need it")
+        if target := self._trial_model(search.best, name):
+            return target
+        if name in _trial_stages(self.experiment):
+            self._raise_unknown(search.best)
+        return self.of_file(name, f"no trial trained `{name}`, because the search's metric does not need it")
 
-    def _made_by(self, trial: TrialState, name: str) -> ExportTarget | None:
-        """None where the trial made no such model. Raises RequestError where it was removed."""
-        search, tried = self.state.search, with_overrides(self.experiment, trial.overrides)
-        assert search is not None, "there is a trial"
-        assert tried.search is not None, "there is a trial"
-        told = trial.stages.get(name, StageState(name))
-        print_ = told.fingerprint if told.artifact else ""
+    def _trial_model(self, trial: TrialState, name: str) -> ExportTarget | None:
+        """None if the trial has no such model. Raises RequestError if it was removed from the store."""
+        search, experiment = self.state.search, with_overrides(self.experiment, trial.overrides)
+        assert search is not None, "a run with trials has a search"
+        assert experiment.search is not None, "a run with trials has a search"
+        stage = trial.stages.get(name, StageState(name))
+        fingerprint = stage.fingerprint if stage.artifact else ""
         if search.finished and trial is search.best:
-            print_ = search.best_fingerprints.get(name, print_)
-        artifact = self._artifact(name, tried, print_) if print_ else None
+            fingerprint = search.best_fingerprints.get(name, fingerprint)
+        artifact = self._artifact(name, experiment, fingerprint) if fingerprint else None
         if artifact is not None:
-            return ExportTarget(self.state, tried, name, trial, artifact, ())
-        # Of what the metric doesn't need, only what the best one's evaluation has asked for was ever made.
-        if print_ and name in _measured(tried):
-            self._removed(name, print_)
+            return ExportTarget(self.state, experiment, name, trial, artifact, ())
+        # Stages that the metric does not need are built only if the best trial's evaluation needs them.
+        if fingerprint and name in _trial_stages(experiment):
+            self._raise_removed(name, fingerprint)
         return None
 
-    def _artifact(self, name: str, experiment: Experiment, print_: str) -> Artifact | None:
-        found = (store.find(experiment.stages[name].kind, print_) for store in self.stores)
-        return next((artifact for artifact in found if artifact is not None), None)
+    def _artifact(self, name: str, experiment: Experiment, fingerprint: str) -> Artifact | None:
+        artifacts = (store.find(experiment.stages[name].kind, fingerprint) for store in self.stores)
+        return next((artifact for artifact in artifacts if artifact is not None), None)
 
-    def _unknown(self, trial: TrialState) -> NoReturn:
+    def _raise_unknown(self, trial: TrialState) -> NoReturn:
         raise RequestError(
-            f"the run `{self.state.run}` doesn't know what {trial.name} made",
-            cause="it found the search in the store, where another run had left it",
-            remedy=f"export it from that run; of the best trial `tunery run {self.state.file}`, given again, tells all",
+            f"the event log of `{self.state.run}` has no artifacts of {trial.name}",
+            cause="the run reused the search of another run from the store",
+            remedy=f"export it from that run; or, for the best trial, run `tunery run {self.state.file}` again",
         )
 
-    def _removed(self, name: str, print_: str) -> NoReturn:
+    def _raise_removed(self, name: str, fingerprint: str) -> NoReturn:
+        kind = self.experiment.stages[name].kind
         raise RequestError(
-            f"the model of `{name}` isn't in the store any more",
-            cause=f"there is no {self.experiment.stages[name].kind}-{print_} in {self.stores[0].root / 'artifacts'}",
-            remedy=f"give `tunery run {self.state.file}` again: it makes what is missing (of trials, the best one's); "
-            "or say with --store where it is",
+            f"the model of `{name}` is no longer in the store",
+            cause=f"there is no {kind}-{fingerprint} in {self.stores[0].root / 'artifacts'}",
+            remedy=f"run `tunery run {self.state.file}` again to rebuild it (for trials: only the best one's); or give "
+            "its store with --store",
         )
 
 
-def _measured(experiment: Experiment) -> dict[str, object]:
-    """The stages that every trial makes."""
-    assert experiment.search is not None, "there was a search"
+def _trial_stages(experiment: Experiment) -> dict[str, object]:
+    """The stages that every trial runs."""
+    assert experiment.search is not None, "the caller checked"
     return dict(with_upstream(experiment.stages, metric_stages(experiment.search)))

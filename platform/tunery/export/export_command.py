@@ -1,4 +1,4 @@
-"""`tunery export`: the model that is meant, written aside with its card, then renamed into place."""
+"""`tunery export`: writes a model with its card to a temporary folder, then renames it into place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import RequestError, TuneryError
-from tunery.export.card import Form, card
+from tunery.export.card import ExportFormat, card
 from tunery.export.choose import ExportTarget, choose
 from tunery.export.lineage import Link, local_paths, manifests, strip_local_paths, trace
 from tunery.export.weights import adapter_settings, write_adapter, write_model
@@ -29,118 +29,118 @@ CARD, LINEAGE = "README.md", "lineage.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where."""
+    """An exported model, its folder and its format."""
 
-    chosen: ExportTarget
+    target: ExportTarget
     out: Path
-    form: Form
+    format: ExportFormat
 
     def as_json(self) -> dict[str, Any]:
-        chosen, form = self.chosen, self.form
+        target = self.target
         return {
-            "run": chosen.state.run,
-            "stage": chosen.stage,
-            "kind": chosen.artifact.kind,
-            "trial": chosen.trial.name if chosen.trial else None,
-            "overrides": chosen.trial.overrides if chosen.trial else {},
-            "fingerprint": chosen.artifact.fingerprint,
+            "run": target.state.run,
+            "stage": target.stage,
+            "kind": target.artifact.kind,
+            "trial": target.trial.name if target.trial else None,
+            "overrides": target.trial.overrides if target.trial else {},
+            "fingerprint": target.artifact.fingerprint,
             "out": str(self.out),
-            "form": "model" if form.base is None else "adapter",
-            "base": form.base,
-            "base_command": form.base_command or None,
-            "notes": list(chosen.notes),
+            "form": "model" if self.format.base is None else "adapter",
+            "base": self.format.base,
+            "base_command": self.format.base_command or None,
+            "notes": list(target.notes),
         }
 
 
 def export_model(
     run: str, out: Path, store: Store, *, stage: str | None = None, trial: str | None = None, adapter: bool = False
 ) -> Exported:
-    """Write the model of a run's stage into the folder `out`. Raises RequestError, before anything is written, where
-    there is no such model or no such place, and TuneryError where it can't be read or written."""
-    _check_free(out)
-    chosen = choose(run, store, stage, trial)
-    links = trace(chosen.experiment.stages, chosen.stage, chosen.artifact)
-    form = _form(chosen, out, adapter=adapter)
-    # What libraries print while they load; what is wrong comes as an error.
-    with _aside(chosen, out) as folder, redirect_output(Path(os.devnull)):
-        _write(chosen, links, form, folder)
-    return Exported(chosen, out, form)
+    """Write the model of a run's stage to the folder `out`. Raises RequestError, before anything is written, if there
+    is no such model or `out` is not usable, and TuneryError if reading or writing fails."""
+    _check_output_folder(out)
+    target = choose(run, store, stage, trial)
+    links = trace(target.experiment.stages, target.stage, target.artifact)
+    export_format = _export_format(target, out, adapter=adapter)
+    # Discards what libraries print while they load; problems are raised as errors.
+    with _temporary_folder(target, out) as folder, redirect_output(Path(os.devnull)):
+        _write(target, links, export_format, folder)
+    return Exported(target, out, export_format)
 
 
 def render(exported: Exported) -> str:
-    """What was written, in words."""
-    chosen, form = exported.chosen, exported.form
-    made = f"{chosen.stage} of {chosen.state.run}" + (f", made {chosen.by}" if chosen.by else "")
-    lines = [f"{exported.out}: {'the adapter of ' if form.base else ''}{made} ({chosen.artifact.path.name})"]
-    if form.base_command:
-        lines.append(f"it lies on {form.base}: {form.base_command}")
-    elif form.base:
-        lines.append(f"it lies on {form.base}")
-    lines += [f"note: {note}" for note in chosen.notes]
-    return "\n".join([*lines, f"how to load it, and how it came about: {exported.out / CARD}"])
+    """Summary of the export for the terminal."""
+    target, base, base_command = exported.target, exported.format.base, exported.format.base_command
+    model = f"{target.stage} of {target.state.run}" + (
+        f", trained {target.trained_with}" if target.trained_with else ""
+    )
+    lines = [f"{exported.out}: {'the adapter of ' if base else ''}{model} ({target.artifact.path.name})"]
+    if base:
+        lines.append(f"base model: {base}" + (f", exported by: {base_command}" if base_command else ""))
+    lines += [f"note: {note}" for note in target.notes]
+    return "\n".join([*lines, f"usage, training and lineage: {exported.out / CARD}"])
 
 
-def _form(chosen: ExportTarget, out: Path, *, adapter: bool) -> Form:
-    name, kind = chosen.stage, chosen.artifact.kind
-    stage, settings = chosen.experiment.stages[name], adapter_settings(chosen.artifact.path)
+def _export_format(target: ExportTarget, out: Path, *, adapter: bool) -> ExportFormat:
+    name, kind = target.stage, target.artifact.kind
+    stage, settings = target.experiment.stages[name], adapter_settings(target.artifact.path)
     if adapter and not settings:
         raise RequestError(
             f"`{name}` has no adapter",
-            cause="it was trained whole, without `tuner: {lora: ..}`",
+            cause="all of its weights were trained, without `tuner: {lora: ..}`",
             remedy="leave out --adapter",
         )
-    labels = {"reward": len(REWARD), "classifier": len(LABELS)}.get(kind, 0)
-    whole = Form(out.resolve().name, labels, settings, None)
+    num_labels = {"reward": len(REWARD), "classifier": len(LABELS)}.get(kind, 0)
+    merged = ExportFormat(out.resolve().name, num_labels, settings, None)
     if not adapter:
-        return whole
+        return merged
     model = getattr(stage, "model", None)
     if isinstance(model, Pretrained):
         base = f"./{model_name(model)}" if model.is_folder else model.pretrained
-        return replace(whole, base=base, revision=model.revision)
-    trial = () if chosen.trial is None else ("--trial", chosen.trial.name)
-    own = ("--trial", OWN) if chosen.trial is None and chosen.is_searched else trial
-    command = shlex.join(("tunery", "export", chosen.state.run, f"./{model}", "--stage", str(model), *own))
-    return replace(whole, base=f"./{model}", base_command=command)
+        return replace(merged, base=base, revision=model.revision)
+    trial = () if target.trial is None else ("--trial", target.trial.name)
+    option = ("--trial", OWN) if target.trial is None and target.is_searched else trial
+    command = shlex.join(("tunery", "export", target.state.run, f"./{model}", "--stage", str(model), *option))
+    return replace(merged, base=f"./{model}", base_command=command)
 
 
-def _write(chosen: ExportTarget, links: list[Link], form: Form, folder: Path) -> None:
-    artifact, classifier = chosen.artifact.path, form.labels > 0
-    if form.base is None:
+def _write(target: ExportTarget, links: list[Link], export_format: ExportFormat, folder: Path) -> None:
+    artifact, classifier = target.artifact.path, export_format.num_labels > 0
+    if export_format.base is None:
         write_model(artifact, folder, classifier=classifier)
     else:
-        write_adapter(artifact, folder, form.base, form.revision, classifier=classifier)
-    known = local_paths(chosen.experiment)
-    told = {
-        "experiment": chosen.state.run,
-        "stage": chosen.stage,
-        "trial": chosen.trial.name if chosen.trial else None,
-        "overrides": chosen.trial.overrides if chosen.trial else {},
-        "versions": chosen.state.versions,
+        write_adapter(artifact, folder, export_format.base, export_format.revision, classifier=classifier)
+    paths = local_paths(target.experiment)
+    lineage = {
+        "experiment": target.state.run,
+        "stage": target.stage,
+        "trial": target.trial.name if target.trial else None,
+        "overrides": target.trial.overrides if target.trial else {},
+        "versions": target.state.versions,
         "stages": manifests(links),
     }
-    (folder / LINEAGE).write_text(json.dumps(strip_local_paths(told, known), indent=1, ensure_ascii=False) + "\n")
-    (folder / CARD).write_text(strip_local_paths(card(chosen, links, form), known), encoding="utf-8")
+    (folder / LINEAGE).write_text(json.dumps(strip_local_paths(lineage, paths), indent=1, ensure_ascii=False) + "\n")
+    (folder / CARD).write_text(strip_local_paths(card(target, links, export_format), paths), encoding="utf-8")
 
 
-def _check_free(out: Path) -> None:
-    """Raises RequestError where the folder can't be ours."""
-    remedy = "give a folder that isn't there yet, or an empty one"
+def _check_output_folder(out: Path) -> None:
+    """Raises RequestError unless the folder is empty or can be created."""
+    remedy = "give a folder that does not exist, or an empty one"
     if out.is_dir() and out.resolve() == Path.cwd():
-        raise RequestError(f"{out} is the folder that the command is given in", remedy=remedy)
+        raise RequestError(f"{out} is the current working directory", remedy=remedy)
     if out.is_dir() and any(out.iterdir()):
-        raise RequestError(f"{out} isn't empty", cause="nothing is ever written over", remedy=remedy)
+        raise RequestError(f"{out} isn't empty", cause="export never overwrites files", remedy=remedy)
     if not out.is_dir() and os.path.lexists(out):
         raise RequestError(f"{out} is a file", remedy=remedy)
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = f"no permission to write in {above}" if above.is_dir() else f"{above} is a file"
-        raise RequestError(f"{out} can't be written", cause=why, remedy="give another place")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        cause = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
+        raise RequestError(f"{out} can't be written", cause=cause, remedy="give another folder")
 
 
 @contextmanager
-def _aside(chosen: ExportTarget, out: Path) -> Iterator[Path]:
-    """A place beside `out` that becomes it at the end, or isn't there any more."""
-    final = out.resolve()  # what stands at a link is meant, not the link
+def _temporary_folder(target: ExportTarget, out: Path) -> Iterator[Path]:
+    """A folder next to `out` that is renamed to it on success, and removed on failure."""
+    final = out.resolve()  # of a symlink its target, not the link
     folder = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -148,13 +148,13 @@ def _aside(chosen: ExportTarget, out: Path) -> Iterator[Path]:
         folder.replace(final)
     except TuneryError:
         raise
-    except Exception as error:  # transformers, PEFT and safetensors raise of everything
-        told = str(error).strip().splitlines()
+    except Exception as error:  # transformers, PEFT and safetensors have no common exception type
+        lines = str(error).strip().splitlines()
         raise TuneryError(
-            f"`{chosen.stage}` can't be exported to {out}",
-            cause=f"{type(error).__name__}: {told[0] if told else ''}",
-            remedy="look at the room and the permissions there; if it can't be read, remove "
-            f"{chosen.artifact.path} and give `tunery run` again",
+            f"`{target.stage}` can't be exported to {out}",
+            cause=f"{type(error).__name__}: {lines[0] if lines else ''}",
+            remedy="check free space and permissions there; if the artifact can't be read, remove "
+            f"{target.artifact.path} and run `tunery run` again",
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a model was made from, from dataset to model, and what was measured of it. From the artifacts' manifests."""
+"""Lineage of a model from dataset to model, and its evaluations, from the artifacts' manifests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tunery.spec import Experiment, Pretrained, Stage
 from tunery.store import Artifact
 from tunery.store.artifacts import input_of, read_artifact
 
-EXCERPTS = ("samples", "quarantine", "responses")
-"""Facts that hold texts of rows: whoever hands a model on need not mean to hand on its data."""
+TEXT_FACTS = ("samples", "quarantine", "responses")
+"""Facts with texts of rows. They are not exported: publishing a model does not imply publishing its data."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A stage and what it made."""
+    """A stage and its artifact."""
 
     name: str
     stage: Stage
@@ -30,23 +30,23 @@ class Link:
 
 
 def trace(stages: Mapping[str, Stage], name: str, artifact: Artifact) -> list[Link]:
-    """All that the stage `name` was made from, inputs before users; itself is the last. Raises StoreError where
-    something of it was removed from the store."""
-    found: dict[str, Link] = {}
+    """All upstream stages of the stage `name` in topological order; the stage itself is last. Raises StoreError if one
+    of their artifacts was removed from the store."""
+    links: dict[str, Link] = {}
 
     def visit(name: str, artifact: Artifact) -> None:
-        if name not in found:
+        if name not in links:
             link = Link(name, stages[name], artifact)
             for field, stage in link.reads.items():
                 visit(stage, input_of(artifact, field))
-            found[name] = link
+            links[name] = link
 
     visit(name, artifact)
-    return list(found.values())
+    return list(links.values())
 
 
 def root_of(links: list[Link]) -> Pretrained | None:
-    """The model from outside that the last link's goes back to; None where it began with random weights."""
+    """The pretrained model that the last link's model is derived from; None if it was trained from scratch."""
     stages = {link.name: link.stage for link in links}
     model: Any = links[-1].name
     while isinstance(model, str):
@@ -55,69 +55,69 @@ def root_of(links: list[Link]) -> Pretrained | None:
 
 
 def losses(artifact: Artifact) -> list[dict[str, Any]]:
-    """What `evaluate` stages measured of a model, in whatever experiment: set, loss, perplexity, rows .."""
-    found = [
+    """Results of all `evaluate` artifacts in the store for a model (of any experiment): set, loss, perplexity, rows."""
+    results = [
         result
-        for measured, fields in _measured(artifact, "evaluate")
+        for evaluation, fields in _evaluations(artifact, "evaluate")
         for name in {
-            called for place, called in enumerate(measured.manifest["identity"]["names"]) if f"models.{place}" in fields
+            name for index, name in enumerate(evaluation.manifest["identity"]["names"]) if f"models.{index}" in fields
         }
-        for result in measured.facts["results"]
+        for result in evaluation.facts["results"]
         if result["model"] == name
     ]
-    return _distinct(found, ("set", "loss"))
+    return _distinct(results, ("set", "loss"))
 
 
 def wins(artifact: Artifact) -> list[dict[str, Any]]:
-    """What `win_rate` stages say of a model, on either side: model, against, set, rows, win_rate, interval, judge, and
-    `mine`: what it is called there."""
-    found = []
-    for measured, fields in _measured(artifact, "win_rate"):
-        against, *models = measured.manifest["identity"]["names"][:-1]  # the last one names the prompts
-        mine = {against} if "baseline" in fields else set()
-        mine |= {called for place, called in enumerate(models) if f"models.{place}" in fields}
-        for result in measured.facts["results"]:
-            if here := mine & {result["model"], result["baseline"]["model"]}:
-                sides = {"baseline": result["baseline"]["model"], "mine": min(here)}
-                found.append({**result, **sides, "judge": _judge(measured.manifest["identity"]["judge"])})
-    return _distinct(found, ("model", "baseline", "set", "win_rate"))
+    """Results of `win_rate` artifacts with the model on either side: model, baseline, set, rows, win_rate, interval,
+    judge, and `mine`: the model's name there."""
+    results = []
+    for evaluation, fields in _evaluations(artifact, "win_rate"):
+        baseline, *models = evaluation.manifest["identity"]["names"][:-1]  # the last one is the name of the prompts
+        mine = {baseline} if "baseline" in fields else set()
+        mine |= {name for index, name in enumerate(models) if f"models.{index}" in fields}
+        for result in evaluation.facts["results"]:
+            if names := mine & {result["model"], result["baseline"]["model"]}:
+                sides = {"baseline": result["baseline"]["model"], "mine": min(names)}
+                results.append({**result, **sides, "judge": _judge(evaluation.manifest["identity"]["judge"])})
+    return _distinct(results, ("model", "baseline", "set", "win_rate"))
 
 
-def _judge(given: dict[str, str] | None) -> str:
-    """In a few words; the fields of a measurement don't name other stages."""
+def _judge(judge: dict[str, str] | None) -> str:
+    """Short name of a judge. The manifest does not name a judge that is a stage (None)."""
     return (
-        "a reward model of the experiment" if given is None else Path(given.get("python") or given["pretrained"]).name
+        "a reward model of the experiment" if judge is None else Path(judge.get("python") or judge["pretrained"]).name
     )
 
 
-def _measured(artifact: Artifact, kind: str) -> Iterator[tuple[Artifact, set[str]]]:
-    """Measurements with the model among their inputs, and the fields where it stands."""
+def _evaluations(artifact: Artifact, kind: str) -> Iterator[tuple[Artifact, set[str]]]:
+    """Evaluation artifacts that have the model as an input, with the fields that name it."""
     for path in sorted(artifact.path.parent.glob(f"{kind}-*")):
-        if (measured := read_artifact(path)) is not None:
-            inputs = measured.manifest["inputs"].items()
-            if fields := {field for field, print_ in inputs if print_ == artifact.fingerprint}:
-                yield measured, fields
+        if (evaluation := read_artifact(path)) is not None:
+            inputs = evaluation.manifest["inputs"].items()
+            if fields := {field for field, fingerprint in inputs if fingerprint == artifact.fingerprint}:
+                yield evaluation, fields
 
 
 def _distinct(results: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A trial measures some of what the evaluation of the best one measures too."""
+    """Results without duplicates: a trial and the best trial's evaluation may have the same ones."""
     return list({tuple(result[key] for key in by): result for result in results}.values())
 
 
 def manifests(links: list[Link]) -> list[dict[str, Any]]:
-    """Of each link its stage's name and its manifest, without the texts of rows."""
+    """Stage name and manifest of each link, without texts of rows."""
     return [
         {
             "stage": link.name,
             **link.artifact.manifest,
-            "facts": {key: value for key, value in link.artifact.manifest["facts"].items() if key not in EXCERPTS},
+            "facts": {key: value for key, value in link.artifact.manifest["facts"].items() if key not in TEXT_FACTS},
         }
         for link in links
     ]
 
 
 def local_paths(experiment: Experiment) -> set[str]:
-    """Absolute paths in an experiment: they mean nothing on another machine, and tell of this one."""
+    """Absolute paths in an experiment. They are meaningless on another machine, and reveal details of this one."""
 
     def texts(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -129,12 +129,12 @@ def local_paths(experiment: Experiment) -> set[str]:
     return {text for text in texts(experiment.model_dump(mode="json")) if text.startswith(("/", "~")) and len(text) > 1}
 
 
-def strip_local_paths(value: Any, known: set[str]) -> Any:
-    """The same with the last part of each path only."""
+def strip_local_paths(value: Any, paths: set[str]) -> Any:
+    """Replace each of the `paths` in keys and values by its last component."""
     if isinstance(value, str):
-        for place in sorted(known, key=len, reverse=True):
-            value = value.replace(place, Path(place).name)
+        for path in sorted(paths, key=len, reverse=True):
+            value = value.replace(path, Path(path).name)
         return value
     if isinstance(value, Mapping):
-        return {strip_local_paths(key, known): strip_local_paths(item, known) for key, item in value.items()}
-    return [strip_local_paths(item, known) for item in value] if isinstance(value, list) else value
+        return {strip_local_paths(key, paths): strip_local_paths(item, paths) for key, item in value.items()}
+    return [strip_local_paths(item, paths) for item in value] if isinstance(value, list) else value

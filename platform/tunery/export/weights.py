@@ -1,4 +1,4 @@
-"""A model and its tokenizer as files that plain transformers and PEFT load, without a path of this machine in them."""
+"""Writes a model and its tokenizer as files that plain transformers and PEFT load, without local paths in them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tunery.models.load import Source, is_adapter, load_classifier, load_model, 
 
 
 def write_model(artifact: Path, folder: Path, *, classifier: bool) -> None:
-    """The whole model into `folder`, which isn't there yet. Adapters are merged in full precision, in which they were
-    trained and measured; what is whole already is copied."""
+    """Write the complete model to `folder`, which must not exist. Adapters are merged in full precision, in which they
+    were trained and evaluated; a complete model is copied."""
     source: Source = {"artifact": str(artifact)}
     if is_adapter(source):
         import torch
@@ -24,11 +24,11 @@ def write_model(artifact: Path, folder: Path, *, classifier: bool) -> None:
     _write_tokenizer(source, folder, classifier=classifier)
     if not classifier:
         _write_generation_config(source, folder)
-    _forget_places(folder)
+    _strip_local_paths(folder)
 
 
 def _write_generation_config(source: Source, folder: Path) -> None:
-    """With all tokens that end a response: those of the chat template, of the tokenizer, and the model's own."""
+    """Add all EOS tokens to the generation config: those of the chat template, of the tokenizer, and the model's."""
     from transformers import AutoConfig, GenerationConfig
 
     from tunery.models.generate import stop_token_ids
@@ -43,34 +43,35 @@ def _write_generation_config(source: Source, folder: Path) -> None:
 
 
 def write_adapter(artifact: Path, folder: Path, base: str, revision: str | None, *, classifier: bool) -> None:
-    """The adapter alone, its base named `base`: a hub name, or a folder relative to where the adapter is loaded."""
+    """Write the adapter alone. `base`: its base model, a hub name or a folder relative to the directory in which
+    the adapter is loaded."""
     shutil.copytree(artifact / "adapter", folder)
     _write_tokenizer({"artifact": str(artifact)}, folder, classifier=classifier)
-    _forget_places(folder)
+    _strip_local_paths(folder)
     settings = {**adapter_settings(artifact), "base_model_name_or_path": base, "revision": revision}
     _write(folder / "adapter_config.json", settings)
 
 
 def adapter_settings(artifact: Path) -> dict[str, Any]:
-    """PEFT's configuration of an adapter; nothing of a whole model."""
+    """PEFT's configuration of an adapter; empty for a complete model."""
     path = artifact / "adapter" / "adapter_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return settings
 
 
 def _write_tokenizer(source: Source, folder: Path, *, classifier: bool) -> None:
-    """A classifier's as it was trained: rows are shown to it as a pair of texts where that has no chat template."""
+    """A classifier keeps its original tokenizer: without a chat template its rows are encoded as a pair of texts."""
     tokenizer = load_own_tokenizer(source) if classifier else load_tokenizer(source)
     tokenizer.save_pretrained(folder)
 
 
-def _forget_places(folder: Path) -> None:
-    """transformers (before 5) and PEFT note where a model was loaded from, and what is copied may be as old."""
+def _strip_local_paths(folder: Path) -> None:
+    """Remove the paths that transformers (before 5) and PEFT store in the configs; copied models may have them too."""
     for path in folder.glob("*config.json"):
-        _write(path, json.loads(path.read_text(), object_hook=_without_names))
+        _write(path, json.loads(path.read_text(), object_hook=_without_paths))
 
 
-def _without_names(config: dict[str, Any]) -> dict[str, Any]:
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.endswith("name_or_path")}
 
 

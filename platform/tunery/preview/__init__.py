@@ -1,1 +1,1 @@
-"""`tunery preview`: rows of a stage as its model gets them."""
+"""`tunery preview`: the tokenized rows of a stage."""

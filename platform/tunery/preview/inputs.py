@@ -1,4 +1,4 @@
-"""What a stage feeds to models: which rows, encoded how, by the tokenizers of which models."""
+"""The model inputs of a stage: which rows, encoded how, with which models' tokenizers."""
 
 from __future__ import annotations
 
@@ -37,52 +37,52 @@ KINDS = (*TRAININGS, "score", "evaluate", "win_rate")
 
 @dataclass(frozen=True)
 class ModelInput:
-    """Rows of one stage for one model, or for several that have the same tokenizer."""
+    """Rows of one stage for one model, or for several models with the same tokenizer."""
 
     title: str
-    """Which of the stage's inputs it is; "" where there is one."""
+    """Name among the stage's inputs; "" if it has only one."""
     data: str
-    """The stage that gives the rows."""
+    """The stage with the rows."""
     models: tuple[Model, ...]
     input_format: InputFormat
     encoding: Encoding
     within: str = ""
-    """A folder in the artifact of `data`."""
+    """Subfolder in the artifact of `data`."""
     loss_word: str = "trained"
-    """What a token with a loss is called."""
+    """Word for tokens with a loss."""
     embeds: bool = False
-    """The model gives vectors: it has no head."""
+    """The model computes embeddings and has no head."""
 
 
 def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
-    """Raises RequestError for a stage that there is not, or that feeds no rows to a model."""
+    """The model inputs of a stage. Raises RequestError if the stage does not exist or feeds no rows to a model."""
     stage = experiment.stages.get(name)
-    able = [other for other, one in experiment.stages.items() if one.kind in KINDS]
+    supported = [other for other, one in experiment.stages.items() if one.kind in KINDS]
     if stage is None:
-        raise RequestError(f"there is no stage `{name}`", remedy=nearest(name, able))
-    found: list[ModelInput] = []
+        raise RequestError(f"there is no stage `{name}`", remedy=nearest(name, supported))
+    inputs: list[ModelInput] = []
     if isinstance(stage, Training):
-        found = list(_of_training(stage, name))
+        inputs = list(_training_inputs(stage, name))
     elif isinstance(stage, Score):
-        found = list(_of_score(stage))
+        inputs = list(_score_inputs(stage))
     elif isinstance(stage, Evaluate):
         encoding = stage_encoding(stage)
-        found = [
+        inputs = [
             ModelInput(title, data, (model,), FORMATS[stage.kind], encoding, loss_word="counted")
             for title, data in stage.data.items()
             for model in stage.models
         ]
     elif isinstance(stage, WinRate):
         encoding = stage_encoding(stage)
-        found = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.contestants]
-    if not found:
+        inputs = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.contestants]
+    if not inputs:
         cause = "none of its scorers has a model" if isinstance(stage, Score) else f"it is a {stage.kind} stage"
-        raise RequestError(f"`{name}` feeds no rows to a model", cause=cause, remedy=nearest(name, able))
-    return _joined(found, experiment)
+        raise RequestError(f"`{name}` feeds no rows to a model", cause=cause, remedy=nearest(name, supported))
+    return _merge(inputs, experiment)
 
 
-def _of_training(stage: Training[Any], name: str) -> Iterator[ModelInput]:
-    # What begins from scratch has the tokenizer that it trains itself.
+def _training_inputs(stage: Training[Any], name: str) -> Iterator[ModelInput]:
+    # A model from scratch trains its own tokenizer.
     model: Model = name if isinstance(stage.model, Scratch) else stage.model
     for path, data in data_refs(stage.data).items():
         yield ModelInput(
@@ -97,21 +97,21 @@ def _of_training(stage: Training[Any], name: str) -> Iterator[ModelInput]:
         yield ModelInput("ptx", stage.ptx.data, (model,), "scored", Encoding(stage.max_length, "last_turn"))
 
 
-def _of_score(stage: Score) -> Iterator[ModelInput]:
+def _score_inputs(stage: Score) -> Iterator[ModelInput]:
     for scorer in stage.by:
         if scorer.model is not None:
             yield ModelInput(
                 scorer.score,
                 stage.data,
                 (scorer.model,),
-                _format_of(scorer),
+                _input_format(scorer),
                 stage_encoding(stage),
                 loss_word="counted",
                 embeds=isinstance(scorer, Embedding),
             )
 
 
-def _format_of(scorer: ScorerSpec) -> InputFormat:
+def _input_format(scorer: ScorerSpec) -> InputFormat:
     if isinstance(scorer, Ifd):
         return "ifd"
     if isinstance(scorer, Perplexity):
@@ -119,25 +119,25 @@ def _format_of(scorer: ScorerSpec) -> InputFormat:
     return "classifier"
 
 
-def _joined(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput]:
-    """Inputs that become the same tokens as one: fine-tuned models have the tokenizer of their base."""
-    found: dict[object, ModelInput] = {}
+def _merge(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput]:
+    """Merge inputs with equal token sequences: fine-tuned models share the tokenizer of their base."""
+    merged: dict[object, ModelInput] = {}
     for item in inputs:
         (model,) = item.models
-        key = (item.data, item.within, item.input_format, _tokenizer_of(model, experiment))
-        if (same := found.get(key)) is None:
-            found[key] = item
+        key = (item.data, item.within, item.input_format, _tokenizer_source(model, experiment))
+        if (same := merged.get(key)) is None:
+            merged[key] = item
             continue
         titles = dict.fromkeys(title for title in (*same.title.split(", "), item.title) if title)
-        found[key] = replace(same, title=", ".join(titles), models=(*same.models, model))
-    several = len({item.title for item in found.values()}) < len(found)
+        merged[key] = replace(same, title=", ".join(titles), models=(*same.models, model))
+    ambiguous = len({item.title for item in merged.values()}) < len(merged)
     return [
-        replace(item, title=f"{item.title} {' and '.join(map(model_name, item.models))}".strip()) if several else item
-        for item in found.values()
+        replace(item, title=f"{item.title} {' and '.join(map(model_name, item.models))}".strip()) if ambiguous else item
+        for item in merged.values()
     ]
 
 
-def _tokenizer_of(model: Model, experiment: Experiment) -> Model:
-    """What brings the tokenizer of a model: a pretrained model, or the stage that begins from scratch."""
+def _tokenizer_source(model: Model, experiment: Experiment) -> Model:
+    """The origin of a model's tokenizer: a pretrained model, or the stage that trains a model from scratch."""
     *stages, root = model_chain(experiment.stages, model)
     return stages[-1] if isinstance(root, Scratch) else root

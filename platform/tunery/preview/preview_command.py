@@ -1,4 +1,4 @@
-"""`tunery preview`: the first rows of a stage as its model gets them, for people and for programs."""
+"""`tunery preview`: tokenizes the first rows of a stage, for text or JSON output."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tunery.store import Store
 from tunery.store.rows import Row
 
 MAX_SKIPPED_DOCUMENTS = 10_000
-"""Texts that are encoded to know where the blocks of a later one begin."""
+"""Texts before the previewed one that are encoded to find the block boundaries."""
 
 
 class NoSuchRow(RequestError):
-    """A set of rows has no row of an id, or not so many."""
+    """The requested row id or offset does not exist."""
 
 
 @dataclass(frozen=True)
 class PreviewSection:
-    """Some rows for one tokenizer."""
+    """Previewed rows for one tokenizer."""
 
     input: ModelInput
     rows_from: str
     tokenizer_from: str
     summary: str
-    """What the chat template does, or what is put around a text."""
+    """Summary of the chat template, or of the special tokens around a text."""
     rows: tuple[PreviewRow, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -64,29 +64,29 @@ class Preview:
 def preview(
     file: Path, stage: str, store: Store, count: int = ROWS, offset: int = 0, row_id: str | None = None
 ) -> Preview:
-    """`count` rows from the `offset`-th on, or from the one whose id begins with `row_id`.
+    """Preview `count` rows from index `offset` on, or the row whose id begins with `row_id`.
 
-    Raises RequestError where there is no such stage or row, the rows are of a wrong shape, the chat template can't be
-    used, or the tokenizer is not built yet; TuneryError where a model from the hub can't be loaded.
+    Raises RequestError if the stage or row does not exist, the rows have an unsupported format, the chat template is
+    not usable, or the tokenizer is not built yet; TuneryError if a model cannot be loaded from the hub.
     """
     experiment, source = load(file)
     inputs = preview_inputs(stage, experiment)
-    where = RunContext(store, store.run(experiment.name), Path(source.file))
-    if errors := list(check_shapes(stage, experiment.stages[stage], experiment, source, where.folder)):
+    context = RunContext(store, store.run(experiment.name), Path(source.file))
+    if errors := list(check_shapes(stage, experiment.stages[stage], experiment, source, context.folder)):
         raise SpecErrors(errors)
     models = [model for item in inputs for model in item.models if isinstance(model, str)]
-    artifacts = PreviewSources(experiment, source, where, [*(item.data for item in inputs), *models])
+    sources = PreviewSources(experiment, source, context, [*(item.data for item in inputs), *models])
     sections = []
     missing: list[RequestError] = []
     for item in inputs:
-        tokenizer = artifacts.tokenizer(item.models, item.input_format, item.embeds)
-        stream = artifacts.rows(item.data, item.within)
+        tokenizer = sources.tokenizer(item.models, item.input_format, item.embeds)
+        stream = sources.rows(item.data, item.within)
         try:
             before, rows = _window(stream.rows, item, count, offset, row_id)
-        except NoSuchRow as error:  # of several sets of rows one may have it
+        except NoSuchRow as error:  # another input may have the row
             missing.append(error)
             continue
-        sections.append(_section(item, tokenizer, stream.described(), before, rows))
+        sections.append(_section(item, tokenizer, stream.description(), before, rows))
     if not sections:
         raise missing[0]
     return Preview(stage, experiment.stages[stage].kind, tuple(sections))
@@ -95,7 +95,8 @@ def preview(
 def _window(
     stream: Iterator[Row], item: ModelInput, count: int, offset: int, row_id: str | None
 ) -> tuple[list[Row], list[Row]]:
-    """The rows before (of documents, whose blocks go on from them) and the rows to show. Raises NoSuchRow."""
+    """Return (preceding rows, previewed rows). The former are kept only for documents, which are packed into blocks
+    with the texts before them. Raises NoSuchRow."""
     keep_before = item.input_format == "documents"
     before: list[Row] = []
     number = 0
@@ -106,15 +107,15 @@ def _window(
             before.append(row)
             if len(before) > MAX_SKIPPED_DOCUMENTS:
                 raise RequestError(
-                    f"a text after the first {MAX_SKIPPED_DOCUMENTS:,} of `{item.data}` can't be shown",
-                    cause="where its blocks begin depends on the tokens of all texts before it",
-                    remedy="give a smaller --offset, or a row among the first ones",
+                    f"only the first {MAX_SKIPPED_DOCUMENTS:,} texts of `{item.data}` can be previewed",
+                    cause="the block boundaries of a text depend on the tokens of all texts before it",
+                    remedy="give a smaller --offset, or the id of an earlier row",
                 )
     if row_id is not None:
         raise NoSuchRow(
             f"`{item.data}` has no row `{row_id}`",
-            cause=f"the id of none of its {number:,} rows begins so",
-            remedy="ids are in the artifacts' rows, in dropped.jsonl and in the lines that this command prints",
+            cause=f"none of its {number:,} rows has an id that begins with `{row_id}`",
+            remedy="ids are in the artifacts' rows, in dropped.jsonl and in the output of this command",
         )
     raise NoSuchRow(
         f"`{item.data}` has {number:,} rows, so there is none after the first {offset:,}",
@@ -127,20 +128,20 @@ def _section(
 ) -> PreviewSection:
     tokenizer = loaded.tokenizer
     try:
-        shown = preview_rows(
+        previews = preview_rows(
             [*before, *rows], tokenizer, item.encoding, item.input_format, model=loaded.model, skip=len(before)
         )
         if tokenizer.chat_template is None:
-            summary = "the model has no chat template: question and answer are a pair of texts, or one text"
+            summary = "the model has no chat template: prompt and response are encoded as a pair of texts, or as one"
         elif any(row.get("messages") for row in rows):
-            own = "" if loaded.has_template else "tunery's own, because the model brings none; "
-            summary = f"chat template: {own}{template_summary(tokenizer)}"
+            default = "" if loaded.has_template else "tunery's default, because the model has none; "
+            summary = f"chat template: {default}{template_summary(tokenizer)}"
         else:
             summary = text_summary(tokenizer)
     except UnsupportedTemplate as error:
         raise RequestError(
             f"the chat template of {loaded.origin} can't be used",
             cause=str(error),
-            remedy="give the model folder another chat_template.jinja, or take another model",
+            remedy="put another chat_template.jinja into the model folder, or use another model",
         ) from None
-    return PreviewSection(item, rows_from, loaded.origin, summary, tuple(shown))
+    return PreviewSection(item, rows_from, loaded.origin, summary, tuple(previews))

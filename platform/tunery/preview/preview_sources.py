@@ -1,5 +1,5 @@
-"""What a preview reads without running the experiment: rows and tokenizers, from the store where they are built
-already, else from the file or the model at the root."""
+"""Rows and tokenizers for a preview, without running the experiment: from the store if they are built, else from the
+source file or the pretrained model."""
 
 from __future__ import annotations
 
@@ -37,40 +37,40 @@ if TYPE_CHECKING:
 class LoadedTokenizer:
     tokenizer: PreTrainedTokenizerBase
     origin: str
-    """Where it is from, for people."""
+    """Description of its origin."""
     has_template: bool
-    """The model brings a chat template; else it is tunery's own."""
+    """The model has a chat template; otherwise tunery's default is used."""
     model: PreTrainedModel | None
-    """Without weights; of classifiers and embedding models."""
+    """The model without weights, for classifiers and embedding models."""
 
 
 @dataclass(frozen=True)
 class RowStream:
     rows: Iterator[Row]
     origin: str
-    """Where they are from, in a sentence."""
+    """Description of their origin."""
     unusable: list[Quarantined]
-    """Records that can't be used, of those that have been read."""
+    """Unusable records among those read so far."""
 
-    def described(self) -> str:
-        """The origin, and what could not be used so far."""
+    def description(self) -> str:
+        """The origin, and the unusable records read so far."""
         if not self.unusable:
             return self.origin
         first = self.unusable[0]
-        can = "a record" if len(self.unusable) == 1 else f"{len(self.unusable):,} records"
-        return f"{self.origin}; {can} can't be used: {first.source}:{first.line}: {first.reason}"
+        records = "a record" if len(self.unusable) == 1 else f"{len(self.unusable):,} records"
+        return f"{self.origin}; {records} can't be used: {first.source}:{first.line}: {first.reason}"
 
 
 class PreviewSources:
-    """What is built of the stages that `wanted` go back to. Raises SpecError (and SpecErrors) where a file, a model
-    folder or a decision that one of them names is missing."""
+    """The built artifacts of `stages` and everything upstream. Raises SpecError or SpecErrors if a file, a model folder
+    or a review decision is missing."""
 
-    def __init__(self, experiment: Experiment, source: YamlSource, where: RunContext, wanted: Iterable[str]) -> None:
-        self.experiment, self._source, self.where = experiment, source, where
-        self._needed = with_upstream(experiment.stages, wanted)
+    def __init__(self, experiment: Experiment, source: YamlSource, context: RunContext, stages: Iterable[str]) -> None:
+        self.experiment, self._source, self.context = experiment, source, context
+        self._needed = with_upstream(experiment.stages, stages)
 
     def find(self, stage: str) -> Artifact | None:
-        return self.where.store.find(self.experiment.stages[stage].kind, self._fingerprints[stage])
+        return self.context.store.find(self.experiment.stages[stage].kind, self._fingerprints[stage])
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
@@ -79,18 +79,18 @@ class PreviewSources:
             for model in pretrained_models(stage):
                 if model.is_folder:
                     try:
-                        check_model_folder(model_folder(model, self.where.folder))
+                        check_model_folder(model_folder(model, self.context.folder))
                     except BadModel as error:
                         raise self._error(name, "model", error) from None
-            if errors := list(validate_rewards(name, stage, self.experiment, self._source, self.where.folder)):
+            if errors := list(validate_rewards(name, stage, self.experiment, self._source, self.context.folder)):
                 raise SpecErrors(errors)
             try:
                 if isinstance(stage, Dataset):
-                    find_parts(stage, self.where.folder)
+                    find_parts(stage, self.context.folder)
             except BadSource as error:
                 raise self._error(name, error.field, error) from None
         try:
-            return {name: found[0] for name, found in fingerprints(needed, self.where.folder).items()}
+            return {name: result[0] for name, result in fingerprints(needed, self.context.folder).items()}
         except BadDecisions as error:
             raise RequestError(error.message, cause=error.cause, remedy=error.remedy) from None
 
@@ -102,23 +102,23 @@ class PreviewSources:
     # Rows
 
     def rows(self, data: str, within: str = "") -> RowStream:
-        """Rows of the stage `data`, as far as they are built."""
+        """Rows of the stage `data`, or of its nearest upstream stage that is built, or of the source file."""
         skipped: list[str] = []
         for name in lineage(self.experiment.stages, data):
             artifact = self.find(name)
-            # A review's decided rows are in its own artifact alone.
+            # Only the review's own artifact has the reviewed rows.
             folder = artifact.path / within if artifact is not None and (not within or name == data) else None
             if folder is not None and shards(folder):
-                said = f"rows of `{name}`, from the store{self._not_applied(skipped)}"
-                return RowStream(read_rows(folder), said, [])
+                origin = f"rows of `{name}`, from the store{self._not_applied(skipped)}"
+                return RowStream(read_rows(folder), origin, [])
             skipped.append(name)
         root = root_of(self.experiment, data)
-        said = f"rows of {source_label(root)}, read from the source{self._not_applied(skipped)}"
-        bad: list[Quarantined] = []
-        return RowStream(self._read(root, skipped[-1], bad), said, bad)
+        origin = f"rows of {source_label(root)}, read from the source{self._not_applied(skipped)}"
+        unusable: list[Quarantined] = []
+        return RowStream(self._read(root, skipped[-1], unusable), origin, unusable)
 
     def _not_applied(self, stages: list[str]) -> str:
-        """What the stages that are not built would do to the rows."""
+        """Note on the stages that are not built and would change the rows; "" if there are none."""
         effects = []
         for name in reversed(stages):
             stage = self.experiment.stages[name]
@@ -131,11 +131,11 @@ class PreviewSources:
         verbs = "is not applied: it is" if len(effects) == 1 else "are not applied: they are"
         return f"; {', '.join(effects)} {verbs} not built yet"
 
-    def _read(self, root: Dataset, name: str, bad: list[Quarantined]) -> Iterator[Row]:
-        """Without those that can't be read. Raises SpecError where nothing can."""
+    def _read(self, root: Dataset, name: str, unusable: list[Quarantined]) -> Iterator[Row]:
+        """Yield the usable rows and append the others to `unusable`. Raises SpecError if no row is usable."""
         count = 0
         try:
-            for table in _small_tables(read_source(root, self.where.folder, bad.append)):
+            for table in _small_tables(read_source(root, self.context.folder, unusable.append)):
                 for row in table:
                     count += 1
                     yield row
@@ -144,29 +144,31 @@ class PreviewSources:
         except UnavailableFile as error:
             raise self._error(name, "source", out_of_reach(error)) from None
         if not count:
-            first = f"{bad[0].source}:{bad[0].line}: {bad[0].reason}" if bad else "every row is of another split"
-            cause = f"{len(bad):,} records can't be used, the first: {first}" if bad else first
-            raise self._error(name, "source", BadSource("source", f"`{source_label(root)}` gives no row", cause))
+            cause = "every row is of another split"
+            if unusable:
+                first = f"{unusable[0].source}:{unusable[0].line}: {unusable[0].reason}"
+                cause = f"{len(unusable):,} records can't be used, the first: {first}"
+            raise self._error(name, "source", BadSource("source", f"`{source_label(root)}` has no usable row", cause))
 
     # Tokenizers
 
     def tokenizer(
         self, models: Iterable[str | Pretrained | Scratch], input_format: InputFormat, embeds: bool
     ) -> LoadedTokenizer:
-        """That of the first of `models` (which have the same one) that is built, or goes back to a pretrained model.
-        Raises RequestError where all begin from scratch and none is built."""
-        names = list(models)
-        for model in names:
-            assert not isinstance(model, Scratch), "preview/inputs.py names the stage in its place"
-            if (found := self._source_of(model)) is not None:
-                return self._load(*found, input_format, embeds)
-        first = names[0]
-        assert isinstance(first, str), "only stages begin from scratch"
-        *_, begun, _ = model_chain(self.experiment.stages, first)
+        """The tokenizer that `models` share, from the first one that is built or derived from a pretrained model.
+        Raises RequestError if all are trained from scratch and none is built."""
+        candidates = list(models)
+        for model in candidates:
+            assert not isinstance(model, Scratch), "preview/inputs.py replaces it by the name of its stage"
+            if (source := self._source_of(model)) is not None:
+                return self._load(*source, input_format, embeds)
+        first = candidates[0]
+        assert isinstance(first, str), "a pretrained model has a source"
+        *_, root_stage, _ = model_chain(self.experiment.stages, first)
         raise RequestError(
             f"the tokenizer of `{first}` isn't built yet",
-            cause=f"`{begun}` begins from scratch: its tokenizer is trained on its rows when it runs",
-            remedy=f"run `{self.where.command('run')}` until `{begun}` is built, then give this command again",
+            cause=f"`{root_stage}` trains a model from scratch, and its tokenizer on its rows",
+            remedy=f"run `{self.context.command('run')}` until `{root_stage}` is built, then run this command again",
         )
 
     def _source_of(self, model: str | Pretrained) -> tuple[Source, str] | None:
@@ -175,14 +177,14 @@ class PreviewSources:
                 return {"artifact": str(artifact.path)}, f"`{base}`, from the store"
             if isinstance(base, Pretrained):
                 of = "" if base == model else f", the base of `{model_name(model)}`"
-                return source_of(base, {}, self.where.folder), f"{base.pretrained}{of}"
+                return source_of(base, {}, self.context.folder), f"{base.pretrained}{of}"
         return None
 
     def _load(self, source: Source, origin: str, input_format: InputFormat, embeds: bool) -> LoadedTokenizer:
         own = load_own_tokenizer(source)
         if input_format not in ("classifier", "reward_pair"):
             return LoadedTokenizer(load_tokenizer(source), origin, own.chat_template is not None, None)
-        # Not every architecture of an embedding model has a classifier.
+        # Some architectures of embedding models have no class with a classification head.
         body = embeds and "pretrained" in source
         model = outline(source["pretrained"], "body", source["revision"]) if body else outline_with_head(source, ("",))
         if model is None:
@@ -193,7 +195,7 @@ class PreviewSources:
 
 
 def _small_tables(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """In the schema and with their ids, as an artifact has them; few at a time, because few are looked at."""
-    while some := list(islice(rows, 16)):
-        for table in as_tables(iter(some), ReadCounts()):
+    """Convert rows to the artifacts' schema with ids, in small batches, because a preview reads few rows."""
+    while batch := list(islice(rows, 16)):
+        for table in as_tables(iter(batch), ReadCounts()):
             yield table.to_pylist()

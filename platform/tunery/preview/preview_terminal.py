@@ -1,4 +1,4 @@
-"""A preview in a terminal, by colours; or in plain text, by brackets."""
+"""Renders a preview with colours for a terminal, or with brackets as plain text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.text import Text
 
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, Segment
 from tunery.preview.preview_command import Preview, PreviewSection
-from tunery.reporting.preview_section import said_tokens, visible
+from tunery.reporting.preview_section import token_summary, visible
 
 STYLES = {"trained": "bold green", "masked": "dim", "input": "", "cut": "dim red strike", "mark": "bold cyan"}
 SPECIAL = {"trained": "bold reverse green", "masked": "magenta", "input": "magenta", "cut": "dim red strike"}
 BRACKETS = {"trained": ("⟦", "⟧"), "cut": ("⟪", "⟫"), "mark": ("«", "»")}
-"""In plain text."""
+"""Plain-text markers by kind of segment."""
 
 
 def render(preview: Preview, *, colours: bool, ids: bool) -> RenderableType:
-    """Without `colours` there are brackets in their place."""
+    """Render a preview; without `colours` brackets mark the segments. `ids`: add token ids."""
     parts: list[RenderableType] = [Text(f"{preview.stage} ({preview.kind})", style="bold"), _legend(preview, colours)]
     for section in preview.sections:
         parts.append(Text(""))
@@ -62,13 +62,13 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
     one = row.sequences[0] if len(row.sequences) == 1 and not row.sequences[0].label else None
     head = Text.assemble(("row ", "bold"), (row.id, "bold"), f"  {visible(at)}")
     if one is not None:
-        head.append(f"  {_said(one, section)}")
+        head.append(f"  {_summary(one, section)}")
     yield head
     if row.reason:
         yield Text(f"not used: {visible(row.reason)}", style="bold red")
     for sequence in row.sequences:
         if one is None:
-            yield Text.assemble((sequence.label, "bold underline"), f"  {_said(sequence, section)}")
+            yield Text.assemble((sequence.label, "bold underline"), f"  {_summary(sequence, section)}")
         for note in sequence.notes:
             yield Text(f"note: {note}", style="dim")
         if sequence.reason:
@@ -78,8 +78,8 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
             yield text
 
 
-def _said(sequence: PreviewSequence, section: PreviewSection) -> str:
-    return visible(said_tokens(sequence.described(), section.input.loss_word))
+def _summary(sequence: PreviewSequence, section: PreviewSection) -> str:
+    return visible(token_summary(sequence.described(), section.input.loss_word))
 
 
 def _text(segments: list[Segment], colours: bool) -> Text:
@@ -87,12 +87,12 @@ def _text(segments: list[Segment], colours: bool) -> Text:
     if colours:
         for segment in segments:
             styles = SPECIAL if segment.special else STYLES
-            shown = f" {segment.text} " if segment.kind == "mark" else visible(segment.text)
-            text.append(f"«{shown.strip()}»" if segment.kind == "mark" else shown, style=styles[segment.kind])
+            content = f"«{segment.text.strip()}»" if segment.kind == "mark" else visible(segment.text)
+            text.append(content, style=styles[segment.kind])
     else:
         for _, group in groupby(segments, key=lambda one: (one.kind, one.text if one.kind == "mark" else "")):
-            same = list(group)
-            opening, closing = BRACKETS.get(same[0].kind, ("", ""))
-            text.append(opening + "".join(visible(one.text) for one in same) + closing)
+            members = list(group)
+            opening, closing = BRACKETS.get(members[0].kind, ("", ""))
+            text.append(opening + "".join(visible(one.text) for one in members) + closing)
     text.rstrip()
     return text

@@ -1,1 +1,1 @@
-"""The event log, and what is drawn from it: terminal, W&B, report."""
+"""Outputs rendered from the event log: terminal, HTML report, W&B, summary tables."""

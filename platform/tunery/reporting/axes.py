@@ -1,7 +1,7 @@
-"""Scales, ticks and the few SVG elements that every chart is made of, as pure functions.
+"""Scales, ticks and SVG elements shared by all charts, as pure functions.
 
-Colours come from the page's CSS. Charts are drawn on a canvas of fixed width and scale with the page. Text is
-escaped here and nowhere else.
+Colours come from the page's CSS. Charts have a fixed viewBox width and scale with the page. Chart text is escaped
+here and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from html import escape
 
 WIDTH = 560
 CHARACTER = 6.7
-"""Mean width of a character at the charts' font size: SVG can't measure text, labels take room by this."""
+"""Mean width of a character in pixels at the charts' font size, to estimate label widths: SVG cannot measure text."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values to pixels, linearly or by the logarithm."""
+    """Maps values to pixels, on a linear or logarithmic scale."""
 
     low: float
     high: float
@@ -27,45 +27,46 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self._inner(self.low), self._inner(self.high)
-        where = 0.5 if high == low else (self._inner(value) - low) / (high - low)
-        return self.start + where * (self.end - self.start)
+        low, high = self._transform(self.low), self._transform(self.high)
+        fraction = 0.5 if high == low else (self._transform(value) - low) / (high - low)
+        return self.start + fraction * (self.end - self.start)
 
-    def _inner(self, value: float) -> float:
+    def _transform(self, value: float) -> float:
         return math.log(max(value, 1e-300)) if self.log else value
 
-    def ticks(self, wanted: int = 5) -> list[float]:
-        found = log_ticks(self.low, self.high, wanted) if self.log else nice_ticks(self.low, self.high, wanted)
-        return [tick for tick in found if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9) + 1e-12]
+    def ticks(self, count: int = 5) -> list[float]:
+        """About `count` ticks within low to high."""
+        ticks = log_ticks(self.low, self.high, count) if self.log else nice_ticks(self.low, self.high, count)
+        return [tick for tick in ticks if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9) + 1e-12]
 
 
-def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values (1, 2, 2.5 or 5 times a power of ten apart) that cover low to high."""
     if not high > low:
         return [low]
-    raw = (high - low) / max(1, wanted)
+    raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Powers of ten, with their twofold and fivefold where there are few."""
+def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Powers of ten, with multiples of 2, 3 and 5 if there are few powers."""
     if low <= 0 or not high > low:
         return [low]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [factor * 10.0**power for power in powers for factor in factors]
         inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) <= wanted + 1:
+        if len(inside) <= count + 1:
             return inside
-    every = max(1, math.ceil(len(inside) / wanted))
-    return inside[::every]
+    stride = max(1, math.ceil(len(inside) / count))
+    return inside[::stride]
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """All ticks of an axis with the same decimals; thousands as 20k, what is tiny as 1e-4."""
+    """Tick labels with the same number of decimals; thousands as 20k, tiny values as 1e-4."""
     if not ticks:
         return []
     largest = max(abs(tick) for tick in ticks)
@@ -81,10 +82,10 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, at least `gap` apart and, where they fit, within low to high."""
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    placed = [min(max(wanted[index], low), high) for index in order]
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the given ones, at least `gap` apart and, if they fit, within low to high."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    placed = [min(max(positions[index], low), high) for index in order]
     for _ in range(60):
         for upper in range(len(placed) - 1):
             overlap = gap - (placed[upper + 1] - placed[upper])
@@ -95,22 +96,21 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
             placed[-1] = high
         if placed and placed[0] < low:
             placed[0] = low
-    result = [0.0] * len(wanted)
-    for place, index in zip(placed, order, strict=True):
-        result[index] = place
+    result = [0.0] * len(positions)
+    for position, index in zip(placed, order, strict=True):
+        result[index] = position
     return result
 
 
 def svg(height: float, body: Sequence[str], label: str, width: float = WIDTH) -> str:
-    """The whole picture; `label` says it in words to those who can't see it."""
+    """The complete SVG; `label` is its description for screen readers."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">' + "".join(body) + "</svg>"
     )
 
 
-def text(x: float, y: float, said: str, *, css: str = "", anchor: str = "start", turn: float = 0) -> str:
-    turned = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}"{turned}>{escape(said)}</text>'
+def text(x: float, y: float, content: str, *, css: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{escape(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
@@ -118,15 +118,17 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
 
 
 def rect(x: float, y: float, width: float, height: float, css: str, tip: str = "") -> str:
-    """A bar; `tip` is what the page shows when the pointer is on it."""
-    told = f' data-tip="{escape(tip)}"' if tip else ""
+    """A rectangle with the tooltip `tip`."""
     size = f'width="{max(0.0, width):.1f}" height="{max(0.0, height):.1f}"'
-    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} class="{css}"{told}/>'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} class="{css}"{_tooltip(tip)}/>'
 
 
 def circle(x: float, y: float, radius: float, css: str, tip: str = "") -> str:
-    told = f' data-tip="{escape(tip)}"' if tip else ""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{css}"{told}/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{css}"{_tooltip(tip)}/>'
+
+
+def _tooltip(tip: str) -> str:
+    return f' data-tip="{escape(tip)}"' if tip else ""
 
 
 def path(points: Sequence[tuple[float, float]], css: str, tip: str = "") -> str:
@@ -134,28 +136,27 @@ def path(points: Sequence[tuple[float, float]], css: str, tip: str = "") -> str:
 
 
 def paths(pieces: Sequence[Sequence[tuple[float, float]]], css: str, tip: str = "") -> str:
-    """One line in several pieces, with gaps between them."""
-    told = f' data-tip="{escape(tip)}"' if tip else ""
-    drawn = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) for points in pieces if points)
-    return f'<path d="{drawn}" class="{css}"{told}/>' if drawn else ""
+    """A line in several pieces with gaps between them."""
+    commands = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) for points in pieces if points)
+    return f'<path d="{commands}" class="{css}"{_tooltip(tip)}/>' if commands else ""
 
 
-def shorten(said: str, room: float) -> str:
-    """`said`, cut with an ellipsis to what fits in `room` pixels."""
-    fits = max(1, int(room / CHARACTER))
-    return said if len(said) <= fits else said[: max(1, fits - 1)] + "…"
+def shorten(label: str, max_width: float) -> str:
+    """`label`, truncated with an ellipsis to `max_width` pixels."""
+    max_length = max(1, int(max_width / CHARACTER))
+    return label if len(label) <= max_length else label[: max(1, max_length - 1)] + "…"
 
 
 def frame(x: Scale, y: Scale, x_label: str, y_label: str, *, x_ticks: int = 5, y_ticks: int = 5) -> list[str]:
-    """Grid, ticks and the axes' names. `y.start` is the bottom of the plot and `y.end` its top."""
+    """Grid, ticks and axis labels. `y.start` is the bottom of the plot and `y.end` its top."""
     parts: list[str] = []
     y_values, x_values = y.ticks(y_ticks), x.ticks(x_ticks)
-    for tick, said in zip(y_values, tick_texts(y_values), strict=True):
+    for tick, label in zip(y_values, tick_texts(y_values), strict=True):
         parts.append(line(x.start, y(tick), x.end, y(tick), "grid"))
-        parts.append(text(x.start - 7, y(tick) + 4, said, css="tick", anchor="end"))
-    for tick, said in zip(x_values, tick_texts(x_values), strict=True):
+        parts.append(text(x.start - 7, y(tick) + 4, label, css="tick", anchor="end"))
+    for tick, label in zip(x_values, tick_texts(x_values), strict=True):
         parts.append(line(x(tick), y.start, x(tick), y.start + 4, "axis"))
-        parts.append(text(x(tick), y.start + 18, said, css="tick", anchor="middle"))
+        parts.append(text(x(tick), y.start + 18, label, css="tick", anchor="middle"))
     parts.append(line(x.start, y.start, x.end, y.start, "axis"))
     parts.append(text((x.start + x.end) / 2, y.start + 36, x_label, css="label", anchor="middle"))
     parts.append(text(x.start - 54, y.end - 12, y_label, css="label"))

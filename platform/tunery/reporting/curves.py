@@ -1,4 +1,4 @@
-"""The curves of trainings in a report: what each kind is judged by in a chart, all else in small panels. Pure."""
+"""Training curves of a report: the primary metric of each kind in a chart, all others in small panels."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from tunery.events.run_state import RunState, StageState
 from tunery.reporting.charts import COLOURS, Series, line_chart
 from tunery.reporting.tables import Figure
 
-LEADS = ("reward", "loss")
-"""What a kind of training is judged by: the first of them that it told. Beside a reward, the loss of a policy says
-nothing about how good it is."""
+PRIMARY_METRICS = ("reward", "loss")
+"""The primary metric of a kind is the first of these that it logs. The loss of an RL-trained policy does not measure
+its quality."""
 NOT_CURVES = frozenset({"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch"})
-"""The axis, what is known before the training, and what matters only when something went wrong: W&B has them."""
-ROWS: dict[str, dict[str, str]] = {
-    "distance from the first model": {
-        "kl": "KL, nats",
+"""Logged metrics without a chart: the x-axis, what is known before training, and diagnostics, which W&B has."""
+METRIC_GROUPS: dict[str, dict[str, str]] = {
+    "KL divergence": {
+        "kl": "KL to the reference, nats",
         "kl_coefficient": "KL coefficient",
-        "approximate_kl": "KL of a step's updates, nats",
-        "sampler_gap": "sampler against trainer, nats",
+        "approximate_kl": "KL of the update, nats",
+        "sampler_gap": "sampler logprob diff, nats",
     },
     "policy": {
         "loss": "loss",
         "policy_loss": "policy loss",
-        "entropy": "entropy, nats a token",
-        "clip_fraction": "share of tokens clipped",
+        "entropy": "entropy, nats per token",
+        "clip_fraction": "clip fraction",
     },
     "value model": {
         "value_loss": "value loss",
         "explained_variance": "explained variance",
         "returns": "returns",
     },
-    "answers": {
+    "responses": {
         "response_length": "length, tokens",
-        "eos_rate": "share that ended",
-        "cut_off": "share cut off",
-        "reward_deviation": "deviation of rewards",
+        "eos_rate": "EOS rate",
+        "cut_off": "clipped ratio",
+        "reward_deviation": "reward std",
     },
-    "held apart": {
+    "classification": {
         "accuracy": "accuracy",
         "margin": "margin",
         "auc": "AUC",
@@ -50,14 +50,13 @@ ROWS: dict[str, dict[str, str]] = {
         "memory_gb": "memory, GB",
     },
 }
-"""The rows of panels: what belongs together, under its name, with what each panel says it shows. A measure that is not
-here has a panel in a last row."""
-LAST_ROW = "more"
+"""Rows of panels: group -> {metric: panel title}. Metrics that are not listed have panels in a last row."""
+OTHER_METRICS = "other metrics"
 
 
 @dataclass(frozen=True)
 class Details:
-    """What a kind of training told besides what leads it: panels by row, with the legend of all of them."""
+    """All but the primary metric of a kind of training: panels by row, with their legend as (CSS class, label)."""
 
     title: str
     keys: list[tuple[str, str]]
@@ -66,7 +65,7 @@ class Details:
 
 @dataclass(frozen=True)
 class _Group:
-    """The trainings of one kind. `colours`: of each stage, the same in all charts of the report."""
+    """The trainings of one kind. `colours`: palette index by stage, the same in all charts of the report."""
 
     kind: str
     stages: list[StageState]
@@ -74,60 +73,60 @@ class _Group:
 
     @property
     def by_rows(self) -> bool:
-        """Over the rows seen, which compares other batch sizes; over steps where rows were not told."""
+        """Whether the x-axis is training rows, comparable across batch sizes. Steps if rows were not logged."""
         return all("rows" in values for stage in self.stages for values in stage.points.values())
 
     @property
     def unit(self) -> str:
-        return "rows seen" if self.by_rows else "steps"
+        return "training rows" if self.by_rows else "steps"
 
     @property
-    def measures(self) -> list[str]:
-        """What was told, in the order in which it was; of `eval_reward` that is `reward`."""
-        told = (key for stage in self.stages for values in stage.points.values() for key in values)
-        return [key for key in dict.fromkeys(key.removeprefix("eval_") for key in told) if key not in NOT_CURVES]
+    def metrics(self) -> list[str]:
+        """Logged metrics in order of first appearance; `eval_reward` counts as `reward`."""
+        logged = (key for stage in self.stages for values in stage.points.values() for key in values)
+        return [key for key in dict.fromkeys(key.removeprefix("eval_") for key in logged) if key not in NOT_CURVES]
 
     @property
-    def lead(self) -> str:
-        measures = self.measures
-        return next((measure for measure in LEADS if measure in measures), "")
+    def primary_metric(self) -> str:
+        metrics = self.metrics
+        return next((metric for metric in PRIMARY_METRICS if metric in metrics), "")
 
-    def series(self, measure: str) -> list[Series]:
-        """A line a stage, and another for what the same measure is on held-out data."""
+    def series(self, metric: str) -> list[Series]:
+        """A train curve and a held-out curve of the metric for each stage that logged them."""
         return [
-            Series(f"{stage.name} {word}", points, self.colours[stage.name], word)
+            Series(f"{stage.name} {split}", points, self.colours[stage.name], split)
             for stage in self.stages
-            for key, word in ((measure, "train"), (f"eval_{measure}", "eval"))
+            for key, split in ((metric, "train"), (f"eval_{metric}", "eval"))
             if (points := _points(stage, key, self.by_rows))
         ]
 
 
 def curve_figures(state: RunState) -> list[Figure]:
-    """The chart of what each kind of training is judged by."""
+    """A chart of the primary metric of each kind of training."""
     figures = []
     for group in _groups(state):
-        if lead := group.lead:
-            series = group.series(lead)
-            drawn = line_chart(series, group.unit, lead, whole=lead != "loss")
-            figures.append(Figure(f"{group.kind or 'training'}: {lead}", drawn, keys=_styles(series)))
+        if metric := group.primary_metric:
+            series = group.series(metric)
+            chart = line_chart(series, group.unit, metric, full_range=metric != "loss")
+            figures.append(Figure(f"{group.kind or 'training'}: {metric}", chart, keys=_legend(series)))
     return figures
 
 
 def curve_details(state: RunState) -> list[Details]:
-    """Of each kind that told more than what leads it: the panels."""
+    """Panels of the other metrics, for each kind of training that logged any."""
     details = []
     for group in _groups(state):
-        rest = [measure for measure in group.measures if measure != group.lead]
-        known = {measure for row in ROWS.values() for measure in row}
-        others = {measure: measure.replace("_", " ") for measure in rest if measure not in known}
+        rest = [metric for metric in group.metrics if metric != group.primary_metric]
+        known = {metric for row in METRIC_GROUPS.values() for metric in row}
+        others = {metric: metric.replace("_", " ") for metric in rest if metric not in known}
         rows = [
-            (name, [_panel(group, measure, said) for measure, said in row.items() if measure in rest])
-            for name, row in [*ROWS.items(), (LAST_ROW, others)]
+            (name, [_panel(group, metric, title) for metric, title in row.items() if metric in rest])
+            for name, row in [*METRIC_GROUPS.items(), (OTHER_METRICS, others)]
         ]
         if rest:
-            series = [one for measure in rest for one in group.series(measure)]
+            series = [one for metric in rest for one in group.series(metric)]
             stages = [(f"c{group.colours[stage.name] % COLOURS}", stage.name) for stage in group.stages]
-            keys = [*(stages if len(stages) > 1 else []), *_styles(series)]
+            keys = [*(stages if len(stages) > 1 else []), *_legend(series)]
             title = f"{group.kind or 'training'} in detail, by {group.unit}"
             details.append(Details(title, keys, [(name, panels) for name, panels in rows if panels]))
     return details
@@ -140,12 +139,12 @@ def _groups(state: RunState) -> list[_Group]:
     return [_Group(kind, [stage for stage in trained if stage.kind == kind], colours) for kind in kinds]
 
 
-def _panel(group: _Group, measure: str, said: str) -> Figure:
-    return Figure(said, line_chart(group.series(measure), group.unit, said, small=True), small=True)
+def _panel(group: _Group, metric: str, title: str) -> Figure:
+    return Figure(title, line_chart(group.series(metric), group.unit, title, small=True), small=True)
 
 
-def _styles(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """The legend of thin and thick lines, where there are thick ones."""
+def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """Legend of train (thin) and eval (thick) lines; empty without eval lines."""
     evaluated = any(one.style == "eval" for one in series)
     return [("train-key", "train"), ("eval-key", "eval (held out)")] if evaluated else []
 

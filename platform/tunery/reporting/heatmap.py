@@ -1,4 +1,4 @@
-"""Rows by two scores at once, as SVG: the darker a cell, the more rows. Drawn from counts."""
+"""Joint histogram of two scores as an SVG heatmap: darker cells have more rows."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from tunery.events.formatting import count, measure
 from tunery.reporting.axes import Scale, frame, line, rect, svg
 
 SHADES = 8
-"""Classes h1 .. h8 of the page."""
+"""CSS classes h1 .. h8 of the page."""
 
 
-def heat_chart(
+def heatmap_chart(
     x_edges: Sequence[float],
     y_edges: Sequence[float],
     counts: Sequence[Sequence[float]],
     labels: tuple[str, str],
-    cuts: tuple[Sequence[float], Sequence[float]] = ((), ()),
+    thresholds: tuple[Sequence[float], Sequence[float]] = ((), ()),
     *,
     width: float = 400,
 ) -> str:
-    """`counts` has a row for each step of y. Shades go by the logarithm: most cells have few rows, some very many."""
+    """Heatmap of `counts`, (y bins, x bins), with dashed lines at the `thresholds` of x and y.
+
+    Shades are logarithmic, because most cells have few rows and some have very many."""
     if len(x_edges) != len(counts[0] if counts else ()) + 1 or len(y_edges) != len(counts) + 1:
         return ""
     height, bottom, top = width - 40.0, width - 86.0, 34.0
     logs = [edges[0] > 0 and edges[-1] / edges[0] > 10 for edges in (x_edges, y_edges)]
     x = Scale(x_edges[0], x_edges[-1], 58, width - 12, logs[0])
     y = Scale(y_edges[0], y_edges[-1], bottom, top, logs[1])
-    said = [label + (" (log scale)" if log else "") for label, log in zip(labels, logs, strict=True)]
-    most = max((number for row in counts for number in row), default=0)
+    axis_labels = [label + (" (log scale)" if log else "") for label, log in zip(labels, logs, strict=True)]
+    largest = max((number for row in counts for number in row), default=0)
     cells: list[str] = []
     for row, numbers in enumerate(counts):
         for column, number in enumerate(numbers):
@@ -38,12 +40,12 @@ def heat_chart(
                 low, high = y(y_edges[row]), y(y_edges[row + 1])
                 tip = f"{labels[0]} {measure(x_edges[column], 3)} – {measure(x_edges[column + 1], 3)}\n"
                 tip += f"{labels[1]} {measure(y_edges[row], 3)} – {measure(y_edges[row + 1], 3)}\n{count(number)} rows"
-                cells.append(rect(left, high, right - left, low - high, f"heat h{_shade(number, most)}", tip))
-    parts = [*frame(x, y, said[0], said[1], x_ticks=4), *cells]
-    parts += [line(x(cut), bottom, x(cut), top, "cut") for cut in cuts[0] if x.low <= cut <= x.high]
-    parts += [line(x.start, y(cut), x.end, y(cut), "cut") for cut in cuts[1] if y.low <= cut <= y.high]
+                cells.append(rect(left, high, right - left, low - high, f"heat h{_shade(number, largest)}", tip))
+    parts = [*frame(x, y, axis_labels[0], axis_labels[1], x_ticks=4), *cells]
+    parts += [line(x(value), bottom, x(value), top, "cut") for value in thresholds[0] if x.low <= value <= x.high]
+    parts += [line(x.start, y(value), x.end, y(value), "cut") for value in thresholds[1] if y.low <= value <= y.high]
     return svg(height, parts, f"rows by {labels[0]} and {labels[1]}", width)
 
 
-def _shade(number: float, most: float) -> int:
-    return 1 + round((SHADES - 1) * (math.log1p(number) / math.log1p(most)))
+def _shade(number: float, largest: float) -> int:
+    return 1 + round((SHADES - 1) * (math.log1p(number) / math.log1p(largest)))

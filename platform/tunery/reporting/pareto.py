@@ -1,4 +1,4 @@
-"""Two metrics of a search against each other, and the trials that no other beats in both. Pure, SVG text."""
+"""Scatter plot of two objectives of a search with their Pareto front, as SVG text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tunery.reporting.charts import Dot
 
 
 def pareto_chart(dots: Sequence[Dot], labels: tuple[str, str], *, higher: bool = False, joined: bool = True) -> str:
-    """Dots whose style has the word `front` are the Pareto front, and are joined by steps: what lies beyond them no
-    trial has reached. `higher`: of the horizontal metric more is better. Not `joined` where further metrics decide as
-    well."""
+    """Dots whose style contains `front` form the Pareto front and are joined by steps that bound the dominated region.
+
+    `higher`: higher is better for the horizontal metric. `joined`: False if there are further objectives."""
     if not dots:
         return ""
     height, bottom, top = 320.0, 272.0, 30.0
@@ -25,16 +25,16 @@ def pareto_chart(dots: Sequence[Dot], labels: tuple[str, str], *, higher: bool =
     for dot in sorted(dots, key=lambda dot: ("front" in dot.style, "best" in dot.style)):
         size = 6 if "best" in dot.style else 5 if "front" in dot.style else 4.5
         parts.append(circle(x(dot.x), y(dot.y), size, f"trial {dot.style}", dot.tip))
-    said = f"{labels[1]} by {labels[0]}: {len(dots)} trials, {len(front)} on the Pareto front"
-    return svg(height, parts, said)
+    description = f"{labels[1]} by {labels[0]}: {len(dots)} trials, {len(front)} on the Pareto front"
+    return svg(height, parts, description)
 
 
 def _steps(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
-    """From one to the next by way of the corner that is worse than both."""
-    found = list(points[:1])
+    """Insert between each two points the corner that both dominate."""
+    corners = list(points[:1])
     for (x1, y1), (x2, y2) in pairwise(points):
-        found += [(x1, y2) if higher else (x2, y1), (x2, y2)]
-    return found
+        corners += [(x1, y2) if higher else (x2, y1), (x2, y2)]
+    return corners
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> Scale:

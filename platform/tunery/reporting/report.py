@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file that needs nothing else, neither a network nor a server.
+"""The HTML report of a run: one self-contained file that needs no network and no server.
 
-Drawn from the event log alone, so it can be written for a run that is under way, interrupted or failed.
+It is rendered from the event log alone, so it can also be written for a running, interrupted or failed run.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def write_report(run_folder: Path) -> Path:
     """Write `<run_folder>/report.html` from the folder's event log and return its path."""
     path = run_folder / "report.html"
     page = report_html(replay(read_events(run_folder / "events")), name=run_folder.name)
-    # Aside and renamed into place: a browser that reloads while a run goes on never sees half a page.
-    aside = path.with_name(f".report.{os.getpid()}.html")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    # Written to a temporary file and renamed: a browser that reloads during a run never reads a partial page.
+    temporary = path.with_name(f".report.{os.getpid()}.html")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
     return path
 
 
 def report_html(state: RunState, name: str = "") -> str:
-    """The page for a run's state; `name` is used where the log doesn't say one."""
+    """Render the page for a run's state; `name` is used if the log has no run name."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    # Charts escape their own text (axes.py); everything else passes through the template's escaping.
-    environment.filters["drawn"] = Markup
+    # Charts escape their own text (axes.py); the template escapes everything else.
+    environment.filters["svg"] = Markup
     template = environment.from_string(
         resources.files("tunery.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8")
     )
@@ -59,8 +59,8 @@ def report_html(state: RunState, name: str = "") -> str:
         run=state.run or name,
         state=state,
         question=report_sections.question(state.text),
-        begun=_moment(state.started),
-        took=_took(state),
+        started=_timestamp(state.started),
+        elapsed=_elapsed(state),
         versions=report_sections.versions(state),
         problems=_problems(state),
         comparisons=report_sections.comparisons(state),
@@ -68,20 +68,20 @@ def report_html(state: RunState, name: str = "") -> str:
         funnels=report_sections.funnels(state),
         scores=report_sections.score_figures(state),
         aucs=filter_section.auc_tables(state),
-        heats=filter_section.heat_figures(state),
+        heatmaps=filter_section.heatmap_figures(state),
         filters=filter_section.filters(state),
         quarantines=filter_section.quarantines(state),
         reviews=review_section.reviews(state),
         augmented=augment_section.augmented(state),
-        previews=preview_section.previews(_told_stages(state)),
-        open_previews=preview_section.OPEN,
+        previews=preview_section.previews(_stages(state)),
+        open_previews=preview_section.MAX_EXPANDED,
         curves=curves.curve_figures(state),
         details=curves.curve_details(state),
-        responses=responses.responses(_told_stages(state)),
-        open_responses=responses.OPEN,
+        responses=responses.responses(_stages(state)),
+        open_responses=responses.MAX_EXPANDED,
         search=search,
         search_summary=search_report.summary(search) if search else "",
-        search_verdict=winner_summary(search) if search else [],
+        winner_summary=winner_summary(search) if search else [],
         parallel=search_report.parallel(search) if search else None,
         pareto=search_report.pareto(search) if search else None,
         importance=search_report.importance(search) if search else [],
@@ -90,13 +90,13 @@ def report_html(state: RunState, name: str = "") -> str:
         trials=search_report.trials_table(search) if search else None,
         overhead=timing_section.overhead(state),
         timeline=timing_section.timeline(state),
-        stages=[(stage, _said(stage), fact(_facts(stage)), _seconds(stage)) for stage in _told_stages(state)],
+        stages=[(stage, _summary(stage), fact(_facts(stage)), _duration(stage)) for stage in _stages(state)],
     )
     return page.lstrip()  # the macros before the page leave blank lines
 
 
-def _told_stages(state: RunState) -> list[StageState]:
-    """The run's stages, and those of the best trial: what came out of the search can be looked up as well."""
+def _stages(state: RunState) -> list[StageState]:
+    """The run's stages, followed by those of the best trial."""
     best = state.search.best if state.search else None
     return [*state.stages.values(), *(best.stages.values() if best else ())]
 
@@ -106,42 +106,42 @@ def _facts(stage: StageState) -> dict[str, object]:
     return {**{name: value for name, value in own.items() if value}, **stage.facts}
 
 
-def _said(stage: StageState) -> str:
+def _summary(stage: StageState) -> str:
     return outcome(stage) if stage.status in ("done", "reused") else note(stage)
 
 
 def _problems(state: RunState) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What stands on top of the page of a run that did not end well: (headline, [(label, text)])."""
-    told = [
+    """Failures, or the interruption, at the top of the page: (headline, [(label, text)])."""
+    problems = [
         (
             f"{failure.stage}: {failure.message}",
             [
-                (label, said)
-                for label, said in (
+                (label, text)
+                for label, text in (
                     ("cause", failure.cause),
                     ("remedy", failure.remedy),
                     ("log", failure.log),
                 )
-                if said
+                if text
             ],
         )
         for failure in state.failures
     ]
-    if not told and state.status in ("failed", "interrupted"):
-        rest = "The same command goes on where this run stopped." if state.status == "interrupted" else ""
-        return [(state.message or f"the run was {state.status}", [("remedy", rest)] if rest else [])]
-    return told
+    if not problems and state.status in ("failed", "interrupted"):
+        remedy = "Run the same command again to resume." if state.status == "interrupted" else ""
+        return [(state.message or f"the run was {state.status}", [("remedy", remedy)] if remedy else [])]
+    return problems
 
 
-def _moment(seconds: float | None) -> str:
+def _timestamp(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC") if seconds is not None else ""
 
 
-def _took(state: RunState) -> str:
+def _elapsed(state: RunState) -> str:
     elapsed = state.elapsed(state.last_event or 0.0)
     return duration(elapsed) if elapsed is not None else ""
 
 
-def _seconds(stage: StageState) -> str:
+def _duration(stage: StageState) -> str:
     elapsed = stage.elapsed(stage.finished or stage.started or 0.0) if stage.finished else stage.seconds
     return duration(elapsed) if elapsed is not None else ""

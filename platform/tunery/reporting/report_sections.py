@@ -1,6 +1,6 @@
-"""What a report shows of a run, by section: pure functions from the run's state to tables and figures.
+"""Sections of the report: pure functions from the run's state to tables and figures.
 
-A section for which the run has nothing (yet) is empty, and the page leaves it out.
+The page omits sections that are empty.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ from typing import Any
 from tunery.events.formatting import as_number, count, measure, plain, strings
 from tunery.events.run_state import RunState, StageState
 from tunery.events.stage_summary import listed, usable_rows
-from tunery.reporting.charts import Cut, histogram_chart
-from tunery.reporting.filter_section import cuts_of, goes_back
+from tunery.reporting.charts import ThresholdLine, histogram_chart
+from tunery.reporting.filter_section import is_downstream, rule_thresholds
 from tunery.reporting.funnel_timeline import Level, funnel_chart, lost_note
 from tunery.reporting.tables import Figure, Table, table
 from tunery.spec import TRAININGS
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting"})
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate", "reward"})
+MAX_THRESHOLDS = 5
+"""Threshold lines in a histogram: thresholds of trials are added up to this number."""
 
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
-    """The result: the tables that the run ended with, under their titles."""
+    """The run's summary tables, as (title, table)."""
     return [
-        (title, table(told["columns"], told["rows"], notes=told.get("notes") or []))
-        for title, told in state.comparisons.items()
-        if told["columns"] and told["rows"]
+        (title, table(summary["columns"], summary["rows"], notes=summary.get("notes") or []))
+        for title, summary in state.comparisons.items()
+        if summary["columns"] and summary["rows"]
     ]
 
 
 def leaderboard(state: RunState) -> Table | None:
-    """Models by sets: each number that the evaluations gave, the best of a column marked."""
+    """Evaluation metrics as a table of models by sets, with the best value of each column marked."""
     results = _distinct_results(state)
     models = list(dict.fromkeys(str(result.get("model", "")) for result in results))
     sets = list(dict.fromkeys(str(result.get("set", "")) for result in results))
@@ -40,10 +42,8 @@ def leaderboard(state: RunState) -> Table | None:
         for key, value in result.items():
             if key not in ("model", "set", "tokens", "rows") and as_number(value) is not None:
                 values[str(result.get("model", "")), str(result.get("set", "")), str(key)] = value
-    measures = list(dict.fromkeys(key for _, _, key in values))
-    columns = [
-        (name, key) for name in sets for key in measures if any((model, name, key) in values for model in models)
-    ]
+    metrics = list(dict.fromkeys(key for _, _, key in values))
+    columns = [(name, key) for name in sets for key in metrics if any((model, name, key) in values for model in models)]
     if not columns:
         return None
     best = {
@@ -61,17 +61,17 @@ def leaderboard(state: RunState) -> Table | None:
 
 
 def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
-    """Results of all evaluations. Where a later one of the same kind measured a model of the same name otherwise (the
-    best trial's beside the file's own), that row names its stage too."""
-    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    """Results of all evaluations. If two stages of a kind have different results for a model of the same name (such as
+    the file's values and the best trial's), the later result's label includes its stage."""
+    results: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for stage in state.stages.values():
         for result in listed(stage.facts.get("results")):
             model, name = str(result.get("model", "")), str(result.get("set", ""))
-            earlier = found.setdefault((stage.kind, model, name), result)
+            earlier = results.setdefault((stage.kind, model, name), result)
             if earlier != result:
                 label = f"{model}, {stage.name}"
-                found[stage.kind, label, name] = {**result, "model": label}
-    return list(found.values())
+                results[stage.kind, label, name] = {**result, "model": label}
+    return list(results.values())
 
 
 def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:
@@ -86,48 +86,48 @@ def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:
 
 
 def funnels(state: RunState) -> list[Figure]:
-    """For each dataset: rows read, readable, and kept by each select that goes back to it."""
+    """For each dataset: rows read, readable, and kept by each downstream select stage."""
     figures = []
     for stage in state.stages.values():
         if stage.kind != "dataset" or as_number(stage.facts.get("rows")) is None:
             continue
         levels = list(funnel_levels(state.stages.values(), stage))
-        planted = any(level.planted for level in levels)
-        keys = [("good", "rows"), ("bad", "planted bad rows")] if planted else []
+        corrupted = any(level.corrupted for level in levels)
+        keys = [("good", "rows"), ("bad", "corrupted rows")] if corrupted else []
         source = str(stage.facts.get("source") or "")
         figures.append(Figure(stage.name, funnel_chart(levels), note=source, keys=keys))
     return figures
 
 
 def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator[Level]:
-    """Rows read, readable, kept by each select of `stages` that goes back to the dataset, and used by each training
-    that leaves out or truncates some; in the order of the file."""
+    """Rows read, readable, kept by each downstream select of `stages`, and used by each training that skips or
+    truncates some; in the order of the file."""
     rows, quarantined = (
         as_number(dataset.facts.get("rows")) or 0,
         as_number(dataset.facts.get("quarantined")) or 0,
     )
     kinds = dataset.facts.get("planted")
-    planted = sum(as_number(n) or 0 for kind, n in kinds.items() if kind) if isinstance(kinds, Mapping) else 0
-    yield Level("read", rows + quarantined, planted=planted)
+    corrupted = sum(as_number(n) or 0 for kind, n in kinds.items() if kind) if isinstance(kinds, Mapping) else 0
+    yield Level("read", rows + quarantined, corrupted=corrupted)
     if quarantined:
-        yield Level("readable", rows, f"−{count(quarantined)} quarantined", planted)
-    depths, sizes = {dataset.name: 0}, {dataset.name: (rows, planted)}
+        yield Level("readable", rows, f"−{count(quarantined)} quarantined", corrupted)
+    depths, sizes = {dataset.name: 0}, {dataset.name: (rows, corrupted)}
     for stage in stages:
-        above = [name for name in stage.inputs if name in depths]
+        parents = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
         if stage.kind in TRAININGS:
             yield from _used_levels(stage, depths, sizes)
             continue
-        # What comes out of `augment` are other rows, often more of them: they have no place in a funnel.
-        other = stage.kind in ("augment", "evaluate", "win_rate")
-        if not above or other or (before is None and kept is None):
+        # `augment` outputs new rows, often more than it reads, so it is no level of a funnel.
+        excluded = stage.kind in ("augment", "evaluate", "win_rate")
+        if not parents or excluded or (before is None and kept is None):
             continue
-        depths[stage.name] = depths[above[0]] + (kept is not None)
-        sizes[stage.name] = sizes[above[0]]
+        depths[stage.name] = depths[parents[0]] + (kept is not None)
+        sizes[stage.name] = sizes[parents[0]]
         if kept is not None:
-            truth = stage.facts.get("planted")
+            counts = stage.facts.get("planted")
             total, dropped = (
-                (as_number(truth.get(key)) or 0) if isinstance(truth, Mapping) else 0 for key in ("total", "dropped")
+                (as_number(counts.get(key)) or 0) if isinstance(counts, Mapping) else 0 for key in ("total", "dropped")
             )
             sizes[stage.name] = (kept, total - dropped)
             yield Level(
@@ -142,13 +142,13 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
 def _used_levels(
     stage: StageState, depths: Mapping[str, int], sizes: Mapping[str, tuple[float, float]]
 ) -> Iterator[Level]:
-    """Of each stage that gives a training its rows. None where all of them are used as they are, and where corruption
-    was injected, since nobody counts how many of the unusable rows are corrupted."""
+    """A level for each stage whose rows the training reads. Omitted if all of its rows are used unchanged, and if
+    corruption was injected: the number of corrupted rows among the unusable ones is not recorded."""
     mixture = stage.facts.get("mixture")
     data = next(iter(stage.inputs), "")  # `data` is the first field that names stages; others are models and eval_data
     facts = mixture if isinstance(mixture, Mapping) else {data: stage.facts}
-    for name, own in facts.items():
-        usable = usable_rows(own)
+    for name, stats in facts.items():
+        usable = usable_rows(stats)
         if usable is None or not usable.reasons or sizes.get(name) != (usable.rows, 0):
             continue
         note = ", ".join(part for part in (lost_note(usable.rows, usable.used), usable.reasons) if part)
@@ -156,7 +156,7 @@ def _used_levels(
 
 
 def score_figures(state: RunState) -> list[Figure]:
-    """For each score: its histogram, and the cuts of selects that use it."""
+    """For each score: its histogram with the thresholds of the select stages that use it."""
     figures = []
     for stage in state.stages.values():
         scores = stage.facts.get("scores")
@@ -167,42 +167,44 @@ def score_figures(state: RunState) -> list[Figure]:
 
 
 def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[str, Any]) -> Figure:
-    histogram = score.get("histogram")
-    drawn = histogram if isinstance(histogram, Mapping) else {}
-    edges, counts, planted = (
-        [as_number(v) or 0 for v in drawn.get(key) or []] for key in ("edges", "counts", "planted")
+    value = score.get("histogram")
+    histogram = value if isinstance(value, Mapping) else {}
+    edges, counts, corrupted = (
+        [as_number(v) or 0 for v in histogram.get(key) or []] for key in ("edges", "counts", "planted")
     )
-    cuts = [
-        Cut(value, f"{select.name}: {said}")
+    thresholds = [
+        ThresholdLine(value, f"{select.name}: {label}")
         for select in state.stages.values()
-        if goes_back(state, select, stage)
+        if is_downstream(state, select, stage)
         for rule in _rules(select, name)
-        for value, said in zip(cuts_of(rule), _cut_labels(rule), strict=True)
+        for value, label in zip(rule_thresholds(rule), _threshold_labels(rule), strict=True)
     ]
-    known = {cut.value for cut in cuts}
+    known = {threshold.value for threshold in thresholds}
     for trial in state.search.trials.values() if state.search else ():
         for select in trial.stages.values():
             for rule in _rules(select, name):
-                for value in cuts_of(rule):
-                    if value not in known and len(cuts) < 5:
+                for value in rule_thresholds(rule):
+                    if value not in known and len(thresholds) < MAX_THRESHOLDS:
                         known.add(value)
-                        cuts.append(Cut(value, f"{plain(rule.get('rule'))} (in trials)", quiet=True))
+                        thresholds.append(ThresholdLine(value, f"{plain(rule.get('rule'))} (in trials)", quiet=True))
     auc, median = as_number(score.get("auc")), as_number(score.get("median"))
-    said = [f"median {measure(median)}"] if median is not None else []
-    said += [f"AUC {auc:.3f} at finding planted rows (0.5 is chance)"] if auc is not None else []
-    keys = [("good", "rows as they were"), ("bad", "planted bad rows")] if any(planted) else []
+    notes = [f"median {measure(median)}"] if median is not None else []
+    notes += [f"AUC {auc:.3f} at detecting corrupted rows (0.5 is chance)"] if auc is not None else []
+    keys = [("good", "intact rows"), ("bad", "corrupted rows")] if any(corrupted) else []
     return Figure(
         f"{name} ({stage.name})",
-        histogram_chart(edges, counts, planted, cuts, name),
-        "; ".join(said),
+        histogram_chart(edges, counts, corrupted, thresholds, name),
+        "; ".join(notes),
         keys,
     )
 
 
-def _cut_labels(rule: Mapping[str, Any]) -> list[str]:
-    """One for each of the rule's cuts; a range says both of its ends already."""
-    cuts, said = cuts_of(rule), plain(rule.get("rule"))
-    return [said, "the range's other end"] if len(cuts) == 2 else [f"{said}, cut at {measure(cut)}" for cut in cuts]
+def _threshold_labels(rule: Mapping[str, Any]) -> list[str]:
+    """One label for each threshold of the rule; the text of a range rule contains both of its ends."""
+    thresholds, label = rule_thresholds(rule), plain(rule.get("rule"))
+    if len(thresholds) == 2:
+        return [label, "other end of the range"]
+    return [f"{label}, threshold {measure(threshold)}" for threshold in thresholds]
 
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
@@ -210,7 +212,7 @@ def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
 
 
 def question(text: str) -> str:
-    """The comment lines that an experiment opens with: what it asks."""
+    """The comment lines at the top of an experiment, which state its question."""
     lines: list[str] = []
     for line in text.splitlines():
         if not line.startswith("#"):

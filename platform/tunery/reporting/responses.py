@@ -1,8 +1,7 @@
-"""Answers in a report and in W&B: what a model said to a prompt before it was trained and after, or what several models
-said to it, with their rewards. Pure.
+"""Model responses in the report and in W&B: before and after a training, or of several models, with their rewards.
 
-Two forms of the fact `responses` are known: of a training {prompt, before, after, reward_before, reward_after}, of a
-`win_rate` stage {prompt, answers: {model: {answer, reward}}}. An entry of another form is left out.
+The fact `responses` has two formats: {prompt, before, after, reward_before, reward_after} from a training, and
+{prompt, answers: {model: {answer, reward}}} from a `win_rate` stage. Entries of any other format are skipped.
 """
 
 from __future__ import annotations
@@ -16,83 +15,82 @@ from tunery.events.run_state import StageState
 from tunery.events.stage_summary import listed
 
 RESPONSES = "responses"
-"""The fact's name."""
-OPEN = 3
-"""Prompts of a stage whose answers are shown without being asked for."""
+"""Name of the fact."""
+MAX_EXPANDED = 3
+"""Prompts of a stage that are expanded when the report is opened."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """`by`: before, after, or the model's name. `best`: no other answer to the prompt has as high a reward."""
+class Response:
+    """`label`: before, after, or the model's name. `best`: it has the highest reward for the prompt, without ties."""
 
-    by: str
+    label: str
     text: str
     reward: float | None
     best: bool = False
 
     @property
-    def said_reward(self) -> str:
+    def reward_text(self) -> str:
         return "" if self.reward is None else f"reward {measure(self.reward, 3)}"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt and the answers to it, which are to be read side by side."""
+class PromptResponses:
+    """A prompt and its responses, which the page shows side by side."""
 
     prompt: str
-    answers: list[Answer]
+    responses: list[Response]
 
     @property
-    def said_rewards(self) -> str:
-        """In the order of the answers: 'reward 1.00 → 4.00' of one model, 'base 0.50, ppo 4.00' of several."""
-        known = [(answer.by, measure(answer.reward, 3)) for answer in self.answers if answer.reward is not None]
-        if [by for by, _ in known] == ["before", "after"]:
+    def rewards_text(self) -> str:
+        """'reward 1.00 → 4.00' for before and after, 'base 0.50, ppo 4.00' for several models."""
+        known = [(one.label, measure(one.reward, 3)) for one in self.responses if one.reward is not None]
+        if [label for label, _ in known] == ["before", "after"]:
             return f"reward {known[0][1]} → {known[1][1]}"
-        return ", ".join(f"{by} {reward}" for by, reward in known)
+        return ", ".join(f"{label} {reward}" for label, reward in known)
 
 
-def responses(stages: Iterable[StageState]) -> list[tuple[str, list[Asked]]]:
-    """The answers of each stage that told some, under its name; of a trial's stage with the trial's."""
-    found = []
+def responses(stages: Iterable[StageState]) -> list[tuple[str, list[PromptResponses]]]:
+    """The responses of each stage that logged some, as (stage name with its trial, if any; prompts)."""
+    result = []
     for stage in stages:
-        if told := asked(stage.facts):
-            found.append((f"{stage.name}, trial {stage.trial}" if stage.trial else stage.name, told))
-    return found
+        if prompts := prompt_responses(stage.facts):
+            result.append((f"{stage.name}, trial {stage.trial}" if stage.trial else stage.name, prompts))
+    return result
 
 
-def asked(facts: Mapping[str, Any]) -> list[Asked]:
-    """The prompts with their answers, whichever form the fact has."""
-    told = ((str(entry.get("prompt") or ""), _answers(entry)) for entry in listed(facts.get(RESPONSES)))
-    return [Asked(prompt, answers) for prompt, answers in told if answers]
+def prompt_responses(facts: Mapping[str, Any]) -> list[PromptResponses]:
+    """The prompts with their responses, from either format of the fact."""
+    entries = ((str(entry.get("prompt") or ""), _responses(entry)) for entry in listed(facts.get(RESPONSES)))
+    return [PromptResponses(prompt, responses) for prompt, responses in entries if responses]
 
 
 def responses_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): the prompt, an answer a column, and their rewards. Without answers no row."""
-    told = asked(facts)
-    names = list(dict.fromkeys(answer.by for one in told for answer in one.answers))
+    """(columns, rows): the prompt, a column for each response, and a column for each reward."""
+    prompts = prompt_responses(facts)
+    labels = list(dict.fromkeys(response.label for one in prompts for response in one.responses))
     rows = []
-    for one in told:
-        by = {answer.by: answer for answer in one.answers}
-        answers = [by.get(name) for name in names]
-        texts = [answer.text if answer else None for answer in answers]
-        rows.append([one.prompt, *texts, *(answer.reward if answer else None for answer in answers)])
-    return ["prompt", *names, *(f"reward {name}" for name in names)], rows
+    for one in prompts:
+        by_label = {response.label: response for response in one.responses}
+        cells = [by_label.get(label) for label in labels]
+        texts = [cell.text if cell else None for cell in cells]
+        rows.append([one.prompt, *texts, *(cell.reward if cell else None for cell in cells)])
+    return ["prompt", *labels, *(f"reward {label}" for label in labels)], rows
 
 
-def _answers(entry: Mapping[str, Any]) -> list[Answer]:
+def _responses(entry: Mapping[str, Any]) -> list[Response]:
     models = entry.get("answers")
     if isinstance(models, Mapping):
-        told = [(str(name), one.get("answer"), one.get("reward")) for name, one in models.items() if _is_answer(one)]
-        rewards = [reward for _, _, value in told if (reward := as_number(value)) is not None]
-        # Of two that are as good neither is the best.
-        best = max(rewards) if len(rewards) > 1 and rewards.count(max(rewards)) == 1 else None
+        items = [(str(name), one.get("answer"), one.get("reward")) for name, one in models.items() if _is_response(one)]
+        rewards = [reward for _, _, value in items if (reward := as_number(value)) is not None]
+        best = max(rewards) if len(rewards) > 1 and rewards.count(max(rewards)) == 1 else None  # None for a tie
         return [
-            Answer(by, str(text), (reward := as_number(value)), best is not None and reward == best)
-            for by, text, value in told
+            Response(name, str(text), (reward := as_number(value)), best is not None and reward == best)
+            for name, text, value in items
         ]
-    sides = [side for side in ("before", "after") if isinstance(entry.get(side), str)]
-    return [Answer(side, entry[side], as_number(entry.get(f"reward_{side}"))) for side in sides]
+    labels = [label for label in ("before", "after") if isinstance(entry.get(label), str)]
+    return [Response(label, entry[label], as_number(entry.get(f"reward_{label}"))) for label in labels]
 
 
-def _is_answer(value: object) -> bool:
+def _is_response(value: object) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("answer"), str)

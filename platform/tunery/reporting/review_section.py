@@ -1,4 +1,4 @@
-"""Reviews in the report: how far a filter and the person who looked at it agree, and where they don't."""
+"""Reviews in the report: agreement of a filter with the reviewer, overall and by stratum."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ Facts = Mapping[str, Any]
 
 
 def reviews(state: RunState) -> list[tuple[str, list[list[Table]]]]:
-    """For each review stage that has ended: its name and two columns, of who decided what with the thresholds, and of
-    where they agree."""
-    found = []
+    """For each finished review stage its name and two columns of tables: confusion matrix and thresholds; strata."""
+    result = []
     for stage in state.stages.values():
-        agreed = stage.facts.get("agreement")
-        if stage.kind == "review" and isinstance(agreed, Mapping):
-            columns = [[_cases(agreed, stage.facts), *_thresholds(stage.facts)], _strata(stage.facts)]
-            found.append((stage.name, columns))
-    return found
+        agreement = stage.facts.get("agreement")
+        if stage.kind == "review" and isinstance(agreement, Mapping):
+            columns = [[_confusion_matrix(agreement, stage.facts), *_thresholds(stage.facts)], _strata(stage.facts)]
+            result.append((stage.name, columns))
+    return result
 
 
-def _cases(agreed: Facts, facts: Facts) -> Table:
+def _confusion_matrix(agreement: Facts, facts: Facts) -> Table:
     rows = [
-        ["filter kept", agreed.get("both_keep"), agreed.get("only_filter_keeps")],
-        ["filter dropped", agreed.get("only_person_keeps"), agreed.get("both_drop")],
+        ["filter kept", agreement.get("both_keep"), agreement.get("only_filter_keeps")],
+        ["filter dropped", agreement.get("only_person_keeps"), agreement.get("both_drop")],
     ]
     notes = []
-    same, reviewed, kappa = (as_number(agreed.get(key)) for key in ("agreed", "reviewed", "kappa"))
-    if same is not None and reviewed:
-        said = f"the same on {count(same)} of {count(reviewed)} rows, {share(same, reviewed)}"
-        notes.append(said + (f"; Cohen's kappa {kappa:.2f} (0 is chance, 1 is always)" if kappa is not None else ""))
-    asked, answered = as_number(facts.get("asked")), as_number(facts.get("answered"))
-    if asked is not None and answered is not None and answered < asked:
-        notes.append(f"{count(asked - answered)} of {count(asked)} rows of the sample are not decided yet")
-    return table(["", "person keeps", "person drops"], rows, notes=notes)
+    agreed, reviewed, kappa = (as_number(agreement.get(key)) for key in ("agreed", "reviewed", "kappa"))
+    if agreed is not None and reviewed:
+        note = f"agreement on {count(agreed)} of {count(reviewed)} rows, {share(agreed, reviewed)}"
+        notes.append(note + (f"; Cohen's kappa {kappa:.2f} (0 is chance, 1 is perfect)" if kappa is not None else ""))
+    sampled, answered = as_number(facts.get("asked")), as_number(facts.get("answered"))
+    if sampled is not None and answered is not None and answered < sampled:
+        notes.append(f"{count(sampled - answered)} of {count(sampled)} sampled rows are not reviewed yet")
+    return table(["", "reviewer keeps", "reviewer drops"], rows, notes=notes)
 
 
 def _strata(facts: Facts) -> list[Table]:
@@ -46,18 +45,18 @@ def _strata(facts: Facts) -> list[Table]:
         [stratum.get("name"), stratum.get("rows"), stratum.get("answered"), as_number(stratum.get("agreement"))]
         for stratum in listed(facts.get("strata"))
     ]
-    columns = ["by the filter, from the cut", "rows there", "reviewed", "agreement"]
-    return [table(columns, rows, notes=["nothing is known of rows farther away"])] if rows else []
+    columns = ["filter decision, distance to threshold", "rows", "reviewed", "agreement"]
+    return [table(columns, rows, notes=["rows farther from the threshold are not sampled"])] if rows else []
 
 
 def _thresholds(facts: Facts) -> list[Table]:
     rows, notes = [], []
-    for found in listed(facts.get("thresholds")):
+    for threshold in listed(facts.get("thresholds")):
         names = ("cut", "agreement_at_cut", "threshold", "agreement")
-        rows.append([found.get("score"), *(as_number(found.get(name)) for name in names)])
-        low, high = as_number(found.get("lowest_reviewed")), as_number(found.get("highest_reviewed"))
+        rows.append([threshold.get("score"), *(as_number(threshold.get(name)) for name in names)])
+        low, high = as_number(threshold.get("lowest_reviewed")), as_number(threshold.get("highest_reviewed"))
         if low is not None and high is not None:
-            end = "; the best threshold is at its end" if found.get("beyond_reviewed") else ""
-            notes.append(f"reviewed: {found.get('score')} from {measure(low)} to {measure(high)}{end}")
-    columns = ["score", "cut", "agreement there", "best threshold", "agreement there"]
+            edge = "; the best threshold is at its edge" if threshold.get("beyond_reviewed") else ""
+            notes.append(f"reviewed range of {threshold.get('score')}: {measure(low)} to {measure(high)}{edge}")
+    columns = ["score", "threshold", "agreement", "best threshold", "best agreement"]
     return [table(columns, rows, notes=notes)] if rows else []

@@ -1,6 +1,6 @@
-"""The tables that a run ends with, from the facts of its artifacts, and the numbers for other programs. Pure.
+"""Summary tables printed at the end of a run, built from the facts of its artifacts, and the same numbers as JSON.
 
-Each table is {"title", "columns", "rows", "notes"}, or None where the experiment has nothing of the kind.
+Each table is {"title", "columns", "rows", "notes"}, or None if the experiment has no stage of that kind.
 """
 
 from __future__ import annotations
@@ -36,265 +36,268 @@ from tunery.store import Artifact
 Table = dict[str, Any]
 
 
-def filter_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """How well each selection found the planted bad rows, beside a random filter that drops as many."""
+def filter_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Precision and recall of each selection on injected corruption, next to an equally strict random filter."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
-        judged = made[name].facts.get("planted") if isinstance(stage, Select | Review) else None
-        if not judged:
+        metrics = artifacts[name].facts.get("planted") if isinstance(stage, Select | Review) else None
+        if not metrics:
             continue
-        facts = made[name].facts
-        caught = f"{judged['dropped']:,} of {judged['total']:,}"
-        rows.append([name, f"{facts['dropped']:,}", caught, judged["precision"], judged["recall"], judged["auc"]])
-        expected = judged["random_recall"] * judged["total"]
+        facts = artifacts[name].facts
+        caught = f"{metrics['dropped']:,} of {metrics['total']:,}"
+        rows.append([name, f"{facts['dropped']:,}", caught, metrics["precision"], metrics["recall"], metrics["auc"]])
+        expected = metrics["random_recall"] * metrics["total"]
         rows.append(
             [
                 "random filter",
                 f"{facts['dropped']:,}",
-                f"{expected:,.0f} of {judged['total']:,}",
-                judged["random_precision"],
-                judged["random_recall"],
+                f"{expected:,.0f} of {metrics['total']:,}",
+                metrics["random_precision"],
+                metrics["random_recall"],
                 0.5,
             ]
         )
-        kinds = ", ".join(f"{kind} {recall:.0%}" for kind, recall in judged["recall_by_kind"].items())
-        notes.append(f"{name} caught by kind of damage: {kinds}")
+        kinds = ", ".join(f"{kind} {recall:.0%}" for kind, recall in metrics["recall_by_kind"].items())
+        notes.append(f"recall of {name} by kind of corruption: {kinds}")
     if not rows:
         return None
-    columns = ["filter", "dropped", "planted rows caught", "precision", "recall", "AUC"]
-    return {"title": "Planted bad rows", "columns": columns, "rows": rows, "notes": notes}
+    columns = ["filter", "dropped", "corrupted rows caught", "precision", "recall", "AUC"]
+    return {"title": "Injected corruption", "columns": columns, "rows": rows, "notes": notes}
 
 
-def diversity_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """How near each selection's rows come to all that it chose among, beside as many rows drawn at random."""
+def diversity_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Coverage of the candidates by each selection's rows, next to a random subset of the same size."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
-        told = made[name].facts.get("diverse") if isinstance(stage, Select) else None
-        if not told:
+        stats = artifacts[name].facts.get("diverse") if isinstance(stage, Select) else None
+        if not stats:
             continue
-        of = f"{told['kept']:,} of {told['candidates']:,}"
-        for label, cover in ((f"{name} ({told['method']})", told["cover"]), ("as many at random", told["random"])):
-            rows.append([label, of, cover["radius"], cover["similarity"]])
-        if told["kept"] < told["wanted"]:
-            notes.append(f"{name}: {told['wanted']:,} rows were asked for, " + _why_fewer(told))
+        kept = f"{stats['kept']:,} of {stats['candidates']:,}"
+        for label, coverage in ((f"{name} ({stats['method']})", stats["cover"]), ("random subset", stats["random"])):
+            rows.append([label, kept, coverage["radius"], coverage["similarity"]])
+        if stats["kept"] < stats["wanted"]:
+            notes.append(f"{name}: fewer than the requested {stats['wanted']:,} rows: {_shortfall_reason(stats)}")
     if not rows:
         return None
-    notes.append("radius: from the worst covered row to the nearest kept one; similarity: mean cosine to that")
-    columns = ["choice", "kept", "radius", "similarity"]
+    notes.append(
+        "radius: largest distance from a row to its nearest kept row; similarity: mean cosine to the nearest kept row"
+    )
+    columns = ["subset", "kept", "radius", "similarity"]
     return {"title": "Diversity", "columns": columns, "rows": rows, "notes": notes}
 
 
-def _why_fewer(told: Mapping[str, Any]) -> str:
-    if told["method"] == "k_center":
-        return "all others have the same embedding as a kept one"
-    usual = "" if told["by_chance"] is None else f" (two rows have {told['by_chance']['median']:.2f} by chance)"
-    return f"all others are more similar to a kept one than {told['similarity']:g}{usual}"
+def _shortfall_reason(stats: Mapping[str, Any]) -> str:
+    """Why fewer rows were selected than requested."""
+    if stats["method"] == "k_center":
+        return "all other rows have the same embedding as a kept row"
+    chance = stats["by_chance"]
+    median = "" if chance is None else f" (median of random pairs: {chance['median']:.2f})"
+    return f"all other rows have a similarity above {stats['similarity']:g} to a kept row{median}"
 
 
-def review_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """How far each reviewed filter and the reviewer agree, and the threshold that would agree best."""
+def review_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Agreement of each reviewed filter with the reviewer, and the threshold with the highest agreement."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
         if not isinstance(stage, Review):
             continue
-        facts = made[name].facts
-        agreed = facts["agreement"]
-        for found in facts["thresholds"]:
+        facts = artifacts[name].facts
+        agreement = facts["agreement"]
+        for threshold in facts["thresholds"]:
             rows.append(
                 [
                     f"{stage.data} in {name}",
-                    f"{agreed['reviewed']:,}",
-                    agreed["share"],
-                    agreed["kappa"],
-                    found["score"],
-                    found["cut"],
-                    found["threshold"],
-                    found["agreement"],
+                    f"{agreement['reviewed']:,}",
+                    agreement["share"],
+                    agreement["kappa"],
+                    threshold["score"],
+                    threshold["cut"],
+                    threshold["threshold"],
+                    threshold["agreement"],
                 ]
             )
-            if found["beyond_reviewed"]:
+            if threshold["beyond_reviewed"]:
                 notes.append(
-                    f"{name}: by {found['score']} the best threshold is at the end of what was reviewed; one further "
-                    "away may agree better"
+                    f"{name}: the best {threshold['score']} threshold is at the edge of the reviewed range; "
+                    "one outside it may agree better"
                 )
+        pending = facts["asked"] - facts["answered"]
         notes.append(
-            f"{name}: {facts['restored']:,} dropped rows came back, {facts['removed']:,} kept ones went"
-            + (f"; {facts['asked'] - facts['answered']:,} rows wait" if facts["asked"] > facts["answered"] else "")
+            f"{name}: the review restored {facts['restored']:,} dropped rows and removed {facts['removed']:,} kept rows"
+            + (f"; {pending:,} rows are not reviewed yet" if pending > 0 else "")
         )
     if not rows:
         return None
-    columns = ["filter", "reviewed", "agreement", "kappa", "score", "cut", "best threshold", "agreement there"]
-    notes.append("near the cut only: far from it a filter is right more often")
-    title = "Filter and reviewer near the cut"
+    columns = ["filter", "reviewed", "agreement", "kappa", "score", "threshold", "best threshold", "best agreement"]
+    notes.append("measured near the threshold only; far from it filter and reviewer agree more often")
+    title = "Agreement of filter and reviewer"
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
-def classifier_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """What each classifier that was trained here learned from, and how well it tells held-out rows apart."""
+def classifier_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Training labels and held-out metrics of each classifier."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
         if not isinstance(stage, ClassifierTraining):
             continue
-        facts = made[name].facts
+        facts = artifacts[name].facts
         held_out = sum(facts["eval_labels"].values())
-        measures = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_auc", "temperature")]
-        rows.append([name, *(f"{facts['labels'][label]:,}" for label in ("good", "bad")), f"{held_out:,}", *measures])
+        metrics = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_auc", "temperature")]
+        rows.append([name, *(f"{facts['labels'][label]:,}" for label in ("good", "bad")), f"{held_out:,}", *metrics])
         if facts["unlabelled"]:
-            notes.append(f"{name}: {facts['unlabelled']:,} of {facts['rows']:,} rows bear no label and were left out")
+            notes.append(f"{name}: {facts['unlabelled']:,} of {facts['rows']:,} rows have no label and were skipped")
         if facts["eval_rows_trained_on"]:
-            notes.append(
-                f"{name}: {facts['eval_rows_trained_on']:,} of the held-out rows are among those it was trained on"
-            )
+            notes.append(f"{name}: {facts['eval_rows_trained_on']:,} of the held-out rows are also training rows")
     if not rows:
         return None
     columns = ["classifier", "good rows", "bad rows", "held-out rows", "loss", "accuracy", "AUC", "temperature"]
     return {"title": "Classifiers", "columns": columns, "rows": rows, "notes": notes}
 
 
-def reward_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """What each reward model learned from, how well it tells held-out answers apart, and the scale of its outputs."""
+def reward_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Training pairs, held-out metrics and output scale of each reward model."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
         if not isinstance(stage, RewardTraining):
             continue
-        facts = made[name].facts
-        measures = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
+        facts = artifacts[name].facts
+        metrics = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
         scale = [facts["reward_mean"], facts["reward_deviation"]]
-        rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *measures, *scale])
+        rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *metrics, *scale])
         if facts["unusable"]:
-            because = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items() if count)
-            notes.append(f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were left out ({because})")
+            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items() if count)
+            notes.append(f"{name}: {facts['unusable']:,} of {facts['rows']:,} rows were skipped ({reasons})")
         if facts["eval_rows_trained_on"]:
-            notes.append(
-                f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are among those it was trained on"
-            )
+            notes.append(f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are also training pairs")
         if facts["scale_from"] == "data":
-            notes.append(f"{name}: its scale is that of {facts['scale_answers']:,} answers that it was trained on")
+            notes.append(f"{name}: mean and std were computed on {facts['scale_answers']:,} training responses")
     if not rows:
         return None
-    columns = ["reward model", "pairs", "held-out pairs", "loss", "accuracy", "margin", "mean", "deviation"]
-    notes.append("a reward is (output - mean) / deviation")
+    columns = ["reward model", "pairs", "held-out pairs", "loss", "accuracy", "margin", "mean", "std"]
+    notes.append("normalized reward = (output - mean) / std")
     return {"title": "Reward models", "columns": columns, "rows": rows, "notes": notes}
 
 
-def policy_table(experiment: Experiment, made: Mapping[str, Artifact]) -> Table | None:
-    """What the answers of each policy that learned from rewards are worth, and at what distance from its beginning."""
+def policy_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+    """Reward of each RL-trained policy before and after training, with its KL divergence from the reference model."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     with_kl: set[str] = set()
     for name, stage in experiment.stages.items():
         if not isinstance(stage, Ppo | Grpo | Rloo):
             continue
-        artifact = made[name]
-        facts, measured = artifact.facts, artifact.measured
-        told = rewards(facts)
-        if told is None:
+        artifact = artifacts[name]
+        facts, runtime_stats = artifact.facts, artifact.measured
+        reward = rewards(facts)
+        if reward is None:
             continue
-        measures = [told.before, told.after, told.kl, _ended(facts)]
-        rows.append([name, *measures, *(_counted(facts.get(key)) for key in ("answers", "steps"))])
-        if told.kl is not None:
+        metrics = [reward.before, reward.after, reward.kl, _eos_rate(facts)]
+        rows.append([name, *metrics, *(_with_separators(facts.get(key)) for key in ("answers", "steps"))])
+        if reward.kl is not None:
             with_kl.add(stage.kind)
-        if not told.held_out:
-            notes.append(f"{name}: rewards of its own first and last steps; with `eval_data` they would be held out")
-        held, separate = (measured.get(key) for key in ("weights_bytes", "weights_bytes_separate"))
-        if facts.get("shared_base") and held and separate:
-            notes.append(f"{name}: models on one base: {size(held)} of weights instead of {size(separate)}")
+        if not reward.held_out:
+            notes.append(
+                f"{name}: rewards of the first and last training steps; set `eval_data` to measure held-out prompts"
+            )
+        shared, separate = (runtime_stats.get(key) for key in ("weights_bytes", "weights_bytes_separate"))
+        if facts.get("shared_base") and shared and separate:
+            notes.append(f"{name}: models share one base: {size(shared)} of weights instead of {size(separate)}")
     if not rows:
         return None
-    columns = ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    columns = ["policy", "reward before", "reward after", "KL", "EOS rate", "responses", "steps"]
     if with_kl:
-        notes.append(f"KL: from the first model, in nats {_unit_of_kl(with_kl)}")
+        notes.append(f"KL: divergence from the reference model, in nats {_kl_unit(with_kl)}")
     return {"title": "Rewards", "columns": columns, "rows": rows, "notes": notes}
 
 
-def _unit_of_kl(kinds: set[str]) -> str:
-    """Ours is of whole answers, TRL's of tokens."""
+def _kl_unit(kinds: set[str]) -> str:
+    """PPO sums the KL over a response; TRL's trainers average it over tokens."""
     by_token = ", ".join(sorted(kinds - {"ppo"}))
-    return ", ".join(["an answer (ppo)"] * ("ppo" in kinds) + [f"a token ({by_token})"] * bool(by_token))
+    return ", ".join(["per response (ppo)"] * ("ppo" in kinds) + [f"per token ({by_token})"] * bool(by_token))
 
 
-def _ended(facts: Mapping[str, Any]) -> float | None:
-    """Share of the answers that ended by themselves."""
-    ended, cut_off = facts.get("eos_rate"), facts.get("cut_off")
-    return 1 - cut_off if ended is None and cut_off is not None else ended
+def _eos_rate(facts: Mapping[str, Any]) -> float | None:
+    """Share of the responses that end with an EOS token."""
+    eos_rate, clipped_ratio = facts.get("eos_rate"), facts.get("cut_off")
+    return 1 - clipped_ratio if eos_rate is None and clipped_ratio is not None else eos_rate
 
 
-def _counted(number: int | None) -> str | None:
+def _with_separators(number: int | None) -> str | None:
     return None if number is None else f"{number:,}"
 
 
 FORGETTING = 4
-"""Of the columns of losses: left out where no stage has a baseline."""
+"""Index of the forgetting column in the loss table, which is omitted if no stage has a baseline."""
 
 
-def loss_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
-    """Loss of each model on each set, best first; the best trial's beside those of the file's own values."""
+def loss_table(experiment: Experiment, artifacts: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
+    """Loss of each model on each set, best first; also of the best trial's models that the search changes."""
     rows: list[list[Any]] = []
     searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
     for name, stage in experiment.stages.items():
         if not isinstance(stage, Evaluate):
             continue
-        for result in made[name].facts["results"]:
-            rows.append(_loss_row(result, result["model"], experiment, made))
+        for result in artifacts[name].facts["results"]:
+            rows.append(_loss_row(result, result["model"], experiment, artifacts))
         for result in best[name].facts["results"] if name in best else []:
             if _depends(experiment, result["model"], searched):
                 rows.append(_loss_row(result, f"{result['model']} (best trial)", experiment, best))
     if not rows:
         return None
     rows.sort(key=lambda row: (row[1], row[2]))
-    columns = ["model", "held-out set", "loss", "perplexity", "forgetting", "trained on rows", "steps"]
+    columns = ["model", "held-out set", "loss", "perplexity", "forgetting", "training rows", "steps"]
     if all(row[FORGETTING] is None for row in rows):
         del columns[FORGETTING]
         rows = [row[:FORGETTING] + row[FORGETTING + 1 :] for row in rows]
-    notes = filter_verdicts(experiment, made)
-    return {"title": "Held-out loss (nats per answer token)", "columns": columns, "rows": rows, "notes": notes}
+    notes = filter_effects(experiment, artifacts)
+    return {"title": "Held-out loss (nats per response token)", "columns": columns, "rows": rows, "notes": notes}
 
 
-SMALL = 0.02
-"""Nats per token: the standard deviation over seeds at the size of the quickstart (benchmarks/filtering_helps.py)."""
+SEED_STD = 0.02
+"""Standard deviation of the loss over seeds, in nats per token, at the quickstart's size
+(benchmarks/filtering_helps.py)."""
 
 
-def filter_verdicts(experiment: Experiment, made: Mapping[str, Artifact]) -> list[str]:
-    """Did filtering help? For every model trained on selected rows that has a twin: same steps, all rows."""
+def filter_effects(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> list[str]:
+    """Whether filtering changed the loss: each model trained on selected rows against its matched baseline."""
     stages = experiment.stages
     losses = {
         (result["model"], result["set"]): result["loss"]
         for name, stage in stages.items()
         if isinstance(stage, Evaluate)
-        for result in made[name].facts["results"]
+        for result in artifacts[name].facts["results"]
     }
     notes = []
     for (filtered, data), loss in losses.items():
         for (other, other_data), other_loss in losses.items():
-            if data == other_data and _is_twin(stages.get(filtered), stages.get(other), stages):
-                same = made[filtered].facts["steps"] == made[other].facts["steps"]
-                if not same:
+            if data == other_data and _is_matched_baseline(stages.get(filtered), stages.get(other), stages):
+                if artifacts[filtered].facts["steps"] != artifacts[other].facts["steps"]:
                     continue
-                winner_summary = (
+                effect = (
                     "helped"
-                    if loss < other_loss - SMALL
+                    if loss < other_loss - SEED_STD
                     else "hurt"
-                    if loss > other_loss + SMALL
+                    if loss > other_loss + SEED_STD
                     else "made no difference that one seed can show"
                 )
                 notes.append(
-                    f"filtering {winner_summary} on {data}: {filtered} {loss:.3f}, {other} {other_loss:.3f} "
+                    f"filtering {effect} on {data}: {filtered} {loss:.3f}, {other} {other_loss:.3f} "
                     f"({loss - other_loss:+.3f}) after the same number of steps"
                 )
     return notes
 
 
-def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, Stage]) -> bool:
-    """`other` is trained as `filtered` is, but on the rows before the selection."""
+def _is_matched_baseline(filtered: Stage | None, other: Stage | None, stages: Mapping[str, Stage]) -> bool:
+    """Return whether `other` is trained like `filtered`, but on the rows before the selection."""
     if not isinstance(filtered, Training) or not isinstance(other, Training):
         return False
-    own = {"data", "epochs"}  # fewer rows for more epochs: the caller compares the steps
-    if filtered.model_dump(exclude=own) != other.model_dump(exclude=own):
+    may_differ = {"data", "epochs"}  # fewer rows for more epochs: the caller compares the steps
+    if filtered.model_dump(exclude=may_differ) != other.model_dump(exclude=may_differ):
         return False
     if not isinstance(filtered.data, str):
         return False
@@ -307,16 +310,18 @@ def _is_twin(filtered: Stage | None, other: Stage | None, stages: Mapping[str, S
     return isinstance(scored, Score) and other.data in (data.data, scored.data)
 
 
-def _loss_row(result: Mapping[str, Any], label: str, experiment: Experiment, made: Mapping[str, Artifact]) -> list[Any]:
-    facts = made[result["model"]].facts if result["model"] in experiment.stages else {}
-    forgotten = f"{result['forgetting']:+.1%}" if "forgetting" in result else None
-    trained = [facts.get("rows", ""), facts.get("steps", "")]
-    return [label, result["set"], result["loss"], result["perplexity"], forgotten, *trained]
+def _loss_row(
+    result: Mapping[str, Any], label: str, experiment: Experiment, artifacts: Mapping[str, Artifact]
+) -> list[Any]:
+    facts = artifacts[result["model"]].facts if result["model"] in experiment.stages else {}
+    forgetting = f"{result['forgetting']:+.1%}" if "forgetting" in result else None
+    training = [facts.get("rows", ""), facts.get("steps", "")]
+    return [label, result["set"], result["loss"], result["perplexity"], forgetting, *training]
 
 
-def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
-    """How often each model's answers beat the baseline's, best first; the best trial's beside those of the file's own
-    values."""
+def win_table(experiment: Experiment, artifacts: Mapping[str, Artifact], best: Mapping[str, Artifact]) -> Table | None:
+    """Win rate of each model against its baseline, best first; also of the best trial's models that the search
+    changes."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     searched = {path.split(".")[0] for path in experiment.search.space} if experiment.search else set()
@@ -324,88 +329,88 @@ def win_table(experiment: Experiment, made: Mapping[str, Artifact], best: Mappin
         if not isinstance(stage, WinRate):
             continue
         judge = stage.judge.python if isinstance(stage.judge, PythonReward) else model_name(stage.judge)
-        sides = [reference for reference in (stage.baseline, stage.judge) if isinstance(reference, str)]
-        for result in made[name].facts["results"]:
+        references = [reference for reference in (stage.baseline, stage.judge) if isinstance(reference, str)]
+        for result in artifacts[name].facts["results"]:
             rows.append(_win_row(result, result["model"], judge))
         for result in best[name].facts["results"] if name in best else []:
-            if any(_depends(experiment, stage_name, searched) for stage_name in (result["model"], *sides)):
+            if any(_depends(experiment, stage_name, searched) for stage_name in (result["model"], *references)):
                 rows.append(_win_row(result, f"{result['model']} (best trial)", judge))
-        for result in made[name].facts["results"]:
+        for result in artifacts[name].facts["results"]:
             if any(result["left_out"].values()):
-                left_out = result["left_out"]
+                skipped = result["left_out"]
                 notes.append(
                     f"{name}: {result['model']} and {result['baseline']['model']} are compared on {result['rows']:,} "
-                    f"prompts of {result['set']}; {left_out['too_long']:,} are too long for one of them, "
-                    f"{left_out['unusable']:,} rows ask nothing"
+                    f"prompts of {result['set']}; skipped: {skipped['too_long']:,} prompts too long for one of the "
+                    f"models, {skipped['unusable']:,} rows without a prompt"
                 )
     if not rows:
         return None
     rows.sort(key=lambda row: (row[2], row[3], -row[4]))
-    columns = ["model", "baseline", "prompts", "judge", "win rate", "95% interval", "reward", "reward against"]
-    columns += ["tokens an answer"]
+    columns = ["model", "baseline", "prompts", "judge", "win rate", "95% interval", "reward", "baseline reward"]
+    columns += ["tokens per response"]
     return {"title": "Win rates", "columns": columns, "rows": rows, "notes": notes}
 
 
 def _win_row(result: Mapping[str, Any], label: str, judge: str) -> list[Any]:
     low, high = result["interval"]
-    against = result["baseline"]
-    compared = [label, against["model"], result["set"], judge, result["win_rate"], f"{low:.3f}–{high:.3f}"]
-    return [*compared, result["reward"], against["reward"], result["response_length"]]
+    baseline = result["baseline"]
+    comparison = [label, baseline["model"], result["set"], judge, result["win_rate"], f"{low:.3f}–{high:.3f}"]
+    return [*comparison, result["reward"], baseline["reward"], result["response_length"]]
 
 
 def _depends(experiment: Experiment, name: str, searched: set[str]) -> bool:
-    """Whether a searched field changes what that is, where it is a stage."""
+    """Return whether `name` is a stage whose result depends on a searched field."""
     return name in experiment.stages and bool(searched & with_upstream(experiment.stages, [name]).keys())
 
 
-def results(experiment: Experiment, made: Mapping[str, Artifact]) -> dict[str, Any]:
-    """By stage, for other programs: the rows of an evaluation; of a training the first that is measured on its
-    `eval_data` (a loss or a reward), None without."""
-    found = {}
-    for name, artifact in made.items():
+def results(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Return metrics by stage, for JSON output: the result rows of an evaluation; for a training its first metric on
+    `eval_data` (a loss or a reward), None without `eval_data`."""
+    values = {}
+    for name, artifact in artifacts.items():
         stage = experiment.stages[name]
         if isinstance(stage, Training):
-            found[name] = artifact.facts.get(stage.metrics[0])
+            values[name] = artifact.facts.get(stage.metrics[0])
         elif stage.gives == "metrics":
-            found[name] = artifact.facts.get("results")
-    return found
+            values[name] = artifact.facts.get("results")
+    return values
 
 
-MOST_TRIALS = 20
-"""The table that a run ends with is to be read; the report and W&B have all trials."""
+MAX_TRIALS = 20
+"""Rows of the search table; the report and W&B have all trials."""
 
 
-def search_table(experiment: Experiment, found: Artifact | None) -> Table | None:
-    """The trials, best first; who won, and how sure that is."""
-    if found is None or experiment.search is None:
+def search_table(experiment: Experiment, artifact: Artifact | None) -> Table | None:
+    """The trials, best first, with notes on the winner and its statistical ties."""
+    if artifact is None or experiment.search is None:
         return None
-    facts = found.facts
-    told = {key: facts.get(key) for key in ("standings", "ties", "front", "ended_by")}
-    # What the log says of a search that is found done, and is told again.
+    facts = artifact.facts
+    result = {key: facts.get(key) for key in ("standings", "ties", "front", "ended_by")}
+    # The events that a reused search logs.
     events: list[dict[str, Any]] = [
         {"event": "search_started", **experiment.search.describe()},
         *({"event": "trial_finished", **trial} for trial in facts["trials"]),
-        {"event": "search_finished", "best": (facts.get("best") or {}).get("trial"), **told},
+        {"event": "search_finished", "best": (facts.get("best") or {}).get("trial"), **result},
     ]
     search = replay(events).search
-    assert search is not None, "it was started"
+    assert search is not None, "search_started was replayed"
     board = leaderboard(search, words=True)
-    more = len(board.rows) - MOST_TRIALS
+    hidden = len(board.rows) - MAX_TRIALS
     notes = [
         *winner_summary(search),
-        _counted_trials(search) + (f"; the report has the other {more}" if more > 0 else ""),
+        _trial_counts(search) + (f"; the report has the other {hidden}" if hidden > 0 else ""),
     ]
     return {
         "title": "Search, best first",
         "columns": board.columns,
-        "rows": board.rows[:MOST_TRIALS],
+        "rows": board.rows[:MAX_TRIALS],
         "notes": notes,
         "optional": board.optional,
     }
 
 
-def _counted_trials(search: SearchState) -> str:
+def _trial_counts(search: SearchState) -> str:
     states = [trial.status for trial in search.own]
-    counted = ", ".join(f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states)
-    again = len(search.trials) - len(states)
-    return f"{len(states)} trials: {counted}" + (f"; {again} more with other seeds" if again else "")
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states)
+    replicates = len(search.trials) - len(states)
+    return f"{len(states)} trials: {counts}" + (f"; {replicates} replicates with other seeds" if replicates else "")

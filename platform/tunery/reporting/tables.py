@@ -1,4 +1,4 @@
-"""The tables and figures that a report is made of, apart from what they show; the template escapes."""
+"""Generic tables and figures of the report. They hold unescaped text: the template escapes it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from tunery.events.formatting import cells, is_numeric, plain
 from tunery.events.stage_summary import listed
 
-DRAWN = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
-"""Facts that have a place of their own in the report, and that nobody wants to read as numbers."""
+OWN_SECTION = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
+"""Facts that have their own section in the report, and are omitted from the list of a stage's facts."""
 
 
-DENSE = 9
-"""Columns that fit the page in ordinary print."""
+MAX_NORMAL_COLUMNS = 9
+"""A table with more columns is set in a smaller font."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric`: which columns are set flush right; `chosen`: the row that stands out, if any."""
+    """`numeric`: which columns are right-aligned; `chosen`: index of the highlighted row, if any."""
 
     columns: list[str]
     numeric: list[bool]
@@ -35,13 +35,12 @@ class Table:
 
     @property
     def dense(self) -> bool:
-        """So many columns that they need small print."""
-        return len(self.columns) > DENSE
+        return len(self.columns) > MAX_NORMAL_COLUMNS
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, its title, what the reader must know about it, and its legend (CSS class, words)."""
+    """A chart with its title, a note, and its legend as (CSS class, label)."""
 
     title: str
     svg: str
@@ -49,12 +48,12 @@ class Figure:
     keys: list[tuple[str, str]] = field(default_factory=list)
     small: bool = False
     wide: bool = False
-    """Takes the whole width of the page."""
+    """Spans the full width of the page."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A fact: plain text, named facts below it, or a table."""
+    """A fact as a tree: plain text, nested facts by name, or a table."""
 
     text: str = ""
     pairs: list[tuple[str, Node]] = field(default_factory=list)
@@ -69,32 +68,32 @@ def table(
     best: Mapping[int, str] | None = None,
     chosen: int | None = None,
 ) -> Table:
-    """A table of raw values. `best` marks, in the columns it names, the 'lowest' or the 'highest' number."""
+    """A table of raw values. `best` maps column indices to 'lowest' or 'highest', the number to mark there."""
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
     by_column = [[row[index] for row in padded] for index in range(len(columns))]
     texts = [
-        ["" if value is None else said for value, said in zip(column, cells(column), strict=True)]
+        ["" if value is None else text for value, text in zip(column, cells(column), strict=True)]
         for column in by_column
     ]
-    winners = {index: _winner(by_column[index], how) for index, how in (best or {}).items()}
+    best_rows = {index: _best_row(by_column[index], how) for index, how in (best or {}).items()}
     body = [
-        [Cell(texts[column][row], best=winners.get(column) == row) for column in range(len(columns))]
+        [Cell(texts[column][row], best=best_rows.get(column) == row) for column in range(len(columns))]
         for row in range(len(padded))
     ]
-    numeric = [is_numeric(column) or _looks_numeric(said) for column, said in zip(by_column, texts, strict=True)]
+    numeric = [is_numeric(values) or _looks_numeric(column) for values, column in zip(by_column, texts, strict=True)]
     return Table(list(columns), numeric, body, list(notes), chosen)
 
 
 def fact(value: object, key: str = "") -> Node:
-    """Any fact as a tree that the page can show, whatever kind of stage it comes from."""
+    """Convert a fact of any stage kind to a tree that the page can show."""
     if isinstance(value, Mapping):
-        inner = {str(name): item for name, item in value.items() if name not in DRAWN}
+        inner = {str(name): item for name, item in value.items() if name not in OWN_SECTION}
         if inner and all(
             isinstance(item, Mapping) and "rule" in item for item in inner.values()
         ):  # resolved `auto` values
             return Node(
                 table=table(
-                    ["field", "value", "why"],
+                    ["field", "value", "rule"],
                     [[name, plain(item.get("value")), item["rule"]] for name, item in inner.items()],
                 )
             )
@@ -106,7 +105,7 @@ def fact(value: object, key: str = "") -> Node:
         columns = list(dict.fromkeys(str(name) for row in rows for name in row))
         return Node(
             table=table(
-                [_words(name) for name in columns],
+                [_title(name) for name in columns],
                 [[_flat(row.get(name)) for name in columns] for row in rows],
             )
         )
@@ -117,17 +116,17 @@ def _flat(value: object) -> object:
     return value if isinstance(value, int | float | str) or value is None else plain(value)
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ") or "good"  # the dataset's planted rows: the kind "" is of those left as they were
+def _title(name: str) -> str:
+    return name.replace("_", " ") or "good"  # in the counts of injected corruption, intact rows have the kind ""
 
 
 def _label(name: str, value: object) -> str:
-    """A fact's name; without its unit where the value is said with one ('peak memory' 4.0 GiB)."""
-    said = isinstance(value, int | float) and not isinstance(value, bool)
-    return _words(name.removesuffix("_bytes").removesuffix("_seconds") if said else name)
+    """Name of a fact, without its unit if the value is formatted with one ('peak memory' 4.0 GiB)."""
+    has_unit = isinstance(value, int | float) and not isinstance(value, bool)
+    return _title(name.removesuffix("_bytes").removesuffix("_seconds") if has_unit else name)
 
 
-def _winner(column: Sequence[object], how: str) -> int | None:
+def _best_row(column: Sequence[object], how: str) -> int | None:
     numbers = [(float(value), index) for index, value in enumerate(column) if isinstance(value, int | float)]
     if len(numbers) < 2:
         return None
@@ -135,9 +134,9 @@ def _winner(column: Sequence[object], how: str) -> int | None:
 
 
 def _looks_numeric(texts: Sequence[str]) -> bool:
-    """Numbers that were written out with a sign, a unit or an interval, such as '+0.12', are flush right as well."""
-    present = [said for said in texts if said]
+    """Whether all texts are formatted numbers, with a sign, a unit or an interval, such as '+0.12'."""
+    present = [text for text in texts if text]
     return bool(present) and all(
-        said.replace(" ± ", "").lstrip("+-−–").replace(",", "").replace(".", "").rstrip("%s").isdigit()
-        for said in present
+        text.replace(" ± ", "").lstrip("+-−–").replace(",", "").replace(".", "").rstrip("%s").isdigit()
+        for text in present
     )

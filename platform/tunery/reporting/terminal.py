@@ -1,8 +1,8 @@
-"""The terminal's view of a run that is under way: it follows the event log and draws what the log says.
+"""Terminal output of an active run, which follows its event log.
 
-On a terminal a live table, redrawn in place. Anywhere else (a pipe, a file, a CI job, a dumb terminal)
-plain lines: one when a stage starts, ends or fails and when a trial ends, and a training's progress at most
-every 30 seconds. The drawing itself is in `screen.py`.
+On a terminal it is a live table. Elsewhere (a pipe, a file, a CI job, a dumb terminal) it is plain lines: one when a
+stage starts, ends or fails and when a trial ends, and a stage's progress at most every 30 seconds. terminal_view.py
+renders the table.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Terminal", "final_table", "render"]
 
 INTERVAL_SECONDS = 0.25
 PROGRESS_SECONDS = 30.0
-"""Without a terminal, progress is one line in this time: a log of a day's training stays readable."""
+"""Minimum time between two progress lines of plain output, so that the log of a day's training stays readable."""
 
 
 class Terminal:
-    """Follows a run's event log in a thread during the `with` block; draws the final state at its end."""
+    """Follows a run's event log in a thread during the `with` block, and prints the final state at its end."""
 
     def __init__(self, console: Console, run: str, folder: Path, reader: EventReader) -> None:
-        """`folder` is the run's, `reader` reads its `events/`; `run` names it until the log does."""
+        """`folder`: the run's folder; `reader` reads its `events/`; `run`: its name until the log has one."""
         self.console = console
         self.folder = folder
         self.state = RunState(run=run)
@@ -43,13 +43,13 @@ class Terminal:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tunery-terminal", daemon=True)
         self._live: Live | None = None
-        self._broken = False
+        self._has_failed = False
         self._lines = PlainLines(since=time.time())
 
     def __enter__(self) -> Terminal:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
-            # auto_refresh would draw from a second thread; the follower draws whenever it has read the log.
-            # What libraries print to sys.stdout and sys.stderr goes to the run's log, not above the table.
+            # auto_refresh would render from a second thread; the follower renders after each read of the log.
+            # Output of libraries to sys.stdout and sys.stderr goes to the run's log, not above the table.
             self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
         self._thread.start()
@@ -61,7 +61,7 @@ class Terminal:
         self._stop.set()
         self._thread.join()
         try:
-            if self._broken:
+            if self._has_failed:
                 if self._live:
                     self._live.stop()
                 return
@@ -69,21 +69,21 @@ class Terminal:
             if self._live:
                 self._live.update(render(self.state, self.console.width, time.time()), refresh=True)
                 self._live.stop()
-            self._draw_result()
-        except Exception as failed:  # as in `_follow`; a run's own error must not be replaced by this one
-            self._say_broken(failed)
+            self._print_result()
+        except Exception as failure:  # as in `_follow`; it must not replace the run's own error
+            self._print_failure(failure)
 
-    def _draw_result(self) -> None:
+    def _print_result(self) -> None:
         if not self.state.comparisons:
             return
         table = final_table(self.state, self.console.width)
         if self._live:
             self.console.print(table)
             return
-        with self.console.capture() as drawn:
+        with self.console.capture() as output:
             self.console.print(table)
-        for line in drawn.get().splitlines():
-            self._say(line.rstrip())
+        for line in output.get().splitlines():
+            self._print_line(line.rstrip())
 
     def _follow(self) -> None:
         try:
@@ -91,16 +91,16 @@ class Terminal:
                 self._read()
                 if self._live:
                     height = self.console.height
-                    picture = render(self.state, self.console.width, time.time(), height)
-                    self._live.update(picture, refresh=True)
-        except Exception as error:  # a fault of the picture must not end days of training
-            self._broken = True
-            self._say_broken(error)
+                    table = render(self.state, self.console.width, time.time(), height)
+                    self._live.update(table, refresh=True)
+        except Exception as error:  # a display error must not end days of training
+            self._has_failed = True
+            self._print_failure(error)
 
-    def _say_broken(self, error: Exception) -> None:
-        with suppress(OSError):  # the terminal is gone, or a closed pipe, or a file on a full disk
+    def _print_failure(self, error: Exception) -> None:
+        with suppress(OSError):  # the terminal is closed, the pipe is closed, or the disk is full
             self.console.print(
-                f"the live view stopped ({type(error).__name__}: {error}); the run goes on", markup=False
+                f"the live view stopped ({type(error).__name__}: {error}); the run continues", markup=False
             )
 
     def _read(self) -> None:
@@ -108,30 +108,30 @@ class Terminal:
             apply(self.state, event)
             if self._live is None:
                 for line in self._lines.lines(self.state, event):
-                    self._say(line)
+                    self._print_line(line)
 
-    def _say(self, line: str) -> None:
-        # A log file in the C locale can't hold every sign; a line with a "?" in it is better than none.
+    def _print_line(self, line: str) -> None:
+        # A log file in the C locale cannot encode every character: "?" replaces those.
         encoding = self.console.encoding or "utf-8"
         self.console.out(line.encode(encoding, "replace").decode(encoding), highlight=False)
 
 
 class PlainLines:
-    """The lines that an event is worth. Keeps when progress was last told and which events are too old."""
+    """Formats events as plain lines. Skips events before `since`, and limits the rate of progress lines."""
 
     def __init__(self, since: float) -> None:
         self._since = since
-        self._told_progress = since
+        self._last_progress = since
 
     def lines(self, state: RunState, event: Event) -> list[str]:
-        """`state` already has `event` in it. Events of earlier invocations of the run give no line."""
+        """Lines of an event that `state` already contains; none for events of earlier invocations of the run."""
         if event["t"] < self._since:
             return []
-        said = self._said(state, event)
-        begun = duration(max(0.0, event["t"] - (state.started or event["t"])))
-        return [f"{begun:>8}  {line}" if index == 0 else f"{'':>8}  {line}" for index, line in enumerate(said)]
+        lines = self._event_lines(state, event)
+        elapsed = duration(max(0.0, event["t"] - (state.started or event["t"])))
+        return [f"{elapsed:>8}  {line}" if index == 0 else f"{'':>8}  {line}" for index, line in enumerate(lines)]
 
-    def _said(self, state: RunState, event: Event) -> list[str]:
+    def _event_lines(self, state: RunState, event: Event) -> list[str]:
         name, trial = str(event.get("stage") or ""), str(event.get("trial") or "")
         match event["event"]:
             case "ray_connecting":
@@ -146,24 +146,24 @@ class PlainLines:
             case "stage_finished" if not trial:
                 stage = state.stages[name]
                 took = f" in {duration(stage.seconds)}" if stage.seconds is not None and stage.status == "done" else ""
-                said = note(stage)
+                summary = note(stage)
                 return [
-                    f"{name}: {said}"
+                    f"{name}: {summary}"
                     if stage.status == "reused"
-                    else f"{name}: done{took}" + (f": {said}" if said else "")
+                    else f"{name}: done{took}" + (f": {summary}" if summary else "")
                 ]
             case "stage_failed" if not trial:
-                return _failure(state.stages[name])
-            case "progress" if not trial and event["t"] - self._told_progress >= PROGRESS_SECONDS:
-                self._told_progress = event["t"]
-                return [_progress(state.stages[name], event["t"])]
+                return _failure_lines(state.stages[name])
+            case "progress" if not trial and event["t"] - self._last_progress >= PROGRESS_SECONDS:
+                self._last_progress = event["t"]
+                return [_progress_line(state.stages[name], event["t"])]
             case "trial_finished":
-                return [_trial(state, trial)]
+                return [_trial_line(state, trial)]
             case _:
                 return []
 
 
-def _failure(stage: StageState) -> list[str]:
+def _failure_lines(stage: StageState) -> list[str]:
     error = stage.error
     if error is None:
         return []
@@ -175,7 +175,7 @@ def _failure(stage: StageState) -> list[str]:
     return [f"{stage.name}: failed: {error.message}", *(f"  {line}" for line in details)]
 
 
-def _progress(stage: StageState, now: float) -> str:
+def _progress_line(stage: StageState, now: float) -> str:
     amount = f"{stage.done:,.0f}" + (f"/{stage.total:,.0f}" if stage.total else "") + f" {stage.unit}"
     left = stage.time_left(now)
     parts = [
@@ -187,7 +187,7 @@ def _progress(stage: StageState, now: float) -> str:
     return f"{stage.name}: " + ", ".join(part for part in parts if part)
 
 
-def _trial(state: RunState, name: str) -> str:
+def _trial_line(state: RunState, name: str) -> str:
     search = state.search
     if search is None or name not in search.trials:
         return f"trial {name}: finished"

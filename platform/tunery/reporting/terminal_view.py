@@ -1,8 +1,7 @@
-"""What the terminal shows of a run, as pure functions of its state: stages, search, closing table.
+"""Renders a run for the terminal, as pure functions of its state: stages, search, failures, summary tables.
 
-Two layouts. From WIDE columns on, each fact of a stage has a column of its own. Below that a stage is one
-mark, its name, its time, and one flexible column that holds the progress while it runs and its main fact
-once it has ended.
+There are two layouts. From WIDE columns on, a stage has separate columns for progress, speed and time. Below that it
+has its status mark, name, time, and one flexible column: its progress while it runs, then its main result.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tunery.events.run_state import Failure, RunState, SearchState, StageState, 
 from tunery.events.stage_summary import note
 
 WIDE = 110
-RUNNING_TRIALS = 4
+MAX_RUNNING_TRIALS = 4
 
 MARKS = {"waiting": "·", "running": "●", "done": "✓", "reused": "↺", "failed": "✗", "stopped": "■"}
 STYLES = {
@@ -48,7 +47,7 @@ STYLES = {
 
 
 def render(state: RunState, width: int, now: float, height: int | None = None) -> RenderableType:
-    """The live picture of a run. With `height`, stages that don't fit are counted instead of shown."""
+    """Render the live view of a run. With `height` (lines), stages that do not fit are counted, not shown."""
     parts: list[RenderableType] = [_headline(state, width, now)]
     below: list[RenderableType] = []
     if state.connecting:
@@ -57,31 +56,31 @@ def render(state: RunState, width: int, now: float, height: int | None = None) -
         below += [Text(""), *_search_lines(state.search, width, now)]
     for failure in state.failures:
         below += [Text(""), *_failure_lines(failure, width)]
-    # A line is kept for the headline, one for what is hidden, and one for the cursor below.
-    room = len(state.stages) if height is None else max(3, height - len(below) - 3)
-    shown = _most_telling(list(state.stages.values()), room)
-    if shown:
-        parts.append((_wide_table if width >= WIDE else _narrow_table)(shown, width, now))
-    hidden = len(state.stages) - len(shown)
+    # Three lines are reserved: the headline, the count of hidden stages, and the cursor.
+    max_stages = len(state.stages) if height is None else max(3, height - len(below) - 3)
+    visible = _select_stages(list(state.stages.values()), max_stages)
+    if visible:
+        parts.append((_wide_table if width >= WIDE else _narrow_table)(visible, width, now))
+    hidden = len(state.stages) - len(visible)
     if hidden:
         parts.append(Text(f"  … and {hidden} more stages", style="dim"))
     return Group(*parts, *below)
 
 
 def final_table(state: RunState, width: int) -> RenderableType:
-    """The comparisons that the run ends with, a table each under its title."""
-    return Group(*(_titled(title, told, width) for title, told in state.comparisons.items()))
+    """Render the run's summary tables with their titles."""
+    return Group(*(_titled(title, table, width) for title, table in state.comparisons.items()))
 
 
-def _titled(title: str, told: dict[str, Any], width: int) -> RenderableType:
-    return Group(Text(""), Text(title, style="bold"), _comparison(told, width))
+def _titled(title: str, table: dict[str, Any], width: int) -> RenderableType:
+    return Group(Text(""), Text(title, style="bold"), _summary_table(table, width))
 
 
-def _comparison(told: dict[str, Any], width: int) -> RenderableType:
-    """One table and its notes. Rows become blocks where columns don't fit."""
-    columns: list[str] = told.get("columns") or []
-    rows: list[list[object]] = told.get("rows") or []
-    notes: list[str] = list(told.get("notes") or [])
+def _summary_table(summary: dict[str, Any], width: int) -> RenderableType:
+    """One table with its notes. If the columns do not fit, each row becomes a block of lines."""
+    columns: list[str] = summary.get("columns") or []
+    rows: list[list[object]] = summary.get("rows") or []
+    notes: list[str] = list(summary.get("notes") or [])
     if not columns or not rows:
         return Group(*map(_note, notes))
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
@@ -89,57 +88,56 @@ def _comparison(told: dict[str, Any], width: int) -> RenderableType:
     texts = [
         ["" if cell is None else text for cell, text in zip(column, cells(column), strict=True)] for column in by_column
     ]
-    # A header may break between its words, a cell may not break at all.
-    needs = [
+    # Headers wrap between words; cells do not wrap.
+    min_widths = [
         max([*(len(word) for word in name.split()), *(Text(text).cell_len for text in column)], default=0)
         for name, column in zip(columns, texts, strict=True)
     ]
-    # What a narrow terminal may leave out, the report has.
-    left_out: list[str] = []
-    optional = [name for name in told.get("optional") or [] if name in columns]
-    while sum(needs) + 3 * len(needs) > width and optional:
-        left_out.append(optional.pop())
-        place = columns.index(left_out[-1])
-        columns, texts, by_column, needs = (
-            [*items[:place], *items[place + 1 :]] for items in (columns, texts, by_column, needs)
+    omitted: list[str] = []
+    optional = [name for name in summary.get("optional") or [] if name in columns]
+    while sum(min_widths) + 3 * len(min_widths) > width and optional:
+        omitted.append(optional.pop())
+        position = columns.index(omitted[-1])
+        columns, texts, by_column, min_widths = (
+            [*items[:position], *items[position + 1 :]] for items in (columns, texts, by_column, min_widths)
         )
-    if left_out:
-        notes.append(f"left out here, in the report: {', '.join(reversed(left_out))}")
-    if sum(needs) + 3 * len(needs) > width:
+    if omitted:
+        notes.append(f"columns shown only in the report: {', '.join(reversed(omitted))}")
+    if sum(min_widths) + 3 * len(min_widths) > width:
         return Group(*_blocks(columns, texts), Text(""), *map(_note, notes))
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    widths = _widths(columns, needs, width)
-    for name, column, values, wide in zip(columns, texts, by_column, widths, strict=True):
+    widths = _column_widths(columns, min_widths, width)
+    for name, column, values, column_width in zip(columns, texts, by_column, widths, strict=True):
         numeric = is_numeric(values) or all(text[:1] in "+-−0123456789–" for text in column)
-        table.add_column(name, justify="right" if numeric else "left", vertical="bottom", width=wide)
+        table.add_column(name, justify="right" if numeric else "left", vertical="bottom", width=column_width)
     for index in range(len(rows)):
         table.add_row(*(Text(column[index], no_wrap=True) for column in texts))
     return Group(table, *map(_note, notes))
 
 
-def _widths(columns: Sequence[str], needs: Sequence[int], width: int) -> list[int]:
-    """A header takes one line where there is room, and else breaks: the longest beyond what its column needs first."""
-    widths = [max(Text(name).cell_len, need) for name, need in zip(columns, needs, strict=True)]
+def _column_widths(columns: Sequence[str], min_widths: Sequence[int], width: int) -> list[int]:
+    """Widths at which each header fits on one line; if that is too wide, the columns with the most slack shrink."""
+    widths = [max(Text(name).cell_len, minimum) for name, minimum in zip(columns, min_widths, strict=True)]
     while sum(widths) + 3 * len(widths) > width:
-        widest = max(range(len(widths)), key=lambda index: widths[index] - needs[index])
-        if widths[widest] == needs[widest]:
+        widest = max(range(len(widths)), key=lambda index: widths[index] - min_widths[index])
+        if widths[widest] == min_widths[widest]:
             break
         widths[widest] -= 1
     return widths
 
 
 def _note(line: str) -> RenderableType:
-    """Folded lines are indented as well."""
+    """A note whose wrapped lines are indented too."""
     return Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False)
 
 
 def _blocks(columns: Sequence[str], texts: Sequence[Sequence[str]]) -> list[RenderableType]:
-    wide = max(len(name) for name in columns)
+    name_width = max(len(name) for name in columns)
     lines: list[RenderableType] = []
     for index in range(len(texts[0])):
         lines.append(Text(""))
         for name, column in zip(columns, texts, strict=True):
-            line = Text(f"  {name:<{wide}}  ", style="dim")
+            line = Text(f"  {name:<{name_width}}  ", style="dim")
             lines.append(line.append(column[index], style="bold" if name == columns[0] else "default not dim"))
     return lines
 
@@ -157,19 +155,20 @@ def _headline(state: RunState, width: int, now: float) -> Text:
     return line
 
 
-def _most_telling(stages: list[StageState], room: int) -> list[StageState]:
-    """At most `room` stages, in their order: what runs or failed, what ended last, what comes next."""
-    if len(stages) <= room:
+def _select_stages(stages: list[StageState], max_stages: int) -> list[StageState]:
+    """At most `max_stages` stages in file order: first running and failed ones, then the last finished, then the
+    next."""
+    if len(stages) <= max_stages:
         return stages
-    urgency = {"running": 0, "failed": 0, "done": 1, "reused": 1, "waiting": 2}
+    priority = {"running": 0, "failed": 0, "done": 1, "reused": 1, "waiting": 2}
     order = sorted(
         range(len(stages)),
         key=lambda index: (
-            urgency[stages[index].status],
+            priority[stages[index].status],
             -index if stages[index].status != "waiting" else index,
         ),
     )
-    return [stages[index] for index in sorted(order[:room])]
+    return [stages[index] for index in sorted(order[:max_stages])]
 
 
 def _wide_table(stages: Sequence[StageState], width: int, now: float) -> Table:
@@ -222,18 +221,18 @@ def _narrow_table(stages: Sequence[StageState], width: int, now: float) -> Table
 
 
 def _running_line(stage: StageState, width: int, now: float) -> RenderableType:
-    """Progress, amount, speed and time left in one cell, for narrow terminals."""
+    """Progress bar, amount, speed and time left in one cell, for narrow terminals."""
     left = stage.time_left(now)
-    facts = [
+    parts = [
         _amount(stage) if stage.done or stage.total else "",
         speed(stage.rate, stage.unit) if stage.rate else "",
         f"{duration(left)} left" if left is not None else "",
     ]
-    said = "  ".join(fact for fact in facts if fact)
+    progress = "  ".join(part for part in parts if part)
     if not stage.total:
-        return Text(said or note(stage) or "starting")
+        return Text(progress or note(stage) or "starting")
     line = Table.grid(padding=(0, 1, 0, 0))
-    line.add_row(_bar(stage, width=8 if width >= 72 else 4), Text(said, no_wrap=True, overflow="ellipsis"))
+    line.add_row(_bar(stage, width=8 if width >= 72 else 4), Text(progress, no_wrap=True, overflow="ellipsis"))
     return line
 
 
@@ -282,9 +281,9 @@ def _search_lines(search: SearchState, width: int, now: float) -> list[Renderabl
         best.append(f"{search.best.name}  {overrides_text(search.best.overrides, names)}")
         lines.append(best)
     running = [trial for trial in search.trials.values() if trial.status == "running"]
-    lines += [_trial_line(trial, search, names, now) for trial in running[:RUNNING_TRIALS]]
-    if len(running) > RUNNING_TRIALS:
-        lines.append(Text(f"  … and {len(running) - RUNNING_TRIALS} more running", style="dim"))
+    lines += [_trial_line(trial, search, names, now) for trial in running[:MAX_RUNNING_TRIALS]]
+    if len(running) > MAX_RUNNING_TRIALS:
+        lines.append(Text(f"  … and {len(running) - MAX_RUNNING_TRIALS} more running", style="dim"))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
         line.no_wrap = True
@@ -297,8 +296,8 @@ def _trial_line(trial: TrialState, search: SearchState, names: dict[str, str], n
     stage = trial.current
     if stage:
         line.append(f"{stage.name} {_amount(stage) if stage.total else ''}".rstrip() + "  ", style="default")
-        said = search.curve(trial)
-        latest = f"{measure(said[-1][1])}  " if said else f"{note(stage)}  " if stage.points else ""
+        curve = search.curve(trial)
+        latest = f"{measure(curve[-1][1])}  " if curve else f"{note(stage)}  " if stage.points else ""
         line.append(latest, style="bold default")
     if origin(trial):
         line.append(f"{origin(trial)}  ", style="default")
@@ -307,8 +306,8 @@ def _trial_line(trial: TrialState, search: SearchState, names: dict[str, str], n
 
 
 def _failure_lines(failure: Failure, width: int) -> list[RenderableType]:
-    """What failed, why, and what to do; long lines fold with a hanging indent."""
-    said = [
+    """Message, cause, remedy and log of a failure; long lines wrap with a hanging indent."""
+    lines = [
         (f"✗ {failure.stage}", failure.message),
         ("cause", failure.cause),
         ("remedy", failure.remedy),
@@ -317,7 +316,7 @@ def _failure_lines(failure: Failure, width: int) -> list[RenderableType]:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), width=width)
     table.add_column(no_wrap=True, max_width=24, overflow="ellipsis", style="dim")
     table.add_column(overflow="fold", ratio=1)
-    for index, (label, text) in enumerate(said):
+    for index, (label, text) in enumerate(lines):
         if text:
             table.add_row(Text(label, style="red bold" if index == 0 else "dim"), Text(plain(text)))
     return [table]

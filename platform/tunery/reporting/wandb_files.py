@@ -1,12 +1,12 @@
-"""W&B's own files of a run, read back: which rows of its history are stored, and whether its end is.
+"""Reads W&B's local files of a run: which rows of its history are stored, and its exit code.
 
-A run has one file for each time that it was opened, `<folder>/[offline-]run-<time>-<id>/run-<id>.wandb`. In wandb
-0.31 that is a LevelDB log of protobuf records: 7 bytes of header, then blocks of 32 KiB. A record is one or more
-chunks, each a checksum, a length, a type and the data; no chunk crosses the end of a block. A writer that is killed
-stops anywhere in it, up to a flush interval behind what it was given.
+A run has a file for each time it was opened, `<folder>/[offline-]run-<time>-<id>/run-<id>.wandb`. In wandb 0.31 this
+is a LevelDB log of protobuf records: a header of 7 bytes, then blocks of 32 KiB. A record is one or more chunks, each
+with a checksum, a length, a type and the data; no chunk crosses the end of a block. If the writer is killed, the file
+may end at any byte, up to a flush interval before the last record.
 
-`wandb sync` uploads the files of one run in the order of their beginning, as one run. Each row has a `_step` that has
-to grow from row to row, over all files: `History` numbers the rows, and leaves out what is stored.
+`wandb sync` uploads the files of a run in the order in which they were opened, as one run. The `_step` of the rows has
+to increase across all files: `History` numbers the rows and skips those that are stored.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BLOCK_BYTES = 32_768
 CHUNK_HEADER = struct.Struct("<IHB")
 COMPLETE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 X_AXES = ("step", "rows")
-"""Columns that stand in every row of a curve, so that its metrics can be drawn over them."""
+"""Columns of every row of a curve, which W&B uses as x-axes."""
 
 Key = tuple[Any, str]
-"""A metric at a step of its x-axis; of what has no x-axis, None and its name."""
+"""(step on its x-axis, metric); the step is None for values without an x-axis."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Row:
 
 
 class History:
-    """Numbers the rows of one W&B run, each metric of a step once.
+    """Numbers the rows of a W&B run, and passes each metric at each step only once.
 
-    `stored`: the rows that the run's earlier files have. `uploaded`: how many rows the server has, where it was asked;
-    then what the files have beyond that never arrived and is written again, and rows up to there are not written again
-    even if the files lack them (a row may be uploaded before it is flushed to disk).
+    `stored`: rows in the run's earlier files. `uploaded`: number of rows on the server, if it was queried; stored rows
+    beyond it never arrived and are written again, and rows up to it are not written again even if no file has them (a
+    row may be uploaded before it is flushed to disk).
 
-    The first value of a metric at a step stays, since W&B can't replace it: a training that resumes from a checkpoint
-    logs the steps after it a second time, with the same values.
+    The first value of a metric at a step is final, because W&B cannot replace it: a training that resumes from a
+    checkpoint logs the following steps a second time, with the same values.
     """
 
     def __init__(self, stored: Sequence[Row] = (), uploaded: int | None = None) -> None:
@@ -58,9 +58,9 @@ class History:
         self._uploaded = uploaded or 0
 
     def add(self, values: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        """The row's `_step` and what it adds, or None where it adds nothing."""
+        """Return the row's `_step` and its new values, or None if all of them are stored."""
         names = {name for step, name in keys_of(values) if (step, name) not in self._keys}
-        if not any(map(_is_axis, values)):  # wandb adds the x-axis as it is then
+        if not any(map(_is_axis, values)):  # wandb adds the current value of the x-axis
             names -= {name for _, name in self._keys}
         if not names:
             return None
@@ -69,31 +69,31 @@ class History:
         return None if step < self._uploaded else (step, {k: v for k, v in values.items() if k in names or _is_axis(k)})
 
     def append(self) -> int:
-        """The `_step` of a row that is written whatever the run has already."""
+        """Return the `_step` of a row that is always written."""
         step = max(self._next, self._uploaded)
         self._next = step + 1
         return step
 
 
 def keys_of(values: Mapping[str, Any]) -> frozenset[Key]:
-    """What a row of these columns says: its metrics, each at its step. W&B's own columns begin with `_`."""
+    """The metrics of a row, each with its step. Columns that begin with `_` are W&B's own."""
     return frozenset(
         (_step_of(name, values), name) for name in values if not _is_axis(name) and not name.startswith("_")
     )
 
 
 def stored_rows(folder: Path, id: str) -> list[Row]:
-    """Rows of all files of the run `id` under W&B's folder, in the order in which they were written."""
-    found: list[Row] = []
+    """History rows in all files of the run `id` in W&B's folder, in the order in which they were written."""
+    rows: list[Row] = []
     for path in run_files(folder, id):
         for record in read_records(path):
             if record.WhichOneof("record_type") == "history":
-                found.append(_row(record.history))
-    return found
+                rows.append(_row(record.history))
+    return rows
 
 
 def exit_codes(folder: Path) -> dict[str, int | None]:
-    """By id of the runs that have a file under W&B's folder: exit code in the last one, None where that has none."""
+    """Exit code in the last file of each run in W&B's folder, by run id; None if that file has no exit record."""
     codes: dict[str, int | None] = {}
     for path in run_files(folder):
         id = path.stem.removeprefix("run-")
@@ -105,11 +105,11 @@ def exit_codes(folder: Path) -> dict[str, int | None]:
 
 
 def repair_files(folder: Path) -> None:
-    """Makes what killed writers left behind fit for `wandb sync`. Call while nobody writes.
+    """Repair files of killed writers so that `wandb sync` accepts them. Call it only while no process writes.
 
-    wandb 0.31 refuses to upload any run of a folder where one file has no run in it (killed right after it was opened),
-    and the later files of a run where an earlier one ends within a record. The first is deleted, the second cut off
-    after its last record: neither loses anything that could be read.
+    wandb 0.31 does not upload any run of a folder in which one file has no record (its writer was killed right after
+    opening it), nor the later files of a run whose earlier file ends within a record. The first kind is deleted, the
+    second truncated after its last complete record; no readable data is lost.
     """
     for path in run_files(folder):
         data = path.read_bytes()
@@ -123,13 +123,13 @@ def repair_files(folder: Path) -> None:
 
 def run_files(folder: Path, id: str = "*") -> list[Path]:
     """The files of a run, or of all runs, oldest first."""
-    # The folder's name has the time of the beginning, in seconds; where two are alike the file's own time decides.
+    # The folder's name has its time of creation in seconds; the modification time breaks ties.
     paths = folder.glob(f"*run-*/run-{id}.wandb")
     return sorted(paths, key=lambda path: (path.parent.name.removeprefix("offline-"), path.stat().st_mtime))
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """The file's records (`wandb.proto.wandb_internal_pb2.Record`) up to the first that is damaged or incomplete."""
+    """Yield the file's records (`wandb.proto.wandb_internal_pb2.Record`) up to the first corrupt or incomplete one."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     for _, data in _records(path.read_bytes()):
@@ -139,7 +139,7 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Where each record ends, and its bytes."""
+    """Yield the end offset and the bytes of each record."""
     position, parts = HEADER_BYTES, b""
     while position + CHUNK_HEADER.size <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES

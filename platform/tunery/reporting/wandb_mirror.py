@@ -1,19 +1,19 @@
-"""W&B, drawn from the event log by one thread of the driver.
+"""Mirrors the event log to W&B, in one thread of the driver.
 
-Workers never import wandb: there is one writer, no key travels to the workers, and nothing has to know its rank. What
-W&B is told is decided in `wandb_translate`; here it is only told. W&B may fail (no network, full disk, a deleted run)
-without the experiment: what was lost is counted, and told once when the mirror is closed.
+Workers never import wandb: there is one writer, the workers need no API key, and ranks do not matter. The actions come
+from wandb_translate.py; this module calls wandb. If W&B fails (no network, full disk, a deleted run), the experiment
+continues: lost records are counted, and reported once when the mirror is closed.
 
-Everything is kept under `<run>/wandb`, also the files of tables that wait for their upload, which wandb would put into
-the user's home.
+All files are kept under `<run>/wandb`, including tables that wait for their upload, which wandb would store in the
+user's home directory.
 
-After a kill, W&B lacks what the log had for less than SETTLE_SECONDS + POLL_SECONDS, and what its own process had not
-written to disk for as long as FLUSH_SECONDS: about four seconds. The next invocation reads W&B's files back
-(wandb_files.py) and writes what they lack from the log, under the same run id and with growing `_step`s, into a
-further file, which `wandb sync` appends to the first. Online it goes by the number of rows that the server has: what
-was only in a file is sent again, and what was sent but not yet in a file is not. Two things it can't know: offline,
-that a synced file was deleted before the run ended (`wandb clean`), which makes it write the run again; and that the
-files of an interrupted offline run are synced only after the run went on online.
+After a kill, W&B lacks up to about four seconds of the log: events younger than SETTLE_SECONDS + POLL_SECONDS, and
+records that wandb's process had not flushed (FLUSH_SECONDS). The next invocation reads W&B's files (wandb_files.py) and
+writes the missing records from the log to another file, under the same run id and with increasing `_step`s; `wandb
+sync` appends it to the first. Online, the number of rows on the server decides: rows that are only in a file are sent
+again, and rows that were sent but are not in a file are not. Two cases cannot be detected: offline, that a synced file
+was deleted before the run ended (`wandb clean`), so that the run is written again; and that the files of an interrupted
+offline run are synced only after the run continued online.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunery.events.event_log import Event, EventReader
 from tunery.reporting.wandb_files import History, exit_codes, repair_files, stored_rows
 from tunery.reporting.wandb_translate import INTERRUPTED, Action, Axis, Finish, Log, Open, Summarize, Translator, run_id
-from tunery.reporting.wandb_values import Drawn, Histogram, Table
+from tunery.reporting.wandb_values import Histogram, HistoryValue, Table
 from tunery.spec import Wandb
 
 if TYPE_CHECKING:
@@ -42,49 +42,49 @@ Mode = Literal["online", "offline", "disabled"]
 
 POLL_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
-"""Events wait this long: a stage's end, read from one file, must not overtake its last point in another."""
+"""Delay before an event is processed, so that a stage's end does not overtake its last point from another file."""
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
-"""How long W&B may keep the mirror waiting. After that it goes on offline, and `wandb sync` uploads later."""
+"""Timeouts of wandb calls. After one, the mirror continues offline, and `wandb sync` can upload the runs later."""
 CLOSE_SECONDS = 180.0
 FLUSH_SECONDS = 1.0
-"""How long wandb's process may hold records back from its file; by default 15."""
-TRIES = 3
-"""Runs in a row that can't be opened, not even offline, before W&B is left alone."""
+"""Interval at which wandb's process flushes records to its file; wandb's default is 15."""
+MAX_CONSECUTIVE_FAILURES = 3
+"""Consecutive runs that cannot be opened, not even offline, before the mirror stops opening runs."""
 
 
 @dataclass(frozen=True)
 class WandbResult:
-    """What became of the mirror. `place`: the project's URL, or offline the folder of all runs."""
+    """Outcome of the mirror. `location`: the project's URL, or offline the folder of all runs."""
 
     mode: Mode
-    place: str = ""
+    location: str = ""
     runs: int = 0
     lost: int = 0
-    """Things (runs, points, summaries) that W&B was not told."""
+    """Records (runs, points, summaries) that could not be logged."""
     error: str = ""
-    """The first thing that went wrong."""
+    """The first error."""
     partly_online: bool = False
-    """It began online and went on offline."""
+    """The mirror started online and continued offline."""
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the table that the run ends with."""
+        """Lines that the run prints at its end."""
         if self.mode == "disabled":
             return []
-        # Where W&B was lost on the way, the runs that it has in part are synced as well.
-        how = "--include-online " if self.partly_online else ""
-        where = self.place if self.mode == "online" else f"wandb sync {how}{shlex.quote(self.place)}"
+        # After a loss of the connection, `wandb sync` also has to complete the runs that are partly online.
+        option = "--include-online " if self.partly_online else ""
+        where = self.location if self.mode == "online" else f"wandb sync {option}{shlex.quote(self.location)}"
         lines = [f"W&B ({self.mode}): {where}"] if self.runs else []
         if self.error:
-            lines.append(f"W&B: {self.error}" + (f" ({self.lost:,} things are missing there)" if self.lost else ""))
+            lines.append(f"W&B: {self.error}" + (f" ({self.lost:,} records are missing in W&B)" if self.lost else ""))
         return lines
 
 
 class WandbMirror:
-    """`start()` before the run's first event is written, `close()` after its last.
+    """Mirrors a run's event log. Call `start()` before the run's first event is written and `close()` after its last.
 
-    What the log holds at `start()` is of earlier invocations. All calls of wandb are made by the mirror's own thread.
+    Events in the log at `start()` are of earlier invocations. Only the mirror's thread calls wandb.
     """
 
     def __init__(self, settings: Wandb, run: str, folder: Path, experiment: Mapping[str, Any]) -> None:
@@ -99,15 +99,15 @@ class WandbMirror:
         self._closing = threading.Event()
         self._runs: dict[str, wandb.Run] = {}
         self._histories: dict[str, History] = {}
-        """Of the open runs."""
+        """By id, of the open runs."""
         self._opened: set[str] = set()
-        self._failed_in_a_row = 0
+        self._consecutive_failures = 0
         self._lost = 0
         self._error = ""
         self._project_url = ""
 
     def start(self) -> None:
-        if wanted_mode(self._settings.mode, os.environ) == "disabled":
+        if requested_mode(self._settings.mode, os.environ) == "disabled":
             return
         self._mode = "offline"
         self._earlier = self._reader.new()
@@ -115,8 +115,8 @@ class WandbMirror:
         self._thread.start()
 
     def close(self, hurried: Callable[[], bool] = lambda: False) -> WandbResult:
-        """Write the rest of the log to W&B and end all its runs; a second call gives the same. Waits at most
-        CLOSE_SECONDS, and only until `hurried()`."""
+        """Write the rest of the log to W&B and finish all runs; a second call returns the same result. Waits at most
+        CLOSE_SECONDS, and stops waiting when `hurried()`."""
         if self._thread is not None:
             self._closing.set()
             begin = time.monotonic()
@@ -124,66 +124,66 @@ class WandbMirror:
                 self._thread.join(0.1)
             if self._thread.is_alive():
                 waited = time.monotonic() - begin
-                self._failed(f"still uploading after {waited:.0f} s; the rest is in {self._folder / 'wandb'}")
-        place = self._project_url if self._mode == "online" else str(self._folder / "wandb")
-        partly = self._mode == "offline" and self._project_url != ""
-        return WandbResult(self._mode, place, len(self._opened), self._lost, self._error, partly)
+                self._record_error(f"still uploading after {waited:.0f} s; the rest is in {self._folder / 'wandb'}")
+        location = self._project_url if self._mode == "online" else str(self._folder / "wandb")
+        partly_online = self._mode == "offline" and self._project_url != ""
+        return WandbResult(self._mode, location, len(self._opened), self._lost, self._error, partly_online)
 
     # The thread.
 
     def _follow(self) -> None:
-        # Everything that is not foreseen ends the mirror, never the experiment; close() tells it.
+        # An unexpected error ends the mirror, never the experiment; close() reports it.
         try:
             with _environment(self._folder / "wandb"):
                 self._mode = self._resolve()
                 try:
-                    self._draw()
+                    self._mirror()
                 finally:
-                    self._tell_all([Finish(id, INTERRUPTED) for id in self._runs])
+                    self._apply_all([Finish(id, INTERRUPTED) for id in self._runs])
         except Exception as error:
-            self._failed(_said(error), lost=1)
+            self._record_error(_error_text(error), lost=1)
 
     def _resolve(self) -> Mode:
-        wanted = wanted_mode(self._settings.mode, os.environ)
-        if wanted == "offline":
+        requested = requested_mode(self._settings.mode, os.environ)
+        if requested == "offline":
             return "offline"
         try:
-            found = has_key()
-        except Exception as error:  # a key of the wrong form
-            self._failed(f"{_said(error)}; written offline instead")
+            key_found = has_key()
+        except Exception as error:  # a malformed key
+            self._record_error(f"{_error_text(error)}; written offline instead")
             return "offline"
-        if not found and wanted == "online":
-            self._failed("no API key is set: log in with `wandb login`; written offline instead")
-        return "online" if found else "offline"
+        if not key_found and requested == "online":
+            self._record_error("no API key is set: log in with `wandb login`; written offline instead")
+        return "online" if key_found else "offline"
 
-    def _draw(self) -> None:
+    def _mirror(self) -> None:
         repair_files(self._folder / "wandb")
         translator = Translator(self._run, self._experiment, exit_codes(self._folder / "wandb"))
-        self._tell_all(translator.before(self._earlier))
+        self._apply_all(translator.before(self._earlier))
         self._earlier.clear()
-        waiting: list[Event] = []
+        pending: list[Event] = []
         closing = False
         while not closing:
             closing = self._closing.wait(POLL_SECONDS) or self._closing.is_set()
-            waiting = sorted(waiting + self._reader.new(), key=lambda event: float(event["t"]))
+            pending = sorted(pending + self._reader.new(), key=lambda event: float(event["t"]))
             settled = time.time() - SETTLE_SECONDS
-            ready = [event for event in waiting if closing or event["t"] <= settled]
-            waiting = waiting[len(ready) :]
-            self._tell_all(translator.translate(ready))
-        report, whole = self._folder / "report.html", run_id(self._run)
-        if report.is_file() and whole in self._runs:
-            self._attempt(partial(self._runs[whole].save, report, base_path=self._folder, policy="end", glob=False))
-        self._tell_all(translator.close())
+            ready = [event for event in pending if closing or event["t"] <= settled]
+            pending = pending[len(ready) :]
+            self._apply_all(translator.translate(ready))
+        report, id = self._folder / "report.html", run_id(self._run)
+        if report.is_file() and id in self._runs:
+            self._attempt(partial(self._runs[id].save, report, base_path=self._folder, policy="end", glob=False))
+        self._apply_all(translator.close())
         if translator.late:
-            self._failed("points came after the end of their stage", lost=translator.late)
+            self._record_error("metrics were logged after the end of their stage", lost=translator.late)
 
-    def _tell_all(self, actions: list[Action]) -> None:
+    def _apply_all(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Open) and self._failed_in_a_row < TRIES:
+            if isinstance(action, Open) and self._consecutive_failures < MAX_CONSECUTIVE_FAILURES:
                 self._attempt(partial(self._open_or_go_offline, action))
-                self._failed_in_a_row = 0 if action.id in self._runs else self._failed_in_a_row + 1
+                self._consecutive_failures = 0 if action.id in self._runs else self._consecutive_failures + 1
             elif action.id in self._runs:
-                self._attempt(partial(self._tell, action))
+                self._attempt(partial(self._apply, action))
             else:
                 self._lost += 1
 
@@ -191,13 +191,13 @@ class WandbMirror:
         try:
             call()
         except Exception as error:
-            self._failed(_said(error), lost=1)
+            self._record_error(_error_text(error), lost=1)
 
-    def _failed(self, problem: str, lost: int = 0) -> None:
+    def _record_error(self, problem: str, lost: int = 0) -> None:
         self._error = self._error or problem
         self._lost += lost
 
-    # The calls of wandb.
+    # Calls of wandb.
 
     def _open_or_go_offline(self, action: Open) -> None:
         try:
@@ -211,7 +211,7 @@ class WandbMirror:
 
     def _go_offline(self, error: Exception) -> None:
         self._mode = "offline"
-        self._failed(f"{_said(error)}; written offline from then on")
+        self._record_error(f"{_error_text(error)}; written offline from then on")
 
     def _open(self, action: Open) -> None:
         import wandb
@@ -238,51 +238,51 @@ class WandbMirror:
         if self._mode == "online":
             self._project_url = run.project_url or ""
 
-    def _tell(self, action: Action) -> None:
+    def _apply(self, action: Action) -> None:
         run = self._runs[action.id]
         match action:
             case Axis(prefix=prefix):
                 run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
-            case Log(values=values, time=at, again=again):
+            case Log(values=values, time=timestamp, always=always):
                 history = self._histories[action.id]
-                row = (history.append(), values) if again else history.add(values)
+                row = (history.append(), values) if always else history.add(values)
                 if row is not None:
                     step, values = row
-                    drawn = {name: _drawable(value) for name, value in values.items()}
-                    run.log({**drawn, "_timestamp": at}, step=step, commit=True)
+                    converted = {name: _to_wandb(value) for name, value in values.items()}
+                    run.log({**converted, "_timestamp": timestamp}, step=step, commit=True)
             case Summarize(values=values):
                 run.summary.update(values)
             case Finish(exit_code=exit_code):
                 del self._runs[action.id], self._histories[action.id]
                 try:
                     run.finish(exit_code=exit_code)
-                except TimeoutError as error:  # not lost: it is on disk
+                except TimeoutError as error:  # nothing is lost: the run is on disk
                     self._go_offline(error)
 
 
-def wanted_mode(mode: str, environment: Mapping[str, str]) -> str:
-    """`auto`: what WANDB_MODE says, and else still `auto`; a mode that the file names stands."""
+def requested_mode(mode: str, environment: Mapping[str, str]) -> str:
+    """Return the experiment's mode; for `auto` the value of WANDB_MODE, or `auto` if it is not set."""
     if mode != "auto":
         return mode
-    told = environment.get("WANDB_MODE", "").strip().lower()
-    # wandb's own former names. `shared` is for several writers, and here is one.
+    value = environment.get("WANDB_MODE", "").strip().lower()
+    # wandb's former names; `shared` is for several writers, but there is one.
     names = {"": "auto", "dryrun": "offline", "run": "online", "shared": "online"}
-    told = names.get(told, told)
-    return told if told in ("auto", "online", "disabled") else "offline"
+    value = names.get(value, value)
+    return value if value in ("auto", "online", "disabled") else "offline"
 
 
 def has_key() -> bool:
-    """Whether wandb finds a key (WANDB_API_KEY, netrc, its settings). Asks nobody and does not reach the network."""
+    """Whether wandb finds an API key (WANDB_API_KEY, netrc, its settings), without a prompt or network access."""
     import wandb
 
     return bool(wandb.login(prompt=False, verify=False))
 
 
 def _free_ids(open_runs: Mapping[str, wandb.Run]) -> None:
-    """A run that could not be opened keeps its id "in use" until wandb's service ends, which needs all runs ended.
+    """Free the ids of runs that could not be opened: they stay "in use" until wandb's service is torn down, which is
+    possible only while no run is open.
 
-    So a network that is missing from the start loses nothing; one that breaks while runs are open loses the one run
-    that was to be opened then.
+    Without a network from the start nothing is lost; if it fails while runs are open, the run being opened is lost.
     """
     import wandb
 
@@ -304,15 +304,15 @@ def _settings() -> wandb.Settings:
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
-        # The driver's CPU and GPU load would be drawn as if it were the training's, which may run on other machines.
+        # W&B would show the driver's CPU and GPU load as the training's, which may run on other machines.
         x_disable_stats=True,
-        # A list of all installed packages a run: 0.1 s and 20 kB each, and the versions are in the comparison's config.
+        # A list of all installed packages costs 0.1 s and 20 kB per run; the comparison's config has the versions.
         x_save_requirements=False,
         x_transaction_log_flush_interval=FLUSH_SECONDS,
     )
 
 
-def _drawable(value: Drawn) -> Any:
+def _to_wandb(value: HistoryValue) -> Any:
     import wandb
 
     match value:
@@ -326,17 +326,17 @@ def _drawable(value: Drawn) -> Any:
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """What wandb takes from the environment alone. The user's own choice of silence and folders stands."""
-    chosen = {
+    """Set options that wandb only reads from the environment. The user's values take precedence."""
+    variables = {
         "WANDB_SILENT": "true",
         "WANDB_DATA_DIR": str((folder / "data").absolute()),
         "WANDB_CACHE_DIR": str((folder / "cache").absolute()),
         **os.environ,
-        # wandb's reports of its own errors look up their server even offline.
+        # wandb's error reporting resolves its server's name even offline.
         "WANDB_ERROR_REPORTING": "false",
     }
-    before = {name: os.environ.get(name) for name in chosen if os.environ.get(name) != chosen[name]}
-    os.environ.update({name: chosen[name] for name in before})
+    before = {name: os.environ.get(name) for name in variables if os.environ.get(name) != variables[name]}
+    os.environ.update({name: variables[name] for name in before})
     try:
         yield
     finally:
@@ -347,6 +347,6 @@ def _environment(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

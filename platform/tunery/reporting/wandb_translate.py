@@ -1,21 +1,21 @@
-"""From the event log to what W&B is to be told, as plain data: no wandb is needed to read or to test it.
+"""Translates events of the log to W&B actions, as plain data that can be tested without wandb.
 
-One W&B run for every stage that did work in this invocation of the command, one for every trial that it started, and
-one for the whole ("comparison"), all in one group. The ids are hashes, so that the resumed command goes on in the same
-W&B runs:
+There is one W&B run for every stage that did work in this invocation of the command, one for every trial that it
+started, and one for the experiment ("comparison"), all in one group. The ids are hashes, so that a resumed command
+continues the same W&B runs:
 
     job_type      id is the hash of               name          x-axis
     stage kind    run, stage, fingerprint         run/stage     step
     trial         run, trial, overrides           trial         <stage>/step, since a trial may train more than once
     comparison    run                             run           none
 
-A trial that an edited experiment trains anew, under the same name and overrides, has a run of its own, since W&B can't
-take back the first curve. A metric that is measured at the same step again after a checkpoint keeps its first value
-there; the report and the terminal show the last one. A resumed training repeats them exactly, unless other `compute`
-made it start over.
+A trial that an edited experiment retrains, under the same name and overrides, gets a new W&B run, because W&B cannot
+delete the first curve. A metric that is logged again at the same step after resuming from a checkpoint keeps its first
+value in W&B; the report and the terminal show the last one. Both are equal, unless the training restarted because
+`compute` changed.
 
-A trial's config are its overrides, and where it comes from: `origin`, and of a clone or a replicate `of`; all but those
-that were drawn bear their origin as a tag. What is told of the search as a whole is in `wandb_search`.
+A trial's config has its overrides, its `origin`, and for a clone or a replicate the original trial (`of`). Its origin
+is also a tag, unless the trial was sampled. wandb_search.py builds the tables of the search.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from tunery.events.event_log import Event
 from tunery.events.event_reducer import apply
 from tunery.events.run_state import RunState
 from tunery.reporting.wandb_search import search_summary, search_tables
-from tunery.reporting.wandb_values import Drawn, answers, flatten, histograms, numbers, table
+from tunery.reporting.wandb_values import HistoryValue, flatten, histograms, numbers, responses, table
 
 INTERRUPTED = 255
-"""W&B's exit code for what was stopped from outside."""
+"""W&B's exit code for a run that was stopped from outside."""
 EXIT_CODES = {"done": 0, "failed": 1}
-CURVES = ("metrics", "progress")
-"""Events that the tables at the end don't need: they are not folded, so that no curve is held in memory."""
+CURVE_EVENTS = ("metrics", "progress")
+"""Events that the final tables do not need. They are not applied to the state, so that it holds no curves."""
 
 
 @dataclass(frozen=True)
 class Open:
-    """A W&B run begins, or goes on when it was begun before."""
+    """Create a W&B run, or resume it if it exists."""
 
     id: str
     name: str
@@ -56,7 +56,7 @@ class Open:
 
 @dataclass(frozen=True)
 class Axis:
-    """Metrics named `<prefix>...` are drawn over `<prefix>step`."""
+    """Use `<prefix>step` as the x-axis of metrics named `<prefix>...`."""
 
     id: str
     prefix: str
@@ -64,13 +64,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Log:
-    """A row of the run's history. `time`: seconds since the epoch, when it was measured. `again`: it is written also
-    where the run has such a row already."""
+    """A row of the run's history. `time`: seconds since the epoch, when it was logged. `always`: write it even if the
+    run already has such a row."""
 
     id: str
-    values: dict[str, Drawn]
+    values: dict[str, HistoryValue]
     time: float
-    again: bool = False
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ Action = Open | Axis | Log | Summarize | Finish
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A stage between its stage_started and its end. A run of the file's own has a W&B run of its own."""
+class _ActiveStage:
+    """A stage that has started and not ended. `id`: its W&B run, or its trial's."""
 
     id: str
     kind: str
@@ -103,7 +103,7 @@ def plan(
     experiment: Mapping[str, Any],
     stored: Mapping[str, int | None] = MappingProxyType({}),
 ) -> list[Action]:
-    """All that W&B is told of a whole log; of several invocations the last one is mirrored."""
+    """Return all actions for a complete log. Only the last of several invocations is mirrored."""
     starts = [index for index, event in enumerate(events) if event["event"] == "run_started"] or [0]
     translator = Translator(run, experiment, stored)
     return [
@@ -114,57 +114,56 @@ def plan(
 
 
 def run_id(run: str, stage: str = "", trial: str = "", fingerprint: str = "") -> str:
-    """W&B's id: 20 hexadecimal digits, the same for the same work."""
+    """W&B run id: 20 hexadecimal digits, a hash of the arguments."""
     return hashlib.sha256(json.dumps([run, stage, trial, fingerprint]).encode()).hexdigest()[:20]
 
 
 class Translator:
-    """`before` takes what the log holds already, `translate` what comes, `close` is the end.
+    """Translates earlier events with `before`, new events with `translate`, and finishes all runs with `close`.
 
-    An invocation that is killed leaves W&B some seconds behind the log, and the log is what counts. So a run that
-    resumes gets its whole curve from the log again, from its first point on; whoever writes the rows leaves out those
-    that W&B has (wandb_files.History).
+    When an invocation is killed, W&B lacks the last seconds of the log, which is authoritative. A resumed run is
+    therefore sent its complete curve from the log; wandb_files.History skips the rows that W&B already has.
 
-    `stored`: exit code by id of the runs that W&B has a file of, None where that has none. What ended in an earlier
-    invocation, but not there, is opened again, given what is missing, and ended.
+    `stored`: exit code by id of the runs with a local W&B file, None without one. A run that ended in an earlier
+    invocation, but not in its file, is reopened, completed and finished.
     """
 
     def __init__(
         self, run: str, experiment: Mapping[str, Any], stored: Mapping[str, int | None] = MappingProxyType({})
     ) -> None:
         self.late = 0
-        """Points that came after the end of their stage, and were left out."""
+        """Points that came after the end of their stage, and were dropped."""
         self._run = run
         self._experiment = experiment
         self._stored = stored
         self._state = RunState()
-        self._whole = run_id(run)
-        self._before: dict[str, list[Axis | Log]] = {}  # the curves of earlier invocations, of what may resume
-        self._fingerprints: dict[tuple[str, str], str] = {}  # whose curve it is, by a trial's id and stage
-        self._forget()
+        self._summary_id = run_id(run)
+        self._before: dict[str, list[Axis | Log]] = {}  # curves of earlier invocations, by id of runs that may resume
+        self._fingerprints: dict[tuple[str, str], str] = {}  # (trial's id, stage) -> fingerprint of its logged curve
+        self._reset()
 
-    def _forget(self) -> None:
-        self._open: dict[str, set[str]] = {}  # id -> the prefixes whose axis is told
-        self._begun: dict[tuple[str, str], _Begun] = {}  # by trial and stage
+    def _reset(self) -> None:
+        self._open: dict[str, set[str]] = {}  # id -> prefixes whose axis is defined
+        self._active: dict[tuple[str, str], _ActiveStage] = {}  # by trial and stage
         self._ended: set[tuple[str, str]] = set()
         self._trials: dict[str, str] = {}  # trial -> id, while it runs
-        self._coming: dict[str, list[Action]] = {}  # by id of a trial: what opens it once there is something to draw
-        self._stopped: set[str] = set()  # ids of trials that take a step or two more until they hear of it
+        self._pending: dict[str, list[Action]] = {}  # id of a trial -> actions delayed until it logs a value
+        self._stopped: set[str] = set()  # ids of stopped trials, which may still log a step or two
 
     def before(self, events: Iterable[Event]) -> list[Action]:
-        """What the log holds of earlier invocations; returns what W&B still has to be told of it.
+        """Process the events of earlier invocations; return the actions that W&B has not received yet.
 
-        Call at most once, and first.
+        Call at most once, and before `translate`.
         """
-        runs: dict[str, list[Action]] = {}  # by id, since it was opened last
+        runs: dict[str, list[Action]] = {}  # id -> actions since it was last opened
         missing: dict[str, list[Action]] = {}
-        ended: set[str] = set()  # in this invocation, and nowhere in W&B's files
+        ended: set[str] = set()  # runs that ended in this invocation, and have no W&B file
         for event in events:
             actions = self.translate([event])
             if event["event"] == "run_started":
-                missing |= {id: runs[id] for id in ended}  # that invocation was killed
+                missing |= {id: runs[id] for id in ended}  # the previous invocation was killed
                 ended.clear()
-            elif event["event"] == "run_finished":  # it has told all of that
+            elif event["event"] == "run_finished":  # the invocation has sent them all
                 for id in ended:
                     del runs[id]
                 ended.clear()
@@ -174,7 +173,7 @@ class Translator:
                     runs[id] = []
                     missing.pop(id, None)
                     ended.discard(id)
-                if id == self._whole:  # its tables are told by each invocation
+                if id == self._summary_id:  # each invocation logs its tables
                     continue
                 runs[id].append(action)
                 if isinstance(action, Axis | Log):
@@ -187,9 +186,9 @@ class Translator:
                     elif self._stored[id] != action.exit_code:
                         missing[id] = runs.pop(id)
                     else:
-                        del runs[id]  # it is in W&B: no need to hold its curve
+                        del runs[id]  # complete in W&B, so its curve is not needed
         missing |= {id: runs[id] for id in ended}
-        self._forget()
+        self._reset()
         self.late = 0
         return [action for actions in missing.values() for action in actions]
 
@@ -198,45 +197,45 @@ class Translator:
         for event in events:
             kind = str(event["event"])
             if kind == "run_started":
-                actions += [Finish(id, INTERRUPTED) for id in self._open]  # left open by an invocation that was killed
-                self._forget()
-            if kind not in CURVES:
+                actions += [Finish(id, INTERRUPTED) for id in self._open]  # left open by a killed invocation
+                self._reset()
+            if kind not in CURVE_EVENTS:
                 apply(self._state, event)
-            if self._whole not in self._open:
-                actions += self._begin(Open(self._whole, self._run, "comparison", self._config()))
+            if self._summary_id not in self._open:
+                actions += self._begin(Open(self._summary_id, self._run, "comparison", self._config()))
             handler = _HANDLERS.get(kind)
             if handler is not None:
                 actions += handler(self, event)
         return actions
 
     def close(self) -> list[Action]:
-        """The tables and the summary of the whole; what is still open was interrupted."""
-        if self._whole not in self._open:
+        """Log tables and summary of the experiment, and finish all runs; those that are still open were interrupted."""
+        if self._summary_id not in self._open:
             return []
-        actions: list[Action] = [Finish(id, INTERRUPTED) for id in self._open if id != self._whole]
-        pictures: dict[str, Drawn] = {}
-        for title, told in self._state.comparisons.items():
-            pictures[_slug(title)] = table(told["columns"], told["rows"])
-        pictures |= search_tables(self._state)
+        actions: list[Action] = [Finish(id, INTERRUPTED) for id in self._open if id != self._summary_id]
+        values: dict[str, HistoryValue] = {}
+        for title, summary in self._state.comparisons.items():
+            values[_slug(title)] = table(summary["columns"], summary["rows"])
+        values |= search_tables(self._state)
         for name, stage in self._state.stages.items():
-            pictures |= histograms(stage.facts, f"{name}.")
-        if pictures:
-            actions.append(Log(self._whole, pictures, self._state.last_event or 0.0, again=True))
+            values |= histograms(stage.facts, f"{name}.")
+        if values:
+            actions.append(Log(self._summary_id, values, self._state.last_event or 0.0, always=True))
         exit_code = EXIT_CODES.get(self._state.status, INTERRUPTED)
-        return [*actions, Summarize(self._whole, self._summary()), Finish(self._whole, exit_code)]
+        return [*actions, Summarize(self._summary_id, self._summary()), Finish(self._summary_id, exit_code)]
 
-    # What a stage of the file does, and what a stage of a trial does.
+    # Events of stages: the experiment's own and those of trials.
 
     def _stage_started(self, event: Event) -> list[Action]:
         trial, stage, fingerprint = _trial(event), _stage(event), str(event.get("fingerprint", ""))
         id = self._trials.get(trial, "") if trial else run_id(self._run, stage, "", fingerprint)
-        self._begun[trial, stage] = _Begun(id, str(event.get("kind", "")), fingerprint)
+        self._active[trial, stage] = _ActiveStage(id, str(event.get("kind", "")), fingerprint)
         self._ended.discard((trial, stage))
-        return []  # it may only wait for another run that makes the same: the first sign of work opens its W&B run
+        return []  # it may wait for another run that builds the same artifact: its first progress opens the W&B run
 
     def _progress(self, event: Event) -> list[Action]:
-        begun = self._begun.get((_trial(event), _stage(event)))
-        return self._work(event, begun) if begun and event.get("done") else []
+        active = self._active.get((_trial(event), _stage(event)))
+        return self._open_stage(event, active) if active and event.get("done") else []
 
     def _metrics(self, event: Event) -> list[Action]:
         trial, stage = _trial(event), _stage(event)
@@ -244,14 +243,14 @@ class Translator:
         if trial and not stage:
             id = self._trials.get(trial, "")
             return self._open_trial(id) + self._points(event, id, values, prefix="")
-        begun = self._begun.get((trial, stage))
-        if begun is None:  # the curve of a reused stage, told again for the report
+        active = self._active.get((trial, stage))
+        if active is None:  # the curve of a reused stage, logged again for the report
             self.late += (trial, stage) in self._ended
             return []
         if trial:
-            id = self._id_of_curve(trial, stage, begun)
+            id = self._curve_id(trial, stage, active)
             return self._open_trial(id) + self._points(event, id, values, prefix=f"{stage}/")
-        return self._work(event, begun) + self._points(event, begun.id, values, prefix="")
+        return self._open_stage(event, active) + self._points(event, active.id, values, prefix="")
 
     def _points(self, event: Event, id: str, values: Mapping[str, Any], prefix: str) -> list[Action]:
         if id not in self._open:
@@ -264,50 +263,50 @@ class Translator:
         return [Axis(id, prefix), point]
 
     def _stage_finished(self, event: Event) -> list[Action]:
-        begun, facts = self._end(event), event.get("facts") or {}
+        ended, facts = self._end(event), event.get("facts") or {}
         if _trial(event):
-            return self._of_trial(event, flatten(facts, f"{_stage(event)}."))
-        if event.get("reused") and begun.id not in self._open:
+            return self._summarize_trial(event, flatten(facts, f"{_stage(event)}."))
+        if event.get("reused") and ended.id not in self._open:
             return []
-        actions = self._work(event, begun)
-        pictures = histograms(facts) | answers(facts)
-        if pictures:
-            actions.append(Log(begun.id, pictures, float(event["t"])))
+        actions = self._open_stage(event, ended)
+        values = histograms(facts) | responses(facts)
+        if values:
+            actions.append(Log(ended.id, values, float(event["t"])))
         more = {"seconds": event.get("seconds"), "reused": bool(event.get("reused")), "artifact": event.get("artifact")}
-        return [*actions, Summarize(begun.id, flatten({**facts, **more})), self._finish(begun.id, 0)]
+        return [*actions, Summarize(ended.id, flatten({**facts, **more})), self._finish(ended.id, 0)]
 
     def _stage_failed(self, event: Event) -> list[Action]:
-        begun = self._end(event)
-        told = {f"error.{key}": event[key] for key in ("message", "cause", "remedy", "log") if event.get(key)}
+        ended = self._end(event)
+        error = {f"error.{key}": event[key] for key in ("message", "cause", "remedy", "log") if event.get(key)}
         if _trial(event):
-            return self._of_trial(event, flatten(told, f"{_stage(event)}."))
-        return [*self._work(event, begun), Summarize(begun.id, told), self._finish(begun.id, 1)]
+            return self._summarize_trial(event, flatten(error, f"{_stage(event)}."))
+        return [*self._open_stage(event, ended), Summarize(ended.id, error), self._finish(ended.id, 1)]
 
-    def _end(self, event: Event) -> _Begun:
-        """The stage that ends here. One whose beginning was not told is known by what its end tells."""
+    def _end(self, event: Event) -> _ActiveStage:
+        """Remove and return the active stage; one that logged no start is built from its last event."""
         key = _trial(event), _stage(event)
-        begun = self._begun.pop(key, None)
-        if begun is not None or not event.get("reused"):
+        active = self._active.pop(key, None)
+        if active is not None or not event.get("reused"):
             self._ended.add(key)
         fingerprint = str(event.get("fingerprint", ""))
-        told = _Begun(run_id(self._run, _stage(event), "", fingerprint), str(event.get("kind", "")), fingerprint)
-        return begun or told
+        id = run_id(self._run, _stage(event), "", fingerprint)
+        return active or _ActiveStage(id, str(event.get("kind", "")), fingerprint)
 
-    def _of_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
+    def _summarize_trial(self, event: Event, values: dict[str, Any]) -> list[Action]:
         id = self._trials.get(_trial(event), "")
-        told: list[Action] = [Summarize(id, values)]
-        if id in self._coming:
-            self._coming[id] += told
+        actions: list[Action] = [Summarize(id, values)]
+        if id in self._pending:
+            self._pending[id] += actions
             return []
-        return told if id in self._open else []
+        return actions if id in self._open else []
 
-    def _work(self, event: Event, begun: _Begun) -> list[Action]:
-        """A stage of the file shows that it works: its W&B run is opened, once."""
-        if _trial(event) or begun.id in self._open:
+    def _open_stage(self, event: Event, stage: _ActiveStage) -> list[Action]:
+        """Open the W&B run of a stage that is not a trial's, unless it is open."""
+        if _trial(event) or stage.id in self._open:
             return []
-        stage = _stage(event)
-        config = {**self._spec(stage), "stage": stage, "fingerprint": begun.fingerprint}
-        return self._begin(Open(begun.id, f"{self._run}/{stage}", begun.kind, config))
+        name = _stage(event)
+        config = {**self._spec(name), "stage": name, "fingerprint": stage.fingerprint}
+        return self._begin(Open(stage.id, f"{self._run}/{name}", stage.kind, config))
 
     # Trials.
 
@@ -318,46 +317,46 @@ class Translator:
         self._trials[trial] = id
         if id in self._open:
             return []
-        origin = {key: event[key] for key in ("origin", "of") if event.get(key)}
-        told = str(event.get("origin") or "")
-        tags = (told,) if told not in ("", "drawn") else ()
-        self._coming[id] = [Open(id, trial, "trial", {**overrides, **origin}, tags)]
+        details = {key: event[key] for key in ("origin", "of") if event.get(key)}
+        origin = str(event.get("origin") or "")
+        tags = (origin,) if origin not in ("", "drawn") else ()
+        self._pending[id] = [Open(id, trial, "trial", {**overrides, **details}, tags)]
         return []
 
-    def _id_of_curve(self, trial: str, stage: str, begun: _Begun) -> str:
-        """The trial's W&B run, or another where an earlier invocation drew in it the curve of a stage that is no longer
-        the same: the experiment was edited, and neither curve should end in the other."""
-        id = begun.id
-        known = self._fingerprints.setdefault((id, stage), begun.fingerprint)
-        if known == begun.fingerprint or id not in self._coming:
+    def _curve_id(self, trial: str, stage: str, active: _ActiveStage) -> str:
+        """The trial's W&B run; a new one if an earlier invocation logged the curve of another version of the stage to
+        it. The experiment was edited since, and the two curves must not be joined."""
+        id = active.id
+        logged = self._fingerprints.setdefault((id, stage), active.fingerprint)
+        if logged == active.fingerprint or id not in self._pending:
             return id
-        opening, *told = self._coming.pop(id)
+        opening, *actions = self._pending.pop(id)
         assert isinstance(opening, Open), "_trial_started puts it first"
-        new = run_id(id, stage, trial, begun.fingerprint)
-        self._coming[new] = [dataclasses.replace(action, id=new) for action in (opening, *told)]
+        new = run_id(id, stage, trial, active.fingerprint)
+        self._pending[new] = [dataclasses.replace(action, id=new) for action in (opening, *actions)]
         self._trials[trial] = new
-        self._begun = {
+        self._active = {
             (of, name): dataclasses.replace(one, id=new) if of == trial else one
-            for (of, name), one in self._begun.items()
+            for (of, name), one in self._active.items()
         }
         return new
 
     def _open_trial(self, id: str) -> list[Action]:
-        """Called at the first sign that there is something to draw: until then the curve's fingerprint is not known."""
-        coming = self._coming.pop(id, [])
-        return [action for one in coming for action in (self._begin(one) if isinstance(one, Open) else [one])]
+        """Return the delayed actions of a trial that logs its first value, when its curve's fingerprint is known."""
+        pending = self._pending.pop(id, [])
+        return [action for one in pending for action in (self._begin(one) if isinstance(one, Open) else [one])]
 
     def _trial_finished(self, event: Event) -> list[Action]:
         id = self._trials.pop(_trial(event), "")
         actions = self._open_trial(id)
-        if id not in self._open:  # of an earlier invocation, told again: it is in the table
+        if id not in self._open:  # of an earlier invocation and logged again: only the tables have it
             return []
         if event.get("state") == "stopped":
             self._stopped.add(id)
         name = self._state.search.value_name if self._state.search else "value"
-        told = {key: event.get(key) for key in ("state", "seconds", "steps", "tokens", "rows", "feasible")}
-        told["error"] = event.get("error") or None
-        values = flatten({**told, **(event.get("values") or {}), name: event.get("value")})
+        summary = {key: event.get(key) for key in ("state", "seconds", "steps", "tokens", "rows", "feasible")}
+        summary["error"] = event.get("error") or None
+        values = flatten({**summary, **(event.get("values") or {}), name: event.get("value")})
         return [*actions, Summarize(id, values), self._finish(id, 1 if event.get("state") == "failed" else 0)]
 
     # Runs.
@@ -371,13 +370,13 @@ class Translator:
         self._open.pop(id, None)
         return Finish(id, exit_code)
 
-    # What the whole is described with.
+    # Configs and summary.
 
     def _config(self) -> dict[str, Any]:
         return {**self._experiment, "versions": self._state.versions, "command": self._state.command}
 
     def _spec(self, stage: str) -> dict[str, Any]:
-        """The stage as the file has it; of `sft (best trial)` with the best trial's values."""
+        """Config of the stage; for `sft (best trial)` with the best trial's values."""
         stages = self._experiment.get("stages") or {}
         name, _, label = stage.partition(" (")
         spec: dict[str, Any] = copy.deepcopy(dict(stages.get(name) or {}))
@@ -385,17 +384,17 @@ class Translator:
         for path, value in best.overrides.items() if best else ():
             first, *inner, last = path.split(".")
             if first == name:
-                place = spec
+                parent = spec
                 for key in inner:
-                    place = place.setdefault(key, {})
-                place[last] = value
+                    parent = parent.setdefault(key, {})
+                parent[last] = value
         return spec
 
     def _summary(self) -> dict[str, Any]:
         values: dict[str, Any] = {"state": self._state.status, "seconds": self._state.seconds}
         values["message"] = self._state.message or None
-        for title, told in self._state.comparisons.items():
-            values |= _cells(_slug(title), told["columns"], told["rows"])
+        for title, summary in self._state.comparisons.items():
+            values |= _cells(_slug(title), summary["columns"], summary["rows"])
         if self._state.search is not None:
             values |= search_summary(self._state.search)
         values["overhead"] = self._state.overhead
@@ -416,20 +415,20 @@ _HANDLERS = {
 
 
 def _cells(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """The numbers of a table by `<table>.<the row's leading words>.<column>`."""
-    found: dict[str, Any] = {}
+    """The numbers of a table, named `<table>.<leading text cells of the row>.<column>`."""
+    result: dict[str, Any] = {}
     for index, row in enumerate(rows):
-        words: list[str] = []
+        texts: list[str] = []
         for cell in row:
             if not isinstance(cell, str):
                 break
-            words.append(cell)
-        told = numbers(dict(zip(columns, row, strict=False)))
-        label = ".".join([name, *words])
-        if any(f"{label}.{column}" in found for column in told):
+            texts.append(cell)
+        values = numbers(dict(zip(columns, row, strict=False)))
+        label = ".".join([name, *texts])
+        if any(f"{label}.{column}" in result for column in values):
             label += f".{index}"
-        found |= {f"{label}.{column}": number for column, number in told.items()}
-    return found
+        result |= {f"{label}.{column}": number for column, number in values.items()}
+    return result
 
 
 def _slug(title: str) -> str:

@@ -1,4 +1,4 @@
-"""The values of the event log in forms that W&B can draw: flat names, plain numbers, tables, histograms. Pure."""
+"""Converts values of the event log to types that W&B can display: flat names, numbers, tables, histograms."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 
 from tunery.reporting.responses import RESPONSES, responses_table
 
-NAMING = ("model", "set", "score", "name", "trial")
-"""The entries that name a row of a list: the results of an evaluation become `<model>.<set>.loss`, which is how a
-search names its metric."""
-LONGEST_LIST = 100
+NAME_KEYS = ("model", "set", "score", "name", "trial")
+"""Keys that name a row of a list: the results of an evaluation become `<model>.<set>.loss`, like a search's metric."""
+MAX_LIST_LENGTH = 100
 REPORT_ONLY = frozenset({"samples", "quarantine", "pairs"})
-"""Facts that are for the local report alone: texts of rows, and counts for a chart.
+"""Facts that only the local report shows: texts of rows, and counts for a chart.
 
-A few rows that the filters of a search's best and worst trial kept and dropped are a table (wandb_search.py): what a
-filter keeps says more than its share. The answers that models gave (`responses`) are wanted in W&B, prompts and all: as
-a table, not among the numbers."""
+wandb_search.py logs some rows that the filters of a search's best and worst trial kept and dropped. Model responses
+(`responses`) are logged as a table, with their prompts."""
 
 
 @dataclass(frozen=True)
@@ -31,61 +29,61 @@ class Table:
 @dataclass(frozen=True)
 class Histogram:
     edges: list[float]
-    """One more than counts."""
+    """One more than `counts`."""
     counts: list[float]
 
 
-Drawn = float | Table | Histogram
-"""What a line of a run's history may hold."""
+HistoryValue = float | Table | Histogram
+"""A value in a row of a W&B run's history."""
 
 
 def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`facts` with names joined by dots; what is None or REPORT_ONLY is left out, histograms are
-    `histograms`' part, and answers `answers`'.
+    """Flatten `facts` to names joined by dots. Omits None, REPORT_ONLY facts, histograms (see `histograms`) and
+    responses (see `responses`).
 
-    Rows of a list go by their names (NAMING), and those of `results` without that word before them.
-    Numbers that are not finite become W&B's own words for them ("NaN", "Infinity"): as floats wandb 0.31 leaves them
-    out of a summary. Of a list of more than LONGEST_LIST values only their number is kept, as `<name>.count`.
+    Rows of a list are named by NAME_KEYS; rows of `results` without the prefix `results.`. Non-finite numbers become
+    W&B's strings for them ("NaN", "Infinity"), because wandb 0.31 drops such floats from a summary. A list with more
+    than MAX_LIST_LENGTH values is replaced by its length, as `<name>.count`.
     """
     flat: dict[str, Any] = {}
     for name, value in facts.items():
-        path = f"{prefix}{name or 'none'}"  # rows by kind of damage, where intact rows have the kind ""
+        path = f"{prefix}{name or 'none'}"  # in counts of injected corruption, intact rows have the kind ""
         if value is None or _is_histogram(value) or name in REPORT_ONLY or name == RESPONSES:
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{path}.")
         elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
             flat |= flatten(_by_name(value), f"{path}." if name != "results" else prefix)
-        elif isinstance(value, list | tuple) and len(value) > LONGEST_LIST:
+        elif isinstance(value, list | tuple) and len(value) > MAX_LIST_LENGTH:
             flat[f"{path}.count"] = len(value)
         else:
             flat[path] = _plain(value)
     return flat
 
 
-def histograms(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Drawn]:
-    """The histograms anywhere in `facts`, by dotted name; planted rows, where there are any, as one of their own."""
-    found: dict[str, Drawn] = {}
+def histograms(facts: Mapping[str, Any], prefix: str = "") -> dict[str, HistoryValue]:
+    """All histograms in `facts`, by dotted name; corrupted rows, if any, have a separate histogram."""
+    result: dict[str, HistoryValue] = {}
     for name, value in facts.items():
         if _is_histogram(value):
-            edges, counts, planted = ([*value.get(key, ())] for key in ("edges", "counts", "planted"))
+            edges, counts, corrupted = ([*value.get(key, ())] for key in ("edges", "counts", "planted"))
             if counts and len(edges) == len(counts) + 1:
-                found[f"{prefix}{name}"] = Histogram(edges, counts)
-                if any(planted) and len(planted) == len(counts):
-                    found[f"{prefix}{name}_planted"] = Histogram(edges, planted)
+                result[f"{prefix}{name}"] = Histogram(edges, counts)
+                if any(corrupted) and len(corrupted) == len(counts):
+                    result[f"{prefix}{name}_planted"] = Histogram(edges, corrupted)
         elif isinstance(value, Mapping):
-            found |= histograms(value, f"{prefix}{name}.")
-    return found
+            result |= histograms(value, f"{prefix}{name}.")
+    return result
 
 
-def answers(facts: Mapping[str, Any]) -> dict[str, Drawn]:
-    """The answers that a stage tells, before and after its training or of several models, as one table."""
+def responses(facts: Mapping[str, Any]) -> dict[str, HistoryValue]:
+    """A table of a stage's model responses, before and after training or of several models."""
     columns, rows = responses_table(facts)
     return {RESPONSES: table(columns, rows)} if rows else {}
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, Drawn]:
-    """The numbers among `values`, also those that are not finite: a curve that ends in NaN has to show it."""
+def numbers(values: Mapping[str, Any]) -> dict[str, HistoryValue]:
+    """The numbers among `values`, including non-finite ones, so that a curve that ends in NaN shows it."""
     return {
         str(name): int(value) if isinstance(value, bool) else value
         for name, value in values.items()
@@ -94,14 +92,14 @@ def numbers(values: Mapping[str, Any]) -> dict[str, Drawn]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Every row as long as `columns`, every cell something that W&B can show."""
+    """A table whose rows are padded or truncated to `columns`, with cells converted to types that W&B can display."""
     width = len(columns)
     return Table(
-        list(columns), [[None if cell is None else _plain(cell) for cell in _filled(row, width)] for row in rows]
+        list(columns), [[None if cell is None else _plain(cell) for cell in _padded(row, width)] for row in rows]
     )
 
 
-def _filled(row: Sequence[Any], width: int) -> list[Any]:
+def _padded(row: Sequence[Any], width: int) -> list[Any]:
     return [*row, *[None] * (width - len(row))][:width]
 
 
@@ -110,11 +108,11 @@ def _is_histogram(value: object) -> bool:
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of a list under their names, or under their places where they have none or share one."""
+    """Rows of a list by their names, or by their indices if they have no name or share one."""
     named: dict[str, Any] = {}
     for index, row in enumerate(rows):
-        name = ".".join(str(row[key]) for key in NAMING if key in row) or str(index)
-        rest = {key: value for key, value in row.items() if key not in NAMING}
+        name = ".".join(str(row[key]) for key in NAME_KEYS if key in row) or str(index)
+        rest = {key: value for key, value in row.items() if key not in NAME_KEYS}
         named[f"{name}.{index}" if name in named else name] = rest
     return named
 

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from tunery import cli
-from tunery.compare.compare_command import Compared, compare, render
+from tunery.compare.compare_command import Comparison, compare, render
 from tunery.compare.fields import Field
 from tunery.compare.row_sets import Median
-from tunery.compare.side_metrics import Measured, Metric
+from tunery.compare.side_metrics import Metric, MetricValue
 from tunery.errors import RequestError
 from tunery.events.event_log import EventLog
 from tunery.search.space import trial_id
@@ -153,7 +153,7 @@ def refused(left: str, right: str, store: Store) -> RequestError:
     return told.value
 
 
-def shown(told: Compared, width: int) -> str:
+def shown(told: Comparison, width: int) -> str:
     console = Console(width=width, highlight=False, no_color=True)
     with console.capture() as captured:
         console.print(render(told))
@@ -189,13 +189,13 @@ def test_unfinished_training_has_rows_and_one_whose_rows_are_missing_is_noted(st
     Run(store, "barely").made(without=("clean", "sft", "eval"))
     told = compare("barely", "one", store)
     assert [rows.stage for rows in told.rows] == ["base"]
-    assert told.notes == ["sft: its rows were not made by barely"]
+    assert told.notes == ["sft: its rows are not built in barely"]
 
 
 def test_removed_rows_are_refused(store: Store) -> None:
     Run(store, "more").remove("select")
     told = refused("one", "other", store)
-    assert "what `clean` of one made isn't in the store any more" in told.message
+    assert "the artifact of `clean` of one is no longer in the store" in told.message
     assert "tunery run one.yaml" in told.remedy
 
 
@@ -206,7 +206,7 @@ def test_metrics_stand_side_by_side_by_their_names(store: Store) -> None:
     edited = TEXT.replace("epochs: 1, learning_rate: auto, eval", "epochs: 1, learning_rate: 1e-3, eval")
     Run(store, "slow", edited).made(without=("eval",))
     found = {metric.name: metric for metric in compare("one", "slow", store).metrics}
-    assert found["sft.eval_loss"] == Metric("sft.eval_loss", Measured(2.0), Measured(1.0))
+    assert found["sft.eval_loss"] == Metric("sft.eval_loss", MetricValue(2.0), MetricValue(1.0))
     assert found["sft.eval_loss"].difference == -1.0
     assert found["eval.sft.held.loss"].right is None
 
@@ -216,10 +216,10 @@ def test_run_stands_for_its_best_trial_and_its_mean_over_seeds(store: Store) -> 
     Run(store, "searched", TEXT + SEARCH).made().search(best=1, standings=[standing])
     told = compare("searched", "one", store)
     found = {metric.name: metric.left for metric in told.metrics}
-    assert found["sft.eval_loss"] == Measured(5.0)
-    assert found["sft.eval_loss, mean of 2 seeds"] == Measured(5.5, 0.25)
+    assert found["sft.eval_loss"] == MetricValue(5.0)
+    assert found["sft.eval_loss, mean of 2 seeds"] == MetricValue(5.5, 0.25)
     assert "5.50 ± 0.25" in shown(told, 200)
-    assert f"with the values of {NAMES[1]}, its best trial" in shown(told, 200)
+    assert f"with the values of its best trial, {NAMES[1]}" in shown(told, 200)
     assert Field("search", "for sft.eval_loss", None) in told.fields.differ
     assert told.rows[1].both == 2
 

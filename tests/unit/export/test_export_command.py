@@ -252,16 +252,16 @@ def test_certain_trial_and_the_files_own_values(bench: Bench, tmp_path: Path, tr
 
 def test_stage_that_no_search_touches_is_the_files(bench: Bench, tmp_path: Path) -> None:
     exported = export_model("small", tmp_path / "out", bench.store, stage="base")
-    assert exported.chosen.trial is None
-    assert exported.chosen.by == ""
+    assert exported.target.trial is None
+    assert exported.target.trained_with == ""
     expected = load_model(model_of(bench, "base"), torch.float32)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(expected))
 
 
 def test_stage_behind_the_search_is_the_files_own_and_the_output_says_so(bench: Bench, tmp_path: Path) -> None:
     exported = export_model("small", tmp_path / "out", bench.store, stage="more")
-    assert exported.chosen.artifact.path == Path(model_of(bench, "more")["artifact"])
-    assert "no trial made `more`" in render(exported)
+    assert exported.target.artifact.path == Path(model_of(bench, "more")["artifact"])
+    assert "no trial trained `more`" in render(exported)
     assert "the file's own values" in render(exported)
 
 
@@ -270,12 +270,12 @@ def test_run_without_a_search_gives_the_last_model_of_the_file(bench: Bench, tmp
     bench.log("plain").begin(text.replace("name: small", "name: plain")).made(bench.experiment)
     with pytest.raises(RequestError, match="`last` of the run `plain` isn't finished"):
         export_model("plain", tmp_path / "out", bench.store)
-    assert export_model("plain", tmp_path / "out", bench.store, stage="rm").chosen.stage == "rm"
+    assert export_model("plain", tmp_path / "out", bench.store, stage="rm").target.stage == "rm"
 
 
 def test_run_is_named_by_its_folder_or_its_experiments_file(bench: Bench, tmp_path: Path) -> None:
     for number, run in enumerate((str(bench.store.run("small")), str(bench.file))):
-        assert export_model(run, tmp_path / str(number), bench.store).chosen.trial.name == bench.trials[1]  # type: ignore[union-attr]
+        assert export_model(run, tmp_path / str(number), bench.store).target.trial.name == bench.trials[1]  # type: ignore[union-attr]
 
 
 def test_moved_store_is_as_good(bench: Bench, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_search_that_was_found_in_the_store_names_its_best_model(bench: Bench, t
     bench.log("again").begin().made(bench.experiment).search(told=False).found(best=0, best_fingerprints=prints).end()
     for trial in (None, bench.trials[0]):
         exported = export_model("again", tmp_path / f"out-{trial}", bench.store, trial=trial)
-        assert exported.chosen.artifact.fingerprint == prints["sft"]
+        assert exported.target.artifact.fingerprint == prints["sft"]
     assert "another run" in refused(bench, tmp_path / "out", "again", trial=bench.trials[1]).cause
     bench.log("older").begin().made(bench.experiment).search(told=False).found(best=0).end()
     assert "another run" in refused(bench, tmp_path / "out", "older").cause
@@ -302,7 +302,7 @@ def test_what_trials_of_an_edited_file_made_is_not_mixed_up(bench: Bench, tmp_pa
     log = bench.log("edited").begin().made(bench.experiment).search().found(best=0)
     log.begin(other).made(trial_experiment(edited, bench.values[0]), bench.trials[0])
     log.begin("# only a comment\n" + bench.file.read_text()).made(bench.experiment).search(told=False).found(best=0)
-    made = export_model("edited", tmp_path / "out", bench.store).chosen.artifact.path
+    made = export_model("edited", tmp_path / "out", bench.store).target.artifact.path
     assert str(made) == model_of(bench, "sft", bench.values[0])["artifact"]
 
 
@@ -311,7 +311,7 @@ def test_what_trials_of_an_edited_file_made_is_not_mixed_up(bench: Bench, tmp_pa
 
 def test_adapter_alone_lies_on_the_exported_base(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported = export_model("small", tmp_path / "out", bench.store, adapter=True)
-    assert exported.form.base_command == f"tunery export small ./base --stage base --trial {bench.trials[1]}"
+    assert exported.format.base_command == f"tunery export small ./base --stage base --trial {bench.trials[1]}"
     bench.export(tmp_path / "base", stage="base", trial=bench.trials[1])
     assert not (tmp_path / "out" / "model.safetensors").exists()
     monkeypatch.chdir(tmp_path)  # the base is named relative to where the adapter is loaded
@@ -395,12 +395,12 @@ def test_card_tells_question_training_data_scores_and_search(bench: Bench, tmp_p
     card = (bench.export(tmp_path / "out") / "README.md").read_text()
     for said in (
         "> Which learning rate is best?\n> And does it last?",
-        f"It was made by {bench.trials[1]}, the best trial.",
+        f"It was trained by {bench.trials[1]}, the best trial.",
         "| learning_rate | 5e-3 |",
         "| tuner.lora.alpha | 4 (auto) |",
         "`rows` (dataset): 20 rows, 1 quarantined; source rows.jsonl, split all, limit 20",
         "`scored` (score of data `rows`): 20 rows, length median 4",
-        "`clean` (select of data `scored`): kept 60%: 12 of 20; length range 1..9 (cut at 1.000 and 9.000) drops 8",
+        "`clean` (select of data `scored`): kept 60%: 12 of 20; length range 1..9 (threshold 1.000 and 9.000) drops 8",
         "`base` (pretrain of data `rows`): loss 3.500",
         "| sft.learning_rate | choice [0.003, 0.005] | 5e-3 |",
         f"the best is {bench.trials[1]} with 5e-3",
@@ -412,7 +412,7 @@ def test_card_tells_question_training_data_scores_and_search(bench: Bench, tmp_p
     assert "| held | 20 | 3.250 | 9.000 |" in own
     base = (bench.export(tmp_path / "base", stage="base") / "README.md").read_text()
     assert "| learning_rate | 2e-3 (auto: a small model from scratch) |" in base
-    assert "## The search" not in base
+    assert "## Hyperparameter search" not in base
 
 
 def test_win_rates_that_name_the_model_are_told_from_both_sides(bench: Bench, tmp_path: Path) -> None:
@@ -486,8 +486,8 @@ def test_what_is_not_there_is_refused_with_what_is(
 def test_trial_that_made_no_such_model_is_refused(bench: Bench, tmp_path: Path) -> None:
     for trial in bench.trials:  # the best one too: nobody asked for its own values
         told = refused(bench, tmp_path / "out", stage="more", trial=trial)
-        assert "made no `more`" in told.message
-        assert "trials that did: none" in told.remedy
+        assert "has no model `more`" in told.message
+        assert "trials that have one: none" in told.remedy
 
 
 def test_search_without_a_best_trial_is_refused_but_not_what_it_leaves_alone(bench: Bench, tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_removed_artifacts_are_refused(bench: Bench, tmp_path: Path) -> None:
     bench.log("gone").begin(text).made(experiment)
     made = bench.make(experiment)
     for stage, removed, said in (
-        ("more", "more", "the model of `more` isn't"),
+        ("more", "more", "the model of `more` is no longer"),
         ("judge", "base", "isn't there any"),
     ):
         made[removed].path.rename(tmp_path / removed)
@@ -579,7 +579,7 @@ def test_command_tells_json_or_words_and_ends_with_2_where_the_request_was_wrong
     told = json.loads(capsys.readouterr().out)
     assert (told["stage"], told["trial"], told["form"]) == ("sft", bench.trials[1], "model")
     command("small", str(tmp_path / "adapter"), "--adapter")
-    assert f"made by {bench.trials[1]}, the best trial" in capsys.readouterr().out
+    assert f"trained by {bench.trials[1]}, the best trial" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         command("small", str(tmp_path / "out"))
     assert ended.value.code == 2

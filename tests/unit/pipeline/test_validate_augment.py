@@ -344,7 +344,7 @@ def test_the_report_shows_rows_before_and_after_and_escapes_them() -> None:
     page = report_html(state(FACTS))
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") == 4, "two in the sample, a template here and among the facts"
-    for words in ("7 have fewer: several turns", "4 rows are held out", "1 rows came out as they were: no question"):
+    for words in ("7 variants have fewer: several turns", "4 held-out rows were", "1 rows are unchanged: no question"):
         assert words in page
     assert outcome(state(FACTS).stages["prompts"]) == "190 rows of 100, 4 held out"
     assert "Augmented rows" not in report_html(state({"rows": 3}))

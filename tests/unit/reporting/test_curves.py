@@ -8,7 +8,7 @@ from sample_run import Event, events_until, rewarded_events, sample_events
 
 from tunery.events.event_reducer import replay
 from tunery.reporting.charts import Series, line_chart
-from tunery.reporting.curves import LAST_ROW, NOT_CURVES, ROWS, Details, curve_details, curve_figures
+from tunery.reporting.curves import METRIC_GROUPS, NOT_CURVES, OTHER_METRICS, Details, curve_details, curve_figures
 
 
 def told(values: dict[str, float], kind: str = "ppo", step: int = 1, stage: str = "s") -> list[Event]:
@@ -41,25 +41,25 @@ def test_training_with_a_loss_is_led_by_it_and_has_no_panels_of_what_it_told_bes
 
 def test_panels_stand_in_rows_of_what_belongs_together() -> None:
     ppo = panels(details_of(rewarded_events())["ppo"])
-    assert list(ppo) == ["distance from the first model", "policy", "value model", "answers", "speed and memory"]
-    assert ppo["distance from the first model"][:2] == ["KL, nats", "KL coefficient"]
-    assert ppo["answers"] == ["length, tokens", "share that ended", "deviation of rewards"]
+    assert list(ppo) == ["KL divergence", "policy", "value model", "responses", "speed and memory"]
+    assert ppo["KL divergence"][:2] == ["KL to the reference, nats", "KL coefficient"]
+    assert ppo["responses"] == ["length, tokens", "EOS rate", "reward std"]
     assert len(ppo["speed and memory"]) == 4
 
 
 def test_whatever_a_training_tells_is_drawn_once() -> None:
     values = {"reward": 1.0, "eval_reward": 1.0, "eval_kl": 2.0, "never heard of": 3.0, "rows": 32.0}
-    everything = {name: 1.0 for row in ROWS.values() for name in row} | values
+    everything = {name: 1.0 for row in METRIC_GROUPS.values() for name in row} | values
     state = replay(told(everything))
     drawn = [title for row in panels(curve_details(state)[0]).values() for title in row]
-    assert len(drawn) == len(set(drawn)) == sum(len(row) for row in ROWS.values()) + 1
-    assert panels(curve_details(state)[0])[LAST_ROW] == ["never heard of"]
-    assert not NOT_CURVES & {name for row in ROWS.values() for name in row}
+    assert len(drawn) == len(set(drawn)) == sum(len(row) for row in METRIC_GROUPS.values()) + 1
+    assert panels(curve_details(state)[0])[OTHER_METRICS] == ["never heard of"]
+    assert not NOT_CURVES & {name for row in METRIC_GROUPS.values() for name in row}
 
 
 def test_measure_that_was_told_of_held_out_data_alone_has_its_panel() -> None:
     (details,) = curve_details(replay(told({"loss": 1.0, "eval_accuracy": 0.75}, kind="classifier")))
-    assert panels(details) == {"held apart": ["accuracy"]}
+    assert panels(details) == {"classification": ["accuracy"]}
     assert "0.75" in details.rows[0][1][0].svg
 
 
@@ -73,9 +73,9 @@ def test_trainings_of_one_kind_share_their_panels_and_keep_their_colours() -> No
 
 def test_rewards_and_panels_show_their_beginning_and_a_loss_its_end() -> None:
     falls = Series("s train", [(float(step), 1.0 if step else 100.0) for step in range(100)])
-    assert "the start goes up to" in line_chart([falls], "steps", "loss")
-    assert "the start goes up to" not in line_chart([falls], "steps", "reward", whole=True)
-    assert "the start goes up to" not in line_chart([falls], "steps", "entropy", small=True)
+    assert "initial values up to" in line_chart([falls], "steps", "loss")
+    assert "initial values up to" not in line_chart([falls], "steps", "reward", full_range=True)
+    assert "initial values up to" not in line_chart([falls], "steps", "entropy", small=True)
 
 
 def test_small_chart_of_many_trainings_leaves_their_ends_to_the_pointer() -> None:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.events.event_reducer import RunState, replay
-from tunery.reporting.filter_section import auc_tables, cuts_of, filters, heat_figures, quarantines
-from tunery.reporting.heatmap import heat_chart
+from tunery.reporting.filter_section import auc_tables, filters, heatmap_figures, quarantines, rule_thresholds
+from tunery.reporting.heatmap import heatmap_chart
 from tunery.reporting.report import report_html
 from tunery.reporting.wandb_values import flatten
 from tunery.scoring.score_stats import STEPS, describe_scores
@@ -61,7 +61,7 @@ def state(**select: Any) -> RunState:
 def test_all_scores_of_a_stage_are_in_one_table_by_kind_of_damage() -> None:
     ((name, table),) = auc_tables(state())
     assert name == "scored"
-    assert table.columns == ["score", "all damage", "cut", "swapped"]
+    assert table.columns == ["score", "all kinds", "cut", "swapped"]
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["length", "0.6", "0.9", "0.5"],
         ["gopher", "0.7", "0.4", ""],
@@ -70,31 +70,31 @@ def test_all_scores_of_a_stage_are_in_one_table_by_kind_of_damage() -> None:
 
 
 def test_a_range_is_drawn_at_both_of_its_ends_and_an_older_logs_cut_at_one() -> None:
-    assert cuts_of(RANGE) == [3.0, 40.0]
-    assert cuts_of({"cut": 105.0}) == [105.0]
-    assert cuts_of({"cut": None, "cuts": []}) == []
+    assert rule_thresholds(RANGE) == [3.0, 40.0]
+    assert rule_thresholds({"cut": 105.0}) == [105.0]
+    assert rule_thresholds({"cut": None, "cuts": []}) == []
     page = report_html(state())
     assert page.count('class="cut"') == 4, "two in the histogram, two in the heat map"
     assert "clean: length from 3 to 40" in page
 
 
 def test_score_against_score_has_a_cell_for_every_count() -> None:
-    (figure,) = heat_figures(state())
+    (figure,) = heatmap_figures(state())
     assert figure.svg.count('class="heat') == 3
     assert "900 rows" in figure.svg
     assert "h8" in figure.svg
-    assert heat_chart([1, 2], [], [], ("a", "b")) == ""
+    assert heatmap_chart([1, 2], [], [], ("a", "b")) == ""
 
 
 def test_rows_of_each_decile_are_shown_with_their_verdict_and_open_where_it_changes() -> None:
     (found,) = filters(state())
-    assert [(part.title, part.percent, part.mixed) for part in found.deciles] == [
+    assert [(part.title, part.percent_kept, part.mixed) for part in found.deciles] == [
         ("1 – 9", 25, True),
         ("10", 100, False),
     ]
     assert [row.kept for row in found.deciles[0].rows] == [True, False]
     page = report_html(state())
-    assert page.count("planted: cut") == 3
+    assert page.count("corruption: cut") == 3
     assert len(re.findall(r"<details open><summary><span class=\"meter\">", page)) == 1
 
 
@@ -122,10 +122,10 @@ def test_a_diverse_choice_is_shown_beside_chance_with_or_without_a_rule() -> Non
     (table,) = alone.tables
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["score_first 7 by vec", "0.3", "0.98"],
-        ["as many at random", "0.5", "0.97"],
+        ["random subset", "0.5", "0.97"],
     ]
-    assert "7 of 1,200 rows, measured on 1,000 of them" in table.notes
-    assert "3 rows were too similar to a kept one (above 0.9)" in table.notes
+    assert "kept 7 of 1,200 rows; coverage computed on 1,000 of them" in table.notes
+    assert "3 rows were too similar to a kept row (above 0.9)" in table.notes
     assert filters(state(rules=[])) == []
     assert "score_first 7 by vec" in report_html(state(diverse=told))
 
@@ -138,7 +138,7 @@ def test_a_quarantine_is_told_with_its_reasons() -> None:
 
 def test_logs_without_the_facts_give_a_page_without_the_sections() -> None:
     page = report_html(state(samples=None))
-    assert "What the filters did" not in page
+    assert "<h2>Filters" not in page
 
 
 def test_texts_of_rows_are_not_uploaded() -> None:

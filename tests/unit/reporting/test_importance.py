@@ -10,7 +10,7 @@ from sample_search import FORGETTING, LOSS, RATE, SCHEDULE, SHARE, WARMUP, searc
 
 from tunery.events.event_reducer import replay
 from tunery.events.run_state import SearchState, TrialState
-from tunery.reporting.importance import ENOUGH, Importance, importances, too_few
+from tunery.reporting.importance import MIN_TRIALS, Importance, importances, too_few_trials
 
 
 def search_of(trials: list[tuple[dict[str, Any], float]], **more: Any) -> SearchState:
@@ -32,8 +32,8 @@ def test_field_that_decides_the_metric_explains_nearly_all_and_another_nearly_no
     assert next(iter(found)) == "a", "the largest share first"
     assert found["a"].share is not None
     assert found["a"].share > 0.6, "also where the best values lie in the middle"
-    assert found["a"].beyond_chance
-    assert not found["b"].beyond_chance
+    assert found["a"].significant
+    assert not found["b"].significant
 
 
 def test_noise_has_a_share_near_zero_and_passes_for_more_than_chance_in_one_case_of_twenty() -> None:
@@ -42,7 +42,7 @@ def test_noise_has_a_share_near_zero_and_passes_for_more_than_chance_in_one_case
     for _ in range(400):
         found = by_path(search_of([({"a": chance.random()}, chance.random()) for _ in range(20)]), "a")["a"]
         shares.append(found.share or 0.0)
-        beyond += found.beyond_chance
+        beyond += found.significant
     assert fmean(shares) < 0.08
     assert 5 <= beyond <= 32
 
@@ -64,11 +64,11 @@ def test_conditional_field_is_judged_among_the_trials_that_have_it() -> None:
     assert found["b"].share > 0.5
 
 
-def test_too_few_trials_are_said_to_be_too_few() -> None:
-    few = search_of([({"a": index / 9}, float(index)) for index in range(ENOUGH - 1)])
+def test_too_few_trials_give_a_message() -> None:
+    few = search_of([({"a": index / 9}, float(index)) for index in range(MIN_TRIALS - 1)])
     assert by_path(few, "a")["a"].share is None
-    assert too_few(few) == "7 trials ran to their end: too few to say what the metric depends on (from 8 on it is told)"
-    assert too_few(search_of([({"a": index / 9}, float(index)) for index in range(ENOUGH)])) == ""
+    assert too_few_trials(few) == "7 completed trials; parameter importance needs at least 8"
+    assert too_few_trials(search_of([({"a": index / 9}, float(index)) for index in range(MIN_TRIALS)])) == ""
 
 
 def test_trials_that_were_stopped_or_failed_and_replicates_are_no_points() -> None:

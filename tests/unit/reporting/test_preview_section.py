@@ -58,7 +58,7 @@ def test_report_shows_what_is_trained_masked_special_and_cut_off() -> None:
         '<span class="trained">Paris.</span>',
         '<span class="trained special">&lt;|end|&gt;</span>',
         '<span class="cut">More</span>',
-        "a.jsonl:3 12 of at most 99 tokens, 4 trained; truncated, 7 tokens cut off; a note",
+        "a.jsonl:3 12 tokens (max_length 99), 4 trained; truncated by 7 tokens; a note",
         "Chat template: a response ends with &lt;|end|&gt;",
     ):
         assert part in html

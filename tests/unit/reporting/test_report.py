@@ -13,7 +13,7 @@ from sample_run import Event, events_until, failed_events, sample_events, write_
 from tunery.events.event_reducer import replay
 from tunery.reporting import report_sections
 from tunery.reporting.axes import log_ticks, nice_ticks, spread
-from tunery.reporting.charts import Cut, Series, histogram_chart, line_chart, thinned
+from tunery.reporting.charts import Series, ThresholdLine, downsample, histogram_chart, line_chart
 from tunery.reporting.report import report_html, write_report
 
 SECTIONS = ["result", "leaderboard", "rows", "scores", "curves", "search", "time", "stages", "experiment"]
@@ -72,14 +72,16 @@ def test_what_users_wrote_is_escaped_everywhere() -> None:
 def test_cut_of_a_select_is_drawn_in_the_histogram_of_its_score() -> None:
     html = page_of(sample_events())
     assert 'class="cut"' in html
-    assert "clean: keep_fraction 0.8, cut at 105.0" in html
+    assert "clean: keep_fraction 0.8, threshold 105.0" in html
     without = [e for e in sample_events() if not (e.get("stage") == "clean" and not e.get("trial"))]
-    assert "cut at 105.0<" not in page_of(without)
+    assert "threshold 105.0<" not in page_of(without)
 
 
 def test_cut_line_stands_at_its_value() -> None:
     def place(value: float) -> float:
-        drawn = histogram_chart([1.0, 10.0, 100.0, 1000.0], [1, 2, 3], [0, 0, 0], [Cut(value, "cut")], "perplexity")
+        drawn = histogram_chart(
+            [1.0, 10.0, 100.0, 1000.0], [1, 2, 3], [0, 0, 0], [ThresholdLine(value, "cut")], "perplexity"
+        )
         found = re.search(r'<line x1="([\d.]+)"[^>]*class="cut"', drawn)
         assert found
         return float(found[1])
@@ -193,8 +195,8 @@ def test_spread_keeps_order_and_gap() -> None:
 
 def test_long_curves_are_thinned_and_keep_their_end() -> None:
     points = [(float(index), float(index)) for index in range(10_000)]
-    assert len(thinned(points)) <= 260
-    assert thinned(points)[-1] == points[-1]
+    assert len(downsample(points)) <= 260
+    assert downsample(points)[-1] == points[-1]
 
 
 def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:

@@ -11,7 +11,7 @@ from sample_run import PPO_FACTS, Event, rewarded_events
 from tunery.events.event_reducer import replay
 from tunery.events.run_state import StageState
 from tunery.reporting.report import report_html
-from tunery.reporting.responses import asked, responses, responses_table
+from tunery.reporting.responses import prompt_responses, responses, responses_table
 
 EVIL = "</p></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -85,11 +85,11 @@ def test_prompt_that_a_model_did_not_answer_leaves_its_cells_empty() -> None:
     [None, "text", [3], [{}], [{"prompt": "p"}], [{"prompt": "p", "answers": {"a": 1, "b": {"reward": 1.0}}}]],
 )
 def test_fact_of_another_form_tells_nothing(odd: Any) -> None:
-    assert asked({"responses": odd}) == []
+    assert prompt_responses({"responses": odd}) == []
     assert responses_table({"responses": odd})[1] == []
 
 
 def test_of_two_answers_that_are_as_good_neither_is_the_best() -> None:
     same = {"answer": "x", "reward": 1.0}
-    (one,) = asked({"responses": [{"prompt": "p", "answers": {"a": same, "b": same}}]})
-    assert not any(answer.best for answer in one.answers)
+    (one,) = prompt_responses({"responses": [{"prompt": "p", "answers": {"a": same, "b": same}}]})
+    assert not any(response.best for response in one.responses)

@@ -48,7 +48,7 @@ def test_line_of_a_trial_without_a_field_is_interrupted_there() -> None:
     search = search_of(searched_events())
     without = sum(WARMUP not in trial.overrides for trial in search.own)
     assert pieces.count(2) == without == 8
-    assert "interrupted" in figure.note
+    assert "gaps" in figure.note
 
 
 def test_value_between_two_gaps_is_a_dot() -> None:
@@ -91,20 +91,23 @@ def test_pareto_chart_shows_front_and_broken_constraints() -> None:
     figure = search_report.pareto(search_of(searched_events()))
     assert figure is not None
     assert figure.svg.count(' front" data-tip') == 2
-    assert figure.svg.count('class="trial broken"') == sum(
+    assert figure.svg.count('class="trial infeasible"') == sum(
         not trial.feasible for trial in search_of(searched_events()).own
     )
-    assert ("broken-dot", "breaks forgetting ≤ 0.1") in figure.keys
+    assert ("infeasible-dot", "violates forgetting ≤ 0.1") in figure.keys
     one = [{**told, "also": []} if told["event"] == "search_started" else told for told in searched_events()]
     assert search_report.pareto(search_of(one)) is None
 
 
 def test_importance_is_drawn_for_each_metric_and_says_when_there_are_too_few_trials() -> None:
     figures = search_report.importance(search_of(searched_events()))
-    assert [figure.title for figure in figures] == ["what eval_loss depends on", "what forgetting depends on"]
-    assert "by-chance" in figures[0].svg
+    assert [figure.title for figure in figures] == [
+        "parameter importance for eval_loss",
+        "parameter importance for forgetting",
+    ]
+    assert "not-significant" in figures[0].svg
     (few,) = search_report.importance(search_of(searched_events(6)))
-    assert (few.svg, "too few" in few.note) == ("", True)
+    assert (few.svg, "at least 8" in few.note) == ("", True)
 
 
 def test_report_of_a_search_is_whole_with_any_part_missing() -> None:
@@ -134,7 +137,7 @@ def test_what_users_wrote_is_escaped_in_all_charts() -> None:
     assert "<script>x" not in html
     page = Page(html)
     assert (page.scripts, page.open) == (1, [])
-    for drawn in ("curve best c1", 'class="trial best front"', "bar by-chance"):
+    for drawn in ("curve best c1", 'class="trial best front"', "bar not-significant"):
         assert drawn in html
 
 

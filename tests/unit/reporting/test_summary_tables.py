@@ -43,15 +43,15 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
     assert table is not None
     assert table["rows"] == [
         ["spread (k_center)", "9 of 1,200", 0.3, 0.98],
-        ["as many at random", "9 of 1,200", 0.5, 0.97],
+        ["random subset", "9 of 1,200", 0.5, 0.97],
     ]
     assert len(table["notes"]) == 1
     score_first = {"method": "score_first", "similarity": 0.9, "by_chance": {"median": 0.82, "high": 0.94}}
     table = diversity_table(experiment, made(**{**told, "wanted": 20, **score_first}))
     assert table is not None
     assert table["notes"][0] == (
-        "spread: 20 rows were asked for, all others are more similar to a kept one than 0.9 "
-        "(two rows have 0.82 by chance)"
+        "spread: fewer than the requested 20 rows: all other rows have a similarity above 0.9 to a kept row "
+        "(median of random pairs: 0.82)"
     )
 
 
@@ -90,15 +90,15 @@ def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: Loa
     table = policy_table(experiment, policies())
     assert table is not None
     assert table["title"] == "Rewards"
-    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "end rate", "answers", "steps"]
+    assert table["columns"] == ["policy", "reward before", "reward after", "KL", "EOS rate", "responses", "steps"]
     assert table["rows"] == [
         ["ppo", 0.96875, 4.609375, 11.92, 0.8125, "1,024", "32"],
         ["grpo", None, 3.75, 0.125, 0.75, None, "20"],
     ]
     assert table["notes"] == [
-        "ppo: models on one base: 14.3 MiB of weights instead of 48.8 MiB",
-        "grpo: rewards of its own first and last steps; with `eval_data` they would be held out",
-        "KL: from the first model, in nats an answer (ppo), a token (grpo)",
+        "ppo: models share one base: 14.3 MiB of weights instead of 48.8 MiB",
+        "grpo: rewards of the first and last training steps; set `eval_data` to measure held-out prompts",
+        "KL: divergence from the reference model, in nats per response (ppo), per token (grpo)",
     ]
 
 
@@ -172,11 +172,12 @@ def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out
         "win rate": 0.6,
         "95% interval": "0.500–0.700",
         "reward": 1.5,
-        "reward against": 0.5,
-        "tokens an answer": 20.5,
+        "baseline reward": 0.5,
+        "tokens per response": 20.5,
     }
     assert table["notes"] == [
-        "wins: sft and base are compared on 90 prompts of rows; 10 are too long for one of them, 0 rows ask nothing"
+        "wins: sft and base are compared on 90 prompts of rows; skipped: 10 prompts too long "
+        "for one of the models, 0 rows without a prompt"
     ]
 
 
@@ -195,7 +196,7 @@ def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> N
     assert [row[table["columns"].index("forgetting")] for row in table["rows"]] == ["+0.0%", "+12.5%"]
     table = loss_table(experiment, lost(("base", 2.0, None), ("sft", 2.25, None)), {})
     assert table is not None
-    assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "trained on rows", "steps"]
+    assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "training rows", "steps"]
     assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]
 
 
@@ -242,7 +243,7 @@ def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(
         "best: b, eval loss 2.07 ± 0.19 over 3 seeds, with learning_rate=2.1e-3, schedule=constant",
         "a tie with a: 3 seeds can't tell them apart",
         "the search ended early: the budget of 1 hours is spent",
-        "4 trials: 3 done, 1 stopped; 4 more with other seeds",
+        "4 trials: 3 done, 1 stopped; 4 replicates with other seeds",
     ]
 
 

@@ -227,7 +227,7 @@ def test_narrow_leaderboard_leaves_out_columns_and_names_them() -> None:
     assert "6.6192 ± 0.0023" in row
     assert "4.41e-3" in row, "a header breaks before a cell is cut"
     assert "constant" not in row
-    assert any("left out here, in the report: schedule, tokens" in line for line in narrow)
+    assert any("columns shown only in the report: schedule, tokens" in line for line in narrow)
     assert max(len(line) for line in narrow if trial in line or "mean" in line) <= 72
 
 

@@ -11,7 +11,7 @@ import pytest
 from sample_run import METRIC, PPO_FACTS, START, Event, failed_events, rewarded_events, sample_events
 from sample_search import FORGETTING, LOSS, SHARE, WARMUP, searched_events
 
-from tunery.reporting.wandb_mirror import WandbResult, wanted_mode
+from tunery.reporting.wandb_mirror import WandbResult, requested_mode
 from tunery.reporting.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
 from tunery.reporting.wandb_values import Histogram, Table, flatten, histograms, table
 
@@ -346,7 +346,7 @@ def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
 def test_wandb_mode_of_the_environment_decides_what_the_file_leaves_open(
     named: str, environment: dict[str, str], mode: str
 ) -> None:
-    assert wanted_mode(named, environment) == mode
+    assert requested_mode(named, environment) == mode
 
 
 def test_notes_say_how_to_sync_and_what_is_missing() -> None:
@@ -354,7 +354,7 @@ def test_notes_say_how_to_sync_and_what_is_missing() -> None:
     assert WandbResult("offline", "my runs/wandb", 3).notes == ["W&B (offline): wandb sync 'my runs/wandb'"]
     assert WandbResult("online", "https://wandb.ai/me/p", 3).notes == ["W&B (online): https://wandb.ai/me/p"]
     (_, problem) = WandbResult("offline", "r", 3, lost=2, error="OSError: disk full").notes
-    assert problem == "W&B: OSError: disk full (2 things are missing there)"
+    assert problem == "W&B: OSError: disk full (2 records are missing in W&B)"
     assert "--include-online" in WandbResult("offline", "r", 3, partly_online=True).notes[0]
 
 
@@ -418,7 +418,7 @@ def test_parallel_coordinates_and_front_are_tables_a_row_a_trial() -> None:
 def test_importance_is_a_table_unless_there_are_too_few_trials() -> None:
     rows = rows_of(told(searched_events()), "importance")
     first = next(row for row in rows if row["metric"] == LOSS)
-    assert (first["field"], first["beyond_chance"]) == ("sft.learning_rate", True)
+    assert (first["field"], first["significant"]) == ("sft.learning_rate", True)
     assert len(rows) == 8
     (log,) = of(Log, told(searched_events(5)), run_id("searched"))
     assert "importance" not in log.values

@@ -330,7 +330,7 @@ def test_report_terminal_and_comparison_tell_agreement_and_threshold(bench: Revi
     assert found is not None
     assert found["rows"][0][:3] == ["clean in checked", "10", agreed]
     assert len(found["columns"]) == len(found["rows"][0])
-    assert any("2 rows wait" in note for note in found["notes"])
+    assert any("2 rows are not reviewed yet" in note for note in found["notes"])
     state = replay(read_events(bench.where.events))
     assert outcome(state.stages["checked"]).startswith(f"agrees on {agreed:.0%} of 10 reviewed")
     ((name, (tables, strata)),) = reviews(state)
@@ -340,7 +340,7 @@ def test_report_terminal_and_comparison_tell_agreement_and_threshold(bench: Revi
     assert tables[1].rows[0][0].text == "perplexity"
     assert len(strata[0].rows) == 6
     page = report_html(state)
-    assert "Review near the cut" in page
+    assert "Review near the threshold" in page
     assert "best threshold" in page
 
 

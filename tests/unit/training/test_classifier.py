@@ -276,8 +276,8 @@ def test_run_ends_with_what_each_classifier_learned_from_and_how_well_it_does(lo
     table = classifier_table(experiment, {"judge": Artifact(Path(), {"facts": FACTS}, {})})
     assert table is not None
     assert table["rows"] == [["judge", "5", "3", "4", 0.5, 0.75, 0.875, 1.5]]
-    assert "2 of 10 rows bear no label" in table["notes"][0]
-    assert "1 of the held-out rows are among those" in table["notes"][1]
+    assert "2 of 10 rows have no label" in table["notes"][0]
+    assert "1 of the held-out rows are also training rows" in table["notes"][1]
 
 
 def test_line_of_a_classifier_tells_losses_and_auc() -> None:

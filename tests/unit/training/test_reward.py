@@ -260,14 +260,14 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
     assert table is not None
     assert table["rows"] == [["rm", "9", "4", 0.5, 0.75, 0.875, -0.5, 1.5]]
     assert (
-        "3 of 12 rows were left out (2: both responses have the same tokens; 1: a response is empty)"
+        "3 of 12 rows were skipped (2: both responses have the same tokens; 1: a response is empty)"
         in table["notes"][0]
     )
-    assert "1 of the held-out pairs are among those" in table["notes"][1]
+    assert "1 of the held-out pairs are also training pairs" in table["notes"][1]
     blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
     table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
     assert table is not None
-    assert table["notes"][0] == "rm: its scale is that of 8 answers that it was trained on"
+    assert table["notes"][0] == "rm: mean and std were computed on 8 training responses"
 
 
 def test_line_of_a_reward_model_tells_losses_and_accuracy() -> None:
