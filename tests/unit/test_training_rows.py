@@ -23,7 +23,7 @@ from tunery.spec import ClassifierTraining, Grpo, Ppo
 from tunery.store import rows as store_rows
 from tunery.store.rows import row_id
 from tunery.training.classifier import ClassifierTask
-from tunery.training.ppo.ptx import mixed_rows
+from tunery.training.ppo.ptx import load_ptx_data
 from tunery.training.sequences import ROW_ENCODINGS, UNUSABLE, PromptSet, read_row_sequences
 
 
@@ -115,7 +115,7 @@ def test_rows_mixed_into_ppo_come_round_and_round_in_their_own_order(
         {**given, "max_length": 64, "sampling": {"max_new_tokens": 8}, "ptx": {"data": "rows", "coefficient": 1.0}}
     )
     source = rows_at(tmp_path, [*answered, row("nothing is answered")])
-    mixed = mixed_rows(training_job(tmp_path, spec, model, ptx_rows=(source,)), tokenizer)
+    mixed = load_ptx_data(training_job(tmp_path, spec, model, ptx_rows=(source,)), tokenizer)
     assert mixed is not None
     prompts, responses = mixed(0, 6)
     assert (prompts[:3], responses[:3]) == (prompts[3:], responses[3:])
