@@ -28,7 +28,7 @@ from transformers import (
 from tunery.models.fused_nll import fused_nll
 from tunery.models.packed_attention import Layout, install_varlen_attention
 from tunery.training.packed.microbatches import microbatches, padded_microbatches
-from tunery.training.packed.packed_batch import IGNORED, batch_of
+from tunery.training.packed.packed_batch import IGNORED_LABEL, build_packed_batch
 from tunery.training.sequences import InMemorySequences
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -165,13 +165,15 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_batch_tells_what_predicts_each_counted_token_and_whose_it_is(beside: bool) -> None:
     ids = rows_of(LENGTHS)
-    counted = [[[token if place % 2 else IGNORED for place, token in enumerate(row)] for row in own] for own in ids]
+    counted = [
+        [[token if place % 2 else IGNORED_LABEL for place, token in enumerate(row)] for row in own] for own in ids
+    ]
     chosen = [(InMemorySequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
-    batch = batch_of(chosen, beside)
+    batch = build_packed_batch(chosen, beside)
     flat_n = batch.ids_bt.flatten()
     told = sorted(
         (int(owner), int(flat_n[place]), int(target))
-        for owner, place, target in zip(batch.owners_n, batch.places_n, batch.targets_n, strict=True)
+        for owner, place, target in zip(batch.member_indices_n, batch.state_indices_n, batch.targets_n, strict=True)
     )
     assert told == sorted(
         (member, row[place - 1], row[place])

@@ -316,8 +316,8 @@ class PpoTrainer:
         return loss, torch.stack([part.detach().double().sum() for part in parts])
 
     def _ptx_losses(self, epoch: int, number: int) -> Iterator[torch.Tensor] | None:
-        """Iterate over the PTX losses of the micro batches: as many PTX rows as the minibatch has responses. None without
-        `ptx`."""
+        """Iterate over the PTX losses of the micro batches, with as many PTX rows as the minibatch has responses. None
+        without `ptx`."""
         if self._ptx_data is None:
             return None
         size, done = self._minibatch.global_batch_size, self.state.step * self._spec.ppo_epochs + epoch
