@@ -144,7 +144,7 @@ def test_rows_without_a_label_are_left_out_and_are_no_fault(encoder: Path, tmp_p
     rows = [row("why", "it is so", label=True), row("what", "a row"), row("how", "so", label=False)]
     job = training_job(tmp_path, classifier(), encoder, rows=(rows_at(tmp_path, rows),))
     recipe = ClassifierTask(job, 0)
-    counted = recipe.counted()
+    counted = recipe.data_stats()
     assert counted["labels"] == {"bad": 1, "good": 1}
     assert (counted["rows"], counted["sequences"], counted["unlabelled"], counted["unusable"]) == (3, 2, 1, 0)
     (line,) = (job.out / UNUSABLE).read_text().splitlines()
@@ -158,7 +158,7 @@ def test_rows_of_two_stages_have_the_label_of_their_stage(encoder: Path, tmp_pat
     held_out = rows_at(tmp_path, [row("why", "it is so", label=False), row("is it", "yes", label=True)])
     job = training_job(tmp_path, spec, encoder, rows=(good, bad), eval_rows=(held_out,))
     recipe = ClassifierTask(job, 0)
-    counted = recipe.counted()
+    counted = recipe.data_stats()
     assert counted["labels"] == {"bad": 2, "good": 2}
     assert counted["eval_rows_trained_on"] == 1
     batch = recipe._collate([0, 1, 2, 3])

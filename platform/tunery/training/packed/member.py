@@ -185,14 +185,14 @@ class Member:
 
     @property
     def _keep_checkpoint(self) -> bool:
-        return self.job.kept is not None and self.should_evaluate
+        return self.job.checkpoint_dir is not None and self.should_evaluate
 
     @property
     def _should_log(self) -> bool:
         return self.step % self._log_period == 0 or self.step == 1
 
     def save(self) -> None:
-        """Write a complete checkpoint, and copy it to `job.kept` if due. Call Stack.sync_to_adapters first."""
+        """Write a complete checkpoint; if due, copy it to `job.checkpoint_dir`. Call Stack.sync_to_adapters before."""
         self._check_weights()
         folder = self._checkpoints / f"checkpoint-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,8 +206,8 @@ class Member:
         torch.save(state, folder / STATE)
         write_history(folder, self.history)
         mark_complete(self._checkpoints, self.step, CHECKPOINT_SIGNATURE)
-        if self.job.kept is not None and self._keep_checkpoint:
-            hardlink_copy(folder, self.job.kept)
+        if self.job.checkpoint_dir is not None and self._keep_checkpoint:
+            hardlink_copy(folder, self.job.checkpoint_dir)
         self._saved_at = self.step
 
     def _load_checkpoint(self) -> int:
@@ -227,7 +227,7 @@ class Member:
                     matrix.copy_(saved)
         self.history = read_history(checkpoint)
         self.guard.resume(self.history)
-        if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
+        if self.job.resume_from is not None and checkpoint.name == self.job.resume_from.name:
             relog_history(self.history, self.emit)
         for step, metrics in evaluations_of(self.history):
             self._queue_report(step, metrics)

@@ -162,7 +162,7 @@ class PpoRun:
         self.before, self.resumed_from = saved["before"], self.trainer.state.step
         self.history = read_history(checkpoint)
         self.trainer.guard.resume(self.history)
-        if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
+        if self.job.resume_from is not None and checkpoint.name == self.job.resume_from.name:
             relog_history(self.history, self.emit)
         for step, metrics in evaluations_of(self.history):
             if step:
@@ -231,7 +231,7 @@ class PpoRun:
         from tunery.training.ppo.engine import save_state
 
         step = self.trainer.state.step
-        checkpoint_dir = self.job.kept if step in self.evaluate_at else None
+        checkpoint_dir = self.job.checkpoint_dir if step in self.evaluate_at else None
         due = step % self.save_steps == 0 and not self.trainer.guard.last_was_skipped
         if not (due or checkpoint_dir is not None) or step == self.batching.steps:
             return
