@@ -132,7 +132,7 @@ def test_loss_of_wide_margins_does_not_overflow() -> None:
 
 def test_scale_is_mean_and_standard_deviation_of_all_answers() -> None:
     scale = reward_norm(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
-    assert (scale.mean, scale.deviation) == (4, pytest.approx(math.sqrt(5)))
+    assert (scale.mean, scale.std) == (4, pytest.approx(math.sqrt(5)))
     assert scale(4 + 2 * math.sqrt(5)) == pytest.approx(2)
 
 

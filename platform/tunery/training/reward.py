@@ -126,7 +126,7 @@ class RewardTask:
         return {
             **metrics,
             "reward_mean": norm.mean,
-            "reward_deviation": norm.deviation,
+            "reward_deviation": norm.std,
             "scale_answers": rewards_p2.size,
             "scale_from": "eval_data" if metrics else "data",
         }

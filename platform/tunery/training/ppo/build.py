@@ -12,7 +12,7 @@ from torch import nn
 from tunery.errors import StageError
 from tunery.models.adapters import lora_config
 from tunery.models.labels import RewardNorm
-from tunery.models.load import base_of, is_adapter, load_classifier, load_model, load_own_tokenizer, scale_of
+from tunery.models.load import base_of, is_adapter, load_classifier, load_model, load_own_tokenizer, load_reward_norm
 from tunery.models.model_folder import BadModel
 from tunery.models.reward_functions import NO_LIMIT, RewardFn, RewardOrigin, load_reward
 from tunery.spec import LoraTuner, Ppo
@@ -173,8 +173,8 @@ def _add_reward_adapter(model: Any, name: str, artifact: Path, width: int) -> Sc
     head = next(value for key, value in weights.items() if key.endswith("score.weight"))
     linear = nn.Linear(width, 1, bias=False)
     linear.weight.data = head.float()
-    scale = scale_of(artifact) or NO_REWARD_NORM
-    return ScalarHead(width).load_from(linear, scale.mean, scale.deviation)
+    norm = load_reward_norm(artifact) or NO_REWARD_NORM
+    return ScalarHead(width).load_from(linear, norm.mean, norm.std)
 
 
 def _load_reward(
@@ -197,8 +197,8 @@ def _load_scalar_model(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Sc
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         return None
-    scale = labels.scale or NO_REWARD_NORM
-    return ScalarModel(model.base_model, ScalarHead(head.in_features).load_from(head, scale.mean, scale.deviation))
+    norm = labels.scale or NO_REWARD_NORM
+    return ScalarModel(model.base_model, ScalarHead(head.in_features).load_from(head, norm.mean, norm.std))
 
 
 def _value_init(job: Job, reward_fits: bool) -> str:
