@@ -71,7 +71,7 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
     attention = install_varlen_attention(model)
     assert attention is not None
     layout = Layout.of(LENGTHS)
-    attention.tell(layout, model.device, model.dtype)
+    attention.set_layout(layout, model.device, model.dtype)
     ids_bt = torch.tensor([([*chain(*own)] + [0] * layout.width)[: layout.width] for own in rows])
     hidden_bth = model.base_model(input_ids=ids_bt, position_ids=layout.positions_bt()).last_hidden_state
     starts = zip(layout.starts, layout.lengths, strict=True)
@@ -91,7 +91,7 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
         model = plain(kind).eval().to("cuda", dtype)
         attention = install_varlen_attention(model)
         assert attention is not None
-        attention.tell(layout, model.device, dtype)
+        attention.set_layout(layout, model.device, dtype)
         positions_bt = layout.positions_bt().cuda()
         hidden_bth = model.base_model(input_ids=ids_bt, position_ids=positions_bt).last_hidden_state
         rows = zip(layout.starts, layout.lengths, strict=True)
@@ -99,7 +99,7 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
         told.append(hidden_bth.flatten(0, 1)[own].float())
     assert (told[0] - told[1]).norm() < 0.03 * told[0].norm()
     # In training GPT-2 drops out what it attends by, which that kernel can't.
-    attention.tell(layout, model.device, torch.bfloat16)
+    attention.set_layout(layout, model.device, torch.bfloat16)
     model.train()(input_ids=ids_bt, position_ids=positions_bt).logits.sum().backward()
 
 
@@ -127,7 +127,7 @@ def test_groups_hold_each_token_once_and_little_else() -> None:
 
 
 def test_edges_are_those_of_rows_and_of_padding() -> None:
-    edges, longest = Layout.of([(3, 2), (4,)]).edges()
+    edges, longest = Layout.of([(3, 2), (4,)]).boundaries()
     assert edges == [0, 3, 5, 9, 10]
     assert longest == 4
 

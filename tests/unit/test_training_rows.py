@@ -87,7 +87,7 @@ def test_rows_of_several_shards_and_processes_are_kept_in_order(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_rows, "SHARD", 7)
-    monkeypatch.setattr(tokenized_dataset, "BATCH", 3)
+    monkeypatch.setattr(tokenized_dataset, "BATCH_ROWS", 3)
     rows = [row(f"what is row {number}") if number % 4 else row("how " * 60, str(number)) for number in range(30)]
     found = rows_at(tmp_path, rows)
 

@@ -245,7 +245,7 @@ class Pack:
         """
         inputs = {"input_ids": batch.ids_bt.to(self._device)}
         if self._attention is not None and batch.layout is not None:
-            self._attention.tell(batch.layout, self._device, self._model.dtype)
+            self._attention.set_layout(batch.layout, self._device, self._model.dtype)
             inputs["position_ids"] = batch.layout.positions_bt().to(self._device)
         state_indices_n, targets_n = batch.state_indices_n.to(self._device), batch.targets_n.to(self._device)
         member_indices_n = torch.tensor(members)[batch.member_indices_n].to(self._device)
