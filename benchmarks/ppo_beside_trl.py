@@ -203,7 +203,7 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
         begin, cpu = time.perf_counter(), time.process_time()
         found = plain(self, rows)
         seconds = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
-        steps.append({**found, **seconds, **{f"{k}_seconds": v for k, v in self.timing.seconds.items()}})
+        steps.append({**found, **seconds, **{f"{k}_seconds": v for k, v in self.phase_stats.seconds.items()}})
         return found
 
     PpoTrainer.step = step  # type: ignore[method-assign]
@@ -281,7 +281,7 @@ def digits(bench: Bench) -> None:
         reference = LanguageModel(AutoModelForCausalLM.from_pretrained(bench.policy, dtype=torch.float32).eval())
         log_probs_bt = spread(policy(batch, 1.0)[0])
         reference_bt = spread(reference(batch, 1.0)[0])
-        values_bt = spread(value(batch.ids_bs, batch.places_n))
+        values_bt = spread(value(batch.ids_bs, batch.state_indices_n))
         scores_b = reward(batch.ids_bs, batch.last_b)
         behind_b = value(batch.ids_bs, batch.last_b)
     cut_off_b = torch.tensor([tokenizer.eos_token_id not in answer for answer in answers])
@@ -324,7 +324,7 @@ def digits(bench: Bench) -> None:
 
 def _backbone(folder: Path) -> ScalarModel:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    return ScalarModel(model.base_model, ScalarHead(model.score.in_features).take(model.score, 0.0, 1.0))
+    return ScalarModel(model.base_model, ScalarHead(model.score.in_features).load_from(model.score, 0.0, 1.0))
 
 
 def curves(bench: Bench, seeds: int, steps: int) -> None:

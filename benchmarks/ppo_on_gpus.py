@@ -172,7 +172,7 @@ def work(told: dict[str, Any]) -> None:
 
     def step(self: PpoTrainer, rows: Any) -> dict[str, float]:
         found = plain(self, rows)
-        steps.append(dict(self.timing.seconds))
+        steps.append(dict(self.phase_stats.seconds))
         return found
 
     def of_one_length(self: PromptSet, index: int) -> list[int]:
@@ -222,12 +222,12 @@ def work(told: dict[str, Any]) -> None:
         workers=told["workers"],
         started=time.time(),
     )
-    run = ppo_worker._Run(job, lambda metrics: None)
+    run = ppo_worker.PpoRun(job, lambda metrics: None)
     for _ in range(told["steps"]):
         run.step()
     if run.rank == 0:
         peak = torch.cuda.max_memory_allocated() if told["gpu"] else 0
-        weights = {"weights": run.held, "separate": run.separate}
+        weights = {"weights": run.weight_bytes, "separate": run.unshared_weight_bytes}
         (out / "measured.json").write_text(json.dumps({"steps": steps, "peak": peak, **weights}))
     torch.distributed.barrier()
 

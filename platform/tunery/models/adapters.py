@@ -1,4 +1,4 @@
-"""From a tuner's spec to PEFT's configuration."""
+"""PEFT configuration of a LoRA tuner."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"], new: Sequence[str] = ()) -> PeftConfig:
-    """`all-linear` leaves out the output head, as PEFT defines it. A classification head, and the modules of `new`,
-    whose weights are random, are trained whole and saved with the adapter."""
+    """Build the PEFT config. `all-linear` excludes the output head, as PEFT defines it. A classification head and the
+    randomly initialized modules `new` are fully trained and saved with the adapter."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -1,18 +1,18 @@
-"""Which sequences share a forward pass: those of like length, up to a budget of tokens, padding and all."""
+"""Batch sequences of similar length, up to a budget of tokens including padding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Padded tokens in one forward pass: on a CPU so few that activations stay in its caches (2 cores, 1 M parameters:
-4,096 tokens take two thirds of the time a token of 16,384)."""
+"""Padded tokens per forward pass. Few on a CPU, so that activations stay in its caches (2 cores, 1 M parameters: with
+4,096 tokens the time per token is 2/3 of that with 16,384)."""
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of `lengths`, each in one batch whose padded size stays within `budget`; at least one a batch.
+    """Yield batches of indices into `lengths` with a padded size of at most `budget`, or a single longer sequence.
 
-    Sequences of length 0 are in none.
+    Sequences of length 0 are skipped.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):

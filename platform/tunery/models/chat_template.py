@@ -1,16 +1,16 @@
-"""Conversations as a model's chat template renders them, and which characters of the result the model generates.
+"""Render conversations with a model's chat template, and find the characters that the model generates.
 
-A template is a program: it may strip content, drop the reasoning of earlier turns, raise on a system turn, or put no
-end token after the last turn. So nothing here searches the rendered text for the response. Boundaries come from the
-template itself, by one of three methods, and a conversation for which none is exact is rejected with the reason:
+A template is a program: it may strip content, drop the reasoning of earlier messages, raise on a system message, or add
+no EOS token after the last message. The response is therefore never searched for in the rendered text. Its boundaries
+come from the template, by one of three methods; a conversation for which none is exact is rejected with the reason:
 
-    generation blocks  the spans that the template marks by `{% generation %}`
-    sentinels          the conversation is rendered a second time with a Unicode noncharacter at both ends of every
-                       turn's content. Where removing them gives the first rendering, their positions are exact
-    prefixes           the turns before a response, with the generation prompt, and the turns up to its end are
-                       rendered too. Where both are prefixes of the whole, their lengths are exact (tool calls)
+    generation blocks  the spans that the template marks with `{% generation %}`
+    sentinels          the conversation is rendered again with Unicode noncharacters at both ends of each message's
+                       content. If removing them gives the first rendering, their positions are exact
+    prefixes           the messages before a response with the generation prompt, and the messages up to its end, are
+                       rendered too. If both are prefixes of the full text, their lengths are exact (tool calls)
 
-What a template does is found out once, by rendering small conversations (`TemplateProfile`).
+The behaviour of a template is determined once, by rendering small conversations (`TemplateProfile`).
 """
 
 from __future__ import annotations
@@ -39,53 +39,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ESCAPED = re.compile("\ufdd2([0-9]+)\ufdd3")
-"""A special token in a turn's own text: the index into `ChatTemplate.control_tokens`."""
-_TEXTS = ("content", "reasoning_content", "name", "tool_call_id")
-"""What of a turn is its own text, beside its tool calls."""
+"""An escaped special token in a message's text: an index into `ChatTemplate.control_tokens`."""
+_TEXT_FIELDS = ("content", "reasoning_content", "name", "tool_call_id")
+"""Text fields of a message, besides its tool calls."""
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 _THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ResponseSpan:
-    """Characters of a rendered conversation that the model generates: a response with its end token."""
+    """Characters of a rendered conversation that the model generates: a response with its EOS token."""
 
     start: int
     end: int
     turn: int
-    """Index of the assistant turn."""
+    """Index of the assistant message."""
 
 
 @dataclass(frozen=True)
 class RenderedConversation:
+    """A conversation rendered by a chat template."""
+
     text: str
-    """Special tokens that stood in a turn's own text are `ESCAPED`."""
+    """Special tokens in the text of messages are `ESCAPED`."""
     spans: tuple[ResponseSpan, ...]
-    """In their order, one for each assistant turn whose rendering is complete."""
+    """In order, one for each assistant message that is rendered completely."""
     dropped_reasoning: int
-    """Assistant turns whose reasoning the template does not render. They have a span only if it is the last turn."""
+    """Number of assistant messages whose reasoning the template does not render. Only the last message has a span
+    then."""
     escaped_tokens: int
-    """Special tokens in the text of turns."""
+    """Number of special tokens in the text of messages."""
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The tokenizer's chat template, profiled once. Raises UnsupportedTemplate."""
+    """Return the tokenizer's chat template with its cached profile. Raises UnsupportedTemplate."""
     return _profiled(tokenizer, json.dumps(tokenizer.chat_template))
 
 
-@lru_cache(maxsize=8)  # few: it keeps the tokenizers alive
+@lru_cache(maxsize=8)  # small, because it keeps the tokenizers alive
 def _profiled(tokenizer: PreTrainedTokenizerBase, source: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
 class ChatTemplate(TemplateRenderer):
-    """A chat template that has been profiled."""
+    """A chat template with its profile."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UnsupportedTemplate."""
         super().__init__(tokenizer)
         self.profile = profile_of(self)
-        # A response may hold markup that is its own business (<think>, <tool_call>), but nothing that delimits turns.
+        # A response may contain markup such as <think> and <tool_call>, but no tokens that delimit messages.
         turns = [self.given(turn) for turn in alternating(4)]
         basic = self.render(turns) + self.render(turns[:1], generation_prompt=True)
         endings = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
@@ -98,48 +101,50 @@ class ChatTemplate(TemplateRenderer):
             raise UnsupportedTemplate(str(error)) from error
 
     def conversation(self, row: Row, mask_empty_thinking: bool = True) -> RenderedConversation:
-        """Render a row with `messages`. `mask_empty_thinking`: an empty thinking block before a response belongs to
-        the prompt, although the model would generate it. Raises RejectedConversation."""
+        """Render a row with `messages`. `mask_empty_thinking`: count an empty thinking block before a response as part
+        of the prompt, although the model would generate it. Raises RejectedConversation."""
         messages, tools, escaped = self._prepared(row)
         return replace(self._spans(messages, tools, mask_empty_thinking), escaped_tokens=escaped)
 
     def prompt(self, row: Row) -> RenderedConversation:
-        """The conversation with the generation prompt: the same characters that `conversation` has before a response,
+        """Render a prompt with the generation prompt: the same characters as `conversation` has before the response,
         with the spans of earlier responses. Raises RejectedConversation."""
         messages, tools, escaped = self._prepared(row)
         text, marks = self.marked(messages, tools, generation_prompt=True)
         self._check_complete(messages, marks)
         spans: tuple[ResponseSpan, ...] = ()
         if any(message["role"] == "assistant" for message in messages):
-            found = self._spans(messages, tools, mask_empty_thinking=True)
-            common = self.shared_prefix(text, found.text)
-            spans = tuple(span for span in found.spans if span.end <= common)
+            rendered = self._spans(messages, tools, mask_empty_thinking=True)
+            common = self.shared_prefix(text, rendered.text)
+            spans = tuple(span for span in rendered.spans if span.end <= common)
         return RenderedConversation(text, spans, 0, escaped)
 
     def unescape(self, text: str) -> str:
         return ESCAPED.sub(lambda match: self.control_tokens[int(match[1])], text)
 
-    # A row as the template takes it
+    # Rows as template input
 
     def _prepared(self, row: Row) -> tuple[list[Message], Any, int]:
-        """Messages, tools, and how many special tokens stand in their own text."""
+        """Return messages, tools, and the number of special tokens in their text."""
         turns = row["messages"]
-        own_text = "".join(str(turn.get(name) or "") for turn in turns for name in _TEXTS)
+        message_text = "".join(str(turn.get(name) or "") for turn in turns for name in _TEXT_FIELDS)
         tools = (json.loads(row["tools"]) if row.get("tools") else None) or None
-        if _NONCHARACTERS.search(own_text) or (tools and _NONCHARACTERS.search(json.dumps(tools, ensure_ascii=False))):
+        if _NONCHARACTERS.search(message_text) or (
+            tools and _NONCHARACTERS.search(json.dumps(tools, ensure_ascii=False))
+        ):
             raise RejectedConversation("it holds Unicode noncharacters (U+FDD0 to U+FDEF)")
         self._check_supported(turns, tools)
         messages = [self._message(turn) for turn in turns]
         if self.profile.call_ids:
             number_calls(messages)
         escaped = 0
-        if self.control.search(own_text) or any(turn.get("tool_calls") for turn in turns):
+        if self.control.search(message_text) or any(turn.get("tool_calls") for turn in turns):
             for message in messages:
                 pattern = self._delimiters if message["role"] == "assistant" else self.control
                 escaped += self._escape(message, pattern)
         if tools is not None:
-            tools, found = self._escaped(tools, self.control)
-            escaped += found
+            tools, count = self._escaped(tools, self.control)
+            escaped += count
         return messages, tools, escaped
 
     def _check_supported(self, turns: Sequence[Mapping[str, Any]], tools: Any) -> None:
@@ -169,16 +174,16 @@ class ChatTemplate(TemplateRenderer):
         return message
 
     def _escape(self, message: Message, pattern: re.Pattern[str]) -> int:
-        """In place; returns how many there were."""
+        """Escape special tokens in place; return their number."""
         count = 0
-        for name in (*_TEXTS, "tool_calls"):
+        for name in (*_TEXT_FIELDS, "tool_calls"):
             if name in message:
-                message[name], found = self._escaped(message[name], pattern)
-                count += found
+                message[name], escaped = self._escaped(message[name], pattern)
+                count += escaped
         return count
 
     def _escaped(self, value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
-        """Of JSON, the strings in it."""
+        """Escape special tokens in all strings of a JSON value; return the value and their number."""
         if isinstance(value, str):
             return pattern.subn(lambda match: f"\ufdd2{self.control_tokens.index(match[0])}\ufdd3", value)
         if isinstance(value, list):
@@ -202,13 +207,13 @@ class ChatTemplate(TemplateRenderer):
         blocks = self._blocks(messages, tools, text, responses)
         for turn in responses:
             message, last = messages[turn], turn == len(messages) - 1
-            if not _says_something(message):
+            if not _has_content(message):
                 continue
             if self._drops_reasoning(message, turn, marks):
                 dropped += 1
                 thinks = self.profile.reasoning or self.profile.thinking_model
                 if thinks and not last:
-                    continue  # a thinking model would learn to answer without thinking
+                    continue  # a thinking model would learn to respond without thinking
                 if last and (built := self._with_reasoning(messages, tools, text, marks)) is not None:
                     return RenderedConversation(built[0], (*spans, built[1]), dropped - 1, 0)
             start, end = self._span(messages, tools, text, marks, turn, mask_empty_thinking, blocks.get(turn))
@@ -229,7 +234,8 @@ class ChatTemplate(TemplateRenderer):
         mask_empty_thinking: bool,
         block: tuple[int, int] | None,
     ) -> tuple[int, int]:
-        """`block`: what the template marks. Some blocks hold the generation prompt too, which is never trained."""
+        """Return start and end of a response. `block`: the generation block; some include the generation prompt, which
+        never has a loss."""
         try:
             start = self._start(messages, tools, text, marks, turn, mask_empty_thinking)
             end = block[1] if block else self._end(messages, tools, text, marks, turn)
@@ -243,7 +249,7 @@ class ChatTemplate(TemplateRenderer):
         return max(start, block[0]) if block else start, end
 
     def _check_complete(self, messages: Sequence[Message], marks: Marks | None) -> None:
-        """Raises RejectedConversation where the template leaves a turn's content out."""
+        """Raise RejectedConversation if the template omits the content of a message."""
         if marks is None:
             return
         for turn, message in enumerate(messages):
@@ -261,7 +267,7 @@ class ChatTemplate(TemplateRenderer):
     def _blocks(
         self, messages: Sequence[Message], tools: Any, text: str, responses: Sequence[int]
     ) -> dict[int, tuple[int, int]]:
-        """By turn, what `{% generation %}` marks, with the end token where the template puts it behind the block."""
+        """Return the `{% generation %}` block of each turn, including an EOS token right after the block."""
         if not self.profile.generation_blocks:
             return {}
         rendered, spans = self.rendered([self.given(message) for message in messages], tools, False, blocks=True)
@@ -280,14 +286,14 @@ class ChatTemplate(TemplateRenderer):
             return False
         if message.get("reasoning_content"):
             return ("reasoning", turn) not in marks
-        # Reasoning within the content: a template that splits at </think> loses what comes before.
+        # Inline reasoning in the content: a template that splits at </think> drops what precedes it.
         return bool(message["content"].strip()) and ("content", turn) not in marks
 
     def _with_reasoning(
         self, messages: Sequence[Message], tools: Any, text: str, marks: Marks | None
     ) -> tuple[str, ResponseSpan] | None:
-        """The last response as a thinking model generates it, for a template that drops all reasoning it is given
-        (DeepSeek-R1): the generation prompt, reasoning, `</think>`, response and its end token."""
+        """Render the last response as a thinking model generates it, if the template drops all reasoning (DeepSeek-R1):
+        the generation prompt, reasoning, `</think>`, response and its EOS token."""
         if not self.profile.thinking_model:
             return None
         turn, message = len(messages) - 1, messages[-1]
@@ -300,7 +306,7 @@ class ChatTemplate(TemplateRenderer):
             [self.given(item) for item in messages[:-1]], tools, True, enable_thinking=True, thinking=True
         )
         if prompt.rstrip().endswith("</think>"):
-            return None  # it only ever generates responses without thinking
+            return None  # the model generates only responses without thinking
         opening = "" if prompt.endswith("<think>\n") else "\n" if prompt.endswith("<think>") else "<think>\n"
         if marks is None or ("content_end", turn) not in marks or message.get("tool_calls"):
             return None
@@ -319,7 +325,7 @@ class ChatTemplate(TemplateRenderer):
         turn: int,
         mask_empty_thinking: bool,
     ) -> int:
-        """Where the generation prompt ends and the response begins."""
+        """Return the end of the generation prompt, where the response starts."""
         message = messages[turn]
         first, own = -1, message["content"]
         if marks is not None and ("reasoning", turn) in marks:
@@ -355,7 +361,7 @@ class ChatTemplate(TemplateRenderer):
         raise RejectedConversation(f"the chat template gives no exact beginning of turn {turn + 1} (assistant)")
 
     def _end(self, messages: Sequence[Message], tools: Any, text: str, marks: Marks | None, turn: int) -> int:
-        """Where the response ends, its end token included."""
+        """Return the end of the response, including its EOS token."""
         message, last = messages[turn], turn == len(messages) - 1
         at = -1 if marks is None or message.get("tool_calls") else marks.get(("content_end", turn), -1)
         if at >= 0:
@@ -374,15 +380,15 @@ class ChatTemplate(TemplateRenderer):
             return self._end_before_rest(messages, tools, text, turn)
         end = self._without_trailing_text(text, at if at >= 0 else 0, len(upto))
         if not self._ends_with_special(text[:end]) and (following := self.special.match(text, end)):
-            return following.end()  # the next turn's first token is what ends this one (GLM-4.5)
+            return following.end()  # the first token of the next message ends this one (GLM-4.5)
         if at >= 0 and self.special.search(text, at, end) is None:
-            space = message["content"][len(message["content"].rstrip()) :]  # nothing follows that a model could stop at
+            space = message["content"][len(message["content"].rstrip()) :]  # no EOS token follows
             return at + len(space) if text.startswith(space, at) else at
         return end
 
     def _end_before_rest(self, messages: Sequence[Message], tools: Any, text: str, turn: int) -> int:
-        """The same, where a turn is rendered in another way when it is the last one (Qwen3's thinking block): what
-        follows it is what follows a plain response in its place."""
+        """The same for templates that render a message differently if it is the last one (Qwen3's thinking block): the
+        text after it is that after a plain response at its position."""
         plain = {"role": "assistant", "content": "w"}
         other, marks = self.marked([*messages[:turn], plain, *messages[turn + 1 :]], tools)
         if marks is not None and (at := marks.get(("content_end", turn), -1)) >= 0:
@@ -393,7 +399,7 @@ class ChatTemplate(TemplateRenderer):
         raise RejectedConversation(f"the chat template gives no exact end of turn {turn + 1} (assistant)")
 
     def _without_trailing_text(self, text: str, start: int, end: int) -> int:
-        """`end`, less white space behind the last special token: the model stops at that token."""
+        """Return `end` without white space after the last special token, which the model stops at."""
         last = last_match(self.special, text, start, end)
         return last.end() if last is not None and not text[last.end() : end].strip() else end
 
@@ -406,10 +412,10 @@ class ChatTemplate(TemplateRenderer):
 
 
 def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """Reasoning and response of `<think>reasoning</think>response`; None for other content."""
-    found = _THINKING.fullmatch(content)
-    return None if found is None else (found["reasoning"].strip("\n"), found["content"].lstrip("\n"))
+    """Split `<think>reasoning</think>response` into reasoning and response; None for other content."""
+    match = _THINKING.fullmatch(content)
+    return None if match is None else (match["reasoning"].strip("\n"), match["content"].lstrip("\n"))
 
 
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("reasoning_content") or message.get("tool_calls"))

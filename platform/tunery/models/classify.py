@@ -1,7 +1,7 @@
 """Logits of a sequence-classification model: reward models and text classifiers alike.
 
-What the model sees of a row stands in models/classifier_inputs.py. Rows of like length share a forward pass, up to a
-budget of tokens.
+Inputs are encoded by models/classifier_inputs.py. Rows of similar length share a forward pass, up to a
+token budget.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Classified:
+    """Outputs of a SequenceClassifier."""
+
     logits: np.ndarray
-    """(rows, labels), float32; NaN for a row without a token."""
+    """(rows, labels), float32; NaN for a row without tokens."""
     tokens: list[int]
-    """That the model saw of each row."""
+    """Number of tokens of each row, after truncation."""
     truncated: list[bool]
 
 
 class SequenceClassifier:
-    """A model made ready: it can be asked again and again."""
+    """Computes the logits of a sequence-classification model."""
 
     def __init__(
         self,
@@ -39,19 +41,19 @@ class SequenceClassifier:
         max_length: int,
         batch_tokens: int | None = None,
     ) -> None:
-        """Rows are cut to `max_length` tokens, or to what the model has positions for, whichever is less."""
-        self._model, self._read = model, ClassifierEncoder(model, tokenizer, max_length)
+        """Rows are truncated to `max_length` tokens, or to the model's maximum position if that is less."""
+        self._model, self._encoder = model, ClassifierEncoder(model, tokenizer, max_length)
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
 
     def __call__(self, rows: Sequence[Row]) -> Classified:
         import torch
 
-        seen = self._read(rows)
-        lengths = [len(item.ids) for item in seen]
+        encoded = self._encoder(rows)
+        lengths = [len(item.ids) for item in encoded]
         logits_nl = np.full((len(rows), self._model.config.num_labels), np.nan, np.float32)
         for batch in token_budget_batches(lengths, self._budget):
             with torch.inference_mode():
-                logits_bl = self._model(**self._read.tensors([seen[index] for index in batch])).logits
+                logits_bl = self._model(**self._encoder.tensors([encoded[index] for index in batch])).logits
             assert logits_bl.shape == (len(batch), logits_nl.shape[1])
             logits_nl[batch] = logits_bl.float().cpu().numpy()
-        return Classified(logits_nl, lengths, [item.truncated for item in seen])
+        return Classified(logits_nl, lengths, [item.truncated for item in encoded])

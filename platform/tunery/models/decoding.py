@@ -1,7 +1,7 @@
-"""Rows that are answered together: what they have said, their key-value cache, and how rows leave and join it.
+"""A decoding batch: its tokens, its KV cache, evicting finished rows and merging new ones.
 
-Rows are padded on the left, so that the last column is the newest token of every row, however long ago each began.
-Widths: a batch is as wide as the longest prompt and answer in it.
+Rows are padded on the left, so that the last column is the newest token of every row, whenever it was started. The
+width of a batch is the length of its longest prompt and response.
 """
 
 from __future__ import annotations
@@ -18,29 +18,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodingBatch:
+    """Rows that are decoded together."""
+
     rows_b: torch.Tensor
-    """(rows,), int64: which prompt each answers."""
-    times_b: torch.Tensor
-    """(rows,), int64: how many tokens have been drawn for it; goes on when it has ended, until it leaves."""
-    alive_b: torch.Tensor
-    """(rows,), bool: not ended yet."""
+    """(rows,), int64: index of each row's prompt."""
+    num_tokens_b: torch.Tensor
+    """(rows,), int64: number of tokens sampled; still counts up after a row has finished, until it is evicted."""
+    active_b: torch.Tensor
+    """(rows,), bool: False for finished rows."""
     ids_bt: torch.Tensor
-    """(rows, new), int64: what the model has not read yet. The whole prompt at first, then the last token drawn."""
+    """(rows, new), int64: input of the next forward pass: first the full prompt, then the last sampled token."""
     positions_bt: torch.Tensor
-    """(rows, new), int64: of these in their own row."""
+    """(rows, new), int64: position ids of `ids_bt`, without padding."""
     mask_bw: torch.Tensor
-    """(rows, width), int64: 0 on the padding; over what is in the cache and what is not read yet."""
+    """(rows, width), int64: attention mask over the cached and the new tokens, 0 on padding."""
     cache: DynamicCache
 
     @classmethod
-    def of(cls, rows: list[int], prompts: list[list[int]], config: Any, device: torch.device) -> DecodingBatch:
-        """That has read nothing yet. rows: which of `prompts`."""
+    def from_prompts(
+        cls, rows: list[int], prompts: list[list[int]], config: Any, device: torch.device
+    ) -> DecodingBatch:
+        """Create a batch with an empty cache. rows: indices into `prompts`."""
         from transformers import DynamicCache
 
-        longest = max(len(prompts[row]) for row in rows)
-        gaps = [longest - len(prompts[row]) for row in rows]
-        ids = [[0] * gap + prompts[row] for gap, row in zip(gaps, rows, strict=True)]
-        mask_bw = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps], device=device)
+        max_length = max(len(prompts[row]) for row in rows)
+        padding = [max_length - len(prompts[row]) for row in rows]
+        ids = [[0] * count + prompts[row] for count, row in zip(padding, rows, strict=True)]
+        mask_bw = torch.tensor([[0] * count + [1] * (max_length - count) for count in padding], device=device)
         rows_b = torch.tensor(rows, device=device)
         return cls(
             rows_b,
@@ -53,7 +57,7 @@ class DecodingBatch:
         )
 
     def forward(self, model: Any) -> torch.Tensor:
-        """(rows, vocabulary): logits of each row's next token."""
+        """Return the logits of each row's next token, (rows, vocabulary)."""
         logits_b1v: torch.Tensor = model(
             input_ids=self.ids_bt,
             attention_mask=self.mask_bw,
@@ -64,42 +68,43 @@ class DecodingBatch:
         ).logits
         return logits_b1v[:, -1]
 
-    def append(self, tokens_b: torch.Tensor, ends_b: torch.Tensor) -> None:
-        """What was drawn, and whether that ends the row."""
-        # A row that has ended stays where it is: else it would walk out of the model's window until it leaves.
-        self.ids_bt, self.positions_bt = tokens_b[:, None], self.positions_bt[:, -1:] + self.alive_b[:, None]
+    def append(self, tokens_b: torch.Tensor, finished_b: torch.Tensor) -> None:
+        """Append the sampled tokens; `finished_b`: whether they end their rows."""
+        # Position ids of finished rows stay fixed, or they would exceed the model's maximum before eviction.
+        self.ids_bt, self.positions_bt = tokens_b[:, None], self.positions_bt[:, -1:] + self.active_b[:, None]
         self.mask_bw = pad(self.mask_bw, (0, 1), value=1)
-        self.alive_b &= ~ends_b
-        self.times_b += 1
+        self.active_b &= ~finished_b
+        self.num_tokens_b += 1
 
-    def leave(self) -> None:
-        """Rows that have ended, and columns that were padding in all rows that stay."""
-        kept = self.alive_b.nonzero()[:, 0]
-        for name in ("rows_b", "times_b", "alive_b", "ids_bt", "positions_bt", "mask_bw"):
+    def evict_finished(self) -> None:
+        """Remove finished rows, and columns that are padding in all other rows."""
+        kept = self.active_b.nonzero()[:, 0]
+        for name in ("rows_b", "num_tokens_b", "active_b", "ids_bt", "positions_bt", "mask_bw"):
             setattr(self, name, getattr(self, name)[kept])
         self.cache.batch_select_indices(kept)
-        if len(kept) and self.joinable:
+        if len(kept) and self.can_merge:
             first = int(self.mask_bw.argmax(1).min())
             self.mask_bw = self.mask_bw[:, first:]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     @property
-    def joinable(self) -> bool:
-        """Whether the cache is nothing but keys and values of all tokens: sliding windows and recurrent states
-        (transformers 5.23's other layers) keep places or sums that don't move with the columns."""
+    def can_merge(self) -> bool:
+        """Whether all cache layers hold the keys and values of all tokens. Sliding windows and recurrent states
+        (transformers 5.23's other layers) hold positions or sums that can't be shifted with the columns."""
         from transformers.cache_utils import DynamicLayer
 
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def join(self, other: DecodingBatch) -> None:
-        """Rows that have been begun as this one's have."""
-        for name in ("rows_b", "times_b", "alive_b", "ids_bt", "positions_bt"):
+    def merge(self, other: DecodingBatch) -> None:
+        """Add the rows of `other`, whose prompts are in its cache already."""
+        for name in ("rows_b", "num_tokens_b", "active_b", "ids_bt", "positions_bt"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-        read, others = self.mask_bw.shape[1] - 1, other.mask_bw.shape[1] - 1
-        left, others_left = max(0, others - read), max(0, read - others)
-        self.mask_bw = torch.cat([pad(self.mask_bw, (left, 0)), pad(other.mask_bw, (others_left, 0))])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        cached, other_cached = self.mask_bw.shape[1] - 1, other.mask_bw.shape[1] - 1
+        padding, other_padding = max(0, other_cached - cached), max(0, cached - other_cached)
+        self.mask_bw = torch.cat([pad(self.mask_bw, (padding, 0)), pad(other.mask_bw, (other_padding, 0))])
+        for layer, other_layer in zip(self.cache.layers, other.cache.layers, strict=True):
             for name in ("keys", "values"):
-                old, new = getattr(mine, name), getattr(theirs, name)
-                setattr(mine, name, torch.cat([pad(old, (0, 0, left, 0)), pad(new, (0, 0, others_left, 0))]))
+                states, other_states = getattr(layer, name), getattr(other_layer, name)
+                padded = [pad(states, (0, 0, padding, 0)), pad(other_states, (0, 0, other_padding, 0))]
+                setattr(layer, name, torch.cat(padded))

@@ -1,7 +1,7 @@
-"""Embeddings of rows: the mean of a model's last hidden states over a row's tokens, of length 1.
+"""Embeddings of rows: the mean of a model's last hidden states over a row's tokens, normalized to length 1.
 
-Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3: of the ways to pool, the mean is
-the best there. What the model sees of a row stands in models/classifier_inputs.py.
+Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3, where mean pooling is the best
+of the pooling strategies. Inputs are encoded by models/classifier_inputs.py.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedded:
+    """Outputs of an Embedder."""
+
     vectors: np.ndarray
-    """(rows, hidden size), float32, each of length 1; NaN for a row without a token."""
+    """(rows, hidden size), float32, each of length 1; NaN for a row without tokens."""
     tokens: list[int]
-    """That the model saw of each row."""
+    """Number of tokens of each row, after truncation."""
     truncated: list[bool]
 
 
 class Embedder:
-    """A model without its head, made ready: it can be asked again and again."""
+    """Computes embeddings with a model without its head."""
 
     def __init__(
         self,
@@ -39,21 +41,21 @@ class Embedder:
         max_length: int,
         batch_tokens: int | None = None,
     ) -> None:
-        """Rows are cut to `max_length` tokens, or to what the model has positions for, whichever is less."""
-        self._model, self._read = model, ClassifierEncoder(model, tokenizer, max_length)
+        """Rows are truncated to `max_length` tokens, or to the model's maximum position if that is less."""
+        self._model, self._encoder = model, ClassifierEncoder(model, tokenizer, max_length)
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
 
     def __call__(self, rows: Sequence[Row]) -> Embedded:
         import torch
 
-        seen = self._read(rows)
-        lengths = [len(item.ids) for item in seen]
+        encoded = self._encoder(rows)
+        lengths = [len(item.ids) for item in encoded]
         vectors_nh = np.full((len(rows), self._model.config.get_text_config().hidden_size), np.nan, np.float32)
         for batch in token_budget_batches(lengths, self._budget):
-            inputs = self._read.tensors([seen[index] for index in batch])
+            inputs = self._encoder.tensors([encoded[index] for index in batch])
             with torch.inference_mode():
                 hidden_bth = self._model(**inputs).last_hidden_state.float()
                 counts_bt1 = inputs["attention_mask"][:, :, None]
                 mean_bh = (hidden_bth * counts_bt1).sum(1) / counts_bt1.sum(1)
                 vectors_nh[batch] = torch.nn.functional.normalize(mean_bh, dim=1).cpu().numpy()
-        return Embedded(vectors_nh, lengths, [item.truncated for item in seen])
+        return Embedded(vectors_nh, lengths, [item.truncated for item in encoded])

@@ -1,9 +1,8 @@
-"""Rows to tokens: the same functions for scoring, training, evaluation and generation.
+"""Encode rows as tokens, by the same functions for scoring, training, evaluation and generation.
 
-A text becomes the tokens that the tokenizer makes of it, special tokens included (BOS exactly where the tokenizer adds
-one), and an end token. A conversation is rendered by the chat template (models/chat_template.py); the responses of its
-assistant turns, each with its end token, are trained and all else is masked. Special tokens in the text of a row are
-encoded as ordinary text: nobody's question may end a turn.
+A text is tokenized with special tokens (BOS only if the tokenizer adds it) and an EOS token. A conversation is rendered
+by the chat template (models/chat_template.py); the assistant responses, each with its EOS token, have a loss, all else
+is masked. Special tokens in the text of a row are encoded as ordinary text, so that a user message can't end its turn.
 """
 
 from __future__ import annotations
@@ -23,36 +22,36 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["all_turns", "last_turn", "all_tokens"]
 ENCODING_VERSION = 1
-"""Raise it when a change gives other tokens or spans for the same rows: tokenised rows are rebuilt, and so are the
-models that were trained on them."""
+"""Increase this when a change produces other tokens or spans for the same rows: tokenised rows, and the models trained
+on them, are then rebuilt."""
 Truncation = Literal["right", "left", "drop", "split"]
 Span = tuple[int, int]
-"""Begin and end of trained tokens."""
+"""Start and end index of tokens that have a loss."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become training sequences. All of it changes the tokens, and so belongs to the cache key."""
+    """How rows are encoded. All fields change the tokens, so all are part of the cache key."""
 
     max_length: int
-    """Tokens of a sequence, at most."""
+    """Maximum tokens of a sequence."""
     train_on: TrainOn = "all_turns"
-    """all_turns: every assistant turn whose `weight` is not 0; last_turn: the last turn of the row; all_tokens: every
-    token, as pre-training has it, whatever the weights."""
+    """all_turns: every assistant message whose `weight` is not 0; last_turn: the last message, if it is an assistant's;
+    all_tokens: every token, as in pre-training, whatever the weights."""
     truncate: Truncation = "right"
-    """right: a conversation ends after the last response that fits; a text, and a single response, loses its end.
-    left: a conversation loses its oldest turns (not the system turn), then the beginning of its prompt.
-    drop: a longer row is not used. split: what is cut off becomes further sequences."""
+    """right: keep a conversation up to the last response that fits; truncate the end of a text or a single response.
+    left: drop the oldest messages (not the system message), then the start of the prompt.
+    drop: skip longer rows. split: continue longer rows in further sequences."""
     empty_thinking: Literal["mask", "train"] = "mask"
-    """Of an empty thinking block before a response."""
+    """Whether an empty thinking block before a response has a loss."""
 
 
 NO_LIMIT = 2**31 - 1
 
 
 def encoding_of(stage: Any) -> Encoding:
-    """The settings of a stage (tunery.spec) that decide the tokens it trains on, or answers. Texts of `pretrain` are
-    not cut: its blocks are, wherever they end. A prompt is not cut either: it would end in the middle of a question."""
+    """Return the encoding of a stage (tunery.spec). Texts of `pretrain` are not truncated, since they are split into
+    blocks. Prompts are not truncated either, since a truncated question is useless."""
     if stage.kind == "pretrain":
         return Encoding(NO_LIMIT, "all_tokens")
     if hasattr(stage, "sampling"):
@@ -67,22 +66,22 @@ def encoding_of(stage: Any) -> Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sequence of tokens and the spans of it that are trained. The first token of a sequence is never predicted, so
-    it never counts."""
+    """A token sequence and its spans that have a loss. The first token of a sequence is never predicted, so it never
+    has a loss."""
 
     ids: list[int]
     spans: tuple[Span, ...]
     truncated: bool = False
     generation_prompt_ids: tuple[int, ...] = ()
-    """What the chat template puts before a response ("<|assistant|>"); empty for a text."""
+    """Tokens that the chat template puts before a response ("<|assistant|>"); empty for a text."""
     rejected: str = ""
-    """Why the row can't be used; then there are no tokens."""
+    """Why the row can't be used; it has no tokens then."""
     dropped_reasoning: int = 0
-    """Assistant turns whose reasoning the chat template does not render."""
+    """Number of assistant messages whose reasoning the chat template does not render."""
     escaped_tokens: int = 0
-    """Special tokens in the row's own text, encoded as ordinary text."""
+    """Number of special tokens in the row's text, encoded as ordinary text."""
     token_types: list[int] | None = None
-    """Which of the two texts of a pair each token belongs to, where the tokenizer tells (BERT's)."""
+    """token_type_ids of a pair of texts, if the tokenizer returns them (BERT)."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -95,12 +94,12 @@ class Encoded:
 
     @property
     def labels(self) -> list[int]:
-        """`ids` with -100 where no loss counts, as transformers has it."""
+        """`ids`, with -100 for tokens without a loss, as in transformers."""
         return labels_of(self.ids, self.spans)
 
     @property
     def response(self) -> Span:
-        """The last span; empty, at the end, where nothing is trained."""
+        """The last span; an empty span at the end if nothing has a loss."""
         return self.spans[-1] if self.spans else (len(self.ids), len(self.ids))
 
 
@@ -112,9 +111,9 @@ def labels_of(ids: Sequence[int], spans: Iterable[Span]) -> list[int]:
 
 
 def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """One sequence for each row, whatever its length."""
+    """Encode each row as one sequence, without truncation."""
     texts = [index for index, row in enumerate(rows) if not row.get("messages")]
-    found: dict[int, Encoded] = dict(
+    encoded: dict[int, Encoded] = dict(
         zip(texts, _encode_texts([rows[index]["text"] or "" for index in texts], tokenizer), strict=True)
     )
     if len(texts) < len(rows):
@@ -122,18 +121,18 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
         prompt_ids = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
         pieces: list[list[str]] = []
         drafts: dict[int, Encoded] = {}
-        kept: list[list[bool]] = []
+        has_loss: list[list[bool]] = []
         for index, row in enumerate(rows):
-            if index in found:
+            if index in encoded:
                 continue
             try:
                 conversation = template.conversation(row, encoding.empty_thinking == "mask")
                 trained = _trained_turns(row, encoding.train_on)
             except RejectedConversation as error:
-                found[index] = Encoded([], (), rejected=str(error))
+                encoded[index] = Encoded([], (), rejected=str(error))
                 continue
             pieces.append(_pieces(conversation))
-            kept.append([span.turn in trained for span in conversation.spans])
+            has_loss.append([span.turn in trained for span in conversation.spans])
             drafts[index] = Encoded(
                 [],
                 (),
@@ -141,32 +140,33 @@ def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
                 dropped_reasoning=conversation.dropped_reasoning,
                 escaped_tokens=conversation.escaped_tokens,
             )
-        for (index, draft), tokens, keeps in zip(drafts.items(), tokenize_pieces(pieces, template), kept, strict=True):
+        for (index, draft), tokens, flags in zip(
+            drafts.items(), tokenize_pieces(pieces, template), has_loss, strict=True
+        ):
             edges = list(accumulate((len(piece) for piece in tokens), initial=0))
-            responses = zip(edges[1::2], edges[2::2], keeps, strict=False)
-            spans = tuple((start, end) for start, end, keep in responses if keep and start < end)
+            responses = zip(edges[1::2], edges[2::2], flags, strict=False)
+            spans = tuple((start, end) for start, end, flag in responses if flag and start < end)
             if encoding.train_on == "all_tokens":
                 spans = ((0, edges[-1]),)
-            found[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
-    return [found[index] for index in range(len(rows))]
+            encoded[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
+    return [encoded[index] for index in range(len(rows))]
 
 
 def _pieces(conversation: RenderedConversation) -> list[str]:
-    """The text before the first response, the response, the text before the second and so on. Every response is a piece
-    of its own, trained or not: then the tokens before it are the same whatever is trained, and those that a model is
-    given to generate it."""
-    cuts = [0, *(at for span in conversation.spans for at in (span.start, span.end)), len(conversation.text)]
+    """Split into the text before the first response, the response, the text before the second and so on. Every response
+    is its own piece, with a loss or not, so that the tokens before it are the same as in the prompt for generation."""
+    cuts = [0, *(index for span in conversation.spans for index in (span.start, span.end)), len(conversation.text)]
     return [conversation.text[start:end] for start, end in pairwise(cuts)]
 
 
 def as_prompt(row: Row) -> Row:
-    """A conversation up to its last response; without any turn where nothing is asked."""
+    """Return a conversation without its last message if that is an assistant's; a text has no messages."""
     turns = row.get("messages") or []
     return {**row, "messages": turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns}
 
 
 def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Tokens of each prompt, up to where its response begins: those that `encode` has before the response."""
+    """Tokens of each prompt up to the start of its response, the same as `encode_whole` has before the response."""
     template = chat_template_of(tokenizer)
     texts: list[list[str]] = []
     reasons: list[str] = []
@@ -185,7 +185,7 @@ def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -
 
 
 def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
-    """What the chat template puts behind the token that ends an answer (a line end, in Qwen's); often nothing."""
+    """Return the tokens that the chat template adds after a response's EOS token (a newline for Qwen); often none."""
     template = chat_template_of(tokenizer)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     ids = tokenize_pieces([[template.conversation({"messages": turns}).text]], template)[0][0]
@@ -195,13 +195,13 @@ def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) 
 
 
 def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
-    """Raises RejectedConversation for a weight other than 0 and 1: a loss counts or it does not."""
+    """Return the indices of messages that have a loss. Raises RejectedConversation for weights other than 0 and 1."""
     turns: list[Mapping[str, Any]] = row["messages"]
     if train_on == "all_tokens":
         return set()
     weights = {turn.get("weight") for turn in turns}
-    if odd := sorted(str(weight) for weight in weights - {None, 0, 1}):
-        raise RejectedConversation(f"a turn has the weight {odd[0]}; only 0 and 1 are supported")
+    if invalid := sorted(str(weight) for weight in weights - {None, 0, 1}):
+        raise RejectedConversation(f"a turn has the weight {invalid[0]}; only 0 and 1 are supported")
     assistant = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if train_on == "last_turn":
         assistant = [index for index in assistant if index == len(turns) - 1]
@@ -213,16 +213,16 @@ def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
         return []
     special = any_of(tokenizer.all_special_tokens)
     counts = [len(special.findall(text)) for text in texts]
-    found: dict[int, list[int]] = {}
+    ids_by_index: dict[int, list[int]] = {}
     for split in (False, True):
-        mine = [index for index, count in enumerate(counts) if (count > 0) == split]
-        if mine:
-            ids = tokenizer([texts[index] for index in mine], split_special_tokens=split, **IDS_ONLY)["input_ids"]
-            found |= zip(mine, ids, strict=True)
+        indices = [index for index, count in enumerate(counts) if (count > 0) == split]
+        if indices:
+            ids = tokenizer([texts[index] for index in indices], split_special_tokens=split, **IDS_ONLY)["input_ids"]
+            ids_by_index |= zip(indices, ids, strict=True)
     eos = tokenizer.eos_token_id
     encoded = []
     for index, count in enumerate(counts):
-        ids = list(found[index])
+        ids = list(ids_by_index[index])
         if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         encoded.append(Encoded(ids, ((0, len(ids)),), escaped_tokens=count))

@@ -1,4 +1,4 @@
-"""Preference pairs and rated responses as sequences: a prompt and one response, of which only the response counts."""
+"""Encode preference pairs and rated responses: sequences of a prompt and one response, with a loss on the response."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def rejected_side(row: Row) -> Row:
 
 
 def check_pair(row: Row) -> str:
-    """Why the row is no preference pair; "" where it is one."""
+    """Return why the row is not a usable preference pair; "" if it is."""
     chosen, rejected = row.get("messages"), row.get("rejected")
     if not chosen or not rejected:
         return "it is no preference pair"
     return "a response is empty" if _is_empty(chosen[-1:]) or _is_empty(rejected) else ""
 
 
-def _is_empty(turns: Sequence[dict[str, Any]]) -> bool:
-    return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in turns)
+def _is_empty(messages: Sequence[dict[str, Any]]) -> bool:
+    return not any((message["content"] or "").strip() or message.get("tool_calls") for message in messages)
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[TokenizedRow]:
-    """Two sequences a row, chosen and rejected, after the same prompt."""
+    """Encode each row as two sequences, chosen and rejected, with the same prompt."""
     pairs = [row for row in rows if row.get("messages") and row.get("rejected")]
-    found = iter(_encode_sides(pairs, tokenizer, encoding))
+    encoded = iter(_encode_sides(pairs, tokenizer, encoding))
     for row in rows:
         if not (row.get("messages") and row.get("rejected")):
             yield TokenizedRow([], unusable="it is no preference pair")
             continue
-        chosen, rejected = next(found)
+        chosen, rejected = next(encoded)
         reason = _unusable(chosen) or _unusable(rejected)
         if not reason and chosen.ids == rejected.ids:
             reason = "both responses are the same" + (
@@ -50,7 +50,7 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
 
 
 def encode_rated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[TokenizedRow]:
-    """A rated row gives one sequence with its label, a preference pair a wanted and an unwanted one."""
+    """Encode a rated row as one sequence with its label, a preference pair as one with label 1 and one with label 0."""
     pairs = [row for row in rows if row.get("messages") and row.get("rejected")]
     rated = [row for row in rows if row.get("messages") and not row.get("rejected") and row.get("label") is not None]
     sides = iter(_encode_sides(pairs, tokenizer, encoding))
@@ -74,33 +74,33 @@ def _unusable(item: Encoded) -> str:
 def _encode_sides(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[tuple[Encoded, Encoded]]:
-    whole = encode_whole_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
-    found = []
-    for row, chosen, rejected in zip(rows, whole[: len(rows)], whole[len(rows) :], strict=True):
-        one, other = _fitted(row, (chosen, rejected), tokenizer, encoding)
-        found.append((one, other))
-    return found
+    sequences = encode_whole_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
+    sides = []
+    for row, chosen, rejected in zip(rows, sequences[: len(rows)], sequences[len(rows) :], strict=True):
+        chosen, rejected = _truncated(row, (chosen, rejected), tokenizer, encoding)
+        sides.append((chosen, rejected))
+    return sides
 
 
 def encode_responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """A sequence a row, of which the last turn counts."""
-    whole = encode_whole_responses(rows, tokenizer, encoding)
-    return [_fitted(row, (item,), tokenizer, encoding)[0] for row, item in zip(rows, whole, strict=True)]
+    """Encode each row as one sequence with a loss on its last message."""
+    sequences = encode_whole_responses(rows, tokenizer, encoding)
+    return [_truncated(row, (item,), tokenizer, encoding)[0] for row, item in zip(rows, sequences, strict=True)]
 
 
 def encode_whole_responses(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[Encoded]:
-    """One sequence a row, whatever its length, up to the end of the response: a template may put text behind its end
-    token."""
+    """Encode each row as one sequence without truncation, up to the end of the response: a template may add text after
+    the EOS token."""
     encoded = encode_whole(rows, tokenizer, replace(encoding, train_on="last_turn"))
     return [replace(item, ids=item.ids[: item.response[1]]) if item.spans else item for item in encoded]
 
 
-def _fitted(
+def _truncated(
     row: Row, sides: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Encoded, ...]:
-    """All sides of a row within `max_length`, after the same prompt."""
+    """Truncate all sides of a row to `max_length`, with the same prompt."""
     limit = encoding.max_length
     if all(len(item.ids) <= limit for item in sides) or any(item.rejected for item in sides):
         return tuple(sides)

@@ -1,11 +1,10 @@
-"""Answers of a model to prompts: what an engine for it must do, and the one that ships, on transformers' forward pass.
+"""Generation: the interface of an engine, and the engine on transformers' forward pass.
 
-Continuous batching (Yu et al. 2022, "Orca"): a row that has ended leaves its batch and a prompt that waits takes its
-place, so that one long answer does not make all others wait. The longest prompts go first, so that prompts of like
-length, padded on the left, are read together.
+Continuous batching (Yu et al. 2022, "Orca"): finished rows are evicted from the batch and pending prompts take their
+slots, so that a long response does not block others. The longest prompts are started first, so that prompts of similar
+length, padded on the left, are prefilled together.
 
-Another engine (vLLM beside the training, say) is one more class with the same call; it is imported where it is asked
-for, so that nobody has to install it.
+Another engine, such as vLLM, is one more class with the same `__call__`. Import it lazily, as an optional dependency.
 """
 
 from __future__ import annotations
@@ -26,133 +25,139 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_LOGITS = 1 << 28
-"""Rows x vocabulary of a batch, at most: drawing takes some twenty bytes of each."""
+"""Maximum rows x vocabulary size of a batch: sampling takes about 20 bytes per logit."""
 EVICT_FRACTION = 0.1
-"""Share of a batch that must have ended before its rows leave and others join: less often, and places are empty; more
-often, and the cache is copied all the time."""
+"""Fraction of a batch that must have finished before its rows are evicted and others join. Larger values leave slots
+empty for longer; smaller ones copy the cache more often."""
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
-"""Of a batch's cache, by device: rows x (longest prompt + max_new_tokens)."""
+"""Tokens in a batch's KV cache, by device: rows x (longest prompt + max_new_tokens)."""
 
 
 @dataclass(frozen=True)
 class Response:
+    """A generated response."""
+
     tokens: list[int]
-    """With the end token, where it was drawn."""
+    """Token ids, including the EOS token if it was sampled."""
     log_probs: list[float]
-    """Of each token, under the distribution that it was drawn from."""
+    """Log-probability of each token under the distribution that it was sampled from."""
     ended: bool
-    """By an end token; else it was cut off."""
+    """Whether it ends with an EOS token; otherwise it was truncated at max_new_tokens."""
 
 
 class Engine(Protocol):
+    """A generation engine."""
+
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Response]:
-        """An answer to each prompt. uniform_bt: (prompts, max_new_tokens) in [0, 1), float64: what each token of each
-        row is drawn by (models/sampling.py). Sampling noise of another kind is allowed where it is seeded by them."""
+        """Sample a response to each prompt. uniform_bt: (prompts, max_new_tokens) in [0, 1), float64, the random number
+        of each token (models/sampling.py). An engine with its own random number generator must seed it with them."""
         ...
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a response of the model. Raises TuneryError where there is none."""
+    """Return all tokens that end a response of the model. Raises TuneryError if there is none."""
     return stop_token_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
 
 
 def stop_token_ids(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`configured` (of a generation config), those by which the chat template ends a response (`<|im_end|>`, where the
-    tokenizer of a Qwen base model has `<|endoftext|>`), and the tokenizer's own. Raises TuneryError where there is
-    none."""
+    """Return `configured` (of a generation config), the chat template's end tokens (`<|im_end|>`, where the tokenizer
+    of a Qwen base model has `<|endoftext|>`), and the tokenizer's EOS token. Raises TuneryError if there is none."""
     template = chat_template_of(tokenizer).profile.end_tokens if tokenizer.chat_template else ()
-    of_template = tokenizer.convert_tokens_to_ids(list(template))
-    listed = configured if isinstance(configured, list) else [configured]
-    end = sorted({token for token in (tokenizer.eos_token_id, *of_template, *listed) if token is not None})
-    if not end:
+    template_ids = tokenizer.convert_tokens_to_ids(list(template))
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    stop_ids = sorted(
+        {token for token in (tokenizer.eos_token_id, *template_ids, *configured_ids) if token is not None}
+    )
+    if not stop_ids:
         raise TuneryError(
             "the model has no end token: an answer would never end",
             cause="neither its chat template, nor its tokenizer, nor its generation config names one",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    return end
+    return stop_ids
 
 
 def set_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the end tokens into the model's generation config: `generate` stops at those alone."""
+    """Set the EOS tokens in the model's generation config, which `generate` stops at."""
     model.generation_config.eos_token_id = eos_token_ids(model, tokenizer)
 
 
-def decode_response(answer: Sequence[int], end: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Without the token that ended it."""
-    tokens = answer[:-1] if answer[-1] in end else answer
+def decode_response(response: Sequence[int], stop_ids: Collection[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a response without its final EOS token."""
+    tokens = response[:-1] if response[-1] in stop_ids else response
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class TransformersEngine:
-    """Batched decoding with a key-value cache, by the model's own forward pass."""
+    """Continuous batching with a KV cache, by the model's own forward pass."""
 
-    def __init__(self, model: Any, end: Sequence[int], batch_tokens: int | None = None) -> None:
-        """model: a causal language model on its device, or whatever is called like one. end: tokens that end an
-        answer. batch_tokens: of a batch's cache."""
-        self._model, self._end = model, list(end)
-        self._budget = batch_tokens
+    def __init__(self, model: Any, stop_ids: Sequence[int], batch_tokens: int | None = None) -> None:
+        """model: a causal language model on its device. stop_ids: tokens that end a response. batch_tokens: maximum
+        tokens in a batch's KV cache."""
+        self._model, self._stop_ids = model, list(stop_ids)
+        self._batch_tokens = batch_tokens
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[list[int]], uniform_bt: torch.Tensor, sampling: Sampling) -> list[Response]:
         if not prompts:
             return []
         device = next(self._model.parameters()).device
-        drawing = _SamplerState(len(prompts), uniform_bt.to(device), sampling, self._end)
-        waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # the longest is the next
-        room = self._rows(len(prompts[waiting[-1]]) + sampling.max_new_tokens, device)
+        sampler = _SamplerState(len(prompts), uniform_bt.to(device), sampling, self._stop_ids)
+        pending = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # the longest is popped first
+        max_rows = self._max_rows(len(prompts[pending[-1]]) + sampling.max_new_tokens, device)
         batch: DecodingBatch | None = None
-        while waiting or batch is not None:
-            free = room - (0 if batch is None else len(batch.rows_b))
-            if waiting and (batch is None or (batch.joinable and free >= EVICT_FRACTION * room)):
-                begun = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                new = DecodingBatch.of(begun, list(prompts), self._model.config, device)
-                drawing.step(new, self._model)
+        while pending or batch is not None:
+            free = max_rows - (0 if batch is None else len(batch.rows_b))
+            if pending and (batch is None or (batch.can_merge and free >= EVICT_FRACTION * max_rows)):
+                started = [pending.pop() for _ in range(min(free, len(pending)))]
+                new = DecodingBatch.from_prompts(started, list(prompts), self._model.config, device)
+                sampler.step(new, self._model)
                 if batch is None:
                     batch = new
                 else:
-                    batch.join(new)
+                    batch.merge(new)
             elif batch is not None:
-                drawing.step(batch, self._model)
+                sampler.step(batch, self._model)
             assert batch is not None
-            left = int(batch.alive_b.sum())
-            if left == 0:
+            num_active = int(batch.active_b.sum())
+            if num_active == 0:
                 batch = None
-            elif left <= (1 - EVICT_FRACTION) * len(batch.rows_b):
-                batch.leave()
-        return list(drawing.answers())
+            elif num_active <= (1 - EVICT_FRACTION) * len(batch.rows_b):
+                batch.evict_finished()
+        return list(sampler.responses())
 
-    def _rows(self, width: int, device: torch.device) -> int:
-        """That share a batch, none of them with more than `width` tokens."""
-        budget = self._budget or BATCH_TOKENS[device.type]
-        most: int = MAX_LOGITS // self._model.config.get_text_config().vocab_size
-        return max(1, min(most, budget // width))
+    def _max_rows(self, width: int, device: torch.device) -> int:
+        """Maximum number of rows in a batch whose rows have at most `width` tokens."""
+        batch_tokens = self._batch_tokens or BATCH_TOKENS[device.type]
+        max_rows: int = MAX_LOGITS // self._model.config.get_text_config().vocab_size
+        return max(1, min(max_rows, batch_tokens // width))
 
 
 class _SamplerState:
-    """The tokens of all answers, as they are drawn."""
+    """The sampled tokens of all responses."""
 
-    def __init__(self, rows: int, uniform_bt: torch.Tensor, sampling: Sampling, end: list[int]) -> None:
+    def __init__(self, rows: int, uniform_bt: torch.Tensor, sampling: Sampling, stop_ids: list[int]) -> None:
         """uniform_bt: (rows, max_new_tokens), on the model's device."""
-        self._uniform_bt, self._sampling, self._end = uniform_bt, sampling, end
-        self._end_e = torch.tensor(end, device=uniform_bt.device)
+        self._uniform_bt, self._sampling, self._stop_ids = uniform_bt, sampling, stop_ids
+        self._stop_ids_e = torch.tensor(stop_ids, device=uniform_bt.device)
         self._tokens_bt = torch.full((rows, sampling.max_new_tokens), -1, device=uniform_bt.device)
         self._log_probs_bt = torch.zeros(rows, sampling.max_new_tokens, device=uniform_bt.device)
 
     def step(self, batch: DecodingBatch, model: Any) -> None:
-        """One token more for each row of a batch. What a row draws that has ended and not left yet is thrown away."""
-        most = self._sampling.max_new_tokens
+        """Sample the next token of each row; those of finished rows that are not evicted yet are discarded."""
+        max_new_tokens = self._sampling.max_new_tokens
         logits_bv = batch.forward(model).float()
-        if self._end and self._sampling.min_new_tokens:
-            early_b1 = (batch.times_b < self._sampling.min_new_tokens)[:, None]
-            logits_bv[:, self._end_e] = logits_bv[:, self._end_e].masked_fill(early_b1, -torch.inf)
-        place = (batch.rows_b, batch.times_b.clamp(max=most - 1))
-        drawn_b, log_prob_b = sample(logits_bv, self._uniform_bt[place], self._sampling)
-        self._tokens_bt[place] = torch.where(batch.alive_b, drawn_b, self._tokens_bt[place])
-        self._log_probs_bt[place] = torch.where(batch.alive_b, log_prob_b, self._log_probs_bt[place])
-        batch.append(drawn_b, torch.isin(drawn_b, self._end_e) | (batch.times_b + 1 >= most))
+        if self._stop_ids and self._sampling.min_new_tokens:
+            too_short_b1 = (batch.num_tokens_b < self._sampling.min_new_tokens)[:, None]
+            logits_bv[:, self._stop_ids_e] = logits_bv[:, self._stop_ids_e].masked_fill(too_short_b1, -torch.inf)
+        index = (batch.rows_b, batch.num_tokens_b.clamp(max=max_new_tokens - 1))
+        tokens_b, log_prob_b = sample(logits_bv, self._uniform_bt[index], self._sampling)
+        self._tokens_bt[index] = torch.where(batch.active_b, tokens_b, self._tokens_bt[index])
+        self._log_probs_bt[index] = torch.where(batch.active_b, log_prob_b, self._log_probs_bt[index])
+        finished_b = torch.isin(tokens_b, self._stop_ids_e) | (batch.num_tokens_b + 1 >= max_new_tokens)
+        batch.append(tokens_b, finished_b)
 
-    def answers(self) -> Iterator[Response]:
+    def responses(self) -> Iterator[Response]:
         for row, values in zip(self._tokens_bt.tolist(), self._log_probs_bt.tolist(), strict=True):
             length = row.index(-1) if -1 in row else len(row)
-            yield Response(row[:length], values[:length], row[length - 1] in self._end)
+            yield Response(row[:length], values[:length], row[length - 1] in self._stop_ids)

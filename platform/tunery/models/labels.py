@@ -1,4 +1,4 @@
-"""What a sequence-classification model tells apart, from its config alone: known before anything runs, without torch.
+"""The labels of a sequence-classification model, read from its config without torch, before anything runs.
 
 The names and the meaning of `problem_type` are those of transformers' PretrainedConfig
 (https://huggingface.co/docs/transformers/main_classes/configuration).
@@ -16,54 +16,57 @@ from typing import Any
 from tunery.models.model_folder import BadModel
 
 HEAD = "ForSequenceClassification"
-MOST_SHOWN = 12
+MAX_LISTED = 12
 REWARD = ("reward",)
-"""What a reward model that was trained here gives, by number."""
+"""Labels of a reward model trained by tunery."""
 
 
 @dataclass(frozen=True)
 class RewardNorm:
-    """Of a reward model's outputs for answers: where they lie, and how far apart."""
+    """Mean and standard deviation of a reward model's outputs, to normalize its rewards."""
 
     mean: float
-    deviation: float
+    std: float
 
     def __call__(self, outputs: Any) -> Any:
-        """(outputs - mean) / deviation: of a number, an array or a tensor."""
-        return (outputs - self.mean) / self.deviation
+        """Return (outputs - mean) / std, for a number, an array or a tensor."""
+        return (outputs - self.mean) / self.std
 
 
 @dataclass(frozen=True)
 class Labels:
+    """Names and probabilities of a classification model's labels."""
+
     names: tuple[str, ...]
     """In the order of the logits."""
     independent: bool
-    """A row may have several of them or none: each has a probability of its own, where else all share one."""
+    """Multi-label: each label has its own probability (sigmoid), instead of one distribution over all (softmax)."""
     temperature: float | None = None
-    """By which probabilities fit best on rows that it wasn't trained on; None where nobody looked."""
+    """Temperature fitted on held-out rows (calibration); None if not fitted."""
     scale: RewardNorm | None = None
-    """Of a reward model that was trained here; None of any other."""
+    """Normalization of a reward model trained by tunery; None for any other model."""
 
-    def shown(self) -> str:
-        more = f" and {len(self.names) - MOST_SHOWN} more" if len(self.names) > MOST_SHOWN else ""
-        return ", ".join(f"`{name}`" for name in self.names[:MOST_SHOWN]) + more
+    def listed(self) -> str:
+        """The first names, for messages."""
+        more = f" and {len(self.names) - MAX_LISTED} more" if len(self.names) > MAX_LISTED else ""
+        return ", ".join(f"`{name}`" for name in self.names[:MAX_LISTED]) + more
 
     def index(self, label: str | int, model: str) -> int:
-        """Of a label by its name or its number. Raises BadModel, which names the nearest."""
+        """Return the index of a label given by name or number. Raises BadModel, which suggests the closest name."""
         if isinstance(label, int):
             if label < len(self.names):
                 return label
             numbers = f"its {len(self.names)} labels have the numbers 0 to {len(self.names) - 1}"
-            raise BadModel(f"`{model}` has no label {label}", numbers, f"labels: {self.shown()}")
+            raise BadModel(f"`{model}` has no label {label}", numbers, f"labels: {self.listed()}")
         if label in self.names:
             return self.names.index(label)
         lower = {name.lower(): name for name in self.names}
-        near = difflib.get_close_matches(label.lower(), lower, n=1)
-        remedy = f"did you mean `{lower[near[0]]}`?" if near else "take one of them, by its name or its number"
-        raise BadModel(f"`{model}` has no label `{label}`", f"its labels: {self.shown()}", remedy)
+        matches = difflib.get_close_matches(label.lower(), lower, n=1)
+        remedy = f"did you mean `{lower[matches[0]]}`?" if matches else "take one of them, by its name or its number"
+        raise BadModel(f"`{model}` has no label `{label}`", f"its labels: {self.listed()}", remedy)
 
     def fitted_temperature(self, model: str) -> float:
-        """Raises BadModel where nobody looked for one."""
+        """Return the fitted temperature. Raises BadModel if there is none."""
         if self.temperature is None:
             raise BadModel(
                 f"`{model}` has no temperature of its own",
@@ -73,17 +76,17 @@ class Labels:
         return self.temperature
 
     def check_single(self, model: str) -> None:
-        """Raises BadModel where there is more than the one score that a reward model gives."""
+        """Raise BadModel unless there is exactly one label, as in a reward model."""
         if len(self.names) != 1:
             raise BadModel(
                 f"`{model}` is no reward model: it has {len(self.names)} labels",
-                f"a reward model gives one number a row; these are its labels: {self.shown()}",
+                f"a reward model gives one number a row; these are its labels: {self.listed()}",
                 f"score by one of them, as {{classifier: ..., label: {self.names[-1]}}}",
             )
 
 
 def labels_of(config: Mapping[str, Any], model: str) -> Labels:
-    """From the content of config.json. Raises BadModel where that is of a model without a classification head."""
+    """Read the labels from the content of config.json. Raises BadModel for a model without a classification head."""
     architectures = [str(name) for name in config.get("architectures") or ()]
     if architectures and not any(name.endswith(HEAD) for name in architectures):
         raise BadModel(
@@ -91,16 +94,16 @@ def labels_of(config: Mapping[str, Any], model: str) -> Labels:
             f"its config.json says it is a {architectures[0]}",
             f"take a model whose architecture ends in {HEAD}; a language model scores by `perplexity` or `ifd`",
         )
-    given = config.get("id2label")
-    # transformers leaves two labels out of the file when they have no names: that is its default.
-    numbered = {n: f"LABEL_{n}" for n in range(int(config.get("num_labels") or 2))}
-    by_number = {int(key): str(name) for key, name in (given or numbered).items()}
+    id2label = config.get("id2label")
+    # transformers omits two unnamed labels from the file, since they are its default.
+    default = {n: f"LABEL_{n}" for n in range(int(config.get("num_labels") or 2))}
+    by_number = {int(key): str(name) for key, name in (id2label or default).items()}
     names = tuple(name for _, name in sorted(by_number.items()))
     return Labels(names, config.get("problem_type") == "multi_label_classification" or len(names) == 1)
 
 
 def labels_of_folder(folder: Path) -> Labels:
-    """Of a model folder. Raises BadModel when its config.json can't be read or knows no classification head."""
+    """Read the labels of a model folder. Raises BadModel if config.json is unreadable or has no classification head."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

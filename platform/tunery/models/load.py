@@ -1,8 +1,8 @@
-"""Loading a model and its tokenizer: a hub name, a Hugging Face folder, or an artifact of this store.
+"""Load a model and its tokenizer from the hub, a Hugging Face folder, or an artifact of the store.
 
-A model artifact holds `model/` (a whole model) or `adapter/` (PEFT, to be laid on its base) and `base.json` that says
-what the base is. Adapters are merged on loading, so that whoever scores, evaluates or trains on sees one plain model.
-A classifier's adapter holds its head too, and `head.json` says what that tells apart.
+A model artifact holds `model/` (a full model), or `adapter/` (PEFT) and `base.json`, which names the adapter's base.
+Adapters are merged on loading, so that scoring, evaluation and training get a plain model. A classifier's adapter
+includes its head, and `head.json` lists the labels.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 HEAD = "head.json"
 Source = dict[str, Any]
-"""{"artifact": path} | {"pretrained": path or hub name, "revision": hub revision or None}: fits into JSON."""
+"""{"artifact": path} | {"pretrained": path or hub name, "revision": hub revision or None}: JSON-serializable."""
 
 
 def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path) -> Source:
-    """Where a stage's model comes from; `artifacts` by stage name, `folder` where relative paths start."""
+    """Return the source of a stage's model. `artifacts`: by stage name; `folder`: base of relative paths."""
     if isinstance(model, str):
         return {"artifact": str(artifacts[model])}
     if model.is_folder:
@@ -38,7 +38,7 @@ def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """With a padding token and a chat template: tunery's own where the model brings none."""
+    """Load a tokenizer; a missing padding token or chat template is replaced by tunery's default."""
     tokenizer = load_own_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -48,7 +48,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """As the model brings it."""
+    """Load a tokenizer without changes."""
     from transformers import AutoTokenizer
 
     if "artifact" in source:
@@ -59,16 +59,16 @@ def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _disable_cudnn_sdp() -> None:
-    """Of this process. cuDNN's attention, which torch (2.11, 2.13) prefers on an H100, builds a plan for each new
-    shape, and batches here are as long as their longest row: a step of LoRA on 0.6 B parameters took 0.62 s with it and
-    0.35 s without, answers 33 s and 13 s."""
+    """Disable cuDNN attention in this process. torch (2.11, 2.13) prefers it on an H100, but it builds a plan for each
+    new shape, and batch widths vary here: a LoRA step on 0.6 B parameters took 0.62 s with it and 0.35 s without,
+    generation 33 s and 13 s."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in `dtype`, adapters merged."""
+    """Load a causal language model in `dtype`, with adapters merged."""
     from transformers import AutoModelForCausalLM
 
     _disable_cudnn_sdp()
@@ -79,15 +79,15 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_saved_model(folder: Path, base: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The same from a folder that holds `model/`, or `adapter/` on `base`."""
+    """Load a causal language model from a folder that holds `model/`, or `adapter/` for `base`."""
     from transformers import AutoModelForCausalLM
 
     if (folder / "model").is_dir():
         return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-    return _merged(load_model(base, dtype), folder).requires_grad_(True)  # PEFT (0.21.2) leaves the base frozen
+    return _merge_adapter(load_model(base, dtype), folder).requires_grad_(True)  # PEFT (0.21.2) leaves the base frozen
 
 
-def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def _merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     merged: PreTrainedModel = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
@@ -95,9 +95,9 @@ def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
-    """A sequence-classification model in `dtype`, and what it tells apart.
+    """Load a sequence-classification model in `dtype`, and its labels.
 
-    Raises TuneryError for a model without such a head: transformers would give it one of random weights.
+    Raises TuneryError for a model without a classification head, which transformers would initialize randomly.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -106,11 +106,11 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         artifact = Path(source["artifact"])
         model, labels = load_saved_classifier(artifact, base_of(artifact) if is_adapter(source) else {}, dtype)
         temperature = _facts(artifact).get("temperature")
-        return model, dataclasses.replace(labels, temperature=temperature, scale=scale_of(artifact))
+        return model, dataclasses.replace(labels, temperature=temperature, scale=load_reward_norm(artifact))
     name = source["pretrained"]
-    model, told = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
+    model, loading_info = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
     try:
-        if missing := sorted(told["missing_keys"]):
+        if missing := sorted(loading_info["missing_keys"]):
             raise BadModel(
                 f"`{name}` has no classification head",
                 f"it has no weights for {', '.join(missing[:4])}",
@@ -122,18 +122,18 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
 
 
 def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
-    """The same from a folder that holds `model/`, or `adapter/` and its head on `base`; without temperature and scale,
-    which are facts of an artifact."""
+    """Load a classifier from a folder that holds `model/`, or `adapter/` with its head for `base`. Its labels have no
+    temperature and reward normalization, which are facts of an artifact."""
     if (folder / "model").is_dir():
         return load_classifier({"pretrained": str(folder / "model"), "revision": None}, dtype)
     names = tuple(json.loads((folder / HEAD).read_text())["labels"])
-    headed, _ = load_with_new_head(base, names, dtype)
+    model, _ = load_with_new_head(base, names, dtype)
     # The head was trained and saved in full precision.
-    return _merged(headed, folder).to(dtype), Labels(names, len(names) == 1)
+    return _merge_adapter(model, folder).to(dtype), Labels(names, len(names) == 1)
 
 
-def scale_of(artifact: Path) -> RewardNorm | None:
-    """Of the rewards of a `reward` stage's artifact; None of another's."""
+def load_reward_norm(artifact: Path) -> RewardNorm | None:
+    """Return the reward normalization of a `reward` stage's artifact; None for any other artifact."""
     facts = _facts(artifact)
     return RewardNorm(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
 
@@ -144,22 +144,22 @@ def _facts(artifact: Path) -> dict[str, Any]:
 
 
 def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
-    """A sequence-classification model in `dtype` on the weights of a language model, to be trained, and its modules
-    whose weights are random. A head of as many labels that the model has already is kept.
+    """Load a language model with a classification head for training, in `dtype`. Also return the randomly initialized
+    modules; an existing head with the same number of labels is kept.
 
-    Rows of a batch are told apart from their padding by `pad_token_id`, which its config has then. Raises TuneryError
-    when more than a head (and what pools for it) would be random.
+    The config gets a `pad_token_id`, which the model needs to find the last token of a row. Raises TuneryError if any
+    modules besides the head and its pooler would be random.
     """
     from transformers import AutoModelForSequenceClassification
 
     _disable_cudnn_sdp()
     if is_adapter(source):
-        whole = load_model(source, dtype)
+        language_model = load_model(source, dtype)
         model = AutoModelForSequenceClassification.from_config(_for_labels(source, labels), dtype=dtype)
-        setattr(model, model.base_model_prefix, getattr(whole, whole.base_model_prefix))
+        setattr(model, model.base_model_prefix, getattr(language_model, language_model.base_model_prefix))
         inherited = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict()}
         return model, _modules(key for key in model.state_dict() if key not in inherited)
-    model, told = _from_hub(
+    model, loading_info = _from_hub(
         AutoModelForSequenceClassification,
         _folder_of(source),
         config=_for_labels(source, labels),
@@ -167,25 +167,25 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    new = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
-    body = f"{model.base_model_prefix}."
-    if missing := [key for key in new if key.startswith(body) and "pooler" not in key]:
+    new_keys = sorted({*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])})
+    backbone = f"{model.base_model_prefix}."
+    if missing := [key for key in new_keys if key.startswith(backbone) and "pooler" not in key]:
         raise TuneryError(
             f"`{source.get('pretrained', source.get('artifact'))}` can't be given a classification head",
             cause=f"it has no weights for {', '.join(missing[:4])}",
             remedy="take a language model of an architecture that transformers knows, saved by `save_pretrained`",
         )
-    return model, _modules(new)
+    return model, _modules(new_keys)
 
 
 def outline_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
-    """The same without any weights: what it takes is known before it is loaded."""
+    """The same on the meta device, without weights, to inspect its inputs before loading it."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        outline: PreTrainedModel = AutoModelForSequenceClassification.from_config(_for_labels(source, labels))
-    return outline
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_for_labels(source, labels))
+    return model
 
 
 def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
@@ -200,38 +200,38 @@ def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
         _folder_of(root),
         num_labels=len(labels),
         id2label=names,
-        label2id={name: number for number, name in names.items()},
+        label2id={name: index for index, name in names.items()},
         problem_type="single_label_classification" if len(labels) > 1 else None,
     )
     text = config.get_text_config()
     tokenizer = load_own_tokenizer(source)
-    # Some configs name a token that there is not, such as -1.
+    # Some configs have an invalid token id, such as -1.
     if text.pad_token_id is None or not 0 <= text.pad_token_id < len(tokenizer):
         text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
 
 
 def _modules(keys: Iterable[str]) -> list[str]:
-    """Of parameters, by name."""
+    """Return the module names of the parameters `keys`."""
     return sorted({key.rpartition(".")[0] for key in keys})
 
 
 def write_head(folder: Path, labels: Sequence[str]) -> None:
-    """Beside an adapter that holds a classification head: what it tells apart."""
+    """Write the labels of an adapter that includes a classification head."""
     (folder / HEAD).write_text(json.dumps({"labels": list(labels)}) + "\n")
 
 
 def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without its head, encoder or causal, in `dtype`: it gives hidden states."""
+    """Load a model without its head, encoder or causal, in `dtype`; its outputs are hidden states."""
     from transformers import AutoModel
 
     _disable_cudnn_sdp()
     if "artifact" in source:
         causal: PreTrainedModel = load_model(source, dtype).base_model
         return causal
-    model, told = _from_hub(AutoModel, source, dtype=dtype, output_loading_info=True)
-    # Models that were not trained with a pooler get one of random weights; nobody asks it here.
-    if missing := sorted(key for key in told["missing_keys"] if "pooler" not in key):
+    model, loading_info = _from_hub(AutoModel, source, dtype=dtype, output_loading_info=True)
+    # A missing pooler is initialized randomly, but not used here.
+    if missing := sorted(key for key in loading_info["missing_keys"] if "pooler" not in key):
         raise TuneryError(
             f"`{source['pretrained']}` can't be loaded without its head",
             cause=f"it has no weights for {', '.join(missing[:4])}",
@@ -242,25 +242,26 @@ def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def is_adapter(source: Source) -> bool:
+    """Whether the source is an artifact with an adapter."""
     return "artifact" in source and not (Path(source["artifact"]) / "model").is_dir()
 
 
 def base_of(artifact: Path) -> Source:
-    """What an adapter lies on. Artifacts are named relative to the store, so that a store can be moved."""
+    """Return the source of an adapter's base. Artifacts are named relative to the store, so that it can be moved."""
     base: Source = json.loads((artifact / "base.json").read_text())
     return {"artifact": str(artifact.parent / base["artifact"])} if "artifact" in base else base
 
 
 def _folder_of(source: Source) -> Source:
-    """Of a whole model."""
+    """Return the source of a full model as a folder or hub name."""
     return {"pretrained": str(Path(source["artifact"]) / "model"), "revision": None} if "artifact" in source else source
 
 
 def write_base(folder: Path, source: Source) -> None:
-    """Beside an adapter: what it lies on. The adapter's own configuration, which PEFT (0.21) writes with a path of this
-    machine and with sets in an order that changes from process to process, gets neither."""
-    named = {"artifact": Path(source["artifact"]).name} if "artifact" in source else source
-    (folder / "base.json").write_text(json.dumps(named, indent=1) + "\n")
+    """Write base.json beside an adapter. Also remove local paths and the random order of sets from its PEFT (0.21)
+    config, so that artifacts are reproducible."""
+    base = {"artifact": Path(source["artifact"]).name} if "artifact" in source else source
+    (folder / "base.json").write_text(json.dumps(base, indent=1) + "\n")
     path = folder / "adapter" / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_text())
     ordered = {key: sorted(value) if _is_set(value) else value for key, value in config.items()}
@@ -287,13 +288,13 @@ def _from_hub(auto: Any, source: Source, **options: Any) -> Any:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """tunery's chat template with role words instead of the special tokens that a foreign tokenizer lacks."""
-    end = tokenizer.eos_token
-    if end is None:
+    """tunery's chat template with role names as text, for tokenizers without its special tokens."""
+    eos = tokenizer.eos_token
+    if eos is None:
         raise TuneryError(
             "the model's tokenizer has neither a chat template nor an end token",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
-    # A template writes the BOS token itself, where the tokenizer puts one before a text.
+    # The template must write the BOS token itself if the tokenizer adds one to texts.
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
-    return (f"{{{{ {json.dumps(bos)} }}}}" if bos else "") + chat_template("", ": ", end)
+    return (f"{{{{ {json.dumps(bos)} }}}}" if bos else "") + chat_template("", ": ", eos)

@@ -1,7 +1,7 @@
-"""What a model's config alone tells, without weights: which layers LoRA can be put on, and how many positions it has.
+"""Inspect a model by its config only, without weights: layers that LoRA can adapt, and the number of positions.
 
-The model is built on torch's meta device, where weights take no memory: seconds for any size, most of them to import
-torch. So nothing here is imported before a question needs it.
+The model is built on torch's meta device, where weights take no memory. This takes seconds for any size, mostly to
+import torch, so imports are lazy.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Form = Literal["causal", "classifier", "body"]
-"""Of a model: with the head of a language model, with a classification head, or without a head."""
+"""Head of a model: language modelling, classification, or none."""
 DECLARED = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-"""Names of a config's number of positions."""
+"""Config fields with the number of positions."""
 MARGIN = 8
-"""Rows that a table of positions may have beyond the config's number (OPT: 2), or that can't be used (RoBERTa: 2)."""
+"""Additional (OPT: 2) or unusable (RoBERTa: 2) rows that a position embedding may have."""
 
 
 @dataclass(frozen=True)
 class PositionLimit:
+    """Maximum sequence length of a model."""
+
     tokens: int
     is_table: bool
-    """Positions are rows of a table (GPT-2, BERT, GPT-J): beyond it there are none, and a longer sequence fails. Else
-    (RoPE) a longer sequence can be computed, but the model was not trained on any."""
+    """Whether positions are learned embeddings (GPT-2, BERT, GPT-J), so that longer sequences fail. Otherwise (RoPE)
+    longer sequences can be computed, but the model was not trained on them."""
 
 
 # Configs.
 
 
 def config_of_folder(folder: Path) -> dict[str, Any]:
-    """config.json as it is; empty where it can't be read (models/model_folder.py refuses that)."""
+    """Return the content of config.json; empty if unreadable (models/model_folder.py reports that)."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,7 +50,7 @@ def config_of_folder(folder: Path) -> dict[str, Any]:
 
 
 def declared_positions(config: Mapping[str, Any]) -> int | None:
-    """What a config.json says, without torch; None where it says nothing."""
+    """Return the number of positions in a config.json, without torch; None if it has none."""
     for part in (config, config.get("text_config") or {}):
         for name in DECLARED:
             if isinstance(part.get(name), int) and part[name] > 0:
@@ -58,12 +60,12 @@ def declared_positions(config: Mapping[str, Any]) -> int | None:
 
 @lru_cache(maxsize=32)
 def outline(name: str, form: Form, revision: str | None = None) -> PreTrainedModel | None:
-    """The model of a folder, a hub name (its config must have been downloaded) or `scratch:tiny`; None where
-    transformers can't build it from its config: loading it will say why."""
+    """Build the model of a folder, a hub name (with a downloaded config) or `scratch:tiny` without weights. Returns
+    None if transformers can't build it from its config; loading it reports why."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    built: dict[Form, Any] = {
+    auto_classes: dict[Form, Any] = {
         "causal": AutoModelForCausalLM,
         "classifier": AutoModelForSequenceClassification,
         "body": AutoModel,
@@ -75,7 +77,7 @@ def outline(name: str, form: Form, revision: str | None = None) -> PreTrainedMod
             else AutoConfig.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
         )
         with torch.device("meta"):
-            model: PreTrainedModel = built[form].from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = auto_classes[form].from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError):
         return None
     return model
@@ -91,15 +93,15 @@ def _scratch_config(name: str) -> PretrainedConfig:
 
 
 def position_limit(model: PreTrainedModel) -> PositionLimit | None:
-    """How many tokens the model has positions for; None where its config names no number."""
+    """Return the maximum sequence length of the model; None if its config has none."""
     config = model.config.get_text_config()
     declared = next((value for name in DECLARED if (value := getattr(config, name, None))), None)
     if not isinstance(declared, int) or declared <= 0:
         return None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        named = "pos" in name or name.endswith("wpe.weight")
-        if named and tensor.dim() == 2 and declared <= tensor.shape[0] <= declared + MARGIN:
-            # RoBERTa and its kin begin behind the padding token's number: 514 positions take 512 tokens.
+        is_position_embedding = "pos" in name or name.endswith("wpe.weight")
+        if is_position_embedding and tensor.dim() == 2 and declared <= tensor.shape[0] <= declared + MARGIN:
+            # RoBERTa's positions start after the padding index: 514 positions allow 512 tokens.
             padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
             rows = tensor.shape[0] - (0 if padding is None else padding + 1)
             return PositionLimit(int(min(declared, rows)), True)
@@ -107,8 +109,8 @@ def position_limit(model: PreTrainedModel) -> PositionLimit | None:
 
 
 def _rope_factor(config: Any, declared: int) -> float:
-    """By which RoPE scaling extends the declared positions (YaRN: Peng et al. 2023, https://arxiv.org/abs/2309.00071);
-    1 where they count as extended already, as in Llama 3.1."""
+    """Return the factor by which RoPE scaling extends the declared positions (YaRN: Peng et al. 2023,
+    https://arxiv.org/abs/2309.00071); 1 if they include the extension already, as in Llama 3.1."""
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     factor = scaling.get("factor") if isinstance(scaling, dict) else None
     if not isinstance(factor, int | float):
@@ -120,14 +122,14 @@ def _rope_factor(config: Any, declared: int) -> float:
 
 
 def check_target_modules(model: PreTrainedModel, targets: Sequence[str], form: Form) -> None:
-    """Raises BadModel where a name of `target_modules` matches no layer that LoRA can be put on, or one whose adapter
-    would be lost or would change another layer."""
+    """Raise BadModel if a name in `target_modules` matches no layer that LoRA can adapt, or a layer whose adapter would
+    be lost or would change another layer."""
     layers = _lora_layers(model)
     head, embedding = _head_and_embedding(model) if form == "causal" else ("", "")
-    body = f"{model.base_model_prefix}." if form == "classifier" else ""
+    backbone = f"{model.base_model_prefix}." if form == "classifier" else ""
     tied = bool(head) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    refused = {head} | ({embedding} if tied else set())
-    valid = [name for name in layers if name not in refused and name.startswith(body)]
+    rejected = {head} | ({embedding} if tied else set())
+    valid = [name for name in layers if name not in rejected and name.startswith(backbone)]
     remedy = "valid names: " + ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in valid))
     for target in targets:
         if head and matches(target, head):
@@ -152,7 +154,7 @@ def check_target_modules(model: PreTrainedModel, targets: Sequence[str], form: F
 
 
 def matches(target: str, name: str) -> bool:
-    """As PEFT (0.21) matches a list of names."""
+    """Whether a target matches a module name, as in PEFT (0.21)."""
     return name == target or name.endswith(f".{target}")
 
 
@@ -171,7 +173,7 @@ def _head_and_embedding(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _converted(model: PreTrainedModel, targets: Sequence[str]) -> set[str]:
-    """Names that PEFT (0.21) takes for parameters: transformers 5 fuses the experts' layers of some models."""
+    """Names that PEFT (0.21) converts to parameters, because transformers 5 fuses the expert layers of some models."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import (
         convert_peft_config_for_transformers,
@@ -181,6 +183,6 @@ def _converted(model: PreTrainedModel, targets: Sequence[str]) -> set[str]:
     config = LoraConfig(target_modules=list(targets))
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
-    except ValueError:  # of several names that belong together not all are there: PEFT says so when it trains
+    except ValueError:  # only some of the names that must be given together; PEFT reports it in training
         return set(targets)
     return set(targets) - set(config.target_modules or ())

@@ -1,4 +1,4 @@
-"""Is a model folder whole? Told before anything runs, without torch; and how many parameters it has."""
+"""Check that a model folder is complete, and count its parameters, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BadModel(ValueError):
     """A model that can't be loaded, with cause and remedy."""
 
     def __init__(self, message: str, cause: str, remedy: str) -> None:
-        super().__init__(message, cause, remedy)  # all of them: pickle makes it anew from these
+        super().__init__(message, cause, remedy)  # pickle reconstructs the exception from these
         self.message, self.cause, self.remedy = message, cause, remedy
 
     def __str__(self) -> str:
@@ -24,27 +24,27 @@ class BadModel(ValueError):
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises BadModel when the folder lacks config, weights or tokenizer."""
+    """Raise BadModel if the folder lacks config, weights or tokenizer."""
     if not folder.is_dir():
         raise BadModel(
             f"there is no model folder `{folder}`",
             "a path that starts with / ./ ../ or ~ is a folder; paths start at the experiment's folder",
             "correct the path, or give a hub name such as Qwen/Qwen3-0.6B",
         )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+    contents = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     remedy = "save the model with `save_pretrained`, weights, config and tokenizer in one folder"
     if not (folder / "config.json").is_file():
-        raise BadModel(f"`{folder}` is no model: it has no config.json", f"it holds: {found}", remedy)
+        raise BadModel(f"`{folder}` is no model: it has no config.json", f"it holds: {contents}", remedy)
     if missing := missing_weights(folder):
         raise BadModel(
-            f"the model folder `{folder}` has no weights: {missing} is missing", f"it holds: {found}", remedy
+            f"the model folder `{folder}` has no weights: {missing} is missing", f"it holds: {contents}", remedy
         )
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise BadModel(f"the model folder `{folder}` has no tokenizer", f"it holds: {found}", remedy)
+        raise BadModel(f"the model folder `{folder}` has no tokenizer", f"it holds: {contents}", remedy)
 
 
 def missing_weights(folder: Path) -> str:
-    """ "" when all weight files are there, else the name of one that is missing."""
+    """Return the name of a missing weight file; "" if there is none."""
     if any((folder / name).is_file() for name in WEIGHTS):
         return ""
     for name in INDEXES:
@@ -55,7 +55,7 @@ def missing_weights(folder: Path) -> str:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """From the headers of the safetensors files; None when there are none."""
+    """Count parameters from the headers of the safetensors files; None without such files."""
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for path in files:

@@ -1,9 +1,8 @@
-"""Negative log-likelihood of tokens under a causal language model, without a batch's logits ever in memory.
+"""Negative log-likelihood of tokens under a causal language model, without holding a batch's logits in memory.
 
-Three things make it fast. Sequences of like length share a forward pass, up to a budget of tokens. They are padded on
-the right and no attention mask is given: under causal attention a token never sees what comes after it, so padding
-changes nothing that counts, and attention keeps its fast path. And the head, the largest matrix of a small model, is
-applied to the hidden states of the counted tokens only, a piece at a time.
+Three optimizations: sequences of similar length share a forward pass, up to a token budget. They are padded on the
+right without an attention mask, which causal attention does not need and which would disable its fast path. The head,
+the largest matrix of a small model, is applied only to the hidden states that predict scored tokens, in chunks.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ if TYPE_CHECKING:
     Logits = Callable[[torch.Tensor], torch.Tensor]
 
 SpanNll = Literal["answer", "whole", "alone"]
-"""Which tokens count, and what the model sees before them:
-answer: the last answer's tokens after all that comes before it (of a text, all tokens);
+"""Scored tokens and their context.
+answer: tokens of the last response, given all that precedes it (of a text: all tokens);
 whole: all tokens but the first;
-alone: the last answer's tokens after nothing but the template's opening of an answer."""
+alone: tokens of the last response, given only the template's generation prompt."""
 LOGIT_BYTES = 1 << 28
-"""At most so much memory for logits, in fp32."""
+"""Maximum bytes of fp32 logits per chunk."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence, and the indices of the tokens that count, ascending (from 1: nothing predicts the very first)."""
+    """A sequence and the ascending indices of its scored tokens, from 1 (the first token has no prediction)."""
 
     ids: Sequence[int]
-    counted: Sequence[int]
+    scored: Sequence[int]
 
 
 class Likelihood:
-    """A model made ready: `nll` can be asked again and again."""
+    """Computes negative log-likelihoods under one model."""
 
     def __init__(self, model: PreTrainedModel, pad: int, batch_tokens: int | None = None) -> None:
         self._model, self._pad = model, pad
@@ -49,89 +48,89 @@ class Likelihood:
         self._vocabulary = model.config.get_text_config().vocab_size
         self._head: Logits | None = model.get_output_embeddings()
         if not head_is_plain(model):
-            # Gemma caps its logits, Cohere scales them: such a model makes its own, and fewer tokens share a forward.
+            # Gemma caps its logits, Cohere scales them: use such a model's own logits, with a smaller token budget.
             self._head = None
             self._budget = max(1, min(self._budget, LOGIT_BYTES // (4 * self._vocabulary)))
 
     def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
-        """-log p in nats of the counted tokens of each sequence, float32, in the order of `sequences`."""
+        """Return -log p of the scored tokens of each sequence in nats, float32, in the order of `sequences`."""
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-        for batch in token_budget_batches(
-            [row.counted[-1] + 1 if row.counted else 0 for row in sequences], self._budget
-        ):
+        for batch in token_budget_batches([row.scored[-1] + 1 if row.scored else 0 for row in sequences], self._budget):
             rows = [sequences[index] for index in batch]
             values = self._forward(rows)
-            ends = np.cumsum([len(row.counted) for row in rows])[:-1]
+            ends = np.cumsum([len(row.scored) for row in rows])[:-1]
             for index, row in zip(batch, np.split(values, ends), strict=True):
                 results[index] = row
         return results
 
     def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
-        """All counted tokens of `rows`, one row after another."""
+        """Return -log p of all scored tokens, row after row."""
         import torch
 
-        # What comes after the last counted token predicts nothing that counts.
-        needed = [row.ids[: row.counted[-1] + 1] for row in rows]
-        longest = max(map(len, needed))
+        # Tokens after the last scored one are not needed.
+        needed = [row.ids[: row.scored[-1] + 1] for row in rows]
+        max_length = max(map(len, needed))
         device = self._model.device
-        ids_bt = torch.tensor([[*ids, *[self._pad] * (longest - len(ids))] for ids in needed], device=device)
+        ids_bt = torch.tensor([[*ids, *[self._pad] * (max_length - len(ids))] for ids in needed], device=device)
         # The token at t is predicted from the hidden state at t - 1.
-        places_n = torch.tensor([b * longest + t - 1 for b, row in enumerate(rows) for t in row.counted], device=device)
-        targets_n = ids_bt.flatten()[places_n + 1]
+        indices = [b * max_length + t - 1 for b, row in enumerate(rows) for t in row.scored]
+        state_indices_n = torch.tensor(indices, device=device)
+        targets_n = ids_bt.flatten()[state_indices_n + 1]
         with torch.inference_mode():
             if self._head is None:
                 logits_bv = self._model(input_ids=ids_bt, use_cache=False).logits.flatten(0, 1)
-                return _nll(logits_bv[places_n], targets_n).cpu().numpy()
+                return _nll(logits_bv[state_indices_n], targets_n).cpu().numpy()
             hidden_bth = self._model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
-            hidden_nh = hidden_bth.flatten(0, 1)[places_n]
-            piece = max(1, LOGIT_BYTES // (4 * self._vocabulary))
+            hidden_nh = hidden_bth.flatten(0, 1)[state_indices_n]
+            chunk_size = max(1, LOGIT_BYTES // (4 * self._vocabulary))
             nll_n = torch.cat(
                 [
-                    _nll(self._head(hidden_nh[start : start + piece]), targets_n[start : start + piece])
-                    for start in range(0, len(places_n), piece)
+                    _nll(self._head(hidden_nh[start : start + chunk_size]), targets_n[start : start + chunk_size])
+                    for start in range(0, len(state_indices_n), chunk_size)
                 ]
             )
         return nll_n.cpu().numpy()
 
 
 def response_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tuple[float, int]]:
-    """(sum of -log p over the tokens with a loss in nats, their number) for each of `encoded`, in its order.
-
-    One without such tokens has (0.0, 0).
-    """
+    """Return (sum of -log p in nats, number of tokens) over the loss tokens of each sequence; (0.0, 0) without any."""
     return nll_by_span(likelihood, encoded, ["answer"])["answer"]
 
 
 def nll_by_span(
     likelihood: Likelihood, encoded: Sequence[Encoded], views: Sequence[SpanNll]
 ) -> dict[SpanNll, list[tuple[float, int]]]:
-    """(sum of -log p in nats, tokens) of each of `encoded` in each view; one forward serves `answer` and `whole`.
-
-    A text has nothing to compare: (0.0, 0) alone.
+    """Return (sum of -log p in nats, number of tokens) of each of `encoded` for each view. `answer` and `whole` share a
+    forward pass. For a text, `alone` is (0.0, 0).
     """
-    wanted: list[Tokens] = []
-    along = [view for view in views if view != "alone"]
-    if along:
-        # All tokens hold the answer's, too.
-        wanted += [
-            Tokens(item.ids, range(1, len(item.ids)) if "whole" in along else item.loss_indices) for item in encoded
+    sequences: list[Tokens] = []
+    in_context = [view for view in views if view != "alone"]
+    if in_context:
+        # `whole` includes the tokens of the response.
+        sequences += [
+            Tokens(item.ids, range(1, len(item.ids)) if "whole" in in_context else item.loss_indices)
+            for item in encoded
         ]
     if "alone" in views:
-        wanted += [_response_alone(item) for item in encoded]
-    found = likelihood.nll(wanted)
+        sequences += [_response_alone(item) for item in encoded]
+    nll = likelihood.nll(sequences)
     sums: dict[SpanNll, list[tuple[float, int]]] = {}
-    for view in along:
+    for view in in_context:
         sums[view] = [
-            _sum(values[np.array(item.loss_indices, np.int64) - 1] if view == "answer" and "whole" in along else values)
-            for values, item in zip(found, encoded, strict=False)
+            _sum(
+                values[np.array(item.loss_indices, np.int64) - 1]
+                if view == "answer" and "whole" in in_context
+                else values
+            )
+            for values, item in zip(nll, encoded, strict=False)
         ]
     if "alone" in views:
-        sums["alone"] = [_sum(values) for values in found[-len(encoded) :]]
+        sums["alone"] = [_sum(values) for values in nll[-len(encoded) :]]
     return sums
 
 
 def _response_alone(item: Encoded) -> Tokens:
-    """The response after nothing but what the chat template puts before one."""
+    """The response, preceded only by the chat template's generation prompt."""
     start, end = item.response
     if not item.generation_prompt_ids or start == end:
         return Tokens((), ())
@@ -150,7 +149,7 @@ def _nll(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
 
 
 def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether the head alone, laid on the base model's hidden states, gives the model's logits."""
+    """Whether applying the output head to the base model's hidden states gives the model's logits."""
     import torch
 
     head = model.get_output_embeddings()
@@ -158,6 +157,8 @@ def head_is_plain(model: PreTrainedModel) -> bool:
         return False
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.inference_mode():
-        whole = model(input_ids=ids, use_cache=False).logits
-        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    return ours.shape == whole.shape and torch.allclose(ours.float(), whole.float(), rtol=1e-3, atol=1e-4)
+        logits = model(input_ids=ids, use_cache=False).logits
+        head_logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return head_logits.shape == logits.shape and torch.allclose(
+        head_logits.float(), logits.float(), rtol=1e-3, atol=1e-4
+    )

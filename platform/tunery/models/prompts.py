@@ -1,4 +1,4 @@
-"""Prompts as tokens, for stages that generate responses to them: PPO, GRPO, RLOO and `win_rate`."""
+"""Encode prompts for stages that generate responses: PPO, GRPO, RLOO and `win_rate`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 COLUMNS = ("id", "text", "messages", "tools")
 TOO_LONG = "the prompt leaves no room for a response"
-"""Why a row is not used. Prompts are not cut: one would end in the middle of a question."""
+"""Reason of an unusable row. Prompts are not truncated, since a truncated question is useless."""
 NO_QUESTION = "nothing is asked"
 
 
 def encode_prompt_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """The prompt of each row, up to where its response begins; `encoding.max_length`: of a prompt."""
+    """Encode the prompt of each row, up to the start of its response, with at most `encoding.max_length` tokens."""
     prompts = [as_prompt(row) for row in rows]
     encoded = iter(encode_prompts([prompt for prompt in prompts if prompt["messages"]], tokenizer))
     for prompt in prompts:

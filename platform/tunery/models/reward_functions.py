@@ -1,4 +1,4 @@
-"""What rates answers: a reward model, or a function of the user's. Named as plain data; loaded where it is asked."""
+"""Reward functions: a reward model, or a user's Python function. Described by plain data, and loaded in the worker."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     import torch
 
 RewardOrigin = dict[str, Any]
-"""models.load.Source, or {"python": path, "function": name}: fits into JSON."""
+"""models.load.Source, or {"python": path, "function": name}; JSON-serializable."""
 RewardFn = Callable[[Sequence[Row], Sequence[str]], list[float]]
-"""From prompts (rows that end with a question) and as many answers to their rewards."""
+"""Maps prompts (rows that end with a user message) and one response to each to their rewards."""
 
 
 NO_LIMIT = 1 << 20
-"""For `max_length`: whoever rates sees the whole conversation, as far as it has positions for it."""
+"""`max_length` of a reward model that sees the complete conversation, up to its maximum position."""
 
 
 def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, Path], folder: Path) -> RewardOrigin:
-    """Where a stage's reward comes from; `artifacts` by stage name, `folder` where relative paths start."""
+    """Return the origin of a stage's reward. `artifacts`: by stage name; `folder`: base of relative paths."""
     if isinstance(reward, PythonReward):
         return {"python": str((folder / reward.python).resolve()), "function": reward.function}
     return source_of(reward, artifacts, folder)
 
 
 def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, max_length: int) -> RewardFn:
-    """Raises TuneryError where it can't be loaded, or gives more than one number. So does what it returns, when it
-    can't rate."""
+    """Load a reward function. Raises TuneryError if it can't be loaded, or if the model has more than one output; the
+    function itself raises TuneryError for invalid rewards."""
     if "python" in origin:
-        return _Function(Path(origin["python"]), origin["function"])
+        return _PythonReward(Path(origin["python"]), origin["function"])
     from tunery.models.classify import SequenceClassifier
 
     name = str(origin.get("pretrained", origin.get("artifact")))
@@ -49,29 +49,29 @@ def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, 
         labels.check_single(name)
     except BadModel as error:
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
-    ask = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(origin), max_length)
+    classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(origin), max_length)
 
-    def rate(prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+    def reward_fn(prompts: Sequence[Row], responses: Sequence[str]) -> list[float]:
         rows = [
-            {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
-            for prompt, answer in zip(prompts, answers, strict=True)
+            {**prompt, "messages": [*prompt["messages"], {"role": "assistant", "content": response}]}
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
-        outputs = ask(rows).logits[:, 0]
+        outputs = classifier(rows).logits[:, 0]
         rewards: list[float] = (labels.scale(outputs) if labels.scale else outputs).tolist()
-        for answer, reward in zip(answers, rewards, strict=True):
+        for response, reward in zip(responses, rewards, strict=True):
             if not math.isfinite(reward):
                 raise TuneryError(
-                    f"the reward model `{name}` gave {reward} for the answer {answer[:60]!r}",
+                    f"the reward model `{name}` gave {reward} for the answer {response[:60]!r}",
                     cause="a reward is a finite number",
                     remedy="try it on rows with the scorer `reward`; a model in bf16 may need `precision: fp32`",
                 )
         return rewards
 
-    return rate
+    return reward_fn
 
 
-class _Function:
-    """A function of the user's, called with texts: the last question of each prompt, and its answer."""
+class _PythonReward:
+    """A user's function, called with texts: the last message of each prompt, and the response."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
@@ -79,36 +79,37 @@ class _Function:
         assert spec is not None, "it ends in .py, which was checked"
         assert spec.loader is not None, "it is a file"
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # a dataclass looks its module up
+        sys.modules[spec.name] = module  # needed by dataclasses in the module
         try:
             spec.loader.exec_module(module)
             self._function = getattr(module, name)
-        except Exception as error:  # whatever the user's file does
+        except Exception as error:  # anything that the user's file raises
             raise self._failed("can't be loaded", error) from error
 
-    def __call__(self, prompts: Sequence[Row], answers: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Row], responses: Sequence[str]) -> list[float]:
         questions = [prompt["messages"][-1]["content"] or "" for prompt in prompts]
         try:
-            given = self._function(questions, list(answers))
+            result = self._function(questions, list(responses))
         except Exception as error:
             raise self._failed("failed", error) from error
-        if isinstance(given, str | dict) or not hasattr(given, "__len__"):
+        if isinstance(result, str | dict) or not hasattr(result, "__len__"):
             raise self._error(
-                f"gave a {type(given).__name__}", "it has to return a list, with a number for each answer"
+                f"gave a {type(result).__name__}", "it has to return a list, with a number for each answer"
             )
-        found = list(given)
-        if len(found) != len(answers):
+        rewards = list(result)
+        if len(rewards) != len(responses):
             raise self._error(
-                f"gave {len(found)} rewards for {len(answers)} answers", "it has to return a number for each, in order"
+                f"gave {len(rewards)} rewards for {len(responses)} answers",
+                "it has to return a number for each, in order",
             )
-        for answer, value in zip(answers, found, strict=True):
+        for response, value in zip(responses, rewards, strict=True):
             try:
                 number = math.nan if value is None or isinstance(value, str) else float(value)
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
-                raise self._error(f"gave {value!r} for the answer {answer[:60]!r}", "a reward is a finite number")
-        return [float(value) for value in found]
+                raise self._error(f"gave {value!r} for the answer {response[:60]!r}", "a reward is a finite number")
+        return [float(value) for value in rewards]
 
     def _failed(self, what: str, error: Exception) -> TuneryError:
         frames = traceback.extract_tb(error.__traceback__)

@@ -1,8 +1,8 @@
-"""Drawing tokens from logits, so that what is drawn depends on the row alone: not on its batch, nor on its worker.
+"""Sample tokens from logits, reproducibly: the result depends only on the row, not on its batch or worker.
 
-Each row brings its own uniform numbers, one a token, and a token is drawn by inverting the cumulative distribution. So
-one worker with 16 rows and two with 8 draw the same, a resumed training draws what it would have drawn, and no state of
-a random number generator has to be kept.
+Each row has its own uniform numbers, one per token; tokens are sampled by inverting the cumulative distribution.
+One worker with 16 rows and two workers with 8 sample the same tokens, as does a resumed training, and checkpoints need
+no state of a random number generator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tunery.spec import Sampling
 
 
 def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count: int) -> torch.Tensor:
-    """(rows, count) in [0, 1), float64 on the CPU: a row a key, from (seed, name, key) alone."""
+    """Uniform numbers in [0, 1), (keys, count) float64 on the CPU, each row from (seed, name, key) only."""
     rows = []
     for key in keys:
         digest = hashlib.sha256(json.dumps([seed, name, *key]).encode()).digest()
@@ -27,10 +27,11 @@ def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count
 
 
 def sample(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token a row, (rows,) int64, and its log-probability under what it was drawn from, (rows,) float32.
+    """Sample one token per row; return it, (rows,) int64, and its log-probability, (rows,) float32.
 
-    logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. At
-    temperature 0 the likeliest token, whose log-probability is 0.
+    logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. The
+    log-probability is that of the distribution after temperature and top_p. At temperature 0 the most likely token is
+    returned, with log-probability 0.
     """
     logits_bv = logits_bv.float()
     if sampling.temperature == 0:
@@ -40,16 +41,16 @@ def sample(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling)
     if sampling.top_p < 1:
         log_probs_bv = torch.log_softmax(top_p_filter(log_probs_bv, sampling.top_p), dim=1)
     cumulative_bv = log_probs_bv.exp().cumsum(dim=1, dtype=torch.float64)
-    # Scaled by the last sum, which rounding leaves near 1 but not at it.
+    # Scale by the last sum, which is not exactly 1 because of rounding.
     target_b1 = uniform_b[:, None].to(cumulative_bv) * cumulative_bv[:, -1:]
     tokens_b = torch.searchsorted(cumulative_bv, target_b1, right=True)[:, 0].clamp(max=logits_bv.shape[1] - 1)
     return tokens_b, log_probs_bv.gather(1, tokens_b[:, None])[:, 0]
 
 
 def top_p_filter(log_probs_bv: torch.Tensor, top_p: float) -> torch.Tensor:
-    """-inf for all but the likeliest tokens that together reach `top_p`; the likeliest one always stays
+    """Set all but the most likely tokens that together reach `top_p` to -inf; the most likely one is always kept
     (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
-    ordered_bv, index_bv = log_probs_bv.sort(dim=1, descending=True)
-    probs_bv = ordered_bv.exp()
-    beyond_bv = probs_bv.cumsum(dim=1) - probs_bv >= top_p
-    return log_probs_bv.masked_fill(beyond_bv.scatter(1, index_bv, beyond_bv), -torch.inf)
+    sorted_bv, index_bv = log_probs_bv.sort(dim=1, descending=True)
+    probs_bv = sorted_bv.exp()
+    removed_bv = probs_bv.cumsum(dim=1) - probs_bv >= top_p
+    return log_probs_bv.masked_fill(removed_bv.scatter(1, index_bv, removed_bv), -torch.inf)

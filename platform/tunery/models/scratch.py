@@ -1,7 +1,7 @@
-"""New models: a small Llama with random weights and a byte-level BPE tokenizer trained on the rows at hand.
+"""New models: a small Llama with random weights, and a byte-level BPE tokenizer trained on the stage's rows.
 
-Byte-level BPE: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) over bytes, as in GPT-2. The same rows make the
-same tokenizer, and the same seed the same weights.
+Byte-level BPE: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) over bytes, as in GPT-2. The tokenizer is
+determined by the rows, the weights by the seed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
 def chat_template(before: str, behind: str, end: str) -> str:
-    """tunery's own chat template. A turn is `before` + role + `behind`, its content and `end`.
+    """Build tunery's chat template. A message is rendered as `before` + role + `behind`, its content and `end`.
 
-    Definitions of tools stand in the system turn, and tool calls behind an assistant's content, as JSON. Every turn
-    keeps its reasoning, in <think> tags, so that earlier turns are rendered alike whatever follows.
+    Tool definitions are in the system message, and tool calls after an assistant's content, as JSON. All messages keep
+    their reasoning, in <think> tags, so that earlier messages do not depend on later ones.
     """
     before, behind, end = (json.dumps(text, ensure_ascii=False) for text in (before, behind, end))
     return (
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = chat_template("<|", "|>", END)
 
 @dataclass(frozen=True)
 class ScratchShape:
-    """A Llama's shape; the embedding is tied to the head."""
+    """Shape of a Llama with tied embeddings."""
 
     vocabulary: int
     hidden: int
@@ -61,7 +61,7 @@ class ScratchShape:
 
     @property
     def parameters(self) -> int:
-        """Exact: embedding, per layer attention (4), MLP (3) and two norms, and the last norm."""
+        """Exact number: embedding; per layer attention (4), MLP (3) and two norms; final norm."""
         layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.vocabulary * self.hidden + self.layers * layer + self.hidden
 
@@ -73,7 +73,7 @@ SHAPES = {
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary` tokens with tunery's chat template."""
+    """Train a byte-level BPE tokenizer with at most `vocabulary` tokens and tunery's chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def scratch_config(shape: ScratchShape, **tokens: int | None) -> LlamaConfig:
-    """`tokens`: numbers of the special ones."""
+    """Build the config. `tokens`: ids of the special tokens."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -114,7 +114,7 @@ def scratch_config(shape: ScratchShape, **tokens: int | None) -> LlamaConfig:
 
 
 def write_scratch_model(folder: Path, name: str, texts: Iterable[str], seed: int) -> None:
-    """Config, weights (fp32) and tokenizer of a new model, as a Hugging Face folder."""
+    """Write config, weights (fp32) and tokenizer of a new model as a Hugging Face folder."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -1,7 +1,7 @@
-"""One rendering of a conversation by a model's chat template, and the marks that show where content lies in it.
+"""Render a conversation with a model's chat template, with marks that locate the content of messages.
 
-A template is a program from the model's folder: it is called in the form that its `TemplateProfile` says
-(models/template_profile.py), and whatever it raises becomes a RejectedConversation with its own message.
+A template is a program from the model's folder. It is called as its `TemplateProfile` requires
+(models/template_profile.py), and its errors become RejectedConversation with the template's message.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Marks = dict[tuple[str, int], int]
-"""(kind, turn) to the character where the mark stood, -1 where it stood twice. Kinds: `content`, `content_end`,
-`reasoning`, `reasoning_end`, and `call0_` for the name of a turn's first tool call."""
+"""Maps (kind, turn) to the character index of the mark, -1 if it was rendered twice. Kinds: `content`, `content_end`,
+`reasoning`, `reasoning_end`, and `call0_` for the name of a message's first tool call."""
 
 # Unicode noncharacters: never in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
 _MARK = re.compile("\ufdd0([a-z_0-9]*[a-z_])([0-9]+)\ufdd1")
 
 
 class RejectedConversation(ValueError):
-    """A conversation that the chat template can't render, or only with a part missing; the message says why."""
+    """The chat template can't render a conversation, or omits a part of it; the message has the reason."""
 
 
 class UnsupportedTemplate(ValueError):
-    """A chat template for which no method gives an exact mask, or that fails on a question with an answer."""
+    """No method gives an exact mask for a chat template, or it fails on a simple conversation."""
 
 
 @dataclass(frozen=True)
 class ResponseHeader:
-    """What the template puts between a question and a response."""
+    """Text that the template puts between a user message and a response."""
 
     text: str
     generated_from: int
-    """Index in `text` where it leaves the generation prompt: the model generates the rest."""
+    """Index in `text` where it diverges from the generation prompt: the model generates the rest."""
     empty_thinking: bool
-    """That rest is a thinking block without content (Qwen3's `<think>\\n\\n</think>\\n\\n`)."""
+    """Whether that rest is a thinking block without content (Qwen3's `<think>\\n\\n</think>\\n\\n`)."""
 
 
 @dataclass(frozen=True)
 class TemplateProfile:
-    """What a chat template does, from renderings of small conversations."""
+    """Behaviour of a chat template, determined by rendering small conversations."""
 
     generation_prompt: str = ""
-    """What `add_generation_prompt` appends after a user turn."""
+    """Text that `add_generation_prompt` appends after a user message."""
     content_parts: bool = False
-    """Content is given as a list of parts: templates of vision-language models index into it."""
+    """Whether content is passed as a list of parts, as in templates of vision-language models."""
     headers: tuple[ResponseHeader, ...] = ()
     closings: tuple[str, ...] = ()
-    """What follows a response, up to and including the token that ends it."""
+    """Text after a response, up to and including its EOS token."""
     end_tokens: tuple[str, ...] = ()
     """The special tokens that end a response when it is generated."""
     history_ends: tuple[str, ...] = ()
@@ -62,35 +62,35 @@ class TemplateProfile:
     appended_end: str = ""
     """The end token that the template leaves out after the last turn (GLM-4.5), "" where it puts one."""
     unclosed: str = ""
-    """What the template puts there instead."""
+    """Text that the template puts there instead."""
     generation_blocks: bool = False
     system: bool = True
     multi_turn: bool = True
     prefix: bool = True
-    """A response begins with the generation prompt."""
+    """Whether a response starts with the generation prompt."""
     reasoning: bool = False
-    """`reasoning_content` of the last turn is rendered."""
+    """Whether `reasoning_content` of the last message is rendered."""
     earlier_reasoning: bool = False
-    """So is that of earlier turns."""
+    """Whether that of earlier messages is rendered."""
     thinking_model: bool = False
-    """The template knows `</think>`, whether or not it renders reasoning."""
+    """Whether the template contains `</think>`, even if it renders no reasoning."""
     tool_calls: bool = False
     tool_results: bool = False
     tools: bool = False
     arguments_as_text: bool = False
-    """Arguments of tool calls are given as JSON text; else as an object."""
+    """Whether arguments of tool calls are passed as JSON text instead of an object."""
     call_content: str | None = ""
-    """Content that is given beside tool calls without text."""
+    """Content that is passed with tool calls without text."""
     call_ids: bool = False
-    """Tool calls need ids (Mistral: nine alphanumeric characters)."""
+    """Whether tool calls need ids (Mistral: nine alphanumeric characters)."""
     call_end: str = ""
-    """The end token that the template leaves out after a last turn that calls tools."""
+    """EOS token that the template omits after a last message with tool calls."""
     problems: tuple[str, ...] = field(default=(), compare=False)
-    """What rendering failed with, in the words of the template."""
+    """Error messages of the template."""
 
 
 class TemplateRenderer:
-    """A tokenizer's chat template, rendered in the form of `profile`."""
+    """Renders a tokenizer's chat template as `profile` requires."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -110,7 +110,7 @@ class TemplateRenderer:
     def render(
         self, messages: Sequence[Message], tools: Any = None, generation_prompt: bool = False, **options: Any
     ) -> str:
-        """Raises RejectedConversation with the template's own message."""
+        """Render messages. Raises RejectedConversation with the template's message."""
         text, _ = self.rendered(messages, tools, generation_prompt, blocks=False, **options)
         return text
 
@@ -128,14 +128,14 @@ class TemplateRenderer:
                 add_generation_prompt=generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **options},
             )
-        except Exception as error:  # whatever a program from a model's folder raises on this input
+        except Exception as error:  # any error of the template's program
             raise RejectedConversation(f"the chat template fails: {first_line(error)}") from error
         return texts[0], [tuple(span) for span in spans[0]] if blocks else []
 
     def marked(
         self, messages: Sequence[Message], tools: Any, generation_prompt: bool = False
     ) -> tuple[str, Marks | None]:
-        """The rendering, and where each turn's content lies in it; None where the marks change what is rendered."""
+        """Return the rendered text and the marks of each message's content; None if marks change the rendering."""
         given = [self.given(message) for message in messages]
         text = self.render(given, tools, generation_prompt)
         marked = [self.given(with_marks(message, turn)) for turn, message in enumerate(messages)]
@@ -152,14 +152,14 @@ class TemplateRenderer:
             at = match.end()
             key = (match[1], int(match[2]))
             if key in marks and key[0] != "content_end":
-                marks[key] = -1  # rendered twice: no position is the one
+                marks[key] = -1  # rendered twice: the position is ambiguous
             else:
                 marks[key] = length
         plain.append(raw[at:])
         return text, marks if "".join(plain) == text else None
 
     def given(self, message: Message) -> Message:
-        """A message in the form that the template reads: content as parts, reasoning under all names in use."""
+        """Return a message as the template expects it: content as parts, reasoning under all names in use."""
         given = dict(message)
         if "reasoning_content" in given:
             given["reasoning"] = given["thinking"] = given["reasoning_content"]
@@ -178,7 +178,7 @@ class TemplateRenderer:
             try:
                 function["arguments"] = json.loads(arguments)
             except ValueError:
-                pass  # text that is no JSON is all there is
+                pass  # keep text that is not JSON
         return {**call, "function": function}
 
     def before(self, messages: Sequence[Message], tools: Any) -> str:
@@ -198,17 +198,17 @@ class TemplateRenderer:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Longest first. Matches nothing where there are none."""
+    """Return a pattern that matches any of the tokens, longest first; nothing without tokens."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def last_match(pattern: re.Pattern[str], text: str, start: int, end: int) -> re.Match[str] | None:
-    found = list(pattern.finditer(text, start, end))
-    return found[-1] if found else None
+    matches = list(pattern.finditer(text, start, end))
+    return matches[-1] if matches else None
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Characters with which both begin."""
+    """Length of the common prefix."""
     if other.startswith(one):
         return len(one)
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
@@ -220,7 +220,7 @@ def first_line(error: Exception) -> str:
 
 
 def with_marks(message: Message, turn: int) -> Message:
-    """Marks stand within the outer white space, which a template may strip."""
+    """Add marks to a message, inside the outer white space, which a template may strip."""
     marked = dict(message)
     for name, kind in (("content", "content"), ("reasoning_content", "reasoning")):
         if core := message.get(name, "").strip():
@@ -235,7 +235,7 @@ def with_marks(message: Message, turn: int) -> Message:
 
 
 def number_calls(messages: Sequence[Message]) -> None:
-    """Ids for calls and results without one, in their order."""
+    """Assign ids to tool calls and results that have none, in order."""
     pending: list[str] = []
     count = 0
     for message in messages:

@@ -1,4 +1,4 @@
-"""Text to token ids, where a text is put together from pieces whose tokens must not depend on each other."""
+"""Tokenize texts in pieces whose tokens must not depend on each other."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 IDS_ONLY: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 _JOINABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 _LEADS = ("\n", "x", "0", ".", "@")
-"""Characters to put before a text that continues another."""
+"""Characters to prepend to a text that continues another."""
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_special: bool = False) -> list[list[int]]:
-    """Ids of each text, without the special tokens that the tokenizer would add."""
+    """Return the ids of each text, without added special tokens."""
     if not any(texts):
         return [[] for _ in texts]
     ids: list[list[int]] = tokenizer(
@@ -30,8 +30,8 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_spe
 
 
 def tokenize_pieces(texts: Sequence[Sequence[str]], template: ChatTemplate) -> list[list[list[int]]]:
-    """Ids of each piece of each text, of which a piece is never merged with the next: generation begins where one ends.
-    Special tokens that are `ESCAPED` become ordinary text."""
+    """Return the ids of each piece of each text. Tokens never span two pieces, because generation starts where a piece
+    ends. `ESCAPED` special tokens are encoded as ordinary text."""
     continued = not _joins(template.tokenizer)
     parts: list[tuple[str, str, bool]] = []  # (what precedes it, text, whether it is a special token as ordinary text)
     where: list[list[list[int]]] = []
@@ -61,63 +61,63 @@ def tokenize_pieces(texts: Sequence[Sequence[str]], template: ChatTemplate) -> l
 
 
 _ESCAPED_BEFORE = "\ufdd2"
-"""Precedes a text whose context can't be given to the tokenizer: a special token in it stands for ordinary text."""
+"""Marks a context that can't be passed to the tokenizer, because it contains an escaped special token."""
 
 
 def _since_special(text: str, template: ChatTemplate) -> str:
-    """From the last special token on: a tokenizer splits a text there."""
+    """Return the text from its last special token on, where tokenizers split a text."""
     last = last_match(template.control, text, 0, len(text))
     return text if last is None else text[last.start() :]
 
 
 def _continued(parts: Sequence[tuple[str, str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of texts by a tokenizer that puts a space before whatever it is given (Llama 2's).
+    """Return the ids of texts that continue another, for tokenizers that prepend a space to any text (Llama 2).
 
-    They are what follows the ids of the preceding text in those of both texts together, where these begin with those.
-    Else (a token spans the boundary) a text is tokenised behind a character whose tokens are then left out.
+    Context and text are tokenised together. If the result starts with the ids of the context, the rest are the ids of
+    the text. Otherwise (a token spans the boundary) the text is tokenised after a character whose tokens are dropped.
     """
-    found: list[list[int]] = [[] for _ in parts]
+    ids_by_part: list[list[int]] = [[] for _ in parts]
     within = [number for number, (before, _, escaped) in enumerate(parts) if not escaped and "\ufdd2" not in before]
     preceding = tokenize([parts[number][0] for number in within], tokenizer)
     joined = tokenize([parts[number][0] + parts[number][1] for number in within], tokenizer)
     rest = sorted(set(range(len(parts))) - set(within))
     for number, before, both in zip(within, preceding, joined, strict=True):
         if both[: len(before)] == before:
-            found[number] = both[len(before) :]
+            ids_by_part[number] = both[len(before) :]
         else:
             rest.append(number)
     for number in rest:
         _, text, escaped = parts[number]
-        found[number] = _behind_lead(text, tokenizer, escaped)
-    return found
+        ids_by_part[number] = _tokenize_after_lead(text, tokenizer, escaped)
+    return ids_by_part
 
 
-def _behind_lead(text: str, tokenizer: PreTrainedTokenizerBase, as_text: bool) -> list[int]:
-    """Ids of a text that continues another."""
+def _tokenize_after_lead(text: str, tokenizer: PreTrainedTokenizerBase, as_text: bool) -> list[int]:
+    """Return the ids of a text that continues another, tokenised after one of `_LEADS`."""
     for lead in _LEADS:
         before, both = tokenize([lead, lead + text], tokenizer, split_special=as_text)
         if both[: len(before)] != before:
             continue
         ids = both[len(before) :]
         if as_text and len(text) > 1 and not set(ids).isdisjoint(tokenizer.added_tokens_decoder):
-            return [token for part in (text[:-1], text[-1]) for token in _behind_lead(part, tokenizer, True)]
+            return [token for part in (text[:-1], text[-1]) for token in _tokenize_after_lead(part, tokenizer, True)]
         return ids
     return tokenize([text], tokenizer, split_special=as_text)[0]
 
 
 def _as_text(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Special tokens as ordinary text. An added token that is not special is no text to any tokenizer: it is taken
-    apart before its last character."""
-    found = tokenize(tokens, tokenizer, split_special=True)
+    """Encode special tokens as ordinary text. Tokenizers never split added tokens that are not special, so those are
+    split before their last character."""
+    encoded = tokenize(tokens, tokenizer, split_special=True)
     added = set(tokenizer.added_tokens_decoder)
-    for index, ids in enumerate(found):
+    for index, ids in enumerate(encoded):
         if not added.isdisjoint(ids):
-            found[index] = list(chain.from_iterable(tokenize([tokens[index][:-1], tokens[index][-1]], tokenizer)))
-    return found
+            encoded[index] = list(chain.from_iterable(tokenize([tokens[index][:-1], tokens[index][-1]], tokenizer)))
+    return encoded
 
 
 def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of two texts, one after the other, stand for both texts joined."""
+    """Whether the concatenated ids of two texts decode to the concatenated texts."""
     known = _JOINABLE.get(tokenizer)
     if known is None:
         pairs = [("x", "y"), ("x:", " y"), ("x\n", "y"), ("x", "\ny")]

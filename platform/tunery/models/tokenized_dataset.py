@@ -1,21 +1,21 @@
-"""Tokenised rows on disk, memory-mapped: encoded once, shared by all workers, trials and stages.
+"""Memory-mapped tokenised rows, encoded once and shared by all workers, trials and stages.
 
     <store>/tokenized/<cache key>/
-        tokens.bin        uint32, all sequences one after the other
-        types.bin         uint8, the token type of each; empty where the tokenizer gives none
-        offsets.npy       int64 (sequences + 1): where each begins in tokens.bin
-        spans.npy         int32 (spans, 2): begin and end of trained tokens, within their sequence
-        span_offsets.npy  int64 (sequences + 1): the spans of each sequence
-        row_ids.npy       uint64 (sequences): the id of the row that each comes from
-        labels.npy        int8 (sequences): the row's label, -1 where it has none
-        rows.arrow        the rows, in the order of their sequences, where a stage needs more of them than tokens
-        unusable.jsonl    a line for each row that gives no sequence: id, source, line, reason
-        stats.json        what became of the rows (`TokenStats`)
+        tokens.bin        uint32, the concatenated sequences
+        types.bin         uint8, token types; empty if the tokenizer returns none
+        offsets.npy       int64 (sequences + 1): start of each sequence in tokens.bin
+        spans.npy         int32 (spans, 2): start and end of loss tokens within their sequence
+        span_offsets.npy  int64 (sequences + 1): start of each sequence's spans
+        row_ids.npy       uint64 (sequences): id of each sequence's row
+        labels.npy        int8 (sequences): the row's label, -1 without a label
+        rows.arrow        the rows, in the order of their sequences, if the stage kind keeps rows
+        unusable.jsonl    one line per row without a sequence: id, source, line, reason
+        stats.json        row, sequence and token counts (`TokenStats`)
 
 The cache key covers the rows (the artifact's manifest and the sizes of its shards), the content of the tokenizer with
-its chat template, the `Encoding`, how rows become sequences (`ENCODING_VERSION`, and the versions of the libraries that
-render and tokenise), and today's date where the chat template writes it. Shards are encoded in parallel, and the number
-of processes changes nothing in the files.
+its chat template, the `Encoding`, the version of the encoding (`ENCODING_VERSION`, and the versions of the libraries
+that render and tokenise), and today's date if the chat template uses it. Shards are encoded in parallel; the files do
+not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ if TYPE_CHECKING:
 
 Integers = npt.NDArray[np.int64]
 FORMAT = 2
-"""Of the files: part of the cache key."""
+"""Version of the file format, part of the cache key."""
 PARALLEL_ROWS = 20_000
-"""From so many rows on, processes are started: they take some 5 s to import transformers."""
+"""Rows from which worker processes are used; they take about 5 s to import transformers."""
 POLL_SECONDS = 0.2
-BATCH = 1000
-"""Rows that are encoded together."""
+BATCH_ROWS = 1000
+"""Rows per encoding batch."""
 _NO_LABEL = -1
 
 
 @dataclass
 class TokenizedRow:
-    """The sequences that a row gives, or why it gives none."""
+    """The sequences of a row, or the reason why it has none."""
 
     sequences: list[Encoded]
     labels: list[int] = field(default_factory=list)
@@ -73,37 +73,37 @@ class TokenizedRow:
 
 
 EncodeRows = Callable[[Sequence[Row], "PreTrainedTokenizerBase", Encoding], Iterator[TokenizedRow]]
-"""A function of a module: it travels to other processes by its name."""
+"""A module-level function, so that it can be pickled by name."""
 
 
 @dataclass(frozen=True)
 class RowEncoding:
-    """How a kind of stage takes rows."""
+    """How a stage kind encodes rows."""
 
     encode_rows: EncodeRows
     columns: tuple[str, ...]
     what: str
-    """What a row must be, for messages."""
+    """Description of a usable row, for messages."""
     keeps_rows: bool = False
-    """The stage needs the rows themselves, each of which gives one sequence: `TokenizedDataset.row`."""
+    """Whether the rows themselves are stored (`TokenizedDataset.row`); each row must have one sequence then."""
 
 
 @dataclass
 class TokenStats:
-    """What became of the rows of an artifact."""
+    """Row, sequence and token counts of an artifact's rows."""
 
     rows: int = 0
     sequences: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     truncated: int = 0
-    """Rows of which a part was cut off."""
+    """Number of truncated rows."""
     unusable: Counter[str] = field(default_factory=Counter)
-    """Rows that give no sequence, by reason."""
+    """Number of rows without a sequence, by reason."""
     dropped_reasoning: int = 0
-    """Assistant turns whose reasoning the chat template does not render."""
+    """Number of assistant messages whose reasoning the chat template does not render."""
     escaped_tokens: int = 0
-    """Special tokens in the text of rows, encoded as ordinary text."""
+    """Number of special tokens in the text of rows, encoded as ordinary text."""
 
     def add(self, other: TokenStats) -> None:
         for name, value in vars(other).items():
@@ -123,11 +123,11 @@ class TokenizedDataset:
         self._spans = np.load(folder / "spans.npy", mmap_mode="r")
         self._span_offsets: Integers = np.load(folder / "span_offsets.npy", mmap_mode="r")
         self.row_ids: npt.NDArray[np.uint64] = np.load(folder / "row_ids.npy", mmap_mode="r")
-        """(sequences,) of the row that each comes from."""
+        """(sequences,) id of each sequence's row."""
         self.row_labels: npt.NDArray[np.int8] = np.load(folder / "labels.npy", mmap_mode="r")
-        """(sequences,) the label of its row: 1, 0, or -1 where it has none."""
-        self.tokens: npt.NDArray[np.uint32] = _mapped(folder / "tokens.bin", np.uint32)
-        self._types: npt.NDArray[np.uint8] = _mapped(folder / "types.bin", np.uint8)
+        """(sequences,) label of each sequence's row: 1, 0, or -1 without a label."""
+        self.tokens: npt.NDArray[np.uint32] = _memmap(folder / "tokens.bin", np.uint32)
+        self._types: npt.NDArray[np.uint8] = _memmap(folder / "types.bin", np.uint8)
         self._rows = _RowFile(folder / "rows.arrow") if (folder / "rows.arrow").is_file() else None
         stats = json.loads((folder / "stats.json").read_text())
         self.stats = TokenStats(**{**stats, "unusable": Counter(stats["unusable"])})
@@ -137,34 +137,34 @@ class TokenizedDataset:
 
     @property
     def lengths(self) -> Integers:
-        """(sequences,) tokens of each."""
+        """(sequences,) number of tokens of each."""
         return np.diff(self._offsets)
 
     def ids(self, index: int) -> list[int]:
-        found: list[int] = self.tokens[self._offsets[index] : self._offsets[index + 1]].tolist()
-        return found
+        ids: list[int] = self.tokens[self._offsets[index] : self._offsets[index + 1]].tolist()
+        return ids
 
     def spans(self, index: int) -> list[Span]:
         start, end = self._span_offsets[index], self._span_offsets[index + 1]
         return [(int(first), int(last)) for first, last in self._spans[start:end]]
 
     def labels(self, index: int) -> list[int]:
-        """`ids` with -100 where no loss counts."""
+        """`ids`, with -100 for tokens without a loss."""
         return labels_of(self.ids(index), self.spans(index))
 
     def loss_tokens(self, index: int) -> int:
         return sum(end - max(start, 1) for start, end in self.spans(index) if end > 1)
 
     def token_types(self, index: int) -> list[int] | None:
-        """None where the tokenizer gives none."""
+        """token_type_ids; None if the tokenizer returns none."""
         if not len(self._types):
             return None
-        found: list[int] = self._types[self._offsets[index] : self._offsets[index + 1]].tolist()
-        return found
+        types: list[int] = self._types[self._offsets[index] : self._offsets[index + 1]].tolist()
+        return types
 
     def row(self, index: int) -> Row:
-        """Of a stage that keeps its rows (`RowEncoding.keeps_rows`)."""
-        assert self._rows is not None, "the stage keeps no rows"
+        """The row of a sequence, with `RowEncoding.keeps_rows`."""
+        assert self._rows is not None, "the stage kind does not keep rows"
         return self._rows[index]
 
     def unusable_rows(self) -> Iterator[dict[str, Any]]:
@@ -175,13 +175,14 @@ class TokenizedDataset:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Where tokenised rows are kept, and how to tell of one that is being built."""
+    """The cache of tokenised datasets in the store."""
 
     folder: Path
     leases: Path
     progress: Callable[[int, int], None] = lambda done, total: None
-    """Rows encoded, and rows in all."""
+    """Called with the number of encoded rows and of all rows."""
     waiting: Callable[[str], None] = lambda holder: None
+    """Called with the name of another process that builds the dataset."""
 
     def path(self, key: str) -> Path:
         return self.folder / key
@@ -194,7 +195,7 @@ class TokenCache:
         encoding: Encoding,
         kind: RowEncoding,
     ) -> TokenizedDataset:
-        """The rows of an artifact (at `rows`, called `rows_name` in the cache key) as sequences. One process builds,
+        """Return the tokenised rows of an artifact (at `rows`; `rows_name` in the cache key). One process builds them,
         others wait for it."""
         final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
         if not (final / "stats.json").is_file():
@@ -211,16 +212,16 @@ class TokenCache:
         encoding: Encoding,
         kind: RowEncoding,
     ) -> TokenizedDataset:
-        """The same, built by another process. A collective of all ranks would time out while a large dataset is built;
-        when the process that builds fails, Ray Train ends this one too."""
+        """Wait until another process has built them. A collective of all ranks would time out while a large dataset is
+        built; if the building process fails, Ray Train ends this one too."""
         final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
         while not (final / "stats.json").is_file():
             time.sleep(POLL_SECONDS)
         return TokenizedDataset(final)
 
     def _build(self, rows: Path, final: Path, encoder: _Encoder) -> None:
-        for left in final.parent.glob(f"{final.name}.staging-*"):  # by a build that was cut off
-            shutil.rmtree(left, ignore_errors=True)
+        for stale in final.parent.glob(f"{final.name}.staging-*"):  # of an interrupted build
+            shutil.rmtree(stale, ignore_errors=True)
         staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex[:8]}")
         staging.mkdir(parents=True)
         files = shards(rows)
@@ -230,7 +231,7 @@ class TokenCache:
         processes = min(available_cpus(), len(files)) if total >= PARALLEL_ROWS else 1
         with ExitStack() as stack:
             if processes > 1:
-                # Not forked: a process that has threads, or CUDA, can't be.
+                # Not forked: this process may have threads or CUDA contexts.
                 pool = stack.enter_context(
                     ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encoder,))
                 )
@@ -239,8 +240,8 @@ class TokenCache:
                 results = map(encoder, files, parts)
             stats = TokenStats()
             try:
-                for count, found in zip(counts, results, strict=True):
-                    stats.add(found)
+                for count, shard_stats in zip(counts, results, strict=True):
+                    stats.add(shard_stats)
                     done += count
                     self.progress(done, total)
             except BrokenProcessPool as error:
@@ -251,16 +252,16 @@ class TokenCache:
                 ) from error
         _merge(parts, staging)
         (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # without stats: a build that was cut off
+        shutil.rmtree(final, ignore_errors=True)  # has no stats.json: an interrupted build
         staging.rename(final)
 
 
 def cache_key(
     rows: Path, rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows
 ) -> str:
-    """16 hex digits."""
-    dated = "strftime_now" in json.dumps(tokenizer.chat_template)
-    what = [
+    """Return the cache key, 16 hex digits."""
+    uses_date = "strftime_now" in json.dumps(tokenizer.chat_template)
+    inputs = [
         FORMAT,
         ENCODING_VERSION,
         [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
@@ -269,21 +270,21 @@ def cache_key(
         tokenizer_key(tokenizer),
         asdict(encoding),
         encode_rows.__name__,
-        date.today().isoformat() if dated else "",
+        date.today().isoformat() if uses_date else "",
     ]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rows_key(rows: Path) -> list[Any]:
-    """Of an artifact's rows. Its name holds the cache key of what was asked for; a score on other hardware, and so what
-    a filter keeps by it, may differ under the same name."""
+    """Key of an artifact's content. The artifact's name does not suffice: scores may differ between devices, and with
+    them the rows that a filter keeps."""
     manifests = [path for path in (rows / "manifest.json", rows.parent / "manifest.json") if path.is_file()]
     manifest = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
     return [manifest, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]
 
 
 def available_cpus() -> int:
-    """Of this process: its affinity, and the quota of its container (cgroup v2)."""
+    """CPUs available to this process, by its affinity and its container's quota (cgroup v2)."""
     count = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -293,22 +294,22 @@ def available_cpus() -> int:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides what tokens a text becomes: models that share a tokenizer share tokenised rows."""
+    """Hash of everything that determines a text's tokens, so that models with equal tokenizers share tokenised rows."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any = dict(tokenizer.get_vocab()) if backend is None else json.loads(backend.to_str())
-    for changing in ("truncation", "padding"):  # set by the last call, not by the model
-        content.pop(changing, None)
-    what = [type(tokenizer).__name__, content, tokenizer.chat_template, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    for name in ("truncation", "padding"):  # set by the last call, not by the model
+        content.pop(name, None)
+    inputs = [type(tokenizer).__name__, content, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _mapped(file: Path, dtype: type[Any]) -> npt.NDArray[Any]:
+def _memmap(file: Path, dtype: type[Any]) -> npt.NDArray[Any]:
     # An empty file can't be mapped.
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
 
 class _RowFile:
-    """Rows by their place, in an Arrow file that is mapped into memory."""
+    """Rows by index, in a memory-mapped Arrow file."""
 
     def __init__(self, file: Path) -> None:
         self._file = pa.ipc.open_file(pa.memory_map(str(file)))
@@ -316,9 +317,8 @@ class _RowFile:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     def __getitem__(self, index: int) -> Row:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = int(index - self._starts[number])
-        row: Row = self._file.get_batch(number).slice(place, 1).to_pylist()[0]
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row: Row = self._file.get_batch(batch).slice(int(index - self._starts[batch]), 1).to_pylist()[0]
         return row
 
 
@@ -342,35 +342,37 @@ class _Encoder:
         part.mkdir()
         with ExitStack() as stack:
             tokens, types = (stack.enter_context((part / f"{name}.bin").open("wb")) for name in ("tokens", "types"))
-            lost = stack.enter_context((part / "unusable.jsonl").open("w", encoding="utf-8"))
-            kept = None
+            unusable_file = stack.enter_context((part / "unusable.jsonl").open("w", encoding="utf-8"))
+            rows_file = None
             if self.kind.keeps_rows:
-                kept = stack.enter_context(pa.ipc.new_file(str(part / "rows.arrow"), table.schema))
-            for start in range(0, table.num_rows, BATCH):
-                some = table.slice(start, BATCH)
-                rows, usable = some.to_pylist(), []
-                for row, found in zip(rows, self.kind.encode_rows(rows, self.tokenizer, self.encoding), strict=True):
+                rows_file = stack.enter_context(pa.ipc.new_file(str(part / "rows.arrow"), table.schema))
+            for start in range(0, table.num_rows, BATCH_ROWS):
+                batch = table.slice(start, BATCH_ROWS)
+                rows, usable = batch.to_pylist(), []
+                for row, encoded in zip(rows, self.kind.encode_rows(rows, self.tokenizer, self.encoding), strict=True):
                     stats.rows += 1
-                    usable.append(not found.unusable)
-                    stats.dropped_reasoning += sum(item.dropped_reasoning for item in found.sequences)
-                    stats.escaped_tokens += sum(item.escaped_tokens for item in found.sequences)
-                    if found.unusable:
-                        stats.unusable[found.unusable] += 1
-                        where = {name: row[name] for name in ("id", "source", "line")}
-                        lost.write(json.dumps({**where, "reason": found.unusable}, ensure_ascii=False) + "\n")
+                    usable.append(not encoded.unusable)
+                    stats.dropped_reasoning += sum(item.dropped_reasoning for item in encoded.sequences)
+                    stats.escaped_tokens += sum(item.escaped_tokens for item in encoded.sequences)
+                    if encoded.unusable:
+                        stats.unusable[encoded.unusable] += 1
+                        origin = {name: row[name] for name in ("id", "source", "line")}
+                        unusable_file.write(
+                            json.dumps({**origin, "reason": encoded.unusable}, ensure_ascii=False) + "\n"
+                        )
                         continue
-                    stats.truncated += any(item.truncated for item in found.sequences)
-                    for number, item in enumerate(found.sequences):
+                    stats.truncated += any(item.truncated for item in encoded.sequences)
+                    for number, item in enumerate(encoded.sequences):
                         tokens.write(np.asarray(item.ids, np.uint32).tobytes())
                         types.write(bytes(item.token_types or ()))
                         lengths.append(len(item.ids))
                         span_counts.append(len(item.spans))
                         spans += item.spans
                         row_ids.append(int(row["id"], 16))
-                        labels.append(found.labels[number] if found.labels else _NO_LABEL)
+                        labels.append(encoded.labels[number] if encoded.labels else _NO_LABEL)
                         stats.loss_tokens += item.num_loss_tokens
-                if kept is not None:
-                    kept.write_table(some.filter(pa.array(usable)).combine_chunks())
+                if rows_file is not None:
+                    rows_file.write_table(batch.filter(pa.array(usable)).combine_chunks())
         stats.sequences, stats.tokens = len(lengths), sum(lengths)
         np.save(part / "lengths.npy", np.array(lengths, np.int64))
         np.save(part / "span_counts.npy", np.array(span_counts, np.int64))
@@ -384,7 +386,7 @@ _process_encoder: _Encoder | None = None
 
 
 def _start_process(encoder: _Encoder) -> None:
-    """In a process of the pool. Each has a core: the tokenizer's own threads would only be in each other's way."""
+    """Initialize a process of the pool. Each has one core, so the tokenizer's own threads are disabled."""
     global _process_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _process_encoder = encoder
@@ -396,7 +398,7 @@ def _encode_shard(shard: Path, part: Path) -> TokenStats:
 
 
 def _merge(parts: Sequence[Path], target: Path) -> None:
-    """Parts one after the other, then removed. Memory: the numbers of a sequence, not its tokens."""
+    """Concatenate the parts and remove them. Holds per-sequence numbers in memory, but no tokens."""
     for name in ("tokens.bin", "types.bin", "unusable.jsonl"):
         with (target / name).open("wb") as stream:
             for part in parts:
@@ -409,24 +411,24 @@ def _merge(parts: Sequence[Path], target: Path) -> None:
                 for number in range(reader.num_record_batches):
                     writer.write_batch(reader.get_batch(number))
 
-    def joined(name: str) -> npt.NDArray[Any]:
+    def concatenated(name: str) -> npt.NDArray[Any]:
         return np.concatenate([np.load(part / f"{name}.npy") for part in parts])
 
     for name, target_name in (("lengths", "offsets"), ("span_counts", "span_offsets")):
-        np.save(target / f"{target_name}.npy", np.concatenate([[0], np.cumsum(joined(name))]).astype(np.int64))
+        np.save(target / f"{target_name}.npy", np.concatenate([[0], np.cumsum(concatenated(name))]).astype(np.int64))
     for name in ("spans", "labels", "row_ids"):
-        np.save(target / f"{name}.npy", joined(name))
+        np.save(target / f"{name}.npy", concatenated(name))
     for part in parts:
         shutil.rmtree(part)
 
 
-# How rows become sequences
+# Row encodings
 
 
 def encode_conversations(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """For `sft`: the sequences of each text or conversation."""
+    """Encode texts and conversations for `sft`."""
     for sequences in encode_sequences(rows, tokenizer, encoding):
         reason = next((item.rejected for item in sequences if item.rejected), "")
         if not reason and not any(item.num_loss_tokens for item in sequences):
@@ -437,6 +439,6 @@ def encode_conversations(
 def encode_documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """For `pretrain`: all tokens of each text or conversation."""
+    """Encode texts and conversations for `pretrain`, with a loss on all tokens."""
     for item in encode_whole(rows, tokenizer, encoding):
         yield TokenizedRow([item], unusable=item.rejected or ("" if item.ids else "it has no token"))

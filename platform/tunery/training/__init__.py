@@ -1,1 +1,1 @@
-"""Training on Ray Train: launch, DeepSpeed's configuration, and TRL's trainers in the workers."""
+"""Training on Ray Train with DeepSpeed: TRL trainers, PPO, and packed LoRA trials."""

@@ -1,4 +1,4 @@
-"""What `auto` becomes, and by which rule. Pure; the same for the plan that is printed and the training that runs."""
+"""Resolve `auto` values of training stages, with the rule that was applied. Pure; used by the plan and the training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tunery.spec import AUTO, Dpo, Grpo, Kto, Ppo, Pretrain, Rloo, Scratch, Trai
 from tunery.training.batches import group_size
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
-"""All that `auto` may become: what no number of rows makes fit is told before the rows are counted."""
+"""All values of `auto`, so that a size that never fits is reported before the rows are counted."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A field's value and the rule that it came from."""
+    """The resolved value of a field and the rule that gave it."""
 
     field: str
     value: Any
@@ -23,7 +23,7 @@ class Resolved:
 
 
 def resolve(stage: Training[Any], rows: int) -> tuple[Training[Any], list[Resolved]]:
-    """The stage with no `auto` left, for `rows` training sequences."""
+    """Return the stage with all `auto` values resolved for `rows` training sequences, and the resolved fields."""
     resolved: list[Resolved] = []
     if stage.epochs == AUTO:
         resolved.append(Resolved("epochs", *_epochs(stage, rows)))
@@ -47,34 +47,38 @@ def _epochs(stage: Training[Any], rows: int) -> tuple[float, str]:
 def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
     if isinstance(stage, Pretrain) and isinstance(stage.model, Scratch):
         return 2e-3, "a small model from scratch"
-    tuned = getattr(stage, "tuner", "full") != "full"
+    uses_lora = getattr(stage, "tuner", "full") != "full"
     if isinstance(stage, Dpo | Kto | Grpo | Rloo | Ppo):
         # TRL's default for DPO, GRPO and RLOO (1e-6, 1.16); LoRA as below.
-        return (1e-5, "LoRA: ten times full fine-tuning's rate") if tuned else (1e-6, "preferences and rewards, full")
-    if tuned:
-        # LoRA wants about ten times the rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
+        return (
+            (1e-5, "LoRA: ten times full fine-tuning's rate") if uses_lora else (1e-6, "preferences and rewards, full")
+        )
+    if uses_lora:
+        # LoRA needs about ten times the learning rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
         return 2e-4, "LoRA: ten times full fine-tuning's rate"
     return 2e-5, "full fine-tuning of a pretrained model"
 
 
 def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:
-    """What the stage's may be: the one that is given, or all that `auto` may become. Whole groups of answers."""
+    """Return the possible global batch sizes of a stage: the given one, or all values of `auto`, in complete groups."""
     if stage.global_batch_size != AUTO:
         return (stage.global_batch_size,)
-    group = _whole(stage)
-    return tuple(math.ceil(size / group) * group for size in GLOBAL_BATCH_SIZES)
+    multiple = _required_multiple(stage)
+    return tuple(math.ceil(size / multiple) * multiple for size in GLOBAL_BATCH_SIZES)
 
 
-def _whole(stage: Training[Any]) -> int:
-    """What a batch has to be a multiple of."""
+def _required_multiple(stage: Training[Any]) -> int:
+    """Return the number that the global batch size must be a multiple of."""
     return stage.minibatches if isinstance(stage, Ppo) else group_size(stage)
 
 
 def _global_batch_size(stage: Training[Any], rows: int) -> tuple[int, str]:
-    few, more, many, most = global_batch_sizes(stage)
-    groups = f", a multiple of {_whole(stage)}" if _whole(stage) > 1 else ""
+    smallest, small, medium, large = global_batch_sizes(stage)
+    multiple = f", a multiple of {_required_multiple(stage)}" if _required_multiple(stage) > 1 else ""
     if rows < 1_000:
-        return few, f"fewer than 1,000 rows{groups}"
+        return smallest, f"fewer than 1,000 rows{multiple}"
     if rows < 10_000:
-        return more, f"fewer than 10,000 rows{groups}"
-    return (many, f"fewer than 100,000 rows{groups}") if rows < 100_000 else (most, f"100,000 rows or more{groups}")
+        return small, f"fewer than 10,000 rows{multiple}"
+    return (
+        (medium, f"fewer than 100,000 rows{multiple}") if rows < 100_000 else (large, f"100,000 rows or more{multiple}")
+    )

@@ -1,7 +1,7 @@
-"""Steps, batches and data order. The rows of a step depend on seed and global batch size alone.
+"""Number of steps, batch sizes and data order. The rows of a step depend only on the seed and the global batch size.
 
-How many workers share a step, and in how many micro batches, changes nothing but the order of additions: so a run
-with other `compute` ends at the same losses, up to floating point.
+The number of workers and the micro batch size change only the order of additions, so that runs with different `compute`
+have the same losses up to floating-point rounding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tunery.models.tokenized_dataset import Integers
 from tunery.spec import AUTO, Grpo, Rloo, Training
 from tunery.spec.references import Auto
 
-LARGEST_MICRO_BATCH = 4
-"""Of `auto`: rows stand by length within a step, so that small micro batches are padded little, and workers that take
-turns along that order get like loads. A GPU with room for more is better used with an explicit number."""
+MAX_AUTO_MICRO_BATCH = 4
+"""The largest micro batch size that `auto` picks. Rows are sorted by length within a step, so small micro batches need
+little padding. Set an explicit size to use the memory of a large GPU."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Batching:
 def plan_batches(
     rows: int, epochs: float, global_batch_size: int, workers: int, micro_batch_size: int | None
 ) -> Batching:
-    """`micro_batch_size` None picks it. Raises RequestError when the global batch can't be shared out."""
+    """Plan steps and batch sizes; `micro_batch_size` None picks one. Raises RequestError if sizes are not divisible."""
     if global_batch_size % workers:
         raise RequestError(
             f"global_batch_size {global_batch_size} can't be split over {workers} workers",
@@ -46,7 +46,7 @@ def plan_batches(
         )
     share = global_batch_size // workers
     if micro_batch_size is None:
-        micro_batch_size = max(size for size in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % size == 0)
+        micro_batch_size = max(size for size in range(1, min(share, MAX_AUTO_MICRO_BATCH) + 1) if share % size == 0)
     if share % micro_batch_size:
         raise RequestError(
             f"micro_batch_size {micro_batch_size} does not divide a worker's share of {share} sequences a step",
@@ -58,17 +58,17 @@ def plan_batches(
 
 
 def group_size(stage: Training[Any]) -> int:
-    """Sequences that a step has of each row: answers that are drawn to a prompt."""
+    """Sequences per row in a step: the responses sampled to each prompt (GRPO, RLOO), else 1."""
     return stage.group_size if isinstance(stage, Grpo | Rloo) else 1
 
 
 def iterations(stage: Training[Any]) -> int:
-    """Optimizer steps over the same sequences."""
+    """Optimizer steps per generated batch (GRPO, RLOO), else 1."""
     return stage.iterations if isinstance(stage, Grpo | Rloo) else 1
 
 
 def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_size: int | Auto) -> Batching:
-    """For a stage with no `auto` in it. `rows` are what `epochs` go over."""
+    """Plan the batches of a stage without `auto` values. `rows`: examples of an epoch."""
     assert stage.epochs != AUTO, "resolved"
     assert stage.global_batch_size != AUTO, "resolved"
     micro = None if micro_batch_size == AUTO else micro_batch_size
@@ -79,12 +79,12 @@ def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_siz
 
 @dataclass(frozen=True)
 class SequenceMixture:
-    """Sources of sequences, one after the other in a SequenceSet, and how much of each is sampled."""
+    """Sources of sequences, concatenated in a SequenceSet, and the weight of each."""
 
     sizes: tuple[int, ...]
-    """Sequences of each."""
+    """Number of sequences of each source."""
     weights: tuple[float, ...]
-    """Their sum is 1."""
+    """Sampling weights; they sum to 1."""
 
 
 def data_order(
@@ -94,17 +94,17 @@ def data_order(
     seed: int,
     mixture: SequenceMixture | None = None,
 ) -> Integers:
-    """steps x global_batch_size row indices: one shuffled epoch after another, no partial batch at their edges. Of a
-    `mixture` each source has its share of every stretch of the order, to within a sequence, and epochs of its own.
+    """Return steps x global_batch_size row indices: shuffled epochs, concatenated without partial batches between them.
 
-    Within a step rows stand by length, longest first, so that micro batches are padded little and the one that needs
-    most memory comes first.
+    With a `mixture`, each source has its own epochs, and its fraction of every part of the order is exact to within
+    one sequence. Within a step, rows are sorted by length, descending, so that micro batches need little padding and
+    the one that needs most memory comes first.
     """
     needed = steps * global_batch_size
     if mixture is None:
         order = _shuffled_epochs(len(lengths), needed, random.Random(seed))
     else:
-        order = _mixed(mixture, needed, seed)
+        order = _mixture_order(mixture, needed, seed)
     order_sb = order.reshape(steps, global_batch_size)
     by_length = np.lexsort((order_sb, -np.asarray(lengths)[order_sb]), axis=1)
     return np.take_along_axis(order_sb, by_length, axis=1).ravel()
@@ -119,34 +119,34 @@ def _shuffled_epochs(count: int, needed: int, shuffle: random.Random) -> Integer
     return np.concatenate([np.zeros(0, np.int64), *epochs])[:needed]
 
 
-def _mixed(mixture: SequenceMixture, needed: int, seed: int) -> Integers:
-    """The n-th sequence of a source of weight w has its turn at (n + 1/2) / w."""
+def _mixture_order(mixture: SequenceMixture, needed: int, seed: int) -> Integers:
+    """Merge the sources: the n-th sequence of a source with weight w is placed at time (n + 1/2) / w."""
     times, indices, start = [], [], 0
-    for number, (size, weight) in enumerate(zip(mixture.sizes, mixture.weights, strict=True)):
+    for source, (size, weight) in enumerate(zip(mixture.sizes, mixture.weights, strict=True)):
         count = min(needed, math.ceil(needed * weight) + 1) if weight and size else 0
         times.append((np.arange(count) + 0.5) / (weight or 1))
-        indices.append(start + _shuffled_epochs(max(1, size), count, random.Random(f"{seed}-{number}")))
+        indices.append(start + _shuffled_epochs(max(1, size), count, random.Random(f"{seed}-{source}")))
         start += size
-    turns = np.argsort(np.concatenate(times), kind="stable")[:needed]
-    order: Integers = np.concatenate(indices)[turns]
+    by_time = np.argsort(np.concatenate(times), kind="stable")[:needed]
+    order: Integers = np.concatenate(indices)[by_time]
     return order
 
 
 def evaluation_batches(
     lengths: Sequence[int] | Integers, size: int, rank: int, workers: int
 ) -> list[tuple[list[int], bool]]:
-    """A worker's batches of row indices, rows of like length together, and whether a batch counts.
+    """Return a worker's batches of row indices, sorted by length, each with a flag whether its results count.
 
-    Every worker has as many, because under ZeRO-3 each forward pass gathers weights from all: the last ones may have a
-    batch that another has too, and that doesn't count.
+    Every worker gets the same number of batches, because under ZeRO-3 each forward pass gathers weights from all. The
+    last ones may be padding batches, whose results do not count.
     """
     indices: list[int] = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    real = len(batches)
-    batches += [batches[0]] * (-real % workers)
-    return [(batch, number < real) for number, batch in enumerate(batches)][rank::workers]
+    num_real = len(batches)
+    batches += [batches[0]] * (-num_real % workers)
+    return [(batch, index < num_real) for index, batch in enumerate(batches)][rank::workers]
 
 
 def at_even_steps(steps: int, times: int) -> list[int]:
-    """`times` steps (fewer when there are fewer) spread evenly over 1..steps, the last one at the end."""
+    """Return `times` evenly spaced steps in 1..steps (fewer if there are fewer steps); the last one is `steps`."""
     return sorted({math.ceil(steps * (index + 1) / times) for index in range(times)})

@@ -1,4 +1,4 @@
-"""Which checkpoints of a training count, and how another training begins with one."""
+"""Complete checkpoints of a training, and seeding a training from another's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 HISTORY = "history.jsonl"
 COMPLETE = "whole"
-"""Written last: by what the checkpoint was written."""
+"""File that is written last; it holds the checkpoint's signature."""
 
 
 def checkpoint_signature(workers: int, zero_stage: int, dtype: str) -> str:
-    """What a DeepSpeed checkpoint can be loaded by: the same number of workers, ZeRO stage and precision."""
+    """Return the settings that must match to load a DeepSpeed checkpoint: workers, ZeRO stage and precision."""
     return f"{workers} workers, ZeRO-{zero_stage}, {dtype}"
 
 
 def mark_complete(checkpoints: Path, step: int, checkpoint_signature: str) -> None:
+    """Mark a checkpoint as complete and remove all older ones."""
     (checkpoints / f"checkpoint-{step}" / COMPLETE).write_text(checkpoint_signature)
     for older in checkpoints.glob("checkpoint-*"):
         if step_of(older) < step:
@@ -26,20 +27,20 @@ def mark_complete(checkpoints: Path, step: int, checkpoint_signature: str) -> No
 
 
 def remove_incompatible(checkpoints: Path, checkpoint_signature: str) -> None:
-    """Checkpoints of other settings, and half-written ones: ours may have to be written under their names."""
+    """Remove incomplete checkpoints and those of other settings, which may have the names of new ones."""
     for path in checkpoints.glob("checkpoint-*"):
         if not (path / COMPLETE).is_file() or (path / COMPLETE).read_text() != checkpoint_signature:
             shutil.rmtree(path)
 
 
 def last_checkpoint(checkpoints: Path, checkpoint_signature: str) -> Path | None:
-    """The newest whole checkpoint that was written by workers like ours; half-written ones are left alone."""
-    whole = [
+    """Return the newest complete checkpoint with this signature, or None."""
+    complete = [
         path
         for path in checkpoints.glob("checkpoint-*")
         if (path / COMPLETE).is_file() and (path / COMPLETE).read_text() == checkpoint_signature
     ]
-    return max(whole, key=step_of, default=None)
+    return max(complete, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -55,23 +56,23 @@ def read_history(checkpoint: Path) -> list[dict[str, float]]:
 
 
 def seed_from(checkpoint: Path, checkpoints: Path) -> None:
-    """Another training's checkpoint for one's own, where there is none yet. Without it (it may be gone) the training
-    begins at its beginning, and comes to the same."""
+    """Copy another training's checkpoint into `checkpoints`, if it has no complete one. If the other checkpoint no
+    longer exists, the training starts from step 0, with the same result."""
     if checkpoint.is_dir() and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
         hardlink_copy(checkpoint, checkpoints)
 
 
 def hardlink_copy(checkpoint: Path, folder: Path) -> None:
-    """A copy in another folder, whole or not there. It takes no room: the files of a checkpoint are written once, and a
-    second name for each is enough where the file system has such."""
-    target, aside = folder / checkpoint.name, folder / f".{checkpoint.name}"
-    for old in (target, aside):
+    """Copy a checkpoint into another folder, atomically. Files are hard-linked where the file system supports it, since
+    checkpoint files are never modified."""
+    target, temporary = folder / checkpoint.name, folder / f".{checkpoint.name}"
+    for old in (target, temporary):
         shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(checkpoint, aside, copy_function=_second_name)
-    aside.rename(target)
+    shutil.copytree(checkpoint, temporary, copy_function=_link_or_copy)
+    temporary.rename(target)
 
 
-def _second_name(source: str, target: str) -> None:
+def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:

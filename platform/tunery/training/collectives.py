@@ -1,4 +1,4 @@
-"""What all ranks of a training must do alike: one that does otherwise leaves the others waiting in a collective."""
+"""Collectives on Python values, so that all ranks take the same decisions. Call them on all ranks, at the same step."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def any_rank(wants: bool) -> bool:
-    """Whether any rank does. Each of them has to ask, at the same step."""
-    if _alone():
-        return wants
-    flag = torch.tensor(int(wants), device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` is True on any rank."""
+    if _is_single_process():
+        return flag
+    result = torch.tensor(int(flag), device=_device())
+    dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return bool(result)
 
 
-def mean_over_ranks(own: float) -> float:
-    """The same on every rank; not finite where any rank's is not. Each of them has to ask, at the same step."""
-    if _alone():
-        return own
-    total = torch.tensor(own, dtype=torch.float64, device=_device())
+def mean_over_ranks(value: float) -> float:
+    """Return the mean over all ranks; not finite if any rank's value is not."""
+    if _is_single_process():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=_device())
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
 
 
-def broadcast_rank0(own: T) -> T:
-    """Rank 0's: what lies on a shared file system may look otherwise from another host."""
-    if _alone():
-        return own
-    told = [own]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+def broadcast_rank0(value: T) -> T:
+    """Return rank 0's value, e.g. of what is on a shared file system, which other hosts may see differently."""
+    if _is_single_process():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def _alone() -> bool:
-    """A pack has no ranks at all."""
+def _is_single_process() -> bool:
+    """Also True without a process group, as in a pack."""
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def _device() -> int | str:
-    """Of tensors that travel."""
+    """Device of the tensors that are communicated."""
     return torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"

@@ -1,4 +1,4 @@
-"""Evaluations of TRL's trainers that give the same numbers on any number of workers."""
+"""Evaluation of TRL trainers with results that do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunery.training.batches import evaluation_batches
 
 
 class DistributedEval:
-    """Beside a trainer of TRL: what is measured of each row is put together, and only then averaged."""
+    """Mixin for TRL trainers: gather the results of all rows before averaging them."""
 
     model: Any
     accelerator: Any
@@ -23,31 +23,37 @@ class DistributedEval:
     callback_handler: Any
     state: Any
     control: TrainerControl
-    metrics_at_end: Mapping[str, float] = {}
-    """Of the last evaluation."""
+    last_eval_metrics: Mapping[str, float] = {}
 
-    def measured(
-        self, lengths: Sequence[int] | Integers, columns: int, measure: Callable[[list[int]], torch.Tensor], size: int
+    def evaluate_rows(
+        self,
+        lengths: Sequence[int] | Integers,
+        columns: int,
+        evaluate_batch: Callable[[list[int]], torch.Tensor],
+        size: int,
     ) -> torch.Tensor:
-        """(rows, columns) float64: what `measure` gives, (batch, columns), for batches of `size` rows of like length,
-        from all ranks. It leaves the model in evaluation mode; `told` ends that."""
-        found = torch.zeros(len(lengths), columns, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        for batch, counts in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
-            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                values = measure(batch)
-            if counts:
-                found[batch] = values.to(found)
-        dist.all_reduce(found)
-        return found
+        """Return the results of all rows from all ranks, (rows, columns) float64.
 
-    def told(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Of an evaluation, to the log and the callbacks."""
-        self.metrics_at_end = dict(metrics)
-        self.log(metrics)  # type: ignore[attr-defined]  # in evaluation mode: else it takes training's running means
+        `evaluate_batch` returns (batch, columns) for a batch of at most `size` row indices of similar length. Leaves
+        the model in evaluation mode, until `report_metrics`.
+        """
+        results = torch.zeros(len(lengths), columns, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for batch, is_counted in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
+            with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                values = evaluate_batch(batch)
+            if is_counted:
+                results[batch] = values.to(results)
+        dist.all_reduce(results)
+        return results
+
+    def report_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Log the metrics of an evaluation, and pass them to the callbacks."""
+        self.last_eval_metrics = dict(metrics)
+        self.log(metrics)  # type: ignore[attr-defined]  # in evaluation mode: in training mode TRL would add its running means
         self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The manifest tells more, and a card would be written anew into every checkpoint."""
+        """Write no model card: the manifest has more information, and a card would go into every checkpoint."""

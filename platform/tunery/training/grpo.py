@@ -1,9 +1,9 @@
-"""`grpo` and `rloo`: a group of answers is drawn to each prompt, and an answer counts by how far its reward is above
-those of the others (Shao et al. 2024, https://arxiv.org/abs/2402.03300; Ahmadian et al. 2024,
-https://arxiv.org/abs/2402.14740), by TRL's trainers.
+"""`grpo` and `rloo`: sample a group of responses to each prompt; the advantage of a response is its reward relative to
+those of its group (Shao et al. 2024, https://arxiv.org/abs/2402.03300; Ahmadian et al. 2024,
+https://arxiv.org/abs/2402.14740). By TRL's trainers.
 
-Answers are drawn by each worker for its share of the prompts, so another number of workers draws others: trainings with
-other `compute` are alike, not the same. Evaluations draw from a fixed seed, batch by batch, whoever draws.
+Each worker samples responses to its share of the prompts, so results differ with the number of workers. Evaluations
+sample each batch from a fixed seed and do not.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ METRIC_NAMES = {
     "completions/clipped_ratio": "cut_off",
     "clip_ratio/region_mean": "clip_fraction",
 }
-"""TRL's names of what it measures, and ours."""
+"""TRL's metric names, and the names that they are logged under."""
 EVAL_BATCH_SIZE = 16
-"""Answers of an evaluation: whatever `compute` says, so that the same are drawn."""
-LAST = 5
-"""Points of a curve whose mean is told of its end."""
+"""Fixed, whatever `compute` is, so that evaluations sample the same responses."""
+FINAL_POINTS = 5
+"""Logged values that the final metrics are averaged over."""
 
 
 class GrpoTask:
-    """The recipe of both."""
+    """The trainer adapter of `grpo` and `rloo`."""
 
     def __init__(self, job: Job, rank: int) -> None:
-        """Raises StageError when no row has a prompt that leaves room for an answer, or none of eval_data, and
-        TuneryError when the reward can't be loaded."""
+        """Raises StageError if no prompt of `data`, or of `eval_data`, leaves room for a response, and TuneryError if
+        the reward can't be loaded."""
         assert isinstance(job.spec, Grpo | Rloo)
         assert job.reward is not None
         self._job, self._spec = job, job.spec
-        # TRL 1.16 loads the reference by the name in the model's config: of a merged adapter that is its base.
+        # TRL 1.16 loads the reference by the name in the model's config, which for a merged adapter is its base.
         self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and job.spec.tuner == "full")
-        data, evaluated = read_row_sequences(job, self._policy.tokenizer)
-        self._data, self._evaluated = PromptSet(data), PromptSet(evaluated)
+        data, eval_data = read_row_sequences(job, self._policy.tokenizer)
+        self._data, self._eval_data = PromptSet(data), PromptSet(eval_data)
         self.examples = self._data
         device = torch.device("cuda" if job.compute.device == "gpu" else "cpu")
-        # Before the training's arguments are made: after that ZeRO-3 would load it in pieces.
-        self._reward = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)
+        # Before TrainingArguments are constructed: after that, ZeRO-3 would shard the reward model.
+        self._reward_fn = load_reward(job.reward, score_dtype(job.compute), device, job.spec.max_length)
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> Any:
+    def trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> Any:
         spec, sampling = self._spec, self._spec.sampling
-        # Under ZeRO-3 these make transformers shard the models while they load.
+        # Before the models are loaded: under ZeRO-3 the arguments make transformers shard them while they load.
         settings: dict[str, Any] = {
             **arguments,
             "num_generations": spec.group_size,
@@ -70,21 +70,21 @@ class GrpoTask:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "generation_kwargs": {"min_new_tokens": sampling.min_new_tokens},
-            "shuffle_dataset": False,  # it comes in the order in which it is to be seen (training/batches.py)
-            "disable_dropout": False,  # the model's own is off (training/policy.py)
+            "shuffle_dataset": False,  # already in training order (training/batches.py)
+            "disable_dropout": False,  # Policy disables the model's own dropout
         }
-        kind: Any = RlooTrainer
+        trainer_class: Any = RlooTrainer
         config: Any = RLOOConfig(**settings) if isinstance(spec, Rloo) else None
         if isinstance(spec, Grpo):
-            kind, config = GrpoTrainer, GRPOConfig(**settings, loss_type=spec.loss, scale_rewards=spec.scale)
-        return kind(
+            trainer_class, config = GrpoTrainer, GRPOConfig(**settings, loss_type=spec.loss, scale_rewards=spec.scale)
+        return trainer_class(
             **self._policy.arguments(),
             data=self._data,
-            evaluated=self._evaluated,
-            reward=self._reward,
+            eval_data=self._eval_data,
+            reward_fn=self._reward_fn,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": order}),
-            callbacks=[steps],
+            callbacks=[callback],
         )
 
     def save(self, trainer: Any) -> None:
@@ -93,70 +93,71 @@ class GrpoTask:
     def probe(self, parameters: int) -> LanguageProbe:
         return LanguageProbe(self._job, self._data.sequences.first(PROBED), parameters)
 
-    def counted(self) -> dict[str, Any]:
-        return {**self._data.facts(), "eval_rows": self._evaluated.sequences.stats.rows}
+    def data_stats(self) -> dict[str, Any]:
+        return {**self._data.facts(), "eval_rows": self._eval_data.sequences.stats.rows}
 
-    def found(self, trainer: Any) -> dict[str, Any]:
-        """tokens: of prompts and answers, over all answers. first_reward: of the first step. Of the last five points of
-        each curve the mean; eval_reward at the end."""
+    def final_metrics(self, trainer: Any) -> dict[str, Any]:
+        """tokens: of prompts and responses, over all responses; first_reward: of the first step; eval_reward: of the
+        last evaluation; other metrics: means of the last five logged values."""
         history: list[dict[str, Any]] = trainer.state.log_history
-        ends = {}
+        final_means = {}
         for name in ("reward", "kl", "response_length", "cut_off"):
-            points = [point[name] for point in history if point.get(name) is not None][-LAST:]
-            ends[name] = sum(points) / len(points) if points else None
+            points = [point[name] for point in history if point.get(name) is not None][-FINAL_POINTS:]
+            final_means[name] = sum(points) / len(points) if points else None
         first = next((point["reward"] for point in history if "reward" in point), None)
-        told = {"first_reward": first, "eval_reward": trainer.metrics_at_end.get("eval_reward")}
-        return {"tokens": int(trainer.state.num_input_tokens_seen), **ends, **told}
+        rewards = {"first_reward": first, "eval_reward": trainer.last_eval_metrics.get("eval_reward")}
+        return {"tokens": int(trainer.state.num_input_tokens_seen), **final_means, **rewards}
 
 
-class OnPrompts(DistributedEval):
-    """Beside TRL's GRPOTrainer and RLOOTrainer (1.16): prompts are handed around by their number, their tokens are
-    those of models/encode.py, the rewards ours."""
+class PromptIndexTrainer(DistributedEval):
+    """Mixin for TRL's GRPOTrainer and RLOOTrainer (1.16): prompts are passed as indices, tokenized by models/encode.py,
+    and scored by a RewardFn."""
 
     model_wrapped: Any
     generation_config: Any
     generation_kwargs: Any
     _metrics: Any
 
-    def __init__(self, *, data: PromptSet, evaluated: PromptSet, reward: RewardFn, **arguments: Any) -> None:
-        self._data, self._evaluated, self._reward = data, evaluated, reward
+    def __init__(self, *, data: PromptSet, eval_data: PromptSet, reward_fn: RewardFn, **arguments: Any) -> None:
+        self._data, self._eval_data, self._reward_fn = data, eval_data, reward_fn
 
-        def rate(prompts: list[int], completions: list[str], **others: Any) -> list[float]:
-            return reward([data.row(number) for number in prompts], completions)
+        def reward_func(prompts: list[int], completions: list[str], **kwargs: Any) -> list[float]:
+            return reward_fn([data.row(index) for index in prompts], completions)
 
-        super().__init__(reward_funcs=rate, **arguments)  # type: ignore[call-arg]  # of TRL's trainer
+        super().__init__(reward_funcs=reward_func, **arguments)  # type: ignore[call-arg]  # of TRL's trainer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """eval_reward: the mean over one answer to each prompt, drawn from a fixed seed."""
-        prompts = self._evaluated
+        """eval_reward: mean reward of one response per prompt, sampled from a fixed seed."""
+        prompts = self._eval_data
 
-        def measure(batch: list[int]) -> torch.Tensor:
-            # The rows of a batch don't depend on the number of workers: neither does its seed.
+        def evaluate_batch(batch: list[int]) -> torch.Tensor:
+            # The rows of a batch do not depend on the number of workers, so neither does its seed.
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed + batch[0])
-                answers = self._draw([prompts.ids(number) for number in batch])
-            return torch.tensor([[value] for value in self._reward([prompts.row(n) for n in batch], answers)])
+                responses = self._sample_responses([prompts.ids(index) for index in batch])
+            rewards = self._reward_fn([prompts.row(index) for index in batch], responses)
+            return torch.tensor([[reward] for reward in rewards])
 
-        rewards = self.measured(prompts.lengths, 1, measure, EVAL_BATCH_SIZE)
-        return self.told({"eval_reward": rewards.mean().item()})
+        rewards = self.evaluate_rows(prompts.lengths, 1, evaluate_batch, EVAL_BATCH_SIZE)
+        return self.report_metrics({"eval_reward": rewards.mean().item()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for theirs, ours in METRIC_NAMES.items():
-            if theirs in metrics:
-                metrics[ours] = metrics.pop(theirs)
+        for trl_name, name in METRIC_NAMES.items():
+            if trl_name in metrics:
+                metrics[name] = metrics.pop(trl_name)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _tokenize_prompts(self, prompts: list[int]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [self._data.ids(number) for number in prompts], None, {}
+        return [self._data.ids(index) for index in prompts], None, {}
 
-    def _draw(self, prompts: list[list[int]]) -> list[str]:
-        """Of all ranks together: ZeRO-3 gathers the weights."""
+    def _sample_responses(self, prompts: list[list[int]]) -> list[str]:
+        """Sample a response to each prompt. Call on all ranks: ZeRO-3 gathers the weights."""
         tokenizer = self.processing_class  # type: ignore[attr-defined]
-        longest = max(map(len, prompts))
-        gaps = [longest - len(ids) for ids in prompts]
-        ids = [[tokenizer.pad_token_id] * gap + ids for gap, ids in zip(gaps, prompts, strict=True)]
-        mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+        max_length = max(map(len, prompts))
+        padding = [max_length - len(ids) for ids in prompts]
+        ids = [[tokenizer.pad_token_id] * count + ids for count, ids in zip(padding, prompts, strict=True)]
+        mask = [[0] * count + [1] * (max_length - count) for count in padding]
         inputs = {
             "input_ids": torch.tensor(ids, device=self.args.device),
             "attention_mask": torch.tensor(mask, device=self.args.device),
@@ -164,14 +165,14 @@ class OnPrompts(DistributedEval):
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
         ) as model:
-            drawn = model.generate(**inputs, generation_config=self.generation_config)
-        answers: list[str] = tokenizer.batch_decode(drawn[:, longest:], skip_special_tokens=True)
-        return answers
+            sequences = model.generate(**inputs, generation_config=self.generation_config)
+        responses: list[str] = tokenizer.batch_decode(sequences[:, max_length:], skip_special_tokens=True)
+        return responses
 
 
-class GrpoTrainer(OnPrompts, GRPOTrainer):  # type: ignore[misc]  # trl ships no types
-    """GRPO on our prompts."""
+class GrpoTrainer(PromptIndexTrainer, GRPOTrainer):  # type: ignore[misc]  # trl ships no types
+    """GRPO on prompt indices."""
 
 
-class RlooTrainer(OnPrompts, RLOOTrainer):  # type: ignore[misc]
-    """RLOO on our prompts."""
+class RlooTrainer(PromptIndexTrainer, RLOOTrainer):  # type: ignore[misc]
+    """RLOO on prompt indices."""

@@ -1,4 +1,4 @@
-"""A training, as it travels to its workers, and what all kinds of training do alike with files."""
+"""The description of a training that is sent to its workers, and file operations that all trainers share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunery.store.rows import Row, read_rows
 
 @dataclass(frozen=True)
 class RowSource:
-    """An artifact's rows (or those of a folder in it), and the label of all of them where they don't bear one each."""
+    """The rows of an artifact (or of a folder in it). `label`: of all rows, if they have no labels of their own."""
 
     path: Path
     label: bool | None = None
@@ -23,44 +23,47 @@ class RowSource:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs; plain data, so that it travels to any host that sees the store."""
+    """Everything a worker needs. Plain data, so that it can be sent to any host that has access to the store."""
 
     stage: str
     trial: str
     spec: Training[Any]
-    """With no `auto` left in it."""
+    """All `auto` values are resolved."""
     seed: int
     model: dict[str, Any]
     """models.load.Source, or {"scratch": name}."""
     rows: tuple[RowSource, ...]
     eval_rows: tuple[RowSource, ...]
     reward: dict[str, Any] | None
-    """models.reward.RewardOrigin: what rates answers, of a training that draws some."""
+    """models.reward_functions.RewardOrigin, for trainers that generate responses."""
     ptx_rows: tuple[RowSource, ...]
-    """Rows whose likelihood is mixed into PPO's loss."""
+    """Rows for PPO's additional language-modelling loss."""
     out: Path
+    """The artifact's folder."""
     work: Path
+    """Folder for checkpoints and other temporary files."""
     store: Path
     """The store's root."""
     events: Path
+    """Folder of the event logs."""
     compute: Compute
     workers: int
     started: float
-    """When the stage was asked for, seconds since the epoch."""
+    """When the stage started, in seconds since the epoch."""
     stop: Path | None = None
-    """A file that somebody writes to end the training before its time: it raises Stopped."""
-    kept: Path | None = None
-    """Where the checkpoints of its evaluations are kept, so that others can begin with them (search/population.py). An
-    evaluation is reported when its checkpoint is there."""
-    begins_with: Path | None = None
-    """Such a checkpoint of another training that is the same up to there."""
+    """If this file appears, the training raises Stopped."""
+    checkpoint_dir: Path | None = None
+    """Folder that keeps a checkpoint of each evaluation, so that other trials can resume from it
+    (search/population.py). An evaluation is reported once its checkpoint is written."""
+    resume_from: Path | None = None
+    """Such a checkpoint, written by another training that is identical up to there."""
 
 
 Report = Callable[[dict[str, float]], None]
 
 
 class Examples(Protocol):
-    """What a training sees one after another: sequences, pairs of them, or prompts."""
+    """The examples of a training: sequences, pairs of sequences, or prompts."""
 
     @property
     def lengths(self) -> Integers:
@@ -72,41 +75,41 @@ class Examples(Protocol):
 
     @property
     def part_stats(self) -> Sequence[TokenStats]:
-        """What became of the rows of each data stage."""
+        """Row counts of each data stage."""
 
 
 class TrainerAdapter(Protocol):
-    """What is special about a kind of training; training/worker.py does the rest. Made in every worker, from (job,
-    rank), after the process has been made ready and seeded. Raises StageError when the rows won't do."""
+    """The part of a training that depends on the stage kind; training/worker.py does the rest. Constructed in every
+    worker from (job, rank), after the process is set up and seeded. Raises StageError if the rows are unusable."""
 
     examples: Examples
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, steps: Any) -> Any:
-        """A transformers Trainer with its model: `arguments` are for its TrainingArguments, `order` the sequences to
-        be seen one after another, `steps` its callback. The arguments come first: under ZeRO-3 they make transformers
-        shard a model while it loads."""
+    def trainer(self, arguments: dict[str, Any], order: Integers, callback: Any) -> Any:
+        """Build the transformers Trainer with its model. `arguments`: for its TrainingArguments; `order`: indices of
+        the examples in training order. Construct the TrainingArguments before loading the model: under ZeRO-3 they make
+        transformers shard the model while it loads."""
 
     def save(self, trainer: Any) -> None:
-        """Writes the model into job.out. All ranks take part."""
+        """Write the model to `job.out`. Call on all ranks."""
 
     def probe(self, parameters: int) -> Any:
-        """A train.reload_check.Probe of the training rows; `parameters`: of the model."""
+        """Return a reload_check.Probe of the training rows. `parameters`: number of model parameters."""
 
-    def counted(self) -> dict[str, Any]:
-        """Facts: what became of the rows."""
+    def data_stats(self) -> dict[str, Any]:
+        """Return the row counts for the facts."""
 
-    def found(self, trainer: Any) -> dict[str, Any]:
-        """Facts that the training brought, beyond its losses. All ranks take part, before the model is saved."""
+    def final_metrics(self, trainer: Any) -> dict[str, Any]:
+        """Return metrics for the facts, besides the losses. Called on all ranks, before the model is saved."""
 
 
 def rows_of(sources: Sequence[RowSource], columns: list[str]) -> Iterator[Row]:
-    """One after another."""
+    """Iterate over the rows of all sources."""
     for source in sources:
         yield from read_rows(source.path, columns)
 
 
 def write_once(folder: Path, rank: int, write: Callable[[Path], None]) -> Source:
-    """A model that rank 0 writes, once; a later try finds it."""
+    """Write a model on rank 0, unless an earlier attempt has; return it as a model source. Call on all ranks."""
     import torch.distributed as dist
 
     if rank == 0 and not (folder / "whole").is_file():
@@ -117,7 +120,7 @@ def write_once(folder: Path, rank: int, write: Callable[[Path], None]) -> Source
 
 
 def save_model(trainer: Any, folder: Path, tokenizer: Any, rank: int) -> None:
-    """All ranks take part (ZeRO-3 gathers); only what loads the model again is kept, and no paths or dates."""
+    """Save model and tokenizer, without files that hold paths or dates. Call on all ranks: ZeRO-3 gathers weights."""
     trainer.save_model(str(folder))
     if rank == 0:
         tokenizer.save_pretrained(folder)

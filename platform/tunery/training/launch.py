@@ -1,4 +1,4 @@
-"""The stages that train: a Ray Train run each."""
+"""Run a training stage, by Ray Train, in this process, or in a pack."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from tunery.training.job import Job, Report, RowSource
 from tunery.training.packed.pack_server import train_packed
 
 Data = str | PositiveNegative | ReviewLabels | dict[str, float]
-STOPPED = "stopped"
-"""In the work folder, by workers that somebody has stopped."""
+STOPPED_FILE = "stopped"
+"""Written to the work folder by workers that were stopped."""
 
 
 def run_training(context: StageContext) -> StageResult:
-    """Facts: rows, tokens, steps, losses and what `auto` became. Measured: speed, memory, time to the first step."""
+    """Train a model. Facts: rows, tokens, steps, losses and resolved `auto` values. Measured: speed, memory, time to
+    the first step."""
     spec = context.spec
     assert isinstance(spec, Training)
-    resolved_spec, resolved = resolve(spec, _count(spec.data, context.inputs))
+    resolved_spec, resolved = resolve(spec, _row_count(spec.data, context.inputs))
     paths = {name: item.path for name, item in context.inputs.items()}
     reward, ptx = getattr(spec, "reward", None), getattr(spec, "ptx", None)
     model: dict[str, Any]
@@ -47,10 +48,10 @@ def run_training(context: StageContext) -> StageResult:
         spec=resolved_spec,
         seed=context.seed,
         model=model,
-        rows=_rows(spec.data, context.inputs),
-        eval_rows=_rows(spec.eval_data, context.inputs) if spec.eval_data is not None else (),
+        rows=_row_sources(spec.data, context.inputs),
+        eval_rows=_row_sources(spec.eval_data, context.inputs) if spec.eval_data is not None else (),
         reward=None if reward is None else reward_origin(reward, paths, context.folder),
-        ptx_rows=_rows(ptx.data, context.inputs) if ptx is not None else (),
+        ptx_rows=_row_sources(ptx.data, context.inputs) if ptx is not None else (),
         out=context.out,
         work=context.work,
         store=context.store,
@@ -59,25 +60,25 @@ def run_training(context: StageContext) -> StageResult:
         workers=workers,
         started=time.time(),
         stop=context.stop,
-        kept=context.kept,
-        begins_with=context.begins_with,
+        checkpoint_dir=context.kept,
+        resume_from=context.begins_with,
     )
-    if job.begins_with is not None:
-        seed_from(job.begins_with, job.work / "checkpoints")
+    if job.resume_from is not None:
+        seed_from(job.resume_from, job.work / "checkpoints")
     if context.desk is not None:
         train_packed(job, context.desk, context.report)
     elif context.in_process:
-        _train_here(job, context.report)
+        _train_in_process(job, context.report)
     else:
         _train_on_workers(job, context)
     outcome = json.loads((context.work / "outcome.json").read_text())
     shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
-    changed = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
-    return StageResult({**outcome["facts"], "resolved": changed}, outcome["measured"])
+    resolved_values = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
+    return StageResult({**outcome["facts"], "resolved": resolved_values}, outcome["measured"])
 
 
-def _rows(data: Data, inputs: Mapping[str, Artifact]) -> tuple[RowSource, ...]:
-    """Where they lie, and what label they get."""
+def _row_sources(data: Data, inputs: Mapping[str, Artifact]) -> tuple[RowSource, ...]:
+    """Return the folders of the rows, with the label of each if the stage defines it."""
     if isinstance(data, dict):
         return tuple(RowSource(inputs[stage].path) for stage in data)
     if isinstance(data, PositiveNegative):
@@ -87,13 +88,13 @@ def _rows(data: Data, inputs: Mapping[str, Artifact]) -> tuple[RowSource, ...]:
     return (RowSource(inputs[data].path),)
 
 
-def _count(data: Data, inputs: Mapping[str, Artifact]) -> int:
+def _row_count(data: Data, inputs: Mapping[str, Artifact]) -> int:
     fact = "decided" if isinstance(data, ReviewLabels) else "rows"
     return sum(int(inputs[stage].facts[fact]) for stage in data_refs(data).values())
 
 
 def train(job: Job, report: Report) -> None:
-    """In each worker: PPO's own loop, or that of the trainers that transformers' Trainer goes through."""
+    """Train in each worker, by PPO's own loop or by transformers' Trainer."""
     if isinstance(job.spec, Ppo):
         from tunery.training.ppo.ppo_worker import train as loop
     else:
@@ -117,16 +118,16 @@ def _train_on_workers(job: Job, context: StageContext) -> None:
             resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
         ),
         run_config=RunConfig(
-            # A name that is used twice would make Ray resume from its own state: ours is in the work folder.
+            # A reused name would make Ray resume from its own state; our checkpoints are in the work folder.
             name=f"{job.work.name}-{time.time_ns()}",
             storage_path=str(context.logs / "ray-train"),
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
             callbacks=list(context.callbacks),
         ),
     )
-    (job.work / STOPPED).unlink(missing_ok=True)  # of an earlier try
+    (job.work / STOPPED_FILE).unlink(missing_ok=True)  # of an earlier attempt
     interruptible(trainer.fit)
-    if (job.work / STOPPED).exists():
+    if (job.work / STOPPED_FILE).exists():
         raise Stopped("stopped while it trained")
 
 
@@ -137,18 +138,18 @@ def _worker(config: dict[str, Any]) -> None:
         if config["report"]:
             ray.train.report(metrics)
 
-    # All ranks stop at the same step. Raised, it would be a failure to Ray Train, which tries such again.
+    # All ranks stop at the same step. If Stopped were raised, Ray Train would retry the run as a failure.
     try:
         train(config["job"], report)
     except Stopped:
-        (config["job"].work / STOPPED).touch()
+        (config["job"].work / STOPPED_FILE).touch()
 
 
-def _train_here(job: Job, report: Report) -> None:
-    """Ray Train's local mode (num_workers=0): the loop runs in this process, which a trial has for itself.
+def _train_in_process(job: Job, report: Report) -> None:
+    """Train in this process, by Ray Train's local mode (num_workers=0).
 
-    Saves the start of a controller, three helpers and a worker, 20 s of a 30 s trial on two cores; and the process
-    keeps torch loaded for the next trial.
+    This saves the start of a controller, three helper actors and a worker (20 s of a 30 s trial on two cores), and the
+    process keeps torch loaded for the next trial.
     """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -156,9 +157,9 @@ def _train_here(job: Job, report: Report) -> None:
     from tunery.training.worker_setup import reset_global_state
 
     reset_global_state()
-    # One worker shards nothing, and DeepSpeed (0.19.8) never lets go of a model that it has sharded.
+    # ZeRO-3 shards nothing with one worker, and DeepSpeed (0.19.8) never frees a model that it has sharded.
     compute = job.compute.model_copy(update={"zero_stage": min(job.compute.zero_stage, 2)})
-    # Not TorchTrainer: that one ends a local run by destroying the process group, which the next trial needs.
+    # Not TorchTrainer, which destroys the process group at the end of a local run; the next trial needs it.
     trainer = DataParallelTrainer(
         lambda: train(dataclasses.replace(job, workers=1, compute=compute), report),
         scaling_config=ScalingConfig(num_workers=0),

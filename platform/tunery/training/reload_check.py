@@ -1,13 +1,13 @@
-"""After every save: the model that is loaded from the files gives the outputs of the model that was trained.
+"""Check after every save that the saved model has the same outputs as the trained model.
 
-Merging an adapter, tied weights, a head or a library that writes a file in another way can change a model on its way to
-disk. So up to 4 training sequences of 512 tokens in all are given to the trained model, as it is in the memory of the
-workers, and to the model that the loader of every later stage (models/load.py) makes of the files. Where the two differ
-by more than rounding the stage fails, and there is no artifact.
+Merging an adapter, tied weights, a new head or a library's file format can change a model when it is saved. The check
+runs up to 4 training sequences of together 512 tokens through the trained model in the workers' memory, and through the
+model that later stages load from the files (models/load.py). If the outputs differ by more than rounding, the stage
+fails and writes no artifact.
 
-The cost: rank 0 loads the model once more, in float32 on the CPU, and runs one forward pass. No GPU memory is taken; of
-host memory 4 bytes a parameter, for as long as the check takes. The tokens are fewer where the model is large
-(`MAX_FLOPS`). A host without the memory skips the check, and the stage's runtime stats say so.
+Cost: rank 0 loads the model once more, in float32 on the CPU, and runs one forward pass. This takes 4 bytes of host
+memory per parameter and no GPU memory. Large models get fewer tokens (`MAX_FLOPS`). A host with too little memory skips
+the check, which is recorded in the stage's runtime stats.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from tunery.training.job import Job
 
 MAX_SEQUENCES, MAX_TOKENS, MIN_TOKENS = 4, 512, 64
 PROBED = 16
-"""Sequences that are looked at for those: one of a single token has no loss."""
+"""Number of sequences that the probe is selected from: those with a single token have no loss."""
 MAX_FLOPS = 2e11
-"""Of the forward pass on the CPU, 2 a parameter and token, as long as that leaves `MIN_TOKENS`: about 4 s of one core.
-A model of 0.6 B parameters reads 166 tokens, one of 1.6 B or more 64."""
+"""Limit for the forward pass on the CPU (2 FLOPs per parameter and token), about 4 s on one core; at least `MIN_TOKENS`
+are used. A model of 0.6 B parameters gets 166 tokens, one of 1.6 B or more gets 64."""
 TOLERANCES = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 0.03)}
-"""Absolute and relative to the largest output, by the dtype that the trained model computes in. In float32 other
-kernels and another order of additions change a loss by about 1e-6; bf16 keeps 8 bits, which changes the mean loss of a
-short sequence by about 0.02."""
+"""Absolute tolerance, and tolerance relative to the largest output, by the dtype of the training. In float32, different
+kernels and orders of addition change a loss by about 1e-6; in bf16 (8 bits of precision) the mean loss of a short
+sequence changes by about 0.02."""
 
 
 class Probe(Protocol):
-    """A few outputs of a model."""
+    """Computes a few outputs of the trained model and of the saved model."""
 
     what: str
-    """In words."""
+    """Name of the output, for messages."""
 
     def trained(self, trainer: Any) -> list[float]:
-        """Of the trained model, of a transformers Trainer. All ranks take part: under ZeRO-3 a forward pass gathers
-        weights from all."""
+        """Return the outputs of a transformers Trainer's model. Call on all ranks: under ZeRO-3 a forward pass gathers
+        weights."""
 
     def saved(self) -> list[float]:
-        """Of the model that is loaded from job.out, on the CPU. Rank 0 alone."""
+        """Return the outputs of the model loaded from `job.out`, on the CPU. Call on rank 0 only."""
 
 
 class LanguageProbe:
-    """The loss of each of a few token sequences, in nats per token."""
+    """Losses of a few token sequences, in nats per token."""
 
     what = "loss"
 
     def __init__(self, job: Job, sequences: Sequence[Sequence[int]], parameters: int) -> None:
-        """`sequences`: the first `PROBED` that are trained on; `parameters`: of the model."""
+        """`sequences`: the first `PROBED` training sequences; `parameters`: number of model parameters."""
         usable = list(islice((ids for ids in sequences if len(ids) > 1), MAX_SEQUENCES))
         self._job, self.sequences = job, first_tokens(usable, parameters)
 
@@ -82,7 +82,7 @@ class LanguageProbe:
 
 
 def first_tokens(sequences: Sequence[Sequence[int]], parameters: int) -> list[list[int]]:
-    """The first few sequences, cut to as many tokens as may be read in all."""
+    """Return the first `MAX_SEQUENCES` sequences, truncated to the token budget of a model with `parameters`."""
     budget = max(MIN_TOKENS, min(MAX_TOKENS, int(MAX_FLOPS / (2 * max(1, parameters)))))
     return [list(ids[: budget // MAX_SEQUENCES]) for ids in sequences[:MAX_SEQUENCES]]
 
@@ -96,15 +96,15 @@ def check_saved(
     saved: Callable[[], list[float]],
     what: str = "loss",
 ) -> dict[str, Any]:
-    """All ranks take part, after the model was saved. `trained`: its outputs, `what` in words; `saved` computes those
-    of the files. Returns runtime stats: reload_check, in words; reload_check_seconds.
+    """Compare the outputs of the trained and of the saved model. Call on all ranks, after the model was saved.
 
-    Raises StageError, on all ranks, where the two differ.
+    `trained`: outputs of the trained model, named `what`; `saved` computes those of the saved model. Returns runtime
+    stats: reload_check (a message) and reload_check_seconds. Raises StageError, on all ranks, if the outputs differ.
     """
     begin = time.perf_counter()
     error, outcome = "", ""
     if rank == 0:
-        outcome = why_skipped(parameters)
+        outcome = skip_reason(parameters)
         if not outcome:
             with unsharded_models():
                 error, outcome = compare(what, trained, saved(), dtype)
@@ -122,30 +122,30 @@ def check_saved(
 
 
 def compare(what: str, trained: Sequence[float], saved: Sequence[float], dtype: str) -> tuple[str, str]:
-    """What is wrong, "" where nothing is; and what was found, in words."""
+    """Return an error message ("" if outputs agree), and otherwise a message with the result."""
     if not trained:
         return "", "skipped: no training sequence has two tokens"
     absolute, relative = TOLERANCES[dtype]
     allowed = absolute + relative * max(map(abs, trained))
     pairs = list(zip(trained, saved, strict=True))
-    ours, theirs = max(pairs, key=lambda pair: _distance(*pair))
-    distance = _distance(ours, theirs)
+    trained_output, saved_output = max(pairs, key=lambda pair: _distance(*pair))
+    distance = _distance(trained_output, saved_output)
     if not distance <= allowed:
         message = (
-            f"the saved model is not the trained one: its {what} on a training sequence is {theirs:.4f} when it is "
-            f"loaded again, and was {ours:.4f} in training (allowed difference {allowed:.2g})"
+            f"the saved model is not the trained one: its {what} on a training sequence is {saved_output:.4f} when it "
+            f"is loaded again, and was {trained_output:.4f} in training (allowed difference {allowed:.2g})"
         )
         return message, ""
     return "", f"passed: {what} of {len(pairs)} training sequences within {distance:.2g}"
 
 
-def _distance(ours: float, theirs: float) -> float:
-    distance = abs(ours - theirs)
-    return distance if distance == distance else float("inf")  # of a number that is none
+def _distance(one: float, other: float) -> float:
+    distance = abs(one - other)
+    return distance if distance == distance else float("inf")  # NaN
 
 
-def why_skipped(parameters: int) -> str:
-    """ "" where this host has the memory to load the model once more."""
+def skip_reason(parameters: int) -> str:
+    """Return why this host can't load the model once more; "" if it can."""
     needed, free = 4 * parameters, available_memory()
     if needed > 0.8 * free:
         return f"skipped: {needed / 1e9:.1f} GB to load the model again, and {free / 1e9:.1f} GB of memory are free"
@@ -153,7 +153,7 @@ def why_skipped(parameters: int) -> str:
 
 
 def available_memory() -> float:
-    """Bytes of this host that can be taken without swapping; infinite where the system does not say."""
+    """Memory available without swapping, in bytes; infinite if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -163,7 +163,7 @@ def available_memory() -> float:
 
 
 def _container_memory() -> float:
-    """Bytes that are left of a container's limit (cgroup v2); infinite without one."""
+    """Memory left within a container's limit (cgroup v2), in bytes; infinite without one."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
@@ -174,12 +174,12 @@ def _container_memory() -> float:
 
 @contextmanager
 def unsharded_models() -> Iterator[None]:
-    """Models load whole meanwhile: under ZeRO-3 transformers (5.23) would share out their weights over all ranks."""
+    """Load models unsharded in this context: under ZeRO-3 transformers (5.23) would shard them over all ranks."""
     from transformers.integrations import deepspeed as integration
 
-    kept = integration._hf_deepspeed_config_weak_ref
+    config_ref = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = kept
+        integration._hf_deepspeed_config_weak_ref = config_ref

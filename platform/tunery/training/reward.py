@@ -1,9 +1,9 @@
-"""What `reward` learns: to give the chosen answer of a pair more than the rejected one, by TRL's RewardTrainer.
+"""`reward`: train a reward model on preference pairs, by TRL's RewardTrainer.
 
 The loss of a pair is -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022,
-https://arxiv.org/abs/2203.02155, equation 1). Only differences are learned by it: where 0 lies, and how far apart
-rewards are, is left to chance. So that scale is measured at the end, and kept with the model. Both sides of a pair are
-shown to the model as to the scorer that will use it (models/classifier_inputs.py).
+https://arxiv.org/abs/2203.02155, equation 1). It determines only differences of rewards, so mean and standard deviation
+are measured at the end and stored with the model, to normalize its rewards. Rows are encoded as in the scorer that will
+use the model (models/classifier_inputs.py).
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from tunery.models.labels import REWARD, RewardNorm
 from tunery.models.metrics import Floats, preference_accuracy, preference_loss
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import RewardTraining
-from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, rows_in_both
+from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
 from tunery.training.dpo import PairSet
 from tunery.training.job import Job
-from tunery.training.reference_log_probs import indices
+from tunery.training.reference_log_probs import index_dataset
 from tunery.training.reload_check import MAX_SEQUENCES
 
-SCALE_PAIRS = 2000
-"""Training pairs whose responses give the scale, where there is no eval_data: the mean of 4,000 responses is known to a
-sixtieth of their deviation."""
+MAX_NORM_PAIRS = 2000
+"""Training pairs that the reward normalization is computed from if there is no eval_data: the standard error of
+the mean of 4,000 responses is 1/63 of their standard deviation."""
 
 
-def measures(rewards_p2: Floats) -> dict[str, float]:
-    """Of rewards (pairs, 2), chosen and rejected: eval_loss in nats a pair, without what `center` adds, so that models
-    with another one can be compared; eval_accuracy, the share of pairs whose chosen answer has more; eval_margin, how
-    much more on average."""
+def preference_metrics(rewards_p2: Floats) -> dict[str, float]:
+    """Compute metrics from rewards (pairs, 2) of chosen and rejected responses.
+
+    eval_loss: nats per pair, without the `center` term, so that models with different `center` are comparable;
+    eval_accuracy: fraction of pairs whose chosen response has the higher reward; eval_margin: mean difference.
+    """
     margins = rewards_p2[:, 0] - rewards_p2[:, 1]
     return {
         "eval_loss": preference_loss(margins),
@@ -46,143 +48,143 @@ def measures(rewards_p2: Floats) -> dict[str, float]:
     }
 
 
-def scale_of(rewards: Floats, stage: str) -> RewardNorm:
-    """Mean and standard deviation over all of them. Raises StageError where nothing can be divided by it."""
-    mean, deviation = float(rewards.mean()), float(rewards.std())
-    if not 0 < deviation < np.inf:
+def reward_norm(rewards: Floats, stage: str) -> RewardNorm:
+    """Return mean and standard deviation of the rewards. Raises StageError if the latter is zero or not finite."""
+    mean, std = float(rewards.mean()), float(rewards.std())
+    if not 0 < std < np.inf:
         raise StageError(
             stage,
             f"the reward model has no scale: its outputs for {rewards.size:,} answers have mean {mean:g} and standard "
-            f"deviation {deviation:g}",
+            f"deviation {std:g}",
             cause="the training diverged, or it gives every answer the same",
             remedy="lower learning_rate, or give more varied pairs",
         )
-    return RewardNorm(mean, deviation)
+    return RewardNorm(mean, std)
 
 
 class RewardTask:
-    """A head of one output on a language model, trained with it or beside an adapter."""
+    """The trainer adapter of `reward`: a language model with a scalar head, fully trained or with LoRA."""
 
     def __init__(self, job: Job, rank: int) -> None:
-        """Raises StageError when no pair is left to learn from, or none of eval_data to be measured on."""
+        """Raises StageError if no pair of `data`, or of `eval_data`, is usable."""
         assert isinstance(job.spec, RewardTraining)
         self._job, self._center = job, job.spec.center
-        self._headed = ModelWithHead(job, job.spec.tuner, REWARD, rank)
-        data, evaluated = self._headed.sequences()
-        self._data, self._evaluated = PairSet(data), PairSet(evaluated)
+        self._model = ModelWithHead(job, job.spec.tuner, REWARD, rank)
+        data, eval_data = self._model.sequences()
+        self._data, self._eval_data = PairSet(data), PairSet(eval_data)
         self.examples = self._data
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, steps: TrainerCallback) -> PairRewardTrainer:
+    def trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> PairRewardTrainer:
         settings = RewardConfig(
             **arguments,
-            max_length=None,  # the rows come as tokens, cut already
-            # TRL (1.16) would switch a model's dropout off, and LoRA's with it: the spec's would do nothing.
+            max_length=None,  # rows are tokenized and truncated already
+            # True would disable LoRA's dropout too (TRL 1.16), so that the `dropout` of the experiment had no effect.
             disable_dropout=False,
             center_rewards_coefficient=self._center or None,
             remove_unused_columns=False,
         )
         return PairRewardTrainer(
-            model=self._headed.load(),
+            model=self._model.load(),
             args=settings,
-            train_dataset=indices(order),
-            processing_class=self._headed.tokenizer,
+            train_dataset=index_dataset(order),
+            processing_class=self._model.tokenizer,
             data_collator=lambda rows: self._collate([row["index"] for row in rows]),
-            callbacks=[steps],
-            evaluated=self._evaluated,
-            read=self._headed.read,
+            callbacks=[callback],
+            eval_data=self._eval_data,
+            encoder=self._model.encoder,
         )
 
     def save(self, trainer: PairRewardTrainer) -> None:
-        self._headed.save(trainer)
+        self._model.save(trainer)
 
     def probe(self, parameters: int) -> HeadProbe:
         first = range(min(MAX_SEQUENCES, len(self._data.sequences)))
-        return self._headed.probe([self._data.sequences.encoded(index) for index in first], parameters)
+        return self._model.probe([self._data.sequences.encoded(index) for index in first], parameters)
 
-    def counted(self) -> dict[str, Any]:
-        data, evaluated = self._data.sequences, self._evaluated.sequences
+    def data_stats(self) -> dict[str, Any]:
+        data, eval_data = self._data.sequences, self._eval_data.sequences
         return {
             "rows": data.stats.rows,
             "pairs": len(self._data),
             "truncated": data.stats.truncated,
             "unusable": data.stats.num_unusable,
             "unusable_because": dict(data.stats.unusable.most_common()),
-            "eval_rows": evaluated.stats.rows,
-            "eval_pairs": len(self._evaluated),
-            "eval_unusable": evaluated.stats.num_unusable,
-            "eval_rows_trained_on": rows_in_both(data, evaluated),
+            "eval_rows": eval_data.stats.rows,
+            "eval_pairs": len(self._eval_data),
+            "eval_unusable": eval_data.stats.num_unusable,
+            "eval_rows_trained_on": num_shared_rows(data, eval_data),
         }
 
-    def found(self, trainer: PairRewardTrainer) -> dict[str, Any]:
-        """eval_accuracy, eval_margin: at the end; reward_mean, reward_deviation: of the outputs for all answers of
-        eval_data, or else for those of 2,000 training pairs that lie evenly among the rows."""
-        rewards_p2 = trainer.measured
-        told = {} if rewards_p2 is None else measures(rewards_p2)
+    def final_metrics(self, trainer: PairRewardTrainer) -> dict[str, Any]:
+        """eval_accuracy, eval_margin: of the last evaluation; reward_mean, reward_deviation: over all responses of
+        eval_data, or without it over those of up to 2,000 evenly spaced training pairs."""
+        rewards_p2 = trainer.eval_rewards
+        metrics = {} if rewards_p2 is None else preference_metrics(rewards_p2)
         if rewards_p2 is None:
-            rewards_p2 = trainer.rewards_of(self._data, evenly(len(self._data), SCALE_PAIRS))
-        scale = scale_of(rewards_p2, self._job.stage)
+            rewards_p2 = trainer.compute_rewards(self._data, evenly_spaced(len(self._data), MAX_NORM_PAIRS))
+        norm = reward_norm(rewards_p2, self._job.stage)
         return {
-            **told,
-            "reward_mean": scale.mean,
-            "reward_deviation": scale.deviation,
+            **metrics,
+            "reward_mean": norm.mean,
+            "reward_deviation": norm.std,
             "scale_answers": rewards_p2.size,
-            "scale_from": "eval_data" if told else "data",
+            "scale_from": "eval_data" if metrics else "data",
         }
 
     def _collate(self, pairs: Sequence[int]) -> dict[str, torch.Tensor]:
-        """What the model takes: all chosen sides, then all rejected ones, as TRL's loss has them."""
-        sides = [self._data.sequences.encoded(index) for index in self._data.sides(pairs)]
-        return self._headed.read.tensors(sides, device="cpu")
+        """Return the model inputs: all chosen sequences, then all rejected ones, as TRL's loss expects."""
+        rows = [self._data.sequences.encoded(index) for index in self._data.sequence_indices(pairs)]
+        return self._model.encoder.tensors(rows, device="cpu")
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of `count` places, at even distances."""
-    taken = min(most, count)
-    return [place * count // taken for place in range(taken)]
+def evenly_spaced(count: int, max_samples: int) -> list[int]:
+    """Return at most `max_samples` evenly spaced indices below `count`."""
+    num_samples = min(max_samples, count)
+    return [index * count // num_samples for index in range(num_samples)]
 
 
 class PairRewardTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no types
-    """With our data order, a loss in fp32, and an exact evaluation."""
+    """TRL's RewardTrainer with a fixed data order, a loss in fp32 and an exact evaluation."""
 
-    def __init__(self, *, evaluated: PairSet, read: ClassifierEncoder, **arguments: Any) -> None:
+    def __init__(self, *, eval_data: PairSet, encoder: ClassifierEncoder, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._evaluated, self._read = evaluated, read
-        self.measured: Floats | None = None
-        """Of the last evaluation: rewards (pairs, 2)."""
+        self._eval_data, self._encoder = eval_data, encoder
+        self.eval_rewards: Floats | None = None
+        """Rewards of the last evaluation, (pairs, 2): chosen, rejected."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, the mean over pairs: so micro batches and workers add up to the same, however cut. Of rewards in fp32:
-        in bf16 numbers between 2 and 4 lie 1/64 apart, and so would their differences."""
+        """TRL's loss, the mean over pairs, from rewards in fp32: bf16 values between 2 and 4 have a spacing of 1/64,
+        which is too coarse for their differences."""
 
-        def rewards(use_cache: bool, **given: Any) -> Any:
-            # `use_cache`, which TRL passes, is not known to every encoder; the config says it.
-            outputs = model(**given)
+        def fp32_model(use_cache: bool, **inputs: Any) -> Any:
+            # TRL passes `use_cache`, which not every encoder accepts; the config disables the cache.
+            outputs = model(**inputs)
             outputs.logits = outputs.logits.float()
             return outputs
 
-        return super().compute_loss(rewards, inputs, *args, **kwargs)
+        return super().compute_loss(fp32_model, inputs, *args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Rows are indices: their tokens are read when a batch is collated."""
+        """Return the dataset unchanged: rows are indices, and the collator reads the tokens."""
         return dataset
 
-    def rewards_of(self, pairs: PairSet, chosen: Sequence[int]) -> Floats:
-        """(pairs, 2) of those with the numbers `chosen`: the chosen and the rejected side. All ranks take part."""
-        sides = np.array([(2 * pair, 2 * pair + 1) for pair in chosen], np.int64).flatten()
+    def compute_rewards(self, pairs: PairSet, selected: Sequence[int]) -> Floats:
+        """Rewards of chosen and rejected response of the selected pairs, (pairs, 2). Call on all ranks."""
+        rows = np.array([(2 * pair, 2 * pair + 1) for pair in selected], np.int64).flatten()
         data = pairs.sequences
-        rewards_n1 = logits_of(self, self._read, data.lengths[sides], lambda place: data.encoded(int(sides[place])))
-        return rewards_n1.reshape(len(chosen), 2)
+        rewards_n1 = logits_of(self, self._encoder, data.lengths[rows], lambda index: data.encoded(int(rows[index])))
+        return rewards_n1.reshape(len(selected), 2)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`measures` of all held-out pairs: the rewards of all ranks are put together."""
-        self.measured = self.rewards_of(self._evaluated, range(len(self._evaluated)))
-        metrics = measures(self.measured)
-        self.log(dict(metrics))  # TRL adds to what it is given
+        """Compute `preference_metrics` of the complete evaluation set."""
+        self.eval_rewards = self.compute_rewards(self._eval_data, range(len(self._eval_data)))
+        metrics = preference_metrics(self.eval_rewards)
+        self.log(dict(metrics))  # a copy, because TRL adds entries to it
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The manifest tells more, and a card would be written anew into every checkpoint."""
+        """Write no model card: the manifest has more information, and a card would go into every checkpoint."""

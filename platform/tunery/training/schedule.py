@@ -1,4 +1,4 @@
-"""The values that a training has at each of its steps: schedules, and what changes on the way."""
+"""Learning rate and weight decay of each step: schedules and `schedule_overrides`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tunery.spec import Training
 
 @dataclass(frozen=True)
 class Schedule:
-    """By step, from 0 on."""
+    """Values by step, from 0."""
 
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
 
 
 def schedule(spec: Training[Any], steps: int) -> Schedule:
-    """Of a training in transformers' Trainer, or one that does as it does."""
-    shape = _shape(spec, steps)
+    """Return the schedule of a training, the same as in transformers' Trainer."""
+    shape = _lr_shape(spec, steps)
     peaks = values_by_step("learning_rate", spec, steps)
     return Schedule(
         tuple(peak * shape(step) for step, peak in enumerate(peaks)), tuple(values_by_step("weight_decay", spec, steps))
@@ -28,29 +28,31 @@ def schedule(spec: Training[Any], steps: int) -> Schedule:
 
 
 def values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Training[Any], steps: int) -> list[float]:
-    """The field's value, by step; of the learning rate its peak."""
+    """Value of the field at each step; for the learning rate, the peak of the schedule."""
     value = getattr(spec, field)
     assert value != "auto", "resolved"
-    found: list[float] = [value] * steps
-    for change in spec.schedule_overrides:
-        if (other := getattr(change, field)) is not None:
-            begin = override_step(change.after, steps)
-            found[begin:] = [other] * (steps - begin)
-    return found
+    values: list[float] = [value] * steps
+    for override in spec.schedule_overrides:
+        if (new_value := getattr(override, field)) is not None:
+            start = override_step(override.after, steps)
+            values[start:] = [new_value] * (steps - start)
+    return values
 
 
 def override_step(after: float, steps: int) -> int:
-    """The first step with the values of a change, from 0 on: as `at_even_steps` (training/batches.py) has evaluations,
-    so that a change after two of five comes with the step behind the second one."""
+    """Return the first step with the values of an override, from 0. It matches `at_even_steps` (training/batches.py):
+    an override after 2 of 5 evaluations starts with the step after the second one."""
     return math.ceil(round(steps * after, 9))
 
 
-def _shape(spec: Training[Any], steps: int) -> Callable[[int], float]:
-    """Of the learning rate, by transformers' own schedules."""
+def _lr_shape(spec: Training[Any], steps: int) -> Callable[[int], float]:
+    """Return transformers' schedule as a function of the step, 1 at the peak."""
     import torch
     from transformers import get_scheduler
 
     schedule = {"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule)
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    shape: Callable[[int], float] = get_scheduler(schedule, nothing, round(spec.warmup * steps), steps).lr_lambdas[0]
+    dummy_optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    shape: Callable[[int], float] = get_scheduler(
+        schedule, dummy_optimizer, round(spec.warmup * steps), steps
+    ).lr_lambdas[0]
     return shape

@@ -1,4 +1,4 @@
-"""The training sequences of a stage: tokenised rows from the store's cache, by one index over all its data stages."""
+"""The training sequences of a stage: tokenised rows from the store's cache, with one index over all data stages."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from tunery.training.batches import SequenceMixture
 from tunery.training.job import Examples, Job, RowSource
 
 UNUSABLE = "unusable.jsonl"
-"""In a model's artifact: the rows that were not trained on, and why."""
+"""File in a model's artifact that lists the rows that were not trained on, with the reason."""
 
 
 class SequenceSet:
-    """Sequences of several tokenised datasets, one after the other."""
+    """The concatenation of several tokenised datasets."""
 
     def __init__(self, parts: Sequence[TokenizedDataset], labels: Sequence[bool | None] = ()) -> None:
-        """labels: of all rows of a dataset, instead of their own."""
+        """labels: for each dataset, a label that replaces the labels of its rows, or None."""
         self.parts = list(parts)
-        given = labels or [None] * len(parts)
+        part_labels = labels or [None] * len(parts)
         self.row_labels: Integers = np.concatenate(
             [
                 part.row_labels if label is None else np.full(len(part), label)
-                for part, label in zip(parts, given, strict=True)
+                for part, label in zip(parts, part_labels, strict=True)
             ]
             or [np.zeros(0)]
         ).astype(np.int64)
-        """(sequences,) the label of the row that each comes from: 1, 0, or -1 where it has none."""
+        """(sequences,) label of the row of each sequence: 1, 0, or -1 without a label."""
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self.lengths: Integers = np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)])
-        """(sequences,) tokens of each."""
+        """(sequences,) number of tokens of each."""
         self.stats = TokenStats()
         for part in parts:
             self.stats.add(part.stats)
@@ -64,45 +64,46 @@ class SequenceSet:
 
     @property
     def part_sizes(self) -> list[int]:
-        """Sequences of each data stage."""
+        """Number of sequences of each data stage."""
         return [len(part) for part in self.parts]
 
     @property
     def part_stats(self) -> list[TokenStats]:
         return [part.stats for part in self.parts]
 
-    def _part(self, index: int) -> tuple[TokenizedDataset, int]:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.parts[number], int(index - self._starts[number])
+    def _locate(self, index: int) -> tuple[TokenizedDataset, int]:
+        """Return the dataset of a sequence, and its index in that dataset."""
+        part_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[part_index], int(index - self._starts[part_index])
 
     def ids(self, index: int) -> list[int]:
-        part, place = self._part(index)
-        return part.ids(place)
+        part, local_index = self._locate(index)
+        return part.ids(local_index)
 
     def labels(self, index: int) -> list[int]:
-        """`ids` with -100 where no loss counts."""
-        part, place = self._part(index)
-        return part.labels(place)
+        """`ids`, with -100 for tokens without a loss."""
+        part, local_index = self._locate(index)
+        return part.labels(local_index)
 
     def spans(self, index: int) -> list[Span]:
-        part, place = self._part(index)
-        return part.spans(place)
+        part, local_index = self._locate(index)
+        return part.spans(local_index)
 
     def loss_tokens(self, index: int) -> int:
-        part, place = self._part(index)
-        return part.loss_tokens(place)
+        part, local_index = self._locate(index)
+        return part.loss_tokens(local_index)
 
     def encoded(self, index: int) -> Encoded:
-        part, place = self._part(index)
-        return Encoded(part.ids(place), tuple(part.spans(place)), token_types=part.token_types(place))
+        part, local_index = self._locate(index)
+        return Encoded(part.ids(local_index), tuple(part.spans(local_index)), token_types=part.token_types(local_index))
 
     def row(self, index: int) -> Row:
-        """Of a stage that keeps its rows."""
-        part, place = self._part(index)
-        return part.row(place)
+        """The row of a sequence, for stage kinds that keep their rows."""
+        part, local_index = self._locate(index)
+        return part.row(local_index)
 
     def row_ids(self) -> npt.NDArray[np.uint64]:
-        """(sequences,) of the rows that they come from."""
+        """(sequences,) ids of the rows."""
         return np.concatenate([part.row_ids for part in self.parts] or [np.zeros(0, np.uint64)])
 
     def first(self, count: int) -> list[list[int]]:
@@ -110,7 +111,7 @@ class SequenceSet:
         return [self.ids(index) for index in range(min(count, len(self)))]
 
     def facts(self) -> dict[str, Any]:
-        """What became of the rows."""
+        """Row, sequence and token counts for the facts."""
         stats = self.stats
         reasons = dict(stats.unusable.most_common(5))
         return {
@@ -124,9 +125,9 @@ class SequenceSet:
 
 
 class BlockSet:
-    """All tokens of each part of a SequenceSet one after another, cut into blocks of `length`; the rest that fills no
-    block is left out. Documents share blocks without a mask between them, as in GPT-3
-    (https://arxiv.org/abs/2005.14165, section 2.2)."""
+    """The tokens of each part of a SequenceSet, concatenated and split into blocks of `length`; an incomplete last
+    block is dropped. Documents in a block attend to each other, as in GPT-3 (https://arxiv.org/abs/2005.14165,
+    section 2.2)."""
 
     def __init__(self, sequences: SequenceSet, length: int) -> None:
         self._sequences, self._length = sequences, length
@@ -140,10 +141,10 @@ class BlockSet:
         return len(self.lengths)
 
     def ids(self, index: int) -> list[int]:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        first = int(index - self._starts[number]) * self._length
-        found: list[int] = self._sequences.parts[number].tokens[first : first + self._length].tolist()
-        return found
+        part_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        start = int(index - self._starts[part_index]) * self._length
+        ids: list[int] = self._sequences.parts[part_index].tokens[start : start + self._length].tolist()
+        return ids
 
     def labels(self, index: int) -> list[int]:
         return self.ids(index)
@@ -177,11 +178,11 @@ class PromptSet:
         return self.sequences.ids(index)
 
     def row(self, index: int) -> Row:
-        """What a reward is given: the conversation up to the response."""
+        """The input of a reward function: the conversation up to the response."""
         return as_prompt(self.sequences.row(index))
 
     def facts(self) -> dict[str, Any]:
-        """What became of the rows."""
+        """Row, sequence and token counts for the facts."""
         stats = self.sequences.stats
         too_long = stats.unusable[TOO_LONG]
         return {
@@ -193,7 +194,7 @@ class PromptSet:
 
 
 class InMemorySequences:
-    """Sequences in memory. Without `labels` every token counts."""
+    """Sequences in memory. Without `labels` every token has a loss."""
 
     def __init__(self, ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None) -> None:
         self._ids, self._labels = ids, labels or ids
@@ -228,25 +229,25 @@ ROW_ENCODINGS = {
 }
 """By stage kind."""
 LABELLED_BY_STAGE = RowEncoding(encode_unlabelled, tuple(CONTENT), "a text or a conversation")
-"""Of `classifier`, where all rows of a stage have one label."""
+"""Encoding of `classifier` rows whose label is given by their stage."""
 NOT_COUNTED = frozenset({NO_LABEL})
-"""Reasons that `max_unusable` does not count: a dataset may be labelled in part."""
+"""Reasons that do not count towards `max_unusable`: a dataset may be partly labelled."""
 
 
 def mixture_of(spec: Training[Any], examples: Examples) -> SequenceMixture | None:
-    """Of a stage whose `data` is one."""
+    """Return the mixture of a stage whose `data` maps data stages to weights, else None."""
     if not isinstance(spec.data, dict):
         return None
     part_sizes = examples.part_sizes
-    # A stage that gives no sequence has no share.
+    # A data stage without sequences has weight 0.
     weights = [weight if size else 0.0 for weight, size in zip(spec.data.values(), part_sizes, strict=True)]
     total = sum(weights)
     return SequenceMixture(tuple(part_sizes), tuple(weight / total for weight in weights)) if total else None
 
 
 def mixture_facts(spec: Training[Any], examples: Examples, order: Integers) -> dict[str, Any]:
-    """Of each data stage of a mixture: what became of its rows; the sequences and tokens that are trained on, and its
-    share of all tokens."""
+    """Return, for each data stage of a mixture, its row counts, the sequences and tokens that are trained on, and its
+    fraction of all tokens."""
     if not isinstance(spec.data, dict):
         return {}
     part_sizes, lengths = examples.part_sizes, examples.lengths
@@ -258,10 +259,10 @@ def mixture_facts(spec: Training[Any], examples: Examples, order: Integers) -> d
             stage: {
                 **_row_counts(part),
                 "sequences": int(count),
-                "tokens": int(number),
-                "share": float(number / tokens.sum()),
+                "tokens": int(part_tokens),
+                "share": float(part_tokens / tokens.sum()),
             }
-            for stage, part, count, number in zip(spec.data, examples.part_stats, counts, tokens, strict=True)
+            for stage, part, count, part_tokens in zip(spec.data, examples.part_stats, counts, tokens, strict=True)
         }
     }
 
@@ -273,71 +274,74 @@ def _row_counts(stats: TokenStats) -> dict[str, int]:
 def read_sequences(
     job: Job, tokenizer: Any, encoding: Encoding | None = None
 ) -> tuple[TrainingSequences, TrainingSequences]:
-    """Those that are trained on, and those that are evaluated (of `eval_data`). All ranks take part: rank 0 builds what
-    is not in the store's cache. `encoding`: where the model decides on it too. Raises StageError when more rows are
-    unusable than `max_unusable` allows, or none is left."""
-    data, evaluated = open_sequences(job, tokenizer, encoding)
-    check_sequences(job, data, evaluated)
-    return data, evaluated
+    """Return the sequences of `data` and `eval_data`. Call on all ranks: rank 0 tokenises what is not cached.
+
+    `encoding`: replaces the stage's encoding if it depends on the model. Raises StageError if more rows are unusable
+    than `max_unusable` allows, or if no row is usable.
+    """
+    data, eval_data = open_sequences(job, tokenizer, encoding)
+    check_sequences(job, data, eval_data)
+    return data, eval_data
 
 
 def read_row_sequences(job: Job, tokenizer: Any, encoding: Encoding | None = None) -> tuple[SequenceSet, SequenceSet]:
-    """The same, of a training whose sequences are not cut into blocks."""
-    data, evaluated = read_sequences(job, tokenizer, encoding)
+    """The same for stage kinds without blocks."""
+    data, eval_data = read_sequences(job, tokenizer, encoding)
     assert isinstance(data, SequenceSet), "only pretrain has blocks"
-    assert isinstance(evaluated, SequenceSet)
-    return data, evaluated
+    assert isinstance(eval_data, SequenceSet)
+    return data, eval_data
 
 
 def open_sequences(
     job: Job, tokenizer: Any, encoding: Encoding | None = None
 ) -> tuple[TrainingSequences, TrainingSequences]:
-    """As `read_sequences`, whatever the number of unusable rows."""
+    """The same as `read_sequences`, without checking for unusable rows."""
     encoding, kind = encoding or encoding_of(job.spec), ROW_ENCODINGS[job.spec.kind]
-    found = [open_rows(job, rows, tokenizer, encoding, kind) for rows in (job.rows, job.eval_rows)]
+    data, eval_data = (open_rows(job, rows, tokenizer, encoding, kind) for rows in (job.rows, job.eval_rows))
     if isinstance(job.spec, Pretrain):
-        return BlockSet(found[0], job.spec.max_length), BlockSet(found[1], job.spec.max_length)
-    return found[0], found[1]
+        return BlockSet(data, job.spec.max_length), BlockSet(eval_data, job.spec.max_length)
+    return data, eval_data
 
 
-def check_sequences(job: Job, data: TrainingSequences, evaluated: TrainingSequences) -> None:
-    """Raises StageError as `read_sequences` does; rank 0 lists the unusable rows in the artifact."""
-    for field, found in (("data", data), ("eval_data", evaluated)):
-        if found.parts:
-            _check_usable(job, found, field)
-    if _rank() == 0 and (data.stats.num_unusable or evaluated.stats.num_unusable):
+def check_sequences(job: Job, data: TrainingSequences, eval_data: TrainingSequences) -> None:
+    """Raise StageError as `read_sequences` does; rank 0 writes the unusable rows to the artifact."""
+    for field, sequences in (("data", data), ("eval_data", eval_data)):
+        if sequences.parts:
+            _check_usable(job, sequences, field)
+    if _rank() == 0 and (data.stats.num_unusable or eval_data.stats.num_unusable):
         with (job.out / UNUSABLE).open("w", encoding="utf-8") as file:
-            for field, found in (("data", data), ("eval_data", evaluated)):
-                for row in _unusable_rows(found):
+            for field, sequences in (("data", data), ("eval_data", eval_data)):
+                for row in _unusable_rows(sequences):
                     file.write(json.dumps({**row, "field": field}, ensure_ascii=False) + "\n")
 
 
 def open_rows(
     job: Job, rows: Sequence[RowSource], tokenizer: Any, encoding: Encoding, kind: RowEncoding
 ) -> SequenceSet:
-    """The sequences of `rows`. All ranks take part."""
-    cache = TokenCache(job.store / "tokenized", job.store / "leases", *_reporting(job))
+    """Open the tokenised sequences of `rows`. Call on all ranks."""
+    cache = TokenCache(job.store / "tokenized", job.store / "leases", *_progress_callbacks(job))
     parts = []
-    for item in rows:
-        name = os.path.relpath(item.path, job.store / "artifacts")
+    for source in rows:
+        name = os.path.relpath(source.path, job.store / "artifacts")
         get = cache.open_or_build if _rank() == 0 else cache.wait_for
-        parts.append(get(item.path, name, tokenizer, encoding, kind if item.label is None else LABELLED_BY_STAGE))
-    return SequenceSet(parts, [item.label for item in rows])
+        row_encoding = kind if source.label is None else LABELLED_BY_STAGE
+        parts.append(get(source.path, name, tokenizer, encoding, row_encoding))
+    return SequenceSet(parts, [source.label for source in rows])
 
 
-def _check_usable(job: Job, found: TrainingSequences, field: str) -> None:
-    stats, spec, kind = found.stats, job.spec, ROW_ENCODINGS[job.spec.kind]
+def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
+    stats, spec, kind = sequences.stats, job.spec, ROW_ENCODINGS[job.spec.kind]
     stage = ", ".join(data_refs(getattr(spec, field)).values())
-    if not len(found):
-        short = isinstance(spec, Pretrain) and stats.num_unusable < stats.rows
+    if not len(sequences):
+        too_short = isinstance(spec, Pretrain) and stats.num_unusable < stats.rows
         raise StageError(
             job.stage,
             f"none of the {stats.rows:,} rows of `{stage}` ({field}) gives a training sequence",
             cause=f"all texts together have fewer than max_length ({spec.max_length}) tokens"
-            if short
+            if too_short
             else _reasons(stats.unusable),
             remedy=f"give more rows, or lower max_length (now {spec.max_length})"
-            if short
+            if too_short
             else f"give rows of which each is {kind.what}, or change {_limits(spec)}",
         )
     unusable = Counter({reason: count for reason, count in stats.unusable.items() if reason not in NOT_COUNTED})
@@ -347,14 +351,14 @@ def _check_usable(job: Job, found: TrainingSequences, field: str) -> None:
             job.stage,
             f"{count:,} of {rows:,} rows of `{stage}` ({field}) can't be trained on: {count / rows:.0%}, "
             f"and max_unusable is {spec.max_unusable:g}",
-            cause=_reasons(unusable) + _example(found),
+            cause=_reasons(unusable) + _example(sequences),
             remedy="repair or filter these rows (`tunery preview` shows rows as they are trained), change "
             f"{_limits(spec)} where they are too long, or allow more with `max_unusable`",
         )
 
 
 def _limits(spec: Training[Any]) -> str:
-    """The fields that say how long a sequence may be."""
+    """Name the fields that limit the length of a sequence, with their values."""
     limits = f"max_length (now {spec.max_length})"
     sampling = getattr(spec, "sampling", None)
     return limits if sampling is None else f"{limits} or sampling.max_new_tokens (now {sampling.max_new_tokens})"
@@ -366,17 +370,17 @@ def _reasons(unusable: Counter[str]) -> str:
     )
 
 
-def _example(found: TrainingSequences) -> str:
-    first = next(_unusable_rows(found), None)
+def _example(sequences: TrainingSequences) -> str:
+    first = next(_unusable_rows(sequences), None)
     return "" if first is None else f"; the first of them: {first['source']}:{first['line']}"
 
 
-def _unusable_rows(found: TrainingSequences) -> Iterator[dict[str, Any]]:
-    for part in found.parts:
+def _unusable_rows(sequences: TrainingSequences) -> Iterator[dict[str, Any]]:
+    for part in sequences.parts:
         yield from part.unusable_rows()
 
 
-def _reporting(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], None]]:
+def _progress_callbacks(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], None]]:
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial)
 
     def progress(done: int, total: int) -> None:

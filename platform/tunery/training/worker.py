@@ -1,4 +1,4 @@
-"""What every training worker runs: rows, model, trainer, checkpoints; rank 0 writes the artifact."""
+"""The training loop of each worker: rows, model, trainer, checkpoints; rank 0 writes the artifact."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ TRAINERS = {
     "grpo": "tunery.training.grpo:GrpoTask",
     "rloo": "tunery.training.grpo:GrpoTask",
 }
-"""By stage kind; named, not imported: transformers' Trainer must not be loaded before the process is ready."""
+"""By stage kind. Names instead of classes, because transformers' Trainer must not be imported before
+worker_setup.prepare_process has run."""
 
 
 def train(job: Job, report: Report) -> None:
-    """Runs in each worker, all of them together. Writes `out/` (model or adapter), and `work/outcome.json` last.
+    """Train in each worker; all ranks call it. Writes `out/` (model or adapter), then `work/outcome.json`.
 
-    Raises StageError where the training diverges, or where the saved model is not the trained one.
+    Raises StageError if the training diverges, or if the saved model is not the trained one.
     """
     from tunery.training.worker_setup import pick_dtype, prepare_process
 
@@ -60,7 +61,7 @@ def train(job: Job, report: Report) -> None:
     )
     from tunery.training.collectives import broadcast_rank0
     from tunery.training.reload_check import check_saved
-    from tunery.training.training_callback import MORE_CURVES, TrainingCallback
+    from tunery.training.training_callback import EXTRA_METRICS, TrainingCallback
 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
@@ -72,104 +73,104 @@ def train(job: Job, report: Report) -> None:
     emit("progress", done=0, total=None, unit="steps", detail="loading model and rows")
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
-    recipe = _trainer_adapter(job, rank)
-    batching = plan_training(spec, len(recipe.examples.lengths), world, compute.micro_batch_size)
-    again = iterations(spec)
+    adapter = _load_adapter(job, rank)
+    batching = plan_training(spec, len(adapter.examples.lengths), world, compute.micro_batch_size)
+    num_iterations = iterations(spec)
     size = batching.global_batch_size // group_size(spec)
-    lengths = recipe.examples.lengths
-    mixture = mixture_of(spec, recipe.examples)
-    order = data_order(lengths, batching.steps // again, size, job.seed, mixture)
-    tokens = np.concatenate([[0], np.cumsum(lengths[order])])
+    lengths = adapter.examples.lengths
+    mixture = mixture_of(spec, adapter.examples)
+    order = data_order(lengths, batching.steps // num_iterations, size, job.seed, mixture)
+    cumulative_tokens = np.concatenate([[0], np.cumsum(lengths[order])])
 
-    def tell(step: int, metrics: dict[str, float]) -> None:
-        # A scheduler may stop a trial at any report: at the last one the model would be lost for nothing, so that one
-        # is told with the finished artifact (search/trial.py).
+    def report_evaluation(step: int, metrics: dict[str, float]) -> None:
+        # A scheduler may stop a trial at any report, and a finished model must not be lost: the last evaluation is
+        # reported with the artifact (search/trial.py).
         if step < batching.steps:
-            rows = round(step * size / again)
-            report(report_of(job.stage, step, batching.steps, int(tokens[rows]), rows, metrics))
+            rows = round(step * size / num_iterations)
+            report(report_of(job.stage, step, batching.steps, int(cumulative_tokens[rows]), rows, metrics))
 
-    steps = TrainingCallback(
+    callback = TrainingCallback(
         at_even_steps(batching.steps, spec.num_evals) if job.eval_rows else [],
         save_period(compute, batching.steps),
         job.work / "checkpoints",
-        size / again,
+        size / num_iterations,
         batching.steps,
         emit,
         checkpoint_signature(world, compute.zero_stage, dtype),
-        tell,
+        report_evaluation,
         job.stage,
-        MORE_CURVES.get(spec.kind, ()),
-        again,
+        EXTRA_METRICS.get(spec.kind, ()),
+        num_iterations,
         job.stop,
-        job.kept,
+        job.checkpoint_dir,
         schedule(spec, batching.steps) if spec.schedule_overrides else None,
     )
-    trainer = recipe.trainer(_arguments(job, batching, dtype), order, steps)
+    trainer = adapter.trainer(_training_arguments(job, batching, dtype), order, callback)
     if rank == 0:
         emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), trainer.processing_class, trainer.model))
     trainer.remove_callback(PrinterCallback)
-    # Nobody asks for it, and transformers (5.23) goes through all parameters for it at each step.
+    # Unused here, and transformers (5.23) iterates over all parameters for it at each step.
     trainer.floating_point_ops = lambda inputs: 0
-    steps.attach(trainer)
+    callback.attach(trainer)
 
     if rank == 0:
-        remove_incompatible(job.work / "checkpoints", steps.written_by)
+        remove_incompatible(job.work / "checkpoints", callback.checkpoint_signature)
     dist.barrier()
-    checkpoint = broadcast_rank0(last_checkpoint(job.work / "checkpoints", steps.written_by))
+    checkpoint = broadcast_rank0(last_checkpoint(job.work / "checkpoints", callback.checkpoint_signature))
     dist.barrier()
-    resumed = step_of(checkpoint) if checkpoint else 0
+    resumed_from = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
-        steps.history += read_history(checkpoint)
-        steps.guard.resume(steps.history)
-        if job.begins_with is not None and checkpoint.name == job.begins_with.name:
-            relog_history(steps.history, emit)
-        for step, measured in evaluations_of(steps.history):
-            tell(step, measured)
+        callback.history += read_history(checkpoint)
+        callback.guard.resume(callback.history)
+        if job.resume_from is not None and checkpoint.name == job.resume_from.name:
+            relog_history(callback.history, emit)
+        for step, metrics in evaluations_of(callback.history):
+            report_evaluation(step, metrics)
     begin = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.time() - begin
-    steps.check_end()
-    peak = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
-    found = recipe.found(trainer)
+    callback.check_end()
+    peak_memory = torch.cuda.max_memory_allocated() if compute.device == "gpu" else _resident_bytes()
+    final_metrics = adapter.final_metrics(trainer)
     parameters = sum(_size(weight) for weight in trainer.model.parameters())
-    probe = recipe.probe(parameters)
+    probe = adapter.probe(parameters)
     outputs = probe.trained(trainer)
-    recipe.save(trainer)
-    checked = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
+    adapter.save(trainer)
+    reload_check = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
     if rank == 0:
         facts = {
-            **recipe.counted(),
-            **mixture_facts(spec, recipe.examples, order),
-            "tokens": int(tokens[-1]),
-            **_facts(job, batching, trainer, steps.history),
-            **found,
+            **adapter.data_stats(),
+            **mixture_facts(spec, adapter.examples, order),
+            "tokens": int(cumulative_tokens[-1]),
+            **_training_facts(job, batching, trainer, callback.history),
+            **final_metrics,
         }
-        timed = {
+        runtime_stats = {
             "train_seconds": seconds,
-            "tokens_per_second": facts["tokens"] * (1 - resumed / batching.steps) / seconds,
-            "first_step_seconds": (steps.first_step_at or time.time()) - job.started,
-            "resumed_from": resumed,
+            "tokens_per_second": facts["tokens"] * (1 - resumed_from / batching.steps) / seconds,
+            "first_step_seconds": (callback.first_step_at or time.time()) - job.started,
+            "resumed_from": resumed_from,
             "workers": world,
             "zero_stage": compute.zero_stage,
             "dtype": dtype,
             "device": torch.cuda.get_device_name() if compute.device == "gpu" else "cpu",
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": peak_memory,
             "micro_batch_size": batching.micro_batch_size,
-            **checked,
+            **reload_check,
         }
-        (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in steps.history))
-        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": timed}))
+        (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in callback.history))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": runtime_stats}))
     dist.barrier()
 
 
-def _trainer_adapter(job: Job, rank: int) -> TrainerAdapter:
+def _load_adapter(job: Job, rank: int) -> TrainerAdapter:
     module, name = TRAINERS[job.spec.kind].split(":")
-    recipe: TrainerAdapter = getattr(importlib.import_module(module), name)(job, rank)
-    return recipe
+    adapter: TrainerAdapter = getattr(importlib.import_module(module), name)(job, rank)
+    return adapter
 
 
-def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
-    """For transformers' TrainingArguments, whatever the kind."""
+def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
+    """Return the transformers TrainingArguments that all stage kinds share."""
     from tunery.training.deepspeed_config import deepspeed_config
 
     spec, compute = job.spec, job.compute
@@ -190,8 +191,8 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
         "seed": job.seed,
         "logging_steps": log_period(batching.steps),
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as 0 (training/divergence.py)
-        "eval_strategy": "no",  # Steps says when to evaluate and when to save
+        "logging_nan_inf_filter": False,  # True would log a non-finite loss as 0 (training/divergence.py)
+        "eval_strategy": "no",  # TrainingCallback decides when to evaluate and to save
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -200,14 +201,15 @@ def _arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
     }
 
 
-def _facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:
-    parameters = [(_size(p), p.requires_grad) for p in trainer.model.parameters()]
-    whole, trained = sum(size for size, _ in parameters), sum(size for size, trained in parameters if trained)
-    return training_facts(job.spec, batching, history, whole, trained)
+def _training_facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:
+    sizes = [(_size(parameter), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    parameters = sum(size for size, _ in sizes)
+    trainable = sum(size for size, requires_grad in sizes if requires_grad)
+    return training_facts(job.spec, batching, history, parameters, trainable)
 
 
 def _size(parameter: Any) -> int:
-    """Elements; a parameter that ZeRO-3 has sharded knows its whole size as `ds_numel`."""
+    """Number of elements; a parameter sharded by ZeRO-3 has its full size as `ds_numel`."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

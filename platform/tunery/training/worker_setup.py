@@ -1,4 +1,4 @@
-"""The process of a training worker, made ready for DeepSpeed on its device."""
+"""Set up the process of a training worker for DeepSpeed on its device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def prepare_process(device: str, threads: int) -> None:
-    """Environment, threads and torch.distributed for DeepSpeed. Call before transformers' Trainer is imported.
+    """Set up environment, threads and torch.distributed. Call before transformers' Trainer is imported.
 
-    On CPU DeepSpeed 0.19 would compile its shared-memory all-reduce at first use (74 s, and a C compiler); gloo does
-    the same work, so that op is marked as not compatible before anything can ask for it.
+    On a CPU DeepSpeed 0.19 would compile its shared-memory all-reduce at first use, which takes 74 s and a C compiler.
+    gloo does the same, so the op is marked as incompatible before its first use.
     """
     os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,10 +22,10 @@ def prepare_process(device: str, threads: int) -> None:
 
     deepspeed.logger.setLevel("WARNING")
     __compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # a trial that trains in its own process has no launcher
+    if "RANK" not in os.environ:  # an in-process trial has no launcher
         os.environ |= SINGLE_PROCESS_ENV
     if device == "gpu":
-        # Ray Train shows all GPUs of a host to each of its workers, and leaves it to them to take their own.
+        # Ray Train makes all GPUs of a host visible to each worker, which must select its own.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         from torch._C._distributed_c10d import HashStore
@@ -49,10 +49,10 @@ SINGLE_PROCESS_ENV = {
 
 
 def reset_global_state() -> None:
-    """Makes ready for something else in this process: accelerate and transformers keep the last training's
-    configuration in module globals, and under ZeRO-3 every model loaded after it would come in pieces.
+    """Reset the state that accelerate and transformers keep in module globals, so that this process can run another
+    training. After ZeRO-3, every model loaded later would be sharded otherwise.
 
-    The process group stays: DeepSpeed has groups of it in many places (deepspeed.utils.groups, 0.19.8).
+    The process group is kept: DeepSpeed stores groups in many places (deepspeed.utils.groups, 0.19.8).
     """
     import gc
 
@@ -70,7 +70,7 @@ def reset_global_state() -> None:
 
 
 def pick_dtype(precision: str, device: str) -> str:
-    """ "bf16" or "fp32"."""
+    """Return "bf16" or "fp32"."""
     if precision != "auto":
         return precision
     if device == "gpu":

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tunery.models.metrics import COLDEST, HOTTEST, class_weights, cross_entropy, fitted_temperature
+from tunery.models.metrics import MAX_TEMPERATURE, MIN_TEMPERATURE, class_weights, cross_entropy, fitted_temperature
 
 THREE_OF_FOUR = np.array([[0.0, 2.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]), np.array([1, 1, 0, 1])
 """Logits that are 2 apart, and right for three rows."""
@@ -48,12 +48,12 @@ def test_no_temperature_near_it_has_a_lower_cross_entropy() -> None:
     logits, labels = draw.normal(size=(60, 2)) * 3, draw.integers(0, 2, 60)
     labels[:45] = logits[:45].argmax(axis=1)
     best = fitted_temperature(logits, labels, np.ones(60))
-    assert COLDEST < best < HOTTEST
+    assert MIN_TEMPERATURE < best < MAX_TEMPERATURE
     losses = [cross_entropy(logits, labels, np.ones(60), best * factor) for factor in (0.95, 1.0, 1.05)]
     assert losses[1] == min(losses)
 
 
 def test_temperature_stays_in_bounds_where_all_or_no_rows_are_right() -> None:
     logits = np.array([[0.0, 2.0], [2.0, 0.0]])
-    assert fitted_temperature(logits, np.array([1, 0]), np.ones(2)) == pytest.approx(COLDEST, rel=0.1)
-    assert fitted_temperature(logits, np.array([0, 1]), np.ones(2)) == pytest.approx(HOTTEST)
+    assert fitted_temperature(logits, np.array([1, 0]), np.ones(2)) == pytest.approx(MIN_TEMPERATURE, rel=0.1)
+    assert fitted_temperature(logits, np.array([0, 1]), np.ones(2)) == pytest.approx(MAX_TEMPERATURE)

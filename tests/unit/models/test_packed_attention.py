@@ -28,7 +28,7 @@ from transformers import (
 from tunery.models.fused_nll import fused_nll
 from tunery.models.packed_attention import Layout, install_varlen_attention
 from tunery.training.packed.microbatches import microbatches, padded_microbatches
-from tunery.training.packed.packed_batch import IGNORED, batch_of
+from tunery.training.packed.packed_batch import IGNORED_LABEL, build_packed_batch
 from tunery.training.sequences import InMemorySequences
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -71,7 +71,7 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
     attention = install_varlen_attention(model)
     assert attention is not None
     layout = Layout.of(LENGTHS)
-    attention.tell(layout, model.device, model.dtype)
+    attention.set_layout(layout, model.device, model.dtype)
     ids_bt = torch.tensor([([*chain(*own)] + [0] * layout.width)[: layout.width] for own in rows])
     hidden_bth = model.base_model(input_ids=ids_bt, position_ids=layout.positions_bt()).last_hidden_state
     starts = zip(layout.starts, layout.lengths, strict=True)
@@ -91,7 +91,7 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
         model = plain(kind).eval().to("cuda", dtype)
         attention = install_varlen_attention(model)
         assert attention is not None
-        attention.tell(layout, model.device, dtype)
+        attention.set_layout(layout, model.device, dtype)
         positions_bt = layout.positions_bt().cuda()
         hidden_bth = model.base_model(input_ids=ids_bt, position_ids=positions_bt).last_hidden_state
         rows = zip(layout.starts, layout.lengths, strict=True)
@@ -99,7 +99,7 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
         told.append(hidden_bth.flatten(0, 1)[own].float())
     assert (told[0] - told[1]).norm() < 0.03 * told[0].norm()
     # In training GPT-2 drops out what it attends by, which that kernel can't.
-    attention.tell(layout, model.device, torch.bfloat16)
+    attention.set_layout(layout, model.device, torch.bfloat16)
     model.train()(input_ids=ids_bt, position_ids=positions_bt).logits.sum().backward()
 
 
@@ -127,7 +127,7 @@ def test_groups_hold_each_token_once_and_little_else() -> None:
 
 
 def test_edges_are_those_of_rows_and_of_padding() -> None:
-    edges, longest = Layout.of([(3, 2), (4,)]).edges()
+    edges, longest = Layout.of([(3, 2), (4,)]).boundaries()
     assert edges == [0, 3, 5, 9, 10]
     assert longest == 4
 
@@ -165,13 +165,15 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_batch_tells_what_predicts_each_counted_token_and_whose_it_is(beside: bool) -> None:
     ids = rows_of(LENGTHS)
-    counted = [[[token if place % 2 else IGNORED for place, token in enumerate(row)] for row in own] for own in ids]
+    counted = [
+        [[token if place % 2 else IGNORED_LABEL for place, token in enumerate(row)] for row in own] for own in ids
+    ]
     chosen = [(InMemorySequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
-    batch = batch_of(chosen, beside)
+    batch = build_packed_batch(chosen, beside)
     flat_n = batch.ids_bt.flatten()
     told = sorted(
         (int(owner), int(flat_n[place]), int(target))
-        for owner, place, target in zip(batch.owners_n, batch.places_n, batch.targets_n, strict=True)
+        for owner, place, target in zip(batch.member_indices_n, batch.state_indices_n, batch.targets_n, strict=True)
     )
     assert told == sorted(
         (member, row[place - 1], row[place])

@@ -15,7 +15,7 @@ from tunery.errors import RequestError
 from tunery.spec import Compute, Lora, Pretrain, Pretrained, Scratch, Sft, Training
 from tunery.spec.trainings import LoraTuner
 from tunery.training.auto import GLOBAL_BATCH_SIZES, resolve
-from tunery.training.batches import LARGEST_MICRO_BATCH, at_even_steps, data_order, plan_batches
+from tunery.training.batches import MAX_AUTO_MICRO_BATCH, at_even_steps, data_order, plan_batches
 from tunery.training.deepspeed_config import deepspeed_config, model_state_bytes
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -37,8 +37,8 @@ def test_global_batch_is_workers_times_micro_batch_times_accumulation(workers: i
 def test_micro_batch_is_the_largest_that_divides_a_workers_share(workers: int, share: int) -> None:
     micro = plan_batches(1, 1, workers * share, workers, None).micro_batch_size
     assert share % micro == 0
-    assert micro <= LARGEST_MICRO_BATCH
-    assert not [size for size in range(micro + 1, LARGEST_MICRO_BATCH + 1) if share % size == 0]
+    assert micro <= MAX_AUTO_MICRO_BATCH
+    assert not [size for size in range(micro + 1, MAX_AUTO_MICRO_BATCH + 1) if share % size == 0]
 
 
 @pytest.mark.parametrize(

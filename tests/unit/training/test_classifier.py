@@ -38,7 +38,7 @@ from tunery.spec.trainings import data_refs
 from tunery.store import Artifact, Store
 from tunery.store.rows import REVIEWED_DIR, read_rows
 from tunery.training.batches import evaluation_batches
-from tunery.training.classification_head import padding_as
+from tunery.training.classification_head import with_model_padding
 
 TEXT = """\
 name: x
@@ -244,7 +244,7 @@ def test_rows_are_padded_with_what_the_model_names_where_there_is_such_a_token(
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": named}))
     outline = outline_with_head(base, LABELS)
-    assert padding_as(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
+    assert with_model_padding(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
 
 
 def test_model_whose_body_is_missing_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tunery.errors import StageError
 from tunery.training.divergence import MAX_SKIPPED_STEPS, DivergenceGuard, check_finite, step_result
-from tunery.training.packed.adamw import Rates, update
+from tunery.training.packed.adamw import StepHyperparams, update
 from tunery.training.training_stats import SKIPPED_STEPS, skipped_steps
 
 
@@ -88,9 +88,11 @@ def test_a_member_of_a_pack_whose_gradients_are_not_finite_keeps_its_weights_and
     torch.manual_seed(0)
     state = [torch.rand(3, 5) for _ in range(4)]
     weights, grads, first, second = state
-    rates = Rates(*(torch.full((3,), value, dtype=torch.float64) for value in (0.1, 0.01, 1.0, 2.0)))
+    rates = StepHyperparams(*(torch.full((3,), value, dtype=torch.float64) for value in (0.1, 0.01, 1.0, 2.0)))
     alone = [tensor[[0, 2]].clone() for tensor in state]
-    pair = Rates(*(getattr(rates, name)[[0, 2]] for name in ("learning_rate", "weight_decay", "max_norm", "step")))
+    pair = StepHyperparams(
+        *(getattr(rates, name)[[0, 2]] for name in ("learning_rate", "weight_decay", "max_norm", "step"))
+    )
     update(*alone, pair)
     before = [tensor[1].clone() for tensor in (weights, first, second)]
     grads[1, 3] = math.nan

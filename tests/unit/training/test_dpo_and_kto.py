@@ -29,7 +29,7 @@ from tunery.store.rows import row_id
 from tunery.training.dpo import DpoTask, pair_losses
 from tunery.training.job import Job
 from tunery.training.kto import KtoTask, baseline, margin, mismatched, response_losses
-from tunery.training.reference_log_probs import padded, response_log_probs
+from tunery.training.reference_log_probs import pad_batch, response_log_probs
 
 COMMON: dict[str, Any] = {"data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3, "global_batch_size": 4}
 
@@ -98,7 +98,7 @@ def test_both_answers_have_the_tokens_that_sft_would_see(tokenizer: Any) -> None
 
 
 def test_padded_answers_count_by_their_own_tokens_alone() -> None:
-    batch = padded([([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])], pad=0)
+    batch = pad_batch([([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])], pad=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
@@ -114,20 +114,20 @@ def test_log_probabilities_of_answers_are_those_of_plain_transformers(model_fold
             wanted.append(sum(log_probs[place - 1, item.ids[place]] for place in item.loss_indices))
         add_fused_lm_head(model)
         found = response_log_probs(
-            model, padded([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id)
+            model, pad_batch([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id)
         )
     torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=1e-5)
 
 
 def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any) -> None:
-    answers = KtoTask(job_of(kto(), PAIRS), 0).answers
+    answers = KtoTask(job_of(kto(), PAIRS), 0).responses
     assert answers.sequences.row_labels.tolist() == [1, 0, 1, 0]
     partners = answers.partners([0, 1, 2, 3], group=4)
     assert sorted(partners) == [0, 1, 2, 3], "each answer is used once"
     own = [answers.sequence(index)[0] for index in range(4)]
     for index, other in enumerate(partners):
         (start, _), *_ = answers.sequences.spans(index)
-        ids, labels = answers.with_answer_of(index, other)
+        ids, labels = answers.mismatched_sequence(index, other)
         assert ids[:start] == own[index][:start]
         assert ids not in own, "no answer to the prompt itself"
         first = answers.sequences.spans(other)[0][0]
@@ -135,10 +135,10 @@ def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any)
 
 
 def test_answers_are_only_handed_on_within_a_step_and_cut_to_length(job_of: Any) -> None:
-    answers = KtoTask(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).answers
+    answers = KtoTask(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).responses
     partners = answers.partners([0, 2, 1, 3], group=2)
     assert partners[:2] == answers.partners([0, 2], group=2) == [2, 0]
-    assert max(len(answers.with_answer_of(*pair)[0]) for pair in zip([0, 2, 1, 3], partners, strict=True)) == 14
+    assert max(len(answers.mismatched_sequence(*pair)[0]) for pair in zip([0, 2, 1, 3], partners, strict=True)) == 14
 
 
 def test_long_prompt_is_cut_from_the_left_alike_for_both_sides(tokenizer: Any) -> None:
@@ -217,7 +217,7 @@ def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None
     recipe = DpoTask(
         job_of(dpo(eval_data="held_out", max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0
     )
-    counted = recipe.counted()
+    counted = recipe.data_stats()
     assert counted["rows"] == 6
     assert counted["sequences"] + counted["unusable"] == 6
     assert counted["sequences"] == len(recipe.examples.lengths) == 2, "an empty answer teaches nothing"
@@ -225,7 +225,7 @@ def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None
 
 
 def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> None:
-    counted = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).counted()
+    counted = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).data_stats()
     expected = {"rows": 5, "sequences": 6, "wanted": 3, "unwanted": 3, "truncated": 0, "unusable": 1, "eval_rows": 0}
     assert {name: counted[name] for name in expected} == expected
     assert counted["unusable_because"] == {"it has no rating": 1}
@@ -250,7 +250,7 @@ def test_more_unusable_rows_than_allowed_end_the_stage_with_an_example(job_of: A
 
 
 def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:
-    with pytest.raises(StageError, match="the 2 rows of `data` give 1 wanted and 0 unwanted answers") as found:
+    with pytest.raises(StageError, match="the 2 rows of `data` give 1 wanted and 0 unwanted responses") as found:
         KtoTask(job_of(kto(max_unusable=0.5), [RATED[0], RATED[2]]), 0)
     assert "1 rows are unusable" in found.value.cause
 

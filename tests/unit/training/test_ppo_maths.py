@@ -69,7 +69,7 @@ def test_answers_that_were_cut_off_lose_the_penalty() -> None:
     [(6.0, 0.1), (6.6, 0.1 * math.exp(0.1 * 0.1)), (60.0, 0.1 * math.exp(0.02)), (0.0, 0.1 * math.exp(-0.02))],
 )
 def test_coefficient_moves_towards_the_target_by_at_most_a_fifth_a_horizon(kl: float, expected: float) -> None:
-    assert adapt_kl_coef(0.1, kl, target=6.0, horizon=1000, answers=100) == pytest.approx(expected)
+    assert adapt_kl_coef(0.1, kl, target=6.0, horizon=1000, num_responses=100) == pytest.approx(expected)
 
 
 # Advantages.
@@ -208,14 +208,14 @@ def test_a_value_that_is_no_number_ends_the_training_and_is_named() -> None:
 
 def test_kl_beyond_the_bound_ends_the_training() -> None:
     check_kl("ppo", 3, 9.0, 10.0)
-    with pytest.raises(StageError, match=r"KL to the reference is 11.0 nats an answer at step 3, beyond .* 10"):
+    with pytest.raises(StageError, match=r"KL to the reference is 11.0 nats per response at step 3, above max_kl = 10"):
         check_kl("ppo", 3, 11.0, 10.0)
 
 
 def test_rewards_that_never_differ_end_the_training_and_those_that_did_once_do_not() -> None:
     check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES - 1, last=False)
-    with pytest.raises(StageError, match="all 512 answers so far got the same reward, 1"):
+    with pytest.raises(StageError, match="all 512 responses so far got the same reward, 1"):
         check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES, last=False)
-    with pytest.raises(StageError, match="all 16 answers"):
+    with pytest.raises(StageError, match="all 16 responses"):
         check_rewards_differ("ppo", 1.0, 1.0, 16, last=True)
     check_rewards_differ("ppo", 1.0, 2.0, MIN_REWARD_SAMPLES, last=True)

@@ -18,17 +18,17 @@ from tunery.models.encode import template_suffix_ids
 from tunery.models.load import write_base
 from tunery.spec import Ppo
 from tunery.training.job import Job
-from tunery.training.ppo.build import Models, build
-from tunery.training.ppo.models import POLICY, REWARD, VALUE, activated, recomputed_as_before
+from tunery.training.ppo.build import Models, build_models
+from tunery.training.ppo.models import POLICY, REWARD, VALUE, active_adapter, recompute_with_same_adapter
 from tunery.training.ppo.rollouts import MicroBatch, Rollouts, micro_batch, minibatches, shard_by_length
 
 CPU = torch.device("cpu")
 ROLLOUTS = Rollouts(
     rows=[0, 1, 2],
     prompts=[[5, 6, 7], [9], [10, 11, 12, 13, 14]],
-    answers=[[20, 21], [30, 31, 32, 33], [1]],
+    responses=[[20, 21], [30, 31, 32, 33], [1]],
     ended=[False, False, True],
-    drawn=[[0.0] * 2, [0.0] * 4, [0.0]],
+    sampler_log_probs=[[0.0] * 2, [0.0] * 4, [0.0]],
 )
 
 
@@ -73,7 +73,7 @@ def reward_artifact(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> P
 
 def built(job: Job) -> Models:
     torch.manual_seed(17)
-    return build(job, AutoTokenizer.from_pretrained(job.model["pretrained"]), torch.float32, CPU)
+    return build_models(job, AutoTokenizer.from_pretrained(job.model["pretrained"]), torch.float32, CPU)
 
 
 def batch() -> MicroBatch:
@@ -86,21 +86,21 @@ def batch() -> MicroBatch:
 def test_micro_batch_knows_the_state_before_each_token_of_the_answers() -> None:
     assert batch().tokens_n.tolist() == [1, 20, 21, 30, 31, 32, 33]
     states = batch().ids_bs.flatten()
-    assert states[batch().places_n].tolist() == [14, 7, 20, 9, 30, 31, 32]
+    assert states[batch().state_indices_n].tolist() == [14, 7, 20, 9, 30, 31, 32]
     assert states[batch().last_b].tolist() == [1, 21, 33]
 
 
 def test_values_of_the_whole_batch_are_cut_to_the_micro_batch() -> None:
     whole = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0], [7.0, 0.0, 0.0, 0.0]])
-    assert batch().of(whole).tolist() == [7, 1, 2, 3, 4, 5, 6]
+    assert batch().select(whole).tolist() == [7, 1, 2, 3, 4, 5, 6]
 
 
 def test_reward_is_read_behind_what_the_template_puts_after_an_end() -> None:
-    closed = ROLLOUTS.closed([8, 9])
-    assert closed.answers == [[20, 21], [30, 31, 32, 33], [1, 8, 9]]
+    closed = ROLLOUTS.with_template_suffix([8, 9])
+    assert closed.responses == [[20, 21], [30, 31, 32, 33], [1, 8, 9]]
     states = micro_batch(closed, [2, 0], CPU)
     assert states.ids_bs.flatten()[states.last_b].tolist() == [9, 21]
-    assert ROLLOUTS.closed([]) is ROLLOUTS
+    assert ROLLOUTS.with_template_suffix([]) is ROLLOUTS
 
 
 @pytest.mark.parametrize(("behind", "closing"), [("", 0), ("\n", 1)])
@@ -129,7 +129,7 @@ def test_minibatches_part_the_batch_otherwise_each_epoch_and_alike_everywhere() 
 
 def test_policy_reference_value_and_reward_say_what_plain_transformers_says(policy: Path, reward: Path) -> None:
     models = built(job(policy, {"pretrained": str(reward), "revision": None}))
-    assert (models.value_from, models.trained.shared, models.rate) == ("reward", False, None)
+    assert (models.value_init, models.trained.shared, models.reward_fn) == ("reward", False, None)
     with torch.no_grad():
         told = models.trained("policy", batch(), 0.8)
         assert models.reference is not None
@@ -140,10 +140,10 @@ def test_policy_reference_value_and_reward_say_what_plain_transformers_says(poli
         judge = AutoModelForSequenceClassification.from_pretrained(reward)
         expected, values = [], []
         for row in (2, 0, 1):
-            ids = torch.tensor([ROLLOUTS.prompts[row] + ROLLOUTS.answers[row]])
-            count = len(ROLLOUTS.answers[row])
+            ids = torch.tensor([ROLLOUTS.prompts[row] + ROLLOUTS.responses[row]])
+            count = len(ROLLOUTS.responses[row])
             logits = plain(ids).logits[0, -count - 1 : -1] / 0.8
-            expected += logits.log_softmax(1)[range(count), ROLLOUTS.answers[row]].tolist()
+            expected += logits.log_softmax(1)[range(count), ROLLOUTS.responses[row]].tolist()
             values += judge.score(judge.model(ids).last_hidden_state)[0, -count - 1 : -1, 0].tolist()
             assert float(scores[[2, 0, 1].index(row)]) == pytest.approx(float(judge(ids).logits), abs=1e-5)
     assert told["log_probs"].tolist() == pytest.approx(expected, abs=1e-5)
@@ -156,10 +156,10 @@ def test_without_a_reward_model_that_reads_tokens_the_value_model_begins_with_th
 ) -> None:
     (tmp_path / "r.py").write_text("def reward(prompts, answers):\n    return [len(a) for a in answers]\n")
     models = built(job(policy, {"python": str(tmp_path / "r.py"), "function": "reward"}))
-    assert models.value_from == "policy"
-    assert models.rate is not None
+    assert models.value_init == "policy"
+    assert models.reward_fn is not None
     asked = [{"messages": [{"role": "user", "content": "?"}]}] * 2
-    assert models.rate(asked, ["abc", ""]) == [3.0, 0.0]
+    assert models.reward_fn(asked, ["abc", ""]) == [3.0, 0.0]
 
 
 def test_logits_a_piece_at_a_time_give_the_same_gradients(
@@ -195,7 +195,7 @@ def test_each_model_on_the_base_says_what_one_of_its_own_would(
     shared: Models, policy: Path, reward_artifact: Path
 ) -> None:
     trained = shared.trained
-    assert (trained.shared, shared.reference, shared.reward, shared.value_from) == (True, None, None, "reward")
+    assert (trained.shared, shared.reference, shared.reward, shared.value_init) == (True, None, None, "reward")
     with torch.no_grad():
         told = trained("policy", batch())
         plain = AutoModelForCausalLM.from_pretrained(policy)
@@ -214,7 +214,7 @@ def test_each_model_on_the_base_says_what_one_of_its_own_would(
             if a is not None and b is not None:
                 weight += 2.0 * b @ a  # alpha / rank is 2
         ids = batch().ids_bs
-        merged = plain(ids).logits.flatten(0, 1)[batch().places_n].log_softmax(1)
+        merged = plain(ids).logits.flatten(0, 1)[batch().state_indices_n].log_softmax(1)
         torch.testing.assert_close(told["log_probs"], merged[range(7), batch().tokens_n], atol=1e-5, rtol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_recomputed_layers_use_the_adapter_that_they_used_at_first(shared: Model
 
     kept = copy.deepcopy(shared.trained).train()
     model = kept.policy.model
-    how = {"use_reentrant": False, "context_fn": recomputed_as_before(kept.adapted)}
+    how = {"use_reentrant": False, "context_fn": recompute_with_same_adapter(kept.adapter_layers)}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     model.enable_input_require_grads()
     expected, found = gradients(shared.trained), gradients(kept)
@@ -249,14 +249,14 @@ def test_recomputed_layers_use_the_adapter_that_they_used_at_first(shared: Model
 def test_adapters_in_use_are_as_before_also_after_an_error(shared: Models) -> None:
     layer = next(m for m in shared.trained.modules() if hasattr(m, "_active_adapter"))
     before = (layer._active_adapter, layer._disable_adapters)
-    with pytest.raises(KeyError), activated(shared.trained.adapted, None):
+    with pytest.raises(KeyError), active_adapter(shared.trained.adapter_layers, None):
         raise KeyError
     assert (layer._active_adapter, layer._disable_adapters) == before
 
 
 def test_one_base_takes_about_a_quarter_of_the_weights(shared: Models) -> None:
-    whole = shared.separate_bytes / 4
-    assert whole < shared.held_bytes < 1.7 * whole  # adapters weigh much on a model this small
+    whole = shared.unshared_weight_bytes / 4
+    assert whole < shared.weight_bytes < 1.7 * whole  # adapters weigh much on a model this small
     base = AutoModelForCausalLM.from_pretrained(shared.trained.policy.model.config._name_or_path)
     assert whole == sum(weights.numel() * 4 for weights in base.parameters())
 
@@ -272,13 +272,13 @@ def test_reward_model_with_another_tokenizer_is_refused_and_read_as_text_when_as
     other = write_reward_model(tmp_path, pad=0)
     train_tokenizer(["another text altogether " * 3], 290).save_pretrained(other)
     origin = {"pretrained": str(other), "revision": None}
-    with pytest.raises(StageError, match="reads other tokens") as caught:
+    with pytest.raises(StageError, match="has another tokenizer") as caught:
         built(job(policy, origin))
     assert "allow_retokenize: true" in caught.value.remedy
     models = built(job(policy, origin, allow_retokenize=True))
-    assert (models.reward, models.value_from) == (None, "policy")
-    assert models.rate is not None
-    assert len(models.rate([{"messages": [{"role": "user", "content": "why"}]}], ["because"])) == 1
+    assert (models.reward, models.value_init) == (None, "policy")
+    assert models.reward_fn is not None
+    assert len(models.reward_fn([{"messages": [{"role": "user", "content": "why"}]}], ["because"])) == 1
 
 
 def test_reward_model_with_two_outputs_is_refused(policy: Path, tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_reward_model_with_two_outputs_is_refused(policy: Path, tmp_path: Path) 
 def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text("def reward(prompts, answers):\n    return [0] * len(answers)\n")
     origin = {"python": str(tmp_path / "r.py"), "function": "reward"}
-    with pytest.raises(StageError, match="can't begin with this reward"):
+    with pytest.raises(StageError, match="can't be initialized from this reward"):
         built(job(policy, origin, value_init="reward"))
 
 
@@ -306,6 +306,6 @@ def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path)
 def test_function_that_gives_no_rewards_is_told(policy: Path, tmp_path: Path, body: str, told: str) -> None:
     (tmp_path / "r.py").write_text(f"def reward(prompts, answers):\n    {body}\n")
     models = built(job(policy, {"python": str(tmp_path / "r.py"), "function": "reward"}))
-    assert models.rate is not None
+    assert models.reward_fn is not None
     with pytest.raises(TuneryError, match=told):
-        models.rate([{"messages": [{"role": "user", "content": "?"}]}] * 2, ["a", "b"])
+        models.reward_fn([{"messages": [{"role": "user", "content": "?"}]}] * 2, ["a", "b"])

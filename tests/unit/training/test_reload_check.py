@@ -23,7 +23,7 @@ from tunery.training.reload_check import (
     check_saved,
     compare,
     first_tokens,
-    why_skipped,
+    skip_reason,
 )
 
 SEQUENCES = [[7], [5, 6, 7, 8, 9, 10], [11, 12, 13], [20, 21, 22, 23]]
@@ -102,8 +102,8 @@ def test_a_large_model_reads_fewer_tokens() -> None:
 def test_a_host_without_the_memory_skips_the_check_and_says_so(tmp_path: Path) -> None:
     job, _, _ = saved_adapter(write_language_model(tmp_path / "base"), tmp_path, "q_proj")
     parameters = int(available_memory()) // 4
-    assert why_skipped(parameters).startswith("skipped: ")
-    assert why_skipped(1000) == ""
+    assert skip_reason(parameters).startswith("skipped: ")
+    assert skip_reason(1000) == ""
 
     def never() -> list[float]:
         raise AssertionError("it does not fit")

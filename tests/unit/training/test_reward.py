@@ -38,7 +38,7 @@ from tunery.spec import Lora, Reward
 from tunery.spec.check_search import metrics_of
 from tunery.store import Artifact, Store
 from tunery.store.rows import Row
-from tunery.training.reward import evenly, measures, scale_of
+from tunery.training.reward import evenly_spaced, preference_metrics, reward_norm
 
 # What it learns from.
 
@@ -108,8 +108,8 @@ def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None
 
 
 def test_places_of_a_sample_lie_at_even_distances() -> None:
-    assert evenly(10, 4) == [0, 2, 5, 7]
-    assert evenly(10, 2000) == list(range(10))
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(10, 2000) == list(range(10))
 
 
 # What is measured.
@@ -118,7 +118,7 @@ def test_places_of_a_sample_lie_at_even_distances() -> None:
 def test_loss_accuracy_and_margin_by_hand() -> None:
     rewards_p2 = np.array([[2.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [5.0, 3.0]])  # margins 1, 0, -3, 2
     losses = [math.log(1 + math.exp(-margin)) for margin in (1, 0, -3, 2)]
-    told = measures(rewards_p2)
+    told = preference_metrics(rewards_p2)
     assert told["eval_loss"] == pytest.approx(sum(losses) / 4)
     assert told["eval_accuracy"] == 2.5 / 4
     assert told["eval_margin"] == 0
@@ -131,8 +131,8 @@ def test_loss_of_wide_margins_does_not_overflow() -> None:
 
 
 def test_scale_is_mean_and_standard_deviation_of_all_answers() -> None:
-    scale = scale_of(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
-    assert (scale.mean, scale.deviation) == (4, pytest.approx(math.sqrt(5)))
+    scale = reward_norm(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
+    assert (scale.mean, scale.std) == (4, pytest.approx(math.sqrt(5)))
     assert scale(4 + 2 * math.sqrt(5)) == pytest.approx(2)
 
 
@@ -140,7 +140,7 @@ def test_scale_is_mean_and_standard_deviation_of_all_answers() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_outputs_without_a_scale_end_the_stage(outputs: list[float]) -> None:
     with pytest.raises(StageError, match="stage rm: the reward model has no scale: its outputs for 2 answers"):
-        scale_of(np.array([outputs]), "rm")
+        reward_norm(np.array([outputs]), "rm")
 
 
 def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:

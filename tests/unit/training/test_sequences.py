@@ -23,7 +23,7 @@ from tunery.spec import ClassifierTraining, Grpo, Ppo
 from tunery.store import rows as store_rows
 from tunery.store.rows import row_id
 from tunery.training.classifier import ClassifierTask
-from tunery.training.ppo.ptx import mixed_rows
+from tunery.training.ppo.ptx import load_ptx_data
 from tunery.training.sequences import ROW_ENCODINGS, UNUSABLE, PromptSet, read_row_sequences
 
 
@@ -87,7 +87,7 @@ def test_rows_of_several_shards_and_processes_are_kept_in_order(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_rows, "SHARD", 7)
-    monkeypatch.setattr(tokenized_dataset, "BATCH", 3)
+    monkeypatch.setattr(tokenized_dataset, "BATCH_ROWS", 3)
     rows = [row(f"what is row {number}") if number % 4 else row("how " * 60, str(number)) for number in range(30)]
     found = rows_at(tmp_path, rows)
 
@@ -115,7 +115,7 @@ def test_rows_mixed_into_ppo_come_round_and_round_in_their_own_order(
         {**given, "max_length": 64, "sampling": {"max_new_tokens": 8}, "ptx": {"data": "rows", "coefficient": 1.0}}
     )
     source = rows_at(tmp_path, [*answered, row("nothing is answered")])
-    mixed = mixed_rows(training_job(tmp_path, spec, model, ptx_rows=(source,)), tokenizer)
+    mixed = load_ptx_data(training_job(tmp_path, spec, model, ptx_rows=(source,)), tokenizer)
     assert mixed is not None
     prompts, responses = mixed(0, 6)
     assert (prompts[:3], responses[:3]) == (prompts[3:], responses[3:])
@@ -144,7 +144,7 @@ def test_rows_without_a_label_are_left_out_and_are_no_fault(encoder: Path, tmp_p
     rows = [row("why", "it is so", label=True), row("what", "a row"), row("how", "so", label=False)]
     job = training_job(tmp_path, classifier(), encoder, rows=(rows_at(tmp_path, rows),))
     recipe = ClassifierTask(job, 0)
-    counted = recipe.counted()
+    counted = recipe.data_stats()
     assert counted["labels"] == {"bad": 1, "good": 1}
     assert (counted["rows"], counted["sequences"], counted["unlabelled"], counted["unusable"]) == (3, 2, 1, 0)
     (line,) = (job.out / UNUSABLE).read_text().splitlines()
@@ -158,7 +158,7 @@ def test_rows_of_two_stages_have_the_label_of_their_stage(encoder: Path, tmp_pat
     held_out = rows_at(tmp_path, [row("why", "it is so", label=False), row("is it", "yes", label=True)])
     job = training_job(tmp_path, spec, encoder, rows=(good, bad), eval_rows=(held_out,))
     recipe = ClassifierTask(job, 0)
-    counted = recipe.counted()
+    counted = recipe.data_stats()
     assert counted["labels"] == {"bad": 2, "good": 2}
     assert counted["eval_rows_trained_on"] == 1
     batch = recipe._collate([0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""One training of a pack: where it stands, what it does next, and what is kept of it."""
+"""One training of a pack: its progress, its next batch, its checkpoints and its artifact."""
 
 from __future__ import annotations
 
@@ -43,37 +43,37 @@ from tunery.training.training_stats import (
     training_facts,
 )
 
-WRITTEN_BY = "a pack"
-"""Of its checkpoints: no DeepSpeed engine reads them, but any pack."""
+CHECKPOINT_SIGNATURE = "a pack"
+"""Signature of a pack's checkpoints: any pack can load them, DeepSpeed can't."""
 STATE = "state.pt"
 
 
 @dataclass(frozen=True)
-class MemberStep:
-    """What a member brings to a step of the pack."""
+class MemberBatch:
+    """A member's batch and hyperparameters for one step of the pack."""
 
     rows: list[int]
-    """Of its sequences, longest first."""
+    """Indices of its sequences, by descending length."""
     learning_rate: float
     weight_decay: float
-    number: int
+    step: int
     """From 1."""
 
 
 class Member:
-    """`with_adapter` (packed/outline.py) made `peft_model`. It goes on from its last checkpoint, if there is one."""
+    """A training and its adapter, `peft_model` (weightless_base.with_adapter). Resumes from its last checkpoint."""
 
     def __init__(
         self,
         job: Job,
         data: TrainingSequences,
-        measured: TrainingSequences,
+        eval_data: TrainingSequences,
         tokenizer: Any,
         peft_model: Any,
         base_parameters: int,
     ) -> None:
         assert isinstance(job.spec, Sft)
-        self.job, self.data, self.measured = job, data, measured
+        self.job, self.data, self.eval_data = job, data, eval_data
         self.spec: Sft = job.spec
         self._tokenizer, self._peft_model, self._base_parameters = tokenizer, peft_model, base_parameters
         self._log = EventLog(
@@ -81,149 +81,166 @@ class Member:
         )
         self.batching = plan_training(job.spec, len(data), 1, "auto")
         self._order = data_order(data.lengths, self.batching.steps, self._size, job.seed, mixture_of(job.spec, data))
-        self._course = schedule(job.spec, self.batching.steps)
-        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.num_evals) if len(measured) else [])
-        self._log_every = log_period(self.batching.steps)
-        self._save_every = save_period(job.compute, self.batching.steps)
+        self._schedule = schedule(job.spec, self.batching.steps)
+        self._evaluate_at = set(at_even_steps(self.batching.steps, job.spec.num_evals) if len(eval_data) else [])
+        self._log_period = log_period(self.batching.steps)
+        self._save_period = save_period(job.compute, self.batching.steps)
         self.adapter = adapter_of(peft_model)
         self.step = 0
         self.guard = DivergenceGuard(job.stage)
         self.error: StageError | None = None
-        """What ended it before its time; the other members go on."""
+        """The error that ended this training; the other members continue."""
         self.history: list[dict[str, float]] = []
         self._losses: list[float] = []
         self._last_progress = 0.0
-        self._began, self._first_step_at, self._tokens_here = time.time(), 0.0, 0
-        self._due: list[dict[str, float]] = []
-        """Evaluations that are reported when all that is due with them is done; those of an earlier try again."""
+        self._started_at, self._first_step_at, self._session_tokens = time.time(), 0.0, 0
+        self._pending_reports: list[dict[str, float]] = []
+        """Evaluations to report once their checkpoint is written, including those of earlier attempts."""
         self.probe = LanguageProbe(job, data.first(PROBED), base_parameters)
-        remove_incompatible(self._checkpoints, WRITTEN_BY)
-        self.resumed_from = self._saved_at = self._load()
+        remove_incompatible(self._checkpoints, CHECKPOINT_SIGNATURE)
+        self.resumed_from = self._saved_at = self._load_checkpoint()
 
     @property
     def ended(self) -> bool:
         return self.step == self.batching.steps or self.error is not None
 
     def attempt(self, work: Callable[[], None]) -> None:
-        """What fails of one member ends that one alone."""
+        """Run `work`; an error ends this member only."""
         if self.error is None:
             try:
                 work()
             except StageError as error:
                 self.error = error
 
-    def next(self) -> MemberStep:
+    def next_batch(self) -> MemberBatch:
         start = self.step * self._size
-        return MemberStep(
+        return MemberBatch(
             self._order[start : start + self._size].tolist(),
-            self._course.learning_rates[self.step],
-            self._course.weight_decays[self.step],
+            self._schedule.learning_rates[self.step],
+            self._schedule.weight_decays[self.step],
             self.step + 1,
         )
 
-    def took(self, loss: float, norm: float) -> None:
-        """A step was taken: `loss` in nats per counted token of its rows, `norm` of its gradients before clipping.
-        Raises StageError where the training has diverged."""
+    def record_step(self, loss: float, grad_norm: float) -> None:
+        """Record a finished step: `loss` in nats per loss token, `grad_norm` before clipping. Raises StageError if the
+        training has diverged."""
         now = time.time()
         self._first_step_at = self._first_step_at or now
-        self._tokens_here += int(self.data.lengths[self.next().rows].sum())
+        self._session_tokens += int(self.data.lengths[self.next_batch().rows].sum())
         self.step += 1
-        rate = self._course.learning_rates[self.step - 1]
-        skipped = not math.isfinite(norm)  # by adamw.update
-        if self.guard.check_step(self.step, loss=loss, grad_norm=norm, learning_rate=rate, skipped=skipped):
-            self._tell({SKIPPED_STEPS: float(self.guard.skipped_steps)})
+        learning_rate = self._schedule.learning_rates[self.step - 1]
+        skipped = not math.isfinite(grad_norm)  # adamw.update skips such a step
+        if self.guard.check_step(
+            self.step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped
+        ):
+            self._log_metrics({SKIPPED_STEPS: float(self.guard.skipped_steps)})
         self._losses.append(loss)
         if now - self._last_progress > 0.5 or self.ended:
             self._last_progress = now
             self.emit("progress", done=self.step, total=self.batching.steps, unit="steps")
-        if self._logs_now:
+        if self._should_log:
             mean = sum(self._losses) / len(self._losses)
             self._losses = []
-            told = {"loss": mean, "grad_norm": norm, "learning_rate": rate}
-            self._tell({name: value for name, value in told.items() if math.isfinite(value)})
+            metrics = {"loss": mean, "grad_norm": grad_norm, "learning_rate": learning_rate}
+            self._log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)})
 
     @property
-    def evaluates_now(self) -> bool:
+    def should_evaluate(self) -> bool:
         return self.step in self._evaluate_at
 
-    def evaluated(self, loss: float) -> None:
-        """`loss`: in nats per counted token of its eval_data. The last one is told with the artifact (search/trial.py):
-        a scheduler may stop a trial at any report, and there the model would be lost for nothing. Raises StageError
-        where it is not finite."""
-        check_finite(
-            self.job.stage, self.step, learning_rate=self._course.learning_rates[self.step - 1], eval_loss=loss
-        )
-        self._tell({"eval_loss": loss})
-        if not self.ended:
-            self._report_later(self.step, {"eval_loss": loss})
+    def record_evaluation(self, loss: float) -> None:
+        """Record an evaluation: `loss` in nats per loss token of `eval_data`. Raises StageError if it is not finite.
 
-    def _report_later(self, step: int, measured: Mapping[str, float]) -> None:
+        The evaluation of the last step is reported with the artifact (search/trial.py): a scheduler may stop a trial at
+        any report, and a finished model must not be lost.
+        """
+        check_finite(
+            self.job.stage, self.step, learning_rate=self._schedule.learning_rates[self.step - 1], eval_loss=loss
+        )
+        self._log_metrics({"eval_loss": loss})
+        if not self.ended:
+            self._queue_report(self.step, {"eval_loss": loss})
+
+    def _queue_report(self, step: int, metrics: Mapping[str, float]) -> None:
         rows = step * self._size
         tokens = int(self.data.lengths[self._order[:rows]].sum())
-        self._due.append(report_of(self.job.stage, step, self.batching.steps, tokens, rows, measured))
+        self._pending_reports.append(report_of(self.job.stage, step, self.batching.steps, tokens, rows, metrics))
 
     def report(self, report: Report) -> None:
-        due, self._due = self._due, []
-        for told in due:
-            report(told)
+        """Report the pending evaluations."""
+        pending, self._pending_reports = self._pending_reports, []
+        for metrics in pending:
+            report(metrics)
 
     @property
     def is_saved(self) -> bool:
-        """A checkpoint that others may have begun with is not written again."""
+        """Whether this step has a checkpoint. It is never rewritten: other trials may have been seeded from it."""
         return self.step == self._saved_at
 
     @property
-    def saves_now(self) -> bool:
-        """Where a loss was told, so that the mean of a resumed curve's next point is whole."""
-        due = self.step - self._saved_at >= self._save_every and self._logs_now
-        return ((due and not self.guard.last_was_skipped) or self._keeps_now) and not self.ended
+    def should_save(self) -> bool:
+        """Only at logged steps, so that a resumed run logs the same mean losses."""
+        due = self.step - self._saved_at >= self._save_period and self._should_log
+        return ((due and not self.guard.last_was_skipped) or self._keep_checkpoint) and not self.ended
 
     @property
-    def _keeps_now(self) -> bool:
-        return self.job.kept is not None and self.evaluates_now
+    def _keep_checkpoint(self) -> bool:
+        return self.job.checkpoint_dir is not None and self.should_evaluate
 
     @property
-    def _logs_now(self) -> bool:
-        return self.step % self._log_every == 0 or self.step == 1
+    def _should_log(self) -> bool:
+        return self.step % self._log_period == 0 or self.step == 1
 
     def save(self) -> None:
-        """A checkpoint, which counts from when it is whole; kept for others where the job says so. The adapter must
-        have been read back from the stack."""
+        """Write a complete checkpoint; if due, copy it to `job.checkpoint_dir`. Call Stack.sync_to_adapters before."""
         self._check_weights()
         folder = self._checkpoints / f"checkpoint-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter
-        state = {"weights": adapter.weights, "first": adapter.first, "second": adapter.second, "losses": self._losses}
+        state = {
+            "weights": adapter.weights,
+            "first": adapter.exp_avg,
+            "second": adapter.exp_avg_sq,
+            "losses": self._losses,
+        }
         torch.save(state, folder / STATE)
         write_history(folder, self.history)
-        mark_complete(self._checkpoints, self.step, WRITTEN_BY)
-        if self.job.kept is not None and self._keeps_now:
-            hardlink_copy(folder, self.job.kept)
+        mark_complete(self._checkpoints, self.step, CHECKPOINT_SIGNATURE)
+        if self.job.checkpoint_dir is not None and self._keep_checkpoint:
+            hardlink_copy(folder, self.job.checkpoint_dir)
         self._saved_at = self.step
 
-    def _load(self) -> int:
-        checkpoint = last_checkpoint(self._checkpoints, WRITTEN_BY)
+    def _load_checkpoint(self) -> int:
+        """Load the newest checkpoint, if any; return its step."""
+        checkpoint = last_checkpoint(self._checkpoints, CHECKPOINT_SIGNATURE)
         if checkpoint is None:
             return 0
         state = torch.load(checkpoint / STATE, weights_only=True)
-        for name, own in vars(self.adapter).items():
-            for layer, pair in state.get(name, {}).items():
-                for matrix, saved in zip(own[layer], pair, strict=True):
+        adapter = self.adapter
+        for name, matrices in (
+            ("weights", adapter.weights),
+            ("first", adapter.exp_avg),
+            ("second", adapter.exp_avg_sq),
+        ):
+            for layer, pair in state[name].items():
+                for matrix, saved in zip(matrices[layer], pair, strict=True):
                     matrix.copy_(saved)
         self.history = read_history(checkpoint)
         self.guard.resume(self.history)
-        if self.job.begins_with is not None and checkpoint.name == self.job.begins_with.name:
+        if self.job.resume_from is not None and checkpoint.name == self.job.resume_from.name:
             relog_history(self.history, self.emit)
-        for step, measured in evaluations_of(self.history):
-            self._report_later(step, measured)
+        for step, metrics in evaluations_of(self.history):
+            self._queue_report(step, metrics)
         self._losses = list(state["losses"])
         self.step = step_of(checkpoint)
         return self.step
 
-    def finish(self, losses: Sequence[float], measured: dict[str, Any]) -> None:
-        """Writes the artifact, the same that the training alone writes. The adapter must have been read back. `losses`:
-        of `probe`. Raises StageError where the training has diverged, or where what was saved is not what was
-        trained."""
+    def finish(self, losses: Sequence[float], pack_stats: dict[str, Any]) -> None:
+        """Write the artifact, the same as that of a training of its own. Call Stack.sync_to_adapters first.
+
+        `losses`: of the sequences of `probe`. Raises StageError if the training has diverged, or if the saved adapter
+        is not the trained one.
+        """
         self.guard.check_end()
         self._check_weights()
         job = self.job
@@ -232,29 +249,29 @@ class Member:
         self._tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         write_base(job.out, job.model)
-        checked = check_saved(job, 0, measured["dtype"], self._base_parameters, losses, self.probe.saved)
+        reload_check = check_saved(job, 0, pack_stats["dtype"], self._base_parameters, losses, self.probe.saved)
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
             **self.data.facts(),
             "train_on": self.spec.train_on,
             "truncate": self.spec.truncate,
-            "eval_rows": self.measured.stats.rows,
+            "eval_rows": self.eval_data.stats.rows,
             "tokens": int(self.data.lengths[self._order].sum()),
             **mixture_facts(self.spec, self.data, self._order),
             **training_facts(self.spec, self.batching, self.history, self._base_parameters + trainable, trainable),
         }
-        seconds = time.time() - self._began
-        told = {
+        seconds = time.time() - self._started_at
+        runtime_stats = {
             "train_seconds": seconds,
-            "tokens_per_second": self._tokens_here / seconds,
+            "tokens_per_second": self._session_tokens / seconds,
             "first_step_seconds": (self._first_step_at or time.time()) - job.started,
             "resumed_from": self.resumed_from,
             "workers": 1,
-            **measured,
-            **checked,
+            **pack_stats,
+            **reload_check,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
-        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": told}))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": runtime_stats}))
 
     def _check_weights(self) -> None:
         self.guard.check_weights(self.step, self._peft_model.named_parameters())
@@ -262,7 +279,7 @@ class Member:
     def emit(self, event: str, **values: Any) -> None:
         self._log.write(event, **values)
 
-    def _tell(self, values: dict[str, float]) -> None:
+    def _log_metrics(self, values: dict[str, float]) -> None:
         values["rows"] = float(self.step * self._size)
         self.history.append({"step": float(self.step), **values})
         self.emit("metrics", step=self.step, values=values)
@@ -276,9 +293,9 @@ class Member:
         return self.job.work / "checkpoints"
 
 
-def same_rows(members: Sequence[Member]) -> dict[int, list[Member]]:
-    """Members by the rows that they are measured on: those are shown to all at once."""
+def group_by_eval_data(members: Sequence[Member]) -> dict[int, list[Member]]:
+    """Group members that have the same evaluation data, so that one batch evaluates all of them."""
     groups: dict[int, list[Member]] = {}
     for member in members:
-        groups.setdefault(id(member.measured), []).append(member)
+        groups.setdefault(id(member.eval_data), []).append(member)
     return groups

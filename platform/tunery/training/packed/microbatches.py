@@ -1,4 +1,4 @@
-"""The rows of a step of all members, cut into blocks that one forward pass takes. Pure."""
+"""Split the rows of one step of all members into micro batches of at most `budget` tokens. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,68 +7,70 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class MicroBatchBlock:
-    """Some rows of some members. Each member has as many tokens in it as the one with the most, padding included: the
-    adapters' matrices are multiplied in one batch."""
+class PackedMicroBatch:
+    """Rows of some members for one forward pass. Each member is padded to the same number of tokens, because
+    the adapters are applied with torch.bmm."""
 
     members: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
-    """Of each of `members`."""
+    """Row indices of each of `members`."""
 
 
-def microbatches(lengths: Sequence[Sequence[int]], budget: int, fixed: int) -> Iterator[MicroBatchBlock]:
-    """`lengths`: tokens of each row, by member. A block's padded size stays within `budget` tokens, as long as that
-    leaves one row of one member. `fixed`: what a forward and a backward pass take however small they are, in tokens.
-    Every row is in exactly one block.
+def microbatches(lengths: Sequence[Sequence[int]], budget: int, fixed: int) -> Iterator[PackedMicroBatch]:
+    """Yield micro batches that hold each row exactly once; the rows of a member are concatenated.
 
-    Greedy: the next block is the one with the most tokens learned from for what it takes.
+    `lengths`: tokens of each row, by member. The padded size is at most `budget` tokens, unless a single row is longer.
+    `fixed`: constant cost of a forward and backward pass, in tokens. Greedy: the next micro batch is the one with the
+    most non-padding tokens per cost.
     """
-    left = [sorted(range(len(own)), key=lambda row: -own[row]) for own in lengths]
-    while any(left):
-        rest = [sum(own[row] for row in rows) for own, rows in zip(lengths, left, strict=True)]
-        members = sorted((m for m in range(len(left)) if left[m]), key=lambda m: -rest[m])
-        count, width = _best([rest[m] for m in members], [lengths[m][left[m][0]] for m in members], budget, fixed)
-        taken = {member: _fitting(left[member], lengths[member], width) for member in sorted(members[:count])}
-        for member, rows in taken.items():
-            left[member] = [row for row in left[member] if row not in rows]
-        yield MicroBatchBlock(tuple(taken), tuple(map(tuple, taken.values())))
+    remaining = [sorted(range(len(member)), key=lambda row: -member[row]) for member in lengths]
+    while any(remaining):
+        tokens = [sum(member[row] for row in rows) for member, rows in zip(lengths, remaining, strict=True)]
+        members = sorted((m for m in range(len(remaining)) if remaining[m]), key=lambda m: -tokens[m])
+        longest = [lengths[m][remaining[m][0]] for m in members]
+        count, width = _best_shape([tokens[m] for m in members], longest, budget, fixed)
+        chosen = {m: _first_fit(remaining[m], lengths[m], width) for m in sorted(members[:count])}
+        for member, rows in chosen.items():
+            remaining[member] = [row for row in remaining[member] if row not in rows]
+        yield PackedMicroBatch(tuple(chosen), tuple(map(tuple, chosen.values())))
 
 
-def padded_microbatches(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[MicroBatchBlock]:
-    """The same for rows that lie below each other: as many of each member, each as long as the longest one."""
-    left = [sorted(range(len(own)), key=lambda row: -own[row]) for own in lengths]
-    while any(left):
-        members = sorted((m for m in range(len(left)) if left[m]), key=lambda m: -lengths[m][left[m][0]])
-        longest = lengths[members[0]][left[members[0]][0]]
+def padded_microbatches(lengths: Sequence[Sequence[int]], budget: int) -> Iterator[PackedMicroBatch]:
+    """The same for models that take one row per sequence: equally many rows of each member, padded to the longest."""
+    remaining = [sorted(range(len(member)), key=lambda row: -member[row]) for member in lengths]
+    while any(remaining):
+        members = sorted((m for m in range(len(remaining)) if remaining[m]), key=lambda m: -lengths[m][remaining[m][0]])
+        longest = lengths[members[0]][remaining[members[0]][0]]
         members = members[: max(1, budget // longest)]
-        height = min(min(len(left[m]) for m in members), max(1, budget // (longest * len(members))))
-        yield MicroBatchBlock(tuple(members), tuple(tuple(left[m][:height]) for m in members))
+        height = min(min(len(remaining[m]) for m in members), max(1, budget // (longest * len(members))))
+        yield PackedMicroBatch(tuple(members), tuple(tuple(remaining[m][:height]) for m in members))
         for member in members:
-            left[member] = left[member][height:]
+            remaining[member] = remaining[member][height:]
 
 
-def _best(rest: Sequence[int], longest: Sequence[int], budget: int, fixed: int) -> tuple[int, int]:
-    """How many of the members, those with the most tokens left first, and how many tokens of each."""
-    found, best = (1, longest[0]), 0.0
-    for count in range(1, len(rest) + 1):
-        least = max(longest[:count])
-        for wanted in {*rest[:count], budget // count}:
-            width = max(least, min(wanted, budget // count))
+def _best_shape(tokens: Sequence[int], longest: Sequence[int], budget: int, fixed: int) -> tuple[int, int]:
+    """Return (number of members, tokens per member) of the next micro batch. Members are sorted by remaining tokens,
+    descending; `longest`: length of the longest remaining row of each."""
+    best_shape, best_efficiency = (1, longest[0]), 0.0
+    for count in range(1, len(tokens) + 1):
+        min_width = max(longest[:count])
+        for candidate in {*tokens[:count], budget // count}:
+            width = max(min_width, min(candidate, budget // count))
             if count > 1 and count * width > budget:
                 continue
-            learned = sum(min(tokens, width) for tokens in rest[:count])
-            value = learned / (fixed + count * min(width, rest[0]))
-            if value > best:
-                found, best = (count, width), value
-    return found
+            useful = sum(min(remaining, width) for remaining in tokens[:count])
+            efficiency = useful / (fixed + count * min(width, tokens[0]))
+            if efficiency > best_efficiency:
+                best_shape, best_efficiency = (count, width), efficiency
+    return best_shape
 
 
-def _fitting(rows: Sequence[int], lengths: Sequence[int], width: int) -> list[int]:
-    """Those that fit, the longest first."""
-    taken: list[int] = []
-    room = width
+def _first_fit(rows: Sequence[int], lengths: Sequence[int], width: int) -> list[int]:
+    """Select rows in order, as long as they fit into `width` tokens."""
+    selected: list[int] = []
+    free = width
     for row in rows:
-        if lengths[row] <= room:
-            taken.append(row)
-            room -= lengths[row]
-    return taken
+        if lengths[row] <= free:
+            selected.append(row)
+            free -= lengths[row]
+    return selected

@@ -1,7 +1,7 @@
-"""Packs as Ray actors, and the desk that finds each training a seat in one.
+"""Packs as Ray actors, and the scheduler that assigns each training to a pack.
 
-A training is asked for by a trial's own process, which takes no CPU or GPU: the pack has them. It asks for news until
-its training ends, and a training that nobody asks about any more has left.
+A trial's own process requests the training and reserves no CPU or GPU; the pack has those. The process polls the pack
+until its training ends. A training that is no longer polled is removed from its pack.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tunery.spec import Compute, Lora, LoraTuner, Sft, Stage
 from tunery.training.job import Job, Report
 
 POLL_SECONDS = 5.0
-"""A question for news is answered after this long at the latest."""
+"""Maximum duration of one poll."""
 IDLE_SECONDS = 5.0
-"""A pack without members ends after this long, and what it holds is free for trials that train alone."""
-GONE_SECONDS = 30.0
-"""A trial that has not asked for so long is gone: stopped, or its process killed."""
-PLACEMENT_SECONDS = 0.5
-"""Between two questions for a seat, while all are taken."""
-CALLS = 256
-"""That a pack answers at a time; all but one wait for news."""
+"""A pack without members exits after this long, which frees its resources for trials that are not packed."""
+POLL_TIMEOUT_SECONDS = 30.0
+"""A trial that has not polled for this long was stopped, or its process was killed."""
+RETRY_SECONDS = 0.5
+"""Between two attempts to join a pack, while all are full."""
+MAX_CONCURRENT_CALLS = 256
+"""Concurrent calls of a pack actor; nearly all of them are polls that wait."""
 
 
 def unpackable_reason(stage: Stage, compute: Compute) -> str:
-    """Why a training can't be in a pack; "" when it can."""
+    """Return why a training can't join a pack; "" if it can."""
     if compute.max_packed_trials == 1:
         return "compute.max_packed_trials is 1"
     if not isinstance(stage, Sft):
@@ -46,102 +46,103 @@ def unpackable_reason(stage: Stage, compute: Compute) -> str:
 
 
 class PackFull(TuneryError):
-    """A training is no member of its pack: its device has no memory for another one, or nobody asked about it for long.
-    It takes a seat again, and goes on from its checkpoint."""
+    """A training is not in its pack: the device has no memory for it, or it was not polled in time. It joins a pack
+    again and resumes from its checkpoint."""
 
 
 @dataclass
 class _PackedJob:
-    """A training as its pack sees it."""
+    """A training in a pack, and its reports that were not polled yet."""
 
     job: Job
-    news: list[dict[str, float]] = field(default_factory=list)
+    reports: list[dict[str, float]] = field(default_factory=list)
     ended: bool = False
     error: Exception | None = None
-    asked: float = field(default_factory=time.monotonic)
-    """A clock that stands still while the machine sleeps."""
-    leaves: bool = False
+    last_poll: float = field(default_factory=time.monotonic)
+    """A monotonic time, which does not advance while the machine sleeps."""
+    leave_requested: bool = False
 
     @property
-    def gone(self) -> bool:
-        return self.leaves or time.monotonic() - self.asked > GONE_SECONDS
+    def should_leave(self) -> bool:
+        return self.leave_requested or time.monotonic() - self.last_poll > POLL_TIMEOUT_SECONDS
 
 
 class PackActor:
-    """One pack in a process of its own; a thread takes step after step while it has members."""
+    """One pack in its own process. A thread takes training steps as long as the pack has members."""
 
     def __init__(self, source: Source, compute: Compute) -> None:
         self._source, self._compute = source, compute
-        self._passengers: dict[str, _PackedJob] = {}
+        self._jobs: dict[str, _PackedJob] = {}
         self._full = False
-        """Somebody was turned away, and nobody has left since."""
+        """A training was rejected for lack of memory, and no member has left since."""
         self._changed = threading.Condition()
-        threading.Thread(target=self._drive, name="pack", daemon=True).start()
+        threading.Thread(target=self._train_loop, name="pack", daemon=True).start()
 
     def join(self, job: Job) -> None:
+        """Add a training; the training thread takes it up before its next step."""
         with self._changed:
-            self._passengers[job.trial] = _PackedJob(job)
+            self._jobs[job.trial] = _PackedJob(job)
             self._changed.notify_all()
 
     def leave(self, trial: str) -> None:
-        """Returns when its last checkpoint is written."""
+        """Remove a training; returns once its last checkpoint is written."""
         with self._changed:
-            if (passenger := self._passengers.get(trial)) is None:
+            if (packed_job := self._jobs.get(trial)) is None:
                 return
-            if passenger.ended:  # meanwhile; the thread has done with it
-                del self._passengers[trial]
+            if packed_job.ended:  # the training thread is done with it
+                del self._jobs[trial]
             else:
-                passenger.leaves = True
+                packed_job.leave_requested = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._passengers.get(trial) is not passenger)
+                self._changed.wait_for(lambda: self._jobs.get(trial) is not packed_job)
 
-    def news(self, trial: str) -> tuple[list[dict[str, float]], bool]:
-        """Reports since the last question, and whether the training has ended; waits for some. Raises its error."""
+    def poll(self, trial: str) -> tuple[list[dict[str, float]], bool]:
+        """Wait for reports; return those since the last poll, and whether the training has ended. Raises its error."""
         with self._changed:
-            passenger = self._passengers.get(trial)
-            if passenger is None:
-                raise PackFull(f"{trial} has left its pack: nobody asked about it for {GONE_SECONDS:.0f} s")
-            passenger.asked = time.monotonic()
-            self._changed.wait_for(lambda: passenger.news or passenger.ended, POLL_SECONDS)
-            passenger.asked = time.monotonic()
-            told, passenger.news = passenger.news, []
-            if passenger.ended:
-                del self._passengers[trial]
+            packed_job = self._jobs.get(trial)
+            if packed_job is None:
+                raise PackFull(f"{trial} was removed from its pack: it was not polled for {POLL_TIMEOUT_SECONDS:.0f} s")
+            packed_job.last_poll = time.monotonic()
+            self._changed.wait_for(lambda: packed_job.reports or packed_job.ended, POLL_SECONDS)
+            packed_job.last_poll = time.monotonic()
+            reports, packed_job.reports = packed_job.reports, []
+            if packed_job.ended:
+                del self._jobs[trial]
                 self._changed.notify_all()
-            if passenger.error is not None:
-                raise passenger.error
-            return told, passenger.ended
+            if packed_job.error is not None:
+                raise packed_job.error
+            return reports, packed_job.ended
 
     def members(self) -> tuple[list[str], bool]:
-        """By trial, and whether its memory has room for no more."""
+        """Return the trials in training, and whether the device has no memory for another one."""
         with self._changed:
-            return [trial for trial, passenger in self._passengers.items() if not passenger.ended], self._full
+            return [trial for trial, packed_job in self._jobs.items() if not packed_job.ended], self._full
 
-    # The thread.
+    # Called by the training thread.
 
-    def _drive(self) -> None:
+    def _train_loop(self) -> None:
         pack: Any = None
         members: dict[str, tuple[_PackedJob, Any]] = {}
         while True:
             with self._changed:
-                if not self._changed.wait_for(self._busy, IDLE_SECONDS):
-                    # Ended, and nobody came to ask: its trial's process was killed.
-                    late = [trial for trial, one in self._passengers.items() if one.gone]
-                    for trial in late:
-                        del self._passengers[trial]
-                    if not self._passengers:
-                        return self._close()
+                if not self._changed.wait_for(self._has_work, IDLE_SECONDS):
+                    # Trainings that ended and are no longer polled: the process of the trial was killed.
+                    stale = [trial for trial, job in self._jobs.items() if job.should_leave]
+                    for trial in stale:
+                        del self._jobs[trial]
+                    if not self._jobs:
+                        return self._terminate()
                     continue
-                here = dict(self._passengers)
+                jobs = dict(self._jobs)
             try:
-                pack = pack or self._load()
-                self._come_and_go(pack, members, here)
+                pack = pack or self._load_pack()
+                self._admit_and_evict(pack, members, jobs)
                 if pack.members:
                     pack.step()
-            except Exception as error:  # of a step: it was everybody's
+            except Exception as error:  # an error in a step ends all trainings
                 traceback.print_exception(error)
-                _let_go(error)
-                for trial in [*members] or [*here]:
+                _clear_tracebacks(error)
+                for trial in [*members] or [*jobs]:
                     self._end(trial, error)
                 members.clear()
                 pack = None
@@ -151,15 +152,15 @@ class PackActor:
                 self._full = False
                 self._end(trial, member.error)
 
-    def _busy(self) -> bool:
-        return any(not passenger.ended for passenger in self._passengers.values())
+    def _has_work(self) -> bool:
+        return any(not packed_job.ended for packed_job in self._jobs.values())
 
-    def _close(self) -> None:
+    def _terminate(self) -> None:
         import ray
 
         ray.get_runtime_context().current_actor.__ray_terminate__.remote()
 
-    def _load(self) -> Any:
+    def _load_pack(self) -> Any:
         import torch
 
         from tunery.training.packed.pack import Pack
@@ -169,45 +170,48 @@ class PackActor:
         dtype = pick_dtype(self._compute.precision, self._compute.device)
         return Pack(self._source, self._compute.device, dtype, self._compute.gradient_checkpointing)
 
-    def _come_and_go(self, pack: Any, members: dict[str, tuple[_PackedJob, Any]], here: dict[str, _PackedJob]) -> None:
-        for trial, passenger in here.items():
-            gone = passenger.gone
-            if trial in members and (gone or members[trial][0] is not passenger):  # or it has begun anew
+    def _admit_and_evict(
+        self, pack: Any, members: dict[str, tuple[_PackedJob, Any]], jobs: dict[str, _PackedJob]
+    ) -> None:
+        """Add new trainings to the pack, and remove those that should leave."""
+        for trial, packed_job in jobs.items():
+            evict = packed_job.should_leave
+            if trial in members and (evict or members[trial][0] is not packed_job):  # the trial may have restarted
                 pack.leave(members.pop(trial)[1])
                 self._full = False
-            if gone:
+            if evict:
                 with self._changed:
-                    del self._passengers[trial]
+                    del self._jobs[trial]
                     self._changed.notify_all()
-            elif trial not in members and not passenger.ended:
+            elif trial not in members and not packed_job.ended:
                 try:
-                    member = pack.join(passenger.job, partial(self._tell, passenger))
+                    member = pack.join(packed_job.job, partial(self._add_report, packed_job))
                     if member is None:
                         self._full = True
-                        self._end(trial, PackFull(f"no memory for {trial} beside {len(members)} others"))
+                        self._end(trial, PackFull(f"no memory for {trial} in a pack with {len(members)} members"))
                     else:
-                        members[trial] = (passenger, member)
-                except Exception as error:  # of this one: the others go on
+                        members[trial] = (packed_job, member)
+                except Exception as error:  # ends this training only
                     self._end(trial, error)
 
-    def _tell(self, passenger: _PackedJob, metrics: dict[str, float]) -> None:
+    def _add_report(self, packed_job: _PackedJob, metrics: dict[str, float]) -> None:
         with self._changed:
-            passenger.news.append(metrics)
+            packed_job.reports.append(metrics)
             self._changed.notify_all()
 
     def _end(self, trial: str, error: Exception | None = None) -> None:
         with self._changed:
-            if (passenger := self._passengers.get(trial)) is not None:
-                passenger.ended, passenger.error = True, error
+            if (packed_job := self._jobs.get(trial)) is not None:
+                packed_job.ended, packed_job.error = True, error
                 self._changed.notify_all()
 
 
-def _let_go(error: BaseException) -> None:
-    """Of the pack and all the tensors of a step, which its traceback holds."""
-    held: BaseException | None = error
-    while held is not None:
-        held.__traceback__ = None
-        held = held.__context__
+def _clear_tracebacks(error: BaseException) -> None:
+    """Drop the tracebacks of an error and its contexts: their frames keep the pack and the tensors of a step alive."""
+    current: BaseException | None = error
+    while current is not None:
+        current.__traceback__ = None
+        current = current.__context__
 
 
 def _free_memory() -> None:
@@ -221,45 +225,46 @@ def _free_memory() -> None:
 
 
 class PackScheduler:
-    """Finds seats: in the emptiest pack on the training's base that has room, else in a new pack. Packs end with it."""
+    """Assigns each training to the emptiest pack of its base model that has room, or to a new pack. All packs end with
+    this actor."""
 
     def __init__(self, packs: int, size: int, compute: Compute) -> None:
-        self._most, self._size, self._compute = packs, size, compute
+        self._max_packs, self._size, self._compute = packs, size, compute
         self._packs: list[tuple[Source, Any]] = []
 
-    def seat(self, job: Job) -> Any:
-        """The pack that the training has joined; None while there is no room."""
+    def assign(self, job: Job) -> Any:
+        """Add the training to a pack and return that pack; None if all are full."""
         import ray
 
-        told = []
+        states = []
         for source, pack in list(self._packs):
             try:
-                told.append((source, pack, ray.get(pack.members.remote())))
-            except ray.exceptions.RayActorError:  # it had nothing to do for long, or was killed
+                states.append((source, pack, ray.get(pack.members.remote())))
+            except ray.exceptions.RayActorError:  # it was idle and exited, or was killed
                 self._packs.remove((source, pack))
-        for _, pack, (members, _) in told:
-            if job.trial in members:  # an earlier try of the same, whose process is gone
+        for _, pack, (members, _) in states:
+            if job.trial in members:  # an earlier attempt, whose process was killed
                 ray.get(pack.leave.remote(job.trial))
-        counted = [(source, pack, self._size if full else len(members)) for source, pack, (members, full) in told]
-        fitting = [(count, pack) for source, pack, count in counted if source == job.model and count < self._size]
-        if not fitting and len(self._packs) < self._most and not self._has_device():
-            return None  # a trial that trains alone has it, or another search: asking a pack that waits would block
-        if len(self._packs) == self._most and not fitting:
-            empty = [(source, pack) for source, pack, count in counted if not count]
+        sizes = [(source, pack, self._size if full else len(members)) for source, pack, (members, full) in states]
+        open_packs = [(count, pack) for source, pack, count in sizes if source == job.model and count < self._size]
+        if not open_packs and len(self._packs) < self._max_packs and not self._has_device():
+            return None  # an unpacked trial or another search uses it; a call to a pending actor would block
+        if len(self._packs) == self._max_packs and not open_packs:
+            empty = [(source, pack) for source, pack, count in sizes if not count]
             if not empty:
                 return None
             ray.kill(empty[0][1])
             self._packs.remove(empty[0])
-        emptiest = min((count for count, _ in fitting), default=self._size)
-        if len(self._packs) < self._most and emptiest > 0 and (not fitting or self._has_device()):
-            pack = self._new(job.model)
+        emptiest = min((count for count, _ in open_packs), default=self._size)
+        if len(self._packs) < self._max_packs and emptiest > 0 and (not open_packs or self._has_device()):
+            pack = self._create_pack(job.model)
         else:
-            pack = next(pack for count, pack in fitting if count == emptiest)
+            pack = next(pack for count, pack in open_packs if count == emptiest)
         ray.get(pack.join.remote(job))
         return pack
 
     def _has_device(self) -> bool:
-        """Whether a new pack could start at once."""
+        """Whether the cluster has free resources for a new pack."""
         import ray
 
         free = ray.available_resources()
@@ -267,7 +272,7 @@ class PackScheduler:
         enough: bool = free.get("GPU", 0) >= 1 if gpu else free.get("CPU", 0) >= self._compute.cpus_per_worker
         return enough
 
-    def _new(self, source: Source) -> Any:
+    def _create_pack(self, source: Source) -> Any:
         import ray
 
         compute = self._compute
@@ -275,32 +280,32 @@ class PackScheduler:
         pack = actor.options(
             num_cpus=compute.cpus_per_worker,
             num_gpus=1 if compute.device == "gpu" else 0,
-            max_concurrency=CALLS,
+            max_concurrency=MAX_CONCURRENT_CALLS,
         ).remote(source, compute)
         self._packs.append((source, pack))
         return pack
 
 
 def get_pack_scheduler(packs: int, size: int, compute: Compute) -> Any:
-    """A desk of a search; it and its packs end with the process that has the handle."""
+    """Start the pack scheduler of a search. It and its packs end with the process that holds the handle."""
     import ray
 
     actor: Any = ray.remote(PackScheduler)
     return actor.options(num_cpus=0).remote(packs, size, compute)
 
 
-def train_packed(job: Job, desk: Any, report: Report) -> None:
-    """Takes a seat and waits until the training has ended; whoever stops this leaves the pack. Raises Stopped, and the
+def train_packed(job: Job, scheduler: Any, report: Report) -> None:
+    """Join a pack and wait until the training has ended; leave the pack if interrupted. Raises Stopped, and the
     training's own errors."""
     while True:
-        while (pack := _asked(desk.seat, job)) is None:
-            _stop_if_wanted(job)
-            time.sleep(PLACEMENT_SECONDS)
+        while (pack := _call(scheduler.assign, job)) is None:
+            _raise_if_stopped(job)
+            time.sleep(RETRY_SECONDS)
         with suppress(PackFull):
             return _poll_until_done(job, pack, report)
 
 
-def _stop_if_wanted(job: Job) -> None:
+def _raise_if_stopped(job: Job) -> None:
     if job.stop is not None and job.stop.exists():
         raise Stopped("stopped while it trained")
 
@@ -309,19 +314,19 @@ def _poll_until_done(job: Job, pack: Any, report: Report) -> None:
     try:
         ended = False
         while not ended:
-            _stop_if_wanted(job)
-            told, ended = _asked(pack.news, job.trial)
-            for metrics in told:
+            _raise_if_stopped(job)
+            reports, ended = _call(pack.poll, job.trial)
+            for metrics in reports:
                 report(metrics)
     except PackFull:
         raise
-    except BaseException:  # also SystemExit, by which Tune stops a trial: else the pack trains it on
+    except BaseException:  # including SystemExit, by which Tune stops a trial: the pack would continue training it
         pack.leave.remote(job.trial)
         raise
 
 
-def _asked(method: Any, *arguments: Any) -> Any:
-    """Raises the cause of what was raised there."""
+def _call(method: Any, *arguments: Any) -> Any:
+    """Call a method of an actor; raise the original error instead of Ray's RayTaskError."""
     import ray
 
     try:

@@ -11,55 +11,64 @@ import torch
 from tunery.models.packed_attention import Layout
 from tunery.training.sequences import InMemorySequences, TrainingSequences
 
-IGNORED = -100
-"""A label that does not count."""
+IGNORED_LABEL = -100
+"""Label of tokens without a loss, as in torch's cross_entropy."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """As many tokens of each member, padding included, one member after the other. On the CPU."""
+    """The same number of tokens of each member, including padding, one member after another. On the CPU."""
 
     ids_bt: torch.Tensor
-    places_n: torch.Tensor
-    """Where, in the whole batch, the hidden state lies that predicts each counted token."""
+    state_indices_n: torch.Tensor
+    """Index of the hidden state that predicts each loss token, in the flattened batch."""
     targets_n: torch.Tensor
-    owners_n: torch.Tensor
-    """Whose each of them is, in the order of the members."""
+    """The loss tokens."""
+    member_indices_n: torch.Tensor
+    """Member of each loss token, as an index into the batch's members."""
     layout: Layout | None
-    """None where each row is a sequence of its own."""
+    """None if each row of the batch is one sequence."""
 
 
-def batch_of(
-    chosen: Sequence[tuple[TrainingSequences | InMemorySequences, Sequence[int]]], beside: bool
+def build_packed_batch(
+    selection: Sequence[tuple[TrainingSequences | InMemorySequences, Sequence[int]]], concatenate: bool
 ) -> PackedBatch:
-    """`chosen`: of each member some of its rows, beside each other (models/packed_attention.py) or below each other.
+    """Build a batch from the selected rows of each member. `concatenate`: a member's rows form one sequence
+    (models/packed_attention.py) instead of one sequence per row.
 
-    Padded with token 0, which is never looked at.
+    Padding is token 0; it is never attended to and has no loss.
     """
-    lengths = [[int(data.lengths[row]) for row in rows] for data, rows in chosen]
-    if beside:
+    lengths = [[int(data.lengths[row]) for row in rows] for data, rows in selection]
+    if concatenate:
         layout = Layout.of(lengths)
-        ids = [list(chain.from_iterable(data.ids(row) for row in rows)) for data, rows in chosen]
-        labels = [list(chain.from_iterable(_predicted(data.labels(row)) for row in rows)) for data, rows in chosen]
+        ids = [list(chain.from_iterable(data.ids(row) for row in rows)) for data, rows in selection]
+        labels = [
+            list(chain.from_iterable(_without_first_label(data.labels(row)) for row in rows))
+            for data, rows in selection
+        ]
     else:
-        layout, most = None, max(len(rows) for _, rows in chosen)
-        ids = [sequence for data, rows in chosen for sequence in _filled([data.ids(row) for row in rows], most)]
+        layout, max_rows = None, max(len(rows) for _, rows in selection)
+        ids = [
+            sequence for data, rows in selection for sequence in _pad_rows([data.ids(row) for row in rows], max_rows)
+        ]
         labels = [
             sequence
-            for data, rows in chosen
-            for sequence in _filled([_predicted(data.labels(row)) for row in rows], most)
+            for data, rows in selection
+            for sequence in _pad_rows([_without_first_label(data.labels(row)) for row in rows], max_rows)
         ]
     width = max(map(len, ids))
     ids_bt = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
-    labels_n = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels]).flatten()
-    found_n = (labels_n != IGNORED).nonzero().flatten()
-    return PackedBatch(ids_bt, found_n - 1, labels_n[found_n], found_n // (len(labels_n) // len(chosen)), layout)
+    labels_n = torch.tensor([[*row, *[IGNORED_LABEL] * (width - len(row))] for row in labels]).flatten()
+    loss_indices_n = (labels_n != IGNORED_LABEL).nonzero().flatten()
+    member_indices_n = loss_indices_n // (len(labels_n) // len(selection))
+    return PackedBatch(ids_bt, loss_indices_n - 1, labels_n[loss_indices_n], member_indices_n, layout)
 
 
-def _predicted(labels: Sequence[int]) -> list[int]:
-    """Nothing predicts a row's first token."""
-    return [IGNORED, *labels[1:]]
+def _without_first_label(labels: Sequence[int]) -> list[int]:
+    """Ignore the first label: no hidden state of the row predicts its first token."""
+    return [IGNORED_LABEL, *labels[1:]]
 
 
-def _filled(rows: list[list[int]], most: int) -> list[list[int]]:
-    return [*rows, *[[]] * (most - len(rows))]
+def _pad_rows(rows: list[list[int]], count: int) -> list[list[int]]:
+    """Append empty rows up to `count` rows."""
+    return [*rows, *[[]] * (count - len(rows))]

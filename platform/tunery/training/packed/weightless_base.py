@@ -1,7 +1,6 @@
-"""PEFT's own adapter on a base without weights: what begins, saves and loads a pack's adapters as PEFT does.
+"""A PEFT adapter on a base model whose weights take no memory.
 
-A training alone draws its adapter by PEFT, right after its seed was set; here the same is drawn without a second copy
-of the base, and what is saved is what any other adapter's folder holds.
+PEFT thereby initializes, saves and loads a pack's adapters as in a training of its own, without a second base model.
 """
 
 from __future__ import annotations
@@ -18,35 +17,35 @@ from tunery.spec import Lora
 from tunery.training.packed.stack import Adapter, Matrices
 
 PREFIX = "base_model.model."
-"""Before the names of the base's own modules in PEFT's."""
+"""Prefix that PEFT puts before the base model's module names."""
 
 
 def weightless_base(model: PreTrainedModel) -> PreTrainedModel:
-    """The same modules, whose weights take no memory. Not on the meta device: PEFT (0.21) makes the adapter there, too,
-    and it would have no numbers."""
+    """Return a copy of `model` whose weights take no memory. They are not on the meta device: PEFT (0.21) would create
+    the adapter on it too, without data."""
     with torch.device("meta"):
-        outline: PreTrainedModel = type(model)(copy.deepcopy(model.config))
-    for module in outline.modules():
+        base: PreTrainedModel = type(model)(copy.deepcopy(model.config))
+    for module in base.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
                 module._parameters[name] = nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
-    return outline
+    return base
 
 
 def with_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
-    """A PeftModel on an outline of `model` whose adapter is drawn from `seed`, on the CPU."""
+    """Return a PeftModel on a weightless copy of `model`, with its adapter initialized from `seed`, on the CPU."""
     from peft import get_peft_model
 
-    outline = weightless_base(model)
+    base = weightless_base(model)
     torch.manual_seed(seed)
-    return get_peft_model(outline, lora_config(lora, "CAUSAL_LM"))
+    return get_peft_model(base, lora_config(lora, "CAUSAL_LM"))
 
 
 def adapter_of(peft_model: Any) -> Adapter:
-    """Its matrices themselves: what is learned of them is what the PeftModel saves."""
+    """Return the adapter of `peft_model`. It shares memory, so that saving the PeftModel saves the trained weights."""
     weights: Matrices = {}
     scale = 1.0
     for name, module in peft_model.named_modules():

@@ -1,5 +1,5 @@
-"""DeepSpeed for PPO: the engine of what is trained, frozen models under ZeRO-3, whole weights for generating,
-checkpoints, and the policy that is left at the end."""
+"""DeepSpeed for PPO: the training engine, engines of frozen models under ZeRO-3, gathered weights for generation,
+checkpoints, and saving the trained policy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tunery.training.job import Job
 from tunery.training.ppo.models import POLICY, PolicyAndValue
 
 TAG = "state"
-"""Of DeepSpeed's own folder in a checkpoint."""
+"""Name of DeepSpeed's own folder in a checkpoint."""
 
 
 def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching: Batching, dtype: str) -> Any:
-    """With torch's AdamW. `batching` is that of a minibatch."""
+    """Build the DeepSpeed engine of the policy and the value model, with torch's AdamW. `batching`: of a minibatch."""
     import deepspeed
 
     if compute.zero_stage == 3 and not model.shared:
@@ -35,19 +35,19 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
         "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": dtype == "bf16"},
     }
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Huang et al., detail "Adam's epsilon": theirs is 1e-5; ours is torch's, as in all other trainings and in TRL.
-    optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=spec.weight_decay, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=learning, optimizer=optimizer, config=config)
-    engine.train()  # models are loaded for asking, and then transformers checkpoints no gradients
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Huang et al., detail "Adam's epsilon": they use 1e-5; we use torch's default, as all our trainers and TRL do.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=spec.weight_decay, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, optimizer=optimizer, config=config)
+    engine.train()  # models load in eval mode, in which transformers does no gradient checkpointing
     return engine
 
 
 def gather_by_layer(model: nn.Module) -> None:
-    """Under ZeRO-3 a decoder layer's weights are gathered together, instead of those of each module in it.
+    """Make ZeRO-3 gather the weights of a complete decoder layer at once, instead of module by module.
 
-    Not where policy and value model share their layers: DeepSpeed 0.19.8 reduces the gradients of such a layer whenever
-    a backward pass leaves it, which then happens twice in one, and it asserts that it doesn't.
+    Do not use this if policy and value model share their layers: DeepSpeed 0.19.8 reduces the gradients of such a layer
+    each time a backward pass leaves it, and asserts that this happens once per backward pass; here it happens twice.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -56,7 +56,7 @@ def gather_by_layer(model: nn.Module) -> None:
 
 
 def frozen_engine(model: nn.Module | None, compute: Compute, dtype: str) -> Any:
-    """A model that is only asked. Under ZeRO-3 its weights are sharded too; else it is as it was."""
+    """Wrap a frozen model in an engine that shards its weights under ZeRO-3; otherwise return it unchanged."""
     if model is None or compute.zero_stage < 3:
         return model
     import deepspeed
@@ -76,11 +76,11 @@ def frozen_engine(model: nn.Module | None, compute: Compute, dtype: str) -> Any:
 
 
 @contextmanager
-def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
-    """Under ZeRO-3 every worker holds the policy whole for as long as it generates: gathered once, not once a token.
+def gathered_policy(engine: Any, zero_stage: int) -> Iterator[None]:
+    """Under ZeRO-3, gather all policy weights once for the whole generation instead of once per token.
 
-    DeepSpeed's hooks would shard each layer again behind its forward pass, so they are taken off meanwhile; TRL keeps
-    the two functions that do that in step with DeepSpeed.
+    DeepSpeed's hooks would shard each layer again after its forward pass, so they are removed meanwhile, by TRL's
+    functions, which follow DeepSpeed's internals.
     """
     if zero_stage < 3:
         yield
@@ -96,8 +96,8 @@ def whole_weights(engine: Any, zero_stage: int) -> Iterator[None]:
 
 
 def save_policy(trained: PolicyAndValue, job: Job, tokenizer: Any, rank: int) -> None:
-    """The artifact: a whole model, or an adapter and what it lies on. All ranks take part: under ZeRO-3 weights are
-    gathered."""
+    """Save the policy to the artifact: a full model, or an adapter and the reference to its base. Call on all ranks:
+    ZeRO-3 gathers weights."""
     model, folder = trained.policy.model, job.out / ("adapter" if trained.shared else "model")
     with _gathered(model, job.compute.zero_stage):
         if rank == 0:
@@ -120,7 +120,7 @@ def _gathered(module: nn.Module, zero_stage: int) -> AbstractContextManager[Any]
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
-    """As PeftModel.save_pretrained writes it; `model` is the model in it."""
+    """Save the policy adapter in the format of PeftModel.save_pretrained; `model` is the base model with adapters."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -132,16 +132,17 @@ def _save_adapter(model: Any, folder: Path) -> None:
 
 
 def save_state(engine: Any, folder: Path, shared: bool) -> None:
-    """Trained weights, optimizer and counters, each worker its part. The base of adapters never changes: it is left
-    out."""
+    """Save trained weights, optimizer state and counters; each worker saves its part. `shared`: the frozen base of the
+    adapters is left out."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=shared)
 
 
 def load_state(engine: Any, folder: Path, shared: bool) -> None:
     path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not shared)
-    assert path is not None, f"{folder} was marked as whole"
+    assert path is not None, f"{folder} is marked as complete"
 
 
 def set_hyperparams(engine: Any, learning_rate: float, weight_decay: float) -> None:
+    """Set the learning rate and weight decay of all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"], group["weight_decay"] = learning_rate, weight_decay

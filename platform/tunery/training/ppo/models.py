@@ -1,11 +1,12 @@
-"""The four models of PPO: policy, value model, reference, reward model.
+"""The four models of PPO: policy, value model, reference model and reward model.
 
-Full fine-tuning holds each for itself. With LoRA there is one copy of the base weights: policy, value model and (where
-it is an adapter on the same base) reward model are adapters on it, and the reference is the base with none of them.
+Full fine-tuning loads four separate models. With LoRA all share one copy of the base weights: the policy, the value
+model and (if it is an adapter on the same base) the reward model are adapters, and the reference is the base without
+adapters.
 
-What is trained, policy and value model, is one module under one DeepSpeed engine: one backward pass, one all-reduce,
-one optimizer. They share no trained weight, so that is the same as two of each, but for the norm that gradients are
-clipped by, which is that of both together.
+The policy and the value model are trained as one module under one DeepSpeed engine: one backward pass, one all-reduce,
+one optimizer. They share no trained weights, so this equals two engines, except that gradients are clipped by the norm
+of both together.
 """
 
 from __future__ import annotations
@@ -29,107 +30,107 @@ if TYPE_CHECKING:
 
 Role = Literal["policy", "language", "reference", "reward"]
 POLICY, VALUE, REWARD = "default", "value", "reward"
-"""Names of adapters. PEFT saves the one called `default` where it is looked for."""
+"""Adapter names. PEFT saves the adapter called `default` to the top level of the folder, where loaders expect it."""
 
 
 class LanguageModel(nn.Module):
-    """A causal language model, asked for the answers' tokens alone."""
+    """A causal language model that computes log-probabilities and entropies of the response tokens only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.plain = head_is_plain(model)
+        self.has_plain_head = head_is_plain(model)
         self.sharded = False
-        """Under ZeRO-3: then each use of the head is one of all workers."""
+        """Whether ZeRO-3 shards the weights: all workers must then call the head equally often."""
 
     def forward(
         self, batch: MicroBatch, temperature: float, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy, (tokens,) each (losses.log_probs_of)."""
-        if not self.plain:
+        """Return log-probability and entropy of the response tokens, each (tokens,) (losses.log_probs_of)."""
+        if not self.has_plain_head:
             logits_bsv = self.model(input_ids=batch.ids_bs, use_cache=False).logits
-            logits_nv = logits_bsv.flatten(0, 1)[batch.places_n]
+            logits_nv = logits_bsv.flatten(0, 1)[batch.state_indices_n]
             return log_probs_of(logits_nv, batch.tokens_n, temperature, entropy_gradient)
         head = self.model.get_output_embeddings()
-        states_nh, tokens_n = self.states(batch)[batch.places_n], batch.tokens_n
+        states_nh, tokens_n = self.states(batch)[batch.state_indices_n], batch.tokens_n
 
-        def of(states_nh: torch.Tensor, tokens_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def chunk_log_probs(states_nh: torch.Tensor, tokens_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return log_probs_of(head(states_nh), tokens_n, temperature, entropy_gradient)
 
-        pieces = self._pieces(len(tokens_n), states_nh.device)
-        if pieces == 1:
-            return of(states_nh, tokens_n)
-        # Logits of all answers would be the most that a micro batch takes: a piece at a time, and once more in the
-        # backward pass.
-        parts = [
-            checkpoint(of, *piece, use_reentrant=False)
-            for piece in zip(states_nh.tensor_split(pieces), tokens_n.tensor_split(pieces), strict=True)
+        num_chunks = self._num_chunks(len(tokens_n), states_nh.device)
+        if num_chunks == 1:
+            return chunk_log_probs(states_nh, tokens_n)
+        # The logits of all tokens would be the largest tensor of a micro batch: compute them in chunks, and recompute
+        # them in the backward pass.
+        outputs = [
+            checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
+            for chunk in zip(states_nh.tensor_split(num_chunks), tokens_n.tensor_split(num_chunks), strict=True)
         ]
-        log_probs, entropies = zip(*parts, strict=True)
+        log_probs, entropies = zip(*outputs, strict=True)
         return torch.cat(log_probs), torch.cat(entropies)
 
-    def _pieces(self, tokens: int, device: torch.device) -> int:
-        """How often the head is used for so many tokens; as often by every worker where that gathers its weights."""
-        piece = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
-        pieces = math.ceil(tokens / piece)
+    def _num_chunks(self, tokens: int, device: torch.device) -> int:
+        """Number of head calls for `tokens` tokens; under ZeRO-3 the maximum over all workers."""
+        chunk_size = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
+        num_chunks = math.ceil(tokens / chunk_size)
         if not self.sharded:
-            return pieces
-        most = torch.tensor(pieces, device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most.item())
+            return num_chunks
+        max_chunks = torch.tensor(num_chunks, device=device)
+        dist.all_reduce(max_chunks, dist.ReduceOp.MAX)
+        return int(max_chunks.item())
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
-        """(rows x longest, width): the last hidden states."""
+        """Return the last hidden states, (rows x max length, hidden size)."""
         states_bsh: torch.Tensor = self.model.base_model(input_ids=batch.ids_bs, use_cache=False).last_hidden_state
         return states_bsh.flatten(0, 1)
 
 
 class ScalarHead(nn.Module):
-    """A number from a hidden state: the head of a value or reward model."""
+    """A linear head with one output: the head of a value or reward model."""
 
     def __init__(self, width: int, *, generator: torch.Generator | None = None) -> None:
         """Weights from N(0, 1 / (width + 1)), bias 0 (Huang et al., detail "reward head initialisation")."""
         super().__init__()
         self.linear = nn.Linear(width, 1)
-        self.mean, self.deviation = 0.0, 1.0
+        self.mean, self.std = 0.0, 1.0
         nn.init.normal_(self.linear.weight, std=1 / math.sqrt(width + 1), generator=generator)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states_nh: torch.Tensor) -> torch.Tensor:
         """(n,) in float32."""
         scalars: torch.Tensor = self.linear(states_nh.to(self.linear.weight.dtype))[:, 0].float()
-        return (scalars - self.mean) / self.deviation
+        return (scalars - self.mean) / self.std
 
-    def take(self, head: nn.Linear, mean: float, deviation: float) -> ScalarHead:
-        """With the weights of a reward model's head, to give (output - mean) / deviation: as numbers, since in weights
-        of bf16 they would be rounded."""
+    def load_from(self, head: nn.Linear, mean: float, std: float) -> ScalarHead:
+        """Copy the weights of a reward model's head; outputs become (output - mean) / std. `mean` and `std` are kept as
+        Python floats because bf16 weights would round them."""
         with torch.no_grad():
             self.linear.weight.copy_(head.weight)
             if head.bias is not None:
                 self.linear.bias.copy_(head.bias)
-        self.mean, self.deviation = mean, deviation
+        self.mean, self.std = mean, std
         return self
 
 
 class ScalarModel(nn.Module):
-    """A model without its head, and a scalar head of its own: a value model or a reward model."""
+    """A backbone with a scalar head: a value model or a reward model."""
 
     def __init__(self, model: nn.Module, head: ScalarHead) -> None:
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, ids_bs: torch.Tensor, places_n: torch.Tensor) -> torch.Tensor:
-        """(n,): the number at each place in the flattened (rows x longest)."""
+    def forward(self, ids_bs: torch.Tensor, indices_n: torch.Tensor) -> torch.Tensor:
+        """Return the scalar at each index of the flattened (rows x max length), (n,)."""
         states_bsh = self.model(input_ids=ids_bs, use_cache=False).last_hidden_state
-        scalars: torch.Tensor = self.head(states_bsh.flatten(0, 1)[places_n])
+        scalars: torch.Tensor = self.head(states_bsh.flatten(0, 1)[indices_n])
         return scalars
 
 
 class PolicyAndValue(nn.Module):
-    """What DeepSpeed trains. Asked through its engine, and so through this forward pass, under every ZeRO stage.
+    """The module that DeepSpeed trains. Every forward pass goes through its engine, whatever the ZeRO stage.
 
-    With adapters, `policy` holds the base and all of them, `value` is None, and there are heads for what is no language
-    model; without, `policy` and `value` are models of their own.
+    With LoRA, `policy` holds the base and all adapters, `value` is None, and `heads` has the scalar heads of the value
+    and reward adapters. Without, `policy` and `value` are separate models.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
         self.heads = nn.ModuleDict(heads or {})
-        self.adapted = adapted_layers(policy.model) if value is None else []
-        for layer in self.adapted:
+        self.adapter_layers = find_adapter_layers(policy.model) if value is None else []
+        for layer in self.adapter_layers:
             layer._active_adapter, layer._disable_adapters = [POLICY], False
 
     @property
@@ -152,58 +153,58 @@ class PolicyAndValue(nn.Module):
     def forward(
         self, role: Role, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
     ) -> dict[str, torch.Tensor]:
-        """policy: `log_probs`, `entropy` and `values`, (tokens,) each; language: the policy's `log_probs` alone. Of
-        shared weights besides: reference: `log_probs`; reward: `scores`, (rows,)."""
+        """Return the outputs of a role. policy: `log_probs`, `entropy` and `values`, each (tokens,); language: the
+        policy's `log_probs` only. With shared weights also reference: `log_probs`; reward: `scores`, (rows,)."""
         if role == "policy":
-            with self.using(POLICY):
+            with self.with_adapter(POLICY):
                 log_probs_n, entropy_n = self.policy(batch, temperature, entropy_gradient)
             return {"log_probs": log_probs_n, "entropy": entropy_n, "values": self._values(batch)}
         if role in ("language", "reference"):
-            with self.using(POLICY if role == "language" else None):
+            with self.with_adapter(POLICY if role == "language" else None):
                 return {"log_probs": self.policy(batch, temperature)[0]}
         assert role == "reward", role
-        with self.using(REWARD):
+        with self.with_adapter(REWARD):
             return {"scores": self.heads[REWARD](self.policy.states(batch)[batch.last_b])}
 
     def checkpoint_gradients(self) -> None:
-        """Activations are worked out once more in the backward pass instead of being kept."""
-        how: dict[str, Any] = {"use_reentrant": False}
+        """Enable gradient checkpointing for the policy and the value model."""
+        options: dict[str, Any] = {"use_reentrant": False}
         if self.shared:
-            how["context_fn"] = recomputed_as_before(self.adapted)
+            options["context_fn"] = recompute_with_same_adapter(self.adapter_layers)
             self.policy.model.enable_input_require_grads()
-        self.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        self.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if self.value is not None:
             model: Any = self.value.model
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def _values(self, batch: MicroBatch) -> torch.Tensor:
         if self.value is not None:
-            values_n: torch.Tensor = self.value(batch.ids_bs, batch.places_n)
+            values_n: torch.Tensor = self.value(batch.ids_bs, batch.state_indices_n)
             return values_n
-        with self.using(VALUE):
-            shared_n: torch.Tensor = self.heads[VALUE](self.policy.states(batch)[batch.places_n])
+        with self.with_adapter(VALUE):
+            shared_n: torch.Tensor = self.heads[VALUE](self.policy.states(batch)[batch.state_indices_n])
         return shared_n
 
-    def using(self, adapter: str | None) -> AbstractContextManager[None]:
-        """The shared weights with this adapter, or with none. Nothing where nothing is shared."""
-        return activated(self.adapted, adapter) if self.shared else nullcontext()
+    def with_adapter(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Activate `adapter` (None: no adapter) on the shared weights; do nothing for separate models."""
+        return active_adapter(self.adapter_layers, adapter) if self.shared else nullcontext()
 
 
-def adapted_layers(model: nn.Module) -> list[Any]:
-    """The layers that have adapters."""
+def find_adapter_layers(model: nn.Module) -> list[Any]:
+    """Return all modules of `model` that have PEFT adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager
-def activated(layers: list[Any], adapter: str | None) -> Iterator[None]:
-    """One adapter of several in use, or none.
+def active_adapter(layers: list[Any], adapter: str | None) -> Iterator[None]:
+    """Activate one of several adapters, or none.
 
-    Not by PEFT's set_adapter (0.21): that takes requires_grad from all others, and a weight without it gets no gradient
-    from a backward pass that comes later.
+    PEFT's set_adapter (0.21) is not used: it sets requires_grad to False for all other adapters, which would then get
+    no gradient in a later backward pass.
     """
-    before = (layers[0]._active_adapter, layers[0]._disable_adapters)  # all of them are switched together
+    before = (layers[0]._active_adapter, layers[0]._disable_adapters)  # all layers are switched together
     _switch(layers, [adapter or POLICY], adapter is None)
     try:
         yield
@@ -217,20 +218,20 @@ def _switch(layers: list[Any], active: list[str], disabled: bool) -> None:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def recomputed_as_before(layers: list[Any]) -> Callable[[], tuple[Any, Any]]:
-    """For gradient checkpointing of shared weights (`context_fn` of torch.utils.checkpoint): a layer that is computed
-    again in the backward pass uses the adapter that it used at first."""
+def recompute_with_same_adapter(layers: list[Any]) -> Callable[[], tuple[Any, Any]]:
+    """Build the `context_fn` of torch.utils.checkpoint for shared weights: the recomputation in the backward pass uses
+    the adapter that was active in the forward pass."""
 
     def contexts() -> tuple[Any, Any]:
-        now = None if layers[0]._disable_adapters else layers[0]._active_adapter[0]
-        return nullcontext(), activated(layers, now)
+        current = None if layers[0]._disable_adapters else layers[0]._active_adapter[0]
+        return nullcontext(), active_adapter(layers, current)
 
     return contexts
 
 
-def without_dropout(model: nn.Module) -> None:
-    """For good: with dropout, old and new probabilities of a token differ before any update (Huang et al., detail
-    "dropout"). Many of transformers' modules keep theirs as a number (`attention_dropout`, `hidden_dropout`, ..)."""
+def disable_dropout(model: nn.Module) -> None:
+    """Set all dropout probabilities to 0: with dropout, old and new log-probabilities differ before any update (Huang
+    et al., detail "dropout"). Many transformers modules store them as floats (`attention_dropout`, ..)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -239,7 +240,7 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def held_bytes(weights: Iterable[nn.Parameter]) -> int:
-    """Each once; of one that ZeRO-3 has sharded its whole size."""
-    once = {id(one): one for one in weights}
-    return sum(int(getattr(one, "ds_numel", one.numel())) * one.element_size() for one in once.values())
+def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Total size in bytes. Shared parameters count once; a parameter sharded by ZeRO-3 counts with its full size."""
+    unique = {id(parameter): parameter for parameter in parameters}
+    return sum(int(getattr(p, "ds_numel", p.numel())) * p.element_size() for p in unique.values())

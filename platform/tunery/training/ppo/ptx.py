@@ -1,4 +1,4 @@
-"""Rows whose likelihood is mixed into PPO's loss, against forgetting (PPO-ptx, Ouyang et al. 2022,
+"""PPO-ptx: add a language-modelling loss on `ptx.data` to PPO's loss, against forgetting (Ouyang et al. 2022,
 https://arxiv.org/abs/2203.02155, eq. 2)."""
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from tunery.training.job import Job
 from tunery.training.sequences import ROW_ENCODINGS, SequenceSet, open_rows
 
 
-class MixedRows:
-    """The sequences of `ptx.data`, in an order of their own, round and round."""
+class PtxData:
+    """The sequences of `ptx.data`, shuffled once and repeated without end."""
 
     def __init__(self, sequences: SequenceSet, seed: int) -> None:
         self._sequences, self._order = sequences, list(range(len(sequences)))
         random.Random(seed).shuffle(self._order)
 
     def __call__(self, start: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
-        """`count` sequences from place `start` on: what comes before the tokens that count, and these."""
+        """Return `count` sequences from position `start` on: the tokens before the loss tokens, and the loss tokens."""
         prompts, responses = [], []
-        for place in range(start, start + count):
-            index = self._order[place % len(self._order)]
+        for position in range(start, start + count):
+            index = self._order[position % len(self._order)]
             ids, (begin, end) = self._sequences.ids(index), self._sequences.spans(index)[-1]
             begin = max(begin, 1)  # the first token of a sequence is never predicted
             prompts.append(ids[:begin])
@@ -32,8 +32,8 @@ class MixedRows:
         return prompts, responses
 
 
-def mixed_rows(job: Job, tokenizer: Any) -> MixedRows | None:
-    """None without `ptx`. Raises StageError when no row has a token to learn."""
+def load_ptx_data(job: Job, tokenizer: Any) -> PtxData | None:
+    """Return the tokenized rows of `ptx.data`, or None without `ptx`. Raises StageError if no row has a loss token."""
     assert isinstance(job.spec, Ppo)
     if job.spec.ptx is None:
         return None
@@ -42,8 +42,8 @@ def mixed_rows(job: Job, tokenizer: Any) -> MixedRows | None:
     if not len(sequences):
         raise StageError(
             job.stage,
-            f"none of the rows of `{job.spec.ptx.data}` has a token to learn",
-            cause="every response is empty, or cut off because the prompt alone fills max_length",
-            remedy="give other rows in `ptx.data`",
+            f"none of the rows of `{job.spec.ptx.data}` has a token to train on",
+            cause="every response is empty, or is truncated because the prompt alone fills max_length",
+            remedy="use other rows in `ptx.data`",
         )
-    return MixedRows(sequences, job.seed)
+    return PtxData(sequences, job.seed)

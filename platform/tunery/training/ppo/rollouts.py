@@ -1,8 +1,8 @@
-"""A batch of answers, and how workers share the work on it.
+"""Batches of rollouts, and their distribution over workers.
 
-Every worker draws and rates its share, and then holds the whole batch: tokens and a few numbers a token, which is
-little beside a model. So whatever looks at a whole batch (whitening, the adaptive KL coefficient, which answers make a
-minibatch) is worked out by every worker from the same numbers, and comes out the same for any number of workers.
+Each worker generates and scores its share. All workers then hold the complete batch (token ids and a few floats per
+token, little memory compared with a model), so batch statistics such as whitening, the adaptive KL coefficient and the
+minibatch split are computed by every worker from the same numbers and do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -21,149 +21,156 @@ from tunery.models.generate import Response
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Answers to the prompts of a step, in the step's order."""
+    """Responses to the prompts of a step, in the step's order."""
 
     rows: list[int]
-    """Which prompt each answers, of all prompts of the training."""
+    """Index of each response's prompt among all training prompts."""
     prompts: list[list[int]]
-    answers: list[list[int]]
-    """With the end token, where it was drawn. Never empty."""
+    responses: list[list[int]]
+    """Token ids, including the EOS token if it was sampled. Never empty."""
     ended: list[bool]
-    drawn: list[list[float]]
-    """The sampler's log-probability of each token."""
+    """Whether the response ends with an EOS token."""
+    sampler_log_probs: list[list[float]]
+    """The sampler's log-probability of each response token."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of prompt and answer."""
-        return [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        """Tokens of prompt and response."""
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
-    def closed(self, closing: Sequence[int]) -> Rollouts:
-        """With what the chat template puts behind an answer that has ended: a reward model was trained to be read at
-        the last token of that."""
-        if not closing:
+    def with_template_suffix(self, suffix: Sequence[int]) -> Rollouts:
+        """Append the chat template's `suffix` after EOS to the responses that ended: reward models are trained to be
+        read at its last token."""
+        if not suffix:
             return self
-        whole = [
-            answer + list(closing) if ended else answer for answer, ended in zip(self.answers, self.ended, strict=True)
+        responses = [
+            response + list(suffix) if ended else response
+            for response, ended in zip(self.responses, self.ended, strict=True)
         ]
-        return dataclasses.replace(self, answers=whole)
+        return dataclasses.replace(self, responses=responses)
 
     @property
     def mask_bt(self) -> torch.Tensor:
-        """(answers, longest answer): True on its tokens."""
-        lengths_b = torch.tensor([len(answer) for answer in self.answers])
+        """(responses, max response length): True on response tokens."""
+        lengths_b = torch.tensor([len(response) for response in self.responses])
         return torch.arange(int(lengths_b.max()))[None, :] < lengths_b[:, None]
 
 
 @dataclass(frozen=True)
 class RolloutScores:
-    """What the models say of the answers, float32 on the CPU; (answers, longest answer) but for the scores, 0 off an
-    answer's tokens."""
+    """Model outputs for the responses, float32 on the CPU: (responses, max response length), 0 on padding, except
+    `scores_b`."""
 
     log_probs_bt: torch.Tensor
-    """Under the policy that drew them, by a forward pass as in the update: a sampler that rounds otherwise (bf16,
-    another engine) must not look like a change of the policy."""
+    """Under the policy that sampled them, from the same forward pass as in the update. The sampler's own
+    log-probabilities may be rounded differently (bf16, another engine), which would look like a policy change."""
     reference_bt: torch.Tensor
     entropy_bt: torch.Tensor
     values_bt: torch.Tensor
     scores_b: torch.Tensor
-    """(answers,): of the reward model or function."""
+    """(responses,): output of the reward model or function."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Answers that share a forward pass: prompt and answer, padded on the right.
+    """Prompts and responses of one forward pass, padded on the right.
 
-    No attention mask is needed: under causal attention a token never sees the padding behind it. What is worked out of
-    the answers' tokens is flat, (tokens,), one answer after another: padding is not in it, so it can't count.
+    Right padding needs no attention mask under causal attention. Per-token results are flat, (tokens,), one response
+    after another and without padding.
     """
 
     index: list[int]
-    """Of the answers, in the batch."""
+    """Indices of the responses in the batch."""
     ids_bs: torch.Tensor
-    """(rows, longest), int64."""
-    places_n: torch.Tensor
-    """(tokens,), int64: the state before each token of the answers, in the flattened (rows x longest) of hidden states;
-    its distribution is over that token, its value that of the state in which it is drawn."""
+    """(rows, max length), int64."""
+    state_indices_n: torch.Tensor
+    """(tokens,), int64: index of the hidden state that predicts each response token, in the flattened (rows x max
+    length). The token's log-probability and value are computed from this state."""
     last_b: torch.Tensor
-    """(rows,), int64: each answer's last token, there."""
+    """(rows,), int64: index of each response's last token, in the same flattened order."""
     mask_bt: torch.Tensor
-    """(rows, longest answer): True on the answers' tokens; on the CPU."""
+    """(rows, max response length): True on response tokens; on the CPU."""
 
     @property
     def tokens_n(self) -> torch.Tensor:
-        """The answers' tokens."""
-        return self.ids_bs.flatten()[self.places_n + 1]
+        """Response tokens, (tokens,)."""
+        return self.ids_bs.flatten()[self.state_indices_n + 1]
 
-    def of(self, values_bt: torch.Tensor) -> torch.Tensor:
-        """(tokens,): of a tensor of the whole batch what belongs to the answers here, on their device."""
+    def select(self, values_bt: torch.Tensor) -> torch.Tensor:
+        """Select this micro batch's response tokens from a tensor of the complete batch: (tokens,), on the device of
+        `ids_bs`."""
         return values_bt[self.index, : self.mask_bt.shape[1]][self.mask_bt].to(self.ids_bs.device)
 
 
 def micro_batch(rollouts: Rollouts, index: Sequence[int], device: torch.device) -> MicroBatch:
-    prompts, answers = [rollouts.prompts[i] for i in index], [rollouts.answers[i] for i in index]
-    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    ids = torch.zeros(len(index), longest, dtype=torch.int64)
-    places: list[int] = []
+    """Build the micro batch of the responses `index`, padded on the right."""
+    prompts, responses = [rollouts.prompts[i] for i in index], [rollouts.responses[i] for i in index]
+    max_length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    ids = torch.zeros(len(index), max_length, dtype=torch.int64)
+    state_indices: list[int] = []
     last: list[int] = []
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        first = row * longest + len(prompt) - 1
-        places += range(first, first + len(answer))
-        last.append(first + len(answer))
-    lengths_b = torch.tensor([len(answer) for answer in answers])
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        first = row * max_length + len(prompt) - 1
+        state_indices += range(first, first + len(response))
+        last.append(first + len(response))
+    lengths_b = torch.tensor([len(response) for response in responses])
     return MicroBatch(
         list(index),
         ids.to(device),
-        torch.tensor(places, device=device),
+        torch.tensor(state_indices, device=device),
         torch.tensor(last, device=device),
         torch.arange(int(lengths_b.max()))[None, :] < lengths_b[:, None],
     )
 
 
 def shard_by_length(items: Sequence[int], lengths: Sequence[int], rank: int, workers: int) -> list[int]:
-    """A worker's part of `items`, longest first: workers take turns along the order by length, so that their loads are
-    alike and rows of like length are neighbours."""
+    """Return a worker's share of `items`, by descending length. Workers take turns along that order, so that they get
+    similar loads and rows of similar length are batched together."""
     return sorted(items, key=lambda item: (-lengths[item], item))[rank::workers]
 
 
-def minibatches(answers: int, count: int, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """The batch cut at random into `count` equal parts, otherwise in every epoch, alike on every worker."""
-    order = list(range(answers))
+def minibatches(num_responses: int, count: int, seed: int, step: int, epoch: int) -> list[list[int]]:
+    """Split the batch at random into `count` equal minibatches: differently in each epoch, the same on all workers."""
+    order = list(range(num_responses))
     random.Random(f"{seed}-{step}-{epoch}").shuffle(order)
-    size = answers // count
+    size = num_responses // count
     return [order[start : start + size] for start in range(0, size * count, size)]
 
 
 def gather_rollouts(
-    rows: Sequence[int], prompts: Sequence[list[int]], mine: Sequence[int], drawn: Sequence[Response]
+    rows: Sequence[int],
+    prompts: Sequence[list[int]],
+    local_indices: Sequence[int],
+    local_responses: Sequence[Response],
 ) -> Rollouts:
-    """The whole batch from every worker's answers. rows, prompts: of the step; mine: places in it that this worker
-    answered."""
-    answers: dict[int, Response] = dict(all_gather_list(list(zip(mine, drawn, strict=True))))
-    whole = [answers[place] for place in range(len(rows))]
+    """Gather the complete batch from the responses of all workers. rows, prompts: of the step; local_indices: indices
+    of this worker's responses among them."""
+    by_index: dict[int, Response] = dict(all_gather_list(list(zip(local_indices, local_responses, strict=True))))
+    responses = [by_index[index] for index in range(len(rows))]
     return Rollouts(
         list(rows),
         list(prompts),
-        [answer.tokens for answer in whole],
-        [answer.ended for answer in whole],
-        [answer.log_probs for answer in whole],
+        [response.tokens for response in responses],
+        [response.ended for response in responses],
+        [response.log_probs for response in responses],
     )
 
 
-def all_gather_list(mine: list[Any]) -> list[Any]:
-    """Everybody's items, one worker's after another."""
-    found: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, mine)
-    return [item for theirs in found for item in theirs]
+def all_gather_list(local_items: list[Any]) -> list[Any]:
+    """Return the items of all workers, in rank order."""
+    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, local_items)
+    return [item for items in gathered for item in items]
 
 
-def joined(mine: Sequence[tuple[MicroBatch, torch.Tensor]], rollouts: Rollouts) -> torch.Tensor:
-    """(answers, longest answer) in float32 on the CPU, from what every worker has of its micro batches, (tokens,) each;
-    0 off the answers' tokens."""
-    parts = all_gather_list([(batch.index, batch.mask_bt, values_n.float().cpu()) for batch, values_n in mine])
-    whole_bt = torch.zeros(rollouts.mask_bt.shape)
+def gather_token_values(local: Sequence[tuple[MicroBatch, torch.Tensor]], rollouts: Rollouts) -> torch.Tensor:
+    """Gather per-token values, (tokens,) per micro batch of each worker, into (responses, max response length), float32
+    on the CPU, 0 on padding."""
+    parts = all_gather_list([(batch.index, batch.mask_bt, values_n.float().cpu()) for batch, values_n in local])
+    full_bt = torch.zeros(rollouts.mask_bt.shape)
     for index, mask_bt, values_n in parts:
         values_bt = torch.zeros(mask_bt.shape)
         values_bt[mask_bt] = values_n
-        whole_bt[index, : mask_bt.shape[1]] = values_bt
-    return whole_bt
+        full_bt[index, : mask_bt.shape[1]] = values_bt
+    return full_bt

@@ -1,33 +1,31 @@
-"""What ends a PPO training with an error rather than with a spoilt model, beside divergence
-(training/divergence.py)."""
+"""Checks that stop a PPO training with an error: KL too large, or constant rewards (divergence.py checks the loss)."""
 
 from __future__ import annotations
 
 from tunery.errors import StageError
 
 MIN_REWARD_SAMPLES = 512
-"""Answers among which rewards have to differ, from the beginning: of a reward that one answer in a hundred gets, so
-many are alike with a chance of 0.6%."""
+"""Responses after which rewards must have differed. If 1% of the responses get a different reward, this many are all
+equal with a probability of 0.6%."""
 
 
-def check_kl(stage: str, step: int, kl: float, bound: float) -> None:
-    """kl: nats an answer, of the policy from the reference."""
-    if kl > bound:
+def check_kl(stage: str, step: int, kl: float, max_kl: float) -> None:
+    """Raise StageError if the mean KL to the reference, in nats per response, exceeds `max_kl`."""
+    if kl > max_kl:
         raise StageError(
             stage,
-            f"KL to the reference is {kl:.1f} nats an answer at step {step}, beyond the bound of {bound:g}",
-            cause="the policy has left what the reward model was trained on: its rewards mean little there",
-            remedy="raise `kl.coefficient`, set `kl.target`, lower `learning_rate`, or raise `kl.max_kl` on purpose",
+            f"KL to the reference is {kl:.1f} nats per response at step {step}, above max_kl = {max_kl:g}",
+            cause="the policy is far from the data that the reward model was trained on, so its rewards are unreliable",
+            remedy="raise `kl.coefficient`, set `kl.target`, lower `learning_rate`, or raise `kl.max_kl`",
         )
 
 
-def check_rewards_differ(stage: str, least: float, most: float, answers: int, last: bool) -> None:
-    """least, most: rewards of all answers so far. Raises StageError where they are the same after many answers, or at
-    the training's last step."""
-    if least == most and (answers >= MIN_REWARD_SAMPLES or last):
+def check_rewards_differ(stage: str, reward_min: float, reward_max: float, responses: int, last: bool) -> None:
+    """Raise StageError if all rewards so far are equal after MIN_REWARD_SAMPLES responses, or at the last step."""
+    if reward_min == reward_max and (responses >= MIN_REWARD_SAMPLES or last):
         raise StageError(
             stage,
-            f"all {answers:,} answers so far got the same reward, {least:g}",
-            cause="from answers that are all worth the same nothing can be learned",
-            remedy="look at the reward: does it see the answers, and can they reach what it asks for?",
+            f"all {responses:,} responses so far got the same reward, {reward_min:g}",
+            cause="with constant rewards all advantages are zero, so there is nothing to learn",
+            remedy="check the reward: does it receive the responses, and can they reach what it rewards?",
         )
