@@ -26,7 +26,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "schedule": "linear",
         "weight_decay": 0.1,
-        "schedule_overrides": [{"after": 0.3, "learning_rate": 2e-3}, {"after": 0.6, "weight_decay": 1.0, "learning_rate": 1e-3}],
+        "schedule_overrides": [
+            {"after": 0.3, "learning_rate": 2e-3},
+            {"after": 0.6, "weight_decay": 1.0, "learning_rate": 1e-3},
+        ],
     },
     "few_layers": {
         "global_batch_size": 2,
