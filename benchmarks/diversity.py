@@ -76,7 +76,7 @@ class Memory:
 
 
 def measure(method: str, rows: int, chosen: int, dimensions: int) -> dict[str, Any]:
-    from tunery.selection.candidates import Candidates, rounded
+    from tunery.selection.candidates import Candidates, round_vectors
     from tunery.selection.coverage import coverage
     from tunery.selection.k_center import k_center
     from tunery.selection.score_first import score_first
@@ -86,7 +86,7 @@ def measure(method: str, rows: int, chosen: int, dimensions: int) -> dict[str, A
         candidates = Candidates(Path(folder), dimensions)
         made = vectors(rows, dimensions)
         for start in range(0, rows, 4096):
-            whole, _ = rounded(made[start : start + 4096])
+            whole, _ = round_vectors(made[start : start + 4096])
             ids = np.arange(start, start + len(whole), dtype=np.uint64)
             candidates.add(whole, ids, draw.random(len(whole)), draw.random(len(whole)))
         del made
@@ -98,7 +98,7 @@ def measure(method: str, rows: int, chosen: int, dimensions: int) -> dict[str, A
         elif method == "plain":
             picks = plain(candidates, chosen)
         elif method == "score_first":
-            picks = score_first(candidates, chosen, 0.5, Path(folder)).chosen
+            picks = score_first(candidates, chosen, 0.5, Path(folder)).selected
         else:
             picks = draw.permutation(rows)[:chosen].tolist()
         seconds, most = time.time() - begin, memory.stop()

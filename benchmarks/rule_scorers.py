@@ -69,27 +69,30 @@ def peak() -> float:
 def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float]:
     """In this process, which does nothing else."""
     spec = TypeAdapter(Scorer).validate_json(json.dumps(SPECS[name]))
-    kind = SCORER_ENTRIES[spec.kind()]
-    make = kind.load()
+    entry = SCORER_ENTRIES[spec.entry()]
+    build = entry.load()
     files = shards(data)
-    scorer = make(spec, {"heldout": heldout}) if kind.reads == "row" else make(spec)
+    scorer = build(spec, {"heldout": heldout}) if entry.input_kind == "row" else build(spec)
     work.mkdir()
-    sketches: list[Path] = []
+    signature_files: list[Path] = []
     rows = 0
     started, before = time.process_time(), 0.0
     for number, path in enumerate(files):
         table = pq.read_table(path, columns=["id", "text", "messages"]).to_pylist()
-        if kind.reads == "row":
+        if entry.input_kind == "row":
             scorer(table)
         else:
-            sketches.append(work / path.name)
-            pq.write_table(pa.table({"id": [row["id"] for row in table], **scorer.sketch(table)}), sketches[-1])
+            signature_files.append(work / path.name)
+            columns = {"id": [row["id"] for row in table], **scorer.compute_signatures(table)}
+            pq.write_table(pa.table(columns), signature_files[-1])
         rows += len(table)
         if number == 3:
             before = peak()
     found = (
-        sum(count(columns["score"]) for columns in scorer.resolve(RowSignatures(tuple(sketches)), work / "files"))
-        if sketches
+        sum(
+            count(columns["score"]) for columns in scorer.resolve(RowSignatures(tuple(signature_files)), work / "files")
+        )
+        if signature_files
         else 0
     )
     seconds = time.process_time() - started

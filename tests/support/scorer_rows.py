@@ -66,7 +66,7 @@ def across(
     sketches = []
     for number, some in enumerate(shards):
         sketches.append(folder / f"sketch-{number:05d}.parquet")
-        pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.sketch(some)}), sketches[-1])
+        pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.compute_signatures(some)}), sketches[-1])
     joined: Columns = {}
     list(islice(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"), killed))
     resolved = list(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"))

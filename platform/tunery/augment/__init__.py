@@ -1,1 +1,1 @@
-"""Prompts built from the data itself: templates, examples, chains of thought; never from held-out rows."""
+"""Prompt augmentation: templates, few-shot examples and chain of thought, never using held-out rows."""

@@ -1,8 +1,9 @@
-"""The `augment` stage: rows in, their variants out; dropped.jsonl lists the rows that are held out.
+"""The `augment` stage: replaces each row by prompt variants; dropped.jsonl lists the held-out rows.
 
-A row without a question (a plain text) comes out as it is, and is counted. Rows pass in pieces of 1,024 on one core, in
-the driver; in memory are besides the hashes of the held-out rows (heldout.py) and the examples (pool.py). A core makes
-some 5,000 variants a second of 500 characters with two examples each: six hours for 100 M.
+A row without a question (a plain text) is written unchanged and counted. The stage runs on one core in the driver, in
+batches of 1,024 rows; it also holds the hashes of the held-out rows (heldout_rows.py) and the few-shot examples
+(few_shot_pool.py) in memory. One core builds about 5,000 variants a second of 500 characters with two examples each:
+six hours for 100 M.
 """
 
 from __future__ import annotations
@@ -23,77 +24,80 @@ from tunery.spec import Augment
 from tunery.store import StageContext, StageResult
 from tunery.store.rows import Row, count_rows, write_rows
 
-SHOWN = 3
-"""Rows that the report shows before and after."""
-TEXT = 1200
-"""Characters of a prompt that it shows."""
+NUM_SAMPLES = 3
+"""Number of rows that the report shows before and after augmentation."""
+MAX_SAMPLE_CHARS = 1200
+"""Maximum number of characters of a prompt in the report."""
 
 
 def run_augment(context: StageContext) -> StageResult:
-    """Facts: rows_in, what became of them (augmented, unchanged by reason, heldout); rows, variants, originals;
-    repeated (variants that said the same as another of their row, and are left out); variants by template, by answer
-    and by number of examples; fewer_examples by reason; how many rows may serve as examples, and why others may not;
-    a few rows before and after."""
+    """Write the variants.
+
+    Facts: rows_in, split into augmented, unchanged (by reason) and heldout; rows, variants, originals; repeated
+    (variants omitted because they equal another variant of the row); variants by template, by answer form and by number
+    of examples; fewer_examples by reason; the number of rows usable as examples, and the reasons why others are not; a
+    few rows before and after.
+    """
     stage, seed = context.spec, context.seed
     assert isinstance(stage, Augment)
     data = context.inputs[stage.data].path
     total = count_rows(data)
     heldout = Heldout(context.inputs[name].path for name in stage.heldout)
-    pool = _pool(context, stage, heldout)
-    tally = AugmentCounts()
+    pool = _build_pool(context, stage, heldout)
+    counts = AugmentCounts()
 
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file:
 
-        def augmented() -> Iterator[Row]:
-            for row, held in flag_heldout(data, heldout):
-                tally.rows_in += 1
-                if tally.rows_in % 1024 == 0:
-                    context.emit("progress", done=tally.rows_in, total=total, unit="rows")
-                if held:
-                    file.write(json.dumps(_dropped(row), ensure_ascii=False) + "\n")
+        def augmented_rows() -> Iterator[Row]:
+            for row, is_heldout in flag_heldout(data, heldout):
+                counts.rows_in += 1
+                if counts.rows_in % 1024 == 0:
+                    context.emit("progress", done=counts.rows_in, total=total, unit="rows")
+                if is_heldout:
+                    file.write(json.dumps(_dropped_entry(row), ensure_ascii=False) + "\n")
                     continue
-                made = variants(row, stage, pool, seed)
-                if isinstance(made, str):
-                    tally.unchanged[made] += 1
+                built = variants(row, stage, pool, seed)
+                if isinstance(built, str):
+                    counts.unchanged[built] += 1
                     yield row
                     continue
-                kept = distinct(row, made, stage.originals)
-                tally.see(row, kept, len(made) - len(kept))
+                kept = distinct(row, built, stage.originals)
+                counts.add(row, kept, len(built) - len(kept))
                 if stage.originals:
                     yield row
                 yield from (variant.row for variant in kept)
 
-        written = write_rows(augmented(), context.out)
+        written = write_rows(augmented_rows(), context.out)
 
     dropped = sum(1 for _ in (context.out / "dropped.jsonl").open(encoding="utf-8"))
-    _check(context, stage, tally, total, written, dropped)
+    _validate_counts(context, stage, counts, total, written, dropped)
     return StageResult(
         {
             "rows": written,
             "rows_in": total,
-            "augmented": tally.augmented,
-            "unchanged": dict(sorted(tally.unchanged.items())),
+            "augmented": counts.augmented,
+            "unchanged": dict(sorted(counts.unchanged.items())),
             "heldout": dropped,
-            "variants": tally.variants,
-            "originals": tally.augmented if stage.originals else 0,
-            "repeated": tally.repeated,
+            "variants": counts.variants,
+            "originals": counts.augmented if stage.originals else 0,
+            "repeated": counts.repeated,
             "templates": [
-                {"template": template, "variants": tally.templates[index]}
+                {"template": template, "variants": counts.templates[index]}
                 for index, template in enumerate(stage.templates)
             ],
-            "answers": dict(sorted(tally.forms.items())),
-            "shots": {str(shots): tally.shots[shots] for shots in sorted(tally.shots)},
-            "fewer_examples": dict(sorted(tally.fewer.items())),
+            "answers": dict(sorted(counts.forms.items())),
+            "shots": {str(shots): counts.shots[shots] for shots in sorted(counts.shots)},
+            "fewer_examples": dict(sorted(counts.fewer.items())),
             "examples": {"rows": pool.fit, "drawn_from": len(pool), "unfit": dict(sorted(pool.unfit.items()))},
             "heldout_rows": len(heldout),
-            "samples": {"rows": tally.samples()},
+            "samples": {"rows": counts.samples()},
         }
     )
 
 
 @dataclass
 class AugmentCounts:
-    """What became of the rows."""
+    """Counts of rows and variants, and a few sample variants."""
 
     rows_in: int = 0
     augmented: int = 0
@@ -104,38 +108,40 @@ class AugmentCounts:
     forms: Counter[str] = field(default_factory=Counter)
     shots: Counter[int] = field(default_factory=Counter)
     fewer: Counter[str] = field(default_factory=Counter)
-    _shown: list[tuple[int, Row, Variant]] = field(default_factory=list)
-    """Of the rows with the smallest ids, which are hashes; a heap with the largest first."""
+    _samples: list[tuple[int, Row, Variant]] = field(default_factory=list)
+    """The rows with the smallest ids, which are hashes; a heap with the largest id first."""
 
-    def see(self, row: Row, made: list[Variant], repeated: int) -> None:
+    def add(self, row: Row, row_variants: list[Variant], repeated: int) -> None:
         self.augmented += 1
-        self.variants += len(made)
+        self.variants += len(row_variants)
         self.repeated += repeated
-        for variant in made:
+        for variant in row_variants:
             self.templates[variant.template] += 1
             self.forms[variant.form] += 1
             self.shots[variant.shots] += 1
             if variant.fewer:
                 self.fewer[variant.fewer] += 1
-        order = -int(row["id"], 16)
-        if made and order not in [shown[0] for shown in self._shown]:
-            if len(self._shown) < SHOWN:
-                heapq.heappush(self._shown, (order, row, made[0]))
-            elif order > self._shown[0][0]:
-                heapq.heapreplace(self._shown, (order, row, made[0]))
+        negative_id = -int(row["id"], 16)
+        if row_variants and negative_id not in [sample[0] for sample in self._samples]:
+            if len(self._samples) < NUM_SAMPLES:
+                heapq.heappush(self._samples, (negative_id, row, row_variants[0]))
+            elif negative_id > self._samples[0][0]:
+                heapq.heapreplace(self._samples, (negative_id, row, row_variants[0]))
 
     def samples(self) -> list[dict[str, str]]:
-        shown = sorted(self._shown, key=lambda item: -item[0])
-        return [{"before": excerpt(row), "after": conversation(variant.row)} for _, row, variant in shown]
+        ordered = sorted(self._samples, key=lambda item: -item[0])
+        return [{"before": excerpt(row), "after": render_messages(variant.row)} for _, row, variant in ordered]
 
 
-def conversation(row: Row) -> str:
-    """All turns, each in a paragraph with its role, in at most TEXT characters, of which the end is the row's own."""
-    text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["messages"])
-    return text if len(text) <= TEXT else f"{text[: TEXT // 2]} … {text[-TEXT // 2 :]}"
+def render_messages(row: Row) -> str:
+    """Return all messages with their roles as text, with the middle omitted beyond MAX_SAMPLE_CHARS."""
+    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])
+    if len(text) <= MAX_SAMPLE_CHARS:
+        return text
+    return f"{text[: MAX_SAMPLE_CHARS // 2]} … {text[-MAX_SAMPLE_CHARS // 2 :]}"
 
 
-def _pool(context: StageContext, stage: Augment, heldout: Heldout) -> FewShotPool:
+def _build_pool(context: StageContext, stage: Augment, heldout: Heldout) -> FewShotPool:
     few_shot = stage.few_shot
     if few_shot is None or not few_shot.counts[-1]:
         return FewShotPool()
@@ -153,34 +159,36 @@ def _pool(context: StageContext, stage: Augment, heldout: Heldout) -> FewShotPoo
     return pool
 
 
-def _dropped(row: Row) -> dict[str, Any]:
+def _dropped_entry(row: Row) -> dict[str, Any]:
     return {"id": row["id"], "source": row["source"], "line": row["line"], "rule": "held out"}
 
 
-def _check(context: StageContext, stage: Augment, tally: AugmentCounts, total: int, written: int, dropped: int) -> None:
-    """Raises RowsLost, and StageError where nothing was done that was asked for."""
-    unchanged = tally.unchanged.total()
-    if total != tally.augmented + unchanged + dropped or tally.rows_in != total:
+def _validate_counts(
+    context: StageContext, stage: Augment, counts: AugmentCounts, total: int, written: int, dropped: int
+) -> None:
+    """Raises RowsLost if rows are missing, and StageError if no row was augmented as requested."""
+    unchanged = counts.unchanged.total()
+    if total != counts.augmented + unchanged + dropped or counts.rows_in != total:
         raise RowsLost(
             context.name,
-            f"{total} rows went in; {tally.augmented} were augmented, {unchanged} came out as they were, {dropped} are "
-            "held out",
+            f"{total} rows went in; {counts.augmented} were augmented, {unchanged} came out as they were, "
+            f"{dropped} are held out",
         )
-    expected = tally.augmented * (stage.copies + stage.originals) - tally.repeated + unchanged
+    expected = counts.augmented * (stage.copies + stage.originals) - counts.repeated + unchanged
     if written != expected:
         raise RowsLost(context.name, f"{expected} rows were made, {written} written")
-    if not tally.augmented:
-        reasons = Counter({"held out": dropped, **tally.unchanged})
+    if not counts.augmented:
+        reasons = Counter({"held out": dropped, **counts.unchanged})
         raise StageError(
             context.name,
             f"no row of {total:,} can be augmented",
             cause="; ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items()) if count),
             remedy="give rows with questions, and hold out others than those",
         )
-    if stage.chain_of_thought is not None and not tally.forms["reasoned"] + tally.forms["direct"]:
+    if stage.chain_of_thought is not None and not counts.forms["reasoned"] + counts.forms["direct"]:
         raise StageError(
             context.name,
             f"no answer holds reasoning, `{stage.chain_of_thought.separator}` and a final answer",
-            cause=f"{tally.augmented:,} rows were looked at",
+            cause=f"{counts.augmented:,} rows were looked at",
             remedy="name the separator that the answers have, or leave `chain_of_thought` out",
         )

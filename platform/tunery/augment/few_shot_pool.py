@@ -1,8 +1,8 @@
-"""The rows that examples are drawn from: at most MAX_EXAMPLES of them, picked by a hash of their ids.
+"""The pool that few-shot examples are sampled from: at most MAX_EXAMPLES rows, chosen by a hash of their ids.
 
-They are a sample of all rows that may serve, in one pass over them and in bounded memory: 4,096 examples of at most
-`max_chars` characters, some 20 MB. Of 100 million rows each example then stands before some 25,000 questions a shot;
-that examples repeat is how few-shot prompts are made by hand as well.
+The pool is a sample of all usable rows, built in one pass and in bounded memory: 4,096 examples of at most `max_chars`
+characters, about 20 MB. With 100 million rows, each example is used in about 25,000 prompts per shot; hand-written
+few-shot prompts also repeat their examples.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from tunery.augment.qa_pairs import QAPair, qa_pair_of
 
 COLUMNS = ["id", "messages", "label", "tools", "group"]
 MAX_EXAMPLES = 4096
-TRIED = 64
-"""Examples looked at for each that is wanted: a row that hardly any fits is not taken through the whole pool."""
+MAX_TRIES_PER_SHOT = 64
+"""Maximum number of examples tried per requested one, so that a row that fits few examples doesn't scan the pool."""
 
 Kind = tuple[str, bool]
-"""Examples fit rows of their kind: what the system says, and whether the answer holds reasoning that is looked for."""
+"""(system message, whether the answer contains reasoning). Examples are used only with rows of their kind."""
 
 
-def read_pool(artifact: Path, heldout: Heldout, separator: str | None, longest: int, seed: int) -> FewShotPool:
-    """From one pass over a stage's rows. Examples of more than `longest` characters are left out."""
+def read_pool(artifact: Path, heldout: Heldout, separator: str | None, max_chars: int, seed: int) -> FewShotPool:
+    """Build the pool in one pass over the rows of a stage, without examples of more than `max_chars` characters."""
     pool = FewShotPool()
     heap: list[tuple[int, str, QAPair]] = []
     ids: set[str] = set()
-    for row, held in flag_heldout(artifact, heldout, COLUMNS):
-        found = "held out" if held else qa_pair_of(row, separator)
-        if isinstance(found, QAPair) and len(found.question) + len(found.answer) > longest:
-            found = "longer than max_chars"
-        if isinstance(found, str):
-            pool.unfit[found] += 1
+    for row, is_heldout in flag_heldout(artifact, heldout, COLUMNS):
+        example = "held out" if is_heldout else qa_pair_of(row, separator)
+        if isinstance(example, QAPair) and len(example.question) + len(example.answer) > max_chars:
+            example = "longer than max_chars"
+        if isinstance(example, str):
+            pool.unfit[example] += 1
             continue
         pool.fit += 1
-        order = -_order(found.id, seed)  # a heap gives its smallest: here the one to go first
-        if found.id in ids or (len(heap) == MAX_EXAMPLES and order < heap[0][0]):
+        order = -_id_hash(example.id, seed)  # heapq is a min-heap, so the example to replace is on top
+        if example.id in ids or (len(heap) == MAX_EXAMPLES and order < heap[0][0]):
             continue
-        ids.add(found.id)
+        ids.add(example.id)
         if len(heap) < MAX_EXAMPLES:
-            heapq.heappush(heap, (order, found.id, found))
+            heapq.heappush(heap, (order, example.id, example))
         else:
-            ids.discard(heapq.heappushpop(heap, (order, found.id, found))[1])
+            ids.discard(heapq.heappushpop(heap, (order, example.id, example))[1])
     for _, _, example in sorted(heap, key=lambda item: (-item[0], item[1])):
         pool.add(example)
     return pool
@@ -56,9 +56,9 @@ def read_pool(artifact: Path, heldout: Heldout, separator: str | None, longest: 
 @dataclass
 class FewShotPool:
     fit: int = 0
-    """Rows that may serve."""
+    """Number of rows usable as examples."""
     unfit: Counter[str] = field(default_factory=Counter)
-    """The others, by reason."""
+    """Number of other rows, by reason."""
     _by_kind: defaultdict[Kind, list[QAPair]] = field(default_factory=lambda: defaultdict(list))
 
     def __len__(self) -> int:
@@ -67,26 +67,33 @@ class FewShotPool:
     def add(self, example: QAPair) -> None:
         self._by_kind[example.system, example.final is not None].append(example)
 
-    def draw(
-        self, kind: Kind, shots: int, own: tuple[str, int], fits: Callable[[QAPair], bool], drawn: Iterator[int]
+    def sample(
+        self,
+        kind: Kind,
+        shots: int,
+        exclude: tuple[str, int],
+        fits: Callable[[QAPair], bool],
+        random_numbers: Iterator[int],
     ) -> list[QAPair]:
-        """At most `shots` examples, no two of one group, none of them the row itself (`own`: its id and group) nor of
-        its group, each of which `fits` when it is its turn."""
-        found: list[QAPair] = []
+        """Sample at most `shots` examples of different groups for which `fits` is true when they are tried.
+
+        `exclude` is the id and group of the row itself; neither the row nor its group is sampled.
+        """
+        sampled: list[QAPair] = []
         if shots == 0:
-            return found
+            return sampled
         examples = self._by_kind.get(kind, [])
-        ids, groups = {own[0]}, {own[1]} - {0}
-        for tried, index in enumerate(shuffled(len(examples), drawn)):
-            if len(found) == shots or tried == TRIED * shots:
+        ids, groups = {exclude[0]}, {exclude[1]} - {0}
+        for num_tried, index in enumerate(shuffled(len(examples), random_numbers)):
+            if len(sampled) == shots or num_tried == MAX_TRIES_PER_SHOT * shots:
                 break
             example = examples[index]
             if example.id not in ids and example.group not in groups and fits(example):
-                found.append(example)
+                sampled.append(example)
                 ids.add(example.id)
                 groups |= {example.group} - {0}
-        return found
+        return sampled
 
 
-def _order(row_id: str, seed: int) -> int:
+def _id_hash(row_id: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"example {seed} {row_id}".encode(), digest_size=16).digest(), "big")

@@ -1,4 +1,4 @@
-"""Draws that depend on their key alone: the same on every machine, Python and number of workers."""
+"""Pseudorandom numbers that depend only on a key, so they are the same on every machine and Python version."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Iterator
 
 
 def hash_stream(*key: object) -> Iterator[int]:
-    """Endless 64-bit numbers, evenly spread, from BLAKE2b of the key and a counter."""
+    """Yield an endless stream of uniform 64-bit integers from BLAKE2b of the key and a counter."""
     start = hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=32).digest()
     block = 0
     while True:
         digest = hashlib.blake2b(start + block.to_bytes(8, "big")).digest()
-        for place in range(0, 64, 8):
-            yield int.from_bytes(digest[place : place + 8], "big")
+        for offset in range(0, 64, 8):
+            yield int.from_bytes(digest[offset : offset + 8], "big")
         block += 1
 
 
-def shuffled(count: int, drawn: Iterator[int]) -> Iterator[int]:
-    """0 to count - 1 in random order (Fisher and Yates), worked out as far as it is asked for."""
-    moved: dict[int, int] = {}
-    for place in range(count):
-        other = place + next(drawn) % (count - place)
-        yield moved.get(other, other)
-        moved[other] = moved.get(place, place)
+def shuffled(count: int, random_numbers: Iterator[int]) -> Iterator[int]:
+    """Yield 0 to count - 1 in random order (a lazy Fisher-Yates shuffle)."""
+    swapped: dict[int, int] = {}
+    for index in range(count):
+        other = index + next(random_numbers) % (count - index)
+        yield swapped.get(other, other)
+        swapped[other] = swapped.get(index, index)
 
 
-def spread_evenly(share: float, copies: int, drawn: Iterator[int]) -> list[bool]:
-    """True for `share` of the copies: floor or ceil of their number in each row, the share over many (systematic
-    sampling with one random start)."""
-    start = (next(drawn) >> 11) / 2**53
-    return [math.floor((copy + 1) * share + start) > math.floor(copy * share + start) for copy in range(copies)]
+def spread_evenly(fraction: float, copies: int, random_numbers: Iterator[int]) -> list[bool]:
+    """Return a flag per copy, true for `fraction` of the copies.
+
+    Systematic sampling with one random start: the number of true flags is floor or ceil of fraction * copies, and its
+    expectation is exact.
+    """
+    start = (next(random_numbers) >> 11) / 2**53
+    return [math.floor((copy + 1) * fraction + start) > math.floor(copy * fraction + start) for copy in range(copies)]

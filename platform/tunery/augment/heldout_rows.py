@@ -1,7 +1,6 @@
-"""Which rows are held out: by id, and by the group that must not straddle splits.
+"""Lookup of held-out rows by id and by group, because a group must not be in two splits.
 
-Groups are compared without regard to case, white space and the composition of characters: the same question in other
-writing is the same question. In memory are 16 bytes a held-out row.
+Groups are compared after normalization of case, white space and Unicode composition. Memory: 16 bytes per held-out row.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tunery.scoring.scorers.texts import normalize
 from tunery.store.rows import Row, shards, to_str_list
 from tunery.store.score_cache import ids_to_uint64
 
-Numbers = npt.NDArray[np.uint64]
+UInt64s = npt.NDArray[np.uint64]
 
 
 class Heldout:
@@ -29,44 +28,45 @@ class Heldout:
             for shard in shards(artifact):
                 table = pq.read_table(shard, columns=["id", "group"])
                 ids.append(ids_to_uint64(to_str_list(table["id"])))
-                groups.append(group_numbers(table["group"].to_pylist()))
+                groups.append(group_hashes(table["group"].to_pylist()))
         self._ids, self._groups = np.unique(np.concatenate(ids)), np.unique(np.concatenate(groups))
 
     def __len__(self) -> int:
-        """Distinct rows."""
+        """Number of distinct rows."""
         return len(self._ids)
 
-    def among(self, ids: Sequence[str], groups: Sequence[str | None]) -> Bools:
-        """Which of the rows are held out."""
-        known = np.array([group is not None for group in groups], dtype=np.bool_)
-        held: Bools = _in(ids_to_uint64(ids), self._ids) | (known & _in(group_numbers(groups), self._groups))
-        return held
+    def mask(self, ids: Sequence[str], groups: Sequence[str | None]) -> Bools:
+        """Return which of the rows are held out."""
+        has_group = np.array([group is not None for group in groups], dtype=np.bool_)
+        group_heldout = has_group & _is_in(group_hashes(groups), self._groups)
+        is_heldout: Bools = _is_in(ids_to_uint64(ids), self._ids) | group_heldout
+        return is_heldout
 
 
 def flag_heldout(artifact: Path, heldout: Heldout, columns: list[str] | None = None) -> Iterator[tuple[Row, bool]]:
-    """Each row of an artifact, and whether it is held out; 1,024 rows in memory at a time."""
+    """Yield each row of an artifact and whether it is held out, with 1,024 rows in memory at a time."""
     for shard in shards(artifact):
         for batch in pq.ParquetFile(shard).iter_batches(1024, columns=columns):
             rows: list[Row] = batch.to_pylist()
-            held = heldout.among([row["id"] for row in rows], [row["group"] for row in rows])
-            yield from zip(rows, held.tolist(), strict=True)
+            is_heldout = heldout.mask([row["id"] for row in rows], [row["group"] for row in rows])
+            yield from zip(rows, is_heldout.tolist(), strict=True)
 
 
-def group_numbers(groups: Iterable[str | None]) -> Numbers:
-    """A hash of each group; 0 where there is none."""
-    return np.array([group_number(group) for group in groups], dtype=np.uint64)
+def group_hashes(groups: Iterable[str | None]) -> UInt64s:
+    """Return a hash of each group; 0 for no group."""
+    return np.array([group_hash(group) for group in groups], dtype=np.uint64)
 
 
-def group_number(group: str | None) -> int:
+def group_hash(group: str | None) -> int:
     if group is None:
         return 0
     digest = hashlib.blake2b(normalize(group).encode("utf-8", "backslashreplace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") | 1  # never 0, which is no group
+    return int.from_bytes(digest, "big") | 1  # never 0, which stands for no group
 
 
-def _in(numbers: Numbers, known: Numbers) -> Bools:
-    if not len(known):
-        return np.zeros(len(numbers), dtype=np.bool_)
-    places = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
-    found: Bools = known[places] == numbers
-    return found
+def _is_in(values: UInt64s, sorted_values: UInt64s) -> Bools:
+    if not len(sorted_values):
+        return np.zeros(len(values), dtype=np.bool_)
+    positions = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
+    is_in: Bools = sorted_values[positions] == values
+    return is_in

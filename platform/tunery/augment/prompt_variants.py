@@ -1,8 +1,9 @@
-"""The variants of one row: its last question worded by a template, after examples, with or without its reasoning.
+"""Builds the variants of a row: its last question rendered with a template, few-shot examples before it, and its answer
+with or without reasoning.
 
-The row's group, source, line, planted damage, label and rejected answer stay as they are, so that splits, quotas and
-judges see the row that it comes from; its id is that of the new content. What is drawn depends on seed, row id and the
-variant's number alone.
+A variant keeps the row's group, source, line, injected corruption, label and rejected response, so that splits, quotas
+and evaluations relate it to the original row; its id is that of the new content. All random choices depend only on the
+seed, the row id and the number of the variant.
 """
 
 from __future__ import annotations
@@ -15,157 +16,169 @@ from typing import Literal
 
 from tunery.augment.few_shot_pool import FewShotPool
 from tunery.augment.hash_stream import hash_stream, shuffled, spread_evenly
-from tunery.augment.heldout_rows import group_number
+from tunery.augment.heldout_rows import group_hash
 from tunery.augment.qa_pairs import QAPair, final_answer, last_user_index, multi_turn_reason, system_of
 from tunery.spec import Augment, ChainOfThought, FewShot
 from tunery.store.rows import Row, Turn, row_id
 
 Form = Literal["reasoned", "direct", "whole"]
-"""reasoned: with the cue, answered with the reasoning. direct: without, answered by the final answer alone. whole:
-without, answered as it was: no chain of thought was asked for, or the answer holds none."""
+"""reasoned: prompt with the cue, answer with its reasoning. direct: prompt without the cue, final answer only. whole:
+prompt without the cue, original answer, because no chain of thought is requested or the answer contains none."""
 
 
 @dataclass(frozen=True)
 class Variant:
     row: Row
     template: int
-    """Index of the one that words its question."""
+    """Index of the template."""
     form: Form
     shots: int
-    """Examples that it has."""
+    """Number of examples."""
     fewer: str
-    """Why they are fewer than were drawn, or none could be; "" where they aren't."""
+    """Reason why it has fewer examples than requested, or ""."""
 
 
 def variants(row: Row, stage: Augment, pool: FewShotPool, seed: int) -> list[Variant] | str:
-    """`stage.copies` variants, or why the row has none. Some of them may be the same (see `distinct`)."""
-    at = last_user_index(row)
-    if at is None:
+    """Return `stage.copies` variants, or the reason why the row has none. Variants may be equal (see `distinct`)."""
+    user_index = last_user_index(row)
+    if user_index is None:
         return "no question"
-    few_shot, without = stage.few_shot, ""
-    if few_shot is not None and few_shot.counts[-1] and (without := multi_turn_reason(row) or ""):
+    few_shot, no_examples_reason = stage.few_shot, ""
+    if few_shot is not None and few_shot.counts[-1] and (no_examples_reason := multi_turn_reason(row) or ""):
         few_shot = None
-    made = []
-    for copy, (form, template, shots) in enumerate(_plans(row, stage, few_shot, seed)):
-        builder = _Builder(row, at, stage.templates[template], form, stage.chain_of_thought)
+    built = []
+    for copy, (form, template, shots) in enumerate(_plan_copies(row, stage, few_shot, seed)):
+        builder = _VariantBuilder(row, user_index, stage.templates[template], form, stage.chain_of_thought)
         examples: list[QAPair] = []
         if shots and few_shot is not None:
-            examples = _examples(builder, few_shot, pool, shots, hash_stream(seed, row["id"], copy))
-        fewer = without or ("no other example fits" if len(examples) < shots else "")
-        made.append(Variant(builder.built(examples, few_shot), template, form, len(examples), fewer))
-    return made
+            examples = _sample_examples(builder, few_shot, pool, shots, hash_stream(seed, row["id"], copy))
+        fewer = no_examples_reason or ("no other example fits" if len(examples) < shots else "")
+        built.append(Variant(builder.build(examples, few_shot), template, form, len(examples), fewer))
+    return built
 
 
-def distinct(row: Row, made: Sequence[Variant], with_row: bool) -> list[Variant]:
-    """Those that differ from the ones before them and, `with_row`, from the row itself."""
-    seen = {row["id"]} if with_row else set()
+def distinct(row: Row, row_variants: Sequence[Variant], with_row: bool) -> list[Variant]:
+    """Return the variants that differ from all earlier ones and, if `with_row`, from the row itself."""
+    ids = {row["id"]} if with_row else set()
     kept = []
-    for variant in made:
-        if variant.row["id"] not in seen:
-            seen.add(variant.row["id"])
+    for variant in row_variants:
+        if variant.row["id"] not in ids:
+            ids.add(variant.row["id"])
             kept.append(variant)
     return kept
 
 
-def _plans(row: Row, stage: Augment, few_shot: FewShot | None, seed: int) -> Iterator[tuple[Form, int, int]]:
-    """Form, template and number of examples of each copy."""
-    forms = _forms(row, stage, hash_stream(seed, row["id"]))
+def _plan_copies(row: Row, stage: Augment, few_shot: FewShot | None, seed: int) -> Iterator[tuple[Form, int, int]]:
+    """Yield the form, template and number of examples of each copy."""
+    forms = _answer_forms(row, stage, hash_stream(seed, row["id"]))
     counts = few_shot.counts if few_shot is not None else range(1)
-    pairs = {form: _pairs(len(stage.templates), counts, seed, row["id"], form) for form in forms}
+    plans = {form: _template_shots(len(stage.templates), counts, seed, row["id"], form) for form in forms}
     for form in forms:
-        yield form, *next(pairs[form])
+        yield form, *next(plans[form])
 
 
-def _pairs(templates: int, counts: range, *key: object) -> Iterator[tuple[int, int]]:
-    """Template and number of examples, without end: the templates in turn, in an order drawn by the key, each with
-    the numbers of examples in an order of its own."""
-    order = list(shuffled(templates, hash_stream(*key)))
-    shots = {template: [counts[at] for at in shuffled(len(counts), hash_stream(*key, template))] for template in order}
-    for lap in itertools.count():
+def _template_shots(num_templates: int, counts: range, *key: object) -> Iterator[tuple[int, int]]:
+    """Yield an endless sequence of (template, number of examples): templates cycle in a random order, and each template
+    cycles through the numbers of examples in a random order of its own."""
+    order = list(shuffled(num_templates, hash_stream(*key)))
+    shots = {
+        template: [counts[index] for index in shuffled(len(counts), hash_stream(*key, template))] for template in order
+    }
+    for cycle in itertools.count():
         for template in order:
-            yield template, shots[template][lap % len(counts)]
+            yield template, shots[template][cycle % len(counts)]
 
 
-def _forms(row: Row, stage: Augment, drawn: Iterator[int]) -> list[Form]:
-    """Answers that were rated or preferred were judged as a whole, and stay whole."""
-    thought = stage.chain_of_thought
+def _answer_forms(row: Row, stage: Augment, random_numbers: Iterator[int]) -> list[Form]:
+    """Return the form of each copy. A labelled or preferred answer keeps its reasoning, because it was judged with
+    it."""
+    chain_of_thought = stage.chain_of_thought
     answer = row["messages"][-1]
-    if thought is None:
+    if chain_of_thought is None:
         return ["whole"] * stage.copies
     if answer["role"] == "assistant":
-        if final_answer(answer["content"], thought.separator) is None:
+        if final_answer(answer["content"], chain_of_thought.separator) is None:
             return ["whole"] * stage.copies
         if row.get("label") is not None or row.get("rejected"):
             return ["reasoned"] * stage.copies
-    return ["direct" if direct else "reasoned" for direct in spread_evenly(thought.direct, stage.copies, drawn)]
+    is_direct = spread_evenly(chain_of_thought.direct, stage.copies, random_numbers)
+    return ["direct" if direct else "reasoned" for direct in is_direct]
 
 
-def _examples(
-    builder: _Builder, few_shot: FewShot, pool: FewShotPool, shots: int, drawn: Iterator[int]
+def _sample_examples(
+    builder: _VariantBuilder, few_shot: FewShot, pool: FewShotPool, shots: int, random_numbers: Iterator[int]
 ) -> list[QAPair]:
     row = builder.row
-    # What stands around an example, and around the question behind them, is shorter than the text that says it.
-    around = len(few_shot.example) if few_shot.layout == "prompt" else 0
-    left = few_shot.max_chars - _length(builder.messages([], few_shot)) - around
+    # An upper bound: the text around an example, or around the question, is shorter than the example format.
+    overhead = len(few_shot.example) if few_shot.layout == "prompt" else 0
+    remaining = few_shot.max_chars - _num_chars(builder.messages([], few_shot)) - overhead
 
     def fits(example: QAPair) -> bool:
-        nonlocal left
-        size = sum(map(len, builder.shown(example))) + around
-        if size > left:
+        nonlocal remaining
+        size = sum(map(len, builder.render_example(example))) + overhead
+        if size > remaining:
             return False
-        left -= size
+        remaining -= size
         return True
 
     kind = (system_of(row), builder.form != "whole")
-    return pool.draw(kind, shots, (row["id"], group_number(row.get("group"))), fits, drawn)
+    return pool.sample(kind, shots, (row["id"], group_hash(row.get("group"))), fits, random_numbers)
 
 
 @dataclass(frozen=True)
-class _Builder:
+class _VariantBuilder:
     row: Row
-    at: int
+    user_index: int
+    """Index of the last user message."""
     template: str
     form: Form
-    thought: ChainOfThought | None
+    chain_of_thought: ChainOfThought | None
 
-    def worded(self, question: str) -> str:
-        """By the template; `format` puts the question in as it is, whatever braces it holds."""
-        asked = self.template.format(question=question)
-        return f"{asked}\n{self.thought.cue}" if self.form == "reasoned" and self.thought else asked
+    def render_question(self, question: str) -> str:
+        """Render a question with the template; `format` does not interpret braces in the question."""
+        rendered = self.template.format(question=question)
+        if self.form == "reasoned" and self.chain_of_thought:
+            return f"{rendered}\n{self.chain_of_thought.cue}"
+        return rendered
 
-    def shown(self, example: QAPair) -> tuple[str, str]:
-        """Question and answer of an example in this variant's own template and form."""
+    def render_example(self, example: QAPair) -> tuple[str, str]:
+        """Return question and answer of an example in the template and form of this variant."""
         answer = example.final if self.form == "direct" and example.final is not None else example.answer
-        return self.worded(example.question), answer
+        return self.render_question(example.question), answer
 
-    def built(self, examples: Sequence[QAPair], few_shot: FewShot | None) -> Row:
+    def build(self, examples: Sequence[QAPair], few_shot: FewShot | None) -> Row:
         new = {**self.row, "messages": self.messages(examples, few_shot)}
         return {**new, "id": row_id(new)}
 
     def messages(self, examples: Sequence[QAPair], few_shot: FewShot | None) -> list[Turn]:
-        turns = self.row["messages"]
-        before, asked, after = turns[: self.at], turns[self.at], turns[self.at + 1 :]
-        question = self.worded(asked["content"])
+        messages = self.row["messages"]
+        before, user_message, after = (
+            messages[: self.user_index],
+            messages[self.user_index],
+            messages[self.user_index + 1 :],
+        )
+        question = self.render_question(user_message["content"])
         shots: list[Turn] = []
         if examples and few_shot is not None:
-            shown = [self.shown(example) for example in examples]
+            rendered = [self.render_example(example) for example in examples]
             if few_shot.layout == "turns":
-                shots = [turn for q, a in shown for turn in (_turn("user", q), _turn("assistant", a))]
+                shots = [message for q, a in rendered for message in (_message("user", q), _message("assistant", a))]
             else:
-                texts = [few_shot.example.format(question=q, answer=a) for q, a in shown]
-                question = "\n\n".join([*texts, _opening(few_shot.example, question)])
-        return [*before, *shots, {**asked, "content": question}, *self._answered(after)]
+                texts = [few_shot.example.format(question=q, answer=a) for q, a in rendered]
+                question = "\n\n".join([*texts, _render_unanswered(few_shot.example, question)])
+        return [*before, *shots, {**user_message, "content": question}, *self._response(after)]
 
-    def _answered(self, after: Sequence[Turn]) -> list[Turn]:
-        if self.form != "direct" or self.thought is None or not after:
+    def _response(self, after: Sequence[Turn]) -> list[Turn]:
+        """Return the messages after the question, with only the final answer in the form `direct`."""
+        if self.form != "direct" or self.chain_of_thought is None or not after:
             return list(after)
-        final = final_answer(after[-1]["content"], self.thought.separator)
-        assert final is not None, "_forms saw to it"
+        final = final_answer(after[-1]["content"], self.chain_of_thought.separator)
+        assert final is not None, "_answer_forms gives the form `direct` only to answers with reasoning"
         return [*after[:-1], {**after[-1], "content": final}]
 
 
-def _opening(example: str, question: str) -> str:
-    """An example's text up to where its answer would begin."""
+def _render_unanswered(example: str, question: str) -> str:
+    """Return the example format with `question`, up to the position of the answer."""
     text = ""
     for literal, name, _, _ in Formatter().parse(example):
         text += literal
@@ -175,10 +188,9 @@ def _opening(example: str, question: str) -> str:
     return text.rstrip()
 
 
-def _turn(role: str, content: str) -> Turn:
+def _message(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
-def _length(turns: Sequence[Turn]) -> int:
-    """Characters of all turns."""
-    return sum(len(turn["content"]) for turn in turns)
+def _num_chars(messages: Sequence[Turn]) -> int:
+    return sum(len(message["content"]) for message in messages)

@@ -1,68 +1,72 @@
-"""What of a row is asked and answered, and whether it can be worded anew or serve as an example."""
+"""Extraction of question and answer from a row, and the checks whether it can be augmented or used as an example."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunery.augment.heldout_rows import group_number
+from tunery.augment.heldout_rows import group_hash
 from tunery.store.rows import Row
 
 
 @dataclass(frozen=True)
 class QAPair:
-    """One question and its answer, that may stand before another question."""
+    """One question and its answer, usable as a few-shot example."""
 
     id: str
     group: int
-    """A hash (heldout.py); 0 where the row has none."""
+    """Hash of the group (heldout_rows.py); 0 for no group."""
     system: str
-    """What the system's turn says, "" where there is none: an answer is one under it."""
+    """Content of the system message, or ""; the answer depends on it."""
     question: str
     answer: str
     final: str | None
-    """The final answer behind the separator; None where the answer holds no reasoning, or none is looked for."""
+    """The final answer after the separator; None if the answer contains no reasoning, or no separator is given."""
 
 
 def qa_pair_of(row: Row, separator: str | None) -> QAPair | str:
-    """The row as an example, or why it is none."""
-    turns = row.get("messages") or []
-    if not turns or turns[-1]["role"] != "assistant":
+    """Return the row as an example, or the reason why it can't be one."""
+    messages = row.get("messages") or []
+    if not messages or messages[-1]["role"] != "assistant":
         return "no answer"
     if (reason := multi_turn_reason(row)) is not None:
         return reason
     if row.get("label") is False:
         return "rated as bad"
-    answer = turns[-1]["content"]
-    if not (turns[-2]["content"].strip() and answer.strip()):
+    answer = messages[-1]["content"]
+    if not (messages[-2]["content"].strip() and answer.strip()):
         return "nothing said"
     final = final_answer(answer, separator) if separator is not None else None
-    return QAPair(row["id"], group_number(row.get("group")), system_of(row), turns[-2]["content"], answer, final)
+    return QAPair(row["id"], group_hash(row.get("group")), system_of(row), messages[-2]["content"], answer, final)
 
 
 def last_user_index(row: Row) -> int | None:
-    """Index of the last turn of the user; None where there is none that says something."""
-    turns = row.get("messages") or []
-    found = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    return found[-1] if found and turns[found[-1]]["content"].strip() else None
+    """Return the index of the last user message, or None if there is none or it is blank."""
+    messages = row.get("messages") or []
+    user_indices = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return user_indices[-1] if user_indices and messages[user_indices[-1]]["content"].strip() else None
 
 
 def multi_turn_reason(row: Row) -> str | None:
-    """Why the row is more than a question, and an answer where there is one, after what the system says; None where it
-    is not. Examples of single exchanges before a running conversation would look like a part of it, and an answer
-    without a tool like a reason not to call one."""
-    turns = row["messages"]
-    if row.get("tools") is not None or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
+    """Return why the row is not a single question with at most one answer after leading system messages, or None.
+
+    Single-turn examples before a longer conversation would look like a part of it, and examples without tool calls
+    would teach the model not to call tools.
+    """
+    messages = row["messages"]
+    if row.get("tools") is not None or any(
+        message["role"] == "tool" or message.get("tool_calls") for message in messages
+    ):
         return "tools"
-    roles = [turn["role"] for turn in turns if turn["role"] != "system"]
-    leading = [turn["role"] for turn in turns[: len(turns) - len(roles)]]
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    leading = [message["role"] for message in messages[: len(messages) - len(roles)]]
     return None if roles in (["user"], ["user", "assistant"]) and set(leading) <= {"system"} else "several turns"
 
 
 def system_of(row: Row) -> str:
-    return "\n\n".join(turn["content"] for turn in row["messages"] if turn["role"] == "system")
+    return "\n\n".join(message["content"] for message in row["messages"] if message["role"] == "system")
 
 
 def final_answer(answer: str, separator: str) -> str | None:
-    """What stands behind the last separator, where something stands before it too."""
-    reasoning, found, final = answer.rpartition(separator)
-    return final.strip() if found and reasoning.strip() and final.strip() else None
+    """Return the text after the last separator, or None if the text before or after it is blank."""
+    reasoning, matched, final = answer.rpartition(separator)
+    return final.strip() if matched and reasoning.strip() and final.strip() else None

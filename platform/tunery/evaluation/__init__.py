@@ -1,1 +1,1 @@
-"""Measuring models on held-out rows."""
+"""Evaluation of models on held-out rows."""

@@ -1,11 +1,11 @@
-"""Answers of several models to the same prompts, rated by a judge, on Ray Data.
+"""Generates the responses of several models to the same prompts and scores them with a judge, on Ray actors.
 
-One pipeline for all models, as in heldout.py: the units of work are (model, part of a shard), models one after another,
-and an actor holds one model at a time beside the judge. A unit writes its answers into the stage's work folder, so that
-an interrupted comparison goes on with those that are missing.
+All models share one pool of actors, as in loss_eval.py. A task is a (model, batch of a shard); tasks are ordered by
+model, and an actor holds the judge and one model at a time. The responses of a task are written to the work directory
+of the stage, so an interrupted comparison resumes with the missing tasks.
 
-Which numbers an answer is drawn by depends on the seed and the row's id alone: every model gets the same for a prompt,
-and workers, shards and the order of rows change nothing but rounding.
+The random numbers used for sampling depend only on the seed and the row id: every model gets the same numbers for a
+prompt, and the number of workers, the shards and the order of rows change only rounding.
 """
 
 from __future__ import annotations
@@ -27,73 +27,85 @@ from tunery.spec import Compute, Sampling, WinRate
 from tunery.store import StageContext
 from tunery.store.rows import shards
 
-PART = 256
-"""Rows of a unit: a full batch of a GPU at 512 tokens (BATCH_TOKENS in models/generate.py), and so few that some
-hundred prompts already spread over several workers."""
+BATCH_ROWS = 256
+"""Number of rows per task: a full batch on a GPU at 512 tokens (BATCH_TOKENS in models/generate.py), and small enough
+to distribute some hundred prompts over several workers."""
 
-Line = dict[str, Any]
-"""An answer: row (its number in the data), id, prompt (turns), answer, reward, tokens (with the one that ended it),
-ended (else it was cut off)."""
+Response = dict[str, Any]
+"""row (row number in the data), id, prompt (messages), answer, reward, tokens (including the EOS token), ended (False
+if the response was truncated)."""
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """At most PART rows of a shard."""
+    """At most BATCH_ROWS rows of a shard."""
 
     shard: Path
     first: int
-    """Number of the shard's first row in the data."""
+    """Row number in the data of the first row of the shard."""
     start: int
-    """In the shard."""
+    """Index in the shard of the first row of the batch."""
     rows: int
 
 
 @dataclass(frozen=True)
 class BatchResponses:
-    """What one model made of one part."""
+    """The responses of one model to one batch, and how many of the rows read were left out."""
 
     read: int
     too_long: int
     unusable: int
-    lines: list[Line]
+    responses: list[Response]
 
 
 def prompt_batches(artifact: Path) -> list[PromptBatch]:
-    """Where they end depends on the rows alone."""
-    parts: list[PromptBatch] = []
+    """Split the shards into batches; the split depends only on the rows."""
+    batches: list[PromptBatch] = []
     first = 0
     for shard in shards(artifact):
         rows = int(pq.read_metadata(shard).num_rows)
-        parts += [PromptBatch(shard, first, start, min(PART, rows - start)) for start in range(0, rows, PART)]
+        batches += [
+            PromptBatch(shard, first, start, min(BATCH_ROWS, rows - start)) for start in range(0, rows, BATCH_ROWS)
+        ]
         first += rows
-    return parts
+    return batches
 
 
 def generate_responses(
-    context: StageContext, artifacts: dict[str, Path], parts: Sequence[PromptBatch]
+    context: StageContext, artifacts: dict[str, Path], batches: Sequence[PromptBatch]
 ) -> list[list[Path]]:
-    """For each part a file of every contestant (see `read_responses`). Those that are there are not made again."""
+    """Return for each batch one file per model (see `read_responses`). Existing files are not generated again."""
     stage = context.spec
     assert isinstance(stage, WinRate)
     folder = context.work / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     models = stage.contestants
-    files = [[folder / f"{place}-{part.first + part.start}.jsonl" for place in range(len(models))] for part in parts]
-    units: list[dict[str, Any]] = []
+    files = [
+        [folder / f"{model_index}-{batch.first + batch.start}.jsonl" for model_index in range(len(models))]
+        for batch in batches
+    ]
+    tasks: list[dict[str, Any]] = []
     done = 0
-    for place, model in enumerate(models):
+    for model_index, model in enumerate(models):
         source = json.dumps(source_of(model, artifacts, context.folder))
-        for part, made in zip(parts, files, strict=True):
-            if made[place].exists():
-                done += part.rows
+        for batch, batch_files in zip(batches, files, strict=True):
+            if batch_files[model_index].exists():
+                done += batch.rows
                 continue
-            at = {"shard": str(part.shard), "first": part.first, "start": part.start}
-            units.append({"source": source, **at, "file": str(made[place])})
-    total = len(models) * sum(part.rows for part in parts)
+            tasks.append(
+                {
+                    "source": source,
+                    "shard": str(batch.shard),
+                    "first": batch.first,
+                    "start": batch.start,
+                    "file": str(batch_files[model_index]),
+                }
+            )
+    total = len(models) * sum(batch.rows for batch in batches)
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="answers", detail="starting actors")
-    results = map_tasks(GenerationActor, arguments, units, context.compute, context.in_process) if units else iter(())
+    results = map_tasks(GenerationActor, arguments, tasks, context.compute, context.in_process) if tasks else iter(())
     for result in results:
         done += int(result["read"])
         context.emit("progress", done=done, total=total, unit="answers")
@@ -101,7 +113,7 @@ def generate_responses(
 
 
 class GenerationActor:
-    """Answers parts of shards with one model after another, and rates what it answered."""
+    """Generates responses to batches with one model at a time, and scores them with the judge."""
 
     def __init__(self, judge: str, seed: int, sampling: Sampling, encoding: Encoding, compute: Compute) -> None:
         """judge: a RewardOrigin as JSON."""
@@ -115,61 +127,73 @@ class GenerationActor:
         self._loaded: tuple[str, Any, Any, list[int]] = ("", None, None, [])
 
     def _load(self, source: str) -> tuple[Any, Any, list[int]]:
-        """Engine, tokenizer and end tokens of a model."""
+        """Return the engine, tokenizer and EOS token ids of a model."""
         from tunery.models.generate import TransformersEngine, eos_token_ids
         from tunery.models.load import load_model, load_tokenizer
 
         if self._loaded[0] != source:
-            self._loaded = ("", None, None, [])  # let go of the last one before the next takes memory
-            where: Source = json.loads(source)
-            model, tokenizer = load_model(where, self._dtype).to(self._device).eval(), load_tokenizer(where)
-            end = eos_token_ids(model, tokenizer)
-            self._loaded = (source, TransformersEngine(model, end), tokenizer, end)
+            self._loaded = ("", None, None, [])  # free the previous model before the next one is loaded
+            model_source: Source = json.loads(source)
+            model, tokenizer = load_model(model_source, self._dtype), load_tokenizer(model_source)
+            model = model.to(self._device).eval()
+            eos_ids = eos_token_ids(model, tokenizer)
+            self._loaded = (source, TransformersEngine(model, eos_ids), tokenizer, eos_ids)
         return self._loaded[1:]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         columns = (batch["source"], batch["shard"], batch["first"], batch["start"], batch["file"])
         read = [
-            self._answer(str(source), str(shard), int(first), int(start), Path(str(file)))
+            self._generate(str(source), str(shard), int(first), int(start), Path(str(file)))
             for source, shard, first, start, file in zip(*columns, strict=True)
         ]
         return {"read": read}
 
-    def _answer(self, source: str, shard: str, first: int, start: int, file: Path) -> int:
-        """Writes the answers to a part; returns how many rows it read."""
+    def _generate(self, source: str, shard: str, first: int, start: int, file: Path) -> int:
+        """Write the responses to a batch; return the number of rows read."""
         from tunery.models.generate import decode_response
         from tunery.models.reward_functions import load_reward
         from tunery.models.sampling import uniform_numbers
 
         if self._judge is None:
-            # Not in __init__: of an error there Ray tells the text, not the exception with its cause and remedy.
+            # Not in __init__: Ray reports only the text of an error there, without its cause and remedy.
             self._judge = load_reward(json.loads(self._origin), self._dtype, self._device, NO_LIMIT)
-        engine, tokenizer, end = self._load(source)
-        table = pq.read_table(shard, columns=list(COLUMNS)).slice(start, PART).to_pylist()
-        numbered = [{**row, "row": first + start + place} for place, row in enumerate(table)]
+        engine, tokenizer, eos_ids = self._load(source)
+        table = pq.read_table(shard, columns=list(COLUMNS)).slice(start, BATCH_ROWS).to_pylist()
+        numbered = [{**row, "row": first + start + index} for index, row in enumerate(table)]
         encoded = list(encode_prompt_rows(numbered, tokenizer, self._encoding))
         usable = [(as_prompt(row), item) for row, item in zip(numbered, encoded, strict=True) if not item.unusable]
         prompts = [row for row, _ in usable]
         keys = [(int(row["id"], 16),) for row in prompts]
         uniform_bt = uniform_numbers(self._seed, "win_rate", keys, self._sampling.max_new_tokens)
-        drawn = engine([item.sequences[0].ids for _, item in usable], uniform_bt, self._sampling)
-        texts = [decode_response(answer.tokens, end, tokenizer) for answer in drawn]
+        generated = engine([item.sequences[0].ids for _, item in usable], uniform_bt, self._sampling)
+        texts = [decode_response(response.tokens, eos_ids, tokenizer) for response in generated]
         rewards = self._judge(prompts, texts) if texts else []
         too_long = sum(item.unusable == TOO_LONG for item in encoded)
         unusable = len(encoded) - len(usable) - too_long
-        lines: list[Line] = [{"read": len(encoded), "too_long": too_long, "unusable": unusable}]
-        for row, answer, text, reward in zip(prompts, drawn, texts, rewards, strict=True):
-            turns = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
-            told = {"answer": text, "reward": reward, "tokens": len(answer.tokens), "ended": answer.ended}
-            lines.append({"row": row["row"], "id": row["id"], "prompt": turns, **told})
-        aside = file.with_suffix(".part")  # whole or not at all: what is there is not made again
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        aside.replace(file)
+        lines: list[dict[str, Any]] = [{"read": len(encoded), "too_long": too_long, "unusable": unusable}]
+        for row, response, text, reward in zip(prompts, generated, texts, rewards, strict=True):
+            messages = [
+                {key: value for key, value in message.items() if value is not None} for message in row["messages"]
+            ]
+            lines.append(
+                {
+                    "row": row["row"],
+                    "id": row["id"],
+                    "prompt": messages,
+                    "answer": text,
+                    "reward": reward,
+                    "tokens": len(response.tokens),
+                    "ended": response.ended,
+                }
+            )
+        temporary = file.with_suffix(".part")  # renamed when complete, because existing files are not generated again
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(file)
         return len(encoded)
 
 
 def read_responses(file: Path) -> BatchResponses:
     with file.open(encoding="utf-8") as stream:
-        lines: Iterator[Line] = map(json.loads, stream)
+        lines: Iterator[Response] = map(json.loads, stream)
         counts = next(lines)
-        return BatchResponses(**counts, lines=list(lines))
+        return BatchResponses(**counts, responses=list(lines))

@@ -1,7 +1,7 @@
-"""The `evaluate` stage: loss and perplexity of each model on each set, on Ray Data.
+"""The `evaluate` stage: loss and perplexity of each model on each set, on Ray actors.
 
-One pipeline for all models: the units of work are (model, shard of a set), models one after another, and an actor
-holds one model at a time; so actors start, and load torch, once.
+All models share one pool of actors, so actors start and import torch once. A task is a (model, shard of a set); tasks
+are ordered by model, and an actor holds one model at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunery.store.rows import CONTENT, count_rows, shards
 
 
 class EvaluationActor:
-    """Sums the negative log-likelihood of shards under one model after another."""
+    """Sums the negative log-likelihood of shards, with one model at a time."""
 
     def __init__(self, max_length: int, compute: Compute) -> None:
         import torch
@@ -40,10 +40,10 @@ class EvaluationActor:
         from tunery.models.nll import Likelihood
 
         if self._loaded[0] != source:
-            self._loaded = ("", None, None)  # let go of the last one before the next takes memory
-            where: Source = json.loads(source)
-            model = load_model(where, self._dtype).to(self._device).eval()
-            tokenizer = load_tokenizer(where)
+            self._loaded = ("", None, None)  # free the previous model before the next one is loaded
+            model_source: Source = json.loads(source)
+            model = load_model(model_source, self._dtype).to(self._device).eval()
+            tokenizer = load_tokenizer(model_source)
             self._loaded = (source, Likelihood(model, tokenizer.pad_token_id), tokenizer)
         return self._loaded[1], self._loaded[2]
 
@@ -72,12 +72,15 @@ class EvaluationActor:
 
 
 def run_evaluate(context: StageContext) -> StageResult:
-    """Facts: results, a row per model and set: loss (nats per token), perplexity, tokens, rows, and how many of
-    them are unusable (no response, or refused by the chat template); where there is a baseline, forgetting."""
+    """Write results.json.
+
+    Facts: results, one entry per model and set: loss (nats per token), perplexity, tokens, rows, the number of unusable
+    rows (no response, or rejected by the chat template) and, with a baseline, forgetting.
+    """
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Evaluate)
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
-    units = [
+    unnumbered_tasks = [
         {
             "model": model_name(model),
             "set": name,
@@ -88,42 +91,49 @@ def run_evaluate(context: StageContext) -> StageResult:
         for name, stage_name in stage.data.items()
         for shard in shards(paths[stage_name])
     ]
-    numbered: list[dict[str, Any]] = [{"index": index, **unit} for index, unit in enumerate(units)]
+    tasks: list[dict[str, Any]] = [{"index": index, **task} for index, task in enumerate(unnumbered_tasks)]
     expected = {name: count_rows(paths[stage_name]) for name, stage_name in stage.data.items()}
     total = len(stage.models) * sum(expected.values())
     started = time.time()
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
     done: list[dict[str, Any]] = []
-    for row in map_tasks(EvaluationActor, (stage.max_length, compute), numbered, compute, context.in_process):
+    for row in map_tasks(EvaluationActor, (stage.max_length, compute), tasks, compute, context.in_process):
         done.append(row)
         context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
-    done.sort(key=lambda row: int(row["index"]))  # sums in one order, whichever actor was first
-    table = [_total(done, model_name(model), name) for model in stage.models for name in stage.data]
-    for result in table:
+    done.sort(key=lambda row: int(row["index"]))  # so that sums don't depend on the order in which actors finish
+    results = [_aggregate(done, model_name(model), name) for model in stage.models for name in stage.data]
+    for result in results:
         if result["rows"] != expected[result["set"]]:
             raise RowsLost(
                 context.name, f"{expected[result['set']]} rows of `{result['set']}` went in, {result['rows']} came out"
             )
     if stage.baseline is not None:
-        table = with_forgetting(table, model_name(stage.baseline))
-    (context.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
-    return StageResult({"results": table}, {"seconds": time.time() - started})
+        results = with_forgetting(results, model_name(stage.baseline))
+    (context.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return StageResult({"results": results}, {"seconds": time.time() - started})
 
 
-def with_forgetting(table: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Each result, and by what share its loss is above that of the model `baseline` on the same set: 0.1 is a tenth
-    more, below 0 it is better than before. NaN where the baseline has no loss."""
-    before = {result["set"]: result["loss"] for result in table if result["model"] == baseline}
+def with_forgetting(results: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Add "forgetting" to each result: the relative increase of its loss over that of `baseline` on the same set.
+
+    0.1 is 10% more loss, negative values are an improvement; NaN if the loss of the baseline is 0 or NaN.
+    """
+    baseline_loss = {result["set"]: result["loss"] for result in results if result["model"] == baseline}
     return [
-        {**result, "forgetting": result["loss"] / before[result["set"]] - 1 if before[result["set"]] else math.nan}
-        for result in table
+        {
+            **result,
+            "forgetting": result["loss"] / baseline_loss[result["set"]] - 1
+            if baseline_loss[result["set"]]
+            else math.nan,
+        }
+        for result in results
     ]
 
 
-def _total(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
-    mine = [row for row in done if row["model"] == model and row["set"] == name]
-    nll = math.fsum(float(row["nll"]) for row in mine)
-    tokens = sum(int(row["tokens"]) for row in mine)
+def _aggregate(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
+    shard_results = [row for row in done if row["model"] == model and row["set"] == name]
+    nll = math.fsum(float(row["nll"]) for row in shard_results)
+    tokens = sum(int(row["tokens"]) for row in shard_results)
     loss = nll / tokens if tokens else math.nan
     return {
         "model": model,
@@ -131,6 +141,6 @@ def _total(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
         "tokens": tokens,
-        "rows": sum(int(row["rows"]) for row in mine),
-        "unusable": sum(int(row["unusable"]) for row in mine),
+        "rows": sum(int(row["rows"]) for row in shard_results),
+        "unusable": sum(int(row["unusable"]) for row in shard_results),
     }

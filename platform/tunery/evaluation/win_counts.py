@@ -1,4 +1,4 @@
-"""How often the answers of one model beat those of another, and how sure that is. Pure."""
+"""Win rate of one model against another, with a confidence interval. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Z = 1.96
-"""Of a normal distribution, 95% lies within so many standard deviations."""
+"""95% of a normal distribution is within this many standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -18,40 +18,44 @@ class WinCounts:
 
     @property
     def rate(self) -> float:
-        """A tie counts half. NaN where nothing was compared."""
+        """Win rate, with ties counted half; NaN if nothing was compared."""
         rows = self.wins + self.ties + self.losses
         return (self.wins + self.ties / 2) / rows if rows else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.rate, self.wins + self.ties + self.losses)
+        return wilson_interval(self.rate, self.wins + self.ties + self.losses)
 
 
 def compare(pairs: Iterable[tuple[float, float, bool]]) -> WinCounts:
-    """`pairs`: reward of the model's answer, of the baseline's, and whether both answers are the same text. That is a
-    tie whatever the rewards: a judge gives the same text other numbers in another batch, by rounding."""
+    """Count wins of the model. `pairs`: (reward of the model's response, reward of the baseline's response, whether
+    both responses are equal).
+
+    Equal responses are a tie whatever their rewards, because a judge scores the same text differently in another batch,
+    by rounding.
+    """
     wins = ties = losses = 0
-    for mine, theirs, same in pairs:
-        if same or mine == theirs:
+    for reward, baseline_reward, is_equal in pairs:
+        if is_equal or reward == baseline_reward:
             ties += 1
-        elif mine > theirs:
+        elif reward > baseline_reward:
             wins += 1
         else:
             losses += 1
     return WinCounts(wins, ties, losses)
 
 
-def wilson(share: float, rows: int) -> tuple[float, float]:
-    """95% interval of a share of independent rows, by a normal approximation that also holds near 0 and 1, where the
-    usual one has no width (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
+    """Return the 95% Wilson score interval of a rate over independent rows; (0, 1) without rows.
 
-    It takes the variance of a row to be p(1 - p). Ties that count half have less, so with ties it is too wide rather
-    than too narrow. It knows of the prompts that were drawn, not of another judge or of another training. The whole
-    range where there are no rows.
+    Unlike the normal (Wald) interval, it has a width near rates of 0 and 1 (Wilson 1927,
+    https://doi.org/10.1080/01621459.1927.10502953). It assumes a variance of p(1 - p) per row. Ties counted half have
+    less variance, so with ties the interval is conservative. It covers the sampling of prompts, not the choice of judge
+    or the variance between training runs.
     """
     if not rows:
         return 0.0, 1.0
-    square = Z * Z / rows
-    middle = (share + square / 2) / (1 + square)
-    half = Z / (1 + square) * math.sqrt(share * (1 - share) / rows + square / (4 * rows))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    z2_over_n = Z * Z / rows
+    center = (rate + z2_over_n / 2) / (1 + z2_over_n)
+    half_width = Z / (1 + z2_over_n) * math.sqrt(rate * (1 - rate) / rows + z2_over_n / (4 * rows))
+    return max(0.0, center - half_width), min(1.0, center + half_width)

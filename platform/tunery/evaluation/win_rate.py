@@ -1,7 +1,7 @@
-"""The `win_rate` stage: how often the answers of each model beat a baseline's, by what a judge makes of them.
+"""The `win_rate` stage: win rate of each model against a baseline, as scored by a judge.
 
-A model is compared with the baseline on the prompts that both have room for, whatever other models there are: their
-tokenizers differ, and so does what is too long.
+Each model is compared with the baseline on the prompts that fit both of them, independent of the other models, because
+the length of a prompt depends on the tokenizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from tunery.errors import RowsLost, StageError
 from tunery.evaluation.generate_responses import (
     BatchResponses,
-    Line,
+    Response,
     generate_responses,
     prompt_batches,
     read_responses,
@@ -28,34 +28,35 @@ from tunery.spec.references import model_name
 from tunery.store import StageContext, StageResult
 from tunery.store.rows import count_rows
 
-SHOWN = 8
-"""Prompts whose answers are facts."""
-CHARACTERS = 600
-"""Of a prompt or an answer there."""
+NUM_SAMPLES = 8
+"""Number of prompts whose responses are in the facts."""
+MAX_SAMPLE_CHARS = 600
+"""Maximum number of characters of a prompt or response in the facts."""
 
-Answers = dict[int, Line]
-"""To one prompt, by the place of who gave it: 0 is the baseline. Who had no room for the prompt is not there."""
+PromptResponses = dict[int, Response]
+"""The responses to one prompt, by model index; 0 is the baseline. Models for which the prompt is too long are
+missing."""
 
 
 @dataclass
 class ResponsePairs:
-    """The answers of one model beside the baseline's, to the prompts that both had room for."""
+    """The responses of one model and of the baseline to the prompts that fit both."""
 
     rewards: list[tuple[float, float, bool]] = field(default_factory=list)
-    """The model's, the baseline's, and whether they said the same."""
+    """Reward of the model, reward of the baseline, and whether the responses are equal."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
-    """The model's, and the baseline's."""
+    """Total of the model, total of the baseline."""
     ended: list[int] = field(default_factory=lambda: [0, 0])
 
-    def add(self, mine: Line, theirs: Line) -> None:
-        self.rewards.append((mine["reward"], theirs["reward"], mine["answer"] == theirs["answer"]))
-        for side, line in enumerate((mine, theirs)):
-            self.tokens[side] += line["tokens"]
-            self.ended[side] += line["ended"]
+    def add(self, response: Response, baseline: Response) -> None:
+        self.rewards.append((response["reward"], baseline["reward"], response["answer"] == baseline["answer"]))
+        for side, one in enumerate((response, baseline)):
+            self.tokens[side] += one["tokens"]
+            self.ended[side] += one["ended"]
 
     def means(self, side: int) -> dict[str, float]:
-        """reward; response_length: tokens, with the one that ends an answer; eos_rate: share of the answers that ended
-        by themselves."""
+        """Return the means of the model (side 0) or the baseline (side 1): reward, response_length (tokens, including
+        EOS) and eos_rate (fraction of responses that ended with EOS)."""
         rows = len(self.rewards)
         return {
             "reward": math.fsum(pair[side] for pair in self.rewards) / rows,
@@ -64,111 +65,120 @@ class ResponsePairs:
         }
 
 
-def by_prompt(part: Sequence[BatchResponses]) -> list[Answers]:
-    """What all contestants said to each prompt, in the order of the rows."""
-    found: dict[int, Answers] = {}
-    for place, answered in enumerate(part):
-        for line in answered.lines:
-            found.setdefault(line["row"], {})[place] = line
-    return [found[row] for row in sorted(found)]
+def by_prompt(batch: Sequence[BatchResponses]) -> list[PromptResponses]:
+    """Group the responses of all models to a batch by prompt, in row order."""
+    by_row: dict[int, PromptResponses] = {}
+    for model_index, model_responses in enumerate(batch):
+        for response in model_responses.responses:
+            by_row.setdefault(response["row"], {})[model_index] = response
+    return [by_row[row] for row in sorted(by_row)]
 
 
-class Gathered:
-    """What is kept of all answers, which go by a part at a time."""
+class ResponseStats:
+    """Accumulates the statistics of all responses, batch by batch."""
 
-    def __init__(self, contestants: int) -> None:
-        self.pairs = [ResponsePairs() for _ in range(1, contestants)]
-        """Of each but the baseline."""
+    def __init__(self, num_models: int) -> None:
+        self.pairs = [ResponsePairs() for _ in range(1, num_models)]
+        """One entry per model except the baseline."""
         self.read, self.unusable, self.lost = 0, 0, 0
-        self._contestants = contestants
-        self._shown: dict[str, Answers] = {}
+        self._num_models = num_models
+        self._samples: dict[str, PromptResponses] = {}
 
-    def add(self, part: Sequence[BatchResponses], prompts: Sequence[Answers]) -> None:
-        """`part`: of every contestant; `prompts`: the same by prompt."""
-        read = part[0].read
+    def add(self, batch: Sequence[BatchResponses], prompts: Sequence[PromptResponses]) -> None:
+        """`batch`: the responses of each model; `prompts`: the same responses grouped by prompt."""
+        read = batch[0].read
         self.read += read
-        self.unusable += part[0].unusable
-        self.lost += sum(abs(read - one.too_long - one.unusable - len(one.lines)) for one in part)
-        for answers in prompts:
-            for place, pairs in enumerate(self.pairs, start=1):
-                if answers.keys() >= {0, place}:
-                    pairs.add(answers[place], answers[0])
-        self._shown |= {answers[0]["id"]: answers for answers in prompts if len(answers) == self._contestants}
-        self._shown = {identifier: self._shown[identifier] for identifier in heapq.nsmallest(SHOWN, self._shown)}
+        self.unusable += batch[0].unusable
+        self.lost += sum(abs(read - one.too_long - one.unusable - len(one.responses)) for one in batch)
+        for responses in prompts:
+            for model_index, pairs in enumerate(self.pairs, start=1):
+                if responses.keys() >= {0, model_index}:
+                    pairs.add(responses[model_index], responses[0])
+        self._samples |= {responses[0]["id"]: responses for responses in prompts if len(responses) == self._num_models}
+        self._samples = {id: self._samples[id] for id in heapq.nsmallest(NUM_SAMPLES, self._samples)}
 
-    def responses(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The prompts of the smallest ids that everyone answered: a sample that has nothing to do with the order of the
-        rows, nor with how answers turned out."""
+    def samples(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the prompts with the smallest ids that all models responded to. The sample is independent of the row
+        order and of the responses."""
         return [
             {
-                "prompt": answers[0]["prompt"][-1]["content"][:CHARACTERS],
+                "prompt": responses[0]["prompt"][-1]["content"][:MAX_SAMPLE_CHARS],
                 "answers": {
-                    name: {"answer": answers[place]["answer"][:CHARACTERS], "reward": answers[place]["reward"]}
-                    for place, name in enumerate(names)
+                    name: {
+                        "answer": responses[model_index]["answer"][:MAX_SAMPLE_CHARS],
+                        "reward": responses[model_index]["reward"],
+                    }
+                    for model_index, name in enumerate(names)
                 },
             }
-            for answers in self._shown.values()
+            for responses in self._samples.values()
         ]
 
 
 def run_win_rate(context: StageContext) -> StageResult:
-    """Facts: results, a row per model (see `_result`); responses, some prompts with the answers of all.
+    """Write results.json, and answers.jsonl with the responses and rewards of all models to every prompt.
 
-    Writes results.json, and answers.jsonl: every prompt that was answered, with answers and rewards by model.
+    Facts: results, one entry per model (see `_result`); responses, a sample of prompts with all responses.
     """
     stage, started = context.spec, time.time()
     assert isinstance(stage, WinRate)
     artifacts = {name: artifact.path for name, artifact in context.inputs.items()}
     names = [model_name(model) for model in stage.contestants]
-    gathered = Gathered(len(names))
+    stats = ResponseStats(len(names))
     with (context.out / "answers.jsonl").open("w", encoding="utf-8") as target:
         for files in generate_responses(context, artifacts, prompt_batches(artifacts[stage.data])):
-            part = [read_responses(file) for file in files]
-            prompts = by_prompt(part)
-            gathered.add(part, prompts)
-            target.writelines(json.dumps(_line(answers, names), ensure_ascii=False) + "\n" for answers in prompts)
+            batch = [read_responses(file) for file in files]
+            prompts = by_prompt(batch)
+            stats.add(batch, prompts)
+            target.writelines(
+                json.dumps(_output_entry(responses, names), ensure_ascii=False) + "\n" for responses in prompts
+            )
     expected = count_rows(artifacts[stage.data])
-    if gathered.read != expected or gathered.lost:
+    if stats.read != expected or stats.lost:
         raise RowsLost(
             context.name,
-            f"{expected} rows of `data` went in, {gathered.read} were read; {gathered.lost} of these were neither "
+            f"{expected} rows of `data` went in, {stats.read} were read; {stats.lost} of these were neither "
             "answered nor left out",
         )
     results = []
-    for name, pairs in zip(names[1:], gathered.pairs, strict=True):
-        too_long = expected - gathered.unusable - len(pairs.rewards)
+    for name, pairs in zip(names[1:], stats.pairs, strict=True):
+        too_long = expected - stats.unusable - len(pairs.rewards)
         if not pairs.rewards:
-            room = stage.max_length - stage.sampling.max_new_tokens
+            max_prompt_tokens = stage.max_length - stage.sampling.max_new_tokens
             raise StageError(
                 context.name,
                 f"none of the {expected:,} rows of `{stage.data}` (data) can be answered",
-                cause=f"{too_long:,} prompts are longer than {room:,} tokens, {gathered.unusable:,} rows ask nothing "
-                "or can't be rendered by a chat template",
+                cause=f"{too_long:,} prompts are longer than {max_prompt_tokens:,} tokens, {stats.unusable:,} rows ask "
+                "nothing or can't be rendered by a chat template",
                 remedy=f"raise max_length (now {stage.max_length}), lower sampling.max_new_tokens (now "
                 f"{stage.sampling.max_new_tokens}), or give other rows",
             )
-        left_out = {"too_long": too_long, "unusable": gathered.unusable}
+        left_out = {"too_long": too_long, "unusable": stats.unusable}
         results.append({"model": name, "set": stage.data, **_result(pairs, names[0]), "left_out": left_out})
     (context.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return StageResult({"results": results, "responses": gathered.responses(names)}, {"seconds": time.time() - started})
+    return StageResult({"results": results, "responses": stats.samples(names)}, {"seconds": time.time() - started})
 
 
 def _result(pairs: ResponsePairs, baseline: str) -> dict[str, Any]:
-    """win_rate: share of the prompts on which the model got the higher reward, ties half; interval: where it lies with
-    95% certainty (wins.py); the means of the model, and under `baseline` those of the baseline on the same prompts."""
-    found = compare(pairs.rewards)
+    """Return the entry of one model in the results.
+
+    win_rate: fraction of the prompts on which the model got the higher reward, ties counted half; interval: its 95%
+    confidence interval (win_counts.py); the means of the model, and under `baseline` those of the baseline on the same
+    prompts.
+    """
+    counts = compare(pairs.rewards)
     return {
-        "win_rate": found.rate,
-        "interval": list(found.interval),
-        "outcomes": {"wins": found.wins, "ties": found.ties, "losses": found.losses},
+        "win_rate": counts.rate,
+        "interval": list(counts.interval),
+        "outcomes": {"wins": counts.wins, "ties": counts.ties, "losses": counts.losses},
         **pairs.means(0),
         "baseline": {"model": baseline, **pairs.means(1)},
         "rows": len(pairs.rewards),
     }
 
 
-def _line(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
-    first = next(iter(answers.values()))
+def _output_entry(responses: PromptResponses, names: Sequence[str]) -> dict[str, Any]:
+    first = next(iter(responses.values()))
     keys = ("answer", "reward", "tokens", "ended")
-    given = {names[place]: {key: answers[place][key] for key in keys} for place in sorted(answers)}
-    return {"id": first["id"], "prompt": first["prompt"], "answers": given}
+    by_model = {names[index]: {key: responses[index][key] for key in keys} for index in sorted(responses)}
+    return {"id": first["id"], "prompt": first["prompt"], "answers": by_model}

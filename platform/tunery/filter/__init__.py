@@ -1,1 +1,1 @@
-"""`tunery filter`: files in, good rows out."""
+"""`tunery filter`: filters the rows of files without an experiment file."""

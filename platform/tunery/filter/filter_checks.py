@@ -1,4 +1,5 @@
-"""What is wrong with a filter's command line, in its own words: the option and the value, not the experiment's text."""
+"""Validation of the `tunery filter` command line; errors name the option and its value instead of the generated
+experiment."""
 
 from __future__ import annotations
 
@@ -36,12 +37,12 @@ _PHRASES = (
     ("`columns` names", "`--column` names"),
     ("name the `columns` to read", "name the columns with `--column` to read"),
 )
-"""Of messages about an experiment."""
+"""Phrases of messages about an experiment, and their replacements in messages about the command line."""
 
 
-def check_sources(asked: FilterRequest) -> None:
-    """Raises RequestError where a source can't be found or read, or its columns have no known meaning."""
-    for source in asked.sources:
+def check_sources(request: FilterRequest) -> None:
+    """Raises RequestError if a source can't be found or read, or its columns are unknown."""
+    for source in request.sources:
         if source.startswith("builtin:"):
             raise RequestError(
                 f"`{source}` is no source of a filter",
@@ -49,39 +50,42 @@ def check_sources(asked: FilterRequest) -> None:
                 remedy="write an experiment with a dataset, a score and a select stage: `tunery run FILE`",
             )
         try:
-            find_parts(_stage(asked, source), Path.cwd())
+            find_parts(_dataset_stage(request, source), Path.cwd())
         except BadSource as error:
-            raise _in_words(error) from error
+            raise _to_request_error(error) from error
     try:
-        check_source(_stage(asked, *asked.sources), Path.cwd())
+        check_source(_dataset_stage(request, *request.sources), Path.cwd())
     except BadSource as error:
-        raise _in_words(error) from error
+        raise _to_request_error(error) from error
 
 
-def _stage(asked: FilterRequest, *sources: str) -> Dataset:
+def _dataset_stage(request: FilterRequest, *sources: str) -> Dataset:
     try:
-        return dataset_here(asked, sources)
+        return dataset_here(request, sources)
     except ValidationError as error:
         detail = error.errors()[0]
         field = str(detail["loc"][0]) if detail["loc"] else "source"
-        options = {"limit": f"--limit {asked.limit}", "columns": " ".join(f"--column {text}" for text in asked.columns)}
-        option = options.get(field, " ".join(asked.sources))
+        options = {
+            "limit": f"--limit {request.limit}",
+            "columns": " ".join(f"--column {text}" for text in request.columns),
+        }
+        option = options.get(field, " ".join(request.sources))
         cause = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-        raise RequestError(f"`{option}` can't be used", cause=_phrased(cause)) from None
+        raise RequestError(f"`{option}` can't be used", cause=_rephrase(cause)) from None
 
 
-def _in_words(error: BadSource, option: str = "") -> RequestError:
-    remedy = _phrased(error.remedy)
+def _to_request_error(error: BadSource, option: str = "") -> RequestError:
+    remedy = _rephrase(error.remedy)
     if "don't fit" in error.message:
         remedy = _NAME_COLUMNS
     elif error.field not in ("source", "columns"):
         remedy = f"`tunery filter` has no option for it: write an experiment, whose dataset has `{error.field}:`"
     message = f"`{option}`: {error.message}" if option else error.message
-    return RequestError(_phrased(message), cause=_phrased(error.cause), remedy=remedy)
+    return RequestError(_rephrase(message), cause=_rephrase(error.cause), remedy=remedy)
 
 
 def check_models(built: Built) -> None:
-    """Raises RequestError where model folders are missing or incomplete, or rows that scorers compare with are."""
+    """Raises RequestError if a model folder or the reference rows of a scorer are missing or invalid."""
     errors: list[RequestError] = []
     for scorer, option in built.by_options:
         folder = model_folder(scorer)
@@ -89,56 +93,58 @@ def check_models(built: Built) -> None:
             try:
                 check_model_folder(folder)
             except BadModel as error:
-                message, cause = f"`{option}`: {error.message}", _phrased(error.cause)
+                message, cause = f"`{option}`: {error.message}", _rephrase(error.cause)
                 errors.append(RequestError(message, cause=cause, remedy=error.remedy))
         for source in other_rows(scorer):
             try:
                 check_source(dataset_here(FilterRequest((), Path()), [source]), Path.cwd())
             except BadSource as error:
-                errors.append(_in_words(error, option))
+                errors.append(_to_request_error(error, option))
     if errors:
         raise RequestError("\n".join(map(str, errors)))
 
 
 @contextmanager
-def command_line_errors(asked: FilterRequest, built: Built) -> Iterator[None]:
-    """Errors about the experiment, and about its stages while they run, in the words of the command line."""
+def command_line_errors(request: FilterRequest, built: Built) -> Iterator[None]:
+    """Convert errors of the generated experiment and its stages to errors about the command line."""
     try:
         yield
     except SpecErrors as error:
-        told = [_of_option(item, asked, built) for item in error.errors]
-        raise RequestError("\n".join(map(str, told))) from error
+        errors = [_to_option_error(item, request, built) for item in error.errors]
+        raise RequestError("\n".join(map(str, errors))) from error
     except SpecError as error:
-        raise _of_option(error, asked, built) from error
+        raise _to_option_error(error, request, built) from error
     except StageError as error:
         remedy = error.remedy + (f"\nlog: {error.log}" if error.log else "")
         raise TuneryError(
-            _unstaged(error.message, asked, built), cause=_unstaged(error.cause, asked, built), remedy=remedy
+            _to_command_line(error.message, request, built),
+            cause=_to_command_line(error.cause, request, built),
+            remedy=remedy,
         ) from error
 
 
-def _of_option(error: SpecError, asked: FilterRequest, built: Built) -> RequestError:
+def _to_option_error(error: SpecError, request: FilterRequest, built: Built) -> RequestError:
     option = built.options.get(error.line, "")
     message = _STAGE.sub("", error.message)
-    message = _PATH.sub(lambda found: f"`{found[1]}`" if found[1] else "it", message)
+    message = _PATH.sub(lambda match: f"`{match[1]}`" if match[1] else "it", message)
     message = f"`{option}`: {message}" if option else message
     return RequestError(
-        _unstaged(message, asked, built),
-        cause=_unstaged(error.cause, asked, built),
-        remedy=_unstaged(error.remedy, asked, built),
+        _to_command_line(message, request, built),
+        cause=_to_command_line(error.cause, request, built),
+        remedy=_to_command_line(error.remedy, request, built),
     )
 
 
-def _unstaged(text: str, asked: FilterRequest, built: Built) -> str:
-    """With paths and rules as they were given."""
-    for written, given in paths_in_experiment(asked, built).items():
-        text = text.replace(f"`{written}", f"`{given}")
-    for rule, said in built.described.items():
-        text = text.replace(f"`{rule}`", f"`{said}`")
-    return _phrased(text)
+def _to_command_line(text: str, request: FilterRequest, built: Built) -> str:
+    """Replace paths and rules of the experiment by those of the command line."""
+    for experiment_path, given_path in paths_in_experiment(request, built).items():
+        text = text.replace(f"`{experiment_path}", f"`{given_path}")
+    for rule, given_rule in built.described.items():
+        text = text.replace(f"`{rule}`", f"`{given_rule}`")
+    return _rephrase(text)
 
 
-def _phrased(text: str) -> str:
-    for phrase, words in _PHRASES:
-        text = text.replace(phrase, words)
+def _rephrase(text: str) -> str:
+    for phrase, replacement in _PHRASES:
+        text = text.replace(phrase, replacement)
     return text

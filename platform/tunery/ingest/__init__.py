@@ -1,1 +1,1 @@
-"""Files, hub datasets and the builtin corpus to rows: the `dataset` stage."""
+"""The `dataset` stage: reads rows from files, hub datasets and the builtin corpus."""

@@ -1,8 +1,8 @@
-"""From a file's own columns to the row schema: shapes recognised by their column names, or named by the user.
+"""Conversion of records to the row schema. Row formats are recognized by column names, or set by the user.
 
-Which columns make which shape stands in COLUMN_PATTERNS, what a shape needs in ROW_BUILDERS; a row's shape is found by
-its own columns, so one file may hold several. Names are compared without regard to case and surrounding white space.
-What no shape reads is noted, so that the dataset can count it.
+COLUMN_PATTERNS lists the known sets of columns, ROW_BUILDERS the columns each row format requires. The format is
+detected for each record, so one file may contain several. Names are compared ignoring case and surrounding white space.
+Columns that are not read are recorded, so that the dataset stage can count them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tunery.store.rows import Row, Turn
 
 Columns = Mapping[Any, str]
 Fields = Mapping[str, Any]
-"""Values of a row by role."""
+"""Values of a record by column role."""
 NAMELESS = "(a column without a name)"
 
 COLUMN_PATTERNS = (
@@ -56,46 +56,46 @@ COLUMN_PATTERNS = (
     "text",
     "prompt",
 )
-"""`role=column`, or one word where both have one name; `?` may be absent. The first layout that fits is taken. All but
-`text` may have `system` and `tools` too (or `functions`, as OpenAI's older form calls them), those of a `prompt` or
-`instruction` a `history`, those with an answer its `reasoning_content`."""
+"""`role=column`, or one word if both have the same name; `?` marks an optional column. The first matching pattern is
+used. All patterns except `text` may also have `system` and `tools` (or `functions`, OpenAI's older name), those with a
+`prompt` or `instruction` also `history`, and those with a completion also `reasoning_content`."""
 
 
 class UnknownColumns(ValueError):
-    """No shape fits the columns found; the message lists them."""
+    """The columns match no row format; the message lists them."""
 
 
 @dataclass(frozen=True)
 class Converter:
-    """How rows of certain columns become rows of ours."""
+    """Converts records with a given set of columns to rows."""
 
-    make: Callable[[Fields, MessageReader], Row]
+    build: Callable[[Fields, MessageReader], Row]
     names: Mapping[str, str]
-    """Role: column."""
+    """Column by role."""
     unread: tuple[str, ...]
-    """Columns that no role reads."""
+    """Columns without a role."""
     media: tuple[str, ...]
-    """Those of them that are called like pictures and the like."""
+    """Unread columns with the name of a media type."""
     named: bool
-    """Whether the user named the columns: then others are left out by request, pictures too."""
+    """Whether the user set the columns; other columns, including media, are then ignored on purpose."""
     reader: MessageReader
 
-    def __call__(self, row: Mapping[str, Any]) -> Row:
-        """Raises InvalidRow. `reader.ignored` is what the row holds and the result does not."""
+    def __call__(self, record: Mapping[str, Any]) -> Row:
+        """Convert a record; `reader.ignored` names its values that are not part of the row. Raises InvalidRow."""
         self.reader.ignored.clear()
-        made = self.make({role: row.get(name) for role, name in self.names.items()}, self.reader)
+        row = self.build({role: record.get(name) for role, name in self.names.items()}, self.reader)
         if self.media:
-            self._refuse_media(row, made)
-        self.reader.ignored.update(str(name) or NAMELESS for name in self.unread if not is_empty(row.get(name)))
-        return made
+            self._reject_media(record, row)
+        self.reader.ignored.update(str(name) or NAMELESS for name in self.unread if not is_empty(record.get(name)))
+        return row
 
-    def _refuse_media(self, row: Mapping[str, Any], made: Row) -> None:
-        """A conversation with a picture is about it; a text (its caption) is one without. A string alone (an address)
-        is no picture, unless there is a placeholder in the text."""
+    def _reject_media(self, record: Mapping[str, Any], row: Row) -> None:
+        """Raise MediaRow if the row depends on media: a conversation with media, or a text with a placeholder. A plain
+        text (a caption) and a column that holds only a string (a URL) are accepted."""
         for name in self.media:
-            if made.get("messages") and not self.named and _holds_media(row.get(name)):
+            if row.get("messages") and not self.named and _holds_media(record.get(name)):
                 raise MediaRow(f"the column `{name}` is not empty")
-        texts = [made.get("text") or "", *(turn["content"] for turn in made.get("messages") or ())]
+        texts = [row.get("text") or "", *(message["content"] for message in row.get("messages") or ())]
         for placeholder in PLACEHOLDERS:
             if any(placeholder in text for text in texts):
                 raise MediaRow(f"the text holds {placeholder}, and there is a column `{self.media[0]}`")
@@ -111,52 +111,55 @@ def _holds_media(value: Any) -> bool:
     return isinstance(value, bytes)
 
 
-def converter(found: Mapping[str, Any], columns: Columns | None, reader: MessageReader | None = None) -> Converter:
-    """How a row with the columns of `found`, and values in the same of them, becomes a row of ours. Raises
+def converter(record: Mapping[str, Any], columns: Columns | None, reader: MessageReader | None = None) -> Converter:
+    """Return the converter for records with the columns of `record` and nulls in the same ones. Raises
     UnknownColumns."""
-    names = _named(found, columns) if columns else _recognised(found)
+    names = _user_columns(record, columns) if columns else _recognize_columns(record)
     roles = set(names)
-    for needed, allowed, make in ROW_BUILDERS:
+    for needed, allowed, build in ROW_BUILDERS:
         if set(needed.split()) <= roles <= set(needed.split()) | set(allowed.split()):
-            unread = tuple(name for name in found if name not in names.values())
+            unread = tuple(name for name in record if name not in names.values())
             media = tuple(name for name in unread if str(name).strip().lower() in MEDIA)
-            return Converter(make, names, unread, media, bool(columns), reader or MessageReader())
+            return Converter(build, names, unread, media, bool(columns), reader or MessageReader())
     known = "; ".join(" + ".join(needed.split()) for needed, _, _ in ROW_BUILDERS)
     raise UnknownColumns(f"`columns` names {_list(names)}, but a shape is one of: {known}")
 
 
-def _named(found: Mapping[str, Any], columns: Columns) -> dict[str, str]:
-    if missing := [name for name in columns.values() if name not in found]:
-        raise UnknownColumns(f"there is no column {_list(missing)}; columns found: {_list(found)}")
+def _user_columns(record: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    if missing := [name for name in columns.values() if name not in record]:
+        raise UnknownColumns(f"there is no column {_list(missing)}; columns found: {_list(record)}")
     return dict(columns)
 
 
-def _recognised(found: Mapping[str, Any]) -> dict[str, str]:
-    """The first layout whose columns are there. In a table of several shapes the columns of the others are empty: then
-    the first whose columns are filled, unless an earlier one has them all and more (an answer may be missing, and its
-    question is not a prompt for that)."""
-    own = {str(name).strip().lower(): name for name in found} | {name: name for name in found}
-    if "functions" in own:
-        own.setdefault("tools", own["functions"])
-    fitting: list[tuple[set[str], dict[str, str]]] = []
-    for layout in _LAYOUTS:
-        needed = {name for name, optional in layout.values() if not optional}
-        if needed <= own.keys():
-            fitting.append((needed, {role: own[name] for role, (name, _) in layout.items() if name in own}))
-    if not fitting:
-        raise UnknownColumns(f"no known shape fits; columns found: {_list(found)}")
-    for index, (needed, names) in enumerate(fitting):
-        if all(found[own[name]] is not None for name in needed) and not any(
-            needed < more for more, _ in fitting[:index]
+def _recognize_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns of the first matching pattern, by role.
+
+    In a table with rows of several formats, the columns of other formats are null. The first pattern without null
+    columns is therefore preferred, unless an earlier matching pattern has all of its columns and more: a row without an
+    answer is not a prompt.
+    """
+    by_name = {str(name).strip().lower(): name for name in record} | {name: name for name in record}
+    if "functions" in by_name:
+        by_name.setdefault("tools", by_name["functions"])
+    matches: list[tuple[set[str], dict[str, str]]] = []
+    for pattern in _PATTERNS:
+        needed = {name for name, optional in pattern.values() if not optional}
+        if needed <= by_name.keys():
+            matches.append((needed, {role: by_name[name] for role, (name, _) in pattern.items() if name in by_name}))
+    if not matches:
+        raise UnknownColumns(f"no known shape fits; columns found: {_list(record)}")
+    for index, (needed, names) in enumerate(matches):
+        if all(record[by_name[name]] is not None for name in needed) and not any(
+            needed < more for more, _ in matches[:index]
         ):
             return names
-    return fitting[0][1]
+    return matches[0][1]
 
 
-def _parse_layout(layout: str) -> dict[str, tuple[str, bool]]:
-    """role: (column, may be absent)."""
-    words = layout.split()
-    if layout != "text":
+def _parse_pattern(pattern: str) -> dict[str, tuple[str, bool]]:
+    """Return (column, optional) by role."""
+    words = pattern.split()
+    if pattern != "text":
         words += ["system?", "tools?"]
     if {"prompt", "prompt=instruction"} & set(words):
         words.append("history?")
@@ -169,13 +172,16 @@ def _parse_layout(layout: str) -> dict[str, tuple[str, bool]]:
     return parsed
 
 
-_LAYOUTS = [_parse_layout(layout) for layout in COLUMN_PATTERNS]
+_PATTERNS = [_parse_pattern(pattern) for pattern in COLUMN_PATTERNS]
 
 
 def _list(names: Any) -> str:
-    """A file may have thousands of columns, or whole texts for names where its header is missing."""
-    shown = [f"`{str(name)[:60]}`".encode("utf-8", "backslashreplace").decode() for name in itertools.islice(names, 30)]
-    return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "") or "none"
+    """Format at most 30 names, each truncated: a file may have thousands of columns, or no header and texts as
+    names."""
+    quoted = [
+        f"`{str(name)[:60]}`".encode("utf-8", "backslashreplace").decode() for name in itertools.islice(names, 30)
+    ]
+    return ", ".join(quoted) + (f" and {len(names) - 30} more" if len(names) > 30 else "") or "none"
 
 
 def _text(fields: Fields, reader: MessageReader) -> Row:
@@ -184,7 +190,7 @@ def _text(fields: Fields, reader: MessageReader) -> Row:
 
 
 def _pair(fields: Fields, reader: MessageReader) -> Row:
-    """Prompt and completion are texts, or turns each."""
+    """Build a row from prompt and completion, each a text or messages."""
     *before, answer = _answer(fields["completion"], "answer", reader)
     if not is_empty(reasoning := fields.get("reasoning_content")):
         if answer["role"] != "assistant" or "reasoning_content" in answer:
@@ -202,7 +208,8 @@ def _prompt(fields: Fields, reader: MessageReader) -> Row:
 
 
 def _preference(fields: Fields, reader: MessageReader) -> Row:
-    """Chosen and rejected are answers to prompt or messages, or whole conversations with a common start."""
+    """Build a row from chosen and rejected, which are responses to a prompt, or full conversations with a common
+    start."""
     chosen = _answer(fields.get("chosen", fields.get("completion")), "chosen", reader)
     rejected = _answer(fields["rejected"], "rejected", reader)
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
@@ -225,7 +232,7 @@ def _preference(fields: Fields, reader: MessageReader) -> Row:
 
 
 def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader) -> None:
-    """Whole conversations have their prompt in them; a column that says another one is not read."""
+    """Record prompt columns as ignored if they differ from the prompt within the full conversations."""
     contents = {turn["content"].strip() for turn in start}
     for role in ("prompt", "input", "history"):
         value = fields.get(role)
@@ -234,7 +241,7 @@ def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader
 
 
 def _conversation(fields: Fields, found: list[Turn], reader: MessageReader) -> Row:
-    """With what may stand in columns of its own: the system's turn, the tools, the label."""
+    """Build a row from messages and the columns for the system message, the tools and the label."""
     if not is_empty(system := fields.get("system")):
         if any(item["role"] == "system" and item["content"] != system for item in found):
             reader.ignore("messages[] of the system, beside the column of the system")
@@ -263,7 +270,8 @@ def _prompt_turns(fields: Fields, reader: MessageReader) -> list[Turn]:
 
 
 def _history(value: Any, reader: MessageReader) -> list[Turn]:
-    """Earlier turns: alpaca's list of (question, answer), such turns as messages have, or the JSON text of either."""
+    """Return the earlier messages, from Alpaca's list of (question, answer), a list of messages, or the JSON text of
+    either."""
     if isinstance(value, str) and value.strip():
         value = parsed_json(value, "history")
     if is_empty(value):
@@ -306,4 +314,4 @@ ROW_BUILDERS: tuple[tuple[str, str, Callable[[Fields, MessageReader], Row]], ...
     ("text", "label", _text),
     ("prompt", "input history system tools", _prompt),
 )
-"""What a shape needs, what it may have besides, and how it is made. Roles are those of `columns`."""
+"""(required roles, optional roles, builder) of each row format. Roles are those of `columns`."""

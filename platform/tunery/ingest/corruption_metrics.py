@@ -1,4 +1,4 @@
-"""How well a score or a filter tells planted rows from intact ones. Pure."""
+"""Metrics of how well a score or a filter separates corrupted rows from intact ones. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def auc_by_kind(badness: Floats, planted: Sequence[str]) -> dict[str, float]:
-    """AUC of each kind of damage against the intact rows."""
-    kinds = np.array(planted)
+def auc_by_kind(badness: Floats, corruption_kinds: Sequence[str]) -> dict[str, float]:
+    """Return the AUC of each kind of corruption against the intact rows (kind "")."""
+    kinds = np.array(corruption_kinds)
     result: dict[str, float] = {}
-    for kind in sorted(set(planted) - {""}):
-        among = (kinds == kind) | (kinds == "")
-        value = auc(badness[among], kinds[among] == kind)
+    for kind in sorted(set(corruption_kinds) - {""}):
+        kind_or_intact = (kinds == kind) | (kinds == "")
+        value = auc(badness[kind_or_intact], kinds[kind_or_intact] == kind)
         if value is not None:
             result[kind] = value
     return result
 
 
-CorruptionMetrics = tuple[Floats, Bools | None]
-"""Scores, and which of them are of planted rows where that is known."""
+LabeledScores = tuple[Floats, Bools | None]
+"""Scores, and a mask of the corrupted rows if it is known."""
 
 
-def histogram(pieces: Callable[[], Iterable[CorruptionMetrics]], bins: int = 40) -> dict[str, list[float]]:
-    """Counts over evenly spaced bins, in two passes: {"edges", "counts", "planted"}.
+def histogram(chunks: Callable[[], Iterable[LabeledScores]], bins: int = 40) -> dict[str, list[float]]:
+    """Return a histogram, computed in two passes: {"edges", "counts", "planted" (counts of corrupted rows)}.
 
-    A score that is positive and spreads over more than a factor of ten is spaced by its logarithm (perplexity); others
-    (shares, counts) linearly. What is not finite is left out.
+    Bins are spaced logarithmically if the scores are positive and span more than a factor of ten (perplexity), else
+    linearly (fractions, counts). Non-finite scores are not counted.
     """
     low, high = math.inf, -math.inf
-    for values, _ in pieces():
+    for values, _ in chunks():
         finite = values[np.isfinite(values)]
         if len(finite):
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     if low > high:
         return {"edges": [], "counts": [], "planted": []}
     edges = _edges(low, high, bins)
-    counts, planted = np.zeros(bins, dtype=int), np.zeros(bins, dtype=int)
-    for values, bad in pieces():
+    counts, corrupted_counts = np.zeros(bins, dtype=int), np.zeros(bins, dtype=int)
+    for values, is_corrupted in chunks():
         counts += np.histogram(values, edges)[0]
-        if bad is not None:
-            planted += np.histogram(values[bad], edges)[0]
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "planted": planted.tolist()}
+        if is_corrupted is not None:
+            corrupted_counts += np.histogram(values[is_corrupted], edges)[0]
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "planted": corrupted_counts.tolist()}
 
 
 def _edges(low: float, high: float, bins: int) -> Floats:
@@ -63,22 +63,23 @@ def _edges(low: float, high: float, bins: int) -> Floats:
     return edges
 
 
-def filter_quality(dropped: Bools, badness: Floats | None, planted: Sequence[str]) -> dict[str, Any]:
-    """Precision and recall of the dropped rows as a finding of the planted ones, beside a random filter's.
+def filter_quality(dropped: Bools, badness: Floats | None, corruption_kinds: Sequence[str]) -> dict[str, Any]:
+    """Return precision and recall of `dropped` as a detector of corrupted rows, and those of a random filter.
 
-    A random filter that drops as many rows finds planted ones at their rate among all: precision is that rate, recall
-    the share of rows that it drops. Those are its exact expectations, not one draw.
+    The values of a random filter that drops the same number of rows are exact expectations, not one sample: its
+    precision is the fraction of corrupted rows, its recall the fraction of rows it drops.
     """
-    bad = np.array([kind != "" for kind in planted])
-    total, n_dropped, hits = int(bad.sum()), int(dropped.sum()), int((dropped & bad).sum())
-    kinds = np.array(planted)
+    is_corrupted = np.array([kind != "" for kind in corruption_kinds])
+    num_corrupted, num_dropped = int(is_corrupted.sum()), int(dropped.sum())
+    true_positives = int((dropped & is_corrupted).sum())
+    kinds = np.array(corruption_kinds)
     return {
-        "total": total,
-        "dropped": hits,
-        "precision": hits / n_dropped if n_dropped else None,
-        "recall": hits / total if total else None,
-        "recall_by_kind": {kind: float(dropped[kinds == kind].mean()) for kind in sorted(set(planted) - {""})},
-        "auc": auc(badness, bad) if badness is not None else None,
-        "random_precision": total / len(bad),
-        "random_recall": n_dropped / len(bad),
+        "total": num_corrupted,
+        "dropped": true_positives,
+        "precision": true_positives / num_dropped if num_dropped else None,
+        "recall": true_positives / num_corrupted if num_corrupted else None,
+        "recall_by_kind": {kind: float(dropped[kinds == kind].mean()) for kind in sorted(set(corruption_kinds) - {""})},
+        "auc": auc(badness, is_corrupted) if badness is not None else None,
+        "random_precision": num_corrupted / len(is_corrupted),
+        "random_recall": num_dropped / len(is_corrupted),
     }

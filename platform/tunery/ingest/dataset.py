@@ -1,4 +1,4 @@
-"""The `dataset` stage: rows from a source, in one schema; what can't be read goes to quarantine.jsonl."""
+"""The `dataset` stage: reads rows from a source into one schema; invalid records go to quarantine.jsonl."""
 
 from __future__ import annotations
 
@@ -24,48 +24,50 @@ from tunery.store.score_cache import ids_to_uint64
 
 
 def run_dataset(context: StageContext) -> StageResult:
-    """Facts: records, and what became of them: rows, quarantined (by reason, with the
-    first ones, in quarantine), other_splits; duplicates (rows whose id was there
-    before), shape (the most frequent one), source, split, planted by kind, ignored_columns
-    (columns and keys of turns that no row keeps: the number of rows in which they hold something).
+    """Write the rows of the source.
 
-    Streams; but where rows are to be damaged (`corrupt_fraction`) all of them are in memory.
+    Facts: records, split into rows, quarantined (counts by reason and the first ones in `quarantine`) and other_splits;
+    duplicates (rows with the id of an earlier row), shape (the most frequent row format), source, split, planted
+    (injected corruption by kind), ignored_columns (columns and message keys that are not part of a row, with the number
+    of rows in which they have a value).
+
+    Rows are streamed, except with `corrupt_fraction`, which holds all of them in memory.
     """
     stage = context.spec
     assert isinstance(stage, Dataset)
-    tally = ReadCounts()
-    shutil.rmtree(context.work / "ids", ignore_errors=True)  # of a run that was cut off
+    counts = ReadCounts()
+    shutil.rmtree(context.work / "ids", ignore_errors=True)  # of an interrupted run
     duplicates = DuplicateCount(context.work / "ids")
 
-    # What UTF-8 has no bytes for (half of a surrogate pair) is written as the JSON escape that it was read from.
+    # Lone surrogates can't be encoded in UTF-8, so they are written as the JSON escapes they were read from.
     with (context.out / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
 
         def quarantine(line: Quarantined) -> None:
             file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
 
-        def counted() -> Iterator[pa.Table]:
+        def count_tables() -> Iterator[pa.Table]:
             count = 0
-            for table in _tables(context, stage, quarantine, tally):
+            for table in _read_tables(context, stage, quarantine, counts):
                 duplicates.add(ids_to_uint64(to_str_list(table["id"])))
                 count += table.num_rows
                 context.emit("progress", done=count, total=None, unit="rows")
                 yield table
 
         try:
-            rows = write_tables(counted(), context.out)
+            rows = write_tables(count_tables(), context.out)
         except UnavailableFile as error:
             raise StageError(
                 context.name,
                 f"{error}",
-                cause=f"the file or the network failed after {tally.records:,} records",
+                cause=f"the file or the network failed after {counts.records:,} records",
                 remedy="give the same command again once it can be read",
             ) from error
 
-    if tally.records != rows + tally.quarantined + tally.other_splits:
+    if counts.records != rows + counts.quarantined + counts.other_splits:
         raise RowsLost(
             context.name,
-            f"{tally.records} records were read, and {rows} rows, {tally.quarantined} quarantined and "
-            f"{tally.other_splits} of other splits came of them",
+            f"{counts.records} records were read, and {rows} rows, {counts.quarantined} quarantined and "
+            f"{counts.other_splits} of other splits came of them",
         )
     if rows == 0:
         with (context.out / "quarantine.jsonl").open(encoding="utf-8") as file:
@@ -73,30 +75,32 @@ def run_dataset(context: StageContext) -> StageResult:
         raise StageError(
             context.name,
             f"`{source_label(stage)}` gave no row",
-            cause=f"{tally.quarantined} lines could not be read, and the split is `{stage.split}`",
+            cause=f"{counts.quarantined} lines could not be read, and the split is `{stage.split}`",
             remedy="see the first reasons below, or choose another split" + "".join(f"\n  {line}" for line in first),
         )
     return StageResult(
         {
             "rows": rows,
-            "records": tally.records,
-            "quarantined": tally.quarantined,
+            "records": counts.records,
+            "quarantined": counts.quarantined,
             "quarantine": quarantine_facts(context.out / "quarantine.jsonl"),
-            "other_splits": tally.other_splits,
+            "other_splits": counts.other_splits,
             "duplicates": duplicates.total(),
-            "shape": tally.shapes.most_common(1)[0][0],
+            "shape": counts.shapes.most_common(1)[0][0],
             "source": source_label(stage),
             "split": stage.split,
-            "planted": dict(sorted(tally.planted.items())),
-            "ignored_columns": dict(sorted(tally.ignored.items())),
+            "planted": dict(sorted(counts.planted.items())),
+            "ignored_columns": dict(sorted(counts.ignored.items())),
         }
     )
 
 
-def _tables(context: StageContext, stage: Dataset, quarantine: Quarantine, tally: ReadCounts) -> Iterator[pa.Table]:
+def _read_tables(
+    context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts
+) -> Iterator[pa.Table]:
     if worth_reading_in_parallel(context, stage):
-        return read_in_parallel(context, stage, quarantine, tally)
-    rows: Iterator[Row] = read_source(stage, context.folder, quarantine, tally)
+        return read_in_parallel(context, stage, quarantine, counts)
+    rows: Iterator[Row] = read_source(stage, context.folder, quarantine, counts)
     if stage.corrupt_fraction:
         rows = iter(corrupt(list(rows), stage.corrupt_fraction, context.seed))
-    return as_tables(rows, tally)
+    return as_tables(rows, counts)

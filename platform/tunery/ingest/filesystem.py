@@ -1,9 +1,9 @@
-"""Where files lie: this machine, S3 or Google Cloud Storage; finding them by path, pattern or folder, and opening them.
+"""Finds files on the local disk, S3 or Google Cloud Storage by path, pattern or folder, and opens them.
 
-    corpus.jsonl   data/*.csv   data/**/*.jsonl.gz   data/            relative to the experiment's file
+    corpus.jsonl   data/*.csv   data/**/*.jsonl.gz   data/            relative to the experiment file
     s3://bucket/path/*.parquet  gs://bucket/folder/                   with the credentials of the environment
 
-.gz and .zst are decompressed on the way. Nothing waits long for a network: a few seconds, then an error.
+.gz and .zst files are decompressed while reading. Network operations time out after a few seconds.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from tunery.store.fingerprint import file_digest
 
 REMOTE = ("s3://", "gs://")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-SECONDS = 5
-"""How long a connection may take before a remote file counts as out of reach."""
-PIECE = 1 << 16
+CONNECT_TIMEOUT_S = 5
+"""Connection timeout in seconds, after which a remote file is unavailable."""
+CHUNK_BYTES = 1 << 16
 
 
 class CorruptFile(Exception):
-    """A file that can't be read any further; the message is the reason, for the quarantine."""
+    """The file can't be read any further; the message is the reason in the quarantine."""
 
 
 class UnavailableFile(Exception):
-    """A file that is there for others, perhaps: no network, no permission, a disk that fails. No fault of its rows."""
+    """The file can't be accessed: no network, no permission, a disk error. Its content may be valid."""
 
 
 class Bytes(Protocol):
-    """What readers read from. `read` gives b"" at the end, and raises Damaged or UnavailableFile."""
+    """The input of readers. `read` returns b"" at the end, and raises CorruptFile or UnavailableFile."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass
 class ByteRange:
-    """The lines of a file that start within these bytes: so that many can read a plain file of lines at once."""
+    """The lines of a file that start within these bytes, so that several workers can read one file."""
 
     begin: int
     end: int
     lines: int = field(default=0, compare=False)
-    """Counted while they are read."""
+    """Number of lines, counted while reading."""
 
 
 @dataclass(frozen=True)
 class File:
     name: str
-    """As rows name their source: relative to the experiment's folder, absolute, or with s3:// or gs://."""
+    """The `source` of its rows: relative to the experiment's folder, absolute, or with s3:// or gs://."""
     path: str
-    """In its file system."""
+    """Path in its file system."""
     size: int
     version: str = ""
-    """Of a remote file: when it was changed, since its content is not read to know it."""
+    """Modification time of a remote file, which identifies its content without reading it."""
     below_a_folder: bool = field(default=False, compare=False)
-    """Found because its folder was named: it may be of another kind than rows."""
+    """Whether it was found by listing a folder; such a file may be of an unknown format."""
     span: ByteRange | None = field(default=None, compare=False)
-    """Only these of its lines; None: all of it."""
+    """The lines to read; None: all lines."""
 
     @property
     def is_remote(self) -> bool:
@@ -74,12 +74,12 @@ class File:
 
     @property
     def endings(self) -> tuple[str, str]:
-        """(what it holds, how it is compressed): (".jsonl", ".gz"); "" where there is none. In lower case."""
+        """(format ending, compression ending) in lower case, such as (".jsonl", ".gz"); "" if missing."""
         stem, ending = os.path.splitext(self.name.lower())
         return (os.path.splitext(stem)[1], ending) if ending in COMPRESSED else (ending, "")
 
     def identity(self) -> Any:
-        """What its content depends on. Of a local file every byte; a remote one is known by size and time of change."""
+        """Identity of the content: a digest of a local file, or size and modification time of a remote one."""
         if self.is_remote:
             return [self.name, self.size, self.version]
         try:
@@ -89,21 +89,21 @@ class File:
 
 
 def find(source: str, folder: Path) -> list[File]:
-    """The files that a path, a pattern or a folder means, by name; empty when there is none. Raises UnavailableFile.
+    """Return the files that match a path, a pattern or a folder, sorted by name. Raises UnavailableFile.
 
-    Below a folder hidden files (a part of whose path starts with `.` or `_`) are left out.
+    Hidden files below a folder (with a path component that starts with `.` or `_`) are skipped.
     """
     return _find_remote(source) if source.startswith(REMOTE) else _find_local(source, folder)
 
 
 def _find_local(source: str, folder: Path) -> list[File]:
     pattern = os.path.expanduser(source)
-    # A file may have a pattern's characters in its name.
+    # A file name may contain pattern characters.
     literal = os.path.lexists(folder / pattern)
-    found = [pattern] if literal else sorted(glob.glob(pattern, root_dir=folder, recursive=True))
-    paths = [folder / name for name in found]
+    names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=folder, recursive=True))
+    paths = [folder / name for name in names]
     if literal and paths[0].is_dir():
-        below = (path for path in paths[0].rglob("*") if path.is_file() and _shown(path.relative_to(paths[0])))
+        below = (path for path in paths[0].rglob("*") if path.is_file() and _is_visible(path.relative_to(paths[0])))
         return [local_file(path, folder, True) for path in sorted(below)]
     return [local_file(path, folder) for path in paths if not path.is_dir()]
 
@@ -116,7 +116,7 @@ def local_file(path: Path, folder: Path, below_a_folder: bool = False) -> File:
         raise UnavailableFile(f"`{name}`: {_reason(error)}") from error
 
 
-def _shown(path: Path) -> bool:
+def _is_visible(path: Path) -> bool:
     return not any(part.startswith((".", "_")) for part in path.parts)
 
 
@@ -124,33 +124,33 @@ def _find_remote(source: str) -> list[File]:
     from pyarrow.fs import FileSelector, FileType
 
     scheme, path = source[:5], source[5:].rstrip("/")
-    system = _remote(scheme)
-    fixed = re.split(r"[^/]*[*?\[]", path, maxsplit=1)[0].rstrip("/")
+    system = _remote_filesystem(scheme)
+    base = re.split(r"[^/]*[*?\[]", path, maxsplit=1)[0].rstrip("/")
     try:
-        if fixed == path:
+        if base == path:
             info = system.get_file_info(path)
             if info.type != FileType.Directory:
                 return [] if info.type == FileType.NotFound else [_remote_file(scheme, info)]
-        infos = system.get_file_info(FileSelector(fixed, allow_not_found=True, recursive=True))
+        infos = system.get_file_info(FileSelector(base, allow_not_found=True, recursive=True))
     except OSError as error:
         raise UnavailableFile(f"`{source}`: {_reason(error)}") from error
-    matches = re.compile(_as_regex(path)).fullmatch if fixed != path else None
-    chosen = [
+    matches = re.compile(_as_regex(path)).fullmatch if base != path else None
+    selected = [
         info
         for info in infos
         if info.type == FileType.File
-        and (matches(info.path) if matches else _shown(Path(info.path).relative_to(fixed)))
+        and (matches(info.path) if matches else _is_visible(Path(info.path).relative_to(base)))
     ]
-    return sorted((_remote_file(scheme, info, not matches) for info in chosen), key=lambda file: file.name)
+    return sorted((_remote_file(scheme, info, not matches) for info in selected), key=lambda file: file.name)
 
 
 def _as_regex(pattern: str) -> str:
-    """As `glob` has it: `*` stays within a folder, `**` crosses them."""
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    """Translate a `glob` pattern: `*` matches within a folder, `**` across folders."""
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(
-        known.get(piece) or (fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece))
-        for piece in pieces
+        wildcards.get(token) or (fnmatch.translate(token)[4:-3] if token.startswith("[") else re.escape(token))
+        for token in tokens
     )
 
 
@@ -158,16 +158,16 @@ def _remote_file(scheme: str, info: Any, below_a_folder: bool = False) -> File:
     return File(scheme + info.path, info.path, int(info.size or 0), str(info.mtime_ns or ""), below_a_folder)
 
 
-def _remote(scheme: str) -> Any:
-    """pyarrow's file system, with a few seconds' patience. Credentials, region and endpoint are the environment's."""
+def _remote_filesystem(scheme: str) -> Any:
+    """Return a pyarrow file system with short timeouts; credentials, region and endpoint come from the environment."""
     import pyarrow.fs as fs
 
     if scheme == "gs://":
-        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=SECONDS))
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=CONNECT_TIMEOUT_S))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return fs.S3FileSystem(
-        connect_timeout=SECONDS,
-        request_timeout=4 * SECONDS,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=4 * CONNECT_TIMEOUT_S,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
         endpoint_override=endpoint,
         region=os.environ.get("AWS_REGION")
@@ -177,38 +177,40 @@ def _remote(scheme: str) -> Any:
 
 
 def open_stream(file: File) -> _Stream:
-    """The file's bytes in order, decompressed. Use it as a context. Raises UnavailableFile."""
+    """Open a decompressed stream of a file, to be used as a context manager. Raises UnavailableFile."""
     return _Stream(file) if file.span is None else _SpanStream(file, file.span)
 
 
 def open_seekable(file: File) -> IO[bytes]:
-    """The file's bytes in any order; a compressed one is unpacked into a temporary file first.
+    """Open a file for random access; a compressed one is first decompressed into a temporary file.
 
-    Raises UnavailableFile, and Damaged where the compression is.
+    Raises UnavailableFile, and CorruptFile if the compressed data is corrupt.
     """
     if not file.endings[1]:
         return _open_raw(file)
     with ExitStack() as stack:
         unpacked = stack.enter_context(tempfile.TemporaryFile())
         with open_stream(file) as stream:
-            while piece := stream.read(PIECE):
-                unpacked.write(piece)
+            while chunk := stream.read(CHUNK_BYTES):
+                unpacked.write(chunk)
         unpacked.seek(0)
-        stack.pop_all()  # from here on the caller closes it
+        stack.pop_all()  # the caller closes it
         return unpacked
 
 
 def _open_raw(file: File) -> IO[bytes]:
     try:
         if file.is_remote:
-            return io.BufferedReader(_RemoteFile(file.name, _remote(file.name[:5]).open_input_file(file.path)), 1 << 20)
+            return io.BufferedReader(
+                _RemoteFile(file.name, _remote_filesystem(file.name[:5]).open_input_file(file.path)), 1 << 20
+            )
         return open(file.path, "rb")
     except OSError as error:
         raise UnavailableFile(f"`{file.name}`: {_reason(error)}") from error
 
 
 class _RemoteFile(io.RawIOBase):
-    """An Arrow file whose errors are UnavailableFile: a lost connection must not pass for a damaged file."""
+    """An Arrow file that raises UnavailableFile, so that a lost connection is not reported as a corrupt file."""
 
     def __init__(self, name: str, file: Any) -> None:
         self._name, self._file = name, file
@@ -221,11 +223,11 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         try:
-            piece = self._file.read(len(buffer))
+            chunk = self._file.read(len(buffer))
         except OSError as error:
             raise UnavailableFile(f"`{self._name}`: {_reason(error)}") from error
-        buffer[: len(piece)] = piece
-        return len(piece)
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         return int(self._file.seek(offset, whence))
@@ -235,13 +237,14 @@ class _RemoteFile(io.RawIOBase):
 
 
 class _Stream:
-    """A file's bytes in order. A damaged compressed file gives every byte before the damage, then raises Damaged."""
+    """A sequential stream of a file. A corrupt compressed file yields every byte before the corruption, then raises
+    CorruptFile."""
 
     def __init__(self, file: File) -> None:
         self._name, self._codec = file.name, COMPRESSED.get(file.endings[1])
         self._raw = _open_raw(file)
         self._position = 0
-        self._damage: CorruptFile | None = None
+        self._error: CorruptFile | None = None
         self._unpacked = self._unpack() if self._codec else None
 
     def __enter__(self) -> _Stream:
@@ -251,19 +254,19 @@ class _Stream:
         self._raw.close()
 
     def read(self, size: int, /) -> bytes:
-        if self._damage is not None:
-            raise self._damage
+        if self._error is not None:
+            raise self._error
         try:
-            piece: bytes = (self._unpacked or self._raw).read(size)
+            chunk: bytes = (self._unpacked or self._raw).read(size)
         except OSError as error:
             if self._unpacked is None:
                 raise UnavailableFile(f"`{self._name}`: {_reason(error)}") from error
-            self._damage = CorruptFile(f"the compressed file is damaged: {_reason(error)}")
-            piece = b"".join(self._rest())
-            if not piece:
-                raise self._damage from error
-        self._position += len(piece)
-        return piece
+            self._error = CorruptFile(f"the compressed file is damaged: {_reason(error)}")
+            chunk = b"".join(self._rest())
+            if not chunk:
+                raise self._error from error
+        self._position += len(chunk)
+        return chunk
 
     def _unpack(self) -> Any:
         import pyarrow as pa
@@ -272,14 +275,14 @@ class _Stream:
         return pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec)
 
     def _rest(self) -> Iterator[bytes]:
-        """What stands between the last whole piece and the damage: a failed read gives none of it, so once more, byte
-        by byte."""
+        """Yield the bytes between the last complete chunk and the corruption. A failed read returns none of them, so
+        the file is read again byte by byte."""
         self._raw.seek(0)
         stream = self._unpack()
-        left = self._position
+        remaining = self._position
         try:
-            while left and (piece := stream.read(min(left, PIECE))):
-                left -= len(piece)
+            while remaining and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
+                remaining -= len(chunk)
             while byte := stream.read(1):
                 yield byte
         except OSError:
@@ -287,41 +290,41 @@ class _Stream:
 
 
 class _SpanStream(_Stream):
-    """Whole lines only: from the first one that starts in the span to the end of the last one that does."""
+    """The complete lines that start within a byte range."""
 
     def __init__(self, file: File, span: ByteRange) -> None:
         super().__init__(file)
-        assert self._codec is None, "compressed bytes have no lines"
+        assert self._codec is None, "a compressed file can't be split"
         self._span, self._at, self._done = span, max(0, span.begin - 1), False
-        # The byte before the span tells whether a line starts with it.
+        # The byte before the range shows whether a line starts at its beginning.
         self._skipping = span.begin > 0
         self._raw.seek(self._at)
 
     def read(self, size: int, /) -> bytes:
         while not self._done:
-            piece, start = super().read(size), self._at
-            if not piece:
+            chunk, start = super().read(size), self._at
+            if not chunk:
                 break
-            self._at += len(piece)
+            self._at += len(chunk)
             if self._skipping:
-                newline = piece.find(b"\n")
+                newline = chunk.find(b"\n")
                 self._skipping = newline < 0
-                start, piece = start + newline + 1, b"" if newline < 0 else piece[newline + 1 :]
+                start, chunk = start + newline + 1, b"" if newline < 0 else chunk[newline + 1 :]
                 self._done = self._at >= self._span.end if self._skipping else start >= self._span.end
             if self._done:
                 break
             if self._at >= self._span.end:
-                last = piece.find(b"\n", max(0, self._span.end - 1 - start))
+                last = chunk.find(b"\n", max(0, self._span.end - 1 - start))
                 if last >= 0:
-                    piece, self._done = piece[: last + 1], True
-            if piece:
-                self._span.lines += piece.count(b"\n")
-                return piece
+                    chunk, self._done = chunk[: last + 1], True
+            if chunk:
+                self._span.lines += chunk.count(b"\n")
+                return chunk
         return b""
 
 
 def _reason(error: OSError) -> str:
-    """The first sentence of what a library says."""
+    """Return the first sentence of a library's error message."""
     text = error.strerror or str(error).strip() or type(error).__name__
     if re.search("resolve host", text):
         return "no network: the host's name can't be resolved"

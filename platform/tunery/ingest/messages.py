@@ -1,8 +1,9 @@
-"""Turns of conversations, in OpenAI's form ({role, content, ..}) and sharegpt's ({from, value}), to one form.
+"""Conversion of chat messages in the OpenAI format ({role, content, ..}) and the ShareGPT format ({from, value}) to one
+format.
 
-A turn of ours is {role, content}, with the optional fields of store.rows.Turn where the file has them. Roles: system,
-user, assistant, tool; ROLES lists the names that files have for them, KEYS the names of the fields. A dataset stage may
-name others (`roles`, `message_keys`). A key that nothing reads is noted, so that the dataset can count it.
+A message is {role, content}, with the optional fields of store.rows.Turn if the file has them. The roles are system,
+user, assistant and tool; ROLES lists their names in files, KEYS the names of the fields. A dataset stage may define
+other names (`roles`, `message_keys`). Keys that are not read are recorded, so that the dataset stage can count them.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-"""From a file's roles to ours, without regard to case and surrounding white space; `function_call` is a turn whose
-content is the call."""
+"""Role by name in the file, ignoring case and surrounding white space; `function_call` is a message whose content is
+the call."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "role": ("role", "from"),
@@ -51,18 +52,18 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "name": ("name",),
     "tool_call_id": ("tool_call_id",),
 }
-"""A turn's field: the keys that files have for it. The first one that says something is read."""
+"""Keys in files for each field of a message. The first non-empty one is read."""
 FUNCTION_CALL = "function_call"
-"""A turn's single call, in the form that came before `tool_calls`: {name, arguments}."""
+"""A single call of a message, in the predecessor of `tool_calls`: {name, arguments}."""
 TRAINED = ("train", "training", "loss")
-"""Where a turn has no weight: keys whose truth value says whether it is trained. What is no truth value is not read
-(`loss` may be a number that somebody measured)."""
+"""For a message without a weight: keys with a boolean that says whether the message is trained on. Other types are
+ignored (`loss` may be a measured number)."""
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of those parts of a content that are text."""
+"""Types of content parts that are text."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns, and keys of a turn, that hold what is no text."""
+"""Columns and message keys that hold media."""
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
-"""What stands in a text for them."""
+"""Placeholders for media in a text."""
 
 
 class MediaRow(InvalidRow):
@@ -77,14 +78,14 @@ def turn(role: str, content: str) -> Turn:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, white space, an empty list or mapping."""
+    """Return whether a value is null, blank, or an empty list or mapping."""
     return value is None or (not value.strip() if isinstance(value, str) else value == [] or value == {})
 
 
 class MessageReader:
-    """Reads turns, with the names that a dataset has for roles and keys.
+    """Reads messages, with the names of roles and keys of a dataset.
 
-    `ignored` collects what was read past without effect: names such as "messages[].lang". Whoever reads rows clears it.
+    `ignored` collects the names of keys that are not read, such as "messages[].lang"; the caller clears it.
     """
 
     def __init__(self, roles: Mapping[str, str] | None = None, keys: Mapping[Any, str] | None = None) -> None:
@@ -94,8 +95,8 @@ class MessageReader:
         self.ignored: set[str] = set()
 
     def turns(self, value: Any, what: str = "messages") -> list[Turn]:
-        """The turns of a list, of a single turn, or of the JSON text of either (as tables hold them). An empty turn of
-        the system is none. Raises InvalidRow."""
+        """Return the messages of a list, of a single message, or of the JSON text of either (as in tables). Empty
+        system messages are omitted. Raises InvalidRow."""
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
             value = parsed_json(value, what)
         if isinstance(value, Mapping):
@@ -104,33 +105,33 @@ class MessageReader:
             raise InvalidRow(f"{what} {value.reason}")
         if not isinstance(value, list) or not value:
             raise InvalidRow(f"{what} is not a list of turns")
-        read = [message for number, item in enumerate(value, 1) if (message := self._one_turn(item, number))]
-        if not read:
+        messages = [message for number, item in enumerate(value, 1) if (message := self._read_message(item, number))]
+        if not messages:
             raise InvalidRow(f"{what} holds nothing but an empty turn of the system")
-        return read
+        return messages
 
     def ignore(self, name: str) -> None:
         self.ignored.add(name)
 
-    def _one_turn(self, item: Any, number: int) -> Turn | None:
+    def _read_message(self, item: Any, number: int) -> Turn | None:
         if not isinstance(item, Mapping):
             raise InvalidRow(f"turn {number} lacks role or content")
         if len(item) > 2:
             item = {key: value for key, value in item.items() if value is not None}
-        if len(item) == 2 and (message := self._plain_turn(item, number)):
+        if len(item) == 2 and (message := self._read_plain_message(item, number)):
             return message
         fields = _Fields(item, self._keys)
-        given, content, calls = (fields.take(name) for name in ("role", "content", "tool_calls"))
+        file_role, content, calls = (fields.take(name) for name in ("role", "content", "tool_calls"))
         if is_empty(calls):
             calls = fields.take(FUNCTION_CALL)
         calls = None if is_empty(calls) else calls
         reasoning = fields.take("reasoning_content")
-        if given is None:
+        if file_role is None:
             raise InvalidRow(f"turn {number} lacks role or content")
-        role = self._roles.get(role_name(given)) if isinstance(given, str | int) else None
+        role = self._roles.get(role_name(file_role)) if isinstance(file_role, str | int) else None
         if role is None:
             raise InvalidRow(
-                f"turn {number} has the role {given!r:.40}: say what it means with `roles`, "
+                f"turn {number} has the role {file_role!r:.40}: say what it means with `roles`, "
                 f"besides the known ones: {', '.join(sorted(self._roles))}"
             )
         if role == FUNCTION_CALL:
@@ -143,7 +144,7 @@ class MessageReader:
             if not is_empty(reasoning):
                 self.ignore("messages[].reasoning_content")
             reasoning = None
-        text = _joined(content, number)
+        text = _join_parts(content, number)
         if is_empty(text):
             if role == "system":
                 return None
@@ -161,31 +162,34 @@ class MessageReader:
         if calls is not None:
             message["tool_calls"] = as_json(self._calls(calls, number), f"turn {number}")
         if reasoning is not None:
-            message["reasoning_content"] = require_text(_joined(reasoning, number), f"the reasoning of turn {number}")
+            message["reasoning_content"] = require_text(
+                _join_parts(reasoning, number), f"the reasoning of turn {number}"
+            )
         self._add_labels(message, fields, number)
         self.ignored.update(f"messages[].{key}" for key in fields.unread())
         return message
 
-    def _plain_turn(self, item: Mapping[str, Any], number: int) -> Turn | None:
-        """The turn of a role and a text, as most are; None for any other. Saves two thirds of the time of reading."""
+    def _read_plain_message(self, item: Mapping[str, Any], number: int) -> Turn | None:
+        """Return a message of a role and a text only, as most messages are, else None. This fast path saves two thirds
+        of the reading time."""
         for role_key, content_key in self._plain_keys:
-            given, content = item.get(role_key), item.get(content_key)
-            if isinstance(given, str) and isinstance(content, str):
+            file_role, content = item.get(role_key), item.get(content_key)
+            if isinstance(file_role, str) and isinstance(content, str):
                 break
         else:
             return None
-        role = self._roles.get(given)
+        role = self._roles.get(file_role)
         if role is None or role == FUNCTION_CALL or not content or content.isspace():
             return None
         return turn(role, content if content.isascii() else unicode_text(content, f"turn {number}"))
 
     def _add_labels(self, message: Turn, fields: _Fields, number: int) -> None:
-        """Weight, name and tool_call_id, where the turn has them."""
+        """Add weight, name and tool_call_id if present."""
         weight = _weight(fields, number)
         if weight is not None and message["role"] == "assistant":
             message["weight"] = weight
         elif weight:
-            # Nothing is trained on other turns; a weight of 0 says as much.
+            # Other messages are never trained on, so a weight of 0 has no effect either.
             self.ignore(f"messages[].weight of {message['role']}")
         name = fields.take("name", str)
         if not is_empty(name):
@@ -194,35 +198,37 @@ class MessageReader:
             message["tool_call_id"] = unicode_text(str(call), f"the tool_call_id of turn {number}")
 
     def _calls(self, calls: Any, number: int) -> list[Any]:
-        """OpenAI's list of tool calls, from that or from sharegpt's {name, arguments}; arguments as an object, since
-        that is what chat templates take: none are {}, and text that is no JSON object (the code of an interpreter)
-        stays text."""
+        """Convert OpenAI's list of tool calls, or ShareGPT's {name, arguments}, to OpenAI's format.
+
+        Arguments become an object, because chat templates expect one: missing arguments are {}, and text that is not a
+        JSON object (such as code for an interpreter) remains text.
+        """
         if isinstance(calls, str):
             calls = parsed_json(calls, f"the tool call of turn {number}")
-        read = []
+        converted = []
         for call in calls if isinstance(calls, list) else [calls]:
             function = (call.get("function") or call) if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise InvalidRow(f"turn {number} calls a tool without a name")
-            own = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function)}}
+            result = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function)}}
             if isinstance(id_ := call.get("id"), str | int) and not is_empty(id_):
-                own = {"id": str(id_), **own}
+                result = {"id": str(id_), **result}
             unread = {key for key in (*call, *function) if not is_empty(call.get(key, function.get(key)))}
             unread -= {"id", "type", "function", "name", "arguments"}
             self.ignored.update(f"messages[].tool_calls[].{key}" for key in unread)
-            read.append(own)
-        return read
+            converted.append(result)
+        return converted
 
 
 class _Fields:
-    """The fields of one turn, which has no nulls, by the names of KEYS; and which of its keys nothing has read."""
+    """Access to the fields of a message without nulls by the names of KEYS; records which keys were not read."""
 
     def __init__(self, item: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> None:
         self._item, self._keys = item, keys
         self._read: set[str] = set()
 
     def take(self, field: str, kind: Any = object) -> Any:
-        """The first value that says something, else the first that is not null; None where there is none of `kind`."""
+        """Return the first non-empty value, else the first that is not null; None if there is none of type `kind`."""
         keys = self._keys.get(field, (field,))
         values = [
             (key, value) for key in keys if (value := self._item.get(key)) is not None and isinstance(value, kind)
@@ -245,8 +251,8 @@ def _weight(fields: _Fields, number: int) -> float | None:
     except OverflowError:
         weight = math.inf
     if not (math.isfinite(weight) and weight >= 0):
-        shown = value.reason if isinstance(value, UnsupportedValue) else repr(value)
-        raise InvalidRow(f"the weight of turn {number} is {shown:.40}, not a number of 0 or more")
+        text = value.reason if isinstance(value, UnsupportedValue) else repr(value)
+        raise InvalidRow(f"the weight of turn {number} is {text:.40}, not a number of 0 or more")
     return weight
 
 
@@ -263,8 +269,8 @@ def _arguments(function: Mapping[str, Any]) -> Any:
     return arguments
 
 
-def _joined(content: Any, number: int) -> Any:
-    """OpenAI's content may be a list of parts; those of text are one text."""
+def _join_parts(content: Any, number: int) -> Any:
+    """Concatenate the parts of a content that is a list of text parts, as OpenAI's may be."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -278,9 +284,11 @@ def _joined(content: Any, number: int) -> Any:
 
 
 def tools_json(value: Any) -> str | None:
-    """JSON text of a list of tools in OpenAI's form, from a list or from such text; None for none. A function that
-    stands by itself ({name, parameters}, as in `functions` and in sharegpt) becomes {"type": "function", "function":
-    ..}: that is what chat templates take."""
+    """Return the JSON text of a list of tools in OpenAI's format, from a list or JSON text; None if empty.
+
+    A bare function ({name, parameters}, as in `functions` and in ShareGPT) becomes {"type": "function", "function":
+    ..}, as chat templates expect.
+    """
     if isinstance(value, str) and value.strip():
         value = parsed_json(value, "tools")
     if is_empty(value):
@@ -304,7 +312,7 @@ def parsed_json(text: str, what: str) -> Any:
 
 
 def as_json(value: Any, what: str) -> str:
-    """JSON text in one form. Raises InvalidRow for what JSON has not."""
+    """Return the value as JSON text. Raises InvalidRow for values that JSON does not have."""
 
     def refuse(part: object) -> Any:
         raise InvalidRow(
@@ -321,7 +329,7 @@ def as_json(value: Any, what: str) -> str:
 
 
 def require_text(value: Any, what: str) -> str:
-    """The text. Raises InvalidRow where it is missing, empty or no text."""
+    """Return the value if it is a non-blank string. Raises InvalidRow otherwise."""
     if value is None:
         raise InvalidRow(f"{what} is missing")
     if isinstance(value, UnsupportedValue):

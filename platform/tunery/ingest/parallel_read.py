@@ -1,12 +1,12 @@
-"""Reading on every CPU: files, and spans of long ones, are read side by side on Ray Data and put together in order.
+"""Parallel reading: files, and byte ranges of large files, are read by Ray actors and concatenated in order.
 
-A unit is a file, or SPAN bytes of a plain one whose lines are its rows (jsonl, text by line). What a worker makes of it
-waits in the stage's work folder: rows as an Arrow stream, what could not be read, and the counts. The driver joins them
-in the order of the source, as tables, without looking into rows; so the dataset is the same to the byte as one that a
-single process has read, and a job that was killed goes on with the units that are missing.
+A task is a file, or RANGE_BYTES bytes of an uncompressed file with one row per line (jsonl, text by line). A worker
+writes its result to the work directory of the stage: rows as an Arrow stream, quarantined lines, and counts. The driver
+concatenates the results in source order as tables, without converting rows, so the dataset is identical to the byte to
+one read by a single process. An interrupted stage resumes with the missing tasks.
 
-On paper, 100 M rows of 1 kB: 3,000 units, 100 GB of waiting files beside the 100 GB that are written. A row takes a
-worker 50 us, the driver 3 us.
+Estimate for 100 M rows of 1 kB: 3,000 tasks, and 100 GB of intermediate files besides the 100 GB of the dataset. A row
+takes 50 us in a worker and 3 us in the driver.
 """
 
 from __future__ import annotations
@@ -34,36 +34,37 @@ from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.rows import SCHEMA
 
-SPAN = 32 << 20
-WORTH_IT = 256 << 20
-"""Bytes of files from which on it pays: actors take some seconds to start, in which one process reads 100 MB."""
+RANGE_BYTES = 32 << 20
+MIN_PARALLEL_BYTES = 256 << 20
+"""Minimum total file size for parallel reading. Actors take some seconds to start, in which one process reads 100
+MB."""
 ReadTask = File | HubDataset
 
 
 def read_tasks(parts: Sequence[Part], stage: Dataset) -> list[ReadTask]:
-    """The parts in their order, long plain files of lines in spans."""
-    units: list[ReadTask] = []
+    """Return the parts in order, with uncompressed files of one row per line split into byte ranges."""
+    tasks: list[ReadTask] = []
     for part in parts:
-        assert not isinstance(part, Builtin), "worth_reading_in_parallel saw to it"
-        if isinstance(part, File) and _in_lines(part, stage):
-            begins = range(0, max(1, part.size), SPAN)
-            units += [
-                dataclasses.replace(part, span=ByteRange(begin, min(begin + SPAN, part.size))) for begin in begins
+        assert not isinstance(part, Builtin), "worth_reading_in_parallel accepts only files"
+        if isinstance(part, File) and _is_splittable(part, stage):
+            tasks += [
+                dataclasses.replace(part, span=ByteRange(start, min(start + RANGE_BYTES, part.size)))
+                for start in range(0, max(1, part.size), RANGE_BYTES)
             ]
         else:
-            units.append(part)
-    return units
+            tasks.append(part)
+    return tasks
 
 
-def _in_lines(file: File, stage: Dataset) -> bool:
+def _is_splittable(file: File, stage: Dataset) -> bool:
     format_ = format_of(file, stage)
     by_line = format_ == "jsonl" or (format_ == "text" and (stage.sample_by or "line") == "line")
     return by_line and not file.endings[1]
 
 
 def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
-    """Where Ray is there and the source is long. What looks at all rows (`corrupt_fraction`) or stops early (`limit`)
-    is read by one process."""
+    """Return whether Ray is running and the source is large. A stage that needs all rows at once (`corrupt_fraction`)
+    or stops early (`limit`) is read by one process."""
     if context.in_process or stage.corrupt_fraction or stage.limit is not None or "ray" not in sys.modules:
         return False
     import ray
@@ -73,38 +74,43 @@ def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
     parts = find_parts(stage, context.folder)
     files = [part for part in parts if isinstance(part, File)]
     return (
-        len(files) == len(parts) and sum(file.size for file in files) >= WORTH_IT and len(read_tasks(files, stage)) > 1
+        len(files) == len(parts)
+        and sum(file.size for file in files) >= MIN_PARALLEL_BYTES
+        and len(read_tasks(files, stage)) > 1
     )
 
 
 def read_in_parallel(
-    context: StageContext, stage: Dataset, quarantine: Quarantine, tally: ReadCounts
+    context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts
 ) -> Iterator[pa.Table]:
-    """Tables of rows, in the order of the source. Raises UnavailableFile when a file or the network fails under way."""
-    units = read_tasks(find_parts(stage, context.folder), stage)
-    # Another version may cut otherwise: what it left is not taken for ours.
-    folder = context.work / f"read-{len(units)}-{SPAN}"
+    """Yield tables of rows in source order. Raises UnavailableFile if a file or the network fails while reading."""
+    tasks = read_tasks(find_parts(stage, context.folder), stage)
+    # The name depends on the split into tasks, so that results of another split are not reused.
+    folder = context.work / f"read-{len(tasks)}-{RANGE_BYTES}"
     folder.mkdir(parents=True, exist_ok=True)
-    made = [folder / f"{number:06d}" for number in range(len(units))]
-    todo = [
-        {"unit": pickle.dumps(unit), "out": str(out)} for unit, out in zip(units, made, strict=True) if not out.is_dir()
+    results = [folder / f"{number:06d}" for number in range(len(tasks))]
+    pending = [
+        {"unit": pickle.dumps(task), "out": str(out)}
+        for task, out in zip(tasks, results, strict=True)
+        if not out.is_dir()
     ]
-    rows = sum(_told(out)["rows"] for out in made if out.is_dir())
+    rows = sum(_read_counts(out)["rows"] for out in results if out.is_dir())
     context.emit("progress", done=rows, total=None, unit="rows", detail="starting actors")
-    for told in map_tasks(ReadActor, (stage,), todo, context.compute, context.in_process, on_cpu=True) if todo else ():
-        if told["failed"]:
-            raise UnavailableFile(told["failed"])
-        rows += int(told["rows"])
-        context.emit("progress", done=rows, total=None, unit="rows")
-    before, name = 0, ""
-    for unit, out in zip(units, made, strict=True):
-        before, name = before if unit.name == name else 0, unit.name
-        told = _told(out)
-        counts: dict[str, Any] = told["tally"]
-        counters = {name: Counter(count) for name, count in counts.items() if isinstance(count, dict)}
-        tally.add(ReadCounts(**{**counts, **counters}))
-        yield from _joined(out, before, quarantine)
-        before += told["lines"]
+    if pending:
+        for result in map_tasks(ReadActor, (stage,), pending, context.compute, context.in_process, on_cpu=True):
+            if result["failed"]:
+                raise UnavailableFile(result["failed"])
+            rows += int(result["rows"])
+            context.emit("progress", done=rows, total=None, unit="rows")
+    line_offset, name = 0, ""
+    for task, out in zip(tasks, results, strict=True):
+        line_offset, name = line_offset if task.name == name else 0, task.name
+        task_counts = _read_counts(out)
+        fields: dict[str, Any] = task_counts["tally"]
+        counters = {field: Counter(count) for field, count in fields.items() if isinstance(count, dict)}
+        counts.add(ReadCounts(**{**fields, **counters}))
+        yield from _read_result(out, line_offset, quarantine)
+        line_offset += task_counts["lines"]
     shutil.rmtree(folder)
 
 
@@ -113,53 +119,56 @@ class ReadActor:
         self._stage = stage
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"unit": [pickled], "out": [folder]} -> {"rows": [count], "failed": [reason]}, a unit each."""
-        told = []
+        """{"unit": [pickled task], "out": [folder]} -> {"rows": [count], "failed": [reason]}, one entry per task."""
+        results = []
         for pickled, out in zip(batch["unit"], batch["out"], strict=True):
             try:
-                told.append((run_read_task(pickle.loads(pickled), self._stage, Path(out)), ""))
+                results.append((run_read_task(pickle.loads(pickled), self._stage, Path(out)), ""))
             except UnavailableFile as error:
-                told.append((0, str(error)))
-        return {"rows": [rows for rows, _ in told], "failed": [failed for _, failed in told]}
+                results.append((0, str(error)))
+        return {"rows": [rows for rows, _ in results], "failed": [failed for _, failed in results]}
 
 
-def run_read_task(unit: ReadTask, stage: Dataset, out: Path) -> int:
-    """Writes the folder `out`: rows.arrow, quarantine.jsonl and tally.json. Returns the number of rows."""
+def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
+    """Write the folder `out` with rows.arrow, quarantine.jsonl and tally.json; return the number of rows."""
     temporary = out.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tally, rows = ReadCounts(), 0
+    counts, rows = ReadCounts(), 0
     with (
-        (temporary / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as bad,
+        (temporary / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as quarantine_file,
         pa.ipc.new_stream(str(temporary / "rows.arrow"), SCHEMA) as writer,
     ):
 
         def quarantine(line: Quarantined) -> None:
-            bad.write(json.dumps(dataclasses.asdict(line)) + "\n")
+            quarantine_file.write(json.dumps(dataclasses.asdict(line)) + "\n")
 
-        for table in as_tables(read_part(unit, stage, quarantine, tally), tally):
+        for table in as_tables(read_part(task, stage, quarantine, counts), counts):
             writer.write_table(table)
             rows += table.num_rows
-    span = unit.span if isinstance(unit, File) else None
-    told = {"rows": rows, "lines": span.lines if span else 0, "tally": vars(tally)}
-    (temporary / "tally.json").write_text(json.dumps(told))
+    span = task.span if isinstance(task, File) else None
+    task_counts = {"rows": rows, "lines": span.lines if span else 0, "tally": vars(counts)}
+    (temporary / "tally.json").write_text(json.dumps(task_counts))
     temporary.rename(out)
     return rows
 
 
-def _told(out: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((out / "tally.json").read_text())
-    return told
+def _read_counts(out: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = json.loads((out / "tally.json").read_text())
+    return counts
 
 
-def _joined(out: Path, before: int, quarantine: Quarantine) -> Iterator[pa.Table]:
-    """A unit's rows and bad lines, their lines counted from the file's first on."""
+def _read_result(out: Path, line_offset: int, quarantine: Quarantine) -> Iterator[pa.Table]:
+    """Quarantine the invalid lines of a task and yield its rows; `line_offset` is added to line numbers, which then
+    count from the start of the file."""
     with (out / "quarantine.jsonl").open(encoding="utf-8") as file:
         for line in file:
-            bad = json.loads(line)
-            quarantine(Quarantined(**{**bad, "line": bad["line"] + before}))
-    at = SCHEMA.get_field_index("line")
+            entry = json.loads(line)
+            quarantine(Quarantined(**{**entry, "line": entry["line"] + line_offset}))
+    column = SCHEMA.get_field_index("line")
     with pa.OSFile(str(out / "rows.arrow"), "rb") as source, pa.ipc.open_stream(source) as reader:
         for batch in reader:
             table = pa.Table.from_batches([batch])
-            yield table.set_column(at, SCHEMA.field(at), pc.add(table["line"], before)) if before else table
+            if line_offset:
+                table = table.set_column(column, SCHEMA.field(column), pc.add(table["line"], line_offset))
+            yield table

@@ -1,6 +1,6 @@
-"""Reading rows from whatever a dataset stage names, in one schema. One bad record costs that record.
+"""Reads the rows of a dataset stage's sources into one schema. An invalid record is quarantined, and reading continues.
 
-Works as a stream: a record, or a batch of them, is in memory at a time.
+Reading is streamed: only one record, or one batch of records, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from tunery.ingest.split import split_of
 from tunery.spec import Dataset
 from tunery.store.rows import Row, RowFormat, row_format, row_id, tables_of
 
-PROBED = 1000
-"""Records of a file that are looked at before a run: enough to get past a head of bad ones, read in no time."""
-_SHAPES_KEPT = 1000
-IGNORED_NAMES = 100
-"""Different columns and keys that are counted by name; all further ones are counted as one."""
+MAX_PROBED_RECORDS = 1000
+"""Maximum number of records of a file that are read to validate it before a run."""
+_MAX_CONVERTERS = 1000
+MAX_IGNORED_NAMES = 100
+"""Maximum number of distinct ignored columns and keys counted by name; all others are counted together."""
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A record that can't be used."""
+    """A record that can't be converted to a row."""
 
     source: str
     line: int
@@ -57,22 +57,22 @@ Quarantine = Callable[[Quarantined], None]
 
 @dataclass
 class ReadCounts:
-    """What became of the records that were read: each is a row, in quarantine, or of another split."""
+    """Counts of the records read: each is a row, quarantined, or of another split."""
 
     records: int = 0
     quarantined: int = 0
     other_splits: int = 0
     shapes: Counter[RowFormat] = field(default_factory=Counter)
-    """Of the rows."""
+    """Number of rows by row format."""
     planted: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    """Columns, and keys of turns ("messages[].lang"), that no row keeps: the number of rows in which they hold
-    something."""
+    """Columns, and keys of messages ("messages[].lang"), that are not part of a row, with the number of rows in which
+    they have a value."""
 
     def ignore(self, names: Mapping[str, int]) -> None:
         for name, rows in names.items():
-            known = name in self.ignored or len(self.ignored) < IGNORED_NAMES
-            self.ignored[name if known else "other columns"] += rows
+            by_name = name in self.ignored or len(self.ignored) < MAX_IGNORED_NAMES
+            self.ignored[name if by_name else "other columns"] += rows
 
     def add(self, other: ReadCounts) -> None:
         self.records += other.records
@@ -84,106 +84,110 @@ class ReadCounts:
 
 
 def check_source(stage: Dataset, folder: Path) -> None:
-    """Raises BadSource when the source is missing, empty, of an unknown form, its columns fit no shape, or none of its
-    first records makes a row."""
-    wrong = ""
+    """Validate the source. Raises BadSource if it is missing, empty or of an unknown format, if its columns fit no row
+    format, or if none of its first records is a valid row."""
+    first_error = ""
     parts = find_parts(stage, folder)
     check_fields(stage, parts)
     for part in parts:
         if isinstance(part, Builtin):
             return
-        unusable = _why_unusable(part, stage)
-        if unusable is None:
+        error = _find_error(part, stage)
+        if error is None:
             return
-        wrong = wrong or unusable
-    array = "; for a JSON array in a .jsonl file say `format: json`" if ".jsonl" in wrong and "JSON" in wrong else ""
+        first_error = first_error or error
+    is_json_array = ".jsonl" in first_error and "JSON" in first_error
+    hint = "; for a JSON array in a .jsonl file say `format: json`" if is_json_array else ""
     raise BadSource(
         "source",
         f"`{source_label(stage)}` holds no row",
-        cause=f"none of its records makes a row (up to {PROBED:,} are tried); the first: {wrong}"
-        if wrong
+        cause=f"none of its records makes a row (up to {MAX_PROBED_RECORDS:,} are tried); the first: {first_error}"
+        if first_error
         else "every file is empty",
-        remedy=f"give a file with at least one row that can be used{array}",
+        remedy=f"give a file with at least one row that can be used{hint}",
     )
 
 
 def source_label(stage: Dataset) -> str:
-    """The sources in a few words: the first ones by name."""
+    """Return a short description of the sources: the names of the first three."""
     sources = [
         f"{source}/{stage.subset}" if source == BUILTIN and stage.subset else source for source in sources_of(stage)
     ]
     return ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
 
 
-def read_source(stage: Dataset, folder: Path, quarantine: Quarantine, tally: ReadCounts | None = None) -> Iterator[Row]:
-    """Rows of the stage's split and limit, with group, source and line; not yet damaged, without ids.
+def read_source(
+    stage: Dataset, folder: Path, quarantine: Quarantine, counts: ReadCounts | None = None
+) -> Iterator[Row]:
+    """Yield the rows of the stage's split up to its limit, with group, source and line, without ids and before
+    corruption is injected.
 
-    Raises BadSource when the source can't be found, UnavailableFile when a file or the network fails under way.
+    Raises BadSource if the source can't be found, UnavailableFile if a file or the network fails while reading.
     """
-    yield from itertools.islice(_rows(stage, folder, quarantine, tally or ReadCounts()), stage.limit)
+    yield from itertools.islice(_read_parts(stage, folder, quarantine, counts or ReadCounts()), stage.limit)
 
 
-def as_tables(rows: Iterable[Row], tally: ReadCounts) -> Iterator[pa.Table]:
-    """Rows with their ids, in tables of the schema; counted by shape and by planted damage."""
+def as_tables(rows: Iterable[Row], counts: ReadCounts) -> Iterator[pa.Table]:
+    """Add ids and yield the rows as tables of the schema, counting them by row format and by injected corruption."""
 
-    def finished() -> Iterator[Row]:
+    def rows_with_ids() -> Iterator[Row]:
         for row in rows:
-            tally.shapes[row_format(row)] += 1
+            counts.shapes[row_format(row)] += 1
             if row.get("planted") is not None:
-                tally.planted[row["planted"]] += 1
+                counts.planted[row["planted"]] += 1
             yield {**row, "id": row_id(row)}
 
-    return tables_of(finished())
+    return tables_of(rows_with_ids())
 
 
-def _rows(stage: Dataset, folder: Path, quarantine: Quarantine, tally: ReadCounts) -> Iterator[Row]:
+def _read_parts(stage: Dataset, folder: Path, quarantine: Quarantine, counts: ReadCounts) -> Iterator[Row]:
     for part in find_parts(stage, folder):
         if isinstance(part, Builtin):
-            yield from _builtin(part, stage, tally)
+            yield from _read_builtin(part, stage, counts)
         else:
-            yield from read_part(part, stage, quarantine, tally)
+            yield from read_part(part, stage, quarantine, counts)
 
 
-def _wanted(stage: Dataset) -> Callable[[str], bool]:
+def _split_filter(stage: Dataset) -> Callable[[str], bool]:
     return lambda group: stage.split == "all" or split_of(group, stage.eval_fraction) == stage.split
 
 
-def _builtin(part: Builtin, stage: Dataset, tally: ReadCounts) -> Iterator[Row]:
-    assert stage.subset is not None, "check_source saw to it"
-    for number, row in enumerate(python_docs.rows(stage.subset, _wanted(stage)), 1):
-        tally.records += 1
+def _read_builtin(part: Builtin, stage: Dataset, counts: ReadCounts) -> Iterator[Row]:
+    assert stage.subset is not None, "check_source rejects a builtin source without a subset"
+    for number, row in enumerate(python_docs.rows(stage.subset, _split_filter(stage)), 1):
+        counts.records += 1
         yield {**row, "source": part.name, "line": number}
 
 
-def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, tally: ReadCounts) -> Iterator[Row]:
-    """Its rows of the stage's split. Raises UnavailableFile."""
-    wanted = _wanted(stage)
-    convert = _Conversion(stage)
+def read_part(part: File | HubDataset, stage: Dataset, quarantine: Quarantine, counts: ReadCounts) -> Iterator[Row]:
+    """Yield the rows of a part that are in the stage's split. Raises UnavailableFile."""
+    is_in_split = _split_filter(stage)
+    convert = _RecordConverter(stage)
     for record in records_of(part, stage):
-        tally.records += 1
+        counts.records += 1
         name = f"{part.name}#{record.part}" if record.part else part.name
         try:
             row = convert(record.value)
         except (InvalidRow, UnknownColumns) as error:
-            tally.quarantined += 1
+            counts.quarantined += 1
             quarantine(Quarantined(name, record.line, str(error), record.excerpt))
             continue
         if convert.ignored:
-            tally.ignore(dict.fromkeys(sorted(convert.ignored), 1))
-        group = row["text"] if row.get("text") else _first_question(row)
-        if wanted(group):
+            counts.ignore(dict.fromkeys(sorted(convert.ignored), 1))
+        group = row["text"] if row.get("text") else _first_user_content(row)
+        if is_in_split(group):
             yield {**row, "group": group, "source": name, "line": record.line}
         else:
-            tally.other_splits += 1
+            counts.other_splits += 1
 
 
 def records_of(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
-    """The part's records; where it can't be read further, the last one says so."""
+    """Yield the records of a part; if it is corrupt, the last record holds the error."""
     if isinstance(part, HubDataset):
         yield from hub_rows(part)
         return
     line, format_ = 0, format_of(part, stage)
-    assert format_ is not None, "find_parts saw to it"
+    assert format_ is not None, "find_parts returns only files of a known format"
     try:
         for record in READERS[format_](part, stage):
             line = record.line
@@ -192,8 +196,9 @@ def records_of(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
         yield Record(line + 1, InvalidRow(f"{'from here on' if line else 'the whole file'}: {error}"))
 
 
-class _Conversion:
-    """From records to rows, by the columns of each. `ignored`: what the last record holds and its row does not."""
+class _RecordConverter:
+    """Converts records to rows, with one cached converter per set of columns. `ignored` names the columns and keys of
+    the last record that are not part of its row."""
 
     def __init__(self, stage: Dataset) -> None:
         self._columns = stage.columns
@@ -204,10 +209,10 @@ class _Conversion:
     def __call__(self, value: Any) -> Row:
         """Raises UnknownColumns, InvalidRow."""
         if not isinstance(value, Mapping):
-            raise _no_row(value)
+            raise _not_an_object_error(value)
         key = tuple(value), tuple(field is None for field in value.values())
         if key not in self._converters:
-            if len(self._converters) == _SHAPES_KEPT:
+            if len(self._converters) == _MAX_CONVERTERS:
                 self._converters.clear()
             self._converters[key] = converter(value, self._columns, self._reader)
         try:
@@ -216,8 +221,7 @@ class _Conversion:
             raise InvalidRow("nested too deep") from None
 
 
-def _no_row(value: Any) -> InvalidRow:
-    """What is wrong with a value that has no columns."""
+def _not_an_object_error(value: Any) -> InvalidRow:
     return (
         value
         if isinstance(value, InvalidRow)
@@ -225,76 +229,79 @@ def _no_row(value: Any) -> InvalidRow:
     )
 
 
-def _first_question(row: Row) -> str:
-    turns = row["messages"]
-    return str(next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"]))
+def _first_user_content(row: Row) -> str:
+    messages = row["messages"]
+    return str(next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"]))
 
 
-def _why_unusable(part: File | HubDataset, stage: Dataset) -> str | None:
-    """Why the first record makes no row, where none of the first `PROBED` does; "" where there is no record. Raises
-    BadSource when the columns of none of them fit, or all that fit hold images, videos or audio."""
-    convert = _Conversion(stage)
-    misfit: UnknownColumns | None = None
-    media: MediaRow | None = None
-    wrong = ""
-    fits = False
+def _find_error(part: File | HubDataset, stage: Dataset) -> str | None:
+    """Return None if one of the first MAX_PROBED_RECORDS records is a valid row, else the error of the first record
+    ("" if there is no record).
+
+    Raises BadSource if the columns of all records are unknown, or if all other records hold images, video or audio.
+    """
+    convert = _RecordConverter(stage)
+    columns_error: UnknownColumns | None = None
+    media_error: MediaRow | None = None
+    first_error = ""
+    has_known_columns = False
     try:
-        for record in itertools.islice(records_of(part, stage), PROBED):
+        for record in itertools.islice(records_of(part, stage), MAX_PROBED_RECORDS):
             try:
                 convert(record.value)
             except UnknownColumns as error:
-                misfit = misfit or error
+                columns_error = columns_error or error
                 continue
             except MediaRow as error:
-                media = media or error
+                media_error = media_error or error
                 reason = str(error)
             except InvalidRow as error:
-                fits = fits or isinstance(record.value, Mapping)
+                has_known_columns = has_known_columns or isinstance(record.value, Mapping)
                 reason = str(error)
             else:
                 return None
-            wrong = wrong or f"{part.name}:{record.line}: {reason[:EXCERPT]}"
+            first_error = first_error or f"{part.name}:{record.line}: {reason[:EXCERPT]}"
     except UnavailableFile as error:
         raise out_of_reach(error) from error
     except Ambiguous as error:
         raise ambiguous(error) from error
-    if fits:
-        return wrong
-    if media is not None:
+    if has_known_columns:
+        return first_error
+    if media_error is not None:
         raise BadSource(
             "source",
             f"`{part.name}` holds multimodal rows",
-            cause=str(media),
+            cause=str(media_error),
             remedy="take rows of text; of those whose text has no placeholder, `columns` reads the text alone",
         )
-    if misfit is not None:
+    if columns_error is not None:
         raise BadSource(
             "columns" if stage.columns else "source",
             f"the columns of `{part.name}` don't fit",
-            cause=str(misfit),
+            cause=str(columns_error),
             remedy="name them, such as `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
         )
-    return wrong
+    return first_error
 
 
 def first_shape(stage: Dataset, folder: Path) -> RowFormat:
-    """The shape of a source's first usable row. Raises BadSource when there is none."""
+    """Return the row format of the first valid row of a source. Raises BadSource if there is none."""
     if sources_of(stage)[0] == BUILTIN:
-        shapes: dict[str, RowFormat] = {
+        formats: dict[str, RowFormat] = {
             "texts": "text",
             "preferences": "preference",
             "damaged": "preference",
             "prompts": "prompt",
         }
-        return shapes.get(stage.subset or "", "conversation")
+        return formats.get(stage.subset or "", "conversation")
     return row_format(first_rows(stage, folder, 1)[0])
 
 
-def first_rows(stage: Dataset, folder: Path, most: int) -> list[Row]:
-    """Of a source of files, whatever their split; at least one. Raises BadSource when there is none."""
-    unlimited = stage.model_copy(update={"split": "all", "limit": most})
+def first_rows(stage: Dataset, folder: Path, max_rows: int) -> list[Row]:
+    """Return the first rows of a source of files from all splits, at least one. Raises BadSource if there is none."""
+    all_splits = stage.model_copy(update={"split": "all", "limit": max_rows})
     check_source(stage, folder)
     try:
-        return list(read_source(unlimited, folder, lambda line: None))
+        return list(read_source(all_splits, folder, lambda line: None))
     except UnavailableFile as error:
         raise out_of_reach(error) from error

@@ -1,7 +1,7 @@
-"""A few rows of a filter for the report: some that were kept and some that were dropped at every decile of a score.
+"""Row samples for the report: a few kept and a few dropped rows at each decile of a score.
 
-They are facts, so they are few and short. Which rows: those of the smallest ids, which are hashes, so that it does not
-depend on where a row stands.
+They are stored in the facts of an artifact, so they are few and short. The rows with the smallest ids are sampled; ids
+are hashes, so the sample does not depend on the order of the rows.
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ from tunery.ingest.corruption_metrics import Bools, Floats
 from tunery.store.rows import Row, to_str_list
 from tunery.store.score_cache import ids_to_uint64
 
-TEXT = 300
-"""Characters of a row that are told."""
-EACH = 2
-"""Rows kept, and rows dropped, of each decile."""
+MAX_EXCERPT_CHARS = 300
+ROWS_PER_DECILE = 2
+"""Number of kept rows, and of dropped rows, sampled from each decile."""
 SAMPLE_SIZE = 100_000
-"""Values that the deciles are worked out from: every so many-th, which places them to within half a percent."""
-FIRST = 5
-"""Quarantined rows that are told."""
-REASONS = 1_000
-"""Different reasons that are counted by themselves."""
+"""Number of evenly spaced values that the deciles are estimated from, accurate to half a percent."""
+NUM_QUARANTINED = 5
+"""Number of quarantined rows in the facts."""
+MAX_REASONS = 1_000
+"""Maximum number of distinct reasons that are counted separately."""
 
 
 def decile_edges(column: Callable[[], Iterator[Floats]], rows: int) -> Floats:
-    """The edges between the deciles of a score that has so many values; fewer than nine where many are the same."""
-    every = max(1, rows // SAMPLE_SIZE)
-    start, seen = 0, []
-    for piece in column():
-        seen.append(piece[(-start) % every :: every])
-        start += len(piece)
-    values = np.concatenate(seen) if seen else np.empty(0)
+    """Return the edges between the deciles of a score with `rows` values; fewer than nine if many values are equal."""
+    stride = max(1, rows // SAMPLE_SIZE)
+    start, sampled = 0, []
+    for chunk in column():
+        sampled.append(chunk[(-start) % stride :: stride])
+        start += len(chunk)
+    values = np.concatenate(sampled) if sampled else np.empty(0)
     values = values[np.isfinite(values)]
     if not len(values):
         return np.empty(0)
@@ -46,44 +45,45 @@ def decile_edges(column: Callable[[], Iterator[Floats]], rows: int) -> Floats:
     return edges
 
 
-class Samples:
-    """Sees all rows of a filter, a shard at a time; holds a few."""
+class DecileSamples:
+    """Receives all rows of a filter, shard by shard, and holds a few of each decile."""
 
     def __init__(self, score: str, edges: Floats) -> None:
         self._score, self._edges = score, edges
         self._counts = np.zeros((len(edges) + 1, 2), dtype=np.int64)
-        self._found: dict[tuple[int, bool], list[tuple[int, dict[str, Any]]]] = {}
-        self._ends = [(np.inf, -np.inf)] * (len(edges) + 1)
+        self._samples: dict[tuple[int, bool], list[tuple[int, dict[str, Any]]]] = {}
+        self._ranges = [(np.inf, -np.inf)] * (len(edges) + 1)
 
-    def see(self, rows: pa.Table, scores: Floats, kept: Bools) -> None:
-        # What lies at an edge belongs below it: of many equal scores none is parted from the others.
-        places = np.searchsorted(self._edges, scores, side="left")
-        numbers = ids_to_uint64(to_str_list(rows["id"]))
+    def add(self, rows: pa.Table, scores: Floats, kept: Bools) -> None:
+        # A score equal to an edge belongs to the decile below it, so equal scores share a decile.
+        deciles = np.searchsorted(self._edges, scores, side="left")
+        ids = ids_to_uint64(to_str_list(rows["id"]))
         for decile in range(len(self._edges) + 1):
-            here = (places == decile) & np.isfinite(scores)
-            if here.any():
-                low, high = self._ends[decile]
-                self._ends[decile] = min(low, float(scores[here].min())), max(high, float(scores[here].max()))
-            for verdict in (True, False):
-                among = np.flatnonzero(here & (kept == verdict))
-                self._counts[decile, int(verdict)] += len(among)
-                first = among[np.argsort(numbers[among], kind="stable")[:EACH]]
-                fresh = [(int(numbers[index]), self._told(rows, int(index), float(scores[index]))) for index in first]
-                found = self._found.get((decile, verdict), [])
-                self._found[decile, verdict] = sorted([*found, *fresh], key=lambda item: item[0])[:EACH]
+            in_decile = (deciles == decile) & np.isfinite(scores)
+            if in_decile.any():
+                low, high = self._ranges[decile]
+                decile_scores = scores[in_decile]
+                self._ranges[decile] = min(low, float(decile_scores.min())), max(high, float(decile_scores.max()))
+            for is_kept in (True, False):
+                indices = np.flatnonzero(in_decile & (kept == is_kept))
+                self._counts[decile, int(is_kept)] += len(indices)
+                smallest = indices[np.argsort(ids[indices], kind="stable")[:ROWS_PER_DECILE]]
+                new = [(int(ids[index]), self._sample(rows, int(index), float(scores[index]))) for index in smallest]
+                samples = self._samples.get((decile, is_kept), [])
+                self._samples[decile, is_kept] = sorted([*samples, *new], key=lambda item: item[0])[:ROWS_PER_DECILE]
 
-    def _told(self, rows: pa.Table, index: int, score: float) -> dict[str, Any]:
+    def _sample(self, rows: pa.Table, index: int, score: float) -> dict[str, Any]:
         row = rows.slice(index, 1).to_pylist()[0]
         return {"text": excerpt(row), "score": score, "planted": row["planted"]}
 
     def facts(self) -> dict[str, Any]:
-        """{"score", "deciles": [{"low", "high", "kept", "dropped", "kept_rows", "dropped_rows"}]}."""
+        """Return {"score", "deciles": [{"low", "high", "kept", "dropped", "kept_rows", "dropped_rows"}]}."""
         deciles = []
-        for decile, (low, high) in enumerate(self._ends):
+        for decile, (low, high) in enumerate(self._ranges):
             if low <= high:
                 rows = {
-                    name: [told for _, told in self._found.get((decile, verdict), [])]
-                    for name, verdict in (("kept_rows", True), ("dropped_rows", False))
+                    name: [sample for _, sample in self._samples.get((decile, is_kept), [])]
+                    for name, is_kept in (("kept_rows", True), ("dropped_rows", False))
                 }
                 dropped, kept = map(int, self._counts[decile])
                 deciles.append({"low": low, "high": high, "kept": kept, "dropped": dropped, **rows})
@@ -91,36 +91,36 @@ class Samples:
 
 
 def excerpt(row: Row) -> str:
-    """The row in at most TEXT characters: the text; of a conversation the last question and the answer."""
-    turns = row.get("messages") or []
-    if not turns:
-        return _clipped(row.get("text") or "", TEXT)
-    asked = next((turn["content"] or "" for turn in reversed(turns) if turn["role"] == "user"), "")
-    answer = (turns[-1]["content"] or "") if turns[-1]["role"] == "assistant" else ""
-    if not (asked and answer):
-        return _clipped(asked or answer, TEXT)
-    head = _clipped(asked, TEXT // 3)
-    return f"{head} → {_clipped(answer, TEXT - len(head) - 3)}"
+    """Return at most MAX_EXCERPT_CHARS characters of the row: its text, or the last user message and the response."""
+    messages = row.get("messages") or []
+    if not messages:
+        return _truncate(row.get("text") or "", MAX_EXCERPT_CHARS)
+    prompt = next((message["content"] or "" for message in reversed(messages) if message["role"] == "user"), "")
+    response = (messages[-1]["content"] or "") if messages[-1]["role"] == "assistant" else ""
+    if not (prompt and response):
+        return _truncate(prompt or response, MAX_EXCERPT_CHARS)
+    head = _truncate(prompt, MAX_EXCERPT_CHARS // 3)
+    return f"{head} → {_truncate(response, MAX_EXCERPT_CHARS - len(head) - 3)}"
 
 
-def _clipped(text: str, most: int) -> str:
-    text = " ".join(text[: 4 * most].split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _truncate(text: str, max_chars: int) -> str:
+    text = " ".join(text[: 4 * max_chars].split())
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def quarantine_facts(file: Path) -> dict[str, Any]:
-    """How often each reason stands in a quarantine.jsonl, the most frequent ten, and its first rows."""
+    """Return the ten most frequent reasons of a quarantine.jsonl with their counts, and its first rows."""
     reasons: Counter[str] = Counter()
     first: list[dict[str, Any]] = []
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            told = json.loads(line)
-            reason = _clipped(told["reason"], TEXT)
-            reasons[reason if reason in reasons or len(reasons) < REASONS else "other reasons"] += 1
-            if len(first) < FIRST:
-                text = _clipped(str(told.get("excerpt") or ""), TEXT)
-                first.append({"source": told["source"], "line": told["line"], "reason": reason, "text": text})
-    listed = reasons.most_common(10)
-    if (rest := reasons.total() - sum(count for _, count in listed)) > 0:
-        listed.append(("other reasons", rest))
-    return {"reasons": [{"reason": reason, "rows": count} for reason, count in listed], "first": first}
+            entry = json.loads(line)
+            reason = _truncate(entry["reason"], MAX_EXCERPT_CHARS)
+            reasons[reason if reason in reasons or len(reasons) < MAX_REASONS else "other reasons"] += 1
+            if len(first) < NUM_QUARANTINED:
+                text = _truncate(str(entry.get("excerpt") or ""), MAX_EXCERPT_CHARS)
+                first.append({"source": entry["source"], "line": entry["line"], "reason": reason, "text": text})
+    most_common = reasons.most_common(10)
+    if (rest := reasons.total() - sum(count for _, count in most_common)) > 0:
+        most_common.append(("other reasons", rest))
+    return {"reasons": [{"reason": reason, "rows": count} for reason, count in most_common], "first": first}

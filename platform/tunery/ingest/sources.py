@@ -1,4 +1,4 @@
-"""What a dataset stage names, found: files, hub datasets and the builtin corpus; and whether its fields fit them."""
+"""Resolves the sources of a dataset stage to files, hub datasets and the builtin corpus, and validates its fields."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BUILTIN = "builtin:python-docs"
 
 
 class BadSource(ValueError):
-    """A dataset stage that can't work, found before anything runs. `field` is the stage's field that is to blame."""
+    """A dataset stage is invalid; raised before the run starts. `field` is the invalid field of the stage."""
 
     def __init__(self, field: str, message: str, cause: str = "", remedy: str = "") -> None:
-        super().__init__(field, message, cause, remedy)  # all of them: pickle makes it anew from these
+        super().__init__(field, message, cause, remedy)  # pickle rebuilds the exception from these arguments
         self.field, self.message, self.cause, self.remedy = field, message, cause, remedy
 
     def __str__(self) -> str:
@@ -33,12 +33,12 @@ class Builtin:
     name: str
 
     def identity(self) -> Any:
-        """Of the interpreter, whose documentation it is."""
+        """Identity of the Python version whose documentation is read."""
         return python_docs.identity()
 
 
 Part = File | HubDataset | Builtin
-"""One thing that is read: all of them have a `name` and an `identity()`."""
+"""A unit of input; every kind has a `name` and an `identity()`."""
 
 
 def sources_of(stage: Dataset) -> tuple[str, ...]:
@@ -46,19 +46,19 @@ def sources_of(stage: Dataset) -> tuple[str, ...]:
 
 
 def find_parts(stage: Dataset, folder: Path) -> list[Part]:
-    """What the stage's sources are, in their order and each once. Raises BadSource when one is not there, is of an
-    unknown form or out of reach."""
+    """Return the parts of the stage's sources in order, without duplicates. Raises BadSource if a source doesn't exist,
+    has an unknown format or is unavailable."""
     parts: dict[Part, None] = {}
     for source in sources_of(stage):
         try:
-            found = _parts_of(source, stage, folder)
+            source_parts = _parts_of(source, stage, folder)
         except UnavailableFile as error:
             raise out_of_reach(error) from error
         except Ambiguous as error:
             raise ambiguous(error) from error
         except CorruptFile as error:
             raise BadSource("source", f"`{source}` can't be read", cause=str(error)) from error
-        parts |= dict.fromkeys(found)
+        parts |= dict.fromkeys(source_parts)
     return list(parts)
 
 
@@ -77,7 +77,7 @@ def ambiguous(error: Ambiguous) -> BadSource:
 
 
 def source_identity(stage: Dataset, folder: Path) -> Any:
-    """What the rows depend on besides the stage's fields. Raises RequestError."""
+    """Return the identity of the source content, which is part of the cache key. Raises RequestError."""
     try:
         return [part.identity() for part in find_parts(stage, folder)]
     except (BadSource, UnavailableFile) as error:
@@ -99,21 +99,21 @@ def _parts_of(source: str, stage: Dataset, folder: Path) -> list[Part]:
         saved = saved_files(path, folder, stage.hub_split)
         if saved is not None:
             return list(saved)
-    found = find(source, folder)
-    if not found:
-        raise _nothing(source, path)
+    files = find(source, folder)
+    if not files:
+        raise _not_found_error(source, path)
     readable: list[Part] = []
-    for file in found:
+    for file in files:
         if format_of(file, stage) is not None:
             readable.append(file)
         elif not file.below_a_folder:
-            raise _unknown_form(file)
+            raise _unknown_format_error(file)
     if not readable:
         raise BadSource("source", f"no file below `{source}` has a known ending", remedy=f"known: {' '.join(ENDINGS)}")
     return readable
 
 
-def _nothing(source: str, path: Path) -> BadSource:
+def _not_found_error(source: str, path: Path) -> BadSource:
     if source.startswith(REMOTE):
         return BadSource("source", f"there is no file `{source}`", remedy="check bucket and path")
     if path.is_dir():
@@ -126,7 +126,7 @@ def _nothing(source: str, path: Path) -> BadSource:
     )
 
 
-def _unknown_form(file: File) -> BadSource:
+def _unknown_format_error(file: File) -> BadSource:
     ending = file.endings[0]
     hint = "; save it as .xlsx" if ending in (".xls", ".ods") else ""
     return BadSource(
@@ -137,7 +137,7 @@ def _unknown_form(file: File) -> BadSource:
 
 
 def check_fields(stage: Dataset, parts: list[Part]) -> None:
-    """Raises BadSource where a field is given, or missing, that the parts have no use for, or need."""
+    """Raises BadSource if a field is set that does not apply to the parts, or a required one is missing."""
     builtin = any(isinstance(part, Builtin) for part in parts)
     hub = any(isinstance(part, HubDataset) for part in parts)
     files = [part for part in parts if isinstance(part, File)]

@@ -1,8 +1,7 @@
-"""Which split a group belongs to, from its name alone.
+"""Assignment of groups to splits by a hash of the group.
 
-A split drawn with a random generator changes when a row is added, and puts rows of one origin on both sides.
-This one depends on the group's name and on nothing else: not on the other rows, their order or number, nor on
-a seed.
+A random split changes when a row is added, and separates rows of the same origin. This split depends only on the name
+of the group, not on other rows, their order or number, or a seed.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from typing import Literal
 Split = Literal["train", "validation", "test"]
 
 MAX_EVAL_FRACTION = 0.45
-"""Validation and test take a share each, so that at least a tenth is left to train on."""
+"""Validation and test each take this fraction, so that at least a tenth is left for training."""
 
-# Rows may come ordered by a plain hash of their group; by the same hash the first n would share a split.
+# Rows may be sorted by a plain hash of their group. With the same hash, the first n rows would all be in one split.
 _SALT = b"split\0"
 
 
 def split_of(group: str, eval_fraction: float) -> Split:
-    """The split of a group, where validation and test each get the share `eval_fraction` of the groups.
+    """Return the split of a group; validation and test each get the fraction `eval_fraction` of the groups.
 
-    A larger eval_fraction moves groups out of train only: never back into it, nor between validation and test.
+    Increasing eval_fraction only moves groups out of train, never into it or between validation and test.
     Raises ValueError unless eval_fraction is in [0, 0.45].
     """
     if not 0 <= eval_fraction <= MAX_EVAL_FRACTION:
@@ -31,9 +30,9 @@ def split_of(group: str, eval_fraction: float) -> Split:
             f"so choose it between 0 and {MAX_EVAL_FRACTION} (0.05 is common)."
         )
     # 53 bits, so that the quotient is exact and below 1.
-    place = (int.from_bytes(hashlib.sha256(_SALT + group.encode()).digest()[:8], "big") >> 11) / 2**53
-    if place < eval_fraction:
+    position = (int.from_bytes(hashlib.sha256(_SALT + group.encode()).digest()[:8], "big") >> 11) / 2**53
+    if position < eval_fraction:
         return "test"
-    if 1 - place <= eval_fraction:
+    if 1 - position <= eval_fraction:
         return "validation"
     return "train"

@@ -1,1 +1,1 @@
-"""A person's look at a filter: rows near its cut, drawn, shown, decided on, and compared with it."""
+"""Human review of a filter: rows near its threshold are sampled, shown, decided on, and compared with the filter."""

@@ -1,4 +1,4 @@
-"""How far a filter and a person agree, and the threshold that would agree best. Pure."""
+"""Agreement between a filter and a reviewer, and the threshold that agrees best with the reviewer. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from tunery.ingest.corruption_metrics import Bools, Floats
 
 
 def agreement(filter_keeps: Bools, person_keeps: Bools) -> dict[str, Any]:
-    """Counts of the four cases, the share of rows on which both say the same, and Cohen's kappa.
+    """Return the confusion matrix, the fraction of rows on which both agree, and Cohen's kappa.
 
-    kappa = (p_o - p_e) / (1 - p_e), p_e the agreement of two who decide by chance at the same rates (Cohen 1960, "A
-    coefficient of agreement for nominal scales"). None where nobody could disagree: both say one thing of every row.
+    kappa = (p_o - p_e) / (1 - p_e), where p_e is the expected agreement of two raters who decide independently at the
+    same rates (Cohen 1960, "A coefficient of agreement for nominal scales"). None if p_e is 1, because both give the
+    same label to every row.
     """
     n = len(filter_keeps)
     both_keep = int((filter_keeps & person_keeps).sum())
     both_drop = int((~filter_keeps & ~person_keeps).sum())
     only_filter, only_person = int((filter_keeps & ~person_keeps).sum()), int((~filter_keeps & person_keeps).sum())
     agreed = both_keep + both_drop
-    # In whole numbers, so that "nobody could disagree" is no question of rounding.
+    # n^2 p_e as an integer, so that the test for p_e = 1 is exact.
     by_chance = (both_keep + only_filter) * (both_keep + only_person) + (both_drop + only_person) * (
         both_drop + only_filter
     )
@@ -40,46 +41,48 @@ def agreement(filter_keeps: Bools, person_keeps: Bools) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AgreementThreshold:
-    """Keep what is not worse than `value`."""
+    """Keep rows with a badness of at most `value`."""
 
     value: float
     agreement: float
-    """Share of the reviewed rows."""
+    """Fraction of the reviewed rows on which the threshold agrees with the reviewer."""
     at_edge: bool
-    """All reviewed rows are on one side of it: an even looser or stricter one may agree better."""
+    """All reviewed rows are on one side of the threshold, so a looser or stricter one may agree better."""
 
 
-def best_threshold(badness: Floats, person_keeps: Bools, now: float) -> AgreementThreshold | None:
-    """The threshold on `badness` (low is good) that agrees with the person on most rows.
+def best_threshold(badness: Floats, person_keeps: Bools, current: float) -> AgreementThreshold | None:
+    """Return the threshold on `badness` (lower is better) that agrees with the reviewer on the most rows, or None if no
+    row has a score.
 
-    Agreement only changes at the values of the rows, so it is counted once for each gap between two of them: O(n log
-    n) for sorting, then one sum. Of equally good gaps the one with `now` in it wins (then `now` is the answer: no
-    reason to move), else the one nearest to `now`; in it, the roundest number near its middle. Rows without a score
-    (infinite) are dropped by every threshold. None when no row has a score.
+    Agreement changes only at the values of the rows, so it is computed once per gap between two values, in O(n log n).
+    Among equally good gaps, the one that contains `current` wins and `current` is returned; otherwise the gap nearest
+    to `current` wins, and a number with few digits near its middle is returned. Every threshold drops rows without a
+    score (infinite badness).
     """
     finite = np.isfinite(badness)
     if not finite.any():
         return None
-    values, place = np.unique(badness[finite], return_inverse=True)
+    values, value_indices = np.unique(badness[finite], return_inverse=True)
     kept, dropped = (
-        np.bincount(place, weights=says[finite], minlength=len(values)) for says in (person_keeps, ~person_keeps)
+        np.bincount(value_indices, weights=mask[finite], minlength=len(values))
+        for mask in (person_keeps, ~person_keeps)
     )
-    # Gap g lies below values[g]: the values before it are kept, the others dropped.
+    # Gap g is below values[g]: a threshold in it keeps values[:g] and drops the others.
     agreed = np.concatenate([[0], np.cumsum(kept)]) + dropped.sum() - np.concatenate([[0], np.cumsum(dropped)])
     agreed += (~person_keeps[~finite]).sum()
     lows, highs = np.concatenate([[-math.inf], values]), np.concatenate([values, [math.inf]])
-    inside = (lows <= now) & ((now < highs) | np.isinf(highs))
-    with np.errstate(invalid="ignore"):  # a filter that drops nothing may have its cut at infinity
-        away = np.where(inside, -1.0, np.maximum(lows - now, now - highs))
+    contains_current = (lows <= current) & ((current < highs) | np.isinf(highs))
+    with np.errstate(invalid="ignore"):  # a filter that drops nothing may have an infinite threshold
+        distance = np.where(contains_current, -1.0, np.maximum(lows - current, current - highs))
     candidates = np.flatnonzero(agreed == agreed.max())
-    best = int(candidates[np.argmin(away[candidates])])
+    best = int(candidates[np.argmin(distance[candidates])])
     low, high = float(lows[best]), float(highs[best])
-    value = now if inside[best] else between(low, high)
+    value = current if contains_current[best] else between(low, high)
     return AgreementThreshold(value, float(agreed[best] / len(badness)), best in (0, len(values)))
 
 
 def between(low: float, high: float) -> float:
-    """A number in [low, high), with as few digits as tell it apart, near the middle. One end may be infinite."""
+    """Return a number in [low, high) near the middle, with as few digits as possible. One end may be infinite."""
     if math.isinf(high):
         return low
     middle = math.nextafter(high, -math.inf) if math.isinf(low) else low + (high - low) / 2

@@ -1,8 +1,8 @@
-"""Decisions of a person, by row id: read from .jsonl or .xlsx, written to .jsonl one by one.
+"""Review decisions by row id: read from .jsonl or .xlsx, and appended to a .jsonl file.
 
-A line of the .jsonl file is {"id", "decision": "keep" | "drop" | null, "t"}; of several lines of one id the last
-counts, null takes the decision back. A line with "undo": true undid the one before it. Lines are only ever added, and
-each is on the disk before the reviewer sees the next row, so neither a closed tab nor a killed process loses one.
+A line of the .jsonl file is {"id", "decision": "keep" | "drop" | null, "t"}. The last line of an id counts; null
+revokes the decision. A line with "undo": true undoes the newest decision. The file is append-only and synced to disk
+before the reviewer sees the next row, so neither a closed tab nor a killed process loses a decision.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tunery.spec import Review
 
 Decision = Literal["keep", "drop"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
-_DECISION_OF: dict[str, Decision] = {decision: decision for decision in DECISIONS}
+_DECISION_BY_TEXT: dict[str, Decision] = {decision: decision for decision in DECISIONS}
 SHEET = "review"
-"""Of a workbook: the one with the decisions."""
+"""Name of the sheet with the decisions."""
 
 
 class BadDecisions(RequestError):
-    """A file of decisions that can't be read, or a cell or line in it that says no decision."""
+    """The decision file can't be read, or a cell or line in it is not a valid decision."""
 
 
 def decisions_path(stage: Review, folder: Path) -> Path:
@@ -39,16 +39,16 @@ def decisions_path(stage: Review, folder: Path) -> Path:
 
 
 def decisions_identity(stage: Review, folder: Path) -> str | None:
-    """Hash of what was decided, whoever wrote it down and when; None where nothing is."""
-    decided = read_decisions(decisions_path(stage, folder))
-    return hashlib.sha256(json.dumps(sorted(decided.items())).encode()).hexdigest() if decided else None
+    """Return a hash of the decisions, independent of file format and timestamps; None if there are no decisions."""
+    decisions = read_decisions(decisions_path(stage, folder))
+    return hashlib.sha256(json.dumps(sorted(decisions.items())).encode()).hexdigest() if decisions else None
 
 
 def read_decisions(path: Path) -> dict[str, Decision]:
-    """By row id. A file that isn't there holds none. Raises BadDecisions."""
+    """Return the decisions by row id; none if the file doesn't exist. Raises BadDecisions."""
     try:
         if path.suffix == ".xlsx":
-            return _from_workbook(path)
+            return _read_workbook(path)
         with path.open("rb") as file:
             return replay(path, file.read())[0]
     except FileNotFoundError:
@@ -64,44 +64,45 @@ def read_decisions(path: Path) -> dict[str, Decision]:
 
 @dataclass(frozen=True)
 class DecisionEdit:
-    """A decision that can be undone: what was said of `id` before it."""
+    """A decision that can be undone."""
 
     id: str
-    before: Decision | None
+    previous: Decision | None
+    """The decision on `id` before this one."""
 
 
 def replay(path: Path, content: bytes) -> tuple[dict[str, Decision], list[DecisionEdit]]:
-    """What a file of decisions says after its last line, and what can be undone, the newest last.
+    """Return the decisions after the last line, and the edits that can be undone, newest last.
 
-    A last line without its end is the write that a crash cut off: nobody was told that it was saved.
+    A last line without a newline is ignored: its write was interrupted and never acknowledged.
     """
-    decided: dict[str, Decision] = {}
-    steps: list[DecisionEdit] = []
+    decisions: dict[str, Decision] = {}
+    edits: list[DecisionEdit] = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         if not line.strip():
             continue
-        id, decision, undo = _parse(path, number, line.removeprefix(b"\xef\xbb\xbf"))
+        id, decision, undo = _parse_line(path, number, line.removeprefix(b"\xef\xbb\xbf"))
         if undo:
-            if steps:
-                steps.pop()
+            if edits:
+                edits.pop()
         else:
-            steps.append(DecisionEdit(id, decided.get(id)))
-        decided.pop(id, None)
+            edits.append(DecisionEdit(id, decisions.get(id)))
+        decisions.pop(id, None)
         if decision is not None:
-            decided[id] = decision
-    return decided, steps
+            decisions[id] = decision
+    return decisions, edits
 
 
-def _parse(path: Path, number: int, line: bytes) -> tuple[str, Decision | None, bool]:
+def _parse_line(path: Path, number: int, line: bytes) -> tuple[str, Decision | None, bool]:
     try:
-        said: Any = json.loads(line)
-        id, decision, undo = said["id"], said["decision"], said.get("undo", False)
+        entry: Any = json.loads(line)
+        id, decision, undo = entry["id"], entry["decision"], entry.get("undo", False)
     except (ValueError, KeyError, TypeError, AttributeError):
         id, decision, undo = None, None, False
     if not isinstance(id, str) or not id or (decision is not None and decision not in DECISIONS):
-        shown = line[:120].decode(errors="replace").strip()
+        excerpt = line[:120].decode(errors="replace").strip()
         raise BadDecisions(
-            f"{path}:{number}: `{shown}` is no decision",
+            f"{path}:{number}: `{excerpt}` is no decision",
             cause='a line is {"id": "<the row\'s id>", "decision": "keep" or "drop", or null to take it back}',
             remedy="correct the line or remove it",
         )
@@ -109,9 +110,9 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[str, Decision | None, 
 
 
 class DecisionLog:
-    """A .jsonl file of decisions, open for adding to it; only one process may have it open.
+    """A .jsonl file of decisions, opened for appending; only one process may have it open.
 
-    Raises BadDecisions when it can't be opened, or somebody else has it open. Not safe for threads: the caller locks.
+    Raises BadDecisions if it can't be opened or another process has it open. Not thread-safe.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,94 +133,95 @@ class DecisionLog:
                 remedy="go on in its page, or end it with Ctrl-C first",
             ) from None
         content = path.read_bytes()
-        self.decided, self._steps = replay(path, content)
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.ftruncate(self._file, whole)
+        self.decisions, self._edits = replay(path, content)
+        complete_size = content.rfind(b"\n") + 1
+        if complete_size < len(content):
+            os.ftruncate(self._file, complete_size)
 
     @property
-    def last(self) -> DecisionEdit | None:
-        """What `undo` would undo."""
-        return self._steps[-1] if self._steps else None
+    def last_edit(self) -> DecisionEdit | None:
+        """The edit that `undo` would undo."""
+        return self._edits[-1] if self._edits else None
 
     def decide(self, id: str, decision: Decision) -> None:
-        """Returns once it is on the disk. Raises OSError when it can't be; then nothing has changed."""
-        self._write({"id": id, "decision": decision})
-        self._steps.append(DecisionEdit(id, self.decided.get(id)))
-        self.decided[id] = decision
+        """Record a decision; returns once it is on disk. Raises OSError if it can't be written, and changes nothing."""
+        self._append({"id": id, "decision": decision})
+        self._edits.append(DecisionEdit(id, self.decisions.get(id)))
+        self.decisions[id] = decision
 
     def undo(self) -> str | None:
-        """Take back the newest decision that wasn't taken back yet; returns its row's id."""
-        if not self._steps:
+        """Undo the newest decision that was not undone yet; return its row id, or None if there is none."""
+        if not self._edits:
             return None
-        step = self._steps[-1]
-        self._write({"id": step.id, "decision": step.before, "undo": True})
-        self._steps.pop()
-        self.decided.pop(step.id, None)
-        if step.before is not None:
-            self.decided[step.id] = step.before
-        return step.id
+        edit = self._edits[-1]
+        self._append({"id": edit.id, "decision": edit.previous, "undo": True})
+        self._edits.pop()
+        self.decisions.pop(edit.id, None)
+        if edit.previous is not None:
+            self.decisions[edit.id] = edit.previous
+        return edit.id
 
     def close(self) -> None:
         os.close(self._file)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        end = os.fstat(self._file).st_size
-        text = json.dumps({**line, "t": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
+    def _append(self, entry: dict[str, Any]) -> None:
+        size_before = os.fstat(self._file).st_size
+        text = json.dumps({**entry, "t": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
         try:
-            left = memoryview(text.encode())
-            while left:
-                left = left[os.write(self._file, left) :]
+            remaining = memoryview(text.encode())
+            while remaining:
+                remaining = remaining[os.write(self._file, remaining) :]
             os.fsync(self._file)
         except OSError:
-            os.ftruncate(self._file, end)  # a full disk: no half line for the next one to be glued to
+            os.ftruncate(self._file, size_before)  # a full disk: remove the partial line
             raise
 
 
 # .xlsx
 
 
-def _from_workbook(path: Path) -> dict[str, Decision]:
+def _read_workbook(path: Path) -> dict[str, Decision]:
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
         with path.open("rb") as file:
             book = load_workbook(file, read_only=True, data_only=True)
-            rows = list(_cells(path, book))
+            rows = list(_decision_cells(path, book))
     except (BadZipFile, InvalidFileException, ParseError, KeyError) as error:
         raise BadDecisions(
             f"{path} is no .xlsx workbook", cause=str(error), remedy="save it as an Excel workbook (.xlsx)"
         ) from None
-    decided: dict[str, Decision] = {}
-    for sheet, number, id, said in rows:
-        if said is None or not str(said).strip():
+    decisions: dict[str, Decision] = {}
+    for sheet, number, id, cell in rows:
+        if cell is None or not str(cell).strip():
             continue
-        where = f"{path}, sheet `{sheet}`, row {number}"
-        decision = _DECISION_OF.get(str(said).strip().lower())
+        location = f"{path}, sheet `{sheet}`, row {number}"
+        decision = _DECISION_BY_TEXT.get(str(cell).strip().lower())
         if decision is None:
             raise BadDecisions(
-                f"{where}: `{said}` is no decision",
+                f"{location}: `{cell}` is no decision",
                 cause="a decision is keep or drop",
                 remedy="choose one, or empty the cell",
             )
         if not isinstance(id, str) or not id.strip():
             raise BadDecisions(
-                f"{where}: `{id}` is no row's id",
+                f"{location}: `{id}` is no row's id",
                 cause="the decision beside it belongs to no row; ids are text, and spreadsheets turn some into numbers",
                 remedy="undo what changed the column `id`, or write the workbook anew with `tunery review --xlsx`",
             )
         key = id.strip()
-        if decided.get(key, decision) != decision:
+        if decisions.get(key, decision) != decision:
             raise BadDecisions(
-                f"{where}: `{said}`, but `{decided[key]}` above, for the row {key}", remedy="remove one of the two"
+                f"{location}: `{cell}`, but `{decisions[key]}` above, for the row {key}",
+                remedy="remove one of the two",
             )
-        decided[key] = decision
-    return decided
+        decisions[key] = decision
+    return decisions
 
 
-def _cells(path: Path, book: Any) -> Iterator[tuple[str, int, object, object]]:
-    """(sheet, row as the spreadsheet counts, id, decision) of every row below the header."""
+def _decision_cells(path: Path, book: Any) -> Iterator[tuple[str, int, object, object]]:
+    """Yield (sheet, row number in the spreadsheet, id, decision) of every row below the header."""
     sheet = book[SHEET] if SHEET in book.sheetnames else book.worksheets[0]
     rows = all_rows(sheet, values_only=True)
     header = [str(name).strip().lower() if name is not None else "" for name in next(rows, ())]
@@ -230,7 +232,7 @@ def _cells(path: Path, book: Any) -> Iterator[tuple[str, int, object, object]]:
             cause=f"its columns are: {', '.join(filter(None, header)) or 'none'}",
             remedy="keep the header that `tunery review --xlsx` wrote",
         )
-    id_at, decision_at = header.index("id"), header.index("decision")
+    id_column, decision_column = header.index("id"), header.index("decision")
     for number, row in enumerate(rows, 2):
         padded = [*row, *[None] * (len(header) - len(row))]
-        yield sheet.title, number, padded[id_at], padded[decision_at]
+        yield sheet.title, number, padded[id_column], padded[decision_column]

@@ -1,6 +1,6 @@
-"""What a filter did with every row that it saw, and how far each row is from its cut.
+"""The outcome of a filter for every input row, and the distance of each row from the threshold.
 
-What was planted in the rows is not read here: what a reviewer sees is made from this, and must not tell.
+The `planted` column is not read here: review items are built from these results and must not reveal corruption.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from tunery.store import Artifact
 from tunery.store.artifacts import input_of
 from tunery.store.rows import Row, read_rows
 
-SHOWN = ["id", "text", "messages", "rejected"]
-"""Columns that a reviewer may see."""
+REVIEWED_COLUMNS = ["id", "text", "messages", "rejected"]
+"""Columns shown to the reviewer."""
 
 
 @dataclass(frozen=True)
 class FilterResult:
-    """All rows in the order that they were scored in; the arrays have one entry a row."""
+    """All input rows in the order they were scored; arrays have one entry per row."""
 
     scored: Path
-    """The artifact of the rows that went into the filter, scored or not (by `random` they can be selected anyway)."""
+    """The input artifact of the filter, scored or not (rows can be selected by `random` without scores)."""
     ids: list[str]
     sources: list[str]
     kept: Bools
     distance: Floats
-    """Rows from the cut by rank, below 0 where the row was kept: -0.5 is the last one kept, 0.5 the first one dropped.
-    Under several rules it is that of the rule which comes closest to changing the verdict."""
+    """Distance to the threshold in ranks, negative for a kept row: -0.5 is the last row kept, 0.5 the first one
+    dropped. With several rules it is the distance for the rule that is closest to changing the outcome."""
     scores: Mapping[str, Floats]
-    """NaN where there is none."""
+    """NaN for a row without a score."""
     badness: Mapping[str, Floats]
-    """The same with low for good; infinite where there is no score."""
+    """Scores with their sign set so that lower is better; infinite for a row without a score."""
     signs: Mapping[str, float]
-    """By score: 1 where low is good, else -1."""
+    """By score: 1 if lower is better, else -1."""
     cuts: Mapping[str, float]
-    """By score: the worst that passes, as a score. A range has two, and is not among them."""
+    """By score: the threshold. Scores with a range are not included, because a range has two."""
 
 
 def read_filter_results(selection: Artifact) -> FilterResult:
-    """From a select artifact and the scored rows that it was made from.
+    """Read the results from a select artifact and its scored input.
 
-    Raises StoreError when those were removed, or when the rules don't give the rows that the artifact holds.
+    Raises StoreError if the input was removed, or if applying the rules does not give the rows of the artifact.
     """
     scored = input_of(selection, "data")
     identity = selection.manifest["identity"]
@@ -65,37 +65,37 @@ def read_filter_results(selection: Artifact) -> FilterResult:
     signs: dict[str, float] = {}
     cuts: dict[str, float] = {}
     keeps: dict[str, Keep] = {}
-    for (score, described), told in zip(identity["keep"].items(), selection.facts["rules"], strict=True):
-        if not any(described.get(name) is not None for name in KEEP_RULES):
-            # An identity leaves out the names of stages (`match_count_of`): what their number of rows came to is told.
-            described = {**described, "top_k": told["passed"]}
-        keeps[score] = Keep.model_validate_json(json.dumps(described))
+    for (score, config), rule_facts in zip(identity["keep"].items(), selection.facts["rules"], strict=True):
+        if not any(config.get(name) is not None for name in KEEP_RULES):
+            # The identity omits names of stages (`match_count_of`); the number of rows is in the facts.
+            config = {**config, "top_k": rule_facts["passed"]}
+        keeps[score] = Keep.model_validate_json(json.dumps(config))
     rules = fit_rules(table, keeps, score_directions(scored), {})
     scores = {score: np.concatenate(list(table.column(score))) for score in keeps}
-    passed_by = rule_masks(rules, scores)
-    # A fraction's cut is one among the rows that the other rules keep: the others are beyond it, wherever they score.
-    plain = [passed for rule, passed in zip(rules, passed_by, strict=True) if rule.keep.keep_fraction_of_rest is None]
-    left = np.logical_and.reduce(plain) if plain else np.True_
+    masks = rule_masks(rules, scores)
+    # A `keep_fraction_of_rest` rule ranks only the rows that the other rules keep; all others are beyond its threshold.
+    other_masks = [mask for rule, mask in zip(rules, masks, strict=True) if rule.keep.keep_fraction_of_rest is None]
+    rest = np.logical_and.reduce(other_masks) if other_masks else np.True_
     distances: list[Floats] = []
-    for rule, passed in zip(rules, passed_by, strict=True):
+    for rule, mask in zip(rules, masks, strict=True):
         score = rule.score
         if rule.keep.range is not None:
-            low, high = rule.cut.low, rule.cut.worst
-            badness[score] = _without_nan(np.maximum(low - scores[score], scores[score] - high))
+            low, high = rule.threshold.min_score, rule.threshold.max_badness
+            badness[score] = _nan_to_inf(np.maximum(low - scores[score], scores[score] - high))
         else:
-            badness[score] = _without_nan(rule.badness(scores))
-            signs[score], cuts[score] = rule.sign, rule.sign * rule.cut.worst
-        among = badness[score] if rule.keep.keep_fraction_of_rest is None else np.where(left, badness[score], math.inf)
-        distances.append(ranks_from_cut(among, passed))
-    every = identity["combine"] == "all"
-    kept = np.logical_and.reduce(passed_by) if every else np.logical_or.reduce(passed_by)
-    distance = np.maximum.reduce(distances) if every else np.minimum.reduce(distances)
-    held = [row["id"] for row in read_rows(selection.path, ["id"])]
+            badness[score] = _nan_to_inf(rule.badness(scores))
+            signs[score], cuts[score] = rule.sign, rule.sign * rule.threshold.max_badness
+        ranked = badness[score] if rule.keep.keep_fraction_of_rest is None else np.where(rest, badness[score], math.inf)
+        distances.append(ranks_from_threshold(ranked, mask))
+    combine_all = identity["combine"] == "all"
+    kept = np.logical_and.reduce(masks) if combine_all else np.logical_or.reduce(masks)
+    distance = np.maximum.reduce(distances) if combine_all else np.minimum.reduce(distances)
+    selected_ids = [row["id"] for row in read_rows(selection.path, ["id"])]
     if identity["quota"] is not None or identity.get("diverse") is not None:
-        # What passed the rules and neither quota nor diversity lies far from every cut.
-        kept = _places(ids, held)
+        # Rows dropped by the quota or by diversity are placed far from every threshold.
+        kept = _mask_of(ids, selected_ids)
         distance = np.where(~kept & (distance < 0), len(ids), distance)
-    if [id for id, keep in zip(ids, kept, strict=True) if keep] != held:
+    if [id for id, keep in zip(ids, kept, strict=True) if keep] != selected_ids:
         raise StoreError(
             f"{selection.path} doesn't hold the rows that its rules keep of {scored.path}",
             cause="one of the two was changed by hand, or another version of tunery made it",
@@ -114,32 +114,32 @@ def read_filter_results(selection: Artifact) -> FilterResult:
     )
 
 
-def _places(ids: list[str], passed: list[str]) -> Bools:
-    """Where the rows of `passed` stand among `ids`; both are in the same order, and an id may be there twice."""
-    kept = np.zeros(len(ids), dtype=bool)
-    at = 0
-    for wanted in passed:
-        at = ids.index(wanted, at)
-        kept[at] = True
-        at += 1
-    return kept
+def _mask_of(ids: list[str], selected_ids: list[str]) -> Bools:
+    """Return which of `ids` are selected. `selected_ids` is a subsequence of `ids`, which may contain duplicates."""
+    mask = np.zeros(len(ids), dtype=bool)
+    index = 0
+    for id in selected_ids:
+        index = ids.index(id, index)
+        mask[index] = True
+        index += 1
+    return mask
 
 
-def ranks_from_cut(badness: Floats, passed: Bools) -> Floats:
-    """Each row's place, best first, less the cut's, which lies between two rows. Ties stand as in
-    selection/select_stage.py."""
+def ranks_from_threshold(badness: Floats, passed: Bools) -> Floats:
+    """Return the rank of each row, best first, relative to the threshold, which is halfway between two ranks. Ties are
+    ordered as in selection/select_stage.py."""
     order = np.argsort(badness, kind="stable")
     rank = np.empty(len(badness))
     rank[order] = np.arange(len(badness))
-    from_cut: Floats = rank - passed.sum() + 0.5
-    return from_cut
+    distance: Floats = rank - passed.sum() + 0.5
+    return distance
 
 
-def read_shown(filtered: FilterResult, wanted: Iterable[str]) -> dict[str, Row]:
-    """By id: what a reviewer may see of the rows `wanted`."""
-    ids = set(wanted)
-    return {row["id"]: row for row in read_rows(filtered.scored, SHOWN) if row["id"] in ids}
+def read_reviewed_columns(filtered: FilterResult, ids: Iterable[str]) -> dict[str, Row]:
+    """Return the columns shown to the reviewer of the rows with these ids, by id."""
+    wanted = set(ids)
+    return {row["id"]: row for row in read_rows(filtered.scored, REVIEWED_COLUMNS) if row["id"] in wanted}
 
 
-def _without_nan(values: Floats) -> Floats:
+def _nan_to_inf(values: Floats) -> Floats:
     return np.where(np.isnan(values), math.inf, values)

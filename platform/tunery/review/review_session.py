@@ -1,4 +1,4 @@
-"""A review under way: the sample, what is decided of it, and where that is kept. Knows nothing of HTTP."""
+"""A review session: the sample, its decisions and the log they are written to. Independent of HTTP."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tunery.review.review_items import ReviewItem
 
 
 class UnknownRow(LookupError):
-    """An id that isn't in the sample."""
+    """The id isn't in the sample."""
 
 
 class ReviewSession:
-    """Safe for threads: one decision at a time, each on the disk before the next."""
+    """Thread-safe; each decision is on disk before the next one is accepted."""
 
     def __init__(
-        self, stage: str, rows: Sequence[ReviewItem], log: DecisionLog, *, next_command: str, show_filter: bool = False
+        self, stage: str, items: Sequence[ReviewItem], log: DecisionLog, *, next_command: str, show_filter: bool = False
     ) -> None:
         self._stage, self._log = stage, log
-        self._items = {item.id: item for item in rows}
+        self._items = {item.id: item for item in items}
         self._next_command, self._show_filter = next_command, show_filter
         self._lock = threading.Lock()
 
@@ -32,59 +32,65 @@ class ReviewSession:
 
     @property
     def decided(self) -> int:
+        """Number of rows of the sample with a decision."""
         with self._lock:
-            return sum(id in self._log.decided for id in self._items)
+            return sum(id in self._log.decisions for id in self._items)
 
     def state(self) -> dict[str, Any]:
-        """All that the page shows but the rows themselves; of the filter no more than may be seen."""
+        """Return everything the page shows except the rows. The outcome of the filter is included only for decided
+        rows, or for all rows with `show_filter`."""
         with self._lock:
-            decided = {id: self._log.decided[id] for id in self._items if id in self._log.decided}
-            last = self._log.last
+            decisions = {id: self._log.decisions[id] for id in self._items if id in self._log.decisions}
+            last_edit = self._log.last_edit
         return {
             "stage": self._stage,
             "ids": list(self._items),
-            "decided": decided,
-            "undo": last.id if last is not None and last.id in self._items else None,
-            "filter": {id: _told(item) for id, item in self._items.items() if id in decided or self._show_filter},
+            "decided": decisions,
+            "undo": last_edit.id if last_edit is not None and last_edit.id in self._items else None,
+            "filter": {
+                id: _outcome_as_json(item) for id, item in self._items.items() if id in decisions or self._show_filter
+            },
             "file": str(self._log.path),
             "next": self._next_command,
         }
 
     def row(self, id: str) -> dict[str, Any]:
-        """Raises UnknownRow."""
-        item = self._item(id)
-        return {"id": item.id, "turns": item.turns}
+        """Return the messages of a row. Raises UnknownRow."""
+        item = self._find_item(id)
+        return {"id": item.id, "turns": item.messages}
 
     def decide(self, id: str, decision: Decision) -> dict[str, Any]:
-        """Returns the new state, once the decision is on the disk. Raises UnknownRow, OSError."""
-        self._item(id)
+        """Return the new state once the decision is on disk. Raises UnknownRow, OSError."""
+        self._find_item(id)
         with self._lock:
             self._log.decide(id, decision)
         return self.state()
 
     def undo(self) -> dict[str, Any]:
-        """Takes the newest decision back, also one of an earlier session; "undone" in the state is its row, or None
-        where there is nothing (more) to undo in this sample. Raises OSError."""
+        """Undo the newest decision, which may be one of an earlier session. Raises OSError.
+
+        Return the new state; "undone" is the id of the row, or None if there is nothing to undo in this sample.
+        """
         with self._lock:
-            last = self._log.last
-            undone = self._log.undo() if last is not None and last.id in self._items else None
+            last_edit = self._log.last_edit
+            undone = self._log.undo() if last_edit is not None and last_edit.id in self._items else None
         return {**self.state(), "undone": undone}
 
-    def _item(self, id: str) -> ReviewItem:
+    def _find_item(self, id: str) -> ReviewItem:
         if id not in self._items:
             raise UnknownRow(id)
         return self._items[id]
 
 
-def _told(item: ReviewItem) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: a row without a score has none here."""
-    verdict = item.verdict
+def _outcome_as_json(item: ReviewItem) -> dict[str, Any]:
+    """A missing score is None, because JSON has no NaN."""
+    outcome = item.outcome
     scores = [
-        {"name": name, "value": _finite(value), "cut": _finite(verdict.cuts[name])}
-        for name, value in verdict.scores.items()
+        {"name": name, "value": _finite_or_none(value), "cut": _finite_or_none(outcome.cuts[name])}
+        for name, value in outcome.scores.items()
     ]
-    return {"decision": "keep" if verdict.keep else "drop", "scores": scores}
+    return {"decision": "keep" if outcome.keep else "drop", "scores": scores}
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The `review` stage: the rows that pass the filter, less those that a person dropped, with those that one kept."""
+"""The `review` stage: applies the decisions of a reviewer to the rows selected by a filter."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from tunery.store import StageContext, StageResult
 from tunery.store.rows import REVIEWED_DIR, Row, read_rows, write_rows
 
 REVIEW_RULE = "review"
-"""The rule by which a person dropped a row, in dropped.jsonl."""
+"""Rule name in dropped.jsonl of a row that the reviewer dropped."""
 
 
 def run_review(context: StageContext) -> StageResult:
-    """Writes rows/, dropped.jsonl, and the decided rows with their labels (REVIEWED_DIR, store/rows.py); needs
-    somebody's decision on at least one row.
+    """Write rows/, dropped.jsonl, and the decided rows with their labels (REVIEWED_DIR, store/rows.py). Requires a
+    decision on at least one row.
 
-    Facts: rows_in, kept, dropped; decided (different rows); restored and removed (rows on
-    which the person changed the verdict); agreement with
-    the filter, by stratum too; for each score the threshold that agrees best; how well both found planted rows.
+    Facts: rows_in, kept, dropped; decided (distinct rows); restored and removed (rows whose outcome the reviewer
+    changed); agreement with the filter, also by stratum; for each score the threshold that agrees best; how well filter
+    and review together detect corrupted rows.
     """
     stage = context.spec
     assert isinstance(stage, Review)
     selection = context.inputs[stage.data]
     filtered = read_filter_results(selection)
     sample = sample_rows(filtered.ids, filtered.sources, filtered.distance, stage.rows, context.seed)
-    decided = read_decisions(decisions_path(stage, context.folder))
-    known = set(filtered.ids)
-    ours = {id: decision for id, decision in decided.items() if id in known}
-    if not ours:
-        raise _nothing_decided(context, stage, len(decided), len(sample.rows))
+    all_decisions = read_decisions(decisions_path(stage, context.folder))
+    known_ids = set(filtered.ids)
+    decisions = {id: decision for id, decision in all_decisions.items() if id in known_ids}
+    if not decisions:
+        raise _nothing_decided_error(context, stage, len(all_decisions), len(sample.rows))
     if decisions_identity(stage, context.folder) != context.identity["content"]:
         raise StageError(
             context.name,
@@ -50,8 +50,8 @@ def run_review(context: StageContext) -> StageResult:
         )
     kept = filtered.kept.copy()
     for index, id in enumerate(filtered.ids):
-        if id in ours:
-            kept[index] = ours[id] == "keep"
+        if id in decisions:
+            kept[index] = decisions[id] == "keep"
     if not kept.any():
         raise StageError(
             context.name,
@@ -59,29 +59,29 @@ def run_review(context: StageContext) -> StageResult:
             cause=f"the filter kept {int(filtered.kept.sum()):,}, and {stage.decisions} drops all of them",
             remedy="loosen the filter's rule, or look at the decisions again",
         )
-    rules = {line["id"]: line["rule"] for line in _lines(selection.path / "dropped.jsonl")}
-    planted: list[str | None] = []
+    rules = {line["id"]: line["rule"] for line in _read_jsonl(selection.path / "dropped.jsonl")}
+    corruption_kinds: list[str | None] = []
     labelled: dict[str, Row] = {}
 
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file:
 
         def kept_rows() -> Iterator[Row]:
             for index, row in enumerate(read_rows(filtered.scored)):
-                planted.append(row["planted"])
-                if row["id"] in ours:
-                    labelled.setdefault(row["id"], {**row, "label": ours[row["id"]] == "keep"})
+                corruption_kinds.append(row["planted"])
+                if row["id"] in decisions:
+                    labelled.setdefault(row["id"], {**row, "label": decisions[row["id"]] == "keep"})
                 if kept[index]:
                     yield row
                 else:
-                    rule = REVIEW_RULE if row["id"] in ours else rules[row["id"]]
+                    rule = REVIEW_RULE if row["id"] in decisions else rules[row["id"]]
                     file.write(json.dumps({"id": row["id"], "line": row["line"], "rule": rule}) + "\n")
 
         written = write_rows(kept_rows(), context.out)
-    dropped = sum(1 for _ in _lines(context.out / "dropped.jsonl"))
+    dropped = sum(1 for _ in _read_jsonl(context.out / "dropped.jsonl"))
     if written + dropped != len(kept) or written != int(kept.sum()):
         raise RowsLost(context.name, f"{len(kept)} rows went in, {written} kept, {dropped} dropped")
     write_rows(labelled.values(), context.out / REVIEWED_DIR)
-    truth = [kind for kind in planted if kind is not None]
+    known_kinds = [kind for kind in corruption_kinds if kind is not None]
     return StageResult(
         {
             "rows": written,
@@ -91,69 +91,68 @@ def run_review(context: StageContext) -> StageResult:
             "decided": len(labelled),
             "restored": int((kept & ~filtered.kept).sum()),
             "removed": int((~kept & filtered.kept).sum()),
-            **compare(filtered, sample, ours),
-            "decisions_about_other_rows": len(decided) - len(ours),
-            "planted": filter_quality(~kept, None, truth) if len(truth) == len(kept) else None,
+            **compare(filtered, sample, decisions),
+            "decisions_about_other_rows": len(all_decisions) - len(decisions),
+            "planted": filter_quality(~kept, None, known_kinds) if len(known_kinds) == len(kept) else None,
         }
     )
 
 
-def compare(filtered: FilterResult, sample: Sample, decided: Mapping[str, Decision]) -> dict[str, Any]:
-    """The filter and the person on the rows that were decided, each different row counted once.
+def compare(filtered: FilterResult, sample: Sample, decisions: Mapping[str, Decision]) -> dict[str, Any]:
+    """Compare filter and reviewer on the decided rows; each distinct row counts once.
 
-    asked, answered (of those asked), agreement, strata (of the sample), thresholds. Decided rows outside the sample
-    (from a sample of another cut or size) count for agreement and thresholds, not for strata.
+    Facts: asked (sample size), answered (sampled rows with a decision), agreement, strata (of the sample), thresholds.
+    Decided rows outside the sample (from a sample of another threshold or size) count for agreement and thresholds, but
+    not for strata.
     """
-    first: dict[str, int] = {}
+    first_index: dict[str, int] = {}
     for index, id in enumerate(filtered.ids):
-        if id in decided:
-            first.setdefault(id, index)
-    places = np.array(list(first.values()), dtype=int)
-    person = np.array([decided[id] == "keep" for id in first], dtype=bool)
+        if id in decisions:
+            first_index.setdefault(id, index)
+    indices = np.array(list(first_index.values()), dtype=int)
+    person_keeps = np.array([decisions[id] == "keep" for id in first_index], dtype=bool)
     return {
         "asked": len(sample.rows),
-        "answered": sum(row.id in decided for row in sample.rows),
-        "agreement": agreement(filtered.kept[places], person),
-        "strata": _strata(filtered.kept, sample, decided),
-        "thresholds": [_threshold(filtered, score, places, person) for score in filtered.cuts],
+        "answered": sum(row.id in decisions for row in sample.rows),
+        "agreement": agreement(filtered.kept[indices], person_keeps),
+        "strata": _strata_facts(filtered.kept, sample, decisions),
+        "thresholds": [_threshold_facts(filtered, score, indices, person_keeps) for score in filtered.cuts],
     }
 
 
-def _strata(kept: Bools, sample: Sample, decided: Mapping[str, Decision]) -> list[dict[str, Any]]:
-    asked = Counter(row.stratum for row in sample.rows)
-    answered = Counter(row.stratum for row in sample.rows if row.id in decided)
+def _strata_facts(kept: Bools, sample: Sample, decisions: Mapping[str, Decision]) -> list[dict[str, Any]]:
+    sampled = Counter(row.stratum for row in sample.rows)
+    decided = Counter(row.stratum for row in sample.rows if row.id in decisions)
     agreed = Counter(
-        row.stratum for row in sample.rows if row.id in decided and (decided[row.id] == "keep") == kept[row.index]
+        row.stratum for row in sample.rows if row.id in decisions and (decisions[row.id] == "keep") == kept[row.index]
     )
-    several = len({stratum.source for stratum in sample.available}) > 1
-    order = {band: place for place, band in enumerate(BANDS)}
-    found = []
-    for stratum in sorted(sample.available, key=lambda it: (it.side == "dropped", order[it.band], it.source)):
-        name = f"{stratum.side}, {stratum.band}" + (f", {stratum.source}" if several else "")
-        share = agreed[stratum] / answered[stratum] if answered[stratum] else None
-        found.append(
+    has_several_sources = len({stratum.source for stratum in sample.available}) > 1
+    strata = []
+    for stratum in sorted(sample.available, key=lambda it: (it.side == "dropped", BANDS.index(it.band), it.source)):
+        name = f"{stratum.side}, {stratum.band}" + (f", {stratum.source}" if has_several_sources else "")
+        strata.append(
             {
                 "name": name,
                 "rows": sample.available[stratum],
-                "asked": asked[stratum],
-                "answered": answered[stratum],
-                "agreement": share,
+                "asked": sampled[stratum],
+                "answered": decided[stratum],
+                "agreement": agreed[stratum] / decided[stratum] if decided[stratum] else None,
             }
         )
-    return found
+    return strata
 
 
-def _threshold(filtered: FilterResult, score: str, places: Any, person: Bools) -> dict[str, Any]:
-    """In the score itself, as `keep: {<score>: {threshold: ..}}` takes it. The filter's own cut is for comparison: by
-    this score alone, where there are several rules."""
+def _threshold_facts(filtered: FilterResult, score: str, indices: Any, person_keeps: Bools) -> dict[str, Any]:
+    """Return the best threshold in units of the score, as for `keep: {<score>: {threshold: ..}}`, and the agreement at
+    the current threshold of this score alone for comparison."""
     sign = filtered.signs[score]
-    badness, now = filtered.badness[score][places], sign * filtered.cuts[score]
-    best = best_threshold(badness, person, now)
+    badness, current = filtered.badness[score][indices], sign * filtered.cuts[score]
+    best = best_threshold(badness, person_keeps, current)
     finite = badness[np.isfinite(badness)] * sign
     return {
         "score": score,
         "cut": filtered.cuts[score],
-        "agreement_at_cut": float(((badness <= now) == person).mean()),
+        "agreement_at_cut": float(((badness <= current) == person_keeps).mean()),
         "threshold": None if best is None else sign * best.value,
         "agreement": None if best is None else best.agreement,
         "beyond_reviewed": None if best is None else best.at_edge,
@@ -162,20 +161,25 @@ def _threshold(filtered: FilterResult, score: str, places: Any, person: Bools) -
     }
 
 
-def _nothing_decided(context: StageContext, stage: Review, elsewhere: int, asked: int) -> StageError:
-    if elsewhere:
-        cause = f"the {elsewhere:,} decisions in {stage.decisions} are about other rows than those of `{stage.data}`"
+def _nothing_decided_error(
+    context: StageContext, stage: Review, num_other_decisions: int, sample_size: int
+) -> StageError:
+    if num_other_decisions:
+        cause = (
+            f"the {num_other_decisions:,} decisions in {stage.decisions} are about other rows than those of "
+            f"`{stage.data}`"
+        )
     else:
         cause = f"there are no decisions in {stage.decisions} yet"
     return StageError(
         context.name,
-        f"nobody has decided on its rows yet ({asked:,} wait)",
+        f"nobody has decided on its rows yet ({sample_size:,} wait)",
         cause=cause,
         remedy=f"look at them with `{context.command('review', context.name)}`, then give this command again",
     )
 
 
-def _lines(path: Any) -> Iterator[dict[str, Any]]:
+def _read_jsonl(path: Any) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -1,8 +1,9 @@
-"""Which rows a person is asked about: near the cut, on both sides of it, at several distances, from every source.
+"""The sample of rows to review: near the threshold, on both sides of it, at several distances, from every source.
 
-Stratified sampling with equal shares (Cochran, Sampling Techniques, 1977, chapter 5), not proportional ones: what is
-asked is where the filter errs, not how often, and that is at the cut. So an agreement on this sample says nothing of
-rows far from the cut, where a filter is right more often. Pure.
+Stratified sampling with equal instead of proportional allocation (Cochran, Sampling Techniques, 1977, chapter 5),
+because the review measures where the filter errs, not how often, and it errs most near the threshold. The agreement on
+this sample therefore does not extend to rows far from the threshold, where a filter is right more often. Pure
+functions.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ Side = Literal["kept", "dropped"]
 K = TypeVar("K", bound=Hashable)
 
 BANDS = ("nearest", "near", "farther")
-SHARES = (0.02, 0.06, 0.15)
-"""How far each band reaches from the cut, as a share of all rows ..."""
-DENSITIES = (1, 3, 7)
-"""... and in small data as a multiple of the rows asked for in a band: all, then every 2nd, then every 4th row."""
+BAND_FRACTIONS = (0.02, 0.06, 0.15)
+"""Distance from the threshold at which each band ends, as a fraction of all rows."""
+BAND_MULTIPLES = (1, 3, 7)
+"""Minimum of that distance in small datasets, as a multiple of the rows sampled per band: the bands then sample every
+row, every 2nd and every 4th row."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,9 +39,8 @@ class Stratum:
 
 @dataclass(frozen=True)
 class SampledRow:
-    """`index`: of the row in the data, the first of those with its id."""
-
     index: int
+    """Index of the first row with this id."""
     id: str
     stratum: Stratum
 
@@ -47,69 +48,71 @@ class SampledRow:
 @dataclass(frozen=True)
 class Sample:
     rows: list[SampledRow]
-    """In the order that they are shown in: mixed, so that a row's place tells nothing of its score."""
+    """In display order: shuffled, so that the position of a row does not reveal its score."""
     available: dict[Stratum, int]
-    """Different rows in each stratum, asked about or not."""
+    """Number of distinct rows in each stratum, sampled or not."""
 
 
 def sample_rows(ids: Sequence[str], sources: Sequence[str], distance: Floats, rows: int, seed: int) -> Sample:
-    """`rows` different rows, or all there are. The same arguments give the same sample.
+    """Return a sample of `rows` distinct rows, or all rows if there are fewer. Deterministic.
 
-    Shares are equal: over the sides, then over a side's bands, then over a band's sources; what a stratum is short of
-    goes to the others. Within a stratum the rows are those with the lowest hash of seed and id, so that of slightly
-    other data, or of a larger sample, most of the same rows are asked about. O(n log n).
+    Rows are allocated evenly to the two sides, then to the bands of a side, then to the sources of a band; what a
+    stratum can't supply goes to the others. Within a stratum, the rows with the lowest hash of seed and id are sampled,
+    so a larger sample, or a sample of slightly different data, has mostly the same rows. O(n log n).
     """
     sides: dict[Side, list[int]] = {"kept": [], "dropped": []}
-    seen: set[str] = set()
+    distinct_ids: set[str] = set()
     for index in np.argsort(np.abs(distance), kind="stable").tolist():
-        if ids[index] not in seen:
-            seen.add(ids[index])
+        if ids[index] not in distinct_ids:
+            distinct_ids.add(ids[index])
             sides["kept" if distance[index] < 0 else "dropped"].append(index)
     strata: dict[Stratum, list[int]] = defaultdict(list)
-    drawn: list[SampledRow] = []
-    for side, quota in allocate_evenly({side: len(found) for side, found in sides.items()}, rows).items():
-        ends = _ends(len(ids), quota)
+    sampled: list[SampledRow] = []
+    for side, side_size in allocate_evenly({side: len(indices) for side, indices in sides.items()}, rows).items():
+        ends = _band_ends(len(ids), side_size)
         bands: dict[str, dict[str, list[int]]] = {band: defaultdict(list) for band in BANDS}
-        for place, index in enumerate(sides[side][: ends[-1]]):
-            band = next(band for band, end in zip(BANDS, ends, strict=True) if place < end)
+        for rank, index in enumerate(sides[side][: ends[-1]]):
+            band = next(band for band, end in zip(BANDS, ends, strict=True) if rank < end)
             bands[band][sources[index]].append(index)
-        quotas = allocate_evenly({band: sum(map(len, found.values())) for band, found in bands.items()}, quota)
-        for band, found in bands.items():
-            by_source = dict(sorted(found.items(), key=lambda item: _chance(seed, item[0])))
-            for source, share in allocate_evenly(
-                {key: len(rows) for key, rows in by_source.items()}, quotas[band]
-            ).items():
+        band_sizes = allocate_evenly(
+            {band: sum(map(len, by_source.values())) for band, by_source in bands.items()}, side_size
+        )
+        for band, indices_by_source in bands.items():
+            by_source = dict(sorted(indices_by_source.items(), key=lambda item: _hash(seed, item[0])))
+            available = {source: len(indices) for source, indices in by_source.items()}
+            for source, size in allocate_evenly(available, band_sizes[band]).items():
                 stratum = Stratum(side, band, source)
                 strata[stratum] = by_source[source]
-                first = sorted(by_source[source], key=lambda index: _chance(seed, ids[index]))[:share]
-                drawn += [SampledRow(index, ids[index], stratum) for index in first]
-    drawn.sort(key=lambda row: _chance(seed, f"order {row.id}"))
-    return Sample(drawn, {stratum: len(found) for stratum, found in strata.items()})
+                lowest = sorted(by_source[source], key=lambda index: _hash(seed, ids[index]))[:size]
+                sampled += [SampledRow(index, ids[index], stratum) for index in lowest]
+    sampled.sort(key=lambda row: _hash(seed, f"order {row.id}"))
+    return Sample(sampled, {stratum: len(indices) for stratum, indices in strata.items()})
 
 
-def allocate_evenly(room: dict[K, int], total: int) -> dict[K, int]:
-    """`total`, or as much as there is room for, in shares as equal as the room allows; what can't be halved goes to
-    those that come first."""
-    shares = dict.fromkeys(room, 0)
-    left = min(total, sum(room.values()))
-    open_ = [key for key in room if room[key]]
-    while left:
-        each = max(1, left // len(open_))
-        for key in open_:
-            more = min(each, room[key] - shares[key], left)
-            shares[key] += more
-            left -= more
-        open_ = [key for key in open_ if shares[key] < room[key]]
-    return shares
+def allocate_evenly(capacity: dict[K, int], total: int) -> dict[K, int]:
+    """Allocate `total`, or the sum of the capacities if that is less, as evenly as the capacities allow; a remainder
+    goes to the first keys."""
+    allocation = dict.fromkeys(capacity, 0)
+    remaining = min(total, sum(capacity.values()))
+    open_keys = [key for key in capacity if capacity[key]]
+    while remaining:
+        per_key = max(1, remaining // len(open_keys))
+        for key in open_keys:
+            added = min(per_key, capacity[key] - allocation[key], remaining)
+            allocation[key] += added
+            remaining -= added
+        open_keys = [key for key in open_keys if allocation[key] < capacity[key]]
+    return allocation
 
 
-def _ends(n: int, quota: int) -> list[int]:
-    """Where each band of one side ends, in rows from the cut. The last is never below `quota`."""
-    each = quota / len(BANDS)
+def _band_ends(num_rows: int, side_size: int) -> list[int]:
+    """Return the end of each band of one side, in rows from the threshold. The last is at least `side_size`."""
+    band_size = side_size / len(BANDS)
     return [
-        max(math.ceil(share * n), math.ceil(each * density)) for share, density in zip(SHARES, DENSITIES, strict=True)
+        max(math.ceil(fraction * num_rows), math.ceil(band_size * multiple))
+        for fraction, multiple in zip(BAND_FRACTIONS, BAND_MULTIPLES, strict=True)
     ]
 
 
-def _chance(seed: int, what: str) -> bytes:
-    return hashlib.sha256(f"{seed} {what}".encode(errors="backslashreplace")).digest()
+def _hash(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed} {text}".encode(errors="backslashreplace")).digest()

@@ -1,10 +1,10 @@
-"""The review as a page of this machine alone: http.server on 127.0.0.1, no resource from anywhere else.
+"""Local web server for the review page: http.server on 127.0.0.1, without external resources.
 
-Who may speak to it: whoever knows the random token that begins every path (another user of the machine doesn't), with
-a Host that names this machine (so that no web site can rebind its own name to 127.0.0.1) and, where a browser says
-which page a request comes from, from this page. The token is in the path, not in a cookie: cookies of 127.0.0.1 are
-shared by all its ports. Rows are hostile text: they travel as JSON and are put into the page as text, never as HTML,
-and the content security policy lets no script run but page.js.
+A request must contain the random token at the start of its path (unknown to other users of the machine), a Host header
+that names this machine (against DNS rebinding), and, if the browser sends an Origin header, the origin of this page.
+The token is in the path instead of a cookie, because cookies of 127.0.0.1 are shared by all ports. Rows are untrusted
+text: they are sent as JSON and inserted into the page as text, never as HTML, and the content security policy allows
+no script except page.js.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunery.review.decisions import DECISIONS
 from tunery.review.review_session import ReviewSession, UnknownRow
 
 HOSTS = frozenset({"127.0.0.1", "localhost"})
-LONGEST_BODY = 4096
+MAX_BODY_BYTES = 4096
 FILES = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
@@ -43,12 +43,12 @@ HEADERS = {
 
 
 class ReviewServer(ThreadingHTTPServer):
-    """Serves one session. Raises RequestError when the port is taken; `port` 0 takes a free one."""
+    """Serves one session. `port` 0 selects a free port; raises RequestError if the port is in use."""
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    """Python's 5 refuses connections (ECONNRESET) when many tabs reload at once."""
+    """Python's default of 5 causes ECONNRESET when many tabs reload at once."""
 
     def __init__(self, session: ReviewSession, port: int = 0) -> None:
         self.session = session
@@ -65,11 +65,11 @@ class ReviewServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that hung up is no error
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # the browser closed the connection
             super().handle_error(request, client_address)
 
 
-class _Refused(Exception):
+class _HttpError(Exception):
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
@@ -80,91 +80,93 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "tunery", ""
     timeout = 60
-    """Seconds that an idle connection is kept."""
+    """Seconds after which an idle connection is closed."""
 
     def do_GET(self) -> None:
-        self._answer(self._get)
+        self._respond(self._get)
 
     def do_POST(self) -> None:
-        self._answer(self._post)
+        self._respond(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal shows the address, which nobody should have to scroll back for."""
+        """Suppress the request log, so that the address stays visible in the terminal."""
 
-    def _answer(self, work: Callable[[list[str]], tuple[str, bytes]]) -> None:
+    def _respond(self, handle: Callable[[list[str]], tuple[str, bytes]]) -> None:
         try:
             status = HTTPStatus.OK
-            kind, body = work(self._path())
-        except _Refused as refused:
-            status, kind, body = _refusal(refused.status, refused.message)
-        except UnknownRow as unknown:
-            status, kind, body = _refusal(HTTPStatus.NOT_FOUND, f"there is no row {unknown} in this sample")
+            content_type, body = handle(self._path())
+        except _HttpError as http_error:
+            status, content_type, body = _error_response(http_error.status, http_error.message)
+        except UnknownRow as id:
+            status, content_type, body = _error_response(HTTPStatus.NOT_FOUND, f"there is no row {id} in this sample")
         except OSError as error:
-            status, kind, body = _refusal(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error}")
+            status, content_type, body = _error_response(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error}")
         if status != HTTPStatus.OK:
-            self.close_connection = True  # what a refused request still wanted to send is not read
+            self.close_connection = True  # the rest of a rejected request is not read
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
+        for name, value in {**HEADERS, "Content-Type": content_type, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def _path(self) -> list[str]:
-        """The parts of the path after the token, once everything about the request is as it should be."""
+        """Validate the Host header and the token, and return the parts of the path after the token."""
         host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         if host not in HOSTS:
-            raise _Refused(HTTPStatus.FORBIDDEN, "this page is for this machine alone")
+            raise _HttpError(HTTPStatus.FORBIDDEN, "this page is for this machine alone")
         parts = urlsplit(self.path).path.split("/")[1:]
         if not hmac.compare_digest(parts[0].encode() if parts else b"", self.server.token.encode()):
-            raise _Refused(HTTPStatus.FORBIDDEN, "the address lacks its token: open the one that the terminal shows")
+            raise _HttpError(HTTPStatus.FORBIDDEN, "the address lacks its token: open the one that the terminal shows")
         if len(parts) == 1:
-            raise _Refused(HTTPStatus.NOT_FOUND, "the address ends in /")
+            raise _HttpError(HTTPStatus.NOT_FOUND, "the address ends in /")
         return [unquote(part) for part in parts[1:]]
 
     def _get(self, path: list[str]) -> tuple[str, bytes]:
         match path:
             case [name] if name in FILES:
-                file, kind = FILES[name]
-                return kind, resources.files("tunery.review").joinpath(file).read_bytes()
+                file, content_type = FILES[name]
+                return content_type, resources.files("tunery.review").joinpath(file).read_bytes()
             case ["state"]:
                 return _as_json(self.server.session.state())
             case ["rows", id]:
                 return _as_json(self.server.session.row(id))
-        raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        raise _HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def _post(self, path: list[str]) -> tuple[str, bytes]:
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
-            raise _Refused(HTTPStatus.FORBIDDEN, "another page may not decide")
-        said = self._body()
+            raise _HttpError(HTTPStatus.FORBIDDEN, "another page may not decide")
+        body = self._body()
         match path:
             case ["decide"]:
-                id, decision = said.get("id"), said.get("decision")
+                id, decision = body.get("id"), body.get("decision")
                 if not isinstance(id, str) or decision not in DECISIONS:
-                    raise _Refused(HTTPStatus.BAD_REQUEST, "a decision is an id with keep or drop")
+                    raise _HttpError(HTTPStatus.BAD_REQUEST, "a decision is an id with keep or drop")
                 return _as_json(self.server.session.decide(id, decision))
             case ["undo"]:
                 return _as_json(self.server.session.undo())
-        raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        raise _HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def _body(self) -> dict[str, Any]:
-        if self.headers.get_content_type() != "application/json":  # a plain form of another site can't send it
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON")
+        if self.headers.get_content_type() != "application/json":  # a cross-site form can't send this type
+            raise _HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LONGEST_BODY:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {LONGEST_BODY} bytes, and say how many")
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
+            raise _HttpError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {MAX_BODY_BYTES} bytes, and say how many"
+            )
         try:
-            said = json.loads(self.rfile.read(int(length)))
+            body = json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise _Refused(HTTPStatus.BAD_REQUEST, "this is no JSON") from None
-        if not isinstance(said, dict):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "send an object")
-        return said
+            raise _HttpError(HTTPStatus.BAD_REQUEST, "this is no JSON") from None
+        if not isinstance(body, dict):
+            raise _HttpError(HTTPStatus.BAD_REQUEST, "send an object")
+        return body
 
 
 def _as_json(value: dict[str, Any]) -> tuple[str, bytes]:
     return "application/json; charset=utf-8", json.dumps(value, allow_nan=False).encode()
 
 
-def _refusal(status: HTTPStatus, message: str) -> tuple[HTTPStatus, str, bytes]:
+def _error_response(status: HTTPStatus, message: str) -> tuple[HTTPStatus, str, bytes]:
     return status, "text/plain; charset=utf-8", message.encode(errors="backslashreplace")

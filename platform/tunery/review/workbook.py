@@ -1,6 +1,6 @@
-"""The sample as an .xlsx workbook, for who would rather decide in a spreadsheet. decisions.py reads it back.
+"""Writes the sample as an .xlsx workbook for review in a spreadsheet; decisions.py reads it back.
 
-Cells hold text and nothing else: a row that begins with "=" stays a text and is no formula.
+Cells are always text: content that begins with "=" is not a formula.
 """
 
 from __future__ import annotations
@@ -22,105 +22,113 @@ from openpyxl.worksheet.worksheet import Worksheet
 from tunery.review.decisions import DECISIONS, SHEET, Decision
 from tunery.review.review_items import ReviewItem
 
-LONGEST = 32_000
-"""Characters in a cell; Excel takes 32,767."""
+MAX_CELL_CHARS = 32_000
+"""Excel's limit is 32,767."""
 WIDTHS = {"id": 19, "question": 50, "answer": 75, "text": 100, "rejected": 60, "decision": 12, "filter": 10}
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-"""What XML 1.0 has no way to write."""
-LINE, TALLEST = 15, 300
-"""Height in points, of a line of text and of a row at most (Excel ends at 409)."""
+"""Characters that XML 1.0 cannot represent."""
+LINE_HEIGHT, MAX_ROW_HEIGHT = 15, 300
+"""In points; Excel's limit for a row is 409."""
 
 
 def write_workbook(
-    path: Path, rows: Sequence[ReviewItem], decided: Mapping[str, Decision], *, show_filter: bool
+    path: Path, items: Sequence[ReviewItem], decisions: Mapping[str, Decision], *, show_filter: bool
 ) -> None:
-    """Sheet "review": a row each with an empty `decision`, or the one in `decided`.
+    """Write the sheet "review" with one line per item; `decision` is empty or the one in `decisions`.
 
-    Without `show_filter` verdict and scores are on a second sheet that is hidden, so that they lead nobody.
+    Without `show_filter`, the outcome of the filter and the scores are on a hidden second sheet, so that they don't
+    bias the reviewer.
     """
     book = Workbook()
     sheet = book.active
-    assert isinstance(sheet, Worksheet), "a new workbook has one"
+    assert isinstance(sheet, Worksheet), "a new workbook has a sheet"
     sheet.title = SHEET
-    texts = [_texts(item) for item in rows]
+    texts = [_text_cells(item) for item in items]
     columns = [name for name in ("text", "question", "answer", "rejected") if any(name in text for text in texts)]
-    told = [{"id": item.id, **_verdict(item)} for item in rows]
-    extra = [name for name in (told[0] if told else {}) if name != "id"] if show_filter else []
+    outcomes = [{"id": item.id, **_outcome_cells(item)} for item in items]
+    extra = [name for name in (outcomes[0] if outcomes else {}) if name != "id"] if show_filter else []
     lines = [
-        {"id": item.id, **text, **verdict, "decision": decided.get(item.id)}
-        for item, text, verdict in zip(rows, texts, told, strict=True)
+        {"id": item.id, **text, **outcome, "decision": decisions.get(item.id)}
+        for item, text, outcome in zip(items, texts, outcomes, strict=True)
     ]
-    _fill(sheet, ["id", *columns, *extra, "decision"], lines)
-    _offer_decisions(sheet, len(columns) + len(extra) + 2, len(rows))
+    _write_sheet(sheet, ["id", *columns, *extra, "decision"], lines)
+    _add_decision_choices(sheet, len(columns) + len(extra) + 2, len(items))
     if not show_filter:
         hidden = book.create_sheet("filter, for afterwards")
-        _fill(hidden, list(told[0]) if told else ["id"], told)
+        _write_sheet(hidden, list(outcomes[0]) if outcomes else ["id"], outcomes)
         hidden.sheet_state = "hidden"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    book.save(aside)
-    aside.replace(path)
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
+    book.save(temporary_path)
+    temporary_path.replace(path)
 
 
-def _texts(item: ReviewItem) -> dict[str, str]:
-    """{"text"}, or {"question", "answer"} and, of a pair, {"rejected"}."""
-    turns = item.turns
-    if turns[0]["role"] == "text":
-        return {"text": turns[0]["content"]}
-    asked = [turn for turn in turns if not turn["judged"]] or turns
-    question = asked[0]["content"] if len(asked) == 1 else "\n\n".join(f"{t['role']}: {t['content']}" for t in asked)
-    judged = [turn for turn in turns if turn["judged"] and turn not in asked]
-    answers = {"answer": [t for t in judged if not t["role"].startswith("rejected ")]}
-    answers["rejected"] = [turn for turn in judged if turn not in answers["answer"]]
+def _text_cells(item: ReviewItem) -> dict[str, str]:
+    """Return {"text"}, or {"question", "answer"} and, for a preference pair, {"rejected"}."""
+    messages = item.messages
+    if messages[0]["role"] == "text":
+        return {"text": messages[0]["content"]}
+    prompt = [message for message in messages if not message["judged"]] or messages
+    if len(prompt) == 1:
+        question = prompt[0]["content"]
+    else:
+        question = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    judged = [message for message in messages if message["judged"] and message not in prompt]
+    responses = {"answer": [message for message in judged if not message["role"].startswith("rejected ")]}
+    responses["rejected"] = [message for message in judged if message not in responses["answer"]]
     return {"question": question} | {
-        name: "\n\n".join(turn["content"] for turn in found) for name, found in answers.items() if found
+        name: "\n\n".join(message["content"] for message in response)
+        for name, response in responses.items()
+        if response
     }
 
 
-def _verdict(item: ReviewItem) -> dict[str, Any]:
-    scores = {score: value if value == value else None for score, value in item.verdict.scores.items()}
-    return {"filter": "keep" if item.verdict.keep else "drop", **scores}
+def _outcome_cells(item: ReviewItem) -> dict[str, Any]:
+    scores = {score: value if value == value else None for score, value in item.outcome.scores.items()}
+    return {"filter": "keep" if item.outcome.keep else "drop", **scores}
 
 
-def _fill(sheet: Worksheet, columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> None:
-    for place, name in enumerate(columns, 1):
-        cell = sheet.cell(1, place)
-        _write(cell, name)
+def _write_sheet(sheet: Worksheet, columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> None:
+    for column, name in enumerate(columns, 1):
+        cell = sheet.cell(1, column)
+        _write_cell(cell, name)
         cell.font = Font(bold=True, color="FFFFFF")
         cell.fill = PatternFill("solid", fgColor="3B4252")
         cell.alignment = Alignment(vertical="center")
-        sheet.column_dimensions[get_column_letter(place)].width = WIDTHS.get(name, 14)
+        sheet.column_dimensions[get_column_letter(column)].width = WIDTHS.get(name, 14)
     sheet.row_dimensions[1].height = 22
     for number, line in enumerate(lines, 2):
-        tallest = 1
-        for place, name in enumerate(columns, 1):
-            cell, value = sheet.cell(number, place), line.get(name)
-            _write(cell, value)
+        num_lines = 1
+        for column, name in enumerate(columns, 1):
+            cell, value = sheet.cell(number, column), line.get(name)
+            _write_cell(cell, value)
             cell.alignment = Alignment(vertical="top", wrap_text=isinstance(value, str))
             if isinstance(value, str):
                 width = WIDTHS.get(name, 14)
-                tallest = max(tallest, sum(1 + len(part) // width for part in value.splitlines()))
+                num_lines = max(num_lines, sum(1 + len(part) // width for part in value.splitlines()))
             if name == "id":
                 cell.font = Font(name="Consolas", size=9, color="808080")
-        sheet.row_dimensions[number].height = min(TALLEST, max(2, tallest) * LINE)
+        sheet.row_dimensions[number].height = min(MAX_ROW_HEIGHT, max(2, num_lines) * LINE_HEIGHT)
     sheet.freeze_panes = "B2"
     sheet.auto_filter.ref = f"A1:{get_column_letter(len(columns))}{len(lines) + 1}"
 
 
-def _write(cell: Any, value: object) -> None:
-    assert isinstance(cell, Cell), "not merged"
+def _write_cell(cell: Any, value: object) -> None:
+    assert isinstance(cell, Cell), "the sheet has no merged cells"
     if not isinstance(value, str):
         cell.value = value
         return
     text = FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}\n[cut here: {len(value):,} characters; `tunery review` without --xlsx shows all]"
+    if len(text) > MAX_CELL_CHARS:
+        text = (
+            f"{text[:MAX_CELL_CHARS]}\n[cut here: {len(value):,} characters; `tunery review` without --xlsx shows all]"
+        )
     cell.value = text
-    cell.data_type = "s"  # openpyxl takes what begins with "=" for a formula ...
-    cell.number_format = "@"  # ... and a spreadsheet takes an id of digits for a number
+    cell.data_type = "s"  # openpyxl interprets text that begins with "=" as a formula
+    cell.number_format = "@"  # spreadsheets interpret an id of digits as a number
     cell.quotePrefix = text.startswith(("=", "+", "-", "@"))
 
 
-def _offer_decisions(sheet: Worksheet, column: int, rows: int) -> None:
+def _add_decision_choices(sheet: Worksheet, column: int, rows: int) -> None:
     letter = get_column_letter(column)
     cells = f"{letter}2:{letter}{rows + 1}"
     choice = DataValidation(type="list", formula1=f'"{",".join(DECISIONS)}"', allow_blank=True)

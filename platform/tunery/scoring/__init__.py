@@ -1,1 +1,1 @@
-"""Scorers, and the pass over the shards of a dataset: the `score` stage."""
+"""The `score` stage: scorers, and the passes that apply them to the shards of a dataset."""

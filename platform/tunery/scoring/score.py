@@ -1,12 +1,12 @@
-"""The `score` stage, on Ray Data: shards of rows stream through pools of actors, and no row is scored twice.
+"""The `score` stage: shards of rows stream through pools of Ray actors, and no row is scored twice.
 
-The unit of work is a shard of the dataset, whose size depends on the rows alone; so every score is computed from the
-same batches whatever the number of actors, and the table comes out the same to the byte. Scorers that read
-the same of a model (likelihoods, logits, embeddings) share an actor and its forward passes; all that need no model
-share one pass over the rows on every CPU that is free.
+One task is one shard of the dataset, whose size depends only on its rows. Every score is therefore computed from the
+same batches whatever the number of actors, and the score table is identical to the byte. Scorers that use the same kind
+of output of the same model (likelihoods, logits, embeddings) share an actor and its forward passes; scorers without a
+model share one pass over the rows on all free CPUs.
 
-A unit's result waits in the stage's work folder, so a job that was killed goes on at the unit where it was; rows that
-were scored before, in any run of the store, come from its score tables (store/score_cache.py).
+The result of each shard is written to the work directory of the stage, so an interrupted stage resumes with the next
+shard. Rows that any earlier run of the store has scored come from its score cache (store/score_cache.py).
 """
 
 from __future__ import annotations
@@ -44,227 +44,234 @@ MODEL_ACTORS: dict[str, type] = {
     "classification": ClassificationActor,
     "embedding": EmbeddingActor,
 }
-"""By what scorers read: those of one model share an actor and its forward passes."""
-LONGEST_NAME = 100
-"""Of the folder of a pass: the names of its scores, and file systems take 255 bytes."""
+"""Actor class by input kind of the scorers. Scorers with the same actor class and model share its forward passes."""
+MAX_NAME_LENGTH = 100
+"""Maximum length of the score names in the folder name of a pass; file systems allow 255 bytes."""
 
 
 def run_scoring(context: StageContext) -> StageResult:
-    """Writes rows/ (as they came, without the lost ones), scores/ (a table a shard, same rows in the same order:
-    id, and for each scorer its score and what explains it), and quarantine.jsonl."""
+    """Write rows/ (the input rows without quarantined ones), scores/ (a table per shard with the same rows in the same
+    order: id, and for each scorer its score and the columns that explain it), and quarantine.jsonl."""
     stage = context.spec
     assert isinstance(stage, Score)
     files = shards(context.inputs[stage.data].path)
     started = time.time()
     run = f"{os.getpid()}-{time.time_ns()}"
-    passes = list(_passes(context, stage, run))
-    counted: dict[str, float] = {"scored": 0, "known": 0, "resumed": 0, "seconds": 0}
+    passes = list(_plan_passes(context, stage, run))
+    counts: dict[str, float] = {"scored": 0, "known": 0, "resumed": 0, "seconds": 0}
     total = len(passes) * int(context.inputs[stage.data].facts["rows"])
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
     done = 0
-    for job, actor, arguments in passes:
-        for told in _run_pass(context, job, actor, arguments, files):
-            done += int(told["rows"])
-            for key in counted:
-                counted[key] += told.get(key, 0)
-            if "resumed" not in told:  # those take no time, and would count as speed
+    for score_pass, actor, arguments in passes:
+        for shard_counts in _run_pass(context, score_pass, actor, arguments, files):
+            done += int(shard_counts["rows"])
+            for key in counts:
+                counts[key] += shard_counts.get(key, 0)
+            if "resumed" not in shard_counts:  # resumed shards take no time and would inflate the speed
                 context.emit("progress", done=done, total=total, unit="rows")
     context.emit("progress", done=done, total=total, unit="rows")
     seconds = time.time() - started
-    lost = _combine(context, [job for job, _, _ in passes], files)
-    for job, _, _ in passes:
-        _keep_scores(context, job)
+    num_quarantined = _combine_passes(context, [score_pass for score_pass, _, _ in passes], files)
+    for score_pass, _, _ in passes:
+        _cache_scores(context, score_pass)
     facts = describe_scores(context.out, stage.by)
     rows_in = sum(int(pq.read_metadata(path).num_rows) for path in files)
-    if facts["rows"] != facts["rows_out"] or facts["rows_out"] + lost != rows_in:
+    if facts["rows"] != facts["rows_out"] or facts["rows_out"] + num_quarantined != rows_in:
         raise RowsLost(
             context.name,
-            f"{rows_in} rows went in; {facts['rows']} came out with {facts['rows_out']} scores, {lost} in quarantine",
+            f"{rows_in} rows went in; {facts['rows']} came out with {facts['rows_out']} scores, "
+            f"{num_quarantined} in quarantine",
         )
     facts["rows_in"] = rows_in
     return StageResult(
-        {**facts, "quarantined": lost, "quarantine": quarantine_facts(context.out / "quarantine.jsonl")},
+        {**facts, "quarantined": num_quarantined, "quarantine": quarantine_facts(context.out / "quarantine.jsonl")},
         {
-            "rows_scored": int(counted["scored"]),
-            "rows_known": int(counted["known"]),
-            "rows_resumed": int(counted["resumed"]),
+            "rows_scored": int(counts["scored"]),
+            "rows_known": int(counts["known"]),
+            "rows_resumed": int(counts["resumed"]),
             "tokens_per_second": facts["tokens"] / seconds,
             "rows_per_second": facts["rows_out"] / seconds,
             "score_seconds": seconds,
-            "actor_seconds": counted["seconds"],
+            "actor_seconds": counts["seconds"],
         },
     )
 
 
-def _passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[ScorePass, type, tuple[Any, ...]]]:
-    """What goes over the rows together, with its actor and the actor's further arguments."""
+def _plan_passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[ScorePass, type, tuple[Any, ...]]]:
+    """Yield the passes over the rows, each with its actor class and the further arguments of the actor."""
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
     by_model: dict[tuple[type, str], list[ScorerSpec]] = {}
-    by_rule: list[ScorerSpec] = []
+    without_model: list[ScorerSpec] = []
     specs: Sequence[ScorerSpec] = stage.by
     for spec in specs:
-        reads = SCORER_ENTRIES[spec.kind()].reads
-        if reads in MODEL_ACTORS:
-            assert spec.model is not None, "it reads what a model makes of a row"
+        input_kind = SCORER_ENTRIES[spec.kind()].input_kind
+        if input_kind in MODEL_ACTORS:
+            assert spec.model is not None, "a scorer of this kind has a model"
             source = json.dumps(source_of(spec.model, paths, context.folder))
-            by_model.setdefault((MODEL_ACTORS[reads], source), []).append(spec)
+            by_model.setdefault((MODEL_ACTORS[input_kind], source), []).append(spec)
         else:
-            by_rule.append(spec)
-    for (actor, source), mine in by_model.items():
-        further: tuple[Any, ...] = (mine, json.loads(source), stage.max_length, context.compute)
-        yield _pass(context, mine, run), actor, (*further, paths) if actor is EmbeddingActor else further
-    if by_rule:
-        yield _pass(context, by_rule, run), RuleActor, (by_rule, paths)
+            without_model.append(spec)
+    for (actor, source), model_specs in by_model.items():
+        arguments: tuple[Any, ...] = (model_specs, json.loads(source), stage.max_length, context.compute)
+        if actor is EmbeddingActor:
+            arguments = (*arguments, paths)
+        yield _build_pass(context, model_specs, run), actor, arguments
+    if without_model:
+        yield _build_pass(context, without_model, run), RuleActor, (without_model, paths)
 
 
-def _pass(context: StageContext, specs: Sequence[ScorerSpec], run: str) -> ScorePass:
+def _build_pass(context: StageContext, specs: Sequence[ScorerSpec], run: str) -> ScorePass:
     scores = tuple(spec.score for spec in specs)
     name = "+".join(scores)
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{fingerprint('pass', {'scores': scores}, {})}"
+    if len(name) > MAX_NAME_LENGTH:
+        name = f"{name[:MAX_NAME_LENGTH]}-{fingerprint('pass', {'scores': scores}, {})}"
     folder = context.work / "passes" / name
     folder.mkdir(parents=True, exist_ok=True)
-    # What a comparison with other rows gives is worked out anew: it changes with every row that is added.
-    kept = [spec for spec in specs if SCORER_ENTRIES[spec.kind()].reads != "across"]
+    # Scores that compare rows change with every added row, so they are not cached.
+    cached = [spec for spec in specs if not _compares_rows(spec)]
     return ScorePass(
-        scores, folder, run, {spec.score: context.scores / _scorer_fingerprint(context, spec) for spec in kept}
+        scores, folder, run, {spec.score: context.scores / _scorer_fingerprint(context, spec) for spec in cached}
     )
 
 
 def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
-    """All that a row's score depends on besides the row; the name of the score is not among it."""
+    """Return the cache key of a scorer: everything a score depends on except the row and the name of the score."""
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Score)
-    kind = SCORER_ENTRIES[spec.kind()]
-    own: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": kind.version}
-    if kind.reads in MODEL_ACTORS:
-        # Scores in bf16 differ in the third digit from those in fp32, so they are not mixed.
-        own |= {"max_length": stage.max_length, "precision": "fp32" if compute.device == "cpu" else compute.precision}
+    entry = SCORER_ENTRIES[spec.kind()]
+    config: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": entry.version}
+    if entry.input_kind in MODEL_ACTORS:
+        # Scores in bf16 differ from those in fp32 in the third digit, so they are not mixed.
+        precision = "fp32" if compute.device == "cpu" else compute.precision
+        config |= {"max_length": stage.max_length, "precision": precision}
     if isinstance(spec.model, Pretrained) and spec.model.is_folder:
-        own["content"] = folder_digest((context.folder / Path(spec.model.pretrained).expanduser()).resolve())
+        config["content"] = folder_digest((context.folder / Path(spec.model.pretrained).expanduser()).resolve())
     inputs = {".".join(map(str, item.path)): context.inputs[item.stage].fingerprint for item in spec.inputs()}
-    return fingerprint("scorer", {key: value for key, value in own.items() if key not in inputs}, inputs)
+    return fingerprint("scorer", {key: value for key, value in config.items() if key not in inputs}, inputs)
 
 
 def _run_pass(
-    context: StageContext, job: ScorePass, actor: type, arguments: tuple[Any, ...], files: list[Path]
+    context: StageContext, score_pass: ScorePass, actor: type, arguments: tuple[Any, ...], files: list[Path]
 ) -> Iterator[dict[str, float]]:
-    """Counts of each unit, and an actor's seconds with it; those whose file is there already come first."""
-    todo = []
+    """Yield the counts of each shard and the seconds an actor spent on it; shards already done come first."""
+    tasks = []
     for path in files:
-        if (job.folder / path.name).is_file():
+        if (score_pass.folder / path.name).is_file():
             rows = int(pq.read_metadata(path).num_rows)
             yield {"rows": rows, "resumed": rows}
         else:
-            todo.append({"shard": str(path)})
-    if todo:
+            tasks.append({"shard": str(path)})
+    if tasks:
         on_cpu = actor is RuleActor
-        yield from map_tasks(actor, (job, *arguments), todo, context.compute, context.in_process, on_cpu)
+        yield from map_tasks(actor, (score_pass, *arguments), tasks, context.compute, context.in_process, on_cpu)
 
 
-def _combine(context: StageContext, passes: Sequence[ScorePass], files: Sequence[Path]) -> int:
-    """The passes' columns side by side, and the rows as they came; both without what some pass has lost.
+def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: Sequence[Path]) -> int:
+    """Write the columns of all passes as one table per shard, and the rows; both without rows that some pass
+    quarantined.
 
-    Returns how many rows are in quarantine.jsonl.
+    Return the number of rows in quarantine.jsonl.
     """
     stage = context.spec
     assert isinstance(stage, Score)
     (context.out / "rows").mkdir()
     (context.out / "scores").mkdir()
-    across = {spec.score: _resolved(context, spec, passes, files) for spec in stage.by if _compares(spec)}
-    count = 0
+    corpus_columns = {
+        spec.score: _resolve_corpus_scorer(context, spec, passes, files) for spec in stage.by if _compares_rows(spec)
+    }
+    num_quarantined = 0
     with (context.out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
         for path in files:
-            lost: dict[int, str] = {}
+            failed: dict[int, str] = {}
             columns: dict[str, Any] = {}
-            for job in passes:
-                own = [name for name in job.scores if name not in across]
-                result = _columns_of(job.folder / path.name, own)
+            for score_pass in passes:
+                result = _read_scores(
+                    score_pass.folder / path.name, [name for name in score_pass.scores if name not in corpus_columns]
+                )
                 columns.setdefault("id", result["id"])
                 if result["id"] != columns["id"]:
                     raise RowsLost(context.name, f"the scores of {path.name} are not those of its rows")
-                reasons = job.folder / f"{path.stem}.lost.json"
+                reasons = score_pass.folder / f"{path.stem}.lost.json"
                 if reasons.is_file():
-                    lost |= {int(index): why for index, why in json.loads(reasons.read_text()).items()}
-                found = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
-                for name in job.scores:
-                    found += next(across[name]).items() if name in across else ()
-                names = [*columns, *(name for name, _ in found)]
-                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}
+                new = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
+                for name in score_pass.scores:
+                    new += next(corpus_columns[name]).items() if name in corpus_columns else ()
+                names = [*columns, *(name for name, _ in new)]
+                if duplicates := sorted({name for name in names if names.count(name) > 1}):
                     raise StageError(
                         context.name,
-                        f"two scores have a column `{twice[0]}`",
-                        cause="what explains a score stands under its name, `_` and what it is",
+                        f"two scores have a column `{duplicates[0]}`",
+                        cause="a column that explains a score is named `<score>_<column>`",
                         remedy="give the score of that name another `name`",
                     )
-                columns |= dict(found)
+                columns |= dict(new)
             scores = pa.table(columns)
-            final = context.out / "rows" / path.name
-            if not lost:
-                _link(path, final)
+            rows_path = context.out / "rows" / path.name
+            if not failed:
+                _link_or_copy(path, rows_path)
             else:
-                count += len(lost)
-                whole = pq.read_table(path)
-                kept = np.setdiff1d(np.arange(len(whole)), np.fromiter(lost, np.int64))
-                for index, why in sorted(lost.items()):
-                    row = whole.slice(index, 1).to_pylist()[0]
-                    told = {"source": row["source"], "line": row["line"], "id": row["id"], "reason": why}
-                    quarantine.write(json.dumps(told, ensure_ascii=False) + "\n")
-                pq.write_table(whole.take(kept), final)
+                num_quarantined += len(failed)
+                rows = pq.read_table(path)
+                kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(failed, np.int64))
+                for index, reason in sorted(failed.items()):
+                    row = rows.slice(index, 1).to_pylist()[0]
+                    entry = {"source": row["source"], "line": row["line"], "id": row["id"], "reason": reason}
+                    quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                pq.write_table(rows.take(kept), rows_path)
                 scores = scores.take(kept)
             pq.write_table(scores, context.out / "scores" / path.name)
-    if count and not any(pq.read_metadata(path).num_rows for path in shards(context.out)):
+    if num_quarantined and not any(pq.read_metadata(path).num_rows for path in shards(context.out)):
         first = json.loads((context.out / "quarantine.jsonl").read_text().splitlines()[0])
-        raise StageError(context.name, f"none of {count:,} rows can be scored", cause=first["reason"])
-    return count
+        raise StageError(context.name, f"none of {num_quarantined:,} rows can be scored", cause=first["reason"])
+    return num_quarantined
 
 
-def _link(path: Path, final: Path) -> None:
-    """The same bytes, once on the disk: artifacts never change. Some file systems know no hard links."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link an immutable file, or copy it if the file system has no hard links."""
     try:
-        os.link(path, final)
+        os.link(source, target)
     except OSError:
-        shutil.copyfile(path, final)
+        shutil.copyfile(source, target)
 
 
-def _columns_of(path: Path, scores: Sequence[str]) -> pa.Table:
-    """id, and what the unit's file has of these scores: each with what explains it."""
+def _read_scores(path: Path, scores: Sequence[str]) -> pa.Table:
+    """Read id and the columns of these scores, including those that explain them, from the result of a shard."""
     names = [name for name in pq.read_schema(path).names if name.split(":")[0] in ("id", *scores)]
     return pq.read_table(path, columns=names)
 
 
-def _compares(spec: ScorerSpec) -> bool:
-    return SCORER_ENTRIES[spec.kind()].reads == "across"
+def _compares_rows(spec: ScorerSpec) -> bool:
+    return SCORER_ENTRIES[spec.kind()].input_kind == "across"
 
 
-def _resolved(
+def _resolve_corpus_scorer(
     context: StageContext, spec: ScorerSpec, passes: Sequence[ScorePass], files: Sequence[Path]
 ) -> Iterator[dict[str, Any]]:
-    """A shard's columns after the other, of a scorer that compares rows; its sketches have the score's prefix."""
-    (job,) = (job for job in passes if spec.score in job.scores)
+    """Yield the columns of each shard from a scorer that compares rows."""
+    (score_pass,) = (score_pass for score_pass in passes if spec.score in score_pass.scores)
     scorer: CorpusScorer = SCORER_ENTRIES[spec.kind()].load()(spec)
-    sketches = RowSignatures(tuple(job.folder / path.name for path in files), f"{spec.score}:")
-    for columns in scorer.resolve(sketches, context.work / "across" / spec.score):
+    signatures = RowSignatures(tuple(score_pass.folder / path.name for path in files), f"{spec.score}:")
+    for columns in scorer.resolve(signatures, context.work / "across" / spec.score):
         yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
 
 
-def _keep_scores(context: StageContext, job: ScorePass) -> None:
-    """Add what is new to the score tables, for whoever meets the same rows again."""
-    for score, folder in job.tables.items():
-        fresh = rows = 0
-        for path in sorted(job.folder.glob("part-*.parquet")):
+def _cache_scores(context: StageContext, score_pass: ScorePass) -> None:
+    """Add the new scores to the score cache."""
+    for score, cache_dir in score_pass.cache_dirs.items():
+        num_new = 0
+        for path in sorted(score_pass.folder.glob("part-*.parquet")):
             known = pq.read_table(path, columns=[f"known:{score}"])[0].to_numpy()
-            fresh += int((~known).sum())
-            rows += len(known)
-        if fresh:
-            ScoreCache(folder).add(context.out.parent.name, _fresh(job, score), fresh)
+            num_new += int((~known).sum())
+        if num_new:
+            ScoreCache(cache_dir).add(context.out.parent.name, _new_scores(score_pass, score), num_new)
 
 
-def _fresh(job: ScorePass, score: str) -> Iterator[pa.Table]:
-    for path in sorted(job.folder.glob("part-*.parquet")):
+def _new_scores(score_pass: ScorePass, score: str) -> Iterator[pa.Table]:
+    for path in sorted(score_pass.folder.glob("part-*.parquet")):
         flags = pq.read_table(path, columns=[f"known:{score}", "lost"])
-        table = _columns_of(path, [score]).filter(pc.invert(pc.or_(flags[0], flags[1])))
+        table = _read_scores(path, [score]).filter(pc.invert(pc.or_(flags[0], flags[1])))
         columns: dict[str, Any] = {"id": pa.array(ids_to_uint64(to_str_list(table["id"])))}
-        own = [name for name in table.column_names if name != "id"]
-        columns |= {"score" if name == score else name.removeprefix(f"{score}:"): table[name] for name in own}
+        names = [name for name in table.column_names if name != "id"]
+        columns |= {"score" if name == score else name.removeprefix(f"{score}:"): table[name] for name in names}
         yield pa.table(columns)

@@ -1,4 +1,4 @@
-"""What goes over the shards of rows, one actor a worker: each holds the scorers of a pass, and the model they share."""
+"""Ray actors that score shards, one per worker: each holds the scorers of a pass and the model they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunery.models.actor_pool import score_dtype
 from tunery.models.load import Source
 from tunery.models.model_folder import BadModel
 from tunery.models.nll import SpanNll
-from tunery.scoring.score_shard import Scored, ScorePass, score_shard
+from tunery.scoring.score_shard import Scored, ScoreFn, ScorePass, score_shard
 from tunery.scoring.scorers.embedding import keep_vectors, reference_rows
 from tunery.scoring.scorers.registry import SCORER_ENTRIES, ClassificationScorer, Columns, CorpusScorer, RowScorer
 from tunery.spec import Compute, Embedding, ScorerSpec
@@ -23,9 +23,11 @@ from tunery.store.rows import Row
 
 
 class LikelihoodActor:
-    """Holds one model, for all scorers that ask it."""
+    """Holds one causal language model for all likelihood scorers that use it."""
 
-    def __init__(self, job: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute):
+    def __init__(
+        self, score_pass: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute
+    ):
         import torch
 
         from tunery.models.load import load_model, load_tokenizer
@@ -33,15 +35,15 @@ class LikelihoodActor:
 
         torch.set_num_threads(compute.cpus_per_worker)
         device = "cuda" if compute.device == "gpu" else "cpu"
-        self._job, self._max_length = job, max_length
+        self._pass, self._max_length = score_pass, max_length
         self._scorers = {spec.score: SCORER_ENTRIES[spec.kind()].load()(spec) for spec in specs}
         self._tokenizer = load_tokenizer(source)
         pad = self._tokenizer.pad_token_id
-        assert isinstance(pad, int), "load_tokenizer saw to it"
+        assert isinstance(pad, int), "load_tokenizer sets a pad token"
         self._likelihood = Likelihood(load_model(source, score_dtype(compute)).to(device).eval(), pad)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
+        return _score_shards(batch, self._pass, self._score)
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         from tunery.models.nll import nll_by_span
@@ -55,10 +57,10 @@ class LikelihoodActor:
 
 
 class ClassificationActor:
-    """Holds one sequence-classification model, for all scorers that ask it."""
+    """Holds one sequence-classification model for all scorers that use it."""
 
     def __init__(
-        self, job: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute
+        self, score_pass: ScorePass, specs: Sequence[ScorerSpec], source: Source, max_length: int, compute: Compute
     ) -> None:
         import torch
 
@@ -66,33 +68,33 @@ class ClassificationActor:
         from tunery.models.load import load_classifier, load_own_tokenizer
 
         torch.set_num_threads(compute.cpus_per_worker)
-        self._job = job
+        self._pass = score_pass
         model, labels = load_classifier(source, score_dtype(compute))
         name = source.get("pretrained", source.get("artifact"))
         try:
             self._scorers: dict[str, ClassificationScorer] = {
                 spec.score: SCORER_ENTRIES[spec.kind()].load()(spec, labels, name) for spec in specs
             }
-        except BadModel as error:  # of a folder it was told before; what is on the hub is only seen here
+        except BadModel as error:  # local folders were validated before the run; hub models are only checked here
             raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
         device = "cuda" if compute.device == "gpu" else "cpu"
         self._classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(source), max_length)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
+        return _score_shards(batch, self._pass, self._score)
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        found = self._classifier(rows)
-        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
-        return {score: {**self._scorers[score](found.logits), **seen} for score in scores}
+        output = self._classifier(rows)
+        token_columns: Columns = {"tokens": output.tokens, "truncated": output.truncated}
+        return {score: {**self._scorers[score](output.logits), **token_columns} for score in scores}
 
 
 class EmbeddingActor:
-    """Holds one model without its head, and the embeddings of the reference rows of all scorers that ask it."""
+    """Holds one model without its head, and the embeddings of the reference rows of all scorers that use it."""
 
     def __init__(
         self,
-        job: ScorePass,
+        score_pass: ScorePass,
         specs: Sequence[ScorerSpec],
         source: Source,
         max_length: int,
@@ -107,67 +109,65 @@ class EmbeddingActor:
         torch.set_num_threads(compute.cpus_per_worker)
         device = "cuda" if compute.device == "gpu" else "cpu"
         model = load_encoder(source, score_dtype(compute)).to(device).eval()
-        self._job = job
+        self._pass = score_pass
         self._embedder = Embedder(model, load_own_tokenizer(source), max_length)
-        self._scorers = {spec.score: self._scorer(spec, inputs) for spec in specs}
+        self._scorers = {spec.score: self._build_scorer(spec, inputs) for spec in specs}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
+        return _score_shards(batch, self._pass, self._score)
 
-    def _scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
+    def _build_scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
         assert isinstance(spec, Embedding)
         if spec.reference is None:
             return keep_vectors
         references = reference_rows(inputs[spec.reference])
         vectors = self._embedder(references).vectors
-        there = np.flatnonzero(~np.isnan(vectors[:, 0]))
-        if not len(there):
+        embedded = np.flatnonzero(~np.isnan(vectors[:, 0]))
+        if not len(embedded):
             raise TuneryError(
                 f"no row of `{spec.reference}` can be compared with",
                 cause=f"the model sees no token in any of {len(references):,}",
                 remedy="name a stage whose rows are not empty in `reference`",
             )
         scorer: Callable[[np.ndarray], Columns] = SCORER_ENTRIES[spec.kind()].load()(
-            vectors[there], [references[n]["id"] for n in there]
+            vectors[embedded], [references[index]["id"] for index in embedded]
         )
         return scorer
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        found = self._embedder(rows)
-        seen: Columns = {"tokens": found.tokens, "truncated": found.truncated}
-        return {score: {**self._scorers[score](found.vectors), **seen} for score in scores}
+        output = self._embedder(rows)
+        token_columns: Columns = {"tokens": output.tokens, "truncated": output.truncated}
+        return {score: {**self._scorers[score](output.vectors), **token_columns} for score in scores}
 
 
 class RuleActor:
-    """Holds the scorers that need no model: those of the row alone, and of those that compare rows the part that is
-    done row by row, their sketches."""
+    """Holds the scorers without a model: those that score a row alone, and the signature functions of those that
+    compare rows."""
 
-    def __init__(self, job: ScorePass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
-        self._job = job
-        self._scorers = {spec.score: _by_row(spec, inputs) for spec in specs}
+    def __init__(self, score_pass: ScorePass, specs: Sequence[ScorerSpec], inputs: dict[str, Path]):
+        self._pass = score_pass
+        self._scorers = {spec.score: _row_scorer(spec, inputs) for spec in specs}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _units(batch, self._job, self._score)
+        return _score_shards(batch, self._pass, self._score)
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         return {score: self._scorers[score](rows) for score in scores}
 
 
-def _by_row(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
-    kind = SCORER_ENTRIES[spec.kind()]
-    if kind.reads == "row":
-        scorer: RowScorer = kind.load()(spec, inputs)
+def _row_scorer(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
+    entry = SCORER_ENTRIES[spec.kind()]
+    if entry.input_kind == "row":
+        scorer: RowScorer = entry.load()(spec, inputs)
         return scorer
-    across: CorpusScorer = kind.load()(spec)
-    return lambda rows: {"score": [math.nan] * len(rows), **across.sketch(rows)}
+    corpus_scorer: CorpusScorer = entry.load()(spec)
+    return lambda rows: {"score": [math.nan] * len(rows), **corpus_scorer.compute_signatures(rows)}
 
 
-def _units(
-    batch: dict[str, Any], job: ScorePass, score: Callable[[Sequence[Row], Sequence[str]], Scored]
-) -> dict[str, Any]:
-    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, a unit each."""
-    told: list[dict[str, float]] = []
+def _score_shards(batch: dict[str, Any], score_pass: ScorePass, score: ScoreFn) -> dict[str, Any]:
+    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, one entry per shard."""
+    counts: list[dict[str, float]] = []
     for shard in batch["shard"]:
-        begin = time.time()
-        told.append({**score_shard(Path(shard), job, score), "seconds": time.time() - begin})
-    return {"shard": list(batch["shard"])} | {key: [unit[key] for unit in told] for key in told[0]}
+        start = time.time()
+        counts.append({**score_shard(Path(shard), score_pass, score), "seconds": time.time() - start})
+    return {"shard": list(batch["shard"])} | {key: [shard[key] for shard in counts] for key in counts[0]}

@@ -1,11 +1,12 @@
-"""One unit of scoring: a shard of rows through the scorers of one pass, with what is known already left out.
+"""Scoring of one shard: its rows go through the scorers of one pass, except for scores that are already cached.
 
-A unit's result is one Parquet file beside the others, renamed into place when it is whole: a job that was killed skips
-the units whose files are there. What a unit needs to survive its own death stands in a journal beside it.
+The result of a shard is one Parquet file, renamed into place when it is complete; a resumed stage skips shards that
+have their file. A journal file next to it records crashes.
 
-A row that kills its worker (a native library's crash, memory) would kill every next one, too. So a unit that died twice
-in the same run goes row by row and writes down which one it is about to score; a row that was in hand at a death is
-quarantined, and the others are scored. Deaths of other runs don't count: those were somebody's kill.
+A row that crashes its worker (a native library, out of memory) would also crash every retry. After two crashes in the
+same run, a shard is therefore scored row by row, and each row is written to the journal before it is scored. A row
+being scored at the time of a crash is quarantined, and the others are scored. Crashes of other runs are not counted,
+because those runs may have been killed from outside.
 """
 
 from __future__ import annotations
@@ -28,131 +29,134 @@ from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import is_vectors, vector_column, vectors_of
 
 Array = Any
-"""pyarrow's; its stubs want an element type that is not known here."""
+"""A pyarrow array; the stubs of pyarrow require an element type that is not known here."""
 MAX_CRASHES = 2
-"""So often a unit may die as a whole: once may be somebody's kill, and the same batches give the same bytes."""
+"""Number of crashes after which a shard is scored row by row. The first retry is in full batches, because the crash may
+have come from outside, and only the same batches give the same bytes."""
 MAX_CONSECUTIVE_FAILURES = 20
-PIECE = 2048
-"""Rows of a unit that are Python objects at a time: what bounds a worker's memory, with the bytes of a shard. The
-window, too, within which model scorers sort by length."""
+CHUNK_ROWS = 2048
+"""Number of rows converted to Python objects at a time, which bounds the memory of a worker. Model scorers sort rows by
+length within a chunk."""
 Scored = dict[str, Columns]
-"""By score."""
+"""Columns by score."""
+ScoreFn = Callable[[Sequence[Row], Sequence[str]], Scored]
+"""`score(rows, scores)` computes the named scores of rows."""
 
 
 @dataclass(frozen=True)
 class ScorePass:
-    """Scorers that go over the rows together."""
+    """Scorers that are applied to the rows in the same pass."""
 
     scores: tuple[str, ...]
     folder: Path
-    """Where the units' files are written."""
+    """Output folder of the shards' results."""
     run: str
-    """Of this invocation; deaths of others don't count."""
-    tables: dict[str, Path] = field(default_factory=dict)
-    """By score, the folder of its kept scores; scores without one are worked out anew."""
+    """Id of this run; crashes of other runs are not counted."""
+    cache_dirs: dict[str, Path] = field(default_factory=dict)
+    """Score cache folder by score; scores without one are always recomputed."""
 
 
-def score_shard(shard: Path, job: ScorePass, score: Callable[[Sequence[Row], Sequence[str]], Scored]) -> dict[str, int]:
-    """Score the rows of `shard`; returns how many were scored, known before, and quarantined.
+def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn) -> dict[str, int]:
+    """Score the rows of `shard`; return the number of rows scored, cached ("known") and quarantined ("lost").
 
-    `score(rows, scores)` works out the named scores of rows. Writes `<shard>.parquet` (id, the columns of each score,
-    known:<score>, lost) and, where rows were quarantined, `<shard>.lost.json`.
+    Writes `<shard>.parquet` (id, the columns of each score, known:<score>, lost) and, if rows were quarantined,
+    `<shard>.lost.json`.
     """
-    # `planted` is the truth that a filter is judged by: no scorer may see it.
+    # `planted` is the ground truth that filters are evaluated on, so no scorer may read it.
     names = [name for name in pq.read_schema(shard).names if name != "planted"]
     table = pq.read_table(shard, columns=names)
-    journal = _Journal(job.folder / f"{shard.stem}.journal", job.run)
-    lost: dict[int, str] = {}
-    pieces = [
-        _score_piece(table.slice(start, PIECE), start, job, score, journal, lost)
-        for start in range(0, max(1, len(table)), PIECE)
+    journal = _Journal(score_pass.folder / f"{shard.stem}.journal", score_pass.run)
+    failures: dict[int, str] = {}
+    chunks = [
+        _score_chunk(table.slice(start, CHUNK_ROWS), start, score_pass, score, journal, failures)
+        for start in range(0, max(1, len(table)), CHUNK_ROWS)
     ]
-    if lost:
-        (job.folder / f"{shard.stem}.lost.json").write_text(json.dumps(lost))
-    final = job.folder / shard.name
-    temporary = final.with_suffix(".tmp")
-    pq.write_table(_joined([piece for piece, _ in pieces]), temporary)
-    temporary.rename(final)
+    if failures:
+        (score_pass.folder / f"{shard.stem}.lost.json").write_text(json.dumps(failures))
+    path = score_pass.folder / shard.name
+    temporary_path = path.with_suffix(".tmp")
+    pq.write_table(_concat([chunk for chunk, _ in chunks]), temporary_path)
+    temporary_path.rename(path)
     journal.remove()
-    touched = sum(count for _, count in pieces)
-    return {"rows": len(table), "scored": touched - len(lost), "known": len(table) - touched, "lost": len(lost)}
+    num_uncached = sum(count for _, count in chunks)
+    return {
+        "rows": len(table),
+        "scored": num_uncached - len(failures),
+        "known": len(table) - num_uncached,
+        "lost": len(failures),
+    }
 
 
-def _score_piece(
-    table: pa.Table,
-    start: int,
-    job: ScorePass,
-    score: Callable[[Sequence[Row], Sequence[str]], Scored],
-    journal: _Journal,
-    lost: dict[int, str],
+def _score_chunk(
+    table: pa.Table, start: int, score_pass: ScorePass, score: ScoreFn, journal: _Journal, failures: dict[int, str]
 ) -> tuple[pa.Table, int]:
-    """The columns of the rows from `start` of the unit, and how many of them some scorer did not know; adds to
-    `lost`, by the row's number in the unit."""
+    """Return the score columns of `table`, the rows of the shard from index `start`, and the number of its rows with a
+    score that was not cached. Adds to `failures`, keyed by the index of the row in the shard."""
     rows = table.to_pylist()
     ids = ids_to_uint64(row["id"] for row in rows)
     columns: dict[str, Array] = {"id": pa.array([row["id"] for row in rows], pa.string())}
-    missing = {name: np.ones(len(rows), dtype=bool) for name in job.scores}
-    kept: dict[str, pa.Table] = {}
-    for name in job.scores:
-        if name in job.tables:
-            known, found = ScoreCache(job.tables[name]).find(ids)
-            missing[name] = ~known
-            if found is not None:
-                kept[name] = found
-    # Scores of one pass share their forwards: rows that lack the same ones go together.
+    is_missing = {name: np.ones(len(rows), dtype=bool) for name in score_pass.scores}
+    cached: dict[str, pa.Table] = {}
+    for name in score_pass.scores:
+        if name in score_pass.cache_dirs:
+            is_cached, cached_columns = ScoreCache(score_pass.cache_dirs[name]).find(ids)
+            is_missing[name] = ~is_cached
+            if cached_columns is not None:
+                cached[name] = cached_columns
+    # The scores of a pass share forward passes, so rows that miss the same scores are scored together.
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in range(len(rows)):
-        if lacking := tuple(name for name in job.scores if missing[name][index]):
-            groups.setdefault(lacking, []).append(index)
-    fresh: dict[str, list[tuple[Sequence[int], Columns]]] = {name: [] for name in job.scores}
-    for lacking, indices in groups.items():
-        for places, told in _try(rows, start, indices, lacking, score, journal, lost):
-            for name in lacking:
-                fresh[name].append((places, told[name]))
-    for name in job.scores:
-        columns |= _merge(name, len(rows), kept.get(name), np.flatnonzero(~missing[name]), fresh[name])
-        columns[f"known:{name}"] = pa.array(~missing[name])
-    columns["lost"] = pa.array([start + index in lost for index in range(len(rows))], pa.bool_())
-    return pa.table(columns), sum(len(indices) for indices in groups.values())
+        if missing := tuple(name for name in score_pass.scores if is_missing[name][index]):
+            groups.setdefault(missing, []).append(index)
+    new: dict[str, list[tuple[Sequence[int], Columns]]] = {name: [] for name in score_pass.scores}
+    for missing, group in groups.items():
+        for indices, scored in _score_rows(rows, start, group, missing, score, journal, failures):
+            for name in missing:
+                new[name].append((indices, scored[name]))
+    for name in score_pass.scores:
+        columns |= _merge(name, len(rows), cached.get(name), np.flatnonzero(~is_missing[name]), new[name])
+        columns[f"known:{name}"] = pa.array(~is_missing[name])
+    columns["lost"] = pa.array([start + index in failures for index in range(len(rows))], pa.bool_())
+    return pa.table(columns), sum(len(group) for group in groups.values())
 
 
-def _try(
+def _score_rows(
     rows: Sequence[Row],
     start: int,
     indices: list[int],
-    lacking: tuple[str, ...],
-    score: Callable[[Sequence[Row], Sequence[str]], Scored],
+    scores: tuple[str, ...],
+    score: ScoreFn,
     journal: _Journal,
-    lost: dict[int, str],
+    failures: dict[int, str],
 ) -> list[tuple[Sequence[int], Scored]]:
-    """(places, their columns by score) of all rows but those that are lost: all at once, or row by row. `start` is the
-    first row's number in the unit."""
-    if journal.deaths < MAX_CRASHES:
+    """Return (indices, their columns by score) of all rows that can be scored, in one call or row by row. `start` is
+    the index in the shard of the first row."""
+    if journal.num_crashes < MAX_CRASHES:
         try:
-            return [(indices, score([rows[index] for index in indices], lacking))]
-        except Exception:  # of some row: found one by one below, and told with it
+            return [(indices, score([rows[index] for index in indices], scores))]
+        except Exception:  # the row that raised is identified below and quarantined with its error
             journal.write("one by one")
     done: list[tuple[Sequence[int], Scored]] = []
     failed: list[int] = []
     for index in indices:
-        number = start + index
-        if journal.in_hand[number]:
-            lost[number] = f"its worker died {journal.deaths} times, in the end over this row alone"
+        shard_index = start + index
+        if journal.crashes_by_row[shard_index]:
+            failures[shard_index] = f"its worker died {journal.num_crashes} times, in the end over this row alone"
             continue
-        journal.write(f"row {number}")
+        journal.write(f"row {shard_index}")
         try:
-            done.append(([index], score([rows[index]], lacking)))
+            done.append(([index], score([rows[index]], scores)))
         except Exception as error:
-            lost[number] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            failures[shard_index] = f"{type(error).__name__}: {str(error).strip()[:300]}"
             failed.append(index)
             if not done and len(failed) == MAX_CONSECUTIVE_FAILURES:
-                # Not the rows: whatever is wrong is wrong with all of them, and must not empty the dataset one by one.
-                raise _hopeless(rows[failed[0]], lost[start + failed[0]], lacking, error) from error
+                # The cause affects all rows, so stop before the complete dataset is quarantined.
+                raise _all_failed_error(rows[failed[0]], failures[start + failed[0]], scores, error) from error
     return done
 
 
-def _hopeless(first: Row, reason: str, scores: Sequence[str], error: Exception) -> Exception:
-    """The same error when memory ran out, which has a remedy of its own (pipeline/diagnose.py)."""
+def _all_failed_error(first: Row, reason: str, scores: Sequence[str], error: Exception) -> Exception:
+    """Out-of-memory errors are returned unchanged: pipeline/diagnose.py has a remedy for them."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return error
     return TuneryError(
@@ -163,75 +167,87 @@ def _hopeless(first: Row, reason: str, scores: Sequence[str], error: Exception) 
 
 
 def _merge(
-    score: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: Sequence[tuple[Sequence[int], Columns]]
+    score: str,
+    count: int,
+    cached: pa.Table | None,
+    cached_indices: np.ndarray,
+    new: Sequence[tuple[Sequence[int], Columns]],
 ) -> dict[str, Array]:
-    """The columns of a score, from what was known and what is new; NaN for lost rows. `<score>` is the score itself,
-    `<score>:<key>` what explains it: no name of a score holds a colon."""
-    keys = list(fresh[0][1]) if fresh else kept.column_names if kept is not None else ["score"]
+    """Return the columns of a score, merged from cached and new values; NaN for failed rows.
+
+    `<score>` is the score itself, `<score>:<key>` a column that explains it; names of scores contain no colon.
+    """
+    keys = list(new[0][1]) if new else cached.column_names if cached is not None else ["score"]
     result: dict[str, Array] = {}
     for key in keys:
-        named = score if key == "score" else f"{score}:{key}"
-        if any(isinstance(told[key], np.ndarray) for _, told in fresh) or (
-            kept is not None and is_vectors(kept.schema.field(key).type)
+        name = score if key == "score" else f"{score}:{key}"
+        if any(isinstance(columns[key], np.ndarray) for _, columns in new) or (
+            cached is not None and is_vectors(cached.schema.field(key).type)
         ):
-            result[named] = _merge_vectors(key, count, kept, known, fresh)
+            result[name] = _merge_vectors(key, count, cached, cached_indices, new)
             continue
         values: list[Any] = [float("nan") if key == "score" else None] * count
-        if kept is not None:
-            for index, value in zip(known.tolist(), kept[key].to_pylist(), strict=True):
+        if cached is not None:
+            for index, value in zip(cached_indices.tolist(), cached[key].to_pylist(), strict=True):
                 values[index] = value
-        for places, told in fresh:
-            for index, value in zip(places, told[key], strict=True):
+        for indices, columns in new:
+            for index, value in zip(indices, columns[key], strict=True):
                 values[index] = value
         array = pa.array(values, pa.float64()) if key == "score" else pa.array(values)
-        result[named] = array
+        result[name] = array
     return result
 
 
 def _merge_vectors(
-    key: str, count: int, kept: pa.Table | None, known: np.ndarray, fresh: Sequence[tuple[Sequence[int], Columns]]
+    key: str,
+    count: int,
+    cached: pa.Table | None,
+    cached_indices: np.ndarray,
+    new: Sequence[tuple[Sequence[int], Columns]],
 ) -> Array:
-    """The same for vectors, which no Python list would hold: NaN for lost rows."""
-    pieces: list[tuple[Any, np.ndarray]] = [(places, np.asarray(told[key])) for places, told in fresh]
-    if kept is not None:
-        pieces.append((known, vectors_of(kept[key])))
-    vectors_nh = np.full((count, pieces[0][1].shape[1]), np.nan, np.float16)
-    for places, piece_mh in pieces:
-        vectors_nh[places] = piece_mh
+    """`_merge` for a column of vectors, without Python lists; NaN for failed rows."""
+    parts: list[tuple[Any, np.ndarray]] = [(indices, np.asarray(columns[key])) for indices, columns in new]
+    if cached is not None:
+        parts.append((cached_indices, vectors_of(cached[key])))
+    vectors_nh = np.full((count, parts[0][1].shape[1]), np.nan, np.float16)
+    for indices, part_mh in parts:
+        vectors_nh[indices] = part_mh
     return vector_column(vectors_nh)
 
 
-def _joined(pieces: Sequence[pa.Table]) -> pa.Table:
-    """One chunk a column: pages of the file end where chunks do. A piece whose rows are all lost lacks columns."""
-    table = pa.concat_tables(pieces, promote_options="default").combine_chunks()
+def _concat(chunks: Sequence[pa.Table]) -> pa.Table:
+    """Concatenate tables into one chunk per column, because Parquet pages end at chunk boundaries. A table whose rows
+    all failed lacks columns."""
+    table = pa.concat_tables(chunks, promote_options="default").combine_chunks()
     for index, column in enumerate(table.schema):
-        # A column of nothing but nulls has no type, and shards must agree: numbers that are missing are NaN, not null.
+        # An all-null column has no type, and shards must have the same schema. Missing numbers are NaN, so it is text.
         if pa.types.is_null(column.type):
             table = table.set_column(index, column.name, table[column.name].cast(pa.string()))
     return table
 
 
 class _Journal:
-    """Lines "begin RUN" and "row I", appended before each is done; gone when the unit is whole."""
+    """A file with the lines "begin RUN" and "row INDEX", each appended before it is done; removed when the shard is
+    complete."""
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
         begins = [line for line in lines if line.startswith("begin ")]
-        self.in_hand: Counter[int] = Counter()
-        self.deaths = 0
-        mine = False
-        last: int | None = None
+        self.crashes_by_row: Counter[int] = Counter()
+        self.num_crashes = 0
+        is_this_run = False
+        last_row: int | None = None
         for line in [*lines, f"begin {run}"]:
             if line.startswith("begin "):
-                if mine:
-                    self.deaths += 1
-                    if last is not None:
-                        self.in_hand[last] += 1
-                mine, last = line == f"begin {run}", None
+                if is_this_run:
+                    self.num_crashes += 1
+                    if last_row is not None:
+                        self.crashes_by_row[last_row] += 1
+                is_this_run, last_row = line == f"begin {run}", None
             elif line.startswith("row "):
-                last = int(line[4:])
-        assert self.deaths <= len(begins)
+                last_row = int(line[4:])
+        assert self.num_crashes <= len(begins)
         self.write(f"begin {run}")
 
     def write(self, line: str) -> None:

@@ -1,4 +1,4 @@
-"""What a score stage tells of its scores, read back from its table in constant memory."""
+"""Statistics of the scores of a score stage, computed from its score table in constant memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow.parquet as pq
 
-from tunery.ingest.corruption_metrics import Floats, auc_by_kind, histogram
+from tunery.ingest.corruption_metrics import Floats, LabeledScores, auc_by_kind, histogram
 from tunery.models.metrics import auc
 from tunery.scoring.order_statistics import kth_smallest
 from tunery.scoring.scorers.registry import SCORER_ENTRIES
@@ -20,49 +20,52 @@ from tunery.store.rows import shards
 from tunery.store.vectors import vectors_of
 
 MAX_AUC_ROWS = 1 << 22
-"""AUC against planted rows needs all of a score at once: for corpora of at most so many rows."""
+"""The AUC against corrupted rows needs a complete score column in memory, so it is computed up to this many rows."""
 
-STEPS = 24
-"""Of each axis where rows are counted by two scores at once."""
-PAIRS = 3
+PAIR_BINS = 24
+"""Number of bins per axis of a two-dimensional histogram of two scores."""
+MAX_PAIRS = 3
 
 
 def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
-    """rows, rows_out (of the scores), tokens, truncated (rows that were too long for some model); of each score its
-    histogram, median, how many rows have none, how well it tells planted rows apart; rows by two scores at once; how
-    many rows have a vector."""
+    """Return the facts of a score stage.
+
+    rows, rows_out (rows of the score table), tokens, truncated (rows that were too long for some model); for each score
+    its histogram, median, number of rows without a score, and AUC as a detector of corrupted rows; two-dimensional
+    histograms of pairs of scores; and the number of rows with a vector.
+    """
     files = shards(artifact)
     rows = sum(int(pq.read_metadata(path).num_rows) for path in files)
     scored = sum(int(pq.read_metadata(artifact / "scores" / path.name).num_rows) for path in files)
     names = pq.read_schema(artifact / "scores" / files[0].name).names
-    # Scorers of one model count the same tokens: those of the first model are told.
+    # Scorers of one model count the same tokens. The tokens of the first model are reported.
     first = next((spec.score for spec in by if f"{spec.score}_tokens" in names), None)
-    tokens = sum(int(piece.sum()) for piece in column(artifact, f"{first}_tokens")) if first else 0
-    cuts = [f"{spec.score}_truncated" for spec in by if f"{spec.score}_truncated" in names]
-    truncated = _rows_with_any(artifact, cuts)
-    planted = _planted(artifact) if rows <= MAX_AUC_ROWS else None
+    tokens = sum(int(chunk.sum()) for chunk in column(artifact, f"{first}_tokens")) if first else 0
+    truncated_columns = [f"{spec.score}_truncated" for spec in by if f"{spec.score}_truncated" in names]
+    truncated = _count_rows_with_any(artifact, truncated_columns)
+    corruption_kinds = _read_corruption_kinds(artifact) if rows <= MAX_AUC_ROWS else None
     vectors = {spec.score: _describe_vectors(artifact, spec.score) for spec in by if spec.gives_vectors}
     by = [spec for spec in by if not spec.gives_vectors]
-    described = {spec.score: _describe(artifact, spec, rows, planted) for spec in by}
+    score_stats = {spec.score: _describe_score(artifact, spec, rows, corruption_kinds) for spec in by}
     return {
         "rows": rows,
         "rows_out": scored,
         "tokens": tokens,
         "truncated": truncated,
-        "scores": described,
-        "pairs": list(_pairs(artifact, by, described)),
+        "scores": score_stats,
+        "pairs": list(_pair_histograms(artifact, by, score_stats)),
         **({"vectors": vectors} if vectors else {}),
     }
 
 
 def column(artifact: Path, name: str) -> Iterator[Any]:
-    """A column of the score table, a numpy array a shard."""
+    """Yield a column of the score table, one numpy array per shard."""
     for path in shards(artifact):
         yield pq.read_table(artifact / "scores" / path.name, columns=[name])[0].to_numpy()
 
 
-def _rows_with_any(artifact: Path, names: Sequence[str]) -> int:
-    """Rows with True in one of the columns, or in several."""
+def _count_rows_with_any(artifact: Path, names: Sequence[str]) -> int:
+    """Return the number of rows with True in at least one of the columns."""
     total = 0
     for path in shards(artifact) if names else ():
         table = pq.read_table(artifact / "scores" / path.name, columns=list(names))
@@ -70,90 +73,107 @@ def _rows_with_any(artifact: Path, names: Sequence[str]) -> int:
     return total
 
 
-def _describe(artifact: Path, spec: ScorerSpec, rows: int, planted: Sequence[str] | None) -> dict[str, Any]:
-    unscored = sum(int(np.isnan(piece).sum()) for piece in column(artifact, spec.score))
-    usable = rows - unscored
-    middle = sorted({(usable - 1) // 2, usable // 2}) if usable else []
-    median = [kth_smallest(lambda: column(artifact, spec.score), k) for k in middle]
-    good = SCORER_ENTRIES[spec.kind()].good
-    told: dict[str, Any] = {
-        "good": good,
-        "histogram": histogram(lambda: _with_planted(artifact, spec.score, planted)),
-        "median": sum(median) / len(median) if median else None,
+def _describe_score(
+    artifact: Path, spec: ScorerSpec, rows: int, corruption_kinds: Sequence[str] | None
+) -> dict[str, Any]:
+    unscored = sum(int(np.isnan(chunk).sum()) for chunk in column(artifact, spec.score))
+    num_scored = rows - unscored
+    middle = sorted({(num_scored - 1) // 2, num_scored // 2}) if num_scored else []
+    middle_values = [kth_smallest(lambda: column(artifact, spec.score), k) for k in middle]
+    direction = SCORER_ENTRIES[spec.kind()].direction
+    stats: dict[str, Any] = {
+        "good": direction,
+        "histogram": histogram(lambda: _scores_with_corruption(artifact, spec.score, corruption_kinds)),
+        "median": sum(middle_values) / len(middle_values) if middle_values else None,
         "unscored": unscored,
         "auc": None,
         "auc_by_kind": {},
     }
-    if planted is not None and rows:
-        badness = as_badness(np.concatenate(list(column(artifact, spec.score))), good)
-        told["auc"] = auc(badness, np.array([kind != "" for kind in planted]))
-        told["auc_by_kind"] = auc_by_kind(badness, planted)
-    return told
+    if corruption_kinds is not None and rows:
+        badness = as_badness(np.concatenate(list(column(artifact, spec.score))), direction)
+        stats["auc"] = auc(badness, np.array([kind != "" for kind in corruption_kinds]))
+        stats["auc_by_kind"] = auc_by_kind(badness, corruption_kinds)
+    return stats
 
 
 def _describe_vectors(artifact: Path, score: str) -> dict[str, int]:
-    """How many rows have a vector, how many have none, and its dimensions."""
-    there = missing = dimensions = 0
-    for vectors_nh in vector_pieces(artifact, score):
-        known = int((~np.isnan(vectors_nh[:, 0])).sum())
-        there, missing = there + known, missing + len(vectors_nh) - known
+    """Return the number of rows with and without a vector, and its dimensions."""
+    present = missing = dimensions = 0
+    for vectors_nh in _read_vectors(artifact, score):
+        num_present = int((~np.isnan(vectors_nh[:, 0])).sum())
+        present, missing = present + num_present, missing + len(vectors_nh) - num_present
         dimensions = vectors_nh.shape[1]
-    return {"rows": there, "missing": missing, "dimensions": dimensions}
+    return {"rows": present, "missing": missing, "dimensions": dimensions}
 
 
-def vector_pieces(artifact: Path, score: str) -> Iterator[Any]:
-    """The vectors that a scorer kept, float16, (rows, dimensions) a shard; of a shard without rows there is none."""
+def _read_vectors(artifact: Path, score: str) -> Iterator[Any]:
+    """Yield the vectors of each non-empty shard, (rows, dimensions), float16."""
     for path in shards(artifact):
         if pq.read_metadata(path).num_rows:
             table = pq.read_table(artifact / "scores" / path.name, columns=[f"{score}_vector"])
             yield vectors_of(table[0])
 
 
-def _pairs(artifact: Path, by: Sequence[ScorerSpec], described: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows by two scores at once, of the first scores that vary: {"x", "y", "x_edges", "y_edges", "counts"}, the counts
-    a row of them for each step of y. One more pass over two columns each."""
-    varied = [spec.score for spec in by if _spread(described[spec.score]["histogram"]["edges"])]
-    for x, y in itertools.islice(itertools.combinations(varied, 2), PAIRS):
-        edges = [thinned_edges(described[score]["histogram"]["edges"]) for score in (x, y)]
-        counts = np.zeros((STEPS, STEPS), dtype=int)
+def _pair_histograms(artifact: Path, by: Sequence[ScorerSpec], score_stats: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield two-dimensional histograms of the first pairs of non-constant scores.
+
+    {"x", "y", "x_edges", "y_edges", "counts"}, where counts has one row per bin of y. Each takes a pass over two
+    columns.
+    """
+    varying = [spec.score for spec in by if _is_varying(score_stats[spec.score]["histogram"]["edges"])]
+    for x, y in itertools.islice(itertools.combinations(varying, 2), MAX_PAIRS):
+        x_edges, y_edges = (_pair_edges(score_stats[score]["histogram"]["edges"]) for score in (x, y))
+        counts = np.zeros((PAIR_BINS, PAIR_BINS), dtype=int)
         for xs, ys in zip(column(artifact, x), column(artifact, y), strict=True):
-            both = np.isfinite(xs) & np.isfinite(ys)
-            counts += np.histogram2d(ys[both], xs[both], [edges[1], edges[0]])[0].astype(int)
-        told = {"x": x, "y": y, "x_edges": edges[0].tolist(), "y_edges": edges[1].tolist()}
-        yield {**told, "counts": counts.tolist()}
+            finite = np.isfinite(xs) & np.isfinite(ys)
+            counts += np.histogram2d(ys[finite], xs[finite], [y_edges, x_edges])[0].astype(int)
+        yield {
+            "x": x,
+            "y": y,
+            "x_edges": x_edges.tolist(),
+            "y_edges": y_edges.tolist(),
+            "counts": counts.tolist(),
+        }
 
 
-def _spread(edges: Sequence[float]) -> bool:
+def _is_varying(edges: Sequence[float]) -> bool:
     return len(edges) > 1 and edges[-1] > edges[0] + 1e-3 * max(abs(edges[0]), 1.0)
 
 
-def thinned_edges(edges: Sequence[float]) -> Floats:
-    """STEPS + 1 edges from the first to the last, spaced as the histogram's are: evenly, or by the logarithm."""
+def _pair_edges(edges: Sequence[float]) -> Floats:
+    """Return PAIR_BINS + 1 edges over the range of a histogram, spaced linearly or logarithmically as it is."""
     low, high = edges[0], edges[-1]
-    found = np.geomspace(low, high, STEPS + 1) if low > 0 and high > 10 * low else np.linspace(low, high, STEPS + 1)
-    found[0], found[-1] = low, high
-    return found
+    if low > 0 and high > 10 * low:
+        pair_edges = np.geomspace(low, high, PAIR_BINS + 1)
+    else:
+        pair_edges = np.linspace(low, high, PAIR_BINS + 1)
+    pair_edges[0], pair_edges[-1] = low, high
+    return pair_edges
 
 
-def as_badness(values: Floats, good: str) -> Floats:
-    """Higher is worse; a row without a score is as bad as can be."""
-    return np.where(np.isnan(values), math.inf, values if good == "low" else -values)
+def as_badness(scores: Floats, direction: str) -> Floats:
+    """Return scores with their sign set so that higher is worse; a row without a score is infinitely bad."""
+    return np.where(np.isnan(scores), math.inf, scores if direction == "low" else -scores)
 
 
-def _planted(artifact: Path) -> list[str] | None:
-    """The kind of damage of each row; None where it is not known of all."""
+def _read_corruption_kinds(artifact: Path) -> list[str] | None:
+    """Return the kind of corruption of each row ("" for an intact row), or None if it is unknown for some row."""
     kinds: list[str] = []
     for path in shards(artifact):
-        piece = pq.read_table(path, columns=["planted"])[0].to_pylist()
-        if None in piece:
+        shard_kinds = pq.read_table(path, columns=["planted"])[0].to_pylist()
+        if None in shard_kinds:
             return None
-        kinds += cast(list[str], piece)
+        kinds += cast(list[str], shard_kinds)
     return kinds
 
 
-def _with_planted(artifact: Path, score: str, planted: Sequence[str] | None) -> Iterator[tuple[Floats, Any]]:
+def _scores_with_corruption(
+    artifact: Path, score: str, corruption_kinds: Sequence[str] | None
+) -> Iterator[LabeledScores]:
     start = 0
-    for piece in column(artifact, score):
-        bad = None if planted is None else np.array([kind != "" for kind in planted[start : start + len(piece)]], bool)
-        start += len(piece)
-        yield piece, bad
+    for chunk in column(artifact, score):
+        is_corrupted = None
+        if corruption_kinds is not None:
+            is_corrupted = np.array([kind != "" for kind in corruption_kinds[start : start + len(chunk)]], bool)
+        start += len(chunk)
+        yield chunk, is_corrupted

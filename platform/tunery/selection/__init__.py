@@ -1,1 +1,1 @@
-"""Selecting: which rows of a scored dataset go on, by rules, quotas and how alike they are."""
+"""The `select` stage: filters the rows of a scored dataset by rules, quotas and diversity."""

@@ -1,8 +1,9 @@
-"""`diverse` of a select stage: among the rows that pass, those that stand for all.
+"""`diverse` of a select stage: selects a diverse subset of the rows that pass the rules.
 
-The vectors of the rows that pass go to files (candidates.py), one of two methods chooses (k_center.py, score_first.py:
-there stands what each costs), and a random choice of as many rows is measured beside it (cover.py). Nothing is gathered
-in memory: a block of vectors at a time, the places of the chosen rows, and 8 bytes a chosen row.
+The vectors of the rows that pass are written to files (candidates.py), one of two methods selects among them
+(k_center.py and score_first.py document their cost), and the coverage of the selection is compared with that of a
+random selection of the same size (coverage.py). In memory are only a block of vectors, the selected indices and 8 bytes
+per selected row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from tunery.ingest.corruption_metrics import Bools, Floats
 from tunery.scoring.order_statistics import kth_smallest
-from tunery.selection.candidates import Candidates, Places, rounded
+from tunery.selection.candidates import Candidates, Indices, round_vectors
 from tunery.selection.coverage import chance_similarity, coverage, strided_sample
 from tunery.selection.k_center import k_center
 from tunery.selection.rules import Scores
@@ -30,110 +31,132 @@ from tunery.store import StageContext
 from tunery.store.rows import to_str_list
 from tunery.store.score_cache import ids_to_uint64
 
-SIMILARITY = 0.9
-"""DEITA's."""
-Passing = Iterable[tuple[Scores, Bools, list[str]]]
-"""Of each shard its scores, which rows pass the rules, and why the others don't."""
+DEFAULT_SIMILARITY = 0.9
+"""The threshold of DEITA."""
+FilteredShards = Iterable[tuple[Scores, Bools, list[str]]]
+"""For each shard its scores, which rows pass the rules, and the reason of each other row."""
 
 
-class Diversity:
-    """Which rows were chosen, told a shard at a time."""
+class DiversityFilter:
+    """The result of a diversity selection, applied shard by shard."""
 
-    def __init__(self, candidates: Candidates, there: Bools, kept: Bools, lacking: str, facts: dict[str, Any]) -> None:
-        """`there`: of each row that passed the rules, whether it is a candidate; `kept`: of each candidate, whether it
-        was chosen; `lacking`: what rows lack that are none."""
-        self._candidates, self._there, self._kept, self.lacking, self.facts = candidates, there, kept, lacking, facts
-        self.taken: GreedySelection | None = None
-        self._passed = self._candidate = 0
+    def __init__(
+        self,
+        candidates: Candidates,
+        is_candidate: Bools,
+        is_selected: Bools,
+        missing: str,
+        facts: dict[str, Any],
+    ) -> None:
+        """`is_candidate` has one entry per row that passed the rules, `is_selected` one per candidate; `missing` says
+        what the rows that are not candidates have not ("no embedding")."""
+        self._candidates, self._is_candidate, self._is_selected = candidates, is_candidate, is_selected
+        self.missing, self.facts = missing, facts
+        self.greedy: GreedySelection | None = None
+        """Set by the method score_first."""
+        self._next_passed = self._next_candidate = 0
 
-    def verdicts(self, kept: Bools, reasons: list[str]) -> tuple[Bools, list[str]]:
-        """Of the next shard, from which rows passed the rules and why the others didn't."""
+    def apply(self, kept: Bools, reasons: list[str]) -> tuple[Bools, list[str]]:
+        """Return `kept` and `reasons` of the next shard with the rows dropped by this filter added."""
         kept, reasons = kept.copy(), list(reasons)
         for index in np.flatnonzero(kept).tolist():
-            there = bool(self._there[self._passed])
-            self._passed += 1
-            if not there:
-                kept[index], reasons[index] = False, f"{self.facts['method']}: {self.lacking}"
+            is_candidate = bool(self._is_candidate[self._next_passed])
+            self._next_passed += 1
+            if not is_candidate:
+                kept[index], reasons[index] = False, f"{self.facts['method']}: {self.missing}"
                 continue
-            if not self._kept[self._candidate]:
-                kept[index], reasons[index] = False, self._why(self._candidate)
-            self._candidate += 1
+            if not self._is_selected[self._next_candidate]:
+                kept[index], reasons[index] = False, self._reason(self._next_candidate)
+            self._next_candidate += 1
         return kept, reasons
 
-    def _why(self, candidate: int) -> str:
-        if self.taken is not None and (rival := int(self.taken.rival[candidate])) >= 0:
-            id = int(self._candidates.ids[rival])
-            return f"score_first: too similar to {id:016x} ({self.taken.similarity[candidate]:.3f})"
+    def _reason(self, candidate: int) -> str:
+        if self.greedy is not None and (nearest := int(self.greedy.nearest_selected[candidate])) >= 0:
+            id = int(self._candidates.ids[nearest])
+            return f"score_first: too similar to {id:016x} ({self.greedy.similarity[candidate]:.3f})"
         return str(self.facts["rule"])
 
 
 @contextmanager
-def choose(
-    context: StageContext, spec: Diverse, table: ScoredRows, passing: Passing, goods: Mapping[str, str]
-) -> Iterator[Diversity]:
-    """The choice, as long as its files are needed.
+def select_diverse(
+    context: StageContext,
+    spec: Diverse,
+    table: ScoredRows,
+    shards: FilteredShards,
+    directions: Mapping[str, str],
+) -> Iterator[DiversityFilter]:
+    """Select diverse rows; the temporary files of the filter exist until the context ends.
 
-    Facts: method, by, rule; candidates, without (rows that passed the rules and can't be compared), wanted, kept,
-    too_similar; compared (candidates that the cover was measured on), cover of the chosen rows and of as many at
-    `random`, and chance_similarity, how similar candidates are (see cover.py).
+    Facts: method, by, rule; candidates, without (rows that passed the rules but have no vector or score), wanted, kept,
+    too_similar; compared (candidates that coverage was measured on), cover of the selected rows and of as many `random`
+    ones, and chance_similarity, the similarity of random candidates (see coverage.py).
     """
     folder = context.work / "diverse"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        candidates, there = _gather(folder, context.seed, spec, table, passing, goods)
+        candidates, is_candidate = _write_candidates(folder, context.seed, spec, table, shards, directions)
         count = candidates.count
-        wanted = min(count, spec.rows or (max(1, round(spec.share * count)) if spec.share else count))
-        kept: Bools = candidates.column("kept", np.bool_, False)
+        max_selected = min(count, spec.rows or (max(1, round(spec.share * count)) if spec.share else count))
+        is_selected: Bools = candidates.column("kept", np.bool_, False)
         facts = {
             "method": spec.method,
             "by": spec.by,
             "rule": describe_diverse(spec),
             "candidates": count,
-            "without": int(len(there) - there.sum()),
-            "wanted": wanted,
+            "without": int(len(is_candidate) - is_candidate.sum()),
+            "wanted": max_selected,
         }
-        lacking = "no embedding" if spec.score is None else f"no embedding or no {spec.score}"
-        found = Diversity(candidates, there, kept, lacking, facts)
+        missing = "no embedding" if spec.score is None else f"no embedding or no {spec.score}"
+        diversity = DiversityFilter(candidates, is_candidate, is_selected, missing, facts)
         if count:
-            chosen = _chosen(context, spec, candidates, wanted, found)
-            kept[chosen] = True
-            facts |= {"kept": len(chosen), **_measured(candidates, chosen)}
-        yield found
+            selected = _select(context, spec, candidates, max_selected, diversity)
+            is_selected[selected] = True
+            facts |= {"kept": len(selected), **_coverage_facts(candidates, selected)}
+        yield diversity
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe_diverse(spec: Diverse) -> str:
-    """ "k_center 500 by embedding"."""
+    """Return the selection as text, such as "k_center 500 by embedding"."""
     budget = [f"{spec.rows:,}"] if spec.rows else [f"share {spec.share:g}"] if spec.share else []
     return " ".join([spec.method, *budget, "by", spec.by])
 
 
-def _gather(
-    folder: Path, seed: int, spec: Diverse, table: ScoredRows, passing: Passing, goods: Mapping[str, str]
+def _write_candidates(
+    folder: Path,
+    seed: int,
+    spec: Diverse,
+    table: ScoredRows,
+    shards: FilteredShards,
+    directions: Mapping[str, str],
 ) -> tuple[Candidates, Bools]:
-    """The candidates, and of each row that passes the rules whether it is one: it has a vector, and a score if one is
-    asked for."""
+    """Return the candidates, and for each row that passes the rules whether it is one.
+
+    A candidate has a vector and, if the spec names a score, that score.
+    """
     candidates: Candidates | None = None
-    good = spec.prefer or goods.get(spec.score or "", "low")
+    direction = spec.prefer or directions.get(spec.score or "", "low")
     passed = 0
     with (folder / "there").open("wb") as file:
-        for shard, (scores, kept, _) in zip(table.files, passing, strict=True):
+        for shard, (scores, kept, _) in zip(table.files, shards, strict=True):
             if not len(kept):
                 continue
-            vectors_nh, there = rounded(table.vectors(shard, spec.by)[kept])
+            vectors_nh, has_vector = round_vectors(table.vectors(shard, spec.by)[kept])
             candidates = candidates or Candidates(folder, vectors_nh.shape[1])
             badness = np.zeros(int(kept.sum()))
             if spec.score is not None:
-                badness = scores[spec.score][kept] * (1.0 if good == "low" else -1.0)
-            scored = ~np.isnan(badness)
+                badness = scores[spec.score][kept] * (1.0 if direction == "low" else -1.0)
+            has_score = ~np.isnan(badness)
             ids = [id for id, k in zip(to_str_list(pq.read_table(shard, columns=["id"])[0]), kept, strict=True) if k]
             chance = random_scores(ids, seed)
-            both = there & scored
-            candidates.add(vectors_nh[scored[there]], ids_to_uint64(ids)[both], chance[both], badness[both])
-            file.write(both.tobytes())
-            passed += len(both)
+            usable = has_vector & has_score
+            candidates.add(
+                vectors_nh[has_score[has_vector]], ids_to_uint64(ids)[usable], chance[usable], badness[usable]
+            )
+            file.write(usable.tobytes())
+            passed += len(usable)
     candidates = candidates or Candidates(folder, 1)
     candidates.close()
     if not passed:
@@ -141,51 +164,54 @@ def _gather(
     return candidates, np.memmap(folder / "there", np.bool_, "r")
 
 
-def _chosen(context: StageContext, spec: Diverse, candidates: Candidates, wanted: int, found: Diversity) -> Places:
+def _select(
+    context: StageContext, spec: Diverse, candidates: Candidates, max_selected: int, diversity: DiversityFilter
+) -> Indices:
     if spec.method == "k_center":
-        chosen, _ = k_center(
+        selected, _ = k_center(
             candidates,
-            wanted,
-            lambda done: context.emit("progress", done=done, total=wanted, unit="rows", detail="k-center"),
+            max_selected,
+            lambda done: context.emit("progress", done=done, total=max_selected, unit="rows", detail="k-center"),
         )
     else:
-        similarity = SIMILARITY if spec.similarity is None else spec.similarity
-        found.taken = score_first(
+        similarity = DEFAULT_SIMILARITY if spec.similarity is None else spec.similarity
+        diversity.greedy = score_first(
             candidates,
-            wanted,
+            max_selected,
             similarity,
             context.work / "diverse",
             lambda done: context.emit("progress", done=done, total=candidates.count, unit="rows", detail="comparing"),
         )
-        chosen = found.taken.chosen
-        found.facts |= {"similarity": similarity, "too_similar": _count(found.taken)}
-    return np.sort(np.array(chosen, np.int64))
+        selected = diversity.greedy.selected
+        diversity.facts |= {"similarity": similarity, "too_similar": _count_too_similar(diversity.greedy)}
+    return np.sort(np.array(selected, np.int64))
 
 
-def _count(taken: GreedySelection) -> int:
-    """Rows that were too similar to a taken one."""
-    pieces = (taken.rival[start : start + (1 << 20)] for start in range(0, len(taken.rival), 1 << 20))
-    return sum(int((piece >= 0).sum()) for piece in pieces)
+def _count_too_similar(greedy: GreedySelection) -> int:
+    """Return the number of rows that are too similar to a selected one."""
+    nearest = greedy.nearest_selected
+    chunks = (nearest[start : start + (1 << 20)] for start in range(0, len(nearest), 1 << 20))
+    return sum(int((chunk >= 0).sum()) for chunk in chunks)
 
 
-def _measured(candidates: Candidates, chosen: Places) -> dict[str, Any]:
-    places = strided_sample(candidates, len(chosen))
+def _coverage_facts(candidates: Candidates, selected: Indices) -> dict[str, Any]:
+    sample = strided_sample(candidates, len(selected))
     return {
-        "compared": len(places),
-        "cover": coverage(candidates, places, chosen),
-        "random": coverage(candidates, places, _at_random(candidates, len(chosen))),
+        "compared": len(sample),
+        "cover": coverage(candidates, sample, selected),
+        "random": coverage(candidates, sample, _random_sample(candidates, len(selected))),
         "chance_similarity": chance_similarity(candidates),
     }
 
 
-def _at_random(candidates: Candidates, count: int) -> Places:
-    """So many candidates, those of the least random scores: the rows that `keep: {random: {top_k: ..}}` would keep."""
+def _random_sample(candidates: Candidates, count: int) -> Indices:
+    """Return the `count` candidates with the lowest random scores, as `keep: {random: {top_k: count}}` selects them."""
 
-    def pieces() -> Iterator[Floats]:
+    def chunks() -> Iterator[Floats]:
         for start in range(0, candidates.count, 1 << 20):
             yield np.asarray(candidates.chance[start : start + (1 << 20)])
 
-    worst = kth_smallest(pieces, count - 1)
+    threshold = kth_smallest(chunks, count - 1)
     starts = range(0, candidates.count, 1 << 20)
-    found = [np.flatnonzero(piece <= worst) + start for start, piece in zip(starts, pieces(), strict=True)]
-    return np.concatenate(found)[:count]
+    indices = [np.flatnonzero(chunk <= threshold) + start for start, chunk in zip(starts, chunks(), strict=True)]
+    return np.concatenate(indices)[:count]

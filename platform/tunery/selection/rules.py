@@ -1,4 +1,4 @@
-"""Rules with their cuts, and what they decide about a shard of rows."""
+"""Keep rules: their thresholds are fitted to a scored dataset and applied to its shards."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ Scores = Mapping[str, Floats]
 class Rule:
     score: str
     keep: Keep
-    good: Literal["low", "high"]
-    cut: Threshold
+    direction: Literal["low", "high"]
+    """Which scores are better."""
+    threshold: Threshold
     dropped: int = 0
-    """Rows that this rule was the one to drop."""
+    """Rows dropped by this rule and not by an earlier one."""
     passed: int = 0
-    """Rows that it would keep by itself."""
+    """Rows that this rule alone would keep."""
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         return describe(self.score, self.keep)
 
     @property
     def sign(self) -> float:
-        return _sign(self.keep, self.good)
+        return _sign(self.keep, self.direction)
 
     def badness(self, scores: Scores) -> Floats:
         return self.sign * scores[self.score]
 
-    def told(self) -> dict[str, Any]:
+    def as_facts(self) -> dict[str, Any]:
+        """Return the entry of this rule in the facts of a select artifact."""
         if self.keep.range is not None:
             cuts = [end for end in self.keep.range if end is not None]
         else:
-            cuts = [self.sign * self.cut.worst] if np.isfinite(self.cut.worst) else []
+            cuts = [self.sign * self.threshold.max_badness] if np.isfinite(self.threshold.max_badness) else []
         return {
             "score": self.score,
-            "rule": self.described,
+            "rule": self.description,
             "cut": cuts[0] if cuts else None,
             "cuts": cuts,
             "dropped": self.dropped,
@@ -53,82 +55,88 @@ class Rule:
         }
 
 
-def _sign(keep: Keep, good: str) -> float:
-    return 1.0 if keep.range is not None or good == "low" else -1.0
+def _sign(keep: Keep, direction: str) -> float:
+    return 1.0 if keep.range is not None or direction == "low" else -1.0
 
 
 def fit_rules(
-    table: ScoredRows, keeps: Mapping[str, Keep], goods: Mapping[str, str], as_many: Mapping[str, int]
+    table: ScoredRows, keeps: Mapping[str, Keep], directions: Mapping[str, str], match_counts: Mapping[str, int]
 ) -> list[Rule]:
-    """The rules with their cuts in the rows at hand. `goods`: which end of each score is good, by its scorer;
-    `as_many`: by score, what `match_count_of` came to."""
-    found: dict[str, Rule] = {}
-    # A fraction is of what the other rules leave, so those come first.
+    """Return the rules with thresholds fitted to `table`.
+
+    `directions` maps each score to its better end as declared by its scorer, `match_counts` each score whose rule sets
+    `match_count_of` to that number of rows.
+    """
+    rules: dict[str, Rule] = {}
+    # `keep_fraction_of_rest` is a fraction of the rows that the other rules keep, so the other rules are fitted first.
     for score, keep in sorted(keeps.items(), key=lambda item: item[1].keep_fraction_of_rest is not None):
-        good: Any = keep.prefer or goods.get(score, "low")
-        before = (
-            [rule for rule in found.values() if rule.keep.keep_fraction_of_rest is None]
+        direction: Any = keep.prefer or directions.get(score, "low")
+        prior_rules = (
+            [rule for rule in rules.values() if rule.keep.keep_fraction_of_rest is None]
             if keep.keep_fraction_of_rest is not None
             else []
         )
 
-        def pieces(
-            score: str = score, sign: float = _sign(keep, good), before: Sequence[Rule] = before
+        def chunks(
+            score: str = score, sign: float = _sign(keep, direction), prior_rules: Sequence[Rule] = prior_rules
         ) -> Iterator[Floats]:
-            fresh = reset_ties(before)
+            unused_rules = reset_ties(prior_rules)
             for shard in table.files:
                 scores = table.scores(shard)
                 badness = sign * scores[score]
-                passed = rule_masks(fresh, scores)
-                yield badness[np.logical_and.reduce(passed)] if passed else badness
+                masks = rule_masks(unused_rules, scores)
+                yield badness[np.logical_and.reduce(masks)] if masks else badness
 
-        cut = find_threshold(pieces, keep, good, table.rows, as_many.get(score))
-        found[score] = Rule(score, keep, good, cut)
-    return [found[score] for score in keeps]
+        threshold = find_threshold(chunks, keep, direction, table.rows, match_counts.get(score))
+        rules[score] = Rule(score, keep, direction, threshold)
+    return [rules[score] for score in keeps]
 
 
 def reset_ties(rules: Sequence[Rule]) -> list[Rule]:
-    """Rules that have decided on nothing yet: a cut counts down its ties."""
-    return [Rule(rule.score, rule.keep, rule.good, Threshold(**vars(rule.cut))) for rule in rules]
+    """Return copies of rules that have not been applied yet; applying a threshold uses up its ties."""
+    return [Rule(rule.score, rule.keep, rule.direction, Threshold(**vars(rule.threshold))) for rule in rules]
 
 
 def rule_masks(rules: Sequence[Rule], scores: Scores) -> list[Bools]:
-    """Which of the next rows each rule keeps; one of a fraction only among those that the rules without one keep."""
-    found = {
-        rule.score: rule.cut.passing(rule.badness(scores)) for rule in rules if rule.keep.keep_fraction_of_rest is None
+    """Return the mask of the next rows for each rule. A `keep_fraction_of_rest` rule only keeps rows that all rules
+    without one keep."""
+    masks = {
+        rule.score: rule.threshold.mask(rule.badness(scores))
+        for rule in rules
+        if rule.keep.keep_fraction_of_rest is None
     }
-    left = np.logical_and.reduce(list(found.values())) if found else np.True_
+    rest = np.logical_and.reduce(list(masks.values())) if masks else np.True_
     for rule in rules:
         if rule.keep.keep_fraction_of_rest is not None:
-            found[rule.score] = rule.cut.passing(np.where(left, rule.badness(scores), np.nan))
-    return [found[rule.score] for rule in rules]
+            masks[rule.score] = rule.threshold.mask(np.where(rest, rule.badness(scores), np.nan))
+    return [masks[rule.score] for rule in rules]
 
 
 def apply_rules(
-    rules: Sequence[Rule], combine: Literal["all", "any"], scores: Scores, rows: int
+    rules: Sequence[Rule], combine: Literal["all", "any"], scores: Scores, num_rows: int
 ) -> tuple[Bools, list[str]]:
-    """Which of the next rows, so many, pass, and for each the rule that dropped it ("" where it passes).
+    """Return which of the next `num_rows` rows pass, and for each the rule that dropped it ("" if it passes).
 
-    Of several rules that drop a row the first is named, those of a fraction last; where any is enough to pass, all of
-    them dropped it.
+    With combine "all", the reason is the first rule that drops the row, `keep_fraction_of_rest` rules last. With "any",
+    a dropped row was dropped by every rule, and the reason names all of them.
     """
-    reasons = [""] * rows
+    reasons = [""] * num_rows
     if not rules:
-        return np.ones(rows, dtype=np.bool_), reasons
-    passed = dict(zip((rule.score for rule in rules), rule_masks(rules, scores), strict=True))
-    every = list(passed.values())
-    kept: Bools = np.logical_and.reduce(every) if combine == "all" else np.logical_or.reduce(every)
-    open_rows = ~kept
+        return np.ones(num_rows, dtype=np.bool_), reasons
+    masks = dict(zip((rule.score for rule in rules), rule_masks(rules, scores), strict=True))
+    stacked = list(masks.values())
+    kept: Bools = np.logical_and.reduce(stacked) if combine == "all" else np.logical_or.reduce(stacked)
+    undecided = ~kept
     for rule in sorted(rules, key=lambda rule: rule.keep.keep_fraction_of_rest is not None):
-        rule.passed += int(passed[rule.score].sum())
-        mine = open_rows & ~passed[rule.score]
-        rule.dropped += int(mine.sum())
+        rule.passed += int(masks[rule.score].sum())
+        dropped = undecided & ~masks[rule.score]
+        rule.dropped += int(dropped.sum())
         if combine == "all":
-            for index in np.flatnonzero(mine):
-                reasons[index] = rule.described
-            open_rows &= passed[rule.score]
+            for index in np.flatnonzero(dropped):
+                reasons[index] = rule.description
+            undecided &= masks[rule.score]
     if combine == "any":
-        named = " and ".join(rule.described for rule in rules)
+        all_rules = " and ".join(rule.description for rule in rules)
         for index in np.flatnonzero(~kept):
-            reasons[index] = named
+            reasons[index] = all_rules
     return kept, reasons

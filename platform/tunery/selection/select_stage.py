@@ -1,10 +1,11 @@
-"""The `select` stage: the rows that pass; dropped.jsonl lists the others with the rule that dropped them.
+"""The `select` stage: writes the rows that pass its rules, and lists the others in dropped.jsonl with the rule that
+dropped them.
 
-The scores are read first, to find the cuts (scoring/order_statistics.py: six passes, constant memory), then the rows, a
-shard at a time, to write what passes; kept rows go from file to file as Arrow tables, not through Python. It runs on
-one core, in the driver (products of matrices of vectors on all). On paper, 100 M rows of 1 kB: 0.8 GB a score and pass,
-100 GB of rows to read and as much to write; what grows with the data is the list of dropped rows on disk, and with a
-quota 100 bytes a row that it keeps in memory. What diversity costs stands in diverse.py.
+It reads the scores first to fit the thresholds (scoring/order_statistics.py: six passes, constant memory), then the
+rows, shard by shard, and writes those that pass as Arrow tables without converting them to Python objects. It runs on
+one core in the driver; only matrix products of vectors use all cores. Estimate for 100 M rows of 1 kB: 0.8 GB read per
+score and pass, 100 GB of rows read and at most as much written. Only the list of dropped rows on disk grows with the
+data, and with a quota 100 bytes of memory per row that it keeps. diversity.py documents the cost of diversity.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import pyarrow.parquet as pq
 
 from tunery.errors import RowsLost, StageError
 from tunery.ingest.corruption_metrics import Bools, Floats, filter_quality
-from tunery.ingest.row_samples import Samples, decile_edges
+from tunery.ingest.row_samples import DecileSamples, decile_edges
 from tunery.scoring.score_stats import MAX_AUC_ROWS
-from tunery.selection.diversity import Diversity, choose
+from tunery.selection.diversity import DiversityFilter, select_diverse
 from tunery.selection.rules import Rule, Scores, apply_rules, fit_rules, reset_ties
 from tunery.selection.scored_rows import ScoredRows, score_directions
 from tunery.selection.thresholds import QuotaThreshold
@@ -33,64 +34,67 @@ from tunery.store.rows import to_str_list, write_tables
 
 
 class NothingPasses(StageError):
-    """No row passes, so the stage has no artifact."""
+    """No row passes, so the stage commits no artifact."""
 
     def __init__(self, stage: str, data: Artifact, rows: int, out: Path, *, cause: str) -> None:
         remedy = "loosen the rule; the scores' spread is in the report"
         super().__init__(stage, f"no row of {rows:,} passes", cause=cause, remedy=remedy)
         self.data = data
-        """What the rows are in."""
+        """The input artifact."""
         self.rows = rows
         self.out = out
-        """The folder in which dropped.jsonl lists all of them, until the stage runs again."""
+        """The folder with dropped.jsonl, which lists all rows; it exists until the stage runs again."""
 
 
 def run_select(context: StageContext) -> StageResult:
-    """Facts: rows_in, kept, dropped, and per rule its cut and how many it dropped; a few rows at each decile of the
-    first rule's score; how well it found planted rows; what diversity bought."""
+    """Write the selected rows.
+
+    Facts: rows_in, kept, dropped; the threshold of each rule and how many rows it dropped; a few rows at each decile of
+    the first rule's score; how well the filter detects corrupted rows; the coverage of a diverse selection.
+    """
     stage = context.spec
     assert isinstance(stage, Select)
     data = context.inputs[stage.data]
-    table, goods = ScoredRows(data.path, context.seed), score_directions(data)
-    as_many = {
+    table, directions = ScoredRows(data.path, context.seed), score_directions(data)
+    match_counts = {
         score: int(context.inputs[keep.match_count_of].facts["rows"])
         for score, keep in stage.keep.items()
         if keep.match_count_of is not None
     }
-    rules = fit_rules(table, stage.keep, goods, as_many)
-    quota = _see_quota(stage, table, reset_ties(rules), goods) if stage.quota else None
-    judge = FilterEvaluator(table.rows)
-    single = rules[0] if len(rules) == 1 and rules[0].keep.range is None else None
-    shown = next(iter(stage.ranked_by), RANDOM)
-    samples = Samples(shown, decile_edges(lambda: table.column(shown), table.rows))
+    rules = fit_rules(table, stage.keep, directions, match_counts)
+    quota = _fit_quota(stage, table, reset_ties(rules), directions) if stage.quota else None
+    evaluator = FilterEvaluator(table.rows)
+    single_rule = rules[0] if len(rules) == 1 and rules[0].keep.range is None else None
+    sample_score = next(iter(stage.ranked_by), RANDOM)
+    samples = DecileSamples(sample_score, decile_edges(lambda: table.column(sample_score), table.rows))
 
     with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file, ExitStack() as stack:
-        diversity: Diversity | None = None
+        diversity: DiversityFilter | None = None
         if stage.diverse is not None:
-            among = _passing(stage, table, reset_ties(rules), quota)
-            diversity = stack.enter_context(choose(context, stage.diverse, table, among, goods))
+            filtered = _apply_rules_and_quota(stage, table, reset_ties(rules), quota)
+            diversity = stack.enter_context(select_diverse(context, stage.diverse, table, filtered, directions))
 
-        def passed() -> Iterator[pa.Table]:
+        def kept_tables() -> Iterator[pa.Table]:
             done = 0
-            pieces = zip(table.files, _passing(stage, table, rules, quota), strict=True)
-            for shard, (scores, kept, reasons) in pieces:
+            filtered = _apply_rules_and_quota(stage, table, rules, quota)
+            for shard, (scores, kept, reasons) in zip(table.files, filtered, strict=True):
                 rows = pq.read_table(shard)
                 if diversity is not None:
-                    kept, reasons = diversity.verdicts(kept, reasons)
+                    kept, reasons = diversity.apply(kept, reasons)
                 done += len(rows)
-                _list_dropped(file, rows, kept, reasons)
-                samples.see(rows, scores[shown], kept)
-                judge.see(rows["planted"], ~kept, single.badness(scores) if single else None)
+                _write_dropped(file, rows, kept, reasons)
+                samples.add(rows, scores[sample_score], kept)
+                evaluator.add(rows["planted"], ~kept, single_rule.badness(scores) if single_rule else None)
                 context.emit("progress", done=done, total=table.rows, unit="rows")
                 yield rows.filter(pa.array(kept))
 
-        written = write_tables(passed(), context.out)
+        written = write_tables(kept_tables(), context.out)
 
     dropped = sum(1 for _ in (context.out / "dropped.jsonl").open(encoding="utf-8"))
     if written + dropped != table.rows:
         raise RowsLost(context.name, f"{table.rows} rows went in, {written} kept, {dropped} dropped")
     if not written:
-        raise _nothing_passes(context, data, table.rows, rules, diversity)
+        raise _nothing_passes_error(context, data, table.rows, rules, diversity)
     return StageResult(
         {
             "rows": written,
@@ -98,84 +102,94 @@ def run_select(context: StageContext) -> StageResult:
             "kept": written,
             "dropped": dropped,
             "combine": stage.combine,
-            "rules": [rule.told() for rule in rules],
+            "rules": [rule.as_facts() for rule in rules],
             "samples": samples.facts(),
-            "planted": judge.quality(),
+            "planted": evaluator.quality(),
             **({"diverse": diversity.facts} if diversity is not None else {}),
         }
     )
 
 
-def _passing(
+def _apply_rules_and_quota(
     stage: Select, table: ScoredRows, rules: Sequence[Rule], quota: QuotaThreshold | None
 ) -> Iterator[tuple[Scores, Bools, list[str]]]:
-    """Of each shard in turn its scores, which rows pass `keep` and `quota`, and why the others don't."""
+    """Yield for each shard its scores, which rows pass `keep` and `quota`, and the reason of each other row."""
     start = 0
     for shard in table.files:
         scores, count = table.scores(shard), int(pq.read_metadata(shard).num_rows)
         kept, reasons = apply_rules(rules, stage.combine, scores, count)
         if quota is not None:
-            within = quota.passing(range(start, start + count))
-            reasons = ["quota" if k and not w else r for r, k, w in zip(reasons, kept, within, strict=True)]
-            kept &= within
+            in_quota = quota.mask(range(start, start + count))
+            reasons = ["quota" if k and not q else r for r, k, q in zip(reasons, kept, in_quota, strict=True)]
+            kept &= in_quota
         start += count
         yield scores, kept, reasons
 
 
-def _see_quota(stage: Select, table: ScoredRows, rules: Sequence[Rule], goods: Mapping[str, str]) -> QuotaThreshold:
+def _fit_quota(
+    stage: Select, table: ScoredRows, rules: Sequence[Rule], directions: Mapping[str, str]
+) -> QuotaThreshold:
     assert stage.quota is not None
     quota, start = QuotaThreshold(stage.quota.rows), 0
-    for shard, (scores, kept, _) in zip(table.files, _passing(stage, table, rules, None), strict=True):
-        kinds = to_str_list(pq.read_table(shard, columns=[stage.quota.group_by])[0].filter(pa.array(kept)))
-        places = [start + int(index) for index in np.flatnonzero(kept)]
+    filtered = _apply_rules_and_quota(stage, table, rules, None)
+    for shard, (scores, kept, _) in zip(table.files, filtered, strict=True):
+        groups = to_str_list(pq.read_table(shard, columns=[stage.quota.group_by])[0].filter(pa.array(kept)))
+        indices = [start + int(index) for index in np.flatnonzero(kept)]
         if stage.quota.by is None:
-            badness = np.zeros(len(places))
+            badness = np.zeros(len(indices))
         else:
-            badness = scores[stage.quota.by][kept] * (1.0 if goods.get(stage.quota.by, "low") == "low" else -1.0)
-        quota.see(kinds, badness, places)
+            badness = scores[stage.quota.by][kept] * (1.0 if directions.get(stage.quota.by, "low") == "low" else -1.0)
+        quota.add(groups, badness, indices)
         start += len(kept)
-    quota.close()
+    quota.finalize()
     return quota
 
 
-def _list_dropped(file: TextIO, rows: pa.Table, kept: Bools, reasons: Sequence[str]) -> None:
-    out = rows.select(["id", "source", "line"]).filter(pa.array(~kept)).to_pylist()
-    for row, reason in zip(out, (reason for reason, k in zip(reasons, kept, strict=True) if not k), strict=True):
+def _write_dropped(file: TextIO, rows: pa.Table, kept: Bools, reasons: Sequence[str]) -> None:
+    dropped = rows.select(["id", "source", "line"]).filter(pa.array(~kept)).to_pylist()
+    dropped_reasons = [reason for reason, k in zip(reasons, kept, strict=True) if not k]
+    for row, reason in zip(dropped, dropped_reasons, strict=True):
         file.write(json.dumps({**row, "rule": reason}, ensure_ascii=False) + "\n")
 
 
-def _nothing_passes(
-    context: StageContext, data: Artifact, rows: int, rules: Sequence[Rule], diversity: Diversity | None
+def _nothing_passes_error(
+    context: StageContext, data: Artifact, rows: int, rules: Sequence[Rule], diversity: DiversityFilter | None
 ) -> NothingPasses:
-    causes = [f"`{rule.described}` dropped {rule.dropped:,}" for rule in rules]
+    causes = [f"`{rule.description}` dropped {rule.dropped:,}" for rule in rules]
     if diversity is not None and diversity.facts["without"]:
-        causes.append(f"{diversity.facts['without']:,} rows have {diversity.lacking}")
+        causes.append(f"{diversity.facts['without']:,} rows have {diversity.missing}")
     return NothingPasses(context.name, data, rows, context.out, cause="; ".join(causes))
 
 
 class FilterEvaluator:
-    """How well a filter finds planted rows; holds nothing from the first row on of which the truth is not known, and
-    nothing of rows that are too many to hold."""
+    """Measures how well a filter detects corrupted rows.
+
+    It discards everything once a row is added whose corruption is unknown, and holds nothing of a dataset with more
+    than MAX_AUC_ROWS rows.
+    """
 
     def __init__(self, rows: int) -> None:
-        self._open = rows <= MAX_AUC_ROWS
-        self._planted: list[str] = []
+        self._enabled = rows <= MAX_AUC_ROWS
+        self._corruption_kinds: list[str] = []
         self._dropped: list[Bools] = []
         self._badness: list[Floats] = []
 
-    def see(self, planted: Any, dropped: Bools, badness: Floats | None) -> None:
-        """The next rows; `planted` is an Arrow column, `badness` is there where one score decides (NaN is worst)."""
-        self._open = self._open and planted.null_count == 0
-        if not self._open:
-            self._planted, self._dropped, self._badness = [], [], []
+    def add(self, corruption_kinds: Any, dropped: Bools, badness: Floats | None) -> None:
+        """Add the next rows.
+
+        `corruption_kinds` is the Arrow column `planted`; `badness` is given if a single score decides (NaN is worst).
+        """
+        self._enabled = self._enabled and corruption_kinds.null_count == 0
+        if not self._enabled:
+            self._corruption_kinds, self._dropped, self._badness = [], [], []
             return
-        self._planted += to_str_list(planted)
+        self._corruption_kinds += to_str_list(corruption_kinds)
         self._dropped.append(dropped)
         if badness is not None:
             self._badness.append(np.where(np.isnan(badness), np.inf, badness))
 
     def quality(self) -> dict[str, Any] | None:
-        if not self._open or not self._planted:
+        if not self._enabled or not self._corruption_kinds:
             return None
         badness = np.concatenate(self._badness) if self._badness else None
-        return filter_quality(np.concatenate(self._dropped), badness, self._planted)
+        return filter_quality(np.concatenate(self._dropped), badness, self._corruption_kinds)

@@ -1,8 +1,9 @@
-"""Which rows a rule keeps: cuts found by passes over the score, decisions made a shard at a time. Pure."""
+"""Thresholds of keep rules: computed in passes over a score column, then applied shard by shard. Pure functions."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,79 +12,80 @@ from typing import Literal
 import numpy as np
 
 from tunery.ingest.corruption_metrics import Bools, Floats
-from tunery.scoring.order_statistics import Pieces, kth_smallest
+from tunery.scoring.order_statistics import Chunks, kth_smallest
 from tunery.spec import Keep
 
 
 @dataclass
 class Threshold:
-    """A rule made ready to decide on row after row, in their order.
+    """The fitted threshold of a rule. `mask` must be called on the rows in their order, because ties are counted.
 
-    `worst` is the largest badness that passes, and of the rows exactly there the first `ties` do.
+    Rows with a badness below `max_badness` pass, and the first `ties` rows with exactly that badness.
     """
 
-    worst: float
+    max_badness: float
     ties: int | None
     """None: all of them."""
-    low: float = -math.inf
-    """The least score that passes, of a range; its other end is `worst`."""
+    min_score: float = -math.inf
+    """Lower end of a range; the upper end is `max_badness`."""
     is_range: bool = False
     all_rows: bool = False
 
-    def passing(self, badness: Floats) -> Bools:
-        """Which of the next rows pass. NaN does only where all rows do."""
+    def mask(self, badness: Floats) -> Bools:
+        """Return which of the next rows pass. NaN passes only if all rows do."""
         if self.all_rows:
             return np.ones(len(badness), dtype=bool)
         if self.is_range:
-            return (badness >= self.low) & (badness <= self.worst)
-        passed: Bools = badness < self.worst
-        at_cut = np.flatnonzero(badness == self.worst)
+            return (badness >= self.min_score) & (badness <= self.max_badness)
+        passed: Bools = badness < self.max_badness
+        tied = np.flatnonzero(badness == self.max_badness)
         if self.ties is not None:
-            at_cut = at_cut[: self.ties]
-            self.ties -= len(at_cut)
-        passed[at_cut] = True
+            tied = tied[: self.ties]
+            self.ties -= len(tied)
+        passed[tied] = True
         return passed
 
 
 def find_threshold(
-    pieces: Pieces, rule: Keep, good: Literal["low", "high"], rows: int, as_many: int | None
+    chunks: Chunks, rule: Keep, direction: Literal["low", "high"], num_rows: int, match_count: int | None
 ) -> Threshold:
-    """The cut of `rule` in a column of badness (the score where low is good, else its negative; a range: the score).
+    """Return the threshold of `rule` in a column of badness.
 
-    `rows` is how many there are in all, `as_many` what `match_count_of` came to. Of a fraction the column holds those
-    rows alone that it is of.
+    Badness is the score where low is better, else its negative; for a range it is the score. For
+    `keep_fraction_of_rest` the column holds only the rows that the other rules keep. `num_rows` is the size of the
+    dataset, `match_count` the number of rows of the `match_count_of` stage.
     """
     if rule.range is not None:
         low, high = rule.range
         return Threshold(math.inf if high is None else high, None, -math.inf if low is None else low, is_range=True)
     if rule.threshold is not None:
-        return Threshold(rule.threshold if good == "low" else -rule.threshold, None)
+        return Threshold(rule.threshold if direction == "low" else -rule.threshold, None)
     if rule.keep_fraction == 1:
-        most = [float(np.nanmax(piece)) for piece in pieces() if not np.isnan(piece).all()]
-        return Threshold(max(most, default=-math.inf), None, all_rows=True)
-    usable = sum(int((~np.isnan(piece)).sum()) for piece in pieces())
+        maxima = [float(np.nanmax(chunk)) for chunk in chunks() if not np.isnan(chunk).all()]
+        return Threshold(max(maxima, default=-math.inf), None, all_rows=True)
+    num_scored = sum(int((~np.isnan(chunk)).sum()) for chunk in chunks())
     if rule.keep_fraction is not None:
-        wanted = round(rule.keep_fraction * rows)
+        num_kept = round(rule.keep_fraction * num_rows)
     elif rule.keep_fraction_of_rest is not None:
-        wanted = round(rule.keep_fraction_of_rest * usable)
+        num_kept = round(rule.keep_fraction_of_rest * num_scored)
     elif rule.top_k is not None:
-        wanted = rule.top_k
+        num_kept = rule.top_k
     else:
-        assert as_many is not None, "a rule has one of the six"
-        wanted = as_many
-    wanted = min(wanted, usable)
-    if wanted == 0:
+        assert match_count is not None, "a rule sets exactly one of its six fields"
+        num_kept = match_count
+    num_kept = min(num_kept, num_scored)
+    if num_kept == 0:
         return Threshold(-math.inf, 0)
-    worst = kth_smallest(pieces, wanted - 1)
-    better = sum(int((piece < worst).sum()) for piece in pieces())
-    return Threshold(worst, wanted - better)
+    max_badness = kth_smallest(chunks, num_kept - 1)
+    num_below = sum(int((chunk < max_badness).sum()) for chunk in chunks())
+    return Threshold(max_badness, num_kept - num_below)
 
 
 def describe(score: str, rule: Keep) -> str:
-    """The rule in words: "perplexity keep_fraction 0.8"."""
+    """Return the rule as text, such as "perplexity keep_fraction 0.8"."""
     if rule.range is not None:
         low, high = rule.range
-        return f"{score} from {_end(low)} to {_end(high)}"
+        return f"{score} from {_format_end(low)} to {_format_end(high)}"
     if rule.match_count_of is not None:
         return f"{score} as many as {rule.match_count_of}"
     for name in ("keep_fraction", "keep_fraction_of_rest", "threshold"):
@@ -92,43 +94,42 @@ def describe(score: str, rule: Keep) -> str:
     return f"{score} top {rule.top_k:,}"
 
 
-def _end(value: float | None) -> str:
+def _format_end(value: float | None) -> str:
     return "any" if value is None else f"{value:g}"
 
 
 def random_scores(ids: Sequence[str], seed: int) -> Floats:
-    """The score `random`: the same for the same row and seed, wherever the row stands; evenly spread over [0, 1)."""
+    """Return the score `random`, uniform over [0, 1). It depends only on the row id and the seed, not on the position
+    of the row."""
     digests = (hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest() for row in ids)
     return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
 
 class QuotaThreshold:
-    """At most `rows` of each kind: found by one pass that keeps each kind's best, told by a second.
+    """At most `rows_per_group` rows of each group: `add` in a first pass over the rows, `mask` in a second.
 
-    Memory: 24 bytes a row that is kept, whatever the number of rows.
+    Memory: 24 bytes per kept row, whatever the number of rows.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._best: dict[str, list[tuple[float, int]]] = {}
+    def __init__(self, rows_per_group: int) -> None:
+        self._rows_per_group = rows_per_group
+        self._heaps: dict[str, list[tuple[float, int]]] = {}
         self._kept: set[int] = set()
 
-    def see(self, kinds: Sequence[str], badness: Floats, places: Sequence[int]) -> None:
-        """Rows that pass so far; `places` are their numbers in the dataset."""
-        import heapq
-
-        for kind, bad, place in zip(kinds, badness.tolist(), places, strict=True):
-            heap = self._best.setdefault(kind, [])
-            # The worst is on top; of equals the one that comes last.
-            item = (-math.inf if math.isnan(bad) else -bad, -place)
-            if len(heap) < self._rows:
+    def add(self, groups: Sequence[str], badness: Floats, indices: Sequence[int]) -> None:
+        """Add rows that pass the rules; `indices` are their row numbers in the dataset."""
+        for group, row_badness, index in zip(groups, badness.tolist(), indices, strict=True):
+            heap = self._heaps.setdefault(group, [])
+            # The worst row is on top; in a tie the row that comes last.
+            item = (-math.inf if math.isnan(row_badness) else -row_badness, -index)
+            if len(heap) < self._rows_per_group:
                 heapq.heappush(heap, item)
             else:
                 heapq.heappushpop(heap, item)
 
-    def close(self) -> None:
-        self._kept = {-place for heap in self._best.values() for _, place in heap}
-        self._best = {}
+    def finalize(self) -> None:
+        self._kept = {-negative_index for heap in self._heaps.values() for _, negative_index in heap}
+        self._heaps = {}
 
-    def passing(self, places: Sequence[int]) -> Bools:
-        return np.array([place in self._kept for place in places], dtype=bool)
+    def mask(self, indices: Sequence[int]) -> Bools:
+        return np.array([index in self._kept for index in indices], dtype=bool)

@@ -198,7 +198,7 @@ def test_the_pool_is_bounded_and_the_same_whatever_the_order_of_rows(
         write_rows(order, tmp_path / name)
         pool = read_pool(tmp_path / name, Heldout([]), None, 100, 17)
         assert len(pool) == 10
-        found.append([example.id for example in pool.draw(("", False), 10, ("", 0), lambda _: True, hash_stream(1))])
+        found.append([example.id for example in pool.sample(("", False), 10, ("", 0), lambda _: True, hash_stream(1))])
     assert found[0] == found[1]
     assert found[0] != sorted(found[0]), "in random order"
 

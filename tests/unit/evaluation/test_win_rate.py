@@ -14,8 +14,8 @@ from small_classifiers import WORDS, write_language_model, write_reward_model
 
 from tunery.errors import StageError, TuneryError
 from tunery.evaluation import generate_responses as answers_module
-from tunery.evaluation.win_counts import WinCounts, compare, wilson
-from tunery.evaluation.win_rate import CHARACTERS, SHOWN, run_win_rate
+from tunery.evaluation.win_counts import WinCounts, compare, wilson_interval
+from tunery.evaluation.win_rate import MAX_SAMPLE_CHARS, NUM_SAMPLES, run_win_rate
 from tunery.spec import WinRate
 from tunery.store import StageResult
 from tunery.store.rows import Row, row_id, write_rows
@@ -42,7 +42,7 @@ def test_the_same_text_is_a_tie_whatever_rounding_makes_of_its_rewards() -> None
     [(0.8, 10, 0.4902, 0.9433), (1.0, 10, 0.7225, 1.0), (0.0, 10, 0.0, 0.2775), (0.5, 1000, 0.4691, 0.5309)],
 )
 def test_interval_is_wilsons(share: float, rows: int, low: float, high: float) -> None:
-    assert wilson(share, rows) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(share, rows) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_interval_holds_the_true_share_about_as_often_as_it_says() -> None:
@@ -50,7 +50,7 @@ def test_interval_holds_the_true_share_about_as_often_as_it_says() -> None:
     held = 0
     for _ in range(2000):
         won = [draw.choices([1.0, 0.5, 0.0], [0.5, 0.2, 0.3])[0] for _ in range(40)]
-        low, high = wilson(sum(won) / 40, 40)
+        low, high = wilson_interval(sum(won) / 40, 40)
         held += low <= 0.6 <= high
     assert 0.94 <= held / 2000 <= 1.0
 
@@ -121,7 +121,7 @@ def test_win_rate_is_that_of_the_answers_that_were_written(tmp_path: Path, model
     wins = sum(1.0 if mine["reward"] > theirs["reward"] else 0.5 * (mine["reward"] == theirs["reward"])
                for mine, theirs in sides)  # fmt: skip
     assert told["win_rate"] == wins / QUESTIONS
-    assert told["interval"] == list(wilson(wins / QUESTIONS, QUESTIONS))
+    assert told["interval"] == list(wilson_interval(wins / QUESTIONS, QUESTIONS))
     assert 0 < told["outcomes"]["wins"] < QUESTIONS
     assert (told["model"], told["set"], told["baseline"]["model"]) == ("sft", "data", "base")
     for measured, place in ((told, 0), (told["baseline"], 1)):
@@ -133,9 +133,9 @@ def test_win_rate_is_that_of_the_answers_that_were_written(tmp_path: Path, model
 def test_shown_are_the_prompts_of_the_smallest_ids(tmp_path: Path, models: Path) -> None:
     rows = [*questions(), asked("why " * 300, 99)]
     result, lines = compared(tmp_path, models, rows, max_length=400, sampling={"max_new_tokens": 4})
-    smallest = sorted(lines, key=lambda line: line["id"])[:SHOWN]
+    smallest = sorted(lines, key=lambda line: line["id"])[:NUM_SAMPLES]
     shown = result.facts["responses"]
-    assert [one["prompt"] for one in shown] == [line["prompt"][-1]["content"][:CHARACTERS] for line in smallest]
+    assert [one["prompt"] for one in shown] == [line["prompt"][-1]["content"][:MAX_SAMPLE_CHARS] for line in smallest]
     assert list(shown[0]["answers"]) == ["base", "sft"]
     assert shown[0]["answers"]["sft"]["reward"] == smallest[0]["answers"]["sft"]["reward"]
 
@@ -145,7 +145,7 @@ def test_other_shards_another_order_and_other_models_beside_change_no_result(
 ) -> None:
     judge = {"pretrained": "./judge"}
     whole, _ = compared(tmp_path / "whole", models, questions(), judge)
-    monkeypatch.setattr(answers_module, "PART", 4)
+    monkeypatch.setattr(answers_module, "BATCH_ROWS", 4)
     three = [{"pretrained": "./twin"}, {"pretrained": "./sft"}]
     parts, _ = compared(tmp_path / "parts", models, questions()[::-1], judge, models=three)
     (told,), (_, again) = whole.facts["results"], parts.facts["results"]
@@ -182,7 +182,7 @@ def test_nothing_to_answer_is_an_error_with_its_numbers(tmp_path: Path, models: 
 def test_interrupted_comparison_goes_on_with_what_is_missing(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module, "PART", 8)
+    monkeypatch.setattr(answers_module, "BATCH_ROWS", 8)
     work = tmp_path / "work"
     seen = tmp_path / "seen.txt"
     counting = f"""

@@ -271,7 +271,7 @@ def test_server_that_is_not_there_is_told_within_seconds(tmp_path: Path, monkeyp
 def test_google_cloud_storage_is_asked_through_its_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "bucket/a.jsonl", "bucket/deep/b.jsonl")
     local = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
-    monkeypatch.setattr(filesystem, "_remote", {"gs://": local}.__getitem__)
+    monkeypatch.setattr(filesystem, "_remote_filesystem", {"gs://": local}.__getitem__)
     assert sources(tmp_path, "gs://bucket/a.jsonl") == ["gs://bucket/a.jsonl"]
     assert sources(tmp_path, "gs://bucket/**") == ["gs://bucket/a.jsonl", "gs://bucket/deep/b.jsonl"]
     assert [file.name for file in find("gs://bucket/*.jsonl", tmp_path)] == ["gs://bucket/a.jsonl"]

@@ -88,7 +88,7 @@ def test_record_longer_than_the_longest_is_quarantined_unread(
     name: str, before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (json_values, formats_lines, delimited, text):
-        monkeypatch.setattr(module, "LONGEST", 1000)
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     for module in (json_values, formats_lines):
         monkeypatch.setattr(module, "CHUNK", 64)
     (tmp_path / name).write_text(before + '{"text": "' + "x" * 5000 + '"}' + after)

@@ -443,7 +443,7 @@ def test_reviewer_sees_the_reasoning_and_the_calls(full: list[Any], tmp_path: Pa
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == full
     assert set(row["messages"][0]) == {"role", "content", *OPTIONAL_TURN_FIELDS}
-    shown = ReviewItem("0" * 16, row, RowOutcome(True, {}, {})).turns
+    shown = ReviewItem("0" * 16, row, RowOutcome(True, {}, {})).messages
     assert [turn["content"] for turn in shown] == ["q", "Reasoning:\nt\n\nCalls f: {}", "", "Reasoning:\nbecause\n\na"]
     assert [turn["judged"] for turn in shown] == [False, False, False, True]
     assert set(shown[0]) == {"role", "content", "judged"}

@@ -92,7 +92,7 @@ def test_spans_of_a_file_give_what_the_file_gives(
     lines: list[bytes], ended: bool, marked: bool, span: int, form: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
-        patch.setattr(parallel_read, "SPAN", span)
+        patch.setattr(parallel_read, "RANGE_BYTES", span)
         folder = Path(name)
         content = (b"\xef\xbb\xbf" if marked else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
         (folder / "a").write_bytes(content)
@@ -104,7 +104,7 @@ def test_spans_of_a_file_give_what_the_file_gives(
 def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_read, "SPAN", 50)
+    monkeypatch.setattr(parallel_read, "RANGE_BYTES", 50)
     rows = [{"question": f"q{n}", "answer": "a" * n} for n in range(20)]
     text = "\n".join(map(json.dumps, rows))
     (tmp_path / "a.jsonl").write_text(text)
@@ -126,7 +126,7 @@ def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
 
 
 def test_units_that_are_done_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_read, "SPAN", 20)
+    monkeypatch.setattr(parallel_read, "RANGE_BYTES", 20)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     stage = dataset("a.jsonl")
     read_unit = parallel_read.run_read_task
@@ -157,7 +157,7 @@ def test_file_out_of_reach_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_lines_are_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_read, "SPAN", 16)
+    monkeypatch.setattr(parallel_read, "RANGE_BYTES", 16)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}')
     stage = dataset("a.jsonl")
     bad: list[Quarantined] = []

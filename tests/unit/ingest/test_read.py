@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reading import content, dataset, make, quarantine_of, read
 
 from tunery.errors import StageError
-from tunery.ingest.read import PROBED, check_source, first_shape, read_source
+from tunery.ingest.read import MAX_PROBED_RECORDS, check_source, first_shape, read_source
 from tunery.ingest.sources import BUILTIN, BadSource, find_parts, source_identity
 from tunery.store.rows import SHARD, Row, read_rows, row_format, row_id, shards
 
@@ -357,7 +357,7 @@ def test_head_of_bad_lines_does_not_condemn_a_file(tmp_path: Path) -> None:
     put({"a.jsonl": "broken\n{}\n" + '{"version": 2}\n' * 5 + GOOD})(tmp_path)
     check_source(dataset(), tmp_path)
     assert first_shape(dataset(), tmp_path) == "text"
-    put({"a.jsonl": '{"version": 2}\n' * PROBED + GOOD})(tmp_path)
+    put({"a.jsonl": '{"version": 2}\n' * MAX_PROBED_RECORDS + GOOD})(tmp_path)
     with pytest.raises(BadSource, match="don't fit"):
         check_source(dataset(), tmp_path)
 

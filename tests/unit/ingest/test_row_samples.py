@@ -11,7 +11,14 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.ingest.row_samples import EACH, TEXT, Samples, decile_edges, excerpt, quarantine_facts
+from tunery.ingest.row_samples import (
+    MAX_EXCERPT_CHARS,
+    ROWS_PER_DECILE,
+    DecileSamples,
+    decile_edges,
+    excerpt,
+    quarantine_facts,
+)
 from tunery.store.rows import SCHEMA, row_id
 
 COUNT = 400
@@ -24,11 +31,11 @@ def rows_of(texts: list[str]) -> pa.Table:
 
 def sampled(order: list[int], shard: int, values: np.ndarray) -> dict:
     edges = decile_edges(lambda: iter([values]), len(values))
-    samples = Samples("length", edges)
+    samples = DecileSamples("length", edges)
     for start in range(0, len(order), shard):
         here = order[start : start + shard]
         scores = values[here]
-        samples.see(rows_of([f"row {n}" for n in here]), scores, scores > 130)
+        samples.add(rows_of([f"row {n}" for n in here]), scores, scores > 130)
     return samples.facts()
 
 
@@ -44,7 +51,7 @@ def test_deciles_hold_a_tenth_each_and_say_which_rows_passed() -> None:
             assert told["low"] <= row["score"] <= told["high"]
             assert row["text"] == f"row {row['score']:g}"
             assert row["planted"] == ("cut" if "9" in row["text"] else "")
-        assert max(len(told["kept_rows"]), len(told["dropped_rows"])) <= EACH
+        assert max(len(told["kept_rows"]), len(told["dropped_rows"])) <= ROWS_PER_DECILE
 
 
 @given(st.permutations(range(60)), st.integers(1, 60))
@@ -70,7 +77,7 @@ def test_many_values_are_looked_at_in_steps() -> None:
 def test_an_excerpt_is_short_whatever_the_row(question: str, answer: str) -> None:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for row in ({"text": question}, {"messages": turns}, {"messages": turns[:1]}):
-        assert len(excerpt(row)) <= TEXT
+        assert len(excerpt(row)) <= MAX_EXCERPT_CHARS
 
 
 def test_a_quarantine_tells_its_reasons_by_frequency_and_its_first_rows(tmp_path: Path) -> None:
@@ -85,6 +92,6 @@ def test_a_quarantine_tells_its_reasons_by_frequency_and_its_first_rows(tmp_path
     assert len(facts["reasons"]) == 11
     assert sum(told["rows"] for told in facts["reasons"]) == 300
     assert [row["line"] for row in facts["first"]] == [0, 1, 2, 3, 4]
-    assert all(len(row["text"]) == TEXT for row in facts["first"])
+    assert all(len(row["text"]) == MAX_EXCERPT_CHARS for row in facts["first"])
     file.write_text("")
     assert quarantine_facts(file) == {"reasons": [], "first": []}

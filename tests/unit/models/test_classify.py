@@ -255,7 +255,7 @@ def test_reward_is_the_logit_itself() -> None:
 
 
 def test_more_of_either_is_better() -> None:
-    assert [SCORER_ENTRIES[kind].good for kind in ("reward", "classifier")] == ["high", "high"]
+    assert [SCORER_ENTRIES[kind].direction for kind in ("reward", "classifier")] == ["high", "high"]
 
 
 def test_labels_are_those_of_the_config_in_the_order_of_their_numbers() -> None:

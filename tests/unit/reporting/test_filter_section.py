@@ -15,7 +15,7 @@ from tunery.reporting.filter_section import auc_tables, filters, heatmap_figures
 from tunery.reporting.heatmap import heatmap_chart
 from tunery.reporting.report import report_html
 from tunery.reporting.wandb_values import flatten
-from tunery.scoring.score_stats import STEPS, describe_scores
+from tunery.scoring.score_stats import PAIR_BINS, describe_scores
 from tunery.spec.scorers import Gopher, Language, Length
 from tunery.store.rows import write_rows
 
@@ -170,11 +170,11 @@ def test_rows_are_counted_by_two_scores_at_once(tmp_path: Path) -> None:
     (pair,) = describe_scores(tmp_path, by)["pairs"]
     assert (pair["x"], pair["y"]) == ("length", "gopher")
     counts = np.array(pair["counts"])
-    assert counts.shape == (STEPS, STEPS)
+    assert counts.shape == (PAIR_BINS, PAIR_BINS)
     assert counts.sum() == count - 1
     ratios = np.array(pair["x_edges"][1:]) / pair["x_edges"][:-1]
     assert np.allclose(ratios, ratios[0]), "spaced by the logarithm"
     for value in range(5):
-        row = int(np.clip(np.searchsorted(pair["y_edges"], value, side="right") - 1, 0, STEPS - 1))
+        row = int(np.clip(np.searchsorted(pair["y_edges"], value, side="right") - 1, 0, PAIR_BINS - 1))
         usable = np.isfinite(columns["length"])
         assert counts[row].sum() == (columns["gopher"][usable] == value).sum()

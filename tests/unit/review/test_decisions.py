@@ -15,7 +15,7 @@ from openpyxl import Workbook, load_workbook
 
 from tunery.review.decisions import BadDecisions, DecisionLog, read_decisions, replay
 from tunery.review.review_items import ReviewItem, RowOutcome
-from tunery.review.workbook import LONGEST, write_workbook
+from tunery.review.workbook import MAX_CELL_CHARS, write_workbook
 
 # .jsonl
 
@@ -110,7 +110,7 @@ def test_undo_goes_back_step_by_step_also_after_a_restart(
         else:
             log.decide(id, what)  # type: ignore[arg-type]
             past.append({**past[-1], id: what})
-        assert log.decided == past[-1]
+        assert log.decisions == past[-1]
         assert read_decisions(path) == past[-1]
     log.close()
     assert replay(path, path.read_bytes())[0] == past[-1]
@@ -130,7 +130,7 @@ def test_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="No space"):
             act()
     monkeypatch.undo()
-    assert log.decided == {"a": "keep"}
+    assert log.decisions == {"a": "keep"}
     log.decide("c", "drop")
     log.close()
     assert read_decisions(tmp_path / "d.jsonl") == {"a": "keep", "c": "drop"}
@@ -193,7 +193,7 @@ def test_text_that_a_cell_cannot_hold_is_cut_and_says_so_and_controls_are_replac
     write_workbook(tmp_path / "w.xlsx", [item("a", HOSTILE[4], "x" * 50_000)], {}, show_filter=False)
     sheet = load_workbook(tmp_path / "w.xlsx")["review"]
     assert sheet["B2"].value == "a\ufffd\ufffd[31mred\ufffd"
-    assert sheet["C2"].value.startswith("x" * LONGEST + "\n[cut here: 50,000 characters")
+    assert sheet["C2"].value.startswith("x" * MAX_CELL_CHARS + "\n[cut here: 50,000 characters")
     assert len(sheet["C2"].value) < 32_767
 
 

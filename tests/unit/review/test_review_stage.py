@@ -20,7 +20,7 @@ from tunery.pipeline.validate import validate, waiting
 from tunery.reporting.report import report_html
 from tunery.reporting.review_section import reviews
 from tunery.reporting.summary_tables import filter_table, review_table
-from tunery.review.filter_results import SHOWN, read_filter_results
+from tunery.review.filter_results import REVIEWED_COLUMNS, read_filter_results
 from tunery.spec import load
 from tunery.store import StageContext
 from tunery.store.rows import Row, read_rows
@@ -159,14 +159,14 @@ def test_planted_damage_is_judged_afterwards_and_never_shown(tmp_path: Path) -> 
     experiment, source = bench.load()
     pending = find_review(experiment, source, bench.store, "checked")
     for item in pending.rows:
-        assert item.row.keys() == set(SHOWN) == {"id", "text", "messages", "rejected"}
+        assert item.row.keys() == set(REVIEWED_COLUMNS) == {"id", "text", "messages", "rejected"}
     damaged = {row["id"] for row in read_rows(bench.make("scored")["scored"].path) if row["planted"]}
     bench.decide({item.id: "drop" if item.id in damaged else "keep" for item in pending.rows})
     made = bench.make("clean", "checked")
     before, after = made["clean"].facts["planted"], made["checked"].facts["planted"]
     assert after["total"] == before["total"] == len(damaged)
     assert after["dropped"] == before["dropped"] + sum(
-        item.id in damaged and item.verdict.keep for item in pending.rows
+        item.id in damaged and item.outcome.keep for item in pending.rows
     )
     assert [row[0] for row in filter_table(experiment, made)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
 
@@ -351,7 +351,7 @@ def test_what_is_shown_of_a_row_is_its_turns_with_what_is_judged_marked(tmp_path
     experiment, source = bench.load()
     rows: dict[str, Row] = {}
     for item in find_review(experiment, source, bench.store, "checked").rows:
-        rows[item.turns[0]["content"]] = {turn["role"]: turn["judged"] for turn in item.turns}
+        rows[item.messages[0]["content"]] = {turn["role"]: turn["judged"] for turn in item.messages}
     assert rows == {
         "t": {"text": True},
         "q": {"user": False, "assistant": True},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunery.review.filter_results import ranks_from_cut
+from tunery.review.filter_results import ranks_from_threshold
 from tunery.review.sample import BANDS, Sample, allocate_evenly, sample_rows
 from tunery.selection.thresholds import find_threshold
 from tunery.spec import Keep
@@ -121,7 +121,7 @@ def test_rank_from_the_cut_is_below_zero_exactly_where_the_rule_passes(
 ) -> None:
     badness = np.array(scores)
     rule = Keep(keep_fraction=quantile) if quantile else Keep(threshold=threshold)
-    passed = find_threshold(lambda: iter([badness]), rule, "low", len(badness), None).passing(badness)
-    ranks = ranks_from_cut(badness, passed)
+    passed = find_threshold(lambda: iter([badness]), rule, "low", len(badness), None).mask(badness)
+    ranks = ranks_from_threshold(badness, passed)
     assert ((ranks < 0) == passed).all()
     assert sorted(ranks) == pytest.approx(np.arange(len(scores)) - passed.sum() + 0.5)

@@ -274,7 +274,7 @@ def test_full_disk_is_told_and_the_row_stays_open(site: Site, monkeypatch: pytes
     def full(self: DecisionLog, line: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DecisionLog, "_write", full)
+    monkeypatch.setattr(DecisionLog, "_append", full)
     answer = site.decide("a", "keep")
     assert (answer.status, b"No space left" in answer.body) == (507, True)
     monkeypatch.undo()

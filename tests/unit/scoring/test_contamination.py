@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_rows import answer_row, hostile_rows, text_row
 
-from tunery.scoring.scorers.contamination import SHORTEST, ContaminationScorer, Index
+from tunery.scoring.scorers.contamination import MIN_SHARED_WORDS, ContaminationScorer, NgramIndex
 from tunery.scoring.scorers.ngrams import Words
 from tunery.spec import Contamination
 from tunery.store.rows import Row, write_rows
@@ -99,8 +99,8 @@ def naive(text: str, known: list[str], n: int) -> list[bool]:
         return any(gram in one for one in known)
 
     if len(text) < n:
-        return [text in known or (len(text) >= min(SHORTEST, n) and within(text))]
-    short = [one for one in known if SHORTEST <= len(one) < n]
+        return [text in known or (len(text) >= min(MIN_SHARED_WORDS, n) and within(text))]
+    short = [one for one in known if MIN_SHARED_WORDS <= len(one) < n]
     grams = [text[start : start + n] for start in range(len(text) - n + 1)]
     return [within(gram) or any(one in gram for one in short) for gram in grams]
 
@@ -117,7 +117,7 @@ def test_hits_are_those_of_a_plain_search() -> None:
         n = draw.choice([3, 9, 10, 13])
         texts, known = [piece() for _ in range(draw.randint(1, 3))], [piece() for _ in range(draw.randint(0, 4))]
         rows = Words.of([" ".join(one) for one in texts])
-        hits = Index(n, [Words.of([" ".join(one)]) for one in known]).hits(rows)
+        hits = NgramIndex(n, [Words.of([" ".join(one)]) for one in known]).match(rows)
         for number, one in enumerate(texts):
             assert hits[(rows.text == number) & rows.starts(n)].tolist() == naive(one, known, n)
         assert not hits[~rows.starts(n)].any()

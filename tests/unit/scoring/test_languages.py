@@ -103,7 +103,7 @@ def test_sentence_without_an_end_mark_fails_in_languages_that_have_one() -> None
 def test_sentences_are_counted_in_each_language() -> None:
     for language, sentences in SENTENCES.items():
         line = ("" if language in ("zh", "ja") else " ").join(sentences[i] for i in (0, 3, 6))
-        assert c4.sentences([line]) == (3 if language != "th" else 4), language  # the third has a space in it
+        assert c4.count_sentences([line]) == (3 if language != "th" else 4), language  # the third has a space in it
 
 
 # Limits.

@@ -15,8 +15,8 @@ from scorer_rows import across, answer_row, hostile_rows, prompt_row, text_row
 
 from tunery.scoring.scorers import near_duplicates
 from tunery.scoring.scorers.exact_duplicates import DuplicatesScorer
-from tunery.scoring.scorers.external_groupby import PartitionFiles, RowSignatures, part_of
-from tunery.scoring.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbours
+from tunery.scoring.scorers.external_groupby import PartitionFiles, RowSignatures, partition_of
+from tunery.scoring.scorers.near_duplicates import NearDuplicatesScorer, bands_for, neighbors
 from tunery.scoring.scorers.texts import normalize
 from tunery.spec import Duplicates, NearDuplicates
 from tunery.store.rows import Row, nfc
@@ -162,9 +162,9 @@ def test_copies_are_settled_once_and_name_the_first(tmp_path: Path, monkeypatch:
 
     def watched(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> object:
         sizes.append(len(keys))
-        return neighbours(keys)
+        return neighbors(keys)
 
-    monkeypatch.setattr(near_duplicates, "neighbours", watched)
+    monkeypatch.setattr(near_duplicates, "neighbors", watched)
     rows = [text_row("one and the same text in every row of them all")] * 300
     found = across(near(), rows, tmp_path, shard=50)
     assert found["score"] == [0.0] + [1.0] * 299
@@ -173,9 +173,9 @@ def test_copies_are_settled_once_and_name_the_first(tmp_path: Path, monkeypatch:
 
 
 def test_neighbours_of_a_crowded_band_are_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "NEIGHBOURS", 2)
+    monkeypatch.setattr(near_duplicates, "MAX_NEIGHBORS", 2)
     keys = np.array([1, 7, 7, 7, 7, 7, 7, 9], dtype=np.uint64)
-    pairs = {(int(a), int(b)) for later, earlier in neighbours(keys) for a, b in zip(later, earlier, strict=True)}
+    pairs = {(int(a), int(b)) for later, earlier in neighbors(keys) for a, b in zip(later, earlier, strict=True)}
     assert {b for a, b in pairs if a == 6} == {5, 4, 1, 2}
     assert {b for a, b in pairs if a == 4} == {3, 2, 1}
     assert {b for a, b in pairs if a == 3} == {2, 1}
@@ -202,7 +202,7 @@ def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -
     assert across(exact("answer"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
         [math.nan] * 3, nan_ok=True
     )
-    assert near().sketch([]) == {"signature": []}
+    assert near().compute_signatures([]) == {"signature": []}
     assert list(near().resolve(RowSignatures(()), tmp_path / "none")) == []
 
 
@@ -215,7 +215,7 @@ def test_bands_let_pairs_at_the_threshold_through(threshold: float) -> None:
 
 def test_signature_is_the_same_in_every_process() -> None:
     # Where this fails after an update of rensa, the scorer's version is to be raised.
-    (signature,) = near(permutations=16).sketch([text_row("a row that does not change")])["signature"]
+    (signature,) = near(permutations=16).compute_signatures([text_row("a row that does not change")])["signature"]
     assert signature.hex().startswith("69c80ea2e210dad0404f46f17a74f6d1a5910cc7c1db67d8")
 
 
@@ -247,12 +247,12 @@ def test_run_of_combining_marks_takes_no_quadratic_time(tmp_path: Path) -> None:
 
 
 def test_partitions_give_back_what_was_put_in_in_order(tmp_path: Path) -> None:
-    partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"}, buffer=3)
+    partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"}, buffer_size=3)
     for start in range(0, 10, 2):
         values = np.arange(start, start + 2, dtype=np.uint64)
         partitions.append((values % 3).astype(np.int64), value=values)
     assert partitions.read(1)["value"].tolist() == [1, 4, 7]
-    assert [piece["value"].tolist() for piece in partitions.pieces(0, 3)] == [[0, 3, 6], [9]]
+    assert [piece["value"].tolist() for piece in partitions.read_chunks(0, 3)] == [[0, 3, 6], [9]]
     assert partitions.read(5)["value"].tolist() == []
 
 
@@ -265,6 +265,6 @@ def test_partitions_begin_empty_where_a_killed_try_left_some(tmp_path: Path) -> 
 
 def test_parts_of_hashes_are_even() -> None:
     keys = np.random.default_rng(0).integers(0, 2**64, 30_000, dtype=np.uint64)
-    counts = np.bincount(part_of(keys, 3), minlength=3)
+    counts = np.bincount(partition_of(keys, 3), minlength=3)
     assert counts.sum() == 30_000
     assert counts.min() > 9_500

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunery.errors import RowsLost, StageError
-from tunery.scoring.score import LONGEST_NAME, run_scoring
+from tunery.scoring.score import MAX_NAME_LENGTH, run_scoring
 from tunery.spec import Compute, Score
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows
@@ -119,7 +119,7 @@ def test_many_scores_with_long_names_fit_a_file_system(tmp_path: Path) -> None:
     _, out = score(tmp_path, rows_of(3), by)
     assert set(scores_of(out)) > {f"length_of_the_answer_in_words_number_{n}" for n in range(20)}
     (folder,) = (tmp_path / "work" / "passes").iterdir()
-    assert len(folder.name) < LONGEST_NAME + 30
+    assert len(folder.name) < MAX_NAME_LENGTH + 30
 
 
 def test_two_scores_with_one_column_are_told(tmp_path: Path) -> None:

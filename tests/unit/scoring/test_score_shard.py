@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunery.errors import TuneryError
-from tunery.scoring.score_shard import MAX_CONSECUTIVE_FAILURES, MAX_CRASHES, PIECE, Scored, ScorePass, score_shard
+from tunery.scoring.score_shard import CHUNK_ROWS, MAX_CONSECUTIVE_FAILURES, MAX_CRASHES, Scored, ScorePass, score_shard
 from tunery.store.rows import Row, row_id, shards, write_rows
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import vectors_of
@@ -35,9 +35,9 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=[PIECE, 4], ids=["in one piece", "in three pieces"])
+@pytest.fixture(params=[CHUNK_ROWS, 4], ids=["in one piece", "in three pieces"])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunery.scoring.score_shard.PIECE", request.param)
+    monkeypatch.setattr("tunery.scoring.score_shard.CHUNK_ROWS", request.param)
 
 
 def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables: Path) -> ScorePass:
@@ -173,7 +173,7 @@ def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
 def test_piece_of_which_every_row_is_lost_keeps_its_place(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunery.scoring.score_shard.PIECE", 4)
+    monkeypatch.setattr("tunery.scoring.score_shard.CHUNK_ROWS", 4)
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(4 <= row["line"] < 8 for row in rows):

@@ -23,10 +23,10 @@ from tunery.review.filter_results import read_filter_results
 from tunery.selection import candidates as candidates_module
 from tunery.selection import k_center as k_center_module
 from tunery.selection import score_first as score_first_module
-from tunery.selection.candidates import MOST_DIMENSIONS, SCALE, Candidates, rounded
+from tunery.selection.candidates import MAX_DIMENSIONS, SCALE, Candidates, round_vectors
 from tunery.selection.coverage import chance_similarity, coverage
 from tunery.selection.k_center import k_center
-from tunery.selection.score_first import by_score, score_first
+from tunery.selection.score_first import score_first, sort_by_score
 from tunery.selection.select_stage import run_select
 from tunery.spec import Compute, Diverse, Keep, Quota, Select
 from tunery.store import Artifact, StageContext, StageResult
@@ -46,7 +46,7 @@ def directions(*degrees: float) -> np.ndarray:
 def gathered(vectors: np.ndarray, badness: Sequence[float] | None = None) -> Iterator[tuple[Candidates, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         found = Candidates(Path(folder), vectors.shape[1])
-        whole, there = rounded(vectors)
+        whole, there = round_vectors(vectors)
         assert there.all()
         count = len(vectors)
         by = np.zeros(count) if badness is None else np.array(badness, float)
@@ -60,12 +60,12 @@ def small_pieces() -> Iterator[None]:
     """Few rows in memory and in a block, so that a few dozen rows take many of them."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (candidates_module, k_center_module):
-            patch.setattr(module, "BLOCK", 7)
-        patch.setattr(k_center_module, "LEAST", 3)
-        patch.setattr(k_center_module, "ACTIVE", 5)
-        patch.setattr(k_center_module, "SHRINK", 2)
-        patch.setattr(score_first_module, "MAX_CANDIDATES", 4)
-        patch.setattr(score_first_module, "RECORDS", 9)
+            patch.setattr(module, "BLOCK_SIZE", 7)
+        patch.setattr(k_center_module, "MIN_ACTIVE_ROWS", 3)
+        patch.setattr(k_center_module, "MAX_ACTIVE_ROWS", 5)
+        patch.setattr(k_center_module, "PRUNE_INTERVAL", 2)
+        patch.setattr(score_first_module, "BATCH_SIZE", 4)
+        patch.setattr(score_first_module, "MAX_RECORDS", 9)
         yield
 
 
@@ -116,12 +116,12 @@ def test_k_center_ends_where_all_rows_lie_on_a_chosen_one() -> None:
         assert len(k_center(candidates, 4)[0]) == 2
 
 
-@pytest.mark.parametrize("dimensions", [2, 64, MOST_DIMENSIONS])
+@pytest.mark.parametrize("dimensions", [2, 64, MAX_DIMENSIONS])
 def test_every_product_is_exact_in_whatever_order_it_is_added_up(dimensions: int) -> None:
     draw = np.random.default_rng(0)
     extreme = np.vstack([np.ones((1, dimensions)), -np.ones((1, dimensions)), np.eye(2, dimensions)])
     vectors = np.vstack([extreme, draw.standard_normal((20, dimensions))])
-    whole, _ = rounded((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
+    whole, _ = round_vectors((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
     floats, integers = whole.astype(np.float32), whole.astype(np.int64)
     exact = integers @ integers.T
     assert (floats @ floats.T).tolist() == exact.tolist()
@@ -140,12 +140,12 @@ def test_every_product_is_exact_in_whatever_order_it_is_added_up(dimensions: int
 def test_score_first_by_hand() -> None:
     # 10 degrees has the best score; 25 and 0 are too similar to it (20 degrees: a cosine of 0.94), 90 is not.
     with gathered(directions(0, 10, 25, 90), badness=[3, 1, 2, 4]) as (candidates, work):
-        taken = score_first(candidates, 4, 0.94, work)
-        assert taken.chosen == [1, 3]
-        assert taken.rival.tolist() == [1, -1, 1, -1]
-        assert taken.similarity[2] == pytest.approx(math.cos(math.radians(15)), abs=1e-3)
-        assert score_first(candidates, 1, 0.94, work).chosen == [1]
-        assert score_first(candidates, 4, 1.0, work).chosen == [1, 2, 0, 3]
+        selection = score_first(candidates, 4, 0.94, work)
+        assert selection.selected == [1, 3]
+        assert selection.nearest_selected.tolist() == [1, -1, 1, -1]
+        assert selection.similarity[2] == pytest.approx(math.cos(math.radians(15)), abs=1e-3)
+        assert score_first(candidates, 1, 0.94, work).selected == [1]
+        assert score_first(candidates, 4, 1.0, work).selected == [1, 2, 0, 3]
 
 
 @settings(max_examples=30)
@@ -156,7 +156,7 @@ def test_score_first_takes_what_a_plain_loop_takes(
     vectors = drawn(shape)
     badness = np.random.default_rng(shape[3]).integers(0, levels, len(vectors)).astype(float)
     with small_pieces(), gathered(vectors, badness.tolist()) as (candidates, work):
-        found = score_first(candidates, wanted, similarity, work)
+        selection = score_first(candidates, wanted, similarity, work)
         whole = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
         squares = (whole**2).sum(axis=1)
         cosines = (whole @ whole.T) / np.sqrt(np.multiply.outer(squares, squares))
@@ -167,11 +167,11 @@ def test_score_first_takes_what_a_plain_loop_takes(
             if all(cosines[place, other] <= similarity + 1e-9 for other in chosen):
                 chosen.append(place)
                 continue
-            rival = int(found.rival[place])
+            rival = int(selection.nearest_selected[place])
             assert rival in chosen
             assert cosines[place, rival] == pytest.approx(max(cosines[place, other] for other in chosen))
-        assert found.chosen == chosen
-        assert not set(chosen) & set(np.flatnonzero(np.asarray(found.rival) >= 0).tolist())
+        assert selection.selected == chosen
+        assert not set(chosen) & set(np.flatnonzero(np.asarray(selection.nearest_selected) >= 0).tolist())
         apart = cosines[np.ix_(chosen, chosen)][np.triu_indices(len(chosen), 1)]
         assert (apart <= similarity + 1e-9).all(), "two kept rows are too similar"
 
@@ -180,7 +180,7 @@ def test_score_first_takes_what_a_plain_loop_takes(
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e300, math.inf, -math.inf]), max_size=60))
 def test_order_by_score_through_files_is_that_of_a_stable_sort(badness: list[float]) -> None:
     with small_pieces(), tempfile.TemporaryDirectory() as work:
-        found = [int(place) for piece in by_score(np.array(badness), Path(work)) for place in piece]
+        found = [int(place) for piece in sort_by_score(np.array(badness), Path(work)) for place in piece]
     assert found == sorted(range(len(badness)), key=lambda place: badness[place])
 
 

@@ -33,11 +33,11 @@ QUANTILES = st.floats(0.001, 1.0)
 
 
 def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndarray, float]:
-    """The rule's cut found and applied in pieces, as a stage does."""
+    """The rule's threshold fitted and applied in chunks, as a stage does."""
     middle = len(badness) // 2
-    pieces = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
-    cut = find_threshold(pieces, rule, good, len(badness), None)
-    return np.concatenate([cut.passing(piece) for piece in pieces()]), cut.worst
+    chunks = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
+    threshold = find_threshold(chunks, rule, good, len(badness), None)
+    return np.concatenate([threshold.mask(chunk) for chunk in chunks()]), threshold.max_badness
 
 
 @given(SCORES, QUANTILES)

@@ -105,7 +105,7 @@ def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) ->
 
     for in_memory in (7, 1000):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            patch.setattr(duplicate_count, "IN_MEMORY", in_memory)
+            patch.setattr(duplicate_count, "MAX_PENDING_IDS", in_memory)
             count = DuplicateCount(Path(folder) / "ids")
             for start in range(0, len(ids), 3):
                 count.add(np.array(ids[start : start + 3], dtype=np.uint64))

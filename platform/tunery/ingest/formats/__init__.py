@@ -1,4 +1,5 @@
-"""Formats: from a file to records, one reader a family. READERS says which reader, ENDINGS which ending means which."""
+"""File formats: readers that yield the records of a file. READERS maps formats to readers, ENDINGS file name endings to
+formats."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from tunery.ingest.formats.text import plain_text
 from tunery.spec import Dataset
 
 Reader = Callable[[File, Dataset], Iterator[Record]]
-"""Raises Damaged when the file can't be read further, OutOfReach when that is no fault of the file. Every record that
-stands before either has been given."""
+"""Raises CorruptFile if the file can't be read further, UnavailableFile if the cause is outside the file. All records
+before the error are yielded first."""
 
 READERS: dict[str, Reader] = {
     "jsonl": json_lines,
@@ -42,9 +43,9 @@ ENDINGS = {
     ".feather": "arrow",
     ".txt": "text",
 }
-"""Behind each there may be .gz or .zst."""
+"""Each may be followed by .gz or .zst."""
 
 
 def format_of(file: File, stage: Dataset) -> str | None:
-    """The format that the stage names or the file's ending means; None for an ending that is not known."""
+    """Return the format set in the stage, or that of the file name ending; None for an unknown ending."""
     return stage.format or ENDINGS.get(file.endings[0])

@@ -33,7 +33,7 @@ def _records(batches: Batches) -> Iterator[Record]:
 
 
 def parquet_batches(file: File) -> Batches:
-    """Raises Damaged where the file is no Parquet file."""
+    """Raises CorruptFile if the file is not a Parquet file."""
     import pyarrow.parquet as pq
 
     with open_seekable(file) as raw:
@@ -59,7 +59,7 @@ def parquet_batches(file: File) -> Batches:
 
 
 def arrow_batches(file: File) -> Batches:
-    """Raises Damaged where the file can't be read further."""
+    """Raises CorruptFile if the file can't be read further."""
     with open_seekable(file) as raw:
         number = 1
         try:
@@ -112,7 +112,7 @@ def _validated(batch: Any) -> Iterator[Any]:
 
 def _values(batch: Any) -> Iterator[dict[str, Any]]:
     """The rows of a batch; values that can't become Python's (text that is no UTF-8, a date in the year 300,000) are
-    Unusable."""
+    UnsupportedValue."""
     import pyarrow as pa
 
     names = batch.schema.names

@@ -1,8 +1,8 @@
-"""CSV and TSV files: a header, then a record a line or, where a quoted cell holds line ends, over several lines.
+"""CSV and TSV files: a header, then one record per line, or over several lines if a quoted cell contains line ends.
 
-Cells are divided by `,` in .csv (or by `;`, a tab or `|` where the header has more of them) and by tabs in .tsv, and
-quoted by `"` as RFC 4180 has it. A quote that is opened and never properly closed would swallow the rows below it: it
-costs its own line only, and reading goes on at the next. A first line `sep=;`, as Excel reads it, names the delimiter.
+Cells are separated by `,` in .csv (or by `;`, a tab or `|` if the header contains more of them) and by tabs in .tsv,
+and quoted with `"` as in RFC 4180. A quote that is never closed would consume the following rows; only its own line is
+invalid, and reading continues at the next. A first line such as `sep=;`, as used by Excel, sets the delimiter.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from itertools import zip_longest
 
 from tunery.ingest.filesystem import CorruptFile, File, open_stream
 from tunery.ingest.formats.lines import lines
-from tunery.ingest.formats.record import LONGEST, InvalidRow, Record, from_pairs
+from tunery.ingest.formats.record import MAX_RECORD_BYTES, InvalidRow, Record, from_pairs
 from tunery.spec import Dataset
 
 DELIMITERS = (",", ";", "\t", "|")
 
 _CLOSING = re.compile(r'(?:[^"]|"")*+"')
 _HINT = re.compile(r'"?sep=([^"])"?\1*', re.IGNORECASE)
-"""Excel adds the delimiter once a column when it saves a file with the hint again."""
+"""When Excel saves a file with the hint again, it repeats the delimiter once per column."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 Line = tuple[int, str | InvalidRow]
@@ -37,10 +37,10 @@ def tab_separated(file: File, stage: Dataset) -> Iterator[Record]:
 
 
 def _records(file: File, delimiter: str | None) -> Iterator[Record]:
-    # csv's own limit of 131,072 characters a cell would refuse long texts; `lines` limits them already.
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    # The default limit of 131,072 characters per cell would reject long texts; `lines` already limits their length.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
     with open_stream(file) as stream:
-        rows = _Rows((number, _decoded(line)) for number, line in lines(stream))
+        rows = _RowReader((number, _decode(line)) for number, line in lines(stream))
         header: list[str] | None = None
         first = True
         while (row := rows.next(delimiter, len(header) if header else None)) is not None:
@@ -54,49 +54,50 @@ def _records(file: File, delimiter: str | None) -> Iterator[Record]:
                 raise CorruptFile("it looks like UTF-16: save the file as UTF-8")
             elif header is None:
                 if delimiter is None and (delimiter := delimiter_of(text)) != ",":
-                    rows.again(number, text)
+                    rows.push_back(number, text)
                     continue
                 header = [name.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in cells]
             else:
                 yield Record(number, _row(header, cells), text)
 
 
-def _decoded(line: bytes | InvalidRow) -> str | InvalidRow:
-    # Bytes that are no UTF-8 become lone surrogates, so that they are found in the cell that holds them.
+def _decode(line: bytes | InvalidRow) -> str | InvalidRow:
+    # Invalid UTF-8 becomes lone surrogates, so that it can be reported with its column.
     return line if isinstance(line, InvalidRow) else line.decode("utf-8", "surrogateescape").removesuffix("\r")
 
 
 def delimiter_of(header: str) -> str:
-    """The delimiter of a .csv file, by its header."""
-    outside = re.sub(r'"(?:[^"]|"")*"', "", header)
-    return max(DELIMITERS, key=outside.count)
+    """Return the delimiter of a .csv file, detected from its header."""
+    unquoted = re.sub(r'"(?:[^"]|"")*"', "", header)
+    return max(DELIMITERS, key=unquoted.count)
 
 
 def _row(header: list[str], cells: list[str]) -> dict[str, object] | InvalidRow:
     if len(cells) > len(header) and any(cells[len(header) :]):
         return InvalidRow(f"{len(cells)} cells, and the header has {len(header)}")
     for name, cell in zip(header, cells, strict=False):
-        if found := _NOT_UTF8.search(cell):
-            return InvalidRow(f"not UTF-8: byte {ord(found[0]) - 0xDC00:#04x} in column `{name}`")
+        if match := _NOT_UTF8.search(cell):
+            return InvalidRow(f"not UTF-8: byte {ord(match[0]) - 0xDC00:#04x} in column `{name}`")
         if "\0" in cell:
             return InvalidRow(f"column `{name}` holds a NUL byte")
     return from_pairs(list(zip_longest(header, (cell or None for cell in cells[: len(header)]))))
 
 
-class _Rows:
-    """From lines to cells; looks ahead over the lines of a quoted cell, and gives them back when that was wrong."""
+class _RowReader:
+    """Splits lines into cells; looks ahead over the lines of a quoted cell, and pushes them back if it is never
+    closed."""
 
     def __init__(self, source: Iterator[Line]) -> None:
         self._source = source
-        self._ahead: deque[Line] = deque()
+        self._lookahead: deque[Line] = deque()
 
-    def again(self, number: int, text: str) -> None:
-        """Read a row anew, by another delimiter."""
-        start = number
-        self._ahead.extendleft(reversed([(start + index, line) for index, line in enumerate(text.split("\n"))]))
+    def push_back(self, number: int, text: str) -> None:
+        """Push a row back, to read it again with another delimiter."""
+        lines_of_row = [(number + index, line) for index, line in enumerate(text.split("\n"))]
+        self._lookahead.extendleft(reversed(lines_of_row))
 
     def next(self, delimiter: str | None, columns: int | None) -> tuple[int, str, list[str] | InvalidRow] | None:
-        """(number of its first line, its text, its cells or what is wrong) of the next row; None at the end."""
+        """Return (number of its first line, text, cells or error) of the next row; None at the end."""
         while (line := self._line()) is not None:
             number, text = line
             if isinstance(text, InvalidRow):
@@ -106,55 +107,55 @@ class _Rows:
         return None
 
     def _line(self) -> Line | None:
-        return self._ahead.popleft() if self._ahead else next(self._source, None)
+        return self._lookahead.popleft() if self._lookahead else next(self._source, None)
 
     def _row(
         self, number: int, text: str, delimiter: str, columns: int | None
     ) -> tuple[int, str, list[str] | InvalidRow]:
-        taken: list[Line] = [(number, text)]
+        consumed: list[Line] = [(number, text)]
         reason = "a quoted cell is not closed, or text follows its closing quote"
         size = len(text)
-        state = _quotes(text, delimiter, False)
-        while state == "open" and size < LONGEST and (line := self._line()) is not None:
-            taken.append(line)
+        state = _quote_state(text, delimiter, False)
+        while state == "open" and size < MAX_RECORD_BYTES and (line := self._line()) is not None:
+            consumed.append(line)
             if isinstance(line[1], InvalidRow):
                 break
             size += len(line[1])
-            state = _quotes(line[1], delimiter, True)
+            state = _quote_state(line[1], delimiter, True)
         if state == "closed":
-            written = [str(line) for _, line in taken]
+            row_lines = [str(line) for _, line in consumed]
             try:
-                cells = next(csv.reader([f"{line}\n" for line in written], delimiter=delimiter))
+                cells = next(csv.reader([f"{line}\n" for line in row_lines], delimiter=delimiter))
             except csv.Error as error:  # a carriage return within a line
                 cells = []
                 reason = f"not CSV: {error}"
-            if cells and (len(taken) == 1 or columns in (None, len(cells))):
-                return number, "\n".join(written), cells
-        self._ahead.extendleft(reversed(taken[1:]))
-        plain = text.split(delimiter)
-        if delimiter == "\t" and len(plain) == columns:
-            return number, text, plain  # in most .tsv files a quote is a character like another
+            if cells and (len(consumed) == 1 or columns in (None, len(cells))):
+                return number, "\n".join(row_lines), cells
+        self._lookahead.extendleft(reversed(consumed[1:]))
+        unquoted_cells = text.split(delimiter)
+        if delimiter == "\t" and len(unquoted_cells) == columns:
+            return number, text, unquoted_cells  # in most .tsv files a quote has no special meaning
         return number, text, InvalidRow(reason)
 
 
-def _quotes(line: str, delimiter: str, inside: bool) -> str:
-    """How a line leaves the cell at its end: "closed", "open" within quotes, or "wrong" where a closing quote is not
-    the end of its cell. `inside` says that it begins within quotes."""
+def _quote_state(line: str, delimiter: str, inside: bool) -> str:
+    """Return the quote state at the end of a line: "closed", "open", or "wrong" if text follows a closing quote.
+    `inside` is whether the line begins within quotes."""
     if '"' not in line:
         return "open" if inside else "closed"
-    at = 0
+    position = 0
     while True:
-        if inside or line.startswith('"', at):
-            closing = _CLOSING.match(line, at if inside else at + 1)
+        if inside or line.startswith('"', position):
+            closing = _CLOSING.match(line, position if inside else position + 1)
             if closing is None:
                 return "open"
-            at, inside = closing.end(), False
-            if at == len(line):
+            position, inside = closing.end(), False
+            if position == len(line):
                 return "closed"
-            if not line.startswith(delimiter, at):
+            if not line.startswith(delimiter, position):
                 return "wrong"
         else:
-            at = line.find(delimiter, at)
-            if at < 0:
+            position = line.find(delimiter, position)
+            if position < 0:
                 return "closed"
-        at += 1
+        position += 1

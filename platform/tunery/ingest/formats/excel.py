@@ -1,9 +1,9 @@
-"""Excel workbooks (.xlsx, .xlsm): every sheet, or the one that `sheet` names; a header, then a record a row.
+"""Excel workbooks (.xlsx, .xlsm): every sheet, or the one set by `sheet`; a header, then one record per row.
 
-Merged cells: a value merged over several rows holds for each of them (one question, several answers); merged over
-several columns it holds for the first. Formulas give the value that Excel computed last; one that was never computed
-costs its row, as does an error such as #N/A. Numbers and dates become text (record.cell_text). Rows pass one by one;
-but the texts of a workbook stand in one table in front of its sheets, which openpyxl holds in memory.
+The value of a cell merged over several rows applies to each of them (one question, several answers); merged over
+several columns, it applies to the first. A formula has the value that Excel computed last; a row with a formula that
+was never computed, or with an error such as #N/A, is invalid. Numbers and dates become text (record.cell_text). Rows
+are streamed, but openpyxl holds the table of all strings of the workbook in memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LONGEST_TAG = 200
 
 
 def workbook(file: File, stage: Dataset) -> Iterator[Record]:
-    """Raises Damaged where the file is no workbook, or has not the sheet that is named."""
+    """Raises CorruptFile if the file is not a workbook or has no sheet of the given name."""
     with open_seekable(file) as raw:
         try:
             yield from _sheets(raw, stage.sheet)
         except (CorruptFile, UnavailableFile):
             raise
         except Exception as error:
-            # openpyxl and what it builds on let KeyError, TypeError, BadZipFile and many more through.
+            # openpyxl and its dependencies raise KeyError, TypeError, BadZipFile and many other errors.
             hint = "; an .xls file, or one with a password, is no .xlsx" if "zip" in str(error).lower() else ""
             raise CorruptFile(
                 f"not an Excel workbook that can be read: {type(error).__name__}: {error}{hint}"
@@ -50,10 +50,10 @@ def _sheets(raw: IO[bytes], named: str | None) -> Iterator[Record]:
 
 
 def all_rows(sheet: Any, values_only: bool = False) -> Iterator[Any]:
-    """Tuples of the cells of each row, from row 1 and column 1 to the row's last cell.
+    """Yield a tuple of the cells of each row, from row 1 and column 1 to the last cell of the row.
 
-    What a sheet's <dimension> says of its size is not read: several programs write a wrong one, openpyxl's read-only
-    mode (3.1) ends there, and whatever lies beyond is missing without a word.
+    The <dimension> of a sheet is ignored: several programs write a wrong one, and openpyxl's read-only mode (3.1) would
+    silently omit all cells beyond it.
     """
     sheet.reset_dimensions()
     return iter(sheet.iter_rows(values_only=values_only))

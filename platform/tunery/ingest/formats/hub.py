@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face hub, by `hub:org/name`, and folders that Datasets saved (`save_to_disk`).
+"""Datasets on the Hugging Face Hub (`hub:org/name`), and folders saved by Datasets (`save_to_disk`).
 
-A hub dataset is streamed by the Datasets library: nothing is copied to this machine, and nothing is read without a
-network. A saved one is read as the Arrow files that it is.
+A hub dataset is streamed with the Datasets library: it requires a network and is not copied to the local disk. A saved
+dataset is read as Arrow files.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tunery.ingest.filesystem import CorruptFile, File, UnavailableFile, local_f
 from tunery.ingest.formats.record import Record, table_row
 
 PREFIX = "hub:"
-SECONDS = 10
-"""How long the hub may take to say what a dataset is."""
+HUB_TIMEOUT_S = 10
+"""Timeout in seconds of a request for the metadata of a dataset."""
 
 
 class Ambiguous(ValueError):
-    """A dataset of which more must be said: the message is what, `known` the choices, `field` where."""
+    """The dataset needs another field to be set: `field`, with one of the values `known`."""
 
     def __init__(self, field: str, message: str, known: list[str]) -> None:
-        super().__init__(field, message, known)  # all of them: pickle makes it anew from these
+        super().__init__(field, message, known)  # pickle rebuilds the exception from these arguments
         self.field, self.message, self.known = field, message, known
 
     def __str__(self) -> str:
@@ -43,17 +43,18 @@ class HubDataset:
     revision: str | None
 
     def identity(self) -> Any:
-        """The commit that the revision stands for now."""
+        """The commit hash that the revision currently resolves to."""
         return _commit(self.name.removeprefix(PREFIX), self.revision)
 
 
 @cache
 def _commit(name: str, revision: str | None) -> str:
-    """Asked for once a process: a dataset that changes between plan and reading would be filed under a wrong name."""
+    """Return the commit of a revision, cached per process, so that the cache key and the rows read are of the same
+    commit."""
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(name, revision=revision, timeout=SECONDS).sha)
+        return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha)
     except Exception as error:
         # huggingface_hub raises its own errors, those of httpx and plain OSErrors.
         raise UnavailableFile(f"`{PREFIX}{name}`: {_reason(error)}") from error
@@ -112,7 +113,7 @@ def chosen_split(name: str, split: str | None, known: list[str]) -> str:
 
 
 def saved_files(path: Path, folder: Path, split: str | None) -> list[File] | None:
-    """The Arrow files of a saved dataset in their order, None where the folder is none. Raises Ambiguous, Damaged."""
+    """Return the Arrow files of a saved dataset in order, or None for another folder. Raises Ambiguous, CorruptFile."""
     splits = _json(path / "dataset_dict.json")
     if splits is not None:
         path = path / chosen_split(path.name, split, [str(name) for name in splits.get("splits", [])])

@@ -1,4 +1,4 @@
-"""Lines of a file, and JSON lines. One bad line costs that line."""
+"""Lines of a file, and JSON Lines. An invalid line does not affect other lines."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunery.ingest.filesystem import Bytes, File, open_stream
-from tunery.ingest.formats.record import EXCERPT, LONGEST, InvalidRow, Record, from_pairs
+from tunery.ingest.formats.record import EXCERPT, MAX_RECORD_BYTES, InvalidRow, Record, from_pairs
 from tunery.spec import Dataset
 
 CHUNK = 1 << 20
 
 
 def lines(stream: Bytes) -> Iterator[tuple[int, bytes | InvalidRow]]:
-    """(number, line without its `\\n`) from 1 on; no byte order mark. A line longer than LONGEST is a InvalidRow.
+    """Yield (1-based number, line without its `\\n`) without a byte order mark; a line longer than MAX_RECORD_BYTES is
+    an InvalidRow.
 
-    When the stream raises Damaged, the lines before the damage have been given.
+    If the stream raises CorruptFile, all lines before the corrupt part are yielded first.
     """
     number, parts, size = 1, [], 0
     first = True
@@ -25,25 +26,25 @@ def lines(stream: Bytes) -> Iterator[tuple[int, bytes | InvalidRow]]:
         if first:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
             first = False
-        *whole, rest = chunk.split(b"\n")
-        for end in whole:
+        *line_ends, rest = chunk.split(b"\n")
+        for end in line_ends:
             parts.append(end)
-            yield number, _joined(parts, size + len(end))
+            yield number, _join(parts, size + len(end))
             number, parts, size = number + 1, [], 0
         size += len(rest)
-        parts = [*parts, rest] if size <= LONGEST else [b"".join(parts)[: 4 * EXCERPT]]
+        parts = [*parts, rest] if size <= MAX_RECORD_BYTES else [b"".join(parts)[: 4 * EXCERPT]]
     if size:
-        yield number, _joined(parts, size)
+        yield number, _join(parts, size)
 
 
-def _joined(parts: list[bytes], size: int) -> bytes | InvalidRow:
-    if size > LONGEST:
-        return InvalidRow(f"a line of {size:,} bytes: the longest that is read has {LONGEST:,}")
+def _join(parts: list[bytes], size: int) -> bytes | InvalidRow:
+    if size > MAX_RECORD_BYTES:
+        return InvalidRow(f"a line of {size:,} bytes: the longest that is read has {MAX_RECORD_BYTES:,}")
     return b"".join(parts)
 
 
 def json_lines(file: File, stage: Dataset) -> Iterator[Record]:
-    """A JSON value a line; blank lines are no records."""
+    """Yield a record per line with a JSON value; blank lines are skipped."""
     with open_stream(file) as stream:
         for number, line in lines(stream):
             if isinstance(line, InvalidRow):
@@ -62,14 +63,14 @@ def not_utf8(raw: bytes, error: UnicodeDecodeError) -> InvalidRow:
 
 
 def parse(raw: bytes) -> Any:
-    """The JSON value, or a InvalidRow that says why there is none."""
+    """Return the JSON value, or an InvalidRow with the parse error."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=from_pairs)
     except UnicodeDecodeError as error:
         return not_utf8(raw, error)
     except json.JSONDecodeError as error:
         return InvalidRow(f"not JSON: {error.msg} at column {error.colno}")
-    except ValueError:  # Python reads no whole number of more than 4,300 digits
+    except ValueError:  # Python rejects integers with more than 4,300 digits
         return InvalidRow("not JSON that can be read: a number is too long")
     except RecursionError:
         return InvalidRow("not JSON that can be read: nested too deep")

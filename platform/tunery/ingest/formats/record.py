@@ -1,4 +1,4 @@
-"""What every format's reader gives: one record after another, readable or not."""
+"""Records, as yielded by the readers of all formats, and conversion of their values."""
 
 from __future__ import annotations
 
@@ -10,62 +10,64 @@ from decimal import Decimal
 from typing import Any
 
 EXCERPT = 200
-"""Characters of a quarantined record that are kept."""
-LONGEST = 1 << 27
-"""Bytes of one record, 128 MiB. What is longer is quarantined unread: one record may not fill the memory."""
+"""Number of characters kept of a quarantined record."""
+MAX_RECORD_BYTES = 1 << 27
+"""128 MiB. A longer record is quarantined without parsing it, to bound memory."""
 
 
 class InvalidRow(ValueError):
-    """A row that can't be used; the message is the reason, for the quarantine."""
+    """The record is not a valid row; the message is the reason in the quarantine."""
 
 
 @dataclass(frozen=True)
 class UnsupportedValue:
-    """In the place of a value that can't be had. It costs the row only where the row needs that value."""
+    """Replaces a value that can't be read. The row is invalid only if it needs the value."""
 
     reason: str
-    """Follows the value's name: "stands twice, with different values"."""
+    """Continues a message after the name of the value: "stands twice, with different values"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     line: int
-    """1-based: line of a text file, row of a sheet, number of a value in .json, of a row in .parquet and .arrow."""
+    """1-based: the line of a text file, the row of a sheet, or the number of the value (.json) or row (.parquet,
+    .arrow)."""
     value: Any
-    """A mapping of columns to values where all is well, or the InvalidRow that says why it can't be read."""
+    """A mapping of columns to values, or an InvalidRow with the reason why the record can't be read."""
     raw: bytes | str | None = None
-    """Its text, or the beginning of it; None where it is none."""
+    """The text of the record or its beginning; None for a binary format."""
     part: str = ""
     """Sheet of a workbook."""
 
     @property
     def excerpt(self) -> str:
         if self.raw is None:
-            shown = json.dumps(self.value, ensure_ascii=False, default=str) if isinstance(self.value, dict) else ""
+            text = json.dumps(self.value, ensure_ascii=False, default=str) if isinstance(self.value, dict) else ""
         elif isinstance(self.raw, bytes):
-            shown = self.raw[: 4 * EXCERPT].decode("utf-8", "replace").rstrip("\r\n")
+            text = self.raw[: 4 * EXCERPT].decode("utf-8", "replace").rstrip("\r\n")
         else:
-            shown = self.raw
-        return shown[:EXCERPT]
+            text = self.raw
+        return text[:EXCERPT]
 
 
 def from_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of keys and values; a key that stands twice with different values is Unusable: which is meant?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: dict[str, Any] = {}
+    """Return a dict of the pairs; a key with several different values is an UnsupportedValue, because it is
+    ambiguous."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        first_values: dict[str, Any] = {}
         for key, value in pairs:
-            if key in seen and seen[key] != value:
-                found[key] = UnsupportedValue("stands twice, with different values")
-            seen.setdefault(key, value)
-    return found
+            if key in first_values and first_values[key] != value:
+                result[key] = UnsupportedValue("stands twice, with different values")
+            first_values.setdefault(key, value)
+    return result
 
 
 def cell_text(value: Any) -> Any:
-    """A table's cell as text: a column of answers may hold numbers, dates and truth values (`How many?` 42).
+    """Return a table cell as text, because a column of answers may hold numbers, dates and booleans.
 
-    Whole numbers and decimals as Python writes them, dates and times in ISO 8601 (midnight is a date alone), not a
-    number (how pandas writes "missing") as None; what is no scalar stays as it is.
+    Numbers are formatted by Python, dates and times as ISO 8601 (midnight as a date only), NaN (a missing value in
+    pandas) is None, and values that are not scalars are returned unchanged.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -81,10 +83,10 @@ def cell_text(value: Any) -> Any:
 
 
 def table_row(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table, whose values may be nested.
+    """Convert a row of an Arrow table, whose values may be nested.
 
-    All structs of a list have the same fields, and null for those that one lacks (two tools with different parameters):
-    such a field is left out. A null that somebody wrote looks the same. JSON text keeps its nulls.
+    All structs in an Arrow list have the same fields, and null for missing ones (such as two tools with different
+    parameters). Null fields are removed, which also removes explicit nulls. JSON text keeps its nulls.
     """
     return {name: cell_text(_without_null_fields(value)) for name, value in cells.items()}
 

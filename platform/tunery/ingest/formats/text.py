@@ -1,4 +1,4 @@
-"""Plain text: a row a line, a paragraph (what blank lines set apart) or a whole file, by `sample_by`."""
+"""Plain text: one row per line, per paragraph (separated by blank lines) or per file, as set by `sample_by`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 from tunery.ingest.filesystem import File, open_stream
 from tunery.ingest.formats.lines import lines, not_utf8
-from tunery.ingest.formats.record import LONGEST, InvalidRow, Record
+from tunery.ingest.formats.record import MAX_RECORD_BYTES, InvalidRow, Record
 from tunery.spec import Dataset
 
 
 def plain_text(file: File, stage: Dataset) -> Iterator[Record]:
-    """Records with the column `text`, by their first line. Line ends become `\\n`; blank lines are no rows."""
+    """Yield records with the column `text`, numbered by their first line. Line ends become `\\n`; blank lines are not
+    rows."""
     with open_stream(file) as stream:
         for number, sample in _samples(lines(stream), stage.sample_by or "line"):
             if isinstance(sample, InvalidRow):
                 yield Record(number, sample)
             else:
-                yield Record(number, _parsed(sample), sample)
+                yield Record(number, _parse(sample), sample)
 
 
 def _samples(source: Iterator[tuple[int, bytes | InvalidRow]], by: str) -> Iterator[tuple[int, bytes | InvalidRow]]:
@@ -34,25 +35,27 @@ def _samples(source: Iterator[tuple[int, bytes | InvalidRow]], by: str) -> Itera
                 yield number, line
         elif blank and (by == "paragraph" or not pending):
             if pending:
-                yield first, _joined(pending, size)
+                yield first, _join(pending, size)
             pending, size = [], 0
         else:
             if not pending:
                 first = number
             size += len(line) + 1
-            if size <= LONGEST or not pending:
+            if size <= MAX_RECORD_BYTES or not pending:
                 pending.append(line)
     if pending:
-        yield first, _joined(pending, size)
+        yield first, _join(pending, size)
 
 
-def _joined(pending: list[bytes], size: int) -> bytes | InvalidRow:
-    if size > LONGEST:
-        return InvalidRow(f"{size:,} bytes: the longest sample that is read has {LONGEST:,}; `sample_by: line` cuts it")
+def _join(pending: list[bytes], size: int) -> bytes | InvalidRow:
+    if size > MAX_RECORD_BYTES:
+        return InvalidRow(
+            f"{size:,} bytes: the longest sample that is read has {MAX_RECORD_BYTES:,}; `sample_by: line` cuts it"
+        )
     return b"\n".join(pending).rstrip()
 
 
-def _parsed(sample: bytes) -> dict[str, str] | InvalidRow:
+def _parse(sample: bytes) -> dict[str, str] | InvalidRow:
     if b"\0" in sample:
         return InvalidRow(f"a NUL byte at position {sample.index(0)}: this is no text")
     try:

@@ -1,8 +1,8 @@
-"""Cosine similarity to the nearest of a set of reference rows, of embeddings by a model (models/embed.py); without
-reference rows, the embeddings themselves.
+"""Cosine similarity of a row's embedding (models/embed.py) to that of the nearest reference row; without reference
+rows, the embeddings themselves.
 
-Each process embeds the reference rows once and keeps their vectors, 8 MB for 2,048 of 1,024 dimensions; a shard of rows
-is compared with all of them in one product of matrices.
+Each process embeds the reference rows once and keeps their vectors (8 MB for 2,048 vectors of 1,024 dimensions); rows
+are compared with all of them in one matrix product.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ MAX_REFERENCES = 2048
 
 
 def reference_rows(artifact: Path) -> list[Row]:
-    """All rows of a stage, or, of more than MAX_REFERENCES, so many by a hash of their ids: always the same."""
+    """Return all rows of a stage, or a fixed sample of MAX_REFERENCES rows (by a hash of their ids) if there are
+    more."""
     rows = read_rows(artifact, columns=["id", "text", "messages", "tools"])
-    return heapq.nsmallest(MAX_REFERENCES, rows, key=_order)
+    return heapq.nsmallest(MAX_REFERENCES, rows, key=_id_hash)
 
 
-def _order(row: Row) -> bytes:
+def _id_hash(row: Row) -> bytes:
     return hashlib.blake2b(f"reference {row['id']}".encode(), digest_size=16).digest()
 
 
 class EmbeddingScorer:
     def __init__(self, vectors_mh: np.ndarray, ids: Sequence[str]) -> None:
-        """Embeddings of the reference rows, each of length 1, and their ids; at least one."""
+        """`vectors_mh`: embeddings of the reference rows, each of length 1, at least one; `ids`: their row ids."""
         self._vectors_mh, self._ids = vectors_mh, list(ids)
 
     def __call__(self, vectors_nh: np.ndarray) -> Columns:
-        """score: in [-1, 1], NaN for a row without a token; nearest: the id of the reference row, "" where none is."""
+        """Return "score" in [-1, 1] (NaN for a row without tokens) and "nearest", the id of the reference row or ""."""
         similarity_nm = vectors_nh @ self._vectors_mh.T
         nearest = similarity_nm.argmax(axis=1).tolist()
-        scores = [float(min(1.0, max(-1.0, row[at]))) for row, at in zip(similarity_nm, nearest, strict=True)]
-        known = (~np.isnan(vectors_nh[:, 0])).tolist()
+        scores = [float(min(1.0, max(-1.0, row[index]))) for row, index in zip(similarity_nm, nearest, strict=True)]
+        has_vector = (~np.isnan(vectors_nh[:, 0])).tolist()
         return {
-            "score": [score if there else math.nan for score, there in zip(scores, known, strict=True)],
-            "nearest": [self._ids[at] if there else "" for at, there in zip(nearest, known, strict=True)],
+            "score": [score if valid else math.nan for score, valid in zip(scores, has_vector, strict=True)],
+            "nearest": [self._ids[index] if valid else "" for index, valid in zip(nearest, has_vector, strict=True)],
         }
 
 
 def keep_vectors(vectors_nh: np.ndarray) -> Columns:
-    """score: NaN; vector: the embedding in float16, all NaN for a row without a token."""
+    """Return "vector", the embedding in float16 (NaN for a row without tokens); "score" is NaN."""
     return {"score": [math.nan] * len(vectors_nh), "vector": vectors_nh.astype(np.float16)}

@@ -1,8 +1,8 @@
-"""Grouping through files: what does not fit in memory is parted into files that do.
+"""External group-by: data that does not fit in memory is partitioned into files that do.
 
-Rows are numbered over all shards, in their order. A comparison across rows writes records under a key, reads one part
-of the keys at a time, and writes what it finds under the block of rows that it belongs to; blocks are then read in
-order. Each part of each step is bounded by a number of records, whatever the number of rows.
+Rows are numbered over all shards, in shard order. A comparison across rows writes records partitioned by key, reads one
+partition at a time, and writes its results partitioned by row group; row groups are then read in order. The number of
+records per partition is bounded in every step, whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -20,112 +20,112 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Records = NDArray[np.void]
 
-RECORDS = 1_000_000
-"""In memory at a time: 16 MB of two numbers each, and some times that while they are sorted."""
+MAX_RECORDS = 1_000_000
+"""Maximum number of records in memory: 16 MB for records of two numbers, and a few times that while sorting."""
 
 
 class PartitionFiles:
-    """Numbered files of records. Appending keeps at most `buffer` records in memory."""
+    """Numbered files of records. Appending buffers at most `buffer_size` records in memory."""
 
-    def __init__(self, folder: Path, fields: dict[str, str], buffer: int = RECORDS) -> None:
-        # What a killed try appended must not be appended to.
+    def __init__(self, folder: Path, fields: dict[str, str], buffer_size: int = MAX_RECORDS) -> None:
+        # Remove the files of an interrupted attempt, or they would be appended to.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self._buffer = folder, buffer
-        self._type = np.dtype(list(fields.items()))
-        self._waiting: list[tuple[Integers, Records]] = []
-        self._records = 0
+        self._folder, self._buffer_size = folder, buffer_size
+        self._dtype = np.dtype(list(fields.items()))
+        self._buffer: list[tuple[Integers, Records]] = []
+        self._num_buffered = 0
 
-    def append(self, parts: Integers, **columns: NDArray[Any]) -> None:
-        """One record for each of `parts`, which say where it goes."""
-        records = np.empty(len(parts), dtype=self._type)
+    def append(self, partitions: Integers, **columns: NDArray[Any]) -> None:
+        """Append one record to each of `partitions`."""
+        records = np.empty(len(partitions), dtype=self._dtype)
         for name, column in columns.items():
             records[name] = column
-        self._waiting.append((parts, records))
-        self._records += len(parts)
-        if self._records >= self._buffer:
+        self._buffer.append((partitions, records))
+        self._num_buffered += len(partitions)
+        if self._num_buffered >= self._buffer_size:
             self.flush()
 
     def flush(self) -> None:
-        if not self._records:
+        if not self._num_buffered:
             return
-        parts = np.concatenate([parts for parts, _ in self._waiting])
-        order = np.argsort(parts, kind="stable")
-        parts, records = parts[order], np.concatenate([records for _, records in self._waiting])[order]
-        starts = np.flatnonzero(np.diff(parts, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], len(parts)], strict=True):
-            # Opened and closed each time: there may be more parts than files that may be open.
-            with self._path(int(parts[start])).open("ab") as file:
+        partitions = np.concatenate([partitions for partitions, _ in self._buffer])
+        order = np.argsort(partitions, kind="stable")
+        partitions, records = partitions[order], np.concatenate([records for _, records in self._buffer])[order]
+        starts = np.flatnonzero(np.diff(partitions, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(partitions)], strict=True):
+            # Each file is closed after the write: there may be more partitions than a process may have open files.
+            with self._path(int(partitions[start])).open("ab") as file:
                 file.write(records[start:end].tobytes())
-        self._waiting, self._records = [], 0
+        self._buffer, self._num_buffered = [], 0
 
-    def read(self, part: int) -> Records:
-        """All records of a part, in the order in which they came."""
-        return next(self.pieces(part, -1), np.empty(0, dtype=self._type))
+    def read(self, partition: int) -> Records:
+        """Return all records of a partition in the order they were appended."""
+        return next(self.read_chunks(partition, -1), np.empty(0, dtype=self._dtype))
 
-    def pieces(self, part: int, records: int) -> Iterator[Records]:
-        """The same, at most so many at a time."""
+    def read_chunks(self, partition: int, max_records: int) -> Iterator[Records]:
+        """Yield the records of a partition, at most `max_records` at a time (-1: all)."""
         self.flush()
-        if not self._path(part).exists():
+        if not self._path(partition).exists():
             return
-        with self._path(part).open("rb") as file:
-            while len(piece := np.fromfile(file, dtype=self._type, count=records)):
-                yield piece
+        with self._path(partition).open("rb") as file:
+            while len(chunk := np.fromfile(file, dtype=self._dtype, count=max_records)):
+                yield chunk
 
-    def drop(self, part: int) -> None:
-        self._path(part).unlink(missing_ok=True)
+    def drop(self, partition: int) -> None:
+        self._path(partition).unlink(missing_ok=True)
 
-    def _path(self, part: int) -> Path:
-        return self._folder / f"{part:06d}.bin"
+    def _path(self, partition: int) -> Path:
+        return self._folder / f"{partition:06d}.bin"
 
 
-def part_of(keys: NDArray[np.uint64], parts: int) -> Integers:
-    """Which of `parts` (fewer than 2**32) a key belongs to; keys are hashes, so the parts come out even."""
-    return ((keys >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.int64)
+def partition_of(keys: NDArray[np.uint64], num_partitions: int) -> Integers:
+    """Return the partition (of fewer than 2**32) of each key; keys are hashes, so partitions have similar sizes."""
+    return ((keys >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
 
 
 def run_starts(keys: NDArray[np.uint64]) -> Integers:
-    """Of sorted keys: where the run of equal ones that each is in starts."""
-    places = np.arange(len(keys))
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = keys[1:] != keys[:-1]
-    starts: Integers = np.maximum.accumulate(np.where(new, places, 0))
+    """Return for each of the sorted keys the index of the first equal key."""
+    indices = np.arange(len(keys))
+    is_new = np.ones(len(keys), dtype=np.bool_)
+    is_new[1:] = keys[1:] != keys[:-1]
+    starts: Integers = np.maximum.accumulate(np.where(is_new, indices, 0))
     return starts
 
 
 @dataclass(frozen=True)
 class RowSignatures:
-    """What a scorer keeps of each row to compare it with others: a Parquet file a shard, with the rows' `id`."""
+    """What a scorer stores of each row to compare it with others: one Parquet file per shard, with the row `id`."""
 
     files: tuple[Path, ...]
     prefix: str = ""
-    """Of the columns' names in the files, which may hold other scorers' columns, too."""
+    """Prefix of the scorer's column names; the files may also hold columns of other scorers."""
 
     def read(self, path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-        stored = {name: name if name == "id" else self.prefix + name for name in columns}
-        table = pq.read_table(path, columns=list(stored.values()))
-        return {name: table[at].to_pylist() for name, at in stored.items()}
+        stored_names = {name: name if name == "id" else self.prefix + name for name in columns}
+        table = pq.read_table(path, columns=list(stored_names.values()))
+        return {name: table[stored_name].to_pylist() for name, stored_name in stored_names.items()}
 
-    def blocks(self, rows: int) -> list[ShardGroup]:
-        """The shards in their order, in blocks of at least so many rows but the last."""
-        blocks: list[ShardGroup] = []
-        gathered: list[tuple[Path, int]] = []
+    def shard_groups(self, min_rows: int) -> list[ShardGroup]:
+        """Return the shards in order, in groups of at least `min_rows` rows; the last group may be smaller."""
+        groups: list[ShardGroup] = []
+        pending: list[tuple[Path, int]] = []
         first = 0
         for shard in self.files:
-            gathered.append((shard, int(pq.read_metadata(shard).num_rows)))
-            count = sum(count for _, count in gathered)
-            if count >= rows or shard is self.files[-1]:
-                blocks.append(ShardGroup(first, count, tuple(gathered)))
-                gathered, first = [], first + count
-        return blocks
+            pending.append((shard, int(pq.read_metadata(shard).num_rows)))
+            count = sum(count for _, count in pending)
+            if count >= min_rows or shard is self.files[-1]:
+                groups.append(ShardGroup(first, count, tuple(pending)))
+                pending, first = [], first + count
+        return groups
 
     def by_shard(
-        self, blocks: Sequence[ShardGroup], columns: Sequence[str]
+        self, groups: Sequence[ShardGroup], columns: Sequence[str]
     ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-        """Number of the first row, and the columns, of each shard."""
-        for block in blocks:
-            first = block.first
-            for path, count in block.shards:
+        """Yield the number of the first row and the columns of each shard."""
+        for group in groups:
+            first = group.first
+            for path, count in group.shards:
                 yield first, self.read(path, columns)
                 first += count
 
@@ -135,11 +135,13 @@ class ShardGroup:
     """Shards of consecutive rows."""
 
     first: int
+    """Number of the first row."""
     rows: int
     shards: tuple[tuple[Path, int], ...]
-    """Each with its number of rows."""
+    """Paths and numbers of rows."""
 
 
-def block_numbers(blocks: Sequence[ShardGroup], rows: NDArray[np.uint64]) -> Integers:
-    firsts = np.array([block.first for block in blocks], dtype=np.uint64)
+def group_indices(groups: Sequence[ShardGroup], rows: NDArray[np.uint64]) -> Integers:
+    """Return the index of the group of each row number."""
+    firsts = np.array([group.first for group in groups], dtype=np.uint64)
     return (np.searchsorted(firsts, rows, side="right") - 1).astype(np.int64)

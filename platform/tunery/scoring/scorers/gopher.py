@@ -1,12 +1,13 @@
-"""MassiveText's quality and repetition rules (Rae et al. 2021, https://arxiv.org/abs/2112.11446, A1.1 and table A1).
+"""Quality and repetition rules of MassiveText (Rae et al. 2021, https://arxiv.org/abs/2112.11446, A1.1 and table A1).
 
-Where the paper leaves a choice: words are those of texts.py, with the punctuation around them; a line, paragraph or
-n-gram is a duplicate from its second occurrence on, so that a text that says everything twice is half duplicate; shares
-of characters are of those in words, lines or paragraphs, without the white space between them; and an n-gram that
-occurs once is no repetition. Its limits are for English; gopher_limits.py has those of other languages.
+Where the paper leaves a choice: words are those of texts.py, including the punctuation around them; a line, paragraph
+or n-gram is a duplicate from its second occurrence on, so a text that repeats everything once is half duplicate;
+fractions of characters refer to the characters in words, lines or paragraphs, without the white space between them; and
+an n-gram that occurs once is not a repetition. The paper's limits are for English; gopher_limits.py has those of other
+languages.
 
-A row at a time, in time n log n of its words, so 100 M rows are a matter of CPU hours alone (benchmarks/rule_scorers.py
-has rows/s). Of a row, the first LONGEST characters are looked at.
+Rows are scored one at a time in O(n log n) of their words, so 100 M rows take only CPU hours
+(benchmarks/rule_scorers.py measures rows/s). Only the first MAX_CHARS characters of a row are scored.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from numpy.typing import NDArray
 
 from tunery.scoring.scorers.gopher_limits import language_and_stop_words, limits
 from tunery.scoring.scorers.registry import Columns
-from tunery.scoring.scorers.texts import LONGEST, lines, script, select_text, words
+from tunery.scoring.scorers.texts import MAX_CHARS, lines, script, select_text, words
 from tunery.spec import Gopher, GopherRules
 from tunery.store.rows import Row
 
 BULLETS = ("•", "‣", "⁃", "◦", "●", "○", "■", "□", "▪", "▫", "- ", "* ", "– ")
-"""Hyphens and asterisks with the space after them: `-1` and `*args` start no list."""
+"""Hyphens and asterisks include the space after them: `-1` and `*args` don't start a list item."""
 ELLIPSES = ("...", "…")
-LONGEST_TOP = 4
-"""Words of the n-grams of which the most frequent one counts; of longer ones all that repeat do."""
+MAX_TOP_NGRAM = 4
+"""Up to this length the most frequent n-gram is measured; of longer n-grams all duplicates are."""
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
 _ASCII_PUNCTUATION = "\"'`.,;:!?()[]{}*_"
 _PUNCTUATION = f"{_ASCII_PUNCTUATION}“”‘’«»„…–—¿¡。，、！？：；（）「」『』《》【】·।॥،؛؟۔၊။។៖།་፡።፣፤։՝՞՜\u200b"
-"""Around words, of several scripts."""
+"""Punctuation around words in several scripts."""
 
 
 class GopherScorer:
@@ -42,122 +43,124 @@ class GopherScorer:
         self._rules = spec.gopher
 
     def __call__(self, rows: Sequence[Row]) -> Columns:
-        """score: rules violated, NaN where there is no word; rules: their names."""
-        found = [violated(select_text(row, self._rules.of), self._rules) for row in rows]
+        """Return "score", the number of violated rules (NaN for a row without words), and "rules", their names."""
+        violations = [violated(select_text(row, self._rules.of), self._rules) for row in rows]
         return {
-            "score": [math.nan if names is None else float(len(names)) for names in found],
-            "rules": [", ".join(names or ()) for names in found],
+            "score": [math.nan if names is None else float(len(names)) for names in violations],
+            "rules": [", ".join(names or ()) for names in violations],
         }
 
 
 def violated(text: str | None, rules: GopherRules) -> list[str] | None:
-    """Names of the rules, as the fields of their limits; None of a text without words."""
-    text = (text or "")[:LONGEST]
-    found = words(text)
-    if not found:
+    """Return the field names of the violated limits; None for a text without words."""
+    text = (text or "")[:MAX_CHARS]
+    text_words = words(text)
+    if not text_words:
         return None
-    shown = lines(text)
-    letters = script(text) or "Latin"
+    text_lines = lines(text)
+    text_script = script(text) or "Latin"
     punctuation = _ASCII_PUNCTUATION if text.isascii() else _PUNCTUATION
-    language, stop_words = language_and_stop_words(letters, {word.strip(punctuation).lower() for word in found})
-    own = limits(rules, letters, language)
-    measures = (
-        *_quality(text, found, shown),
-        ("stop_words_min", stop_words),
-        *_layout(text, shown),
-        *_repetition(found),
+    distinct_words = {word.strip(punctuation).lower() for word in text_words}
+    language, num_stop_words = language_and_stop_words(text_script, distinct_words)
+    text_limits = limits(rules, text_script, language)
+    measurements = (
+        *_quality(text, text_words, text_lines),
+        ("stop_words_min", num_stop_words),
+        *_layout(text, text_lines),
+        *_repetition(text_words),
     )
-    return [rule for rule, value in measures if _is_beyond(rule, value, own[rule])]
+    return [rule for rule, value in measurements if _is_violated(rule, value, text_limits[rule])]
 
 
-def _is_beyond(rule: str, value: float, limit: float | None) -> bool:
+def _is_violated(rule: str, value: float, limit: float | None) -> bool:
     return limit is not None and (value < limit if rule.endswith("_min") else value > limit)
 
 
-Measure = tuple[str, float]
-"""The rule, and what it is about."""
+Measurement = tuple[str, float]
+"""(rule, measured value)."""
 
 
-def _quality(text: str, found: list[str], shown: list[str]) -> Iterator[Measure]:
-    count = len(found)
-    mean = sum(map(len, found)) / count
+def _quality(text: str, text_words: list[str], text_lines: list[str]) -> Iterator[Measurement]:
+    count = len(text_words)
+    mean = sum(map(len, text_words)) / count
     yield "words_min", count
     yield "words_max", count
     yield "mean_word_min", mean
     yield "mean_word_max", mean
     yield "hashes_max", text.count("#") / count
     yield "ellipses_max", sum(map(text.count, ELLIPSES)) / count
-    yield "bullet_lines_max", _share(line.startswith(BULLETS) for line in shown)
-    yield "ellipsis_lines_max", _share(line.endswith(ELLIPSES) for line in shown)
-    yield "alphabetic_words_min", _share(any(map(str.isalpha, word)) for word in found)
+    yield "bullet_lines_max", _fraction(line.startswith(BULLETS) for line in text_lines)
+    yield "ellipsis_lines_max", _fraction(line.endswith(ELLIPSES) for line in text_lines)
+    yield "alphabetic_words_min", _fraction(any(map(str.isalpha, word)) for word in text_words)
 
 
-def _layout(text: str, shown: list[str]) -> Iterator[Measure]:
-    repeated, characters = duplicates(shown)
-    yield "duplicate_lines_max", repeated
-    yield "duplicate_line_chars_max", characters
-    repeated, characters = duplicates([stripped for one in _BLANK_LINES.split(text) if (stripped := one.strip())])
-    yield "duplicate_paragraphs_max", repeated
-    yield "duplicate_paragraph_chars_max", characters
+def _layout(text: str, text_lines: list[str]) -> Iterator[Measurement]:
+    fraction, char_fraction = duplicates(text_lines)
+    yield "duplicate_lines_max", fraction
+    yield "duplicate_line_chars_max", char_fraction
+    paragraphs = [stripped for paragraph in _BLANK_LINES.split(text) if (stripped := paragraph.strip())]
+    fraction, char_fraction = duplicates(paragraphs)
+    yield "duplicate_paragraphs_max", fraction
+    yield "duplicate_paragraph_chars_max", char_fraction
 
 
-def _repetition(found: list[str]) -> Iterator[Measure]:
-    lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
-    for n, grams, occurrences in repeated_ngrams(found, longest=10):
-        if n <= LONGEST_TOP:
-            yield f"top_{n}gram_max", top_share(n, grams, occurrences, lengths)
+def _repetition(text_words: list[str]) -> Iterator[Measurement]:
+    lengths = np.fromiter(map(len, text_words), dtype=np.int64, count=len(text_words))
+    for n, grams, occurrences in repeated_ngrams(text_words, max_n=10):
+        if n <= MAX_TOP_NGRAM:
+            yield f"top_{n}gram_max", top_ngram_fraction(n, grams, occurrences, lengths)
         else:
-            yield f"duplicate_{n}grams_max", duplicate_share(n, grams, lengths)
+            yield f"duplicate_{n}grams_max", duplicate_ngram_fraction(n, grams, lengths)
 
 
-def duplicates(pieces: list[str]) -> tuple[float, float]:
-    """Shares, of pieces and of their characters, that stood before."""
-    counts = Counter(pieces)
-    characters = sum(map(len, pieces))
-    if len(counts) == len(pieces):
+def duplicates(items: list[str]) -> tuple[float, float]:
+    """Return the fraction of items, and of their characters, that repeat an earlier item."""
+    counts = Counter(items)
+    num_chars = sum(map(len, items))
+    if len(counts) == len(items):
         return 0.0, 0.0
-    return (len(pieces) - len(counts)) / len(pieces), (characters - sum(map(len, counts))) / characters
+    return (len(items) - len(counts)) / len(items), (num_chars - sum(map(len, counts))) / num_chars
 
 
 Grams = NDArray[np.int64]
 
 
-def repeated_ngrams(words: list[str], longest: int) -> Iterator[tuple[int, Grams, Grams]]:
-    """For n from 2 as long as some n-gram occurs twice: n, the number of the n-gram at each place, and how often each
-    number occurs. Where no pair of words comes back, no longer run does; most texts end there."""
-    numbers: dict[str, int] = {}
-    singles = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64)
-    grams = singles
-    for n in range(2, min(longest, len(words) - 1) + 1):
-        # Exact, not a hash: both factors are below the number of words.
-        pairs = grams[:-1] * len(numbers) + singles[n - 1 :]
+def repeated_ngrams(words: list[str], max_n: int) -> Iterator[tuple[int, Grams, Grams]]:
+    """Yield for each n from 2, as long as some n-gram occurs twice: n, the id of the n-gram at each position, and the
+    number of occurrences of each id. Most texts repeat no pair of words and yield nothing."""
+    word_ids: dict[str, int] = {}
+    unigrams = np.array([word_ids.setdefault(word, len(word_ids)) for word in words], dtype=np.int64)
+    grams = unigrams
+    for n in range(2, min(max_n, len(words) - 1) + 1):
+        # Exact ids instead of hashes: both factors are below the number of words.
+        pairs = grams[:-1] * len(word_ids) + unigrams[n - 1 :]
         _, grams, occurrences = np.unique(pairs, return_inverse=True, return_counts=True)
         if len(occurrences) == len(grams):
             return
         yield n, grams, occurrences
 
 
-def top_share(n: int, grams: Grams, occurrences: Grams, lengths: Grams) -> float:
-    """Share of the characters that are in occurrences of the most frequent n-gram; of the longest of equals."""
-    tops = occurrences[grams] == occurrences.max()
+def top_ngram_fraction(n: int, grams: Grams, occurrences: Grams, lengths: Grams) -> float:
+    """Return the fraction of characters in occurrences of the most frequent n-gram (the longest in a tie)."""
+    is_top = occurrences[grams] == occurrences.max()
     ends = np.cumsum(lengths)
-    characters = ends[n - 1 :] - ends[: len(grams)] + lengths[: len(grams)]
-    # Occurrences may overlap, which counts their characters twice.
-    return min(1.0, float(characters[tops].max() * occurrences.max() / ends[-1]))
+    num_chars = ends[n - 1 :] - ends[: len(grams)] + lengths[: len(grams)]
+    # Occurrences may overlap, which counts characters twice.
+    return min(1.0, float(num_chars[is_top].max() * occurrences.max() / ends[-1]))
 
 
-def duplicate_share(n: int, grams: Grams, lengths: Grams) -> float:
-    """Share of the characters that are in an n-gram that stood before, each counted once."""
+def duplicate_ngram_fraction(n: int, grams: Grams, lengths: Grams) -> float:
+    """Return the fraction of characters in n-grams that repeat an earlier one; each character counts once."""
     _, first = np.unique(grams, return_index=True)
-    again = np.ones(len(grams), dtype=np.int64)
-    again[first] = 0
+    is_repeat = np.ones(len(grams), dtype=np.int64)
+    is_repeat[first] = 0
     edges = np.zeros(len(lengths) + 1, dtype=np.int64)
-    edges[: len(grams)] += again
-    edges[n : n + len(grams)] -= again
+    edges[: len(grams)] += is_repeat
+    edges[n : n + len(grams)] -= is_repeat
     return float(lengths[np.cumsum(edges[:-1]) > 0].sum() / lengths.sum())
 
 
-def _share(flags: Iterator[bool]) -> float:
-    """Of a text with words: there is a line."""
+def _fraction(flags: Iterator[bool]) -> float:
+    """Return the fraction of true flags; there is at least one flag, because the text has words."""
     values = list(flags)
     return sum(values) / len(values)

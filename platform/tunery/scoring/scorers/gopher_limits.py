@@ -1,15 +1,14 @@
-"""Limits of Gopher's rules by the script and the language of a text.
+"""Limits of the Gopher rules by script and language of a text.
 
 The paper has limits for English. FineWeb-2 (Penedo et al. 2025, https://arxiv.org/abs/2506.20920) fits the same rules
 to each of its languages; its thresholds are in https://github.com/huggingface/fineweb-2/tree/main/configs.
-`WORD_LENGTH` and `CHARACTER_LIMITS` are about the widest of those of the larger languages in a script. The stop words
-are function words of each language, as the paper's eight are of English; words that are frequent in English or in code,
-too, are not among them. The Universal Declaration of Human Rights, in pieces of seven paragraphs, passes in nearly all
-of these languages and their scripts.
+`WORD_LENGTH` and `CHARACTER_LIMITS` are approximately the widest thresholds of the larger languages of a script. The
+stop words are function words of each language, like the eight English ones of the paper; words that are also frequent
+in English or in code are excluded. The Universal Declaration of Human Rights, in chunks of seven paragraphs, passes in
+nearly all of these languages and scripts.
 
-A text's script is that of most of its letters. Among the languages of a script, the one most of whose stop words occur
-is taken; a text in Latin letters is English as soon as two English stop words occur, so that it is judged as in the
-paper.
+The script of a text is that of most of its letters. Its language is the language of that script with the most stop
+words in the text; a text in Latin script with at least two English stop words is English, as in the paper.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from functools import lru_cache
 from tunery.spec import AUTO, GopherRules
 
 STOP_WORDS_MIN = 2
-"""As in the paper, and in FineWeb-2 for all languages."""
+"""As in the paper and, for all languages, in FineWeb-2."""
 
 ENGLISH = {
     "mean_word_min": 3.0,
@@ -35,7 +34,7 @@ ENGLISH = {
     "duplicate_9grams_max": 0.11,
     "duplicate_10grams_max": 0.1,
 }
-"""The paper's."""
+"""The limits of the paper."""
 
 CHARACTER_LIMITS = {
     "top_2gram_max": 0.26,
@@ -48,7 +47,8 @@ CHARACTER_LIMITS = {
     "duplicate_9grams_max": 0.18,
     "duplicate_10grams_max": 0.16,
 }
-"""Where each character is a word: n of them say less than n words, and so come back more often."""
+"""For scripts in which each character is a word: n characters carry less information than n words, so they repeat more
+often."""
 
 WORD_LENGTH = {
     "Han": (1, 5),
@@ -77,9 +77,10 @@ WORD_LENGTH = {
     "Georgian": (3, 13),
     "Ethiopic": (1, 24),
 }
-"""Least and most mean characters (Unicode code points, vowel signs and punctuation included) a word."""
+"""Minimum and maximum of the mean number of characters per word (code points, including vowel signs and
+punctuation)."""
 OTHER_LATIN = (2, 15)
-"""Of German (15), Finnish (14), French (2..11) and others."""
+"""Covers German (15), Finnish (14), French (2..11) and others."""
 
 STOP_WORDS = {
     language: frozenset(words.split())
@@ -218,8 +219,8 @@ LANGUAGES["Latin"] = tuple(sorted(STOP_WORDS.keys() - {one for some in LANGUAGES
 
 
 def language_and_stop_words(script: str, words: Set[str]) -> tuple[str, int]:
-    """The language of a text in a script, from its distinct words in lower case without punctuation, and how many of
-    the language's stop words are among them; "" where no language of the script is known."""
+    """Return the language of a text in a script ("" if no language of the script is known), and the number of its stop
+    words in `words`, the distinct lower-case words of the text without punctuation."""
     if script == "Latin":
         english = len(STOP_WORDS["en"] & words)
         if english >= STOP_WORDS_MIN:
@@ -233,7 +234,7 @@ def language_and_stop_words(script: str, words: Set[str]) -> tuple[str, int]:
 
 @lru_cache(maxsize=1024)
 def limits(rules: GopherRules, script: str, language: str) -> dict[str, float | None]:
-    """The limits by the name of the rule, with a number or None (no limit) for `auto`."""
+    """Return the limits by rule name, with `auto` resolved to a number or None (no limit)."""
     automatic: dict[str, float | None] = {**ENGLISH, "stop_words_min": STOP_WORDS_MIN if language else None}
     if script in ("Han", "Kana"):
         automatic |= CHARACTER_LIMITS

@@ -1,7 +1,9 @@
-"""Instruction-following difficulty: how little the question helps to say the answer (https://arxiv.org/abs/2308.12032).
+"""Instruction-following difficulty: how little the prompt helps to predict the response
+(https://arxiv.org/abs/2308.12032).
 
-IFD(Q, A) = ppl(A | Q) / ppl(A). The paper's code takes a ratio of mean losses in places; this is the ratio of
-perplexities of its equation, on the same answer tokens in both: alone, they follow the template's opening of an answer.
+IFD(Q, A) = ppl(A | Q) / ppl(A). The paper's code uses a ratio of mean losses in places; this is the ratio of
+perplexities of its equation, over the same response tokens. The unconditional perplexity is that of the response after
+the generation prompt of the chat template.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ class IfdScorer:
     views: tuple[SpanNll, ...] = ("answer", "alone")
 
     def __init__(self, spec: Ifd) -> None:
-        """The model is all that there is to set, and that is loaded by whoever makes the forward passes."""
+        """The spec has only the model, which the actor loads."""
 
     def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
-        """score: above 0; NaN for texts, which have no question, and where no token counts."""
+        """Return "score" above 0; NaN for plain texts, which have no prompt, and for rows without response tokens."""
         return {"score": [ifd(*pair) for pair in zip(sums["answer"], sums["alone"], strict=True)]}
 
 
-def ifd(given: tuple[float, int], alone: tuple[float, int]) -> float:
-    """exp(mean loss given the question - mean loss alone), each (nats summed, tokens)."""
-    if not given[1] or not alone[1]:
+def ifd(conditional: tuple[float, int], unconditional: tuple[float, int]) -> float:
+    """Return exp(mean loss given the prompt - mean loss without it); each argument is (sum in nats, tokens)."""
+    if not conditional[1] or not unconditional[1]:
         return math.nan
-    return math.exp(max(-700.0, min(700.0, given[0] / given[1] - alone[0] / alone[1])))
+    difference = conditional[0] / conditional[1] - unconditional[0] / unconditional[1]
+    return math.exp(max(-700.0, min(700.0, difference)))

@@ -12,28 +12,30 @@ from tunery.spec import AUTO, Classifier
 
 class ClassifierScorer:
     def __init__(self, spec: Classifier, labels: Labels, model: str) -> None:
-        """Raises BadModel where `model` has no such label, or no temperature of its own where that is asked for."""
+        """Raises BadModel if `model` has no such label, or no fitted temperature although the spec requires it."""
         self._labels = labels
         self._temperature = labels.fitted_temperature(model) if spec.temperature == AUTO else spec.temperature
         self._label = labels.index(spec.label, model)
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
-        """score: in [0, 1], NaN for a row without a token; found: the most probable label, or, where a row may have
-        several, those of probability 1/2 and more, with commas between; "" where there is none."""
+        """Return "score" in [0, 1] (NaN for a row without tokens) and "found", the most probable label.
+
+        In a multi-label model, "found" lists the labels with a probability of at least 1/2, separated by commas.
+        """
         scaled_nl = logits_nl.astype(np.float64) / self._temperature
         if self._labels.independent:
-            # Of the two equal forms the one that does not overflow.
-            small_nl = np.exp(-np.abs(scaled_nl))
-            probabilities_nl = np.where(scaled_nl >= 0, 1.0, small_nl) / (1.0 + small_nl)
+            # The sigmoid in the form that does not overflow.
+            exp_nl = np.exp(-np.abs(scaled_nl))
+            probabilities_nl = np.where(scaled_nl >= 0, 1.0, exp_nl) / (1.0 + exp_nl)
         else:
             weights_nl = np.exp(scaled_nl - scaled_nl.max(axis=1, keepdims=True))
             probabilities_nl = weights_nl / weights_nl.sum(axis=1, keepdims=True)
         return {
             "score": probabilities_nl[:, self._label].tolist(),
-            "found": [self._found(probabilities_l) for probabilities_l in probabilities_nl],
+            "found": [self._predicted_labels(probabilities_l) for probabilities_l in probabilities_nl],
         }
 
-    def _found(self, probabilities_l: np.ndarray) -> str:
+    def _predicted_labels(self, probabilities_l: np.ndarray) -> str:
         names = self._labels.names
         if np.isnan(probabilities_l).any():
             return ""

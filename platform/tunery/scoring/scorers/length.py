@@ -1,6 +1,6 @@
-"""How long rows are: words, characters or lines (https://arxiv.org/abs/2402.04833).
+"""Length of rows in words, characters or lines (https://arxiv.org/abs/2402.04833).
 
-A row at a time, so 100 M rows are a matter of hours of CPU alone.
+Rows are scored one at a time, so 100 M rows take only CPU hours.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class LengthScorer:
         self._of, self._unit = spec.of, spec.length
 
     def __call__(self, rows: Sequence[Row]) -> Columns:
-        """score: of the part that is asked for, 0 where it is empty, NaN where there is none (the answer of a prompt);
-        question: of the user's turns, NaN in texts."""
+        """Return "score", the length of the selected part (NaN if the row has no such part, such as the answer of a
+        prompt), and "question", the length of the user messages (NaN for plain texts)."""
         return {
             "score": [self._measure(select_text(row, self._of)) for row in rows],
             "question": [self._measure(select_text(row, "question")) for row in rows],

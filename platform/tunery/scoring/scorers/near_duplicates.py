@@ -1,20 +1,19 @@
 """Near duplicates by MinHash and locality-sensitive hashing (Broder 1997; Lee et al. 2022,
 https://arxiv.org/abs/2107.06499).
 
-A row's signature keeps, for each of K hash functions, the least hash of its word n-grams: two rows agree in each with
-the probability of their Jaccard similarity. Signatures are cut in bands; rows that agree in a whole band are
-candidates, and candidates are compared by their signatures. Signatures are rensa's R-MinHash: of 20,000 short answers
-75,000 a second, where datasketch makes 13,000 and brings scipy along; without bias, with a lower standard error than
-plain MinHash (0.025 for 0.031).
+The signature of a row is the minimum hash of its word n-grams under each of K hash functions. Two rows agree in each
+position with a probability equal to their Jaccard similarity. Signatures are split into bands; rows that agree in a
+complete band are candidate pairs, and candidate pairs are compared by their full signatures. Signatures are rensa's
+R-MinHash: 75,000 short responses a second, against 13,000 with datasketch, which also requires scipy. The estimate is
+unbiased and has a lower standard error than plain MinHash (0.025 instead of 0.031).
 
-Sketches are 4 K bytes a row (512 for K = 128). Bands, candidates and their signatures go through files, so memory does
-not grow with the rows but for two bytes each; files of some 1.5 kB a row do. 2 M rows take two minutes of one core and
-3 GB; 100 M rows would take 150 GB of disk and hours of one process, which is the limit: past that, bands want to be
-shared out to machines.
+Signatures take 4 K bytes a row (512 for K = 128). Bands, candidate pairs and signatures are stored in files of about
+1.5 kB a row, so memory grows by only two bytes a row. 2 M rows take two minutes on one core and 3 GB of disk; 100 M
+rows would take 150 GB of disk and hours in one process, which is the practical limit of a single machine.
 
-A row is compared with at most 2 * NEIGHBOURS earlier rows a band, of those that differ in their signature: where
-thousands of rows share a band (a template), the most similar one may be missed, and a less similar one of the same kind
-is found. Rows with equal signatures are found in any case.
+A row is compared with at most 2 * MAX_NEIGHBORS earlier rows per band, not counting rows with an equal signature. If
+thousands of rows share a band (a template), the most similar row may be missed in favour of a less similar one from the
+same template. Rows with equal signatures are always matched.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from numpy.typing import NDArray
 from rensa import RMinHash
 
 from tunery.scoring.scorers.external_groupby import (
-    RECORDS,
+    MAX_RECORDS,
     PartitionFiles,
     Records,
     RowSignatures,
     ShardGroup,
-    block_numbers,
-    part_of,
+    group_indices,
+    partition_of,
     run_starts,
 )
 from tunery.scoring.scorers.ngrams import Words, mixed
@@ -44,207 +43,221 @@ from tunery.scoring.scorers.texts import select_text
 from tunery.spec import NearDuplicates
 from tunery.store.rows import Row
 
-Numbers = NDArray[np.uint64]
+UInt64s = NDArray[np.uint64]
 
 SEED = 17
-"""Of the hash functions. Which is taken changes estimates within their error; one for all keeps scores comparable."""
+"""Seed of the hash functions. It is fixed to keep scores comparable."""
 RECALL = 0.98
 """Probability that a pair at the threshold becomes a candidate."""
-NEIGHBOURS = 16
-"""Earlier rows of a band that a row is compared with: so many from the first on, and so many just before it."""
-COMPARED = 16_384
-"""Pairs compared at a time: 16 MB of signatures."""
-ID = 16
-"""Bytes of a row's id."""
+MAX_NEIGHBORS = 16
+"""A row is compared with at most this many rows at the start of its band's run, and this many just before it."""
+PAIR_BATCH_SIZE = 16_384
+"""Number of pairs compared at a time: 16 MB of signatures."""
+ID_BYTES = 16
+"""Length of a row id."""
 
 
 class NearDuplicatesScorer:
-    def __init__(self, spec: NearDuplicates, records: int = RECORDS) -> None:
+    def __init__(self, spec: NearDuplicates, max_records: int = MAX_RECORDS) -> None:
         settings = spec.near_duplicates
         self._of, self._n, self._threshold = settings.of, settings.ngram, settings.threshold
-        self._hashes = settings.permutations
-        self._records = records
+        self._num_hashes = settings.permutations
+        self._max_records = max_records
 
-    def sketch(self, rows: Sequence[Row]) -> Columns:
-        """signature: 4 bytes a hash function, None where there is no word."""
-        grams, counts = Words.of([select_text(row, self._of) or "" for row in rows]).ngrams(self._n)
-        ends = np.cumsum([0, *counts]).astype(np.uint64)
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, ends, self._hashes, SEED)
-        signatures = np.array(matrix.to_rows(), dtype="<u4").reshape(len(rows), self._hashes)
+    def compute_signatures(self, rows: Sequence[Row]) -> Columns:
+        """Return "signature", 4 bytes per hash function; None for a row without words."""
+        ngrams, counts = Words.of([select_text(row, self._of) or "" for row in rows]).ngrams(self._n)
+        offsets = np.cumsum([0, *counts]).astype(np.uint64)
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(ngrams, offsets, self._num_hashes, SEED)
+        signatures = np.array(matrix.to_rows(), dtype="<u4").reshape(len(rows), self._num_hashes)
         return {
-            "signature": [one.tobytes() if count else None for one, count in zip(signatures, counts, strict=True)],
+            "signature": [
+                signature.tobytes() if count else None for signature, count in zip(signatures, counts, strict=True)
+            ],
         }
 
-    def resolve(self, sketches: RowSignatures, work: Path) -> Iterator[Columns]:
-        """score: estimated Jaccard similarity to the most similar earlier row, 0 where none reaches the threshold, NaN
-        where there is no word; nearest: the id of that row (of equals the first), or ""."""
-        work.mkdir(parents=True, exist_ok=True)
-        # A block's signatures are in memory at once.
-        blocks = sketches.blocks(max(1, self._records // self._hashes))
-        pairs = PartitionFiles(work / "pairs", {"row": "<u8", "other": "<u8"}, self._records)
-        present = self._find_pairs(sketches, blocks, pairs, work)
-        with _Flat(work / "signatures.bin", 4 * self._hashes) as signatures, _Flat(work / "ids.bin", ID) as ids:
-            for number, block in enumerate(blocks):
-                best, other = self._best(block, pairs.pieces(number, self._records), signatures)
+    def resolve(self, signatures: RowSignatures, work_dir: Path) -> Iterator[Columns]:
+        """Yield "score", the estimated Jaccard similarity to the most similar earlier row (0 if none reaches the
+        threshold, NaN for a row without words), and "nearest", the id of that row (the first in a tie) or ""."""
+        work_dir.mkdir(parents=True, exist_ok=True)
+        # The signatures of a group are in memory at once.
+        groups = signatures.shard_groups(max(1, self._max_records // self._num_hashes))
+        pairs = PartitionFiles(work_dir / "pairs", {"row": "<u8", "other": "<u8"}, self._max_records)
+        has_signature = self._find_pairs(signatures, groups, pairs, work_dir)
+        with (
+            _RecordFile(work_dir / "signatures.bin", 4 * self._num_hashes) as signature_file,
+            _RecordFile(work_dir / "ids.bin", ID_BYTES) as id_file,
+        ):
+            for number, group in enumerate(groups):
+                similarity, nearest = self._most_similar(
+                    group, pairs.read_chunks(number, self._max_records), signature_file
+                )
                 pairs.drop(number)
-                names = ids.rows(np.maximum(other, 0)) if (other >= 0).any() else np.zeros((block.rows, ID), np.uint8)
+                if (nearest >= 0).any():
+                    ids = id_file.read(np.maximum(nearest, 0))
+                else:
+                    ids = np.zeros((group.rows, ID_BYTES), np.uint8)
                 start = 0
-                for _, count in block.shards:
-                    chosen = slice(start, start + count)
-                    known = present[block.first + start : block.first + start + count]
+                for _, count in group.shards:
+                    shard = slice(start, start + count)
+                    is_scored = has_signature[group.first + start : group.first + start + count]
                     yield {
-                        "score": np.where(known, best[chosen], math.nan).tolist(),
+                        "score": np.where(is_scored, similarity[shard], math.nan).tolist(),
                         "nearest": [
-                            name.tobytes().decode() if row >= 0 else ""
-                            for name, row in zip(names[chosen], other[chosen].tolist(), strict=True)
+                            id.tobytes().decode() if row >= 0 else ""
+                            for id, row in zip(ids[shard], nearest[shard].tolist(), strict=True)
                         ],
                     }
                     start += count
         for name in ("signatures.bin", "ids.bin"):
-            (work / name).unlink()
+            (work_dir / name).unlink()
 
     def _find_pairs(
-        self, sketches: RowSignatures, blocks: list[ShardGroup], pairs: PartitionFiles, work: Path
+        self, signatures: RowSignatures, groups: list[ShardGroup], pairs: PartitionFiles, work_dir: Path
     ) -> NDArray[np.bool_]:
-        """Writes candidates to `pairs`; returns which rows have a signature."""
-        rows = sum(block.rows for block in blocks)
-        present = np.zeros(rows, dtype=np.bool_)
-        bands, width = bands_for(self._threshold, self._hashes)
-        parts, whole_parts = 1 + rows * bands // self._records, 1 + rows // self._records
-        by_band = PartitionFiles(work / "bands", {"key": "<u8", "row": "<u8"}, self._records)
-        by_whole = PartitionFiles(work / "whole", {"key": "<u8", "row": "<u8"}, self._records)
-        with (work / "signatures.bin").open("wb") as signatures, (work / "ids.bin").open("wb") as ids:
-            for first, sketch in sketches.by_shard(blocks, ["id", "signature"]):
-                empty = bytes(4 * self._hashes)
-                joined = b"".join(one or empty for one in sketch["signature"])
-                signatures.write(joined)
-                ids.write(b"".join(_padded(one) for one in sketch["id"]))
-                known = np.array([one is not None for one in sketch["signature"]], dtype=np.bool_)
-                present[first : first + len(known)] = known
-                matrix = np.frombuffer(joined, dtype="<u4").reshape(len(known), self._hashes)[known]
-                numbers = (first + np.flatnonzero(known)).astype(np.uint64)
-                keys = band_keys(matrix, 1, self._hashes)[:, 0]
-                by_whole.append(part_of(keys, whole_parts), key=keys, row=numbers)
-                for keys in band_keys(matrix, bands, width).T:
-                    by_band.append(part_of(keys, parts), key=keys, row=numbers)
+        """Write candidate pairs to `pairs`; return which rows have a signature."""
+        num_rows = sum(group.rows for group in groups)
+        has_signature = np.zeros(num_rows, dtype=np.bool_)
+        num_bands, width = bands_for(self._threshold, self._num_hashes)
+        num_band_partitions = 1 + num_rows * num_bands // self._max_records
+        num_signature_partitions = 1 + num_rows // self._max_records
+        by_band = PartitionFiles(work_dir / "bands", {"key": "<u8", "row": "<u8"}, self._max_records)
+        by_signature = PartitionFiles(work_dir / "whole", {"key": "<u8", "row": "<u8"}, self._max_records)
+        with (work_dir / "signatures.bin").open("wb") as signature_file, (work_dir / "ids.bin").open("wb") as id_file:
+            for first, columns in signatures.by_shard(groups, ["id", "signature"]):
+                empty = bytes(4 * self._num_hashes)
+                signature_bytes = b"".join(signature or empty for signature in columns["signature"])
+                signature_file.write(signature_bytes)
+                id_file.write(b"".join(_encode_id(id) for id in columns["id"]))
+                present = np.array([signature is not None for signature in columns["signature"]], dtype=np.bool_)
+                has_signature[first : first + len(present)] = present
+                matrix = np.frombuffer(signature_bytes, dtype="<u4").reshape(len(present), self._num_hashes)[present]
+                rows = (first + np.flatnonzero(present)).astype(np.uint64)
+                keys = band_keys(matrix, 1, self._num_hashes)[:, 0]
+                by_signature.append(partition_of(keys, num_signature_partitions), key=keys, row=rows)
+                for keys in band_keys(matrix, num_bands, width).T:
+                    by_band.append(partition_of(keys, num_band_partitions), key=keys, row=rows)
 
-        # A row that equals an earlier one is as similar to any other as that one is: its pair is settled.
-        settled = np.zeros(rows, dtype=np.bool_)
-        for number in range(whole_parts):
-            records = _sorted(by_whole.read(number))
+        # A row with the signature of an earlier row is paired with it and needs no other candidates.
+        is_repeat = np.zeros(num_rows, dtype=np.bool_)
+        for partition in range(num_signature_partitions):
+            records = _sort_by_key(by_signature.read(partition))
             runs = run_starts(records["key"])
-            again = runs != np.arange(len(runs))
-            self._keep(pairs, blocks, records["row"][again], records["row"][runs[again]])
-            settled[records["row"][again]] = True
-            by_whole.drop(number)
-        for number in range(parts):
-            records = by_band.read(number)
-            records = _sorted(records[~settled[records["row"]]])
-            for later, earlier in neighbours(records["key"]):
-                self._keep(pairs, blocks, records["row"][later], records["row"][earlier])
-            by_band.drop(number)
-        return present
+            repeats = runs != np.arange(len(runs))
+            self._append_pairs(pairs, groups, records["row"][repeats], records["row"][runs[repeats]])
+            is_repeat[records["row"][repeats]] = True
+            by_signature.drop(partition)
+        for partition in range(num_band_partitions):
+            records = by_band.read(partition)
+            records = _sort_by_key(records[~is_repeat[records["row"]]])
+            for later, earlier in neighbors(records["key"]):
+                self._append_pairs(pairs, groups, records["row"][later], records["row"][earlier])
+            by_band.drop(partition)
+        return has_signature
 
-    def _keep(self, pairs: PartitionFiles, blocks: list[ShardGroup], rows: Numbers, others: Numbers) -> None:
-        pairs.append(block_numbers(blocks, rows), row=rows, other=others)
+    def _append_pairs(self, pairs: PartitionFiles, groups: list[ShardGroup], rows: UInt64s, others: UInt64s) -> None:
+        pairs.append(group_indices(groups, rows), row=rows, other=others)
 
-    def _best(
-        self, block: ShardGroup, pieces: Iterator[Records], signatures: _Flat
+    def _most_similar(
+        self, group: ShardGroup, pair_chunks: Iterator[Records], signature_file: _RecordFile
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Highest similarity to an earlier row at or above the threshold and that row (-1 for none), each row."""
-        best, other = np.zeros(block.rows), np.full(block.rows, -1, dtype=np.int64)
-        own = signatures.rows(np.arange(block.first, block.first + block.rows)).view("<u4")
-        for piece in pieces:
+        """Return for each row of the group its highest similarity to an earlier row if that reaches the threshold
+        (else 0), and that row (else -1)."""
+        max_similarity, nearest = np.zeros(group.rows), np.full(group.rows, -1, dtype=np.int64)
+        group_signatures = signature_file.read(np.arange(group.first, group.first + group.rows)).view("<u4")
+        for chunk in pair_chunks:
             # The same two rows are candidates in many bands.
-            distinct = np.unique(piece)
-            for start in range(0, len(distinct), COMPARED):
-                some = distinct[start : start + COMPARED]
-                rows, others = some["row"].astype(np.int64) - block.first, some["other"].astype(np.int64)
-                needed, places = np.unique(others, return_inverse=True)
-                theirs = signatures.rows(needed).view("<u4")
-                alike = (own[rows] == theirs[places]).mean(axis=1)
-                order = np.lexsort((others, -alike, rows))
+            pairs = np.unique(chunk)
+            for start in range(0, len(pairs), PAIR_BATCH_SIZE):
+                batch = pairs[start : start + PAIR_BATCH_SIZE]
+                rows, others = batch["row"].astype(np.int64) - group.first, batch["other"].astype(np.int64)
+                distinct_others, inverse = np.unique(others, return_inverse=True)
+                other_signatures = signature_file.read(distinct_others).view("<u4")
+                similarity = (group_signatures[rows] == other_signatures[inverse]).mean(axis=1)
+                order = np.lexsort((others, -similarity, rows))
                 _, firsts = np.unique(rows[order], return_index=True)
-                chosen = order[firsts]
-                rows, others, alike = rows[chosen], others[chosen], alike[chosen]
-                # An estimate is a multiple of 1 / K; what misses the threshold by rounding alone does not miss it.
-                better = (alike >= self._threshold - 1e-9) & (
-                    (alike > best[rows]) | ((alike == best[rows]) & (others < other[rows]))
+                best = order[firsts]
+                rows, others, similarity = rows[best], others[best], similarity[best]
+                # Estimates are multiples of 1 / K; the tolerance keeps rounding from rejecting one at the threshold.
+                better = (similarity >= self._threshold - 1e-9) & (
+                    (similarity > max_similarity[rows])
+                    | ((similarity == max_similarity[rows]) & (others < nearest[rows]))
                 )
-                best[rows[better]], other[rows[better]] = alike[better], others[better]
-        return best, other
+                max_similarity[rows[better]], nearest[rows[better]] = similarity[better], others[better]
+        return max_similarity, nearest
 
 
-def bands_for(threshold: float, hashes: int) -> tuple[int, int]:
-    """(bands, hashes in each): the widest bands (the fewest candidates in vain) that reach RECALL at the threshold."""
-    for width in range(hashes, 1, -1):
-        bands = hashes // width
-        if 1 - (1 - threshold**width) ** bands >= RECALL:
-            return bands, width
-    return hashes, 1
+def bands_for(threshold: float, num_hashes: int) -> tuple[int, int]:
+    """Return (number of bands, hashes per band): the widest bands, which give the fewest false candidates, whose recall
+    at the threshold is at least RECALL."""
+    for width in range(num_hashes, 1, -1):
+        num_bands = num_hashes // width
+        if 1 - (1 - threshold**width) ** num_bands >= RECALL:
+            return num_bands, width
+    return num_hashes, 1
 
 
-def band_keys(matrix: NDArray[np.uint32], bands: int, width: int) -> Numbers:
-    """(rows, bands): a hash of each band, other for equal bands at other places."""
-    keys = np.empty((len(matrix), bands), dtype=np.uint64)
-    for band in range(bands):
+def band_keys(matrix: NDArray[np.uint32], num_bands: int, width: int) -> UInt64s:
+    """Return a hash of each band, (rows, bands); equal values in different bands have different hashes."""
+    keys = np.empty((len(matrix), num_bands), dtype=np.uint64)
+    for band in range(num_bands):
         key = np.full(len(matrix), band + 1, dtype=np.uint64)
-        for place in range(band * width, (band + 1) * width):
-            key = mixed(key) ^ matrix[:, place]
+        for column in range(band * width, (band + 1) * width):
+            key = mixed(key) ^ matrix[:, column]
         keys[:, band] = mixed(key)
     return keys
 
 
-def neighbours(keys: Numbers) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Of sorted keys, pairs of places (later, earlier) with equal keys: each with the NEIGHBOURS before it, and with
-    the first NEIGHBOURS of its run."""
+def neighbors(keys: UInt64s) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield pairs of indices (later, earlier) of equal keys in the sorted `keys`: each index with the MAX_NEIGHBORS
+    before it and with the first MAX_NEIGHBORS of its run."""
     starts = run_starts(keys)
-    places = np.arange(len(keys))
-    since = places - starts
-    for back in range(1, NEIGHBOURS + 1):
-        later = places[since >= back]
+    indices = np.arange(len(keys))
+    offsets = indices - starts
+    for distance in range(1, MAX_NEIGHBORS + 1):
+        later = indices[offsets >= distance]
         if not len(later):
             return
-        yield later, later - back
-    for step in range(NEIGHBOURS):
-        later = places[since > NEIGHBOURS + step]
+        yield later, later - distance
+    for offset in range(MAX_NEIGHBORS):
+        later = indices[offsets > MAX_NEIGHBORS + offset]
         if not len(later):
             return
-        yield later, starts[later] + step
+        yield later, starts[later] + offset
 
 
-def _sorted(records: Records) -> Records:
-    """By key; rows come in their order."""
+def _sort_by_key(records: Records) -> Records:
+    """Sort by key, stably, so that rows stay in order within a key."""
     return records[np.argsort(records["key"], kind="stable")]
 
 
-def _padded(identity: str) -> bytes:
-    encoded = identity.encode()
-    assert len(encoded) == ID, "store.rows.row_id has 16 hex digits"
+def _encode_id(id: str) -> bytes:
+    encoded = id.encode()
+    assert len(encoded) == ID_BYTES, "store.rows.row_id has 16 hex digits"
     return encoded
 
 
-class _Flat:
-    """Random access to a file of records of one size: read, not mapped, so that what was read does not stay."""
+class _RecordFile:
+    """Random access to a file of fixed-size records; it is read instead of mapped, so that pages do not accumulate."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._size = path, size
+    def __init__(self, path: Path, record_size: int) -> None:
+        self._path, self._record_size = path, record_size
 
-    def __enter__(self) -> _Flat:
+    def __enter__(self) -> _RecordFile:
         self._file = os.open(self._path, os.O_RDONLY)
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
-    def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(len(numbers), size) bytes; runs of consecutive numbers are read in one go."""
-        out = np.empty((len(numbers), self._size), dtype=np.uint8)
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the records, (len(rows), record_size) bytes; consecutive rows are read in one call."""
+        out = np.empty((len(rows), self._record_size), dtype=np.uint8)
         view = out.reshape(-1).data
-        ends = np.flatnonzero(np.diff(numbers) != 1) + 1
-        for start, end in zip([0, *ends.tolist()], [*ends.tolist(), len(numbers)], strict=True):
+        ends = np.flatnonzero(np.diff(rows) != 1) + 1
+        for start, end in zip([0, *ends.tolist()], [*ends.tolist(), len(rows)], strict=True):
             if end > start:
-                target = view[start * self._size : end * self._size]
-                done = os.preadv(self._file, [target], int(numbers[start]) * self._size)
-                assert done == len(target), "rows that were written are there"
+                target = view[start * self._record_size : end * self._record_size]
+                num_read = os.preadv(self._file, [target], int(rows[start]) * self._record_size)
+                assert num_read == len(target), "the file ends before a requested row"
         return out

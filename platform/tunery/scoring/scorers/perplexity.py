@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean -log p over a row's tokens (https://arxiv.org/abs/2309.04564)."""
+"""Perplexity: exp of the mean -log p over the tokens of a row (https://arxiv.org/abs/2309.04564)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PerplexityScorer:
         self.views = (self._view,)
 
     def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
-        """score: in [1, exp(700)], NaN where no token counts; nll: nats, summed; tokens."""
+        """Return "score" in [1, exp(700)] (NaN for a row without tokens), "nll" (sum in nats) and "tokens"."""
         pairs = sums[self._view]
         return {
             "score": [perplexity(nll, tokens) for nll, tokens in pairs],
@@ -26,5 +26,5 @@ class PerplexityScorer:
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """Past exp(709) a double is infinite; such a row is as bad as can be told."""
+    """Return exp(nll / tokens), with the exponent capped at 700 because exp(709) overflows a double."""
     return math.exp(min(nll / tokens, 700.0)) if tokens else math.nan

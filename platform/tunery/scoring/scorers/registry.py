@@ -1,19 +1,18 @@
-"""The table of scorers, and what each kind of them has to offer.
+"""The registry of scorers, and the protocol of each kind of scorer.
 
-Functions are named, not imported: planning an experiment loads none of them. Five kinds:
+Scorers are referred to by name and imported on use, so planning an experiment imports none of them. There are five
+kinds; `load()` returns the factory:
 
-    row             scores a row from itself alone (and from what the spec names): make(spec, inputs) gives a RowScorer
-    likelihood      scores a row by what a causal language model makes of its tokens: make(spec) gives a
-                    LikelihoodScorer; scorers of one model share its forward passes
-    classification  scores a row by the logits of a sequence-classification model: make(spec, labels, name of the model)
-                    gives a ClassificationScorer; scorers of one model share its forward passes
-    embedding       scores a row by how near it is to reference rows: make(their vectors, their ids) gives an
-                    EmbeddingScorer; without reference rows it keeps the vector itself; scorers of one model share its
-                    forward passes
-    across          scores a row by the other rows (duplicates): make(spec) gives an CorpusScorer
+    row             scores a row by its own content and the inputs the spec names: factory(spec, inputs) -> RowScorer
+    likelihood      scores a row by the token likelihoods of a causal language model: factory(spec) -> LikelihoodScorer
+    classification  scores a row by the logits of a sequence-classification model: factory(spec, labels, model name) ->
+                    ClassificationScorer
+    embedding       scores a row by its similarity to reference rows: factory(their vectors, their ids) ->
+                    EmbeddingScorer; without reference rows the embedding itself is stored
+    across          scores a row by comparison with the other rows (duplicates): factory(spec) -> CorpusScorer
 
-Scores of all but the last are kept by row id in the store's score tables, so that a row is scored once; those of the
-last change with every row that is added, and are worked out anew.
+Scorers of the same model share its forward passes. Scores of all kinds but `across` are cached by row id in the score
+cache of the store, so a row is scored once. `across` scores change with every added row and are always recomputed.
 """
 
 from __future__ import annotations
@@ -31,81 +30,87 @@ from tunery.scoring.scorers.external_groupby import RowSignatures
 from tunery.store.rows import Row
 
 Columns = dict[str, Any]
-"""A value a row under each name: a list, or an array (rows, dimensions) of float16 where each row has a vector. `score`
-(float, NaN where a row has none) is the score itself; any other column explains it, and stands in the table as
-`<score>_<name>`."""
+"""One value per row under each name: a list, or a float16 array (rows, dimensions) for vectors. `score` (float, NaN for
+a row without one) is the score itself; other columns explain it and are stored as `<score>_<name>`."""
 
 
 class RowScorer(Protocol):
     def __call__(self, rows: Sequence[Row]) -> Columns:
-        """Columns of `rows`, each as long as they are. Sees all columns of a row but `planted`."""
+        """Return columns with one value per row. `rows` have every column except `planted`."""
         ...
 
 
 class LikelihoodScorer(Protocol):
     views: tuple[SpanNll, ...]
-    """What must be known of every row."""
+    """The sums of negative log-likelihoods that the scorer needs."""
 
     def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
-        """From (sum of -log p in nats, number of tokens) a row, for each of its views."""
+        """Return columns from the (sum of -log p in nats, number of tokens) of each row, for each view."""
         ...
 
 
 class ClassificationScorer(Protocol):
     def __call__(self, logits_nl: np.ndarray) -> Columns:
-        """From the model's logits, (rows, labels) in float32; those of a row without a token are NaN."""
+        """Return columns from the logits, (rows, labels) in float32; NaN for a row without tokens."""
         ...
 
 
 class CorpusScorer(Protocol):
-    def sketch(self, rows: Sequence[Row]) -> Columns:
-        """What has to be kept of each row to compare it with others; runs on many shards at once."""
+    def compute_signatures(self, rows: Sequence[Row]) -> Columns:
+        """Return what is needed of each row to compare it with others. Runs on many shards in parallel."""
         ...
 
-    def resolve(self, sketches: RowSignatures, work: Path) -> Iterator[Columns]:
-        """The columns of each shard in turn, from the sketches of all, as `sketch` gave them (null where a row could
-        not be sketched). Never holds all rows in memory: what is
-        large goes through files in `work`, which may hold those of a try that was killed."""
+    def resolve(self, signatures: RowSignatures, work_dir: Path) -> Iterator[Columns]:
+        """Yield the columns of each shard in order, from the signatures of all rows (null for a row that has none).
+
+        Must not hold all rows in memory: large data goes to files in `work_dir`, which may contain files of an
+        interrupted attempt.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ScorerEntry:
-    reads: Literal["row", "likelihood", "classification", "embedding", "across"]
-    make: str
+    input_kind: Literal["row", "likelihood", "classification", "embedding", "across"]
+    factory: str
     """module:callable"""
-    good: Literal["low", "high"]
-    """Which end is good: what `keep_fraction` keeps, and the sign of an AUC against planted rows."""
+    direction: Literal["low", "high"]
+    """Which scores are better: those that `keep_fraction` keeps; it also sets the sign of the AUC against corrupted
+    rows."""
     version: int
-    """Raised when the same row gets another score: kept scores are then not used again."""
+    """Increased when the score of a row changes, which invalidates cached scores."""
 
     def load(self) -> Callable[..., Any]:
-        module, name = self.make.split(":")
-        made: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        return made
+        module, name = self.factory.split(":")
+        factory: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return factory
 
 
 SCORER_ENTRIES: dict[str, ScorerEntry] = {
     "perplexity": ScorerEntry(
-        "likelihood", "tunery.scoring.scorers.perplexity:PerplexityScorer", good="low", version=2
+        "likelihood", "tunery.scoring.scorers.perplexity:PerplexityScorer", direction="low", version=2
     ),
-    "ifd": ScorerEntry("likelihood", "tunery.scoring.scorers.ifd:IfdScorer", good="low", version=2),
-    "reward": ScorerEntry("classification", "tunery.scoring.scorers.reward_score:RewardScorer", good="high", version=2),
+    "ifd": ScorerEntry("likelihood", "tunery.scoring.scorers.ifd:IfdScorer", direction="low", version=2),
+    "reward": ScorerEntry(
+        "classification", "tunery.scoring.scorers.reward_score:RewardScorer", direction="high", version=2
+    ),
     "classifier": ScorerEntry(
-        "classification", "tunery.scoring.scorers.label_probability:ClassifierScorer", good="high", version=2
+        "classification", "tunery.scoring.scorers.label_probability:ClassifierScorer", direction="high", version=2
     ),
-    "embedding": ScorerEntry("embedding", "tunery.scoring.scorers.embedding:EmbeddingScorer", good="high", version=2),
-    "length": ScorerEntry("row", "tunery.scoring.scorers.length:LengthScorer", good="high", version=2),
-    "gopher": ScorerEntry("row", "tunery.scoring.scorers.gopher:GopherScorer", good="low", version=2),
-    "c4": ScorerEntry("row", "tunery.scoring.scorers.c4:C4Scorer", good="low", version=2),
-    "language": ScorerEntry("row", "tunery.scoring.scorers.language:LanguageScorer", good="high", version=2),
+    "embedding": ScorerEntry(
+        "embedding", "tunery.scoring.scorers.embedding:EmbeddingScorer", direction="high", version=2
+    ),
+    "length": ScorerEntry("row", "tunery.scoring.scorers.length:LengthScorer", direction="high", version=2),
+    "gopher": ScorerEntry("row", "tunery.scoring.scorers.gopher:GopherScorer", direction="low", version=2),
+    "c4": ScorerEntry("row", "tunery.scoring.scorers.c4:C4Scorer", direction="low", version=2),
+    "language": ScorerEntry("row", "tunery.scoring.scorers.language:LanguageScorer", direction="high", version=2),
     "contamination": ScorerEntry(
-        "row", "tunery.scoring.scorers.contamination:ContaminationScorer", good="low", version=2
+        "row", "tunery.scoring.scorers.contamination:ContaminationScorer", direction="low", version=2
     ),
     "duplicates": ScorerEntry(
-        "across", "tunery.scoring.scorers.exact_duplicates:DuplicatesScorer", good="low", version=1
+        "across", "tunery.scoring.scorers.exact_duplicates:DuplicatesScorer", direction="low", version=1
     ),
     "near_duplicates": ScorerEntry(
-        "across", "tunery.scoring.scorers.near_duplicates:NearDuplicatesScorer", good="low", version=2
+        "across", "tunery.scoring.scorers.near_duplicates:NearDuplicatesScorer", direction="low", version=2
     ),
 }

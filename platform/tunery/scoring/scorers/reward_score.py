@@ -1,6 +1,7 @@
-"""The score of a reward model: its one logit (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
+"""Score of a reward model: its single logit (Stiennon et al. 2020, https://arxiv.org/abs/2009.01325).
 
-As it is, of a model from outside; of a `reward` stage less its mean and divided by its deviation over held-out answers.
+The logit of a model trained by a `reward` stage is normalized by its mean and standard deviation over held-out
+responses; that of any other model is not.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from tunery.spec import Reward
 
 class RewardScorer:
     def __init__(self, spec: Reward, labels: Labels, model: str) -> None:
-        """Raises BadModel where `model` has several labels."""
+        """Raises BadModel if `model` has several labels."""
         labels.check_single(model)
         self._scale = labels.scale
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
-        """score: without bounds, NaN for a row without a token."""
+        """Return "score", unbounded; NaN for a row without tokens."""
         outputs = logits_nl[:, 0].astype(np.float64)
         return {"score": (outputs if self._scale is None else self._scale(outputs)).tolist()}

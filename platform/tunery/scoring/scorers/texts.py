@@ -1,15 +1,15 @@
-"""The part of a row that scorers read, and its words. All in time linear in the text's length.
+"""Text extraction and word segmentation for scorers, in time linear in the length of the text.
 
-There is one definition of a word, in two forms. `words` keeps punctuation on its word and is what is counted; `terms`
-drops punctuation and case and is what is compared. In both:
+There are two segmentations. `words` keeps punctuation attached and is used for counting; `terms` drops punctuation and
+case and is used for comparison. In both:
 
-- Words are separated by white space, and a combining mark stays with its base (UAX #29, rule WB4), as vowel signs in
-  Hindi do.
+- Words are separated by white space, and a combining mark stays with its base character (UAX #29, rule WB4), such as
+  vowel signs in Hindi.
 - Chinese and Japanese have no spaces between words: each Han, Hiragana and Katakana character is one word. Korean has
   spaces.
-- Thai, Lao, Khmer and Burmese have none either: ICU's dictionaries find their words.
-- Tibetan puts a mark (tsheg) after each syllable: each syllable is one word. Older Ethiopic texts put
-  another one after each word. Each character of Yi is a syllable, and a word here.
+- Thai, Lao, Khmer and Burmese have no spaces either; their words are found with the dictionaries of ICU.
+- Tibetan puts a mark (tsheg) after each syllable, and each syllable is one word. Older Ethiopic texts have a mark after
+  each word. Each character of Yi is a syllable and counts as one word.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Part = Literal["answer", "question", "whole"]
 
 
 def _characters(categories: str, *blocks: tuple[int, int]) -> str:
-    """The characters of some ranges (both ends included) that are of some general categories, for use in a set."""
+    """Return the characters of the inclusive ranges with one of the general categories, escaped for a regex set."""
     codes = chain.from_iterable(range(first, last + 1) for first, last in blocks)
     return "".join(map(re.escape, (char for char in map(chr, codes) if unicodedata.category(char)[0] in categories)))
 
@@ -43,118 +43,120 @@ _SINGLE = (
 _DICTIONARY = _characters(
     "LN", (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F)
 )
-"""Thai, Lao, Burmese and Khmer, and the languages that are written in their scripts."""
+"""Thai, Lao, Burmese and Khmer, and other languages written in their scripts."""
 _TIBETAN = _characters("LN", (0x0F00, 0x0FFF))
 _UNSPACED = _SINGLE + _DICTIONARY + _TIBETAN
 _EXTEND = (
     _characters("M", (0x0300, 0xFFFF), (0x11100, 0x1114F), (0x1E900, 0x1E95F))
     + "\u00ad\u061c\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0100-\U000e01ef"
 )
-"""What does not end a word (UAX #29, WB4): combining marks, joiners, and format characters such as the soft hyphen. The
-zero width space does: it is what separates words in Khmer. Of the marks beyond U+FFFF only those of Chakma and Adlam:
-re tries them one after the other."""
+"""Characters that do not end a word (UAX #29, WB4): combining marks, joiners, and format characters such as the soft
+hyphen. The zero width space does end a word; it separates words in Khmer. Of the marks beyond U+FFFF, only those of
+Chakma and Adlam are included, because re tests them one after the other."""
 
 _ETHIOPIC_SPACE = "\u1361"
 _MAY_HAVE_UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3005-\U0010ffff]")
-"""Several times as fast as the exact set, and finds nothing in most texts."""
+"""A superset of _HAS_UNSPACED that is several times as fast and has no match in most texts."""
 _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _HAS_EXTEND = re.compile(f"[{_EXTEND}]")
 _MANY_MARKS = re.compile(f"[{_EXTEND}]{{31}}")
-"""More than text in any language has (UAX #15, stream-safe text format)."""
+"""More marks than text in any language has (UAX #15, stream-safe text format)."""
 _RUN = rf"([{_DICTIONARY}][{_DICTIONARY}{_EXTEND}]*)|[{_SINGLE}][{_EXTEND}]*|[{_TIBETAN}][{_TIBETAN}{_EXTEND}]*"
-"""One word, or, as the first group, the words that a dictionary is to find."""
+"""One word, or in the first group a run of words to be split with a dictionary."""
 _PIECE = re.compile(rf"([^\w{_EXTEND}]*)(?:{_RUN}|[^{_UNSPACED}]+)([^\w{_EXTEND}]*)")
-"""Of text without white space: punctuation, `_RUN` or a word in a script with spaces, punctuation."""
+"""In text without white space: punctuation, `_RUN` or a word in a script with spaces, punctuation."""
 _TERM = re.compile(rf"{_RUN}|[^\W{_UNSPACED}](?:[{_EXTEND}]|[^\W{_UNSPACED}])*")
 _PLAIN_TERM = re.compile(r"\w+")
 
-SAMPLE = 2_000
-"""Characters from the beginning of a text by which its script is decided."""
+SCRIPT_SAMPLE_CHARS = 2_000
+"""Number of leading characters from which the script of a text is determined."""
 LATIN_WEIGHT = 0.25
-"""Of a Latin letter beside one of another script: code, names and units are Latin in texts of every language."""
-LONGEST = 2_000_000
-"""Characters of a row that are looked at where its words are compared: bounds the memory that one row can take, at some
-500 MB. The longest page that Gopher's rules let through has a third of them."""
+"""Weight of a Latin letter relative to one of another script: texts in every language contain Latin code, names and
+units."""
+MAX_CHARS = 2_000_000
+"""Maximum number of characters of a row that are compared, which bounds the memory of one row at about 500 MB. The
+longest page that Gopher's rules accept has a third of it."""
 
 
 def select_text(row: Row, of: Part) -> str | None:
-    """The text, or None where the row has no such part: a prompt has no answer, a plain text no question.
+    """Return the text of a part of the row, or None if the row has no such part: a prompt has no answer, a plain text
+    no question.
 
-    A conversation's turns are joined by a blank line. Rejected answers are not looked at.
+    The messages of a conversation are joined by a blank line. Rejected responses are not included.
     """
-    turns = row.get("messages")
-    if not turns:
+    messages = row.get("messages")
+    if not messages:
         text: str | None = row.get("text")
         return None if of == "question" else text
     if of == "answer":
-        return turns[-1]["content"] or "" if turns[-1]["role"] == "assistant" else None
-    return "\n\n".join(turn["content"] or "" for turn in turns if of == "whole" or turn["role"] == "user")
+        return messages[-1]["content"] or "" if messages[-1]["role"] == "assistant" else None
+    return "\n\n".join(message["content"] or "" for message in messages if of == "whole" or message["role"] == "user")
 
 
 def words(text: str) -> list[str]:
-    """The text's words as they stand, with the punctuation around them: what lengths are counted in.
+    """Return the words of the text with the punctuation around them; used for lengths.
 
-    Text in scripts with spaces is cut at white space alone, so a symbol with spaces around it is a word.
+    Text in scripts with spaces is split at white space only, so a symbol between spaces is a word.
     """
     text = text.replace(_ETHIOPIC_SPACE, f"{_ETHIOPIC_SPACE} ")
     if not _unspaced(text):
         return text.split()
-    return [word for piece in text.split() for word in _cut(piece)]
+    return [word for chunk in text.split() for word in _split_unspaced(chunk)]
 
 
 def has_words(text: str, count: int) -> bool:
-    """Whether there are at least `count` words. Counting stops there where it can: a line may be a whole book."""
+    """Return whether there are at least `count` words; counting stops early if possible, because a line may be long."""
     spaced = text.isascii() or not (_ETHIOPIC_SPACE in text or _unspaced(text))
     return len(text.split(None, count) if spaced else words(text)) >= count
 
 
 def terms(text: str) -> list[str]:
-    """The text's words in lower case and Unicode NFC, without punctuation and symbols: what texts are compared by.
+    """Return the words of the text in lower case and NFC, without punctuation and symbols; used for comparison.
 
-    Finer than UAX #29 in one thing: an apostrophe, a period or a comma ends a term even between letters or digits, so
-    that texts that differ in such marks share most terms. Underscores are letters.
+    Unlike in UAX #29, an apostrophe, period or comma between letters or digits also ends a term, so that texts that
+    differ in such marks share most terms. Underscores are letters.
     """
     lowered = text.lower()
     if lowered.isascii():
         return _PLAIN_TERM.findall(lowered)
-    # Normalizing takes quadratic time in a run of combining marks; `composed` does not, and is ten times as slow.
+    # unicodedata.normalize takes quadratic time on a run of combining marks; `nfc` does not, but is ten times as slow.
     lowered = nfc(lowered) if _MANY_MARKS.search(lowered) else unicodedata.normalize("NFC", lowered)
     if not (_HAS_EXTEND.search(lowered) or _unspaced(lowered)):
         return _PLAIN_TERM.findall(lowered)
-    found: list[str] = []
+    result: list[str] = []
     for match in _TERM.finditer(lowered):
         if match[1]:
-            found += WordBreaker(match[1], "root")
+            result += WordBreaker(match[1], "root")
         else:
-            found.append(match[0])
-    return found
+            result.append(match[0])
+    return result
 
 
 def _unspaced(text: str) -> bool:
-    """Whether a script without spaces between words occurs."""
+    """Return whether the text contains a script without spaces between words."""
     return not text.isascii() and bool(_MAY_HAVE_UNSPACED.search(text) and _HAS_UNSPACED.search(text))
 
 
-def _cut(piece: str) -> Iterator[str]:
-    """The words of text without white space."""
-    for match in _PIECE.finditer(piece):
+def _split_unspaced(chunk: str) -> Iterator[str]:
+    """Yield the words of text without white space."""
+    for match in _PIECE.finditer(chunk):
         before, run, after = match.groups()
         if run:
-            found = list(WordBreaker(run, "root"))
-            found[0] = before + found[0]
-            found[-1] += after
-            yield from found
+            run_words = list(WordBreaker(run, "root"))
+            run_words[0] = before + run_words[0]
+            run_words[-1] += after
+            yield from run_words
         else:
             yield match[0]
 
 
 def script(text: str) -> str:
-    """The script of most letters among the first SAMPLE characters, as the names of its letters in Unicode begin
-    (Latin, Devanagari, Thai), Han for CJK ideographs; "" where there is no letter.
+    """Return the script of most letters among the first SCRIPT_SAMPLE_CHARS characters, or "" without letters.
 
-    Japanese, which mixes scripts, is "Kana" from one character in ten on.
+    It is the first word of the Unicode names of its letters (Latin, Devanagari, Thai), or Han for CJK ideographs.
+    Japanese, which mixes scripts, is "Kana" if at least one character in ten is Hiragana or Katakana.
     """
-    sample = text[:SAMPLE]
+    sample = text[:SCRIPT_SAMPLE_CHARS]
     if sample.isascii():
         return "Latin"
     counts: Counter[str] = Counter()
@@ -177,10 +179,10 @@ def _script_of(character: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """Those that are not blank, without the white space around them."""
+    """Return the non-blank lines, stripped."""
     return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
 def normalize(text: str) -> str:
-    """Without differences of case, of composed and decomposed characters, and of white space."""
+    """Normalize case, Unicode composition and white space."""
     return nfc(" ".join(text.casefold().split()))
