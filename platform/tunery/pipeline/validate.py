@@ -213,7 +213,7 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
     values = [_values(path, dimension) for path, dimension in space.items()]
     for combination in itertools.islice(itertools.product(*values), MOST_COMBINATIONS):
         drawn = dict(zip(space, combination, strict=True))
-        overrides: dict[str, Any] = {path: value for path, value in drawn.items() if space[path].is_there(drawn)}
+        overrides: dict[str, Any] = {path: value for path, value in drawn.items() if space[path].is_active(drawn)}
         try:
             trial = with_overrides(experiment, overrides)
         except ValueError as error:
@@ -289,8 +289,8 @@ def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) 
 
 def _values(path: str, dimension: Dimension) -> Sequence[Any]:
     """All choices and the ends of ranges; of a range of batch sizes every one, for they fit or not one by one."""
-    if dimension.listed is not None and path.endswith(".global_batch_size"):
-        return dimension.listed
+    if dimension.enumerated is not None and path.endswith(".global_batch_size"):
+        return dimension.enumerated
     return dimension.values
 
 
