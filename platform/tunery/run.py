@@ -127,7 +127,7 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
 
 
 def _interrupted(log: EventLog, start_time: float) -> Interrupted:
-    message = "stopped; the same command goes on from the last finished stage or checkpoint"
+    message = "stopped; the same command resumes from the last finished stage or checkpoint"
     with suppress(OSError):
         log.write("run_finished", state="interrupted", seconds=time.time() - start_time, message=message)
     return Interrupted(message)

@@ -230,7 +230,7 @@ def holder(tmp_path: Path) -> Iterator[int]:
 
 def foreign(path: Path, age: float, **owner: Any) -> None:
     """A lease that somebody took and touched `age` seconds ago."""
-    known = {"token": "t", "host": "elsewhere", "pid": os.getpid(), "start": lease_module._start(os.getpid())}
+    known = {"token": "t", "host": "elsewhere", "pid": os.getpid(), "start": lease_module._process_start(os.getpid())}
     path.write_text(json.dumps(known | owner))
     os.utime(path, (time.time() - age,) * 2)
 
