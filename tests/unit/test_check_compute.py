@@ -403,7 +403,7 @@ def test_trials_that_run_at_once_fit_the_machine(given: dict[str, Any], machine:
     resolved, _ = resolve_compute(Compute(**given), machine)
     count, why = concurrent_trials(resolved, machine)
     assert count == trials
-    assert "a trial" in why
+    assert "per trial" in why
 
 
 @pytest.mark.parametrize(
