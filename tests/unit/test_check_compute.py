@@ -221,7 +221,7 @@ MISTAKES: dict[str, Mistake] = {
         ],
         (2, 3),
         19,
-        ["a trial can't work: sft: global_batch_size 8 can't be split over 3 workers"],
+        ["a trial is not valid: sft: global_batch_size 8 can't be split over 3 workers"],
     ),
     "file that only a trial reads": (
         nothing,
