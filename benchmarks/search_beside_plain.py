@@ -117,7 +117,7 @@ def _tunery(file: Path, store: Path) -> None:
 
 def _prepare(store: Path, trials: int, gpu: str) -> dict[str, Any]:
     """Datasets and base, once; returns where they lie, and the trials."""
-    from tunery.search.space import point_by_chance
+    from tunery.search.space import random_point
     from tunery.spec import load
 
     model = str(store / "random/model") if gpu else ""
@@ -133,7 +133,7 @@ def _prepare(store: Path, trials: int, gpu: str) -> dict[str, Any]:
     _tunery(_write(store / "base.yaml", experiment), store / "base")
     told, _ = load(_write(store / "all.yaml", _experiment(trials, {}, {}, model)))
     assert told.search is not None
-    points = [point_by_chance(told.search.space, told.seed, number, {}) for number in range(trials)]
+    points = [random_point(told.search.space, told.seed, number, {}) for number in range(trials)]
     found: dict[str, Any] = {"points": points, "seed": told.seed, "model": model}
     for event in (
         json.loads(line) for line in (store / "base/runs/sweep/events/driver.jsonl").read_text().splitlines()

@@ -80,7 +80,7 @@ def search(folder: Path, trials: int, at_once: int) -> None:
     tuner.fit()
     end = time.time()
     met = (folder / "met").stat().st_mtime
-    done = sum(record.ended is not None and record.ended["state"] == "done" for record in journal.records.values())
+    done = sum(record.outcome is not None and record.outcome["state"] == "done" for record in journal.records.values())
     assert done == trials, f"{done} of {trials}"
     ideal = trials / at_once
     over = (end - met) / ideal - 1

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a run cleanly at any moment; and a last message when the process is gone at once."""
+"""Clean stop on SIGINT and SIGTERM, and an error message if the process is killed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any, ClassVar, Generic, TypeVar
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 5.0
-"""An interrupt that got lost (raised in a destructor or a callback of C code, where Python drops it) is raised again
-after this time. Longer than leases and actor pools take to close on the way out."""
+"""An interrupt that Python dropped (raised in a destructor or a callback of C code) is raised again after this time,
+which is longer than leases and actor pools take to close."""
 SAME_SIGNAL_SECONDS = 1.0
-"""Signals within this time count as one: a terminal signals the whole process group, and wrappers (timeout, npm, a
-Slurm step) pass their own on."""
-HURRY = 2
-"""So many signals, and closing no longer waits for Ray and W&B."""
-GIVE_UP = 3
-"""So many, and the process ends at once, whatever it is doing."""
+"""Signals within this time count as one: a terminal signals the process group, and wrappers (timeout, npm, a Slurm
+step) forward the signal as well."""
+SIGNALS_TO_HURRY = 2
+"""Number of signals after which closing no longer waits for Ray and W&B."""
+SIGNALS_TO_EXIT = 3
+"""Number of signals after which the process exits immediately."""
 EXIT_CODE = 130
-AT_ONCE = b"!"
-STOPPED_AT_ONCE = (
-    b"\nstopped at once, without a report; the same command goes on from the last finished stage or checkpoint\n"
+EXIT_NOW = b"!"
+EXIT_NOW_MESSAGE = (
+    b"\nstopped at once, without a report; the same command resumes from the last finished stage or checkpoint\n"
 )
 POLL_SECONDS = 0.2
 
 
 class StopSignals:
-    """SIGINT and SIGTERM of this process: the first one requests a clean stop.
+    """Handles SIGINT and SIGTERM of this process: the first signal requests a clean stop.
 
-    Raising KeyboardInterrupt in the handler is not enough: the exception can be dropped on its way, and Ray replaces
-    handlers. So the request is kept: `check()` raises it again at every stage boundary and in every wait of ours, and
-    a timer raises it again until it has arrived where the run is closed (`held()`).
+    Raising KeyboardInterrupt in the handler is not enough: the exception can be dropped, and Ray replaces handlers. So
+    the request is stored. `check()` raises it again at every stage boundary and in every wait, and a timer raises it
+    again until the run is being closed (`held()`).
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class StopSignals:
         self._installed = False
         self._armed = False
         self._alarm_before: Any = None
-        self.last_words: int | None = None
-        """Where `report_abrupt_exit` waits for the end of this process."""
+        self.exit_pipe: int | None = None
+        """File descriptor of the pipe that the child of `report_abrupt_exit` reads."""
 
     @property
     def requested(self) -> bool:
@@ -56,25 +56,25 @@ class StopSignals:
 
     @property
     def hurried(self) -> bool:
-        """Whether there was another signal, later, because closing takes long."""
-        return self._count >= HURRY
+        """Whether a second signal came, for example because closing takes long."""
+        return self._count >= SIGNALS_TO_HURRY
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt when a stop was requested, outside of `held()`."""
+        """Raise KeyboardInterrupt if a stop was requested, except inside `held()`."""
         if self._count and not self._held:
             raise KeyboardInterrupt
 
     def forget(self) -> None:
-        """The request was served, and the work goes on: where Ctrl-C is how a user ends a part of a command."""
+        """Clear the request, for commands that continue after Ctrl-C has ended one part of them."""
         self._count = 0
         self._disarm()
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle both signals while inside; nested uses share one state. SIGINT also where a shell has left it ignored,
-        as it does in what it starts in the background: `kill -INT` stops such a run as well.
+        """Handle both signals inside the context; nested uses share one state. SIGINT is handled even if the shell
+        ignores it, as for background jobs, so that `kill -INT` stops such a run.
 
-        Only the main thread can handle signals: in others this does nothing, and the embedding program decides.
+        Only the main thread can handle signals: in other threads this does nothing.
         """
         if self._installed or threading.current_thread() is not threading.main_thread():
             yield
@@ -89,21 +89,21 @@ class StopSignals:
             self._disarm()
             self._installed = False
             for number, handler in before.items():
-                if handler is not None:  # one of C code's, which Python can't put back
+                if handler is not None:  # None is a handler of C code, which Python cannot restore
                     signal.signal(number, handler)
 
     def install(self) -> None:
-        """Put the handlers in place once more: Ray's C++ code (2.60, RayLog::InstallFailureSignalHandler within
-        `ray.init`, RayLog::UninstallSignalAction within `ray.shutdown`) replaces that of SIGTERM without Python's
-        knowledge. Does nothing outside of `handled()` and in other threads than the main one."""
+        """Install the handlers again: Ray's C++ code (2.60, RayLog::InstallFailureSignalHandler within
+        `ray.init`, RayLog::UninstallSignalAction within `ray.shutdown`) replaces the one of SIGTERM without
+        Python noticing. Does nothing outside of `handled()` and outside of the main thread."""
         if self._installed and threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While inside, signals are counted and interrupt nothing: for what must be done whole, as a run's start and
-        its end (report, W&B, Ray)."""
+        """Inside the context signals are counted but do not interrupt: for steps that must complete, such as the start
+        and the end of a run (report, W&B, Ray)."""
         before, self._held = self._held, True
         self._disarm()
         try:
@@ -113,7 +113,7 @@ class StopSignals:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Within `held()`: while inside, signals interrupt again. Raises KeyboardInterrupt when one came before."""
+        """Let signals interrupt again inside `held()`. Raises KeyboardInterrupt if a signal came before."""
         before, self._held = self._held, False
         try:
             self.check()
@@ -123,7 +123,7 @@ class StopSignals:
             self._disarm()
 
     def _arm(self) -> None:
-        """From the first signal on only: the timer may be another's until then (pytest-timeout uses it)."""
+        """Start the timer at the first signal, not earlier: other code may use it (pytest-timeout does)."""
         if not self._armed:
             self._armed = True
             self._alarm_before = signal.signal(signal.SIGALRM, self._on_alarm)
@@ -140,9 +140,9 @@ class StopSignals:
         if self._count and now - self._last < SAME_SIGNAL_SECONDS:
             return
         self._count, self._last = self._count + 1, now
-        if self._count >= GIVE_UP:
-            if self.last_words is not None:
-                os.write(self.last_words, AT_ONCE)
+        if self._count >= SIGNALS_TO_EXIT:
+            if self.exit_pipe is not None:
+                os.write(self.exit_pipe, EXIT_NOW)
             os._exit(EXIT_CODE)
         if not self._held:
             self._arm()
@@ -153,29 +153,29 @@ class StopSignals:
 
 
 STOP = StopSignals()
-"""Signals belong to the process, and so does this."""
+"""The instance of this process."""
 
 
 class BackgroundCall(Generic[T]):
-    """`call()` in a thread of its own, from now on.
+    """Runs `call()` in a background thread, which starts immediately.
 
-    Ray Train (2.60) puts its own SIGINT handler in the main thread and never takes it away, Ray Tune swallows the
-    first interrupt, and `ray.init` puts a SIGTERM handler there; in other threads all of them leave signals alone.
+    In the main thread Ray Train (2.60) installs a SIGINT handler and never removes it, Ray Tune ignores the first
+    interrupt, and `ray.init` installs a SIGTERM handler; in other threads they do not touch signals.
     """
 
     unfinished: ClassVar[set[BackgroundCall[Any]]] = set()
 
     def __init__(self, call: Callable[[], T], keep: threading.Event | None = None) -> None:
-        """With `keep` the thread outlives the call until that is set: Linux sends the signal that a child wishes at its
-        parent's death (PR_SET_PDEATHSIG) when the thread ends that started it."""
-        self._outcome: list[T] = []
+        """With `keep` the thread stays alive after the call until the event is set: Linux sends the parent-death signal
+        of a child process (PR_SET_PDEATHSIG) when the thread that started it ends."""
+        self._returned: list[T] = []
         self._error: list[BaseException] = []
-        # Not Thread.join: interrupted, it takes a living thread for ended (Python 3.11, _wait_for_tstate_lock).
+        # Not Thread.join: if interrupted, it marks a live thread as ended (Python 3.11, _wait_for_tstate_lock).
         self._done = threading.Event()
 
         def run() -> None:
             try:
-                self._outcome.append(call())
+                self._returned.append(call())
             except BaseException as raised:
                 self._error.append(raised)
             finally:
@@ -188,7 +188,7 @@ class BackgroundCall(Generic[T]):
         threading.Thread(target=run, name="background call", daemon=True).start()
 
     def wait(self, seconds: float | None = None, poll: float = POLL_SECONDS) -> bool:
-        """Wait until the call has ended, at most so long; returns whether it has. Signals are handled meanwhile."""
+        """Wait up to `seconds` for the call to end and return whether it has. Signals are handled while waiting."""
         end = None if seconds is None else time.monotonic() + seconds
         while not self._done.is_set():
             STOP.install()
@@ -201,32 +201,32 @@ class BackgroundCall(Generic[T]):
         return True
 
     def result(self) -> T:
-        """What the call returned, or raised, once it has ended."""
+        """Return the result of the ended call, or raise its exception."""
         if self._error:
             raise self._error[0]
-        return self._outcome[0]
+        return self._returned[0]
 
 
 def left_behind() -> bool:
-    """Whether a background call has not ended. Such a process must end by os._exit: Python (3.11) ends a daemon thread
-    that comes back from C++ code during its finalization, and C++ then aborts."""
+    """Whether a background call is still running. The process must then exit with os._exit: during finalization Python
+    (3.11) ends a daemon thread that returns from C++ code, and C++ then aborts."""
     return bool(BackgroundCall.unfinished)
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """`call()` in a thread of its own, while the main thread stays open to signals. After an interrupt the thread is
-    left behind: it ends with the process, or with an error once Ray is shut down."""
+    """Run `call()` in a background thread while the main thread handles signals. After an interrupt the thread keeps
+    running until the process exits, or fails once Ray is shut down."""
     background = BackgroundCall(call)
     background.wait()
     return background.result()
 
 
 @contextmanager
-def report_abrupt_exit(words: str) -> Iterator[None]:
-    """While inside, `words` go to standard error if this process ends without leaving.
+def report_abrupt_exit(message: str) -> Iterator[None]:
+    """Write `message` to standard error if this process ends inside the context without leaving it.
 
-    That is so after kill -9, and when Ray's node process (raylet) dies: Ray 2.60 then ends the driver from C++
-    (core_worker, QuickExit), where no handler of Python's runs, and standard error is a log file by then. A forked
+    This happens after kill -9, and when Ray's node process (raylet) dies: Ray 2.60 then exits the driver from C++
+    (core_worker, QuickExit), where no Python handler runs and standard error is redirected to a log file. A forked
     child waits for the end of a pipe. Enter before threads are started.
     """
     reading, writing = os.pipe()
@@ -234,20 +234,20 @@ def report_abrupt_exit(words: str) -> Iterator[None]:
     if child == 0:
         try:
             os.close(writing)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are sent to the whole process group
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these signals go to the whole process group
                 signal.signal(number, signal.SIG_IGN)
-            told = os.read(reading, 1)
-            if told in (b"", AT_ONCE):
-                os.write(2, words.encode() if told == b"" else STOPPED_AT_ONCE)
+            received = os.read(reading, 1)
+            if received in (b"", EXIT_NOW):
+                os.write(2, message.encode() if received == b"" else EXIT_NOW_MESSAGE)
         finally:
             os._exit(0)
     os.close(reading)
-    STOP.last_words = writing
+    STOP.exit_pipe = writing
     try:
         yield
     finally:
-        STOP.last_words = None
-        with suppress(BrokenPipeError):  # the child is gone: there is nobody to be told
+        STOP.exit_pipe = None
+        with suppress(BrokenPipeError):  # the child has been killed
             os.write(writing, b".")
         os.close(writing)
         os.waitpid(child, 0)

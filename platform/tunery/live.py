@@ -1,4 +1,4 @@
-"""A run with its live view: terminal, W&B and report, all drawn from the event log."""
+"""Run an experiment with a live terminal view, W&B and a report, all generated from the event log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Where to look when a run has ended."""
+    """Results of a run and where its report, logs and W&B runs are."""
 
     run: str
     folder: Path
@@ -50,16 +50,16 @@ class RunSummary:
 
 
 def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet: bool = False) -> RunSummary:
-    """Run `experiment`, showing it; the report and W&B files are written also when it fails or is interrupted.
+    """Run `experiment` and show its progress. The report and W&B files are also written if it fails or is interrupted.
 
-    Whatever fails while the run is closed is reported beside its error and never instead of it.
+    A failure while the run is closed is reported in addition to the error of the run, never instead of it.
     """
     folder = store.run(experiment.name)
     with (
         STOP.handled(),
-        # Signals interrupt the experiment (run_experiment releases them), and neither its start nor its end.
+        # Signals interrupt the experiment (run_experiment releases them), but neither the start nor the end of the run.
         STOP.held(),
-        report_abrupt_exit(_killed(folder)),
+        report_abrupt_exit(_killed_message(folder)),
         _single_run_lock(folder),
         redirect_output(folder / "logs" / "driver.log") as out,
     ):
@@ -77,7 +77,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
                 artifacts = run_experiment(experiment, source, store, session).artifacts
             except TuneryError as failed:
                 error = failed
-        # First: workers may still write into a stage whose lease is given back.
+        # Stop Ray first: workers may still write to a stage whose lease has been released.
         _, ray_failed = _attempt(session.stop)
         report, report_failed = _attempt(lambda: write_report(folder))
         mirrored, mirror_failed = _attempt(lambda: mirror.close(lambda: STOP.hurried))
@@ -85,7 +85,11 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         lines = [
             f"report: {report}" if report else f"report: not written ({report_failed})",
             *synced.notes,
-            *(f"{what}: {failed}" for what, failed in (("Ray's end", ray_failed), ("W&B", mirror_failed)) if failed),
+            *(
+                f"{what}: {failed}"
+                for what, failed in (("shutdown of Ray", ray_failed), ("W&B", mirror_failed))
+                if failed
+            ),
             f"logs:   {folder / 'logs'}",
         ]
         with suppress(OSError):  # standard output is a closed pipe, or a file on a full disk
@@ -95,45 +99,48 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
     if error is not None:
         raise error
     if STOP.requested:
-        raise Interrupted("stopped while the run was closed; every stage is done, and the same command shows them")
+        raise Interrupted(
+            "stopped while the run was being closed; all stages are done, and the same command shows the results"
+        )
     if report is None:
         raise TuneryError(
             "the run is done, but its report could not be written",
             cause=report_failed,
-            remedy=f"then write it with `tunery report {folder}`",
+            remedy=f"write it with `tunery report {folder}`",
         )
-    made = artifacts or {}
-    return RunSummary(experiment.name, folder, report, list(synced.notes), results(experiment, made), made)
+    artifacts = artifacts or {}
+    return RunSummary(experiment.name, folder, report, list(synced.notes), results(experiment, artifacts), artifacts)
 
 
 def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
-    """What `step` of a run's end returned, and why it failed ("" where it did not); the log has the traceback."""
+    """Run one step of closing a run. Returns its result and the reason of its failure ("" if it succeeded); the log has
+    the traceback."""
     try:
         return step(), ""
     except Exception as error:
         with suppress(OSError):
-            traceback.print_exc()  # standard error is the run's log here
+            traceback.print_exc()  # standard error is redirected to the log of the run
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
         return None, reason.splitlines()[0]
 
 
-def _killed(folder: Path) -> str:
+def _killed_message(folder: Path) -> str:
     return f"""
 error: the run's process was killed
-cause: by somebody or the system (kill -9, out of memory), or Ray's node process (raylet) was, and took it along
-remedy: look at the memory of the machine (dmesg), then give the same command again: it goes on from where it was
+cause: kill -9, the out-of-memory killer, or the end of Ray's node process (raylet), which also ends the driver
+remedy: check the memory of the machine (dmesg), then run the same command again: it resumes the run
 log: {folder / "logs" / "driver.log"}
 """
 
 
 @contextmanager
 def _single_run_lock(folder: Path) -> Iterator[None]:
-    """Two runs of one name would write one event log: the second is refused while the first lives."""
+    """Refuse a second concurrent run of the same name, which would write to the same event log."""
     try:
         with Lease(folder / "lease"):
             yield
     except LeaseHeld as held:
         raise RequestError(
-            f"a run of this name is going on already: {held.holder}",
-            remedy="wait for it, or give the experiment another name (what both need is still made once)",
+            f"a run with this name is already active: {held.holder}",
+            remedy="wait for it, or give the experiment another name (shared stages are still built only once)",
         ) from None

@@ -1,4 +1,4 @@
-"""One run of an experiment: its stages, its search, the best trial measured, and the comparison that it ends with."""
+"""Run an experiment: its stages, its search, the evaluation of the best trial, and the summary tables."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from tunery.reporting.summary_tables import (
     search_table,
     win_table,
 )
-from tunery.search.population import most_descendants
+from tunery.search.population import max_children
 from tunery.search.search_plan import plan_search
-from tunery.search.space import before_selection, curve_stage, longest, metric_stages
+from tunery.search.space import curve_stage, estimate_max_progress, metric_stages, unfiltered_stages
 from tunery.spec import Evaluate, Experiment, ReviewLabels, Training, WinRate
 from tunery.spec.graph import inputs_of, with_upstream
 from tunery.spec.overrides import with_overrides
@@ -43,9 +43,9 @@ from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
 
-SAMPLE = 1000
-"""Rows whose length stands for that of all."""
-TOKENS_OF_A_DECISION = 200.0
+SAMPLE_SIZE = 1000
+"""Number of rows that the mean row length is estimated from."""
+TOKENS_PER_REVIEWED_ROW = 200.0
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ class Outcome:
 
 
 def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Experiment:
-    """Everything that can be known before Ray starts; returns the experiment with `compute` resolved for here.
+    """Validate everything that can be checked before Ray starts. Returns the experiment with `compute` resolved for
+    this machine.
 
-    Raises SpecErrors, StoreError or RequestError; nothing is written.
+    Writes nothing. Raises SpecErrors, StoreError or RequestError.
     """
-    # A cluster's size is known only to the cluster: there the workers are checked once Ray is connected.
+    # The size of a cluster is known only once Ray is connected: the workers are validated again then.
     if cluster_address() is not None:
         auto = experiment.compute
         workers = 1 if auto.workers == "auto" else auto.workers
@@ -74,29 +75,29 @@ def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Exper
 
 
 def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
-    """What a run would do. Raises RequestError when its workers can't be placed on this machine."""
+    """Return the plan of a run. Raises RequestError if its workers do not fit on this machine."""
     lines: list[str] = []
     if (search := experiment.search) is not None:
         compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
         resolved = experiment.model_copy(update={"compute": compute})
-        workers, why = concurrent_trials(compute, local_hardware())
-        planned = plan_search(resolved, store, Path(source.file).parent, workers, why)
+        workers, reason = concurrent_trials(compute, local_hardware())
+        planned = plan_search(resolved, store, Path(source.file).parent, workers, reason)
         by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.progress_unit}"
-        stopped = by if search.scheduler != "none" else ""
-        lines = [f"{planned.trials} trials ({search.algorithm}{stopped}) for {search.metric}", *planned.lines()]
+        scheduler = by if search.scheduler != "none" else ""
+        lines = [f"{planned.trials} trials ({search.algorithm}{scheduler}) for {search.metric}", *planned.lines()]
         if search.scheduler == "pbt":
-            lines.append(f"then up to {most_descendants(resolved)} that go on from a better one's checkpoint")
+            lines.append(f"then up to {max_children(resolved)} copies that start from the checkpoint of a better trial")
         if search.num_seeds > 1:
-            more = search.num_seeds - 1
-            lines.append(f"then the {min(search.replicate_top_k, planned.trials)} best with {more} more seeds each")
+            seeds = search.num_seeds - 1
+            lines.append(f"then the best {min(search.replicate_top_k, planned.trials)} with {seeds} more seeds each")
     return make_plan(experiment, source, store, lines)
 
 
 def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:
-    """Everything in the file. The run's event log tells all of it; raises the first error, after telling it."""
-    where = RunContext(store, store.run(experiment.name), Path(source.file))
-    log = EventLog(where.events / "driver.jsonl")
-    begin = time.time()
+    """Run the experiment and write its event log. An error is logged before it is raised."""
+    run_context = RunContext(store, store.run(experiment.name), Path(source.file))
+    log = EventLog(run_context.events / "driver.jsonl")
+    start_time = time.time()
     try:
         with STOP.released():
             log.write(
@@ -111,65 +112,68 @@ def run_experiment(experiment: Experiment, source: YamlSource, store: Store, ses
                 versions=_versions(),
                 command="tunery " + " ".join(sys.argv[1:]),
             )
-            outcome = _run(experiment, source, where, log, session)
-            log.write("run_finished", state="done", seconds=time.time() - begin, message="")
+            outcome = _run(experiment, source, run_context, log, session)
+            log.write("run_finished", state="done", seconds=time.time() - start_time, message="")
     except KeyboardInterrupt:
-        raise _interrupted(log, begin) from None
+        raise _interrupted(log, start_time) from None
     except Exception as error:
-        if STOP.requested:  # the signal went to the whole process group, and ended a worker before it came here
-            raise _interrupted(log, begin) from error
-        told = diagnose(error, RUN, where)
-        with suppress(OSError):  # on a full disk the error matters more than its place in the log
-            log.write("run_finished", state="failed", seconds=time.time() - begin, message=str(told))
-        raise told from error
+        if STOP.requested:  # the signal reached a worker of the process group first
+            raise _interrupted(log, start_time) from error
+        diagnosis = diagnose(error, RUN, run_context)
+        with suppress(OSError):  # on a full disk the error must still be raised
+            log.write("run_finished", state="failed", seconds=time.time() - start_time, message=str(diagnosis))
+        raise diagnosis from error
     return outcome
 
 
-def _interrupted(log: EventLog, begin: float) -> Interrupted:
-    message = "stopped; the same command goes on from the last finished stage or checkpoint"
+def _interrupted(log: EventLog, start_time: float) -> Interrupted:
+    message = "stopped; the same command resumes from the last finished stage or checkpoint"
     with suppress(OSError):
-        log.write("run_finished", state="interrupted", seconds=time.time() - begin, message=message)
+        log.write("run_finished", state="interrupted", seconds=time.time() - start_time, message=message)
     return Interrupted(message)
 
 
-def _run(experiment: Experiment, source: YamlSource, where: RunContext, log: EventLog, session: RaySession) -> Outcome:
-    if _needs_ray(experiment, where):
+def _run(
+    experiment: Experiment, source: YamlSource, run_context: RunContext, log: EventLog, session: RaySession
+) -> Outcome:
+    if _needs_ray(experiment, run_context):
         hardware = session.start(experiment.compute)
         compute, _ = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
         assert compute.workers != "auto", "resolved"
         assert compute.workers_per_trial != "auto", "resolved"
-        validate(experiment, source, where.store, compute.workers, compute.workers_per_trial)
+        validate(experiment, source, run_context.store, compute.workers, compute.workers_per_trial)
         experiment = experiment.model_copy(update={"compute": compute})
-    found: Artifact | None = None
+    search_artifact: Artifact | None = None
     best: dict[str, Artifact] = {}
-    made = execute(before_search(experiment), where, log)
+    artifacts = execute(before_search(experiment), run_context, log)
     if experiment.search is not None:
         from tunery.search.tune import Capacity, run_search
 
-        room = Capacity(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
-        found = run_search(experiment, where, log, room, longest(experiment, *_rows_of(experiment, made)))
-        made = execute(experiment, where, log, made=made)
-        best = _evaluate_best_trial(experiment, where, log, found)
+        capacity = Capacity(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
+        max_progress = estimate_max_progress(experiment, *_training_size(experiment, artifacts))
+        search_artifact = run_search(experiment, run_context, log, capacity, max_progress)
+        artifacts = execute(experiment, run_context, log, done=artifacts)
+        best = _evaluate_best_trial(experiment, run_context, log, search_artifact)
     for table in (
-        filter_table(experiment, made),
-        diversity_table(experiment, made),
-        review_table(experiment, made),
-        classifier_table(experiment, made),
-        reward_table(experiment, made),
-        policy_table(experiment, made),
-        loss_table(experiment, made, best),
-        win_table(experiment, made, best),
-        search_table(experiment, found),
+        filter_table(experiment, artifacts),
+        diversity_table(experiment, artifacts),
+        review_table(experiment, artifacts),
+        classifier_table(experiment, artifacts),
+        reward_table(experiment, artifacts),
+        policy_table(experiment, artifacts),
+        loss_table(experiment, artifacts, best),
+        win_table(experiment, artifacts, best),
+        search_table(experiment, search_artifact),
     ):
         if table is not None:
             log.write("comparison", **table)
-    log.write("overhead", **overhead(read_events(where.events)))
-    return Outcome(made, found)
+    log.write("overhead", **overhead(read_events(run_context.events)))
+    return Outcome(artifacts, search_artifact)
 
 
 def before_search(experiment: Experiment) -> Experiment:
-    """Without the trainings that the search changes, and what depends on those: with the file's own values they come
-    after it, for the comparison. Where one of the trials had these values, they are there then."""
+    """Return the experiment without the trainings that the search changes and the stages that depend on them. With the
+    file's own values these run after the search, for the summary tables; a trial with the same values caches them."""
     if experiment.search is None:
         return experiment
     stages = experiment.stages
@@ -179,74 +183,74 @@ def before_search(experiment: Experiment) -> Experiment:
         for name, stage in stages.items()
         if isinstance(stage, Training) and searched & with_upstream(stages, [name]).keys()
     }
-    kept = {name: stage for name, stage in stages.items() if not trained & with_upstream(stages, [name]).keys()}
-    return experiment.model_copy(update={"stages": kept})
+    remaining = {name: stage for name, stage in stages.items() if not trained & with_upstream(stages, [name]).keys()}
+    return experiment.model_copy(update={"stages": remaining})
 
 
-def _needs_ray(experiment: Experiment, where: RunContext) -> bool:
+def _needs_ray(experiment: Experiment, run_context: RunContext) -> bool:
     from tunery.pipeline.stage_registry import STAGES
     from tunery.search.tune import search_fingerprint
 
     stages = experiment.stages
     missing = [
         name
-        for name, (print_, _, _) in fingerprints(experiment, where.folder).items()
-        if where.store.find(stages[name].kind, print_) is None
+        for name, (cache_key, _, _) in fingerprints(experiment, run_context.folder).items()
+        if run_context.store.find(stages[name].kind, cache_key) is None
     ]
     if any(STAGES[stages[name].kind].needs_ray for name in missing):
         return True
     if experiment.search is None:
         return False
-    found = where.store.find("search", search_fingerprint(experiment, where)[0])
-    if found is None:
+    search_artifact = run_context.store.find("search", search_fingerprint(experiment, run_context)[0])
+    if search_artifact is None:
         return True
-    best = _best_experiment(experiment, found)
+    best = _best_experiment(experiment, search_artifact)
     return any(
-        where.store.find(best.stages[name].kind, print_) is None
-        for name, (print_, _, _) in fingerprints(best, where.folder).items()
+        run_context.store.find(best.stages[name].kind, cache_key) is None
+        for name, (cache_key, _, _) in fingerprints(best, run_context.folder).items()
     )
 
 
-def _rows_of(experiment: Experiment, made: dict[str, Artifact]) -> tuple[int, float]:
-    """Rows that the searched training could see at most, those before any selection, and about how many tokens each
-    has."""
+def _training_size(experiment: Experiment, artifacts: dict[str, Artifact]) -> tuple[int, float]:
+    """Return the maximum number of rows that the searched training could read (those before selection) and an estimate
+    of the tokens per row."""
     name = curve_stage(experiment)
     if name is None:
         return 0, 0.0
     stage = experiment.stages[name]
-    assert isinstance(stage, Training), "a curve belongs to a training"
-    if isinstance(stage.data, ReviewLabels) and stage.data.review in made:
-        return int(made[stage.data.review].facts["decided"]), TOKENS_OF_A_DECISION
+    assert isinstance(stage, Training), "a curve stage is a training"
+    if isinstance(stage.data, ReviewLabels) and stage.data.review in artifacts:
+        return int(artifacts[stage.data.review].facts["decided"]), TOKENS_PER_REVIEWED_ROW
     rows, characters = 0, 0.0
-    for data in before_selection(experiment, name):
-        if data not in made:  # each trial has others
+    for data in unfiltered_stages(experiment, name):
+        if data not in artifacts:  # differs between trials
             continue
-        here = int(made[data].facts["rows"])
-        sample = list(itertools.islice(read_rows(made[data].path, ["text", "messages"]), SAMPLE))
-        rows += here
-        characters += here * sum(map(characters_of, sample)) / max(1, len(sample))
+        num_rows = int(artifacts[data].facts["rows"])
+        sample = list(itertools.islice(read_rows(artifacts[data].path, ["text", "messages"]), SAMPLE_SIZE))
+        rows += num_rows
+        characters += num_rows * sum(map(characters_of, sample)) / max(1, len(sample))
     return rows, characters / max(1, rows) / CHARACTERS_PER_TOKEN
 
 
-def _best_experiment(experiment: Experiment, found: Artifact) -> Experiment:
-    """The evaluate and win_rate stages that depend on what was searched, with the best trial's values."""
-    assert experiment.search is not None, "there was a search"
-    best = with_overrides(experiment, found.facts["best"]["overrides"])
+def _best_experiment(experiment: Experiment, search_artifact: Artifact) -> Experiment:
+    """Return the evaluate and win_rate stages that depend on searched values, with the values of the best trial."""
+    assert experiment.search is not None, "called for experiments with a search"
+    best = with_overrides(experiment, search_artifact.facts["best"]["overrides"])
     searched = {path.split(".")[0] for path in experiment.search.space}
-    wanted = [
+    names = [
         name
         for name, stage in best.stages.items()
         if isinstance(stage, Evaluate | WinRate) and searched & with_upstream(best.stages, [name]).keys()
     ] or metric_stages(experiment.search)
-    return best.model_copy(update={"stages": with_upstream(best.stages, wanted), "search": None})
+    return best.model_copy(update={"stages": with_upstream(best.stages, names), "search": None})
 
 
 def _evaluate_best_trial(
-    experiment: Experiment, where: RunContext, log: EventLog, found: Artifact
+    experiment: Experiment, run_context: RunContext, log: EventLog, search_artifact: Artifact
 ) -> dict[str, Artifact]:
-    """The best trial's model on the sets of evaluate and win_rate stages; what the trials made is not made again."""
-    best = _best_experiment(experiment, found)
-    return execute(best, where, log, TrialContext(label=" (best trial)"))
+    """Evaluate the model of the best trial in the evaluate and win_rate stages. Artifacts of the trials are reused."""
+    best = _best_experiment(experiment, search_artifact)
+    return execute(best, run_context, log, TrialContext(label=" (best trial)"))
 
 
 def _versions() -> dict[str, str]:

@@ -91,7 +91,7 @@ def review_bench(
     rows = bench.make("questions")["questions"]
     experiment, _ = bench.load()
     print_, identity, inputs = fingerprints(experiment, folder)["scored"]
-    out = bench.store.work("score", print_) / "out"
+    out = bench.store.staging_dir("score", print_) / "out"
     (out / "rows").mkdir(parents=True)
     (out / "scores").mkdir()
     index = 0

@@ -1,38 +1,38 @@
-"""The event log of a run: append-only JSON lines, the one source of the terminal's table, W&B and the report.
+"""Event log of a run: append-only JSON lines, from which the terminal view, W&B and the report are generated.
 
-Layout: `<run>/events/<writer>.jsonl`. One file has one writer (the driver, a stage's rank 0, a trial's driver), so
-that no two processes append to the same file, on NFS as on a laptop; a reader merges them by time. A line that a
-killed writer left half-written is skipped.
+Layout: `<run>/events/<writer>.jsonl`. Each file has one writer (the driver, rank 0 of a stage, the driver of a trial),
+since concurrent appends are not safe on NFS. A reader merges the files by time and skips partial lines of killed
+writers.
 
-Every event has `t` (seconds since the epoch), `event`, and, where it belongs to a stage, `stage` (its name in the
-file) and `trial` ("" outside a search). The kinds of event and their further keys:
+Every event has `t` (seconds since the epoch) and `event`; events of a stage also have `stage` (its name in the file)
+and `trial` ("" outside a search). The kinds of event and their other keys:
 
     run_started      run, file, text (the experiment as written), stages ([{name, kind, inputs: [..]}]), versions,
                      command
-    ray_connecting   address, limit (seconds): a cluster is asked for; a Ray of this machine is not announced
+    ray_connecting   address, limit (seconds): before connecting to a cluster; not written for a local Ray
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
-    progress         done, total, unit ("rows" | "steps" | "objects" ..)          many; only the last one matters;
-                     preparing: true before the stage's own work (rows are tokenised)
-    metrics          step, values {name: number}                                  a point of a training's curves
-    preview          template (what the chat template does, a sentence), records [{id, source, line, reason,
-                     sequences}]: a training's first rows as its model gets them (models/preview.py)
+    progress         done, total, unit ("rows" | "steps" | "objects" ..)          frequent; the last one counts;
+                     preparing: true before the work of the stage itself (tokenising rows)
+    metrics          step, values {name: number}                                  a point of the training curves
+    preview          template (a sentence about the chat template), records [{id, source, line, reason,
+                     sequences}]: the first rows of a training as token sequences (models/preview.py)
     stage_finished   kind, fingerprint, reused (bool), seconds, artifact (path), facts {..} (see each stage kind)
     stage_failed     kind, message, cause, remedy, log
-    search_started   metric, mode, metrics [..] (the first one, further ones, those of constraints), also
+    search_started   metric, mode, metrics [..] (first metric, further objectives, constraints), also
                      [{metric, mode, weight}], constraints [{metric, max, min}], trials, scheduler, space {path: text},
                      max_concurrent, reason
     trial_started    trial, overrides {path: value}, origin ("first" | "drawn" | "added" | "cloned" | "descendant" |
-                     "replicate"), of (the trial that it is cloned or descended from, or repeats)
-    trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (the metric, or the weighted sum;
-                     null without), values {metric: number}, feasible (keeps to the constraints), steps, tokens, rows,
-                     seconds, error; origin and of where a search is told again that was done before
-    search_finished  best (trial), best_overrides, value, seconds, ended_by (what ended it early), standings [{trial,
-                     mean, half (of the 95% interval, or null), values}] of trials that were repeated, ties [trials
-                     that seeds can't tell from the best], front [trials of the Pareto front], best_fingerprints
-                     {stage: fingerprint}
-    comparison       title, columns [..], rows [[..]], notes [..]: a table that the run ends with; optional [..]:
-                     columns that a narrow terminal may leave out, the last one first
+                     "replicate"), of (the trial that it is a clone, a copy or a replicate of)
+    trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (the metric or the weighted sum;
+                     null if missing), values {metric: number}, feasible (satisfies the constraints), steps, tokens,
+                     rows, seconds, error; origin and of if the search was cached
+    search_finished  best (trial), best_overrides, value, seconds, ended_by (why it ended early), standings [{trial,
+                     mean, half (of the 95% confidence interval, or null), values}] of replicated trials, ties
+                     [trials that do not differ significantly from the best], front [trials of the Pareto front],
+                     best_fingerprints {stage: fingerprint}
+    comparison       title, columns [..], rows [[..]], notes [..]: a summary table at the end of the run; optional
+                     [..]: columns that a narrow terminal drops, last one first
     overhead         first_step_seconds, ray_start_seconds, between_stages_seconds (list), stage_launch_seconds {..}
     run_finished     state ("done" | "failed" | "interrupted"), seconds, message
 """
@@ -50,28 +50,29 @@ Event = dict[str, Any]
 
 
 SYNC_SECONDS = 5.0
-"""How often a log is forced to disk: a machine that loses its power loses this much of it, a killed process nothing."""
+"""Interval of fsync: a power failure loses at most this much of the log, a killed process nothing."""
 
 
 class EventLog:
-    """Appends events to one file. Each line is handed to the system at once: a kill loses at most the line being
-    written, and a full disk not the lines after it."""
+    """Appends events to one file without buffering: a kill loses at most the line being written, and lines after a full
+    disk are readable."""
 
     def __init__(self, path: Path, *, stage: str = "", trial: str = "") -> None:
         self.path = path
         self._fixed = {key: value for key, value in (("stage", stage), ("trial", trial)) if value}
         self._synced = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A writer that was killed may have left half a line: close it, so that the next event starts on its own line.
+        # A killed writer may have left a partial line: end it, so that the next event starts on its own line.
         self._broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
     def write(self, event: str, **values: Any) -> None:
-        """Raises OSError when the line could not be written whole; what is there of it is closed by the next line."""
+        """Append an event. Raises OSError if the line could not be written completely; the next line ends the partial
+        one."""
         line = json.dumps({"t": time.time(), "event": event, **self._fixed, **values}, allow_nan=True) + "\n"
         data = b"\n" * self._broken + line.encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            self._broken = True  # until all of it is written, of which a nearly full disk takes a part
+            self._broken = True  # until everything is written: a nearly full disk may accept only a part
             while data:
                 data = data[os.write(descriptor, data) :]
             self._broken = False
@@ -83,7 +84,7 @@ class EventLog:
 
 
 class EventReader:
-    """Follows all files of an `events/` folder; `new()` gives what was appended since the last call, by time."""
+    """Follows all files of an `events/` folder. `new()` returns the events since the last call, sorted by time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +104,7 @@ class EventReader:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """All events of a run so far, by time."""
+    """Return all events of a run so far, sorted by time."""
     return EventReader(folder).new()
 
 
@@ -111,7 +112,7 @@ def _parse(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:  # half a line of a killed writer, closed by its successor (see EventLog)
+        except ValueError:  # a partial line of a killed writer (see EventLog)
             continue
         if isinstance(event, dict) and "t" in event and "event" in event:
             yield event

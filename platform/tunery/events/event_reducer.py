@@ -1,10 +1,10 @@
-"""The fold of a run's event log into what the run looks like now, for the terminal's table and the report.
+"""Reduce the event log of a run to its current state, for the terminal view and the report.
 
-`replay` folds a whole log, `apply` one more event. A log may hold several invocations of one command
-(interrupted, then resumed): a new `run_started` puts every stage back to waiting and keeps the points of
-its curve, because a resumed training goes on from a checkpoint and only redoes the last steps. Points are
-kept by step and the later wins. Events of different writers may arrive slightly out of order, so no handler
-relies on having seen another.
+`replay` reduces a complete log, `apply` one further event. A log may have several invocations of one command
+(interrupted, then resumed). A new `run_started` resets every stage to waiting but keeps the points of its curve,
+because a resumed training continues from a checkpoint and repeats only the last steps. Points are stored by step; a
+later event overwrites an earlier one. Events of different writers may arrive slightly out of order, so no handler
+depends on another event.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tunery.events.stage_summary import listed
 __all__ = ["Failure", "Point", "RunState", "SearchState", "StageState", "TrialState", "apply", "replay"]
 
 RATE_WINDOW_SECONDS = 30.0
-"""The speed is taken over this much of the past: long enough to be calm, short enough to follow changes."""
+"""Window for the throughput: long enough to be stable, short enough to follow changes."""
 RATE_EVENTS = 4
-"""And over so many events, where they come more seldom than that."""
+"""Minimum number of events in the window, for infrequent events."""
 ETA_EVENTS = 2
 ETA_SECONDS = 10.0
 ETA_SHARE = 0.05
-"""The time left is shown after so many events, and so many seconds or such a share of the work, since the first
-progress. Before that it says how long start-up and compilation took: 13 hours for a training of 5 minutes."""
+"""The remaining time is estimated after ETA_EVENTS events and ETA_SECONDS seconds, or ETA_SHARE of the work, since the
+first progress. An earlier estimate is dominated by start-up and compilation: 13 hours for a training of 5 minutes."""
 
 
 def replay(events: Iterable[Event]) -> RunState:
-    """The state after all of `events`."""
+    """Return the state after all `events`."""
     state = RunState()
     for event in events:
         apply(state, event)
@@ -47,7 +47,7 @@ def replay(events: Iterable[Event]) -> RunState:
 
 
 def apply(state: RunState, event: Event) -> None:
-    """Fold one event into `state`. An event of a kind that this version does not know changes nothing."""
+    """Update `state` with one event. Unknown kinds of event are ignored."""
     handler = _HANDLERS.get(str(event.get("event")))
     if handler is None:
         return
@@ -65,14 +65,14 @@ def _run_started(state: RunState, event: Event) -> None:
     state.connecting = ""
     state.invocations += 1
     before, state.stages = state.stages, {}
-    for told in listed(event.get("stages")):
-        name = str(told.get("name", ""))
+    for fields in listed(event.get("stages")):
+        name = str(fields.get("name", ""))
         stage = before.get(name) or StageState(name)
-        stage.kind, stage.inputs = str(told.get("kind", "")), strings(told.get("inputs"))
+        stage.kind, stage.inputs = str(fields.get("kind", "")), strings(fields.get("inputs"))
         stage.reset()
         state.stages[name] = stage
     for trial in state.search.trials.values() if state.search else ():
-        if trial.status == "running":  # it was cut off, and goes on when the search does
+        if trial.status == "running":  # interrupted; it resumes with the search
             trial.status, trial.started = "waiting", None
             for stage in trial.stages.values():
                 stage.reset()
@@ -93,7 +93,7 @@ def _stage_started(state: RunState, event: Event) -> None:
     fingerprint = str(event.get("fingerprint", ""))
     stage.reset()
     if stage.fingerprint and fingerprint != stage.fingerprint:
-        stage.points, stage.preview = {}, {}  # the experiment was edited: they belong to another artifact
+        stage.points, stage.preview = {}, {}  # the experiment was edited: the points belong to another artifact
     stage.kind = str(event.get("kind", stage.kind))
     stage.fingerprint, stage.detail = fingerprint, str(event.get("detail", ""))
     stage.status, stage.started = "running", _time(event)
@@ -106,13 +106,13 @@ def _progress(state: RunState, event: Event) -> None:
         return
     unit = str(event.get("unit", stage.unit))
     if stage.recent and (done < stage.recent[-1][1] or unit != stage.unit):
-        stage.recent.clear()  # it began again, from a checkpoint or with fewer workers, or with the next kind of work
+        stage.recent.clear()  # restarted from a checkpoint, with fewer workers, or with another kind of work
         stage.first_progress, stage.advances = None, 0
     advanced = bool(stage.recent) and done > stage.recent[-1][1]
     stage.done, stage.total = done, total or 0
     stage.unit = unit
     if stage.first_progress is None and advanced:
-        stage.recent.clear()  # until here it loaded, compiled, or read what is done already
+        stage.recent.clear()  # the time before was spent on loading, compilation or cached rows
         stage.first_progress = now, done
     elif advanced:
         stage.advances += 1
@@ -148,8 +148,8 @@ def _metrics(state: RunState, event: Event) -> None:
 
 
 def _preview(state: RunState, event: Event) -> None:
-    told = {"records": listed(event.get("records")), "template": str(event.get("template") or "")}
-    _stage(state, event).preview = told
+    preview = {"records": listed(event.get("records")), "template": str(event.get("template") or "")}
+    _stage(state, event).preview = preview
 
 
 def _stage_finished(state: RunState, event: Event) -> None:

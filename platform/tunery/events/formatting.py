@@ -1,7 +1,6 @@
-"""How numbers, times and overrides are said to people: one voice for the terminal and the report.
+"""Format numbers, times and overrides for the terminal and the report.
 
-Pure functions from values to text. Nothing here may fail on a value that it does not expect: facts come
-from stage kinds that this version may not know.
+Functions must not fail on unexpected values: facts may come from stage kinds that this version does not know.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def as_number(value: object) -> float | None:
-    """`value` as a finite number, or None: a NaN loss or a missing fact is not drawn and not said."""
+    """Return `value` as a finite float; None for NaN, infinity and other types."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -27,7 +26,7 @@ def count(value: float) -> str:
 
 
 def measure(value: float, digits: int = 4) -> str:
-    """A loss, a perplexity, a learning rate: about `digits` digits, with thousands separated."""
+    """Format a loss, perplexity or learning rate with about `digits` significant digits and thousands separators."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -36,13 +35,13 @@ def measure(value: float, digits: int = 4) -> str:
     if size < 0.01:
         mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    # Below 1 the zeros after the point are no digits of the value: 0.0123, but 0.456 like 1.234.
+    # Leading zeros after the point are not significant: 0.0123, but 0.456 like 1.234.
     decimals = digits - 1 - max(0, math.floor(math.log10(size))) + (size < 0.1)
     return f"{value:,.{decimals}f}"
 
 
 def share(part: float, whole: float) -> str:
-    """Part of a whole in percent, without claiming 100% or 0% for what only rounds to it."""
+    """Format a share in percent; a value that only rounds to 0% or 100% gets a decimal."""
     if whole <= 0:
         return "0%"
     percent = 100 * part / whole
@@ -54,18 +53,18 @@ def duration(seconds: float) -> str:
     """65 -> '1m 05s'."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m {total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h {total % 3600 // 60:02d}m"
+    return f"{total // 86400}d {total % 86400 // 3600:02d}h"
 
 
 def speed(rate: float, unit: str) -> str:
-    """1240 rows in a second -> '1,240 rows/s'; slower than one in ten seconds is told by the minute."""
+    """(1240, 'rows') -> '1,240 rows/s'; below 0.1 per second the unit is per minute."""
     if 0 < rate < 0.1:
         return f"{rate * 60:.2g} {unit}/min"
     return f"{count(rate) if rate >= 10 else f'{rate:.1f}' if rate >= 1 else f'{rate:.2f}'} {unit}/s"
@@ -81,7 +80,7 @@ def size(number_of_bytes: float) -> str:
 
 
 def plain(value: object, key: str = "") -> str:
-    """Any value of a fact, an override or a cell as text; `key` tells bytes and seconds by their name."""
+    """Format any value of a fact, an override or a cell; a `key` that ends in bytes or seconds sets the unit."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -94,8 +93,8 @@ def plain(value: object, key: str = "") -> str:
             return size(number)
         if key.endswith("seconds"):
             return duration(number)
-        said = f"{value:,}" if isinstance(value, int) else measure(number)
-        return said.rstrip("0").rstrip(".") if "." in said and "e" not in said else said
+        text = f"{value:,}" if isinstance(value, int) else measure(number)
+        return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {plain(item, str(name))}" for name, item in value.items())
     if isinstance(value, list | tuple):
@@ -104,14 +103,17 @@ def plain(value: object, key: str = "") -> str:
 
 
 def cells(values: Sequence[object]) -> list[str]:
-    """The cells of one column: numbers with the same decimals, no more than they need, line up."""
+    """Format the cells of a column; floats get the same number of decimals, as few as possible."""
     numbers = [number for value in values if isinstance(value, float) and (number := as_number(value)) is not None]
     largest = max((abs(number) for number in numbers), default=0.0)
     smallest = min((abs(number) for number in numbers if number), default=0.0)
     if not numbers or smallest < 0.01:
         return [plain(value) for value in values]
-    most = 3 if largest < 10 else 2 if largest < 100 else 1 if largest < 1000 else 0
-    decimals = next((d for d in range(most) if all(abs(round(number, d) - number) < 1e-9 for number in numbers)), most)
+    max_decimals = 3 if largest < 10 else 2 if largest < 100 else 1 if largest < 1000 else 0
+    decimals = next(
+        (d for d in range(max_decimals) if all(abs(round(number, d) - number) < 1e-9 for number in numbers)),
+        max_decimals,
+    )
     return [
         f"{value:,.{decimals}f}" if isinstance(value, float) and math.isfinite(value) else plain(value)
         for value in values
@@ -119,13 +121,13 @@ def cells(values: Sequence[object]) -> list[str]:
 
 
 def is_numeric(values: Iterable[object]) -> bool:
-    """Whether a column holds numbers (and gaps) only, and so is set flush right."""
+    """Whether a column has only numbers and empty cells, and is right-aligned."""
     present = [value for value in values if value is not None]
     return bool(present) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
 
 
 def short_paths(paths: Iterable[str]) -> dict[str, str]:
-    """Each path's shortest ending that no other path shares: 'sft.learning_rate' -> 'learning_rate'."""
+    """Map each path to its shortest unique suffix: 'sft.learning_rate' -> 'learning_rate'."""
     parts = {path: path.split(".") for path in dict.fromkeys(paths)}
     short: dict[str, str] = {}
     for path, names in parts.items():
@@ -143,22 +145,21 @@ def overrides_text(overrides: Mapping[str, object], names: Mapping[str, str] | N
 
 
 def in_course(overrides: Mapping[str, object]) -> dict[str, object]:
-    """What changes while a trial trains, with the field that it changes: learning_rate '1e-3 → 1.2e-3', and no
-    `schedule_overrides` of their own."""
-    told = {path: value for path, value in overrides.items() if not path.endswith(".schedule_overrides")}
+    """Merge `schedule_overrides` into the fields that they change: learning_rate '1e-3 → 1.2e-3'."""
+    values = {path: value for path, value in overrides.items() if not path.endswith(".schedule_overrides")}
     for path, changes in overrides.items():
-        if path in told or not isinstance(changes, list | tuple):
+        if path in values or not isinstance(changes, list | tuple):
             continue
         for change in changes:
             for field, value in change.items():
                 name = f"{path.removesuffix('.schedule_overrides')}.{field}"
                 if field != "after" and value is not None:
-                    told[name] = f"{plain(told[name])} → {plain(value)}" if name in told else plain(value)
-    return told
+                    values[name] = f"{plain(values[name])} → {plain(value)}" if name in values else plain(value)
+    return values
 
 
 def with_half(mean: float, half: float | None) -> str:
-    """With half of its interval, in as many digits as half of it makes sense of."""
+    """Format mean ± half of the confidence interval, with two significant digits of the latter."""
     if not half:
         return measure(mean)
     digits = min(8, max(0, 1 - math.floor(math.log10(half))))

@@ -1,4 +1,4 @@
-"""What a run spends on other things than work, from its event log. Pure."""
+"""Overhead of a run outside of its stages, from its event log. No I/O."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tunery.events.event_log import Event
 
 
 def overhead(events: Iterable[Event]) -> dict[str, Any]:
-    """Of the last invocation in the log:
+    """Return the overhead of the last invocation in the log:
 
     first_step_seconds      from run_started to the first optimizer step of any training, None without one
-    ray_start_seconds       of starting or joining Ray, None when it was not needed
+    ray_start_seconds       for starting or connecting to Ray, None if it was not needed
     between_stages_seconds  from one stage's end to the next one's start, for stages that ran
-    stage_launch_seconds    by stage, from its start to its first finished unit of work (a step, a shard of rows)
+    stage_launch_seconds    by stage, from its start to its first finished task (a step, a shard of rows)
     """
-    begun, ray_start, first_step = 0.0, None, None
+    run_start, ray_start, first_step = 0.0, None, None
     between: list[float] = []
     launch: dict[str, float] = {}
     started: dict[str, float] = {}
@@ -24,11 +24,11 @@ def overhead(events: Iterable[Event]) -> dict[str, Any]:
     for event in events:
         kind, name, when = event["event"], event.get("stage"), event["t"]
         if kind == "run_started":
-            begun, ray_start, first_step, between, launch, started, ended = when, None, None, [], {}, {}, None
+            run_start, ray_start, first_step, between, launch, started, ended = when, None, None, [], {}, {}, None
         elif kind == "ray_started":
             ray_start = event["seconds"]
         elif kind == "search_started":
-            ended = None  # the time until the best trial is measured is the search's work
+            ended = None  # the time until the evaluation of the best trial belongs to the search
         elif event.get("trial") or not name:
             continue
         elif kind == "stage_started":
@@ -42,7 +42,7 @@ def overhead(events: Iterable[Event]) -> dict[str, Any]:
         elif kind == "progress" and event.get("done") and name in started and name not in launch:
             launch[name] = when - started[name]
             if event.get("unit") == "steps" and first_step is None:
-                first_step = when - begun
+                first_step = when - run_start
     return {
         "first_step_seconds": first_step,
         "ray_start_seconds": ray_start,

@@ -1,6 +1,6 @@
-"""What a run looks like at one moment: stages, trials, the search and the run, and what follows from them.
+"""State of a run: its stages, trials and search, and values derived from them.
 
-Filled by `tunery.events.event_reducer` from the event log; read by the terminal's table and by the report.
+Built by `tunery.events.event_reducer` from the event log; read by the terminal view and the report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RunStatus = Literal["waiting", "running", "done", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a training's curves. `values`: those of loss, eval_loss, rows .. measured at `step`."""
+    """A point of the training curves: the values of loss, eval_loss, rows and so on at `step`."""
 
     step: int
     values: dict[str, float]
@@ -27,7 +27,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage failed, in the words of the error that it raised."""
+    """The error that a stage raised."""
 
     stage: str
     message: str
@@ -38,12 +38,12 @@ class Failure:
 
 
 MIN_TRIALS = 2
-"""So many trials must have ended before a search's time is estimated from theirs."""
+"""Minimum number of ended trials for an estimate of the remaining time of a search."""
 
 
 @dataclass
 class StageState:
-    """One stage of the run, or of one trial when `trial` is set."""
+    """A stage of the run, or of a trial if `trial` is set."""
 
     name: str
     kind: str = ""
@@ -58,30 +58,31 @@ class StageState:
     seconds: float | None = None
     done: float = 0
     total: float = 0
-    """0 when it is not known."""
+    """0 if unknown."""
     unit: str = ""
     rate: float | None = None
-    """Units per second over the last `RATE_WINDOW_SECONDS` (state.py)."""
+    """Units per second over the last `RATE_WINDOW_SECONDS` (event_reducer.py)."""
     eta_seconds: float | None = None
-    """As of the last progress event, None until it means something (state.py); `time_left` counts on from there."""
+    """Estimate at the last progress event; None until it is reliable (event_reducer.py). `time_left` counts down from
+    it."""
     first_progress: tuple[float, float] | None = None
-    """(time, done) of the first event with progress: what came before it is start-up, not speed."""
+    """(time, done) of the first event with progress. The time before it is start-up and does not count for `rate`."""
     advances: int = 0
-    """Progress events since that one."""
+    """Number of progress events since `first_progress`."""
     facts: dict[str, Any] = field(default_factory=dict)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     preview: dict[str, Any] = field(default_factory=dict)
-    """Of a training: rows as its model gets them (models/preview.py)."""
+    """Of a training: its first rows as token sequences (models/preview.py)."""
     error: Failure | None = None
     recent: deque[tuple[float, float]] = field(default_factory=deque)
-    """(time, done) of the progress events that the speed is taken over."""
+    """(time, done) of the progress events that `rate` is computed from."""
 
     @property
     def curve(self) -> list[Point]:
         return [Point(step, self.points[step]) for step in sorted(self.points)]
 
     def elapsed(self, now: float) -> float | None:
-        """Seconds used so far, or in all once it has ended."""
+        """Return the elapsed seconds, in total if the stage has ended."""
         if self.seconds is not None:
             return self.seconds
         if self.started is None or self.status == "waiting":
@@ -94,7 +95,7 @@ class StageState:
         return max(0.0, self.eta_seconds - (now - self.recent[-1][0]))
 
     def reset(self) -> None:
-        """Back to waiting, as a new invocation begins. The curve, the preview and what they belong to are kept."""
+        """Reset to waiting for a new invocation. The curve, the preview and their fingerprint are kept."""
         fresh = StageState(self.name, self.kind, self.trial, self.inputs)
         fresh.fingerprint, fresh.points, fresh.preview = self.fingerprint, self.points, self.preview
         self.__dict__.update(fresh.__dict__)
@@ -102,21 +103,21 @@ class StageState:
 
 @dataclass
 class TrialState:
-    """One trial of the search. `points` are intermediate values of the metric that belong to no stage."""
+    """A trial of the search. `points` are intermediate values of the metric that belong to no stage."""
 
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
-    """first, drawn, added, cloned, descendant or replicate; empty in logs from before it was told."""
+    """first, drawn, added, cloned, descendant or replicate; empty in old logs."""
     of: str = ""
-    """The trial that it is cloned or descended from, or repeats."""
+    """The trial that it is a clone, a copy (PBT) or a replicate of."""
     status: TrialStatus = "waiting"
     value: float | None = None
-    """The metric, or the weighted sum."""
+    """The metric or the weighted sum."""
     values: dict[str, float] = field(default_factory=dict)
     """By metric."""
     feasible: bool = True
-    """Keeps to the constraints, as far as anyone told."""
+    """Whether it satisfies the constraints; True if unknown."""
     steps: float | None = None
     tokens: float | None = None
     started: float | None = None
@@ -127,12 +128,12 @@ class TrialState:
 
     @property
     def present(self) -> dict[str, Any]:
-        """Its values at its end; of a descendant others than those that it began with."""
+        """The values at the end of the trial; a copy (PBT) changes its values while it trains."""
         return final_values(self.overrides)
 
     @property
     def current(self) -> StageState | None:
-        """The stage that the trial is at: the one that runs, else the last one that has begun."""
+        """The running stage, or the last one that has started."""
         begun = [stage for stage in self.stages.values() if stage.status != "waiting"]
         running = [stage for stage in begun if stage.status == "running"]
         return running[-1] if running else begun[-1] if begun else None
@@ -140,7 +141,7 @@ class TrialState:
 
 @dataclass(frozen=True)
 class ObjectiveState:
-    """A metric that a search has beside its first one; without a `weight` it is optimised by itself."""
+    """A further metric of a search; without a `weight` it is an objective of its own (Pareto front)."""
 
     metric: str
     mode: str = "min"
@@ -158,7 +159,7 @@ class ConstraintState:
 
 @dataclass(frozen=True)
 class TrialStanding:
-    """What several seeds say of a trial: their mean, and half of its 95% interval where it is known."""
+    """Mean of a trial over several seeds, and half of its 95% confidence interval if known."""
 
     mean: float
     half: float | None
@@ -170,7 +171,7 @@ class SearchState:
     metric: str = ""
     mode: str = "min"
     metrics: list[str] = field(default_factory=list)
-    """The first one, further ones, those of constraints."""
+    """The first metric, further objectives, and constraints."""
     also: list[ObjectiveState] = field(default_factory=list)
     bounds: list[ConstraintState] = field(default_factory=list)
     planned: int = 0
@@ -182,30 +183,30 @@ class SearchState:
     seconds: float | None = None
     finished: bool = False
     best_name: str = ""
-    """As the search itself told at its end; `best` before that is the best of the finished trials."""
+    """The winner that the search logged at its end; before that, `best` is the best of the finished trials."""
     best_fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of all stages with the best trial's values; empty in logs from before they were told."""
+    """Fingerprints of all stages with the values of the best trial; empty in old logs."""
     ended_by: str = ""
-    """What ended it before its last trial."""
+    """Why the search ended early."""
     halves: dict[str, float] = field(default_factory=dict)
-    """Half of the 95% interval of each repeated trial's mean, as the search told at its end."""
+    """Half of the 95% confidence interval of the mean of each replicated trial."""
     ties: list[str] = field(default_factory=list)
     front: list[str] = field(default_factory=list)
     trials: dict[str, TrialState] = field(default_factory=dict)
 
     @property
     def own(self) -> list[TrialState]:
-        """Without the replicates, which only say how sure the value of another trial is."""
+        """The trials without replicates, which only estimate the variance of other trials."""
         return [trial for trial in self.trials.values() if trial.origin != "replicate"]
 
     @property
     def weighted(self) -> bool:
-        """The value of a trial is a sum of metrics."""
+        """Whether the value of a trial is a weighted sum of metrics."""
         return any(item.weight is not None for item in self.also)
 
     @property
     def objectives(self) -> list[tuple[str, str]]:
-        """(metric, mode) of what is optimised apart."""
+        """(metric, mode) of each objective."""
         first = [(self.metric, self.mode)]
         return first if self.weighted else [*first, *((item.metric, item.mode) for item in self.also)]
 
@@ -215,36 +216,37 @@ class SearchState:
 
     @property
     def standings(self) -> dict[str, TrialStanding]:
-        """Of the trials that were repeated, by name."""
-        again: dict[str, list[float]] = {}
+        """Mean over seeds of the replicated trials, by name."""
+        replicates: dict[str, list[float]] = {}
         for trial in self.trials.values():
             if trial.origin == "replicate" and trial.status == "done" and trial.value is not None:
-                again.setdefault(trial.of, []).append(trial.value)
-        repeated = [self.trials[name] for name in again if name in self.trials]
+                replicates.setdefault(trial.of, []).append(trial.value)
+        replicated = [self.trials[name] for name in replicates if name in self.trials]
         return {
             trial.name: TrialStanding(
-                fmean([trial.value, *again[trial.name]]), self.halves.get(trial.name), 1 + len(again[trial.name])
+                fmean([trial.value, *replicates[trial.name]]),
+                self.halves.get(trial.name),
+                1 + len(replicates[trial.name]),
             )
-            for trial in repeated
+            for trial in replicated
             if trial.status == "done" and trial.value is not None
         }
 
     @property
     def ranked(self) -> list[TrialState]:
-        """Without replicates, best first. A stopped trial got its value with less training, so those that ran to
-        their end lead; of them those that keep to the constraints, then those that were repeated, by their mean; a
-        single value that beats such a mean may be luck. Trials without a value are last. A search that has ended says
-        itself who leads."""
+        """The trials without replicates, best first. The winner of an ended search is first. Finished trials precede
+        stopped ones, whose value is from less training; then feasible ones; then replicated ones by their mean, since
+        a better single value may be chance. Trials without a value are last."""
         sign = -1.0 if self.mode == "max" else 1.0
         standings = self.standings
 
-        def place(trial: TrialState) -> tuple[bool, bool, bool, bool, bool, float]:
+        def rank_key(trial: TrialState) -> tuple[bool, bool, bool, bool, bool, float]:
             standing = standings.get(trial.name)
             value = standing.mean if standing else trial.value
-            behind, unfinished = trial.name != self.best_name, trial.status != "done"
-            return behind, value is None, unfinished, not trial.feasible, standing is None, sign * (value or 0.0)
+            not_winner, unfinished = trial.name != self.best_name, trial.status != "done"
+            return not_winner, value is None, unfinished, not trial.feasible, standing is None, sign * (value or 0.0)
 
-        return sorted(self.own, key=place)
+        return sorted(self.own, key=rank_key)
 
     @property
     def best(self) -> TrialState | None:
@@ -260,9 +262,9 @@ class SearchState:
         return max(self.planned, len(self.trials))
 
     def time_left(self, now: float) -> float | None:
-        """What is left of a typical trial for each open one, spread over those that run at a time."""
+        """Estimate from the median duration of ended trials, divided by the number of concurrent trials."""
         times = [t.seconds for t in self.trials.values() if t.status in ("done", "stopped") and t.seconds]
-        # The first trial also starts the processes that later ones reuse, and may be one that was stopped early.
+        # The first trial is not typical: it starts the processes that later ones reuse, and may be stopped early.
         if self.finished or len(times) < min(MIN_TRIALS, self.total):
             return None
         typical = median(times)
@@ -272,10 +274,10 @@ class SearchState:
         return (left + waiting * typical) / max(1, self.max_concurrent or len(running))
 
     def curve(self, trial: TrialState) -> list[tuple[int, float]]:
-        """(step, value) on the way to the trial's metric.
+        """Return (step, value) of the intermediate values of the metric.
 
-        The metric itself where it was reported, else the held-out loss (or the loss) of the stage that the
-        metric names: of `eval.sft.domain.loss` that is the training stage `sft`.
+        If the metric was not reported, return the held-out loss (or the training loss) of the stage in its name: for
+        `eval.sft.domain.loss` that is the training stage `sft`.
         """
         own = [
             (step, trial.points[step][self.metric])
@@ -289,7 +291,7 @@ class SearchState:
         for stage in (named or trained)[-1:]:
             for key in (self.metric, self.metric.rpartition(".")[2], "eval_loss", "loss"):
                 values = [(point.step, point.values[key]) for point in stage.curve if key in point.values]
-                # A metric that ends in `loss` is a held-out loss: the training's own is the last resort.
+                # A metric that ends in `loss` is a held-out loss: the training loss is the last resort.
                 if values and (key != "loss" or not any("eval_loss" in point.values for point in stage.curve)):
                     return values
         return []
@@ -309,17 +311,17 @@ class RunState:
     seconds: float | None = None
     ray_start_seconds: float | None = None
     connecting: str = ""
-    """The Ray cluster that is being connected to, and for how long at most; "" once it answered or did not."""
+    """The Ray cluster that the run is connecting to and the time limit; "" otherwise."""
     last_event: float | None = None
     stages: dict[str, StageState] = field(default_factory=dict)
     search: SearchState | None = None
     comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The tables that the run ends with, by title."""
+    """The summary tables of the run, by title."""
     overhead: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[Failure]:
-        """Of the run's own stages; a failed trial is told with the trial and does not fail the run."""
+        """Failures of the stages of the run. A failed trial does not fail the run."""
         return [stage.error for stage in self.stages.values() if stage.error]
 
     def elapsed(self, now: float) -> float | None:

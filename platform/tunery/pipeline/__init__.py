@@ -1,1 +1,1 @@
-"""From an experiment to artifacts: check, plan, run; what is done already is skipped."""
+"""Validate, plan and execute the stages of an experiment. Cached stages are skipped."""

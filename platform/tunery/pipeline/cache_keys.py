@@ -1,4 +1,4 @@
-"""Fingerprints of an experiment's stages, worked out before anything runs."""
+"""Fingerprints (cache keys) of the stages of an experiment, computed before anything runs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
 DEFAULT_OMITTED_FIELDS = ("diverse", "keep_fraction_of_rest", "baseline", "schedule_overrides")
-"""Fields that there were not always. Where one is not given, the fingerprint is what it was before."""
+"""Fields that were added later. If one is not given it is omitted, so that existing fingerprints stay valid."""
 WITHOUT_EFFECT = ("max_unusable",)
-"""Fields that end a stage or do not, and change no result."""
+"""Fields that can make a stage fail but do not change its result."""
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
@@ -43,9 +43,9 @@ def stage_seed(stage: Stage, experiment: Experiment) -> int:
 
 
 def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Everything in the stage itself that changes its result: its fields without the names of other stages, the seed
-    where chance plays a part, the content that it reads from outside, and the version of how it is made."""
-    fields = _without_later(stage.model_dump(mode="json", exclude={"kind", "seed", *WITHOUT_EFFECT}))
+    """Return everything about a stage that changes its result: its fields without the names of other stages, the seed
+    if it is random, the external content that it reads, and the version of its implementation."""
+    fields = _without_omitted(stage.model_dump(mode="json", exclude={"kind", "seed", *WITHOUT_EFFECT}))
     mixture = _mixture(stage)
     for item in stage.inputs():
         if not (mixture and item.path[0] == "data"):
@@ -53,10 +53,10 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     if mixture:
         fields["data"] = list(mixture.values())
     result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
-    by_chance = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
+    is_random = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
     if (
         isinstance(stage, Training | Review | Augment | WinRate)
-        or by_chance
+        or is_random
         or (isinstance(stage, Dataset) and stage.corrupt_fraction)
     ):
         result["seed"] = stage_seed(stage, experiment)
@@ -67,7 +67,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     if isinstance(stage, Review):
         result["content"] = decisions_identity(stage, folder)
     if isinstance(stage, Evaluate):
-        result["names"] = [model_name(model) for model in stage.models]  # they stand in the results
+        result["names"] = [model_name(model) for model in stage.models]  # names are part of the results
     if isinstance(stage, WinRate):
         result["names"] = [*(model_name(model) for model in stage.contestants), stage.data]
     for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
@@ -80,7 +80,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
 
 
 def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretrained | Scratch]]:
-    """The models that a stage names, by path within it: stages, models from outside, new ones."""
+    """Return (path in the stage, model) for every model of a stage: a stage, a pretrained or a scratch model."""
     models: list[tuple[tuple[str | int, ...], Any]] = [
         ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "baseline")
     ]
@@ -90,7 +90,7 @@ def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretraine
 
 
 def pretrained_models(stage: Stage) -> list[Pretrained]:
-    """Models that a stage takes from outside the experiment."""
+    """Return the models of a stage that come from outside the experiment."""
     return [model for _, model in models_of(stage) if isinstance(model, Pretrained)]
 
 
@@ -99,7 +99,7 @@ def model_folder(model: Pretrained, folder: Path) -> Path:
 
 
 def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, str]]]:
-    """By stage: (fingerprint, identity, fingerprints of its inputs by field path), inputs before users."""
+    """Return (fingerprint, identity, fingerprints of inputs by field path) by stage, in topological order."""
     result: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {}
     for name in order(experiment.stages):
         stage = experiment.stages[name]
@@ -115,20 +115,20 @@ def _mixture(stage: Stage) -> dict[str, float]:
 
 
 def _input_key(stage: Stage, item: StageRef) -> str:
-    """The field of an input. Of a mixture, whose fields are the names of stages, its number: names don't count."""
+    """Return the field path of an input. For a mixture, whose keys are names of stages, the index replaces the name."""
     if (mixture := _mixture(stage)) and item.path[0] == "data":
         return f"data.{list(mixture).index(item.stage)}"
     return ".".join(map(str, item.path))
 
 
-def _without_later(fields: Any) -> Any:
+def _without_omitted(fields: Any) -> Any:
     if isinstance(fields, dict):
         return {
-            key: _without_later(value)
+            key: _without_omitted(value)
             for key, value in fields.items()
             if key not in DEFAULT_OMITTED_FIELDS or value not in (None, [])
         }
-    return [_without_later(value) for value in fields] if isinstance(fields, list) else fields
+    return [_without_omitted(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def _blank(fields: Any, path: tuple[str | int, ...]) -> None:
@@ -139,7 +139,7 @@ def _blank(fields: Any, path: tuple[str | int, ...]) -> None:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What changed between two identities, a phrase each: "learning_rate 0.001 -> 0.002"."""
+    """Return the differences of two identities, for example "learning_rate 0.001 -> 0.002"."""
     return [
         f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in {**before, **after}

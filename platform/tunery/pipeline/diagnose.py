@@ -1,9 +1,8 @@
-"""From whatever a library raised to an error that names the stage, the cause and the remedy.
+"""Convert an exception of any library to an error that names the stage, the cause and the remedy.
 
-Ray wraps what a worker raised (RayTaskError of Ray Core and Ray Data, UserCodeException, WorkerGroupError and
-ControllerError of Ray Train, TuneError), sometimes as nothing but the text of a traceback: the error shown is the one
-inside. Of several workers' errors it is the one that started it: when a worker dies, the others fail with broken
-connections, and those say nothing.
+Ray wraps the exceptions of workers (RayTaskError of Ray Core and Ray Data, UserCodeException, WorkerGroupError and
+ControllerError of Ray Train, TuneError), sometimes only as the text of a traceback. The reported error is the wrapped
+one. If several workers fail, the root cause is reported: when a worker dies, the others fail with broken connections.
 """
 
 from __future__ import annotations
@@ -24,44 +23,45 @@ if TYPE_CHECKING:
 
 SECONDARY_ERRORS = re.compile(r"Connection (closed|reset) by peer|gloo|NCCL|timed out|Broken pipe", re.IGNORECASE)
 WRAPPED = ("cause", "controller_failure", "_base_exc")
-"""Where Ray's errors (2.60) keep the one that they wrap: RayTaskError, ControllerError, UserExceptionWithTraceback."""
+"""Attributes with the wrapped exception (Ray 2.60): RayTaskError, ControllerError, UserExceptionWithTraceback."""
 RETRY_NOTE = re.compile(r"\n?Failed to .* after \d+/\d+\s+attempts \(total backoff .*", re.DOTALL)
-"""What Ray Data (2.60, _annotate_exception_with_retry_context) adds to the message of every error in a task."""
-NAMED = re.compile(r"[A-Za-z_][\w.<>]*(:|$)")
-"""An error's line at the end of a traceback: `Type: message`, the type with its module and enclosing function."""
+"""Suffix that Ray Data (2.60, _annotate_exception_with_retry_context) adds to the message of an error in a task."""
+ERROR_LINE = re.compile(r"[A-Za-z_][\w.<>]*(:|$)")
+"""The line of the error at the end of a traceback: `Type: message`, the type with module and enclosing function."""
 RUN = "run"
-"""In place of a stage's name: what happened between the stages."""
-LONGEST = 500
-"""Of a message, in characters: the log has all of it."""
-FULL = 4 << 20
-"""A disk with less left than this, in bytes, is called full."""
+"""Stands for the stage name in errors outside of stages."""
+MAX_MESSAGE_LENGTH = 500
+"""In characters; the log has the complete message."""
+MIN_FREE_BYTES = 4 << 20
+"""A disk with less free space counts as full."""
 
 
-def diagnose(error: BaseException, stage: str, where: RunContext, trial: str = "") -> TuneryError:
-    """The same error when it is one of ours (found anywhere in the chain), else a StageError."""
-    log = where.logs / f"{trial or 'run'}-{stage}-error.txt"
+def diagnose(error: BaseException, stage: str, run_context: RunContext, trial: str = "") -> TuneryError:
+    """Return the first TuneryError in the exception chain, or a StageError if there is none. The traceback is written
+    to the log folder of the run."""
+    log = run_context.logs / f"{trial or 'run'}-{stage}-error.txt"
     try:
-        where.logs.mkdir(parents=True, exist_ok=True)
+        run_context.logs.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)))
-    except OSError:  # a full disk must not hide itself
+    except OSError:  # a full disk must not hide the original error
         pass
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, TuneryError):
             return link if stage == RUN else _at_stage(link, stage, str(log))
-    message, cause, remedy = _cause(chain, where)
+    message, cause, remedy = _cause(chain, run_context)
     return StageError(stage, message, cause=cause, remedy=remedy, log=str(log))
 
 
 def _at_stage(error: TuneryError, stage: str, log: str) -> TuneryError:
-    """With the stage's name, where the error knows none of its own (it was raised by an actor, or by a loader)."""
+    """Add the stage to a plain TuneryError, which an actor or a loader raised."""
     if type(error) is not TuneryError:
         return error
     return StageError(stage, error.message, cause=error.cause, remedy=error.remedy, log=log)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what workers raised (starters before followers), and all their causes."""
+    """Yield the error, the errors of workers (root causes before secondary errors), and all their causes."""
     seen: set[int] = set()
     queue: list[BaseException] = [error]
     while queue:
@@ -80,56 +80,56 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
                 queue.append(next_link)
 
 
-def _cause(chain: list[BaseException], where: RunContext) -> tuple[str, str, str]:
+def _cause(chain: list[BaseException], run_context: RunContext) -> tuple[str, str, str]:
     texts = [f"{type(link).__name__}: {link}" for link in chain]
     names = {base.__name__ for link in chain for base in type(link).__mro__}
-    whole = "\n".join(texts)
-    again = "then give the same command again: it goes on from the last checkpoint"
-    if _disk_full(chain, whole, where):
-        place = _full_place(chain, where)
+    text = "\n".join(texts)
+    resume = "then run the same command again: it resumes from the last checkpoint"
+    if _disk_full(chain, text, run_context):
+        folder = _full_folder(chain, run_context)
         return (
             "the disk is full",
-            f"{place} has {shutil.disk_usage(place).free / 1e6:,.0f} MB left",
-            f"free some space or give another --store, {again}",
+            f"{folder} has {shutil.disk_usage(folder).free / 1e6:,.0f} MB left",
+            f"free some space or give another --store, {resume}",
         )
-    if ("OutOfMemoryError" in names and "RayError" not in names) or "CUDA out of memory" in whole:
+    if ("OutOfMemoryError" in names and "RayError" not in names) or "CUDA out of memory" in text:
         return (
             "a worker ran out of GPU memory",
-            _line(whole, "out of memory"),
+            _line(text, "out of memory"),
             "lower compute.micro_batch_size, raise compute.zero_stage, or set compute.gradient_checkpointing: true",
         )
-    if "OutOfMemoryError" in names or "MemoryError" in names or "can't allocate memory" in whole:
+    if "OutOfMemoryError" in names or "MemoryError" in names or "can't allocate memory" in text:
         return (
             "a worker ran out of memory",
-            _line(whole, "memory"),
-            "lower compute.micro_batch_size or compute.workers, or use a machine with more memory; " + again,
+            _line(text, "memory"),
+            "lower compute.micro_batch_size or compute.workers, or use a machine with more memory; " + resume,
         )
-    if "error raised in its creation task" in whole:  # Ray's own actor, of a training or of a pool
+    if "error raised in its creation task" in text:  # an actor of Ray Train or of an actor pool
         message, cause = _innermost(chain)
-        return "a worker could not start", _joined(f"{message}\n{cause}"), "the whole story is in the log"
-    died = "worker process has died" in whole or "WorkerHealthCheckFailedError" in names
+        return "a worker could not start", _joined(f"{message}\n{cause}"), "see the log for the traceback"
+    died = "worker process has died" in text or "WorkerHealthCheckFailedError" in names
     if died or names & {"ActorDiedError", "WorkerCrashedError", "NodeDiedError", "ActorUnavailableError"}:
-        signal = re.search(r"SIG[A-Z]+", whole)
+        signal = re.search(r"SIG[A-Z]+", text)
         return (
             "a worker process was killed",
-            "the system's out-of-memory killer, or somebody's kill"
+            "the out-of-memory killer of the system, or a kill command"
             + (f" ({signal.group()})" if signal else "")
-            + "; the worker left no error of its own",
-            "look at the memory of the machine (dmesg), "
-            + again
-            + "; compute.max_failures lets a run do that by itself",
+            + "; the worker reported no error",
+            "check the memory of the machine (dmesg), "
+            + resume
+            + "; compute.max_failures makes a run do that by itself",
         )
     message, cause = _innermost(chain)
-    return message, cause, "the whole story is in the log"
+    return message, cause, "see the log for the traceback"
 
 
 def _innermost(chain: list[BaseException]) -> tuple[str, str]:
-    """The message of the error that the user's or a library's code raised, and what that gives as its reason."""
-    told = [link for link in chain if not _is_of_ray(link) and str(link).strip()]
-    starters = [link for link in told if not SECONDARY_ERRORS.search(str(link))]
-    for link in starters or told:
-        # A library's cause says more than it adds; what it was handling when it raised (__context__) mostly doesn't.
-        reason = link.__cause__ if link.__cause__ in told else None
+    """Return the message of the error that user or library code raised, and its cause."""
+    errors = [link for link in chain if not _is_of_ray(link) and str(link).strip()]
+    root_causes = [link for link in errors if not SECONDARY_ERRORS.search(str(link))]
+    for link in root_causes or errors:
+        # The explicit cause of an error is informative; the exception being handled (__context__) mostly is not.
+        reason = link.__cause__ if link.__cause__ in errors else None
         first, rest = _split(_message(link))
         return first, _joined(rest if reason is None else _message(reason))
     texts = [str(link) for link in chain if str(link).strip()]
@@ -142,24 +142,24 @@ def _innermost(chain: list[BaseException]) -> tuple[str, str]:
 
 
 def raised_in(text: str) -> str | None:
-    """`Type: message` of the error whose traceback ends `text`; None where there is no traceback.
+    """Return `Type: message` of the error whose traceback is at the end of `text`; None if there is no traceback.
 
-    Frames are indented, so the error's own lines begin at the first line after them that is not.
+    Frames are indented, so the lines of the error start at the first unindented line after them.
     """
     lines = RETRY_NOTE.sub("", text).rstrip().splitlines()
     frames = [index for index, line in enumerate(lines) if re.match(r'\s+File ".*", line \d+', line)]
     if frames:
-        begins = [index for index in range(frames[-1] + 1, len(lines)) if NAMED.match(lines[index])][:1]
-    else:  # shortened to its last lines
-        begins = [index for index, line in enumerate(lines) if re.match(r"\w+(Error|Exception|Interrupt)\b", line)][-1:]
-    if not begins:
+        starts = [index for index in range(frames[-1] + 1, len(lines)) if ERROR_LINE.match(lines[index])][:1]
+    else:  # truncated to its last lines
+        starts = [index for index, line in enumerate(lines) if re.match(r"\w+(Error|Exception|Interrupt)\b", line)][-1:]
+    if not starts:
         return None
-    name, rest = lines[begins[0]].partition(":")[0], lines[begins[0] :]
+    name, rest = lines[starts[0]].partition(":")[0], lines[starts[0] :]
     return "\n".join([rest[0][len(name.rpartition(".")[0]) :].lstrip("."), *rest[1:]])
 
 
 def _is_of_ray(error: BaseException) -> bool:
-    """Raised or wrapped by Ray itself; the class of a dual RayTaskError(X) counts as Ray's."""
+    """Whether Ray raised or wrapped the error; the dual class RayTaskError(X) counts as Ray's."""
     return type(error).__module__.split(".")[0] == "ray"
 
 
@@ -169,27 +169,27 @@ def _message(error: BaseException) -> str:
 
 def _split(message: str) -> tuple[str, str]:
     first, _, rest = message.strip().partition("\n")
-    return first[:LONGEST], rest
+    return first[:MAX_MESSAGE_LENGTH], rest
 
 
 def _joined(text: str) -> str:
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:LONGEST]
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:MAX_MESSAGE_LENGTH]
 
 
-def _disk_full(chain: list[BaseException], whole: str, where: RunContext) -> bool:
+def _disk_full(chain: list[BaseException], text: str, run_context: RunContext) -> bool:
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in chain):
         return True
-    if os.strerror(errno.ENOSPC) in whole:
+    if os.strerror(errno.ENOSPC) in text:
         return True
-    return shutil.disk_usage(where.store.root).free < FULL
+    return shutil.disk_usage(run_context.store.root).free < MIN_FREE_BYTES
 
 
-def _full_place(chain: list[BaseException], where: RunContext) -> Path:
-    """The folder that was written to, where the error names it; else the store."""
-    names = [Path(str(link.filename)).parent for link in chain if isinstance(link, OSError) and link.filename]
-    return next((name for name in names if name.is_dir()), where.store.root)
+def _full_folder(chain: list[BaseException], run_context: RunContext) -> Path:
+    """Return the folder that the error names; the store if it names none."""
+    folders = [Path(str(link.filename)).parent for link in chain if isinstance(link, OSError) and link.filename]
+    return next((folder for folder in folders if folder.is_dir()), run_context.store.root)
 
 
 def _line(text: str, word: str) -> str:
-    """The first line with `word`, shortened."""
+    """Return the first line with `word`, truncated."""
     return next((line.strip()[:300] for line in text.splitlines() if word in line), "")

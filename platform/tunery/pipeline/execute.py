@@ -1,4 +1,5 @@
-"""Making stages: one at a time, each under its lease, skipped when its artifact is there."""
+"""Execute the stages of an experiment one at a time, each under its lease. Stages whose artifact is in the store are
+skipped."""
 
 from __future__ import annotations
 
@@ -27,21 +28,21 @@ from tunery.store import DEFAULT_STORE, Artifact, StageContext, Store
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where a run happens; the same for the stages of the file and for those of its trials."""
+    """Store, run folder and experiment file of a run; shared by the stages of the file and those of its trials."""
 
     store: Store
     run: Path
-    """The run's folder."""
+    """Folder of the run."""
     file: Path
-    """The experiment's."""
+    """The experiment file."""
 
     @property
     def folder(self) -> Path:
-        """Where relative paths in the experiment's file start."""
+        """Directory that relative paths in the experiment file refer to."""
         return self.file.parent
 
     def command(self, verb: str, *words: str) -> str:
-        """The command line that does `verb` with this experiment and store, for a message that says what to do."""
+        """Return the `tunery` command line for this experiment and store, for the remedy of an error."""
         default = self.store.root == DEFAULT_STORE.absolute()
         store = () if default else ("--store", str(self.store.root))
         return shlex.join(("tunery", verb, str(self.file), *words, *store))
@@ -57,65 +58,68 @@ class RunContext:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """How a trial's stages differ from those of the file: trained in the trial's own process, and heard by Tune."""
+    """Settings for the stages of a trial, such as reporting to Ray Tune. The defaults are those of the file's own
+    stages."""
 
     id: str = ""
     label: str = ""
-    """Added to the names of stages in the event log, where the same stages ran before with other values."""
+    """Suffix for the names of stages in the event log, if the same stages also run with other values."""
     in_process: bool = False
-    desk: Any = None
-    """Where its trainings take a seat in a pack (training/packed/pack_server.py)."""
+    """Train in the calling process instead of Ray Train workers."""
+    pack_scheduler: Any = None
+    """Handle of the actor that assigns trainings to packs (training/packed/pack_server.py)."""
     stop: Path | None = None
-    """A file whose presence ends it."""
-    shares: str = ""
-    """The training that shares checkpoints with those of other trials:"""
-    kept: Path | None = None
-    begins_with: Path | None = None
-    """both as its job has them (training/job.py)."""
+    """The trial stops when this file exists."""
+    checkpointed_stage: str = ""
+    """The training that the next two fields apply to."""
+    checkpoint_dir: Path | None = None
+    """Where checkpoints are kept for other trials to start from (`kept` in training/job.py)."""
+    resume_from: Path | None = None
+    """Checkpoint of another trial to start from (`begins_with` in training/job.py)."""
     report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
     callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
 
 
 def execute(
     experiment: Experiment,
-    where: RunContext,
+    run_context: RunContext,
     log: EventLog,
     trial: TrialContext | None = None,
-    made: Mapping[str, Artifact] = MappingProxyType({}),
+    done: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:
-    """Make every stage of `experiment` (whose compute is resolved) but those in `made`; returns all artifacts by stage
+    """Run all stages of `experiment`, whose compute is resolved, except those in `done`. Returns all artifacts by stage
     name.
 
-    Ray must have been started when a stage is missing that needs it. Raises StageError, after a stage_failed event.
+    Ray must be running if a stage that needs it is not in the store. Raises StageError after a stage_failed event.
     """
     trial = trial or TrialContext()
-    known = fingerprints(experiment, where.folder)
-    artifacts = dict(made)
+    keys = fingerprints(experiment, run_context.folder)
+    artifacts = dict(done)
     for name in order(experiment.stages):
-        if name in made:
+        if name in done:
             continue
         STOP.check()
         stage = experiment.stages[name]
-        print_, own, inputs = known[name]
-        artifact = where.store.find(stage.kind, print_)
+        cache_key, identity, inputs = keys[name]
+        artifact = run_context.store.find(stage.kind, cache_key)
         if artifact is None:
-            described = {"identity": own, "inputs": inputs}
-            artifact = _make(name, experiment, where, log, trial, print_, described, artifacts)
+            key_inputs = {"identity": identity, "inputs": inputs}
+            artifact = _run_stage(name, experiment, run_context, log, trial, cache_key, key_inputs, artifacts)
         elif not trial.label:
-            _tell_finished(log, name, artifact, reused=True, seconds=0.0)
+            _log_finished(log, name, artifact, reused=True, seconds=0.0)
         artifacts[name] = artifact
     return artifacts
 
 
-def _make(
+def _run_stage(
     name: str,
     experiment: Experiment,
-    where: RunContext,
+    run_context: RunContext,
     log: EventLog,
     trial: TrialContext,
-    print_: str,
-    described: Mapping[str, Any],
-    made: Mapping[str, Artifact],
+    cache_key: str,
+    key_inputs: Mapping[str, Any],
+    artifacts: Mapping[str, Artifact],
 ) -> Artifact:
     stage = experiment.stages[name]
     started = time.time()
@@ -123,71 +127,71 @@ def _make(
     def emit(event: str, **values: Any) -> None:
         log.write(event, **{"stage": name + trial.label, **values})
 
-    def waiting(holder: str) -> None:
-        emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} makes it")
+    def log_waiting(holder: str) -> None:
+        emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} is building it")
 
-    emit("stage_started", kind=stage.kind, fingerprint=print_, detail="")
+    emit("stage_started", kind=stage.kind, fingerprint=cache_key, detail="")
     try:
-        with where.store.lease(stage.kind, print_, waiting):
-            if (artifact := where.store.find(stage.kind, print_)) is not None:  # made while we waited
-                _tell_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
+        with run_context.store.lease(stage.kind, cache_key, log_waiting):
+            if (artifact := run_context.store.find(stage.kind, cache_key)) is not None:  # built while this run waited
+                _log_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
-            validate_models_at_start(name, stage, experiment, where.folder)
-            work = where.store.work(stage.kind, print_)
-            out = work / "out"
+            validate_models_at_start(name, stage, experiment, run_context.folder)
+            staging_dir = run_context.store.staging_dir(stage.kind, cache_key)
+            out = staging_dir / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             context = StageContext(
                 name=name,
                 trial=trial.id,
                 spec=stage,
-                inputs={item.stage: made[item.stage] for item in stage.inputs()},
+                inputs={item.stage: artifacts[item.stage] for item in stage.inputs()},
                 seed=stage_seed(stage, experiment),
-                folder=where.folder,
+                folder=run_context.folder,
                 out=out,
-                work=work,
-                store=where.store.root,
-                scores=where.store.scores,
-                events=where.events,
-                logs=where.logs,
+                work=staging_dir,
+                store=run_context.store.root,
+                scores=run_context.store.scores,
+                events=run_context.events,
+                logs=run_context.logs,
                 compute=experiment.compute,
                 emit=emit,
-                identity=described["identity"],
-                command=where.command,
+                identity=key_inputs["identity"],
+                command=run_context.command,
                 in_process=trial.in_process,
-                desk=trial.desk,
+                desk=trial.pack_scheduler,
                 stop=trial.stop,
-                kept=trial.kept if name == trial.shares else None,
-                begins_with=trial.begins_with if name == trial.shares else None,
+                kept=trial.checkpoint_dir if name == trial.checkpointed_stage else None,
+                begins_with=trial.resume_from if name == trial.checkpointed_stage else None,
                 report=lambda metrics: trial.report(name, metrics),
                 callbacks=trial.callbacks(name),
             )
             result = STAGES[stage.kind].load()(context)
             seconds = time.time() - started
-            artifact = where.store.commit(
+            artifact = run_context.store.commit(
                 out,
-                {"kind": stage.kind, "fingerprint": print_, **described, "facts": result.facts},
+                {"kind": stage.kind, "fingerprint": cache_key, **key_inputs, "facts": result.facts},
                 {**result.measured, "seconds": seconds},
             )
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(staging_dir, ignore_errors=True)
     except Stopped:
         raise
     except Exception as error:
-        if STOP.requested:  # a signal to the whole process group ends workers too
+        if STOP.requested:  # a signal to the process group also kills workers
             raise KeyboardInterrupt from error
-        told = diagnose(error, name, where, trial.id)
-        if isinstance(told, Stopped):  # as Ray Train hands it on from several workers
-            raise told from error
-        with suppress(OSError):  # on a full disk the error matters more than its place in the log
-            story = {"message": told.message, "cause": told.cause, "remedy": told.remedy, "log": _log(told)}
-            emit("stage_failed", kind=stage.kind, **story)
-        raise told from error
-    _tell_finished(log, name + trial.label, artifact, reused=False, seconds=seconds)
+        diagnosis = diagnose(error, name, run_context, trial.id)
+        if isinstance(diagnosis, Stopped):  # wrapped by Ray Train if there are several workers
+            raise diagnosis from error
+        with suppress(OSError):  # on a full disk the error must still be raised
+            fields = {"message": diagnosis.message, "cause": diagnosis.cause, "remedy": diagnosis.remedy}
+            emit("stage_failed", kind=stage.kind, **fields, log=_log_file(diagnosis))
+        raise diagnosis from error
+    _log_finished(log, name + trial.label, artifact, reused=False, seconds=seconds)
     return artifact
 
 
-def _tell_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool, seconds: float) -> None:
-    """A reused artifact tells its facts and its curve again, so that a run's log is whole by itself."""
+def _log_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool, seconds: float) -> None:
+    """Log the facts of an artifact. For a reused artifact log its metrics too, so that every run's log is complete."""
     if reused and (artifact.path / "history.jsonl").is_file():
         for line in (artifact.path / "history.jsonl").read_text().splitlines():
             point = json.loads(line)
@@ -205,5 +209,5 @@ def _tell_finished(log: EventLog, name: str, artifact: Artifact, *, reused: bool
     )
 
 
-def _log(error: TuneryError) -> str:
+def _log_file(error: TuneryError) -> str:
     return error.log if isinstance(error, StageError) else ""

@@ -1,4 +1,4 @@
-"""What a run would do, worked out without Ray and without making anything."""
+"""Plan of a run, computed without Ray and without running any stage."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from tunery.training.batches import plan_training
 from tunery.training.deepspeed_config import frozen_bytes, model_state_bytes
 
 CHARACTERS_PER_TOKEN = 3.3
-"""Of a small byte-level BPE on English and code; to estimate the tokens of rows that were never tokenised."""
+"""For a small byte-level BPE on English and code; estimates the number of tokens of rows that are not tokenised."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class PlannedStage:
     fingerprint: str
     reused: bool
     why: str
-    """Why it is not reused."""
+    """Why the stage is not reused."""
     rows: int | None = None
     steps: int | None = None
     memory_bytes: int | None = None
-    """Per rank: weights, gradients and optimizer; activations come on top."""
+    """Per rank: weights, gradients and optimizer states, without activations."""
     seconds: float | None = None
     auto: dict[str, str] = field(default_factory=dict)
-    """field: what `auto` became, and the rule."""
+    """By field: the value of `auto` and the rule that chose it."""
 
 
 @dataclass(frozen=True)
@@ -85,71 +85,75 @@ class Plan:
     store: str
     stages: list[PlannedStage]
     search: list[str]
-    """What it would do, a line each; empty without one."""
+    """Plan of the search, one item per line; empty without a search."""
     compute: dict[str, Any]
     rules: dict[str, str]
     notes: list[str]
-    """What is worth knowing before: estimates of the first rows of each training, and what the run will stop for."""
+    """Notes on the first rows of each training, and what the run will stop for."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: Sequence[str] = ()) -> Plan:
-    """`search`: what its search would do, in words. Raises RequestError when the workers can't be placed here."""
+    """Return the plan. `search` are the lines of the search plan. Raises RequestError if the workers do not fit on this
+    machine."""
     folder = Path(source.file).parent
     hardware = local_hardware()
     compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
-    known = fingerprints(experiment, folder)
+    cache_keys = fingerprints(experiment, folder)
     before = _last_run(store, experiment.name)
     estimate = _Estimates(experiment, folder, compute)
     models: dict[str, Path] = {}
     stages = []
     for name in order(experiment.stages):
         stage = experiment.stages[name]
-        print_, identity, inputs = known[name]
-        artifact = store.find(stage.kind, print_)
-        why = "" if artifact else _why(name, identity, inputs, before)
+        cache_key, identity, inputs = cache_keys[name]
+        artifact = store.find(stage.kind, cache_key)
+        why = "" if artifact else _rebuild_reason(name, identity, inputs, before)
         if artifact is not None and isinstance(stage, Training):
             models[name] = artifact.path
-        stages.append(estimate.stage(name, stage, print_, artifact, why, before.get(name)))
-    shown = compute.model_dump(exclude_defaults=False)
-    known_before = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
-    known_before += [
-        f"`{name}` trains {'all assistant turns' if stage.train_on == 'all_turns' else 'the last turn of each row'} "
+        stages.append(estimate.stage(name, stage, cache_key, artifact, why, before.get(name)))
+    compute_fields = compute.model_dump(exclude_defaults=False)
+    plan_notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
+    plan_notes += [
+        f"`{name}` trains "
+        f"{'all assistant messages' if stage.train_on == 'all_turns' else 'the last message of each row'} "
         f"(train_on: {stage.train_on})"
         for name, stage in experiment.stages.items()
         if isinstance(stage, Sft)
     ]
-    known_before += notes(experiment, source)
-    return Plan(experiment.name, str(store.root), stages, list(search), shown, rules, known_before)
+    plan_notes += notes(experiment, source)
+    return Plan(experiment.name, str(store.root), stages, list(search), compute_fields, rules, plan_notes)
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
-    """By stage: manifest and measured of what the last run of this name made or used."""
+    """Return manifest and measured values of the artifacts that the last run of this name built or reused, by stage."""
     from tunery.events.event_log import read_events
 
-    found: dict[str, dict[str, Any]] = {}
+    manifests: dict[str, dict[str, Any]] = {}
     for event in read_events(store.run(name) / "events"):
         if event["event"] == "stage_finished" and not event.get("trial"):
             path = Path(event["artifact"])
             if (path / "manifest.json").is_file():
                 manifest = json.loads((path / "manifest.json").read_text())
-                found[event["stage"]] = {**manifest, "measured": json.loads((path / "measured.json").read_text())}
-    return found
+                manifests[event["stage"]] = {**manifest, "measured": json.loads((path / "measured.json").read_text())}
+    return manifests
 
 
-def _why(name: str, identity: dict[str, Any], inputs: dict[str, str], before: dict[str, dict[str, Any]]) -> str:
+def _rebuild_reason(
+    name: str, identity: dict[str, Any], inputs: dict[str, str], before: dict[str, dict[str, Any]]
+) -> str:
     last = before.get(name)
     if last is None:
-        return "never made"
+        return "never built"
     changed = difference(last["identity"], json.loads(json.dumps(identity)))
     changed += [f"{path} changed" for path in inputs if last["inputs"].get(path) != inputs[path]]
     return ", ".join(changed) or "its artifact was removed"
 
 
 class _Estimates:
-    """Rows, steps, memory and time of stages, from artifacts where there are some, else from what they will read."""
+    """Estimates rows, steps, memory and time of stages from their artifacts, or from their input data."""
 
     def __init__(self, experiment: Experiment, folder: Path, compute: Compute) -> None:
         self._experiment, self._folder, self._compute = experiment, folder, compute
@@ -161,31 +165,33 @@ class _Estimates:
         self,
         name: str,
         stage: Stage,
-        print_: str,
+        cache_key: str,
         artifact: Artifact | None,
         why: str,
         before: dict[str, Any] | None,
     ) -> PlannedStage:
-        make: Callable[..., PlannedStage] = partial(PlannedStage, name, stage.kind, print_, artifact is not None, why)
+        planned: Callable[..., PlannedStage] = partial(
+            PlannedStage, name, stage.kind, cache_key, artifact is not None, why
+        )
         facts = artifact.facts if artifact else {}
         if "parameters" in facts:
             self._parameters[name] = facts["parameters"]
         if isinstance(stage, Evaluate):
             sets = sum(self._rows[data] for data in stage.data.values())
             rows = sets * len(stage.models)
-            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+            return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, WinRate):
             rows = self._rows[stage.data] * len(stage.contestants)
-            return make(rows=rows, seconds=self._seconds(artifact, before, 1.0))
+            return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, Training):
-            return self._training(make, name, stage, artifact, before)
+            return self._training(planned, name, stage, artifact, before)
         rows = int(facts["rows"]) if artifact else self._count(name, stage)
         self._rows[name] = rows
         if artifact is not None:
             self._characters[name] = sum(map(characters_of, read_rows(artifact.path, ["text", "messages"])))
         self._characters.setdefault(name, self._characters.get(getattr(stage, "data", ""), 0))
         scale = rows / max(1, before["facts"].get("rows", rows)) if before else 1.0
-        return make(rows=rows, seconds=self._seconds(artifact, before, scale))
+        return planned(rows=rows, seconds=self._seconds(artifact, before, scale))
 
     def _count(self, name: str, stage: Any) -> int:
         if isinstance(stage, Dataset):
@@ -215,7 +221,7 @@ class _Estimates:
 
     def _training(
         self,
-        make: Callable[..., PlannedStage],
+        planned: Callable[..., PlannedStage],
         name: str,
         stage: Training[Any],
         artifact: Artifact | None,
@@ -228,7 +234,7 @@ class _Estimates:
             characters = sum(self._characters.get(name, 0) for name in data_refs(stage.data).values())
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
         if isinstance(stage, Kto):
-            # A preference pair gives two.
+            # A preference pair gives two sequences.
             sequences = sum(
                 self._rows[data]
                 * (2 if first_shape(root_of(self._experiment, data), self._folder) == "preference" else 1)
@@ -244,17 +250,17 @@ class _Estimates:
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
             zero = self._compute.zero_stage
-            trained = 2 if isinstance(resolved, Ppo) else 1  # the value model, or its adapter
-            whole = parameters * (trained if getattr(resolved, "tuner", "full") == "full" else 1)
-            memory = model_state_bytes(whole, trained * trainable, zero, workers, bf16)
+            trained = 2 if isinstance(resolved, Ppo) else 1  # PPO also trains the value model, or its adapter
+            num_parameters = parameters * (trained if getattr(resolved, "tuner", "full") == "full" else 1)
+            memory = model_state_bytes(num_parameters, trained * trainable, zero, workers, bf16)
             memory += _frozen_copies(resolved) * frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
         auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
         seconds = self._seconds(artifact, before, scale)
-        return make(rows=rows, steps=steps, memory_bytes=memory, seconds=seconds, auto=auto)
+        return planned(rows=rows, steps=steps, memory_bytes=memory, seconds=seconds, auto=auto)
 
     def _rows_read(self, data: Any) -> int:
-        """By a training; of a review whose decisions it learns from, all that it asks for are decided."""
+        """Return the number of rows that a training reads. For a review assume that all requested rows are decided."""
         if isinstance(data, ReviewLabels):
             return getattr(self._experiment.stages[data.review], "rows", 0)
         return sum(self._rows[stage] for stage in data_refs(data).values())
@@ -268,8 +274,8 @@ class _Estimates:
 
     @staticmethod
     def _trainable(tuner: Tuner, parameters: int | None) -> int | None:
-        """LoRA's share depends on the layers' shapes, which a plan does not read: 2 r / width of a linear layer, at
-        a width of about sqrt(parameters / 100)."""
+        """Return the number of trainable parameters. The share of LoRA depends on layer shapes, which a plan does not
+        read; it is estimated as 2 r / width for a width of sqrt(parameters / 100)."""
         if parameters is None or isinstance(tuner, str):
             return parameters
         lora: Lora = tuner.lora
@@ -283,8 +289,8 @@ class _Estimates:
 
 
 def _frozen_copies(stage: Training[Any]) -> int:
-    """Of the model that training began with: one to be held to, and PPO's reward model, taken to be as large; under an
-    adapter the base is there already, for the reward model too where that is an adapter on it."""
+    """Return the number of frozen copies of the initial model: the reference model, and for PPO the reward model, which
+    is assumed to be as large. With adapters there is none: the base model is already loaded."""
     if getattr(stage, "tuner", "full") != "full":
         return 0
     if isinstance(stage, Ppo):
@@ -295,8 +301,8 @@ def _frozen_copies(stage: Training[Any]) -> int:
 
 
 def characters_of(row: dict[str, Any]) -> int:
-    """Of all turns."""
-    return len(row["text"]) if row.get("text") else sum(len(turn["content"]) for turn in row["messages"])
+    """Return the number of characters of all messages."""
+    return len(row["text"]) if row.get("text") else sum(len(message["content"]) for message in row["messages"])
 
 
 def render_plan(plan: Plan) -> RenderableType:

@@ -1,6 +1,7 @@
-"""The Ray cluster that RAY_ADDRESS names: its address checked, and whether anything of Ray answers there.
+"""Validate RAY_ADDRESS and check that a Ray cluster is reachable there.
 
-Ray itself (2.60) tells little: with nobody at the address `ray.init` retries for 14 minutes without a word.
+The errors of Ray (2.60) are not sufficient: if nothing listens at the address, `ray.init` retries silently for 14
+minutes.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from tunery.pipeline.diagnose import raised_in
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 30.0
-"""At most, from the first packet to a connected driver."""
+"""Time limit from the first packet to a connected driver."""
 ANSWER_SECONDS = 5.0
-"""For the first bytes of a server that has accepted a connection."""
+"""Time limit for the first bytes of a server that has accepted a connection."""
 DEFAULT_PORT = 6379
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""A client's connection preface and its empty SETTINGS frame (RFC 9113, section 3.4): Ray's head speaks gRPC, and a
-gRPC server answers with SETTINGS of its own."""
+"""Connection preface of a client with an empty SETTINGS frame (RFC 9113, section 3.4). The head of a Ray cluster speaks
+gRPC, and a gRPC server answers with a SETTINGS frame."""
 SETTINGS_FRAME = 4
 DASHBOARD = "it is the dashboard's, which takes jobs, and job submission is not available yet"
 SCHEMES = {"http": DASHBOARD, "https": DASHBOARD, "ray": "it is Ray Client's, which Ray Train does not run through"}
-"""What an address with a scheme is."""
+"""Cause of the error for an address with a scheme."""
 UNSET = f"or unset {VARIABLE} to start Ray on this machine"
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS as HOST:PORT or `auto`; None where Ray is to be started here. Connects to nothing.
+    """Return RAY_ADDRESS as HOST:PORT or `auto`; None if Ray is to be started on this machine. Does not connect.
 
-    Raises RequestError for what is no address of a cluster's head.
+    Raises RequestError if it is not the address of the head of a cluster.
     """
     address = os.environ.get(VARIABLE, "").strip()
     if address in ("", "local"):
@@ -58,10 +59,10 @@ def cluster_address() -> str | None:
 
 
 def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) -> None:
-    """Raise TuneryError unless a server of Ray's kind answers at `address` (HOST:PORT) within CONNECT_SECONDS.
+    """Raise TuneryError unless a gRPC server answers at `address` (HOST:PORT) within CONNECT_SECONDS.
 
-    A host that does not answer is tried until then; a closed port and a name that nobody knows are told at once.
-    `wait` is called between tries, with seconds.
+    A host that does not answer is retried until then; a closed port or an unknown host name fails immediately. `wait`
+    is called with seconds between attempts.
     """
     host, port = _host_and_port(address)
     end = time.monotonic() + CONNECT_SECONDS
@@ -72,7 +73,7 @@ def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) ->
         raise _unreachable(address, f"the host name `{host}` can't be resolved ({error.strerror})", remedy) from None
     while True:
         try:
-            # Short tries, so that an interrupt in between is never far away.
+            # Short attempts, so that an interrupt is handled soon.
             connection = socket.create_connection((host, int(port)), timeout=2.0)
             break
         except TimeoutError:
@@ -93,13 +94,13 @@ def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) ->
 
 
 def connection_failed(address: str, error: Exception | None) -> TuneryError:
-    """Of a driver whose `ray.init` failed with `error`, or did not end in time (None)."""
+    """Return the error for a `ray.init` that failed with `error`, or timed out (None)."""
     if error is None:
         cause = f"its head is reachable, but did not take this driver within {CONNECT_SECONDS:.0f} s"
     else:
-        # Ray's own line says no more than that it failed; why is in the error that it handled.
+        # The message of Ray only says that it failed; the reason is in the chained exception.
         links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
-        texts = [raised_in(str(link)) or str(link) for link in links]  # some hold another error's traceback
+        texts = [raised_in(str(link)) or str(link) for link in links]  # some contain the traceback of another error
         lines = dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip())
         cause = "; ".join(lines)[:500] or type(error).__name__
     return _unreachable(
@@ -117,7 +118,7 @@ def _unreachable(address: str, cause: str, remedy: str) -> TuneryError:
 
 
 def _host_and_port(text: str) -> tuple[str, str]:
-    """Of HOST:PORT and [IPv6]:PORT; the port is "" where there is none."""
+    """Split HOST:PORT or [IPv6]:PORT; the port is "" if there is none."""
     text = text.split("/")[0]
     if text.startswith("["):
         host, _, port = text[1:].partition("]")

@@ -1,4 +1,4 @@
-"""Ray, started once a run; and what libraries print, kept out of the terminal."""
+"""Start Ray once per run, and redirect the output of libraries from the terminal to a log file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tunery.pipeline.ray_address import CONNECT_SECONDS, check_reachable, cluste
 from tunery.spec import Compute
 
 QUIET_ENV = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would print each worker's lines, 1,600 of them in a short run
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would print the output of all workers, 1,600 lines in a short run
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
-    # A stopped trial ends what it is at before its process is reused. After the 2 s that Tune (2.60) waits by itself it
-    # gives the process up, marks the next trial as failed, and tells nobody: a search of that length never ended.
+    # A stopped trial finishes its current step before its process is reused. After its default of 2 s Tune (2.60)
+    # abandons the process and marks the next trial as failed without calling callbacks, so the search never ends.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
     "RAY_DEDUP_LOGS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -33,17 +33,17 @@ QUIET_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL (1.16) would tell its makers of every trainer
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL (1.16) would report every trainer
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 RAY_POLL_SECONDS = 0.005
-"""While Ray starts and ends, its C++ code takes SIGTERM's handler: so often it is put back (StopSignals.install)."""
+"""Ray's C++ code replaces the SIGTERM handler while Ray starts and ends; interval at which it is installed again."""
 STOP_SECONDS = 30.0
 
 
 class RaySession:
-    """Ray, started at the first need and then kept."""
+    """Starts Ray when it is first needed and keeps it running."""
 
     def __init__(self, log: EventLog, logs: Path) -> None:
         self._log = log
@@ -54,19 +54,18 @@ class RaySession:
 
     @property
     def hardware(self) -> Hardware | None:
-        """None while Ray has not been needed."""
+        """None if Ray has not been started."""
         return self._hardware
 
     def start(self, compute: Compute) -> Hardware:
-        """Connect to RAY_ADDRESS, or start Ray here with all CPUs and GPUs; a second call does nothing.
+        """Connect to RAY_ADDRESS, or start Ray on this machine with all CPUs and GPUs. A second call does nothing.
 
-        Raises RequestError for an address that can't be one, TuneryError when no cluster answers there within
-        CONNECT_SECONDS.
+        Raises RequestError for an invalid address, TuneryError if no cluster answers within CONNECT_SECONDS.
         """
         if self._hardware is not None:
             return self._hardware
-        begin = time.time()
-        # Else a thread that an interrupt leaves behind (tunery/interrupt.py) would start Ray again by its next call.
+        start_time = time.time()
+        # Otherwise a background thread that outlives an interrupt (tunery/interrupt.py) would start Ray again.
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         if (address := cluster_address()) is not None:
             where = f"the cluster at {address}"
@@ -78,7 +77,7 @@ class RaySession:
 
         resources = ray.cluster_resources()
         self._hardware = Hardware(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), where)
-        self._log.write("ray_started", seconds=time.time() - begin)
+        self._log.write("ray_started", seconds=time.time() - start_time)
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -100,32 +99,32 @@ class RaySession:
             raise connection_failed(address, None)
 
     def _start_here(self, compute: Compute) -> None:
-        # Workers inherit it from this process; as a runtime_env it costs each new worker process 1.3 s (2 cores).
+        # Workers inherit the environment of this process; a runtime_env costs 1.3 s per worker process (2 cores).
         os.environ.update(_worker_environment())
         gigabytes = 0.5 if compute.object_store_gb == "auto" else compute.object_store_gb
         self._init(
             None,
-            address="local",  # not a cluster that happens to run here: RAY_ADDRESS names the one that is meant
+            address="local",  # never a cluster that happens to run on this machine: only RAY_ADDRESS selects one
             num_cpus=len(os.sched_getaffinity(0)),
             object_store_memory=int(gigabytes * 1e9),
-            include_dashboard=compute.workers_per_trial not in ("auto", 1) and _dashboard_is_there(),
+            include_dashboard=compute.workers_per_trial not in ("auto", 1) and _has_dashboard(),
         )
         _link_logs(self._logs)
 
     def _init(self, seconds: float | None, **arguments: Any) -> bool:
-        """`ray.init`, at most so long; returns whether it has ended. Not in the main thread, where it would put a
-        SIGTERM handler of its own and keep Python's waiting."""
+        """Run `ray.init` for up to `seconds` and return whether it has ended. Runs in a background thread: in the main
+        thread it would install its own SIGTERM handler and block Python's."""
 
         def init() -> None:
             import logging
 
             import ray
 
-            _leave_signals_alone(starting=True)
-            with _processes_in_another_session():
+            _disable_ray_signal_handlers(starting=True)
+            with _start_new_session():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
 
-        # Ray's processes die with the thread that started them.
+        # The processes of Ray die with the thread that started them.
         self._starting = BackgroundCall(init, keep=self._ended)
         ended = self._starting.wait(seconds, RAY_POLL_SECONDS)
         if ended:
@@ -133,13 +132,13 @@ class RaySession:
         return ended
 
     def stop(self) -> None:
-        """Shut Ray down, if it was started; one that is still starting is waited for, at most STOP_SECONDS."""
+        """Shut down Ray if it was started. If it is still starting, wait for up to STOP_SECONDS."""
         if self._starting is None or not self._wait(self._starting):
             return
         import ray
 
         if ray.is_initialized():
-            _leave_signals_alone(starting=False)
+            _disable_ray_signal_handlers(starting=False)
             shutdown = BackgroundCall(ray.shutdown)
             if self._wait(shutdown):
                 self._ended.set()
@@ -153,12 +152,11 @@ class RaySession:
         return True
 
 
-def _leave_signals_alone(*, starting: bool) -> None:
-    """Keep Ray's C++ code (2.60) from replacing SIGTERM's handler: InstallFailureSignalHandler within `ray.init` does
-    nothing where this flag is set already, UninstallSignalAction within `ray.shutdown` where it is not.
+def _disable_ray_signal_handlers(*, starting: bool) -> None:
+    """Keep Ray's C++ code (2.60) from replacing the SIGTERM handler: InstallFailureSignalHandler in `ray.init` does
+    nothing if this flag is set, UninstallSignalAction in `ray.shutdown` does nothing if it is not set.
 
-    A SIGTERM between that and the next StopSignals.install() would end the process; a Ray without the flag leaves that
-    gap of milliseconds.
+    Without the flag, a SIGTERM in the milliseconds before the next StopSignals.install() would end the process.
     """
     import ctypes
 
@@ -170,9 +168,9 @@ def _leave_signals_alone(*, starting: bool) -> None:
 
 
 @contextmanager
-def _processes_in_another_session() -> Iterator[None]:
-    """Ray's (2.60) processes, started while inside, get no signal that is sent to this process's group: a raylet that
-    SIGTERM ends takes the driver along (core_worker, QuickExit), which has its report to write and ends Ray itself."""
+def _start_new_session() -> Iterator[None]:
+    """Start the processes of Ray (2.60) in a new session, so that signals to this process group do not reach them. A
+    raylet that is terminated also exits the driver (core_worker, QuickExit), which must first write its report."""
     from ray._private import services
 
     popen = services.ConsolePopen
@@ -184,22 +182,22 @@ def _processes_in_another_session() -> Iterator[None]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Workers import the tunery that the driver runs, also from a source tree that is not installed."""
+    """Return the environment of workers. They import the same tunery as the driver, also from a source tree."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     return {**QUIET_ENV, "PYTHONPATH": path}
 
 
-def _dashboard_is_there() -> bool:
-    """Its State API frees the resources of stopped trials that have workers of their own (Ray 2.60); nothing else here
-    needs it, and it costs 1.5 s and a dozen processes. Bare installations of Ray lack it."""
+def _has_dashboard() -> bool:
+    """Whether the dashboard is installed. Its State API frees the resources of stopped trials with several workers (Ray
+    2.60). Nothing else needs it, and it costs 1.5 s and a dozen processes."""
     import importlib.util
 
     return importlib.util.find_spec("aiohttp_cors") is not None
 
 
 def _link_logs(logs: Path) -> None:
-    """Ray's own logs stay in its session folder; the run's log folder points there."""
+    """Link the logs of Ray, which stay in its session folder, into the log folder of the run."""
     import ray
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())
@@ -210,22 +208,22 @@ def _link_logs(logs: Path) -> None:
 
 @contextmanager
 def redirect_output(path: Path) -> Iterator[TextIO]:
-    """While inside, whatever any library prints (C++ too) goes to `path`; yields the real standard output."""
+    """Redirect the output of all libraries (also of C++ code) to `path`; yields the real standard output."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(QUIET_ENV)
     sys.stdout.flush()
     sys.stderr.flush()
     real_out, real_err = os.dup(1), os.dup(2)
-    noise = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(noise, 1)
-    os.dup2(noise, 2)
-    os.close(noise)
+    log_file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
+    os.close(log_file)
     terminal = os.fdopen(os.dup(real_out), "w", encoding="utf-8")
     try:
         yield terminal
     finally:
         for stream in (terminal, sys.stdout, sys.stderr):
-            with suppress(OSError):  # a full disk, or a reader that went away: the run's own error matters more
+            with suppress(OSError):  # a full disk or a closed pipe must not hide the error of the run
                 stream.flush()
         os.dup2(real_out, 1)
         os.dup2(real_err, 2)

@@ -1,4 +1,4 @@
-"""A run as its event log tells it: the experiment as it was last run, and what became of it."""
+"""Load a run from its event log: the experiment that was last run, and its state."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from tunery.spec.yaml_source import YamlSource, read_yaml
 from tunery.store import Store
 
 OWN = "file"
-"""In place of a trial's name: what was made with the file's own values."""
+"""Stands for a trial name: the artifacts with the values of the file itself."""
 
 
 @dataclass(frozen=True)
 class Recorded:
     folder: Path
     events: list[Event]
-    """Of the invocations with this experiment."""
+    """Events of the invocations with this experiment."""
     state: RunState
     experiment: Experiment
     source: YamlSource
 
 
 def read_run(run: str, store: Store) -> Recorded:
-    """`run`: a name or a folder. Raises RequestError where there is no such run, or it has not begun."""
+    """Load a run by name or folder. Raises RequestError if it does not exist or has not started."""
     folder = store.find_run(run)
     events = of_last_experiment(read_events(folder / "events"))
     state = replay(events)
     if not state.text:
         raise RequestError(
             f"the run `{folder.name}` has no model and no trial",
-            cause="its event log doesn't tell of any stage",
-            remedy="run it",
+            cause="its event log has no stage",
+            remedy="start it with `tunery run`",
         )
-    source = read_yaml(state.text, f"{state.file} (as {folder.name} has run it)")
+    source = read_yaml(state.text, f"{state.file} (as run by {folder.name})")
     return Recorded(folder, events, state, parse(source), source)
 
 
 def of_last_experiment(events: list[Event]) -> list[Event]:
-    """Without the invocations before the file was edited: what their trials made has the same names."""
+    """Drop the invocations before the file was edited, whose trials may have the same names."""
     texts = [str(event.get("text", "")) for event in events if event["event"] == "run_started"]
-    kept, alike = [], False
+    kept, is_same = [], False
     for event in events:
         if event["event"] == "run_started":
-            alike = _is_same_text(str(event.get("text", "")), texts[-1])
-        if alike:
+            is_same = _is_same_text(str(event.get("text", "")), texts[-1])
+        if is_same:
             kept.append(event)
     return kept
 
@@ -63,6 +63,6 @@ def _is_same_text(text: str, other: str) -> bool:
 
 
 def asks_the_same(one: Experiment, other: Experiment) -> bool:
-    """Whether they ask for the same models: `compute` and `tracking` say how, not what."""
-    how = {"compute", "tracking"}
-    return one.model_dump(exclude=how) == other.model_dump(exclude=how)
+    """Whether two experiments give the same models: `compute` and `tracking` do not change results."""
+    excluded = {"compute", "tracking"}
+    return one.model_dump(exclude=excluded) == other.model_dump(exclude=excluded)

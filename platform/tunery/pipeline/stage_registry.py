@@ -1,8 +1,8 @@
-"""The table of stage kinds: what makes each, and the version of how.
+"""Registry of stage kinds: the function that implements each, and its version.
 
-Functions are named, not imported, so that planning loads neither torch nor Ray. Raise a version when a change makes
-a stage give another result from the same inputs: its artifacts, and those of whatever reads them, are made anew. Where
-rows become other tokens, raise `ENCODING_VERSION` (models/encode.py).
+Functions are referred to by name, so that planning imports neither torch nor Ray. Increase a version when a change
+gives another result for the same inputs: the artifacts of the stage, and those that depend on them, are rebuilt. When
+rows are encoded to other tokens, increase `ENCODING_VERSION` (models/encode.py).
 """
 
 from __future__ import annotations

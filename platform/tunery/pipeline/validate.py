@@ -1,7 +1,7 @@
-"""What can be checked of an experiment without running it, beyond its text: files, columns, models, batches, store.
+"""Validate an experiment without running it, beyond its text: files, columns, models, batches, store.
 
-Nothing here starts Ray or writes. torch is imported only where an experiment asks what a model's config.json does not
-answer by itself (models/meta_model.py): a `target_modules` list, or a `max_length` beyond the positions that it names.
+Does not start Ray and writes nothing. torch is imported only if config.json of a model is not sufficient
+(models/meta_model.py): for a `target_modules` list, or a `max_length` beyond the positions in the config.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from tunery.store import Store
 from tunery.training.auto import global_batch_sizes
 from tunery.training.batches import plan_batches
 
-MOST_COMBINATIONS = 10_000
-LOOKED_AT = 100
-"""Rows, for a label."""
+MAX_COMBINATIONS = 10_000
+LABEL_SAMPLE_SIZE = 100
+"""Number of rows that are searched for a label."""
 
 
 def validate(experiment: Experiment, source: YamlSource, store: Store, workers: int, trial_workers: int) -> None:
-    """Raises SpecErrors with file and line, or StoreError."""
+    """Validate an experiment. Raises SpecErrors with file and line, or StoreError."""
     folder = Path(source.file).parent
     errors: list[SpecError] = []
     for name, stage in experiment.stages.items():
@@ -70,12 +70,12 @@ def validate(experiment: Experiment, source: YamlSource, store: Store, workers: 
 
 
 def notes(experiment: Experiment, source: YamlSource) -> list[str]:
-    """What somebody should know of an experiment in which nothing is wrong."""
+    """Return notes about a valid experiment."""
     return [*waiting(experiment, source), *long_notes(experiment, Path(source.file).parent)]
 
 
 def waiting(experiment: Experiment, source: YamlSource) -> list[str]:
-    """What a run will stop for: nothing is wrong with it, but somebody has to do something first."""
+    """Return a note for each review without decisions, at which a run will stop."""
     folder = Path(source.file).parent
     return [
         f"`{name}` waits for decisions, there are none in {stage.decisions} yet: `tunery run` makes `{stage.data}` "
@@ -105,15 +105,15 @@ def _check_stage(
             )
     if isinstance(stage, Augment):
         yield from validate_augment(name, stage, experiment, source, folder)
-    whole = True
+    models_valid = True
     for model in pretrained_models(stage):
         if model.is_folder:
             try:
                 check_model_folder(model_folder(model, folder))
             except BadModel as error:
-                whole = False
+                models_valid = False
                 yield error_at(source, at, f"{name}: {error.message}", cause=error.cause, remedy=error.remedy)
-    if isinstance(stage, Score) and whole:
+    if isinstance(stage, Score) and models_valid:
         for index, scorer in enumerate(stage.by):
             try:
                 _check_labels(scorer, experiment, folder)
@@ -124,17 +124,17 @@ def _check_stage(
     if isinstance(stage, ClassifierTraining):
         yield from _check_has_labels(name, stage, experiment, source, folder)
     yield from check_shapes(name, stage, experiment, source, folder)
-    if whole:
-        of_models = list(validate_models(name, stage, experiment, source, folder))
-        yield from of_models
+    if models_valid:
+        model_errors = list(validate_models(name, stage, experiment, source, folder))
+        yield from model_errors
         yield from validate_rewards(name, stage, experiment, source, folder)
-        if not of_models:
+        if not model_errors:
             yield from validate_templates(name, stage, experiment, source, folder)
 
 
 def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:
-    """Raises BadModel where a stage or a model folder can't give the scorer's labels; one on the hub is looked at when
-    it is loaded."""
+    """Raise BadModel if a stage or model folder does not have the labels of the scorer. Models on the hub are checked
+    when they are loaded."""
     model = scorer.model
     if not isinstance(scorer, ClassificationSpec) or model is None:
         return
@@ -152,7 +152,7 @@ def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> N
 def _check_has_labels(
     name: str, stage: ClassifierTraining, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    """Where labels come from: the rows themselves, by the first of them, or a review."""
+    """Check that the rows of a classifier have labels, from the first rows of the dataset or from a review."""
     for field in ("data", "eval_data"):
         data = getattr(stage, field)
         at = ("stages", name, field)
@@ -169,8 +169,8 @@ def _check_has_labels(
             continue
         root = root_of(experiment, data)
         try:
-            rows = [] if BUILTIN in sources_of(root) else first_rows(root, folder, LOOKED_AT)
-        except BadSource:  # told at the dataset
+            rows = [] if BUILTIN in sources_of(root) else first_rows(root, folder, LABEL_SAMPLE_SIZE)
+        except BadSource:  # reported for the dataset
             continue
         if all(row.get("label") is None for row in rows):
             looked = f", of {source_label(root)} not one of the first {len(rows):,}" if rows else ""
@@ -187,7 +187,8 @@ def _check_has_labels(
 def _check_batches(
     name: str, stage: Stage, experiment: Experiment, source: YamlSource, workers: int
 ) -> Iterator[SpecError]:
-    """`auto` is only refused when nothing that it can become would do: the rows are not counted yet."""
+    """Check that batches divide evenly. `auto` is rejected only if every possible value fails, since the number of rows
+    is not known yet."""
     if isinstance(stage, Training):
         micro = experiment.compute.micro_batch_size
         sizes = global_batch_sizes(stage)
@@ -204,16 +205,16 @@ def _check_batches(
 
 
 def _check_space(experiment: Experiment, source: YamlSource, folder: Path, workers: int) -> Iterator[SpecError]:
-    """Every combination of listed values (and ends of ranges) must be an experiment whose files are there and whose
-    batches can be shared out over a trial's workers. Told is the first that is not."""
+    """Check that every combination of enumerated values (and ends of ranges) gives an experiment whose files exist and
+    whose batches divide evenly among the workers of a trial. Reports the first that does not."""
     if experiment.search is None:
         return
     space = experiment.search.space
-    seen: set[str] = set()
+    checked: set[str] = set()
     values = [_values(path, dimension) for path, dimension in space.items()]
-    for combination in itertools.islice(itertools.product(*values), MOST_COMBINATIONS):
-        drawn = dict(zip(space, combination, strict=True))
-        overrides: dict[str, Any] = {path: value for path, value in drawn.items() if space[path].is_there(drawn)}
+    for combination in itertools.islice(itertools.product(*values), MAX_COMBINATIONS):
+        point = dict(zip(space, combination, strict=True))
+        overrides: dict[str, Any] = {path: value for path, value in point.items() if space[path].is_active(point)}
         try:
             trial = with_overrides(experiment, overrides)
         except ValueError as error:
@@ -222,48 +223,50 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
             message = f"no trial can have {overrides} together"
             yield error_at(source, ("search", "space"), message, cause=cause, remedy=remedy)
             return
-        found = _check_made(trial, experiment, source, folder, workers, seen)
-        if found is not None:
-            name, wrong = found
+        invalid = _first_invalid_stage(trial, experiment, source, folder, workers, checked)
+        if invalid is not None:
+            name, stage_error = invalid
             searched = {path: value for path, value in overrides.items() if path.split(".")[0] == name}
             with_values = f"with {searched} " if searched else ""
-            message = f"a trial {with_values}can't work: {wrong.message}"
-            yield error_at(source, _blamed(name, space), message, cause=wrong.cause, remedy=wrong.remedy)
+            message = f"a trial {with_values}is not valid: {stage_error.message}"
+            yield error_at(
+                source, _error_path(name, space), message, cause=stage_error.cause, remedy=stage_error.remedy
+            )
             return
 
 
 def check_trial(
     trial: Experiment, experiment: Experiment, source: YamlSource, folder: Path | None, workers: int
 ) -> SpecError | None:
-    """What is wrong with the stages that a trial of `experiment` makes: their batches and, where the folder that paths
-    start from is known, their files. None when nothing is."""
-    found = _check_made(trial, experiment, source, folder, workers, set())
-    return None if found is None else found[1]
+    """Return the first error of the stages of a trial of `experiment`: batches and, if the folder that paths refer
+    to is known, their files. None if there is no error."""
+    invalid = _first_invalid_stage(trial, experiment, source, folder, workers, set())
+    return None if invalid is None else invalid[1]
 
 
-def _check_made(
+def _first_invalid_stage(
     trial: Experiment,
     experiment: Experiment,
     source: YamlSource,
     folder: Path | None,
     workers: int,
-    seen: set[str],
+    checked: set[str],
 ) -> tuple[str, SpecError] | None:
-    """The first stage that is wrong, of those that the metrics need, and why. `seen`: stages that were looked at."""
+    """Return the first invalid stage that the metrics depend on, and its error. `checked`: stages already checked."""
     assert experiment.search is not None, "only a search has trials"
-    wanted = {metric.split(".")[0] for metric in experiment.search.metrics}
-    for name, stage in with_upstream(trial.stages, wanted).items():
+    names = {metric.split(".")[0] for metric in experiment.search.metrics}
+    for name, stage in with_upstream(trial.stages, names).items():
         key = f"{name} {stage.model_dump_json()}"
-        if isinstance(stage, Augment):  # whether it shares rows with what is measured on lies in the datasets too
+        if isinstance(stage, Augment):  # whether it shares rows with evaluation data depends on the datasets
             key += "".join(other.model_dump_json() for other in trial.stages.values() if isinstance(other, Dataset))
-        if key in seen:
+        if key in checked:
             continue
-        seen.add(key)
-        wrong = [*_check_batches(name, stage, trial, source, workers)]
+        checked.add(key)
+        errors = [*_check_batches(name, stage, trial, source, workers)]
         if folder is not None and (stage != experiment.stages[name] or isinstance(stage, Augment)):
-            wrong += _check_stage(name, stage, trial, source, folder)
-        if wrong:
-            return name, wrong[0]
+            errors += _check_stage(name, stage, trial, source, folder)
+        if errors:
+            return name, errors[0]
     return None
 
 
@@ -274,7 +277,7 @@ def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) 
                 source,
                 ("search", "warm_start", index),
                 f"`{name}` is this run itself: its trials change while it runs",
-                remedy="a search that was cut off goes on by itself; to begin another with what it found, rename it",
+                remedy="an interrupted search resumes by itself; to start another one from its results, rename it",
             )
         elif not (store.run(name) / "events").is_dir():
             runs = store.root / "runs"
@@ -288,14 +291,16 @@ def _check_warm_start(experiment: Experiment, source: YamlSource, store: Store) 
 
 
 def _values(path: str, dimension: Dimension) -> Sequence[Any]:
-    """All choices and the ends of ranges; of a range of batch sizes every one, for they fit or not one by one."""
-    if dimension.listed is not None and path.endswith(".global_batch_size"):
-        return dimension.listed
+    """Return all choices or the ends of a range; for a range of batch sizes every value, since each may or may not
+    divide evenly."""
+    if dimension.enumerated is not None and path.endswith(".global_batch_size"):
+        return dimension.enumerated
     return dimension.values
 
 
-def _blamed(name: str, space: Iterable[str]) -> KeyPath:
-    """Where a trial's bad stage comes from: the searched batch size, another searched field of it, or the stage."""
+def _error_path(name: str, space: Iterable[str]) -> KeyPath:
+    """Return where to report an invalid stage of a trial: its searched batch size, another searched field, or the
+    stage."""
     own = [path for path in space if path.split(".")[0] == name]
     own.sort(key=lambda path: not path.endswith(".global_batch_size"))
     return ("search", "space", own[0]) if own else ("stages", name, "global_batch_size")

@@ -1,4 +1,4 @@
-"""What came out of a search: its trials, best first, and who won. Pure."""
+"""Result of a search: its trials, ranked, and the winner. No I/O, no Ray."""
 
 from __future__ import annotations
 
@@ -8,70 +8,84 @@ from statistics import mean
 from typing import Any
 
 from tunery.search.journal import JournalRecord
-from tunery.search.ranking import feasible, pareto_front, rank, standings, statistical_ties, value_of
+from tunery.search.ranking import (
+    feasible,
+    objective_value,
+    pareto_front,
+    rank_key,
+    seed_stats,
+    statistical_ties,
+)
 from tunery.spec import Search
 
 
-def facts_of(search: Search, records: Sequence[JournalRecord], ended_by: str) -> dict[str, Any]:
-    """trials: best first, those that repeat another after them; each {trial, overrides, origin, of, state, value (the
-    metric, or the weighted sum; null without one), values {metric: number}, feasible, steps, tokens, rows, seconds,
-    error}. best: the winner, null when no trial ran to its end. standings: of those that were repeated mean, half of
-    the 95% interval and values over seeds. ties: whose mean can't be told from the winner's. front: the Pareto front.
-    ended_by: what ended the search early."""
-    trials = sorted((_trial(search, record) for record in records), key=lambda trial: rank(search, trial))
-    own = [trial for trial in trials if trial["origin"] != "replicate"]
-    again = [trial for trial in trials if trial["origin"] == "replicate"]
-    ended = [trial for trial in own if not rank(search, trial)[0]]
+def search_facts(search: Search, records: Sequence[JournalRecord], ended_by: str) -> dict[str, Any]:
+    """Return the facts of the search artifact.
+
+    trials: best first, replicates last; each {trial, overrides, origin, of, state, value (the metric or the weighted
+    sum; None if missing), values {metric: number}, feasible, steps, tokens, rows, seconds, error}.
+    best: the winner; None if no trial finished.
+    standings: for replicated trials the mean over seeds, half of its 95% confidence interval, and the values.
+    ties: trials whose mean does not differ significantly from the winner's.
+    front: the Pareto front.
+    ended_by: why the search ended early.
+    """
+    trials = sorted((_trial_facts(search, record) for record in records), key=lambda trial: rank_key(search, trial))
+    originals = [trial for trial in trials if trial["origin"] != "replicate"]
+    replicates = [trial for trial in trials if trial["origin"] == "replicate"]
+    finished = [trial for trial in originals if not rank_key(search, trial)[0]]
     groups: dict[str, list[float]] = {}
-    diverged: dict[str, int] = {}
-    for trial in ended:
-        twins = [twin["value"] for twin in again if twin["of"] == trial["trial"] and twin["state"] == "done"]
-        if twins:
+    num_diverged: dict[str, int] = {}
+    for trial in finished:
+        values = [other["value"] for other in replicates if other["of"] == trial["trial"] and other["state"] == "done"]
+        if values:
             name = trial["trial"]
-            groups[name] = [trial["value"], *(value for value in twins if value is not None)]
-            diverged[name] = twins.count(None)
-    best = _best(search, ended, groups, diverged)
-    found = standings(groups)
-    winner = next((item for item in found if best is not None and item.trial == best["trial"]), None)
+            groups[name] = [trial["value"], *(value for value in values if value is not None)]
+            num_diverged[name] = values.count(None)
+    best = _best(search, finished, groups, num_diverged)
+    stats = seed_stats(groups)
+    winner = next((item for item in stats if best is not None and item.trial == best["trial"]), None)
     return {
-        "trials": [*own, *again],
+        "trials": [*originals, *replicates],
         "best": best,
         "standings": [
-            {"trial": item.trial, "mean": item.mean, "half": item.half, "values": list(item.values)} for item in found
+            {"trial": item.trial, "mean": item.mean, "half": item.ci_half_width, "values": list(item.values)}
+            for item in stats
         ],
-        "ties": [] if winner is None else statistical_ties(winner, found, groups),
-        "front": sorted(pareto_front(search, own)),
+        "ties": [] if winner is None else statistical_ties(winner, stats, groups),
+        "front": sorted(pareto_front(search, originals)),
         "ended_by": ended_by,
     }
 
 
 def _best(
-    search: Search, ended: Sequence[dict[str, Any]], groups: dict[str, list[float]], diverged: dict[str, int]
+    search: Search, finished: Sequence[dict[str, Any]], groups: dict[str, list[float]], num_diverged: dict[str, int]
 ) -> dict[str, Any] | None:
-    """By the mean over seeds, where all that were to be repeated have been; a seed without a value counts against its
-    trial. Else by the first seed: one that happened to be repeated first is no better for it. `ended`: best first."""
-    top = ended[: search.replicate_top_k]
+    """Return the trial with the best mean over seeds, if all of the top k were replicated; a seed without a value
+    counts against its trial. Otherwise return the best by the first seed: being replicated first is no advantage.
+    `finished` is sorted, best first."""
+    top = finished[: search.replicate_top_k]
     top = [trial for trial in top if trial["feasible"]] or top
     if not top or any(trial["trial"] not in groups for trial in top):
-        return next(iter(ended), None)
+        return next(iter(finished), None)
     sign = 1 if search.mode == "min" else -1
 
-    return min(top, key=lambda trial: (diverged[trial["trial"]], sign * mean(groups[trial["trial"]])))
+    return min(top, key=lambda trial: (num_diverged[trial["trial"]], sign * mean(groups[trial["trial"]])))
 
 
-def _trial(search: Search, record: JournalRecord) -> dict[str, Any]:
-    ended = record.ended or {"state": "stopped", "values": {}, "seconds": None, "error": ""}
-    value = value_of(search, ended["values"])
-    begun = record.begun
+def _trial_facts(search: Search, record: JournalRecord) -> dict[str, Any]:
+    outcome = record.outcome or {"state": "stopped", "values": {}, "seconds": None, "error": ""}
+    value = objective_value(search, outcome["values"])
+    start = record.start
     return {
-        "trial": begun.trial,
-        "overrides": begun.overrides,
-        "origin": begun.origin,
-        "of": begun.of,
-        "state": ended["state"],
+        "trial": start.trial,
+        "overrides": start.overrides,
+        "origin": start.origin,
+        "of": start.of,
+        "state": outcome["state"],
         "value": None if math.isnan(value) else value,
-        "values": ended["values"],
-        "feasible": feasible(search, ended["values"]),
-        **{key: ended.get(key) for key in ("steps", "tokens", "rows", "seconds")},
-        "error": ended["error"],
+        "values": outcome["values"],
+        "feasible": feasible(search, outcome["values"]),
+        **{key: outcome.get(key) for key in ("steps", "tokens", "rows", "seconds")},
+        "error": outcome["error"],
     }

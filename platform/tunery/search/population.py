@@ -1,12 +1,12 @@
-"""Population based training (Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846): at each evaluation but the last
-the worst quarter of the trials makes room for changed copies of the best quarter. Pure.
+"""Population based training (PBT; Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846).
 
-A copy goes on from the other's checkpoint, with another learning rate from there on. What it is does not hang on that:
-its values say what changed and when (`schedule_overrides` of its training), and from its beginning it would come to the
-same. So a trial of a population is named, found in the store, run again and repeated with other seeds like any other.
+At each evaluation except the last, the worst quarter of the trials is replaced by perturbed copies of the best quarter.
+A copy starts from the other trial's checkpoint with new hyperparameters from that step on. Its values describe this
+completely (`schedule_overrides` of the training say what changes and when), so training it from scratch gives the same
+result: a trial of a population is named, cached, rerun and replicated with other seeds like any other trial.
 
-Who makes room is worked out from what all members reported of the same evaluation, whenever that was: a search that is
-run again, or goes on after a kill, decides as it did before.
+A decision depends only on what all members reported for the same evaluation, not on when they reported it. A search
+that is rerun or resumed makes the same decisions. No I/O, no Ray.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunery.search.journal import JournalRecord
-from tunery.search.space import Point, at_random, curve_stage, rounded, trial_id
+from tunery.search.space import Point, curve_stage, rounded, seeded_sampler, trial_id
 from tunery.spec import OVERRIDABLE, Dimension, Experiment, Search
 from tunery.spec.overrides import final_values
 
-QUARTER = 0.25
-FACTORS = (0.8, 1.2)
-"""Of a value that is changed, as in the paper."""
-REDRAWN = 0.25
-"""Chance of a value that is drawn anew instead."""
-TRIES = 20
-MEMBERS = ("first", "drawn")
-"""Origins of the trials that a population begins with."""
+QUANTILE_FRACTION = 0.25
+PERTURBATION_FACTORS = (0.8, 1.2)
+"""As in the paper."""
+RESAMPLE_PROBABILITY = 0.25
+"""Probability that a value is sampled again instead of perturbed."""
+MAX_RETRIES = 20
+INITIAL_ORIGINS = ("first", "drawn")
+"""Origins of the initial members of a population."""
 
 
 @dataclass(frozen=True)
 class Exploit:
-    """A member makes room for a changed copy of another."""
+    """Replace a member by a perturbed copy of another one."""
 
     member: str
-    of: str
-    since: int
-    """The step of the other's that the copy goes on from."""
+    source: str
+    source_step: int
+    """Step of the source's checkpoint that the copy starts from."""
     overrides: Point
 
 
@@ -50,165 +50,168 @@ class _EvalPoint:
 
 
 class Population:
-    """`stage`: the training whose evaluations count, of which there are `num_evals`."""
+    """Population of trials. `stage` is the training whose evaluations are compared; it has `num_evals` of them."""
 
-    def __init__(self, search: Search, stage: str, evaluations: int, seed: int) -> None:
-        self._search, self._stage, self._evaluations, self._seed = search, stage, evaluations, seed
+    def __init__(self, search: Search, stage: str, num_evals: int, seed: int) -> None:
+        self._search, self._stage, self._num_evals, self._seed = search, stage, num_evals, seed
         self._members: list[str] = []
-        """By place: who has it now."""
+        """Current trial of each slot."""
         self._points: dict[str, Point] = {}
-        self._heard: dict[str, dict[int, _EvalPoint]] = {}
+        self._evals: dict[str, dict[int, _EvalPoint]] = {}
+        """By trial and number of the evaluation."""
         self._ended: set[str] = set()
         self._complete = False
         self._generation = 1
+        """The evaluation that is decided next."""
         self.replaced: set[str] = set()
-        self.offspring: list[Exploit] = []
-        """Copies that nobody has begun yet."""
-        self.leaving: list[str] = []
-        """Members that nobody has stopped yet."""
+        self.pending_children: list[Exploit] = []
+        """Copies that have not been started."""
+        self.to_stop: list[str] = []
+        """Replaced members that have not been stopped."""
 
     def replay(self, records: Iterable[JournalRecord]) -> None:
-        """What a journal tells of an earlier try, and what it decided by that."""
+        """Restore the state, and the decisions, of an earlier attempt from its journal."""
         for record in records:
-            if record.begun.origin in MEMBERS:
-                self.join(record.begun.trial, record.begun.overrides)
+            if record.start.origin in INITIAL_ORIGINS:
+                self.add_member(record.start.trial, record.start.overrides)
             for report in record.reports:
-                self.hear(record.begun.trial, report)
-            if record.ended is not None:
-                self.end(record.begun.trial)
+                self.record(record.start.trial, report)
+            if record.outcome is not None:
+                self.mark_ended(record.start.trial)
         self.decide()
 
-    def join(self, trial: str, overrides: Point) -> None:
-        """One of those that the population begins with."""
+    def add_member(self, trial: str, overrides: Point) -> None:
+        """Add an initial member."""
         self._members.append(trial)
         self._points[trial] = overrides
 
-    def close(self) -> None:
-        """There are no more to begin with."""
+    def mark_complete(self) -> None:
+        """No further initial member will be added."""
         self._complete = True
 
-    def hear(self, trial: str, report: Mapping[str, Any]) -> None:
-        """Of an evaluation: {"share", "steps", the metric}, as training/training_stats.py tells it. Without the metric:
-        NaN."""
-        if (generation := self._number(report)) < self._evaluations:
-            found = _EvalPoint(float(report.get(self._search.metric, math.nan)), int(report["steps"]))
-            self._heard.setdefault(trial, {})[generation] = found
+    def record(self, trial: str, report: Mapping[str, Any]) -> None:
+        """Record the report of an evaluation: {"share", "steps", the metric} (training/training_stats.py). A missing
+        metric counts as NaN."""
+        if (generation := self._eval_number(report)) < self._num_evals:
+            point = _EvalPoint(float(report.get(self._search.metric, math.nan)), int(report["steps"]))
+            self._evals.setdefault(trial, {})[generation] = point
 
-    def end(self, trial: str) -> None:
-        """Nothing more is heard of it, unless it is tried again."""
+    def mark_ended(self, trial: str) -> None:
+        """The trial reports nothing more, unless it is retried."""
         self._ended.add(trial)
 
-    def begin(self, trial: str) -> None:
+    def mark_running(self, trial: str) -> None:
         self._ended.discard(trial)
 
-    def waits(self, trial: str) -> bool:
-        """Whether a member has gone as far as is decided."""
-        return trial in self._members and self._reached(trial) >= self._generation
+    def awaits_decision(self, trial: str) -> bool:
+        """Whether a member has reported the evaluation that is decided next."""
+        return trial in self._members and self._last_eval(trial) >= self._generation
 
     def is_far_ahead(self, trial: str) -> bool:
-        """Whether a member has gone an evaluation further than that: by more others begin late."""
-        return trial in self._members and self._reached(trial) > self._generation
+        """Whether a member has reported a later evaluation than the one that is decided next."""
+        return trial in self._members and self._last_eval(trial) > self._generation
 
     def decide(self) -> None:
-        """Who makes room, where all members have gone so far."""
+        """Make all decisions for which every member has reported."""
         while self._ready():
-            found = self._decide()
-            self.offspring += found
-            self.leaving += [descent.member for descent in found]
+            exploits = self._decide_generation()
+            self.pending_children += exploits
+            self.to_stop += [exploit.member for exploit in exploits]
             self._generation += 1
 
-    def kept_in_vain(self) -> list[tuple[str, int]]:
-        """Trial and step of checkpoints that no copy will begin with any more."""
+    def stale_checkpoints(self) -> list[tuple[str, int]]:
+        """(trial, step) of checkpoints that no copy will start from any more."""
         return [
-            (trial, heard[generation].step)
-            for trial, heard in self._heard.items()
-            for generation in heard
+            (trial, evals[generation].step)
+            for trial, evals in self._evals.items()
+            for generation in evals
             if generation < self._generation - 1
         ]
 
-    def _number(self, report: Mapping[str, Any]) -> int:
-        """Of an evaluation, from 1 (training/batches.py, `at_even_steps`)."""
-        return math.floor(float(report["share"]) * self._evaluations + 1e-9)
+    def _eval_number(self, report: Mapping[str, Any]) -> int:
+        """Number of the evaluation, from 1 (training/batches.py, `at_even_steps`)."""
+        return math.floor(float(report["share"]) * self._num_evals + 1e-9)
 
     def _ready(self) -> bool:
         if not self._complete and len(self._members) < self._search.trials:
             return False
-        here = [trial for trial in self._members if self._reached(trial) >= self._generation]
-        missing = [trial for trial in self._members if trial not in here and trial not in self._ended]
-        return bool(here) and not missing and self._generation < self._evaluations
+        reported = [trial for trial in self._members if self._last_eval(trial) >= self._generation]
+        missing = [trial for trial in self._members if trial not in reported and trial not in self._ended]
+        return bool(reported) and not missing and self._generation < self._num_evals
 
-    def _reached(self, trial: str) -> int:
-        """Its last evaluation. Of so few steps that there is none for each evaluation, some are left out."""
-        return max(self._heard.get(trial, {}), default=0)
+    def _last_eval(self, trial: str) -> int:
+        """Number of the last reported evaluation. A training with fewer steps than `num_evals` skips numbers."""
+        return max(self._evals.get(trial, {}), default=0)
 
-    def _decide(self) -> list[Exploit]:
+    def _decide_generation(self) -> list[Exploit]:
         generation = self._generation
-        heard = {trial: told[generation] for trial, told in self._heard.items() if generation in told}
+        points = {trial: evals[generation] for trial, evals in self._evals.items() if generation in evals}
         ranked = sorted(
-            (place for place, trial in enumerate(self._members) if trial in heard),
-            key=lambda place: (self._merit(heard[self._members[place]]), place),
+            (slot for slot, trial in enumerate(self._members) if trial in points),
+            key=lambda slot: (self._cost(points[self._members[slot]]), slot),
         )
         count = num_to_replace(len(ranked))
-        best, worst = [self._members[place] for place in ranked[:count]], ranked[len(ranked) - count :]
-        found = []
-        for place in sorted(worst):
-            chance = random.Random(f"{self._seed} {generation} {place}")
-            of, member = chance.choice(best), self._members[place]
-            if not self._merit(heard[of]) < self._merit(heard[member]):
+        best, worst = [self._members[slot] for slot in ranked[:count]], ranked[len(ranked) - count :]
+        exploits = []
+        for slot in sorted(worst):
+            rng = random.Random(f"{self._seed} {generation} {slot}")
+            source, member = rng.choice(best), self._members[slot]
+            if not self._cost(points[source]) < self._cost(points[member]):
                 continue
-            for _ in range(TRIES):  # of listed values two copies may get the same ones
-                overrides = self._changed(self._points[of], generation, place, chance)
+            for _ in range(MAX_RETRIES):  # with enumerated values two copies may get the same point
+                overrides = self._perturb(self._points[source], generation, slot, rng)
                 if (copy := trial_id(overrides)) not in self._points:
                     break
             else:
                 continue
-            found.append(Exploit(member, of, heard[of].step, overrides))
+            exploits.append(Exploit(member, source, points[source].step, overrides))
             self.replaced.add(member)
-            self._members[place], self._points[copy] = copy, overrides
-        return found
+            self._members[slot], self._points[copy] = copy, overrides
+        return exploits
 
-    def _merit(self, heard: _EvalPoint) -> float:
-        """Less is better."""
-        if math.isnan(heard.value):
+    def _cost(self, point: _EvalPoint) -> float:
+        """The metric with the sign that makes lower better; infinity for NaN."""
+        if math.isnan(point.value):
             return math.inf
-        return heard.value if self._search.mode == "min" else -heard.value
+        return point.value if self._search.mode == "min" else -point.value
 
-    def _changed(self, point: Point, generation: int, place: int, chance: random.Random) -> Point:
-        draw = at_random(self._seed, generation * 1_000_000 + place)
-        now = final_values(point)
+    def _perturb(self, point: Point, generation: int, slot: int, rng: random.Random) -> Point:
+        sample = seeded_sampler(self._seed, generation * 1_000_000 + slot)
+        current = final_values(point)
         changed = {}
-        for path in changeable(self._search, self._stage):
-            if path in now:
-                anew = chance.random() < REDRAWN
+        for path in overridable_paths(self._search, self._stage):
+            if path in current:
+                resample = rng.random() < RESAMPLE_PROBABILITY
                 dimension = self._search.space[path]
-                changed[path.split(".")[1]] = draw(path, dimension) if anew else _shifted(now[path], dimension, chance)
+                value = sample(path, dimension) if resample else _perturb_value(current[path], dimension, rng)
+                changed[path.split(".")[1]] = value
         path = f"{self._stage}.schedule_overrides"
-        change = {"after": generation / self._evaluations, **changed}
-        return {**point, path: [*point.get(path, ()), change]}
+        override = {"after": generation / self._num_evals, **changed}
+        return {**point, path: [*point.get(path, ()), override]}
 
 
 def num_to_replace(count: int) -> int:
-    """Of so many, how many make room at an evaluation."""
-    return min(math.ceil(count * QUARTER), count // 2)
+    """Number of members that are replaced at an evaluation which `count` members reported."""
+    return min(math.ceil(count * QUANTILE_FRACTION), count // 2)
 
 
-def most_descendants(experiment: Experiment) -> int:
-    """How many copies a search can come to."""
+def max_children(experiment: Experiment) -> int:
+    """Maximum number of copies that a search can create."""
     search, stage = experiment.search, curve_stage(experiment)
-    assert search is not None, "asked for a search"
+    assert search is not None, "called for experiments with a search"
     training: Any = experiment.stages[stage or ""]
-    return int(training.evaluations - 1) * num_to_replace(search.trials)
+    return int(training.num_evals - 1) * num_to_replace(search.trials)
 
 
-def changeable(search: Search, stage: str) -> list[str]:
-    """The dimensions whose values a training can change in its course."""
+def overridable_paths(search: Search, stage: str) -> list[str]:
+    """Dimensions whose values a training can change while it runs."""
     return [path for field in OVERRIDABLE if (path := f"{stage}.{field}") in search.space]
 
 
-def _shifted(value: Any, dimension: Dimension, chance: random.Random) -> Any:
-    """A little more or less; of listed values the next one."""
-    up = chance.random() < 0.5
-    if dimension.listed is None:
-        return rounded(value * FACTORS[up], dimension)
-    place = dimension.listed.index(value) + (1 if up else -1)
-    return dimension.listed[min(max(place, 0), len(dimension.listed) - 1)]
+def _perturb_value(value: Any, dimension: Dimension, rng: random.Random) -> Any:
+    """Multiply by a perturbation factor; for enumerated values take a neighbour."""
+    up = rng.random() < 0.5
+    if dimension.enumerated is None:
+        return rounded(value * PERTURBATION_FACTORS[up], dimension)
+    index = dimension.enumerated.index(value) + (1 if up else -1)
+    return dimension.enumerated[min(max(index, 0), len(dimension.enumerated) - 1)]

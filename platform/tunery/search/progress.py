@@ -1,4 +1,4 @@
-"""Tune's trials, told to the event log and to the journal."""
+"""Ray Tune callback that writes the trials to the event log and the journal."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from ray.tune import Callback
 from tunery.events.event_log import EventLog
 from tunery.pipeline.execute import RunContext
 from tunery.search.journal import PROGRESS, Journal
-from tunery.search.ranking import feasible, value_of
+from tunery.search.ranking import feasible, objective_value
 from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search
 
 
 class JournalCallback(Callback):  # type: ignore[misc]
-    def __init__(self, log: EventLog, journal: Journal, search: Search, where: RunContext) -> None:
-        self._log, self._journal, self._search, self._where = log, journal, search, where
-        self._begun: set[str] = set()
+    def __init__(self, log: EventLog, journal: Journal, search: Search, run_context: RunContext) -> None:
+        self._log, self._journal, self._search, self._run_context = log, journal, search, run_context
+        self._started: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         config = trial.config
-        if config["trial"] not in self._begun:  # and not a second try
-            self._begun.add(config["trial"])
-            error_file(self._where, config["trial"]).unlink(missing_ok=True)
+        if config["trial"] not in self._started:  # a retry keeps the error of the first attempt
+            self._started.add(config["trial"])
+            error_file(self._run_context, config["trial"]).unlink(missing_ok=True)
         record = self._journal.records[config["trial"]]
         self._log.write(
             "trial_started",
             trial=config["trial"],
             overrides=config["overrides"],
-            origin=record.begun.origin,
-            of=record.begun.of,
+            origin=record.start.origin,
+            of=record.start.of,
         )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
-        if "share" in result:  # an evaluation: a trial's last report has none
+        if "share" in result:  # an evaluation; the final report of a trial has no share
             record = self._journal.records[trial.config["trial"]]
             if record.reports and result["steps"] <= record.reports[-1]["steps"]:
-                return  # a training that goes on from a checkpoint tells it all again
-            told = {name: result[name] for name in (*PROGRESS, "share", *self._search.metrics) if name in result}
-            told = {name: value for name, value in told.items() if not math.isnan(value)}
-            self._journal.report(trial.config["trial"], told)
+                return  # a training that resumes from a checkpoint reports its history again
+            metrics = {name: result[name] for name in (*PROGRESS, "share", *self._search.metrics) if name in result}
+            metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            self._journal.report(trial.config["trial"], metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        self._ended(trial, "done" if result.get(FINISHED) else "stopped", "")
+        self._record_end(trial, "done" if result.get(FINISHED) else "stopped", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        told = error_file(self._where, trial.config["trial"])
-        error = told.read_text() if told.is_file() else str(trial.get_error() or "its process was killed")
-        self._ended(trial, "failed", error)
+        file = error_file(self._run_context, trial.config["trial"])
+        error = file.read_text() if file.is_file() else str(trial.get_error() or "its process was killed")
+        self._record_end(trial, "failed", error)
 
-    def _ended(self, trial: Any, state: str, error: str) -> None:
+    def _record_end(self, trial: Any, state: str, error: str) -> None:
         name, result = trial.config["trial"], trial.last_result or {}
         reports = self._journal.records[name].reports
         if state == "stopped" and reports:
-            # What was measured last, by whomever: a trial with several workers hears nothing of it itself.
+            # The last evaluation, which the driver of a trial with several workers does not receive itself.
             result = {**result, **reports[-1]}
-        found = {metric: float(result[metric]) for metric in self._search.metrics if metric in result}
-        values = {metric: value for metric, value in found.items() if not math.isnan(value)}
+        metrics = {metric: float(result[metric]) for metric in self._search.metrics if metric in result}
+        values = {metric: value for metric, value in metrics.items() if not math.isnan(value)}
         outcome = {
             "state": state,
             "values": values,
@@ -73,6 +73,6 @@ class JournalCallback(Callback):  # type: ignore[misc]
             trial=name,
             overrides=trial.config["overrides"],
             **outcome,
-            value=value_of(self._search, values) if values else None,
+            value=objective_value(self._search, values) if values else None,
             feasible=feasible(self._search, values),
         )

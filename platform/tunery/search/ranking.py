@@ -1,4 +1,4 @@
-"""Which trial is better: weighted sums, constraints, Pareto fronts, and what several seeds say. Pure."""
+"""Ranking of trials: weighted sums, constraints, Pareto fronts and statistics over seeds. No I/O, no Ray."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from tunery.spec import Search
 
 Values = Mapping[str, float]
 """By metric."""
-Trial = Mapping[str, Any]
-"""As a search's artifact has it (search/tune.py)."""
+TrialFacts = Mapping[str, Any]
+"""A trial in the facts of a search artifact (search/outcome.py)."""
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
-"""Student's t, two-sided 95%, for 1, 2, .. degrees of freedom; 1.96 is its limit."""
+"""Quantiles of Student's t, two-sided 95%, for 1, 2, .. degrees of freedom; the limit is 1.96."""
 
 
 def objectives(search: Search) -> list[tuple[str, str]]:
-    """(metric, mode) of what is optimised apart: one where `objectives` has weights, else all of them."""
+    """Return (metric, mode) of each objective: one if `objectives` has weights, since they form one weighted sum."""
     first: list[tuple[str, str]] = [(search.metric, search.mode)]
     weighted = any(item.weight is not None for item in search.objectives)
     return first if weighted else [*first, *((item.metric, item.mode) for item in search.objectives)]
 
 
-def value_of(search: Search, values: Values) -> float:
-    """The first metric, or the weighted sum, whose sign is as the first metric's `mode` has it. NaN without one."""
+def objective_value(search: Search, values: Values) -> float:
+    """Return the first metric or the weighted sum, to be optimised in the first metric's `mode`. NaN if a metric is
+    missing."""
     sign = 1 if search.mode == "min" else -1
     total = sign * values.get(search.metric, math.nan)
     for item in search.objectives:
@@ -36,38 +37,37 @@ def value_of(search: Search, values: Values) -> float:
 
 
 def violations(search: Search, values: Values) -> list[float]:
-    """By how much each constraint is broken; 0 or less where it is kept."""
-    return [item.excess(values.get(item.metric, math.nan)) for item in search.constraints]
+    """Return by how much each constraint is violated; 0 or less if it is satisfied."""
+    return [item.violation(values.get(item.metric, math.nan)) for item in search.constraints]
 
 
 def feasible(search: Search, values: Values) -> bool:
-    return all(excess <= 0 for excess in violations(search, values))
+    return all(violation <= 0 for violation in violations(search, values))
 
 
-def rank(search: Search, trial: Trial) -> tuple[bool, bool, float]:
-    """To sort by, best first: those that ran to their end (a stopped trial has no model), those that keep to the
-    constraints, the better value."""
+def rank_key(search: Search, trial: TrialFacts) -> tuple[bool, bool, float]:
+    """Sort key, best first: finished trials (a stopped trial has no model), then feasible ones, then by value."""
     value = math.nan if trial["value"] is None else float(trial["value"])
-    lost = trial["state"] != "done" or math.isnan(value)
-    merit = math.inf if math.isnan(value) else (value if search.mode == "min" else -value)
-    return lost, not feasible(search, trial["values"]), merit
+    unfinished = trial["state"] != "done" or math.isnan(value)
+    cost = math.inf if math.isnan(value) else (value if search.mode == "min" else -value)
+    return unfinished, not feasible(search, trial["values"]), cost
 
 
-def pareto_front(search: Search, trials: Sequence[Trial]) -> set[str]:
-    """Names of the trials that no other is better than in one metric without being worse in another; of those that
-    ended and keep to the constraints."""
+def pareto_front(search: Search, trials: Sequence[TrialFacts]) -> set[str]:
+    """Return the names of the finished, feasible trials that no other such trial dominates. Empty with one
+    objective."""
     if len(objectives(search)) == 1:
         return set()
     signs = [(metric, 1 if mode == "min" else -1) for metric, mode in objectives(search)]
     points = {
         trial["trial"]: [sign * trial["values"].get(metric, math.nan) for metric, sign in signs]
         for trial in trials
-        if not any(rank(search, trial)[:2])
+        if not any(rank_key(search, trial)[:2])
     }
     return {
         name
-        for name, own in points.items()
-        if not any(_dominates(other, own) for rival, other in points.items() if rival != name)
+        for name, point in points.items()
+        if not any(_dominates(other, point) for rival, other in points.items() if rival != name)
     }
 
 
@@ -78,50 +78,50 @@ def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class TrialRank:
-    """What several seeds say of one trial."""
+    """Statistics of one trial over several seeds."""
 
     trial: str
     values: tuple[float, ...]
     mean: float
-    half: float | None
-    """Half of the 95% interval of the mean; None of a single seed."""
+    ci_half_width: float | None
+    """Half the width of the 95% confidence interval of the mean; None with a single seed."""
 
 
-def standings(groups: Mapping[str, Sequence[float]]) -> list[TrialRank]:
-    """Of each trial's values over its seeds. The spread over seeds is taken to be the same for all of them: with three
-    seeds each an estimate from one trial alone would be worth nothing."""
-    spread, freedom = _pooled(groups.values())
-    found = []
+def seed_stats(groups: Mapping[str, Sequence[float]]) -> list[TrialRank]:
+    """Statistics of each trial's values over its seeds. The standard deviation is pooled over trials: with three seeds
+    per trial an estimate from one trial is too noisy."""
+    std, dof = _pooled_std(groups.values())
+    stats = []
     for trial, values in groups.items():
-        half = None
-        if freedom and len(values) > 1:
-            half = t_quantile(freedom) * spread / math.sqrt(len(values))
-        found.append(TrialRank(trial, tuple(values), mean(values), half))
-    return found
+        half_width = None
+        if dof and len(values) > 1:
+            half_width = t_quantile(dof) * std / math.sqrt(len(values))
+        stats.append(TrialRank(trial, tuple(values), mean(values), half_width))
+    return stats
 
 
 def statistical_ties(best: TrialRank, others: Iterable[TrialRank], groups: Mapping[str, Sequence[float]]) -> list[str]:
-    """Those whose mean differs from the best one's by no more than chance gives in 19 of 20 cases (Student's t with the
-    pooled spread). Without a second seed nothing can be told apart, and nothing is said."""
-    spread, freedom = _pooled(groups.values())
-    if not freedom:
+    """Return the trials whose mean does not differ significantly from the best one's (Student's t test at 5% with the
+    pooled standard deviation). Empty if no trial has a second seed."""
+    std, dof = _pooled_std(groups.values())
+    if not dof:
         return []
     n = len(best.values)
     return [
         other.trial
         for other in others
         if other.trial != best.trial
-        and abs(other.mean - best.mean) <= t_quantile(freedom) * spread * math.sqrt(1 / n + 1 / len(other.values))
+        and abs(other.mean - best.mean) <= t_quantile(dof) * std * math.sqrt(1 / n + 1 / len(other.values))
     ]
 
 
-def _pooled(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
-    """The standard deviation over seeds, and its degrees of freedom."""
-    several = [values for values in groups if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    squares = sum((len(values) - 1) * variance(values) for values in several)
-    return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
+def _pooled_std(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """Return the pooled standard deviation over seeds and its degrees of freedom."""
+    replicated = [values for values in groups if len(values) > 1]
+    dof = sum(len(values) - 1 for values in replicated)
+    squares = sum((len(values) - 1) * variance(values) for values in replicated)
+    return (math.sqrt(squares / dof), dof) if dof else (0.0, 0)
 
 
-def t_quantile(freedom: int) -> float:
-    return T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.5 / freedom
+def t_quantile(dof: int) -> float:
+    return T_95[dof - 1] if dof <= len(T_95) else 1.96 + 2.5 / dof

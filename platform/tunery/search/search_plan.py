@@ -1,4 +1,4 @@
-"""What a search would do, worked out without Ray: its trials, what they share, who trains in a pack, what it takes."""
+"""Plan of a search, computed without Ray: its trials, the stages they share, packing and device time."""
 
 from __future__ import annotations
 
@@ -11,140 +11,150 @@ from typing import Any
 from tunery.events.formatting import duration
 from tunery.pipeline.cache_keys import fingerprints
 from tunery.search.pack_eligibility import pack_size, search_unpackable_reason
-from tunery.search.space import curve_stage, metric_stages, point_by_chance, trial_experiment, trial_id
+from tunery.search.space import curve_stage, metric_stages, random_point, trial_experiment, trial_id
 from tunery.search.suggest import GridSearch
 from tunery.spec import Experiment, Search, Training
 from tunery.spec.graph import with_upstream
 from tunery.store import Store
 
-LOOKED_AT = 200
-"""Trials that a plan works out; of more it says so."""
+MAX_PLANNED_TRIALS = 200
+"""Number of trials that a plan examines; a plan of a larger search says so."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
     trials: int
-    looked_at: int
-    """Of them, for all that follows. Those of tpe and nsga2 depend on results: drawn by chance in their place."""
-    at_once: int
-    why_at_once: str
+    num_examined: int
+    """Number of trials that the fields below describe. The points of tpe and nsga2 depend on results: random points
+    stand in for them."""
+    max_concurrent: int
+    concurrency_reason: str
     shared: list[str]
     """Stages that all trials have in common."""
-    own: dict[str, int]
-    """Stages that differ, and how many of each there are."""
-    made: dict[str, int]
-    """How many of those are in the store already."""
-    same: list[list[str]]
-    """Trials that come to the same, together."""
+    per_trial: dict[str, int]
+    """Stages that differ between trials: number of distinct artifacts by stage."""
+    cached: dict[str, int]
+    """How many of those are in the store."""
+    duplicates: list[list[str]]
+    """Groups of trials with the same result."""
     packed: int
-    pack: int
-    """Members of a pack at most."""
-    alone: dict[str, int]
-    """Why trials train by themselves, and how many."""
+    """Number of packed trials."""
+    pack_size: int
+    """Maximum number of trials in a pack."""
+    unpacked: dict[str, int]
+    """Number of trials that cannot be packed, by reason."""
     hours: float | None
-    """Of a GPU (without one of a CPU), if no trial is stopped early or packed; None where nothing like it was ever
-    timed in this store."""
-    untaught: str
-    """Why the algorithm learns nothing; "" where it does, or never would."""
+    """GPU hours (CPU hours without a GPU) if no trial is stopped early or packed; None if the store has no timing of
+    this training."""
+    cannot_learn: str
+    """Why the algorithm cannot learn from results; "" if it can, or is not one that learns."""
 
     def lines(self) -> list[str]:
-        shared = f"made once for all: {', '.join(self.shared)}" if self.shared else "the trials have nothing in common"
-        own = [
-            f"{name} x {n}" + (f" ({self.made[name]} done)" if self.made.get(name) else "")
-            for name, n in self.own.items()
+        """Return the plan as text, one item per line."""
+        shared = f"shared by all trials: {', '.join(self.shared)}" if self.shared else "the trials share no stage"
+        per_trial = [
+            f"{name} x {n}" + (f" ({self.cached[name]} done)" if self.cached.get(name) else "")
+            for name, n in self.per_trial.items()
         ]
-        lines = [f"{self.at_once} at once: {self.why_at_once}", shared, f"made for trials: {', '.join(own)}"]
+        lines = [
+            f"up to {self.max_concurrent} concurrent trials: {self.concurrency_reason}",
+            shared,
+            f"per trial: {', '.join(per_trial)}",
+        ]
         if self.packed:
-            lines.append(f"packed, up to {self.pack} on one copy of the base: {self.packed} trials")
-        lines += [f"alone: {count} trials ({why})" for why, count in self.alone.items()]
-        lines += [self.untaught] if self.untaught else []
-        lines += [f"the same: {', '.join(names)}" for names in self.same]
-        if self.looked_at < self.trials:
-            lines.append(f"all this of the first {self.looked_at} trials")
-        took = "unknown, for no such training was timed here yet" if self.hours is None else _hours(self.hours)
-        return [*lines, f"device time: {took}"]
+            lines.append(f"packed: {self.packed} trials, up to {self.pack_size} on one copy of the base model")
+        lines += [f"not packed: {count} trials ({reason})" for reason, count in self.unpacked.items()]
+        lines += [self.cannot_learn] if self.cannot_learn else []
+        lines += [f"equal trials: {', '.join(names)}" for names in self.duplicates]
+        if self.num_examined < self.trials:
+            lines.append(f"the lines above describe the first {self.num_examined} trials")
+        device_time = "unknown, the store has no timing of this training" if self.hours is None else _hours(self.hours)
+        return [*lines, f"device time: {device_time}"]
 
 
-def plan_search(experiment: Experiment, store: Store, folder: Path, workers: int, why: str) -> SearchPlan:
-    """`experiment` with its compute resolved. `workers`: for trials, and why so many."""
+def plan_search(experiment: Experiment, store: Store, folder: Path, workers: int, reason: str) -> SearchPlan:
+    """Plan the search of an experiment whose compute is resolved. `workers` is the number of workers for trials,
+    `reason` says why."""
     search = experiment.search
-    assert search is not None, "asked for experiments with a search"
-    drawn = _draws(search, experiment.seed)
-    trials = {trial_id(overrides): trial_experiment(experiment, overrides) for overrides in drawn}
-    prints = {
+    assert search is not None, "called for experiments with a search"
+    points = _expected_points(search, experiment.seed)
+    trials = {trial_id(overrides): trial_experiment(experiment, overrides) for overrides in points}
+    cache_keys = {
         name: {stage: item[0] for stage, item in fingerprints(trial, folder).items()} for name, trial in trials.items()
     }
-    kinds = {stage: experiment.stages[stage].kind for told in prints.values() for stage in told}
-    distinct = {stage: {told[stage] for told in prints.values() if stage in told} for stage in kinds}
+    kinds = {stage: experiment.stages[stage].kind for keys in cache_keys.values() for stage in keys}
+    distinct = {stage: {keys[stage] for keys in cache_keys.values() if stage in keys} for stage in kinds}
     searched = {path.split(".")[0] for path in search.space}
     shared = [stage for stage in distinct if not searched & with_upstream(experiment.stages, [stage]).keys()]
-    own = {stage: len(found) for stage, found in distinct.items() if stage not in shared}
-    made = {stage: sum(store.find(kinds[stage], print_) is not None for print_ in distinct[stage]) for stage in own}
-    results: dict[tuple[str, ...], list[str]] = {}
-    for name, told in prints.items():
-        results.setdefault(tuple(told[stage] for stage in metric_stages(search)), []).append(name)
+    per_trial = {stage: len(keys) for stage, keys in distinct.items() if stage not in shared}
+    cached = {stage: sum(store.find(kinds[stage], key) is not None for key in distinct[stage]) for stage in per_trial}
+    by_result: dict[tuple[str, ...], list[str]] = {}
+    for name, keys in cache_keys.items():
+        by_result.setdefault(tuple(keys[stage] for stage in metric_stages(search)), []).append(name)
     reasons = Counter(search_unpackable_reason(trial, searched) for trial in trials.values())
     packed = reasons.pop("", 0)
     size = pack_size(experiment) if packed else 1
-    total = min(search.trials, len(drawn)) if search.algorithm == "grid" else search.trials
+    total = min(search.trials, len(points)) if search.algorithm == "grid" else search.trials
     return SearchPlan(
         trials=total,
-        looked_at=len(drawn),
-        at_once=min(total, workers * size),
-        why_at_once=why + (f", {size} a pack" if size > 1 else ""),
+        num_examined=len(points),
+        max_concurrent=min(total, workers * size),
+        concurrency_reason=reason + (f", {size} per pack" if size > 1 else ""),
         shared=shared,
-        own=own,
-        made=made,
-        same=[names for names in results.values() if len(names) > 1],
+        per_trial=per_trial,
+        cached=cached,
+        duplicates=[names for names in by_result.values() if len(names) > 1],
         packed=packed,
-        pack=size,
-        alone=dict(reasons),
+        pack_size=size,
+        unpacked=dict(reasons),
         hours=_device_hours(experiment, [*trials.values()], store, folder, total),
-        untaught=_untaught(search),
+        cannot_learn=_cannot_learn(search),
     )
 
 
-def _untaught(search: Search) -> str:
+def _cannot_learn(search: Search) -> str:
     if search.algorithm not in ("tpe", "nsga2") or search.scheduler not in ("hyperband", "pbt"):
         return ""
-    learns = " beyond what `warm_start` tells" if search.warm_start else ""
-    return f"{search.algorithm} learns nothing{learns}: {search.scheduler} begins all trials before one has ended"
+    learns = ", except from `warm_start`" if search.warm_start else ""
+    return (
+        f"{search.algorithm} cannot learn from results{learns}: "
+        f"{search.scheduler} starts all trials before the first one ends"
+    )
 
 
-def _draws(search: Search, seed: int) -> list[dict[str, Any]]:
-    """The trials that the search would draw, as far as that is known before any of them has ended."""
+def _expected_points(search: Search, seed: int) -> list[dict[str, Any]]:
+    """Return the points that the search would sample, as far as they are known before any trial has ended."""
     if search.algorithm == "grid":
         grid = GridSearch(search)
-        asked = [grid.ask(number, None) for number in range(min(search.trials, LOOKED_AT))]
-        return [found for found in asked if found is not None]
-    firsts = [*search.initial_points, *[None] * search.trials][: min(search.trials, LOOKED_AT)]
-    return [point_by_chance(search.space, seed, number, first or {}) for number, first in enumerate(firsts)]
+        points = [grid.ask(number, None) for number in range(min(search.trials, MAX_PLANNED_TRIALS))]
+        return [point for point in points if point is not None]
+    fixed = [*search.initial_points, *[None] * search.trials][: min(search.trials, MAX_PLANNED_TRIALS)]
+    return [random_point(search.space, seed, number, values or {}) for number, values in enumerate(fixed)]
 
 
 def _device_hours(
     experiment: Experiment, trials: Sequence[Experiment], store: Store, folder: Path, total: int
 ) -> float | None:
-    """By the seconds that the file's own training takes for a row: all trials' rows at that speed."""
+    """Estimate from the seconds per epoch of the experiment's own training, if it is in the store."""
     name = curve_stage(experiment) or next(
         (name for name, stage in reversed(experiment.stages.items()) if isinstance(stage, Training)), None
     )
     if name is None:
         return None
-    known = fingerprints(experiment, folder)
-    artifact = store.find(experiment.stages[name].kind, known[name][0])
+    cache_keys = fingerprints(experiment, folder)
+    artifact = store.find(experiment.stages[name].kind, cache_keys[name][0])
     own = experiment.stages[name]
     if artifact is None or not isinstance(own, Training):
         return None
     facts = artifact.facts
-    seconds = facts["train_seconds"] / float(facts["epochs"])
-    found = []
+    seconds_per_epoch = facts["train_seconds"] / float(facts["epochs"])
+    seconds = []
     for trial in trials:
         stage = trial.stages.get(name)
         if isinstance(stage, Training):
-            found.append(seconds * (4.0 if stage.epochs == "auto" else float(stage.epochs)))
-    return total * sum(found) / len(found) / 3600 if found else None
+            seconds.append(seconds_per_epoch * (4.0 if stage.epochs == "auto" else float(stage.epochs)))
+    return total * sum(seconds) / len(seconds) / 3600 if seconds else None
 
 
 def _hours(hours: float) -> str:
-    """In words: hours where there are some."""
     return f"about {hours:.1f} hours" if hours >= 1 else f"about {duration(hours * 3600)}"

@@ -1,4 +1,4 @@
-"""From the experiment's search to a trial's values, and from those to the trial's experiment. Pure."""
+"""Search space: sample the values of a trial, and build the experiment of a trial. No I/O, no Ray."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from tunery.spec.references import model_name
 from tunery.spec.trainings import data_refs
 
 Point = dict[str, Any]
-"""A trial's values by path: of the dimensions that are there."""
-Draw = Callable[[str, Dimension], Any]
+"""Values of a trial by path, for the active dimensions."""
+Sampler = Callable[[str, Dimension], Any]
 DIGITS = 6
-"""Of a value drawn from a range: as many as anybody wants to read."""
+"""Significant digits of a value sampled from a range, for readability."""
 
 
-def sample_point(space: Mapping[str, Dimension], draw: Draw) -> Point:
-    """Values for the dimensions that are there, each drawn after those that it depends on."""
-    drawn: Point = {}
-    for path in in_order(space):
-        if space[path].is_there(drawn):
-            drawn[path] = draw(path, space[path])
-    return {path: drawn[path] for path in space if path in drawn}
+def sample_point(space: Mapping[str, Dimension], sample: Sampler) -> Point:
+    """Sample the active dimensions, each after those that it depends on."""
+    point: Point = {}
+    for path in topological_order(space):
+        if space[path].is_active(point):
+            point[path] = sample(path, space[path])
+    return {path: point[path] for path in space if path in point}
 
 
-def in_order(space: Mapping[str, Dimension]) -> list[str]:
-    """Each dimension after those of its conditions."""
+def topological_order(space: Mapping[str, Dimension]) -> list[str]:
+    """Return the paths, each after those of its conditions (`when`)."""
     done: dict[str, None] = {}
 
     def visit(path: str) -> None:
@@ -57,58 +57,59 @@ def in_order(space: Mapping[str, Dimension]) -> list[str]:
     return list(done)
 
 
-def at_random(seed: int, number: int) -> Draw:
-    """The same for the same number of a trial, whatever was drawn before. Each dimension has chance of its own, so that
-    another that is added to a space changes nothing here."""
+def seeded_sampler(seed: int, number: int) -> Sampler:
+    """Return a sampler that depends only on the seed and the number of the trial. Each dimension has its own random
+    stream, so adding a dimension to the space does not change the values of the others."""
 
-    def draw(path: str, dimension: Dimension) -> Any:
-        chance = random.Random(f"{seed} {number} {path}")
-        if dimension.listed is not None:
-            return chance.choice(dimension.listed)
+    def sample(path: str, dimension: Dimension) -> Any:
+        rng = random.Random(f"{seed} {number} {path}")
+        if dimension.enumerated is not None:
+            return rng.choice(dimension.enumerated)
         assert dimension.bounds is not None, "a dimension has exactly one kind"
         low, high = dimension.bounds
         if dimension.loguniform is not None:
-            return rounded(math.exp(chance.uniform(math.log(low), math.log(high))), dimension)
-        return rounded(chance.uniform(low, high), dimension)
+            return rounded(math.exp(rng.uniform(math.log(low), math.log(high))), dimension)
+        return rounded(rng.uniform(low, high), dimension)
 
-    return draw
-
-
-def with_fixed(given: Mapping[str, Any], draw: Draw) -> Draw:
-    """What is given, and the rest drawn."""
-    return lambda path, dimension: given[path] if path in given else draw(path, dimension)
+    return sample
 
 
-def point_by_chance(space: Mapping[str, Dimension], seed: int, number: int, first: Mapping[str, Any]) -> Point:
-    """The trial of this number: what is given, its turn of the grids, and the rest by chance."""
-    return sample_point(space, with_fixed({**grid_point(space, number), **first}, at_random(seed, number)))
+def with_fixed(fixed: Mapping[str, Any], sample: Sampler) -> Sampler:
+    """Return a sampler that takes the values in `fixed` and samples the others."""
+    return lambda path, dimension: fixed[path] if path in fixed else sample(path, dimension)
+
+
+def random_point(space: Mapping[str, Dimension], seed: int, number: int, fixed: Mapping[str, Any]) -> Point:
+    """Return the point of the trial with this number: the values in `fixed`, the grid combination of this number, and
+    random values for the other dimensions."""
+    return sample_point(space, with_fixed({**grid_point(space, number), **fixed}, seeded_sampler(seed, number)))
 
 
 def rounded(value: float, dimension: Dimension) -> float:
-    """To a few digits, within the range."""
+    """Round to `DIGITS` significant digits, within the range."""
     assert dimension.bounds is not None, "a range"
     low, high = dimension.bounds
     return min(high, max(low, float(f"{value:.{DIGITS}g}")))
 
 
 def grid(space: Mapping[str, Dimension]) -> Iterator[Point]:
-    """Every combination of listed values, those that conditions make alike once."""
-    listed = {path: dimension.listed for path, dimension in space.items()}
+    """Yield every combination of enumerated values; combinations that conditions make equal, once."""
+    enumerated = {path: dimension.enumerated for path, dimension in space.items()}
     seen: set[str] = set()
-    for combination in itertools.product(*(values or () for values in listed.values())):
-        values = dict(zip(listed, combination, strict=True))
-        found = sample_point(space, with_fixed(values, _nothing))
-        if (name := trial_id(found)) not in seen:
+    for combination in itertools.product(*(values or () for values in enumerated.values())):
+        values = dict(zip(enumerated, combination, strict=True))
+        point = sample_point(space, with_fixed(values, _not_enumerated))
+        if (name := trial_id(point)) not in seen:
             seen.add(name)
-            yield found
+            yield point
 
 
-def _nothing(path: str, dimension: Dimension) -> Any:
-    raise AssertionError(f"a grid lists {path}")
+def _not_enumerated(path: str, dimension: Dimension) -> Any:
+    raise AssertionError(f"a grid enumerates {path}")
 
 
 def grid_point(space: Mapping[str, Dimension], number: int) -> Point:
-    """Values of the `grid` dimensions of the trial with this number: combination after combination."""
+    """Return the values of the `grid` dimensions for the trial with this number, cycling through the combinations."""
     grids = {path: dimension.grid for path, dimension in space.items() if dimension.grid is not None}
     if not grids:
         return {}
@@ -117,20 +118,20 @@ def grid_point(space: Mapping[str, Dimension], number: int) -> Point:
 
 
 def trial_id(overrides: Mapping[str, Any]) -> str:
-    """The same values, the same name: a resumed search goes on in the same W&B runs."""
+    """Return the name of a trial, a hash of its values: a resumed search continues the same W&B runs."""
     return "trial-" + hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def metric_stages(search: Search) -> list[str]:
-    """The stages that measure, the first metric's first."""
+    """Return the stages that log the metrics, that of the first metric first."""
     return list(dict.fromkeys(metric.split(".")[0] for metric in search.metrics))
 
 
 def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
-    """The experiment with other values, cut down to what the search's metrics need.
+    """Return the experiment with these values, reduced to the stages that the search's metrics depend on.
 
-    Of an evaluate stage those are the models and sets that are named (and the baseline, where it is about forgetting),
-    of a win_rate stage the models, so that trials do not measure others again and again.
+    An evaluate stage keeps only the models and sets that the metrics name (and the baseline, for `forgetting`), a
+    win_rate stage only the models, so that trials do not evaluate the others again.
     """
     search = experiment.search
     assert search is not None, "only a search has trials"
@@ -141,13 +142,13 @@ def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Ex
         named = [metric.split(".")[1:] for metric in search.metrics if metric.split(".")[0] == name]
         if isinstance(stage, Evaluate):
             baseline = stage.baseline if any(metric == "forgetting" for *_, metric in named) else None
-            wanted = {model for model, *_ in named}
-            models = tuple(item for item in stage.models if model_name(item) in wanted or item == baseline)
+            metric_models = {model for model, *_ in named}
+            models = tuple(item for item in stage.models if model_name(item) in metric_models or item == baseline)
             data = {name: stage.data[name] for name in stage.data if name in {data for _, data, _ in named}}
             stages[name] = stage.model_copy(update={"models": models, "data": data, "baseline": baseline})
         if isinstance(stage, WinRate):
-            wanted = {model for model, *_ in named}
-            models = tuple(item for item in stage.models if model_name(item) in wanted)
+            metric_models = {model for model, *_ in named}
+            models = tuple(item for item in stage.models if model_name(item) in metric_models)
             stages[name] = stage.model_copy(update={"models": models})
     return trial.model_copy(
         update={
@@ -158,8 +159,8 @@ def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Ex
     )
 
 
-def metric_of(facts: Mapping[str, Any], metric: str) -> float:
-    """The metric's value in the facts of its stage's artifact."""
+def metric_value(facts: Mapping[str, Any], metric: str) -> float:
+    """Return the value of a metric from the facts of its stage's artifact."""
     _, *rest = metric.split(".")
     if len(rest) == 1:
         return float(facts[rest[0]])
@@ -168,15 +169,16 @@ def metric_of(facts: Mapping[str, Any], metric: str) -> float:
 
 
 def curve_stage(experiment: Experiment) -> str | None:
-    """The training whose evaluations a trial reports while it runs: the one that the first metric names."""
+    """Return the training whose intermediate evaluations are reported to Tune: that of the first metric, if it is a
+    training."""
     assert experiment.search is not None, "only a search has a metric"
     name = experiment.search.metric.split(".")[0]
     return name if isinstance(experiment.stages[name], Training) else None
 
 
-def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
-    """About how far the longest trial goes, in what rungs are measured in: all `rows` that the searched training could
-    see, for the most epochs of the space, in the smallest batches where steps are counted."""
+def estimate_max_progress(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
+    """Estimate the length of the longest trial in `progress_unit`: all `rows` that its training could read, for the
+    maximum number of epochs in the space and, in steps, the smallest global batch size."""
     search, name = experiment.search, curve_stage(experiment)
     stage = experiment.stages.get(name or "")
     if search is None or not isinstance(stage, Training):
@@ -184,37 +186,38 @@ def longest(experiment: Experiment, rows: int, tokens_per_row: float) -> float:
 
     def values(field: str, auto: float = 1.0) -> list[float]:
         dimension = search.space.get(f"{name}.{field}")
-        given = dimension.values if dimension else (getattr(stage, field, auto),)
-        return [auto if value == "auto" else float(value) for value in given]
+        options = dimension.values if dimension else (getattr(stage, field, auto),)
+        return [auto if value == "auto" else float(value) for value in options]
 
-    seen = rows * max(values("epochs", 4.0))
+    samples = rows * max(values("epochs", 4.0))
     if search.progress_unit == "steps":
-        answers = max(values("group_size")) * max(values("iterations"))
-        return max(1.0, seen * answers / min(values("global_batch_size", 8.0)))
-    longest_row = max(values("max_length", 512.0))
-    # ppo tells the tokens that its answers may have (training/ppo/ppo_worker.py).
-    return max(1.0, seen * (longest_row if isinstance(stage, Ppo) else min(tokens_per_row, longest_row)))
+        responses = max(values("group_size")) * max(values("iterations"))
+        return max(1.0, samples * responses / min(values("global_batch_size", 8.0)))
+    max_length = max(values("max_length", 512.0))
+    # PPO reports the maximum number of tokens of its responses (training/ppo/ppo_worker.py).
+    return max(1.0, samples * (max_length if isinstance(stage, Ppo) else min(tokens_per_row, max_length)))
 
 
-def before_selection(experiment: Experiment, stage: str) -> list[str]:
-    """The stages whose rows a trial's training could see, all of them: those behind it that the search doesn't change,
-    and what searched ones choose from."""
-    assert experiment.search is not None, "asked for a search"
+def unfiltered_stages(experiment: Experiment, stage: str) -> list[str]:
+    """Return the stages with all rows that a trial's training could read: its inputs, or, where the search changes
+    how rows are selected, the rows before the selection."""
+    assert experiment.search is not None, "called for experiments with a search"
     searched, stages = {path.split(".")[0] for path in experiment.search.space}, experiment.stages
     training = stages[stage]
-    assert isinstance(training, Training), "only a training learns"
-    found = []
+    assert isinstance(training, Training), "the stage is a training"
+    sources = []
     for data in data_refs(training.data).values():
-        while isinstance(earlier := stages[data], Review | Score) or (
-            isinstance(earlier, Select) and searched & with_upstream(stages, [data]).keys()
+        while isinstance(upstream := stages[data], Review | Score) or (
+            isinstance(upstream, Select) and searched & with_upstream(stages, [data]).keys()
         ):
-            data = earlier.data
-        found.append(data)
-    return found
+            data = upstream.data
+        sources.append(data)
+    return sources
 
 
 def with_seed(experiment: Experiment, overrides: Mapping[str, Any], replicate: int) -> Point:
-    """The same trial with another seed in each training that depends on what is searched. 0 changes nothing."""
+    """Return the same trial with another seed for each training that depends on searched values; unchanged for
+    replicate 0."""
     if replicate == 0:
         return dict(overrides)
     trial = trial_experiment(experiment, overrides)

@@ -1,10 +1,10 @@
-"""Wishes about a search that runs, from another command: trials to add, and trials to stop.
+"""Commands to a running search from another process: add a trial, stop a trial.
 
     <run>/steering/<time>-<process>.json    {"overrides", "origin", "of"}: a trial to add
-    <run>/steering/stop-<trial>             this one is to end
+    <run>/steering/stop-<trial>             a request to stop this trial
 
-Each is a file of its own, written whole by a rename; the search reads them as they come, and again after a kill: what
-was done already stands in its journal.
+Each command is a file, written atomically by a rename. The search polls the folder. After a kill it reads the files
+again; the journal says which commands it has already applied.
 """
 
 from __future__ import annotations
@@ -19,42 +19,44 @@ from typing import Any
 
 
 class SearchControl:
+    """Writes and reads the commands of a run."""
+
     def __init__(self, run: Path) -> None:
         self._folder = run / "steering"
         self._read: set[str] = set()
 
-    def add(self, overrides: Mapping[str, Any], origin: str = "added", of: str = "") -> None:
+    def add_trial(self, overrides: Mapping[str, Any], origin: str = "added", of: str = "") -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():020d}-{os.getpid()}"
-        aside = self._folder / f".{name}"
-        aside.write_text(json.dumps({"overrides": dict(overrides), "origin": origin, "of": of}))
-        aside.rename(self._folder / f"{name}.json")
+        temporary = self._folder / f".{name}"
+        temporary.write_text(json.dumps({"overrides": dict(overrides), "origin": origin, "of": of}))
+        temporary.rename(self._folder / f"{name}.json")
 
-    def new(self) -> list[dict[str, Any]]:
-        """Trials to add that were wished for since the last call, in their order."""
-        found = []
+    def new_trials(self) -> list[dict[str, Any]]:
+        """Trials to add that were requested since the last call, in order of request."""
+        requests = []
         for path in sorted(self._folder.glob("[0-9]*.json")):
             if path.name not in self._read:
                 self._read.add(path.name)
-                found.append(json.loads(path.read_text()))
-        return found
+                requests.append(json.loads(path.read_text()))
+        return requests
 
     def clear(self) -> None:
-        """The search has ended: another one of this run shall not take its wishes for its own."""
+        """Delete all commands once the search has ended, so that another search of this run does not apply them."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def forget_stops(self) -> None:
-        """They were of another search: trials of the same values have the same names."""
+    def clear_stops(self) -> None:
+        """Delete the stop requests of an earlier search: trials with the same values have the same names."""
         for path in self._folder.glob("stop-*"):
             path.unlink()
 
-    def stop(self, trial: str) -> None:
+    def request_stop(self, trial: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.stop_file(trial).touch()
 
     def stop_file(self, trial: str) -> Path:
-        """Is there when somebody wants the trial to end."""
+        """The file exists while a request to stop the trial is pending."""
         return self._folder / f"stop-{trial}"
 
-    def stops(self, trial: str) -> bool:
+    def stop_requested(self, trial: str) -> bool:
         return self.stop_file(trial).exists()

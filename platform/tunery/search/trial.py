@@ -1,8 +1,8 @@
-"""A trial: a small driver that makes the trial's own stages, and tells Tune how they go.
+"""Trainable of Ray Tune: a driver that executes the stages of one trial and reports its metrics.
 
-It trains in a pack with others where it can (search/pack_eligibility.py), and else, with one worker, in its own
-process, which Tune keeps for the next trial (`reuse_actors`): torch is loaded once, not eight times. With several
-workers it starts a Ray Train run of its own.
+A trial trains in a pack with others if it can (search/pack_eligibility.py). Otherwise, with one worker, it trains in
+its own process, which Tune reuses for the next trial (`reuse_actors`), so torch is imported once. With several workers
+it starts a Ray Train run.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from tunery.events.event_log import EventLog
 from tunery.pipeline.cache_keys import fingerprints
 from tunery.pipeline.execute import RunContext, TrialContext, execute
 from tunery.search.pack_eligibility import search_unpackable_reason
-from tunery.search.population import MEMBERS
-from tunery.search.space import curve_stage, metric_of, trial_experiment
+from tunery.search.population import INITIAL_ORIGINS
+from tunery.search.space import curve_stage, metric_value, trial_experiment
 from tunery.search.steering import SearchControl
 from tunery.spec import Experiment
 from tunery.store import Artifact
 
 FINISHED = "finished"
-"""In a trial's last report: it ran to its end, and was not stopped."""
+"""Key in the final report of a trial that was not stopped."""
 
 
 @dataclass(frozen=True)
 class TrialFunction:
-    """Tune's trainable; plain data, so that it travels to any host that sees the store."""
+    """Tune's trainable. It is plain data, so it can be pickled to any host that has access to the store."""
 
     experiment: Experiment
-    where: RunContext
-    desk: Any
-    """None where no trial of the search can be packed."""
-    kept: Path | None = None
-    """Where a population keeps its members' checkpoints, by trial."""
+    run_context: RunContext
+    pack_scheduler: Any
+    """None if no trial of the search can be packed."""
+    checkpoint_dir: Path | None = None
+    """Checkpoints of the members of a population (PBT), by trial."""
 
     def __call__(self, config: dict[str, Any]) -> None:
         from ray import tune
@@ -49,15 +49,15 @@ class TrialFunction:
         identifier, overrides = config["trial"], config["overrides"]
         trial_spec = trial_experiment(self.experiment, overrides)
         curve = curve_stage(self.experiment)
-        packed = not self.alone(overrides)
+        packed = not self.unpackable_reason(overrides)
         in_process = packed or trial_spec.compute.workers == 1
-        last = {"steps": 0.0, "tokens": 0.0, "rows": 0.0}
-        measured = dict.fromkeys(search.metrics, math.nan)
+        progress = {"steps": 0.0, "tokens": 0.0, "rows": 0.0}
+        last_metrics = dict.fromkeys(search.metrics, math.nan)
 
         def report(stage: str, metrics: dict[str, float]) -> None:
-            if stage == curve and metrics["steps"] > last["steps"]:
-                last.update({name: metrics[name] for name in last})
-                measured.update({name: metrics[name] for name in measured if name in metrics})
+            if stage == curve and metrics["steps"] > progress["steps"]:
+                progress.update({name: metrics[name] for name in progress})
+                last_metrics.update({name: metrics[name] for name in last_metrics if name in metrics})
                 tune.report(metrics)
 
         def callbacks(stage: str) -> tuple[Any, ...]:
@@ -67,86 +67,90 @@ class TrialFunction:
 
             return (TuneReportCallback(),)
 
-        log = EventLog(self.where.events / f"{identifier}.jsonl", trial=identifier)
-        begin = time.time()
-        how = TrialContext(
+        log = EventLog(self.run_context.events / f"{identifier}.jsonl", trial=identifier)
+        start_time = time.time()
+        trial_context = TrialContext(
             identifier,
             in_process=in_process,
-            desk=self.desk if packed else None,
-            stop=SearchControl(self.where.run).stop_file(identifier),
+            pack_scheduler=self.pack_scheduler if packed else None,
+            stop=SearchControl(self.run_context.run).stop_file(identifier),
             report=report,
             callbacks=callbacks,
             **self._checkpoints(config, curve),
         )
-        made_before = curve is not None and self._is_made(trial_spec, curve)
+        was_cached = curve is not None and self._is_cached(trial_spec, curve)
         try:
-            made = execute(trial_spec, self.where, log, how)
+            artifacts = execute(trial_spec, self.run_context, log, trial_context)
         except Stopped:
-            # Tune (2.60) ends the whole search at a report without its metric.
-            tune.report({**measured, **last, "seconds": time.time() - begin})
+            # Tune (2.60) fails the whole search at a report without its metric.
+            tune.report({**last_metrics, **progress, "seconds": time.time() - start_time})
             return
         except Exception as error:
-            told = error_file(self.where, identifier)
-            if not told.exists():  # the first one tells most: after it there may be no memory, or no worker
-                with suppress(OSError):  # a full disk must not hide itself
-                    told.write_text(str(error))
+            file = error_file(self.run_context, identifier)
+            if not file.exists():  # the first error is the cause; a retry may fail for lack of memory or workers
+                with suppress(OSError):  # on a full disk the original error must still be raised
+                    file.write_text(str(error))
             raise
-        if curve is not None and made_before:
-            # Trained by an earlier run: its evaluations are told to the scheduler as if they came now. Not the last
-            # one: that is this trial's own last report.
-            for point in _evaluations(curve, made[curve])[:-1]:
+        if curve is not None and was_cached:
+            # The training was in the store: replay its evaluations for the scheduler, except the last one, which is
+            # part of this trial's final report.
+            for point in _eval_points(curve, artifacts[curve])[:-1]:
                 report(curve, point)
-        values = {metric: metric_of(made[metric.split(".")[0]].facts, metric) for metric in search.metrics}
-        end = _progress(made[curve]) if curve is not None else last
-        # A last report of its own: progress must not fall behind what the scheduler has seen.
-        progress = {name: max(value, end[name]) for name, value in last.items()}
-        tune.report({**values, **progress, FINISHED: 1.0, "seconds": time.time() - begin})
+        values = {metric: metric_value(artifacts[metric.split(".")[0]].facts, metric) for metric in search.metrics}
+        end = _final_progress(artifacts[curve]) if curve is not None else progress
+        # The final progress must not be lower than what the scheduler has already received.
+        final_progress = {name: max(value, end[name]) for name, value in progress.items()}
+        tune.report({**values, **final_progress, FINISHED: 1.0, "seconds": time.time() - start_time})
 
     def _checkpoints(self, config: dict[str, Any], curve: str | None) -> dict[str, Any]:
-        """What a member of a population shares with others, and what it begins with."""
-        if self.kept is None or curve is None or config["origin"] not in (*MEMBERS, "descendant"):
+        """TrialContext fields of a member of a population: where it saves checkpoints, and which one it starts from."""
+        if self.checkpoint_dir is None or curve is None or config["origin"] not in (*INITIAL_ORIGINS, "descendant"):
             return {}
-        begins = self.kept / config["of"] / f"checkpoint-{config['since']}" if config["since"] else None
-        return {"shares": curve, "kept": self.kept / config["trial"], "begins_with": begins}
+        source = self.checkpoint_dir / config["of"] / f"checkpoint-{config['since']}" if config["since"] else None
+        return {
+            "checkpointed_stage": curve,
+            "checkpoint_dir": self.checkpoint_dir / config["trial"],
+            "resume_from": source,
+        }
 
-    def alone(self, overrides: dict[str, Any]) -> str:
-        """Why a trial with these values trains by itself; "" when in a pack."""
-        if self.desk is None:
+    def unpackable_reason(self, overrides: dict[str, Any]) -> str:
+        """Return why a trial with these values cannot be packed; "" if it can."""
+        if self.pack_scheduler is None:
             return "no trial of this search can be packed"
         return search_unpackable_reason(
             trial_experiment(self.experiment, overrides), {path.split(".")[0] for path in overrides}
         )
 
-    def _is_made(self, experiment: Experiment, stage: str) -> bool:
-        print_ = fingerprints(experiment, self.where.folder)[stage][0]
-        return self.where.store.find(experiment.stages[stage].kind, print_) is not None
+    def _is_cached(self, experiment: Experiment, stage: str) -> bool:
+        cache_key = fingerprints(experiment, self.run_context.folder)[stage][0]
+        return self.run_context.store.find(experiment.stages[stage].kind, cache_key) is not None
 
 
-def error_file(where: RunContext, trial: str) -> Path:
-    """What a trial failed with at first. Tune (2.60) keeps the last error alone, as the library's traceback."""
-    return where.logs / f"{trial}-error.txt"
+def error_file(run_context: RunContext, trial: str) -> Path:
+    """File with the first error of a trial. Tune (2.60) keeps only the last error, as Ray's traceback."""
+    return run_context.logs / f"{trial}-error.txt"
 
 
-def _progress(artifact: Artifact) -> dict[str, float]:
-    """Of a whole training."""
+def _final_progress(artifact: Artifact) -> dict[str, float]:
+    """Progress counters at the end of a training."""
     facts = artifact.facts
     rows = float(facts["steps"] * facts["global_batch_size"])
     return {"steps": float(facts["steps"]), "tokens": float(facts.get("tokens", rows)), "rows": rows}
 
 
-def _evaluations(stage: str, artifact: Artifact) -> list[dict[str, float]]:
-    """The points of a curve where the model was evaluated, as they were reported; tokens as if they had been learned
-    from at an even pace."""
+def _eval_points(stage: str, artifact: Artifact) -> list[dict[str, float]]:
+    """Return the evaluations in the training curve in the form in which they were reported. Tokens and rows are
+    interpolated linearly."""
     history: Path = artifact.path / "history.jsonl"
     if not history.is_file():
         return []
-    whole = _progress(artifact)
+    total = _final_progress(artifact)
     points = [json.loads(line) for line in history.read_text().splitlines()]
     return [
         {
             **{f"{stage}.{name}": value for name, value in point.items() if name.startswith("eval_")},
-            "share": point["step"] / whole["steps"],
-            **{name: value * point["step"] / whole["steps"] for name, value in whole.items()},
+            "share": point["step"] / total["steps"],
+            **{name: value * point["step"] / total["steps"] for name, value in total.items()},
         }
         for point in points
         if any(name.startswith("eval_") for name in point)

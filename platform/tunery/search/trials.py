@@ -1,4 +1,4 @@
-"""`tunery trials RUN`: the trials of a search, as the run's event log and the wishes about it tell them. Pure."""
+"""`tunery trials RUN`: the trials of a search, from the event log and the requests of a run. No Ray."""
 
 from __future__ import annotations
 
@@ -19,51 +19,50 @@ from tunery.search.space import trial_id
 from tunery.spec.error_messages import nearest
 
 OPEN = ("running", "stopping", "waiting")
-"""States of trials that have not ended. stopping: somebody wants it to end, and it has not seen that yet."""
+"""States of trials that have not ended. stopping: a stop was requested, and the trial has not ended yet."""
 COLUMNS = ("trial", "state", "value", "progress", "time")
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial as the list shows it."""
+    """A row of the trial table."""
 
     name: str
     state: str
     value: float | None
-    """The metric at the end; of one that has none yet the last that was measured on the way."""
+    """The final metric, or the last intermediate one of a trial that has not ended."""
     done: float
     total: float
-    """0 when it is not known."""
+    """0 if unknown."""
     unit: str
     seconds: float | None
     overrides: dict[str, Any]
     origin: str
     of: str
-    """The trial that it is cloned from or repeats."""
+    """The trial that it is a clone, a copy (PBT) or a replicate of."""
     error: str
     best: bool
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The trials of a run: those that go on first, then those that ended, best first."""
+    """The trials of a run: open ones first, then ended ones, best first."""
 
     run: str
     file: str
     metric: str
     mode: str
     planned: int
-    stage: str
-    """not begun, running, ended; or waiting: begun, and at the moment nobody runs it."""
-    holder: str
-    """Who runs it; "" when nobody does."""
+    search_state: str
+    """not begun, running, ended, or waiting: begun, but no process runs it at the moment."""
+    owner: str
+    """The process that runs it; "" if there is none."""
     trials: tuple[TrialRow, ...]
 
-    def named(self, asked: str) -> TrialRow:
-        """The trial that is meant: by its name, the part after `trial-`, or the beginning of either. Raises
-        RequestError."""
-        known = {trial.name: trial for trial in self.trials}
-        return known[trial_named(asked, known, self.run)]
+    def find(self, name: str) -> TrialRow:
+        """Return a trial by its name, the part after `trial-`, or a unique prefix of either. Raises RequestError."""
+        by_name = {trial.name: trial for trial in self.trials}
+        return by_name[trial_named(name, by_name, self.run)]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -71,64 +70,68 @@ class Trials:
             "metric": self.metric,
             "mode": self.mode,
             "planned": self.planned,
-            "search": self.stage,
-            "running": bool(self.holder),
+            "search": self.search_state,
+            "running": bool(self.owner),
             "trials": [asdict(trial) for trial in self.trials],
         }
 
     def render(self, width: int) -> RenderableType:
-        return Group(*_headlines(self), *_table(self.trials, width))
+        return Group(*_header_lines(self), *_table(self.trials, width))
 
 
-def trial_named(asked: str, known: Iterable[str], run: str) -> str:
-    """The name that is meant; raises RequestError where none is, or several are."""
+def trial_named(requested: str, known: Iterable[str], run: str) -> str:
+    """Return the full name of a trial. Raises RequestError if no trial or several trials match."""
     names = list(known)
-    for word in (asked, f"trial-{asked}"):
+    for word in (requested, f"trial-{requested}"):
         if word in names:
             return word
-    found = [name for name in names if asked and name.startswith((asked, f"trial-{asked}"))]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    matches = [name for name in names if requested and name.startswith((requested, f"trial-{requested}"))]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
         raise RequestError(
-            f"`{asked}` may be any of {len(found)} trials of `{run}`",
-            cause=", ".join(found),
+            f"`{requested}` may be any of {len(matches)} trials of `{run}`",
+            cause=", ".join(matches),
             remedy="give more of its name",
         )
-    cause = "" if names else "none has begun"
-    near = nearest(asked if asked.startswith("trial-") else f"trial-{asked}", names)
-    raise RequestError(f"the run `{run}` has no trial `{asked}`", cause=cause, remedy=near)
+    cause = "" if names else "no trial has started"
+    near = nearest(requested if requested.startswith("trial-") else f"trial-{requested}", names)
+    raise RequestError(f"the run `{run}` has no trial `{requested}`", cause=cause, remedy=near)
 
 
-def trials_of(
+def list_trials(
     state: RunState,
     events: Sequence[Event],
-    wishes: Sequence[Mapping[str, Any]],
-    stops: Callable[[str], bool],
-    holder: str,
+    requests: Sequence[Mapping[str, Any]],
+    stop_requested: Callable[[str], bool],
+    owner: str,
     now: float,
 ) -> Trials:
-    """`wishes`: trials to add, as search/steering.py has them. `stops`: whether somebody wants a trial to end."""
+    """Return the trials of a run. `requests` are trials to add (search/steering.py)."""
     search = state.search or SearchState()
     origins = _origins(events)
-    running = bool(holder)
-    listed = [
-        _listed(trial, search, origins.get(trial.name, ("", "")), stops(trial.name), running, now)
+    running = bool(owner)
+    rows = [
+        _trial_row(trial, search, origins.get(trial.name, ("", "")), stop_requested(trial.name), running, now)
         for trial in search.ranked
     ]
-    for wish in wishes:
-        name = trial_id(wish["overrides"])
-        if all(trial.name != name for trial in listed):
-            state_ = "stopped" if stops(name) else "waiting"
-            told = (dict(wish["overrides"]), wish["origin"], wish["of"])
-            listed.append(TrialRow(name, state_, None, 0, 0, "", None, *told, error="", best=False))
-    listed.sort(key=lambda trial: OPEN.index(trial.state) if trial.state in OPEN else len(OPEN))
-    begun = "ended" if search.finished else "not begun" if state.search is None else "running" if running else "waiting"
-    return Trials(state.run, state.file, search.value_name, search.mode, search.planned, begun, holder, tuple(listed))
+    for request in requests:
+        name = trial_id(request["overrides"])
+        if all(trial.name != name for trial in rows):
+            trial_state = "stopped" if stop_requested(name) else "waiting"
+            fields = (dict(request["overrides"]), request["origin"], request["of"])
+            rows.append(TrialRow(name, trial_state, None, 0, 0, "", None, *fields, error="", best=False))
+    rows.sort(key=lambda trial: OPEN.index(trial.state) if trial.state in OPEN else len(OPEN))
+    search_state = (
+        "ended" if search.finished else "not begun" if state.search is None else "running" if running else "waiting"
+    )
+    return Trials(
+        state.run, state.file, search.value_name, search.mode, search.planned, search_state, owner, tuple(rows)
+    )
 
 
 def _origins(events: Iterable[Event]) -> dict[str, tuple[str, str]]:
-    """By trial: where its values come from, and from which other trial."""
+    """Return (origin, other trial) by trial."""
     return {
         str(event.get("trial")): (str(event["origin"]), str(event.get("of") or ""))
         for event in events
@@ -136,15 +139,15 @@ def _origins(events: Iterable[Event]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _listed(
-    trial: TrialState, search: SearchState, origin: tuple[str, str], stops: bool, running: bool, now: float
+def _trial_row(
+    trial: TrialState, search: SearchState, origin: tuple[str, str], stop_requested: bool, running: bool, now: float
 ) -> TrialRow:
     state: str = trial.status
     if state in ("running", "waiting") and not (running and trial.status == "running"):
-        state = "stopped" if stops else "waiting"  # a search that goes on leaves out what nobody wants
-    elif state == "running" and stops:
+        state = "stopped" if stop_requested else "waiting"  # a resumed search skips trials with a stop request
+    elif state == "running" and stop_requested:
         state = "stopping"
-    stage = _measured(trial, search.metric) or trial.current
+    stage = _metric_stage(trial, search.metric) or trial.current
     done, total, unit = _progress(stage)
     value = last_value(trial, search.value_name)
     seconds = trial.seconds
@@ -165,22 +168,22 @@ def _listed(
     )
 
 
-def _measured(trial: TrialState, metric: str) -> StageState | None:
-    """The training that the metric is about: `sft` of `sft.eval_loss` and of `eval.sft.heldout.loss`."""
-    begun = {name: stage for name, stage in trial.stages.items() if stage.status != "waiting"}
-    return next((begun[name] for name in metric.split(".") if name in begun and begun[name].points), None)
+def _metric_stage(trial: TrialState, metric: str) -> StageState | None:
+    """Return the training that the metric evaluates: `sft` for `sft.eval_loss` and for `eval.sft.heldout.loss`."""
+    started = {name: stage for name, stage in trial.stages.items() if stage.status != "waiting"}
+    return next((started[name] for name in metric.split(".") if name in started and started[name].points), None)
 
 
 def _progress(stage: StageState | None) -> tuple[float, float, str]:
     if stage is None:
         return 0, 0, ""
-    steps = as_number(stage.facts.get("steps"))  # one that was found in the store tells no progress
+    steps = as_number(stage.facts.get("steps"))  # a cached stage logs no progress
     return (steps, steps, "steps") if steps is not None and not stage.total else (stage.done, stage.total, stage.unit)
 
 
 def last_value(trial: TrialState, metric: str) -> float | None:
-    """At the end, or the last on the way: another measure may be known by then, and is not it. Of a weighted sum there
-    is none before the end."""
+    """Return the final value of the search's objective, or the last intermediate value of `metric`. A weighted sum has
+    no intermediate value."""
     if trial.value is not None:
         return trial.value
     stage, _, name = metric.partition(".")
@@ -189,42 +192,42 @@ def last_value(trial: TrialState, metric: str) -> float | None:
     return values[-1] if values else None
 
 
-def _headlines(told: Trials) -> list[Text]:
-    ended = sum(trial.state not in OPEN for trial in told.trials)
-    first = Text(told.run, style="bold")
-    first.append(f"  {told.metric} ({told.mode})" if told.metric else "", style="not bold dim")
-    if told.planned:
-        first.append(f"  {ended} of {max(told.planned, len(told.trials))} trials ended", style="not bold")
-    return [first, Text(_standing(told), style="dim")]
+def _header_lines(trials: Trials) -> list[Text]:
+    ended = sum(trial.state not in OPEN for trial in trials.trials)
+    first = Text(trials.run, style="bold")
+    first.append(f"  {trials.metric} ({trials.mode})" if trials.metric else "", style="not bold dim")
+    if trials.planned:
+        first.append(f"  {ended} of {max(trials.planned, len(trials.trials))} trials ended", style="not bold")
+    return [first, Text(_search_status(trials), style="dim")]
 
 
-def _standing(told: Trials) -> str:
-    again = f"`tunery run {told.file}`, given again,"
-    match told.stage:
+def _search_status(trials: Trials) -> str:
+    command = f"`tunery run {trials.file}`"
+    match trials.search_state:
         case "running":
-            return f"the search runs ({told.holder})"
+            return f"the search is running ({trials.owner})"
         case "ended":
             return "the search has ended"
         case "waiting":
-            return f"nobody runs the search at the moment: {again} goes on with it"
+            return f"the search is not running: {command} resumes it"
     return (
-        f"the search has not begun: {told.holder} is at its stages"
-        if told.holder
-        else (f"the search has not begun, and nobody runs it: {again} does")
+        f"the search has not started: {trials.owner} is running the stages before it"
+        if trials.owner
+        else f"the search has not started, and the run is not running: {command} starts it"
     )
 
 
 def _table(trials: Sequence[TrialRow], width: int) -> list[RenderableType]:
-    """A line a trial; where its values don't fit beside the rest they stand below it."""
+    """One line per trial. On narrow terminals its values are on a line below it."""
     if not trials:
         return []
     names = short_paths(path for trial in trials for path in trial.overrides)
     cells = [_cells(trial) for trial in trials]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
     origins = [_origin(trial) for trial in trials]
-    wide, longest = width >= WIDE, max(map(len, ["origin", *origins]))
+    wide, origin_width = width >= WIDE, max(map(len, ["origin", *origins]))
     lines: list[RenderableType] = [Text("")]
-    header = _row(COLUMNS, widths) + (f"  {'origin':<{longest}}  values" if wide else "")
+    header = _row(COLUMNS, widths) + (f"  {'origin':<{origin_width}}  values" if wide else "")
     lines.append(Text("  " + header, style="dim", no_wrap=True))
     for trial, row, origin in zip(trials, cells, origins, strict=True):
         style = STYLES.get(trial.state, "yellow")
@@ -232,28 +235,24 @@ def _table(trials: Sequence[TrialRow], width: int) -> list[RenderableType]:
         line.append(_row(row, widths), style="bold default" if trial.best else "default")
         values = overrides_text(trial.overrides, names)
         if wide:
-            line.append(f"  {origin:<{longest}}  {values}", style="default")
+            line.append(f"  {origin:<{origin_width}}  {values}", style="default")
         lines.append(line)
         if not wide:
-            lines.append(
-                Padding(
-                    Text("  ".join(part for part in (values, origin) if part), style="dim"), (0, 0, 0, 4), expand=False
-                )
-            )
+            lines.append(_indented("  ".join(part for part in (values, origin) if part), "dim"))
         if trial.error:
-            lines.append(_below(_last_line(trial.error), "red"))
+            lines.append(_indented(_last_line(trial.error), "red"))
     return lines
 
 
-def _below(text: str, style: str) -> Padding:
+def _indented(text: str, style: str) -> Padding:
     return Padding(Text(text, style=style), (0, 0, 0, 4), expand=False)
 
 
 def _cells(trial: TrialRow) -> tuple[str, ...]:
     progress = ""
     if trial.total:
-        whole = trial.done >= trial.total
-        progress = f"{count(trial.total) if whole else f'{count(trial.done)}/{count(trial.total)}'} {trial.unit}"
+        complete = trial.done >= trial.total
+        progress = f"{count(trial.total) if complete else f'{count(trial.done)}/{count(trial.total)}'} {trial.unit}"
     return (
         trial.name,
         trial.state + (", best" if trial.best else ""),
@@ -264,7 +263,7 @@ def _cells(trial: TrialRow) -> tuple[str, ...]:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Words to the left, numbers to the right."""
+    """Left-align the first two columns (text) and right-align the others (numbers)."""
     return "  ".join(
         cell.ljust(width) if index < 2 else cell.rjust(width)
         for index, (cell, width) in enumerate(zip(cells, widths, strict=True))

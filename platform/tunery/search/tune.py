@@ -1,4 +1,4 @@
-"""The search as a whole: Ray Tune over trials, its outcome an artifact like any other."""
+"""Run a search with Ray Tune. The result is an artifact in the store, like that of a stage."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tunery.pipeline.cache_keys import fingerprints
 from tunery.pipeline.diagnose import diagnose
 from tunery.pipeline.execute import RunContext
 from tunery.search.journal import Journal, JournalRecord, TrialStart
-from tunery.search.outcome import facts_of
+from tunery.search.outcome import search_facts
 from tunery.search.pack_eligibility import pack_size, search_unpackable_reason
 from tunery.search.population import Population
-from tunery.search.ranking import value_of
+from tunery.search.ranking import objective_value
 from tunery.search.space import curve_stage, metric_stages, trial_experiment, with_seed
 from tunery.search.steering import SearchControl
 from tunery.search.suggest import suggester
@@ -35,48 +35,49 @@ from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, LeaseHeld, fingerprint
 
 VERSION = 2
-"""Raised when a change makes a search give other trials."""
-QUIET = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the journal is what a search goes on from, not Tune's own state
+"""Part of the cache key; increased when a change makes a search choose other trials."""
+TUNE_ENV = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # a search resumes from its journal, not from Tune's experiment state
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many workers there are for trials, and why."""
+    """Number of workers available for trials, and the reason for that number."""
 
     workers: int
     reason: str
 
 
 def run_search(
-    experiment: Experiment, where: RunContext, log: EventLog, room: Capacity | None, longest: float
+    experiment: Experiment, run_context: RunContext, log: EventLog, capacity: Capacity | None, max_progress: float
 ) -> Artifact:
-    """The search's artifact: facts are the trials, best first, and the winner (search/outcome.py).
+    """Return the search artifact, whose facts are the ranked trials and the winner (search/outcome.py).
 
-    `room` may be None when Ray has not been started, because the search is known to be done. `longest`: of a trial, in
-    what its rungs are measured in, about. Raises StageError when no trial ended.
+    `capacity` may be None if the artifact is already in the store, so that Ray has not been started. `max_progress` is
+    the estimated length of the longest trial in the search's `progress_unit`. Raises StageError if no trial finished.
     """
     search = experiment.search
     assert search is not None, "called for experiments with a search"
-    print_, described = search_fingerprint(experiment, where)
-    size = _packed_by(experiment, _why_not_packed(experiment))
+    cache_key, key_inputs = search_fingerprint(experiment, run_context)
+    size = _effective_pack_size(experiment, _unpackable_reasons(experiment))
     log.write(
         "search_started",
         **search.describe(),
-        max_concurrent=_at_once(room, size, search) if room else None,
-        reason=_why(room, size) if room else "",
+        max_concurrent=_max_concurrent_trials(capacity, size, search) if capacity else None,
+        reason=_concurrency_reason(capacity, size) if capacity else "",
     )
-    made = artifact = where.store.find("search", print_)
+    cached = artifact = run_context.store.find("search", cache_key)
     if artifact is None:
-        assert room is not None, "a search that is not done needs Ray"
-        with where.store.lease("search", print_, lambda holder: time.sleep(1)):
-            made = artifact = where.store.find("search", print_)  # by another run, meanwhile
+        assert capacity is not None, "a search that is not in the store needs Ray"
+        with run_context.store.lease("search", cache_key, lambda holder: time.sleep(1)):
+            # Another run may have committed the same search while this one waited for the lease.
+            cached = artifact = run_context.store.find("search", cache_key)
             if artifact is None:
-                artifact = _search(experiment, where, log, room, longest, print_, described)
-    if made is not None:
-        for trial in made.facts["trials"]:
+                artifact = _run_and_commit(experiment, run_context, log, capacity, max_progress, cache_key, key_inputs)
+    if cached is not None:
+        for trial in cached.facts["trials"]:
             log.write("trial_finished", **trial)
     best = artifact.facts["best"]
     log.write(
@@ -89,133 +90,134 @@ def run_search(
         standings=artifact.facts["standings"],
         ties=artifact.facts["ties"],
         front=artifact.facts["front"],
-        best_fingerprints=_fingerprints_of(experiment, where, best["overrides"]),
+        best_fingerprints=_stage_cache_keys(experiment, run_context, best["overrides"]),
     )
     return artifact
 
 
-def _fingerprints_of(experiment: Experiment, where: RunContext, overrides: dict[str, Any]) -> dict[str, str]:
-    """By stage. A run that finds its search in the store has no trial that would tell what it made."""
-    known = fingerprints(with_overrides(experiment, overrides), where.folder)
-    return {name: print_ for name, (print_, _, _) in known.items()}
+def _stage_cache_keys(experiment: Experiment, run_context: RunContext, overrides: dict[str, Any]) -> dict[str, str]:
+    """Cache keys by stage. A run whose search is cached executes no trial that would log them."""
+    keys = fingerprints(with_overrides(experiment, overrides), run_context.folder)
+    return {name: cache_key for name, (cache_key, _, _) in keys.items()}
 
 
-def search_fingerprint(experiment: Experiment, where: RunContext) -> tuple[str, dict[str, Any]]:
-    """A search depends on its spec, on every stage that its metrics need, and on what it is warmed up with."""
+def search_fingerprint(experiment: Experiment, run_context: RunContext) -> tuple[str, dict[str, Any]]:
+    """Return the cache key of the search and what it is computed from: the search config, the cache keys of all stages
+    that its metrics depend on, and the trials of its warm start."""
     search = experiment.search
     assert search is not None, "called for experiments with a search"
-    folder = where.folder
-    needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, metric_stages(search))})
-    inputs = {name: item[0] for name, item in fingerprints(needed, folder).items()}
+    folder = run_context.folder
+    required = experiment.model_copy(update={"stages": with_upstream(experiment.stages, metric_stages(search))})
+    inputs = {name: item[0] for name, item in fingerprints(required, folder).items()}
     for path, dimension in search.space.items():
-        for value in dimension.choice or dimension.grid or ():  # a choice may lead to other stages, files or models
-            with suppress(ValueError):  # a value that needs another beside it (`when`)
+        for value in dimension.choice or dimension.grid or ():  # a value may select other stages, files or models
+            with suppress(ValueError):  # a value that is valid only together with another one (`when`)
                 trial = trial_experiment(experiment, {path: value})
                 for name, item in fingerprints(trial, folder).items():
                     inputs[f"{path}={value}: {name}"] = item[0]
     identity = {"version": VERSION, "seed": experiment.seed, **search.model_dump(mode="json")}
     if search.warm_start:
-        identity["earlier"] = [trial["trial"] for trial in earlier_trials(search, where.store)]
+        identity["earlier"] = [trial["trial"] for trial in earlier_trials(search, run_context.store)]
     return fingerprint("search", identity, inputs), {"identity": identity, "inputs": inputs}
 
 
-def _packed_by(experiment: Experiment, reasons: set[str]) -> int:
-    """Members of a pack; 1 where no trial can be packed. `reasons`: why trials are not."""
+def _effective_pack_size(experiment: Experiment, reasons: set[str]) -> int:
+    """Maximum number of trials in a pack; 1 if no trial can be packed (`reasons` from _unpackable_reasons)."""
     return pack_size(experiment) if "" in reasons else 1
 
 
-def _why_not_packed(experiment: Experiment) -> set[str]:
-    """Why trials train alone, "" where they don't. They differ: a choice may lead to a tuner that can be packed, and
-    another to one that can't."""
+def _unpackable_reasons(experiment: Experiment) -> set[str]:
+    """Reasons why trials cannot be packed; "" stands for trials that can. Trials differ: one choice of the space may
+    select an adapter that can be packed, another one that cannot."""
     assert experiment.search is not None, "only a search has trials"
     searched = {path.split(".")[0] for path in experiment.search.space}
-    found = set()
+    reasons = set()
     for path, dimension in experiment.search.space.items():
         for value in dimension.values:
             with suppress(ValueError):
-                found.add(search_unpackable_reason(trial_experiment(experiment, {path: value}), searched))
-    return found
+                reasons.add(search_unpackable_reason(trial_experiment(experiment, {path: value}), searched))
+    return reasons
 
 
-def _at_once(room: Capacity, size: int, search: Search) -> int:
-    # A bracket is full, and a population whole, when all its trials are there, be they at work or waiting.
+def _max_concurrent_trials(capacity: Capacity, size: int, search: Search) -> int:
+    # Hyperband fills a bracket, and PBT a population, only when all trials exist, running or paused.
     if search.scheduler in ("hyperband", "pbt"):
         return search.trials
-    return min(search.trials, room.workers * size)
+    return min(search.trials, capacity.workers * size)
 
 
-def _why(room: Capacity, size: int) -> str:
-    return room.reason + (f", {size} a pack" if size > 1 else "")
+def _concurrency_reason(capacity: Capacity, size: int) -> str:
+    return capacity.reason + (f", {size} per pack" if size > 1 else "")
 
 
-def _search(
+def _run_and_commit(
     experiment: Experiment,
-    where: RunContext,
+    run_context: RunContext,
     log: EventLog,
-    room: Capacity,
-    longest: float,
-    print_: str,
-    described: Any,
+    capacity: Capacity,
+    max_progress: float,
+    cache_key: str,
+    key_inputs: dict[str, Any],
 ) -> Artifact:
     search = experiment.search
     assert search is not None, "checked by run_search"
-    work = where.store.work("search", print_)
-    journal = Journal(work / "journal.jsonl")
-    begin = time.time()
+    staging_dir = run_context.store.staging_dir("search", cache_key)
+    journal = Journal(staging_dir / "journal.jsonl")
+    start_time = time.time()
     try:
-        ended_by = _run(experiment, where, log, room, longest, work, journal)
+        ended_by = _run_tuner(experiment, run_context, log, capacity, max_progress, staging_dir, journal)
     except BaseException as error:
-        with suppress(OSError):  # on a full disk the error matters more than the time it took
-            journal.spend(time.time() - begin)
+        with suppress(OSError):  # on a full disk the original error matters more than the elapsed time
+            journal.add_elapsed(time.time() - start_time)
         if isinstance(error, Exception):
-            raise diagnose(error, "search", where) from error
+            raise diagnose(error, "search", run_context) from error
         raise
-    journal.spend(time.time() - begin)
-    facts = facts_of(search, list(journal.records.values()), ended_by)
+    journal.add_elapsed(time.time() - start_time)
+    facts = search_facts(search, list(journal.records.values()), ended_by)
     if facts["best"] is None:
         errors = "\n  ".join(sorted({trial["error"] for trial in facts["trials"] if trial["error"]})[:3])
-        raise StageError("search", "no trial ran to its end", cause=errors, remedy="see the trials' logs in the report")
-    out = work / "out"
+        raise StageError("search", "no trial finished", cause=errors, remedy="see the logs of the trials in the report")
+    out = staging_dir / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "trials.json").write_text(json.dumps(facts["trials"], indent=1) + "\n")
-    artifact = where.store.commit(
+    artifact = run_context.store.commit(
         out,
-        {"kind": "search", "fingerprint": print_, **described, "facts": facts},
-        {"seconds": journal.spent + time.time() - begin},
+        {"kind": "search", "fingerprint": cache_key, **key_inputs, "facts": facts},
+        {"seconds": journal.elapsed + time.time() - start_time},
     )
-    shutil.rmtree(work, ignore_errors=True)
-    SearchControl(where.run).clear()
-    _drop_leftovers(experiment, where, list(journal.records.values()))
+    shutil.rmtree(staging_dir, ignore_errors=True)
+    SearchControl(run_context.run).clear()
+    _remove_staging_dirs(experiment, run_context, list(journal.records.values()))
     return artifact
 
 
-def _drop_leftovers(experiment: Experiment, where: RunContext, records: list[JournalRecord]) -> None:
-    """Stopped trials leave checkpoints behind that nobody goes on from once the search is over."""
+def _remove_staging_dirs(experiment: Experiment, run_context: RunContext, records: list[JournalRecord]) -> None:
+    """Delete the checkpoints of stopped trials: after the search no trial resumes from them."""
     for record in records:
-        if record.ended is not None and record.ended["state"] != "stopped":
+        if record.outcome is not None and record.outcome["state"] != "stopped":
             continue
-        stages = trial_experiment(experiment, record.begun.overrides)
-        for name, (print_, _, _) in fingerprints(stages, where.folder).items():
-            kind = stages.stages[name].kind
-            with suppress(LeaseHeld), where.store.lease(kind, print_):  # another run may be at it
-                shutil.rmtree(where.store.work(kind, print_), ignore_errors=True)
+        trial = trial_experiment(experiment, record.start.overrides)
+        for name, (cache_key, _, _) in fingerprints(trial, run_context.folder).items():
+            kind = trial.stages[name].kind
+            with suppress(LeaseHeld), run_context.store.lease(kind, cache_key):  # another run may be building it
+                shutil.rmtree(run_context.store.staging_dir(kind, cache_key), ignore_errors=True)
 
 
-def _run(
+def _run_tuner(
     experiment: Experiment,
-    where: RunContext,
+    run_context: RunContext,
     log: EventLog,
-    room: Capacity,
-    longest: float,
-    work: Path,
+    capacity: Capacity,
+    max_progress: float,
+    staging_dir: Path,
     journal: Journal,
 ) -> str:
-    """All trials; returns what ended the search before its last one, "" where nothing did.
+    """Run all trials. Returns why the search ended before its last trial, "" if it did not.
 
-    A new Tuner also when an earlier try was cut off: Tuner.restore of Ray 2.60 forgets ASHA's rungs, and falls back to
-    a single trial without values when its state was cut off in the writing. The journal knows what was drawn and how it
-    ended, and of unfinished trials the store has finished stages whole and others from their checkpoints.
+    A resumed search creates a new Tuner too. Tuner.restore of Ray 2.60 loses the rungs of ASHA, and restores a single
+    trial without values if its state file is truncated. The journal has the sampled values and the outcomes; the store
+    has the finished stages of unfinished trials, and the checkpoints of the others.
     """
     from ray import tune
 
@@ -223,111 +225,121 @@ def _run(
     from tunery.search.pbt_scheduler import PbtScheduler
     from tunery.search.progress import JournalCallback
     from tunery.search.queue import Queue
-    from tunery.search.schedulers import scheduler_of
+    from tunery.search.schedulers import build_scheduler
     from tunery.training.packed.pack_server import get_pack_scheduler
 
-    os.environ.update(QUIET)
-    shutil.rmtree(work / "tune", ignore_errors=True)
+    os.environ.update(TUNE_ENV)
+    shutil.rmtree(staging_dir / "tune", ignore_errors=True)
     search = experiment.search
     assert search is not None, "checked by run_search"
     compute = experiment.compute
-    reasons = _why_not_packed(experiment)
-    size = _packed_by(experiment, reasons)
-    desk = get_pack_scheduler(room.workers, size, compute) if size > 1 else None
-    # A trial runs in a folder of Tune's: a relative path would lead nowhere there.
-    kept = work / "kept" if search.scheduler == "pbt" else None
-    function = TrialFunction(experiment, dataclasses.replace(where, file=where.file.absolute()), desk, kept)
-    steering = SearchControl(where.run)
+    reasons = _unpackable_reasons(experiment)
+    size = _effective_pack_size(experiment, reasons)
+    pack_scheduler = get_pack_scheduler(capacity.workers, size, compute) if size > 1 else None
+    checkpoint_dir = staging_dir / "kept" if search.scheduler == "pbt" else None
+    # Tune changes the working directory of a trial, so the path of the experiment must be absolute.
+    function = TrialFunction(
+        experiment,
+        dataclasses.replace(run_context, file=run_context.file.absolute()),
+        pack_scheduler,
+        checkpoint_dir,
+    )
+    control = SearchControl(run_context.run)
     if not journal.records:
-        steering.forget_stops()
+        control.clear_stops()
     scheduler: Any
     population = None
-    if kept is not None:
-        population = _population(experiment, journal, steering)
-        scheduler = PbtScheduler(population, steering, kept, in_turn=search.trials > room.workers * size)
+    if checkpoint_dir is not None:
+        population = _restore_population(experiment, journal, control)
+        scheduler = PbtScheduler(
+            population, control, checkpoint_dir, time_share=search.trials > capacity.workers * size
+        )
     else:
-        scheduler = scheduler_of(search, longest, journal)
+        scheduler = build_scheduler(search, max_progress, journal)
     assert compute.workers_per_trial != "auto", "resolved before a search"
-    held = compute.workers_per_trial * (1 if compute.device == "gpu" else compute.cpus_per_worker)
-    enough = BudgetStopper(search, journal, room.workers * held)
+    devices_per_trial = compute.workers_per_trial * (1 if compute.device == "gpu" else compute.cpus_per_worker)
+    stopper = BudgetStopper(search, journal, capacity.workers * devices_per_trial)
     queue = Queue(
         search,
         journal,
-        suggester(search, experiment.seed, work, earlier_trials(search, where.store)),
-        steering,
-        _at_once(room, size, search),
+        suggester(search, experiment.seed, staging_dir, earlier_trials(search, run_context.store)),
+        control,
+        _max_concurrent_trials(capacity, size, search),
         partial(with_seed, experiment),
-        partial(_tell_untold, log, journal, search),
+        partial(_log_trial_finished, log, journal, search),
         population,
-        partial(_unfit, experiment),
+        partial(_invalid_reason, experiment),
     )
     tuner = tune.Tuner(
-        tune.with_resources(function.__call__, partial(_resources, function, compute)),
+        tune.with_resources(function.__call__, partial(_trial_resources, function, compute)),
         param_space={},
         tune_config=tune.TuneConfig(
             num_samples=-1,
-            max_concurrent_trials=_at_once(room, size, search),
+            max_concurrent_trials=_max_concurrent_trials(capacity, size, search),
             search_alg=queue,
             scheduler=scheduler,
-            # Tune keeps a process and its device for a next trial of its kind: packs would wait for the device forever.
-            reuse_actors=compute.workers_per_trial == 1 and not (desk is not None and any(reasons)),
+            # A reused actor keeps its resources until a trial with the same resources comes: with packed and unpacked
+            # trials in one search, packs would wait for the device forever.
+            reuse_actors=compute.workers_per_trial == 1 and not (pack_scheduler is not None and any(reasons)),
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(work),
+            storage_path=str(staging_dir),
             verbose=0,
-            stop=enough,
-            callbacks=[JournalCallback(log, journal, search, where)],
+            stop=stopper,
+            callbacks=[JournalCallback(log, journal, search, run_context)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
     interruptible(tuner.fit)
-    # Tune (2.60) tells no callback of the trials that a Stopper ends; else there are none left.
-    for begun in journal.open:
-        journal.stop(begun.trial, search.metrics)
-        _tell_untold(log, journal, search, begun)
-    return enough.reason
+    # Tune (2.60) calls no callback for trials that a Stopper ends. Without a Stopper no trial is open here.
+    for start in journal.open_trials:
+        journal.mark_stopped(start.trial, search.metrics)
+        _log_trial_finished(log, journal, search, start)
+    return stopper.reason
 
 
-def _population(experiment: Experiment, journal: Journal, steering: SearchControl) -> Population:
-    """As an earlier try left it: what it had decided is decided again."""
+def _restore_population(experiment: Experiment, journal: Journal, control: SearchControl) -> Population:
+    """Rebuild the population from the journal of an earlier attempt, and repeat the stop requests that it decided."""
     stage = curve_stage(experiment)
     assert experiment.search is not None, "checked by run_search"
     assert stage is not None, "checked by spec/check_search.py"
     training: Any = experiment.stages[stage]
-    population = Population(experiment.search, stage, training.evaluations, experiment.seed)
+    population = Population(experiment.search, stage, training.num_evals, experiment.seed)
     population.replay(journal.records.values())
-    for member in population.leaving:
-        steering.stop(member)
-    population.leaving.clear()
+    for member in population.to_stop:
+        control.request_stop(member)
+    population.to_stop.clear()
     return population
 
 
-def _tell_untold(log: EventLog, journal: Journal, search: Search, begun: TrialStart) -> None:
-    outcome = journal.records[begun.trial].ended or {}
-    value = value_of(search, outcome["values"]) if outcome["values"] else None
-    told = {"overrides": begun.overrides, "origin": begun.origin, "of": begun.of}
-    log.write("trial_finished", trial=begun.trial, **told, **outcome, value=value)
+def _log_trial_finished(log: EventLog, journal: Journal, search: Search, start: TrialStart) -> None:
+    outcome = journal.records[start.trial].outcome or {}
+    value = objective_value(search, outcome["values"]) if outcome["values"] else None
+    fields = {"overrides": start.overrides, "origin": start.origin, "of": start.of}
+    log.write("trial_finished", trial=start.trial, **fields, **outcome, value=value)
 
 
-def _unfit(experiment: Experiment, overrides: dict[str, Any]) -> str:
+def _invalid_reason(experiment: Experiment, overrides: dict[str, Any]) -> str:
     try:
         trial_experiment(experiment, overrides)
-    except ValueError as error:  # pydantic's and PathError are such
-        return f"these values don't fit the experiment any more: {error}"
+    except ValueError as error:  # a pydantic ValidationError or a PathError
+        return f"these values are not valid for the experiment any more: {error}"
     return ""
 
 
-def _resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:
-    """Of a trial's driver. Where others do the work (a pack, Ray Train's workers), it must hold none of theirs: a
-    hundredth of a CPU would keep the last worker out. A byte of memory, because Tune (2.60) refuses a trial without any
-    resource."""
+def _trial_resources(function: TrialFunction, compute: Any, config: dict[str, Any]) -> Any:
+    """Resources of a trial's driver process.
+
+    If a pack or the workers of Ray Train do the training, the driver reserves nothing: 0.01 CPU would already keep the
+    last worker from starting. One byte of memory, because Tune (2.60) rejects a trial without resources.
+    """
     from ray.tune import PlacementGroupFactory
 
-    alone = compute.workers_per_trial == 1 and function.alone(config["overrides"])
-    if not alone:
+    trains_in_driver = compute.workers_per_trial == 1 and function.unpackable_reason(config["overrides"])
+    if not trains_in_driver:
         return PlacementGroupFactory([{"CPU": 0, "memory": 1}])
     gpu = {"GPU": 1.0} if compute.device == "gpu" else {}
     return PlacementGroupFactory([{"CPU": float(compute.cpus_per_worker), **gpu}])

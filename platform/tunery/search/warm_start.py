@@ -1,4 +1,4 @@
-"""Trials of earlier searches, as their event logs tell them, for algorithms that learn from them."""
+"""Trials of earlier searches, read from their event logs, for the warm start of a sampler."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tunery.store import Store
 
 
 def earlier_trials(search: Search, store: Store) -> list[dict[str, Any]]:
-    """Ended trials of the runs that `warm_start` names which were measured by the same metrics, each once."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the ended trials, each once, of the runs in `warm_start` that were measured by the same metric."""
+    trials: dict[str, dict[str, Any]] = {}
     for name in search.warm_start:
         for event in read_events(store.run(name) / "events"):
             if event["event"] == "trial_finished" and search.metric in (event.get("values") or {}):
-                found[event["trial"]] = event
-    return [found[trial] for trial in sorted(found)]
+                trials[event["trial"]] = event
+    return [trials[trial] for trial in sorted(trials)]

@@ -16,7 +16,7 @@ from tunery.spec.error_messages import error_at, nearest, sentence
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
 from tunery.spec.references import AUTO, model_name
-from tunery.spec.search import Dimension, Search, wanted
+from tunery.spec.search import Dimension, Search, as_tuple
 from tunery.spec.stages import Evaluate, WinRate
 from tunery.spec.trainings import OVERRIDABLE, Training
 from tunery.spec.yaml_source import Path as KeyPath
@@ -128,7 +128,7 @@ def _check_population(name: str, stage: Training[Any], search: Search, source: Y
         )
     for path in paths:
         dimension = search.space.get(path)
-        if dimension is not None and (dimension.when or AUTO in (dimension.listed or ())):
+        if dimension is not None and (dimension.when or AUTO in (dimension.enumerated or ())):
             yield error_at(
                 source,
                 ("search", "space", path),
@@ -169,8 +169,8 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
                 remedy=nearest(other, others),
             )
             continue
-        for value in wanted(values):
-            if not condition.holds(value):
+        for value in as_tuple(values):
+            if not condition.contains(value):
                 yield error_at(
                     source,
                     at,
@@ -225,7 +225,7 @@ def conditions_met(path: str, space: Mapping[str, Dimension]) -> dict[str, Any]:
     """Values of other dimensions with which this one is there: of each condition the first."""
     met: dict[str, Any] = {}
     for other, values in space[path].when.items():
-        met |= {**conditions_met(other, space), other: wanted(values)[0]}
+        met |= {**conditions_met(other, space), other: as_tuple(values)[0]}
     return met
 
 
@@ -239,7 +239,7 @@ def _check_point(point: dict[str, Any], at: KeyPath, search: Search, source: Yam
                 f"`{path}` of a first point is no dimension",
                 remedy=nearest(path, search.space),
             )
-        elif not dimension.holds(value):
+        elif not dimension.contains(value):
             yield error_at(
                 source,
                 (*at, path),
@@ -247,7 +247,7 @@ def _check_point(point: dict[str, Any], at: KeyPath, search: Search, source: Yam
                 cause=f"`{path}` is {dimension.describe()}",
                 remedy="take a value of the space, or widen it",
             )
-        elif not dimension.is_there(point):
+        elif not dimension.is_active(point):
             yield error_at(
                 source,
                 (*at, path),
@@ -258,9 +258,11 @@ def _check_point(point: dict[str, Any], at: KeyPath, search: Search, source: Yam
 
 
 def _check_grid(search: Search, source: YamlSource) -> Iterable[SpecError]:
-    combinations = [len(dimension.listed) for dimension in search.space.values() if dimension.listed is not None]
+    combinations = [
+        len(dimension.enumerated) for dimension in search.space.values() if dimension.enumerated is not None
+    ]
     for path, dimension in search.space.items():
-        if dimension.listed is None:
+        if dimension.enumerated is None:
             yield error_at(
                 source,
                 ("search", "space", path),

@@ -1,4 +1,4 @@
-"""The order of stages, and which of them a stage needs. Pure functions over a checked experiment."""
+"""Graph of stages: topological order and dependencies. Functions over a validated experiment."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Root = Pretrained | Scratch
 
 
 def inputs_of(stage: Stage) -> tuple[str, ...]:
-    """Names of the stages that `stage` reads, each once, in the order of its fields."""
+    """Return the names of the stages that `stage` reads, in the order of its fields, without duplicates."""
     return tuple(dict.fromkeys(item.stage for item in stage.inputs()))
 
 
 def order(stages: Mapping[str, Stage]) -> tuple[str, ...]:
-    """Inputs before users, otherwise the order of the file. The graph has no cycle (see `find_cycle`)."""
+    """Return the stages in topological order, otherwise in file order. The graph has no cycle (`find_cycle`)."""
     done: dict[str, None] = {}
 
     def visit(name: str) -> None:
@@ -30,10 +30,10 @@ def order(stages: Mapping[str, Stage]) -> tuple[str, ...]:
     return tuple(done)
 
 
-def with_upstream(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[str, Stage]:
-    """`wanted` and everything that they need, in the order of the file."""
+def with_upstream(stages: Mapping[str, Stage], names: Iterable[str]) -> dict[str, Stage]:
+    """Return the named stages and all stages that they depend on, in file order."""
     needed: set[str] = set()
-    queue = list(wanted)
+    queue = list(names)
     while queue:
         name = queue.pop()
         if name not in needed:
@@ -43,15 +43,15 @@ def with_upstream(stages: Mapping[str, Stage], wanted: Iterable[str]) -> dict[st
 
 
 def lineage(stages: Mapping[str, Stage], name: str) -> tuple[str, ...]:
-    """Where a stage's rows come from: its own name, that of the stage it reads as `data`, and so on to a dataset."""
-    found = [name]
-    while isinstance(data := getattr(stages[found[-1]], "data", None), str):
-        found.append(data)
-    return tuple(found)
+    """Return the stages that the rows of a stage come from: itself, its `data` stage, and so on to a dataset."""
+    names = [name]
+    while isinstance(data := getattr(stages[names[-1]], "data", None), str):
+        names.append(data)
+    return tuple(names)
 
 
 def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str | Root]:
-    """A model, the one that its training begins with, and so on to one that no stage trains."""
+    """Yield a model, the model that its training starts from, and so on to one that no stage trains."""
     while isinstance(model, str):
         yield model
         model = stages[model].model  # type: ignore[union-attr]  # spec.load checked that the stage gives a model
@@ -59,14 +59,14 @@ def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str 
 
 
 def root_model(stages: Mapping[str, Stage], model: str | Root) -> Root:
-    """The end of the chain."""
+    """Return the last model of the chain, which no stage trains."""
     *_, root = model_chain(stages, model)
     assert not isinstance(root, str)
     return root
 
 
 def find_cycle(stages: Mapping[str, Stage]) -> tuple[str, ...] | None:
-    """A cycle as the names along it (first == last), or None. References to unknown stages are left to others."""
+    """Return the names along a cycle (first == last), or None. References to unknown stages are ignored."""
     finished: set[str] = set()
 
     def walk(name: str, trail: tuple[str, ...]) -> tuple[str, ...] | None:

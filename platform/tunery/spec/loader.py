@@ -1,7 +1,7 @@
-"""From a file to a checked experiment: every error names the file, the line, the value, the cause and the remedy.
+"""Load and validate an experiment file. Errors name the file, the line, the value, the cause and the remedy.
 
-`load` checks what can be known from the text alone: schema, references, cycles, which stage may feed which, and the
-search space with every choice put in. Files and models that the experiment names are checked by `runner.check`.
+`load` validates everything that depends only on the text: schema, references, cycles, input types of stages, and the
+search space with every choice. Files and models are validated in pipeline/validate.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tunery.spec.yaml_source import YamlSource, read_yaml
 
 
 def load(path: Path) -> tuple[Experiment, YamlSource]:
-    """The experiment in `path`. Raises RequestError when it can't be read, SpecErrors when it is wrong."""
+    """Load the experiment in `path`. Raises RequestError if it can't be read, SpecErrors if it is invalid."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -34,11 +34,11 @@ def load(path: Path) -> tuple[Experiment, YamlSource]:
 
 
 def parse(source: YamlSource) -> Experiment:
-    """Check `source` and build the experiment. Raises SpecErrors with all that is wrong on its level."""
+    """Validate `source` and build the experiment. Raises SpecErrors with all errors of the first failing check."""
     if not isinstance(source.data, dict):
-        found = "is empty" if source.data is None else f"holds {kind_of(source.data)}"
+        problem = "is empty" if source.data is None else f"holds {kind_of(source.data)}"
         remedy = "an experiment is a mapping with name, seed and stages"
-        raise SpecErrors([SpecError(f"the file {found}", file=source.file, line=1, remedy=remedy)])
+        raise SpecErrors([SpecError(f"the file {problem}", file=source.file, line=1, remedy=remedy)])
     try:
         experiment = Experiment.model_validate_json(json.dumps(source.data), strict=True)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""An experiment with other values at some paths (`sft.learning_rate`): what a trial is."""
+"""Apply overrides (values by path, such as `sft.learning_rate`) to an experiment. Every trial is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunery.spec.trainings import OVERRIDABLE
 
 
 class PathError(ValueError):
-    """A path that leads to no field; `remedy` names the nearest ones."""
+    """A path of a field that does not exist; `remedy` suggests similar ones."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -20,9 +20,9 @@ class PathError(ValueError):
 
 
 def with_overrides(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
-    """A new experiment, validated as a whole. Raises PathError, or pydantic's ValidationError for a bad value."""
+    """Return a new, validated experiment. Raises PathError, or pydantic's ValidationError for an invalid value."""
     data = experiment.model_dump(mode="json")
-    # What leads to another field comes first: `sft.tuner`, and then `sft.tuner.lora.rank`.
+    # Parent paths come first: `sft.tuner` before `sft.tuner.lora.rank`.
     for path, value in sorted(overrides.items(), key=lambda item: item[0].count(".")):
         _put(data["stages"], path, value)
     return Experiment.model_validate_json(json.dumps(data), strict=True)
@@ -32,29 +32,29 @@ def _put(stages: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     if not parents:
         raise PathError(f"`{path}` names no field", "write <stage>.<field>, such as sft.learning_rate")
-    here: Any = stages
+    node: Any = stages
     for depth, key in enumerate([*parents, last]):
-        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
             step: str | int = int(key)
-        elif isinstance(here, dict) and key in here:
+        elif isinstance(node, dict) and key in node:
             step = key
         else:
-            names = list(here) if isinstance(here, dict) else []
+            names = list(node) if isinstance(node, dict) else []
             near = difflib.get_close_matches(key, names, n=1)
             within = ".".join(path.split(".")[:depth]) or "stages"
-            listed = f"did you mean `{near[0]}`?" if near else f"`{within}` has: {', '.join(names) or 'no fields'}"
-            raise PathError(f"`{path}`: there is no `{key}` in `{within}`", listed)
+            remedy = f"did you mean `{near[0]}`?" if near else f"`{within}` has: {', '.join(names) or 'no fields'}"
+            raise PathError(f"`{path}`: there is no `{key}` in `{within}`", remedy)
         if depth == len(parents):
-            here[step] = value
+            node[step] = value
         else:
-            here = here[step]
+            node = node[step]
 
 
 def final_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's values at its end: of what changes in the course of its trainings the last ones."""
-    now = dict(overrides)
+    """Return the values of a trial at its end, after all `schedule_overrides`."""
+    values = dict(overrides)
     for path, changes in overrides.items():
         stage, _, field = path.rpartition(".")
         for change in changes if field == "schedule_overrides" else ():
-            now |= {f"{stage}.{name}": change[name] for name in OVERRIDABLE if change.get(name) is not None}
-    return now
+            values |= {f"{stage}.{name}": change[name] for name in OVERRIDABLE if change.get(name) is not None}
+    return values

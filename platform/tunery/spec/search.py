@@ -62,12 +62,12 @@ class Dimension(Config):
 
     @property
     def bounds(self) -> Pair | None:
-        """Of a range, both ends included."""
+        """Bounds of a range, both included."""
         return self.uniform or self.loguniform or self.integer
 
     @property
-    def listed(self) -> Sequence[Any] | None:
-        """All values, where they are listed or few by their steps."""
+    def enumerated(self) -> Sequence[Any] | None:
+        """All values, if they are listed or the range has a step; None for a continuous range."""
         if self.choice is not None or self.grid is not None:
             return self.choice or self.grid
         if self.integer is not None:
@@ -79,35 +79,35 @@ class Dimension(Config):
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The values to check before the first trial: all choices, or a range's ends."""
+        """The values to validate before the first trial: all choices, or the ends of a range."""
         if self.choice is not None or self.grid is not None:
             return self.choice or self.grid or ()
         assert self.bounds is not None, "a dimension has exactly one kind"
-        return (self.listed[0], self.listed[-1]) if self.listed else self.bounds
+        return (self.enumerated[0], self.enumerated[-1]) if self.enumerated else self.bounds
 
-    def holds(self, value: Any) -> bool:
-        """Whether a trial can have it."""
-        if isinstance(self.listed, range):  # which finds a whole number at once, and looks for others at each place
+    def contains(self, value: Any) -> bool:
+        """Whether the value is in the dimension."""
+        if isinstance(self.enumerated, range):  # `in` is fast for integers only
             whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            return whole and int(value) in self.listed
-        if self.listed is not None:
-            return value in self.listed
+            return whole and int(value) in self.enumerated
+        if self.enumerated is not None:
+            return value in self.enumerated
         assert self.bounds is not None, "a dimension has exactly one kind"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and self.bounds[0] <= value <= self.bounds[1]
 
-    def is_there(self, others: Mapping[str, Any]) -> bool:
-        """In a trial with these values of other dimensions."""
-        return all(path in others and others[path] in wanted(values) for path, values in self.when.items())
+    def is_active(self, others: Mapping[str, Any]) -> bool:
+        """Whether the conditions (`when`) are met by these values of other dimensions."""
+        return all(path in others and others[path] in as_tuple(values) for path, values in self.when.items())
 
     def describe(self) -> str:
         kind = next(name for name in KINDS if self._of(name) is not None)
         text = f"{kind} {list(self._of(kind))}" + (f" step {self.step:g}" if self.step else "")
-        conditions = [f"{path} is {' or '.join(map(str, wanted(values)))}" for path, values in self.when.items()]
+        conditions = [f"{path} is {' or '.join(map(str, as_tuple(values)))}" for path, values in self.when.items()]
         return text + (f" when {' and '.join(conditions)}" if conditions else "")
 
 
-def wanted(values: Any) -> tuple[Any, ...]:
+def as_tuple(values: Any) -> tuple[Any, ...]:
     """Of a condition: one value or a list of them."""
     return tuple(values) if isinstance(values, list | tuple) else (values,)
 
@@ -142,8 +142,8 @@ class Constraint(Config):
             raise ValueError(f"nothing is at least {self.min:g} and at most {self.max:g}")
         return self
 
-    def excess(self, value: float) -> float:
-        """By how much the value breaks it; 0 or less where it is kept."""
+    def violation(self, value: float) -> float:
+        """Return by how much the value violates the constraint; 0 or less if it is satisfied."""
         over = -math.inf if self.max is None else value - self.max
         under = -math.inf if self.min is None else self.min - value
         return math.inf if math.isnan(value) else max(over, under)

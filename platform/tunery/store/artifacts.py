@@ -1,13 +1,13 @@
-"""Artifacts: immutable folders, each named by its stage's kind and fingerprint.
+"""Artifacts: immutable directories, named by the kind and the fingerprint of their stage.
 
-    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, measured.json and what the stage made
-    <store>/work/<kind>-<fingerprint>/         of a stage that is being made: out/ (renamed at the end), checkpoints/
-    <store>/leases/<kind>-<fingerprint>        who is making it
-    <store>/runs/<run>/                        the event log, report, logs and W&B files of a run
+    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, measured.json and the output of the stage
+    <store>/work/<kind>-<fingerprint>/         staging directory of a running stage: out/ (renamed at the end),
+                                               checkpoints/
+    <store>/leases/<kind>-<fingerprint>        owner of the running stage
+    <store>/runs/<run>/                        event log, report, logs and W&B files of a run
 
-`manifest.json` holds what is the same for everybody who makes the artifact (its fingerprint, spec, inputs and facts),
-`measured.json` what is not (times, speeds). The manifest is written last, then the folder is renamed into place: an
-artifact is there whole or not at all.
+`manifest.json` is deterministic (fingerprint, config, inputs and facts); `measured.json` has times and speeds. The
+manifest is written last, then the directory is renamed into place, so an artifact is complete or absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tunery.errors import RequestError, StoreError
 from tunery.store.lease import Lease
 
 DEFAULT_STORE = Path(".tunery")
-"""Where a store is when nobody says: below the folder that the command is given in."""
+"""Default store, relative to the working directory."""
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,39 @@ class Artifact:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the stage tells about its result: counts, scores, losses (see each stage)."""
+        """Statistics of the result, such as counts, scores and losses (see each stage), including the measured ones."""
         return {**self.manifest["facts"], **self.measured}
 
 
 class Store:
-    """Raises StoreError when `root` can't be written."""
+    """Content-addressed store of artifacts, leases, score caches and runs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
     def check_writable(self) -> None:
-        """Without leaving anything behind: the nearest folder that exists must let us write."""
+        """Raise StoreError if `root` is not writable. Creates nothing: checks the nearest existing directory."""
         folder = self.root
-        while not os.path.exists(folder):  # unlike Path.exists, False where we may not look
+        while not os.path.exists(folder):  # unlike Path.exists, False without permission
             folder = folder.parent
         if not folder.is_dir():
             raise StoreError(
                 f"the store {self.root} can't be a folder",
                 cause=f"{folder} is a file",
-                remedy="give another place with --store",
+                remedy="give another path with --store",
             )
         if not os.access(folder, os.W_OK | os.X_OK) or _is_read_only(folder):
             raise StoreError(
                 f"the store {self.root} can't be written",
                 cause=f"no permission to write in {folder}",
-                remedy="give another place with --store, or change the permissions",
+                remedy="give another path with --store, or change the permissions",
             )
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
         return read_artifact(self.root / "artifacts" / f"{kind}-{fingerprint}")
 
-    def work(self, kind: str, fingerprint: str) -> Path:
-        """The folder where the artifact is being made; what stands there already belongs to an earlier try."""
+    def staging_dir(self, kind: str, fingerprint: str) -> Path:
+        """Directory that the artifact is built in. It may have files of an earlier attempt."""
         return self.root / "work" / f"{kind}-{fingerprint}"
 
     def lease(self, kind: str, fingerprint: str, wait: Callable[[str], None] | None = None) -> Lease:
@@ -83,14 +83,14 @@ class Store:
 
     @property
     def scores(self) -> Path:
-        """The folder of score tables (store/score_cache.py)."""
+        """Directory of the score caches (store/score_cache.py)."""
         return self.root / "scores"
 
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
 
     def find_run(self, run: str) -> Path:
-        """The folder of a run that there is, by its name or as a path. Raises RequestError."""
+        """Return the folder of an existing run, given by name or path. Raises RequestError if there is none."""
         for folder in (Path(run), self.run(run)):
             if (folder / "events").is_dir():
                 return folder
@@ -107,10 +107,11 @@ class Store:
         _write_json(folder / "measured.json", measured)
         _write_json(folder / "manifest.json", manifest)
         _sync_tree(folder)
-        if (made := read_artifact(final)) is not None:  # by somebody who took our lease for dead: the same result
+        # A process that considered this lease expired may have committed the same result.
+        if (existing := read_artifact(final)) is not None:
             shutil.rmtree(folder)
-            return made
-        if final.exists():  # without a manifest: a leftover that somebody half deleted
+            return existing
+        if final.exists():  # without a manifest: partially deleted
             shutil.rmtree(final)
         folder.rename(final)
         _sync(final.parent)
@@ -120,21 +121,21 @@ class Store:
 
 
 def input_of(artifact: Artifact, field: str) -> Artifact:
-    """What `artifact` was made from at `field` of its stage: it lies in the same store.
+    """Return the input artifact at `field` of the stage that built `artifact`; it is in the same store.
 
-    An artifact's fingerprint covers those of its inputs, so who reads through it reads nothing that its own
-    fingerprint leaves out. Raises StoreError when somebody removed it.
+    The fingerprint of an artifact covers its inputs, so reading an input through it is covered as well. Raises
+    StoreError if the input was removed.
     """
     name = f"*-{artifact.manifest['inputs'][field]}"
     path = next(artifact.path.parent.glob(name), None)
-    found = None if path is None else read_artifact(path)
-    if found is None:
+    result = None if path is None else read_artifact(path)
+    if result is None:
         raise StoreError(
-            f"{artifact.path.parent / name} isn't there any more",
-            cause=f"{artifact.path.name} was made from it",
-            remedy="give `tunery run` again: it makes what is missing",
+            f"{artifact.path.parent / name} no longer exists",
+            cause=f"{artifact.path.name} was built from it",
+            remedy="run `tunery run` again: it rebuilds missing artifacts",
         )
-    return found
+    return result
 
 
 def read_artifact(path: Path) -> Artifact | None:

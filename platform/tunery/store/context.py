@@ -1,4 +1,4 @@
-"""What a stage's function gets, and what it gives back."""
+"""Input and output of the function that implements a stage kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunery.store.artifacts import Artifact
 
 @dataclass(frozen=True)
 class StageContext:
-    """A stage reads `inputs`, writes into `out`, and may keep checkpoints in `work` for a later try."""
+    """A stage reads `inputs`, writes to `out`, and may save checkpoints in `work` for later attempts."""
 
     name: str
     trial: str
@@ -22,42 +22,43 @@ class StageContext:
     """By stage name."""
     seed: int
     folder: Path
-    """Of the experiment's file: relative paths in it start there."""
+    """Directory that relative paths in the experiment file refer to."""
     out: Path
     work: Path
+    """Staging directory (Store.staging_dir)."""
     store: Path
-    """The store's root."""
+    """Root of the store."""
     scores: Path
-    """The store's score tables (store/score_cache.py)."""
+    """Score caches of the store (store/score_cache.py)."""
     events: Path
-    """The run's folder of event logs, for workers that write their own."""
+    """Folder of event logs of the run, for workers that write their own log."""
     logs: Path
     compute: Compute
-    """With no `auto` left in it (see runner.resolve_compute)."""
+    """Without `auto` (pipeline/compute.py, `resolve_compute`)."""
     emit: Callable[..., None]
-    """emit("progress", done=.., total=.., unit=..): into the run's event log, in the name of this stage."""
+    """emit("progress", done=.., total=.., unit=..) writes an event of this stage to the event log of the run."""
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What the stage's fingerprint was worked out from (see runner.identity)."""
+    """The fields that the fingerprint of the stage is computed from (pipeline/cache_keys.py, `identity`)."""
     command: Callable[..., str] = lambda *words: " ".join(("tunery", *words))
-    """command("review", "checked"): the command line that does that with this experiment and store."""
+    """command("review", "checked") returns the `tunery` command line for this experiment and store."""
     in_process: bool = False
-    """Train in this process (a trial has one for itself) instead of on Ray Train workers."""
+    """Train in this process (the driver of a trial) instead of on Ray Train workers."""
     desk: Any = None
-    """Of a search whose trials can be packed (training/packed/pack_server.py): the training takes a seat in a pack."""
+    """Handle of the pack scheduler if the training runs in a pack (training/packed/pack_server.py)."""
     report: Callable[[dict[str, float]], None] = lambda metrics: None
-    """Called by a training in this process or in a pack after each evaluation."""
+    """Called after each evaluation of a training in this process or in a pack."""
     stop: Path | None = None
-    """A file that somebody writes to end a training before its time: it raises Stopped."""
+    """A training raises Stopped when this file exists."""
     kept: Path | None = None
     begins_with: Path | None = None
-    """Both as a training's job has them (training/job.py)."""
+    """Both as in training/job.py."""
     callbacks: tuple[Any, ...] = ()
-    """Ray Train callbacks for a training on workers (a search's link from worker to Tune)."""
+    """Ray Train callbacks of a training on workers, such as reports to Tune."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """`facts` are the same for everybody who makes this artifact, `measured` (times, speeds) are not."""
+    """`facts` are deterministic; `measured` has times and speeds."""
 
     facts: dict[str, Any]
     measured: dict[str, Any] = field(default_factory=dict)

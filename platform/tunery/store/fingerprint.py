@@ -1,4 +1,4 @@
-"""What a stage's result depends on, as one hash."""
+"""Fingerprint (cache key) of a stage: a hash of everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LENGTH = 16
-"""Hex digits: 64 bits, so that a store of a million artifacts has a collision with a chance of 3e-8."""
+HEX_DIGITS = 16
+"""64 bits: in a store of a million artifacts the probability of a collision is 3e-8."""
 
 
 def fingerprint(kind: str, identity: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hash of the kind, the fields that change the result, and the fingerprints of the inputs by field path."""
+    """Return the hash of the kind, the fields that change the result, and the fingerprints of the inputs by field
+    path."""
     canonical = json.dumps(
         {"kind": kind, "identity": identity, "inputs": inputs}, sort_keys=True, separators=(",", ":"), allow_nan=True
     )
-    return hashlib.sha256(canonical.encode()).hexdigest()[:LENGTH]
+    return hashlib.sha256(canonical.encode()).hexdigest()[:HEX_DIGITS]
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, read in pieces of 1 MiB."""
+    """Return the SHA-256 of a file, read in chunks of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over the names and bytes of all files below `folder`.
+    """Return the SHA-256 over the names and contents of all files below `folder`.
 
-    About a second a gigabyte, so a process reads a folder once, until a file's size or time changes.
+    Takes about one second per GB, so the result is cached in the process until the size or time of a file changes.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     stats = [path.stat() for path in files]

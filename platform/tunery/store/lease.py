@@ -1,9 +1,8 @@
-"""A lease: who is making an artifact right now. A file with a heartbeat, taken over when its holder is dead.
+"""Lease: exclusive right to build an artifact. A file with a heartbeat, taken over when its owner is dead.
 
-The holder touches the file every `HEARTBEAT` seconds from a thread. A process of this host counts as dead when it no
-longer runs (one that is only stopped lives, however old its last heartbeat), a process of another host when the file
-has not been touched for `EXPIRY` seconds.
-Checking and taking over happen under a file lock, so that two who find the same dead holder can't both succeed.
+A thread of the owner touches the file every `HEARTBEAT` seconds. An owner on this host is dead when its process does
+not exist (a stopped process is alive, however old its heartbeat), an owner on another host when the file has not been
+touched for `EXPIRY` seconds. Check and takeover happen under a file lock, so only one process can take over a lease.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from filelock import FileLock
 from tunery.interrupt import STOP
 
 HEARTBEAT = 5.0
+"""Seconds."""
 EXPIRY = 60.0
+"""Seconds."""
 
 
 class LeaseHeld(Exception):
-    """Somebody else holds the lease, and lives. `holder` tells who."""
+    """Another live process holds the lease; `holder` describes it."""
 
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
@@ -36,9 +37,10 @@ class LeaseHeld(Exception):
 
 
 class Lease:
-    """`with Lease(path): ...` holds the lease; entering raises LeaseHeld while another lives, unless `wait` is given.
+    """Context manager that holds the lease. Entering it raises LeaseHeld if another live process holds the lease, or
+    waits if `wait` is given.
 
-    `wait` is called about once a second with the holder's description; it may raise to give up.
+    `wait` is called about once per second with a description of the owner; it may raise to give up.
     """
 
     def __init__(self, path: Path, wait: Callable[[str], None] | None = None) -> None:
@@ -50,13 +52,13 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        while (holder := self._take()) is not None:
+        while (holder := self._acquire()) is not None:
             if self._wait is None:
                 raise LeaseHeld(holder)
             STOP.check()
             self._wait(holder)
             time.sleep(1.0)
-        self._thread = threading.Thread(target=self._beat, name=f"lease {self.path.name}", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name=f"lease {self.path.name}", daemon=True)
         self._thread.start()
         return self
 
@@ -66,11 +68,11 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._is_ours():
+        if self._is_owner():
             self.path.unlink(missing_ok=True)
 
-    def _take(self) -> str | None:
-        """None when the lease is ours now, else who holds it."""
+    def _acquire(self) -> str | None:
+        """Try to acquire the lease. Returns None, or a description of its live owner."""
         with FileLock(self.path.with_name(self.path.name + ".lock")):
             if self.path.exists() and (holder := active_owner(self.path)) is not None:
                 return holder
@@ -78,51 +80,49 @@ class Lease:
                 "token": self._token,
                 "host": _host(),
                 "pid": os.getpid(),
-                "start": _start(os.getpid()),
+                "start": _process_start(os.getpid()),
             }
             temporary = self.path.with_name(f"{self.path.name}.{self._token}")
             temporary.write_text(json.dumps(owner))
             temporary.replace(self.path)
             return None
 
-    def _is_ours(self) -> bool:
+    def _is_owner(self) -> bool:
         try:
             return bool(json.loads(self.path.read_text()).get("token") == self._token)
         except (OSError, ValueError):
             return False
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            if self._is_ours():
-                with suppress(OSError):  # a file system that is away for a moment: the next beat tells
+            if self._is_owner():
+                with suppress(OSError):  # the file system may be unavailable for a moment; the next heartbeat retries
                     os.utime(self.path)
 
 
 def active_owner(path: Path) -> str | None:
-    """Who holds the lease at `path`; None when nobody does, or who did is dead."""
+    """Return a description of the live owner of the lease at `path`; None if there is none."""
     try:
         owner = json.loads(path.read_text())
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    dead = _start(owner["pid"]) != owner["start"] if owner["host"] == _host() else age > EXPIRY
+    dead = _process_start(owner["pid"]) != owner["start"] if owner["host"] == _host() else age > EXPIRY
     return None if dead else f"process {owner['pid']} on {owner['host']}"
 
 
 def _host() -> str:
-    """Host and process namespace: two containers may share a host's name, and each other's process numbers mean
-    nothing to them."""
+    """Return host name and PID namespace: containers may share a host name but not their process ids."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 
 
-def _start(pid: int) -> str:
-    """When process `pid` started (jiffies since boot), so that a reused pid is not taken for its former owner.
+def _process_start(pid: int) -> str:
+    """Return the start time of process `pid` (jiffies since boot), which distinguishes a reused pid.
 
-    "" when there is no such process, or only what is left of it until its parent asks (a zombie). Where /proc is
-    missing, whether it lives is all that can be told.
+    "" if the process does not exist or is a zombie. Without /proc, "alive" if the process exists.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

@@ -1,28 +1,28 @@
-"""The row: one schema for texts, conversations, preference pairs, rated answers and prompts, in Parquet shards.
+"""Rows: one schema for texts, conversations, preference pairs, unpaired preferences and prompts, in Parquet shards.
 
     id        16 hex digits: hash of the normalised content (text, messages, rejected, label, tools)
-    text      of a plain text, else null
-    messages  the conversation, its last turn the answer (none in a prompt), else null
-    rejected  the worse answer of a preference pair, else null
-    label     of a rated answer: whether it is wanted, else null
-    tools     tools that the assistant may call: JSON text of a list, as OpenAI has it, else null
-    group     what must not straddle splits (the documented object; the first user turn)
-    source    file (of a workbook with its sheet), hub dataset or builtin corpus
+    text      plain text; null in other formats
+    messages  conversation whose last message is the response (a prompt has none); null for plain text
+    rejected  rejected response of a preference pair; null in other formats
+    label     of an unpaired preference: whether the response is desirable; null in other formats
+    tools     tools that the assistant may call: JSON list in OpenAI's format, or null
+    group     rows of a group stay in one split (the documented object; the first user message)
+    source    file (with the sheet of a workbook), hub dataset or builtin corpus
     line      1-based line (row of a sheet; number of a record in .json, .parquet, .arrow and on the hub) in the source
-    planted   kind of planted damage, "" for none, null when unknown. Only judges read it, never scorers.
+    planted   kind of injected corruption, "" for none, null if unknown. Filter evaluation reads it, scorers never do.
 
-A turn has these fields, of which all but role and content may be null:
+A message has these fields; all except role and content may be null:
 
     role               system, user, assistant or tool
     content            text; "" where an assistant only reasons or calls tools, or a tool returned nothing
-    tool_calls         of an assistant: JSON text of OpenAI's list of calls, each with its `id` where the source has one
-    reasoning_content  of an assistant: the reasoning that precedes its content
-    weight             of an assistant: weight of its loss, finite and >= 0; null is the default 1, and 0 is not trained
-    name               of a tool: the function that returned the content; of other roles the speaker
+    tool_calls         of an assistant: JSON list of calls in OpenAI's format, each with its `id` if the source has one
+    reasoning_content  of an assistant: the reasoning before its content
+    weight             of an assistant: loss weight, finite and >= 0; null means 1, and 0 excludes it from the loss
+    name               of a tool: the function that returned the content; of other roles: the speaker
     tool_call_id       of a tool: the `id` of the call that it answers
 
-A stage of rows writes `rows/part-00000.parquet` and so on. Where a shard ends depends on the rows alone, so the same
-rows make the same files whatever the number of workers.
+A stage that outputs rows writes `rows/part-00000.parquet` and so on. Shard boundaries depend only on the rows, so the
+files do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ TURNS = pa.list_(
     )
 )
 OPTIONAL_TURN_FIELDS = ("tool_calls", "reasoning_content", "weight", "name", "tool_call_id")
-"""All but role and content, in the order of the schema."""
+"""All except role and content, in schema order."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -88,25 +88,26 @@ CONTENT = ["text", "messages", "tools"]
 """The columns that become tokens."""
 
 SHARD = 1024
-"""Rows in each of the first 64 shards: also the unit of work of a scorer, so that few rows spread over workers too.
-The next 64 have four times as many and all others sixteen times, so that 100 million rows are about 6,000 files."""
+"""Number of rows in each of the first 64 shards. A shard is also one task of a scorer, so small shards spread few rows
+over all workers. The next 64 shards have 4 times as many rows, later ones 16 times: 100 million rows are about 6,000
+files."""
 SHARD_BYTES = 32 << 20
-"""Content at which a shard ends before it has its rows: what a worker holds at once. A single row may be larger."""
+"""Maximum content of a shard, which bounds the memory of a worker. A single row may be larger."""
 
 
 REVIEWED_DIR = "decided"
-"""In a review's artifact: a folder with the rows that a person decided on, their `label` whether they are kept."""
+"""Folder in a review artifact with the reviewed rows; their `label` is whether the reviewer kept them."""
 
 
 _SPACE = re.compile(r"(\s+)")
 _NFC_PIECE = 256
-"""Characters. Normalising a run of combining marks takes time quadratic in its length; no real word is so long."""
+"""Characters. NFC normalisation of a run of combining marks is quadratic in its length; real words are shorter."""
 
 
 def row_id(row: Row) -> str:
-    """Same content, same id: Unicode NFC, trailing white space of each turn dropped."""
+    """Return the hash of the content in Unicode NFC, without trailing white space of messages."""
     content: list[Any] = [_normal(row.get("text")), _turns(row.get("messages")), _turns(row.get("rejected"))]
-    # Rows without them keep the id that they had before there were such columns.
+    # Added only if set, so that rows from before these columns existed keep their id.
     if row.get("label") is not None or row.get("tools") is not None:
         content.append([row.get("label"), row.get("tools")])
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
@@ -120,15 +121,15 @@ def _turn(turn: Turn) -> list[Any]:
     content: list[Any] = [turn["role"], _normal(turn["content"])]
     if calls := turn.get("tool_calls"):
         content.append(calls)
-    # By name and only where they are set: turns without them keep the id that they had before there were such fields.
-    newer: dict[str, Any] = {}
+    # Added only if set, so that rows from before these fields existed keep their id.
+    optional: dict[str, Any] = {}
     if reasoning := _normal(turn.get("reasoning_content")):
-        newer["reasoning_content"] = reasoning
+        optional["reasoning_content"] = reasoning
     if (weight := turn.get("weight")) is not None:
-        newer["weight"] = float(weight)
-    newer |= {name: value for name in ("name", "tool_call_id") if (value := turn.get(name))}
-    if newer:
-        content.append(newer)
+        optional["weight"] = float(weight)
+    optional |= {name: value for name in ("name", "tool_call_id") if (value := turn.get(name))}
+    if optional:
+        content.append(optional)
     return content
 
 
@@ -137,7 +138,7 @@ def _normal(text: str | None) -> str | None:
 
 
 def nfc(text: str) -> str:
-    """In Unicode NFC, word by word: nothing composes across white space."""
+    """Normalise to Unicode NFC, word by word, since characters do not compose across white space."""
     if text.isascii():
         return text
     pieces = (
@@ -157,12 +158,12 @@ def row_format(row: Row) -> RowFormat:
 
 
 def write_rows(rows: Iterable[Row], folder: Path) -> int:
-    """Write shards below `folder`/rows; returns the number of rows. Streams: one shard in memory at a time."""
+    """Write shards to `folder`/rows and return the number of rows. Only one shard is in memory at a time."""
     return write_tables(tables_of(rows), folder)
 
 
 def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
-    """The same for tables of SCHEMA of any size, such as filtered shards: the same rows make the same files."""
+    """Like `write_rows`, for tables of SCHEMA of any size. The files do not depend on the split into tables."""
     target = folder / "rows"
     target.mkdir(parents=True)
     shard: list[pa.Table] = []
@@ -173,12 +174,12 @@ def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
         start = 0
         while start < table.num_rows:
             before = int(sizes[start - 1]) if start else 0
-            fitting = int(np.searchsorted(sizes, before + SHARD_BYTES - size, side="right")) - start
-            taken = min(_rows_in(index) - rows, max(fitting, 0 if rows else 1), table.num_rows - start)
-            shard.append(table.slice(start, taken))
-            start, rows = start + taken, rows + taken
-            size += int(sizes[start - 1]) - before if taken else 0
-            if rows == _rows_in(index) or start < table.num_rows:
+            num_fitting = int(np.searchsorted(sizes, before + SHARD_BYTES - size, side="right")) - start
+            num_taken = min(_shard_rows(index) - rows, max(num_fitting, 0 if rows else 1), table.num_rows - start)
+            shard.append(table.slice(start, num_taken))
+            start, rows = start + num_taken, rows + num_taken
+            size += int(sizes[start - 1]) - before if num_taken else 0
+            if rows == _shard_rows(index) or start < table.num_rows:
                 _write_shard(shard, target, index)
                 shard, index, rows, size = [], index + 1, 0, 0
     if rows or count == 0:
@@ -186,12 +187,12 @@ def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
     return count
 
 
-def _rows_in(shard: int) -> int:
+def _shard_rows(shard: int) -> int:
     return SHARD * (1 if shard < 64 else 4 if shard < 128 else 16)
 
 
 def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
-    """The rows in tables of SCHEMA, of at most SHARD rows. Streams."""
+    """Yield the rows in tables of SCHEMA with at most SHARD rows."""
     pending: list[Row] = []
     size = 0
     for row in rows:
@@ -207,14 +208,14 @@ def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
 
 
 def _content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
-    """Bytes of text, content and reasoning of each row."""
+    """Return the number of bytes of text, content and reasoning per row."""
     total = np.zeros(table.num_rows, dtype=np.int64)
     total += _lengths(table["text"])
     for name in ("messages", "rejected"):
         turns = table[name].combine_chunks()
         counts = np.asarray(pc.fill_null(pc.list_value_length(turns), 0), dtype=np.int64)
         items = pc.list_flatten(turns)
-        # Rows that an older version wrote have no reasoning.
+        # Rows of older versions have no reasoning_content.
         fields = [name for name in ("content", "reasoning_content") if items.type.get_field_index(name) >= 0]
         lengths = sum(_lengths(pc.struct_field(items, name)) for name in fields)
         before = np.concatenate([[0], np.cumsum(lengths)])
@@ -228,15 +229,15 @@ def _lengths(texts: Any) -> npt.NDArray[np.int64]:
 
 
 def _write_shard(tables: list[pa.Table], target: Path, index: int) -> None:
-    # One chunk a column: pages end where chunks do, and bytes shall not depend on the tables that rows came in.
-    whole = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
-    pq.write_table(whole, target / f"part-{index:05d}.parquet")
+    # One chunk per column: Parquet pages end at chunk boundaries, and the bytes must not depend on the input tables.
+    shard = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
+    pq.write_table(shard, target / f"part-{index:05d}.parquet")
 
 
 def to_str_list(column: Any) -> list[str]:
-    """An Arrow column without nulls, such as `id`."""
-    found: list[str] = column.to_pylist()
-    return found
+    """Convert an Arrow column without nulls, such as `id`."""
+    values: list[str] = column.to_pylist()
+    return values
 
 
 def shards(artifact: Path) -> list[Path]:
@@ -244,7 +245,7 @@ def shards(artifact: Path) -> list[Path]:
 
 
 def read_rows(artifact: Path, columns: list[str] | None = None) -> Iterator[Row]:
-    """All rows of an artifact in their order, a shard in memory at a time."""
+    """Yield all rows of an artifact in order. Only one shard is in memory at a time."""
     for shard in shards(artifact):
         yield from pq.read_table(shard, columns=columns).to_pylist()
 

@@ -1,15 +1,15 @@
-"""Scores by row id, kept across runs: a row is scored once by a scorer, whatever datasets it stands in.
+"""Cache of scores by row id, across runs and datasets: a scorer scores a row once.
 
     <store>/scores/<scorer's fingerprint>/<run>/b<bits>-<prefix>.arrow
 
-A run is what one score stage added: its rows split by the first `bits` bits of their ids, so that no file is larger
-than memory likes, and sorted by id within a file. Files are memory-mapped, and a look-up is a binary search, so that
-many actors of a machine share one copy in the page cache. Runs are immutable and renamed into place.
+A run has the rows that one score stage added, partitioned by the first `bits` bits of their ids to limit the size of a
+file, and sorted by id within a file. Files are memory-mapped and searched by bisection, so the actors of a machine
+share one copy in the page cache. Runs are immutable and renamed into place.
 
-Sizes on paper: 8 bytes a row for the id and 8 a column. 100 M rows with 3 columns are 3.2 GB in 512 files; a look-up of
-16,384 ids takes milliseconds when pages are warm. Vectors are 2 bytes a dimension: of 1,024 dimensions 200 GB. Each
-score stage that finds new rows adds a run, and a look-up asks every run; so when there are MOST_RUNS, the smaller half
-becomes one. Whoever read them has them mapped still, or looks again.
+Estimated sizes: 8 bytes per row for the id and 8 per column, so 100 M rows with 3 columns are 3.2 GB in 512 files. A
+look-up of 16,384 ids takes milliseconds if the pages are cached. Vectors take 2 bytes per dimension: 200 GB for 1,024
+dimensions. Each score stage with new rows adds a run, and a look-up searches every run, so at MAX_RUNS runs the smaller
+half is merged. Readers keep the merged files mapped, or retry.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from tunery.store.vectors import row_bytes
 
 Ids = NDArray[np.uint64]
 PARTITION_ROWS = 1 << 18
-"""At most about so many rows a file: it is sorted in memory."""
+"""Approximate maximum number of rows per file, which is sorted in memory."""
 PARTITION_BYTES = 1 << 28
-"""At most about so many bytes of vectors a file."""
-MOST_BITS = 9
-"""Of a split for vectors' sake: its files are written side by side, and a process may have so many open."""
-MOST_RUNS = 32
+"""Approximate maximum bytes of vectors per file."""
+MAX_VECTOR_BITS = 9
+"""Maximum prefix length because of PARTITION_BYTES: all files are open at once while they are written."""
+MAX_RUNS = 32
 
 
 def ids_to_uint64(ids: Iterable[str]) -> Ids:
-    """Row ids (16 hex digits) as 64-bit numbers."""
+    """Convert row ids (16 hex digits) to 64-bit integers."""
     return np.frombuffer(bytes.fromhex("".join(ids)), dtype=">u8").astype(np.uint64)
 
 
@@ -51,26 +51,26 @@ class ScoreCache:
         self.folder = folder
 
     def find(self, ids: Ids) -> tuple[NDArray[np.bool_], pa.Table | None]:
-        """Which of `ids` are known, and the columns of those, in the order of `ids`; None when none is."""
+        """Return which of `ids` are cached, and the columns of those in the order of `ids` (None if there are none)."""
         while True:
             try:
                 return self._find(ids)
-            except FileNotFoundError:  # merged meanwhile: it is in another run now
+            except FileNotFoundError:  # merged in the meantime into another run
                 _files.cache_clear()
 
     def _find(self, ids: Ids) -> tuple[NDArray[np.bool_], pa.Table | None]:
         known = np.zeros(len(ids), dtype=bool)
-        places: list[NDArray[np.int64]] = []
-        found: list[pa.Table] = []
+        indices: list[NDArray[np.int64]] = []
+        tables: list[pa.Table] = []
         for run in self._runs():
-            for place, table in _find_in(run, ids, np.flatnonzero(~known)):
-                known[place] = True
-                places.append(place)
-                found.append(table)
-        if not found:
+            for run_indices, table in _find_in(run, ids, np.flatnonzero(~known)):
+                known[run_indices] = True
+                indices.append(run_indices)
+                tables.append(table)
+        if not tables:
             return known, None
-        order = np.argsort(np.concatenate(places), kind="stable")
-        return known, pa.concat_tables(found).take(order)
+        order = np.argsort(np.concatenate(indices), kind="stable")
+        return known, pa.concat_tables(tables).take(order)
 
     def add(self, run: str, tables: Iterable[pa.Table], rows: int) -> None:
         """Keep `tables` (a column `id` of uint64, and the scorer's) as `run`; `rows` is about how many there will be.
@@ -82,8 +82,8 @@ class ScoreCache:
             self._merge()
 
     def _merge(self) -> None:
-        """One run of the smaller half, where there are many; not while somebody else does it."""
-        if len(self._runs()) < MOST_RUNS:
+        """Merge the smaller half of the runs if there are many, unless another process is merging."""
+        if len(self._runs()) < MAX_RUNS:
             return
         with (self.folder / ".merging").open("w") as lock:
             try:
@@ -91,7 +91,7 @@ class ScoreCache:
             except BlockingIOError:
                 return
             sizes = {run: sum(_mapped(path).num_rows for path in _files(run)) for run in self._runs()}
-            small = sorted(sizes, key=lambda run: (sizes[run], run.name))[: MOST_RUNS // 2]
+            small = sorted(sizes, key=lambda run: (sizes[run], run.name))[: MAX_RUNS // 2]
             name = "merged-" + hashlib.sha256("".join(run.name for run in small).encode()).hexdigest()[:16]
             self._write(
                 name, (_mapped(path) for run in small for path in _files(run)), sum(sizes[run] for run in small)
@@ -106,17 +106,17 @@ class ScoreCache:
         temporary.mkdir(parents=True)
         stream = iter(tables)
         first = next(stream, None)
-        bits = 0 if first is None else _bits(rows, row_bytes(first.schema))
+        bits = 0 if first is None else _prefix_bits(rows, row_bytes(first.schema))
         _spill(stream if first is None else itertools.chain([first], stream), temporary, bits)
         for spilled in sorted(temporary.glob("*.spill")):
             with pa.OSFile(str(spilled), "rb") as file, pa.ipc.open_stream(file) as reader:
-                whole = reader.read_all()
-            _, once = np.unique(whole["id"].to_numpy(), return_index=True)
-            _write_one_batch(whole.take(once), spilled.with_suffix(".arrow"))
+                table = reader.read_all()
+            _, first_indices = np.unique(table["id"].to_numpy(), return_index=True)
+            _write_one_batch(table.take(first_indices), spilled.with_suffix(".arrow"))
             spilled.unlink()
         try:
             temporary.rename(final)
-        except OSError:  # somebody else was faster, with the same scores
+        except OSError:  # another process has committed the same scores
             shutil.rmtree(temporary)
 
     def _runs(self) -> list[Path]:
@@ -125,11 +125,11 @@ class ScoreCache:
         return sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
 
 
-def _bits(rows: int, vector_bytes: int) -> int:
-    """Of the prefix that splits so many rows, each with vectors of so many bytes."""
+def _prefix_bits(rows: int, vector_bytes: int) -> int:
+    """Return the prefix length in bits for `rows` rows with `vector_bytes` bytes of vectors each."""
     by_rows = int(np.ceil(np.log2(max(rows, 1) / PARTITION_ROWS)))
     by_bytes = int(np.ceil(np.log2(max(rows * vector_bytes, 1) / PARTITION_BYTES)))
-    return max(0, by_rows, min(by_bytes, MOST_BITS))
+    return max(0, by_rows, min(by_bytes, MAX_VECTOR_BITS))
 
 
 def _prefix(ids: Ids, bits: int) -> NDArray[np.uint64]:
@@ -151,29 +151,29 @@ def _spill(tables: Iterable[pa.Table], folder: Path, bits: int) -> None:
 
 
 def _write_one_batch(table: pa.Table, path: Path) -> None:
-    """One record batch, so that a memory-mapped column is one array."""
+    """Write one record batch, so that a memory-mapped column is one array."""
     with pa.ipc.new_file(str(path), table.schema) as writer:
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
 
 
-def _find_in(run: Path, ids: Ids, wanted: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """(places within `ids`, their columns) for each file of the run that knows some of the wanted ones."""
+def _find_in(run: Path, ids: Ids, indices: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+    """Yield (indices into `ids`, their columns) for each file of the run with some of `ids[indices]`."""
     files = _files(run)
-    if not files or not len(wanted):
+    if not files or not len(indices):
         return
     bits = int(files[0].name[1:].split("-")[0])
-    prefixes = _prefix(ids[wanted], bits)
+    prefixes = _prefix(ids[indices], bits)
     for path in files:
-        asked = wanted[prefixes == np.uint64(int(path.stem.split("-")[1], 16))]
-        if not len(asked):
+        candidates = indices[prefixes == np.uint64(int(path.stem.split("-")[1], 16))]
+        if not len(candidates):
             continue
         table = _mapped(path)
         stored = table["id"].chunk(0).to_numpy()
-        at = np.minimum(np.searchsorted(stored, ids[asked]), len(stored) - 1)
-        hit = stored[at] == ids[asked]
+        positions = np.minimum(np.searchsorted(stored, ids[candidates]), len(stored) - 1)
+        hit = stored[positions] == ids[candidates]
         if hit.any():
-            yield asked[hit], table.drop_columns(["id"]).take(at[hit])
+            yield candidates[hit], table.drop_columns(["id"]).take(positions[hit])
 
 
 @cache

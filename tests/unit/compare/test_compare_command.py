@@ -80,7 +80,7 @@ class Run:
             print_ = self.print_of(experiment, name)
             artifact = self.store.find(stage.kind, print_)
             if artifact is None:
-                out = self.store.work(stage.kind, print_) / "out"
+                out = self.store.staging_dir(stage.kind, print_) / "out"
                 out.mkdir(parents=True)
                 facts = make(name, experiment, out)
                 manifest = {"kind": stage.kind, "fingerprint": print_, "inputs": {}, "facts": facts}

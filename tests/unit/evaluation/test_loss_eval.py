@@ -12,7 +12,7 @@ from in_process import stage_context
 from small_classifiers import WORDS, write_language_model
 
 from tunery.evaluation.loss_eval import run_evaluate, with_forgetting
-from tunery.search.space import metric_of, trial_experiment
+from tunery.search.space import metric_value, trial_experiment
 from tunery.spec import Evaluate, Experiment, WinRate
 from tunery.spec.check_search import metrics_of
 from tunery.store.rows import row_id, write_rows
@@ -105,4 +105,4 @@ def test_a_trial_lets_one_model_answer_beside_the_baseline(load_text: LoadText) 
     assert stage.contestants == ("base", "sft")
     assert "more" not in trial.stages
     facts = {"results": [{"model": "sft", "set": "prompts", "win_rate": 0.625}]}
-    assert metric_of(facts, "wins.sft.prompts.win_rate") == 0.625
+    assert metric_value(facts, "wins.sft.prompts.win_rate") == 0.625

@@ -95,7 +95,7 @@ class Bench:
             kind = experiment.stages[name].kind
             artifact = self.store.find(kind, print_)
             if artifact is None:
-                out = self.store.work(kind, print_) / "out"
+                out = self.store.staging_dir(kind, print_) / "out"
                 out.mkdir(parents=True)
                 weights(name, made, self.folder, out, seed=len(list(self.store.root.rglob("manifest.json"))))
                 described = {"kind": kind, "fingerprint": print_, "identity": own, "inputs": inputs}
@@ -419,7 +419,7 @@ def test_win_rates_that_name_the_model_are_told_from_both_sides(bench: Bench, tm
     print_ = bench.make(bench.experiment)["more"].fingerprint
     result = {"set": "asked", "win_rate": 0.75, "interval": [0.6, 0.9], "rows": 8}
     for field, names, beaten in (("models.0", ["base", "more"], "base"), ("baseline", ["more", "hub"], "more")):
-        out = bench.store.work("win_rate", field) / "out"
+        out = bench.store.staging_dir("win_rate", field) / "out"
         out.mkdir(parents=True)
         facts = {"results": [{"model": names[1], "baseline": {"model": beaten}, **result}]}
         identity = {"names": [*names, "asked"], "judge": {"python": "/home/me/rate.py", "function": "rate"}}
@@ -519,7 +519,7 @@ def test_removed_artifacts_are_refused(bench: Bench, tmp_path: Path) -> None:
     made = bench.make(experiment)
     for stage, removed, said in (
         ("more", "more", "the model of `more` is no longer"),
-        ("judge", "base", "isn't there any"),
+        ("judge", "base", "no longer exists"),
     ):
         made[removed].path.rename(tmp_path / removed)
         assert said in refused(bench, tmp_path / "out", "gone", stage=stage, trial="file").message

@@ -19,7 +19,7 @@ from tunery.pipeline.stage_registry import STAGES
 from tunery.spec import Compute, Evaluate, Experiment, Stage, Training, WinRate
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
-from tunery.store.fingerprint import LENGTH, file_digest, fingerprint, folder_digest
+from tunery.store.fingerprint import HEX_DIGITS, file_digest, fingerprint, folder_digest
 
 STAGES_OF_FILE: dict[str, dict[str, Any]] = {
     "docs": {"kind": "dataset", "source": "a.jsonl"},
@@ -549,7 +549,7 @@ def test_order_of_keys_does_not_matter(values: dict[str, Any], random: Any) -> N
     random.shuffle(items)
     found = fingerprint("sft", values, {})
     assert found == fingerprint("sft", dict(items), {})
-    assert len(found) == LENGTH
+    assert len(found) == HEX_DIGITS
     assert int(found, 16) >= 0
 
 

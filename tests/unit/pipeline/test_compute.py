@@ -221,7 +221,7 @@ MISTAKES: dict[str, Mistake] = {
         ],
         (2, 3),
         19,
-        ["a trial can't work: sft: global_batch_size 8 can't be split over 3 workers"],
+        ["a trial is not valid: sft: global_batch_size 8 can't be split over 3 workers"],
     ),
     "file that only a trial reads": (
         nothing,
@@ -403,7 +403,7 @@ def test_trials_that_run_at_once_fit_the_machine(given: dict[str, Any], machine:
     resolved, _ = resolve_compute(Compute(**given), machine)
     count, why = concurrent_trials(resolved, machine)
     assert count == trials
-    assert "a trial" in why
+    assert "per trial" in why
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_a_search_may_not_make_splits_overlap(load_text: LoadText, folder: Path)
     forgotten = ("    heldout: [val]\n", "")
     assert errors(load_text, folder, forgotten, (end[0], end[1] % "validation, test")) == []
     (error,) = errors(load_text, folder, forgotten, (end[0], end[1] % "validation, all"))
-    assert "a trial can't work: rows that `sft.eval_data` measures on can get into `prompts`" in error.message
+    assert "a trial is not valid: rows that `sft.eval_data` measures on can get into `prompts`" in error.message
 
 
 def test_naming_a_stage_covers_what_is_made_of_it(load_text: LoadText, folder: Path) -> None:

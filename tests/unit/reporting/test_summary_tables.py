@@ -10,7 +10,7 @@ from sample_run import GRPO_FACTS, PPO_FACTS
 
 from tunery.reporting.summary_tables import diversity_table, loss_table, policy_table, results, search_table, win_table
 from tunery.search.journal import JournalRecord, TrialStart
-from tunery.search.outcome import facts_of
+from tunery.search.outcome import search_facts
 from tunery.store import Artifact
 
 TEXT = """\
@@ -231,7 +231,7 @@ def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(
     assert experiment.search is not None
     records = [ended("a", 2.0), ended("b", 2.1), ended("broken", 0.5), ended("c", 3.0, state="stopped")]
     records += [ended("a2", 2.3, "a"), ended("a3", 2.2, "a"), ended("b2", 2.0, "b"), ended("b3", 2.1, "b")]
-    facts = facts_of(experiment.search, records, "the budget of 1 hours is spent")
+    facts = search_facts(experiment.search, records, "the budget of 1 hours is spent")
     table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
     assert table is not None
     columns = ["trial", "state", "eval loss", "mean of seeds", "seeds", "breaks", "learning rate", "schedule", "tokens"]
@@ -250,7 +250,7 @@ def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(
 def test_table_of_a_long_search_has_its_best_trials_and_says_where_the_others_are(load_text: LoadText) -> None:
     experiment, _ = load_text(SEARCH)
     assert experiment.search is not None
-    facts = facts_of(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")
+    facts = search_facts(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")
     table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
     assert table is not None
     assert [row[0] for row in table["rows"]] == [f"t{number}" for number in range(20)]

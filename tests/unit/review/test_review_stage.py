@@ -228,7 +228,7 @@ def test_more_decisions_make_the_review_anew_and_nothing_before_it(bench: Review
 def test_scored_rows_that_were_removed_are_told(bench: ReviewBench) -> None:
     made = bench.make("clean")
     made["scored"].path.rename(bench.folder / "gone")
-    with pytest.raises(StoreError, match="isn't there any more"):
+    with pytest.raises(StoreError, match="no longer exists"):
         read_filter_results(made["clean"])
 
 

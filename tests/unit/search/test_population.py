@@ -1,4 +1,4 @@
-"""Population based training: who makes room for whom, whatever the order in which it is told."""
+"""Population based training: who makes room for whom, whatever the order in which it is pbt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tunery.search.journal import Journal, TrialStart
-from tunery.search.population import Exploit, Population, changeable
-from tunery.search.space import Point, point_by_chance, trial_id
+from tunery.search.population import Exploit, Population, overridable_paths
+from tunery.search.space import Point, random_point, trial_id
 from tunery.spec import Search, Sft
 from tunery.spec.overrides import final_values
 from tunery.training.batches import at_even_steps
@@ -28,8 +28,8 @@ EVALUATIONS, STEPS, SIZE = 5, 50, 8
 
 
 def search(**fields: Any) -> Search:
-    told = {"metric": "sft.eval_loss", "mode": "min", "trials": SIZE, "scheduler": "pbt", "space": SPACE, **fields}
-    return Search.model_validate_json(json.dumps(told))
+    fields = {"metric": "sft.eval_loss", "mode": "min", "trials": SIZE, "scheduler": "pbt", "space": SPACE, **fields}
+    return Search.model_validate_json(json.dumps(fields))
 
 
 def population(**fields: Any) -> Population:
@@ -46,35 +46,35 @@ def report(point: Point, generation: int) -> dict[str, float]:
     return {"sft.eval_loss": loss, "steps": float(step), "share": step / STEPS}
 
 
-def lived(told: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
+def lived(pbt: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
     """Everybody trains to the end; each turn one of those that can go on reports."""
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
-        told.join(name, point)
+        pbt.add_member(name, point)
     ahead = dict.fromkeys(points, 1)
     found: list[Exploit] = []
-    while going := order([name for name in ahead if name not in told.replaced and ahead[name] < EVALUATIONS]):
+    while going := order([name for name in ahead if name not in pbt.replaced and ahead[name] < EVALUATIONS]):
         name = going[0]
-        told.hear(name, report(points[name], ahead[name]))
+        pbt.record(name, report(points[name], ahead[name]))
         ahead[name] += 1
-        for descent in due(told):
-            found.append(descent)
-            child = trial_id(descent.overrides)
-            points[child] = descent.overrides
-            ahead[child] = round(descent.overrides["sft.schedule_overrides"][-1]["after"] * EVALUATIONS) + 1
+        for exploit in due(pbt):
+            found.append(exploit)
+            child = trial_id(exploit.overrides)
+            points[child] = exploit.overrides
+            ahead[child] = round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * EVALUATIONS) + 1
     return found
 
 
-def due(told: Population) -> list[Exploit]:
-    told.decide()
-    found, told.offspring = told.offspring, []
-    assert [descent.member for descent in found] == told.leaving
-    told.leaving.clear()
+def due(pbt: Population) -> list[Exploit]:
+    pbt.decide()
+    found, pbt.pending_children = pbt.pending_children, []
+    assert [exploit.member for exploit in found] == pbt.to_stop
+    pbt.to_stop.clear()
     return found
 
 
 def starts() -> list[Point]:
-    return [point_by_chance(search().space, 7, number, {}) for number in range(SIZE)]
+    return [random_point(search().space, 7, number, {}) for number in range(SIZE)]
 
 
 def shuffled(seed: int) -> Callable[[list[str]], list[str]]:
@@ -90,27 +90,27 @@ def test_who_makes_room_does_not_depend_on_who_is_faster(seed: int) -> None:
 
 
 def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None:
-    told = population()
+    pbt = population()
     first = {trial_id(point): point for point in starts()}
     found = [
-        descent for descent in lived(told, lambda names: names) if len(descent.overrides["sft.schedule_overrides"]) == 1
+        exploit for exploit in lived(pbt, lambda names: names) if len(exploit.overrides["sft.schedule_overrides"]) == 1
     ]
-    found = [descent for descent in found if descent.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
+    found = [exploit for exploit in found if exploit.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
     losses = {name: report(point, 1)["sft.eval_loss"] for name, point in first.items()}
     ranked = sorted(losses, key=lambda name: losses[name])
-    assert {descent.member for descent in found} == set(ranked[-2:])
-    assert {descent.of for descent in found} <= set(ranked[:2])
-    for descent in found:
-        assert descent.since == 10
+    assert {exploit.member for exploit in found} == set(ranked[-2:])
+    assert {exploit.source for exploit in found} <= set(ranked[:2])
+    for exploit in found:
+        assert exploit.source_step == 10
         assert {
-            **first[descent.of],
-            "sft.schedule_overrides": descent.overrides["sft.schedule_overrides"],
-        } == descent.overrides
-        (change,) = descent.overrides["sft.schedule_overrides"]
-        assert search().space["sft.learning_rate"].holds(change["learning_rate"])
+            **first[exploit.source],
+            "sft.schedule_overrides": exploit.overrides["sft.schedule_overrides"],
+        } == exploit.overrides
+        (change,) = exploit.overrides["sft.schedule_overrides"]
+        assert search().space["sft.learning_rate"].contains(change["learning_rate"])
         assert change["weight_decay"] in (0.0, 0.01, 0.1)
-        assert final_values(descent.overrides)["sft.learning_rate"] == change["learning_rate"]
-    assert changeable(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
+        assert final_values(exploit.overrides)["sft.learning_rate"] == change["learning_rate"]
+    assert overridable_paths(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
 
 
 def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() -> None:
@@ -120,120 +120,122 @@ def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() 
         for steps in (12, 50, 51, 99, 300):
             evaluated = at_even_steps(steps, evaluations)[:-1]
             assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
-    told = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
-    spec = Sft.model_validate_json(json.dumps({**told, "warmup": 0, "schedule_overrides": [change]}))
+    fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
+    spec = Sft.model_validate_json(json.dumps({**fields, "warmup": 0, "schedule_overrides": [change]}))
     rates = schedule(spec, STEPS).learning_rates
     assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
 
 
 def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
-    journal, told = Journal(tmp_path / "journal.jsonl"), population()
+    journal, pbt = Journal(tmp_path / "journal.jsonl"), population()
     points = {trial_id(point): point for point in starts()}
     for number, (name, point) in enumerate(points.items()):
         journal.begin(TrialStart(name, number, point, "drawn"))
-        told.join(name, point)
+        pbt.add_member(name, point)
     for name, point in points.items():
         for generation in (1, 2):  # nobody waits for the decision
             journal.report(name, report(point, generation))
-            told.hear(name, report(point, generation))
-    found = due(told)
-    for descent in found[:1]:  # the search was killed before the other had begun
+            pbt.record(name, report(point, generation))
+    found = due(pbt)
+    for exploit in found[:1]:  # the search was killed before the other had begun
         journal.begin(
-            TrialStart(trial_id(descent.overrides), 9, descent.overrides, "descendant", descent.of, descent.since)
+            TrialStart(
+                trial_id(exploit.overrides), 9, exploit.overrides, "descendant", exploit.source, exploit.source_step
+            )
         )
-        journal.end(descent.member, state="stopped", values={}, seconds=1.0, error="")
+        journal.end(exploit.member, state="stopped", values={}, seconds=1.0, error="")
     again = population()
     again.replay(Journal(tmp_path / "journal.jsonl").records.values())
-    assert again.offspring == found
-    assert again.leaving == [descent.member for descent in found]
-    assert again.replaced == told.replaced
+    assert again.pending_children == found
+    assert again.to_stop == [exploit.member for exploit in found]
+    assert again.replaced == pbt.replaced
 
 
 def test_one_that_fails_is_not_waited_for_and_one_without_a_value_makes_room() -> None:
-    told = population()
+    pbt = population()
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
-        told.join(name, point)
+        pbt.add_member(name, point)
     failed, diverged, *others = points
-    told.hear(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
+    pbt.record(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
     for name in others:
-        told.hear(name, report(points[name], 1))
-    assert due(told) == [], "one has neither reported nor ended"
-    assert told.waits(diverged)
-    told.end(failed)
-    leaving = {descent.member for descent in due(told)}
+        pbt.record(name, report(points[name], 1))
+    assert due(pbt) == [], "one has neither reported nor ended"
+    assert pbt.awaits_decision(diverged)
+    pbt.mark_ended(failed)
+    leaving = {exploit.member for exploit in due(pbt)}
     assert diverged in leaving
     assert failed not in leaving
-    assert not told.waits(others[0])
-    assert told.kept_in_vain() == [], "the copies have not begun yet"
+    assert not pbt.awaits_decision(others[0])
+    assert pbt.stale_checkpoints() == [], "the copies have not begun yet"
 
 
 def test_one_that_is_tried_again_is_waited_for() -> None:
-    told = population()
+    pbt = population()
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
-        told.join(name, point)
+        pbt.add_member(name, point)
     tried, *others = points
     for name in others:
-        told.hear(name, report(points[name], 1))
-        told.hear(name, report(points[name], 2))
-    told.end(tried)
-    told.begin(tried)
-    assert due(told) == []
-    assert told.is_far_ahead(others[0])
-    told.hear(tried, report(points[tried], 1))
-    assert len(due(told)) == 2
-    assert not told.is_far_ahead(others[0])
+        pbt.record(name, report(points[name], 1))
+        pbt.record(name, report(points[name], 2))
+    pbt.mark_ended(tried)
+    pbt.mark_running(tried)
+    assert due(pbt) == []
+    assert pbt.is_far_ahead(others[0])
+    pbt.record(tried, report(points[tried], 1))
+    assert len(due(pbt)) == 2
+    assert not pbt.is_far_ahead(others[0])
 
 
 def test_two_copies_are_never_the_same() -> None:
     space = {"sft.learning_rate": {"choice": [1e-5, 1e-4, 1e-3]}, "sft.tuner.lora.rank": {"int": [1, 64]}}
     for seed in range(30):
-        told = Population(search(space=space, trials=8), "sft", EVALUATIONS, seed)
+        pbt = Population(search(space=space, trials=8), "sft", EVALUATIONS, seed)
         points = {f"trial-{number}": {"sft.learning_rate": 1e-4, "sft.tuner.lora.rank": number} for number in range(8)}
         for place, (name, point) in enumerate(points.items()):
-            told.join(name, point)
-            told.hear(name, {"sft.eval_loss": place, "steps": 10.0, "share": 0.2})
-        names = [trial_id(descent.overrides) for descent in due(told)]
+            pbt.add_member(name, point)
+            pbt.record(name, {"sft.eval_loss": place, "steps": 10.0, "share": 0.2})
+        names = [trial_id(exploit.overrides) for exploit in due(pbt)]
         assert len(set(names)) == len(names)
 
 
 def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
-    told = population(trials=SIZE + 1)
+    pbt = population(trials=SIZE + 1)
     for point in starts():
-        told.join(trial_id(point), point)
-        told.hear(trial_id(point), report(point, 1))
-    assert due(told) == []
-    told.close()
-    assert len(due(told)) == 2
+        pbt.add_member(trial_id(point), point)
+        pbt.record(trial_id(point), report(point, 1))
+    assert due(pbt) == []
+    pbt.mark_complete()
+    assert len(due(pbt)) == 2
 
 
 @pytest.mark.parametrize("pause", [1, 4])
 def test_a_member_of_fewer_steps_than_evaluations_keeps_nobody_waiting(pause: int) -> None:
     """`pause`: the others report so many times as often."""
-    told = population(trials=4)
+    pbt = population(trials=4)
     points = {trial_id(point): point for point in starts()[:4]}
     for name, point in points.items():
-        told.join(name, point)
+        pbt.add_member(name, point)
     short, *others = points
     steps = at_even_steps(3, EVALUATIONS)
     assert steps == [1, 2, 3]
     pending = {name: list(range(1, EVALUATIONS)) for name in others}
     ahead = [{"sft.eval_loss": 0.5, "steps": float(step), "share": step / 3} for step in steps[:-1]]
     for turn in range(40):
-        if ahead and not told.is_far_ahead(short) and turn % pause == 0:
-            told.hear(short, ahead.pop(0))
+        if ahead and not pbt.is_far_ahead(short) and turn % pause == 0:
+            pbt.record(short, ahead.pop(0))
         for name in others:
-            if pending[name] and not told.is_far_ahead(name) and name not in told.replaced:
-                told.hear(name, report(points[name], pending[name].pop(0)))
-        for descent in due(told):
-            others.append(trial_id(descent.overrides))
-            points[others[-1]] = descent.overrides
+            if pending[name] and not pbt.is_far_ahead(name) and name not in pbt.replaced:
+                pbt.record(name, report(points[name], pending[name].pop(0)))
+        for exploit in due(pbt):
+            others.append(trial_id(exploit.overrides))
+            points[others[-1]] = exploit.overrides
             pending[others[-1]] = list(
-                range(round(descent.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, EVALUATIONS)
+                range(round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, EVALUATIONS)
             )
-        if told.is_far_ahead(short):
-            assert told.waits(short), "else it is paused, begun again, and paused again"
+        if pbt.is_far_ahead(short):
+            assert pbt.awaits_decision(short), "else it is paused, begun again, and paused again"
         elif not ahead:
-            told.end(short)
-    assert not [name for name in others if pending[name] and name not in told.replaced]
+            pbt.mark_ended(short)
+    assert not [name for name in others if pending[name] and name not in pbt.replaced]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tunery.search.journal import JournalRecord, TrialStart
-from tunery.search.outcome import facts_of
-from tunery.search.ranking import pareto_front, standings, statistical_ties, t_quantile, value_of
+from tunery.search.outcome import search_facts
+from tunery.search.ranking import objective_value, pareto_front, seed_stats, statistical_ties, t_quantile
 from tunery.spec import Search
 
 
@@ -36,18 +36,18 @@ def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_bett
         record("better", a=0.4, b=-1.0),
         record("nothing", a=math.nan, b=0.0),
     ]
-    facts = facts_of(told, records, "")
+    facts = search_facts(told, records, "")
     assert [trial["trial"] for trial in facts["trials"][:4]] == ["better", "worse", "broken", "unknown"]
     assert facts["best"]["trial"] == "better"
     assert [trial["feasible"] for trial in facts["trials"][:4]] == [True, True, False, False]
-    assert facts_of(told, records[:1], "")["best"] is None
+    assert search_facts(told, records[:1], "")["best"] is None
 
 
 def test_weights_make_one_value_whose_sign_is_that_of_the_first_metric() -> None:
     also = [{"metric": "b", "mode": "max", "weight": 2.0}]
-    assert value_of(search(objectives=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
-    assert value_of(search(objectives=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
-    assert math.isnan(value_of(search(objectives=also), {"a": 1.0}))
+    assert objective_value(search(objectives=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
+    assert objective_value(search(objectives=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
+    assert math.isnan(objective_value(search(objectives=also), {"a": 1.0}))
 
 
 def test_a_front_has_every_trial_that_no_other_dominates() -> None:
@@ -77,14 +77,14 @@ def test_intervals_hold_the_true_mean_in_nineteen_of_twenty_cases_and_ties_are_c
     held = ties = 0
     for _ in range(2000):
         groups = {name: [chance.gauss(0, 1) for _ in range(3)] for name in "abc"}
-        found = standings(groups)
-        held += sum(abs(item.mean) <= item.half for item in found)  # type: ignore[operator]
+        found = seed_stats(groups)
+        held += sum(abs(item.mean) <= item.ci_half_width for item in found)  # type: ignore[operator]
         ties += len(statistical_ties(found[0], found[1:2], {name: groups[name] for name in "abc"}))
     assert 0.93 < held / 6000 < 0.97
     assert 0.93 < ties / 2000 < 0.97
     far = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
-    assert statistical_ties(standings(far)[0], standings(far), far) == []
-    assert standings({"a": [1.0]})[0].half is None
+    assert statistical_ties(seed_stats(far)[0], seed_stats(far), far) == []
+    assert seed_stats({"a": [1.0]})[0].ci_half_width is None
 
 
 def test_students_t_comes_down_to_the_normal_distribution() -> None:
@@ -104,7 +104,7 @@ def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
         record("good-1", of="good", a=1.1),
         record("good-2", of="good", a=1.2),
     ]
-    facts = facts_of(search(num_seeds=3, replicate_top_k=2), records, "")
+    facts = search_facts(search(num_seeds=3, replicate_top_k=2), records, "")
     assert facts["best"]["trial"] == "good"
     assert {item["trial"]: item["mean"] for item in facts["standings"]} == pytest.approx(
         {"lucky": 5 / 3, "good": 3.4 / 3}
@@ -122,7 +122,7 @@ def test_a_seed_that_diverges_counts_against_its_trial() -> None:
         record("two-1", of="two", a=1.1),
         record("two-2", of="two", a=1.2),
     ]
-    facts = facts_of(search(num_seeds=3, replicate_top_k=2), records, "")
+    facts = search_facts(search(num_seeds=3, replicate_top_k=2), records, "")
     assert facts["best"]["trial"] == "two"
     assert {item["trial"]: item["values"] for item in facts["standings"]} == {"one": [1.0, 1.0], "two": [1.1, 1.1, 1.2]}
 
@@ -130,6 +130,6 @@ def test_a_seed_that_diverges_counts_against_its_trial() -> None:
 def test_a_trial_does_not_win_because_only_it_was_repeated() -> None:
     """The budget was spent while the repetitions ran, or those of the best one failed."""
     records = [record("one", a=1.0), record("two", a=2.0), record("two-1", of="two", a=2.1)]
-    assert facts_of(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"
+    assert search_facts(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"
     records.append(record("one-1", "failed", of="one"))
-    assert facts_of(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"
+    assert search_facts(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"

@@ -11,7 +11,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from tunery.search.journal import Journal, TrialStart
-from tunery.search.schedulers import scheduler_of
+from tunery.search.schedulers import build_scheduler
 from tunery.spec import Search
 
 
@@ -38,7 +38,7 @@ def test_trials_that_ended_before_a_kill_are_still_what_others_are_compared_with
         for part in range(1, 10):
             journal.report(f"ended{number}", report(100.0 * part, 1.0))
         journal.end(f"ended{number}", state="done", values={"sft.eval_loss": 1.0}, seconds=1.0, error="")
-    scheduler: Any = scheduler_of(search(name), 900.0, journal)
+    scheduler: Any = build_scheduler(search(name), 900.0, journal)
     for trial, loss, told in (
         (Trial("worse"), 2.0, TrialScheduler.STOP),
         (Trial("better"), 0.5, TrialScheduler.CONTINUE),
@@ -52,7 +52,7 @@ def test_trials_that_ended_before_a_kill_are_still_what_others_are_compared_with
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_trial_whose_metric_is_no_number_is_stopped(name: str, tmp_path: Path) -> None:
-    scheduler: Any = scheduler_of(search(name), 900.0, Journal(tmp_path / "journal.jsonl"))
+    scheduler: Any = build_scheduler(search(name), 900.0, Journal(tmp_path / "journal.jsonl"))
     trial = Trial("diverged")
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, report(50.0, math.nan)) == TrialScheduler.STOP

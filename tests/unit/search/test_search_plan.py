@@ -48,13 +48,13 @@ def planned(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware |
 def test_what_is_shared_what_differs_and_who_trains_in_a_pack(load_text: LoadText, tmp_path: Path) -> None:
     plan = planned(TEXT, load_text, tmp_path)
     assert plan.shared == ["docs", "base", "rows", "held", "scored"]
-    assert plan.own == {"clean": 2, "sft": 2 * 3 * 2}
-    assert (plan.packed, plan.pack, plan.at_once) == (6, 4, 8)
-    assert {why: count for why, count in plan.alone.items() if count} == {
+    assert plan.per_trial == {"clean": 2, "sft": 2 * 3 * 2}
+    assert (plan.packed, plan.pack_size, plan.max_concurrent) == (6, 4, 8)
+    assert {why: count for why, count in plan.unpacked.items() if count} == {
         "sft: full fine-tuning changes the base that a pack shares": 6,
         "sft: LoRA's dropout would be drawn for all members together": 6,
     }
-    assert len(plan.same) == 6, "epochs 1 and 1.0 are one"
+    assert len(plan.duplicates) == 6, "epochs 1 and 1.0 are one"
     assert any("unknown" in line for line in plan.lines())
 
 
@@ -68,9 +68,9 @@ ALONE: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize(("old", "new", "why"), ALONE.values(), ids=ALONE)
 def test_why_trials_train_alone(old: str, new: str, why: str, load_text: LoadText, tmp_path: Path) -> None:
     text = TEXT.replace("[full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]", "[{lora: {rank: 8}}]")
-    assert planned(text, load_text, tmp_path).alone == {}
+    assert planned(text, load_text, tmp_path).unpacked == {}
     found = planned(text.replace(old, new, 1), load_text, tmp_path)
-    assert list(found.alone) == [why]
+    assert list(found.unpacked) == [why]
     assert found.packed == 0
 
 
@@ -92,4 +92,4 @@ def test_an_algorithm_that_learns_nothing_is_told(
 ) -> None:
     text = TEXT.replace("algorithm: grid", f"algorithm: tpe\n  scheduler: {scheduler}")
     lines = planned(text, load_text, tmp_path).lines()
-    assert any("tpe learns nothing: hyperband begins all trials" in line for line in lines) == told
+    assert any("tpe cannot learn from results: hyperband starts all trials" in line for line in lines) == told

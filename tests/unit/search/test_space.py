@@ -19,13 +19,13 @@ from tunery.run import before_search
 from tunery.search.journal import Journal, TrialStart
 from tunery.search.queue import Queue
 from tunery.search.space import (
-    at_random,
-    before_selection,
+    estimate_max_progress,
     grid,
     grid_point,
-    longest,
     sample_point,
+    seeded_sampler,
     trial_experiment,
+    unfiltered_stages,
     with_seed,
 )
 from tunery.search.steering import SearchControl
@@ -48,7 +48,7 @@ def search(**fields: Any) -> Search:
 
 
 def drawn(number: int, space: dict[str, Dimension]) -> dict[str, Any]:
-    return sample_point(space, at_random(7, number))
+    return sample_point(space, seeded_sampler(7, number))
 
 
 def test_values_are_within_their_dimension_and_only_there_when_their_conditions_hold() -> None:
@@ -58,7 +58,7 @@ def test_values_are_within_their_dimension_and_only_there_when_their_conditions_
     assert set(ranks) == {None, 4, 8, 12, 16}
     assert {found.get("sft.tuner.lora.dropout") for found in points} == {None, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
     for found in points:
-        assert all(space[path].holds(value) for path, value in found.items())
+        assert all(space[path].contains(value) for path, value in found.items())
         assert ("sft.tuner.lora.rank" in found) == (found["sft.tuner"] != "full")
         assert ("sft.tuner.lora.dropout" in found) == (found.get("sft.tuner.lora.rank") in (4, 8))
         assert list(found) == [path for path in space if path in found], "in the order of the file"
@@ -222,14 +222,14 @@ class Bench:
     def begin(self) -> None:
         """Also again, after a kill."""
         self.journal = Journal(self.folder / "journal.jsonl")
-        self.steering = SearchControl(self.run)
+        self.control = SearchControl(self.run)
         self.queue = Queue(
             self.told,
             self.journal,
             suggester(self.told, 3, self.folder, []),
-            self.steering,
-            at_once=2,
-            reseeded=lambda overrides, seed: {**overrides, "sft.seed": seed},
+            self.control,
+            max_concurrent=2,
+            with_seed=lambda overrides, seed: {**overrides, "sft.seed": seed},
         )
         self.number = 0
 
@@ -305,9 +305,9 @@ def test_what_a_first_point_of_a_grid_leaves_out_is_as_in_a_combination_that_agr
 def test_a_wide_range_of_whole_numbers_takes_no_room() -> None:
     dimension = Dimension.model_validate_json('{"int": [0, 2147483647], "step": 3}')
     assert dimension.values == (0, 2147483646)
-    assert dimension.holds(9)
-    assert dimension.holds(9.0)
-    assert not any(map(dimension.holds, (10, 9.5, math.inf, math.nan, "9")))
+    assert dimension.contains(9)
+    assert dimension.contains(9.0)
+    assert not any(map(dimension.contains, (10, 9.5, math.inf, math.nan, "9")))
 
 
 def test_a_full_disk_leaves_no_half_line_in_a_journal(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_the_longest_trial_has_the_longest_rows_and_most_epochs(case: str, load_
         }
     )
     changed = experiment.model_copy(update={"stages": {**experiment.stages, "sft": sft}, "search": told})
-    assert longest(changed, rows=100, tokens_per_row=400.0) == expected
+    assert estimate_max_progress(changed, rows=100, tokens_per_row=400.0) == expected
 
 
 def test_rows_are_counted_before_a_selection_that_is_searched_and_after_one_that_is_not(load_text: LoadText) -> None:
@@ -357,13 +357,13 @@ def test_rows_are_counted_before_a_selection_that_is_searched_and_after_one_that
   clean: {kind: select, data: scored, keep: {length: {keep_fraction: 0.5}}}"""
     text = EXPERIMENT.replace("data: rows", "data: clean", 1).replace("stages:", selected, 1)
     experiment, _ = load_text(text)
-    assert before_selection(experiment, "sft") == ["clean"]
+    assert unfiltered_stages(experiment, "sft") == ["clean"]
     searched, _ = load_text(
         text.replace(
             "sft.learning_rate: {choice: [1e-3, 1e-4]}", "clean.keep.length.keep_fraction: {choice: [0.3, 1.0]}"
         )
     )
-    assert before_selection(searched, "sft") == ["rows"]
+    assert unfiltered_stages(searched, "sft") == ["rows"]
 
 
 def test_the_best_are_repeated_with_other_seeds_once_all_have_ended(tmp_path: Path) -> None:
@@ -379,16 +379,16 @@ def test_wished_trials_are_run_and_stopped_ones_are_not(tmp_path: Path) -> None:
     one, two = bench.next(), bench.next()
     assert bench.next()[0] is None, "two at once"
     bench.end(*one)
-    bench.steering.add({"sft.learning_rate": 0.5}, "cloned", one[0]["trial"])
-    bench.steering.add({"sft.learning_rate": 0.6})
+    bench.control.add_trial({"sft.learning_rate": 0.5}, "cloned", one[0]["trial"])
+    bench.control.add_trial({"sft.learning_rate": 0.6})
     asked = bench.next()
     assert (asked[0]["overrides"], asked[0]["origin"]) == ({"sft.learning_rate": 0.5}, "cloned")
-    waiting = bench.journal.open[-1]
+    waiting = bench.journal.open_trials[-1]
     assert waiting.overrides == {"sft.learning_rate": 0.6}
-    bench.steering.stop(waiting.trial)
+    bench.control.request_stop(waiting.trial)
     bench.queue._running.clear()
     assert bench.next()[0] == "FINISHED"
-    assert bench.journal.records[waiting.trial].ended["state"] == "stopped"  # type: ignore[index]
+    assert bench.journal.records[waiting.trial].outcome["state"] == "stopped"  # type: ignore[index]
     assert two[0]["trial"] != one[0]["trial"]
 
 
@@ -399,17 +399,17 @@ def test_a_wish_that_fits_the_file_no_more_fails_and_the_search_goes_on(tmp_path
         bench.told,
         bench.journal,
         suggester(bench.told, 3, tmp_path, []),
-        bench.steering,
-        at_once=2,
-        reseeded=lambda overrides, seed: overrides,
-        untold=told.append,
-        unfit=lambda overrides: "there is no `gone`" if "sft.gone" in overrides else "",
+        bench.control,
+        max_concurrent=2,
+        with_seed=lambda overrides, seed: overrides,
+        on_untracked_end=told.append,
+        invalid_reason=lambda overrides: "there is no `gone`" if "sft.gone" in overrides else "",
     )
-    bench.steering.add({"sft.gone": 1})
+    bench.control.add_trial({"sft.gone": 1})
     bench.end(*bench.next())
     assert bench.next()[0] == "FINISHED"
     assert [begun.overrides for begun in told] == [{"sft.gone": 1}]
-    ended = bench.journal.records[told[0].trial].ended
+    ended = bench.journal.records[told[0].trial].outcome
     assert ended is not None
     assert (ended["state"], ended["error"]) == ("failed", "there is no `gone`")
 
@@ -422,7 +422,7 @@ def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"event": "ended", "tri')
     again = Journal(path)
-    assert [begun.trial for begun in again.open] == ["a"]
+    assert [begun.trial for begun in again.open_trials] == ["a"]
     again.end("a", state="done", values={"loss": 0.5}, seconds=1.0, error="")
-    assert Journal(path).records["a"].ended == {"state": "done", "values": {"loss": 0.5}, "seconds": 1.0, "error": ""}
+    assert Journal(path).records["a"].outcome == {"state": "done", "values": {"loss": 0.5}, "seconds": 1.0, "error": ""}
     assert Journal(path).records["a"].reports == [{"loss": 1.0}]

@@ -18,7 +18,7 @@ from tunery.events.event_reducer import replay
 from tunery.search.space import trial_id
 from tunery.search.steering import SearchControl
 from tunery.search.trial_commands import TrialCommand, trials
-from tunery.search.trials import Trials, trials_of
+from tunery.search.trials import Trials, list_trials
 from tunery.store import Lease, Store
 
 TEXT = """
@@ -50,7 +50,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store")
         self.folder = self.store.run("small")
-        self.steering = SearchControl(self.folder)
+        self.control = SearchControl(self.folder)
 
     def begin(self, text: str = TEXT, *, search: bool = True) -> Bench:
         stages = [{"name": name, "kind": "sft"} for name in ("rows", "held", "base", "sft")]
@@ -128,21 +128,21 @@ def test_running_trials_come_first_with_their_last_value_and_progress(running: B
     assert (first.value, first.done, first.total, first.unit) == (3.5, 6, 10, "steps")
     assert first.seconds is not None
     assert (done.value, done.seconds, done.best, done.origin) == (3.25, 9.0, True, "drawn")
-    assert told.stage == "running"
+    assert told.search_state == "running"
 
 
 def test_training_loss_is_not_taken_for_the_value(bench: Bench) -> None:
     name = trial_id({"sft.epochs": 2})
     bench.write("trial_started", trial=name, overrides={"sft.epochs": 2}, origin="drawn", of="")
     bench.write("metrics", name, stage="sft", step=1, values={"loss": 1.0})
-    assert bench.list().named(name).value is None
+    assert bench.list().find(name).value is None
 
 
 def test_trials_that_were_cut_off_wait(bench: Bench) -> None:
     told = bench.list()
     assert [trial.state for trial in told.trials] == ["waiting", "waiting", "done", "failed"]
-    assert told.stage == "waiting"
-    assert "nobody runs the search at the moment" in shown(told, 200)
+    assert told.search_state == "waiting"
+    assert "the search is not running" in shown(told, 200)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -182,9 +182,9 @@ def test_what_is_no_run_names_those_that_are(bench: Bench) -> None:
 def test_stop_is_written_for_the_trial_that_is_meant(running: Bench, shorten: Any) -> None:
     told = running.wish(shorten(NAMES[2]), stop=True)
     assert told.trials == (NAMES[2],)
-    assert running.steering.stops(NAMES[2])
-    assert running.list().named(NAMES[2]).state == "stopping"
-    assert "ends after the step" in shown(told, 80)
+    assert running.control.stop_requested(NAMES[2])
+    assert running.list().find(NAMES[2]).state == "stopping"
+    assert "ends after its current step" in shown(told, 80)
 
 
 def test_stop_of_what_has_ended_or_is_unknown_is_refused_and_stops_nothing(running: Bench) -> None:
@@ -198,9 +198,9 @@ def test_stop_of_what_has_ended_or_is_unknown_is_refused_and_stops_nothing(runni
 
 def test_stop_is_kept_where_nobody_runs_the_search(bench: Bench) -> None:
     told = bench.wish(NAMES[2], stop=True)
-    assert "kept until `tunery run small.yaml` is given again" in shown(told, 200)
-    assert bench.steering.stops(NAMES[2])
-    assert bench.list().named(NAMES[2]).state == "stopped"
+    assert "kept until `tunery run small.yaml` resumes it" in shown(told, 200)
+    assert bench.control.stop_requested(NAMES[2])
+    assert bench.list().find(NAMES[2]).state == "stopped"
 
 
 # Adding.
@@ -209,21 +209,21 @@ def test_stop_is_kept_where_nobody_runs_the_search(bench: Bench) -> None:
 def test_added_trial_is_what_the_search_reads(running: Bench) -> None:
     told = running.wish("sft.learning_rate=5e-3", "sft.tuner={lora: {rank: 8}}", add=True)
     values = {"sft.learning_rate": 5e-3, "sft.tuner": {"lora": {"rank": 8}}}
-    assert SearchControl(running.folder).new() == [{"overrides": values, "origin": "added", "of": ""}]
-    waits = running.list().named(told.trials[0])
+    assert SearchControl(running.folder).new_trials() == [{"overrides": values, "origin": "added", "of": ""}]
+    waits = running.list().find(told.trials[0])
     assert (waits.state, waits.origin, waits.overrides) == ("waiting", "added", values)
 
 
 def test_cloned_trial_has_the_others_values_and_the_changes(running: Bench) -> None:
     running.wish("sft.epochs=2", clone=NAMES[3].removeprefix("trial-"))
-    (wish,) = SearchControl(running.folder).new()
+    (wish,) = SearchControl(running.folder).new_trials()
     assert wish == {"overrides": {"sft.learning_rate": 4e-3, "sft.epochs": 2}, "origin": "cloned", "of": NAMES[3]}
 
 
 def test_added_trial_that_is_not_wanted_any_more_will_not_begin(running: Bench) -> None:
     (name,) = running.wish("sft.epochs=2", add=True).trials
-    assert "will not begin" in shown(running.wish(name, stop=True), 80)
-    assert running.list().named(name).state == "stopped"
+    assert "will not start" in shown(running.wish(name, stop=True), 80)
+    assert running.list().find(name).state == "stopped"
 
 
 def test_path_outside_the_space_is_allowed_where_the_metric_depends_on_it(running: Bench) -> None:
@@ -239,8 +239,8 @@ def test_path_outside_the_space_is_allowed_where_the_metric_depends_on_it(runnin
         (["sft.epochs=-1"], "`sft.epochs` can't be -1\ncause: it should be greater than 0"),
         (["sft.epochs=many"], '`sft.epochs` can\'t be "many"'),
         (["sft.model=nowhere"], "nowhere"),
-        (["sft.eval_data=null"], "nobody would log `sft.eval_loss`"),
-        (["sft.epochs"], "write path=value"),
+        (["sft.eval_data=null"], "no stage would log `sft.eval_loss`"),
+        (["sft.epochs"], "is not a path=value pair"),
         (["sft.tuner={lora"], "not valid YAML"),
         (["sft.epochs=2", "sft.epochs=3"], "given twice"),
         ([], "--add needs a value"),
@@ -275,7 +275,7 @@ def test_ended_search_takes_no_wishes(bench: Bench) -> None:
 def test_wish_before_the_search_begins_is_kept(tmp_path: Path) -> None:
     bench = Bench(tmp_path).begin(search=False)
     with Lease(bench.folder / "lease"):
-        assert "the search has not begun" in shown(bench.wish("sft.epochs=2", add=True), 200)
+        assert "the search has not started" in shown(bench.wish("sft.epochs=2", add=True), 200)
         assert [trial.state for trial in bench.list().trials] == ["waiting"]
 
 
@@ -308,7 +308,7 @@ def test_values_that_change_what_is_measured_on_are_told(running: Bench) -> None
     assert running.wish("sft.epochs=2", add=True).notes == ()
     for path in ("sft.max_length", "held.limit"):
         (note,) = running.wish(f"{path}=30", add=True).notes
-        assert f"`{path}` changes what `sft.eval_loss` is measured on too" in note
+        assert f"`{path}` also changes the data that `sft.eval_loss` is computed on" in note
 
 
 def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
@@ -328,6 +328,6 @@ def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
         {"event": "trial_started", "t": 2.0, "trial": "two", "overrides": {}},
         {"event": "trial_finished", "t": 4.0, "trial": "two", "overrides": {}, "state": "done", "value": 5.5},
     ]
-    told = trials_of(replay(events), events, [], lambda trial: False, "somebody", 5.0)
+    told = list_trials(replay(events), events, [], lambda trial: False, "somebody", 5.0)
     assert told.metric == "weighted sum"
     assert {trial.name: trial.value for trial in told.trials} == {"one": None, "two": 5.5}

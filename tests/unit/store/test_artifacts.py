@@ -30,7 +30,7 @@ def manifest(fingerprint: str = "0123", **facts: Any) -> dict[str, Any]:
 
 
 def make(store: Store, fingerprint: str = "0123", content: str = "rows", **facts: Any) -> Artifact:
-    out = store.work("dataset", fingerprint) / "out"
+    out = store.staging_dir("dataset", fingerprint) / "out"
     out.mkdir(parents=True)
     (out / "rows.txt").write_text(content)
     return store.commit(out, manifest(fingerprint, **facts), {"seconds": 1.5})
@@ -49,7 +49,7 @@ def test_committed_artifact_is_found_with_all_that_was_said_about_it(tmp_path: P
     assert (found.kind, found.fingerprint) == ("dataset", "0123")
     assert found.facts == {"rows": 3, "loss": float("inf"), "seconds": 1.5}
     assert (found.path / "rows.txt").read_text() == "rows"
-    assert not (store.work("dataset", "0123") / "out").exists()
+    assert not (store.staging_dir("dataset", "0123") / "out").exists()
 
 
 def test_artifacts_of_other_kinds_and_fingerprints_are_others(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def make_until(step: str, root: Path) -> None:
     store = Store(root)
     with store.lease("dataset", "0123"):
         if step == "rows":
-            (store.work("dataset", "0123") / "out").mkdir(parents=True)
+            (store.staging_dir("dataset", "0123") / "out").mkdir(parents=True)
             die()
         make(store, content="half")
 
@@ -108,7 +108,7 @@ def test_maker_killed_at_any_step_leaves_no_artifact_and_the_next_one_makes_it(s
     store = Store(tmp_path)
     assert store.find("dataset", "0123") is None
     with store.lease("dataset", "0123"):  # nobody waits for the dead
-        shutil.rmtree(store.work("dataset", "0123"))
+        shutil.rmtree(store.staging_dir("dataset", "0123"))
         make(store, content="whole")
     found = store.find("dataset", "0123")
     assert found is not None
@@ -230,7 +230,7 @@ def holder(tmp_path: Path) -> Iterator[int]:
 
 def foreign(path: Path, age: float, **owner: Any) -> None:
     """A lease that somebody took and touched `age` seconds ago."""
-    known = {"token": "t", "host": "elsewhere", "pid": os.getpid(), "start": lease_module._start(os.getpid())}
+    known = {"token": "t", "host": "elsewhere", "pid": os.getpid(), "start": lease_module._process_start(os.getpid())}
     path.write_text(json.dumps(known | owner))
     os.utime(path, (time.time() - age,) * 2)
 

@@ -92,13 +92,13 @@ def test_many_small_runs_become_one_and_the_large_ones_stay(tmp_path: Path) -> N
     ids = np.random.default_rng(0).permutation(np.arange(1, 1000, dtype=np.uint64) << np.uint64(50))
     kept = ScoreCache(tmp_path)
     kept.add("large", [table(ids[:500])], 500)
-    pieces = np.array_split(ids[500:], score_cache.MOST_RUNS - 1)
+    pieces = np.array_split(ids[500:], score_cache.MAX_RUNS - 1)
     for number, piece in enumerate(pieces):
         before = kept.find(ids)[0]
         kept.add(f"r{number:02d}", [table(piece)], len(piece))
         assert kept.find(ids)[0].sum() == before.sum() + len(piece)
     runs = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    assert len(runs) == score_cache.MOST_RUNS // 2 + 1
+    assert len(runs) == score_cache.MAX_RUNS // 2 + 1
     assert "large" in runs
     assert len([name for name in runs if name.startswith("merged-")]) == 1
     known, found = kept.find(ids)
