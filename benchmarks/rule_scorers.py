@@ -69,7 +69,7 @@ def peak() -> float:
 def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float]:
     """In this process, which does nothing else."""
     spec = TypeAdapter(Scorer).validate_json(json.dumps(SPECS[name]))
-    entry = SCORER_ENTRIES[spec.entry()]
+    entry = SCORER_ENTRIES[spec.kind()]
     build = entry.load()
     files = shards(data)
     scorer = build(spec, {"heldout": heldout}) if entry.input_kind == "row" else build(spec)

@@ -1,4 +1,4 @@
-"""The house's rules: what may import what, which fields are used, and that what is shipped works."""
+"""Rules of the code base: what may import what, which fields are used, and that what is shipped works."""
 
 from __future__ import annotations
 
@@ -90,14 +90,16 @@ def test_imports_go_down_only(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert not failed, capsys.readouterr().out
 
 
-def test_every_room_has_a_floor() -> None:
+def test_every_package_has_a_layer() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (contract,) = config["tool"]["importlinter"]["contracts"]
-    floors = {
-        room.strip(" ()").removeprefix("tunery.") for layer in contract["layers"] for room in re.split("[|:]", layer)
+    layers = {
+        package.strip(" ()").removeprefix("tunery.")
+        for layer in contract["layers"]
+        for package in re.split("[|:]", layer)
     }
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
-    assert rooms - {"__init__", "__main__"} == floors
+    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert packages - {"__init__", "__main__"} == layers
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:
@@ -187,3 +189,18 @@ def test_architecture_page_has_a_line_for_every_source_file() -> None:
 )
 def test_module_opens_with_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+# Language.
+
+COINED = "anew|breeding|descent|goes on|house|lays|passengers?|seats?|spoilt|told apart|wished|wishes|worded"
+"""Words of earlier versions for which the field has a term (CONTRIBUTING.md). The list grows as they are replaced."""
+WRITTEN = [*SOURCES, *EXPERIMENTS, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_text_uses_the_terms_of_the_field(path: Path) -> None:
+    # `_` and digits separate words, so that identifiers are checked too.
+    words = re.compile(rf"(?<![a-z])({COINED})(?![a-z])", re.IGNORECASE)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    assert [f"{number}: {line.strip()}" for number, line in lines if words.search(line)] == []

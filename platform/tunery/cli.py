@@ -80,7 +80,7 @@ def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) 
 
 @app.command()
 def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
-    """Run an experiment. What is done already is skipped; an interrupted run goes on by the same command."""
+    """Run an experiment. Finished stages are reused; rerun the command to resume an interrupted run."""
     experiment, source, the_store = _checked(file, store)
     from tunery.live import run_live
 
@@ -192,7 +192,7 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's name or folder.", show_default=False)],
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Draw a run's report anew: one HTML file that needs nothing else."""
+    """Rebuild the report of a run: one HTML file that needs nothing else."""
     from tunery.reporting.report import write_report
     from tunery.store import Store as TheStore
 

@@ -97,6 +97,6 @@ class Stopped(TuneryError):
 
 
 class Interrupted(TuneryError):
-    """Ctrl-C: stopped cleanly; the same command goes on."""
+    """Ctrl-C: stopped cleanly; the same command resumes the run."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""Killed, interrupted, failed: the same command goes on, and ends with the same bytes."""
+"""Killed, interrupted, failed: a rerun resumes, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Workspace) -> No
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130, out + err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert "Traceback" not in out + err
     assert (before_sft.run / "report.html").is_file()
     wait_for(lambda: not worker_pids(), seconds=60)

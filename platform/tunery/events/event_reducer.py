@@ -193,7 +193,7 @@ def _search_started(state: RunState, event: Event) -> None:
     ]
     same = before and (before.metric, before.mode, before.space) == (search.metric, search.mode, search.space)
     if before and (same or not before.metric):
-        search.trials = before.trials  # the same search goes on: what is done stays done
+        search.trials = before.trials  # a resumed search keeps its finished trials
     state.search = search
 
 

@@ -24,7 +24,7 @@ from tunery.spec.error_messages import nearest
 from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import plain_scalar
 
-MARKER = "# Written by `tunery filter`, which writes it anew: to edit it, copy it. `tunery run` runs it as it is."
+MARKER = "# Written by `tunery filter`, which overwrites it: to edit it, copy it. `tunery run` runs it as it is."
 """First line: what has it may be overwritten."""
 ROWS, SCORED, KEPT = "rows", "scored", "kept"
 """The stages."""

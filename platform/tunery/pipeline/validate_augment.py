@@ -1,4 +1,4 @@
-"""What can be checked of an `augment` stage before a run: that its rows can be worded anew, that its examples have
+"""What can be checked of an `augment` stage before a run: that its rows can be reworded, that its examples have
 answers, and that nothing which the experiment measures on can get into its rows without being named in `heldout`.
 
 Two stages are taken to share rows where both go back to the same file, hub dataset or builtin corpus, and to splits
@@ -45,7 +45,7 @@ def _check_shapes(
             source,
             (*at, "data"),
             f"`{name}.data` needs conversations or prompts, but `{source_label(data)}` holds texts",
-            cause="a text has no question to word anew",
+            cause="a text has no question to reword",
             remedy="use rows with questions",
         )
         return

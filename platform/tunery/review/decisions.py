@@ -208,7 +208,7 @@ def _read_workbook(path: Path) -> dict[str, Decision]:
             raise BadDecisions(
                 f"{location}: `{id}` is no row's id",
                 cause="the decision beside it belongs to no row; ids are text, and spreadsheets turn some into numbers",
-                remedy="undo what changed the column `id`, or write the workbook anew with `tunery review --xlsx`",
+                remedy="undo what changed the column `id`, or write the workbook again with `tunery review --xlsx`",
             )
         key = id.strip()
         if decisions.get(key, decision) != decision:

@@ -15,7 +15,7 @@ Batches = Iterator[tuple[int, Any]]
 
 
 def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
-    """Rows by number. A row group that can't be read costs its rows, and reading goes on at the next one."""
+    """Rows by number. A row group that can't be read costs its rows, and reading continues with the next one."""
     yield from _records(parquet_batches(file))
 
 
