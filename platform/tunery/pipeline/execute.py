@@ -73,9 +73,9 @@ class TrialContext:
     checkpointed_stage: str = ""
     """The training that the next two fields apply to."""
     checkpoint_dir: Path | None = None
-    """Where checkpoints are kept for other trials to start from (`kept` in training/job.py)."""
+    """Where checkpoints are kept for other trials to start from (`checkpoint_dir` in training/job.py)."""
     resume_from: Path | None = None
-    """Checkpoint of another trial to start from (`begins_with` in training/job.py)."""
+    """Checkpoint of another trial to start from (`resume_from` in training/job.py)."""
     report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
     callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
 

@@ -1,4 +1,4 @@
-"""`tunery review`: the sample of a review stage, served as a page or written as a workbook."""
+"""`tunery review`: serve the sample of a review stage as a web page, or write it to a workbook."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Pending:
-    """A review stage whose rows can be shown."""
+    """A review stage whose input rows are selected, with the sample to review."""
 
     stage: str
     rows: list[ReviewItem]
@@ -39,8 +39,8 @@ class Pending:
 
 
 def find_review(experiment: Experiment, source: YamlSource, store: Store, name: str) -> Pending:
-    """Draws the sample of the review stage `name`. Raises RequestError when there is no such stage, or when the rows
-    that it looks at haven't been selected yet."""
+    """Return the review stage `name` with its sample. Raises RequestError if there is no such stage, or if the store
+    has no artifact of the select stage whose rows it reviews."""
     where = RunContext(store, store.run(experiment.name), Path(source.file))
     stage = experiment.stages.get(name)
     if not isinstance(stage, Review):
@@ -51,7 +51,7 @@ def find_review(experiment: Experiment, source: YamlSource, store: Store, name: 
             cause="" if stage is None else f"it is a {stage.kind} stage",
             remedy=nearest(name, reviews) if reviews else remedy,
         )
-    # Not the whole experiment: what other stages read need not be there to look at these rows.
+    # Only the upstream stages: the files of other stages need not exist to review these rows.
     needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [stage.data])})
     selection = store.find("select", fingerprints(needed, where.folder)[stage.data][0])
     if selection is None:
@@ -66,7 +66,8 @@ def find_review(experiment: Experiment, source: YamlSource, store: Store, name: 
 
 
 def write_review(pending: Pending, path: Path, *, show_filter: bool, say: Say) -> None:
-    """As a workbook at `path`, with the decisions that there are. Raises RequestError rather than overwrite one."""
+    """Write the rows and the existing decisions to a workbook at `path`. Raises RequestError if the file exists or does
+    not end in .xlsx."""
     from tunery.review.workbook import write_workbook
 
     if path.suffix != ".xlsx":
@@ -88,7 +89,8 @@ def write_review(pending: Pending, path: Path, *, show_filter: bool, say: Say) -
 
 
 def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: bool, say: Say) -> None:
-    """As a page, until Ctrl-C. Every decision is in the file of decisions at once."""
+    """Serve the rows as a web page until Ctrl-C. Each decision is written to the decisions file immediately. Raises
+    RequestError if that file is a workbook."""
     if pending.decisions.suffix == ".xlsx":
         raise RequestError(
             f"the page can't write decisions into {pending.decisions}",
@@ -110,7 +112,7 @@ def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: boo
                 server.serve_forever(poll_interval=0.2)
             except KeyboardInterrupt:
                 STOP.forget()
-                say("")  # the terminal's ^C stands on this line
+                say("")  # ends the line on which the terminal has printed ^C
         left = session.total - session.decided
         say(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))
         if left:
@@ -122,5 +124,5 @@ def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: boo
 
 
 def _has_screen() -> bool:
-    """Without one `webbrowser` would start a text browser in this terminal."""
+    """Whether there is a graphical display. Without one, `webbrowser` would start a text browser in this terminal."""
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

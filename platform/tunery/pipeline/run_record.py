@@ -58,11 +58,12 @@ def of_last_experiment(events: list[Event]) -> list[Event]:
 def _is_same_text(text: str, other: str) -> bool:
     try:
         return text == other or asks_the_same(parse(read_yaml(text, "")), parse(read_yaml(other, "")))
-    except RequestError:  # of another version of tunery
+    except RequestError:  # written by another version of tunery
         return False
 
 
 def asks_the_same(one: Experiment, other: Experiment) -> bool:
-    """Whether two experiments give the same models: `compute` and `tracking` do not change results."""
+    """Whether two experiments produce the same models: they may differ in `compute` and `tracking`, which do not change
+    results."""
     excluded = {"compute", "tracking"}
     return one.model_dump(exclude=excluded) == other.model_dump(exclude=excluded)

@@ -1,8 +1,8 @@
 """Registry of stage kinds: the function that implements each, and its version.
 
-Functions are referred to by name, so that planning imports neither torch nor Ray. Increase a version when a change
-gives another result for the same inputs: the artifacts of the stage, and those that depend on them, are rebuilt. When
-rows are encoded to other tokens, increase `ENCODING_VERSION` (models/encode.py).
+Functions are referred to by name, so that planning imports neither torch nor Ray. Increase a version when a code change
+alters the result for the same inputs: the artifacts of the stage, and those that depend on them, are rebuilt. When rows
+are encoded to different tokens, increase `ENCODING_VERSION` (models/encode.py) instead.
 """
 
 from __future__ import annotations

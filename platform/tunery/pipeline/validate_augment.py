@@ -1,8 +1,8 @@
-"""What can be checked of an `augment` stage before a run: that its rows can be reworded, that its examples have
-answers, and that nothing which the experiment measures on can get into its rows without being named in `heldout`.
+"""Checks of an `augment` stage before a run: its rows have questions to rewrite, its few-shot examples have answers,
+and evaluation data of the experiment cannot leak into its rows unless it is listed in `heldout`.
 
-Two stages are taken to share rows where both go back to the same file, hub dataset or builtin corpus, and to splits
-that overlap. Copies of rows in two files can't be seen before they are read.
+Two stages are assumed to share rows if both are derived from overlapping splits of the same file, hub dataset or
+builtin corpus. Duplicate rows in different files are not detected, since the files are not read.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from tunery.spec.yaml_source import YamlSource
 def validate_augment(
     name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
+    """Yield the errors of an augment stage. `folder`: the folder of the experiment file."""
     try:
         yield from _check_shapes(name, stage, experiment, source, folder)
         yield from _check_heldout(name, stage, experiment, source, folder)
-    except BadSource:  # told at the dataset
+    except BadSource:  # reported for the dataset
         return
 
 
@@ -74,7 +75,7 @@ def _check_heldout(
         examples = stage.few_shot.examples or stage.data
         uses.append(("few_shot", examples, "name other rows in `few_shot.examples`, such as another split"))
     named, told = set(stage.heldout), set[str]()
-    # Datasets first: to name one covers what is made of it.
+    # Shortest lineage first: if a dataset is held out, so are the stages derived from it.
     for measured, where in sorted(_measured_on(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))):
         line = lineage(experiment.stages, measured)
         if _covering(line, experiment) & named:
@@ -98,8 +99,8 @@ def _check_heldout(
 
 
 def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
-    """Whether the stage's rows are prompts to measure on, which no model learns: then they are held out themselves, and
-    only their examples must not be."""
+    """Whether the rows of the stage are used for evaluation and not for training. Such rows may come from held-out
+    data; only their few-shot examples must not."""
     stages = experiment.stages
     trainings = [stage for stage in stages.values() if isinstance(stage, Training)]
     lines = [lineage(stages, data) for stage in trainings for data in data_refs(stage.data).values()]
@@ -108,14 +109,14 @@ def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
 
 
 def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
-    """The stages of a lineage that have all groups of its first one: each has a part of what the next has, but for a
-    review, which may bring back rows that its filter dropped."""
+    """Return the stages of a lineage that contain all groups of its first stage. The groups of each stage are a subset
+    of those of its input, except for a review, which can restore rows that its select stage dropped."""
     reviewed = {stage.data for name in line if isinstance(stage := experiment.stages[name], Review)}
     return set(line) - (reviewed - {line[0]})
 
 
 def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """Each stage whose rows some loss or win rate is measured on, with the first field that names it."""
+    """Yield each stage whose rows a loss or a win rate is computed on, with the first field that refers to it."""
     found: dict[str, str] = {}
     for name, stage in experiment.stages.items():
         if isinstance(stage, Evaluate):
@@ -130,7 +131,8 @@ def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
 
 
 def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
-    """What both read, and their splits; "" where they can share no group. Raises BadSource."""
+    """Return a description of the source that both datasets read and of their splits; "" if they cannot share a group.
+    Raises BadSource."""
     if not _overlap(one, other):
         return ""
     parts = find_parts(other, folder)
@@ -143,12 +145,13 @@ def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
 
 
 def _path(file: File) -> str:
-    """One for a file, whichever way it is named."""
+    """Return an identifier of the file that does not depend on how its path is written."""
     return file.name if file.is_remote else os.path.realpath(file.path)
 
 
 def _same(one: Builtin | HubDataset, other: Part) -> bool:
-    """Subsets of a builtin corpus speak of the same objects; a config or split that is not named may be any."""
+    """Whether two sources can share rows. All subsets of the builtin corpora can, since they are about the same
+    objects. A hub config or split that is not set matches any."""
     if isinstance(one, HubDataset) and isinstance(other, HubDataset):
         named = ((one.config, other.config), (one.split, other.split))
         return one.name == other.name and all(a == b or None in (a, b) for a, b in named)
@@ -156,7 +159,8 @@ def _same(one: Builtin | HubDataset, other: Part) -> bool:
 
 
 def _overlap(one: Dataset, other: Dataset) -> bool:
-    """Whether a group can be in both splits: a larger eval_fraction moves groups out of train, and nowhere else."""
+    """Whether a group can be in both splits. Train and evaluation splits overlap only if their `eval_fraction` differs:
+    a larger one moves groups out of train, and no group into it."""
     if "all" in (one.split, other.split) or one.split == other.split:
         return True
     if one.split == "train":
@@ -165,6 +169,7 @@ def _overlap(one: Dataset, other: Dataset) -> bool:
 
 
 def _root(experiment: Experiment, name: str) -> Dataset:
+    """Return the dataset that the rows of a stage come from."""
     stage = experiment.stages[lineage(experiment.stages, name)[-1]]
     assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
     return stage

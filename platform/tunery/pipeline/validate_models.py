@@ -1,9 +1,9 @@
-"""What a stage asks of its models that their configs can answer: positions for `max_length` tokens, and the layers that
-`target_modules` names.
+"""Checks of a stage against the configs of its models: the models have positions for `max_length` tokens, and the
+layers in `target_modules` exist.
 
-A model that is a stage has the architecture of the one at the root of its chain: a folder, a hub name, or a new one.
-Before a run that is looked up without the network; of a hub model that is not downloaded, when the stage starts, before
-its workers do.
+A model that a stage trains has the architecture of the model at the root of its chain: a folder, a hub name, or a
+scratch model. Before a run the checks do not use the network. A hub model whose config is not in the local cache is
+checked when the stage starts, before its workers start.
 """
 
 from __future__ import annotations
@@ -47,23 +47,25 @@ from tunery.spec.yaml_source import YamlSource
 def validate_models(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    """Before a run."""
+    """Yield the errors of a stage before a run. Does not use the network."""
     for paths, error in _wrong(stage, experiment, folder, download=False):
-        # A default has no line: then that of the model.
+        # A field with its default value has no line in the file; the error is then reported at the model.
         places = [("stages", name, *path) for path in paths]
         at = next((place for place in places if place in source.lines), places[-1])
         yield error_at(source, at, f"{name}: {error.message}", cause=error.cause, remedy=error.remedy)
 
 
 def validate_models_at_start(name: str, stage: Any, experiment: Experiment, folder: Path) -> None:
-    """When the stage starts. Raises StageError; a hub that can't be reached is told when the model is loaded."""
+    """Check a stage when it starts. Raises StageError. If the hub cannot be reached, the check is skipped, and loading
+    the model reports that."""
     for _, error in _wrong(stage, experiment, folder, download=True):
         raise StageError(name, error.message, cause=error.cause, remedy=error.remedy)
 
 
 def long_notes(experiment: Experiment, folder: Path) -> list[str]:
-    """Of models that compute positions (RoPE) and are given more than they were trained on: that works, and is how a
-    context is extended, but what they say of tokens that far is seldom good before they have learned it."""
+    """Return notes on stages whose `max_length` exceeds the positions that a model was trained on, for models that
+    compute positions (RoPE). This is valid, and is how a context is extended, but predictions at such positions are
+    usually poor until the model has been trained on them."""
     notes = []
     stage: Any
     for name, stage in experiment.stages.items():
@@ -80,7 +82,7 @@ def long_notes(experiment: Experiment, folder: Path) -> list[str]:
 def _wrong(
     stage: Any, experiment: Experiment, folder: Path, download: bool
 ) -> Iterator[tuple[tuple[KeyPath, ...], BadModel]]:
-    """What is wrong, and the fields that it is about."""
+    """Yield each error with the fields that it concerns."""
     for path, model, limit, is_table in _limits(stage, experiment, folder, download):
         if is_table and stage.max_length > limit:
             yield (
@@ -106,8 +108,8 @@ def _wrong(
 def _limits(
     stage: Any, experiment: Experiment, folder: Path, download: bool
 ) -> Iterator[tuple[KeyPath, str | Pretrained | Scratch, int, bool]]:
-    """Of each model that the stage gives `max_length` tokens to, with its path: tokens, and whether its positions are a
-    table. Only those for which `max_length` may be too much."""
+    """Yield (path, model, maximum number of tokens, whether its position embeddings are a table) for each distinct
+    model that reads sequences of `max_length` tokens. Models with more positions than that may be omitted."""
     if getattr(stage, "max_length", None) is None:
         return
     seen: list[Root] = []
@@ -130,9 +132,9 @@ def _limits(
 
 
 def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
-    """Whether this is a scorer that reads rows as far as its model has positions (models/classifier_inputs.py), in a
-    stage that has the default length: another scorer beside it may have more positions, and `tunery filter` can't give
-    a length."""
+    """Whether this is a scorer that truncates rows to the positions of its model (models/classifier_inputs.py), in a
+    stage with the default `max_length`. That default is not an error: other scorers of the stage may have more
+    positions, and `tunery filter` cannot set a length."""
     if not isinstance(stage, Score) or stage.max_length != Score.model_fields["max_length"].default:
         return False
     return isinstance(stage.by[int(path[1])], ClassificationSpec | Embedding)
@@ -142,13 +144,13 @@ def _is_here(root: Root, folder: Path, download: bool) -> bool:
     """Whether the config can be read on this machine."""
     if isinstance(root, Scratch):
         return True
-    with suppress(OSError, ValueError):  # the hub's errors are of these: no network, no such model, no access
+    with suppress(OSError, ValueError):  # errors of the hub: no network, unknown model, no access
         return (_config_folder(root, folder, download) / "config.json").is_file()
     return False
 
 
 def _config_folder(root: Pretrained, folder: Path, download: bool = False) -> Path:
-    """Where its config.json is. Raises OSError or ValueError where the hub does not give it."""
+    """Return the folder of the model's config.json. Raises OSError or ValueError if the hub does not provide it."""
     if root.is_folder:
         return model_folder(root, folder)
     from huggingface_hub import hf_hub_download
@@ -161,14 +163,14 @@ def _config_folder(root: Pretrained, folder: Path, download: bool = False) -> Pa
 
     try:
         return found(local_files_only=True).parent
-    except OSError:  # without a network the hub is given up after 24 s: what was downloaded needs none
+    except OSError:  # the cache is tried first: without a network, a request to the hub fails only after 24 s
         if not download:
             raise
     return found(local_files_only=False).parent
 
 
 def _located(root: Root, folder: Path, form: Form) -> tuple[str, Form, str | None]:
-    """Arguments of `outline`."""
+    """Return the arguments of `outline` for a root model."""
     if isinstance(root, Scratch):
         return f"scratch:{root.scratch}", form, None
     if root.is_folder:

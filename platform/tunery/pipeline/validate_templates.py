@@ -1,7 +1,7 @@
-"""What a model's chat template makes of the rows that a stage gives it, found out on the first rows before anything
-runs: whether exact masks are possible, which rows it rejects, what `max_length` cuts, and where generation stops.
+"""Check a model's chat template on the first rows of a stage before a run: whether exact loss masks are possible, which
+rows the template rejects, how many rows `max_length` truncates, and how generation starts and stops.
 
-Tokenizers are loaded here, models are not, and nothing imports torch.
+Loads tokenizers, but no models, and does not import torch.
 """
 
 from __future__ import annotations
@@ -46,35 +46,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 200
-"""Rows that are encoded: the first ones of the dataset at the root of a stage's data, filters not applied."""
+"""Number of rows that are encoded: the first rows of each dataset that a stage's rows come from, not filtered."""
 
 
 HEADED = (ClassifierTraining, RewardTraining)
-"""Trainings to which rows are given as texts where the tokenizer has no chat template of its own
+"""Trainings that read rows as plain text if the tokenizer has no chat template of its own
 (models/classifier_inputs.py)."""
 
 
 class TokenizerError(Exception):
-    """A tokenizer whose files can't be loaded."""
+    """The files of a tokenizer cannot be loaded."""
 
 
 @dataclass
 class TemplateCheck:
-    """Of a stage whose tokenizer is at hand."""
+    """Statistics of the sampled rows of a stage."""
 
     rows: int = 0
     unusable: Counter[str] = field(default_factory=Counter)
+    """Number of unusable rows by reason."""
     truncated: int = 0
     escaped: int = 0
-    """Special tokens in the rows' own text."""
+    """Number of special tokens in the text of the rows, which are encoded as ordinary text."""
     dropped_reasoning: int = 0
+    """Number of assistant messages whose reasoning the chat template does not render."""
     opens_thinking: str = ""
-    """The generation prompt, where it opens a thinking block that rows without reasoning are trained without."""
+    """The generation prompt if it opens a thinking block which rows without reasoning are trained without; else ""."""
     max_unusable: float = 1.0
 
     @property
     def note(self) -> str:
-        """What is worth knowing of the sampled rows; "" when all of them are used whole."""
+        """Note on the sampled rows for the plan; "" if there is nothing to report."""
         parts = []
         if count := sum(self.unusable.values()):
             reasons = "; ".join(f"{number} x {reason}" for reason, number in self.unusable.most_common(2))
@@ -99,7 +101,8 @@ class TemplateCheck:
 def validate_templates(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    """Of a stage whose models come from outside the experiment, at first or second hand."""
+    """Yield the errors of a stage whose language models are pretrained or derived from pretrained models. A model
+    without a local tokenizer is skipped."""
     for at, model in _models(stage):
         try:
             tokenizer = _tokenizer(model, experiment, folder)
@@ -126,7 +129,7 @@ def validate_templates(
                 remedy="give the tokenizer another `chat_template`; docs/templates.md lists what is supported",
             )
             continue
-        # A sample says nothing certain of rows that it does not hold, or that are filtered first.
+        # Conclusive only if the sample is the complete dataset and no stage filters its rows.
         unfiltered = isinstance(stage.data, str) and isinstance(experiment.stages[stage.data], Dataset)
         if unfiltered and 0 < found.rows < SAMPLE and sum(found.unusable.values()) == found.rows:
             yield error_at(
@@ -141,7 +144,8 @@ def validate_templates(
 
 
 def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str, Path] | None = None) -> dict[str, str]:
-    """By training stage, what is worth knowing of its rows. `artifacts`: of models that are built."""
+    """Return notes on the first rows of each training, by stage. `artifacts`: folders of the models in the store, by
+    stage."""
     notes = {}
     for name, stage in experiment.stages.items():
         if not isinstance(stage, Training):
@@ -151,19 +155,20 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
             tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {}, load)
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note
-        except (UnsupportedTemplate, TokenizerError):  # an error of `validate`
+        except (UnsupportedTemplate, TokenizerError):  # reported by `validate`
             continue
     return notes
 
 
 def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
-    """Raises UnsupportedTemplate, where some row is a conversation."""
+    """Encode the first rows of a stage with the tokenizer and return the counts. Raises UnsupportedTemplate if the rows
+    contain messages and the chat template is not supported."""
     found = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
     data = stage.data.values() if isinstance(stage, Evaluate) else data_refs(stage.data).values()
     try:
         roots = [root_of(experiment, name) for name in data]
         rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
-    except BadSource:  # an error of the dataset
+    except BadSource:  # reported for the dataset
         return found
     if any(row.get("messages") for row in rows):
         profile = chat_template_of(tokenizer).profile
@@ -178,7 +183,8 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
 
 
 def _encode_rows(stage: Any) -> EncodeRows | None:
-    """How the stage turns rows into sequences; None where that is not known of the rows of a sample."""
+    """Return the function that encodes the rows of the stage as sequences; None if the sampled rows do not determine
+    it."""
     if isinstance(stage, WinRate):
         return encode_prompt_rows
     if isinstance(stage, ClassifierTraining) and not isinstance(stage.data, str):
@@ -197,7 +203,7 @@ def _count(item: TokenizedRow, found: TemplateCheck) -> None:
 
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Language models of a stage, with where each stands in it."""
+    """Yield the language models of a stage with their field paths."""
     if isinstance(stage, HEADED):
         return
     if isinstance(stage, Training):
@@ -218,7 +224,7 @@ def _tokenizer(
     artifacts: Mapping[str, Path] | None = None,
     load: Callable[[Source], PreTrainedTokenizerBase] = load_tokenizer,
 ) -> PreTrainedTokenizerBase | None:
-    """None where it is not at hand: of a new model, and of one on the hub that was not downloaded yet."""
+    """Return the tokenizer of a model; None for a scratch model and for a hub model that is not in the local cache."""
     for base in model_chain(experiment.stages, model):
         if isinstance(base, str) and artifacts is not None and base in artifacts:
             return _loaded({"artifact": str(artifacts[base])}, load)
@@ -232,7 +238,7 @@ def _tokenizer_folder(model: Pretrained, folder: Path) -> str | None:
         return _cached(model)
     try:
         check_model_folder(model_folder(model, folder))
-    except BadModel:  # an error of the stage that names it
+    except BadModel:  # reported for the stage that refers to it
         return None
     return str(model_folder(model, folder))
 
@@ -240,13 +246,14 @@ def _tokenizer_folder(model: Pretrained, folder: Path) -> str | None:
 def _loaded(source: Source, load: Callable[[Source], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     try:
         return load(source)
-    except Exception as error:  # whatever a tokenizer's files make of the library that reads them
+    except Exception as error:  # the library raises many types of errors for invalid tokenizer files
         lines = str(error).strip().splitlines()
         raise TokenizerError(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
 
 
 def _cached(model: Pretrained) -> str | None:
-    """The folder of a hub model's tokenizer in Hugging Face's cache; nothing is downloaded."""
+    """Return the folder of a hub model's tokenizer in the Hugging Face cache; None if it is not cached. Does not
+    download."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
@@ -258,7 +265,7 @@ def _rows(count: int) -> str:
 
 
 def _reasons(row: Row) -> bool:
-    """Whether the last turn has reasoning."""
+    """Whether the last message has reasoning."""
     last = row["messages"][-1]
     return bool(last.get("reasoning_content")) or "</think>" in (last["content"] or "")
 

@@ -1,5 +1,5 @@
-"""What can be checked of trainings before a run: that the rows they are given are of a shape that they can learn from,
-and that whatever rates answers gives one number."""
+"""Checks of trainings and win rates before a run: the rows have a format that the stage can use, a reward model or
+judge has a single output, and a Python reward function exists."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from tunery.spec.yaml_source import YamlSource
 
 @dataclass(frozen=True)
 class Need:
+    """Row formats that a stage kind accepts, and the texts of the error for other formats."""
+
     shapes: tuple[str, ...]
     what: str
     cause: str
@@ -62,13 +64,14 @@ NEEDS = {
     "ppo": _PROMPTS,
     "win_rate": _PROMPTS,
 }
-"""By stage kind; one that is not here takes rows of any shape."""
+"""By stage kind; a kind that is not listed accepts every row format."""
 
 
 def check_shapes(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    """By the first row at the root of the stage's data."""
+    """Yield an error for each data field whose rows have an unsupported format, judged by the first row of the dataset
+    that they come from."""
     need = NEEDS.get(stage.kind)
     for field in ("data", "eval_data"):
         data = getattr(stage, field, None)
@@ -78,7 +81,7 @@ def check_shapes(
             root = root_of(experiment, rows)
             try:
                 shape = first_shape(root, folder)
-            except BadSource:  # told at the dataset
+            except BadSource:  # reported for the dataset
                 continue
             if shape not in need.shapes:
                 what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{source_label(root)}`"
@@ -101,7 +104,7 @@ _PLURALS = {
 
 
 def root_of(experiment: Experiment, name: str) -> Dataset:
-    """The dataset that a stage's rows come from."""
+    """Return the dataset that the rows of a stage come from."""
     stage = experiment.stages[lineage(experiment.stages, name)[-1]]
     assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
     return stage
@@ -110,7 +113,7 @@ def root_of(experiment: Experiment, name: str) -> Dataset:
 def validate_rewards(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    """`reward` of a training, `judge` of a comparison."""
+    """Yield the errors of the `reward` of a training and of the `judge` of a win rate."""
     for field in ("reward", "judge"):
         reward = getattr(stage, field, None)
         try:
@@ -124,8 +127,9 @@ def validate_rewards(
 
 
 def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) -> Labels | None:
-    """What a stage's or a folder's classifier tells apart; None of one on the hub, which is looked at when it is
-    loaded. Raises BadModel for a folder without a classification head."""
+    """Return the labels of the classifier that a stage trains or that is stored in a folder. None for a model on the
+    hub, which is checked when it is loaded, and for a stage that trains no classifier. Raises BadModel for a folder
+    without a classification head."""
     if isinstance(model, Pretrained):
         return labels_of_folder(model_folder(model, folder)) if model.is_folder else None
     stage = experiment.stages[model]
@@ -135,7 +139,7 @@ def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) 
 
 
 def _check_function(reward: PythonReward, folder: Path) -> None:
-    """Raises BadModel where the file has no such function. It is read, not run."""
+    """Raise BadModel if the file does not define the function. The file is parsed, not executed."""
     path = folder / reward.python
     signature = f"def {reward.function}(prompts: list[str], answers: list[str]) -> list[float]"
     try:
