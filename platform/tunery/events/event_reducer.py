@@ -1,10 +1,10 @@
 """Reduce the event log of a run to its current state, for the terminal view and the report.
 
-`replay` reduces a complete log, `apply` one further event. A log may have several invocations of one command
+`replay` reduces a complete log, `apply` adds one event. A log may contain several invocations of one command
 (interrupted, then resumed). A new `run_started` resets every stage to waiting but keeps the points of its curve,
 because a resumed training continues from a checkpoint and repeats only the last steps. Points are stored by step; a
 later event overwrites an earlier one. Events of different writers may arrive slightly out of order, so no handler
-depends on another event.
+requires that another event has been applied.
 """
 
 from __future__ import annotations

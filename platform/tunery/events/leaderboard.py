@@ -1,4 +1,4 @@
-"""The trials of a search as a table, best first, and in words who won and how sure that is. Pure."""
+"""Table of the trials of a search, best first, and a summary of the best trial and its uncertainty. No I/O."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ class Leaderboard:
     columns: list[str]
     rows: list[list[object]]
     optional: list[str]
-    """Columns that a narrow table may leave out, the last one first: of the best trial the values are told in words."""
+    """Columns that a narrow table may omit, last one first. `winner_summary` repeats the values of the best trial."""
     chosen: int | None
-    """The row of the winner."""
+    """Index of the row of the best trial."""
 
 
 def parameters(search: SearchState) -> list[str]:
-    """The searched fields, in the order of the space; the trials' own where no space was told."""
+    """Return the paths of the searched fields in the order of the search space, then further fields that the trials
+    override (all of them if the log has no search space)."""
     told = [path for trial in search.own for path in in_course(trial.overrides)]
     return list(dict.fromkeys([*search.space, *told]))
 
 
 def leaderboard(search: SearchState, *, words: bool = False, times: bool = False) -> Leaderboard:
-    """A row a trial, best first. Replicates have none: with the trial that they repeat they give its mean, half of the
-    95% interval, and the number of seeds. Columns that would be empty are left out, and the state where all ran to
-    their end. `words`: column names are broken into words. `times`: how long each took, and why it failed."""
+    """Return one row per trial, best first. Replicates have no row: they contribute the mean over seeds, half of its
+    95% confidence interval, and the number of seeds to the row of the replicated trial. Empty columns are omitted, and
+    the state if all trials are done.
+
+    `words`: write column names with spaces instead of underscores. `times`: add the duration of each trial and the
+    error of failed ones.
+    """
     ranked = search.ranked
     names = column_names(search, words=words)
     found = search.standings
@@ -38,7 +43,7 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
         columns.append(("state", [trial.status for trial in ranked]))
     measured = {metric: [trial.values.get(metric) for trial in ranked] for metric in search.metrics}
     measured[search.value_name] = [trial.value for trial in ranked]
-    # What the search goes by comes first, and how sure it is beside it.
+    # The value that is optimized comes first, next to its mean over seeds.
     columns.append((names.get(search.value_name, search.value_name), measured.pop(search.value_name)))
     columns.append(("mean of seeds", [mean_text(standing) if standing else None for standing in standings]))
     columns.append(("seeds", [standing.seeds if standing else None for standing in standings]))
@@ -67,13 +72,13 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
 
 
 def column_names(search: SearchState, *, words: bool = False) -> dict[str, str]:
-    """Metrics and searched fields by their shortest endings that differ from each other's."""
+    """Map the paths of metrics and searched fields to their shortest unique suffixes."""
     names = short_paths([*search.metrics, *parameters(search)])
     return {path: name.replace("_", " ") if words else name for path, name in names.items()}
 
 
 def origin(trial: TrialState) -> str:
-    """Where a trial comes from, unless it was drawn like any other."""
+    """Return the origin of a trial, such as 'replicate of NAME'; "" for a sampled trial."""
     match trial.origin:
         case "cloned" | "descendant" | "replicate":
             joined = "from" if trial.origin == "cloned" else "of"
@@ -85,7 +90,7 @@ def origin(trial: TrialState) -> str:
 
 
 def broken(search: SearchState, trial: TrialState, names: dict[str, str] | None = None) -> list[str]:
-    """The constraints that a trial that ran to its end breaks: 'forgetting > 0.02'."""
+    """Return the constraints that a finished trial violates: 'forgetting > 0.02'."""
     if trial.status != "done" or trial.feasible:
         return []
     found = []
@@ -101,18 +106,19 @@ def broken(search: SearchState, trial: TrialState, names: dict[str, str] | None 
 
 
 def bound_text(bound: ConstraintState, name: str) -> str:
-    """'forgetting ≤ 0.02'."""
+    """Format a constraint: 'forgetting ≤ 0.02'."""
     ends = [f"{sign} {end:g}" for sign, end in (("≥", bound.low), ("≤", bound.high)) if end is not None]
     return f"{name} {' and '.join(ends)}"
 
 
 def mean_text(standing: TrialStanding) -> str:
-    """Mean ± half of the 95% interval."""
+    """Format mean ± half of the 95% confidence interval."""
     return with_half(standing.mean, standing.half)
 
 
 def winner_summary(search: SearchState) -> list[str]:
-    """Who won, how sure that is, and what ended the search before its last trial; a line each."""
+    """Return lines that describe the best trial, trials that are statistically tied with it, violated constraints, the
+    Pareto front, and why the search ended early."""
     best, lines = search.best, list[str]()
     if best is not None and best.value is not None:
         lines.append(_winner(search, best))
@@ -146,7 +152,7 @@ def _winner(search: SearchState, best: TrialState) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    """'a', 'a and b', 'a, b and c'."""
+    """Join at most `most` names: 'a', 'a and b', 'a, b and c', 'a, b and 3 more'."""
     shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
 

@@ -1,4 +1,4 @@
-"""The one fact of a stage that its line shows: what came out of it, in a few words."""
+"""One-line summary of a stage: its status and main result, in a few words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Facts = Mapping[str, Any]
 
 
 def note(stage: StageState) -> str:
-    """What a stage's line ends with; empty when there is nothing worth saying yet."""
+    """Return the text at the end of a stage's line: its error, the inputs that it waits for, its progress or its
+    result; "" if there is none."""
     if stage.status == "failed":
         return stage.error.message.splitlines()[0] if stage.error and stage.error.message else "failed"
     if stage.status == "waiting":
@@ -27,7 +28,7 @@ def note(stage: StageState) -> str:
 
 
 def outcome(stage: StageState) -> str:
-    """The main fact of a stage that has ended, whether it was made now or found in the store."""
+    """Return the main result of a stage that was built or reused."""
     result = _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
     usable = usable_rows(stage.facts) if stage.kind in TRAININGS else None
     parts = (result, usable.note if usable else "", mixture_note(stage.facts))
@@ -35,7 +36,7 @@ def outcome(stage: StageState) -> str:
 
 
 def mixture_note(facts: Facts) -> str:
-    """'tokens: web 70%, code 30%': of a training on several stages, each one's share; "" of others."""
+    """Return the share of tokens of each stage in a data mixture: 'tokens: web 70%, code 30%'; "" without a mixture."""
     mixture = facts.get("mixture")
     if not isinstance(mixture, Mapping):
         return ""
@@ -44,12 +45,12 @@ def mixture_note(facts: Facts) -> str:
 
 @dataclass(frozen=True)
 class UsableRows:
-    """How many of the `rows` that a training was given it could learn from, and how many of those it cut short."""
+    """Numbers of input rows of a training: all, unusable, too long, and truncated ones."""
 
     rows: float
     unusable: float
     too_long: float
-    """Prompts, which are not cut."""
+    """Prompts over the length limit. They are dropped, not truncated."""
     truncated: float
 
     @property
@@ -58,25 +59,26 @@ class UsableRows:
 
     @property
     def reasons(self) -> str:
-        """'32 unusable, 27 truncated'; empty where every row was used as it is."""
+        """For example '32 unusable, 27 truncated'; "" if every row is used unchanged."""
         counts = {"unusable": self.unusable, "too long": self.too_long, "truncated": self.truncated}
         return ", ".join(f"{count(number)} {reason}" for reason, number in counts.items() if number)
 
     @property
     def note(self) -> str:
-        """'28 of 60 rows (32 unusable, 27 truncated)'; empty where every row was used as it is."""
+        """For example '28 of 60 rows (32 unusable, 27 truncated)'; "" if every row is used unchanged."""
         rows = count(self.rows) if self.used == self.rows else f"{count(self.used)} of {count(self.rows)}"
         return f"{rows} rows ({self.reasons})" if self.reasons else ""
 
 
 def usable_rows(facts: Facts) -> UsableRows | None:
-    """Of a training's facts; None where they lack the number of rows."""
+    """Return the row counts in the facts of a training; None if they lack the number of rows."""
     rows, *counts = (as_number(facts.get(name)) for name in ("rows", "unusable", "too_long", "truncated"))
     return None if rows is None else UsableRows(rows, *(number or 0 for number in counts))
 
 
 def latest(stage: StageState) -> str:
-    """Of the newest point that has one the reward, with KL: 'reward 4.61, KL 11.9'; else the loss: 'loss 3.210'."""
+    """Return the reward and KL, or else the loss, of the latest point of the curve that has either: 'reward 4.61, KL
+    11.9' or 'loss 3.210'."""
     for point in reversed(stage.curve):
         if "reward" in point.values:
             return _reward_and_kl(None, point.values["reward"], point.values.get("kl"))
@@ -87,28 +89,28 @@ def latest(stage: StageState) -> str:
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a policy's answers were worth before its training and after, and how far it went for that. `held_out`: of
-    answers to held-out prompts, else of the training's own, in its first steps and its last."""
+    """Mean reward of a policy's responses before and after training, and its KL from the reference model."""
 
     before: float | None
     after: float
     kl: float | None
     held_out: bool
+    """Whether the rewards are for held-out prompts, or else for the training prompts of the first and last steps."""
 
 
 def rewards(facts: Facts) -> Rewards | None:
-    """Of a stage that learns from rewards; None where its facts tell no reward."""
+    """Return the rewards in the facts of a stage that trains on rewards; None if they have none."""
     held_out = as_number(facts.get("eval_reward"))
     names = ("first_reward", "reward") if held_out is None else ("eval_reward_before", "eval_reward")
     before, after = (as_number(facts.get(name)) for name in names)
-    # Not every kind measures KL on held-out prompts.
+    # Not every trainer computes the KL on held-out prompts.
     kls = [as_number(facts.get(name)) for name in (("kl",) if held_out is None else ("eval_kl", "kl"))]
     kl = next((value for value in kls if value is not None), None)
     return None if after is None else Rewards(before, after, kl, held_out is not None)
 
 
 def listed(value: object) -> list[Mapping[str, Any]]:
-    """The mappings of a list of mappings; a fact of another shape gives none."""
+    """Return the mappings in a list; [] if `value` is not a list."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
@@ -216,7 +218,7 @@ def _win_rate(facts: Facts) -> str:
 
 
 def _other(facts: Facts) -> str:
-    """Of a stage kind that is not known here: its first few plain facts."""
+    """Summarize a stage of unknown kind by its first three facts with plain values."""
     simple = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str) and value != ""]
     return ", ".join(f"{key.replace('_', ' ')} {plain(value, key)}" for key, value in simple[:3])
 
