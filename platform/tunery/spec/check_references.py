@@ -1,4 +1,5 @@
-"""What stages refer to: that it is there, gives what is wanted, and makes the scores that are named."""
+"""Validate references between stages: the stage exists, its output type is accepted, and it computes the scores that
+the reading stage uses."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ _FROM_OUTSIDE = "none; write {pretrained: <folder or hub name>}"
 
 
 def check_references(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
+    """Yield errors for invalid stage names, invalid references to stages, and cycles."""
     stages = experiment.stages
     for name, stage in stages.items():
         path: KeyPath = ("stages", name)
@@ -36,7 +38,7 @@ def check_references(experiment: Experiment, source: YamlSource) -> Iterable[Spe
                 )
             elif stages[item.stage].gives not in item.wants:
                 fitting = [other for other, stage in stages.items() if stage.gives in item.wants and other != name]
-                # Models may come from outside the experiment, rows may not.
+                # A model may come from outside the experiment, rows come from a stage.
                 otherwise = "none; add one" if set(item.wants) & set(ROWS) else _FROM_OUTSIDE
                 yield error_at(
                     source,
@@ -64,11 +66,13 @@ def _wanted(gives: tuple[str, ...]) -> str:
         "classifier": "a reward model or classifier",
         "metrics": "metrics",
     }
-    # Whoever takes rows takes a selection's too: nobody has to be told.
+    # Every input that accepts rows accepts selected rows too, so the message omits them.
     return " or ".join(words[give] for give in gives if give != "selected" or "rows" not in gives)
 
 
 def check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
+    """Yield errors for scores and vectors that a select stage uses but its data does not have, and for reviews of a
+    select stage without a threshold."""
     for name, stage in experiment.stages.items():
         if isinstance(stage, Review):
             selection = experiment.stages[stage.data]
@@ -85,7 +89,7 @@ def check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecErr
 
 
 def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
-    """Each score that is named is made by the data, and each vector kept."""
+    """Check that the data of a select stage has every score and every vector that the stage uses."""
     scored = experiment.stages[stage.data]
     scorers = scored.by if isinstance(scored, Score) else ()
     made = [scorer.score for scorer in scorers if not scorer.gives_vectors]

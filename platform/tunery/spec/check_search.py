@@ -1,5 +1,5 @@
-"""What can be known of a search from the text alone: its metrics are logged, its dimensions lead to fields that take
-their values, and what goes together goes together."""
+"""Validate a search from the experiment file alone: its metrics are logged, its dimensions refer to fields that accept
+their values, and its scheduler, algorithm, conditions and initial points are consistent with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS_OF_WIN_RATE = ("win_rate", "reward")
 
 
 def metrics_of(experiment: Experiment) -> list[str]:
-    """Every metric that a search can aim at."""
+    """Return every metric that a search can optimize or constrain."""
     names: list[str] = []
     for name, stage in experiment.stages.items():
         if isinstance(stage, Training) and stage.eval_data is not None:
@@ -45,6 +45,7 @@ def metrics_of(experiment: Experiment) -> list[str]:
 
 
 def check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
+    """Yield the errors of the search of an experiment, if it has one."""
     search = experiment.search
     if search is None:
         return
@@ -198,7 +199,7 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
 
 
 def _check_values(path: str, dimension: Dimension, experiment: Experiment, source: YamlSource) -> SpecError | None:
-    """Each value (or end of a range) gives an experiment, where the dimension is there."""
+    """Return an error unless each value (or end of a range) gives a valid experiment when the dimension is active."""
     assert experiment.search is not None, "asked for by its dimension"
     at: KeyPath = ("search", "space", path)
     for value in dimension.values:
@@ -222,7 +223,7 @@ def _check_values(path: str, dimension: Dimension, experiment: Experiment, sourc
 
 
 def conditions_met(path: str, space: Mapping[str, Dimension]) -> dict[str, Any]:
-    """Values of other dimensions with which this one is there: of each condition the first."""
+    """Return values of other dimensions that make this dimension active: the first value of each condition."""
     met: dict[str, Any] = {}
     for other, values in space[path].when.items():
         met |= {**conditions_met(other, space), other: as_tuple(values)[0]}
@@ -280,5 +281,6 @@ def _check_grid(search: Search, source: YamlSource) -> Iterable[SpecError]:
 
 
 def _conditional(search: Search) -> bool:
-    """Then fewer combinations differ, and the search counts them itself (search/space.py)."""
+    """Whether some dimension has a condition. The grid then has fewer distinct combinations, which are counted in
+    search/space.py."""
     return any(dimension.when for dimension in search.space.values())

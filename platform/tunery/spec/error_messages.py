@@ -1,4 +1,4 @@
-"""From pydantic's errors to ours: each names the file, the line, the value, the cause and the remedy."""
+"""Convert the errors of pydantic to SpecErrors, which name the file, the line, the value, the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from tunery.spec.yaml_source import YamlSource
 
 
 def error_at(source: YamlSource, path: KeyPath, message: str, *, cause: str = "", remedy: str = "") -> SpecError:
+    """Return an error with the line of `path`."""
     return SpecError(message, file=source.file, line=source.line(path), cause=cause, remedy=remedy)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A remedy: the known word that was probably meant, or all of them."""
+    """Return a remedy that suggests the known word closest to `word`, or lists all known words if none is close."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1)
     return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(names) or 'none'}"
 
 
 def translate_all(details: list[ErrorDetails], source: YamlSource) -> list[SpecError]:
-    """One error a mistake: the members of a union that a value fits none of are told together, and a key that is
-    missing because it is misspelled is told once."""
+    """Return one error per mistake. If a value matches no member of a union, the errors of the members are merged; if a
+    required key is misspelled, only the misspelled key is reported, not the missing one."""
     errors: dict[str, SpecError] = {}
     for detail in details:
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
-            continue  # pydantic counts the good items only; the bad ones are told by themselves
+            continue  # pydantic counts only the valid items; the invalid ones have errors of their own
         error = _translate(detail, source)
         if error.message in errors:
             errors[error.message].cause += f", or {sentence(detail).removeprefix('it should be ')}"
@@ -85,6 +86,7 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
 
 
 def sentence(detail: ErrorDetails) -> str:
+    """Return the message of a pydantic error as a clause: 'it should be a valid integer'."""
     text = detail["msg"].removeprefix("Value error, ")
     text = text.replace("Input should be", "it should be").replace("Input", "it")
     return text[:1].lower() + text[1:]
@@ -100,7 +102,7 @@ def kind_of(data: Any) -> str:
 
 
 def _path_in_file(loc: tuple[int | str, ...], data: Any) -> KeyPath:
-    """pydantic's location without the union tags in it, which the file does not have."""
+    """Return the location of a pydantic error without the union tags, which are not in the file."""
     path: list[int | str] = []
     here = data
     for key in loc:
@@ -115,7 +117,7 @@ def _path_in_file(loc: tuple[int | str, ...], data: Any) -> KeyPath:
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model that holds the last key of `loc`: walks the annotations along it."""
+    """Return the field names of the model that has the last key of `loc`. Follows the annotations along `loc`."""
     annotation: Any = Experiment
     for key in loc[:-1]:
         annotation = _step(annotation, key)

@@ -1,4 +1,4 @@
-"""Graph of stages: topological order and dependencies. Functions over a validated experiment."""
+"""Graph of the stages of an experiment: topological order, dependencies and cycles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""References of a stage: to other stages, and to pretrained models."""
+"""References from a stage to other stages and to pretrained models."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Pretrained(Config):
 
 
 def _model_tag(value: object) -> str:
-    """Which form of a model reference this is, so that an error speaks of the form that was meant."""
+    """Return the form of a model reference. A misspelled key is matched to the closest form, so that the error is about
+    that form."""
     if isinstance(value, dict):
         near = [form for form in ("scratch", "pretrained") if difflib.get_close_matches(form, value, n=1)]
         return near[0] if near else "pretrained"
@@ -79,12 +80,14 @@ NewOrModel = Annotated[
 
 
 def model_inputs(path: tuple[str | int, ...], model: str | Pretrained | Scratch) -> Iterator[StageRef]:
+    """Yield the reference to the stage of a model, if a stage trains it."""
     if isinstance(model, str):
         yield StageRef(path, model, ("model",))
 
 
 def model_name(model: str | Pretrained | Scratch) -> str:
-    """What a model is called in results: its stage's name, or the last part of its folder or hub name."""
+    """Return the name of a model in results: its stage name, the last part of its folder or hub name, or
+    `scratch-<size>`."""
     if isinstance(model, str):
         return model
     if isinstance(model, Scratch):

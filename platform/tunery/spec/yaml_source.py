@@ -1,7 +1,8 @@
-"""YAML 1.2 with positions: plain data, and the line of every key and value.
+"""Parse YAML 1.2 into plain data and the line numbers of all keys and list items.
 
-PyYAML reads YAML 1.1, where `no` is false and `1e-5` is text. Here its parser builds the nodes and the YAML 1.2 core
-schema (https://yaml.org/spec/1.2.2/#103-core-schema) says what a plain scalar means: `no` is a word, `1e-5` a number.
+PyYAML implements YAML 1.1, where `no` is false and `1e-5` is a string. Here PyYAML only builds the nodes; plain scalars
+are resolved by the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), where `no` is a string and
+`1e-5` a number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Path = tuple[str | int, ...]
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # Python refuses to read longer ones
+_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # int() of Python rejects strings of more than 4,300 digits
 _OCTAL = re.compile(r"0o[0-7]+")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -29,7 +30,7 @@ _NAN = re.compile(r"\.(nan|NaN|NAN)")
 
 @dataclass(frozen=True)
 class YamlSource:
-    """`data` is what the file says; `lines[path]` is the 1-based line where the key (or list item) of `path` stands."""
+    """A parsed YAML file. `lines[path]` is the 1-based line of the key or list item at `path`."""
 
     file: str
     text: str
@@ -37,14 +38,14 @@ class YamlSource:
     lines: dict[Path, int]
 
     def line(self, path: Path) -> int:
-        """The line of `path`, or of its nearest ancestor that stands in the file (a missing key has no line)."""
+        """Return the line of `path`; if the file does not have it, the line of its nearest ancestor."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
 
 
 def read_yaml(text: str, file: str) -> YamlSource:
-    """Parse one document. Raises SpecError with the line for YAML that is broken or has a key twice."""
+    """Parse one document. Raises SpecError, with the line, for invalid YAML and duplicate keys."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -73,7 +74,8 @@ def read_yaml(text: str, file: str) -> YamlSource:
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, within: tuple[yaml.Node, ...]) -> Any:
-    """`within` are the nodes around this one: an alias to one of them would have no end."""
+    """Convert a node to plain data and record the lines below `path`. `within` are the ancestors of the node: an alias
+    to one of them would be an infinite recursion."""
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style in ("'", '"', "|", ">") else plain_scalar(node.value)
@@ -105,7 +107,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, withi
 
 
 def plain_scalar(text: str) -> Any:
-    """What an unquoted YAML 1.2 scalar means: null, bool, int, float or text."""
+    """Return the value of an unquoted YAML 1.2 scalar: None, bool, int, float or str."""
     if _NULL.fullmatch(text):
         return None
     if _TRUE.fullmatch(text):
