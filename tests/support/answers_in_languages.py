@@ -1,4 +1,4 @@
-"""Good answers in several languages, made of sentences in an order of their own: 100 of a language differ."""
+"""Responses of good quality in several languages, composed of sampled sentences: 100 distinct ones per language."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ SENTENCES = {
 
 
 def answers(language: str, count: int) -> list[str]:
-    """Of nine sentences each, in two paragraphs."""
+    """Return `count` distinct responses of nine sentences in two paragraphs."""
     chosen = random.Random(7)
     end = " " if language not in ("zh", "ja") else ""
     result: list[str] = []

@@ -1,7 +1,7 @@
-"""A real browser for the tests: headless Chromium, spoken to in its DevTools protocol over a pair of pipes.
+"""Headless Chromium for tests, controlled with the DevTools protocol over two pipes.
 
-https://chromedevtools.github.io/devtools-protocol. `--remote-debugging-pipe` takes JSON messages that end in a zero
-byte on descriptor 3 and answers on 4: no port, no driver, no package.
+https://chromedevtools.github.io/devtools-protocol. With `--remote-debugging-pipe` the browser reads JSON messages that
+end in a zero byte from file descriptor 3 and writes responses to 4. No port, driver or package is needed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
 )
-# The keys that have a name; of the others `key` is the character.
+# Key codes of named keys; for other keys the code is that of the character.
 NAMED = {"ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, " ": 32}
 
 
 class Chromium:
-    """One browser. Pages are opened with `open`."""
+    """A browser process. `open` opens a page."""
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None, "the caller looked"
@@ -46,7 +46,8 @@ class Chromium:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, session: str | None = None, **values: Any) -> dict[str, Any]:
-        """Returns the result. Raises AssertionError with the browser's own words, or after 30 seconds."""
+        """Call a DevTools method and return its result. Raises AssertionError with the browser's error, or after 30
+        seconds."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": values}
         if session is not None:
@@ -106,7 +107,7 @@ class Page:
         self.call("Page.bringToFront")
 
     def run(self, expression: str) -> Any:
-        """Value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -120,14 +121,14 @@ class Page:
     def _holds(self, expression: str) -> bool:
         try:
             return bool(self.run(f"Boolean({expression})"))
-        except AssertionError:  # between two documents there is nothing to ask
+        except AssertionError:  # while a new document loads, nothing can be evaluated
             return False
 
     def text(self, selector: str) -> str:
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def press(self, key: str) -> None:
-        """As a keyboard does it, to whatever has the focus."""
+        """Press a key, as a keyboard does; the focused element receives it."""
         told: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": NAMED.get(key, ord(key[0].upper()))}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=key if len(key) == 1 else "", **told)
         self.call("Input.dispatchKeyEvent", type="keyUp", **told)
@@ -153,7 +154,7 @@ class Page:
 
     @property
     def errors(self) -> list[str]:
-        """What the browser complained about in this page: exceptions, and errors in its log."""
+        """Errors of this page: uncaught exceptions and errors in the browser's log."""
         found = []
         for event in self._browser.events:
             if event.get("sessionId") != self._session:

@@ -1,4 +1,4 @@
-"""Kinds of conversations, as rows and as the encodings of chat templates."""
+"""Kinds of conversations, as rows and encoded with chat templates."""
 
 from __future__ import annotations
 

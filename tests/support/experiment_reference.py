@@ -76,7 +76,7 @@ SECTIONS: dict[type[BaseModel], str] = {
     Constraint: "Constraint",
     Budget: "Budget",
 }
-"""Nested mappings that have a section of their own, and its title."""
+"""Nested mappings that have their own section, with its title."""
 
 STAGE_REFERENCES = {
     *((cls, "data") for cls in STAGES.values()),
@@ -90,7 +90,7 @@ STAGE_REFERENCES = {
     (ContaminationSettings, "sets"),
     *((cls, "reference") for cls in SCORERS),
 }
-"""Fields whose text is the name of a stage."""
+"""Fields whose strings are names of stages."""
 
 OWN = ("kind", "data", "model")
 """Keys of a training whose type depends on its kind."""
@@ -99,7 +99,7 @@ TYPES = {
     "eval_data": "stage; in `classifier` the forms of `data`",
     "space": "mapping of path to [Dimension](#dimension)",
 }
-"""Types that the annotation does not show."""
+"""Types that differ from the annotation."""
 
 HEAD = """\
 # Experiment reference
@@ -116,7 +116,7 @@ Every key of an experiment file. This page is generated from the schema
 
 
 def slug(title: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub generates for a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
@@ -140,7 +140,7 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 
 def type_text(annotation: Any, stage: bool = False) -> str:
-    """An annotation as a user writes the value. `stage`: its texts are names of stages."""
+    """Return the type as a user writes its values. `stage`: strings are names of stages."""
     if isinstance(annotation, FieldInfo):
         return type_text(annotation.annotation, stage) + _bounds(annotation.metadata)
     origin = get_origin(annotation)
@@ -211,13 +211,13 @@ def table(model: type[BaseModel], leave_out: Iterable[str] = ()) -> list[str]:
 
 
 def described(model: type[BaseModel]) -> list[str]:
-    """The docstring that a class has itself."""
+    """Return the docstring of the class itself, not an inherited one."""
     text = model.__dict__.get("__doc__") or ""
     return [inspect.cleandoc(text), ""] if text else []
 
 
 COMMON = [name for name in Training.__annotations__ if name in Training.model_fields and name not in OWN]
-"""Keys that every kind of training has, with the same meaning."""
+"""Keys that all kinds of training have, with the same meaning."""
 
 
 def _stage_section(kind: str, model: type[BaseModel]) -> list[str]:

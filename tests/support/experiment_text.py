@@ -1,4 +1,4 @@
-"""Experiments from their text."""
+"""Type of the fixture that loads an experiment from its text."""
 
 from __future__ import annotations
 

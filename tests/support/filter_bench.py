@@ -1,4 +1,4 @@
-"""`tunery filter` in one process: the real checks, stages and files, without Ray."""
+"""Run `tunery filter` in one process: the real checks, stages and files, without Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunery.store import Store
 
 
 def filter_here(*sources: str, out: str, dropped: str | None = None, store: str = "store", **options: Any) -> Outputs:
-    """The command with these options, from the current folder."""
+    """Run the command with these options. Relative paths start at the current folder."""
     asked = FilterRequest(sources, Path(out), **options)
     check_sources(asked)
     built = build(asked)

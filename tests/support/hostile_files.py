@@ -1,4 +1,4 @@
-"""A hundred files as nobody should write them, with the good rows in them and what is wrong (test_hostile_files.py)."""
+"""A hundred malformed or unusual files, with their valid rows and their errors (test_hostile_files.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from tunery.store.rows import Row
 
 @dataclass(frozen=True)
 class Hostile:
-    """A file whose rows answer `good`, of which `bad` records go to quarantine, the first for `reason`."""
+    """A file with its expected rows (`good`: the content of each), number of quarantined records, and reason of the
+    first."""
 
     name: str
     content: bytes
@@ -33,7 +34,7 @@ class Hostile:
 
 
 def said(row: Row) -> str:
-    """What a row says last: its text, or its answer."""
+    """Return the text of a row, or the content of its last message."""
     return str(row["text"] if row.get("text") else row["messages"][-1]["content"])
 
 
@@ -65,7 +66,7 @@ def workbook(*sheets: list[list[Any]], change: Callable[[Any], None] = lambda bo
 
 
 def with_cached(content: bytes, value: str) -> bytes:
-    """The workbook with a value for its formulas, as Excel stores it and openpyxl does not."""
+    """Return the workbook with a cached value for its formulas, which Excel stores and openpyxl does not."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():

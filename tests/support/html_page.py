@@ -1,4 +1,4 @@
-"""A page of HTML, parsed for what tests look at."""
+"""Parser for the HTML pages that tests check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Sections in order, unclosed tags, and every reference to something outside the page."""
+    """An HTML page: its sections in order, unclosed tags, and all references."""
 
     VOID = frozenset({"meta", "br", "circle", "line", "rect", "path", "link", "img"})
 

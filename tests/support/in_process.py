@@ -1,4 +1,4 @@
-"""What a stage's function is called with in a test: one process, no Ray, nobody who listens."""
+"""Context for calling the function of a stage in a test: one process, no Ray, events are discarded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tunery.store import Artifact, StageContext
 def stage_context(
     kind: type[Config], fields: dict[str, Any], data: Path, models: Path, out: Path, **other: Any
 ) -> StageContext:
-    """`fields` as in a file, with `data` as the stage that gives the rows; relative paths in them start at `models`."""
+    """Return the context of a stage with these fields, as in an experiment file. `data` is the artifact of its data
+    stage; relative paths start at `models`."""
     given = {
         "name": "stage",
         "trial": "",

@@ -1,4 +1,4 @@
-"""Files of a folder, and the processes of training workers."""
+"""Contents of artifact folders, and pids of training workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workspace import Workspace
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the measured times."""
+    """Return all files except runtime statistics, by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -22,6 +22,6 @@ def checkpoints(bench: Workspace) -> list[Path]:
 
 
 def worker_pids() -> list[int]:
-    """Training workers, by the title that Ray gives their processes while they train."""
+    """Return the pids of training workers, found by the process title that Ray sets during training."""
     found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]

@@ -1,4 +1,4 @@
-"""Rows of a dataset stage, read as the stage reads them."""
+"""Read rows from a file as a dataset stage does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store with scored and selected rows, made without a model: the scores are given, the rest is the real thing."""
+"""A store with scored and selected rows, built without a model: only the scores are given, everything else is real."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BUILTIN = '"builtin:python-docs", subset: questions, split: train, limit: 120, c
 
 @dataclass
 class ReviewBench:
-    """A folder with an experiment and a store whose dataset and score artifacts are there."""
+    """A folder with an experiment and a store that has its dataset and score artifacts."""
 
     folder: Path
 
@@ -80,7 +80,7 @@ def review_bench(
     score: Callable[[int, Row], float] = lambda index, row: float(index + 1),
     text: str = TEXT,
 ) -> ReviewBench:
-    """Rows of `source` (the fields of a dataset, or rows for a file), each with the score that `score` gives it."""
+    """Build the workspace. `source`: fields of a dataset, or rows for a file; `score` returns the score of a row."""
     bench = ReviewBench(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(source, str):

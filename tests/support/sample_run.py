@@ -1,8 +1,8 @@
-"""A made-up run, the same every time: the quickstart with a search, interrupted once and resumed.
+"""Synthetic event logs, identical every time: the quickstart with a search, interrupted once and resumed.
 
-`sample_events` is the whole of it, `events_until` what a reader sees in the middle, `failed_events` a run
-whose training stage failed; `rewarded_events` is another run, whose policies learn from rewards. `write_run`
-lays events out as a run folder with one file a writer, as a real run does.
+`sample_events` returns the complete log, `events_until` its first part, `failed_events` the log of a run whose training
+failed, `rewarded_events` the log of another run, with policies trained on rewards. `write_run` writes events to a run
+folder with one file per writer, as a real run does.
 """
 
 from __future__ import annotations
@@ -50,18 +50,19 @@ SPACE = {
 
 
 def sample_events() -> list[Event]:
-    """The whole run: interrupted once, resumed, searched, compared, done."""
+    """Return the complete log: interrupted once, resumed, with a search, comparison and end."""
     return _Story().whole()
 
 
 def events_until(fraction: float) -> list[Event]:
-    """The first part of the run's events, as a reader in the middle of it sees them."""
+    """Return the first part of the log, as read while the run is in progress."""
     events = sample_events()
     return events[: int(len(events) * fraction)]
 
 
 def failed_events() -> list[Event]:
-    """A run whose `sft` ran out of memory: cause and remedy are told, `raw` and `eval` never ran."""
+    """Return the log of a run whose `sft` ran out of GPU memory, with cause and remedy; `raw` and `eval` did not run.
+    """
     story = _Story()
     story.opening()
     story.until_clean(resumed=False)
@@ -81,7 +82,8 @@ def failed_events() -> list[Event]:
 
 
 def rewarded_events() -> list[Event]:
-    """Policies that learn from rewards: `ppo` with held-out prompts, `grpo` without; `wins` compares their answers."""
+    """Return the log of a run of policies: `ppo` with held-out prompts, `grpo` without; `wins` compares their
+    responses."""
     story = _Story()
     stages = [
         {"name": "prompts", "kind": "dataset", "inputs": []},
@@ -138,7 +140,7 @@ GRPO_FACTS: dict[str, Any] = {
 
 
 def write_run(folder: Path, events: list[Event]) -> Path:
-    """`folder` as a run folder that holds `events`, in one file a writer."""
+    """Write `events` to a run folder, in one file per writer."""
     (folder / "events").mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
     for event in events:
@@ -151,7 +153,7 @@ def write_run(folder: Path, events: list[Event]) -> Path:
 
 
 class _Story:
-    """Tells the run's events one after the other; `now` is the clock of the story."""
+    """Generates the events of a run one after the other; `now` is the simulated time."""
 
     def __init__(self) -> None:
         self.now = START
@@ -413,10 +415,10 @@ class _Story:
                     "rows": rows,
                 }
                 self.tell("metrics", after=1.0, stage=stage, step=step, values=values)
-        self.finish(stage, stage, self.now - begun, dict(facts))  # tests change what they got
+        self.finish(stage, stage, self.now - begun, dict(facts))  # a copy, since tests modify what they receive
 
     def ppo_step(self, done: float) -> dict[str, float]:
-        """What PPO tells of a step, `done` of the way."""
+        """Return the metrics of a PPO step; `done` is the fraction of the training."""
         return {
             "reward": 1.1 + 3.6 * done + self.random.gauss(0, 0.2),
             "reward_deviation": 1.2 - 0.8 * done,
@@ -441,7 +443,7 @@ class _Story:
         }
 
     def grpo_step(self, done: float) -> dict[str, float]:
-        """What GRPO tells of a step, `done` of the way."""
+        """Return the metrics of a GRPO step; `done` is the fraction of the training."""
         own = {"reward": 1.1 + 2.7 * done, "loss": 0.01, "kl": 0.125 * done, "cut_off": 0.5 - 0.25 * done}
         return {**own, "entropy": 6.3, "clip_fraction": 0.02, "response_length": 40.0}
 
@@ -487,7 +489,7 @@ class _Story:
         self.tell("search_finished", best=best[1], best_overrides=best[2], value=best[0], seconds=480.0)
 
     def trial(self, number: int) -> tuple[str, dict[str, Any], float | None]:
-        """One trial; its value counts for the best only when it ran to its end."""
+        """Generate one trial. Returns its name, overrides and value; the value is None unless the trial is done."""
         trial, quantile = f"t{number:02d}", self.random.choice([0.5, 0.8, 1.0])
         overrides: dict[str, Any] = {
             "sft.epochs": self.random.choice([1, 2, 4]),

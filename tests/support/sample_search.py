@@ -1,4 +1,4 @@
-"""A made-up run with a search: two metrics, a constraint, a conditional field, a clone, replicates."""
+"""Synthetic event log of a search: two metrics, a constraint, a conditional field, a cloned trial, replicates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def event(name: str, at: float, **values: Any) -> Event:
 
 
 def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
-    """`trials` trials, the first two of which are repeated once; `finished`: other values of search_finished."""
+    """Return the log of a search with `trials` trials, the first two of them replicated once. `finished`: other values
+    of search_finished."""
     events = [
         event("run_started", 0, run="searched", file="searched.yaml", text="# Which?", stages=STAGES),
         event("stage_finished", 1, stage="docs", kind="dataset", fingerprint="f-docs", facts={"rows": 1000}),
@@ -62,7 +63,7 @@ def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
 
 
 def overrides_of(number: int) -> dict[str, Any]:
-    """The first two are near the best learning rate; the others anywhere."""
+    """Return the overrides of a trial. The first two are near the best learning rate, the others are random."""
     chance = random.Random(number)
     rate = 10 ** (-3 + 0.01 * number) if number < 2 else 10 ** chance.uniform(-4, -2)
     schedule = "linear" if number % 2 == 0 else "constant"

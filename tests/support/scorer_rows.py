@@ -1,4 +1,4 @@
-"""Rows that tests of scorers share, and what runs a scorer without a stage."""
+"""Rows for tests of scorers, and a function that runs a scorer without a stage."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ hostile_rows = st.one_of(
 def across(
     scorer: CorpusScorer, rows: list[Row], folder: Path, shard: int = 7, killed: int = 0
 ) -> dict[str, list[Any]]:
-    """What a stage would write: sketches of shards, then all their columns in a row; after a try that was killed when
-    so many shards were done."""
+    """Run a corpus scorer on shards of rows and return all its columns, concatenated over the shards. `killed`: resolve
+    this many shards first and abandon them, as if the process had been killed."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = [rows[start : start + shard] for start in range(0, len(rows), shard)]
     sketches = []

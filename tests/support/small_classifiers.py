@@ -1,4 +1,4 @@
-"""Tiny sequence-classification models with random weights, as Hugging Face folders that tests load."""
+"""Tiny sequence-classification models with random weights, saved as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ TEXT = "why how what is the a row model it is because so red green blue one two 
 WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LIVELY = 0.4
-"""Weights so large that a wrong token, pair or mask shows in the logits."""
+"""Standard deviation of the initial weights; large, so that a wrong token, pair or mask changes the logits noticeably.
+"""
 
 
 def write_encoder(folder: Path, labels: list[str], positions: int = 64, **config: Any) -> Path:
-    """A BERT with a tokenizer of whole words that takes pairs and has no chat template."""
+    """Save a BERT classifier with a word-level tokenizer that encodes pairs and has no chat template."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *dict.fromkeys(WORDS)])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -60,7 +61,8 @@ def write_encoder(folder: Path, labels: list[str], positions: int = 64, **config
 
 
 def write_reward_model(folder: Path, pad: int | None = None, labels: int = 1) -> Path:
-    """A Llama with a head and a chat template; a config without a padding token, as many have, unless one is given."""
+    """Save a Llama with a classification head and a chat template. Without `pad` the config has no padding token, as is
+    common."""
     torch.manual_seed(0)
     LlamaForSequenceClassification(_llama(num_labels=labels, pad_token_id=pad)).save_pretrained(folder)
     train_tokenizer([TEXT], 300).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Write docs/templates.md: what works with each chat template, from the encoding itself.
+"""Write docs/templates.md: the features of each chat template, determined by encoding conversations.
 
 PYTHONPATH=platform:tests/support python tests/support/template_table.py
 """
@@ -79,7 +79,7 @@ def cells(family: str) -> list[str]:
 
 
 def _both(found: dict[str, Any]) -> str:
-    """Several calls in one turn where definitions of tools are not rendered."""
+    """Whether several calls in one message work, for a template that does not render tool definitions."""
     return "no" if found["tool call last"].rejected else "yes"
 
 
@@ -88,7 +88,7 @@ def _ending(text: str, ends: tuple[str, ...]) -> str:
 
 
 def _others(family: str) -> list[str]:
-    """What ends a turn of tool calls, if it is another token."""
+    """Return the end token of messages with tool calls if it differs from that of other messages."""
     tokenizer = tokenizer_of(family)
     item = encoded_kinds(family)["tool call last"]
     plain = encoded_kinds(family)["single"]
@@ -98,7 +98,7 @@ def _others(family: str) -> list[str]:
 
 
 def _prompt(family: str) -> str:
-    """How the generation prompt and a response without reasoning fit together."""
+    """Describe how the generation prompt relates to the masked prefix of a response without reasoning."""
     tokenizer, item = tokenizer_of(family), encoded_kinds(family)["single"]
     (prompt,) = encode_prompts([as_prompt(row_of("single"))], tokenizer)
     masked = item.ids[: item.response[0]]

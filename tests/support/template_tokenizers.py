@@ -1,7 +1,7 @@
-"""Tokenizers with the chat templates of real families, and kinds of tokenizers, for tests of the encoding.
+"""Tokenizers with the chat templates of model families, and kinds of tokenizers, for tests of the encoding.
 
-TRL ships the templates of the families; they are read from the installed package. Families that TRL has no template of
-are written here in their style. Every tokenizer is real and small, with the special tokens that its template writes.
+The templates of TRL are read from the installed package. Families without a template in TRL are written here in their
+style. Every tokenizer is real and small, and has the special tokens that its template uses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _EOS = {
     "llama2": "</s>",
     "vicuna": "</s>",
     "zephyr": "</s>",
-    "chatml": "<|endoftext|>",  # as in a Qwen base model: not what ends a turn
+    "chatml": "<|endoftext|>",  # as in a Qwen base model: this token does not end a message
     "plain": "</s>",
     "no_end_tokens": "</s>",
     "scratch": "<|end|>",
@@ -56,7 +56,7 @@ _EOS = {
 
 
 def _turns(system: str, user: str, assistant: str, prompt: str, start: str = "") -> str:
-    """A template that writes each turn by its role, `C` standing for the content."""
+    """Return a template that renders each message by its role; `C` stands for the content."""
 
     def written(text: str) -> str:
         before, _, behind = text.partition("C")
@@ -136,11 +136,11 @@ OWN_TEMPLATES = {
     ),
     "scratch": CHAT_TEMPLATE + "{#<|system|><|user|><|assistant|><|tool|>#}",
 }
-"""In the style of families that TRL has no template of, and tunery's own for new models."""
+"""Templates in the style of families that have none in TRL, and tunery's own template for scratch models."""
 
 TRL_FAMILIES = sorted(path.stem for path in _TRL.glob("*.jinja"))
 FAMILIES = [*TRL_FAMILIES, *OWN_TEMPLATES, "plain"]
-"""`plain`: what `load_tokenizer` gives a tokenizer without a template."""
+"""`plain`: the template that `load_tokenizer` adds to a tokenizer without one."""
 
 _SENTENCES = [
     "The answer is Paris, and the question is what the capital of France is.",
@@ -164,8 +164,8 @@ def byte_level() -> Tokenizer:
 
 
 def metaspace(scheme: str) -> Tokenizer:
-    """BPE with byte fallback in the way of SentencePiece. scheme: `first` puts a space before a text, `always` also
-    behind each special token, as Llama 2's tokenizer does, `never` nowhere."""
+    """Return a BPE tokenizer with byte fallback, like SentencePiece. scheme: `first` adds a space before a text,
+    `always` also after each special token, as in Llama 2's tokenizer, `never` adds none."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -229,7 +229,7 @@ def _trained(kind: str) -> str:
 
 
 def source_of(family: str) -> str:
-    """The template's text; empty for `plain`."""
+    """Return the source of the template; "" for `plain`."""
     if family == "plain":
         return ""
     return OWN_TEMPLATES[family] if family in OWN_TEMPLATES else (_TRL / f"{family}.jinja").read_text(encoding="utf-8")
@@ -237,7 +237,8 @@ def source_of(family: str) -> str:
 
 @functools.cache
 def tokenizer_of(family: str, kind: str = "byte-level", adds: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer with a family's chat template and special tokens. adds: `bos`, `eos`: what it puts around a text."""
+    """Return a tokenizer with the chat template and special tokens of a family. adds: `bos` and `eos`, the tokens that
+    it adds to a text."""
     source = source_of(family) or None
     eos = next((token for name, token in _EOS.items() if family.startswith(name)), "<|end|>")
     bos = "<s>" if eos == "</s>" else "<|bos|>"
@@ -260,6 +261,6 @@ def tokenizer_of(family: str, kind: str = "byte-level", adds: tuple[str, ...] = 
 
 
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A whole conversation as the tokenizer's chat template has it."""
+    """Return a conversation as rendered by the tokenizer's chat template."""
     template = chat_template_of(tokenizer)
     return template.unescape(template.conversation(row).text)

@@ -1,4 +1,4 @@
-"""Jobs of training stages, for tests of what a worker does before and after its steps."""
+"""Jobs of training stages, for tests of the code that runs in a worker before and after the optimizer steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tunery.training.job import Job, RowSource
 
 
 def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) -> Job:
-    """Of the pretrained model in the folder `model`, on one worker; without rows, unless `fields` gives them."""
+    """Return a job that trains the pretrained model in the folder `model` with one worker; without rows, unless
+    `fields` has them."""
     if "out" not in fields:
         (folder / "out").mkdir(exist_ok=True)
     given: dict[str, Any] = {
@@ -37,7 +38,7 @@ def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) 
 
 
 def rows_at(folder: Path, rows: list[dict[str, Any]], label: bool | None = None) -> RowSource:
-    """The rows as a new artifact."""
+    """Write rows to a new artifact."""
     artifact = Path(tempfile.mkdtemp(dir=folder))
     write_rows(rows, artifact)
     return RowSource(artifact, label)

@@ -1,7 +1,7 @@
-"""As much of W&B's server as wandb 0.31 needs to begin, resume and upload a run: what it is sent is kept in memory.
+"""The part of W&B's server that wandb 0.31 needs to start, resume and upload a run. Uploads are kept in memory.
 
-The server's own behaviour is not what is tested here. It keeps history rows by line, as the protocol's offsets say,
-and tells a run that resumes how many it has.
+The server itself is not under test. It stores history rows by line, according to the offsets of the protocol, and
+reports their number to a run that resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class WandbServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.history: dict[str, list[dict[str, Any]]] = {}
-        """Rows by run id."""
+        """History rows by run id."""
         self.begun: set[str] = set()
 
     @property

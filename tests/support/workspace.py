@@ -1,4 +1,4 @@
-"""Experiments run as a user runs them: `python -m tunery run FILE` in a process of its own, with real parts."""
+"""Run experiments as a user does: `python -m tunery run FILE` in a separate process, with real components."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Workspace:
         return self.store / "runs" / "small"
 
     def write(self, change: Callable[[dict], None] = lambda experiment: None) -> Path:
-        experiment = yaml.safe_load(TEXT.replace("e-3", ".0e-3"))  # PyYAML's own loader reads 2e-3 as text
+        experiment = yaml.safe_load(TEXT.replace("e-3", ".0e-3"))  # PyYAML's loader reads 2e-3 as a string
         change(experiment)
         self.file.write_text(yaml.safe_dump(experiment, sort_keys=False))
         return self.file
@@ -90,7 +90,7 @@ class Workspace:
         )
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
-        """`tunery run` in the background, in a process group of its own."""
+        """Start `tunery run` in the background, in its own process group."""
         return subprocess.Popen(
             self.command("run", str(self.file), "--store", str(self.store)),
             env={**ENVIRONMENT, **environment},
@@ -102,7 +102,8 @@ class Workspace:
         )
 
     def without_ray(self, store: Path) -> dict[str, dict]:
-        """The experiment's stages made as a trial of a search makes them, in one process: path and facts by stage."""
+        """Build the stages of the experiment in one process, as a trial of a search does. Returns path and facts by
+        stage."""
         command = [sys.executable, "-c", WITHOUT_RAY, str(self.file), str(store)]
         done = subprocess.run(
             command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=self.folder, timeout=400
