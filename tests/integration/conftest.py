@@ -1,4 +1,4 @@
-"""The small experiment of tests/support/workspace.py, built once for all tests."""
+"""Fixtures of the small experiment (tests/support/workspace.py), which is run once for all tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workspace import Workspace
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The small experiment, run to its end without a disturbance. Nobody may change it."""
+    """The small experiment after a complete, undisturbed run. Tests must not modify it."""
     bench = Workspace(tmp_path_factory.mktemp("made"))
     bench.write()
     done = bench.tunery("run", str(bench.file))
@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def before_sft(made: Workspace, tmp_path: Path) -> Workspace:
-    """A bench of one's own whose store has all but sft and eval."""
+    """A new workspace whose store has all artifacts of the small experiment except those of sft and eval."""
     bench = Workspace(tmp_path)
     bench.write()
     for artifact in (made.store / "artifacts").iterdir():

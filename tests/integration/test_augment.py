@@ -1,4 +1,4 @@
-"""Prompts built from a file of questions, as a user asks for them; nothing is trained, so Ray is never started."""
+"""`tunery run` builds prompts from a file of questions. Nothing is trained, so Ray is not started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier that is trained by a run, and scores rows in the same run, is an ordinary one."""
+"""A classifier that is trained and scores rows in the same run: workers do not change it, transformers can load it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tunery.store.rows import read_rows
 
 
 def classifier_on_two_stages(bench: Workspace, **compute: object) -> None:
-    """Rows as they are against the same rows damaged; whoever trains has other `compute`."""
+    """Write an experiment that trains a classifier on intact against corrupted rows. `compute`: changed compute
+    settings."""
 
     def change(experiment: dict) -> None:
         stages = experiment["stages"]

@@ -1,4 +1,4 @@
-"""RAY_ADDRESS: a run on a Ray that is there already, and one at whose address nobody is."""
+"""RAY_ADDRESS: runs on an existing Ray cluster, and at an address where there is none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The address of a Ray that another process has started here; it wants a token."""
+    """Address of a Ray cluster with token authentication, started in another process."""
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
         env={**ENVIRONMENT, **ACCESS},
@@ -48,7 +48,7 @@ def cluster() -> Iterator[str]:
     )
     assert process.stdout is not None
     try:
-        # Ray's own lines come first.
+        # Ray prints other lines first.
         yield next(line.strip() for line in process.stdout if line.strip().rpartition(":")[2].isdigit())
     finally:
         process.communicate("\n", timeout=60)

@@ -1,4 +1,4 @@
-"""A training that diverges ends with an error that says where, and leaves no model: every trainer, and a search."""
+"""Every trainer, and a search: a training that diverges fails with an error that names the step, and saves no model."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_rounding_to_bf16_is_no_difference_between_what_is_saved_and_what_was_tr
 
 
 def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:
-    # DeepSpeed computes no gradient norm then, and skips nothing.
+    # DeepSpeed then computes no gradient norm and skips no steps.
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 0})
     told = train_one_by_one(file, tmp_path / "store", "sft", "dpo")
     assert all("diverged at step" in result.get("error", "") for result in told.values()), told

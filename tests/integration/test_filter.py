@@ -1,4 +1,4 @@
-"""A spreadsheet in, the good rows out, as a user asks for it."""
+"""`tunery filter` on a CSV file, run as a command."""
 
 from __future__ import annotations
 

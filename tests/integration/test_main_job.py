@@ -1,4 +1,4 @@
-"""The main job, from raw rows to a tracked result."""
+"""The main use case: a complete run from raw rows to evaluation results, report and W&B files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_report_and_wandb_files_are_written(made: Workspace) -> None:
     report = (made.run / "report.html").read_text()
     for name in ("texts", "scored", "clean", "sft", "eval"):
         assert name in report
-    runs = {path.name for path in (made.run / "wandb").rglob("*.wandb")}  # a second run goes on in the same ids
+    runs = {path.name for path in (made.run / "wandb").rglob("*.wandb")}  # a second run uses the same ids again
     assert len(runs) == 9, "one a stage, and the comparison"
 
 

@@ -1,4 +1,4 @@
-"""What a training learns in a pack is what it learns alone."""
+"""A training in a pack gives the same model as the same training alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "tuner": {"lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]}},
     },
 }
-"""By name, how it differs from the first."""
+"""By name, the fields that differ from the first training."""
 
 
 def stages(experiment: dict) -> None:
@@ -91,7 +91,7 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Works
     def listening(name: str) -> Any:
         return lambda metrics: reports[name].append(metrics[f"{name}.eval_loss"])
 
-    pack = Pack(jobs["plain"].model, "cpu", "fp32", budget=700)  # so that a step takes several blocks
+    pack = Pack(jobs["plain"].model, "cpu", "fp32", budget=700)  # so that a step has several microbatches
     members = {name: pack.join(jobs[name], listening(name)) for name in TRAININGS if name != "large_batches"}
     step = 0
     while pack.members:
@@ -101,7 +101,7 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Works
             members["large_batches"] = pack.join(jobs["large_batches"], listening("large_batches"))
         if step == 10:
             pack.leave(members["plain"])
-        if step == 14:  # another process would do this
+        if step == 14:  # normally in another process
             members["plain"] = pack.join(jobs["plain"], listening("plain"))
             assert members["plain"].resumed_from == 10
     for name, made in alone.items():
@@ -118,7 +118,7 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Works
         assert {key: told[key] for key in told.keys() - numbers} == {
             key: expected[key] for key in expected.keys() - numbers
         }
-        heard = list(dict.fromkeys(reports[name]))  # the one that comes back tells them again
+        heard = list(dict.fromkeys(reports[name]))  # the resumed training reports some evaluations again
         assert heard == [point["eval_loss"] for point in ours if "eval_loss" in point][:-1]
         adapters = [Path(made["path"]) / "adapter", jobs[name].out / "adapter"]
         files = [{path.name for path in folder.iterdir()} for folder in adapters]
@@ -166,7 +166,7 @@ def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Workspac
 def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Workspace, tmp_path: Path) -> None:
     jobs = {name: job_of(before_sft, name, tmp_path) for name in ("plain", "large_batches", "other_rank")}
     numbers = sum(
-        (module.in_features + module.out_features) * 8  # of the largest rank: a stack is filled up to it
+        (module.in_features + module.out_features) * 8  # times the largest rank: smaller adapters are padded to it
         for name, module in Pack(jobs["plain"].model, "cpu", "fp32")._model.named_modules()
         if name.endswith("_proj")
     )

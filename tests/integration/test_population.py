@@ -1,4 +1,4 @@
-"""A search by population: the worst go on from the best ones' checkpoints, and end as if trained from the beginning."""
+"""Population based training: copies resume from checkpoints of the best trials, and end as if trained from scratch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workspace import Workspace, facts, wait_for
 
 
 def bred(experiment: dict[str, Any]) -> None:
-    """Four LoRA trials that fit in one pack."""
+    """Change the experiment to a search of four LoRA trials that fit in one pack."""
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 2, "num_evals": 4}
     experiment["stages"].pop("eval")
     experiment["compute"] |= {"max_packed_trials": 4}
@@ -55,7 +55,7 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     assert sum(trial["state"] == "done" for trial in trials.values()) >= 4
     assert not [*(before_sft.store / "work").glob("*")], "checkpoints were left behind"
 
-    # Every one alone, and no room for more than two: members wait at each evaluation until all have come so far.
+    # Without packing, with room for two trials: members wait at each evaluation until all have reached it.
     def in_turn(experiment: dict[str, Any]) -> None:
         bred(experiment)
         experiment["compute"]["max_packed_trials"] = 1
@@ -73,7 +73,7 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     resumed = {json.loads((path / "measured.json").read_text())["resumed_from"] for path in other.artifacts("sft")}
     assert any(resumed), "nothing went on from a checkpoint"
 
-    # And the winner from its beginning, as a file says it.
+    # A training from scratch with the values of the best copy, written as in an experiment file.
     last = next(trial for trial in children if trial["state"] == "done")
 
     def written(experiment: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     (model,) = whole.artifacts("sft")
     assert json.loads((model / "measured.json").read_text())["resumed_from"] == 0
     assert facts(model)["eval_loss"] == pytest.approx(last["value"], rel=1e-5)
-    # It is the same artifact, in a pack and alone.
+    # The packed and the unpacked training have the same artifact.
     for store in (other.store, before_sft.store):
         assert facts(store / "artifacts" / model.name)["loss"] == pytest.approx(facts(model)["loss"], rel=1e-5)
     curves = [

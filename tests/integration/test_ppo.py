@@ -1,4 +1,4 @@
-"""PPO as a user runs it: any number of workers learns the same, and what was killed ends as if it had not been."""
+"""PPO runs give the same result with any number of workers, and after they are killed and resumed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PPO = {
 
 
 def with_ppo(bench: Workspace, **compute: object) -> None:
-    """A reward model by LoRA, PPO by LoRA on the same base with all that may be mixed in, and PPO of whole models."""
+    """Write an experiment with a LoRA reward model, LoRA PPO on the same base with all optional terms, and full PPO."""
 
     def change(experiment: dict) -> None:
         stages = experiment["stages"]
@@ -72,7 +72,7 @@ def with_ppo(bench: Workspace, **compute: object) -> None:
 
 @pytest.fixture(scope="module")
 def store(made: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of the small experiment without its ends."""
+    """A store with the datasets and the base model of the small experiment."""
     folder = tmp_path_factory.mktemp("before-ppo") / "store"
     for artifact in (made.store / "artifacts").iterdir():
         if artifact.name.startswith(("dataset-", "pretrain-")):
@@ -82,7 +82,7 @@ def store(made: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """All of it made by one worker. What the others begin with, the reward model too, is in `store` afterwards."""
+    """Facts and paths of all stages, built with one worker. All artifacts except those of PPO are added to `store`."""
     bench = Workspace(tmp_path_factory.mktemp("alone"))
     with_ppo(bench, workers=1, zero_stage=0)
     shutil.copytree(store, bench.store)
@@ -95,7 +95,7 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @pytest.fixture(scope="module")
 def sharded(alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The same by two workers, weights sharded over them."""
+    """The same experiment run with two workers and sharded weights (ZeRO-3)."""
     bench = Workspace(tmp_path_factory.mktemp("sharded"))
     shutil.copytree(store, bench.store)
     with_ppo(bench, workers=2, zero_stage=3, micro_batch_size=2)
@@ -116,8 +116,8 @@ def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
     )
     assert len(one) == len(two) == 2 + 3
     for first, second in zip(one, two, strict=True):
-        for key, value in first.items():  # DeepSpeed tells a gradient's norm under ZeRO alone
-            # The sampler's gap is rounding itself, and a mean of whitened advantages is near 0.
+        for key, value in first.items():  # DeepSpeed logs the gradient norm only under ZeRO
+            # Absolute tolerance: sampler_gap is rounding error, and the mean of whitened advantages is near 0.
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (first["step"], key)
     for first, second in zip(alone[name]["facts"]["responses"], told["responses"], strict=True):
         for key, value in first.items():

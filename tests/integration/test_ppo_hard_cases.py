@@ -1,5 +1,5 @@
-"""PPO where it is easily got wrong, by two workers that share all weights and by one: fewer prompts than workers,
-answers that are empty, and logits that come in several pieces, more on one worker than on the other."""
+"""Edge cases of PPO with one worker and with two under ZeRO-3: fewer prompts than workers, empty responses, and logits
+that are computed in several chunks, more of them on one worker than on the other."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ train(Job(
 
 @pytest.fixture
 def case(tmp_path: Path) -> dict:
-    """One prompt, and a model that ends half of its answers before they have begun."""
+    """One prompt, and a model that ends half of its responses at the first token."""
     policy = write_language_model(tmp_path / "policy")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
     row = {"messages": [{"role": "user", "content": "why is the row red"}]}

@@ -1,4 +1,4 @@
-"""Learning from preferences and rewards, whatever the number of workers."""
+"""Reward models and preference optimization give the same result with any number of workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench(tmp_path: Path) -> Workspace:
 
 
 def write(bench: Workspace, trainings: dict[str, dict], **compute: object) -> None:
-    """Trainings on the first pairs, measured on the last ones."""
+    """Write an experiment with these trainings; the first pairs are for training, the last ones for evaluation."""
 
     def change(experiment: dict) -> None:
         pairs = {"kind": "dataset", "source": "pairs.jsonl"}

@@ -1,4 +1,4 @@
-"""Killed, interrupted, failed: a rerun resumes, and ends with the same bytes."""
+"""A run that was killed, interrupted or failed resumes when it is rerun, and ends with identical files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Works
 
 
 def test_a_worker_out_of_memory_is_named(before_sft: Workspace) -> None:
-    """Ray's memory monitor kills the training worker, because nearly all memory counts as too much."""
+    """Ray's memory monitor kills the training worker, since the threshold is set to 1% of the memory."""
     done = before_sft.tunery(
         "run", str(before_sft.file), RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"
     )

@@ -1,6 +1,6 @@
-"""A review as a person does one: the command, its page in a real browser, and the run that uses the decisions.
+"""Review of a sample: the command, its page in a real browser, and the run that uses the decisions.
 
-The scores are given (tests/support/review_bench.py), so nothing is trained and Ray is never started.
+The scores are given (tests/support/review_bench.py), so nothing is trained and Ray is not started.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(bench: ReviewBench, *words: str) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def reviewing(bench: ReviewBench) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`tunery review` in the background, and the address that it tells."""
+    """Run `tunery review` in the background; yields the address that it prints, and the process."""
     process = subprocess.Popen(
         tunery(bench, "review", str(bench.file), "checked", "--no-browser"),
         env=ENVIRONMENT,
@@ -102,7 +102,7 @@ def test_filter_review_and_use_from_the_first_command_to_the_last(tmp_path: Path
         ids = ids_at(url)
         for id in ids[:4]:
             decide(url, id, "keep")
-        process.kill()  # kill -9: what was answered is on the disk
+        process.kill()  # SIGKILL: the decisions must already be on disk
     assert read_decisions(bench.decisions) == dict.fromkeys(ids[:4], "keep")
 
     with reviewing(bench) as (url, process):
@@ -147,7 +147,7 @@ def opened(chromium: Chromium, url: str) -> Page:
 
 
 def decided(page: Page, count: int) -> None:
-    """Until the page says so: a key pressed before the next row is there would be about no row."""
+    """Wait until the page shows `count` decisions and is not busy; a key pressed earlier would have no effect."""
     page.wait(f"document.querySelector('#count').innerText.startsWith('{count} of')")
     page.wait("document.body.ariaBusy === 'false'")
 
@@ -184,7 +184,7 @@ def test_keys_keep_drop_undo_and_move(chromium: Chromium, bench: ReviewBench) ->
         page.press("ArrowLeft")
         page.wait(f"shown === '{ids[0]}' && document.body.ariaBusy === 'false'")
         assert page.run("document.querySelector('#keep').getAttribute('aria-pressed')") == "true"
-        page.press("d")  # another mind
+        page.press("d")  # changes the decision
         page.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
         assert read_decisions(bench.decisions) == {ids[0]: "drop"}
         page.press("ArrowRight")
@@ -250,7 +250,7 @@ def test_two_tabs_share_one_review(chromium: Chromium, bench: ReviewBench) -> No
         one.press("k")
         decided(one, 1)
         other.bring_to_front()
-        other.run("window.dispatchEvent(new Event('focus'))")  # headless tabs all have the focus
+        other.run("window.dispatchEvent(new Event('focus'))")  # all tabs of a headless browser have the focus
         decided(other, 1)
         other.press("ArrowRight")
         other.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
@@ -273,7 +273,7 @@ def test_help_opens_and_no_key_decides_behind_it(chromium: Chromium, bench: Revi
         assert read_decisions(bench.decisions) == {}
         page.click("#drop")
         decided(page, 1)
-        page.press(" ")  # scrolls; it must not press the button again that the mouse pressed
+        page.press(" ")  # scrolls; it must not press the button that was clicked before
         time.sleep(0.2)
         assert list(read_decisions(bench.decisions).values()) == ["drop"]
         page.close()

@@ -1,4 +1,5 @@
-"""A reward model that is trained by a run, and scores rows in the same run, is an ordinary one with a scale."""
+"""A reward model that is trained and scores rows in the same run: results do not depend on workers, and it can be
+loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tunery.store.rows import read_rows
 
 
 def reward_models(bench: Workspace, **compute: object) -> None:
-    """One trained whole and measured on held-out pairs, one beside an adapter; whoever trains has other `compute`."""
+    """Write an experiment with a full reward model, evaluated on held-out pairs, and a LoRA one. `compute`: changed
+    compute settings."""
 
     def change(experiment: dict) -> None:
         stages = experiment["stages"]
@@ -108,10 +110,10 @@ def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_sca
 
 
 def test_training_reads_its_outputs_where_the_evaluation_does_whatever_the_model_pads_with(tmp_path: Path) -> None:
-    """Rows of many lengths, all in one step that moves nothing: its loss is that of the evaluation."""
+    """Rows of many lengths in one step with a learning rate near 0: training and evaluation loss are equal."""
     model = write_language_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 7}))  # the tokenizer's is 0
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 7}))  # that of the tokenizer is 0
     pairs = [{"prompt": WORDS[n], "chosen": " ".join(WORDS[:n]), "rejected": WORDS[-n]} for n in range(2, 14)]
     rated = [{"prompt": WORDS[n], "completion": " ".join(WORDS[:n]), "label": n % 2 == 0} for n in range(2, 14)]
     for name, rows in (("pairs", pairs), ("rated", rated)):

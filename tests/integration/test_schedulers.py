@@ -1,4 +1,4 @@
-"""Searches whose schedulers stop and pause trials, and two searches at once."""
+"""Searches whose schedulers stop and pause trials, and two searches at the same time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import pytest
 from workspace import ENVIRONMENT, Workspace, facts, wait_for
 
 RATES = [3e-3, 1e-3, 8e-4, 6e-4, 4e-4, 1e-6, 2e-6, 3e-6, 4e-6]
-"""The first five learn something, the others next to nothing: the median is of those that learn, whoever was asked
-first."""
+"""The first five learn something, the others almost nothing, so the median is among those that learn in any order."""
 
 
 def packed(experiment: dict[str, Any]) -> None:
@@ -68,12 +67,12 @@ def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Wor
 
 @pytest.fixture
 def cluster() -> Iterator[dict[str, str]]:
-    """A Ray cluster of two CPUs that anybody with the token may use: its environment."""
+    """Environment variables for a Ray cluster with two CPUs and token authentication."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    # Its address shall be nobody else's default, and the paths of its sockets short.
+    # A separate folder, so that `auto` does not find the cluster, with a short path for its sockets.
     folder = tempfile.mkdtemp(prefix="ray-")
     words = [
         f"--temp-dir={folder}",
@@ -106,7 +105,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster: dict[str, str]) -> None:
-    """They begin together, with nothing scored: each row is scored once, and what both try is trained once."""
+    """Both start with unscored rows: each row is scored once, and the trial that both have is trained once."""
     for kind in ("score", "select"):
         for made in before_sft.artifacts(kind):
             shutil.rmtree(made)
@@ -142,6 +141,6 @@ def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster
         [3e-3, 4e-3, 5e-3],
     ]
     assert all(trial["state"] == "done" for told in searches for trial in told["trials"])
-    # 5 rates, of which both tried one, and the file's own, which is the first of them.
+    # 5 learning rates: one is in both searches, and that of the file is among them.
     assert len(before_sft.artifacts("sft")) == 5
     assert not [*(before_sft.store / "work").glob("*")]

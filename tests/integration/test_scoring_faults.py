@@ -1,4 +1,4 @@
-"""Scoring on Ray Data with everything killed that can be: nothing is lost, nothing is scored twice."""
+"""Raylet, driver and actors are killed while Ray Data scores rows: no row is lost or scored twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 30_720  # 30 shards
 
 
 def prepared(bench: Workspace, made: Workspace) -> Workspace:
-    """An experiment that scores many short rows by the model of the small experiment."""
+    """Write an experiment that scores many short rows with the base model of the small experiment."""
     words = ["path", "join", "list", "sort", "file", "open", "read", "line", "text", "code"]
     with (bench.folder / "rows.jsonl").open("w") as file:
         for n in range(ROWS):
@@ -37,7 +37,7 @@ def prepared(bench: Workspace, made: Workspace) -> Workspace:
 
 
 def raylet(bench: Workspace) -> int:
-    """The pid of the raylet of this run's own Ray."""
+    """Return the pid of the raylet that this run has started."""
     session = (bench.run / "logs" / "ray").resolve().parent.name
     found = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[0])
@@ -55,7 +55,7 @@ def parts(bench: Workspace) -> list[Path]:
 
 
 def in_process(bench: Workspace) -> Path:
-    """The same scores without Ray, in a store of their own."""
+    """Compute the same scores without Ray, in another store. Returns the artifact."""
     store = bench.folder / "undisturbed"
     shutil.copytree(bench.store, store)
     return Path(bench.without_ray(store)["scored"]["path"])

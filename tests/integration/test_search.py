@@ -1,4 +1,4 @@
-"""A search: trials share what they have in common, a restarted one goes on, and the best is measured."""
+"""Searches: trials share common stages, an interrupted search resumes, and the best trial is evaluated."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_trials_on_several_workers_each_and_a_metric_of_an_evaluate_stage(before
     done = before_sft.tunery("run", str(before_sft.file))
     assert done.returncode == 0, done.stdout + done.stderr
     (search,) = before_sft.artifacts("search")
-    (trial,) = facts(search)["trials"]  # the same values drawn twice are one trial
+    (trial,) = facts(search)["trials"]  # trials with the same values are one trial
     assert trial["state"] == "done"
     results = [result for path in before_sft.artifacts("evaluate") for result in facts(path)["results"]]
     assert trial["value"] in {result["loss"] for result in results}
 
 
 def packed(experiment: dict) -> None:
-    """Six LoRA trials, of which two pairs differ in what they are trained on."""
+    """Change the experiment to a search of six LoRA trials with two different training sets."""
     experiment["stages"]["sft"] |= {"tuner": {"lora": {"rank": 4}}, "epochs": 1}
     experiment["stages"].pop("eval")
     experiment["compute"] |= {"save_steps": 5, "max_packed_trials": 3}
@@ -146,7 +146,7 @@ def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: W
 
 
 def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Workspace) -> None:
-    """Each trial takes both CPUs: the next one can only begin when they are free."""
+    """Each trial uses both CPUs, so the next one can start only when they are released."""
 
     def change(experiment: dict) -> None:
         searched(experiment)

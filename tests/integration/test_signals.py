@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM at any moment of a run: a clean stop, exit code 130, a report, W&B closed, and the run resumes.
+"""SIGINT and SIGTERM at any time of a run: exit code 130, a report, W&B closed, and the run can be resumed.
 
-All runs share a store, so each one has only the work between the last signal and its own. The long list of moments runs
-with TUNERY_ALL_MOMENTS=1; the short one is what can break independently: Ray's start, Ray Data, Ray Train, the end.
+All runs share a store, so each one only has to do the work between the previous signal and its own.
+TUNERY_ALL_MOMENTS=1 tests all times; the default ones can fail independently: Ray's start, Ray Data, Ray Train, the
+end.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 class Log:
-    """The events of the run that was started last."""
+    """Events of the last run."""
 
     def __init__(self, bench: Workspace) -> None:
         self._bench = bench
@@ -56,7 +57,7 @@ class Log:
 
 
 def checkpoint(bench: Workspace, since: float) -> bool:
-    """A new one, of this run."""
+    """Whether there is a checkpoint written after `since`."""
     whole = bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")
     return any(path.stat().st_mtime >= since for path in whole)
 
@@ -67,7 +68,7 @@ def report_is_new(bench: Workspace, since: float) -> bool:
 
 
 def left_of(bench: Workspace, group: int) -> list[str]:
-    """Processes of the run's group and of its Ray that still live."""
+    """Return the pids of the processes of the run's process group and its Ray cluster that are still alive."""
     ray = (bench.run / "logs" / "ray").resolve().parent.name
     found = [
         subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
@@ -125,7 +126,8 @@ def test_signal_stops_cleanly(bench: Workspace, moment: str, number: signal.Sign
 
 
 def stopped(bench: Workspace, happened: Callable[[], bool], number: signal.Signals, how: str) -> tuple[str, str]:
-    """What a run wrote that got the signal when it `happened`; it left no process."""
+    """Send the signal to a run when `happened` is true. Returns its output after checking that it exits with 130 and
+    leaves no process."""
     run = start(bench, sigint_ignored=how == "ignored")
     try:
         wait_for(happened, seconds=300, process=run)
@@ -145,7 +147,8 @@ def stopped(bench: Workspace, happened: Callable[[], bool], number: signal.Signa
 
 
 def start(bench: Workspace, *, sigint_ignored: bool) -> subprocess.Popen[str]:
-    """A run in a group of its own. A shell without job control ignores SIGINT for what it starts in the background."""
+    """Start a run in its own process group. A shell without job control starts background processes with SIGINT
+    ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if sigint_ignored else None
     try:
         return bench.start()

@@ -1,4 +1,4 @@
-"""Killed, interrupted and resumed: W&B's offline files have every point of the event log once, in order."""
+"""After kills, interruptions and resumes, W&B's offline files have every point of the event log once and in order."""
 
 from __future__ import annotations
 
@@ -74,9 +74,12 @@ finally:
 
 
 class Invocation:
-    """One invocation of a command. It trains the stage sft of each of `trials` ("": the file's own) from the checkpoint
-    of step `resumed` to step `last`, and ends by itself after step 200. Before that it waits half way until W&B's file
-    has the first half, so that whoever kills it at the end finds the second half in the event log alone."""
+    """An invocation of a command that trains the stage sft of each of `trials` ("": outside a search) from the
+    checkpoint of step `resumed` to step `last`, and ends by itself after step 200.
+
+    `told` makes it wait half way until W&B's file has the first half of the points, so that a kill afterwards finds the
+    second half only in the event log.
+    """
 
     def __init__(self, folder: Path, resumed: int, last: int, *trials: str, wait: bool = False, **more: str) -> None:
         self.folder, self.last, self.half = folder, last, (resumed + last) // 2
@@ -91,7 +94,7 @@ class Invocation:
         )
 
     def told(self) -> Invocation:
-        """Returns when all points are in the event log."""
+        """Return when all points are in the event log."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         if self.last != 200:
@@ -110,7 +113,7 @@ class Invocation:
         self.process.wait(60)
 
     def kill_group(self, number: int = signal.SIGKILL) -> None:
-        """W&B's own process belongs to the group."""
+        """Send the signal to the process group, which includes W&B's service process."""
         os.killpg(self.process.pid, number)
         self.process.wait(60)
 
@@ -125,7 +128,7 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(folder: Path, id: str = STAGE) -> list[dict[str, Any]]:
-    """The history of a run over its files, as `wandb sync` would upload it."""
+    """Return the history of a run from all its files, as `wandb sync` would upload it."""
     return [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for path in run_files(folder / "wandb", id)
@@ -151,7 +154,7 @@ def check_rows(found: list[dict[str, Any]], last: int, prefix: str = "") -> None
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What wandb's own reader says of a file."""
+    """Return the summary of a file by wandb's own reader."""
     wandb = Path(sys.executable).parent / "wandb"
     done = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", path], capture_output=True, text=True)
     told = json.loads(done.stdout)
@@ -162,7 +165,7 @@ def summary(path: Path) -> dict[str, Any]:
 def test_killed_at_step_100_and_resumed_from_step_100_has_every_point_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = Invocation(folder, 0, 100, "").told()
-    first.kill_group()  # W&B's own service too
+    first.kill_group()  # including W&B's service
     assert 50 <= len(rows(folder)) < 102, "the mirror is seconds behind the log"
     Invocation(folder, 100, 200, "").told().end()
     check_complete(folder, 200)
@@ -180,7 +183,7 @@ def test_resumed_twice_from_checkpoints_before_the_kill_has_every_point_once(tmp
 
 def test_interrupted_run_is_complete_at_once_and_after_it_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    Invocation(folder, 0, 100, "").told().kill_group(signal.SIGTERM)  # as a terminal and a cluster's scheduler send it
+    Invocation(folder, 0, 100, "").told().kill_group(signal.SIGTERM)  # as terminals and cluster schedulers do
     check_complete(folder, 100)
     Invocation(folder, 80, 200, "").told().end()
     check_complete(folder, 200)
@@ -254,7 +257,7 @@ def test_file_that_a_kill_left_without_a_run_or_within_a_record_does_not_block_t
 
 
 def test_report_and_terminal_have_every_point_once_after_two_kills(tmp_path: Path) -> None:
-    """They are drawn from the folded event log (events/event_reducer.py)."""
+    """Both are generated from the reduced event log (events/event_reducer.py)."""
     log = EventLog(tmp_path / "driver.jsonl")
     for resumed, last in ((0, 100), (66, 150), (130, 200)):
         log.write("run_started", run="small", stages=[{"name": "sft", "kind": "sft", "inputs": []}])

@@ -1,4 +1,4 @@
-"""The mirror with the real wandb, offline: what is then read back from the files that `wandb sync` would upload."""
+"""The W&B mirror with the real wandb, offline: checks the files that `wandb sync` would upload."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BLOCK_BYTES = 32_768
 
 @dataclass
 class Stored:
-    """A W&B run, as its file has it."""
+    """A W&B run, read from its file."""
 
     folder: Path
     run: Any = None
@@ -53,7 +53,7 @@ class Stored:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """The history without wandb's own columns."""
+        """The history without the columns that wandb adds."""
         return [{name: value for name, value in row.items() if not name.startswith("_")} for row in self.history]
 
     def table(self, name: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Stored:
 
 
 def stored(folder: Path) -> list[Stored]:
-    """All runs under `folder`/wandb, in the order of their beginning; W&B's own process may be a moment late."""
+    """Return all runs under `folder`/wandb by start time. Waits up to 20 s for W&B's service process to finish them."""
     files = sorted((folder / "wandb").glob("*run-*/run-*.wandb"))
     runs, deadline = [read(path) for path in files], time.time() + 20
     while not all(run.run and run.exit_code is not None for run in runs) and time.time() < deadline:
@@ -99,7 +99,8 @@ def items(told: Any) -> dict[str, Any]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log: after wandb's 7 bytes, (crc, length, type) and the data, in parts where a block ends."""
+    """Yield the records of a LevelDB log: after wandb's 7-byte header, (crc, length, type) and the data of each
+    fragment."""
     place, parts = 7, b""
     while place + 7 <= len(data):
         if BLOCK_BYTES - place % BLOCK_BYTES < 7:
@@ -108,13 +109,13 @@ def records(data: bytes) -> Iterator[bytes]:
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last fragment
             yield parts
             parts = b""
 
 
 def mirror(folder: Path, events: list[Event], mode: Any = "offline") -> WandbResult:
-    """What a command does: the mirror starts, the last of the invocations in `events` is written, the mirror closes."""
+    """Do what a command does: start the mirror, write the events of the last invocation, close the mirror."""
     write_run(folder, events[: last_invocation(events)])
     mirrored = WandbMirror(Wandb(project="p", mode=mode), "quickstart", folder, EXPERIMENT)
     mirrored.start()
@@ -136,7 +137,7 @@ def last_invocation(events: list[Event]) -> int:
 
 
 def told_points(events: list[Event], stage: str, trial: str = "") -> list[dict[str, Any]]:
-    """Of the metrics that a resumed training measures a second time, the first values."""
+    """Return the metrics of a stage as W&B has them: for steps that a resumed training repeats, the first values."""
     prefix = f"{stage}/" if trial else ""
     points: dict[Any, dict[str, Any]] = {}
     for event in events:
@@ -148,7 +149,7 @@ def told_points(events: list[Event], stage: str, trial: str = "") -> list[dict[s
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WandbResult, list[Stored], list[Event]]:
-    """The last invocation of the made-up run, as one log: what was before it is in the log but not in W&B."""
+    """The mirror of the last invocation of the synthetic run: earlier events are in the log, but not in W&B."""
     folder, events = tmp_path_factory.mktemp("run"), sample_events()
     folder.joinpath("report.html").write_text("<p>the report</p>")
     done = mirror(folder, events)
@@ -371,7 +372,7 @@ assert ("wandb" in sys.modules) == (done.runs > 0)
 
 
 def run_script(folder: Path, mode: str, runs: int, **environment: str) -> tuple[str, list[Path]]:
-    """A process of its own; returns what it printed, and the files in its home and its working folder."""
+    """Run the script in a separate process. Returns its output and the files in its home directory."""
     home = folder / "home"
     home.mkdir()
     paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT / "tests" / "support")])

@@ -1,4 +1,4 @@
-"""Win rates and forgetting of models from outside, on two workers of Ray Data and in one process."""
+"""Win rates and forgetting of pretrained models, with two workers of Ray Data and in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reward(prompts, answers):
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Workspace:
-    """No training: two models of random weights, a judge of such, and one in Python."""
+    """No training: two models with random weights, a reward model as judge, and a judge in Python."""
     found = Workspace(tmp_path)
     write_language_model(found.folder / "before")
     write_language_model(found.folder / "after", seed=1)
@@ -25,7 +25,7 @@ def bench(tmp_path: Path) -> Workspace:
     (found.folder / "rules.py").write_text(REWARD)
 
     def change(experiment: dict) -> None:
-        # More than one part of a shard (evaluation/generate_responses.py).
+        # More prompts than one part of a shard has (evaluation/generate_responses.py).
         prompts = {**experiment["stages"]["questions"], "limit": 300, "corrupt_fraction": 0.0}
         compared = {
             "kind": "win_rate",

@@ -1,4 +1,4 @@
-"""How a training is computed does not change what it learns."""
+"""Workers, ZeRO stage and micro batch size do not change the result of a training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LORA = {"lora": {"rank": 4}}
 
 
 def two_trainings(bench: Workspace, **compute: object) -> None:
-    """A full and a LoRA fine-tuning, and nothing after them."""
+    """Write an experiment whose last stages are a full and a LoRA fine-tuning."""
 
     def change(experiment: dict) -> None:
         experiment["stages"].pop("eval")
