@@ -80,7 +80,7 @@ def review_bench(
     score: Callable[[int, Row], float] = lambda index, row: float(index + 1),
     text: str = TEXT,
 ) -> ReviewBench:
-    """Build the workspace. `source`: fields of a dataset, or rows for a file; `score` returns the score of a row."""
+    """Build the workspace. `source`: fields of a dataset, or rows for a file; `score` gives the score of a row."""
     bench = ReviewBench(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(source, str):

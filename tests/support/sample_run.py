@@ -61,8 +61,7 @@ def events_until(fraction: float) -> list[Event]:
 
 
 def failed_events() -> list[Event]:
-    """Return the log of a run whose `sft` ran out of GPU memory, with cause and remedy; `raw` and `eval` did not run.
-    """
+    """Return the log of a run whose `sft` ran out of GPU memory, with cause and remedy. `raw` and `eval` never ran."""
     story = _Story()
     story.opening()
     story.until_clean(resumed=False)
