@@ -2,7 +2,7 @@
 and evaluation data of the experiment cannot leak into its rows unless it is listed in `heldout`.
 
 Two stages are assumed to share rows if both are derived from overlapping splits of the same file, hub dataset or
-builtin corpus. Duplicate rows in different files are not detected, since the files are not read.
+builtin corpus. Duplicate rows in different files are not detected, which would require reading all rows.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def _same(one: Builtin | HubDataset, other: Part) -> bool:
 
 
 def _overlap(one: Dataset, other: Dataset) -> bool:
-    """Whether a group can be in both splits. Train and evaluation splits overlap only if their `eval_fraction` differs:
-    a larger one moves groups out of train, and no group into it."""
+    """Whether a group can be in both splits. A train split and an evaluation split overlap only if the latter has the
+    larger `eval_fraction`: increasing it only moves groups out of train."""
     if "all" in (one.split, other.split) or one.split == other.split:
         return True
     if one.split == "train":

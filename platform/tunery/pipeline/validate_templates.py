@@ -71,7 +71,7 @@ class TemplateCheck:
     dropped_reasoning: int = 0
     """Number of assistant messages whose reasoning the chat template does not render."""
     opens_thinking: str = ""
-    """The generation prompt if it opens a thinking block which rows without reasoning are trained without; else ""."""
+    """The generation prompt if it opens a thinking block that rows without reasoning lack in training; else ""."""
     max_unusable: float = 1.0
 
     @property
@@ -224,7 +224,8 @@ def _tokenizer(
     artifacts: Mapping[str, Path] | None = None,
     load: Callable[[Source], PreTrainedTokenizerBase] = load_tokenizer,
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a model; None for a scratch model and for a hub model that is not in the local cache."""
+    """Return the tokenizer of a model, from the first model of its chain that has one. None if there is none: for a
+    scratch model without an artifact, a hub model that is not in the local cache, and an invalid folder."""
     for base in model_chain(experiment.stages, model):
         if isinstance(base, str) and artifacts is not None and base in artifacts:
             return _loaded({"artifact": str(artifacts[base])}, load)
