@@ -1,4 +1,4 @@
-"""What several tests of the experiment file share."""
+"""Fixtures for tests that load experiment files, and settings of hypothesis."""
 
 from __future__ import annotations
 

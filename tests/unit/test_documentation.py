@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ describe what is there: links, experiments, commands, generated pages."""
+"""README.md, CONTRIBUTING.md and docs/ match the code: links, experiments, commands, generated pages."""
 
 from __future__ import annotations
 

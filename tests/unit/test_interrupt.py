@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: one request to stop, which nothing can lose and which does not cut the end of a run short."""
+"""SIGINT and SIGTERM: a stop request that cannot be lost, and that does not interrupt the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said when the process is gone before it can say anything."""
+"""The message that is printed when the process exits without reporting an end itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run on a full disk: the first error is shown, whatever else can't be written, and no traceback."""
+"""The end of a run on a full disk: the first error is reported, without a traceback."""
 
 from __future__ import annotations
 

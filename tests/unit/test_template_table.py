@@ -1,4 +1,4 @@
-"""docs/templates.md says what the encoding does."""
+"""docs/templates.md matches the encoding."""
 
 from __future__ import annotations
 

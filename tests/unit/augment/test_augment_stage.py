@@ -1,5 +1,5 @@
-"""Variants of rows by hand, and what must hold of all of them: held-out rows stay out, nothing is lost, one seed makes
-the same bytes."""
+"""Variants of rows against hand-written ones, and their properties: held-out rows are excluded, no row is lost, and the
+same seed gives identical files."""
 
 from __future__ import annotations
 

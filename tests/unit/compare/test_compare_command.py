@@ -1,4 +1,4 @@
-"""`tunery compare`: which side is meant, what was measured, which fields and rows differ. Artifacts made by hand."""
+"""`tunery compare`: resolving the two sides, comparing results, fields and rows. Artifacts are written by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a baseline other models have forgotten, and what a search does with it and with win rates."""
+"""Forgetting of models relative to a baseline, and its use in a search together with win rates."""
 
 from __future__ import annotations
 

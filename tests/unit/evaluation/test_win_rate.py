@@ -1,4 +1,4 @@
-"""Win rates: by hand, the same in whatever shards, nothing lost, and a judge that can't judge is told as such."""
+"""Win rates against hand-worked values: independent of shards, no row is lost, and a failing judge is reported."""
 
 from __future__ import annotations
 

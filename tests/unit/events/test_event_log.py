@@ -1,4 +1,4 @@
-"""The event log: what one process wrote, another reads, whole and in order."""
+"""The event log: events that one process writes are read completely and in order by another one."""
 
 from __future__ import annotations
 

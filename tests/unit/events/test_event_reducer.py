@@ -1,4 +1,4 @@
-"""The fold of the event log: what a run looks like after the events so far."""
+"""Reducing the event log to the state of a run after the events so far."""
 
 from __future__ import annotations
 

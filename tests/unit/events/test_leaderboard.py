@@ -1,4 +1,4 @@
-"""Who won a search, how sure that is, and what its table shows."""
+"""The best trial of a search, its uncertainty, and the table of trials."""
 
 from __future__ import annotations
 

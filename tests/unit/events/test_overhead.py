@@ -1,4 +1,4 @@
-"""What a run spends besides work, from its log."""
+"""Overhead of a run outside of its stages, from its event log."""
 
 from __future__ import annotations
 

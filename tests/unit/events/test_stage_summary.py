@@ -1,4 +1,4 @@
-"""Where a training leaves out or truncates rows, its line, the funnel and W&B's funnel say so."""
+"""Unusable and truncated rows of a training are in its summary line, the report's funnel and W&B's funnel."""
 
 from __future__ import annotations
 

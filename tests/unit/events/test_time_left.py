@@ -1,4 +1,4 @@
-"""The time left is shown when it means something: start-up and compilation are no speed."""
+"""The remaining time is estimated only from steady progress, not from start-up and compilation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`tunery export` of models: what it writes loads without tunery and is the same model; the card tells how it came
-about; what can't be exported is refused. Real weights, tiny; artifacts laid out as stages leave them."""
+"""`tunery export` of models: exported models load without tunery and are unchanged, the model card states their origin,
+and invalid requests are refused. Weights are real but tiny; artifacts are written by hand."""
 
 from __future__ import annotations
 

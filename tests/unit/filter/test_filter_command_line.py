@@ -1,4 +1,4 @@
-"""Errors of `tunery filter` are about its command line, and its paths start at the current folder."""
+"""Errors of `tunery filter` refer to its command line, and relative paths start at the current folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment that a filter writes."""
+"""The experiment file that `tunery filter` generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --by and --keep mean."""
+"""Parsing of --by and --keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tunery filter` writes: the original records, in every format, and what became of each of them."""
+"""Output files of `tunery filter`: the original records in every format, and the outcome of each record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes as people have them, to one schema: sharegpt, OpenAI with tools, preference pairs, rated answers."""
+"""Common row formats converted to one schema: ShareGPT, OpenAI with tools, preference pairs, rated responses."""
 
 from __future__ import annotations
 

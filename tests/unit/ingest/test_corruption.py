@@ -1,4 +1,4 @@
-"""Planted damage: as much as asked for, of every kind, recorded truly, and the same every time."""
+"""Injected corruption: the requested amount, all kinds, correctly recorded, and deterministic."""
 
 from __future__ import annotations
 

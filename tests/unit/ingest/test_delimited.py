@@ -1,4 +1,4 @@
-"""CSV files whose first line names the delimiter, as Excel reads it: `sep=;`."""
+"""CSV files whose first line sets the delimiter for Excel: `sep=;`."""
 
 from __future__ import annotations
 

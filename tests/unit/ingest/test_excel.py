@@ -1,4 +1,4 @@
-"""Excel sheets whose XML says a wrong size, as several programs write them."""
+"""Excel sheets whose XML has a wrong dimension, as several programs write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows may lie: files, folders, lists, saved datasets, S3, Google Cloud Storage, the hub."""
+"""Locations of rows: files, folders, lists, saved datasets, S3, Google Cloud Storage, the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optional fields of a turn (reasoning, weight, name, tool_call_id): stored, part of the id, and exported again."""
+"""Optional fields of a message (reasoning, weight, name, tool_call_id): stored, part of the row id, and exported."""
 
 from __future__ import annotations
 

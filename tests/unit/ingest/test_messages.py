@@ -1,4 +1,4 @@
-"""Turns as files have them: reasoning, weights, roles, calls of tools, history; and what makes a row unusable."""
+"""Messages in source files: reasoning, weights, roles, tool calls, history, and the reasons for invalid rows."""
 
 from __future__ import annotations
 

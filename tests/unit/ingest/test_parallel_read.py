@@ -1,4 +1,4 @@
-"""Reading in units that many work on gives what one reader gives, to the byte."""
+"""Reading in parallel gives exactly the rows of sequential reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded corpus: real, the same everywhere, and without an answer that two splits would share."""
+"""The builtin corpus: real texts, identical on every machine, and no response in more than one split."""
 
 from __future__ import annotations
 

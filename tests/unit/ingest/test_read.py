@@ -1,4 +1,4 @@
-"""Reading rows: every shape, and no good row lost among bad ones."""
+"""Reading rows of all formats: no valid row is lost among invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a filter and a quarantine tell of single rows: few, short, and the same wherever a row stands."""
+"""Sampled rows in the facts of filters and quarantines: few, short, and independent of the order of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits by name: stable, disjoint, in their shares."""
+"""Splits by group name: stable, disjoint, and of the requested sizes."""
 
 from __future__ import annotations
 

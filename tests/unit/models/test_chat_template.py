@@ -1,4 +1,4 @@
-"""Conversations and texts as training sequences: what is trained, what is masked, and which rows are rejected."""
+"""Conversations and texts as training sequences: trained and masked tokens, and rejected rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores by sequence-classification models: what transformers gives a row by itself, however rows are batched."""
+"""Scores of sequence-classification models: equal to those of transformers for single rows, in any batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of the encoding of any conversation, with any chat template and any kind of tokenizer."""
+"""Properties of encoded conversations for any chat template and any kind of tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing tokens and whole answers: as transformers does it, and the same in whatever batch."""
+"""Sampling of tokens and generation of responses: equal to transformers, and independent of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class weights, cross entropy and the fitted temperature, against numbers worked out by hand."""
+"""Class weights, cross entropy and the fitted temperature against hand-worked values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows beside each other in one sequence, and blocks of them."""
+"""Attention over several rows packed into one sequence, and packing of rows into blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as a model gets them: which tokens are trained, masked, special or cut off, in every format."""
+"""Rows as a model reads them: trained, masked, special and truncated tokens, in every row format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every chat template with every kind of conversation: an exact mask, or a rejection with its reason.
 
-What is trained is compared with rules written by hand from the families' documentation: what a model of the family
-generates for a turn. The rules know nothing of how the encoding finds a response.
+The trained text is compared with rules written by hand from the documentation of the model families: what a model of
+the family generates for a message. The rules are independent of how the encoding locates a response.
 """
 
 from __future__ import annotations

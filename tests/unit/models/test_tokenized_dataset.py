@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: the same as encoding them, built once, whatever the number of processes; mixtures."""
+"""Tokenized rows on disk: equal to encoding the rows, built once by any number of processes; mixtures."""
 
 from __future__ import annotations
 

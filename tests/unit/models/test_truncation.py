@@ -1,4 +1,4 @@
-"""Rows that are longer than `max_length`: what each policy keeps, and that no trained token is lost without a count."""
+"""Rows longer than `max_length`: the tokens that each policy keeps, and that every lost trained token is counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints: what changes a stage's result changes its fingerprint and those after it, and nothing else does."""
+"""Fingerprints: they change with everything that changes the result of a stage or of its inputs, and nothing else."""
 
 from __future__ import annotations
 

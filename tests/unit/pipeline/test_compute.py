@@ -1,4 +1,4 @@
-"""What is wrong beyond the text is told before anything runs, at its line, and nothing is written."""
+"""Validation before a run: errors have the right line, and nothing is written. Resolving `auto` in `compute`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user reads of an error that a library raised."""
+"""Messages for errors that libraries raise."""
 
 from __future__ import annotations
 

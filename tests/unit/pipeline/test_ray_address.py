@@ -1,4 +1,4 @@
-"""RAY_ADDRESS: what is no address is refused before anything starts, what does not answer is reported in seconds."""
+"""RAY_ADDRESS: an invalid address is refused before anything starts, an unreachable one is reported within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a terminal, too, what libraries print goes to the log and not above the live table."""
+"""Output of libraries goes to the log file instead of the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes in an augment stage are told at their line, above all that held-out rows could get into it."""
+"""Errors in augment stages are reported at their line, in particular possible leaks of held-out rows."""
 
 from __future__ import annotations
 

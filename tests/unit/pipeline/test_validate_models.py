@@ -1,5 +1,5 @@
-"""What is refused before a run because a model can't do it: more tokens than positions, adapters on layers that are not
-there or share their weight."""
+"""Requests that a model cannot fulfil are refused before a run: more tokens than positions, adapters on layers that do
+not exist or have tied weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `validate` and `plan` say of the first rows: estimates, refusals, and what a generation prompt opens."""
+"""`validate` and `plan` on the first rows: estimates, errors, and generation prompts that open a thinking block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error that a worker raised is shown, whatever Ray wraps it in: one test for each kind of wrapping."""
+"""The original error of a worker is reported, for each way in which Ray wraps errors."""
 
 from __future__ import annotations
 

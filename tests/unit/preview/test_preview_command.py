@@ -1,4 +1,4 @@
-"""`tunery preview`: where rows and tokenizers come from, and what is printed."""
+"""`tunery preview`: sources of rows and tokenizers, and the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves of a report: what leads a kind of training, and where all else that it told stands."""
+"""Training curves of the report: the primary metrics of each kind of training, and the groups of the others."""
 
 from __future__ import annotations
 

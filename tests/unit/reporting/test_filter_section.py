@@ -1,4 +1,4 @@
-"""Filters in the report."""
+"""The section of the report on filters."""
 
 from __future__ import annotations
 

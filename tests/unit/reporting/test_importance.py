@@ -1,4 +1,4 @@
-"""How much of a metric's differences each searched field explains."""
+"""Share of a metric's variance that each searched field explains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as the model sees them, in the report: from the events that trainings log."""
+"""The section of the report with rows as the model reads them, from the preview events of trainings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: one file, complete, safe with what users wrote, and written for runs in any state."""
+"""The report: a single, complete HTML file that escapes user text, for runs in any state."""
 
 from __future__ import annotations
 

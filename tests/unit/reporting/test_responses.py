@@ -1,4 +1,4 @@
-"""Answers before and after a training, and of several models, in the report."""
+"""Responses before and after a training, and of several models, in the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a search in the report."""
+"""Figures of a search in the report."""
 
 from __future__ import annotations
 

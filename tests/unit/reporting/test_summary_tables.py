@@ -1,4 +1,4 @@
-"""The tables that a run ends with."""
+"""Summary tables at the end of a run."""
 
 from __future__ import annotations
 

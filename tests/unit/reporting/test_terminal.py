@@ -1,4 +1,4 @@
-"""What the terminal shows: the live picture, the closing table, and plain lines without a terminal."""
+"""The terminal view: the live table, the table at the end, and plain lines without a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What W&B is given after an interruption: which runs, and which rows. Without wandb."""
+"""Runs and rows that W&B receives after an interruption. Does not use wandb."""
 
 from __future__ import annotations
 

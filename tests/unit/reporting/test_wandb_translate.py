@@ -1,4 +1,4 @@
-"""What W&B is told of an event log, without wandb."""
+"""Translation of an event log to W&B actions. Does not use wandb."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement, Cohen's kappa and the best threshold, against numbers worked out by hand and by trying everything."""
+"""Agreement, Cohen's kappa and the best threshold against hand-worked values and brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decisions on disk: what is read back is what was decided, and what can't be a decision is an error with its place."""
+"""Decisions on disk: they are read back unchanged, and an invalid decision is an error with its location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The review stage on real artifacts: which rows come out, what is told, and what stops it."""
+"""The review stage on real artifacts: its rows, its facts, and its errors."""
 
 from __future__ import annotations
 

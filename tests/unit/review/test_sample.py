@@ -1,4 +1,4 @@
-"""Which rows a person is asked about."""
+"""Sampling of rows for a review."""
 
 from __future__ import annotations
 

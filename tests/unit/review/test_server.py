@@ -1,4 +1,4 @@
-"""The review's server over real HTTP: who may speak to it, what it tells, and what it saves."""
+"""The review server over real HTTP: access control, responses, and saved decisions."""
 
 from __future__ import annotations
 

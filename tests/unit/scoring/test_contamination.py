@@ -1,4 +1,4 @@
-"""n-grams of evaluation sets, found in rows."""
+"""n-grams of evaluation sets in rows."""
 
 from __future__ import annotations
 

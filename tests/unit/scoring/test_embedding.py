@@ -1,4 +1,4 @@
-"""Similarity to reference rows: embeddings as transformers gives them a row at a time, and the nearest of the rows."""
+"""Similarity to reference rows: embeddings equal those of transformers for single rows, and the nearest reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scorers of a row in languages other than English: good answers keep passing, bad ones do not."""
+"""Row scorers in languages other than English: good responses pass, bad ones do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact and near duplicates, and the files that they are found through."""
+"""Exact and near duplicates, and the intermediate files of the search for them."""
 
 from __future__ import annotations
 

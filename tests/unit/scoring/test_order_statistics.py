@@ -1,4 +1,4 @@
-"""The k-th smallest of a column, without holding it."""
+"""The k-th smallest value of a column that is not held in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scorers of a row by rules: length, Gopher, C4 and language, by hand-worked cases."""
+"""Rule-based row scorers (length, Gopher, C4 and language) against hand-worked cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The score stage in one process: every row that goes in comes out once, and a lost one is an error."""
+"""The score stage in one process: every input row is in the output once, and a missing one is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A unit of scoring: what is known is not worked out again, what kills is found, and no other row is lost."""
+"""Scoring of a shard: cached scores are reused, rows that crash the process are found, and no other row is lost."""
 
 from __future__ import annotations
 

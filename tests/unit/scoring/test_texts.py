@@ -1,4 +1,4 @@
-"""Words of texts in many languages: how many there are, and which texts have the same."""
+"""Words of texts in many languages: their number, and which texts have the same words."""
 
 from __future__ import annotations
 

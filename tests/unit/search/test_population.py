@@ -1,4 +1,4 @@
-"""Population based training: who makes room for whom, whatever the order in which it is pbt."""
+"""Population based training: replaced members and their sources, in any order of reports."""
 
 from __future__ import annotations
 

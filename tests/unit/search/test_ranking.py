@@ -1,4 +1,4 @@
-"""Which trial is better, and how sure that is."""
+"""Ranking of trials and its statistical significance."""
 
 from __future__ import annotations
 

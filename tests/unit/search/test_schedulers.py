@@ -1,4 +1,4 @@
-"""What schedulers make of reports, without Tune around them."""
+"""Decisions of schedulers on reported metrics. Does not run Ray Tune."""
 
 from __future__ import annotations
 

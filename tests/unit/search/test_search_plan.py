@@ -1,4 +1,4 @@
-"""What a plan tells of a search: what trials share, who trains in a pack, and which come to the same."""
+"""The plan of a search: shared stages, packed trials, and equivalent trials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search draws: from which dimensions, which of them are there, and the same again after a kill."""
+"""Sampling of trials: algorithms, conditional dimensions, and the same trials after a kill."""
 
 from __future__ import annotations
 

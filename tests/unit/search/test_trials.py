@@ -1,4 +1,4 @@
-"""`tunery trials`: what it lists, what it writes for a search to read, and what it refuses. Made-up event logs."""
+"""`tunery trials`: the list, the commands that it writes for a search, and its errors. Event logs are synthetic."""
 
 from __future__ import annotations
 

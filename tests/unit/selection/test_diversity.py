@@ -1,4 +1,4 @@
-"""Diversity: choices worked out by hand and by brute force, the same in whatever pieces the rows come."""
+"""Diversity selection against hand-worked cases and brute force, for any division of rows into shards and blocks."""
 
 from __future__ import annotations
 

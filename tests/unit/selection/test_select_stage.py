@@ -1,4 +1,4 @@
-"""Which rows pass a rule, and how well a filter finds planted damage, against numbers worked out by hand."""
+"""Rows that pass each rule, and detection of injected corruption by a filter, against hand-worked values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wrong experiment file: every mistake is told with file, line, value, cause and remedy."""
+"""Invalid experiment files: every error has file, line, value, cause and remedy."""
 
 from __future__ import annotations
 

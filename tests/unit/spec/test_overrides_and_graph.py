@@ -1,4 +1,4 @@
-"""Trials as an experiment with other values; the order of stages and what they need."""
+"""Trials as experiments with overrides; topological order and dependencies of stages."""
 
 from __future__ import annotations
 

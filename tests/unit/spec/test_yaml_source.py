@@ -1,4 +1,4 @@
-"""YAML 1.2, not 1.1; and the line of every key."""
+"""Parsing of YAML 1.2, in contrast to 1.1, and the line of every key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store: artifacts are there whole or not at all, and each is made by one process at a time."""
+"""The store: artifacts are complete or absent, and each is built by one process at a time."""
 
 from __future__ import annotations
 

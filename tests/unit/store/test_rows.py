@@ -1,4 +1,4 @@
-"""The row schema on disk: ids, shards, duplicates."""
+"""Row schema on disk: ids, shards, duplicates."""
 
 from __future__ import annotations
 

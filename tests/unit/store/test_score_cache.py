@@ -1,4 +1,4 @@
-"""Kept scores: found by row id, in any order, whatever run they came in."""
+"""Cached scores: looked up by row id, in any order, from all runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps, batches and data order; what `auto` becomes; DeepSpeed's configuration and memory."""
+"""Steps, batches and data order; resolving `auto`; configuration and memory of DeepSpeed."""
 
 from __future__ import annotations
 

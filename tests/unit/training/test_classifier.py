@@ -1,4 +1,4 @@
-"""The `classifier` stage before it trains: where labels come from, what is refused, and the head it begins with."""
+"""The `classifier` stage before it trains: sources of labels, errors, and the initial head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a training counts as diverged: steps that were taken, steps that were skipped, weights."""
+"""Detection of a diverged training: optimizer steps, skipped steps, weights."""
 
 from __future__ import annotations
 

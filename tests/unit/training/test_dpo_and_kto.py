@@ -1,4 +1,4 @@
-"""`dpo` and `kto`: tokens, losses worked out by hand and beside plain torch, what is counted, what is refused."""
+"""`dpo` and `kto`: tokens, losses against hand-worked values and plain torch, row counts, errors."""
 
 from __future__ import annotations
 

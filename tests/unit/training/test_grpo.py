@@ -1,4 +1,4 @@
-"""`grpo` and `rloo` before they train: rewards of models and of functions, prompts, groups of answers in a step."""
+"""`grpo` and `rloo` before they train: rewards of models and functions, prompts, groups of responses in a step."""
 
 from __future__ import annotations
 

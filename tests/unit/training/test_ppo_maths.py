@@ -1,4 +1,4 @@
-"""PPO's maths against cases worked out by hand, and against autograd."""
+"""PPO losses, advantages and KL against hand-worked cases and autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO's models: adapters on one base say what models of their own would say; batches and shares of them."""
+"""PPO models: adapters on one base are equivalent to separate models; batches and how they are sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that is loaded from the files is the one that was trained, or the stage fails."""
+"""A model loaded from the saved files equals the trained one, or the stage fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `reward` stage: what it learns from, what is measured of it, its scale, and what is refused before it trains."""
+"""The `reward` stage: training rows, metrics, reward scale, and errors before it trains."""
 
 from __future__ import annotations
 

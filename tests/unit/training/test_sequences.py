@@ -1,5 +1,5 @@
-"""The rows of trainings that read prompts or whole rows: their tokens come from the token cache, their labels and the
-rows themselves from the artifact."""
+"""Rows of trainings that read prompts or complete rows: tokens come from the token cache, labels and rows from the
+artifact."""
 
 from __future__ import annotations
 

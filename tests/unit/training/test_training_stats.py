@@ -1,4 +1,4 @@
-"""What is told of a training at its end."""
+"""Statistics at the end of a training."""
 
 from __future__ import annotations
 
