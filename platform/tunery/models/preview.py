@@ -48,7 +48,7 @@ conversation: a conversation as in `sft`
 pair: both responses of a preference pair, each after the prompt
 rated: a rated response, or both responses of a pair
 prompt: the prompt up to the start of generation
-scored: a conversation of which the last response is scored
+scored: a row of which the last response is scored
 all_tokens: a row of which every token is scored
 ifd: the last response, once after the prompt and once without it
 classifier: the input of a sequence classifier or an embedding model
