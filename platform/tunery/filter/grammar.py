@@ -99,7 +99,7 @@ def _example(kind: str) -> str:
 
 
 def without_value(kind: str) -> Scorer | None:
-    """Return the scorer for a rule on `kind`, or None if it needs a value."""
+    """Return the scorer for a rule on `kind`, or None if the kind is unknown or needs a value."""
     return parse_by(kind) if kind in _VALUES and kind not in _ASKED else None
 
 
