@@ -177,7 +177,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encodi
     if len(parts) == 1:
         return _row(row, [_with_loss("", row, parts[0], tokenizer, encoding)])
     labels = [f"part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
-    # Tokens that are missing in one part are in another, so no part is shown as truncated.
+    # The parts complement each other, so none of them is previewed with cuts.
     return _row(row, [_sequence(*part, tokenizer, encoding.max_length) for part in zip(labels, parts, strict=True)])
 
 
