@@ -1,1 +1,1 @@
-"""`tunery filter`: filters the rows of files without an experiment file."""
+"""`tunery filter`: filter the rows of files without writing an experiment file."""

@@ -1,4 +1,4 @@
-"""Validation of the `tunery filter` command line; errors name the option and its value instead of the generated
+"""Validate the `tunery filter` command line. Errors name the option and its value instead of the generated
 experiment."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PHRASES = (
 
 
 def check_sources(request: FilterRequest) -> None:
-    """Raises RequestError if a source can't be found or read, or its columns are unknown."""
+    """Raise RequestError if a source can't be found or read, or its columns are unknown."""
     for source in request.sources:
         if source.startswith("builtin:"):
             raise RequestError(
@@ -85,7 +85,7 @@ def _to_request_error(error: BadSource, option: str = "") -> RequestError:
 
 
 def check_models(built: Built) -> None:
-    """Raises RequestError if a model folder or the reference rows of a scorer are missing or invalid."""
+    """Raise RequestError if a scorer's model folder or the rows it compares with are missing or invalid."""
     errors: list[RequestError] = []
     for scorer, option in built.by_options:
         folder = model_folder(scorer)
@@ -136,7 +136,7 @@ def _to_option_error(error: SpecError, request: FilterRequest, built: Built) -> 
 
 
 def _to_command_line(text: str, request: FilterRequest, built: Built) -> str:
-    """Replace paths and rules of the experiment by those of the command line."""
+    """Replace paths and rules of the experiment with those of the command line."""
     for experiment_path, given_path in paths_in_experiment(request, built).items():
         text = text.replace(f"`{experiment_path}", f"`{given_path}")
     for rule, given_rule in built.described.items():

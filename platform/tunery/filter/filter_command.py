@@ -1,4 +1,4 @@
-"""`tunery filter`: from the command line to an experiment, its run, and the rows as files."""
+"""`tunery filter`: build an experiment from the command line, run it, and write its rows to files."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class FilterOutcome:
-    """What became of the rows."""
+    """Result of a filter run: row counts, output files and notes."""
 
     read: int
     quarantined: int
     kept: int
     dropped: int
     by_rule: list[tuple[str, int]]
-    """How many each rule dropped, the first that did; empty where a row is dropped by all of them together."""
+    """(rule, number of rows that it dropped); a row counts for the first rule that drops it. Empty if several rules are
+    combined by `--any`, where only all rules together drop a row."""
     out: Path
     dropped_out: Path | None
     experiment: Path
     report: Path
     quarantines: list[Path]
     chosen: list[str]
-    """What was chosen without being asked for; said before the run."""
+    """Defaults that were used; printed before the run."""
     score_columns: dict[str, str]
-    """By score: its column in the files; empty where none are requested."""
+    """Column in the output files by score; empty if no scores are requested."""
     notes: list[str]
-    """What is to be known about the files."""
+    """Remarks on the output files."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -73,8 +74,8 @@ class FilterOutcome:
 
 
 def run_filter(asked: FilterRequest, dropped: Path | None, store: Store, *, quiet: bool, say: Say) -> FilterOutcome:
-    """Write the experiment, run it, and write its rows. Raises RequestError before anything is written where the
-    command line is wrong, in its words; and whatever a run raises."""
+    """Write the experiment, run it, and write its rows. Raises RequestError before anything is written if the command
+    line is invalid, and the errors of a run."""
     from tunery.live import run_live
 
     _check_files(asked, dropped)
@@ -99,25 +100,25 @@ def run_filter(asked: FilterRequest, dropped: Path | None, store: Store, *, quie
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The files that a filter writes, and what they are written from besides the run's artifacts."""
+    """Writes the output files of a filter from the artifacts of its run."""
 
     asked: FilterRequest
     dropped: Path | None
     built: Built
     stage: Dataset
-    """It reads the sources."""
+    """The stage that reads the sources."""
     identity: Any
-    """Of the sources before the run."""
+    """Identity of the sources before the run."""
 
     def write(self, made: Mapping[str, Artifact]) -> Outputs:
-        """Both, from the artifacts of a run."""
+        """Write the output files from the artifacts of a completed run."""
         kept = made[KEPT]
         return self._write(made, kept.path, kept.facts["kept"], kept.facts["dropped"])
 
     @contextmanager
     def dropped_if_none_kept(self, say: Say) -> Iterator[None]:
-        """Around a run, which ends with an error where no row passes: before that the file of dropped rows is written,
-        since it shows why."""
+        """Context manager around a run, which fails if no row passes: write the file of dropped rows, which has the
+        reasons, before the error is raised again."""
         try:
             yield
         except NothingPasses as error:
@@ -132,7 +133,7 @@ class RowFiles:
             raise StageError(error.stage, error.message, cause=error.cause, remedy=remedy) from error
 
     def _write(self, made: Mapping[str, Artifact], selection: Path, kept: int, dropped: int) -> Outputs:
-        """`selection`: the folder of the select stage's dropped.jsonl."""
+        """`selection`: folder of the select stage's dropped.jsonl."""
         scored = made.get(SCORED)
         names = [name for scorer in self.built.by if (name := score_of(scorer))]
         artifacts = Artifacts(made[ROWS].path, scored.path if scored else None, selection)
@@ -149,8 +150,8 @@ class RowFiles:
 
 
 def _rules_said(built: Built) -> dict[str, tuple[str, list[str]]]:
-    """By a rule as the select stage has it: as the command line has it, and the scores that it looks at. Where any rule
-    is enough to pass, a row is dropped by all of them together."""
+    """Map the rule names of the select stage to (rule as on the command line, scores that it uses). With `--any`, a row
+    is dropped by all rules together, whose names are joined."""
     rules = built.described
     single = {rule: (words, [score]) for (rule, words), score in zip(rules.items(), built.keep, strict=True)}
     return {**single, " and ".join(rules): (" and ".join(rules.values()), list(built.keep))}
@@ -162,7 +163,7 @@ def _quarantined(made: Mapping[str, Artifact]) -> int:
 
 @contextmanager
 def _parent_of(path: Path) -> Iterator[None]:
-    """The file's folder, built where it is missing; removed again where the request is wrong."""
+    """Create the missing folders of a file; remove them again if the request is invalid."""
     missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +179,8 @@ def _parent_of(path: Path) -> Iterator[None]:
 
 
 def write_experiment(path: Path, text: str) -> None:
-    """Aside and renamed. Raises RequestError rather than overwrite what somebody else wrote."""
+    """Write the experiment under a temporary name and rename it. Raises RequestError instead of overwriting a file that
+    `tunery filter` did not write."""
     try:
         before = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -241,7 +243,7 @@ def _holds(source: str, out: Path) -> bool:
 
 
 def _has_answers(asked: FilterRequest) -> bool:
-    """Of the first row."""
+    """Whether the first row has a response; True if it can't be read."""
     with suppress(BadSource):
         return first_shape(dataset_here(asked, asked.sources), Path.cwd()) != "prompt"
     return True
@@ -283,7 +285,7 @@ def _summary(
         kept=facts["kept"],
         dropped=facts["dropped"],
         by_rule=[
-            # As the command line has them.
+            # Rules as on the command line.
             (said(score, rule), told["dropped"])
             for (score, rule), told in zip(built.keep.items(), facts["rules"], strict=True)
         ]
@@ -301,7 +303,7 @@ def _summary(
 
 
 def render(filtered: FilterOutcome) -> Group:
-    """The small table at the end."""
+    """Build the summary that is printed after a run."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")

@@ -1,6 +1,6 @@
-"""The experiment that a filter is: dataset -> score -> select, as text. Pure, but for where things lie.
+"""Build the experiment of a filter as text: dataset -> score -> select. No I/O except for resolving paths.
 
-It stands beside the output, so that the filter can be read, kept, edited and run again by `tunery run`.
+The experiment is written beside the output, so that the filter can be read, kept, copied and run again by `tunery run`.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import plain_scalar
 
 MARKER = "# Written by `tunery filter`, which overwrites it: to edit it, copy it. `tunery run` runs it as it is."
-"""First line: what has it may be overwritten."""
+"""First line of a generated experiment. Files that start with it may be overwritten."""
 ROWS, SCORED, KEPT = "rows", "scored", "kept"
-"""The stages."""
+"""Stage names."""
 SEED = 17
 MODEL_KINDS = ("perplexity", "ifd", "reward", "classifier", "embedding")
-"""Scorers whose own value is a model."""
+"""Scorers whose value is a model."""
 
-# Without --by and --keep: what is wrong with a row of any kind, in any language. Not among them: length (the reader
-# puts empty texts into quarantine already), language (which one is yours to say), C4 (rules about web pages) and
-# whatever needs a model.
+# Default scores without --by and --keep: they find defects in rows of any kind, in any language. They do not include
+# length (the reader already quarantines empty texts), language (only the user knows the expected one), C4 (rules for
+# web pages) and scorers that need a model.
 USUAL_BY: tuple[str, ...] = ("duplicates=normalised", "near_duplicates")
 PAGES_ONLY = (
-    "words_min",  # a good answer may be one word
-    "mean_word_min",  # and that word a number
+    "words_min",  # a good response may be one word
+    "mean_word_min",  # and that word may be a number
     "mean_word_max",  # code, German, scripts without spaces
     "alphabetic_words_min",  # code and numbers
     "stop_words_min",  # English
-    "bullet_lines_max",  # an answer may be a list
-    "top_2gram_max",  # of a dozen words two are soon the same; the rules on 5 to 10 words still find what repeats
+    "bullet_lines_max",  # a response may be a list
+    "top_2gram_max",  # a dozen words easily repeat a 2-gram; the rules on 5- to 10-grams still find repetitive text
     "top_3gram_max",
     "top_4gram_max",
 )
-"""Gopher's rules that a short answer, code or another language than English violates without being bad."""
+"""Gopher rules that short responses, code or languages other than English may violate without being of low quality."""
 
 USUAL_KEEP: Mapping[str, str] = {
     "perplexity": "best 80%",  # as in experiments/quickstart.yaml
@@ -58,17 +58,17 @@ USUAL_KEEP: Mapping[str, str] = {
     "length": "1..",
     "gopher": "<= 0",  # the paper drops a page for one violation
     "c4": "<= 0",
-    "language": ">= 0.1",  # see spec/scorers.py: 0.9 drops a third of what is English
+    "language": ">= 0.1",  # 0.9 drops a third of English texts (spec/scorers.py)
     "duplicates": "<= 0",
     "near_duplicates": "<= 0",
     "contamination": "<= 0",
 }
-"""The rule of a score that is asked for without any `--keep`."""
+"""Default rule of each score, used if there is no `--keep`."""
 
 
 @dataclass(frozen=True)
 class FilterRequest:
-    """The command line. Paths in it are relative to the current folder."""
+    """The command line. Paths are relative to the current folder."""
 
     sources: tuple[str, ...]
     out: Path
@@ -80,29 +80,31 @@ class FilterRequest:
     limit: int | None = None
     seed: int = SEED
     scores: bool = False
-    """The scores are written behind the rows' own columns."""
+    """Whether to write the scores after the rows' own columns."""
 
     @property
     def file(self) -> Path:
-        """Where the experiment stands."""
+        """Path of the generated experiment."""
         return self.out.with_suffix(".yaml")
 
 
 @dataclass(frozen=True)
 class Built:
+    """A generated experiment."""
+
     text: str
     by: list[Scorer]
     keep: dict[str, Rule]
     notes: list[str]
-    """What was chosen without being asked for."""
+    """Defaults that were used."""
     options: Mapping[int, str]
-    """By line of the text: the option, with its value, that the line comes from."""
+    """Command-line option with its value, by number of the line that it produced in `text`."""
     by_options: Sequence[tuple[Scorer, str]] = ()
-    """The scorers, with the option that each comes from; paths as on the command line."""
+    """Scorers with the option that each comes from; paths as on the command line."""
 
     @property
     def described(self) -> dict[str, str]:
-        """By a rule as the select stage describes it: as the command line has it."""
+        """Map rules as described by the select stage to rules as on the command line."""
         return {
             describe(score, Keep.model_validate_json(json.dumps(rule), strict=True)): said(score, rule)
             for score, rule in self.keep.items()
@@ -110,8 +112,12 @@ class Built:
 
 
 def build(asked: FilterRequest, *, answers: bool = True) -> Built:
-    """`answers`: the rows have some; those of prompts are judged whole. Raises RequestError for what can't be meant;
-    what an experiment can't say is left to its loader."""
+    """Build the experiment of a filter. `answers`: whether the rows have responses; otherwise the default Gopher score
+    covers the complete row.
+
+    Raises RequestError for invalid or contradictory options; values that are invalid in an experiment are left to its
+    loader.
+    """
     by = [(with_models(parse_by(text)), f"--by {text}") for text in asked.by]
     for scorer, option in by:
         if "embedding" in scorer and not isinstance(scorer.get("reference"), str):
@@ -176,7 +182,7 @@ def _usual_gopher(answers: bool) -> dict[str, Any]:
 
 
 def dataset(asked: FilterRequest, sources: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """The stage that reads them, with paths relative to `folder`; None: to the current one, as on the command line."""
+    """Return the dataset stage for the sources, with paths relative to `folder`, or unchanged if it is None."""
     here = [source if folder is None else _from(folder, source) for source in sources]
     stage: dict[str, Any] = {"kind": "dataset", "source": here[0] if len(here) == 1 else here}
     if asked.columns:
@@ -187,12 +193,12 @@ def dataset(asked: FilterRequest, sources: Sequence[str], folder: Path | None) -
 
 
 def dataset_here(asked: FilterRequest, sources: Sequence[str]) -> Dataset:
-    """The stage with paths as on the command line. Raises ValidationError."""
+    """Return the dataset stage with paths as on the command line. Raises ValidationError."""
     return Dataset.model_validate_json(json.dumps(dataset(asked, sources, None)), strict=True)
 
 
 def other_rows(scorer: Scorer) -> list[str]:
-    """Sources of rows that a scorer compares with."""
+    """Return the sources of the rows that a scorer compares with."""
     settings = scorer.get("contamination")
     sets = settings.get("sets") if isinstance(settings, dict) else None
     found = [str(source) for source in sets] if isinstance(sets, list) else []
@@ -200,7 +206,8 @@ def other_rows(scorer: Scorer) -> list[str]:
 
 
 def with_models(scorer: Scorer) -> Scorer:
-    """A scorer whose model is `{pretrained: ...}`, by whatever words: there is no stage that it could be."""
+    """Return a scorer with its model as `{pretrained: ...}`. A model given as a string is not a stage, since the
+    experiment of a filter trains no model."""
     found = dict(scorer)
     for kind in MODEL_KINDS:
         if isinstance(found.get(kind), str):
@@ -209,7 +216,7 @@ def with_models(scorer: Scorer) -> Scorer:
 
 
 def model_folder(scorer: Scorer) -> Path | None:
-    """Of a scorer whose model is a folder."""
+    """Return the folder of a scorer's model; None if the scorer has no model or a hub name."""
     name = _model_name(scorer)
     return Path(name).expanduser() if name is not None and _is_folder(name) else None
 
@@ -221,7 +228,7 @@ def _model_name(scorer: Scorer) -> str | None:
 
 
 class _Lines:
-    """The experiment's lines, and the option that each comes from."""
+    """Lines of the experiment, and the option that each comes from."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -233,7 +240,8 @@ class _Lines:
             self.options[len(self.lines)] = option
 
     def stage(self, name: str, fields: Mapping[str, tuple[Any, Any]]) -> None:
-        """A stage; each field's value comes with its option, that of a list or mapping with one for each item."""
+        """Add a stage. `fields`: (value, option) by name; with a list of options, each item of the value (a list or a
+        mapping) is on its own line."""
         self.add(f"  {name}:")
         for key, (value, option) in fields.items():
             if isinstance(option, str):
@@ -251,7 +259,7 @@ class _Lines:
 def _text(
     asked: FilterRequest, by: Sequence[tuple[Scorer, str]], keep: Mapping[str, tuple[Rule, str]]
 ) -> tuple[str, dict[int, str]]:
-    """The experiment, and by line the option that it comes from: each option has lines of its own."""
+    """Return the experiment, and the option by line number. Each line comes from at most one option."""
     out = _Lines()
     for line in (MARKER, f"# {_command(asked)}", f"name: {run_name(asked.out)}"):
         out.add(line)
@@ -275,7 +283,7 @@ def _text(
     rules, options = {score: rule for score, (rule, _) in keep.items()}, [option for _, option in keep.values()]
     any_rule = {"combine": ("any", "--any")} if asked.any_rule else {}
     out.stage(KEPT, {**selected, "keep": (rules, options), **any_rule})
-    # A spreadsheet's filter is nobody's tracked experiment.
+    # Filtering a file is not an experiment to track.
     out.add("tracking: {wandb: {mode: disabled}}")
     return "\n".join(out.lines) + "\n", out.options
 
@@ -290,7 +298,8 @@ def _with_options(asked: FilterRequest, stage: Mapping[str, Any], sources: Seque
 
 
 def _in_experiment(asked: FilterRequest, scorer: Scorer, sets: Sequence[str]) -> Scorer:
-    """The scorer with its model's path as the experiment has it, and stages for the sources that it names."""
+    """Return the scorer with its model's path relative to the experiment, and its sources replaced with the stages
+    `sets`."""
     found = dict(scorer)
     for kind in MODEL_KINDS:
         model = found.get(kind)
@@ -305,7 +314,8 @@ def _in_experiment(asked: FilterRequest, scorer: Scorer, sets: Sequence[str]) ->
 
 
 def run_name(out: Path) -> str:
-    """Of the run: by the output's name, and where it lies, since two folders may each have a `good.csv`."""
+    """Return the name of the run: the output's name with a hash of its path, since two folders may each have a
+    `good.csv`."""
     where = hashlib.sha256(str(out.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:4]
     return f"filter-{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.stem)[:40]}-{where}"
 
@@ -330,15 +340,16 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def _from(folder: Path, source: str) -> str:
-    """A path that starts at the current folder as one that starts at `folder`."""
+    """Convert a path relative to the current folder to one relative to `folder`; leave URLs and absolute paths
+    unchanged."""
     if "://" in source or source.startswith(("builtin:", "hub:", "~", "/")):
         return source
-    # `..` leads out of the folder that a link points to, not out of the one that the link is in.
+    # If `folder` is a symbolic link, `..` is the parent of its target, not of the link.
     return os.path.relpath(source, os.path.realpath(folder))
 
 
 def paths_in_experiment(asked: FilterRequest, built: Built) -> dict[str, str]:
-    """Where a source or model folder has another path in the experiment: by that path the one on the command line."""
+    """Map paths of sources and model folders in the experiment to those on the command line, where they differ."""
     folder = asked.file.parent
     sources = [*asked.sources, *(source for scorer, _ in built.by_options for source in other_rows(scorer))]
     models = [name for scorer, _ in built.by_options if (name := _model_name(scorer)) and _is_folder(name)]
@@ -349,7 +360,7 @@ def paths_in_experiment(asked: FilterRequest, built: Built) -> dict[str, str]:
 
 
 def _is_folder(name: str) -> bool:
-    """Of a model: `./model` is a folder; so is `model`, where there is such a one. Else it is a hub name."""
+    """Whether a model is a folder: `./model` always is, `model` if the folder exists; otherwise it is a hub name."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
 
 
@@ -363,7 +374,7 @@ _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def _flow(value: Any) -> str:
-    """YAML in one line. Words stand as they are, other texts as JSON has them."""
+    """Format a value as YAML on one line. Plain words are not quoted; other strings are quoted as in JSON."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_flow(str(key))}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -371,7 +382,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, str):
         if _PLAIN.fullmatch(value) and plain_scalar(value) == value:
             return value
-        # YAML reads JSON's escapes of surrogate pairs as two halves: other characters than control ones stay.
+        # YAML reads JSON's escaped surrogate pairs as two characters, so only unprintable characters are escaped.
         quoted = json.dumps(value, ensure_ascii=False)
         return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
     return json.dumps(value)

@@ -1,10 +1,10 @@
-"""What may be said in `--by` and `--keep`, and what it means in an experiment. Pure.
+"""Parse `--by` and `--keep` into scorers and rules of an experiment. No I/O.
 
 --by length=words   --by gopher   --by language=en   --by perplexity=./model   --by "{length: chars, of: whole}"
---keep "length 3..500"         from 3 to 500, both included; an end may be left out
---keep "language >= 0.1"       at least; <= is at most
---keep "perplexity best 80%"   so many of a hundred rows, the best by the score; lowest and highest name the end
---keep "random best 1000"      so many rows
+--keep "length 3..500"         from 3 to 500, both included; either bound may be omitted
+--keep "language >= 0.1"       at least 0.1; <= is at most
+--keep "perplexity best 80%"   the best 80% of the rows by the score; lowest and highest set the direction explicitly
+--keep "random best 1000"      1000 rows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunery.spec.yaml_source import plain_scalar, read_yaml
 
 Scorer = dict[str, Any]
 Rule = dict[str, Any]
-"""As they stand in an experiment's file: the loader checks what they say."""
+"""Scorers and rules as in an experiment file. They are validated by the loader of experiments."""
 
 FORMS = "A..B, A.., ..B, >= A, <= A, best 80%, best 1000, lowest 80% or highest 80%"
 
@@ -48,8 +48,8 @@ _VALUES: Mapping[str, tuple[str | None, Callable[[str], Any]]] = {
     "near_duplicates": ("", lambda value: {"threshold": plain_scalar(value)} if value else {}),
     "contamination": (None, lambda value: {"sets": [value]}),
 }
-"""By kind: the value that stands for none ("" where there is nothing to say; None where one must be given), and what a
-value becomes. The value of `contamination` is a source; who builds the experiment makes it a stage."""
+"""By kind: the default value ("" if the scorer needs none, None if a value is required), and the conversion of a value
+to the scorer's settings. The value of `contamination` is a source, which filter_experiment.py replaces with a stage."""
 
 _ASKED = {
     "perplexity": "a model's folder or hub name: `perplexity=./model`",
@@ -64,13 +64,13 @@ _ASKED = {
 _IN_FULL = {
     "embedding": 'a model, and rows to be like: `--by "{embedding: ./model, reference: good.jsonl}"`',
 }
-"""Scores that one value is not enough for."""
+"""Scorers that need more than one value."""
 _BESIDES: Mapping[str, Scorer] = {"classifier": {"label": "good"}}
-"""By kind: what a scorer needs besides its value. Classifiers that tunery trains have the labels bad and good."""
+"""By kind: fields that a scorer needs besides its value. Classifiers trained by tunery have the labels bad and good."""
 
 
 def parse_by(text: str) -> Scorer:
-    """`KIND`, `KIND=VALUE`, or a scorer as an experiment has it, in braces. Raises RequestError."""
+    """Parse `KIND`, `KIND=VALUE`, or a scorer in braces as in an experiment. Raises RequestError."""
     if text.lstrip().startswith("{"):
         scorer = read_yaml(text, "--by").data
         assert isinstance(scorer, dict), "it is in braces"
@@ -99,22 +99,22 @@ def _example(kind: str) -> str:
 
 
 def without_value(kind: str) -> Scorer | None:
-    """The scorer that a rule on `kind` needs, where it can be had without another word."""
+    """Return the scorer for a rule on `kind`, or None if the kind is unknown or needs a value."""
     return parse_by(kind) if kind in _VALUES and kind not in _ASKED else None
 
 
 def asked_for(kind: str) -> str:
-    """What a `--by` of this kind has to say, where it must say something; else ""."""
+    """Describe the value that a `--by` of this kind requires; "" if it requires none."""
     return _ASKED.get(kind) or _IN_FULL.get(kind, "")
 
 
 def score_of(scorer: Scorer) -> str:
-    """What its score is called."""
+    """Return the name of a scorer's score."""
     return str(scorer.get("name") or next((key for key in scorer if key != "name"), ""))
 
 
 def parse_keep(text: str) -> tuple[str, Rule]:
-    """`SCORE RULE`: the score, and the rule as an experiment has it. Raises RequestError."""
+    """Parse `SCORE RULE`; return the score, and the rule as in an experiment. Raises RequestError."""
     score, _, rule = text.strip().partition(" ")
     rule = " ".join(rule.split())
     glued = re.match(r"([a-z][a-z0-9_]*)\s*([<>=].*)", text.strip())
@@ -143,7 +143,7 @@ def parse_keep(text: str) -> tuple[str, Rule]:
     if amount.endswith("%"):
         if not 0 < _number(amount[:-1], text) <= 100:
             raise _no_rule(text, f"{amount} is no share of the rows: more than 0% and at most 100%")
-        # Through decimals: 0.07, and not the 0.07 and a bit that floats make of 7 / 100.
+        # Decimal division is exact; as floats, 0.7 / 100 is 0.006999999999999999.
         return score, {"keep_fraction": float(Decimal(amount[:-1].strip()) / 100), **told}
     rows = _number(amount, text)
     if not float(rows).is_integer():
@@ -154,7 +154,7 @@ def parse_keep(text: str) -> tuple[str, Rule]:
 
 
 def said(score: str, rule: Rule) -> str:
-    """The rule as `--keep` has it: `parse_keep(said(score, rule))` is `(score, rule)`."""
+    """Format a rule as for `--keep`: `parse_keep(said(score, rule))` is `(score, rule)`."""
     word = {None: "best", "low": "lowest", "high": "highest"}[rule.get("prefer")]
     if "range" in rule:
         low, high = ("" if end is None else _plain(end) for end in rule["range"])
@@ -167,7 +167,7 @@ def said(score: str, rule: Rule) -> str:
 
 
 def _plain(value: float | Decimal) -> str:
-    """Without an exponent's plus sign or a whole number's `.0`."""
+    """Format a number: a Decimal without an exponent, a float with an integer value without `.0`."""
     text = format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
     return text.removesuffix(".0")
 

@@ -1,9 +1,8 @@
-"""Records of a source as they are in its files, with the types and the text that the row schema drops.
+"""Original records of a source, with the types and the text that the row schema drops.
 
 `tunery filter` decides on rows of the schema (store/rows.py) and writes the original records. Both are matched by
-source and line, so what is a record, and which line it has, is left to the readers of ingest/formats: here their
-records are read again, side by side with the file's own lines, cells or Arrow batches. One record, or one batch, is in
-memory.
+source and line, so the readers of ingest/formats determine the records and their line numbers: their records are read
+again here, in step with the file's own lines, cells or Arrow batches. Only one record or batch is in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Kind = Literal["json", "csv", "xlsx", "arrow", "values"]
 
 
 class OriginalCell(NamedTuple):
-    """A cell of a workbook: its value, openpyxl's letter for its type, and how it is displayed."""
+    """A cell of a workbook: its value, openpyxl's code of its type, and its number format."""
 
     value: Any
     data_type: str
@@ -47,29 +46,30 @@ EMPTY = OriginalCell(None, "n", "General")
 
 @dataclass
 class SourceTable:
-    """A file, or a sheet of a workbook: what all its records share. Complete once they have been read."""
+    """Properties that the records of a file, or of a sheet of a workbook, share. Complete once all records have been
+    read."""
 
     name: str
-    """As rows have it in `source`."""
+    """Name in the column `source` of rows."""
     kind: Kind
     header: list[str] = field(default_factory=list)
-    """Of csv and xlsx: the names as they are written, "" where a column has none."""
+    """csv and xlsx: column names as written; "" for a column without a name."""
     delimiter: str = ""
     header_text: str = ""
-    """Of csv: the header's own text, without its line end."""
+    """csv: text of the header, without its line end."""
     line_end: str = "\n"
     has_bom: bool = False
-    """Of csv: the file begins with UTF-8's byte order mark, by which Excel knows it."""
+    """csv: whether the file starts with a byte order mark, by which Excel recognizes UTF-8."""
     sheet: str = ""
     header_cells: Sequence[OriginalCell] = ()
     width: int = 0
-    """Of xlsx: columns of the widest row."""
+    """xlsx: number of columns of the widest row."""
     schema: Any = None
-    """Of Arrow files: the pyarrow schema."""
+    """arrow: the pyarrow schema."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The header, each name once; a column without a name is `column_3`."""
+        """Unique column names from the header; the third column is `column_3` if it has no name."""
         return _names(tuple(self.header), max(len(self.header), self.width))
 
 
@@ -80,7 +80,7 @@ def _names(header: tuple[str, ...], width: int) -> tuple[str, ...]:
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
-    """`a`, `a`, `b` as `a`, `a_2`, `b`."""
+    """Number repeated names: `a`, `a`, `b` become `a`, `a_2`, `b`."""
     found: dict[str, None] = {}
     for name in names:
         found[free_name(name, found)] = None
@@ -88,7 +88,7 @@ def unique_names(names: Iterable[str]) -> list[str]:
 
 
 def free_name(name: str, taken: Container[str]) -> str:
-    """`name`, or the first of `name_2`, `name_3` that is not taken."""
+    """Return `name`, or the first of `name_2`, `name_3`, ... that is not taken."""
     number, free = 2, name
     while free in taken:
         free, number = f"{name}_{number}", number + 1
@@ -97,22 +97,22 @@ def free_name(name: str, taken: Container[str]) -> str:
 
 @dataclass(slots=True)
 class Original:
-    """One record. What it holds besides its values depends on its table's kind."""
+    """An original record. The fields that are set depend on the kind of its table."""
 
     table: SourceTable
     line: int
     text: str = ""
-    """Of JSON and CSV its text, without the line end; of a record that can't be read as much as there is."""
+    """json and csv: text of the record, without its line end. For an unreadable record, the text that is available."""
     is_readable: bool = True
-    """It has columns."""
+    """Whether the record has columns."""
     record: Record | None = None
     cells: Sequence[OriginalCell] = ()
     batch: Any = None
-    """Of Arrow files: the RecordBatch that holds it, as row `index`."""
+    """arrow: the RecordBatch that contains the record, as row `index`."""
     index: int = 0
 
     def values(self) -> dict[str, Any]:
-        """Column: value, with the types of the source (texts in a CSV); {} where it can't be read."""
+        """Return the values by column, with the types of the source (strings for CSV); {} for an unreadable record."""
         if not self.is_readable:
             return {}
         if self.table.kind == "json":
@@ -123,7 +123,7 @@ class Original:
         if self.table.kind == "xlsx":
             named = zip(self.table.names, self.cells, strict=False)
             header = self.table.header
-            # A column without a name counts where it holds something.
+            # A column without a name is included only if it has a value.
             return {
                 name: cell.value
                 for index, (name, cell) in enumerate(named)
@@ -138,12 +138,13 @@ class Original:
         return dict(self.record.value)
 
     def csv_cells(self) -> list[str]:
-        """As many as the header has, or more where all further ones are empty; fewer in a short line."""
+        """Split the record into cells: as many as the header has, more if all extra cells are empty, or fewer for a
+        short line."""
         table = self.table
         plain = self.text.split(table.delimiter)
         if '"' not in self.text:
             return plain
-        # In most .tsv files a quote is a character like another: the reader decides line by line.
+        # In most .tsv files a quote is an ordinary character; the reader decides for each line.
         value = self.record.value if self.record is not None else None
         is_plain = isinstance(value, dict) and [cell or None for cell in plain] == list(value.values())
         if table.delimiter == "\t" and is_plain:
@@ -158,16 +159,16 @@ def _scalar(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except (ValueError, OverflowError):
-        # A text that is no UTF-8, a date in the year 300,000: no value of Python's.
+        # Python can't represent text that is not UTF-8, or a date in the year 300,000.
         if pa.types.is_string(scalar.type) or pa.types.is_large_string(scalar.type):
             return scalar.cast(pa.binary()).as_py().decode("utf-8", "backslashreplace")
         return str(scalar.cast(pa.string()))
 
 
 def originals(stage: Dataset, folder: Path) -> Iterator[Original]:
-    """Every record of the stage's sources, readable or not, in the order in which the stage reads them.
+    """Yield every record of the stage's sources, readable or not, in the order in which the stage reads them.
 
-    Raises BadSource when a source can't be found, UnavailableFile when a file or the network fails under way.
+    Raises BadSource if a source can't be found, UnavailableFile if a file or the network fails while it is read.
     """
     for part in find_parts(stage, folder):
         assert not isinstance(part, Builtin), "a filter's source is files or a hub dataset"
@@ -175,7 +176,7 @@ def originals(stage: Dataset, folder: Path) -> Iterator[Original]:
 
 
 def originals_of(part: File | HubDataset, stage: Dataset) -> Iterator[Original]:
-    """The records of one file or hub dataset."""
+    """Yield the records of one file or hub dataset."""
     if isinstance(part, HubDataset):
         table = SourceTable(part.name, "values")
         for number, row in enumerate(raw_hub_rows(part), 1):
@@ -195,7 +196,7 @@ def originals_of(part: File | HubDataset, stage: Dataset) -> Iterator[Original]:
 
 
 def _text(raw: bytes | str | None) -> str:
-    # Bytes that are no UTF-8 stay visible: what is written is UTF-8.
+    # The output is UTF-8, so bytes that are not UTF-8 are escaped.
     return raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw or ""
 
 
@@ -239,7 +240,7 @@ def _csv(file: File, stage: Dataset, delimiter: str) -> Iterator[Original]:
 
 
 class _Marked:
-    """Bytes of a stream; whether they begin with a byte order mark is kept with the table."""
+    """A byte stream that sets `has_bom` of its table."""
 
     def __init__(self, stream: Bytes, table: SourceTable) -> None:
         self._stream, self._table, self._is_first = stream, table, True
@@ -252,7 +253,7 @@ class _Marked:
 
 
 def _physical(stream: Bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines by number; b"" for one that is too long. Ends where the file is damaged."""
+    """Yield (number, line); the line is b"" if it is too long. Stops where the file is corrupt."""
     try:
         for number, line in lines(stream):
             yield number, b"" if isinstance(line, InvalidRow) else line
@@ -289,7 +290,7 @@ def _xlsx(file: File, stage: Dataset) -> Iterator[Original]:
 
 @contextmanager
 def _workbook(file: File) -> Iterator[Any]:
-    """openpyxl's workbook; None where the file is none, which the reader's records say with a reason."""
+    """Open the file with openpyxl. Yield None if it is not a workbook; the reader's records then have the reason."""
     import openpyxl
 
     with ExitStack() as stack:
@@ -299,7 +300,7 @@ def _workbook(file: File) -> Iterator[Any]:
         except UnavailableFile:
             raise
         except Exception:
-            # As in ingest/formats/excel.py: openpyxl lets errors of every kind through.
+            # openpyxl raises many kinds of errors (ingest/formats/excel.py).
             book = None
         else:
             stack.callback(book.close)
@@ -307,18 +308,18 @@ def _workbook(file: File) -> Iterator[Any]:
 
 
 class _Sheet:
-    """A sheet's rows beside the reader's records of it."""
+    """Iterates over a sheet's rows in step with the reader's records."""
 
     def __init__(self, name: str, sheet: Any) -> None:
         self.table = SourceTable(name, "xlsx", sheet=sheet.title)
-        # A workbook's own <dimension> may be wrong.
+        # The <dimension> of a sheet may be wrong.
         sheet.reset_dimensions()
         self._rows = enumerate(sheet.iter_rows(), 1)
         self._last: dict[int, OriginalCell] = {}
-        """By column: the last cell that holds something, which is the one that a merged range shows."""
+        """Last nonempty cell by column index. A merged range has its value."""
 
     def row(self, record: Record) -> list[OriginalCell]:
-        """The cells of the record's row; rows before it that are no records are empty, or the header."""
+        """Return the cells of the record's row. Rows before it that are not records are empty or the header."""
         for number, row in self._rows:
             cells = [_cell(cell) for cell in row]
             while cells and cells[-1].value is None:
@@ -333,7 +334,7 @@ class _Sheet:
         return []
 
     def _filled(self, cells: list[OriginalCell], record: Record) -> list[OriginalCell]:
-        """A value merged over several rows is in each of them, as the reader has it."""
+        """Fill in the value of a cell merged over several rows, as the reader does."""
         if not isinstance(record.value, dict):
             return cells
         for index, name in enumerate(self.table.header):
@@ -351,5 +352,5 @@ def _cell(cell: Any) -> OriginalCell:
 
 
 def one_line(text: str) -> str:
-    """JSON text without line ends: a JSON string holds none, so each of them is between tokens."""
+    """Join the lines of a JSON text. JSON strings contain no raw line ends, so every line end is between tokens."""
     return re.sub(r"[ \t\r]*\n[ \t\r]*", " ", text).strip() if "\n" in text or "\r" in text else text.strip()

@@ -1,9 +1,9 @@
-"""The files that a filter writes: the original records that it kept and, on request, those that it dropped.
+"""Write the output files of a filter: the original records that it kept and, on request, those that it dropped.
 
-The sources are read twice more: for their columns, and to write. Records and verdicts meet by source and line, and
-every record has to have its verdict, and every verdict its record. Both files are written under other names and
-renamed at the end, so each of them is complete or absent. Where no row is kept there is no file of kept rows: one
-without rows would pass for a result.
+The sources are read twice more: to find their columns, and to write the records. Records and decisions are matched by
+source and line; every record must have a decision, and every decision a record. Both files are written under temporary
+names and renamed at the end, so each of them is complete or absent. If no row is kept, there is no file of kept rows:
+an empty file could be mistaken for a result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tunery.spec import Dataset
 
 @dataclass(frozen=True)
 class Counts:
-    """Records by what became of them."""
+    """Number of records by decision."""
 
     kept: int
     dropped: int
@@ -38,26 +38,26 @@ class Counts:
 
 @dataclass(frozen=True)
 class AddedColumns:
-    """Names of the columns behind a record's own, such that none of the source's has that name."""
+    """Names of the columns after a record's own, distinct from all columns of the sources."""
 
     scores: dict[str, str]
-    """By scorer; empty where none are requested."""
+    """Column by score; empty if no scores are requested."""
     dropped_by: str
     dropped_reason: str
     raw_record: str
-    """Text of a record that can't be read. Only where there is such a record."""
+    """Column for the text of an unreadable record. It is written only if there is such a record."""
 
 
 @dataclass(frozen=True)
 class Outputs:
     kept: Written
-    """Zeros where nothing is kept."""
+    """All counts are 0 if no row is kept."""
     dropped: Written | None
     added: AddedColumns
 
 
 def check_ending(path: Path, option: str) -> None:
-    """Raises RequestError for a file of a format that is not written."""
+    """Raise RequestError if no writer supports the file's extension."""
     if path.suffix not in WRITERS:
         raise RequestError(
             f"`{option} {path}` has no ending of a format that is written",
@@ -77,9 +77,13 @@ def write_outputs(
     scores: Sequence[str],
     identity: Any,
 ) -> Outputs:
-    """`stage` and `folder` are those that read the rows, `scores` the scorers whose scores are written, `identity` what
-    the sources were when the run started. Raises RowsLost where records and verdicts differ in number, StageError where
-    a source changed meanwhile, RequestError where a file can't hold a row, TuneryError where it can't be written."""
+    """Write the kept and, if `dropped` is a path, the dropped and quarantined records.
+
+    `stage` and `folder` are those that read the rows, `scores` the scores to write, `identity` the identity of the
+    sources when the run started. Raises RowsLost if records and decisions do not match, StageError if a source has
+    changed or can't be read again, RequestError if a file's format can't represent a row, TuneryError if a file can't
+    be written.
+    """
     with _source_errors(stage, folder, identity), ExitStack() as stack:
         with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
         columns = find_columns((record for record in originals(stage, folder)), with_types=with_types)
@@ -122,7 +126,7 @@ def write_outputs(
 
 @contextmanager
 def _source_errors(stage: Dataset, folder: Path, identity: Any) -> Iterator[None]:
-    """Errors of reading the sources again, as errors of the command."""
+    """Convert errors of reading the sources again to errors of the command."""
     try:
         yield
     except (BadSource, UnavailableFile) as error:
@@ -169,7 +173,7 @@ def _added(columns: SourceColumns, scores: Sequence[str]) -> AddedColumns:
 
 
 class _OutputFile:
-    """A file that is written under another name until it is complete."""
+    """An output file, written under a temporary name until it is complete."""
 
     def __init__(self, out: Path, columns: SourceColumns, added: dict[str, Any]) -> None:
         self.written = Written()
@@ -199,7 +203,7 @@ class _OutputFile:
             self._temporary.replace(self._out)
 
     def discard(self, *error: Any) -> None:
-        """As `__exit__` of a context. Of a file that is published nothing is left to discard."""
+        """Exit callback: close the writer and remove the temporary file, which a published file no longer has."""
         with suppress(OSError):
             self._stack.__exit__(*error)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The decision of a filter on each record of its sources, in order: kept, dropped by a rule, or quarantined."""
+"""Decisions of a filter on each record of its sources, in order: kept, dropped by a rule, or quarantined."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which columns the records of a source have, and of which types: found by reading them once.
+"""Find the columns of a source's records, and their types, by reading all records once.
 
-JSON needs none of it to be written again; a CSV, a workbook and a Parquet file say in front what their rows have.
+CSV files, workbooks and Parquet files declare their columns before the first row.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ class SourceColumns:
     tables: list[SourceTable] = field(default_factory=list)
     """In the order of the sources."""
     types: dict[str, Any] = field(default_factory=dict)
-    """Column: pyarrow type, in the order in which columns appear; the null type where nothing was looked at, or all is
-    null."""
+    """pyarrow type by column, in the order in which columns appear; the null type if no value was inspected, or all
+    values are null."""
     has_unreadable: bool = False
-    """Some record is text without columns."""
+    """Whether any record is unreadable, so that it has no columns."""
 
     @property
     def names(self) -> set[str]:
         return set(self.types)
 
     def only_kind(self) -> str:
-        """The kind of all tables; "" where they differ."""
+        """Return the kind of all tables; "" if they differ."""
         kinds = {table.kind for table in self.tables}
         return kinds.pop() if len(kinds) == 1 else ""
 
 
 def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColumns:
-    """Reads all records. `with_types` looks at the values, too: who writes Parquet needs that."""
+    """Read all records and return their columns. `with_types`: infer types from the values of JSON records and
+    workbooks, as the Parquet writer requires."""
     found = SourceColumns()
     known: set[int] = set()
     named: set[int] = set()
@@ -58,7 +59,7 @@ def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColu
             found.has_unreadable = True
             continue
         if table.kind == "csv":
-            # All of its columns are in the header, and all are texts.
+            # The header has all columns, and all values are strings.
             if id(table) not in named:
                 named.add(id(table))
                 for name in table.names:
@@ -78,7 +79,7 @@ def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColu
             pending = {}
     _add_values(found, pending)
     for table in found.tables:
-        # Columns of which no record has a cell, and those of a table without records.
+        # Columns without a cell in any record, and columns of a table without records.
         for name in table.names[: len(table.header)]:
             found.types.setdefault(name, pa.null())
     return found
@@ -95,7 +96,7 @@ def _add_values(found: SourceColumns, pending: dict[str, list[Any]]) -> None:
 
 
 def _type_of(values: list[Any]) -> Any:
-    """The Arrow type that holds all values; text where there is none but text."""
+    """Return the Arrow type for all values; string if there is no other."""
     try:
         kind = pa.array(values).type
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
@@ -104,7 +105,7 @@ def _type_of(values: list[Any]) -> Any:
 
 
 def _is_unwritable(kind: Any) -> bool:
-    """Parquet has no struct without fields, which is what `{}` is."""
+    """Whether a type contains a struct without fields (`{}`), which Parquet does not support."""
     if pa.types.is_struct(kind):
         return kind.num_fields == 0 or any(_is_unwritable(kind.field(index).type) for index in range(kind.num_fields))
     if pa.types.is_list(kind):
@@ -113,7 +114,7 @@ def _is_unwritable(kind: Any) -> bool:
 
 
 def merged_type(left: Any, right: Any) -> Any:
-    """The type that holds the values of both without loss; text where there is none but text."""
+    """Return the common type by pyarrow's permissive promotion; string if there is none."""
     if left == right or pa.types.is_null(right):
         return left
     if pa.types.is_null(left):
@@ -126,7 +127,7 @@ def merged_type(left: Any, right: Any) -> Any:
 
 
 def json_ready(value: Any) -> Any:
-    """What JSON has a form for: dates in ISO 8601, bytes in base64, no NaN."""
+    """Convert a value to one that JSON supports: dates in ISO 8601, bytes in base64, NaN and infinity as None."""
     if isinstance(value, dict):
         return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -143,11 +144,11 @@ def json_ready(value: Any) -> Any:
 
 
 def as_text(value: Any) -> str | None:
-    """A value as a cell of text: lists and objects as JSON; None where there is none."""
+    """Format a value as a text cell: lists and objects as JSON; None for a missing value."""
     value = json_ready(value)
     if value is None:
         return None
     if isinstance(value, str):
-        # Half of a surrogate pair has no bytes in UTF-8.
+        # UTF-8 can't encode a lone surrogate.
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return json.dumps(value, ensure_ascii=False)

@@ -81,7 +81,8 @@ class Converter:
     reader: MessageReader
 
     def __call__(self, record: Mapping[str, Any]) -> Row:
-        """Convert a record; `reader.ignored` names its values that are not part of the row. Raises InvalidRow."""
+        """Convert a record to a row; `reader.ignored` then has its values that are not part of the row. Raises
+        InvalidRow."""
         self.reader.ignored.clear()
         row = self.build({role: record.get(name) for role, name in self.names.items()}, self.reader)
         if self.media:
@@ -112,7 +113,7 @@ def _holds_media(value: Any) -> bool:
 
 
 def converter(record: Mapping[str, Any], columns: Columns | None, reader: MessageReader | None = None) -> Converter:
-    """Return the converter for records with the columns of `record` and nulls in the same ones. Raises
+    """Return the converter for records with the same columns as `record`, and nulls in the same columns. Raises
     UnknownColumns."""
     names = _user_columns(record, columns) if columns else _recognize_columns(record)
     roles = set(names)
@@ -135,8 +136,8 @@ def _recognize_columns(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the columns of the first matching pattern, by role.
 
     In a table with rows of several formats, the columns of other formats are null. The first pattern without null
-    columns is therefore preferred, unless an earlier matching pattern has all of its columns and more: a row without an
-    answer is not a prompt.
+    columns is therefore preferred, unless an earlier matching pattern has all of its columns and more: a row whose
+    response is null is not a prompt.
     """
     by_name = {str(name).strip().lower(): name for name in record} | {name: name for name in record}
     if "functions" in by_name:
@@ -176,8 +177,8 @@ _PATTERNS = [_parse_pattern(pattern) for pattern in COLUMN_PATTERNS]
 
 
 def _list(names: Any) -> str:
-    """Format at most 30 names, each truncated: a file may have thousands of columns, or no header and texts as
-    names."""
+    """Format at most 30 names, each truncated: a file may have thousands of columns, or texts as names if it has no
+    header."""
     quoted = [
         f"`{str(name)[:60]}`".encode("utf-8", "backslashreplace").decode() for name in itertools.islice(names, 30)
     ]

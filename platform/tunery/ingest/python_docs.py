@@ -1,15 +1,13 @@
-"""The corpus `builtin:python-docs`: the documentation that every Python carries with itself.
+"""The dataset `builtin:python-docs`: the documentation that is part of every Python installation.
 
-An experiment needs data before anyone has downloaded any. The interpreter's own docstrings and the language
-reference in `pydoc_data.topics` are 1.8 MB of real technical prose, on every machine and under Python's
-license.
+It provides data for experiments without a download: the docstrings of the standard library and the language reference
+in `pydoc_data.topics`, 1.8 MB of technical prose under Python's license.
 
-The docstrings are read in a child interpreter: importing the whole standard library leaves hundreds of
-modules, handlers and warnings filters behind, which the caller should not have to live with. The child is
-this very file, run as a script (hence no import of the rest of the package here); it prints one JSON record
-a line.
+The docstrings are read in a child interpreter, because importing the complete standard library leaves hundreds of
+modules, handlers and warning filters behind. The child runs this file as a script, so the file does not import the rest
+of the package at module level; it prints one JSON record per line.
 
-The corpus depends on the interpreter alone (see `identity`): no hash order, memory address or path gets in.
+The dataset depends only on the interpreter (see `identity`), not on hash order, memory addresses or paths.
 """
 
 from __future__ import annotations
@@ -37,33 +35,33 @@ Subset = Literal["texts", "questions", "preferences", "damaged", "prompts"]
 Row = dict[str, Any]
 
 CORPUS_VERSION = 1
-"""Raise it whenever a change of this file changes a row: caches are keyed by `identity`."""
+"""Increase this when a change of this file changes any row: `identity` is part of cache keys."""
 
 ANSWER_CHARACTERS = 600
-"""An answer is at most this long: about 150 tokens, which a small model can learn to say whole."""
+"""Maximum length of a response: about 150 tokens, which a small model can learn to reproduce completely."""
 
 SHORTEST_ANSWER = 20
-"""Shorter docstrings ("abs(self)") say nothing that the name does not."""
+"""Minimum length of a response. Shorter docstrings ("abs(self)") add nothing to the name."""
 
 PASSAGE_CHARACTERS = 2000
-"""A text is cut in passages of at most this length, some 500 tokens: a short context then wastes little."""
+"""Maximum length of a passage of text: about 500 tokens, so that a short context truncates little."""
 
 QUOTED_PARAGRAPH = 60
-"""A paragraph of this length that two topics have is a quotation; "For example:" and headings are not."""
+"""Minimum length of a paragraph that counts as a quotation if two topics contain it, unlike "For example:"."""
 
 CHILD_SECONDS = 120
-"""Reading takes one to three seconds; on a machine loaded to its limits it may take many times that."""
+"""Timeout of the child interpreter. Reading takes one to three seconds, but much longer on an overloaded machine."""
 
 SKIPPED_MODULES = frozenset(
     {
         "__main__",
         "antigravity",  # opens a browser
-        "distutils",  # replaced by setuptools where that is installed, gone since Python 3.12
+        "distutils",  # replaced by setuptools if installed, removed in Python 3.12
         "encodings",  # 120 generated code pages
         "ensurepip",
         "idlelib",
-        "lib2to3",  # writes grammar caches, gone since Python 3.13
-        "ntpath",  # os.path of one platform, as the next two are os
+        "lib2to3",  # writes grammar caches, removed in Python 3.13
+        "ntpath",  # platform-specific os.path; the next modules are platform-specific too
         "nt",
         "posix",
         "posixpath",
@@ -71,7 +69,7 @@ SKIPPED_MODULES = frozenset(
         "test",
         "tests",
         "this",  # prints a poem
-        "tkinter",  # needs a display, as turtle does
+        "tkinter",  # needs a display, like turtle
         "turtle",
         "turtledemo",
         "xxlimited",  # examples of how to write a C module
@@ -79,7 +77,7 @@ SKIPPED_MODULES = frozenset(
         "xxsubtype",
     }
 )
-"""Modules, and names of submodules anywhere, that are not imported."""
+"""Names of modules and submodules that are not imported."""
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "module": (
@@ -104,11 +102,12 @@ _PROPERTY_TYPES = (
 
 @dataclass(frozen=True)
 class DocumentedObject:
-    """A thing that Python documents, with its own (not an inherited) docstring.
+    """An object of the standard library with its own (not an inherited) docstring, or a topic of the language
+    reference.
 
-    `name` is the qualified name ("os.path.join", "print"; "topic:if" for a topic of the language reference),
-    `kind` one of module, class, function, method, property and topic, `signature` like "(a, *p)", without
-    annotations, and "" when unknown, and `doc` the docstring as `inspect.cleandoc` leaves it.
+    `name` is the qualified name ("os.path.join", "print"; "topic:if" for a topic); `kind` is one of module, class,
+    function, method, property and topic; `signature` is like "(a, *p)", without annotations, and "" if unknown; `doc`
+    is the docstring after `inspect.cleandoc`.
     """
 
     name: str
@@ -118,14 +117,14 @@ class DocumentedObject:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the caller uses
+# Public functions
 # ----------------------------------------------------------------------------------------------------
 
 
 def identity() -> str:
-    """What the corpus depends on: equal identities mean equal rows. Costs nothing, reads nothing.
+    """Return what the dataset depends on: equal identities mean equal rows. Does not read the documentation.
 
-    Builds of one version can differ in optional modules (`dbm.gnu`, `curses`); see `unimportable_modules`.
+    Builds of the same version can differ in optional modules (`dbm.gnu`, `curses`); see `unimportable_modules`.
     """
     version = ".".join(str(part) for part in sys.version_info)
     return f"python-docs-{CORPUS_VERSION}:{sys.implementation.name}-{version}-{sys.platform}"
@@ -133,33 +132,34 @@ def identity() -> str:
 
 @cache
 def documented_objects() -> tuple[DocumentedObject, ...]:
-    """Everything this Python documents, by name; no two with the same docstring.
+    """Return all documented objects of this Python, sorted by name, without duplicate docstrings.
 
-    Raises RuntimeError when the child interpreter fails, with what it said.
+    Raises RuntimeError with the stderr of the child interpreter if it fails.
     """
     return _read()[0]
 
 
 def unimportable_modules() -> dict[str, str]:
-    """Modules of the standard library that cannot be imported here (other platforms' own): the reasons."""
+    """Return the modules of the standard library that can't be imported (such as those of other platforms), with the
+    reason by name."""
     return dict(_read()[1])
 
 
 def rows(subset: Subset, wanted: Callable[[str], bool] = lambda group: True) -> Iterator[Row]:
-    """The rows of a subset whose group is `wanted`, in the order of a hash of their names: the first n are a sample.
+    """Return the rows of a subset whose group is `wanted`. They are sorted by a hash of their names, so that the first
+    n rows are a sample.
 
-    Every row has `group`, the object's name: rows of one group belong in one split. Beside it stand
+    Every row has a `group`, the object's name; rows of the same group belong in the same split. Its other columns are
 
-    - texts: `text`, a passage under a heading;
-    - questions: `messages`, a question of the user about an object and the assistant's answer;
-    - preferences: `messages` as in questions, and `rejected`, the answer that belongs to another wanted
-      object of the kind (so that a split never shows another's answers);
-    - damaged: the same pairs of questions and answers, and `rejected`, the answer itself damaged
-    (ingest/corruption.py):
-      what is better can be told from the answer alone, which a small model learns.
-    - prompts: `messages`, the question alone.
+    - texts: `text`, a passage with a heading
+    - questions: `messages`, a user's question about an object and the assistant's response
+    - preferences: `messages` as in questions, and `rejected`, the response for another wanted object of the same kind
+      (so that a split never contains responses of another split)
+    - damaged: `messages` as in questions, and `rejected`, the same response with injected corruption
+      (ingest/corruption.py). Which response is better is visible in the response alone, which a small model can learn
+    - prompts: `messages`, only the question
 
-    No answer occurs twice. Raises ValueError for an unknown subset.
+    No correct response occurs twice. Raises ValueError for an unknown subset.
     """
     makers: dict[str, Callable[[], Iterator[Row]]] = {
         "texts": _texts,
@@ -203,7 +203,7 @@ def _prompts() -> Iterator[Row]:
 
 
 def _preferences(wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """Each answer is rejected once: for the object after its own among the wanted ones of its kind."""
+    """Yield preference pairs. Each response is rejected once, for the next wanted object of its kind."""
     answers = [(thing, answer) for thing, answer in _answers() if wanted(thing.name)]
     of_kind: dict[str, list[str]] = defaultdict(list)
     for thing, answer in answers:
@@ -222,7 +222,7 @@ def _preferences(wanted: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def _damaged(wanted: Callable[[str], bool]) -> Iterator[Row]:
-    from tunery.ingest.corruption import corrupt  # not at the top: this file is run by itself, too
+    from tunery.ingest.corruption import corrupt  # not at module level: this file is also run as a script
 
     rows = [row for row in _questions() if wanted(row["group"])]
     for row, other in zip(rows, corrupt(rows, 1.0, seed=CORPUS_VERSION), strict=True):
@@ -232,11 +232,10 @@ def _damaged(wanted: Callable[[str], bool]) -> Iterator[Row]:
 
 @cache
 def _answers() -> tuple[tuple[DocumentedObject, str], ...]:
-    """Objects with their answers in the order of the rows.
+    """Return the objects with their responses, in the order of the rows.
 
-    Two docstrings may differ only after the part that makes the answer. The object with the shortest name
-    keeps such an answer and the others have none: apart in two splits, they would let a model be tested on
-    what it was shown.
+    Docstrings may differ only after the part that is the response. Only the object with the shortest name keeps such a
+    response: in different splits, duplicates would leak training data into the test data.
     """
     owner: dict[str, tuple[DocumentedObject, str]] = {}
     for thing in sorted(documented_objects(), key=_name_order):
@@ -248,18 +247,19 @@ def _answers() -> tuple[tuple[DocumentedObject, str], ...]:
 
 
 def _answer(doc: str) -> str:
-    """The leading whole paragraphs, or sentences of a first paragraph too long; "" if not even one fits."""
+    """Return the leading paragraphs that fit into a response, or the leading sentences if the first paragraph is too
+    long; "" if no sentence fits."""
     paragraphs = _leading(_paragraphs(doc), "\n\n")
     if not paragraphs:
         return " ".join(_leading(re.split(r"(?<=[.!?])\s+", _paragraphs(doc)[0]), " "))
-    # A last paragraph like "Usage:" announces what was left out.
+    # A last paragraph like "Usage:" introduces an omitted one.
     while len(paragraphs) > 1 and paragraphs[-1].endswith(":"):
         paragraphs.pop()
     return "\n\n".join(paragraphs)
 
 
 def _leading(parts: list[str], separator: str) -> list[str]:
-    """As many of the first parts as an answer has room for."""
+    """Return the leading parts that fit into ANSWER_CHARACTERS."""
     length = 0
     for count, part in enumerate(parts):
         length += len(part) + (len(separator) if count else 0)
@@ -270,7 +270,7 @@ def _leading(parts: list[str], separator: str) -> list[str]:
 
 def _question(thing: DocumentedObject) -> dict[str, str]:
     wordings = WORDINGS[thing.kind]
-    # Not the bytes that order the rows, or the first rows would all have the same wording.
+    # Use another byte than those that determine the order, or the first rows would all have the same wording.
     chosen = hashlib.sha256(thing.name.encode()).digest()[-1] % len(wordings)
     return _said("user", wordings[chosen].format(thing.name))
 
@@ -280,10 +280,10 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def _topics_without_quotations(topics: Iterable[DocumentedObject]) -> list[DocumentedObject]:
-    """Topics without the paragraphs that a shorter topic has.
+    """Return the topics without paragraphs that a shorter topic contains.
 
-    The reference's chapters quote its sections whole ("compound" holds "if", "for", "while", ...): a sixth of
-    it is there twice, which would put the same page in two splits.
+    Chapters of the reference include complete sections ("compound" includes "if", "for", "while", ...). A sixth of the
+    text is duplicated, so the same page could be in two splits.
     """
     seen: set[str] = set()
     result = []
@@ -291,7 +291,7 @@ def _topics_without_quotations(topics: Iterable[DocumentedObject]) -> list[Docum
         title, *paragraphs = _paragraphs(topic.doc)
         long = [paragraph for paragraph in paragraphs if len(paragraph) >= QUOTED_PARAGRAPH]
         own: list[str] = []
-        # A short one, be it a heading or "Note:", goes with what it introduces, the last with what it ends.
+        # A short paragraph, such as a heading or "Note:", is kept if the next long paragraph is, or else the last one.
         kept = not long or _normalised(long[-1]) not in seen
         for paragraph in reversed(paragraphs):
             if len(paragraph) >= QUOTED_PARAGRAPH:
@@ -305,9 +305,9 @@ def _topics_without_quotations(topics: Iterable[DocumentedObject]) -> list[Docum
 
 
 def _passages(doc: str) -> Iterator[str]:
-    """The text in pieces of at most PASSAGE_CHARACTERS.
+    """Split a text into passages of at most PASSAGE_CHARACTERS.
 
-    They are cut between paragraphs, within a longer one between lines; a line longer than that stays whole.
+    Texts are split between paragraphs, and longer paragraphs between lines. A line that is longer is not split.
     """
     passage = ""
     for paragraph in _paragraphs(doc):
@@ -328,7 +328,7 @@ def _paragraphs(doc: str) -> list[str]:
 
 
 def _normalised(doc: str) -> str:
-    """Equal for texts that a reader would call the same."""
+    """Normalize white space and case, to compare texts."""
     return " ".join(doc.split()).casefold()
 
 
@@ -347,10 +347,10 @@ def _by_hash(things: Iterable[DocumentedObject]) -> list[DocumentedObject]:
 
 @cache
 def _read() -> tuple[tuple[DocumentedObject, ...], dict[str, str]]:
-    """Objects and unimportable modules, as this file prints them when run as a script.
+    """Return the objects and the unimportable modules, which this file prints when it is run as a script.
 
-    -I and -S keep the user's paths and site-packages out, where a .pth file can replace a standard module;
-    -B keeps the child from writing into the installation.
+    -I and -S exclude the user's paths and site-packages, where a .pth file can replace a standard module; -B prevents
+    the child from writing to the installation.
     """
     command = [sys.executable, "-I", "-S", "-B", "-W", "ignore", "-X", "utf8", os.path.abspath(__file__)]
     child = subprocess.run(
@@ -401,7 +401,7 @@ def _print_documentation(out: TextIO) -> None:
 
 
 def _import_standard_library() -> tuple[dict[str, types.ModuleType], dict[str, str]]:
-    """Public modules and submodules by name, and the ones that would not be imported with the reason."""
+    """Return public modules and submodules by name, and the reasons by name of those that can't be imported."""
     modules: dict[str, types.ModuleType] = {}
     missing: dict[str, str] = {}
     waiting = [*sorted(sys.stdlib_module_names | set(sys.builtin_module_names), reverse=True), "os.path"]
@@ -412,7 +412,7 @@ def _import_standard_library() -> tuple[dict[str, types.ModuleType], dict[str, s
             continue
         try:
             module = importlib.import_module(name)
-        # Modules of other platforms fail in many ways, also by leaving.
+        # Modules of other platforms fail in many ways, including SystemExit.
         except (Exception, SystemExit) as error:
             missing[name] = f"{type(error).__name__}: {error}"
             continue
@@ -433,7 +433,7 @@ def _documented(modules: dict[str, types.ModuleType]) -> Iterator[DocumentedObje
 
 
 def _public_objects(modules: dict[str, types.ModuleType]) -> Iterator[tuple[str, Any]]:
-    """Classes and functions of the modules, each once under its best name."""
+    """Yield classes and functions of the modules, each once, with its best name."""
     names: dict[int, set[str]] = defaultdict(set)
     things: dict[int, Any] = {}
     for module_name, module in modules.items():
@@ -445,10 +445,10 @@ def _public_objects(modules: dict[str, types.ModuleType]) -> Iterator[tuple[str,
 
 
 def _own_attributes(module_name: str, module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """Public classes and functions that a module offers as its own, not those it merely imports for its use.
+    """Yield public classes and functions of a module, without those that it only imports.
 
-    Those are the ones in `__all__`, the ones defined there, and without `__all__` also the ones from a
-    private module, as the C half of `datetime` is.
+    These are the objects listed in `__all__` or defined in the module; without `__all__` also objects from private
+    modules, such as the C implementation of `datetime`.
     """
     exported = getattr(module, "__all__", None)
     for attribute, thing in sorted(vars(module).items()):
@@ -461,10 +461,10 @@ def _own_attributes(module_name: str, module: types.ModuleType) -> Iterator[tupl
 
 
 def _best_name(thing: Any, names: set[str], modules: dict[str, types.ModuleType]) -> str:
-    """`__module__` and `__qualname__` where they are public and lead to the object, else its shortest name.
+    """Return the name from `__module__` and `__qualname__` if it is public and refers to the object, otherwise its
+    shortest name.
 
-    A package that exports what its submodule defines goes before it: people say `asyncio.run`, not
-    `asyncio.runners.run`.
+    A package that exports an object of its submodule is preferred: `asyncio.run`, not `asyncio.runners.run`.
     """
     home = getattr(thing, "__module__", None) or ""
     qualname = getattr(thing, "__qualname__", None) or "_"
@@ -504,7 +504,7 @@ def _topics() -> Iterator[DocumentedObject]:
 
 
 def _documented_object(name: str, kind: str, thing: object, doc: object) -> Iterator[DocumentedObject]:
-    """One object, or none when the docstring is missing, empty or no string (a class may compute it)."""
+    """Yield the object, or nothing if its docstring is missing, empty or not a string (a class may compute it)."""
     text = _without_addresses(inspect.cleandoc(doc)).strip() if isinstance(doc, str) else ""
     if text:
         yield DocumentedObject(name, kind, _signature(thing), text)
@@ -515,7 +515,7 @@ def _signature(thing: object) -> str:
         return ""
     try:
         signature = inspect.signature(thing)
-    # Not every C function tells its signature; some name a constant made at run time (curses.ACS_VLINE).
+    # Not every C function has a signature; some refer to a constant created at run time (curses.ACS_VLINE).
     except (ValueError, TypeError, AttributeError):
         return ""
     shown = [
@@ -526,14 +526,15 @@ def _signature(thing: object) -> str:
 
 
 class _Ellipsis:
-    """Shown in place of a default that would make the corpus depend on more than the interpreter."""
+    """Replaces a default that would make the dataset depend on more than the interpreter."""
 
     def __repr__(self) -> str:
         return "..."
 
 
 def _shown_default(default: Any) -> Any:
-    """Short plain values as they are; sets (hash order), objects (addresses), long strings (paths): "..."."""
+    """Return short plain values unchanged, and "..." for sets (hash order), objects (addresses) and long strings
+    (paths)."""
     if default is inspect.Parameter.empty or default is None or default is Ellipsis:
         return default
     if type(default) in (bool, int, float, complex):
@@ -546,12 +547,12 @@ def _shown_default(default: Any) -> Any:
 
 
 def _without_addresses(text: str) -> str:
-    """Docstrings made at run time may hold the repr of an object."""
+    """Mask memory addresses: docstrings created at run time may contain the repr of an object."""
     return re.sub(r"\bat 0x[0-9a-fA-F]+", "at 0x...", text)
 
 
 def _main() -> None:
-    """Print the documentation on what was stdout; modules that print while imported do it on stderr."""
+    """Print the documentation to stdout. Output that modules print when imported is redirected to stderr."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
     _print_documentation(out)

@@ -65,8 +65,8 @@ class RenderedConversation:
     spans: tuple[ResponseSpan, ...]
     """In order, one for each assistant message that is rendered completely."""
     dropped_reasoning: int
-    """Number of assistant messages whose reasoning the template does not render. Only the last message has a span
-    then."""
+    """Number of assistant messages whose reasoning the template does not render. If the template supports thinking,
+    such a message has no span unless it is the last one."""
     escaped_tokens: int
     """Number of special tokens in the text of messages."""
 
@@ -120,6 +120,7 @@ class ChatTemplate(TemplateRenderer):
         return RenderedConversation(text, spans, 0, escaped)
 
     def unescape(self, text: str) -> str:
+        """Replace `ESCAPED` tokens by their text."""
         return ESCAPED.sub(lambda match: self.control_tokens[int(match[1])], text)
 
     # Rows as template input
@@ -387,8 +388,8 @@ class ChatTemplate(TemplateRenderer):
         return end
 
     def _end_before_rest(self, messages: Sequence[Message], tools: Any, text: str, turn: int) -> int:
-        """The same for templates that render a message differently if it is the last one (Qwen3's thinking block): the
-        text after it is that after a plain response at its position."""
+        """Return the end of a response if the template renders a message differently when it is the last one (Qwen3's
+        thinking block): the text after it is the same as after a plain response at its position."""
         plain = {"role": "assistant", "content": "w"}
         other, marks = self.marked([*messages[:turn], plain, *messages[turn + 1 :]], tools)
         if marks is not None and (at := marks.get(("content_end", turn), -1)) >= 0:
@@ -399,7 +400,7 @@ class ChatTemplate(TemplateRenderer):
         raise RejectedConversation(f"the chat template gives no exact end of turn {turn + 1} (assistant)")
 
     def _without_trailing_text(self, text: str, start: int, end: int) -> int:
-        """Return `end` without white space after the last special token, which the model stops at."""
+        """Return `end`, moved back to the last special token if only white space follows: the model stops there."""
         last = last_match(self.special, text, start, end)
         return last.end() if last is not None and not text[last.end() : end].strip() else end
 

@@ -59,9 +59,9 @@ def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _disable_cudnn_sdp() -> None:
-    """Disable cuDNN attention in this process. torch (2.11, 2.13) prefers it on an H100, but it builds a plan for each
-    new shape, and batch widths vary here: a LoRA step on 0.6 B parameters took 0.62 s with it and 0.35 s without,
-    generation 33 s and 13 s."""
+    """Disable cuDNN attention in this process. torch (2.11, 2.13) prefers it on an H100, but cuDNN builds a plan for
+    each new shape, and batch widths vary here: a LoRA step on 0.6 B parameters took 0.62 s with cuDNN and 0.35 s
+    without, generation 33 s and 13 s."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -122,8 +122,8 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
 
 
 def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
-    """Load a classifier from a folder that holds `model/`, or `adapter/` with its head for `base`. Its labels have no
-    temperature and reward normalization, which are facts of an artifact."""
+    """Load a classifier from a folder that holds `model/`, or `adapter/` with its head for `base`. Its labels have
+    neither temperature nor reward normalization, which are stored in an artifact's manifest."""
     if (folder / "model").is_dir():
         return load_classifier({"pretrained": str(folder / "model"), "revision": None}, dtype)
     names = tuple(json.loads((folder / HEAD).read_text())["labels"])
@@ -179,7 +179,8 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
 
 
 def outline_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
-    """The same on the meta device, without weights, to inspect its inputs before loading it."""
+    """Build the model of `load_with_new_head` on the meta device, without weights, to inspect its inputs before loading
+    it."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

@@ -1,7 +1,7 @@
-"""Rows as a model gets them, by input format: the token sequences of a training, a score or an evaluation, as text with
-what each token is: trained, masked, special, or cut off (models/preview_sequences.py).
+"""Preview of rows as model inputs: the token sequences of a training, scoring or evaluation stage as text, with the
+kind of each token: trained, masked, special, or truncated (models/preview_sequences.py).
 
-`preview_rows` encodes rows by the same functions as the stages do (models/encode.py, models/classifier_inputs.py).
+`preview_rows` encodes rows with the same functions as the stages (models/encode.py, models/classifier_inputs.py).
 `tunery preview` prints the result; a training logs `preview_records` of its first rows, which the report shows.
 """
 
@@ -41,12 +41,19 @@ if TYPE_CHECKING:
 InputFormat = Literal[
     "documents", "conversation", "pair", "rated", "prompt", "scored", "all_tokens", "ifd", "classifier", "reward_pair"
 ]
-"""How a row becomes sequences.
-documents: texts one after another, in blocks of `max_length`; conversation: as `sft` trains on it; pair: both responses
-of a preference pair, each after the prompt; rated: a rated response, or both of a pair; prompt: up to where generation
-begins; scored: the last response counts; all_tokens: every token counts; ifd: the last response counts, after the
-prompt and without it; classifier: what a sequence classifier or an embedding model gets; reward_pair: the same of both
-responses of a pair."""
+"""How a row is converted to sequences.
+
+documents: concatenated texts, split into blocks of `max_length`
+conversation: a conversation as in `sft`
+pair: both responses of a preference pair, each after the prompt
+rated: a rated response, or both responses of a pair
+prompt: the prompt up to the start of generation
+scored: a row of which the last response is scored
+all_tokens: a row of which every token is scored
+ifd: the last response, once after the prompt and once without it
+classifier: the input of a sequence classifier or an embedding model
+reward_pair: the classifier inputs of both responses of a pair
+"""
 FORMATS: dict[str, InputFormat] = {
     "pretrain": "documents",
     "sft": "conversation",
@@ -62,11 +69,11 @@ FORMATS: dict[str, InputFormat] = {
 }
 """By stage kind; a `score` stage has one for each scorer with a model (preview/inputs.py)."""
 COLUMNS = [*CONTENT, "id", "rejected", "label", "source", "line"]
-"""Of a row, that a preview reads."""
+"""Columns of a row that a preview reads."""
 ROWS = 3
-"""Rows of a stage that are logged and printed where no number is given."""
+"""Default number of rows per stage that are logged and printed."""
 MAX_RECORD_TOKENS = 2_000
-"""Tokens of a sequence in a record; of a longer one the middle is left out."""
+"""Maximum tokens of a sequence in a record; the middle of a longer sequence is omitted."""
 
 
 def preview_records(
@@ -78,7 +85,8 @@ def preview_records(
     input_format: InputFormat = "conversation",
     model: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` of `rows` for the event `preview`. Raises UnsupportedTemplate, as the training itself does."""
+    """Return records of the first `count` rows for the event `preview`. Raises UnsupportedTemplate, like the training
+    itself."""
     first = list(islice(rows, count))
     shown = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
     return [row.as_record(MAX_RECORD_TOKENS) for row in shown]
@@ -87,8 +95,8 @@ def preview_records(
 def stage_preview(
     stage: Any, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
 ) -> dict[str, Any]:
-    """What a training logs as the event `preview`: {template, records}, of `rows` with COLUMNS. `model` is read by
-    trainings of classifiers and reward models only. Raises UnsupportedTemplate."""
+    """Return the event `preview` of a training: {template, records}. `rows` have the columns COLUMNS; `model` is
+    required only by trainings of classifiers and reward models. Raises UnsupportedTemplate."""
     first = list(islice(rows, ROWS))
     records = preview_records(first, tokenizer, stage_encoding(stage), input_format=FORMATS[stage.kind], model=model)
     chats = tokenizer.chat_template is not None and any(row.get("messages") for row in first)
@@ -96,7 +104,7 @@ def stage_preview(
 
 
 def stage_encoding(stage: Any) -> Encoding:
-    """How a stage encodes its rows."""
+    """Return the encoding of a stage's rows."""
     if stage.kind in ("pretrain", "evaluate"):
         return Encoding(stage.max_length)
     return Encoding(stage.max_length, "last_turn") if stage.kind == "score" else encoding_of(stage)
@@ -112,10 +120,11 @@ def preview_rows(
     skip: int = 0,
     max_tokens: int | None = None,
 ) -> list[PreviewRow]:
-    """The sequences of each row but the first `skip`, which only say where blocks of documents begin.
+    """Return the sequences of each row.
 
-    model: for the formats `classifier` and `reward_pair`, with or without weights: its config says how long a row may
-    be. max_tokens: of a longer document the middle is not decoded. Raises UnsupportedTemplate where there are
+    `model`: required by the formats `classifier` and `reward_pair`, with or without weights; its config limits the
+    length of a row. `skip`: number of rows without a preview, which only determine where blocks of documents begin.
+    `max_tokens`: the middle of a longer document is not decoded. Raises UnsupportedTemplate if the rows contain
     conversations and the chat template can't be used.
     """
     if input_format == "documents":
@@ -148,7 +157,7 @@ def _row(row: Row, sequences: Sequence[PreviewSequence], reason: str = "") -> Pr
 def _documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int, max_tokens: int | None
 ) -> list[PreviewRow]:
-    """Each row's part of the blocks. The first token of a block has no loss: nothing predicts it."""
+    """Preview each row's part of the blocks. The first token of a block has no loss, since nothing predicts it."""
     encoded = encode_whole(rows, tokenizer, Encoding(NO_LIMIT, "all_tokens")) if rows else []
     start = sum(len(item.ids) for item in encoded[:skip])
     found = []
@@ -168,7 +177,7 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encodi
     if len(parts) == 1:
         return _row(row, [_with_loss("", row, parts[0], tokenizer, encoding)])
     labels = [f"part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
-    # What one part lacks, the others have: nothing is shown as cut off.
+    # The parts complement each other, so none of them is previewed with cuts.
     return _row(row, [_sequence(*part, tokenizer, encoding.max_length) for part in zip(labels, parts, strict=True)])
 
 
@@ -257,7 +266,8 @@ def _responses(
     tokenizer: PreTrainedTokenizerBase,
     encoding: Encoding,
 ) -> list[PreviewSequence]:
-    """items: (label, side of the row, sequence). All sides of a row are cut to the same prompt."""
+    """Preview the responses of a row. `items`: (label, index of the side, sequence). All sides of a row are truncated
+    to the same prompt."""
     sources: list[Untruncated] = []
     if any(_may_be_cut(item, encoding) for _, _, item in items):
         sources = untruncated(
@@ -285,7 +295,7 @@ def _with_loss(
 
 
 def _may_be_cut(item: Encoded, encoding: Encoding) -> bool:
-    """`split` leaves out turns without a loss and does not count them as truncated."""
+    """Whether tokens may be missing. `split` drops messages without a loss and does not count that as truncation."""
     return item.truncated or encoding.truncate == "split" or (encoding.truncate == "drop" and not item.ids)
 
 
@@ -310,7 +320,7 @@ def _with_kept(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> PreviewSequence:
-    """kept: the index in `whole` of each token of `item`; None where it is unknown."""
+    """Preview a sequence with its cuts. `kept`: index in `whole` of each token of `item`; None if unknown."""
     positions = None if kept is None else cut_positions(kept, len(whole))
     edges = frozenset(index for index, _, _ in positions or ())
     return with_cuts(_sequence(label, item, tokenizer, max_length, edges), whole, positions, tokenizer)
@@ -362,7 +372,7 @@ def _shown(
         one = _sequence(label, item, tokenizer, max_length)
         return one if item.ids or item.rejected else replace(one, reason=NO_TOKEN)
     if row.get("messages") and tokenizer.chat_template is not None:
-        # The same tokens, with the span of the response.
+        # Encode the row again to get the span of the response; the tokens are the same.
         (with_span,) = encode_responses([row], tokenizer, encoding)
         (source,) = untruncated(
             row, lambda rows: encode_whole_responses(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
@@ -373,11 +383,11 @@ def _shown(
     return _with_kept(label, item, whole.ids, kept, tokenizer, max_length)
 
 
-# What is put around rows
+# Summaries of the text and tokens around rows
 
 
 def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template does, in a sentence. Raises UnsupportedTemplate."""
+    """Describe the behaviour of the chat template in one sentence. Raises UnsupportedTemplate."""
     profile = chat_template_of(tokenizer).profile
     calls = "not rendered"
     if profile.tool_calls:
@@ -403,7 +413,7 @@ def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def text_summary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is put around a text, in a sentence."""
+    """Describe the special tokens around a text in one sentence."""
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     begin = f"begins with {tokenizer.bos_token}" if adds_bos else "has no token before it"
     end = f"ends with {tokenizer.eos_token}" if tokenizer.eos_token is not None else "has no end token"

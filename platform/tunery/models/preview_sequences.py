@@ -1,5 +1,5 @@
-"""What a preview consists of: rows and their token sequences as text, with what each token is, as JSON and as records
-of the event log; and how tokens become text (`token_groups`)."""
+"""Data structures of previews: rows and their token sequences as text, with the kind of each token, and their
+conversion to JSON and to records of the event log. `token_groups` decodes tokens to text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SegmentKind = Literal["trained", "masked", "input", "cut", "mark"]
-"""input: a token of a sequence in which no token has a loss; cut: truncation removes it; mark: no token but a position,
+"""input: a token of a sequence without a loss; cut: a token removed by truncation; mark: a position instead of a token,
 such as the beginning of a block."""
 _CONTEXT_TOKENS = 8
-"""Tokens before the one that is decoded: some tokenizers (Llama 2's) drop the space of the first token of a text."""
+"""Number of preceding tokens that are decoded as context: some tokenizers (Llama 2's) drop the leading space of the
+first token of a text."""
 _MAX_GROUP = 16
-"""Tokens that are decoded together, at most. A character has at most four bytes, but tokens may hold the end of one
+"""Maximum number of tokens decoded together. A character has at most four bytes, but a token may hold the end of one
 character and the beginning of the next."""
 _REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Tokens that are shown together: one, or those whose bytes together are whole characters."""
+    """Tokens that are displayed together: one token, or several whose bytes only together form complete characters."""
 
     ids: tuple[int, ...]
     text: str
     special: bool
-    """A special token, or an added one such as `<think>`. The same characters in a row's own text are not."""
+    """Whether it is a special token, or an added token such as `<think>`. The same characters in a row's own text are
+    not special."""
     omitted: bool = False
-    """The middle of a long document, which is not decoded."""
+    """Whether it is the middle of a long document, which is not decoded."""
 
     def shown(self, with_ids: bool) -> str:
         if not with_ids:
@@ -42,7 +44,7 @@ class TokenGroup:
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens of the same kind."""
+    """Adjacent tokens of the same kind."""
 
     kind: SegmentKind
     text: str
@@ -52,16 +54,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cut:
-    """Neighbouring tokens that truncation removes."""
+    """Adjacent tokens removed by truncation."""
 
     index: int
-    """In the kept tokens, before which they were."""
+    """Index of the kept token that follows the removed tokens."""
     groups: tuple[TokenGroup, ...]
-    """Those that are shown,"""
+    """Removed tokens that are displayed."""
     hidden_before: int = 0
-    """the number of those before them,"""
+    """Number of removed tokens before `groups`."""
     hidden_after: int = 0
-    """and behind them."""
+    """Number of removed tokens after `groups`."""
 
     @property
     def num_tokens(self) -> int:
@@ -74,34 +76,34 @@ class Cut:
 
 @dataclass(frozen=True)
 class PreviewSequence:
-    """A sequence that the model gets."""
+    """An input sequence of the model."""
 
     label: str
-    """Which of a row's sequences it is ("chosen", "part 1 of 2"); "" where there is one."""
+    """Which of a row's sequences it is ("chosen", "part 1 of 2"); "" if there is only one."""
     ids: tuple[int, ...]
     groups: tuple[TokenGroup, ...]
-    """Decoded from `ids`, in their order."""
+    """Decoded `ids`, in order."""
     has_loss: bool
-    """Some tokens have a loss; not so of prompts and of classifiers' inputs."""
+    """Whether any token has a loss; False for prompts and inputs of classifiers."""
     trained: frozenset[int]
     """Indices of the tokens with a loss."""
     max_length: int
-    """Tokens, at most; or of a block."""
+    """Maximum number of tokens, or tokens per block."""
     blocks: bool = False
-    """It is a document, of which blocks are cut."""
+    """Whether it is a document, which is split into blocks."""
     truncated: bool = False
     cuts: tuple[Cut, ...] = ()
-    """What truncation removed, ascending; none where the positions are unknown."""
+    """Removed tokens, ascending; empty if their positions are unknown."""
     cut_tokens: int = 0
     marks: tuple[tuple[int, str], ...] = ()
-    """(index in `ids`, text) of positions to show, ascending."""
+    """(index in `ids`, text) of marked positions, ascending."""
     reason: str = ""
-    """Why it is not used."""
+    """Why the sequence is not used; "" if it is."""
     notes: tuple[str, ...] = ()
 
     def segments(self, max_tokens: int | None = None, with_ids: bool = False) -> list[Segment]:
-        """The text in its order, neighbours of one kind joined. `max_tokens`: of more than these the middle is left
-        out. `with_ids`: each token as `id:text`."""
+        """Return the text in order, with adjacent tokens of the same kind joined. `max_tokens`: the middle of a longer
+        sequence is omitted. `with_ids`: format each token as `id:text`."""
         pieces = list(self._pieces(with_ids))
         if max_tokens is not None and len(pieces) > max_tokens:
             head = max_tokens * 3 // 4
@@ -149,8 +151,8 @@ class PreviewSequence:
             yield Segment("mark", "end of what is cut off")
 
     def as_json(self) -> dict[str, Any]:
-        """ids, tokens, trained and special have one entry a token; where a character needs several tokens, its text is
-        that of the last one. The text of a long cut is only the part that is shown."""
+        """Return a JSON object. `ids`, `tokens`, `trained` and `special` have one entry per token; the text of a
+        character with several tokens is in the last one's entry. The text of a long cut is only its displayed part."""
         tokens: list[str] = []
         special: list[bool] = []
         for group in self.groups:
@@ -167,12 +169,13 @@ class PreviewSequence:
         }
 
     def as_record(self, max_tokens: int) -> dict[str, Any]:
-        """For the event log: segments in place of tokens. Of more than `max_tokens` the middle is left out."""
+        """Return a record for the event log, with segments instead of tokens. The middle of a sequence with more than
+        `max_tokens` is omitted."""
         segments = [[one.kind, one.text, int(one.special)] for one in self.segments(max_tokens)]
         return {**self.described(), "segments": segments}
 
     def described(self) -> dict[str, Any]:
-        """What `as_json` and `as_record` have in common."""
+        """Return the fields that `as_json` and `as_record` share."""
         return {
             "label": self.label,
             "num_tokens": len(self.ids),
@@ -197,7 +200,7 @@ class PreviewRow:
     line: int
     sequences: tuple[PreviewSequence, ...]
     reason: str = ""
-    """Why the row is not used, where it has no sequence at all."""
+    """Why the row is not used, if none of its sequences has a reason."""
 
     def as_json(self) -> dict[str, Any]:
         return {**self.described(), "sequences": [one.as_json() for one in self.sequences]}
@@ -219,8 +222,9 @@ def token_groups(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[TokenGroup]:
-    """Decode `ids[start:stop]` token by token; those that only together are whole characters form one group, which has
-    no index of `edges` within it. The texts of all groups, one after another, are the text of the whole."""
+    """Decode `ids[start:stop]` token by token. Tokens that only together form complete characters are one group; a
+    group never extends across an index of `edges`. The concatenated texts of all groups are the text of the
+    sequence."""
     special = special_tokens(tokenizer)
     stop = len(ids) if stop is None else stop
     while start < stop:
@@ -240,7 +244,7 @@ def token_groups(
 
 
 def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokens from `start` to `end` add to the text of those before them."""
+    """Return the text that the tokens from `start` to `end` add to the text of the tokens before them."""
     context = max(0, start - _CONTEXT_TOKENS)
     before = _decode(ids[context:start], tokenizer)
     with_them = _decode(ids[context:end], tokenizer)
@@ -254,7 +258,8 @@ def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
-    """Special tokens, and added ones that are no white space (Gemma adds runs of spaces)."""
+    """Return the text by id of special tokens, and of added tokens that are not white space (Gemma adds runs of
+    spaces)."""
     return {
         index: token.content
         for index, token in tokenizer.added_tokens_decoder.items()

@@ -1,8 +1,9 @@
-"""Where truncation removes tokens from a sequence, for its preview.
+"""Find the positions at which truncation removes tokens from a sequence, for its preview.
 
-An encoding returns the tokens that are kept, not where they were: equal tokens occur in many positions. `kept_indices`
-follows the steps of each policy. `truncate: left` first leaves out the oldest turns, then cuts the beginning of the
-prompt and the end of the response; the response begins where the last span begins, before each step and after it.
+An encoding returns the kept tokens without their original positions, and equal tokens occur at many positions.
+`kept_indices` follows the steps of each truncation policy. `truncate: left` first drops the oldest messages, then
+truncates the start of the prompt and the end of the response. The start of the response is the start of the last span,
+before and after each step.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_CUT_TOKENS = 200
-"""Tokens of each cut that are shown."""
+"""Maximum displayed tokens of each cut."""
 UNKNOWN_CUT = "it can't be shown where tokens are cut off: what is kept is not encoded as in the complete row"
 
 
 @dataclass(frozen=True)
 class Untruncated:
-    """A row's sequence before it is cut."""
+    """A row's sequence before truncation."""
 
     whole: Encoded
     shorter: Encoded
-    """Without the oldest turns, where `truncate: left` leaves some out before it cuts tokens; else `whole`."""
+    """The sequence without the oldest messages, if `truncate: left` drops any before it truncates tokens; otherwise
+    `whole`."""
     responses: tuple[Span, ...]
-    """Of all assistant turns in `whole`, trained or not."""
+    """Spans of all assistant messages in `whole`, with or without a loss."""
     is_text: bool
 
 
@@ -44,8 +46,8 @@ def untruncated(
     tokenizer: PreTrainedTokenizerBase,
     encoding: Encoding,
 ) -> list[Untruncated]:
-    """Each side of a row that is too long (the row itself, or both of a preference pair), by the functions that encode
-    it for the stage."""
+    """Encode each side of a row that is too long, with the function that encodes it for the stage. `sides_of` returns
+    the row itself, or both rows of a preference pair."""
     sides = sides_of(row)
     whole = encode_rows(sides)
     is_text = not row.get("messages")
@@ -53,7 +55,7 @@ def untruncated(
     shorter = without_oldest_turns(row, encode_rows, sides_of, encoding.max_length) if left else None
     responses: list[tuple[Span, ...]] = [()] * len(sides)
     if not is_text:
-        # The tokens are the same whatever is trained.
+        # `train_on` and weights change the spans, not the tokens.
         every_turn = replace(encoding, train_on="all_turns")
         unweighted = [{**side, "messages": [{**turn, "weight": None} for turn in side["messages"]]} for side in sides]
         responses = [item.spans for item in encode_whole(unweighted, tokenizer, every_turn)]
@@ -63,14 +65,14 @@ def untruncated(
 def kept_indices(
     kept: Encoded, source: Untruncated, truncate: Truncation, tokenizer: PreTrainedTokenizerBase
 ) -> list[int] | None:
-    """The index in `source.whole` of each token of `kept`. None where the template renders the kept turns differently
-    without the others, so that their tokens are not those of `source.whole`."""
+    """Return the index in `source.whole` of each token of `kept`. None if the template renders the kept messages
+    differently without the others, so that their tokens differ from those of `source.whole`."""
     window = _window(kept, source.shorter, source.is_text, truncate, tokenizer)
     if source.shorter is not source.whole and window is not None:
         turns = _without_turns(source, source.shorter.ids, tokenizer)
         window = [turns[index] for index in window] if turns is not None else None
     if window is None:
-        # What is rendered differently may be what is cut off anyway.
+        # The part that is rendered differently may be truncated anyway.
         window = _window(kept, source.whole, source.is_text, truncate, tokenizer)
     if window is None and truncate == "split":
         window = _without_turns(source, kept.ids, tokenizer)
@@ -78,15 +80,15 @@ def kept_indices(
 
 
 def kept_of_text(whole: Sequence[int], kept: Sequence[int]) -> list[int] | None:
-    """The same of a text that the tokenizer cuts before the special tokens at its end; None where it cuts both texts of
-    a pair."""
+    """Return the index in `whole` of each token of a text that the tokenizer truncates before its final special tokens.
+    None if the tokenizer truncates both texts of a pair."""
     starts = _one_cut(whole, kept)
     return None if starts is None else _without(whole, starts[-1], len(whole) - len(kept))
 
 
 def cut_positions(kept: Sequence[int], total: int) -> list[tuple[int, int, int]]:
-    """(index in the kept sequence before which it was, begin and end in the complete one) of each cut, from the index
-    of each kept token in the complete one of `total` tokens."""
+    """Return (index of the kept token after the cut, start and end in the complete sequence) of each cut. `kept`: index
+    of each kept token in the complete sequence, which has `total` tokens."""
     positions = []
     expected = 0
     for index, source in enumerate([*kept, total]):
@@ -102,12 +104,12 @@ def with_cuts(
     positions: Sequence[tuple[int, int, int]] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreviewSequence:
-    """The sequence with its cuts from `whole`. `positions` is None where they are unknown."""
+    """Return the sequence with its cuts from `whole`. `positions`: see `cut_positions`; None if unknown."""
     if positions is None:
         return replace(one, cut_tokens=max(0, len(whole) - len(one.ids)), notes=(*one.notes, UNKNOWN_CUT))
     cuts = []
     for index, begin, end in positions:
-        # Of a long cut, the tokens next to those that are kept.
+        # Of a long cut, the tokens next to the kept ones are displayed.
         at_beginning = index == 0 and bool(one.ids)
         start = max(begin, end - MAX_CUT_TOKENS) if at_beginning else begin
         stop = end if at_beginning else min(end, begin + MAX_CUT_TOKENS)
@@ -119,7 +121,8 @@ def with_cuts(
 def _window(
     kept: Encoded, source: Encoded, is_text: bool, truncate: Truncation, tokenizer: PreTrainedTokenizerBase
 ) -> list[int] | None:
-    """The index in `source` of each token of `kept`, where `kept` is a part of it, behind its BOS token with `left`."""
+    """Return the index in `source` of each token of `kept` if `kept` is a contiguous part of it, with `left` possibly
+    after the BOS token; otherwise None."""
     offset, bos = 0, 0
     if truncate == "left" and is_text:
         offset = len(source.ids) - len(kept.ids)
@@ -133,11 +136,11 @@ def _window(
 
 
 def _without_turns(source: Untruncated, rest: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The index in the complete conversation of each token of `rest`, which lacks its oldest turns.
+    """Return the index in the complete conversation of each token of `rest`, which lacks its oldest messages.
 
-    Turns begin and end alike, so several cuts leave the same tokens. The first turn that goes begins before the first
-    response, and the last one ends behind one: of the cuts between, that at the first special token, with which a turn
-    begins.
+    Messages begin and end with the same tokens, so several cuts leave the same sequence. The first dropped message
+    begins before the first response, and the last one ends after a response. Of the cuts in between, the one at the
+    first special token is taken, since a message begins with it.
     """
     whole = source.whole.ids
     num_cut = len(whole) - len(rest)
@@ -154,7 +157,7 @@ def _without_turns(source: Untruncated, rest: Sequence[int], tokenizer: PreTrain
 
 
 def _one_cut(whole: Sequence[int], rest: Sequence[int]) -> range | None:
-    """The indices in `whole` at which a cut leaves `rest`; None where there is none."""
+    """Return the indices in `whole` at which removing adjacent tokens leaves `rest`; None if there is no such index."""
     num_cut = len(whole) - len(rest)
     if num_cut < 0:
         return None

@@ -1,5 +1,8 @@
-"""What a chat template does, found out by rendering small conversations with it: in which form it takes content and
-tool calls, what it puts before and behind a response, and which kinds of turns it drops or fails on."""
+"""Determine the behaviour of a chat template by rendering small conversations.
+
+A profile records the form in which the template takes content and tool calls, the text that it writes before and after
+a response, and the kinds of messages that it drops or fails on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from tunery.models.template_rendering import (
 
 
 def alternating(count: int) -> list[Message]:
-    """User and assistant turns."""
+    """Return `count` messages, alternating between user and assistant, with distinct content."""
     return [{"role": ("user", "assistant")[turn % 2], "content": f"w{turn}"} for turn in range(count)]
 
 
@@ -39,7 +42,8 @@ _TOOL = {
 
 
 def profile_of(template: TemplateRenderer) -> TemplateProfile:
-    """Raises UnsupportedTemplate for a template that can't render a question with an answer."""
+    """Return the profile of a chat template. Raises UnsupportedTemplate if the template can't render a user message
+    with a response, or if it writes no EOS token and the tokenizer has none."""
     template.profile = TemplateProfile()
     question = alternating(1)
     text, marks = _basic(template)
@@ -62,7 +66,8 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     unclosed = None
 
     def learn(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
-        """Headers and closings of a conversation's responses."""
+        """Collect the headers and closings of a conversation's responses. Return None if it can't be rendered, or if
+        marks change the rendering."""
         nonlocal unclosed
         try:
             text, marks = template.marked(messages, tools)
@@ -141,8 +146,8 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
 
 
 def _closing(template: TemplateRenderer, following: str) -> str:
-    """Up to the first special token; and up to the tokenizer's end token, where that comes next (Cohere's
-    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). Empty where there is none."""
+    """Return the text up to the first special token, or up to the tokenizer's EOS token if only special tokens come
+    before it (Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). Empty if there is no special token."""
     first = template.special.search(following)
     if first is None:
         return ""
@@ -155,7 +160,8 @@ def _closing(template: TemplateRenderer, following: str) -> str:
 
 
 def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
-    """A question with an answer, by a form of content that the template renders."""
+    """Render a user message with a response. Content is passed as text or, if that fails, as a list of parts; sets
+    `template.profile` accordingly. Raises UnsupportedTemplate if the template renders neither form."""
     failure = ""
     for parts in (False, True):
         template.profile = TemplateProfile(content_parts=parts)
@@ -170,7 +176,8 @@ def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
 
 
 def _generated_from(template: TemplateRenderer, header: str) -> int:
-    """Where a header leaves the generation prompt; at its end where they differ in white space only."""
+    """Return the index at which a header diverges from the generation prompt; its length if they differ only in white
+    space."""
     prompt = template.profile.generation_prompt
     shared = template.shared_prefix(prompt, header)
     return len(header) if shared < len(prompt) and _squeezed(header) == _squeezed(prompt) else shared
@@ -185,8 +192,11 @@ def _unopened(text: str) -> str:
 
 
 def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[ResponseHeader, ...]:
-    """Each once, longest first. One that is what surrounds reasoning, but for white space, holds an empty thinking
-    block."""
+    """Remove duplicate headers and sort them by length, descending.
+
+    `empty`: headers with the markup around reasoning, but without the reasoning itself. A header that equals one of
+    them, ignoring white space and `<think>`, contains an empty thinking block.
+    """
     found = {}
     for header in headers:
         # GLM-4.7 writes only `</think>`, where a generation prompt may have opened the block.
@@ -196,8 +206,11 @@ def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[Respo
 
 
 def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: list[str]) -> TemplateProfile:
-    """How the template takes tool calls, if it does. The forms are tried in turn: arguments as an object or as text,
-    content empty or null, calls without ids or with them."""
+    """Return the profile with the form in which the template takes tool calls, if it supports them.
+
+    The forms are tried in turn: arguments as an object or as text, content empty or null, calls without ids or with
+    them.
+    """
     question, result = alternating(1)[0], {"role": "tool", "content": "t_result", "name": "n_call"}
     failure = ""
     for ids in (False, True):
@@ -242,7 +255,7 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: 
 
 
 def _renders_tools(template: TemplateRenderer, problems: list[str]) -> bool:
-    """Whether the definitions of tools are rendered."""
+    """Whether the template renders tool definitions. Appends the error to `problems` if it does not."""
     try:
         defined = template.render([template.given(item) for item in alternating(1)], [_TOOL])
     except RejectedConversation as error:
@@ -255,24 +268,27 @@ def _renders_tools(template: TemplateRenderer, problems: list[str]) -> bool:
 
 
 def _has_call(text: str, as_text: bool) -> bool:
-    """All of the call, its arguments neither as Python writes a dict nor as text within JSON text."""
+    """Whether `text` contains the complete call, with arguments formatted neither as a Python dict nor, if they were
+    passed as text, as a string within JSON."""
     if not all(part in text for part in ("n_call", "k_arg", "v_arg")):
         return False
     return "'k_arg'" not in text and (not as_text or '\\"k_arg' not in text)
 
 
 def _ends_alike(template: TemplateRenderer, question: Message, calling: Message, called: str) -> bool:
-    """Whether one call ends like two (DeepSeek-R1's template ends a turn in the loop over the second call)."""
+    """Whether a message with one call ends with the same special token as a message with two. DeepSeek-R1's template
+    ends the message only within the loop, at the second call."""
     twice = {**calling, "tool_calls": [*calling["tool_calls"], *json.loads(json.dumps(calling["tool_calls"]))]}
     try:
         text = template.render([question, twice])
-    except RejectedConversation:  # Llama 3.1 takes a single call
+    except RejectedConversation:  # Llama 3.1 supports only one call per message
         return True
     return bool(template.special.findall(text)[-1:] == template.special.findall(called)[-1:])
 
 
 def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: str | None) -> TemplateProfile:
-    """The tokens that end a response, and the one to append where the template leaves it out after the last turn."""
+    """Return the profile with the tokens that end a response, and the EOS token to append if the template omits it
+    after the last message. Raises UnsupportedTemplate if no EOS token is known."""
     eos = template.tokenizer.eos_token
     ends = []
     for closing in profile.closings:
@@ -281,7 +297,7 @@ def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: st
             ends.append(token)
     appended = ""
     if unclosed is not None:
-        # The next turn's first token, where that is what ends a response in the middle; else the tokenizer's own.
+        # The token that ends earlier responses (it may be the first token of the next message), or the tokenizer's own.
         appended = ends[0] if ends else eos or ""
         if not appended:
             raise UnsupportedTemplate(

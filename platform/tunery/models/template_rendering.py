@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Marks = dict[tuple[str, int], int]
-"""Maps (kind, turn) to the character index of the mark, -1 if it was rendered twice. Kinds: `content`, `content_end`,
-`reasoning`, `reasoning_end`, and `call0_` for the name of a message's first tool call."""
+"""Maps (kind, turn) to the character index of the mark; -1 if it was rendered twice, except for `content_end`, where
+the last index counts. Kinds: `content`, `content_end`, `reasoning`, `reasoning_end`, and `call0_` for the name of a
+message's first tool call."""
 
-# Unicode noncharacters: never in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
+# Unicode noncharacters do not occur in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
 _MARK = re.compile("\ufdd0([a-z_0-9]*[a-z_])([0-9]+)\ufdd1")
 
 
@@ -55,14 +56,14 @@ class TemplateProfile:
     closings: tuple[str, ...] = ()
     """Text after a response, up to and including its EOS token."""
     end_tokens: tuple[str, ...] = ()
-    """The special tokens that end a response when it is generated."""
+    """Special tokens that end a generated response."""
     history_ends: tuple[str, ...] = ()
-    """Tokens that the template puts behind earlier responses, but which also stand within a response: no model ends one
-    by them (gpt-oss writes `<|end|>` there and generates `<|return|>`)."""
+    """Tokens that the template writes after earlier responses but also within a response, so that they don't end a
+    generated response (gpt-oss writes `<|end|>` after earlier responses, but the model generates `<|return|>`)."""
     appended_end: str = ""
-    """The end token that the template leaves out after the last turn (GLM-4.5), "" where it puts one."""
+    """EOS token that the template omits after the last message (GLM-4.5); "" if it writes one."""
     unclosed: str = ""
-    """Text that the template puts there instead."""
+    """Text that the template writes after the last message instead of an EOS token."""
     generation_blocks: bool = False
     system: bool = True
     multi_turn: bool = True
@@ -71,7 +72,7 @@ class TemplateProfile:
     reasoning: bool = False
     """Whether `reasoning_content` of the last message is rendered."""
     earlier_reasoning: bool = False
-    """Whether that of earlier messages is rendered."""
+    """Whether `reasoning_content` of earlier messages is rendered."""
     thinking_model: bool = False
     """Whether the template contains `</think>`, even if it renders no reasoning."""
     tool_calls: bool = False
@@ -80,11 +81,11 @@ class TemplateProfile:
     arguments_as_text: bool = False
     """Whether arguments of tool calls are passed as JSON text instead of an object."""
     call_content: str | None = ""
-    """Content that is passed with tool calls without text."""
+    """Content passed for a message that has tool calls but no text."""
     call_ids: bool = False
     """Whether tool calls need ids (Mistral: nine alphanumeric characters)."""
     call_end: str = ""
-    """EOS token that the template omits after a last message with tool calls."""
+    """EOS token that the template omits if the last message has tool calls."""
     problems: tuple[str, ...] = field(default=(), compare=False)
     """Error messages of the template."""
 
@@ -117,6 +118,8 @@ class TemplateRenderer:
     def rendered(
         self, messages: Sequence[Message], tools: Any, generation_prompt: bool, blocks: bool, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages. Return the text and, with `blocks`, the (start, end) characters of the generation blocks.
+        Raises RejectedConversation with the template's message."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -128,7 +131,7 @@ class TemplateRenderer:
                 add_generation_prompt=generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **options},
             )
-        except Exception as error:  # any error of the template's program
+        except Exception as error:  # a template may raise any exception
             raise RejectedConversation(f"the chat template fails: {first_line(error)}") from error
         return texts[0], [tuple(span) for span in spans[0]] if blocks else []
 
@@ -170,6 +173,7 @@ class TemplateRenderer:
         return given
 
     def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a tool call with its arguments as the template expects them: an object or JSON text."""
         function = dict(call["function"])
         arguments = function.get("arguments", {})
         if self.profile.arguments_as_text and not isinstance(arguments, str):
@@ -182,14 +186,14 @@ class TemplateRenderer:
         return {**call, "function": function}
 
     def before(self, messages: Sequence[Message], tools: Any) -> str:
-        """What is rendered of turns before the generation prompt. Some templates end a conversation (Phi-3's
-        `<|endoftext|>`) where no generation prompt is asked for."""
+        """Render messages without the generation prompt. Some templates write a token after a conversation without
+        generation prompt (Phi-3's `<|endoftext|>`), so the common prefix of both renderings is returned."""
         given = [self.given(item) for item in messages]
         prompt = self.render(given, tools, generation_prompt=True)
         return prompt[: self.shared_prefix(prompt, self.render(given, tools))]
 
     def shared_prefix(self, prompt: str, text: str) -> int:
-        """Characters with which both begin, cut before a token of the template that only one of them has whole."""
+        """Return the length of the common prefix, shortened so that it does not end within a control token."""
         common = common_prefix(prompt, text)
         for match in (*self.control.finditer(prompt), *self.control.finditer(text)):
             if match.start() < common < match.end():

@@ -212,8 +212,8 @@ class TokenCache:
         encoding: Encoding,
         kind: RowEncoding,
     ) -> TokenizedDataset:
-        """Wait until another process has built them. A collective of all ranks would time out while a large dataset is
-        built; if the building process fails, Ray Train ends this one too."""
+        """Wait until another process has built the dataset, and return it. A collective of all ranks would time out
+        while a large dataset is built; if the process that builds it fails, Ray Train stops this one too."""
         final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
         while not (final / "stats.json").is_file():
             time.sleep(POLL_SECONDS)
@@ -259,7 +259,7 @@ class TokenCache:
 def cache_key(
     rows: Path, rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows
 ) -> str:
-    """Return the cache key, 16 hex digits."""
+    """Return the cache key of an artifact's tokenised rows: 16 hex digits."""
     uses_date = "strftime_now" in json.dumps(tokenizer.chat_template)
     inputs = [
         FORMAT,
@@ -276,8 +276,8 @@ def cache_key(
 
 
 def _rows_key(rows: Path) -> list[Any]:
-    """Key of an artifact's content. The artifact's name does not suffice: scores may differ between devices, and with
-    them the rows that a filter keeps."""
+    """Return a key of an artifact's content. The artifact's name does not suffice: scores may differ between devices,
+    and so may the rows that a filter keeps."""
     manifests = [path for path in (rows / "manifest.json", rows.parent / "manifest.json") if path.is_file()]
     manifest = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
     return [manifest, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]

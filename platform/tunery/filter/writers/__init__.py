@@ -1,12 +1,12 @@
-"""Writers of records, one for each ending of a file. What a record was in its source it is again:
+"""Writers of records by file extension. A record from a source of the same format is preserved:
 
-    .jsonl .ndjson .json    a JSON record: its own text
-    .csv .tsv               a record of a CSV: its own line, where all sources have the same columns and delimiter
-    .xlsx                   a row of a workbook: values with their types and number formats, sheet by sheet
-    .parquet                a row of a Parquet or Arrow file: its Arrow values, with the source's schema
+    .jsonl .ndjson .json    the text of a JSON record
+    .csv .tsv               the line of a CSV record, if all sources have the same columns and delimiter
+    .xlsx                   the values of a workbook row with their types and number formats, sheet by sheet
+    .parquet                the Arrow values of a row of a Parquet or Arrow file, with the source's schema
 
-Of another form, its values in all columns of all sources. Further columns (scores, the rule that dropped the row) come
-last. A writer streams: at most a batch of rows is in memory.
+For a record of another format, the values in the columns of all sources are written. Added columns (scores, the rule
+that dropped the row) come last. Writers stream: no writer keeps all rows in memory.
 """
 
 from __future__ import annotations

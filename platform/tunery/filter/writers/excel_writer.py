@@ -1,4 +1,4 @@
-"""Excel workbooks; a row of a workbook keeps its sheet and the types and number formats of its cells."""
+"""Write Excel workbooks. A row from a workbook keeps its sheet and the types and number formats of its cells."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tunery.filter.source_columns import SourceColumns, as_text
 from tunery.filter.writers.writer import FORMULA, Added, Writer, Written
 
 SHEET_ROWS = 1_048_575
-"""Rows of an Excel sheet (1,048,576), less the header."""
+"""Maximum rows of an Excel sheet (1,048,576), without the header."""
 CELL = 32_767
-"""Characters of an Excel cell."""
+"""Maximum characters of an Excel cell."""
 UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-"""What XML 1.0 has no way to write."""
+"""Characters that XML 1.0 can't represent."""
 EXACT = 2**53
-"""Whole numbers up to here are exact in a spreadsheet, which has floating-point numbers alone."""
+"""Largest integer up to which all are exact in a spreadsheet, whose numbers are float64."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def workbook(path: Path, columns: SourceColumns, added: Added, done: Written) ->
         else:
             yield _OneSheet(cells, list(columns.types), list(added))
     except BaseException:
-        # openpyxl 3.1 prints a traceback where sheets are collected that are still open.
+        # openpyxl 3.1 prints a traceback if open sheets are garbage-collected.
         for sheet in book.worksheets:
             sheet.close()
         raise
@@ -73,7 +73,7 @@ class _SheetCells:
         sheet.append([self.cell(sheet, cell) for cell in cells])
 
     def cell(self, sheet: Any, value: Any) -> Any:
-        """A value, or a Cell of a source's workbook, as openpyxl writes it; None for an empty one."""
+        """Convert a value, or an OriginalCell of a source's workbook, for openpyxl; None for an empty cell."""
         from openpyxl.cell import WriteOnlyCell
 
         original = value if isinstance(value, OriginalCell) else None
@@ -94,15 +94,15 @@ class _SheetCells:
             )
         self._done.replaced += text != plain
         cell = WriteOnlyCell(sheet, text)
-        # openpyxl takes what begins with "=" for a formula, and a spreadsheet takes an id of digits for a number.
+        # openpyxl treats text that begins with "=" as a formula, and spreadsheets treat digits as a number.
         cell.data_type = "e" if original is not None and original.data_type == "e" else "s"
         cell.number_format = original.number_format if original is not None else "@"
-        cell.quotePrefix = text.startswith(FORMULA)  # so it stays a text when somebody edits the cell
+        cell.quotePrefix = text.startswith(FORMULA)  # so that it remains text when a user edits the cell
         return cell
 
 
 def _sheet_value(value: Any) -> Any:
-    """A number, a truth value, a date or a text; None for an empty cell."""
+    """Convert to a number, boolean, date, time or text; None for an empty cell."""
     if isinstance(value, bool | timedelta) or (isinstance(value, datetime | time) and value.tzinfo is None):
         return value
     if isinstance(value, date) and not isinstance(value, datetime):
@@ -115,7 +115,7 @@ def _sheet_value(value: Any) -> Any:
 
 
 class _OwnSheets:
-    """The sheets of the one workbook that is the source, each with its own header."""
+    """Writes the sheets of a single source workbook, each with its own header."""
 
     def __init__(self, cells: _SheetCells, columns: SourceColumns, added: Sequence[str]) -> None:
         self._cells = cells
@@ -129,7 +129,7 @@ class _OwnSheets:
 
     def write(self, record: Original, added: Added) -> None:
         name = record.table.name
-        if name not in self._sheets:  # of a workbook that can't be read to its end
+        if name not in self._sheets:  # the record is of a workbook that can't be read completely
             title = "unreadable" if "unreadable" not in self._cells.book.sheetnames else "unreadable records"
             self._sheets[name] = self._cells.new_sheet(title, self._further)
         width = self._tables[name].width if self._tables[name].sheet else 0
@@ -138,7 +138,7 @@ class _OwnSheets:
 
 
 class _OneSheet:
-    """All records in one sheet, in the columns of all sources."""
+    """Writes all records to one sheet, with the columns of all sources."""
 
     def __init__(self, cells: _SheetCells, names: Sequence[str], added: Sequence[str]) -> None:
         self._cells, self._names, self._further = cells, names, added

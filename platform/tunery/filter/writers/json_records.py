@@ -1,4 +1,4 @@
-"""JSON, one record a line or as the elements of one array; a record that is JSON in its source keeps its own text."""
+"""Write JSON Lines, or a JSON array of records. A record that is JSON in its source keeps its text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def json_array(path: Path, columns: SourceColumns, added: Added, done: Written) 
     class Elements:
         def write(self, record: Original, added: Added) -> None:
             text = _json_text(record, added).strip()
-            # A value over several lines is as far to the right as its end.
+            # The first line of a multi-line value gets the indentation of its last line.
             last = text.rpartition("\n")[2] if "\n" in text else ""
             indent = last[: len(last) - len(last.lstrip())]
             file.write((",\n" if done.rows else "\n") + indent + text)
@@ -44,6 +44,6 @@ def _json_text(record: Original, added: Added) -> str:
         return json.dumps(json_ready(record.values()) | further, ensure_ascii=False)
     if not further:
         return record.text
-    # Into the record's own text: its numbers, escapes and order stay as they are.
+    # Insert into the record's text, so that its numbers, escapes and order of keys are unchanged.
     before = record.text.rstrip().removesuffix("}").rstrip()
     return before + ("" if before.endswith("{") else ", ") + json.dumps(further, ensure_ascii=False)[1:]

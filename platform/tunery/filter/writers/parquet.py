@@ -1,4 +1,4 @@
-"""Parquet; a row of a Parquet or Arrow file keeps its Arrow values and the source's schema."""
+"""Write Parquet files. A row from a Parquet or Arrow file keeps its Arrow values and the source's schema."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ def parquet(path: Path, columns: SourceColumns, added: Added, done: Written) -> 
 
 
 def _schema(columns: SourceColumns, added: Added) -> Any:
-    """The source's own where it has one, with fields' and file's metadata; else the columns of all sources."""
+    """Return the sources' schema with its metadata, if all have the same; otherwise one with the columns of all
+    sources."""
     further = [pa.field(name, kind) for name, kind in added.items()]
     own = [table.schema for table in columns.tables]
     if not own or any(schema is None or not schema.equals(own[0], check_metadata=True) for schema in own):
         return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *further])
-    if list(columns.types) != own[0].names:  # a name twice
+    if list(columns.types) != own[0].names:  # duplicate names
         return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *further])
     if not further:
         return own[0]
     metadata: dict[bytes | str, bytes | str] = dict(own[0].metadata or {})
-    # Hugging Face's metadata names all columns: with further ones it would be wrong. Rows without columns are nulls.
+    # Hugging Face's metadata lists all columns, so it would be wrong with added ones. Unreadable records are nulls.
     metadata.pop(b"huggingface", None)
     return pa.schema([*(item.with_nullable(True) for item in own[0]), *further], metadata)
 
 
 class _Tables:
-    """Rows in row groups: runs of rows of one Arrow batch are taken from it whole."""
+    """Collects rows in row groups. Adjacent rows of one Arrow batch are taken from it together."""
 
     def __init__(self, file: Any, schema: Any, further: set[str]) -> None:
         self._file, self._schema, self._further = file, schema, further

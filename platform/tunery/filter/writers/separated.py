@@ -1,4 +1,4 @@
-"""CSV and TSV; a record of a CSV keeps its own line where all sources have the same columns and delimiter."""
+"""Write CSV and TSV files. A CSV record keeps its line if all sources have the same columns and delimiter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def separated(delimiter: str) -> Open:
         is_same = columns.only_kind() == "csv" and all(
             (table.header, table.delimiter) == (tables[0].header, used) for table in tables
         )
-        # The mark tells Excel that the file is UTF-8; what comes from a CSV without one has none.
+        # Excel recognizes UTF-8 by the byte order mark. It is omitted if the source is a CSV without one.
         has_bom = tables[0].has_bom if tables else True
         line_end = tables[0].line_end if tables else "\n"
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
@@ -48,7 +48,7 @@ class _SeparatedCells:
         self._csv.writerow(cells)
 
     def further(self, cells: Sequence[str | None]) -> str:
-        """Cells behind a line: each with the delimiter in front."""
+        """Format cells to append to a line, each preceded by the delimiter."""
         if not cells:
             return ""
         text = io.StringIO()
@@ -56,7 +56,8 @@ class _SeparatedCells:
         return text.getvalue()
 
     def guarded(self, value: Any) -> str | None:
-        """A CSV has no types: what begins like a formula is one, unless something is in front of it."""
+        """Format a value, with an apostrophe before text that a spreadsheet would treat as a formula: CSV has no cell
+        types."""
         text = as_text(value)
         if isinstance(value, str) and text is not None and text.startswith(FORMULA):
             self.done.guarded += 1
@@ -65,7 +66,7 @@ class _SeparatedCells:
 
 
 class _OwnLines:
-    """Each record's own line, and behind it the further columns."""
+    """Writes each record's line, followed by the added columns."""
 
     def __init__(self, cells: _SeparatedCells, width: int, further: Sequence[str]) -> None:
         self._cells, self._width, self._further = cells, width, further
@@ -87,14 +88,14 @@ class _OwnLines:
 
 
 class _Cells:
-    """Values in the columns of all sources."""
+    """Writes the values in the columns of all sources."""
 
     def __init__(self, cells: _SeparatedCells, names: Sequence[str], further: Sequence[str]) -> None:
         self._cells, self._names, self._further = cells, names, further
 
     def write(self, record: Original, added: Added) -> None:
         values = record.values()
-        # What is text in a CSV was like that before.
+        # Text from a CSV was not protected in its source either.
         written = as_text if record.table.kind == "csv" else self._cells.guarded
         own = [written(values.get(name)) for name in self._names]
         self._cells.row([*own, *(as_text(added.get(name)) for name in self._further)])

@@ -1,4 +1,4 @@
-"""What a writer of records is: the protocol that each format implements, and what all of them count."""
+"""Protocol of a writer of records, which each format implements, and the counts that all writers share."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tunery.filter.originals import Original
 from tunery.filter.source_columns import SourceColumns
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a cell begins with that a spreadsheet takes for a formula
+"""Prefixes of a cell that a spreadsheet treats as a formula
 (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 Added = Mapping[str, Any]
-"""Further columns: name and pyarrow type, or name and value; a row may have fewer."""
+"""Added columns: pyarrow type or value by name. A row may have fewer."""
 
 
 @dataclass
 class Written:
-    """What became of an export."""
+    """Counts of an output file."""
 
     rows: int = 0
     guarded: int = 0
-    """Texts that have an apostrophe in front of them now, so that no spreadsheet takes them for a formula."""
+    """Number of texts that got a leading apostrophe, so that spreadsheets don't treat them as formulas."""
     replaced: int = 0
-    """Texts in which characters were replaced that a workbook can't hold."""
+    """Number of texts in which characters that a workbook can't represent were replaced."""
 
 
 class Writer(Protocol):
@@ -35,4 +35,4 @@ class Writer(Protocol):
 
 
 Open = Callable[[Path, SourceColumns, Added, Written], AbstractContextManager[Writer]]
-"""The file to write, the sources' columns, the further columns with their types, and the counts to fill."""
+"""Opens a writer. Arguments: output path, columns of the sources, added columns with their types, counts to update."""

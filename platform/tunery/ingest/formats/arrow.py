@@ -1,4 +1,4 @@
-"""Parquet and Arrow files (also Feather 2, and those of saved Hugging Face datasets); one batch in memory at a time."""
+"""Read Parquet and Arrow files (also Feather 2, and files of saved Hugging Face datasets), one batch at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from tunery.spec import Dataset
 
 BATCH = 1024
 Batches = Iterator[tuple[int, Any]]
-"""(number of the first row, a RecordBatch or the InvalidRow that says why rows from this one on can't be read)."""
+"""(number of the first row, a RecordBatch, or an InvalidRow with the reason why the rows from there can't be read)."""
 
 
 def parquet_rows(file: File, stage: Dataset) -> Iterator[Record]:
-    """Rows by number. A row group that can't be read costs its rows, and reading continues with the next one."""
+    """Yield the rows as records, numbered from 1. The remaining rows of a corrupt row group are skipped with one
+    InvalidRow, and reading continues with the next row group."""
     yield from _records(parquet_batches(file))
 
 
 def arrow_rows(file: File, stage: Dataset) -> Iterator[Record]:
-    """Rows by number, of the file format and of the stream format (which Hugging Face's `save_to_disk` writes)."""
+    """Yield the rows as records, numbered from 1. Reads the file format and the stream format (which Hugging Face's
+    `save_to_disk` writes)."""
     yield from _records(arrow_batches(file))
 
 
@@ -33,7 +35,7 @@ def _records(batches: Batches) -> Iterator[Record]:
 
 
 def parquet_batches(file: File) -> Batches:
-    """Raises CorruptFile if the file is not a Parquet file."""
+    """Yield the batches of a Parquet file. Raises CorruptFile if the file is not a Parquet file."""
     import pyarrow.parquet as pq
 
     with open_seekable(file) as raw:
@@ -59,7 +61,7 @@ def parquet_batches(file: File) -> Batches:
 
 
 def arrow_batches(file: File) -> Batches:
-    """Raises CorruptFile if the file can't be read further."""
+    """Yield the batches of an Arrow file. Raises CorruptFile if the rest of the file can't be read."""
     with open_seekable(file) as raw:
         number = 1
         try:
@@ -76,7 +78,7 @@ def arrow_batches(file: File) -> Batches:
 
 
 def _check_names(batch: Any) -> None:
-    """Raises UnicodeDecodeError where a column's name is damaged."""
+    """Raise UnicodeDecodeError if a column name is corrupt."""
     _ = batch.schema.names
 
 
@@ -94,8 +96,8 @@ def _batches(raw: Any) -> Iterator[Any]:
 
 
 def _validated(batch: Any) -> Iterator[Any]:
-    """A batch that comes from a file as it stands, in pieces whose values can be taken, and a InvalidRow for each row
-    that is damaged: taking its values without a look at their offsets ends the process."""
+    """Yield slices of a batch with valid values, and an InvalidRow for each corrupt row. Files are not validated when
+    they are read, and accessing values with corrupt offsets crashes the process."""
     import pyarrow as pa
 
     try:
@@ -111,8 +113,8 @@ def _validated(batch: Any) -> Iterator[Any]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a batch; values that can't become Python's (text that is no UTF-8, a date in the year 300,000) are
-    UnsupportedValue."""
+    """Yield the rows of a batch. Values that Python can't represent (text that is not UTF-8, a date in the year
+    300,000) are UnsupportedValue."""
     import pyarrow as pa
 
     names = batch.schema.names

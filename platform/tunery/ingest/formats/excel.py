@@ -1,4 +1,4 @@
-"""Excel workbooks (.xlsx, .xlsm): every sheet, or the one set by `sheet`; a header, then one record per row.
+"""Read Excel workbooks (.xlsx, .xlsm): all sheets, or the one set by `sheet`; each has a header and a record per row.
 
 The value of a cell merged over several rows applies to each of them (one question, several answers); merged over
 several columns, it applies to the first. A formula has the value that Excel computed last; a row with a formula that
@@ -21,10 +21,12 @@ from tunery.spec import Dataset
 _MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*?ref="([A-Z]+)(\d+):[A-Z]+(\d+)"')
 _FORMULA = re.compile(rb"<(?:\w+:)?f[\s/>]")
 _LONGEST_TAG = 200
+"""Bytes that chunks of XML overlap, so that a tag across their boundary is found."""
 
 
 def workbook(file: File, stage: Dataset) -> Iterator[Record]:
-    """Raises CorruptFile if the file is not a workbook or has no sheet of the given name."""
+    """Yield the records of a workbook. Raises CorruptFile if the file is not a workbook or has no sheet with the
+    requested name."""
     with open_seekable(file) as raw:
         try:
             yield from _sheets(raw, stage.sheet)
@@ -70,7 +72,7 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
         written = next(formulas, ()) if formulas else ()
         cells: list[Any] = []
         wrong = ""
-        # A row ends with its last cell: those of the header that follow are empty, or merged with one above.
+        # A row ends with its last cell; missing cells below the header are empty, or merged with a cell above.
         absent = max(0, len(header or ()) - len(row))
         for column, cell in enumerate((*row, *(EMPTY_CELL,) * absent), 1):
             value = cell.value
@@ -91,15 +93,15 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
         elif header is None:
             header = ["" if value is None else str(cell_text(value)).strip() for value in cells]
         else:
-            # A value in a column without a name belongs to the record, so that it is counted as not read.
+            # Keep values of columns without a name, so that they are counted as not read.
             columns = zip_longest(header, cells, fillvalue="")
             pairs = [(name, cell_text(value) or None) for name, value in columns if name or value not in (None, "")]
             yield Record(number, from_pairs(pairs), _shown(cells), sheet.title)
 
 
 def _layout(sheet: Any) -> tuple[dict[tuple[int, int], int], bool]:
-    """(column, first row): last row of every range merged over rows, and whether there are formulas. From the sheet's
-    XML, since openpyxl tells merged cells only of workbooks that it loads whole."""
+    """Return the last row of each range merged over rows, by (column, first row), and whether the sheet has formulas.
+    Read from the sheet's XML, since openpyxl reports merged cells only for workbooks that it loads completely."""
     from openpyxl.utils import column_index_from_string
 
     merged: dict[tuple[int, int], int] = {}
@@ -118,7 +120,8 @@ def _layout(sheet: Any) -> tuple[dict[tuple[int, int], int], bool]:
 
 
 def _formulas(raw: IO[bytes], title: str) -> Iterator[tuple[bool, ...]]:
-    """Which cells of each row hold a formula: openpyxl gives either formulas or their values."""
+    """Yield which cells of each row have a formula. The workbook is opened again, since openpyxl returns either
+    formulas or their values."""
     import openpyxl
 
     with closing(openpyxl.load_workbook(raw, read_only=True)) as book:

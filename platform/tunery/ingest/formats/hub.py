@@ -1,7 +1,7 @@
-"""Datasets on the Hugging Face Hub (`hub:org/name`), and folders saved by Datasets (`save_to_disk`).
+"""Read datasets on the Hugging Face Hub (`hub:org/name`), and folders saved by Datasets (`save_to_disk`).
 
-A hub dataset is streamed with the Datasets library: it requires a network and is not copied to the local disk. A saved
-dataset is read as Arrow files.
+A hub dataset is streamed with the Datasets library: it requires a network connection and is not copied to the local
+disk. A saved dataset is read as Arrow files.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Ambiguous(ValueError):
 
 @dataclass(frozen=True)
 class HubDataset:
+    """A dataset on the Hugging Face Hub."""
+
     name: str
     """hub:org/name"""
     config: str | None
@@ -43,38 +45,39 @@ class HubDataset:
     revision: str | None
 
     def identity(self) -> Any:
-        """The commit hash that the revision currently resolves to."""
+        """Return the commit hash of the revision. Raises UnavailableFile."""
         return _commit(self.name.removeprefix(PREFIX), self.revision)
 
 
 @cache
 def _commit(name: str, revision: str | None) -> str:
-    """Return the commit of a revision, cached per process, so that the cache key and the rows read are of the same
+    """Return the commit of a revision. It is cached per process, so that the cache key and the rows are from the same
     commit."""
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha)
     except Exception as error:
-        # huggingface_hub raises its own errors, those of httpx and plain OSErrors.
+        # huggingface_hub raises its own errors, errors of httpx and OSError.
         raise UnavailableFile(f"`{PREFIX}{name}`: {_reason(error)}") from error
 
 
 def hub_rows(dataset: HubDataset) -> Iterator[Record]:
-    """Rows by number. Raises UnavailableFile without a network or a permission, Ambiguous when a config or split is
-    open."""
+    """Yield the rows as records, numbered from 1. Raises UnavailableFile without network or permission, Ambiguous if a
+    config or split must be selected."""
     for number, row in enumerate(raw_hub_rows(dataset), 1):
         yield Record(number, table_row(row))
 
 
 def raw_hub_rows(dataset: HubDataset) -> Iterator[dict[str, Any]]:
-    """Rows with the types that the dataset gives them. Raises as `hub_rows` does."""
+    """Yield the rows with the types of the dataset. Raises the same errors as `hub_rows`."""
     commit = dataset.identity()
     yield from _streamed_rows(dataset.name.removeprefix(PREFIX), dataset.config, dataset.split, commit)
 
 
 def streamed(name: str, config: str | None, split: str | None, revision: str | None) -> Iterator[Record]:
-    """`name` is what `datasets.load_dataset` takes: a hub name, or a folder of data files."""
+    """Stream rows as records. `name` is an argument of `datasets.load_dataset`: a hub name, or a folder of data
+    files."""
     for number, row in enumerate(_streamed_rows(name, config, split, revision), 1):
         yield Record(number, table_row(row))
 
@@ -102,7 +105,7 @@ def _streamed_rows(name: str, config: str | None, split: str | None, revision: s
 
 
 def chosen_split(name: str, split: str | None, known: list[str]) -> str:
-    """The split that is named, or the only one. Raises Ambiguous."""
+    """Return the requested split, or the only one. Raises Ambiguous."""
     if split is None and len(known) == 1:
         return known[0]
     if split is None:
