@@ -89,7 +89,7 @@ class ChatTemplate(TemplateRenderer):
         super().__init__(tokenizer)
         self.profile = profile_of(self)
         # A response may contain markup such as <think> and <tool_call>, but no tokens that delimit messages.
-        turns = [self.given(turn) for turn in alternating(4)]
+        turns = [self.given(turn) for turn in alternating(4 if self.profile.multi_turn else 2)]
         basic = self.render(turns) + self.render(turns[:1], generation_prompt=True)
         endings = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
         delimiters = {*self.control.findall(basic), *endings, *self.profile.end_tokens, *self.profile.history_ends}

@@ -254,7 +254,7 @@ def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTraine
 
 
 def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), skipspecial_tokens=False, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:

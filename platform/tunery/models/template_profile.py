@@ -48,8 +48,11 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     question = alternating(1)
     text, marks = _basic(template)
     source = json.dumps(template.source, ensure_ascii=False)
-    alone = template.render([template.given(item) for item in question])
-    prompt = template.render([template.given(item) for item in question], generation_prompt=True)
+    try:
+        alone = template.render([template.given(item) for item in question])
+        prompt = template.render([template.given(item) for item in question], generation_prompt=True)
+    except RejectedConversation as error:
+        raise UnsupportedTemplate(f"the chat template can't render a user message: {error}") from error
     profile = replace(
         template.profile,
         generation_prompt=prompt[template.shared_prefix(prompt, alone) :],

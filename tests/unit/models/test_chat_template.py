@@ -221,6 +221,28 @@ def test_a_system_turn_that_is_left_out_without_a_word_rejects_the_row() -> None
     assert found.rejected == "the chat template does not render the text of turn 1 (system)"
 
 
+SINGLE_TURN = (
+    "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_a_template_of_a_single_turn_rejects_longer_conversations_and_no_other() -> None:
+    tokenizer = deepcopy(tokenizer_of("zephyr"))
+    tokenizer.chat_template = SINGLE_TURN
+    fine, long = encode_whole([chat("Where?", "Paris"), chat("Q", "A", "R", "B")], tokenizer, Encoding(LONG))
+    assert [tokenizer.decode(fine.ids[start:end]) for start, end in fine.spans] == ["Paris</s>"]
+    assert long.rejected == "the chat template fails: one turn only"
+
+
+def test_a_template_that_cannot_render_a_question_is_unsupported() -> None:
+    tokenizer = deepcopy(tokenizer_of("zephyr"))
+    tokenizer.chat_template = SINGLE_TURN.replace("messages|length > 2", "messages|length < 2")
+    with pytest.raises(UnsupportedTemplate, match="can't render a user message"):
+        chat_template_of(tokenizer)
+
+
 def test_a_generation_prompt_that_differs_in_white_space_is_masked_all_the_same() -> None:
     tokenizer = deepcopy(tokenizer_of("zephyr"))
     tokenizer.chat_template = (
