@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,14 @@ def test_text_uses_the_terms_of_the_field(path: Path) -> None:
     words = re.compile(rf"(?<![a-z])({COINED})(?![a-z])", re.IGNORECASE)
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
     assert [f"{number}: {line.strip()}" for number, line in lines if words.search(line)] == []
+
+
+def test_names_of_modules_and_classes_are_unique() -> None:
+    modules = Counter(path.stem for path in SOURCES if not path.stem.startswith("__"))
+    classes = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in (modules + classes).items() if count > 1] == []

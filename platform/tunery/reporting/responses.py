@@ -21,7 +21,7 @@ MAX_EXPANDED = 3
 
 
 @dataclass(frozen=True)
-class Response:
+class PreviewedResponse:
     """`label`: before, after, or the model's name. `best`: it has the highest reward for the prompt, without ties."""
 
     label: str
@@ -39,7 +39,7 @@ class PromptResponses:
     """A prompt and its responses, which the page shows side by side."""
 
     prompt: str
-    responses: list[Response]
+    responses: list[PreviewedResponse]
 
     @property
     def rewards_text(self) -> str:
@@ -78,18 +78,18 @@ def responses_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
     return ["prompt", *labels, *(f"reward {label}" for label in labels)], rows
 
 
-def _responses(entry: Mapping[str, Any]) -> list[Response]:
+def _responses(entry: Mapping[str, Any]) -> list[PreviewedResponse]:
     models = entry.get("answers")
     if isinstance(models, Mapping):
         items = [(str(name), one.get("answer"), one.get("reward")) for name, one in models.items() if _is_response(one)]
         rewards = [reward for _, _, value in items if (reward := as_number(value)) is not None]
         best = max(rewards) if len(rewards) > 1 and rewards.count(max(rewards)) == 1 else None  # None for a tie
         return [
-            Response(name, str(text), (reward := as_number(value)), best is not None and reward == best)
+            PreviewedResponse(name, str(text), (reward := as_number(value)), best is not None and reward == best)
             for name, text, value in items
         ]
     labels = [label for label in ("before", "after") if isinstance(entry.get(label), str)]
-    return [Response(label, entry[label], as_number(entry.get(f"reward_{label}"))) for label in labels]
+    return [PreviewedResponse(label, entry[label], as_number(entry.get(f"reward_{label}"))) for label in labels]
 
 
 def _is_response(value: object) -> bool:

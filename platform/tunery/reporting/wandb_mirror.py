@@ -31,8 +31,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.events.event_log import Event, EventReader
 from tunery.reporting.wandb_files import History, exit_codes, repair_files, stored_rows
-from tunery.reporting.wandb_translate import INTERRUPTED, Action, Axis, Finish, Log, Open, Summarize, Translator, run_id
-from tunery.reporting.wandb_values import Histogram, HistoryValue, Table
+from tunery.reporting.wandb_translate import (
+    INTERRUPTED,
+    Action,
+    Finish,
+    Log,
+    Open,
+    Summarize,
+    Translator,
+    WandbAxis,
+    run_id,
+)
+from tunery.reporting.wandb_values import Histogram, HistoryValue, WandbTable
 from tunery.spec import Wandb
 
 if TYPE_CHECKING:
@@ -241,7 +251,7 @@ class WandbMirror:
     def _apply(self, action: Action) -> None:
         run = self._runs[action.id]
         match action:
-            case Axis(prefix=prefix):
+            case WandbAxis(prefix=prefix):
                 run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
             case Log(values=values, time=timestamp, always=always):
                 history = self._histories[action.id]
@@ -316,7 +326,7 @@ def _to_wandb(value: HistoryValue) -> Any:
     import wandb
 
     match value:
-        case Table(columns=columns, rows=rows):
+        case WandbTable(columns=columns, rows=rows):
             return wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
         case Histogram(edges=edges, counts=counts):
             return wandb.Histogram(np_histogram=(counts, edges))

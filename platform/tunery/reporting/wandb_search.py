@@ -20,7 +20,7 @@ from tunery.events.run_state import RunState, SearchState, StageState, TrialStan
 from tunery.events.stage_summary import listed
 from tunery.reporting.importance import importances, too_few_trials
 from tunery.reporting.report_sections import funnel_levels
-from tunery.reporting.wandb_values import HistoryValue, Table, table
+from tunery.reporting.wandb_values import HistoryValue, WandbTable, table
 
 
 def search_tables(state: RunState) -> dict[str, HistoryValue]:
@@ -49,7 +49,7 @@ def search_summary(search: SearchState) -> dict[str, Any]:
     return {"search": summary}
 
 
-def leaderboard_table(search: SearchState) -> Table:
+def leaderboard_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), _metrics(search)
     columns = ["trial", "state", "rank", *metrics, "mean", "half", "seeds", "feasible", "breaks", "front"]
     columns += [*paths, "origin", "of", "steps", "tokens", "seconds", "error"]
@@ -73,7 +73,7 @@ def leaderboard_table(search: SearchState) -> Table:
     return table(columns, rows)
 
 
-def parallel_table(search: SearchState) -> Table:
+def parallel_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), _metrics(search)
     rows = [
         [trial.name, *map(trial.present.get, paths), *(_metric(search, trial, metric) for metric in metrics)]
@@ -83,7 +83,7 @@ def parallel_table(search: SearchState) -> Table:
     return table(["trial", *paths, *metrics], rows)
 
 
-def importance_table(search: SearchState) -> Table:
+def importance_table(search: SearchState) -> WandbTable:
     """Parameter importance; without rows if there are too few trials."""
     columns = ["field", "metric", "share", "trials", "significant"]
     metrics = [search.value_name] if search.weighted else [metric for metric, _ in search.objectives]
@@ -95,7 +95,7 @@ def importance_table(search: SearchState) -> Table:
     return table(columns, [] if too_few_trials(search) else rows)
 
 
-def front_table(search: SearchState) -> Table:
+def front_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), [metric for metric, _ in search.objectives]
     rows = [
         [trial.name, *map(trial.values.get, metrics), *map(trial.present.get, paths)]
@@ -105,7 +105,7 @@ def front_table(search: SearchState) -> Table:
     return table(["trial", *metrics, *paths], rows)
 
 
-def funnel_table(state: RunState, search: SearchState) -> Table:
+def funnel_table(state: RunState, search: SearchState) -> WandbTable:
     rows: list[list[Any]] = []
     for which, trial in _best_and_worst(search):
         stages = list(_trial_stages(state, trial))
@@ -117,7 +117,7 @@ def funnel_table(state: RunState, search: SearchState) -> Table:
     return table(["which", "trial", "dataset", "step", "rows", "planted"], rows)
 
 
-def samples_table(search: SearchState) -> Table:
+def samples_table(search: SearchState) -> WandbTable:
     """Sample rows of the filters that the search changes or that differ between the best and the worst trial."""
     trials = _best_and_worst(search)
     rows = []

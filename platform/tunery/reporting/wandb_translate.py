@@ -55,7 +55,7 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Axis:
+class WandbAxis:
     """Use `<prefix>step` as the x-axis of metrics named `<prefix>...`."""
 
     id: str
@@ -85,7 +85,7 @@ class Finish:
     exit_code: int = 0
 
 
-Action = Open | Axis | Log | Summarize | Finish
+Action = Open | WandbAxis | Log | Summarize | Finish
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class Translator:
         self._stored = stored
         self._state = RunState()
         self._summary_id = run_id(run)
-        self._before: dict[str, list[Axis | Log]] = {}  # curves of earlier invocations, by id of runs that may resume
+        self._before: dict[
+            str, list[WandbAxis | Log]
+        ] = {}  # curves of earlier invocations, by id of runs that may resume
         self._fingerprints: dict[tuple[str, str], str] = {}  # (trial's id, stage) -> fingerprint of its logged curve
         self._reset()
 
@@ -176,7 +178,7 @@ class Translator:
                 if id == self._summary_id:  # each invocation logs its tables
                     continue
                 runs[id].append(action)
-                if isinstance(action, Axis | Log):
+                if isinstance(action, WandbAxis | Log):
                     self._before.setdefault(id, []).append(action)
                 elif isinstance(action, Finish) and action.exit_code != INTERRUPTED:
                     if action.exit_code == 0:
@@ -260,7 +262,7 @@ class Translator:
         if prefix in self._open[id]:
             return [point]
         self._open[id].add(prefix)
-        return [Axis(id, prefix), point]
+        return [WandbAxis(id, prefix), point]
 
     def _stage_finished(self, event: Event) -> list[Action]:
         ended, facts = self._end(event), event.get("facts") or {}
@@ -363,7 +365,7 @@ class Translator:
 
     def _begin(self, opening: Open) -> list[Action]:
         before = self._before.pop(opening.id, [])
-        self._open[opening.id] = {action.prefix for action in before if isinstance(action, Axis)}
+        self._open[opening.id] = {action.prefix for action in before if isinstance(action, WandbAxis)}
         return [opening, *before]
 
     def _finish(self, id: str, exit_code: int) -> Finish:

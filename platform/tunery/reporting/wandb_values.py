@@ -21,7 +21,7 @@ wandb_search.py logs some rows that the filters of a search's best and worst tri
 
 
 @dataclass(frozen=True)
-class Table:
+class WandbTable:
     columns: list[str]
     rows: list[list[Any]]
 
@@ -33,7 +33,7 @@ class Histogram:
     counts: list[float]
 
 
-HistoryValue = float | Table | Histogram
+HistoryValue = float | WandbTable | Histogram
 """A value in a row of a W&B run's history."""
 
 
@@ -91,10 +91,10 @@ def numbers(values: Mapping[str, Any]) -> dict[str, HistoryValue]:
     }
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> WandbTable:
     """A table whose rows are padded or truncated to `columns`, with cells converted to types that W&B can display."""
     width = len(columns)
-    return Table(
+    return WandbTable(
         list(columns), [[None if cell is None else _plain(cell) for cell in _padded(row, width)] for row in rows]
     )
 

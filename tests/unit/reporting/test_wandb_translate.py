@@ -12,8 +12,18 @@ from sample_run import METRIC, PPO_FACTS, START, Event, failed_events, rewarded_
 from sample_search import FORGETTING, LOSS, SHARE, WARMUP, searched_events
 
 from tunery.reporting.wandb_mirror import WandbResult, requested_mode
-from tunery.reporting.wandb_translate import INTERRUPTED, Axis, Finish, Log, Open, Summarize, Translator, plan, run_id
-from tunery.reporting.wandb_values import Histogram, Table, flatten, histograms, table
+from tunery.reporting.wandb_translate import (
+    INTERRUPTED,
+    Finish,
+    Log,
+    Open,
+    Summarize,
+    Translator,
+    WandbAxis,
+    plan,
+    run_id,
+)
+from tunery.reporting.wandb_values import Histogram, WandbTable, flatten, histograms, table
 
 EXPERIMENT = {
     "name": "quickstart",
@@ -108,7 +118,7 @@ def test_each_point_is_told_when_it_was_measured_over_the_step() -> None:
     events = sample_events()
     actions = told(events)
     sft = opened(actions, "quickstart/sft")
-    assert of(Axis, actions, sft.id) == [Axis(sft.id, "")]
+    assert of(WandbAxis, actions, sft.id) == [WandbAxis(sft.id, "")]
     times = [e["t"] for e in events if e["event"] == "metrics" and e["stage"] == "sft" and "trial" not in e]
     assert [log.time for log in of(Log, actions, sft.id)] == times
 
@@ -118,7 +128,7 @@ def test_curves_of_a_trial_carry_the_name_of_the_stage() -> None:
     actions = told(events)
     for name in ("t00", "t07"):
         trial = opened(actions, name)
-        assert of(Axis, actions, trial.id) == [Axis(trial.id, "sft/")]
+        assert of(WandbAxis, actions, trial.id) == [WandbAxis(trial.id, "sft/")]
         assert [log.values for log in of(Log, actions, trial.id)] == points(events, "sft", name)
 
 
@@ -214,7 +224,7 @@ def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
     actions = told(events)
     comparison = next(e for e in events if e["event"] == "comparison")
     (log,) = of(Log, actions, WHOLE)
-    assert log.values["result"] == Table(comparison["columns"], comparison["rows"])
+    assert log.values["result"] == WandbTable(comparison["columns"], comparison["rows"])
     assert len(log.values["leaderboard"].rows) == 12
     counts = next(
         e["facts"]["scores"]["perplexity"]["histogram"]["counts"]
