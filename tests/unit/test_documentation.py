@@ -164,3 +164,15 @@ def test_commands_have_the_subcommands_and_options_that_are_named(path: Path) ->
 def test_readme_lists_every_command() -> None:
     listed = re.findall(r"^\| `tunery (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
     assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_names_of_the_code_on_the_page_about_extending_exist() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    sources = [*(ROOT / "platform" / "tunery").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    names = set(re.findall(r"`([A-Za-z_]\w{3,})`", page))
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", code)) == []
+    modules = {str(path.relative_to(ROOT / "platform" / "tunery")) for path in sources if "tests" not in path.parts}
+    paths = set(re.findall(r"(?<![\w/.-])((?:[a-z_]+/)+[a-z_]+\.py)", page))
+    missing = [path for path in paths if path not in modules and not (ROOT / path).is_file()]
+    assert sorted(path for path in missing if not any(module.endswith(f"/{path}") for module in modules)) == []
