@@ -132,9 +132,7 @@ class VarlenAttention:
     ) -> tuple[torch.Tensor, None]:
         """(batch, heads, tokens, dim) -> (batch, tokens, heads, dim). Raises UnsupportedAttention unless it is
         causal attention, with or without a sliding window."""
-        if attention_mask is not None or any(
-            kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
-        ):
+        if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED_ARGUMENTS):
             raise UnsupportedAttention
         self.num_windowed += sliding_window is not None
         batch, heads, tokens, _ = query_bhtd.shape

@@ -159,7 +159,7 @@ def _diversity(stage: StageState) -> list[Table]:
     ]
     if not rows:
         return []
-    chance = _mapping(stats.get("by_chance"))
+    chance = _mapping(stats.get("chance_similarity"))
     notes = [
         f"kept {count(as_number(stats.get('kept')) or 0)} of {count(as_number(stats.get('candidates')) or 0)} rows; "
         f"coverage computed on {count(as_number(stats.get('compared')) or 0)} of them",

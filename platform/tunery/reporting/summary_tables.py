@@ -92,7 +92,7 @@ def _shortfall_reason(stats: Mapping[str, Any]) -> str:
     """Why fewer rows were selected than requested."""
     if stats["method"] == "k_center":
         return "all other rows have the same embedding as a kept row"
-    chance = stats["by_chance"]
+    chance = stats["chance_similarity"]
     median = "" if chance is None else f" (median of random pairs: {chance['median']:.2f})"
     return f"all other rows have a similarity above {stats['similarity']:g} to a kept row{median}"
 

@@ -112,7 +112,7 @@ def test_a_diverse_choice_is_shown_beside_chance_with_or_without_a_rule() -> Non
         "compared": 1000,
         "cover": {"radius": 0.3, "similarity": 0.98},
         "random": {"radius": 0.5, "similarity": 0.97},
-        "by_chance": {"median": 0.82, "high": 0.94},
+        "chance_similarity": {"median": 0.82, "high": 0.94},
         "too_similar": 3,
         "similarity": 0.9,
     }

@@ -46,7 +46,7 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
         ["random subset", "9 of 1,200", 0.5, 0.97],
     ]
     assert len(table["notes"]) == 1
-    score_first = {"method": "score_first", "similarity": 0.9, "by_chance": {"median": 0.82, "high": 0.94}}
+    score_first = {"method": "score_first", "similarity": 0.9, "chance_similarity": {"median": 0.82, "high": 0.94}}
     table = diversity_table(experiment, made(**{**told, "wanted": 20, **score_first}))
     assert table is not None
     assert table["notes"][0] == (

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tunery.errors import StageError
+from tunery.reporting.summary_tables import diversity_table
 from tunery.review.filter_results import read_filter_results
 from tunery.selection import candidates as candidates_module
 from tunery.selection import k_center as k_center_module
@@ -28,7 +29,7 @@ from tunery.selection.coverage import chance_similarity, coverage
 from tunery.selection.k_center import k_center
 from tunery.selection.score_first import score_first, sort_by_score
 from tunery.selection.select_stage import run_select
-from tunery.spec import Compute, Diverse, Keep, Quota, Select
+from tunery.spec import Compute, Diverse, Experiment, Keep, Quota, Select
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import SCHEMA, read_rows
 from tunery.store.vectors import vector_column
@@ -296,6 +297,17 @@ def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tm
     assert kept == [ids[0], ids[2]]
     assert dropped == {ids[1]: f"score_first: too similar to {ids[0]} (0.985)", ids[3]: "score_first 2 by vec"}
     assert result.facts["diverse"]["too_similar"] == 1
+
+
+def test_closing_table_says_why_fewer_rows_were_selected_than_requested(tmp_path: Path) -> None:
+    data = scored(tmp_path / "scored", directions(0, 1, 90, 91), [2], scores=[1, 2, 3, 4])
+    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=3))
+    result, kept, _ = run(tmp_path, data, spec)
+    assert len(kept) == 2
+    experiment = Experiment.model_construct(stages={"few": spec})
+    table = diversity_table(experiment, {"few": Artifact(tmp_path, {"facts": result.facts}, {})})
+    assert table is not None
+    assert table["notes"][0].startswith("few: fewer than the requested 3 rows: all other rows have a similarity above")
 
 
 def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: Path) -> None:
