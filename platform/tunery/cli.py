@@ -53,8 +53,8 @@ def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = Fal
     found = notes(experiment, source)
     found += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
     if as_json:
-        told = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": found}
-        print(json.dumps(told))
+        summary = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": found}
+        print(json.dumps(summary))
     else:
         searched = f", {experiment.search.trials} trials" if experiment.search else ""
         print(f"{file}: ok ({experiment.name}: {len(experiment.stages)} stages{searched})")
@@ -84,9 +84,9 @@ def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -
     experiment, source, the_store = _checked(file, store)
     from tunery.live import run_live
 
-    told = run_live(experiment, source, the_store, quiet=as_json)
+    summary = run_live(experiment, source, the_store, quiet=as_json)
     if as_json:
-        print(json.dumps(told.as_json(), indent=1))
+        print(json.dumps(summary.as_json(), indent=1))
 
 
 @app.command("filter")
@@ -155,11 +155,11 @@ def filter_rows(
     words = (tuple(sources), out, tuple(by or ()), tuple(keep or ()))
     asked = FilterRequest(*words, any_rule, tuple(column or ()), limit, seed, scores)
     say = (lambda note: None) if as_json else partial(print, flush=True)
-    told = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
+    outcome = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
     if as_json:
-        print(json.dumps(told.as_json(), indent=1))
+        print(json.dumps(outcome.as_json(), indent=1))
     else:
-        Console(highlight=False).print(render(told))
+        Console(highlight=False).print(render(outcome))
 
 
 @app.command()
@@ -254,12 +254,12 @@ def trials(
     from tunery.search.trial_commands import trials as steer
     from tunery.store import Store as TheStore
 
-    told = steer(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
+    outcome = steer(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
     console = Console(highlight=False)
     if as_json:
-        print(json.dumps(told.as_json(), indent=1))
+        print(json.dumps(outcome.as_json(), indent=1))
     else:
-        console.print(told.render(console.width))
+        console.print(outcome.render(console.width))
 
 
 @app.command()
@@ -278,11 +278,11 @@ def compare(
     from tunery.compare.compare_command import render
     from tunery.store import Store as TheStore
 
-    told = set_side_by_side(left, right, TheStore(store))
+    comparison = set_side_by_side(left, right, TheStore(store))
     if as_json:
-        print(json.dumps(told.as_json(), indent=1))
+        print(json.dumps(comparison.as_json(), indent=1))
     else:
-        Console(highlight=False).print(render(told))
+        Console(highlight=False).print(render(comparison))
 
 
 @app.command()
@@ -358,7 +358,7 @@ def _system_error(error: OSError) -> TuneryError:
 def _say(error: TuneryError) -> None:
     try:
         print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr, flush=True)
-    except OSError:  # standard error is closed, or a file on a full disk: the exit code is all that can be told
+    except OSError:  # standard error is closed, or a file on a full disk: the exit code is all that can be reported
         _discard(sys.stderr)
 
 

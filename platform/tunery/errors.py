@@ -61,7 +61,7 @@ class SpecError(RequestError):
 
 
 class SpecErrors(RequestError):
-    """Several things are wrong with one experiment file; all of them are told at once."""
+    """Several things are wrong with one experiment file; all of them are reported at once."""
 
     def __init__(self, errors: list[SpecError]) -> None:
         super().__init__("\n".join(str(error) for error in errors))
@@ -93,7 +93,7 @@ class RowsLost(StageError):
 
 
 class Stopped(TuneryError):
-    """A trial was ended before its time by somebody's wish; nothing is wrong with it."""
+    """A trial was stopped on request, by a user or a scheduler; it did not fail."""
 
 
 class Interrupted(TuneryError):

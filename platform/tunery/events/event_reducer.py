@@ -174,22 +174,22 @@ def _stage_failed(state: RunState, event: Event) -> None:
 
 def _search_started(state: RunState, event: Event) -> None:
     space = event.get("space")
-    told = {str(path): str(text) for path, text in space.items()} if isinstance(space, dict) else {}
+    dimensions = {str(path): str(text) for path, text in space.items()} if isinstance(space, dict) else {}
     before, search = (
         state.search,
         SearchState(metric=str(event.get("metric", "")), mode=str(event.get("mode", "min"))),
     )
-    search.space, search.scheduler = told, str(event.get("scheduler") or "")
+    search.space, search.scheduler = dimensions, str(event.get("scheduler") or "")
     search.planned, search.max_concurrent = _whole(event.get("trials")), _whole(event.get("max_concurrent"))
     search.reason, search.started = str(event.get("reason") or ""), _time(event)
     search.metrics = strings(event.get("metrics")) or [search.metric] * bool(search.metric)
     search.also = [
-        ObjectiveState(str(told.get("metric", "")), str(told.get("mode", "min")), as_number(told.get("weight")))
-        for told in listed(event.get("also"))
+        ObjectiveState(str(item.get("metric", "")), str(item.get("mode", "min")), as_number(item.get("weight")))
+        for item in listed(event.get("also"))
     ]
     search.bounds = [
-        ConstraintState(str(told.get("metric", "")), as_number(told.get("min")), as_number(told.get("max")))
-        for told in listed(event.get("constraints"))
+        ConstraintState(str(item.get("metric", "")), as_number(item.get("min")), as_number(item.get("max")))
+        for item in listed(event.get("constraints"))
     ]
     same = before and (before.metric, before.mode, before.space) == (search.metric, search.mode, search.space)
     if before and (same or not before.metric):
@@ -219,8 +219,8 @@ def _trial_finished(state: RunState, event: Event) -> None:
     trial = _trial(state, event)
     if isinstance(event.get("overrides"), dict):
         trial.overrides = dict(event["overrides"])
-    told = event.get("state")
-    trial.status = told if told in ("done", "stopped", "failed") else "done"
+    status = event.get("state")
+    trial.status = status if status in ("done", "stopped", "failed") else "done"
     _origin(trial, event)
     trial.value, trial.seconds = as_number(event.get("value")), as_number(event.get("seconds"))
     trial.steps, trial.tokens = as_number(event.get("steps")), as_number(event.get("tokens"))
@@ -242,12 +242,12 @@ def _search_finished(state: RunState, event: Event) -> None:
     state.search.ended_by = str(event.get("ended_by") or "")
     state.search.ties, state.search.front = strings(event.get("ties")), strings(event.get("front"))
     state.search.halves = {
-        str(told.get("trial")): half
-        for told in listed(event.get("standings"))
-        if (half := as_number(told.get("half"))) is not None
+        str(standing.get("trial")): half
+        for standing in listed(event.get("standings"))
+        if (half := as_number(standing.get("half"))) is not None
     }
-    told = event.get("best_fingerprints")
-    state.search.best_fingerprints = dict(told) if isinstance(told, dict) else {}
+    fingerprints = event.get("best_fingerprints")
+    state.search.best_fingerprints = dict(fingerprints) if isinstance(fingerprints, dict) else {}
 
 
 def _comparison(state: RunState, event: Event) -> None:
@@ -266,8 +266,8 @@ def _overhead(state: RunState, event: Event) -> None:
 
 def _run_finished(state: RunState, event: Event) -> None:
     state.connecting = ""
-    told = event.get("state")
-    state.status = told if told in ("done", "failed", "interrupted") else "done"
+    status = event.get("state")
+    state.status = status if status in ("done", "failed", "interrupted") else "done"
     state.seconds, state.message = as_number(event.get("seconds")), str(event.get("message") or "")
 
 

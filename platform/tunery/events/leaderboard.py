@@ -22,8 +22,8 @@ class Leaderboard:
 def parameters(search: SearchState) -> list[str]:
     """Return the paths of the searched fields in the order of the search space, then further fields that the trials
     override (all of them if the log has no search space)."""
-    told = [path for trial in search.own for path in in_course(trial.overrides)]
-    return list(dict.fromkeys([*search.space, *told]))
+    paths = [path for trial in search.own for path in in_course(trial.overrides)]
+    return list(dict.fromkeys([*search.space, *paths]))
 
 
 def leaderboard(search: SearchState, *, words: bool = False, times: bool = False) -> Leaderboard:
@@ -53,7 +53,7 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     fields = [names[path] for path in parameters(search)]
     values = [in_course(trial.overrides) for trial in ranked]
     for path in parameters(search):
-        columns.append((names[path], [told.get(path) for told in values]))
+        columns.append((names[path], [row.get(path) for row in values]))
     learned = "tokens" if any(trial.tokens for trial in ranked) else "steps"
     columns.append((learned, [_whole(trial.tokens if learned == "tokens" else trial.steps) for trial in ranked]))
     columns.append(("origin", [origin(trial) or None for trial in ranked]))
@@ -127,8 +127,8 @@ def winner_summary(search: SearchState) -> list[str]:
             seeds = f"{standing.seeds} seeds" if standing else "the seeds"
             lines.append(f"a tie with {_listed(search.ties)}: {seeds} can't tell them apart")
         names = column_names(search)
-        if told := broken(search, best, names):
-            lines.append(f"no trial keeps to the constraints: {best.name} has {' and '.join(told)}")
+        if violated := broken(search, best, names):
+            lines.append(f"no trial keeps to the constraints: {best.name} has {' and '.join(violated)}")
     if search.front:
         names = short_paths([metric for metric, _ in search.objectives])
         metrics = _listed(list(names.values()))

@@ -150,8 +150,8 @@ def _select(facts: Facts) -> str:
 
 def _review(facts: Facts) -> str:
     kept, agreed = as_number(facts.get("kept")), facts.get("agreement")
-    told = agreed if isinstance(agreed, Mapping) else {}
-    reviewed, agreeing = as_number(told.get("reviewed")), as_number(told.get("agreed"))
+    agreement = agreed if isinstance(agreed, Mapping) else {}
+    reviewed, agreeing = as_number(agreement.get("reviewed")), as_number(agreement.get("agreed"))
     if kept is None or reviewed is None or agreeing is None:
         return ""
     return f"agrees on {share(agreeing, reviewed)} of {count(reviewed)} reviewed, kept {count(kept)} rows"
@@ -182,8 +182,8 @@ def _reward(facts: Facts) -> str:
 
 
 def _policy(facts: Facts) -> str:
-    told = rewards(facts)
-    return _training(facts) if told is None else _reward_and_kl(told.before, told.after, told.kl)
+    change = rewards(facts)
+    return _training(facts) if change is None else _reward_and_kl(change.before, change.after, change.kl)
 
 
 def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:

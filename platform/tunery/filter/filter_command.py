@@ -93,9 +93,9 @@ def run_filter(asked: FilterRequest, dropped: Path | None, store: Store, *, quie
     files = RowFiles(asked, dropped, built, stage, source_identity(stage, folder))
     with command_line_errors(asked, built):
         with files.dropped_if_none_kept(say):
-            told = run_live(experiment, source, store, quiet=quiet)
-        written = files.write(told.artifacts)
-    return _summary(asked, dropped, built, told.artifacts, told.report, written)
+            summary = run_live(experiment, source, store, quiet=quiet)
+        written = files.write(summary.artifacts)
+    return _summary(asked, dropped, built, summary.artifacts, summary.report, written)
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,8 @@ def _summary(
         dropped=facts["dropped"],
         by_rule=[
             # Rules as on the command line.
-            (said(score, rule), told["dropped"])
-            for (score, rule), told in zip(built.keep.items(), facts["rules"], strict=True)
+            (said(score, rule), stats["dropped"])
+            for (score, rule), stats in zip(built.keep.items(), facts["rules"], strict=True)
         ]
         if alone
         else [],

@@ -139,18 +139,18 @@ def parse_keep(text: str) -> tuple[str, Rule]:
     if word not in _ENDS:
         raise _no_rule(text, f"`{rule}` is of no known form")
     end = _ENDS[word]
-    told: Rule = {"prefer": end} if end else {}
+    end_rule: Rule = {"prefer": end} if end else {}
     if amount.endswith("%"):
         if not 0 < _number(amount[:-1], text) <= 100:
             raise _no_rule(text, f"{amount} is no share of the rows: more than 0% and at most 100%")
         # Decimal division is exact; as floats, 0.7 / 100 is 0.006999999999999999.
-        return score, {"keep_fraction": float(Decimal(amount[:-1].strip()) / 100), **told}
+        return score, {"keep_fraction": float(Decimal(amount[:-1].strip()) / 100), **end_rule}
     rows = _number(amount, text)
     if not float(rows).is_integer():
         raise _no_rule(text, f"{amount} is no number of rows")
     if rows < 1:
         raise _no_rule(text, "it keeps no row")
-    return score, {"top_k": int(rows), **told}
+    return score, {"top_k": int(rows), **end_rule}
 
 
 def said(score: str, rule: Rule) -> str:

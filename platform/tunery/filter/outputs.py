@@ -107,12 +107,12 @@ def write_outputs(
             target = kept_file if verdict.outcome == "kept" else dropped_file
             if target is None:
                 continue
-            told: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
+            values: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
             if target is dropped_file:
-                told |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
+                values |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
                 if not record.is_readable:
-                    told[added.raw_record] = record.text or None
-            target.write(record, told)
+                    values[added.raw_record] = record.text or None
+            target.write(record, values)
         if not verdicts.is_exhausted or Counts(**counted) != expected:
             raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
         if _is_changed(stage, folder, identity):

@@ -16,6 +16,7 @@ from tunery.ingest.filesystem import File
 from tunery.ingest.formats.hub import HubDataset
 from tunery.ingest.read import first_shape, source_label
 from tunery.ingest.sources import BadSource, Builtin, Part, find_parts
+from tunery.pipeline.validate_training import root_of
 from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import lineage
@@ -39,7 +40,7 @@ def _check_shapes(
     name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
     at: KeyPath = ("stages", name)
-    data = _root(experiment, stage.data)
+    data = root_of(experiment, stage.data)
     shape = first_shape(data, folder)
     if shape == "text":
         yield error_at(
@@ -52,7 +53,7 @@ def _check_shapes(
         return
     if stage.few_shot is not None and stage.few_shot.counts[-1]:
         given = stage.few_shot.examples
-        examples = _root(experiment, given or stage.data)
+        examples = root_of(experiment, given or stage.data)
         shape = first_shape(examples, folder)
         if shape in ("text", "prompt"):
             yield error_at(
@@ -74,20 +75,20 @@ def _check_heldout(
     if stage.few_shot is not None:
         examples = stage.few_shot.examples or stage.data
         uses.append(("few_shot", examples, "name other rows in `few_shot.examples`, such as another split"))
-    named, told = set(stage.heldout), set[str]()
+    named, reported = set(stage.heldout), set[str]()
     # Shortest lineage first: if a dataset is held out, so are the stages derived from it.
     for measured, where in sorted(_measured_on(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))):
         line = lineage(experiment.stages, measured)
         if _covering(line, experiment) & named:
             continue
         for field, used, otherwise in uses:
-            shared = _shared(_root(experiment, used), _root(experiment, measured), folder)
+            shared = _shared(root_of(experiment, used), root_of(experiment, measured), folder)
             remedy = f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap"
             if to_measure_on or name in line:
                 remedy = otherwise
-            if shared and remedy not in told:
+            if shared and remedy not in reported:
                 named.add(measured)
-                told.add(remedy)
+                reported.add(remedy)
                 yield error_at(
                     source,
                     ("stages", name, field),
@@ -166,10 +167,3 @@ def _overlap(one: Dataset, other: Dataset) -> bool:
     if one.split == "train":
         return other.eval_fraction > one.eval_fraction
     return other.split == "train" and one.eval_fraction > other.eval_fraction
-
-
-def _root(experiment: Experiment, name: str) -> Dataset:
-    """Return the dataset that the rows of a stage come from."""
-    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
-    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
-    return stage

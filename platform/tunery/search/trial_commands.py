@@ -54,7 +54,7 @@ class TrialCommand:
     def as_json(self) -> dict[str, Any]:
         return {
             "run": self.listing.run,
-            "wish": self.command,
+            "command": self.command,
             "trials": list(self.trials),
             "overrides": self.overrides,
             "of": self.of,

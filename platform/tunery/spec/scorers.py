@@ -1,6 +1,6 @@
 """What rows can be scored by. A scorer is a mapping whose first key names it: `{perplexity: base}`.
 
-A new scorer: its class here and in `Scorer`, its file in data/scorers/, and its line in scoring/scorers/registry.py.
+A new scorer: its class here and in `Scorer`, its file in scoring/scorers/, and its line in scoring/scorers/registry.py.
 """
 
 from __future__ import annotations

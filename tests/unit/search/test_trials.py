@@ -291,7 +291,7 @@ def test_command_takes_values_after_its_options(
         return capsys.readouterr().out
 
     told = json.loads(command("--add", "sft.learning_rate=5e-3", "sft.epochs=2", "--json"))
-    assert (told["wish"], told["overrides"]) == ("add", {"sft.learning_rate": 5e-3, "sft.epochs": 2})
+    assert (told["command"], told["overrides"]) == ("add", {"sft.learning_rate": 5e-3, "sft.epochs": 2})
     command("--clone", NAMES[0], "sft.learning_rate=6e-3")
     command("--stop", NAMES[2], NAMES[3])
     states = {trial["name"]: trial["state"] for trial in json.loads(command("--json"))["trials"]}
