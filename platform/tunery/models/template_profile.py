@@ -61,7 +61,6 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
         prefix=text.startswith(prompt),
     )
     template.profile = profile
-    problems: list[str] = []
     headers: list[ResponseHeader] = []
     closings: dict[str, None] = {}
     within: set[str] = set()
@@ -74,8 +73,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
         nonlocal unclosed
         try:
             text, marks = template.marked(messages, tools)
-        except RejectedConversation as error:
-            problems.append(str(error))
+        except RejectedConversation:
             return None
         if marks is None:
             return None
@@ -113,8 +111,6 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
         empty.add(_unopened(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
     system = learn([{"role": "system", "content": "s"}, *alternating(2)])
     renders_system = system is not None and ("content", 0) in system[1]
-    if system is not None and not renders_system:
-        problems.append("the chat template does not render the system turn")
     profile = replace(
         profile,
         headers=_distinct(headers, empty),
@@ -126,8 +122,8 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
         system=renders_system,
     )
     template.profile = profile
-    profile = _with_tools(template, profile, problems)
-    profile = template.profile = replace(profile, tools=_renders_tools(template, problems))
+    profile = _with_tools(template, profile)
+    profile = template.profile = replace(profile, tools=_renders_tools(template))
     if profile.tool_calls:
         called = [*alternating(1), {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]}]
         if profile.tool_results:
@@ -144,8 +140,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     within -= {*final, profile.appended_end, profile.call_end}
     history = tuple(token for token in profile.end_tokens if token in within)
     ends = tuple(token for token in profile.end_tokens if token not in within)
-    profile = replace(profile, end_tokens=ends, history_ends=history)
-    return replace(profile, problems=tuple(dict.fromkeys(problems)))
+    return replace(profile, end_tokens=ends, history_ends=history)
 
 
 def _closing(template: TemplateRenderer, following: str) -> str:
@@ -208,14 +203,13 @@ def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[Respo
     return tuple(sorted(found.values(), key=lambda header: -len(header.text)))
 
 
-def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: list[str]) -> TemplateProfile:
+def _with_tools(template: TemplateRenderer, profile: TemplateProfile) -> TemplateProfile:
     """Return the profile with the form in which the template takes tool calls, if it supports them.
 
     The forms are tried in turn: arguments as an object or as text, content empty or null, calls without ids or with
     them.
     """
     question, result = alternating(1)[0], {"role": "tool", "content": "t_result", "name": "n_call"}
-    failure = ""
     for ids in (False, True):
         for content in ("", None):
             for as_text in (False, True):
@@ -231,21 +225,14 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: 
                 try:
                     given = [template.given(message) for message in messages]
                     called = template.render(given[:2])
-                except RejectedConversation as error:
-                    failure = failure or str(error)
+                except RejectedConversation:
                     continue
-                if not _has_call(called, as_text):
-                    continue
-                if not _ends_alike(template, given[0], given[1], called):
-                    failure = failure or "the chat template does not end a single tool call"
+                if not _has_call(called, as_text) or not _ends_alike(template, given[0], given[1], called):
                     continue
                 try:
                     whole = template.render(given)
                     tried = replace(tried, tool_results="t_result" in whole)
-                    if not tried.tool_results:
-                        problems.append("the chat template does not render tool results")
-                except RejectedConversation as error:
-                    problems.append(f"tool result: {error}")
+                except RejectedConversation:
                     whole = called
                 tail = called[len(template.render(given[:1])) :]
                 last = last_match(template.special, tail, 0, len(tail))
@@ -253,21 +240,16 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile, problems: 
                     return replace(tried, end_tokens=(last[0],))
                 following = template.special.match(whole, len(called)) if whole.startswith(called) else None
                 return replace(tried, call_end=following[0] if following else "?")
-    problems.append((failure and f"tool call: {failure}") or "the chat template does not render tool calls")
     return replace(profile, tool_calls=False)
 
 
-def _renders_tools(template: TemplateRenderer, problems: list[str]) -> bool:
-    """Whether the template renders tool definitions. Appends the error to `problems` if it does not."""
+def _renders_tools(template: TemplateRenderer) -> bool:
+    """Whether the template renders tool definitions."""
     try:
         defined = template.render([template.given(item) for item in alternating(1)], [_TOOL])
-    except RejectedConversation as error:
-        problems.append(f"tools: {error}")
+    except RejectedConversation:
         return False
-    if "n_tool" in defined and "k_arg" in defined:
-        return True
-    problems.append("the chat template does not render the definitions of tools")
-    return False
+    return "n_tool" in defined and "k_arg" in defined
 
 
 def _has_call(text: str, as_text: bool) -> bool:

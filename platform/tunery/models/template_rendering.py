@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,8 +86,6 @@ class TemplateProfile:
     """Whether tool calls need ids (Mistral: nine alphanumeric characters)."""
     call_end: str = ""
     """EOS token that the template omits if the last message has tool calls."""
-    problems: tuple[str, ...] = field(default=(), compare=False)
-    """Error messages of the template."""
 
 
 class TemplateRenderer:
