@@ -19,7 +19,12 @@ ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
 
 class Config(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,  # to the first validation: the kinds of plugins belong to the schema (plugins.py)
     )
 
 
