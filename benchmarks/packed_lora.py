@@ -164,7 +164,7 @@ def alone(told: dict[str, Any]) -> dict[str, Any]:
     from tunery.training.worker import train
 
     times: list[float] = []
-    from tunery.training.worker_setup import prepare_process
+    from tunery.workers.process_state import prepare_process
 
     prepare_process(told["device"], 1)
     from tunery.training import training_callback

@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tunery.events.event_log import EventLog
 from tunery.models.encode import encode_prompts
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.pipeline.execute import RunContext, execute
 from tunery.spec import Compute, Ppo
 from tunery.spec.loader import parse
 from tunery.spec.yaml_source import read_yaml
@@ -109,7 +109,7 @@ class Bench:
         compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
         where = RunContext(Store(self.folder / "store"), self.folder / "run", file)
         log = EventLog(where.events / "made.jsonl")
-        made = execute(experiment.model_copy(update={"compute": compute}), where, log, TrialContext(in_process=True))
+        made = execute(experiment.model_copy(update={"compute": compute}), where, log)
         self.rows = made["prompts"].path
         self.policy = made["sft"].path / "model"
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
@@ -191,7 +191,7 @@ def _run(command: list[str]) -> None:
 def train_ours(told: dict[str, Any], out: Path) -> None:
     """In a process of its own: a training as a worker runs it."""
     from tunery.training.ppo import ppo_worker
-    from tunery.training.worker_setup import prepare_process
+    from tunery.workers.process_state import prepare_process
 
     prepare_process("cpu", told["threads"])
     from tunery.training.ppo.trainer import PpoTrainer

@@ -157,7 +157,7 @@ def work(told: dict[str, Any]) -> None:
     from tunery.spec import Compute, Ppo
     from tunery.training.job import Job, RowSource
     from tunery.training.ppo import ppo_worker
-    from tunery.training.worker_setup import prepare_process
+    from tunery.workers.process_state import prepare_process
 
     faulthandler.dump_traceback_later(told["limit"] - 10)  # says where an arm stood that is cut off
     if told["gpu"]:

@@ -200,6 +200,10 @@ class BackgroundCall(Generic[T]):
         STOP.check()
         return True
 
+    @property
+    def ended(self) -> bool:
+        return self._done.is_set()
+
     def result(self) -> T:
         """Return the result of the ended call, or raise its exception."""
         if self._error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ from tunery.spec import Evaluate, Experiment, ReviewLabels, Training, WinRate
 from tunery.spec.graph import inputs_of, with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
-from tunery.store import Artifact, Store
+from tunery.store import Artifact, Launcher, Store
 from tunery.store.rows import read_rows
+from tunery.training.launch import OnWorkers
 
 SAMPLE_SIZE = 1000
 """Number of rows that the mean row length is estimated from."""
@@ -145,15 +147,23 @@ def _run(
         experiment = experiment.model_copy(update={"compute": compute})
     search_artifact: Artifact | None = None
     best: dict[str, Artifact] = {}
-    artifacts = execute(before_search(experiment), run_context, log)
+
+    def launcher(stage: str) -> Launcher:
+        return OnWorkers(session.workers, experiment.compute)
+
+    first_stages = before_search(experiment)
+    if session.hardware is not None and (modules := _modules_of_missing_stages(first_stages, run_context)):
+        session.workers.group(experiment.compute, modules)  # imports them while the first stages work
+    artifacts = execute(first_stages, run_context, log, launcher)
     if experiment.search is not None:
         from tunery.search.tune import Capacity, run_search
 
         capacity = Capacity(*concurrent_trials(experiment.compute, session.hardware)) if session.hardware else None
         max_progress = estimate_max_progress(experiment, *_training_size(experiment, artifacts))
+        session.workers.close()  # trials need their resources
         search_artifact = run_search(experiment, run_context, log, capacity, max_progress)
-        artifacts = execute(experiment, run_context, log, done=artifacts)
-        best = _evaluate_best_trial(experiment, run_context, log, search_artifact)
+        artifacts = execute(experiment, run_context, log, launcher, done=artifacts)
+        best = _evaluate_best_trial(experiment, run_context, log, launcher, search_artifact)
     for table in (
         filter_table(experiment, artifacts),
         diversity_table(experiment, artifacts),
@@ -192,23 +202,31 @@ def _needs_ray(experiment: Experiment, run_context: RunContext) -> bool:
     from tunery.search.tune import search_fingerprint
 
     stages = experiment.stages
-    missing = [
-        name
-        for name, (cache_key, _, _) in fingerprints(experiment, run_context.folder).items()
-        if run_context.store.find(stages[name].kind, cache_key) is None
-    ]
-    if any(STAGES[stages[name].kind].needs_ray for name in missing):
+    if any(STAGES[stages[name].kind].needs_ray for name in _missing_stages(experiment, run_context)):
         return True
     if experiment.search is None:
         return False
     search_artifact = run_context.store.find("search", search_fingerprint(experiment, run_context)[0])
     if search_artifact is None:
         return True
-    best = _best_experiment(experiment, search_artifact)
-    return any(
-        run_context.store.find(best.stages[name].kind, cache_key) is None
-        for name, (cache_key, _, _) in fingerprints(best, run_context.folder).items()
-    )
+    return bool(_missing_stages(_best_experiment(experiment, search_artifact), run_context))
+
+
+def _modules_of_missing_stages(experiment: Experiment, run_context: RunContext) -> list[str]:
+    """Return the modules that train the models of stages that are not in the store."""
+    from tunery.training.worker import TRAINERS
+
+    missing = {experiment.stages[name].kind for name in _missing_stages(experiment, run_context)}
+    return sorted({TRAINERS[kind].split(":")[0] for kind in missing & TRAINERS.keys()})
+
+
+def _missing_stages(experiment: Experiment, run_context: RunContext) -> list[str]:
+    """Return the stages that are not in the store."""
+    return [
+        name
+        for name, (cache_key, _, _) in fingerprints(experiment, run_context.folder).items()
+        if run_context.store.find(experiment.stages[name].kind, cache_key) is None
+    ]
 
 
 def _training_size(experiment: Experiment, artifacts: dict[str, Artifact]) -> tuple[int, float]:
@@ -246,11 +264,15 @@ def _best_experiment(experiment: Experiment, search_artifact: Artifact) -> Exper
 
 
 def _evaluate_best_trial(
-    experiment: Experiment, run_context: RunContext, log: EventLog, search_artifact: Artifact
+    experiment: Experiment,
+    run_context: RunContext,
+    log: EventLog,
+    launcher: Callable[[str], Launcher],
+    search_artifact: Artifact,
 ) -> dict[str, Artifact]:
     """Evaluate the model of the best trial in the evaluate and win_rate stages. Artifacts of the trials are reused."""
     best = _best_experiment(experiment, search_artifact)
-    return execute(best, run_context, log, TrialContext(label=" (best trial)"))
+    return execute(best, run_context, log, launcher, TrialContext(label=" (best trial)"))
 
 
 def _versions() -> dict[str, str]:

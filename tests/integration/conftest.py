@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from run_here import RunsHere
 from workspace import Workspace
+
+from tunery.events.event_log import EventLog
+from tunery.pipeline.ray_session import RaySession
+from tunery.spec import Compute
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +35,16 @@ def before_sft(made: Workspace, tmp_path: Path) -> Workspace:
         if not artifact.name.startswith(("sft-", "evaluate-")):
             shutil.copytree(artifact, bench.store / "artifacts" / artifact.name)
     return bench
+
+
+@pytest.fixture(scope="session")
+def runs_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsHere]:
+    """Ray with two CPUs, and two workers that all tests share."""
+    logs = tmp_path_factory.mktemp("ray")
+    session = RaySession(EventLog(logs / "events.jsonl"), logs)
+    compute = Compute(workers=2, device="cpu", save_steps=10, max_failures=0)
+    try:
+        session.start(compute)
+        yield RunsHere(session, compute)
+    finally:
+        session.stop()

@@ -17,7 +17,7 @@ import json, sys
 from pathlib import Path
 from tunery.errors import StageError
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import TrialContext, RunContext, execute
+from tunery.pipeline.execute import RunContext, execute
 from tunery.spec import load
 from tunery.spec.graph import with_upstream
 from tunery.store import Store
@@ -31,7 +31,7 @@ found = {}
 for name in sys.argv[3:]:
     own = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [name])})
     try:
-        made = execute(own, where, EventLog(where.events / "e.jsonl"), TrialContext(in_process=True))
+        made = execute(own, where, EventLog(where.events / "e.jsonl"))
         found[name] = {"facts": made[name].facts, "measured": made[name].measured}
     except StageError as error:
         found[name] = {"error": str(error)}

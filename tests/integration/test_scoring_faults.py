@@ -125,8 +125,7 @@ import os, sys
 from pathlib import Path
 import ray
 from tunery.scoring.score_shard import ScorePass, score_shard
-from tunery.models.actor_pool import map_tasks
-from tunery.spec import Compute
+from tunery.workers.local_map import map_on_cpus
 
 class Actor:
     def __init__(self, job):
@@ -143,7 +142,7 @@ folder = Path(sys.argv[1])
 ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 job = ScorePass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
-told = list(map_tasks(Actor, (job,), units, Compute(workers=2, device="cpu"), False))
+told = list(map_on_cpus(Actor, (job,), units, 2))
 print("told", sum(unit["scored"] for unit in told), sum(unit["lost"] for unit in told))
 """
 

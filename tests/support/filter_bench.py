@@ -12,7 +12,7 @@ from tunery.filter.filter_experiment import ROWS, FilterRequest, build
 from tunery.filter.outputs import Outputs
 from tunery.ingest.sources import source_identity
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.pipeline.execute import RunContext, execute
 from tunery.run import check_all
 from tunery.spec import load
 from tunery.store import Store
@@ -34,7 +34,5 @@ def filter_here(*sources: str, out: str, dropped: str | None = None, store: str 
         where = RunContext(Store(Path(store)), Path(store) / "run", asked.file)
         log = EventLog(where.events / "e.jsonl")
         with files.dropped_if_none_kept(print):
-            made = execute(
-                experiment.model_copy(update={"compute": compute}), where, log, TrialContext(in_process=True)
-            )
+            made = execute(experiment.model_copy(update={"compute": compute}), where, log)
         return files.write(made)

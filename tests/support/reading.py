@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from in_process import stage_context
+
 from tunery.ingest.dataset import run_dataset
 from tunery.ingest.read import Quarantined, read_source
-from tunery.spec import Compute, Dataset
-from tunery.store import StageContext, StageResult
+from tunery.spec import Dataset
+from tunery.store import StageResult
 from tunery.store.rows import Row
 
 
@@ -30,20 +32,10 @@ def content(row: Row) -> Row:
 
 
 def make(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageResult, Path]:
-    paths = {name: folder / out / name for name in ("out", "work", "store", "scores", "events", "logs")}
-    paths["out"].mkdir(parents=True)
-    context = StageContext(
-        name="docs",
-        trial="",
-        spec=stage,
-        inputs={},
-        seed=seed,
-        folder=folder,
-        compute=Compute(),
-        emit=lambda *args, **values: None,
-        **paths,
-    )
-    return run_dataset(context), paths["out"]
+    path = folder / out / "out"
+    path.mkdir(parents=True)
+    context = stage_context(stage, {}, path.parent, name="docs", seed=seed, folder=folder, out=path)
+    return run_dataset(context), path
 
 
 def quarantine_of(out: Path) -> list[dict[str, Any]]:

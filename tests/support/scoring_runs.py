@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from in_process import dataset, parsed, stage_context
 from scorer_rows import answer_row, prompt_row, text_row
 
 from tunery.scoring.score import run_scoring
-from tunery.spec import Compute, Score
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import Score
+from tunery.store import Artifact, StageResult
 from tunery.store.rows import Row, write_rows
 
 ROWS: list[Row] = [
@@ -23,9 +23,6 @@ ROWS: list[Row] = [
     prompt_row("how so"),
     *(answer_row("green and blue " * n, "why " * (9 - n)) for n in range(1, 8)),
 ]
-
-
-CPU = Compute(workers=1, device="cpu", cpus_per_worker=1)
 
 
 def make(
@@ -43,22 +40,15 @@ def make(
     for part in ("out", "work"):
         (tmp_path / name / part).mkdir(parents=True)
     spec = {"kind": "score", "data": "docs", "by": by, "max_length": max_length}
-    manifest = {"kind": "dataset", "fingerprint": "0", "facts": {"rows": len(rows)}}
-    context = StageContext(
+    context = stage_context(
+        parsed(Score, spec),
+        {"docs": dataset(data, rows=len(rows))} | ({"near": near} if near else {}),
+        folder,
         name="scored",
-        trial="",
-        spec=Score.model_validate_json(json.dumps(spec)),
-        inputs={"docs": Artifact(data, manifest, {})} | ({"near": near} if near else {}),
-        seed=0,
-        folder=folder,
         out=tmp_path / name / "out",
-        work=tmp_path / name / "work",
-        store=tmp_path / name / "work",
+        staging_dir=tmp_path / name / "work",
         scores=tmp_path / "scores",
         events=tmp_path,
         logs=tmp_path,
-        compute=CPU,
-        emit=lambda *args, **values: None,
-        in_process=True,
     )
     return run_scoring(context)

@@ -37,7 +37,7 @@ WITHOUT_RAY = """
 import json, sys
 from pathlib import Path
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import TrialContext, RunContext, execute
+from tunery.pipeline.execute import RunContext, execute
 from tunery.spec import load
 from tunery.store import Store
 from tunery.events.event_log import EventLog
@@ -45,8 +45,7 @@ file, store = Path(sys.argv[1]), Path(sys.argv[2])
 experiment, _ = load(file)
 compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
 where = RunContext(Store(store), store / "run", file)
-made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"),
-               TrialContext(in_process=True))
+made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"))
 print(json.dumps({name: {"path": str(item.path), "facts": item.facts} for name, item in made.items()}))
 """
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tunery.models.actor_pool import map_tasks, score_dtype
 from tunery.models.encode import Encoding, as_prompt, encoding_of
 from tunery.models.load import Source, source_of
+from tunery.models.precision import score_dtype
 from tunery.models.prompts import COLUMNS, TOO_LONG, encode_prompt_rows
 from tunery.models.reward_functions import NO_LIMIT, reward_origin
 from tunery.spec import Compute, Sampling, WinRate
@@ -77,7 +77,7 @@ def generate_responses(
     """Return for each batch one file per model (see `read_responses`). Existing files are not generated again."""
     stage = context.spec
     assert isinstance(stage, WinRate)
-    folder = context.work / "answers"
+    folder = context.staging_dir / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     models = stage.contestants
     files = [
@@ -105,7 +105,7 @@ def generate_responses(
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="answers", detail="starting actors")
-    results = map_tasks(GenerationActor, arguments, tasks, context.compute, context.in_process) if tasks else iter(())
+    results = context.launcher.map_tasks(GenerationActor, arguments, tasks) if tasks else iter(())
     for result in results:
         done += int(result["read"])
         context.emit("progress", done=done, total=total, unit="answers")

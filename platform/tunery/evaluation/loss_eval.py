@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tunery.errors import RowsLost
-from tunery.models.actor_pool import map_tasks, score_dtype
 from tunery.models.load import Source, source_of
+from tunery.models.precision import score_dtype
 from tunery.spec import Compute, Evaluate
 from tunery.spec.references import model_name
 from tunery.store import StageContext, StageResult
@@ -97,7 +97,7 @@ def run_evaluate(context: StageContext) -> StageResult:
     started = time.time()
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
     done: list[dict[str, Any]] = []
-    for row in map_tasks(EvaluationActor, (stage.max_length, compute), tasks, compute, context.in_process):
+    for row in context.launcher.map_tasks(EvaluationActor, (stage.max_length, compute), tasks):
         done.append(row)
         context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
     done.sort(key=lambda row: int(row["index"]))  # so that sums don't depend on the order in which actors finish

@@ -36,8 +36,8 @@ def run_dataset(context: StageContext) -> StageResult:
     stage = context.spec
     assert isinstance(stage, Dataset)
     counts = ReadCounts()
-    shutil.rmtree(context.work / "ids", ignore_errors=True)  # of an interrupted run
-    duplicates = DuplicateCount(context.work / "ids")
+    shutil.rmtree(context.staging_dir / "ids", ignore_errors=True)  # of an interrupted run
+    duplicates = DuplicateCount(context.staging_dir / "ids")
 
     # Lone surrogates can't be encoded in UTF-8, so they are written as the JSON escapes they were read from.
     with (context.out / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:

@@ -29,7 +29,6 @@ from tunery.ingest.formats import format_of
 from tunery.ingest.formats.hub import HubDataset
 from tunery.ingest.read import Quarantine, Quarantined, ReadCounts, as_tables, read_part
 from tunery.ingest.sources import Builtin, Part, find_parts
-from tunery.models.actor_pool import map_tasks
 from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.rows import SCHEMA
@@ -65,7 +64,12 @@ def _is_splittable(file: File, stage: Dataset) -> bool:
 def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
     """Return whether Ray is running and the source is large. A stage that needs all rows at once (`corrupt_fraction`)
     or stops early (`limit`) is read by one process."""
-    if context.in_process or stage.corrupt_fraction or stage.limit is not None or "ray" not in sys.modules:
+    if (
+        not context.launcher.is_parallel
+        or stage.corrupt_fraction
+        or stage.limit is not None
+        or "ray" not in sys.modules
+    ):
         return False
     import ray
 
@@ -86,7 +90,7 @@ def read_in_parallel(
     """Yield tables of rows in source order. Raises UnavailableFile if a file or the network fails while reading."""
     tasks = read_tasks(find_parts(stage, context.folder), stage)
     # The name depends on the split into tasks, so that results of another split are not reused.
-    folder = context.work / f"read-{len(tasks)}-{RANGE_BYTES}"
+    folder = context.staging_dir / f"read-{len(tasks)}-{RANGE_BYTES}"
     folder.mkdir(parents=True, exist_ok=True)
     results = [folder / f"{number:06d}" for number in range(len(tasks))]
     pending = [
@@ -97,7 +101,7 @@ def read_in_parallel(
     rows = sum(_read_counts(out)["rows"] for out in results if out.is_dir())
     context.emit("progress", done=rows, total=None, unit="rows", detail="starting actors")
     if pending:
-        for result in map_tasks(ReadActor, (stage,), pending, context.compute, context.in_process, on_cpu=True):
+        for result in context.launcher.map_tasks(ReadActor, (stage,), pending, on_cpu=True):
             if result["failed"]:
                 raise UnavailableFile(result["failed"])
             rows += int(result["rows"])

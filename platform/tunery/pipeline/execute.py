@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,8 @@ from tunery.pipeline.stage_registry import STAGES
 from tunery.pipeline.validate_models import validate_models_at_start
 from tunery.spec import Experiment
 from tunery.spec.graph import order
-from tunery.store import DEFAULT_STORE, Artifact, StageContext, Store
+from tunery.store import DEFAULT_STORE, Artifact, Launcher, StageContext, Store
+from tunery.training.launch import InProcess
 
 
 @dataclass(frozen=True)
@@ -58,41 +59,27 @@ class RunContext:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """Settings for the stages of a trial, such as reporting to Ray Tune. The defaults are those of the file's own
-    stages."""
+    """A trial of a search."""
 
     id: str = ""
+    """Empty for the file's own stages."""
     label: str = ""
     """Suffix for the names of stages in the event log, if the same stages also run with other values."""
-    in_process: bool = False
-    """Train in the calling process instead of Ray Train workers."""
-    pack_scheduler: Any = None
-    """Handle of the actor that assigns trainings to packs (training/packed/pack_server.py)."""
-    stop: Path | None = None
-    """The trial stops when this file exists."""
-    checkpointed_stage: str = ""
-    """The training that the next two fields apply to."""
-    checkpoint_dir: Path | None = None
-    """Where checkpoints are kept for other trials to start from (`checkpoint_dir` in training/job.py)."""
-    resume_from: Path | None = None
-    """Checkpoint of another trial to start from (`resume_from` in training/job.py)."""
-    report: Callable[[str, dict[str, float]], None] = lambda stage, metrics: None
-    callbacks: Callable[[str], tuple[Any, ...]] = field(default=lambda stage: ())
 
 
 def execute(
     experiment: Experiment,
     run_context: RunContext,
     log: EventLog,
-    trial: TrialContext | None = None,
+    launcher: Callable[[str], Launcher] = lambda stage: InProcess(),
+    trial: TrialContext = TrialContext(),
     done: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:
     """Run all stages of `experiment`, whose compute is resolved, except those in `done`. Returns all artifacts by stage
-    name.
+    name. `launcher(stage name)` returns where a stage trains or scores: by default in this process.
 
     Ray must be running if a stage that needs it is not in the store. Raises StageError after a stage_failed event.
     """
-    trial = trial or TrialContext()
     keys = fingerprints(experiment, run_context.folder)
     artifacts = dict(done)
     for name in order(experiment.stages):
@@ -104,7 +91,9 @@ def execute(
         artifact = run_context.store.find(stage.kind, cache_key)
         if artifact is None:
             key_inputs = {"identity": identity, "inputs": inputs}
-            artifact = _run_stage(name, experiment, run_context, log, trial, cache_key, key_inputs, artifacts)
+            artifact = _run_stage(
+                name, experiment, run_context, log, launcher(name), trial, cache_key, key_inputs, artifacts
+            )
         elif not trial.label:
             _log_finished(log, name, artifact, reused=True, seconds=0.0)
         artifacts[name] = artifact
@@ -116,6 +105,7 @@ def _run_stage(
     experiment: Experiment,
     run_context: RunContext,
     log: EventLog,
+    launcher: Launcher,
     trial: TrialContext,
     cache_key: str,
     key_inputs: Mapping[str, Any],
@@ -149,22 +139,16 @@ def _run_stage(
                 seed=stage_seed(stage, experiment),
                 folder=run_context.folder,
                 out=out,
-                work=staging_dir,
+                staging_dir=staging_dir,
                 store=run_context.store.root,
                 scores=run_context.store.scores,
                 events=run_context.events,
                 logs=run_context.logs,
                 compute=experiment.compute,
+                launcher=launcher,
                 emit=emit,
                 identity=key_inputs["identity"],
                 command=run_context.command,
-                in_process=trial.in_process,
-                desk=trial.pack_scheduler,
-                stop=trial.stop,
-                kept=trial.checkpoint_dir if name == trial.checkpointed_stage else None,
-                begins_with=trial.resume_from if name == trial.checkpointed_stage else None,
-                report=lambda metrics: trial.report(name, metrics),
-                callbacks=trial.callbacks(name),
             )
             result = STAGES[stage.kind].load()(context)
             seconds = time.time() - started

@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 
 from tunery.errors import RowsLost, StageError
 from tunery.ingest.row_samples import quarantine_facts
-from tunery.models.actor_pool import map_tasks
 from tunery.models.load import source_of
 from tunery.scoring.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RuleActor
 from tunery.scoring.score_shard import ScorePass
@@ -45,6 +44,9 @@ MODEL_ACTORS: dict[str, type] = {
     "embedding": EmbeddingActor,
 }
 """Actor class by input kind of the scorers. Scorers with the same actor class and model share its forward passes."""
+MAX_SHARD_CRASHES = 20
+"""Worker deaths during one shard after which the stage fails. Before that, rows that kill their worker are quarantined
+one after the other (score_shard.py)."""
 MAX_NAME_LENGTH = 100
 """Maximum length of the score names in the folder name of a pass; file systems allow 255 bytes."""
 
@@ -125,7 +127,7 @@ def _build_pass(context: StageContext, specs: Sequence[ScorerSpec], run: str) ->
     name = "+".join(scores)
     if len(name) > MAX_NAME_LENGTH:
         name = f"{name[:MAX_NAME_LENGTH]}-{fingerprint('pass', {'scores': scores}, {})}"
-    folder = context.work / "passes" / name
+    folder = context.staging_dir / "passes" / name
     folder.mkdir(parents=True, exist_ok=True)
     # Scores that compare rows change with every added row, so they are not cached.
     cached = [spec for spec in specs if not _compares_rows(spec)]
@@ -163,7 +165,9 @@ def _run_pass(
             tasks.append({"shard": str(path)})
     if tasks:
         on_cpu = actor is RuleActor
-        yield from map_tasks(actor, (score_pass, *arguments), tasks, context.compute, context.in_process, on_cpu)
+        yield from context.launcher.map_tasks(
+            actor, (score_pass, *arguments), tasks, on_cpu=on_cpu, max_crashes=MAX_SHARD_CRASHES
+        )
 
 
 def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: Sequence[Path]) -> int:
@@ -252,7 +256,7 @@ def _resolve_corpus_scorer(
     (score_pass,) = (score_pass for score_pass in passes if spec.score in score_pass.scores)
     scorer: CorpusScorer = SCORER_ENTRIES[spec.kind()].load()(spec)
     signatures = RowSignatures(tuple(score_pass.folder / path.name for path in files), f"{spec.score}:")
-    for columns in scorer.resolve(signatures, context.work / "across" / spec.score):
+    for columns in scorer.resolve(signatures, context.staging_dir / "across" / spec.score):
         yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
 
 

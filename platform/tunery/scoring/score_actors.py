@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from tunery.errors import TuneryError
-from tunery.models.actor_pool import score_dtype
 from tunery.models.load import Source
 from tunery.models.model_folder import BadModel
 from tunery.models.nll import SpanNll
+from tunery.models.precision import score_dtype
 from tunery.scoring.score_shard import Scored, ScoreFn, ScorePass, score_shard
 from tunery.scoring.scorers.embedding import keep_vectors, reference_rows
 from tunery.scoring.scorers.registry import SCORER_ENTRIES, ClassificationScorer, Columns, CorpusScorer, RowScorer
@@ -167,7 +167,7 @@ def _row_scorer(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
 def _score_shards(batch: dict[str, Any], score_pass: ScorePass, score: ScoreFn) -> dict[str, Any]:
     """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, one entry per shard."""
     counts: list[dict[str, float]] = []
-    for shard in batch["shard"]:
+    for shard, crashes in zip(batch["shard"], batch.get("crashes", [None] * len(batch["shard"])), strict=True):
         start = time.time()
-        counts.append({**score_shard(Path(shard), score_pass, score), "seconds": time.time() - start})
+        counts.append({**score_shard(Path(shard), score_pass, score, crashes), "seconds": time.time() - start})
     return {"shard": list(batch["shard"])} | {key: [shard[key] for shard in counts] for key in counts[0]}

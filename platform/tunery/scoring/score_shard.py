@@ -56,8 +56,9 @@ class ScorePass:
     """Score cache folder by score; scores without one are always recomputed."""
 
 
-def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn) -> dict[str, int]:
+def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int | None = None) -> dict[str, int]:
     """Score the rows of `shard`; return the number of rows scored, cached ("known") and quarantined ("lost").
+    `crashes`: how many workers died over this shard in this run; None if every earlier attempt ended with a crash.
 
     Writes `<shard>.parquet` (id, the columns of each score, known:<score>, lost) and, if rows were quarantined,
     `<shard>.lost.json`.
@@ -65,7 +66,7 @@ def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn) -> dict[str,
     # `planted` is the ground truth that filters are evaluated on, so no scorer may read it.
     names = [name for name in pq.read_schema(shard).names if name != "planted"]
     table = pq.read_table(shard, columns=names)
-    journal = _Journal(score_pass.folder / f"{shard.stem}.journal", score_pass.run)
+    journal = _Journal(score_pass.folder / f"{shard.stem}.journal", score_pass.run, crashes)
     failures: dict[int, str] = {}
     chunks = [
         _score_chunk(table.slice(start, CHUNK_ROWS), start, score_pass, score, journal, failures)
@@ -227,28 +228,35 @@ def _concat(chunks: Sequence[pa.Table]) -> pa.Table:
 
 
 class _Journal:
-    """A file with the lines "begin RUN" and "row INDEX", each appended before it is done; removed when the shard is
-    complete."""
+    """A file with the lines "begin RUN CRASHES" and "row INDEX", each appended before it is done; removed when the
+    shard is complete.
 
-    def __init__(self, path: Path, run: str) -> None:
+    An attempt crashed if the number of crashes is higher at the beginning of the next one. Otherwise it was interrupted
+    by the death of another worker, after which Ray Train restarts all.
+    """
+
+    def __init__(self, path: Path, run: str, crashes: int | None) -> None:
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        begins = [line for line in lines if line.startswith("begin ")]
+        attempts = sum(line.startswith(f"begin {run} ") for line in lines)
+        begin = f"begin {run} {attempts if crashes is None else crashes}"
         self.crashes_by_row: Counter[int] = Counter()
         self.num_crashes = 0
-        is_this_run = False
+        crashes_before: int | None = None
         last_row: int | None = None
-        for line in [*lines, f"begin {run}"]:
+        for line in [*lines, begin]:
             if line.startswith("begin "):
-                if is_this_run:
-                    self.num_crashes += 1
-                    if last_row is not None:
-                        self.crashes_by_row[last_row] += 1
-                is_this_run, last_row = line == f"begin {run}", None
+                _, line_run, number = line.split(" ")
+                if line_run == run:
+                    if crashes_before is not None and int(number) > crashes_before:
+                        self.num_crashes += 1
+                        if last_row is not None:
+                            self.crashes_by_row[last_row] += 1
+                    crashes_before = int(number)
+                last_row = None
             elif line.startswith("row "):
                 last_row = int(line[4:])
-        assert self.num_crashes <= len(begins)
-        self.write(f"begin {run}")
+        self.write(begin)
 
     def write(self, line: str) -> None:
         with self._path.open("a") as file:

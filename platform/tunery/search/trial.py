@@ -2,7 +2,7 @@
 
 A trial trains in a pack with others if it can (search/pack_eligibility.py). Otherwise, with one worker, it trains in
 its own process, which Tune reuses for the next trial (`reuse_actors`), so torch is imported once. With several workers
-it starts a Ray Train run.
+it starts a group of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from tunery.search.population import INITIAL_ORIGINS
 from tunery.search.space import curve_stage, metric_value, trial_experiment
 from tunery.search.steering import SearchControl
 from tunery.spec import Experiment
-from tunery.store import Artifact
+from tunery.store import Artifact, Launcher
+from tunery.training.launch import InPack, InProcess, OnWorkers
+from tunery.workers.worker_group import Workers
 
 FINISHED = "finished"
 """Key in the final report of a trial that was not stopped."""
@@ -49,8 +52,6 @@ class TrialFunction:
         identifier, overrides = config["trial"], config["overrides"]
         trial_spec = trial_experiment(self.experiment, overrides)
         curve = curve_stage(self.experiment)
-        packed = not self.unpackable_reason(overrides)
-        in_process = packed or trial_spec.compute.workers == 1
         progress = {"steps": 0.0, "tokens": 0.0, "rows": 0.0}
         last_metrics = dict.fromkeys(search.metrics, math.nan)
 
@@ -60,27 +61,23 @@ class TrialFunction:
                 last_metrics.update({name: metrics[name] for name in last_metrics if name in metrics})
                 tune.report(metrics)
 
-        def callbacks(stage: str) -> tuple[Any, ...]:
-            if stage != curve or in_process:
-                return ()
-            from ray.tune.integration.ray_train import TuneReportCallback
-
-            return (TuneReportCallback(),)
-
         log = EventLog(self.run_context.events / f"{identifier}.jsonl", trial=identifier)
         start_time = time.time()
-        trial_context = TrialContext(
-            identifier,
-            in_process=in_process,
-            pack_scheduler=self.pack_scheduler if packed else None,
-            stop=SearchControl(self.run_context.run).stop_file(identifier),
-            report=report,
-            callbacks=callbacks,
-            **self._checkpoints(config, curve),
-        )
+        workers = Workers(self.run_context.logs)
+        compute = trial_spec.compute
+        stop = SearchControl(self.run_context.run).stop_file(identifier)
+
+        def launcher(stage: str) -> Launcher:
+            fields: dict[str, Any] = {"report": partial(report, stage), "stop": stop}
+            if stage == curve:
+                fields |= self._checkpoints(config)
+            if not self.unpackable_reason(overrides):
+                return InPack(self.pack_scheduler, **fields)
+            return InProcess(**fields) if compute.workers == 1 else OnWorkers(workers, compute, **fields)
+
         was_cached = curve is not None and self._is_cached(trial_spec, curve)
         try:
-            artifacts = execute(trial_spec, self.run_context, log, trial_context)
+            artifacts = execute(trial_spec, self.run_context, log, launcher, TrialContext(identifier))
         except Stopped:
             # Tune (2.60) fails the whole search at a report without its metric.
             tune.report({**last_metrics, **progress, "seconds": time.time() - start_time})
@@ -91,6 +88,8 @@ class TrialFunction:
                 with suppress(OSError):  # on a full disk the original error must still be raised
                     file.write_text(str(error))
             raise
+        finally:
+            workers.close()
         if curve is not None and was_cached:
             # The training was in the store: replay its evaluations for the scheduler, except the last one, which is
             # part of this trial's final report.
@@ -102,16 +101,14 @@ class TrialFunction:
         final_progress = {name: max(value, end[name]) for name, value in progress.items()}
         tune.report({**values, **final_progress, FINISHED: 1.0, "seconds": time.time() - start_time})
 
-    def _checkpoints(self, config: dict[str, Any], curve: str | None) -> dict[str, Any]:
-        """TrialContext fields of a member of a population: where it saves checkpoints, and which one it starts from."""
-        if self.checkpoint_dir is None or curve is None or config["origin"] not in (*INITIAL_ORIGINS, "descendant"):
+    def _checkpoints(self, config: dict[str, Any]) -> dict[str, Path]:
+        """Launcher fields of a member of a population: where it saves checkpoints, and which one it starts from."""
+        if self.checkpoint_dir is None or config["origin"] not in (*INITIAL_ORIGINS, "descendant"):
             return {}
-        source = self.checkpoint_dir / config["of"] / f"checkpoint-{config['since']}" if config["since"] else None
-        return {
-            "checkpointed_stage": curve,
-            "checkpoint_dir": self.checkpoint_dir / config["trial"],
-            "resume_from": source,
-        }
+        fields = {"checkpoint_dir": self.checkpoint_dir / config["trial"]}
+        if config["since"]:
+            fields["resume_from"] = self.checkpoint_dir / config["of"] / f"checkpoint-{config['since']}"
+        return fields
 
     def unpackable_reason(self, overrides: dict[str, Any]) -> str:
         """Return why a trial with these values cannot be packed; "" if it can."""

@@ -91,7 +91,7 @@ def select_diverse(
     too_similar; compared (candidates that coverage was measured on), cover of the selected rows and of as many `random`
     ones, and chance_similarity, the similarity of random candidates (see coverage.py).
     """
-    folder = context.work / "diverse"
+    folder = context.staging_dir / "diverse"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -179,7 +179,7 @@ def _select(
             candidates,
             max_selected,
             similarity,
-            context.work / "diverse",
+            context.staging_dir / "diverse",
             lambda done: context.emit("progress", done=done, total=candidates.count, unit="rows", detail="comparing"),
         )
         selected = diversity.greedy.selected

@@ -1,13 +1,14 @@
 """The content-addressed store: fingerprints, artifacts with manifests, atomic commits, leases."""
 
 from tunery.store.artifacts import DEFAULT_STORE, Artifact, Store
-from tunery.store.context import StageContext, StageResult
+from tunery.store.context import Launcher, StageContext, StageResult
 from tunery.store.fingerprint import fingerprint
 from tunery.store.lease import Lease, LeaseHeld, active_owner
 
 __all__ = [
     "DEFAULT_STORE",
     "Artifact",
+    "Launcher",
     "Lease",
     "LeaseHeld",
     "StageContext",

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tunery.spec import Compute, Stage
 from tunery.store.artifacts import Artifact
 
 
+class Launcher(Protocol):
+    """Where the training or the model tasks of a stage run: on the workers of the run, in the process of a trial, or in
+    a pack (training/launch.py). For trials it also has the connection to the search."""
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether there are several processes."""
+
+    @property
+    def stop(self) -> Path | None:
+        """A training raises Stopped when this file exists."""
+
+    @property
+    def checkpoint_dir(self) -> Path | None:
+        """As in training/job.py."""
+
+    @property
+    def resume_from(self) -> Path | None:
+        """As in training/job.py."""
+
+    def train(self, job: Any) -> None:
+        """Run a training (training/job.py, `Job`) and wait for its end."""
+
+    def map_tasks(
+        self,
+        actor: type,
+        arguments: tuple[Any, ...],
+        tasks: list[dict[str, Any]],
+        on_cpu: bool = False,
+        max_crashes: int = ...,
+    ) -> Iterator[dict[str, Any]]:
+        """Construct `actor(*arguments)` once per process, call it with a batch {column: [value]} per task, and yield
+        the results in order of completion.
+
+        `on_cpu`: for work without a model, which may use all free CPUs of the cluster. `max_crashes`: how often a task
+        is repeated whose worker died. Raises the error of the first task that failed.
+        """
+
+
 @dataclass(frozen=True)
 class StageContext:
-    """A stage reads `inputs`, writes to `out`, and may save checkpoints in `work` for later attempts."""
+    """A stage reads `inputs`, writes to `out`, and may save checkpoints in `staging_dir` for later attempts."""
 
     name: str
     trial: str
@@ -24,8 +63,8 @@ class StageContext:
     folder: Path
     """Directory that relative paths in the experiment file refer to."""
     out: Path
-    work: Path
-    """Staging directory (Store.staging_dir)."""
+    staging_dir: Path
+    """Contains `out`, and what later attempts can use (Store.staging_dir)."""
     store: Path
     """Root of the store."""
     scores: Path
@@ -35,25 +74,13 @@ class StageContext:
     logs: Path
     compute: Compute
     """Without `auto` (pipeline/compute.py, `resolve_compute`)."""
+    launcher: Launcher
     emit: Callable[..., None]
     """emit("progress", done=.., total=.., unit=..) writes an event of this stage to the event log of the run."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """The fields that the fingerprint of the stage is computed from (pipeline/cache_keys.py, `identity`)."""
     command: Callable[..., str] = lambda *words: " ".join(("tunery", *words))
     """command("review", "checked") returns the `tunery` command line for this experiment and store."""
-    in_process: bool = False
-    """Train in this process (the driver of a trial) instead of on Ray Train workers."""
-    desk: Any = None
-    """Handle of the pack scheduler if the training runs in a pack (training/packed/pack_server.py)."""
-    report: Callable[[dict[str, float]], None] = lambda metrics: None
-    """Called after each evaluation of a training in this process or in a pack."""
-    stop: Path | None = None
-    """A training raises Stopped when this file exists."""
-    kept: Path | None = None
-    begins_with: Path | None = None
-    """Both as in training/job.py."""
-    callbacks: tuple[Any, ...] = ()
-    """Ray Train callbacks of a training on workers, such as reports to Tune."""
 
 
 @dataclass(frozen=True)

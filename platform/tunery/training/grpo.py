@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from tunery.models.actor_pool import score_dtype
+from tunery.models.precision import score_dtype
 from tunery.models.reward_functions import RewardFn, load_reward
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Grpo, Rloo

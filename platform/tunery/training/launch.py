@@ -1,4 +1,5 @@
-"""Run a training stage, by Ray Train, in this process, or in a pack."""
+"""Run a training stage. The launchers below run its training on the workers of the run, in this process, or in a pack;
+they also run the model tasks of scoring and evaluation."""
 
 from __future__ import annotations
 
@@ -6,14 +7,14 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
-from tunery.errors import Stopped
-from tunery.interrupt import interruptible
 from tunery.models.load import source_of
 from tunery.models.reward_functions import reward_origin
-from tunery.spec import PositiveNegative, Ppo, ReviewLabels, Scratch, Training
+from tunery.spec import Compute, PositiveNegative, Ppo, ReviewLabels, Scratch, Training
 from tunery.spec.trainings import data_refs
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import REVIEWED_DIR
@@ -21,10 +22,12 @@ from tunery.training.auto import resolve
 from tunery.training.checkpoints import seed_from
 from tunery.training.job import Job, Report, RowSource
 from tunery.training.packed.pack_server import train_packed
+from tunery.workers.local_map import Task, map_in_process, map_on_cpus
+from tunery.workers.worker_group import Workers
 
 Data = str | PositiveNegative | ReviewLabels | dict[str, float]
-STOPPED_FILE = "stopped"
-"""Written to the work folder by workers that were stopped."""
+MAX_CRASHES = 3
+"""Worker deaths during one task after which a stage fails, unless it sets its own limit."""
 
 
 def run_training(context: StageContext) -> StageResult:
@@ -40,7 +43,7 @@ def run_training(context: StageContext) -> StageResult:
         model = {"scratch": spec.model.scratch}
     else:
         model = source_of(spec.model, paths, context.folder)
-    workers = context.compute.workers
+    workers, launcher = context.compute.workers, context.launcher
     assert workers != "auto", "resolved by the runner"
     job = Job(
         stage=context.name,
@@ -53,26 +56,21 @@ def run_training(context: StageContext) -> StageResult:
         reward=None if reward is None else reward_origin(reward, paths, context.folder),
         ptx_rows=_row_sources(ptx.data, context.inputs) if ptx is not None else (),
         out=context.out,
-        work=context.work,
+        work=context.staging_dir,
         store=context.store,
         events=context.events,
         compute=context.compute,
         workers=workers,
         started=time.time(),
-        stop=context.stop,
-        checkpoint_dir=context.kept,
-        resume_from=context.begins_with,
+        stop=launcher.stop,
+        checkpoint_dir=launcher.checkpoint_dir,
+        resume_from=launcher.resume_from,
     )
     if job.resume_from is not None:
         seed_from(job.resume_from, job.work / "checkpoints")
-    if context.desk is not None:
-        train_packed(job, context.desk, context.report)
-    elif context.in_process:
-        _train_in_process(job, context.report)
-    else:
-        _train_on_workers(job, context)
-    outcome = json.loads((context.work / "outcome.json").read_text())
-    shutil.rmtree(context.work / "checkpoints", ignore_errors=True)
+    launcher.train(job)
+    outcome = json.loads((context.staging_dir / "outcome.json").read_text())
+    shutil.rmtree(context.staging_dir / "checkpoints", ignore_errors=True)
     resolved_values = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
     return StageResult({**outcome["facts"], "resolved": resolved_values}, outcome["measured"])
 
@@ -102,70 +100,94 @@ def train(job: Job, report: Report) -> None:
     loop(job, report)
 
 
-def _train_on_workers(job: Job, context: StageContext) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    compute = context.compute
-    gpu = compute.device == "gpu"
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "report": bool(context.callbacks)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=job.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
-        ),
-        run_config=RunConfig(
-            # A reused name would make Ray resume from its own state; our checkpoints are in the work folder.
-            name=f"{job.work.name}-{time.time_ns()}",
-            storage_path=str(context.logs / "ray-train"),
-            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
-            callbacks=list(context.callbacks),
-        ),
-    )
-    (job.work / STOPPED_FILE).unlink(missing_ok=True)  # of an earlier attempt
-    interruptible(trainer.fit)
-    if (job.work / STOPPED_FILE).exists():
-        raise Stopped("stopped while it trained")
+@dataclass(frozen=True, kw_only=True)
+class _LauncherFields:
+    report: Callable[[dict[str, float]], None] = lambda metrics: None
+    stop: Path | None = None
+    checkpoint_dir: Path | None = None
+    resume_from: Path | None = None
 
 
-def _worker(config: dict[str, Any]) -> None:
-    import ray.train
+@dataclass(frozen=True)
+class OnWorkers(_LauncherFields):
+    """On a group of Ray Train workers, which stays alive for the next stages."""
 
-    def report(metrics: dict[str, float]) -> None:
-        if config["report"]:
-            ray.train.report(metrics)
+    workers: Workers
+    compute: Compute
+    is_parallel: ClassVar[bool] = True
 
-    # All ranks stop at the same step. If Stopped were raised, Ray Train would retry the run as a failure.
-    try:
-        train(config["job"], report)
-    except Stopped:
-        (config["job"].work / STOPPED_FILE).touch()
+    def train(self, job: Job) -> None:
+        self.workers.group(self.compute).run(train, job, self.report, job.compute.max_failures)
+
+    def map_tasks(
+        self,
+        actor: type,
+        arguments: tuple[Any, ...],
+        tasks: list[Task],
+        on_cpu: bool = False,
+        max_crashes: int = MAX_CRASHES,
+    ) -> Iterator[Task]:
+        if on_cpu:
+            group, num_actors = self.workers.running(self.compute), _free_cpus()
+            if group is None or num_actors > group.num_workers:
+                return map_on_cpus(actor, arguments, tasks, max(1, num_actors))
+        return self.workers.group(self.compute).map(actor, arguments, tasks, max_crashes)
 
 
-def _train_in_process(job: Job, report: Report) -> None:
-    """Train in this process, by Ray Train's local mode (num_workers=0).
+@dataclass(frozen=True)
+class InProcess(_LauncherFields):
+    """In the process of a trial, which Tune reuses for the next trial.
 
-    This saves the start of a controller, three helper actors and a worker (20 s of a 30 s trial on two cores), and the
-    process keeps torch loaded for the next trial.
+    Ray Train's local mode (num_workers=0) saves the start of a controller, three helper actors and a worker (20 s of a
+    30 s trial on two cores).
     """
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from tunery.training.worker_setup import reset_global_state
+    is_parallel: ClassVar[bool] = False
 
-    reset_global_state()
-    # ZeRO-3 shards nothing with one worker, and DeepSpeed (0.19.8) never frees a model that it has sharded.
-    compute = job.compute.model_copy(update={"zero_stage": min(job.compute.zero_stage, 2)})
-    # Not TorchTrainer, which destroys the process group at the end of a local run; the next trial needs it.
-    trainer = DataParallelTrainer(
-        lambda: train(dataclasses.replace(job, workers=1, compute=compute), report),
-        scaling_config=ScalingConfig(num_workers=0),
-        run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),
-    )
-    try:
-        trainer.fit()
-    finally:
+    def train(self, job: Job) -> None:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from tunery.workers.process_state import reset_global_state
+
         reset_global_state()
+        # ZeRO-3 shards nothing with one worker, and DeepSpeed (0.19.8) never frees a model that it has sharded.
+        compute = job.compute.model_copy(update={"zero_stage": min(job.compute.zero_stage, 2)})
+        # Not TorchTrainer, which destroys the process group at the end of a local run; the next trial needs it.
+        trainer = DataParallelTrainer(
+            lambda: train(dataclasses.replace(job, workers=1, compute=compute), self.report),
+            scaling_config=ScalingConfig(num_workers=0),
+            run_config=RunConfig(name=job.work.name, storage_path=str(job.work / "ray-train")),
+        )
+        try:
+            trainer.fit()
+        finally:
+            reset_global_state()
+
+    def map_tasks(
+        self,
+        actor: type,
+        arguments: tuple[Any, ...],
+        tasks: list[Task],
+        on_cpu: bool = False,
+        max_crashes: int = MAX_CRASHES,
+    ) -> Iterator[Task]:
+        # A trial holds its CPU or GPU already, and would wait forever for actors that need another one.
+        return map_in_process(actor, arguments, tasks)
+
+
+@dataclass(frozen=True)
+class InPack(InProcess):
+    """In a pack with other trials (training/packed/pack_server.py)."""
+
+    pack_scheduler: Any
+
+    def train(self, job: Job) -> None:
+        train_packed(job, self.pack_scheduler, self.report)
+
+
+def _free_cpus() -> int:
+    """CPUs of the cluster that no other actor or trial holds."""
+    import ray
+
+    return int(ray.available_resources().get("CPU", 0))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunery.events.event_log import EventLog
+from tunery.models.precision import pick_dtype
 from tunery.models.preview import COLUMNS, stage_preview
 from tunery.training.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
 from tunery.training.job import Job, Report, TrainerAdapter, rows_of
@@ -43,7 +44,7 @@ def train(job: Job, report: Report) -> None:
 
     Raises StageError if the training diverges, or if the saved model is not the trained one.
     """
-    from tunery.training.worker_setup import pick_dtype, prepare_process
+    from tunery.workers.process_state import prepare_process
 
     spec, compute = job.spec, job.compute
     prepare_process(compute.device, compute.cpus_per_worker)

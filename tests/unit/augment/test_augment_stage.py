@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import stage_context
 
 from tunery.augment import augment_stage as stage_module
 from tunery.augment import few_shot_pool as pool_module
@@ -21,8 +22,8 @@ from tunery.augment.heldout_rows import Heldout
 from tunery.augment.prompt_variants import variants
 from tunery.augment.qa_pairs import qa_pair_of
 from tunery.errors import RowsLost, StageError
-from tunery.spec import Augment, Compute
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import Augment
+from tunery.store import Artifact, StageResult
 from tunery.store.rows import Row, read_rows, row_format, row_id, write_rows
 
 COT = {"separator": "####", "cue": "Think!"}
@@ -277,21 +278,13 @@ def run(folder: Path, rows: list[Row], heldout: list[Row] | None = None, seed: i
         write_rows(content, folder / name)
     out = folder / "out"
     out.mkdir(parents=True)
-    context = StageContext(
+    context = stage_context(
+        augment(heldout=["held"], **fields),
+        {name: Artifact(folder / name, {"kind": "dataset", "fingerprint": name}, {}) for name in artifacts},
+        folder,
         name="prompts",
-        trial="",
-        spec=augment(heldout=["held"], **fields),
-        inputs={name: Artifact(folder / name, {"kind": "dataset", "fingerprint": name}, {}) for name in artifacts},
         seed=seed,
-        folder=folder,
         out=out,
-        work=folder,
-        store=folder,
-        scores=folder,
-        events=folder,
-        logs=folder,
-        compute=Compute(),
-        emit=lambda *args, **values: None,
     )
     return run_augment(context)
 

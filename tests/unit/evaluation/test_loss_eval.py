@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from experiment_text import LoadText
-from in_process import stage_context
+from in_process import dataset, parsed, stage_context
 from small_classifiers import WORDS, write_language_model
 
 from tunery.evaluation.loss_eval import run_evaluate, with_forgetting
@@ -61,7 +61,7 @@ def test_results_tell_it_where_there_is_a_baseline(baseline: dict[str, str] | No
     write_rows([{**row, "id": row_id(row)} for row in rows], tmp_path / "data")
     models = [{"pretrained": f"./{name}"} for name in ("base", "sft")]
     spec = {"kind": "evaluate", "models": models, "data": {"set": "data"}, "baseline": baseline}
-    context = stage_context(Evaluate, spec, tmp_path / "data", tmp_path, tmp_path)
+    context = stage_context(parsed(Evaluate, spec), {"data": dataset(tmp_path / "data")}, tmp_path)
     before, after = run_evaluate(context).facts["results"]
     if baseline is None:
         assert "forgetting" not in before | after

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import stage_context
+from in_process import dataset, parsed, stage_context
 from small_classifiers import WORDS, write_language_model, write_reward_model
 
 from tunery.errors import StageError, TuneryError
@@ -105,7 +105,9 @@ def compared(
         "max_length": 64,
         **fields,
     }
-    context = stage_context(WinRate, spec, data, home, out, work=work or folder / "work")
+    context = stage_context(
+        parsed(WinRate, spec), {"data": dataset(data)}, home, out=out, staging_dir=work or folder / "work"
+    )
     result = run_win_rate(context)
     return result, [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 

@@ -15,13 +15,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from in_process import stage_context
 
 from tunery.ingest import parallel_read
 from tunery.ingest.filesystem import File, UnavailableFile, local_file
 from tunery.ingest.parallel_read import ReadActor, read_in_parallel, read_tasks
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
 from tunery.ingest.sources import find_parts
-from tunery.spec import Compute, Dataset
+from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.rows import shards, write_tables
 
@@ -45,22 +46,14 @@ def dataset(source: str | tuple[str, ...], **fields: Any) -> Dataset:
 
 
 def context(stage: Dataset, folder: Path) -> StageContext:
-    return StageContext(
+    return stage_context(
+        stage,
+        {},
+        folder,
         name="rows",
-        trial="",
-        spec=stage,
-        inputs={},
-        seed=1,
-        folder=folder,
         out=folder / "out",
-        work=folder / "work",
-        store=folder / "work",
+        staging_dir=folder / "work",
         scores=folder / "scores",
-        events=folder,
-        logs=folder,
-        compute=Compute(workers=1),
-        emit=lambda *_, **__: None,
-        in_process=True,
     )
 
 

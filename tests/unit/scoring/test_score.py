@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from in_process import dataset, stage_context
 
 from tunery.errors import RowsLost, StageError
 from tunery.scoring.score import MAX_NAME_LENGTH, run_scoring
-from tunery.spec import Compute, Score
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import Score
+from tunery.store import StageResult
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows
 
 RULES: list[dict[str, Any]] = [{"length": "words"}, {"duplicates": "exact"}, {"near_duplicates": {"ngram": 1}}]
@@ -32,22 +33,14 @@ def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULE
     if not data.exists():
         write_rows(rows, data)
     out.mkdir()
-    context = StageContext(
+    context = stage_context(
+        Score.model_validate({"kind": "score", "data": "data", "by": tuple(by)}),
+        {"data": dataset(data, rows=len(rows))},
+        folder,
         name="scored",
-        trial="",
-        spec=Score.model_validate({"kind": "score", "data": "data", "by": tuple(by)}),
-        inputs={"data": Artifact(data, {"kind": "dataset", "fingerprint": "0", "facts": {"rows": len(rows)}}, {})},
-        seed=0,
-        folder=folder,
         out=out,
-        work=folder / "work",
-        store=folder / "work",
+        staging_dir=folder / "work",
         scores=folder / "scores",
-        events=folder,
-        logs=folder,
-        compute=Compute(workers=1),
-        emit=lambda *_, **__: None,
-        in_process=True,
     )
     return run_scoring(context), out
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import stage_context
 from pydantic import ValidationError
 
 from tunery.errors import StageError
@@ -29,8 +30,8 @@ from tunery.selection.coverage import chance_similarity, coverage
 from tunery.selection.k_center import k_center
 from tunery.selection.score_first import score_first, sort_by_score
 from tunery.selection.select_stage import run_select
-from tunery.spec import Compute, Diverse, Experiment, Keep, Quota, Select
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import Diverse, Experiment, Keep, Quota, Select
+from tunery.store import Artifact, StageResult
 from tunery.store.rows import SCHEMA, read_rows
 from tunery.store.vectors import vector_column
 
@@ -230,21 +231,8 @@ def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[Stag
     """Facts, ids kept in their order, and by id the rule that dropped it."""
     out = folder / "out"
     out.mkdir(parents=True)
-    context = StageContext(
-        name="clean",
-        trial="",
-        spec=spec,
-        inputs={"scored": data},
-        seed=seed,
-        folder=folder,
-        out=out,
-        work=folder / "work",
-        store=folder / "work",
-        scores=folder,
-        events=folder,
-        logs=folder,
-        compute=Compute(),
-        emit=lambda *args, **values: None,
+    context = stage_context(
+        spec, {"scored": data}, folder, name="clean", seed=seed, out=out, staging_dir=folder / "work"
     )
     result = run_select(context)
     assert not list((folder / "work").iterdir()), "what was on disk for the choice is gone"

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from in_process import dataset, stage_context
 
 from tunery.errors import StageError
 from tunery.ingest.corruption_metrics import auc, auc_by_kind, filter_quality, histogram
 from tunery.selection.select_stage import run_select
 from tunery.selection.thresholds import describe, find_threshold
-from tunery.spec import Compute, Keep, Select
-from tunery.store import Artifact, StageContext, StageResult
+from tunery.spec import Keep, Select
+from tunery.store import StageResult
 from tunery.store.rows import SHARD, read_rows, shards, write_rows
 
 NAN, INF = math.nan, math.inf
@@ -219,21 +220,12 @@ def select(
         parts = {name: values[index * SHARD : (index + 1) * SHARD] for name, values in columns.items()}
         table = pa.table({name: pa.array(part, pa.float64()) for name, part in parts.items()})
         pq.write_table(table, scored / "scores" / shard.name)
-    context = StageContext(
+    context = stage_context(
+        Select(kind="select", data="scored", keep=keep),
+        {"scored": dataset(scored, "score")},
+        folder,
         name="clean",
-        trial="",
-        spec=Select(kind="select", data="scored", keep=keep),
-        inputs={"scored": Artifact(scored, {"kind": "score", "fingerprint": "0", "facts": {}}, {})},
-        seed=0,
-        folder=folder,
         out=out,
-        work=folder,
-        store=folder,
-        scores=folder,
-        events=folder,
-        logs=folder,
-        compute=Compute(),
-        emit=lambda *args, **values: None,
     )
     return run_select(context), out
 

@@ -163,8 +163,8 @@ class PackActor:
     def _load_pack(self) -> Any:
         import torch
 
+        from tunery.models.precision import pick_dtype
         from tunery.training.packed.pack import Pack
-        from tunery.training.worker_setup import pick_dtype
 
         torch.set_num_threads(self._compute.cpus_per_worker)
         dtype = pick_dtype(self._compute.precision, self._compute.device)

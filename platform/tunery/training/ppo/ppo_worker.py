@@ -10,11 +10,12 @@ from typing import Any
 
 from tunery.errors import Stopped
 from tunery.events.event_log import EventLog
+from tunery.models.precision import pick_dtype
 from tunery.spec import Ppo
 from tunery.training.batches import at_even_steps, data_order, plan_batches
 from tunery.training.job import Job, Report, rows_of
 from tunery.training.training_stats import evaluations_of, relog_history, report_of, skipped_steps
-from tunery.training.worker_setup import pick_dtype, prepare_process
+from tunery.workers.process_state import prepare_process
 
 NUM_EXAMPLE_RESPONSES = 8
 """Prompts whose responses before and after training are kept in the artifact's facts."""

@@ -1,8 +1,11 @@
-"""Set up the process of a training worker for DeepSpeed on its device."""
+"""Set up the process of a worker for DeepSpeed on its device, and reset it between two trainings."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 
 def prepare_process(device: str, threads: int) -> None:
@@ -48,33 +51,79 @@ SINGLE_PROCESS_ENV = {
 }
 
 
+@dataclass(frozen=True)
+class ProcessState:
+    """The state of a worker process before a job."""
+
+    environment: Mapping[str, str]
+    threads: int
+    random_state: Any
+    numpy_state: Any
+    torch_state: Any
+
+    @classmethod
+    def capture(cls) -> ProcessState:
+        import random
+
+        import numpy as np
+        import torch
+
+        return cls(
+            dict(os.environ), torch.get_num_threads(), random.getstate(), np.random.get_state(), torch.get_rng_state()
+        )
+
+    def restore(self) -> None:
+        """Reset what a job has left behind, so that the next one runs as in a new process."""
+        import random
+
+        import numpy as np
+        import torch
+
+        os.environ.clear()
+        os.environ.update(self.environment)
+        torch.set_num_threads(self.threads)
+        torch.set_default_dtype(torch.float32)
+        random.setstate(self.random_state)
+        np.random.set_state(self.numpy_state)
+        torch.set_rng_state(self.torch_state)
+        reset_global_state()
+
+
 def reset_global_state() -> None:
-    """Reset the state that accelerate and transformers keep in module globals, so that this process can run another
-    training. After ZeRO-3, every model loaded later would be sharded otherwise.
+    """Reset the state that accelerate and transformers keep in module globals, and free the memory of models. After
+    ZeRO-3, every model loaded later would be sharded otherwise.
 
     The process group is kept: DeepSpeed stores groups in many places (deepspeed.utils.groups, 0.19.8).
     """
-    import gc
-
-    import torch
+    _destroy_engines()
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    free_memory()
+
+
+def _destroy_engines() -> None:
+    """Destroy all DeepSpeed engines of this process. Without it they are never freed (0.19.8): their hooks on gradient
+    accumulation refer to the model from C++, where the garbage collector sees no cycle."""
+    import gc
+
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for item in gc.get_objects():
+        if issubclass(type(item), DeepSpeedEngine):
+            item.destroy()
+
+
+def free_memory() -> None:
+    """Collect models in reference cycles and return their memory to the device."""
+    import gc
+
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def pick_dtype(precision: str, device: str) -> str:
-    """Return "bf16" or "fp32"."""
-    if precision != "auto":
-        return precision
-    if device == "gpu":
-        import torch
-
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "fp32"

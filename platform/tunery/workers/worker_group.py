@@ -1,0 +1,181 @@
+"""The worker processes of a run: one group of Ray Train workers that stays alive between stages.
+
+Starting a group takes 20 to 40 s on two cores, nearly all of it imports of torch, transformers, TRL and DeepSpeed. The
+group starts in the background while the first stages work, and each further stage begins within a second. After a
+failure Ray Train restarts all workers, and the job continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunery.errors import Stopped
+from tunery.interrupt import BackgroundCall, interruptible
+from tunery.spec import Compute
+from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
+from tunery.workers.pickling import dumps, loads
+from tunery.workers.serve import WorkerConfig, serve
+
+CLOSE_SECONDS = 30.0
+Task = dict[str, Any]
+
+
+class WorkersFailed(Exception):
+    """Workers raised errors or died, more often than `max_failures` allows."""
+
+    def __init__(self, worker_failures: dict[int, Exception]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {error}" for rank, error in worker_failures.items()))
+        self.worker_failures = worker_failures
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WorkersFailed, (self.worker_failures,)
+
+
+class WorkerGroup:
+    """`compute.workers` processes, each with its CPUs and, if `compute.device` is gpu, one GPU."""
+
+    def __init__(self, compute: Compute, logs: Path, preload: Sequence[str] = ()) -> None:
+        """Start the workers in the background. `logs`: where Ray Train keeps its state; `preload`: modules that the
+        workers import first."""
+        import ray
+
+        assert compute.workers != "auto", "resolved"
+        self.compute = compute
+        self.num_workers = compute.workers
+        self._queue: Any = ray.remote(JobQueue).options(num_cpus=0, max_concurrency=1000).remote(self.num_workers)
+        self._fit = BackgroundCall(lambda: self._start(logs, tuple(preload)))
+
+    def fits(self, compute: Compute) -> bool:
+        """Whether the group is alive and has the resources that `compute` asks for."""
+        own = (self.compute.workers, self.compute.device, self.compute.cpus_per_worker)
+        return not self._fit.ended and own == (compute.workers, compute.device, compute.cpus_per_worker)
+
+    def run(
+        self,
+        function: Callable[[Any, Callable[[dict[str, float]], None]], None],
+        argument: Any,
+        report: Callable[[dict[str, float]], None],
+        max_failures: int,
+    ) -> None:
+        """Call `function(argument, report)` on all workers and wait for its end. What rank 0 reports is passed to
+        `report` in this process.
+
+        If a worker dies or raises, all restart and call the function again, up to `max_failures` times. Raises
+        WorkersFailed after that, and Stopped if the workers have raised it.
+        """
+        self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
+        failures = 0
+        while True:
+            update: JobUpdate = self._call(self._queue.job_update, failures)
+            failures = update.failures
+            for metrics in update.reports:
+                report(metrics)
+            if update.state == "stopped":
+                raise Stopped("stopped while it trained")
+            if update.state == "failed":
+                raise WorkersFailed(loads(update.errors))
+            if update.state == "done":
+                return
+
+    def map(self, actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int) -> Iterator[Task]:
+        """Construct `actor(*arguments)` once per worker, call it with a batch {column: [value]} per task, and yield the
+        results in order of completion.
+
+        A task whose worker died is repeated, `max_crashes` times; its column `crashes` has the number. Raises the
+        error of the first task that failed.
+        """
+        self._call(self._queue.submit_tasks, dumps((actor, arguments)), list(tasks), max_crashes)
+        remaining = len(tasks)
+        try:
+            while remaining:
+                results: list[TaskResult] = self._call(self._queue.task_results)
+                for result in results:
+                    remaining -= 1
+                    if result.error:
+                        error = loads(result.error)
+                        raise WorkersFailed(error) if isinstance(error, dict) else error
+                    yield loads(result.result)
+        finally:
+            if remaining:
+                self._queue.submit_tasks.remote(b"", [], 0)
+
+    def close(self) -> None:
+        """Make the workers exit and wait until their resources are free."""
+        self._queue.close.remote()
+        self._fit.wait(CLOSE_SECONDS)
+
+    def _call(self, method: Any, *arguments: Any) -> Any:
+        """Call a method of the queue. Raises the error of the group if it has ended."""
+        import ray
+
+        if self._fit.ended:
+            self._fit.result()
+            raise RuntimeError("the workers have exited")
+        return interruptible(lambda: ray.get(method.remote(*arguments)))
+
+    def _start(self, logs: Path, preload: tuple[str, ...]) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        compute = self.compute
+        gpu = compute.device == "gpu"
+        trainer = TorchTrainer(
+            serve,
+            train_loop_config={"worker": WorkerConfig(self._queue, compute.device, compute.cpus_per_worker, preload)},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=self.num_workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
+            ),
+            run_config=RunConfig(
+                # A reused name would make Ray resume from its own state; our checkpoints are in the store.
+                name=f"workers-{time.time_ns()}",
+                storage_path=str(logs / "ray-train"),
+                # The queue counts the failures of each job.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+                callbacks=[_failure_callback(self._queue)],
+            ),
+        )
+        trainer.fit()
+
+
+def _failure_callback(queue: Any) -> Any:
+    """Return a callback of Ray Train's controller that passes the errors of workers to the queue."""
+    from ray.train import UserCallback
+
+    class FailureCallback(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            import ray
+
+            ray.get(queue.fail.remote(list(worker_exceptions), dumps(worker_exceptions)))
+
+    return FailureCallback()
+
+
+class Workers:
+    """The current worker group of a process: started when it is first needed, replaced when other resources are."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._group: WorkerGroup | None = None
+
+    def group(self, compute: Compute, preload: Sequence[str] = ()) -> WorkerGroup:
+        """Return a group with the resources of `compute`; it may still be starting. `preload` is for a new one."""
+        if (group := self.running(compute)) is None:
+            self.close()
+            group = self._group = WorkerGroup(compute, self._logs, preload)
+        return group
+
+    def running(self, compute: Compute) -> WorkerGroup | None:
+        """Return the current group if it has the resources of `compute`."""
+        return self._group if self._group is not None and self._group.fits(compute) else None
+
+    def close(self) -> None:
+        """Free the resources of the group, if there is one."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
