@@ -125,7 +125,7 @@ import os, sys
 from pathlib import Path
 import ray
 from tunery.scoring.score_shard import ScorePass, score_shard
-from tunery.workers.local_map import map_on_cpus
+from tunery.workers.map_tasks import map_on_cpus
 
 class Actor:
     def __init__(self, job):

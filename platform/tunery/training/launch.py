@@ -22,7 +22,7 @@ from tunery.training.auto import resolve
 from tunery.training.checkpoints import seed_from
 from tunery.training.job import Job, Report, RowSource
 from tunery.training.packed.pack_server import train_packed
-from tunery.workers.local_map import Task, map_in_process, map_on_cpus
+from tunery.workers.map_tasks import Task, map_in_process, map_on_cpus
 from tunery.workers.worker_group import Workers
 
 Data = str | PositiveNegative | ReviewLabels | dict[str, float]
@@ -128,10 +128,15 @@ class OnWorkers(_LauncherFields):
         max_crashes: int = MAX_CRASHES,
     ) -> Iterator[Task]:
         if on_cpu:
-            group, num_actors = self.workers.running(self.compute), _free_cpus()
-            if group is None or num_actors > group.num_workers:
-                return map_on_cpus(actor, arguments, tasks, max(1, num_actors))
+            return self._map_on_cpus(actor, arguments, tasks)
         return self.workers.group(self.compute).map(actor, arguments, tasks, max_crashes)
+
+    def _map_on_cpus(self, actor: type, arguments: tuple[Any, ...], tasks: list[Task]) -> Iterator[Task]:
+        free, group = _free_cpus(), self.workers.running(self.compute)
+        idle = group.num_workers * self.compute.cpus_per_worker if group is not None else 0
+        if idle > free:  # the workers have reserved these CPUs, but wait for the stage
+            return map_on_cpus(actor, arguments, tasks, idle, num_cpus=0)
+        return map_on_cpus(actor, arguments, tasks, max(1, free))
 
 
 @dataclass(frozen=True)

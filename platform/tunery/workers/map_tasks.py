@@ -18,8 +18,10 @@ def map_in_process(actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task
         yield {key: values[0] for key, values in results.items()}
 
 
-def map_on_cpus(actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], num_actors: int) -> Iterator[Task]:
-    """Like map_in_process, on `num_actors` actors of Ray Data with one CPU each, in order of completion.
+def map_on_cpus(
+    actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], num_actors: int, num_cpus: int = 1
+) -> Iterator[Task]:
+    """Like map_in_process, on actors of Ray Data that reserve `num_cpus` each, in order of completion.
 
     A TuneryError raised in an actor is raised here unchanged.
     """
@@ -34,7 +36,7 @@ def map_on_cpus(actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], 
         fn_constructor_args=arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(tasks))),
-        num_cpus=1,
+        num_cpus=num_cpus,
     )
     try:
         yield from dataset.iter_rows()
