@@ -27,8 +27,8 @@ from pydantic import TypeAdapter
 
 from tunery.ingest import python_docs
 from tunery.scoring.scorers.external_groupby import RowSignatures
-from tunery.scoring.scorers.registry import SCORER_ENTRIES
 from tunery.spec import Scorer
+from tunery.spec.scorers import SCORERS
 from tunery.store.rows import Row, row_id, shards, write_rows
 
 SPECS = {
@@ -69,7 +69,7 @@ def peak() -> float:
 def measure(name: str, data: Path, heldout: Path, work: Path) -> dict[str, float]:
     """In this process, which does nothing else."""
     spec = TypeAdapter(Scorer).validate_json(json.dumps(SPECS[name]))
-    entry = SCORER_ENTRIES[spec.kind()]
+    entry = SCORERS[spec.kind()]
     build = entry.load()
     files = shards(data)
     scorer = build(spec, {"heldout": heldout}) if entry.input_kind == "row" else build(spec)

@@ -28,7 +28,7 @@ from tunery.spec import (
     Pretrained,
     PythonReward,
     Sampling,
-    Scorer,
+    ScorerSpec,
     Scratch,
     Search,
     Tracking,
@@ -36,7 +36,7 @@ from tunery.spec import (
     Wandb,
 )
 from tunery.spec.feedback import Kl, Ptx
-from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings, ScorerSpec
+from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings
 from tunery.spec.search import Budget, Constraint, Dimension, Objective
 from tunery.spec.stages import Diverse, Keep, Quota, Stage
 from tunery.spec.trainings import LoraTuner, PositiveNegative, ReviewLabels, ScheduleOverride
@@ -88,7 +88,7 @@ STAGE_REFERENCES = {
     (ReviewLabels, "review"),
     (Ptx, "data"),
     (ContaminationSettings, "sets"),
-    *((cls, "reference") for cls in SCORERS),
+    *((entry.config, "reference") for entry in SCORERS.values()),
 }
 """Fields whose strings are names of stages."""
 
@@ -152,7 +152,7 @@ def type_text(annotation: Any, stage: bool = False) -> str:
         return type_text(inner, stage or (inner is str and tags == ["stage"])) + _bounds(metadata)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
-    if annotation == get_args(Scorer)[0]:
+    if annotation is ScorerSpec:
         return "[scores](#scores)"
     if origin in (Union, types.UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
@@ -242,7 +242,7 @@ def _nested(*models: type[BaseModel], level: int = 3) -> list[str]:
 
 def page() -> str:
     kinds = " ·\n".join(link(kind) for kind in STAGES)
-    scores = " ·\n".join(link(f"{model.kind()} score") for model in SCORERS)
+    scores = " ·\n".join(link(f"{kind} score") for kind in SCORERS)
     lines = [HEAD, "## Experiment", "", *table(Experiment), ""]
     lines += ["## Stages", "", "Each stage has a `kind`:", "", kinds, ""]
     for kind, model in STAGES.items():
@@ -250,8 +250,8 @@ def page() -> str:
     lines += ["### Keys of every training", "", *table(Training, OWN), ""]
     lines += ["## Scores", "", "An entry of `by` in a [score](#score) stage is a mapping whose first key names it:", ""]
     lines += [scores, ""]
-    for scorer in SCORERS:
-        lines += _scorer_section(scorer)
+    for scorer in SCORERS.values():
+        lines += _scorer_section(scorer.config)
     lines += _nested(GopherRules, C4Rules, NearDuplicatesSettings, ContaminationSettings)
     lines += ["## Nested keys of stages", ""]
     lines += _nested(

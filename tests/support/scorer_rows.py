@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from tunery.scoring.scorers.external_groupby import RowSignatures
-from tunery.scoring.scorers.registry import Columns, CorpusScorer
+from tunery.scoring.scorers.interfaces import Columns, CorpusScorer
 from tunery.store.rows import Row, row_id
 
 

@@ -5,6 +5,7 @@ The experiment is written beside the output, so that the filter can be read, kep
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -16,10 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tunery.errors import RequestError
-from tunery.filter.grammar import Rule, Scorer, asked_for, parse_by, parse_keep, said, score_of, without_value
+from tunery.filter.grammar import (
+    Rule,
+    Scorer,
+    kind_of_scorer,
+    parse_by,
+    parse_keep,
+    required_value,
+    said,
+    score_of,
+    without_value,
+)
 from tunery.selection.thresholds import describe
-from tunery.spec import RANDOM, Dataset, Keep
+from tunery.spec import RANDOM, Dataset, Keep, ScorerEntry, ScorerSpec
 from tunery.spec.error_messages import nearest
 from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import plain_scalar
@@ -29,8 +42,6 @@ MARKER = "# Written by `tunery filter`, which overwrites it: to edit it, copy it
 ROWS, SCORED, KEPT = "rows", "scored", "kept"
 """Stage names."""
 SEED = 17
-MODEL_KINDS = ("perplexity", "ifd", "reward", "classifier", "embedding")
-"""Scorers whose value is a model."""
 
 # Default scores without --by and --keep: they find defects in rows of any kind, in any language. They do not include
 # length (the reader already quarantines empty texts), language (only the user knows the expected one), C4 (rules for
@@ -48,22 +59,6 @@ PAGES_ONLY = (
     "top_4gram_max",
 )
 """Gopher rules that short responses, code or languages other than English may violate without being of low quality."""
-
-USUAL_KEEP: Mapping[str, str] = {
-    "perplexity": "best 80%",  # as in experiments/quickstart.yaml
-    "ifd": "best 80%",
-    "reward": "best 80%",
-    "classifier": ">= 0.5",
-    "embedding": "best 80%",
-    "length": "1..",
-    "gopher": "<= 0",  # the paper drops a page for one violation
-    "c4": "<= 0",
-    "language": ">= 0.1",  # 0.9 drops a third of English texts (spec/scorers.py)
-    "duplicates": "<= 0",
-    "near_duplicates": "<= 0",
-    "contamination": "<= 0",
-}
-"""Default rule of each score, used if there is no `--keep`."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +115,10 @@ def build(asked: FilterRequest, *, answers: bool = True) -> Built:
     """
     by = [(with_models(parse_by(text)), f"--by {text}") for text in asked.by]
     for scorer, option in by:
-        if "embedding" in scorer and not isinstance(scorer.get("reference"), str):
+        if (config := _config(scorer)) is not None and config.gives_vectors:
             raise RequestError(
                 f"`{option}` gives rows no score",
-                cause="an embedding scores a row by the most similar of other rows, and none are named",
+                cause=f"`{config.kind()}` scores a row by the most similar of other rows, and none are named",
                 remedy="add rows to be like: `reference: good.jsonl`",
             )
     keep: dict[str, tuple[Rule, str]] = {}
@@ -146,8 +141,9 @@ def build(asked: FilterRequest, *, answers: bool = True) -> Built:
         notes.append("no --keep: each score has its usual rule")
     if not keep:
         for scorer, option in by:
-            kind = next((key for key in scorer if key != "name"), "")
-            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {USUAL_KEEP.get(kind, 'best 80%')}")[1], option
+            kind = kind_of_scorer(scorer)
+            usual = SCORERS[kind].usual_rule if kind in SCORERS else ScorerEntry.usual_rule
+            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {usual}")[1], option
         notes.append("rules: " + "; ".join(said(score, rule) for score, (rule, _) in keep.items()))
     made: dict[str, str] = {}
     for scorer, option in by:
@@ -162,13 +158,13 @@ def build(asked: FilterRequest, *, answers: bool = True) -> Built:
             continue
         if (implied := without_value(score)) is not None:
             by.append((implied, option))
-        elif words := asked_for(score):
+        elif words := required_value(score):
             raise RequestError(
                 f"the rule `{said(score, rule)}` needs to know more about the score",
                 remedy=f"add a --by with {words}",
             )
         else:
-            known = [*made, RANDOM, *(kind.kind() for kind in SCORERS)]
+            known = [*made, RANDOM, *SCORERS]
             raise RequestError(
                 f"`{option}` is about `{score}`, and there is no such score", remedy=nearest(score, known)
             )
@@ -197,22 +193,37 @@ def dataset_here(asked: FilterRequest, sources: Sequence[str]) -> Dataset:
     return Dataset.model_validate_json(json.dumps(dataset(asked, sources, None)), strict=True)
 
 
+def _config(scorer: Scorer) -> ScorerSpec | None:
+    """Return the validated config of a scorer; None if it is invalid, which the loader of experiments reports."""
+    entry = SCORERS.get(kind_of_scorer(scorer))
+    try:
+        return entry.config.model_validate_json(json.dumps(scorer), strict=True) if entry is not None else None
+    except ValidationError:
+        return None
+
+
+def _row_fields(scorer: Scorer) -> dict[tuple[str | int, ...], str]:
+    """Return the sources of the rows that a scorer compares with, by their path in it."""
+    config = _config(scorer)
+    return {item.path: item.stage for item in config.inputs()} if config is not None else {}
+
+
 def other_rows(scorer: Scorer) -> list[str]:
     """Return the sources of the rows that a scorer compares with."""
-    settings = scorer.get("contamination")
-    sets = settings.get("sets") if isinstance(settings, dict) else None
-    found = [str(source) for source in sets] if isinstance(sets, list) else []
-    return [*found, str(scorer["reference"])] if isinstance(scorer.get("reference"), str) else found
+    return list(_row_fields(scorer).values())
+
+
+def _model_key(scorer: Scorer) -> str | None:
+    """Return the key whose value is the model of a scorer."""
+    kind = kind_of_scorer(scorer)
+    return kind if kind in SCORERS and SCORERS[kind].needs_model else None
 
 
 def with_models(scorer: Scorer) -> Scorer:
     """Return a scorer with its model as `{pretrained: ...}`. A model given as a string is not a stage, since the
     experiment of a filter trains no model."""
-    found = dict(scorer)
-    for kind in MODEL_KINDS:
-        if isinstance(found.get(kind), str):
-            found[kind] = {"pretrained": found[kind]}
-    return found
+    key = _model_key(scorer)
+    return {**scorer, key: {"pretrained": scorer[key]}} if key and isinstance(scorer[key], str) else scorer
 
 
 def model_folder(scorer: Scorer) -> Path | None:
@@ -222,9 +233,9 @@ def model_folder(scorer: Scorer) -> Path | None:
 
 
 def _model_name(scorer: Scorer) -> str | None:
-    models = [scorer[kind] for kind in MODEL_KINDS if isinstance(scorer.get(kind), dict)]
-    names = [model["pretrained"] for model in models if isinstance(model.get("pretrained"), str)]
-    return names[0] if names else None
+    model = scorer[key] if (key := _model_key(scorer)) else None
+    name = model.get("pretrained") if isinstance(model, dict) else None
+    return name if isinstance(name, str) else None
 
 
 class _Lines:
@@ -300,16 +311,14 @@ def _with_options(asked: FilterRequest, stage: Mapping[str, Any], sources: Seque
 def _in_experiment(asked: FilterRequest, scorer: Scorer, sets: Sequence[str]) -> Scorer:
     """Return the scorer with its model's path relative to the experiment, and its sources replaced with the stages
     `sets`."""
-    found = dict(scorer)
-    for kind in MODEL_KINDS:
-        model = found.get(kind)
-        if isinstance(model, dict) and isinstance(name := model.get("pretrained"), str) and _is_folder(name):
-            found[kind] = {**model, "pretrained": _folder_from(asked.file.parent, name)}
-    names = list(sets)
-    if isinstance(found.get("reference"), str):
-        found["reference"] = names.pop()
-    if names:
-        found["contamination"] = {**found["contamination"], "sets": names}
+    found = copy.deepcopy(scorer)
+    if (name := _model_name(found)) is not None and _is_folder(name):
+        found[kind_of_scorer(found)]["pretrained"] = _folder_from(asked.file.parent, name)
+    for (*parents, last), stage in zip(_row_fields(scorer), sets, strict=True):
+        node: Any = found
+        for key in parents:
+            node = node[key]
+        node[last] = stage
     return found
 
 

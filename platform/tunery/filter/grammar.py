@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
 from tunery.errors import RequestError
 from tunery.spec.error_messages import nearest
+from tunery.spec.scorer_entry import ByOption
 from tunery.spec.scorers import SCORERS
-from tunery.spec.yaml_source import plain_scalar, read_yaml
+from tunery.spec.yaml_source import read_yaml
 
 Scorer = dict[str, Any]
 Rule = dict[str, Any]
@@ -31,44 +31,6 @@ _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _ENDS = {"best": None, "lowest": "low", "highest": "high"}
 
 
-def _model(value: str) -> Any:
-    return {"pretrained": value}
-
-
-_VALUES: Mapping[str, tuple[str | None, Callable[[str], Any]]] = {
-    "perplexity": (None, _model),
-    "ifd": (None, _model),
-    "reward": (None, _model),
-    "classifier": (None, _model),
-    "length": ("words", str),
-    "gopher": ("", lambda value: {}),
-    "c4": ("", lambda value: {}),
-    "language": (None, str),
-    "duplicates": ("normalised", str),
-    "near_duplicates": ("", lambda value: {"threshold": plain_scalar(value)} if value else {}),
-    "contamination": (None, lambda value: {"sets": [value]}),
-}
-"""By kind: the default value ("" if the scorer needs none, None if a value is required), and the conversion of a value
-to the scorer's settings. The value of `contamination` is a source, which filter_experiment.py replaces with a stage."""
-
-_ASKED = {
-    "perplexity": "a model's folder or hub name: `perplexity=./model`",
-    "ifd": "a model's folder or hub name: `ifd=./model`",
-    "reward": "a reward model's folder or hub name: `reward=./model`",
-    "classifier": "a classifier's folder or hub name: `classifier=./model`",
-    "language": "an ISO 639 code: `language=en`",
-    "contamination": "the rows that must not be there: `contamination=test.jsonl`",
-}
-
-
-_IN_FULL = {
-    "embedding": 'a model, and rows to be like: `--by "{embedding: ./model, reference: good.jsonl}"`',
-}
-"""Scorers that need more than one value."""
-_BESIDES: Mapping[str, Scorer] = {"classifier": {"label": "good"}}
-"""By kind: fields that a scorer needs besides its value. Classifiers trained by tunery have the labels bad and good."""
-
-
 def parse_by(text: str) -> Scorer:
     """Parse `KIND`, `KIND=VALUE`, or a scorer in braces as in an experiment. Raises RequestError."""
     if text.lstrip().startswith("{"):
@@ -76,36 +38,44 @@ def parse_by(text: str) -> Scorer:
         assert isinstance(scorer, dict), "it is in braces"
         return scorer
     kind, equals, value = (part.strip() for part in text.partition("="))
-    if kind in _IN_FULL:
-        raise RequestError(f"`--by {text}` does not say enough", remedy=f"give {_IN_FULL[kind]}")
-    if kind not in _VALUES:
-        raise RequestError(f"`--by {text}` names no score", remedy=nearest(kind, [scorer.kind() for scorer in SCORERS]))
-    default, meant = _VALUES[kind]
+    if kind not in SCORERS:
+        raise RequestError(f"`--by {text}` names no score", remedy=nearest(kind, SCORERS))
+    form = SCORERS[kind].by_option
+    if isinstance(form, str):
+        remedy = f"give {form}" if form else "write the scorer in braces, as in an experiment"
+        raise RequestError(f"`--by {text}` does not say enough", remedy=remedy)
     if equals and not value:
-        raise RequestError(f"`--by {text}` has no value behind `=`", remedy=f"`--by {kind}={_example(kind)}`")
-    if not value and default is None:
-        raise RequestError(f"`--by {text}` lacks a value", remedy=f"add {_ASKED[kind]}")
-    if value and kind in ("gopher", "c4"):
+        raise RequestError(f"`--by {text}` has no value behind `=`", remedy=f"`--by {kind}={_example(form)}`")
+    if not value and form.default is None:
+        raise RequestError(f"`--by {text}` lacks a value", remedy=f"add {form.required}")
+    if value and not form.takes_value:
         raise RequestError(
             f"`--by {text}` has a value, and {kind} has rules",
             remedy=f'`--by {kind}`, or name the rules that differ: `--by "{{{kind}: {{of: whole}}}}"`',
         )
-    return {kind: meant(value or default or ""), **_BESIDES.get(kind, {})}
+    return {kind: form.settings(value or form.default or ""), **form.fields}
 
 
-def _example(kind: str) -> str:
-    asked = _ASKED.get(kind)
-    return asked.rstrip("`").rpartition("=")[2] if asked else str(_VALUES[kind][0] or "0.8")
+def _example(form: ByOption) -> str:
+    return form.required.rstrip("`").rpartition("=")[2] or form.default or "0.8"
 
 
 def without_value(kind: str) -> Scorer | None:
     """Return the scorer for a rule on `kind`, or None if the kind is unknown or needs a value."""
-    return parse_by(kind) if kind in _VALUES and kind not in _ASKED else None
+    form = SCORERS[kind].by_option if kind in SCORERS else ""
+    return parse_by(kind) if isinstance(form, ByOption) and form.default is not None else None
 
 
-def asked_for(kind: str) -> str:
+def required_value(kind: str) -> str:
     """Describe the value that a `--by` of this kind requires; "" if it requires none."""
-    return _ASKED.get(kind) or _IN_FULL.get(kind, "")
+    form = SCORERS[kind].by_option if kind in SCORERS else ""
+    return form.required if isinstance(form, ByOption) else form
+
+
+def kind_of_scorer(scorer: Scorer) -> str:
+    """Return the kind of a scorer: a key that is a known kind, or else its first key."""
+    keys = [key for key in scorer if key != "name"]
+    return next((key for key in keys if key in SCORERS), keys[0] if keys else "")
 
 
 def score_of(scorer: Scorer) -> str:

@@ -24,10 +24,7 @@ from tunery.pipeline.validate_templates import validate_templates
 from tunery.pipeline.validate_training import check_shapes, known_labels, root_of, validate_rewards
 from tunery.review.decisions import BadDecisions, decisions_path, read_decisions
 from tunery.spec import (
-    AUTO,
     Augment,
-    ClassificationSpec,
-    Classifier,
     ClassifierTraining,
     Dataset,
     Dimension,
@@ -43,6 +40,7 @@ from tunery.spec import (
 from tunery.spec.error_messages import error_at, nearest
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
+from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
@@ -133,20 +131,13 @@ def _check_stage(
 
 
 def _check_labels(scorer: ScorerSpec, experiment: Experiment, folder: Path) -> None:
-    """Raise BadModel if a stage or model folder does not have the labels of the scorer. Models on the hub are checked
-    when they are loaded."""
-    model = scorer.model
-    if not isinstance(scorer, ClassificationSpec) or model is None:
+    """Raise BadModel if a stage or model folder does not have the labels of the scorer: building the scorer checks
+    them. Models on the hub are checked when they are loaded."""
+    entry, model = SCORERS[scorer.kind()], scorer.model
+    if entry.input_kind != "classification" or model is None:
         return
-    name = model if isinstance(model, str) else model.pretrained
-    if (labels := known_labels(model, experiment, folder)) is None:
-        return
-    if isinstance(scorer, Classifier):
-        labels.index(scorer.label, name)
-        if scorer.temperature == AUTO:
-            labels.fitted_temperature(name)
-    else:
-        labels.check_single(name)
+    if (labels := known_labels(model, experiment, folder)) is not None:
+        entry.load()(scorer, labels, model if isinstance(model, str) else model.pretrained)
 
 
 def _check_has_labels(

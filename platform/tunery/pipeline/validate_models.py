@@ -27,9 +27,7 @@ from tunery.models.model_folder import BadModel
 from tunery.models.scratch import SHAPES
 from tunery.pipeline.cache_keys import model_folder, models_of
 from tunery.spec import (
-    ClassificationSpec,
     ClassifierTraining,
-    Embedding,
     Experiment,
     LoraTuner,
     Pretrained,
@@ -40,6 +38,7 @@ from tunery.spec import (
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import Root, root_model
 from tunery.spec.references import model_name
+from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
@@ -137,7 +136,7 @@ def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
     positions, and `tunery filter` cannot set a length."""
     if not isinstance(stage, Score) or stage.max_length != Score.model_fields["max_length"].default:
         return False
-    return isinstance(stage.by[int(path[1])], ClassificationSpec | Embedding)
+    return SCORERS[stage.by[int(path[1])].kind()].input_kind in ("classification", "embedding")
 
 
 def _is_here(root: Root, folder: Path, download: bool) -> bool:

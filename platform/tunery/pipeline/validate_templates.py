@@ -37,6 +37,7 @@ from tunery.spec import (
 )
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import model_chain, root_model
+from tunery.spec.scorers import SCORERS
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
@@ -213,7 +214,7 @@ def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
             yield ("models", index), model
     elif isinstance(stage, Score):
         for index, scorer in enumerate(stage.by):
-            if scorer.kind() in ("perplexity", "ifd") and scorer.model is not None:
+            if SCORERS[scorer.kind()].input_kind == "likelihood":
                 yield ("by", index), scorer.model
 
 

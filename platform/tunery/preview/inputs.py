@@ -10,11 +10,8 @@ from tunery.errors import RequestError
 from tunery.models.encode import Encoding
 from tunery.models.preview import FORMATS, InputFormat, stage_encoding
 from tunery.spec import (
-    Embedding,
     Evaluate,
     Experiment,
-    Ifd,
-    Perplexity,
     Ppo,
     Pretrained,
     ReviewLabels,
@@ -27,6 +24,7 @@ from tunery.spec import (
 from tunery.spec.error_messages import nearest
 from tunery.spec.graph import model_chain
 from tunery.spec.references import model_name
+from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import TRAININGS
 from tunery.spec.trainings import data_refs
 from tunery.store.rows import REVIEWED_DIR
@@ -107,16 +105,18 @@ def _score_inputs(stage: Score) -> Iterator[ModelInput]:
                 _input_format(scorer),
                 stage_encoding(stage),
                 loss_word="counted",
-                embeds=isinstance(scorer, Embedding),
+                embeds=SCORERS[scorer.kind()].input_kind == "embedding",
             )
 
 
 def _input_format(scorer: ScorerSpec) -> InputFormat:
-    if isinstance(scorer, Ifd):
+    entry = SCORERS[scorer.kind()]
+    if entry.input_kind != "likelihood":
+        return "classifier"
+    views = entry.load()(scorer).views
+    if "alone" in views:
         return "ifd"
-    if isinstance(scorer, Perplexity):
-        return "all_tokens" if scorer.of == "whole" else "scored"
-    return "classifier"
+    return "all_tokens" if "whole" in views else "scored"
 
 
 def _merge(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput]:

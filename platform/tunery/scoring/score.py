@@ -31,8 +31,9 @@ from tunery.scoring.score_actors import ClassificationActor, EmbeddingActor, Lik
 from tunery.scoring.score_shard import ScorePass
 from tunery.scoring.score_stats import describe_scores
 from tunery.scoring.scorers.external_groupby import RowSignatures
-from tunery.scoring.scorers.registry import SCORER_ENTRIES, CorpusScorer
+from tunery.scoring.scorers.interfaces import CorpusScorer
 from tunery.spec import Pretrained, Score, ScorerSpec
+from tunery.spec.scorers import SCORERS
 from tunery.store import StageContext, StageResult, fingerprint
 from tunery.store.fingerprint import folder_digest
 from tunery.store.rows import shards, to_str_list
@@ -106,7 +107,7 @@ def _plan_passes(context: StageContext, stage: Score, run: str) -> Iterator[tupl
     without_model: list[ScorerSpec] = []
     specs: Sequence[ScorerSpec] = stage.by
     for spec in specs:
-        input_kind = SCORER_ENTRIES[spec.kind()].input_kind
+        input_kind = SCORERS[spec.kind()].input_kind
         if input_kind in MODEL_ACTORS:
             assert spec.model is not None, "a scorer of this kind has a model"
             source = json.dumps(source_of(spec.model, paths, context.folder))
@@ -140,7 +141,7 @@ def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
     """Return the cache key of a scorer: everything a score depends on except the row and the name of the score."""
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Score)
-    entry = SCORER_ENTRIES[spec.kind()]
+    entry = SCORERS[spec.kind()]
     config: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": entry.version}
     if entry.input_kind in MODEL_ACTORS:
         # Scores in bf16 differ from those in fp32 in the third digit, so they are not mixed.
@@ -246,7 +247,7 @@ def _read_scores(path: Path, scores: Sequence[str]) -> pa.Table:
 
 
 def _compares_rows(spec: ScorerSpec) -> bool:
-    return SCORER_ENTRIES[spec.kind()].input_kind == "across"
+    return SCORERS[spec.kind()].input_kind == "across"
 
 
 def _resolve_corpus_scorer(
@@ -254,7 +255,7 @@ def _resolve_corpus_scorer(
 ) -> Iterator[dict[str, Any]]:
     """Yield the columns of each shard from a scorer that compares rows."""
     (score_pass,) = (score_pass for score_pass in passes if spec.score in score_pass.scores)
-    scorer: CorpusScorer = SCORER_ENTRIES[spec.kind()].load()(spec)
+    scorer: CorpusScorer = SCORERS[spec.kind()].load()(spec)
     signatures = RowSignatures(tuple(score_pass.folder / path.name for path in files), f"{spec.score}:")
     for columns in scorer.resolve(signatures, context.staging_dir / "across" / spec.score):
         yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}

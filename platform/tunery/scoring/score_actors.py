@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tunery.errors import TuneryError
 from tunery.models.load import Source
@@ -16,9 +14,9 @@ from tunery.models.model_folder import BadModel
 from tunery.models.nll import SpanNll
 from tunery.models.precision import score_dtype
 from tunery.scoring.score_shard import Scored, ScoreFn, ScorePass, score_shard
-from tunery.scoring.scorers.embedding import keep_vectors, reference_rows
-from tunery.scoring.scorers.registry import SCORER_ENTRIES, ClassificationScorer, Columns, CorpusScorer, RowScorer
-from tunery.spec import Compute, Embedding, ScorerSpec
+from tunery.scoring.scorers.interfaces import ClassificationScorer, Columns, CorpusScorer, EmbeddingFn, RowScorer
+from tunery.spec import Compute, ScorerSpec
+from tunery.spec.scorers import SCORERS
 from tunery.store.rows import Row
 
 
@@ -36,7 +34,7 @@ class LikelihoodActor:
         torch.set_num_threads(compute.cpus_per_worker)
         device = "cuda" if compute.device == "gpu" else "cpu"
         self._pass, self._max_length = score_pass, max_length
-        self._scorers = {spec.score: SCORER_ENTRIES[spec.kind()].load()(spec) for spec in specs}
+        self._scorers = {spec.score: SCORERS[spec.kind()].load()(spec) for spec in specs}
         self._tokenizer = load_tokenizer(source)
         pad = self._tokenizer.pad_token_id
         assert isinstance(pad, int), "load_tokenizer sets a pad token"
@@ -73,7 +71,7 @@ class ClassificationActor:
         name = source.get("pretrained", source.get("artifact"))
         try:
             self._scorers: dict[str, ClassificationScorer] = {
-                spec.score: SCORER_ENTRIES[spec.kind()].load()(spec, labels, name) for spec in specs
+                spec.score: SCORERS[spec.kind()].load()(spec, labels, name) for spec in specs
             }
         except BadModel as error:  # local folders were validated before the run; hub models are only checked here
             raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
@@ -90,7 +88,7 @@ class ClassificationActor:
 
 
 class EmbeddingActor:
-    """Holds one model without its head, and the embeddings of the reference rows of all scorers that use it."""
+    """Holds one model without its head for all scorers that use it."""
 
     def __init__(
         self,
@@ -111,28 +109,13 @@ class EmbeddingActor:
         model = load_encoder(source, score_dtype(compute)).to(device).eval()
         self._pass = score_pass
         self._embedder = Embedder(model, load_own_tokenizer(source), max_length)
-        self._scorers = {spec.score: self._build_scorer(spec, inputs) for spec in specs}
+        self._scorers: dict[str, EmbeddingFn] = {
+            spec.score: SCORERS[spec.kind()].load()(spec, inputs, lambda rows: self._embedder(rows).vectors)
+            for spec in specs
+        }
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _score_shards(batch, self._pass, self._score)
-
-    def _build_scorer(self, spec: ScorerSpec, inputs: dict[str, Path]) -> Callable[[np.ndarray], Columns]:
-        assert isinstance(spec, Embedding)
-        if spec.reference is None:
-            return keep_vectors
-        references = reference_rows(inputs[spec.reference])
-        vectors = self._embedder(references).vectors
-        embedded = np.flatnonzero(~np.isnan(vectors[:, 0]))
-        if not len(embedded):
-            raise TuneryError(
-                f"no row of `{spec.reference}` can be compared with",
-                cause=f"the model sees no token in any of {len(references):,}",
-                remedy="name a stage whose rows are not empty in `reference`",
-            )
-        scorer: Callable[[np.ndarray], Columns] = SCORER_ENTRIES[spec.kind()].load()(
-            vectors[embedded], [references[index]["id"] for index in embedded]
-        )
-        return scorer
 
     def _score(self, rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         output = self._embedder(rows)
@@ -156,7 +139,7 @@ class RuleActor:
 
 
 def _row_scorer(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
-    entry = SCORER_ENTRIES[spec.kind()]
+    entry = SCORERS[spec.kind()]
     if entry.input_kind == "row":
         scorer: RowScorer = entry.load()(spec, inputs)
         return scorer

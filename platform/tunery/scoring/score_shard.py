@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.errors import TuneryError
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.store.rows import Row
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import is_vectors, vector_column, vectors_of

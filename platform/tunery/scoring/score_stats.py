@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from tunery.ingest.corruption_metrics import Floats, LabeledScores, auc_by_kind, histogram
 from tunery.models.metrics import auc
 from tunery.scoring.order_statistics import kth_smallest
-from tunery.scoring.scorers.registry import SCORER_ENTRIES
 from tunery.spec import ScorerSpec
+from tunery.spec.scorers import SCORERS
 from tunery.store.rows import shards
 from tunery.store.vectors import vectors_of
 
@@ -80,9 +80,9 @@ def _describe_score(
     num_scored = rows - unscored
     middle = sorted({(num_scored - 1) // 2, num_scored // 2}) if num_scored else []
     middle_values = [kth_smallest(lambda: column(artifact, spec.score), k) for k in middle]
-    direction = SCORER_ENTRIES[spec.kind()].direction
+    better = SCORERS[spec.kind()].better
     stats: dict[str, Any] = {
-        "good": direction,
+        "good": better,
         "histogram": histogram(lambda: _scores_with_corruption(artifact, spec.score, corruption_kinds)),
         "median": sum(middle_values) / len(middle_values) if middle_values else None,
         "unscored": unscored,
@@ -90,7 +90,7 @@ def _describe_score(
         "auc_by_kind": {},
     }
     if corruption_kinds is not None and rows:
-        badness = as_badness(np.concatenate(list(column(artifact, spec.score))), direction)
+        badness = as_badness(np.concatenate(list(column(artifact, spec.score))), better)
         stats["auc"] = auc(badness, np.array([kind != "" for kind in corruption_kinds]))
         stats["auc_by_kind"] = auc_by_kind(badness, corruption_kinds)
     return stats
@@ -151,9 +151,9 @@ def _pair_edges(edges: Sequence[float]) -> Floats:
     return pair_edges
 
 
-def as_badness(scores: Floats, direction: str) -> Floats:
+def as_badness(scores: Floats, better: Literal["low", "high"]) -> Floats:
     """Return scores with their sign set so that higher is worse; a row without a score is infinitely bad."""
-    return np.where(np.isnan(scores), math.inf, scores if direction == "low" else -scores)
+    return np.where(np.isnan(scores), math.inf, scores if better == "low" else -scores)
 
 
 def _read_corruption_kinds(artifact: Path) -> list[str] | None:

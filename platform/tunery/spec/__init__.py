@@ -16,11 +16,12 @@ from tunery.spec.feedback import (
     Sampling,
 )
 from tunery.spec.loader import load, parse
+from tunery.spec.plugins import Plugin
 from tunery.spec.references import AUTO, Pretrained, Scratch
+from tunery.spec.scorer_entry import ByOption, ClassificationSpec, ModelScorerSpec, ScorerEntry, ScorerSpec
 from tunery.spec.scorers import (
     C4,
     C4Rules,
-    ClassificationSpec,
     Classifier,
     Contamination,
     Duplicates,
@@ -34,7 +35,6 @@ from tunery.spec.scorers import (
     Perplexity,
     Reward,
     Scorer,
-    ScorerSpec,
 )
 from tunery.spec.search import Budget, Constraint, Dimension, Objective, Search
 from tunery.spec.stages import (
@@ -74,6 +74,7 @@ __all__ = [
     "TRAININGS",
     "Augment",
     "Budget",
+    "ByOption",
     "C4Rules",
     "ChainOfThought",
     "ClassificationSpec",
@@ -106,9 +107,11 @@ __all__ = [
     "Length",
     "Lora",
     "LoraTuner",
+    "ModelScorerSpec",
     "NearDuplicates",
     "Objective",
     "Perplexity",
+    "Plugin",
     "Ppo",
     "Pretrain",
     "Pretrained",
@@ -123,6 +126,7 @@ __all__ = [
     "Sampling",
     "Score",
     "Scorer",
+    "ScorerEntry",
     "ScorerSpec",
     "Scratch",
     "Search",

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from tunery.errors import SpecError
 from tunery.spec.experiment import Experiment
+from tunery.spec.plugins import KindUnion
 from tunery.spec.references import Config
 from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import Stage
@@ -68,13 +69,12 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
             return error_at(source, path, f"`{shown}` lacks `kind`", remedy=f"one of: {', '.join(kinds)}")
         given = str(detail["ctx"]["tag"])
         if detail["ctx"]["discriminator"] == "_scorer_tag()":
-            known = [scorer.kind() for scorer in SCORERS]
             return error_at(
                 source,
                 path,
                 f"`{shown}` can't be {_shorten(detail['input'])}",
                 cause="a scorer is a mapping whose first key is its kind",
-                remedy=nearest(given.removesuffix(" scorer"), known),
+                remedy=nearest(given.removesuffix(" scorer"), SCORERS),
             )
         if detail["ctx"]["discriminator"] != "'kind'":
             cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
@@ -152,6 +152,10 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _bare(annotation: Any) -> Any:
+    """Return the type without its metadata: for a `KindUnion` the union."""
+    for item in getattr(annotation, "__metadata__", ()):
+        if isinstance(item, KindUnion):
+            return _bare(item.union())
     return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
 
 

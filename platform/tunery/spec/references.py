@@ -84,10 +84,12 @@ NewOrModel = Annotated[
 """The same, or `{scratch: tiny}`."""
 
 
-def model_inputs(path: tuple[str | int, ...], model: str | Pretrained | Scratch) -> Iterator[StageRef]:
+def model_inputs(
+    path: tuple[str | int, ...], model: str | Pretrained | Scratch, output: Gives = "model"
+) -> Iterator[StageRef]:
     """Yield the reference to the stage of a model, if a stage trains it."""
     if isinstance(model, str):
-        yield StageRef(path, model, ("model",))
+        yield StageRef(path, model, (output,))
 
 
 def model_name(model: str | Pretrained | Scratch) -> str:

@@ -1,6 +1,8 @@
-"""What rows can be scored by. A scorer is a mapping whose first key names it: `{perplexity: base}`.
+"""The scorers: the config of each kind, and the registry `SCORERS`, which says everything that the rest of the code
+asks about a kind.
 
-A new scorer: its class here and in `Scorer`, its file in scoring/scorers/, and its line in scoring/scorers/registry.py.
+A scorer is a mapping whose first key names it: `{perplexity: base}`. A new scorer: its config and entry here, and its
+file in scoring/scorers/.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Field, field_validator
 
-from tunery.spec.references import AUTO, ROWS, Auto, Config, Model, Pretrained, StageRef, model_inputs
+from tunery.spec.plugins import KindUnion, Registry
+from tunery.spec.references import AUTO, ROWS, Auto, Config, Model, StageRef
+from tunery.spec.scorer_entry import ByOption, ClassificationSpec, ModelScorerSpec, ScorerEntry, ScorerSpec
+from tunery.spec.yaml_source import plain_scalar
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -22,38 +27,7 @@ AnyPart = Literal["answer", "question", "whole"]
 turns. Of a text, answer and whole are the text, and there is no question. Rejected responses are not scored."""
 
 
-class ScorerSpec(Config):
-    """The first field of a scorer is its kind."""
-
-    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")] | None = None
-    """Name of the score, if a stage has two of one kind; the kind when not given."""
-
-    @classmethod
-    def kind(cls) -> str:
-        return next((field for field in cls.model_fields if field != "name"), "")
-
-    @property
-    def score(self) -> str:
-        """The name of the score: the column in the table, and the key in `keep`."""
-        return self.name or self.kind()
-
-    @property
-    def model(self) -> str | Pretrained | None:
-        """Of scorers that need one."""
-        return None
-
-    @property
-    def gives_vectors(self) -> bool:
-        """Whether it keeps vectors of the rows instead of giving them a score."""
-        return False
-
-    def inputs(self) -> Iterator[StageRef]:
-        """Stages that the scorer reads, by path within it."""
-        if self.model is not None:
-            yield from model_inputs((self.kind(),), self.model)
-
-
-class Perplexity(ScorerSpec):
+class Perplexity(ModelScorerSpec):
     """exp of the mean negative log-likelihood of a row's tokens. Lower is better.
 
     Marion et al. 2023, "When Less is More" (https://arxiv.org/abs/2309.04564).
@@ -64,12 +38,8 @@ class Perplexity(ScorerSpec):
     of: Literal["answer", "whole"] = "answer"
     """answer: of the last response given everything before it (of a text, all of it); whole: of every token."""
 
-    @property
-    def model(self) -> str | Pretrained:
-        return self.perplexity
 
-
-class Ifd(ScorerSpec):
+class Ifd(ModelScorerSpec):
     """Instruction-following difficulty: perplexity of the response given the prompt, divided by that without the
     prompt.
 
@@ -80,22 +50,6 @@ class Ifd(ScorerSpec):
 
     ifd: Model
     """Causal language model."""
-
-    @property
-    def model(self) -> str | Pretrained:
-        return self.ifd
-
-
-class ClassificationSpec(ScorerSpec):
-    """What scorers by a sequence-classification model have in common.
-
-    A conversation is shown to it by its own chat template, or, where it has none, as a pair of texts (see
-    models/classifier_inputs.py). Its hub revision or its folder's content belongs to the score.
-    """
-
-    def inputs(self) -> Iterator[StageRef]:
-        if isinstance(self.model, str):
-            yield StageRef((self.kind(),), self.model, ("classifier",))
 
 
 class Reward(ClassificationSpec):
@@ -108,10 +62,6 @@ class Reward(ClassificationSpec):
 
     reward: Model
     """A `reward` stage, or a sequence-classification model with one label."""
-
-    @property
-    def model(self) -> str | Pretrained:
-        return self.reward
 
 
 class Classifier(ClassificationSpec):
@@ -132,12 +82,8 @@ class Classifier(ClassificationSpec):
     https://arxiv.org/abs/1706.04599). With two labels, or a sigmoid, it does not change the order of rows. auto: the
     one that calibrates a `classifier` stage best on its eval_data."""
 
-    @property
-    def model(self) -> str | Pretrained:
-        return self.classifier
 
-
-class Embedding(ScorerSpec):
+class Embedding(ModelScorerSpec):
     """Cosine similarity to the most similar row of another stage. Higher is better.
 
     The embedding is the mean of the model's last hidden states over the row's tokens, as in Reimers & Gurevych 2019,
@@ -153,10 +99,6 @@ class Embedding(ScorerSpec):
     @property
     def gives_vectors(self) -> bool:
         return self.reference is None
-
-    @property
-    def model(self) -> str | Pretrained:
-        return self.embedding
 
     def inputs(self) -> Iterator[StageRef]:
         yield from super().inputs()
@@ -457,48 +399,155 @@ class Contamination(ScorerSpec):
             yield StageRef(("contamination", "sets", index), stage, ROWS)
 
 
-SCORERS: tuple[type[ScorerSpec], ...] = (
-    Perplexity,
-    Ifd,
-    Reward,
-    Classifier,
-    Embedding,
-    Length,
-    Gopher,
-    C4,
-    Language,
-    Duplicates,
-    NearDuplicates,
-    Contamination,
+def _model_setting(value: str) -> dict[str, str]:
+    return {"pretrained": value}
+
+
+def _no_settings(_: str) -> dict[str, Any]:
+    return {}
+
+
+def _threshold_setting(value: str) -> dict[str, Any]:
+    return {"threshold": plain_scalar(value)} if value else {}
+
+
+def _sets_setting(value: str) -> dict[str, list[str]]:
+    return {"sets": [value]}
+
+
+SCORERS: Registry[ScorerEntry] = Registry(
+    "scorers",
+    ScorerEntry,
+    [
+        ScorerEntry(
+            Perplexity,
+            "likelihood",
+            "tunery.scoring.scorers.perplexity:PerplexityScorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_model_setting, required="a model's folder or hub name: `perplexity=./model`"),
+            usual_rule="best 80%",  # as in experiments/quickstart.yaml
+        ),
+        ScorerEntry(
+            Ifd,
+            "likelihood",
+            "tunery.scoring.scorers.ifd:IfdScorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_model_setting, required="a model's folder or hub name: `ifd=./model`"),
+        ),
+        ScorerEntry(
+            Reward,
+            "classification",
+            "tunery.scoring.scorers.reward_score:RewardScorer",
+            direction="maximize",
+            version=2,
+            by_option=ByOption(_model_setting, required="a reward model's folder or hub name: `reward=./model`"),
+        ),
+        ScorerEntry(
+            Classifier,
+            "classification",
+            "tunery.scoring.scorers.label_probability:ClassifierScorer",
+            direction="maximize",
+            version=2,
+            by_option=ByOption(
+                _model_setting,
+                required="a classifier's folder or hub name: `classifier=./model`",
+                fields={"label": "good"},  # classifiers trained by tunery have the labels bad and good
+            ),
+            usual_rule=">= 0.5",
+        ),
+        ScorerEntry(
+            Embedding,
+            "embedding",
+            "tunery.scoring.scorers.embedding:embedding_scorer",
+            direction="maximize",
+            version=2,
+            by_option='a model, and rows to be like: `--by "{embedding: ./model, reference: good.jsonl}"`',
+        ),
+        ScorerEntry(
+            Length,
+            "row",
+            "tunery.scoring.scorers.length:LengthScorer",
+            direction="maximize",
+            version=2,
+            by_option=ByOption(str, default="words"),
+            usual_rule="1..",
+        ),
+        ScorerEntry(
+            Gopher,
+            "row",
+            "tunery.scoring.scorers.gopher:GopherScorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_no_settings, default="", takes_value=False),
+            usual_rule="<= 0",  # the paper drops a page for one violation
+        ),
+        ScorerEntry(
+            C4,
+            "row",
+            "tunery.scoring.scorers.c4:C4Scorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_no_settings, default="", takes_value=False),
+            usual_rule="<= 0",
+        ),
+        ScorerEntry(
+            Language,
+            "row",
+            "tunery.scoring.scorers.language:LanguageScorer",
+            direction="maximize",
+            version=2,
+            by_option=ByOption(str, required="an ISO 639 code: `language=en`"),
+            usual_rule=">= 0.1",  # 0.9 drops a third of English texts
+        ),
+        ScorerEntry(
+            Duplicates,
+            "across",
+            "tunery.scoring.scorers.exact_duplicates:DuplicatesScorer",
+            direction="minimize",
+            version=1,
+            by_option=ByOption(str, default="normalised"),
+            usual_rule="<= 0",
+        ),
+        ScorerEntry(
+            NearDuplicates,
+            "across",
+            "tunery.scoring.scorers.near_duplicates:NearDuplicatesScorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_threshold_setting, default=""),
+            usual_rule="<= 0",
+        ),
+        ScorerEntry(
+            Contamination,
+            "row",
+            "tunery.scoring.scorers.contamination:ContaminationScorer",
+            direction="minimize",
+            version=2,
+            by_option=ByOption(_sets_setting, required="the rows that must not be there: `contamination=test.jsonl`"),
+            usual_rule="<= 0",
+        ),
+    ],
 )
+"""Every kind of scorer."""
 
 
 def _scorer_tag(value: Any) -> str:
-    """Which scorer is meant, so that an error speaks of that one. Other than its key: what names the place of an error
-    holds both, and the file has the key alone."""
+    """Return the tag of the scorer that is meant, so that an error is about that one. It differs from the scorer's key,
+    because the location of an error holds both, and the file has the key alone."""
     if isinstance(value, ScorerSpec):
         return f"{value.kind()} scorer"
     if isinstance(value, dict) and value:
-        kinds = [scorer.kind() for scorer in SCORERS]
         given = [str(key) for key in value]
-        exact = [key for key in given if key in kinds]
-        near = [kind for key in given for kind in difflib.get_close_matches(key, kinds, n=1)]
+        exact = [key for key in given if key in SCORERS]
+        near = [kind for key in given for kind in difflib.get_close_matches(key, SCORERS, n=1)]
         return f"{(exact or near or given)[0]} scorer"
     return "no scorer"
 
 
-Scorer = Annotated[
-    Annotated[Perplexity, Tag("perplexity scorer")]
-    | Annotated[Ifd, Tag("ifd scorer")]
-    | Annotated[Reward, Tag("reward scorer")]
-    | Annotated[Classifier, Tag("classifier scorer")]
-    | Annotated[Embedding, Tag("embedding scorer")]
-    | Annotated[Length, Tag("length scorer")]
-    | Annotated[Gopher, Tag("gopher scorer")]
-    | Annotated[C4, Tag("c4 scorer")]
-    | Annotated[Language, Tag("language scorer")]
-    | Annotated[Duplicates, Tag("duplicates scorer")]
-    | Annotated[NearDuplicates, Tag("near_duplicates scorer")]
-    | Annotated[Contamination, Tag("contamination scorer")],
-    Discriminator(_scorer_tag),
-]
+def _configs_by_tag() -> dict[str, type[ScorerSpec]]:
+    return {f"{kind} scorer": entry.config for kind, entry in SCORERS.items()}
+
+
+Scorer = Annotated[ScorerSpec, KindUnion(_configs_by_tag, _scorer_tag)]

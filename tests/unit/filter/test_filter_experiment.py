@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from tunery.errors import RequestError, SpecErrors
 from tunery.filter.filter_command import run_filter, write_experiment
-from tunery.filter.filter_experiment import MARKER, USUAL_KEEP, Built, FilterRequest, build
-from tunery.spec import Experiment, load
+from tunery.filter.filter_experiment import MARKER, Built, FilterRequest, build
+from tunery.filter.grammar import parse_keep
+from tunery.spec import Experiment, Keep, load
 from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import Dataset, Score, Select
 from tunery.store import Store
@@ -108,8 +110,11 @@ def test_a_scorer_in_braces_is_checked_as_an_experiments(by: str) -> None:
         loaded(build(asked), asked)
 
 
-def test_every_score_has_a_usual_rule() -> None:
-    assert set(USUAL_KEEP) == {scorer.kind() for scorer in SCORERS}
+@pytest.mark.parametrize("kind", SCORERS)
+def test_usual_rule_of_every_score_is_a_valid_rule(kind: str) -> None:
+    score, rule = parse_keep(f"{kind} {SCORERS[kind].usual_rule}")
+    assert score == kind
+    Keep.model_validate_json(json.dumps(rule), strict=True)
 
 
 def test_a_place_that_can_not_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_score_that_is_not_said_whole_is_refused_with_what_to_say(text: str) -
 
 
 def test_every_kind_of_score_can_be_asked_for() -> None:
-    for kind in (scorer.kind() for scorer in SCORERS):
+    for kind in SCORERS:
         if kind == "embedding":
             with pytest.raises(RequestError, match="does not say enough"):
                 parse_by(f"{kind}=x")

@@ -38,9 +38,9 @@ from tunery.pipeline.validate import validate
 from tunery.scoring.score_actors import ClassificationActor
 from tunery.scoring.score_shard import ScorePass
 from tunery.scoring.scorers.label_probability import ClassifierScorer
-from tunery.scoring.scorers.registry import SCORER_ENTRIES
 from tunery.scoring.scorers.reward_score import RewardScorer
 from tunery.spec import Classifier, Pretrained, Reward
+from tunery.spec.scorers import SCORERS
 from tunery.store import Store
 from tunery.store.rows import Row
 
@@ -255,7 +255,7 @@ def test_reward_is_the_logit_itself() -> None:
 
 
 def test_more_of_either_is_better() -> None:
-    assert [SCORER_ENTRIES[kind].direction for kind in ("reward", "classifier")] == ["high", "high"]
+    assert [SCORERS[kind].direction for kind in ("reward", "classifier")] == ["maximize", "maximize"]
 
 
 def test_labels_are_those_of_the_config_in_the_order_of_their_numbers() -> None:

@@ -14,9 +14,9 @@ from tunery.scoring.scorers import c4, gopher
 from tunery.scoring.scorers.c4 import C4Scorer
 from tunery.scoring.scorers.gopher import GopherScorer
 from tunery.scoring.scorers.gopher_limits import limits
+from tunery.scoring.scorers.interfaces import RowScorer
 from tunery.scoring.scorers.language import LanguageScorer
 from tunery.scoring.scorers.length import LengthScorer
-from tunery.scoring.scorers.registry import RowScorer
 from tunery.spec import C4, C4Rules, Gopher, GopherRules, Language, Length
 from tunery.spec.scorers import LANGUAGES
 from tunery.store.rows import Row

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.texts import has_words, lines, select_text
 from tunery.spec import C4, C4Rules
 from tunery.store.rows import Row

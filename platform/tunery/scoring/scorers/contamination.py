@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.ngrams import Hashes, Integers, Words
-from tunery.scoring.scorers.registry import Columns
 from tunery.scoring.scorers.texts import Part, select_text
 from tunery.spec import Contamination
 from tunery.store.rows import Row, read_rows

@@ -10,15 +10,33 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tunery.scoring.scorers.registry import Columns
+from tunery.errors import TuneryError
+from tunery.scoring.scorers.interfaces import Columns, EmbeddingFn, EmbedRows
+from tunery.spec import Embedding
 from tunery.store.rows import Row, read_rows
 
 MAX_REFERENCES = 2048
+
+
+def embedding_scorer(spec: Embedding, inputs: Mapping[str, Path], embed: EmbedRows) -> EmbeddingFn:
+    """Return the scorer by the rows of `spec.reference`, or without it the function that keeps the vectors."""
+    if spec.reference is None:
+        return keep_vectors
+    references = reference_rows(inputs[spec.reference])
+    vectors_mh = embed(references)
+    embedded = np.flatnonzero(~np.isnan(vectors_mh[:, 0]))
+    if not len(embedded):
+        raise TuneryError(
+            f"no row of `{spec.reference}` can be compared with",
+            cause=f"the model sees no token in any of {len(references):,}",
+            remedy="name a stage whose rows are not empty in `reference`",
+        )
+    return EmbeddingScorer(vectors_mh[embedded], [references[index]["id"] for index in embedded])
 
 
 def reference_rows(artifact: Path) -> list[Row]:

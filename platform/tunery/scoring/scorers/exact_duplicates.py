@@ -23,7 +23,7 @@ from tunery.scoring.scorers.external_groupby import (
     partition_of,
     run_starts,
 )
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.texts import normalize, select_text
 from tunery.spec import Duplicates
 from tunery.store.rows import Row, nfc

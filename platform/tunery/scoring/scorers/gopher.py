@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunery.scoring.scorers.gopher_limits import language_and_stop_words, limits
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.texts import MAX_CHARS, lines, script, select_text, words
 from tunery.spec import Gopher, GopherRules
 from tunery.store.rows import Row

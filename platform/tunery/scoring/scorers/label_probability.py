@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from tunery.models.labels import Labels
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.spec import AUTO, Classifier
 
 
@@ -14,8 +14,8 @@ class ClassifierScorer:
     def __init__(self, spec: Classifier, labels: Labels, model: str) -> None:
         """Raises BadModel if `model` has no such label, or no fitted temperature although the spec requires it."""
         self._labels = labels
-        self._temperature = labels.fitted_temperature(model) if spec.temperature == AUTO else spec.temperature
         self._label = labels.index(spec.label, model)
+        self._temperature = labels.fitted_temperature(model) if spec.temperature == AUTO else spec.temperature
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
         """Return "score" in [0, 1] (NaN for a row without tokens) and "found", the most probable label.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.texts import select_text
 from tunery.spec import Language
 from tunery.store.rows import Row

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.texts import lines, select_text, words
 from tunery.spec import Length
 from tunery.store.rows import Row

@@ -37,8 +37,8 @@ from tunery.scoring.scorers.external_groupby import (
     partition_of,
     run_starts,
 )
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.ngrams import Words, mixed
-from tunery.scoring.scorers.registry import Columns
 from tunery.scoring.scorers.texts import select_text
 from tunery.spec import NearDuplicates
 from tunery.store.rows import Row

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tunery.models.nll import SpanNll
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.spec import Perplexity
 
 

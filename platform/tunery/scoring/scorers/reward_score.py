@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tunery.models.labels import Labels
-from tunery.scoring.scorers.registry import Columns
+from tunery.scoring.scorers.interfaces import Columns
 from tunery.spec import Reward
 
 
