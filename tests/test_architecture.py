@@ -17,9 +17,8 @@ import pytest
 
 import tunery.spec
 from tunery.pipeline.validate import validate
-from tunery.spec import load
+from tunery.spec import ScorerSpec, TunerSpec, load
 from tunery.spec.references import Config
-from tunery.spec.scorers import ScorerSpec
 from tunery.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +49,8 @@ def declared_fields() -> list[tuple[str, str]]:
         (model.__name__, field)
         for model in models_of_the_spec()
         for field in model.__annotations__
-        # A scorer's first field is its key and is asked for as such (ScorerSpec.kind).
-        if field in model.model_fields and not (issubclass(model, ScorerSpec) and field == model.kind())
+        # The first field of a scorer or tuner is its key and is read as such (ScorerSpec.kind, TunerSpec.kind).
+        if field in model.model_fields and not (issubclass(model, ScorerSpec | TunerSpec) and field == model.kind())
     ]
 
 

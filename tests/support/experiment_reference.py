@@ -39,7 +39,8 @@ from tunery.spec.feedback import Kl, Ptx
 from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings
 from tunery.spec.search import Budget, Constraint, Dimension, Objective
 from tunery.spec.stages import Diverse, Keep, Quota, Stage
-from tunery.spec.trainings import LoraTuner, PositiveNegative, ReviewLabels, ScheduleOverride
+from tunery.spec.trainings import PositiveNegative, ReviewLabels, ScheduleOverride
+from tunery.spec.tuners import ADAPTERS, LoraTuner, TunerSpec
 
 PATH = Path(__file__).parents[2] / "docs" / "experiment-reference.md"
 STAGES: dict[str, type[BaseModel]] = {
@@ -152,6 +153,9 @@ def type_text(annotation: Any, stage: bool = False) -> str:
         return type_text(inner, stage or (inner is str and tags == ["stage"])) + _bounds(metadata)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, types.UnionType) and TunerSpec in get_args(annotation):
+        kinds = [(kind, entry.config) for kind, entry in ADAPTERS.items()]
+        return " or ".join(f"`{kind}`" if config is None else type_text(config) for kind, config in kinds)
     if annotation is ScorerSpec:
         return "[scores](#scores)"
     if origin in (Union, types.UnionType):

@@ -23,7 +23,8 @@ from tunery.export.card_tables import (
 from tunery.export.choose import ExportTarget
 from tunery.export.lineage import Link, losses, root_of, wins
 from tunery.reporting.report_sections import question
-from tunery.spec import LABELS
+from tunery.spec import LABELS, adapter_spec, tuner_of
+from tunery.spec.tuners import FULL
 
 TEMPLATE = "card.md.jinja"
 
@@ -84,13 +85,13 @@ def card_metadata(links: list[Link], export_format: ExportFormat) -> dict[str, A
     """The card's YAML metadata (https://huggingface.co/docs/hub/model-cards)."""
     root, adapter = root_of(links), export_format.base is not None
     from_hub = root is not None and not root.is_folder
-    lora = ["lora"] if export_format.peft_config else []
+    tuner = adapter_spec(tuner_of(links[-1].stage)).kind
     return {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if export_format.num_labels else "text-generation",
         **({"base_model": root.pretrained} if root is not None and from_hub else {}),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if from_hub else {}),
-        "tags": ["tunery", links[-1].stage.kind, *lora],
+        "tags": ["tunery", links[-1].stage.kind, *([tuner] if tuner != FULL else [])],
     }
 
 

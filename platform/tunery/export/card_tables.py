@@ -12,7 +12,7 @@ from tunery.export.choose import ExportTarget
 from tunery.export.lineage import Link
 from tunery.pipeline.cache_keys import stage_seed
 from tunery.reporting.report_sections import versions
-from tunery.spec import Dataset, Pretrained, Scratch, Select, Training
+from tunery.spec import Dataset, Pretrained, Scratch, Select, Training, adapter_spec, tuner_of
 from tunery.spec.references import model_name
 
 Rows = list[tuple[str, ...]]
@@ -24,13 +24,15 @@ RUNTIME_FIELDS = ("workers", "device", "dtype", "zero_stage")
 
 
 def fields(link: Link, peft_config: Mapping[str, Any]) -> Rows:
-    """Fields of a training, from its manifest, with the resolved values of `auto`; `peft_config` resolves LoRA's."""
+    """Fields of a training, from its manifest, with the resolved values of `auto`; `peft_config` resolves the
+    tuner's."""
     assert isinstance(link.stage, Training)
     auto_values = link.artifact.facts.get("resolved", {})
     resolved = {name: f"{plain(one['value'])} (auto: {one['rule']})" for name, one in auto_values.items()}
-    for name, key in (("alpha", "lora_alpha"), ("target_modules", "target_modules")):
+    adapter = adapter_spec(tuner_of(link.stage))
+    for name, key in adapter.peft_fields.items():
         if key in peft_config:
-            resolved[f"tuner.lora.{name}"] = f"{plain(peft_config[key])} (auto)"
+            resolved[f"tuner.{adapter.kind}.{name}"] = f"{plain(peft_config[key])} (auto)"
     rows: Rows = [("initial model", _initial_model(link.stage.model))]
     for name, value in _flat(link.artifact.manifest["identity"]):
         if name not in ("version", "seed") and not name.startswith(("content of ", "model.")):

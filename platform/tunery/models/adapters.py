@@ -1,19 +1,37 @@
-"""PEFT configuration of a LoRA tuner."""
+"""Apply a tuner to a model: the PEFT configs, and the parameters that are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tunery.spec import AUTO, Lora
+from tunery.spec import AUTO, Lora, Tuner, adapter_spec, settings_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from torch import nn
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
-def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"], new: Sequence[str] = ()) -> PeftConfig:
-    """Build the PEFT config. `all-linear` excludes the output head, as PEFT defines it. A classification head and the
-    randomly initialized modules `new` are fully trained and saved with the adapter."""
+def peft_config(tuner: Tuner, task: TaskType, new_modules: Sequence[str] = ()) -> PeftConfig | None:
+    """Build the PEFT config of a tuner; None for one without adapter. A classification head and the randomly
+    initialized modules `new_modules` are fully trained and saved with the adapter."""
+    spec = adapter_spec(tuner)
+    return spec.build_peft_config(settings_of(tuner), task, list(new_modules)) if spec.has_adapter else None
+
+
+def freeze_untrained(model: nn.Module, tuner: Tuner, new_modules: Sequence[str] = ()) -> None:
+    """Freeze the parameters of the model that a tuner without adapter does not train. The randomly initialized modules
+    `new_modules` are always trained."""
+    spec, settings = adapter_spec(tuner), settings_of(tuner)
+    for name, parameter in model.named_parameters():
+        is_new = any(name.startswith(f"{module}.") for module in new_modules)
+        parameter.requires_grad_(spec.has_adapter or is_new or spec.trains(settings, name))
+
+
+def lora_config(lora: Lora, task: TaskType, new_modules: Sequence[str] = ()) -> Any:
+    """Build the PEFT config of LoRA. `all-linear` excludes the output head, as PEFT defines it."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -22,6 +40,6 @@ def lora_config(lora: Lora, task: Literal["CAUSAL_LM", "SEQ_CLS"], new: Sequence
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.target_modules == AUTO else list(lora.target_modules),
         task_type=task,
-        modules_to_save=list(new) or None,
-        exclude_modules=list(new) or None,
+        modules_to_save=list(new_modules) or None,
+        exclude_modules=list(new_modules) or None,
     )

@@ -25,6 +25,8 @@ from tunery.spec import (
     Stage,
     Training,
     WinRate,
+    adapter_spec,
+    tuner_of,
 )
 from tunery.spec.graph import order
 from tunery.spec.references import StageRef, model_name
@@ -62,6 +64,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Training):
         result["encoding_version"] = ENCODING_VERSION
+        if (tuner_version := adapter_spec(tuner_of(stage)).version) > 1:
+            result["tuner_version"] = tuner_version
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):

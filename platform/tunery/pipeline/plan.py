@@ -34,7 +34,6 @@ from tunery.spec import (
     Experiment,
     Grpo,
     Kto,
-    Lora,
     Ppo,
     Pretrain,
     Pretrained,
@@ -46,8 +45,10 @@ from tunery.spec import (
     Sft,
     Stage,
     Training,
-    Tuner,
     WinRate,
+    adapter_spec,
+    settings_of,
+    tuner_of,
 )
 from tunery.spec.graph import order
 from tunery.spec.trainings import data_refs
@@ -245,13 +246,15 @@ class _Estimates:
         batching = plan_training(resolved, sequences, workers, self._compute.micro_batch_size)
         steps = artifact.facts["steps"] if artifact else batching.steps
         parameters = self._parameters.setdefault(name, self._size(stage.model))
-        trainable = self._trainable(getattr(stage, "tuner", "full"), parameters)
+        tuner = tuner_of(stage)
+        adapter = adapter_spec(tuner)
+        trainable = None if parameters is None else adapter.num_trainable(settings_of(tuner), parameters)
         memory = None
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
             zero = self._compute.zero_stage
             trained = 2 if isinstance(resolved, Ppo) else 1  # PPO also trains the value model, or its adapter
-            num_parameters = parameters * (trained if getattr(resolved, "tuner", "full") == "full" else 1)
+            num_parameters = parameters * (1 if adapter.has_adapter else trained)
             memory = model_state_bytes(num_parameters, trained * trainable, zero, workers, bf16)
             memory += _frozen_copies(resolved) * frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
@@ -273,15 +276,6 @@ class _Estimates:
         return self._parameters.get(model)
 
     @staticmethod
-    def _trainable(tuner: Tuner, parameters: int | None) -> int | None:
-        """Return the number of trainable parameters. The share of LoRA depends on layer shapes, which a plan does not
-        read; it is estimated as 2 r / width for a width of sqrt(parameters / 100)."""
-        if parameters is None or isinstance(tuner, str):
-            return parameters
-        lora: Lora = tuner.lora
-        return min(parameters, round(parameters * 2 * lora.rank / max(1.0, math.sqrt(parameters / 100))))
-
-    @staticmethod
     def _seconds(artifact: Artifact | None, before: dict[str, Any] | None, scale: float) -> float | None:
         if artifact is not None:
             return 0.0
@@ -291,7 +285,7 @@ class _Estimates:
 def _frozen_copies(stage: Training[Any]) -> int:
     """Return the number of frozen copies of the initial model: the reference model, and for PPO the reward model, which
     is assumed to be as large. With adapters there is none: the base model is already loaded."""
-    if getattr(stage, "tuner", "full") != "full":
+    if adapter_spec(tuner_of(stage)).has_adapter:
         return 0
     if isinstance(stage, Ppo):
         return 1 if isinstance(stage.reward, PythonReward) else 2

@@ -29,11 +29,14 @@ from tunery.pipeline.cache_keys import model_folder, models_of
 from tunery.spec import (
     ClassifierTraining,
     Experiment,
-    LoraTuner,
     Pretrained,
     RewardTraining,
     Score,
     Scratch,
+    Training,
+    adapter_spec,
+    settings_of,
+    tuner_of,
 )
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import Root, root_model
@@ -92,16 +95,28 @@ def _wrong(
                     f"set `max_length: {limit}` or less, or take a model with more positions",
                 ),
             )
-    tuner = getattr(stage, "tuner", None)
-    if isinstance(tuner, LoraTuner) and not isinstance(tuner.lora.target_modules, str):
+    if not isinstance(stage, Training):
+        return
+    tuner = tuner_of(stage)
+    adapter = adapter_spec(tuner)
+    if not adapter.mergeable:
+        yield (
+            (("tuner",),),
+            BadModel(
+                f"`tuner: {adapter.kind}` can't be used",
+                f"the adapter of {adapter.title} can't be merged into its base, as loading a trained model requires",
+                "take another `tuner`",
+            ),
+        )
+    if targets := adapter.target_modules(settings_of(tuner)):
         form: Form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
         root = root_model(experiment.stages, stage.model)
         built = outline(*_located(root, folder, form)) if _is_here(root, folder, download) else None
         if built is not None:
             try:
-                check_target_modules(built, tuner.lora.target_modules, form)
+                check_target_modules(built, targets, form)
             except BadModel as error:
-                yield (("tuner", "lora", "target_modules"),), error
+                yield (("tuner", adapter.kind, "target_modules"),), error
 
 
 def _limits(

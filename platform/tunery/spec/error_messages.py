@@ -16,6 +16,7 @@ from tunery.spec.plugins import KindUnion
 from tunery.spec.references import Config
 from tunery.spec.scorers import SCORERS
 from tunery.spec.stages import Stage
+from tunery.spec.tuners import ADAPTERS
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
@@ -76,6 +77,15 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
                 cause="a scorer is a mapping whose first key is its kind",
                 remedy=nearest(given.removesuffix(" scorer"), SCORERS),
             )
+        if detail["ctx"]["discriminator"] == "_tuner_tag()":
+            name = given.removesuffix(" without settings")
+            return error_at(
+                source,
+                path,
+                f"`{shown}` can't be {_shorten(detail['input'])}",
+                cause="a tuner is the name of one without settings, or a mapping whose key is its kind",
+                remedy=f"write `{{{name}: {{}}}}`" if name in ADAPTERS else nearest(name, ADAPTERS),
+            )
         if detail["ctx"]["discriminator"] != "'kind'":
             cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
             remedy = "name a stage that gives a model, or write {pretrained: <folder or hub name>}"
@@ -130,8 +140,8 @@ def _step(annotation: Any, key: int | str) -> Any:
         field = annotation.model_fields.get(key)
         if field is None:
             return annotation
-        # Field() metadata is split off the annotation by pydantic; what matters here are its members.
-        return field.annotation
+        # pydantic splits the metadata off the annotation; what matters here are the members.
+        return next((item.union() for item in field.metadata if isinstance(item, KindUnion)), field.annotation)
     origin = get_origin(annotation)
     if origin is dict:
         return get_args(annotation)[1]

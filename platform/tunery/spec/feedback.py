@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from tunery.spec.references import AUTO, ROWS, Auto, Config, Gives, Model, Pretrained, StageRef
-from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training, Tuner
+from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training
+from tunery.spec.tuners import FULL, Tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -80,7 +81,7 @@ class RewardTraining(Training[str]):
     kind: Literal["reward"]
     model: Model
     """Initial model; a pretrained reward model keeps its head."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     center: NotNegative = 0.0
     """Coefficient of a penalty (chosen + rejected)^2 that keeps rewards around 0 (Eisenstein et al. 2023,
@@ -94,7 +95,7 @@ class Dpo(Training[RowsOrMixture]):
     kind: Literal["dpo"]
     model: Model
     """Initial model and reference."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     truncate: PairTruncation = "left"
     """Truncation of a prompt and response with more than `max_length` tokens. left: removes the oldest turns and the
@@ -126,7 +127,7 @@ class Kto(Training[RowsOrMixture]):
     kind: Literal["kto"]
     model: Model
     """Initial model and reference."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     truncate: PairTruncation = "left"
     """As in `dpo`."""
@@ -153,7 +154,7 @@ class OnlineRl(Training[str]):
 
     model: Model
     """Initial policy, and the reference."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     reward: RewardSource
     """Reward of the responses."""

@@ -21,34 +21,7 @@ from tunery.spec.references import (
     StageRef,
     model_inputs,
 )
-
-
-class Lora(Config):
-    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by PEFT."""
-
-    rank: Annotated[int, Field(ge=1)] = 16
-    """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] | Auto = AUTO
-    """The update is scaled by alpha / rank. auto: 2 x rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout of the adapter's input. Trials with dropout do not train in packs."""
-    target_modules: tuple[str, ...] | Auto = AUTO
-    """Names of layers, or ends of their full names; a name without a match is refused. auto: every linear layer except
-    the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). Not allowed are the output head, and the
-    embedding if it shares the head's weight: merging the adapter would change both."""
-
-
-class LoraTuner(Config):
-    """Trains a LoRA adapter instead of all weights."""
-
-    lora: Lora
-    """Settings of the adapter."""
-
-
-Tuner = Annotated[
-    Annotated[Literal["full"], Tag("full")] | Annotated[LoraTuner, Tag("lora")],
-    Discriminator(lambda value: "full" if isinstance(value, str) else "lora"),
-]
+from tunery.spec.tuners import FULL, Tuner
 
 
 class PositiveNegative(Config):
@@ -224,7 +197,7 @@ class Sft(Training[RowsOrMixture]):
     kind: Literal["sft"]
     model: Model
     """Initial model."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     """Trained turns: all assistant turns whose `weight` is not 0, or the last turn of each row."""
@@ -253,7 +226,7 @@ class ClassifierTraining(Training[Labelled]):
     kind: Literal["classifier"]
     model: Model
     """A language model, causal or not. It gets a head with random weights, unless it has one with two labels."""
-    tuner: Tuner = "full"
+    tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     balanced: bool = True
     """true: each label has half of the loss, however rare it is, so that a probability of 0.5 separates the two. false:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tunery.spec import AUTO, Dpo, Grpo, Kto, Ppo, Pretrain, Rloo, Scratch, Training
+from tunery.spec import AUTO, Dpo, Grpo, Kto, Ppo, Pretrain, Rloo, Scratch, Training, adapter_spec, tuner_of
 from tunery.training.batches import group_size
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
@@ -47,16 +47,15 @@ def _epochs(stage: Training[Any], rows: int) -> tuple[float, str]:
 def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
     if isinstance(stage, Pretrain) and isinstance(stage.model, Scratch):
         return 2e-3, "a small model from scratch"
-    uses_lora = getattr(stage, "tuner", "full") != "full"
     if isinstance(stage, Dpo | Kto | Grpo | Rloo | Ppo):
-        # TRL's default for DPO, GRPO and RLOO (1e-6, 1.16); LoRA as below.
-        return (
-            (1e-5, "LoRA: ten times full fine-tuning's rate") if uses_lora else (1e-6, "preferences and rewards, full")
-        )
-    if uses_lora:
-        # LoRA needs about ten times the learning rate of full fine-tuning (https://thinkingmachines.ai/blog/lora).
-        return 2e-4, "LoRA: ten times full fine-tuning's rate"
-    return 2e-5, "full fine-tuning of a pretrained model"
+        # TRL's default for DPO, GRPO and RLOO (1e-6, 1.16).
+        rate, reason = 1e-6, "preferences and rewards, full"
+    else:
+        rate, reason = 2e-5, "full fine-tuning of a pretrained model"
+    spec = adapter_spec(tuner_of(stage))
+    if spec.learning_rate_factor == 1:
+        return rate, reason
+    return float(f"{spec.learning_rate_factor * rate:.6g}"), spec.learning_rate_reason
 
 
 def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from tunery.models.adapters import lora_config
+from tunery.models.adapters import freeze_untrained, peft_config
 from tunery.models.classifier_inputs import ClassifierEncoder
 from tunery.models.encode import Encoded
 from tunery.models.load import (
@@ -26,7 +26,7 @@ from tunery.models.load import (
     write_head,
 )
 from tunery.models.metrics import Floats, Integers
-from tunery.spec import Tuner
+from tunery.spec import Tuner, adapter_spec
 from tunery.training.batches import evaluation_batches
 from tunery.training.job import Job, save_model, write_once
 from tunery.training.reload_check import MAX_SEQUENCES, first_tokens
@@ -34,7 +34,7 @@ from tunery.training.sequences import SequenceSet, read_row_sequences
 
 
 class ModelWithHead:
-    """A model with one output per label, fully trained or with LoRA."""
+    """A model with one output per label."""
 
     def __init__(self, job: Job, tuner: Tuner, labels: Sequence[str], rank: int) -> None:
         """Call on all ranks: rank 0 may have to write the model first."""
@@ -51,12 +51,13 @@ class ModelWithHead:
         model, new_modules = load_with_new_head(self._source, self._labels, torch.float32)
         new_modules = self._new_modules or new_modules
         model.config.use_cache = False
-        if isinstance(self._tuner, str):
+        freeze_untrained(model, self._tuner, new_modules)
+        if (config := peft_config(self._tuner, "SEQ_CLS", new_modules)) is None:
             return model
         from peft import get_peft_model
 
         set_seed(self._job.seed)
-        return get_peft_model(model, lora_config(self._tuner.lora, "SEQ_CLS", new_modules))
+        return get_peft_model(model, config)
 
     def sequences(self) -> tuple[SequenceSet, SequenceSet]:
         """Return the training and the evaluation sequences. Call on all ranks."""
@@ -67,10 +68,10 @@ class ModelWithHead:
 
     def save(self, trainer: Any) -> None:
         """Save the model so that models.load.load_classifier can load it. Call on all ranks."""
-        is_lora = not isinstance(self._tuner, str)
+        has_adapter = adapter_spec(self._tuner).has_adapter
         trainer.model.config.use_cache = True
-        save_model(trainer, self._job.out / ("adapter" if is_lora else "model"), self.tokenizer, self._rank)
-        if is_lora and self._rank == 0:
+        save_model(trainer, self._job.out / ("adapter" if has_adapter else "model"), self.tokenizer, self._rank)
+        if has_adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
             write_head(self._job.out, self._labels)
 

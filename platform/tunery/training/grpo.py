@@ -19,7 +19,7 @@ from trl.models.utils import unwrap_model_for_generation
 from tunery.models.precision import score_dtype
 from tunery.models.reward_functions import RewardFn, load_reward
 from tunery.models.tokenized_dataset import Integers
-from tunery.spec import Grpo, Rloo
+from tunery.spec import Grpo, Rloo, adapter_spec
 from tunery.training.distributed_eval import DistributedEval
 from tunery.training.job import Job
 from tunery.training.policy import Policy
@@ -49,7 +49,7 @@ class GrpoTask:
         assert job.reward is not None
         self._job, self._spec = job, job.spec
         # TRL 1.16 loads the reference by the name in the model's config, which for a merged adapter is its base.
-        self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and job.spec.tuner == "full")
+        self._policy = Policy(job, rank, as_folder=job.spec.beta > 0 and not adapter_spec(job.spec.tuner).has_adapter)
         data, eval_data = read_row_sequences(job, self._policy.tokenizer)
         self._data, self._eval_data = PromptSet(data), PromptSet(eval_data)
         self.examples = self._data

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from trl.trainer.utils import disable_dropout_in_model
 
-from tunery.models.adapters import lora_config
+from tunery.models.adapters import freeze_untrained, peft_config
 from tunery.models.generate import set_eos_token_ids
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
-from tunery.spec import Dpo, Grpo, Kto, Rloo
+from tunery.spec import Dpo, Grpo, Kto, Rloo, adapter_spec
 from tunery.training.job import Job, save_model, write_once
 
 
@@ -29,23 +29,25 @@ class Policy:
         self.tokenizer: Any = load_tokenizer(self.source)
 
     def arguments(self) -> dict[str, Any]:
-        """Return a TRL trainer's arguments: model, tokenizer and PEFT config (None for full fine-tuning)."""
+        """Return a TRL trainer's arguments: model, tokenizer and PEFT config (None without adapter)."""
+        model = self._load()
+        freeze_untrained(model, self._tuner)
         return {
-            "model": self._load(),
+            "model": model,
             "processing_class": self.tokenizer,
-            "peft_config": None if isinstance(self._tuner, str) else lora_config(self._tuner.lora, "CAUSAL_LM"),
+            "peft_config": peft_config(self._tuner, "CAUSAL_LM"),
         }
 
     def reference_model(self) -> Any:
-        """Load the reference model, a copy of the initial policy; None with LoRA, where the reference is the base."""
-        return None if self._is_lora else self._load()
+        """Load the reference model, a copy of the initial policy; None with an adapter, where it is the base."""
+        return None if self._has_adapter else self._load()
 
     def save(self, trainer: Any) -> None:
         """Save the policy to the artifact. Call on all ranks."""
         trainer.model.config.use_cache = True
-        folder = self._job.out / ("adapter" if self._is_lora else "model")
+        folder = self._job.out / ("adapter" if self._has_adapter else "model")
         save_model(trainer, folder, self.tokenizer, self._rank)
-        if self._is_lora and self._rank == 0:
+        if self._has_adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
 
     def _load(self) -> Any:
@@ -57,8 +59,8 @@ class Policy:
         return model
 
     @property
-    def _is_lora(self) -> bool:
-        return not isinstance(self._tuner, str)
+    def _has_adapter(self) -> bool:
+        return adapter_spec(self._tuner).has_adapter
 
 
 def merge_adapter(job: Job, rank: int) -> Source:

@@ -11,11 +11,11 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from tunery.models.adapters import lora_config
+from tunery.models.adapters import freeze_untrained, peft_config
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
 from tunery.models.scratch import write_scratch_model
 from tunery.models.tokenized_dataset import Integers
-from tunery.spec import Pretrain, Sft
+from tunery.spec import Pretrain, Sft, adapter_spec, tuner_of
 from tunery.store.rows import CONTENT, Row
 from tunery.training.batches import evaluation_batches
 from tunery.training.job import Job, rows_of, save_model, write_once
@@ -52,7 +52,8 @@ class SftTask:
         )
         model = load_model(self._source, torch.float32)
         model.config.use_cache = False
-        tuner = self._spec.tuner if isinstance(self._spec, Sft) else "full"
+        tuner = tuner_of(self._spec)
+        freeze_untrained(model, tuner)
         return SftTrainer(
             model=model,
             args=settings,
@@ -61,12 +62,12 @@ class SftTask:
             eval_data=self._eval_data,
             collate_eval=lambda batch: self._collate(self._eval_data, batch),
             processing_class=self._tokenizer,
-            peft_config=None if isinstance(tuner, str) else lora_config(tuner.lora, "CAUSAL_LM"),
+            peft_config=peft_config(tuner, "CAUSAL_LM"),
             callbacks=[callback],
         )
 
     def save(self, trainer: SftTrainer) -> None:
-        adapter = isinstance(self._spec, Sft) and self._spec.tuner != "full"
+        adapter = adapter_spec(tuner_of(self._spec)).has_adapter
         trainer.model.config.use_cache = True
         save_model(trainer, self._job.out / ("adapter" if adapter else "model"), self._tokenizer, self._rank)
         if adapter and self._rank == 0:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tunery.pipeline import cache_keys as identity_module
 from tunery.pipeline.cache_keys import WITHOUT_EFFECT, difference, fingerprints, identity, stage_seed
 from tunery.pipeline.stage_registry import STAGES
-from tunery.spec import Compute, Evaluate, Experiment, Stage, Training, WinRate
+from tunery.spec import ADAPTERS, Compute, Evaluate, Experiment, Stage, Training, WinRate
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.store.fingerprint import HEX_DIGITS, file_digest, fingerprint, folder_digest
@@ -513,6 +513,16 @@ def test_new_version_of_how_a_kind_is_made_makes_it_and_its_users_anew(
     monkeypatch.setattr(identity_module, "STAGES", STAGES | {kind: newer})
     of_kind = [name for name, stage in EXPERIMENT.stages.items() if stage.kind == kind]
     assert changed(before, prints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *of_kind)
+
+
+def test_new_version_of_a_tuner_changes_the_fingerprints_of_its_trainings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = experiment_of({**STAGES_OF_FILE, "sft": {**STAGES_OF_FILE["sft"], "tuner": {"lora": {}}}})
+    before = prints(lora, folder)
+    newer = dataclasses.replace(ADAPTERS["lora"], version=2)
+    monkeypatch.setattr(ADAPTERS, "_entries", {**ADAPTERS, "lora": newer})
+    assert changed(before, prints(lora, folder)) == users_of(lora, "sft")
 
 
 def test_every_kind_of_stage_is_in_the_table_of_how_they_are_made() -> None:

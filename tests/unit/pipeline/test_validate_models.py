@@ -3,6 +3,7 @@ not exist or have tied weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tunery.models.model_folder import BadModel
 from tunery.models.scratch import train_tokenizer
 from tunery.pipeline.validate import notes, validate
 from tunery.pipeline.validate_models import validate_models_at_start
+from tunery.spec import ADAPTERS
 from tunery.store import Store
 
 SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -231,6 +233,15 @@ def test_a_name_that_matches_no_layer_is_refused_with_the_valid_ones(
     assert "valid names: " in wrong
     assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in wrong
     assert checked(load_text, models, base + sft("[q_proj, layers.1.mlp.up_proj]", model)) == []
+
+
+def test_adapter_that_can_not_be_merged_is_refused(
+    load_text: LoadText, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unmergeable = dataclasses.replace(ADAPTERS["lora"], mergeable=False)
+    monkeypatch.setattr(ADAPTERS, "_entries", {**ADAPTERS, "lora": unmergeable})
+    (wrong,) = checked(load_text, models, sft("auto"))
+    assert "the adapter of LoRA can't be merged into its base" in wrong
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp", "proj"])

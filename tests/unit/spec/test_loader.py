@@ -109,6 +109,21 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         14,
         ["`stages.sft.tuner` has no key `lore`", "did you mean `lora`?"],
     ),
+    "tuner with settings as a name": (
+        [("learning_rate: 1e-5", "learning_rate: 1e-5, tuner: lora")],
+        14,
+        ['`stages.sft.tuner` can\'t be "lora"', "write `{lora: {}}`"],
+    ),
+    "misspelled tuner without settings": (
+        [("learning_rate: 1e-5", "learning_rate: 1e-5, tuner: ful")],
+        14,
+        ['`stages.sft.tuner` can\'t be "ful"', "did you mean `full`?"],
+    ),
+    "tuner near none": (
+        [("learning_rate: 1e-5", "learning_rate: 1e-5, tuner: {zzz: {}}")],
+        14,
+        ['`stages.sft.tuner` can\'t be {"zzz": {}}', "known: full, lora"],
+    ),
     "misspelled form of a model": (
         [("{scratch: tiny}", "{scrach: tiny}")],
         9,

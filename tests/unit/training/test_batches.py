@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tunery.errors import RequestError
 from tunery.spec import Compute, Lora, Pretrain, Pretrained, Scratch, Sft, Training
-from tunery.spec.trainings import LoraTuner
+from tunery.spec.tuners import LoraTuner
 from tunery.training.auto import GLOBAL_BATCH_SIZES, resolve
 from tunery.training.batches import MAX_AUTO_MICRO_BATCH, at_even_steps, data_order, plan_batches
 from tunery.training.deepspeed_config import deepspeed_config, model_state_bytes

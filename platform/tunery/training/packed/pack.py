@@ -18,7 +18,7 @@ from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.nll import head_is_plain
 from tunery.models.packed_attention import install_varlen_attention
 from tunery.models.preview import COLUMNS, stage_preview
-from tunery.spec import LoraTuner
+from tunery.spec import adapter_spec, settings_of
 from tunery.training.job import Job, Report, rows_of
 from tunery.training.packed.adamw import StepHyperparams
 from tunery.training.packed.member import Member, group_by_eval_data
@@ -79,7 +79,7 @@ class Pack:
         if rows not in self._sequences:
             self._sequences[rows] = open_sequences(job, self._tokenizer)
         check_sequences(job, *self._sequences[rows])
-        peft_model = with_adapter(self._model, spec.tuner.lora, job.seed)
+        peft_model = with_adapter(self._model, spec.tuner, job.seed)
         member = Member(job, *self._sequences[rows], self._tokenizer, peft_model, self._parameters)
         self._check_adapter(member, peft_model)
         member.emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), self._tokenizer))
@@ -92,16 +92,15 @@ class Pack:
         return member
 
     def _check_adapter(self, member: Member, peft_model: Any) -> None:
-        head = self._model.get_output_embeddings()
+        tuner, head = member.spec.tuner, self._model.get_output_embeddings()
         names = {name for name, module in self._model.named_modules() if module is head}
         stacked = sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair)
         trained = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
-        assert isinstance(member.spec.tuner, LoraTuner), "a pack trains LoRA only"
         if names & member.adapter.weights.keys() or stacked != trained:
             raise StageError(
                 member.job.stage,
                 "an adapter on the head or on an embedding can't be trained in a pack",
-                cause=f"target_modules: {list(member.spec.tuner.lora.target_modules)}",
+                cause=f"target_modules: {list(adapter_spec(tuner).target_modules(settings_of(tuner)))}",
                 remedy="remove them from target_modules, or set `compute: {max_packed_trials: 1}`",
             )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
 from tunery.models.load import Source
-from tunery.spec import Compute, Lora, LoraTuner, Sft, Stage
+from tunery.spec import Compute, Sft, Stage, adapter_spec, settings_of
 from tunery.training.job import Job, Report
 
 POLL_SECONDS = 5.0
@@ -37,12 +37,7 @@ def unpackable_reason(stage: Stage, compute: Compute) -> str:
         return "compute.max_packed_trials is 1"
     if not isinstance(stage, Sft):
         return f"a {stage.kind} stage has no packed form, sft has"
-    if not isinstance(stage.tuner, LoraTuner):
-        return "full fine-tuning changes the base that a pack shares"
-    lora: Lora = stage.tuner.lora
-    if lora.dropout:
-        return "LoRA's dropout would be drawn for all members together"
-    return ""
+    return adapter_spec(stage.tuner).unpackable_reason(settings_of(stage.tuner))
 
 
 class PackFull(TuneryError):

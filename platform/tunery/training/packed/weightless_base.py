@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tunery.models.adapters import lora_config
-from tunery.spec import Lora
+from tunery.models.adapters import peft_config
+from tunery.spec import Tuner
 from tunery.training.packed.stack import Adapter, Matrices
 
 PREFIX = "base_model.model."
@@ -35,13 +35,13 @@ def weightless_base(model: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def with_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
+def with_adapter(model: PreTrainedModel, tuner: Tuner, seed: int) -> Any:
     """Return a PeftModel on a weightless copy of `model`, with its adapter initialized from `seed`, on the CPU."""
     from peft import get_peft_model
 
     base = weightless_base(model)
     torch.manual_seed(seed)
-    return get_peft_model(base, lora_config(lora, "CAUSAL_LM"))
+    return get_peft_model(base, peft_config(tuner, "CAUSAL_LM"))
 
 
 def adapter_of(peft_model: Any) -> Adapter:

@@ -1,8 +1,10 @@
-"""Load the four models of PPO, sharing weights between them where LoRA allows it."""
+"""Load the four models of PPO, sharing weights between them where the tuner allows it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,20 @@ import torch
 from torch import nn
 
 from tunery.errors import StageError
-from tunery.models.adapters import lora_config
+from tunery.models.adapters import freeze_untrained, peft_config
 from tunery.models.labels import RewardNorm
-from tunery.models.load import base_of, is_adapter, load_classifier, load_model, load_own_tokenizer, load_reward_norm
+from tunery.models.load import (
+    Source,
+    base_of,
+    is_adapter,
+    load_classifier,
+    load_model,
+    load_own_tokenizer,
+    load_reward_norm,
+)
 from tunery.models.model_folder import BadModel
 from tunery.models.reward_functions import NO_LIMIT, RewardFn, RewardOrigin, load_reward
-from tunery.spec import LoraTuner, Ppo
+from tunery.spec import Ppo, adapter_spec, settings_of
 from tunery.training.job import Job
 from tunery.training.ppo.models import (
     POLICY,
@@ -47,6 +57,8 @@ class Models:
     `reward` is None."""
     value_init: str
     """"policy" or "reward"."""
+    is_adapter_weight: Callable[[str], bool]
+    """Whether a parameter belongs to an adapter, by its name."""
 
     @property
     def weight_bytes(self) -> int:
@@ -59,7 +71,7 @@ class Models:
         """The same if no models shared weights."""
         if not self.trained.shared:
             return self.weight_bytes
-        base = [weights for name, weights in self.trained.policy.named_parameters() if "lora_" not in name]
+        base = [weights for name, weights in self.trained.policy.named_parameters() if not self.is_adapter_weight(name)]
         return (3 if self.reward_fn is not None else 4) * parameter_bytes(base)
 
 
@@ -72,10 +84,10 @@ def build_models(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtyp
     takes_token_ids = reward_takes_token_ids(job, tokenizer)
     policy = load_model(job.model, torch.float32)
     policy.config.use_cache = False
-    if isinstance(spec.tuner, str):
-        models = _separate(job, policy, takes_token_ids, dtype, device)
+    if adapter_spec(spec.tuner).has_adapter:
+        models = _shared(job, policy, takes_token_ids, dtype, device)
     else:
-        models = _shared(job, spec.tuner, policy, takes_token_ids, dtype, device)
+        models = _separate(job, policy, takes_token_ids, dtype, device)
     for module in (models.trained, models.reference, models.reward):
         if module is not None:
             disable_dropout(module)
@@ -113,7 +125,7 @@ def reward_takes_token_ids(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool
 def _separate(
     job: Job, policy: PreTrainedModel, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
 ) -> Models:
-    """Load separate models, for full fine-tuning."""
+    """Load separate models, for tuners without adapter."""
     spec = job.spec
     assert isinstance(spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
@@ -122,43 +134,69 @@ def _separate(
     if _value_init(job, reward is not None) == "reward":
         value = _load_scalar_model(job, job.reward, torch.float32)
         assert value is not None, "`reward` was loaded from the same source"
-        return Models(PolicyAndValue(LanguageModel(policy), value), reference, reward, reward_fn, "reward")
-    value = ScalarModel(load_model(job.model, torch.float32).base_model, ScalarHead(_hidden_size(policy)))
-    return Models(PolicyAndValue(LanguageModel(policy), value), reference, reward, reward_fn, "policy")
+        value_init = "reward"
+    else:
+        value = ScalarModel(load_model(job.model, torch.float32).base_model, ScalarHead(_hidden_size(policy)))
+        value_init = "policy"
+    for module in (policy, value.model):
+        freeze_untrained(module, spec.tuner)
+    trained = PolicyAndValue(LanguageModel(policy), value)
+    return Models(trained, reference, reward, reward_fn, value_init, _is_adapter_weight(job))
 
 
 def _shared(
-    job: Job, tuner: LoraTuner, policy: PreTrainedModel, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
+    job: Job, policy: PreTrainedModel, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
 ) -> Models:
-    """Load one base with an adapter per model, for LoRA."""
+    """Load one base with an adapter per model, for tuners with adapters."""
     from peft import get_peft_model
 
     assert job.reward is not None, "every ppo stage has one"
-    config = lora_config(tuner.lora, "CAUSAL_LM")
+    assert isinstance(job.spec, Ppo)
+    config = peft_config(job.spec.tuner, "CAUSAL_LM")
+    is_adapter_weight = _is_adapter_weight(job)
     model = get_peft_model(policy, config, adapter_name=POLICY)
     heads: dict[str, ScalarHead] = {}
-    on_same_base = takes_token_ids and is_adapter(job.reward) and base_of(Path(job.reward["artifact"])) == job.model
+    on_same_base = takes_token_ids and _is_adapter_of(job.reward, job.model, config)
     width = _hidden_size(policy)
     reward, reward_fn = None, None
     if on_same_base:
-        heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), width)
+        heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), width, is_adapter_weight)
     else:
         reward, reward_fn = _load_reward(job, job.reward, takes_token_ids, dtype, device)
     value_init = _value_init(job, on_same_base)
     if value_init == "reward":
-        heads[VALUE] = _add_reward_adapter(model, VALUE, Path(job.reward["artifact"]), width)
+        heads[VALUE] = _add_reward_adapter(model, VALUE, Path(job.reward["artifact"]), width, is_adapter_weight)
     else:
         model.add_adapter(VALUE, config)
         heads[VALUE] = ScalarHead(width)
     trained = PolicyAndValue(LanguageModel(model.get_base_model()), None, heads)
     for name, parameter in trained.named_parameters():
         # ...lora_A.<adapter>.weight, and heads.value.linear.weight
-        trained_adapter = "lora_" in name and bool({POLICY, VALUE} & set(name.split(".")[-2:]))
+        trained_adapter = is_adapter_weight(name) and bool({POLICY, VALUE} & set(name.split(".")[-2:]))
         parameter.requires_grad_(trained_adapter or name.startswith(f"heads.{VALUE}."))
-    return Models(trained, None, reward, reward_fn, value_init)
+    return Models(trained, None, reward, reward_fn, value_init, is_adapter_weight)
 
 
-def _add_reward_adapter(model: Any, name: str, artifact: Path, width: int) -> ScalarHead:
+def _is_adapter_weight(job: Job) -> Callable[[str], bool]:
+    """Return the predicate on names of parameters that belong to an adapter of the stage's tuner."""
+    assert isinstance(job.spec, Ppo)
+    spec = adapter_spec(job.spec.tuner)
+    return partial(spec.trains, settings_of(job.spec.tuner)) if spec.has_adapter else lambda name: False
+
+
+def _is_adapter_of(reward: RewardOrigin, model: Source, config: Any) -> bool:
+    """Whether the reward model is an adapter on the policy's base, of the policy's PEFT type: one model can't hold
+    adapters of different types."""
+    from peft import PeftConfig
+
+    if not is_adapter(reward) or base_of(artifact := Path(reward["artifact"])) != model:
+        return False
+    return bool(PeftConfig.from_pretrained(artifact / "adapter").peft_type == config.peft_type)
+
+
+def _add_reward_adapter(
+    model: Any, name: str, artifact: Path, width: int, is_adapter_weight: Callable[[str], bool]
+) -> ScalarHead:
     """Add the adapter of a `reward` stage to the model under `name`; return its head with its reward normalization."""
     from peft import PeftConfig
     from peft.utils import set_peft_model_state_dict
@@ -169,7 +207,7 @@ def _add_reward_adapter(model: Any, name: str, artifact: Path, width: int) -> Sc
     config.modules_to_save, config.exclude_modules, config.task_type = None, None, "CAUSAL_LM"
     model.add_adapter(name, config)
     weights = load_file(artifact / "adapter" / "adapter_model.safetensors")
-    set_peft_model_state_dict(model, {key: value for key, value in weights.items() if "lora_" in key}, name)
+    set_peft_model_state_dict(model, {key: value for key, value in weights.items() if is_adapter_weight(key)}, name)
     head = next(value for key, value in weights.items() if key.endswith("score.weight"))
     linear = nn.Linear(width, 1, bias=False)
     linear.weight.data = head.float()
@@ -204,13 +242,14 @@ def _load_scalar_model(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Sc
 def _value_init(job: Job, reward_fits: bool) -> str:
     """Resolve `value_init`. Raises StageError if the reward model can't initialize the value model."""
     assert isinstance(job.spec, Ppo)
+    adapter = adapter_spec(job.spec.tuner)
     if job.spec.value_init == "reward" and not reward_fits:
         raise StageError(
             job.stage,
             "the value model can't be initialized from this reward",
             cause="it is not a causal model with the policy's tokenizer and chat template"
-            if isinstance(job.spec.tuner, str)
-            else "with LoRA, the reward model must be an adapter on the policy's base model",
+            if not adapter.has_adapter
+            else f"with {adapter.title}, the reward model must be such an adapter on the policy's base model",
             remedy="set `value_init: policy`, or omit it",
         )
     if job.spec.value_init == "auto":
