@@ -100,12 +100,18 @@ class Workspace:
             cwd=self.folder,
         )
 
-    def without_ray(self, store: Path) -> dict[str, dict]:
+    def without_ray(self, store: Path, **environment: str) -> dict[str, dict]:
         """Build the stages of the experiment in one process, as a trial of a search does. Returns path and facts by
         stage."""
         command = [sys.executable, "-c", WITHOUT_RAY, str(self.file), str(store)]
         done = subprocess.run(
-            command, env=ENVIRONMENT, capture_output=True, text=True, check=False, cwd=self.folder, timeout=400
+            command,
+            env={**ENVIRONMENT, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=self.folder,
+            timeout=400,
         )
         assert done.returncode == 0, done.stderr
         made: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,78 @@
+"""A plugin of tunery with a scorer and two tuners, as its folder would be installed: put it on PYTHONPATH."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tunery.spec import AdapterSpec, ByOption, Plugin, ScorerEntry, ScorerSpec, TunerSpec
+from tunery.spec.references import Config
+
+
+class Vowels(ScorerSpec):
+    """Vowels of the response. Higher is better."""
+
+    vowels: Literal["share", "count"]
+    """share: of its letters; count: their number."""
+
+
+class Ia3(Config):
+    """Scaling of activations (Liu et al. 2022, https://arxiv.org/abs/2205.05638), by PEFT."""
+
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("k_proj", "v_proj", "down_proj")
+    """Names of layers."""
+
+
+class Ia3Tuner(TunerSpec):
+    """Trains scales of activations."""
+
+    ia3: Ia3
+    """Settings."""
+
+
+def ia3_config(ia3: Ia3, task: str, new_modules: list[str]) -> Any:
+    from peft import IA3Config
+
+    targets = list(ia3.target_modules)
+    return IA3Config(
+        target_modules=targets,
+        feedforward_modules=[name for name in targets if name == "down_proj"],
+        task_type=task,
+        modules_to_save=new_modules or None,
+    )
+
+
+PLUGIN = Plugin(
+    scorers=(
+        ScorerEntry(
+            Vowels,
+            "row",
+            "toy_plugin.vowel_scorer:VowelScorer",
+            direction="maximize",
+            version=1,
+            by_option=ByOption(str, default="share"),
+            usual_rule=">= 0.3",
+        ),
+    ),
+    adapters=(
+        AdapterSpec(  # like BitFit (https://arxiv.org/abs/2106.10199), for models without biases
+            "norms",
+            "norm tuning",
+            trains=lambda _, name: "norm" in name,
+            num_trainable=lambda _, parameters: parameters // 1000,
+            learning_rate_factor=50,
+            learning_rate_reason="norms: fifty times full fine-tuning's rate",
+            unpackable_reason=lambda _: "norms belong to the base that a pack shares",
+        ),
+        AdapterSpec(
+            "ia3",
+            "IA3",
+            trains=lambda _, name: "ia3_" in name,
+            num_trainable=lambda _, parameters: parameters // 1000,
+            config=Ia3Tuner,
+            peft_config="toy_plugin:ia3_config",
+            target_modules=lambda ia3: ia3.target_modules,
+        ),
+    ),
+)
