@@ -50,8 +50,8 @@ def parse_by(text: str) -> Scorer:
         raise RequestError(f"`--by {text}` lacks a value", remedy=f"add {form.required}")
     if value and not form.takes_value:
         raise RequestError(
-            f"`--by {text}` has a value, and {kind} has rules",
-            remedy=f'`--by {kind}`, or name the rules that differ: `--by "{{{kind}: {{of: whole}}}}"`',
+            f"`--by {text}` has a value, and {kind} takes none",
+            remedy=f'`--by {kind}`, or give its settings in braces: `--by "{{{kind}: {{..}}}}"`',
         )
     return {kind: form.settings(value or form.default or ""), **form.fields}
 
