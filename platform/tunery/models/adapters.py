@@ -27,7 +27,8 @@ def freeze_untrained(model: nn.Module, tuner: Tuner, new_modules: Sequence[str] 
     spec, settings = adapter_spec(tuner), settings_of(tuner)
     for name, parameter in model.named_parameters():
         is_new = any(name.startswith(f"{module}.") for module in new_modules)
-        parameter.requires_grad_(spec.has_adapter or is_new or spec.trains(settings, name))
+        if not (spec.has_adapter or is_new or spec.trains(settings, name)):
+            parameter.requires_grad_(False)
 
 
 def lora_config(lora: Lora, task: TaskType, new_modules: Sequence[str] = ()) -> Any:

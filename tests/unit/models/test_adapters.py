@@ -18,7 +18,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    return nn.ModuleDict({"layer": nn.Linear(2, 2), "score": nn.Linear(2, 1, bias=False)}).requires_grad_(False)
+    return nn.ModuleDict({"layer": nn.Linear(2, 2), "score": nn.Linear(2, 1, bias=False)})
 
 
 @pytest.mark.parametrize("tuner", ["full", LoraTuner(lora=Lora())])
