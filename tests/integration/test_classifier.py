@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from run_here import RunsHere
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workspace import Workspace, facts
 
@@ -49,15 +50,14 @@ def classifier_on_two_stages(bench: Workspace, **compute: object) -> None:
 
 
 def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_transformers(
-    before_sft: Workspace,
+    before_sft: Workspace, runs_here: RunsHere
 ) -> None:
     bench = before_sft
     classifier_on_two_stages(bench, workers=1, zero_stage=0)
     shutil.copytree(bench.store, bench.folder / "alone")
     alone = bench.without_ray(bench.folder / "alone")["judge"]["facts"]
     classifier_on_two_stages(bench, workers=2, zero_stage=3, micro_batch_size=1)
-    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs_here.execute(bench)
     trained = bench.only("classifier")
     told = facts(trained)
     for name in ("loss", "eval_loss", "eval_auc", "temperature"):
@@ -81,4 +81,3 @@ def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_
     for score, temperature in (("classifier", 1.0), ("fitted", told["temperature"])):
         probabilities = (logits / temperature).softmax(dim=1)[:, good].numpy()
         assert facts(rated)["scores"][score]["median"] == pytest.approx(float(np.median(probabilities)), abs=1e-5)
-    assert "Classifiers" in done.stdout

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from one_process import build_stages
 from small_classifiers import write_language_model
-from workspace import ENVIRONMENT, Workspace
+from workspace import Workspace
 
-ONE_BY_ONE = """
-import json, sys
-from pathlib import Path
-from tunery.errors import StageError
-from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, execute
-from tunery.spec import load
-from tunery.spec.graph import with_upstream
-from tunery.store import Store
-from tunery.events.event_log import EventLog
-file, store = Path(sys.argv[1]), Path(sys.argv[2])
-experiment, _ = load(file)
-compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
-experiment = experiment.model_copy(update={"compute": compute})
-where = RunContext(Store(store), store / "run", file)
-found = {}
-for name in sys.argv[3:]:
-    own = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [name])})
-    try:
-        made = execute(own, where, EventLog(where.events / "e.jsonl"))
-        found[name] = {"facts": made[name].facts, "measured": made[name].measured}
-    except StageError as error:
-        found[name] = {"error": str(error)}
-print(json.dumps(found))
-"""
 WILD: dict[str, Any] = {
     "learning_rate": 1.0e38,
     "max_grad_norm": 1.0e9,
@@ -85,21 +58,13 @@ def write_experiment(folder: Path, compute: dict[str, Any], **changed: Any) -> P
     return file
 
 
-def train_one_by_one(file: Path, store: Path, *names: str) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-c", ONE_BY_ONE, str(file), str(store), *names]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr
-    told: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return told
-
-
 def models_in(store: Path) -> list[str]:
     return sorted(path.name for path in store.glob("artifacts/*") if not path.name.startswith("dataset-"))
 
 
 def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> None:
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2, "save_steps": 1})
-    told = train_one_by_one(file, tmp_path / "store", *STAGES)
+    told = build_stages(file, tmp_path / "store", *STAGES)
     for name, result in told.items():
         assert "diverged at step" in result.get("error", ""), (name, result)
         assert "lower `learning_rate`" in result["error"], name
@@ -110,7 +75,7 @@ def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> N
 def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
     sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2}, **sane)
-    told = train_one_by_one(file, tmp_path / "store", *STAGES)
+    told = build_stages(file, tmp_path / "store", *STAGES)
     for name, result in told.items():
         assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
         assert result["facts"]["skipped_steps"] == 0
@@ -119,7 +84,7 @@ def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
 def test_rounding_to_bf16_is_no_difference_between_what_is_saved_and_what_was_trained(tmp_path: Path) -> None:
     sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
     file = write_experiment(tmp_path, {"workers": 1, "precision": "bf16"}, **sane)
-    told = train_one_by_one(file, tmp_path / "store", "sft", "sft_lora", "reward", "reward_lora", "ppo_lora")
+    told = build_stages(file, tmp_path / "store", "sft", "sft_lora", "reward", "reward_lora", "ppo_lora")
     for name, result in told.items():
         assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
         assert result["measured"]["dtype"] == "bf16"
@@ -128,7 +93,7 @@ def test_rounding_to_bf16_is_no_difference_between_what_is_saved_and_what_was_tr
 def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:
     # DeepSpeed then computes no gradient norm and skips no steps.
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 0})
-    told = train_one_by_one(file, tmp_path / "store", "sft", "dpo")
+    told = build_stages(file, tmp_path / "store", "sft", "dpo")
     assert all("diverged at step" in result.get("error", "") for result in told.values()), told
     assert models_in(tmp_path / "store") == []
 

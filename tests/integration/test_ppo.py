@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import contents, worker_pids
+from run_here import RunsHere
 from transformers import AutoModelForCausalLM
 from workspace import Workspace, facts, wait_for
 
@@ -94,13 +95,14 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 
 @pytest.fixture(scope="module")
-def sharded(alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def sharded(
+    alone: dict[str, dict], store: Path, tmp_path_factory: pytest.TempPathFactory, runs_here: RunsHere
+) -> Workspace:
     """The same experiment run with two workers and sharded weights (ZeRO-3)."""
     bench = Workspace(tmp_path_factory.mktemp("sharded"))
     shutil.copytree(store, bench.store)
     with_ppo(bench, workers=2, zero_stage=3, micro_batch_size=2)
-    done = bench.tunery("run", str(bench.file))
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs_here.execute(bench)
     return bench
 
 
@@ -156,7 +158,7 @@ def test_killed_ppo_goes_on_and_ends_with_the_same_bytes(sharded: Workspace, sto
     wait_for(lambda: list(bench.store.glob("work/ppo-*/checkpoints/checkpoint-*/whole")), 240, process=first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    wait_for(lambda: not worker_pids(), seconds=60)
+    wait_for(lambda: not worker_pids(bench), seconds=60)
     assert not bench.artifacts("ppo")
     second = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
     assert second.returncode == 0, second.stdout + second.stderr

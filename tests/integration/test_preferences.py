@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run_here import RunsHere
 from small_classifiers import write_language_model
 from workspace import Workspace
 
@@ -45,13 +46,7 @@ def write(bench: Workspace, trainings: dict[str, dict], **compute: object) -> No
     bench.write(change)
 
 
-def facts_of_run(bench: Workspace) -> dict[str, dict]:
-    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {event["stage"]: event["facts"] for event in bench.events() if event["event"] == "stage_finished"}
-
-
-def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Workspace) -> None:
+def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Workspace, runs_here: RunsHere) -> None:
     trainings = {
         "dpo": {"kind": "dpo", "epochs": 1.5, "global_batch_size": 4},
         "dpo_lora": {"kind": "dpo", "epochs": 1, "global_batch_size": 4, "tuner": LORA, "label_smoothing": 0.1},
@@ -60,7 +55,7 @@ def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Worksp
     write(bench, trainings, workers=1, zero_stage=0)
     alone = {name: made["facts"] for name, made in bench.without_ray(bench.folder / "alone").items()}
     write(bench, trainings, workers=2, zero_stage=3, micro_batch_size=1)
-    sharded = facts_of_run(bench)
+    sharded = {name: item.facts for name, item in runs_here.execute(bench).items()}
     for name in trainings:
         for fact in ("loss", "eval_loss", "eval_margin"):
             assert sharded[name][fact] == pytest.approx(alone[name][fact], rel=1e-4, abs=1e-6), (name, fact)

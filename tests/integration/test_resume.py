@@ -19,7 +19,7 @@ def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Workspa
     wait_for(lambda: checkpoints(before_sft), process=first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    wait_for(lambda: not worker_pids(), seconds=60)
+    wait_for(lambda: not worker_pids(before_sft), seconds=60)
     assert checkpoints(before_sft)
     assert not before_sft.artifacts("sft")
     second = before_sft.tunery("run", str(before_sft.file))
@@ -43,14 +43,14 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Workspace) -> No
     assert "the same command resumes" in err
     assert "Traceback" not in out + err
     assert (before_sft.run / "report.html").is_file()
-    wait_for(lambda: not worker_pids(), seconds=60)
+    wait_for(lambda: not worker_pids(before_sft), seconds=60)
 
 
 def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Workspace) -> None:
     finished = {path.name for path in (before_sft.store / "artifacts").iterdir()}
     run = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=run)
-    os.kill(worker_pids()[0], signal.SIGKILL)
+    os.kill(worker_pids(before_sft)[0], signal.SIGKILL)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 1, out + err
     assert "stage sft: a worker process was killed" in err

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from run_here import RunsHere
 from small_classifiers import WORDS, write_language_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workspace import Workspace, facts
@@ -53,15 +54,15 @@ def reward_models(bench: Workspace, **compute: object) -> None:
     bench.write(change)
 
 
-def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_scale(before_sft: Workspace) -> None:
+def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_scale(
+    before_sft: Workspace, runs_here: RunsHere
+) -> None:
     bench = before_sft
     reward_models(bench, workers=1, zero_stage=0)
     shutil.copytree(bench.store, bench.folder / "alone")
     alone = bench.without_ray(bench.folder / "alone")
     reward_models(bench, workers=2, zero_stage=3, micro_batch_size=1)
-    done = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Reward models" in done.stdout
+    runs_here.execute(bench)
     trained = {"adapter" if (path / "adapter").is_dir() else "model": path for path in bench.artifacts("reward")}
     whole, adapter = facts(trained["model"]), facts(trained["adapter"])
     for name, told in (("rm", whole), ("lora", adapter)):

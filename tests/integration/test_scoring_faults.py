@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from processes import raylet_pid, worker_pids
 from workspace import ENVIRONMENT, ROOT, Workspace, wait_for
 
 ROWS = 30_720  # 30 shards
@@ -36,20 +37,6 @@ def prepared(bench: Workspace, made: Workspace) -> Workspace:
     return bench
 
 
-def raylet(bench: Workspace) -> int:
-    """Return the pid of the raylet that this run has started."""
-    session = (bench.run / "logs" / "ray").resolve().parent.name
-    found = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[0])
-
-
-def actors(bench: Workspace) -> list[int]:
-    found = subprocess.run(
-        ["pgrep", "-P", str(raylet(bench)), "-f", "ray::.*LikelihoodActor"], capture_output=True, text=True, check=False
-    )
-    return [int(line) for line in found.stdout.split()]
-
-
 def parts(bench: Workspace) -> list[Path]:
     return list(bench.store.glob("work/score-*/passes/*/part-*.parquet"))
 
@@ -68,7 +55,9 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
     first = bench.start(**soon)
     wait_for(lambda: len(parts(bench)) >= 2, process=first)
-    os.kill(raylet(bench), signal.SIGKILL)
+    raylet = raylet_pid(bench)
+    assert raylet is not None
+    os.kill(raylet, signal.SIGKILL)
     out, err = first.communicate(timeout=120)
     assert first.returncode == 1, out + err
     assert "Traceback" not in out + err
@@ -78,7 +67,7 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     before = len(parts(bench))
     second = bench.start()
     wait_for(lambda: len(parts(bench)) >= before + 2, process=second)
-    left = actors(bench)
+    left = worker_pids(bench)
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), seconds=60)
@@ -87,7 +76,7 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     assert before < 30, "too late to disturb anything"
     third = bench.start()
     wait_for(lambda: len(parts(bench)) > before, process=third)
-    os.kill(actors(bench)[0], signal.SIGKILL)
+    os.kill(worker_pids(bench)[0], signal.SIGKILL)
     out, err = third.communicate(timeout=120)
     assert third.returncode == 0, out + err
 

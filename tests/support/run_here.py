@@ -1,17 +1,18 @@
-"""Run experiments in the process of the tests, on a Ray and workers that are started once for all of them."""
+"""Run experiments in the process of the tests, on a Ray and two workers that are started once for all of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from workspace import Workspace
 
 from tunery.events.event_log import EventLog
+from tunery.pipeline.compute import batch_sizes, resolve_compute
 from tunery.pipeline.execute import RunContext, execute
 from tunery.pipeline.ray_session import RaySession
 from tunery.spec import Compute, load
-from tunery.store import Store
+from tunery.store import Artifact, Store
 from tunery.training.launch import OnWorkers
 
 
@@ -19,16 +20,17 @@ from tunery.training.launch import OnWorkers
 class RunsHere:
     session: RaySession
     compute: Compute
+    """Two workers on the CPU."""
 
-    def execute(self, bench: Workspace, compute: Compute | None = None) -> dict[str, Path]:
-        """Run the stages of the experiment; return the artifacts' folders by stage."""
-        compute = compute or self.compute
+    def execute(self, bench: Workspace, **compute: Any) -> dict[str, Artifact]:
+        """Run the stages of an experiment without a search on the workers; `compute` changes its compute settings."""
         experiment, _ = load(bench.file)
+        changed = experiment.compute.model_copy(update=compute)
+        resolved, _ = resolve_compute(changed, self.session.hardware, batch_sizes(experiment))
         run_context = RunContext(Store(bench.store), bench.run, bench.file)
-        artifacts = execute(
-            experiment.model_copy(update={"compute": compute}),
+        return execute(
+            experiment.model_copy(update={"compute": resolved}),
             run_context,
             EventLog(run_context.events / "driver.jsonl"),
-            lambda stage: OnWorkers(self.session.workers, compute),
+            lambda stage: OnWorkers(self.session.workers, resolved),
         )
-        return {name: artifact.path for name, artifact in artifacts.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from one_process import build_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """
@@ -33,21 +34,6 @@ stages:
 compute: {workers: 2, zero_stage: 2, save_steps: 10}
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE": "offline", "COLUMNS": "120"}
-WITHOUT_RAY = """
-import json, sys
-from pathlib import Path
-from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, execute
-from tunery.spec import load
-from tunery.store import Store
-from tunery.events.event_log import EventLog
-file, store = Path(sys.argv[1]), Path(sys.argv[2])
-experiment, _ = load(file)
-compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
-where = RunContext(Store(store), store / "run", file)
-made = execute(experiment.model_copy(update={"compute": compute}), where, EventLog(where.events / "e.jsonl"))
-print(json.dumps({name: {"path": str(item.path), "facts": item.facts} for name, item in made.items()}))
-"""
 
 
 @dataclass
@@ -101,21 +87,8 @@ class Workspace:
         )
 
     def without_ray(self, store: Path, **environment: str) -> dict[str, dict]:
-        """Build the stages of the experiment in one process, as a trial of a search does. Returns path and facts by
-        stage."""
-        command = [sys.executable, "-c", WITHOUT_RAY, str(self.file), str(store)]
-        done = subprocess.run(
-            command,
-            env={**ENVIRONMENT, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.folder,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        made: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])
-        return made
+        """Build the stages of the experiment in one process; return path and facts by stage."""
+        return build_stages(self.file, store, **environment)
 
     def artifacts(self, kind: str) -> list[Path]:
         return sorted((self.store / "artifacts").glob(f"{kind}-*"))

@@ -156,7 +156,7 @@ class InProcess(_LauncherFields):
         from tunery.workers.process_state import reset_global_state
 
         reset_global_state()
-        # ZeRO-3 shards nothing with one worker, and DeepSpeed (0.19.8) never frees a model that it has sharded.
+        # ZeRO-3 has nothing to shard with one worker.
         compute = job.compute.model_copy(update={"zero_stage": min(job.compute.zero_stage, 2)})
         # Not TorchTrainer, which destroys the process group at the end of a local run; the next trial needs it.
         trainer = DataParallelTrainer(

@@ -16,6 +16,8 @@ T = TypeVar("T")
 Pickled = bytes
 """Functions, arguments and errors pass through as cloudpickle bytes, so the queue imports nothing that they need."""
 
+MAX_IDLE_FAILURES = 3
+"""Failures in a row that interrupt no work, such as a lack of memory while workers start. One more fails all work."""
 MAX_WAIT_SECONDS = 1.0
 """Maximum duration of a call that waits for results; the run handles signals between two calls."""
 
@@ -95,6 +97,7 @@ class JobQueue:
         self._running: dict[int, _Task] = {}
         """By rank."""
         self._results: list[TaskResult] = []
+        self._idle_failures = 0
 
     # Called by workers.
 
@@ -134,6 +137,7 @@ class JobQueue:
             job = self._job
             if self._sessions[rank] != session or job is None:
                 return
+            self._idle_failures = 0
             job.finished.add(rank)
             if len(job.finished) == self._num_workers:
                 job.state = "stopped" if stopped else "done"
@@ -142,6 +146,7 @@ class JobQueue:
     async def finish_task(self, rank: int, session: int, result: Pickled, error: Pickled) -> None:
         async with self._changed:
             if self._sessions[rank] == session and (task := self._running.pop(rank, None)) is not None:
+                self._idle_failures = 0
                 self._add_result(task, result, error)
 
     # Called by the controller of Ray Train.
@@ -149,6 +154,12 @@ class JobQueue:
     async def fail(self, ranks: list[int], errors: Pickled) -> None:
         """Register that these ranks have raised an error or died. Ray Train then restarts all workers."""
         async with self._changed:
+            job = self._job
+            is_job_open = job is not None and job.state == "open"
+            self._idle_failures += not (is_job_open or self._running.keys() & set(ranks))
+            if self._idle_failures > MAX_IDLE_FAILURES:
+                while self._pending:
+                    self._add_result(self._pending.popleft(), b"", errors)
             for rank in ranks:
                 if (task := self._running.get(rank)) is not None:
                     task.crashes += 1
@@ -158,8 +169,7 @@ class JobQueue:
             for rank in self._sessions:
                 self._sessions[rank] += 1
                 self._requeue(rank)
-            job = self._job
-            if job is not None and job.state == "open":
+            if job is not None and is_job_open:
                 job.failures += 1
                 job.errors = errors
                 job.finished.clear()

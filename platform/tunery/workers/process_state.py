@@ -83,6 +83,7 @@ class ProcessState:
         os.environ.update(self.environment)
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
         random.setstate(self.random_state)
         np.random.set_state(self.numpy_state)
         torch.set_rng_state(self.torch_state)
@@ -106,15 +107,23 @@ def reset_global_state() -> None:
 
 
 def _destroy_engines() -> None:
-    """Destroy all DeepSpeed engines of this process. Without it they are never freed (0.19.8): their hooks on gradient
-    accumulation refer to the model from C++, where the garbage collector sees no cycle."""
+    """Destroy all DeepSpeed engines of this process, which would otherwise never be freed (0.19.8).
+
+    Their hooks on gradient accumulation refer to the model from C++, where the garbage collector sees no cycle. Under
+    ZeRO-3 a global stack keeps modules, and a cached method keeps the object that gathers their parameters.
+    """
+    import functools
     import gc
 
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     for item in gc.get_objects():
         if issubclass(type(item), DeepSpeedEngine):
             item.destroy()
+        elif type(item) is functools._lru_cache_wrapper and item.__module__ == partitioned_param_coordinator.__name__:
+            item.cache_clear()
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def free_memory() -> None:

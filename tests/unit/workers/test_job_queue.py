@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tunery.workers.job_queue import JobQueue, Work
+from tunery.workers.job_queue import MAX_IDLE_FAILURES, JobQueue, Work
 
 
 def run(call: Coroutine[Any, Any, Any]) -> Any:
@@ -152,6 +152,19 @@ def test_task_fails_after_more_crashes_than_allowed_and_the_others_go_on() -> No
         assert (result.index, result.error) == (0, b"died")
         (session,) = await joined(queue, 1)
         assert (await queue.next(0, session, 0)).values == {"shard": 1}
+
+    run(scenario())
+
+
+def test_tasks_fail_when_workers_die_again_and_again_before_they_run_one() -> None:
+    async def scenario() -> None:
+        queue = JobQueue(1)
+        await queue.submit_tasks(b"scorer", [{"shard": 0}, {"shard": 1}], 1)
+        for failure in range(MAX_IDLE_FAILURES + 1):
+            assert not queue._results, failure
+            await joined(queue, 1)
+            await queue.fail([0], b"died")
+        assert [(item.index, item.error) for item in await queue.task_results()] == [(0, b"died"), (1, b"died")]
 
     run(scenario())
 
