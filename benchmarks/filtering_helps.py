@@ -43,8 +43,8 @@ SCORES: dict[str, dict[str, Any]] = {
     "gopher": {"gopher": {"words_min": None, "stop_words_min": None}},
     "c4": {"c4": {"sentences_min": None, "line_words_min": None}},
     "language": {"language": "en"},
-    "duplicates": {"duplicates": "normalised", "of": "answer"},
-    "near_duplicates": {"near_duplicates": {"of": "answer", "threshold": 0.5, "ngram": 3}},
+    "duplicates": {"duplicates": "normalised", "of": "response"},
+    "near_duplicates": {"near_duplicates": {"of": "response", "threshold": 0.5, "ngram": 3}},
 }
 """As in experiments/filter.yaml; `embedding` is the likeness to validation rows, which nobody is measured on."""
 Arm = tuple[str, float]

@@ -38,7 +38,7 @@ SPECS = {
     "language": {"language": "en"},
     "contamination": {"contamination": {"sets": ["heldout"]}},
     "duplicates": {"duplicates": "exact"},
-    "duplicates_answer": {"duplicates": "exact", "of": "answer"},
+    "duplicates_answer": {"duplicates": "exact", "of": "response"},
     "near_duplicates": {"near_duplicates": {}},
 }
 

@@ -1,4 +1,4 @@
-"""The commands. No logic here: each calls one function and prints what it returns."""
+"""The commands. They have no logic: each calls one function and prints the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from tunery.errors import Interrupted, TuneryError
-from tunery.interrupt import STOP, STOP_SIGNALS, left_behind
+from tunery.interrupt import STOP, STOP_SIGNALS, has_unfinished_calls
 from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -26,51 +26,51 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tuning experiments on Ray."
 )
-File = Annotated[Path, typer.Argument(help="The experiment, a .yaml file.", show_default=False)]
+File = Annotated[Path, typer.Argument(help="Experiment file (.yaml).", show_default=False)]
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="TUNERY_STORE", help="Where artifacts, runs and reports are kept.")
+    Path, typer.Option("--store", envvar="TUNERY_STORE", help="Folder of artifacts, runs and reports.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _checked(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
-    from tunery.run import check_all
+def _load_and_validate(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
+    from tunery.run import validate_experiment
     from tunery.spec import load
     from tunery.store import Store as TheStore
 
     experiment, source = load(file)
     the_store = TheStore(store)
-    return check_all(experiment, source, the_store), source, the_store
+    return validate_experiment(experiment, source, the_store), source, the_store
 
 
 @app.command()
 def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
-    """Check an experiment: its text, its files and models, its search space. Starts and writes nothing."""
+    """Validate an experiment: syntax, files, models and search space. Does not start or write anything."""
     from tunery.pipeline.validate import notes
     from tunery.pipeline.validate_templates import template_notes
 
-    experiment, source, _ = _checked(file, store)
-    found = notes(experiment, source)
-    found += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
+    experiment, source, _ = _load_and_validate(file, store)
+    messages = notes(experiment, source)
+    messages += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
     if as_json:
-        summary = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": found}
+        summary = {"file": str(file), "name": experiment.name, "stages": len(experiment.stages), "notes": messages}
         print(json.dumps(summary))
     else:
         searched = f", {experiment.search.trials} trials" if experiment.search else ""
         print(f"{file}: ok ({experiment.name}: {len(experiment.stages)} stages{searched})")
-        for note in found:
+        for note in messages:
             print(f"note: {note}")
 
 
 @app.command()
 def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
-    """Show what a run would do: stages, what is reused and why the rest is not, rows, steps, memory, time."""
+    """Show the plan of a run: stages, reused artifacts, reasons for rebuilding, rows, steps, memory, time."""
     from rich.console import Console
 
     from tunery.pipeline.plan import render_plan
     from tunery.run import plan_experiment
 
-    experiment, source, the_store = _checked(file, store)
+    experiment, source, the_store = _load_and_validate(file, store)
     planned = plan_experiment(experiment, source, the_store)
     if as_json:
         print(json.dumps(planned.as_json(), indent=1))
@@ -81,7 +81,7 @@ def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) 
 @app.command()
 def run(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
     """Run an experiment. Finished stages are reused; rerun the command to resume an interrupted run."""
-    experiment, source, the_store = _checked(file, store)
+    experiment, source, the_store = _load_and_validate(file, store)
     from tunery.live import run_live
 
     summary = run_live(experiment, source, the_store, quiet=as_json)
@@ -97,8 +97,8 @@ def filter_rows(
     out: Annotated[
         Path,
         typer.Option(
-            help="File for the rows that pass, with the columns they have in the source. Format by its ending: .csv, "
-            ".tsv, .jsonl, .json, .xlsx, .parquet.",
+            help="File for the rows that pass, with all columns of the source. The ending sets the format: .csv, .tsv, "
+            ".jsonl, .json, .xlsx, .parquet.",
             show_default=False,
         ),
     ],
@@ -106,7 +106,7 @@ def filter_rows(
         list[str] | None,
         typer.Option(
             metavar="SCORE",
-            help="A score: length=words, gopher, language=en, perplexity=./model. May be repeated.",
+            help="A score: length=words, gopher, language=en, perplexity=./model. Can be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -115,15 +115,17 @@ def filter_rows(
         typer.Option(
             metavar="RULE",
             help='A rule on a score: "length 3..500", "language >= 0.1", "perplexity best 80%", "random best 1000". '
-            "May be repeated.",
+            "Can be repeated.",
             show_default=False,
         ),
     ] = None,
-    any_rule: Annotated[bool, typer.Option("--any", help="Keep rows that pass any rule, instead of all.")] = False,
+    any_rule: Annotated[
+        bool, typer.Option("--any", help="Keep rows that pass any of the rules instead of all.")
+    ] = False,
     dropped: Annotated[
         Path | None,
         typer.Option(
-            help="File for all other rows, also those that can't be read, each with `dropped_by` and `dropped_reason`.",
+            help="File for all other rows, including unreadable ones, with `dropped_by` and `dropped_reason`.",
             show_default=False,
         ),
     ] = None,
@@ -132,19 +134,19 @@ def filter_rows(
         list[str] | None,
         typer.Option(
             metavar="ROLE=NAME",
-            help="What a column is to the scores, where its name doesn't tell: prompt=Frage. Roles: text, prompt, "
-            "input, completion, messages, chosen, rejected, label, system, tools. May be repeated.",
+            help="Role of a column, if its name is not recognized, for example prompt=Frage. Roles: text, prompt, "
+            "input, completion, messages, chosen, rejected, label, system, tools. Can be repeated.",
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Read at most so many rows.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of rows to read.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the score `random`.")] = 17,
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
     """Score the rows of files and write those that pass, unchanged, to a file of the same or another format.
 
-    The experiment that does it is written beside that file.
+    The generated experiment is written next to that file.
     """
     from rich.console import Console
 
@@ -152,10 +154,11 @@ def filter_rows(
     from tunery.filter.filter_experiment import FilterRequest
     from tunery.store import Store as TheStore
 
-    words = (tuple(sources), out, tuple(by or ()), tuple(keep or ()))
-    asked = FilterRequest(*words, any_rule, tuple(column or ()), limit, seed, scores)
-    say = (lambda note: None) if as_json else partial(print, flush=True)
-    outcome = run_filter(asked, dropped, TheStore(store), quiet=as_json, say=say)
+    request = FilterRequest(
+        tuple(sources), out, tuple(by or ()), tuple(keep or ()), any_rule, tuple(column or ()), limit, seed, scores
+    )
+    notify = (lambda note: None) if as_json else partial(print, flush=True)
+    outcome = run_filter(request, dropped, TheStore(store), quiet=as_json, notify=notify)
     if as_json:
         print(json.dumps(outcome.as_json(), indent=1))
     else:
@@ -165,19 +168,23 @@ def filter_rows(
 @app.command()
 def review(
     file: File,
-    stage: Annotated[str, typer.Argument(help="The review stage whose rows to look at.", show_default=False)],
+    stage: Annotated[str, typer.Argument(help="A review stage.", show_default=False)],
     store: StoreOption = DEFAULT_STORE,
     xlsx: Annotated[
-        Path | None, typer.Option(help="Write them to this workbook instead of showing a page.", show_default=False)
+        Path | None, typer.Option(help="Write the rows to this workbook instead of serving a page.", show_default=False)
     ] = None,
-    port: Annotated[int, typer.Option(help="Of the page on 127.0.0.1; 0 takes a free one.")] = 0,
-    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0: any free port.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     show_filter: Annotated[
-        bool, typer.Option("--show-filter", help="Show score and verdict before the decision; they lead the eye.")
+        bool,
+        typer.Option(
+            "--show-filter",
+            help="Show score and filter decision before the reviewer decides; this biases the reviewer.",
+        ),
     ] = False,
 ) -> None:
-    """Look at rows near a filter's cut and decide: keep or drop. On a page of this machine, or in a workbook."""
-    experiment, source, the_store = _checked(file, store)
+    """Review rows near the threshold of a filter, on a local web page or in a workbook: keep or drop."""
+    experiment, source, the_store = _load_and_validate(file, store)
     from tunery.pipeline.review_command import find_review, serve_review, write_review
 
     pending = find_review(experiment, source, the_store, stage)
@@ -192,7 +199,7 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's name or folder.", show_default=False)],
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Rebuild the report of a run: one HTML file that needs nothing else."""
+    """Rebuild the report of a run, a self-contained HTML file."""
     from tunery.reporting.report import write_report
     from tunery.store import Store as TheStore
 
@@ -202,31 +209,32 @@ def report(
 @app.command()
 def preview(
     file: File,
-    stage: Annotated[str, typer.Argument(help="A stage that feeds rows to a model.", show_default=False)],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
-    offset: Annotated[int, typer.Option(min=0, help="Skip so many rows.")] = 0,
+    stage: Annotated[str, typer.Argument(help="A stage that encodes rows for a model.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
+    offset: Annotated[int, typer.Option(min=0, help="Number of rows to skip.")] = 0,
     row: Annotated[
-        str | None, typer.Option(metavar="ID", help="This row alone; the id may be shortened.", show_default=False)
+        str | None,
+        typer.Option(metavar="ID", help="Show only this row; a prefix of the id is enough.", show_default=False),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print each token as id:text.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
-    """Show rows as a model gets them: tokens, which of them are trained, what is cut off. Starts and writes nothing."""
+    """Show encoded rows: tokens, loss mask and truncation. Does not start or write anything."""
     from rich.console import Console
 
     from tunery.preview.preview_command import preview as preview_stage
     from tunery.preview.preview_terminal import render
     from tunery.store import Store as TheStore
 
-    shown = preview_stage(file, stage, TheStore(store), rows, offset, row)
+    rows_preview = preview_stage(file, stage, TheStore(store), rows, offset, row)
     if as_json:
-        print(json.dumps(shown.as_json()))
+        print(json.dumps(rows_preview.as_json()))
         return
     console = Console(highlight=False)
     colours = console.is_terminal and not console.is_dumb_terminal and not console.no_color
-    # A program that reads it gets the text's own lines, whatever its width.
-    console.print(render(shown, colours=colours, ids=ids), soft_wrap=not colours)
+    # If a program reads the output, lines are not wrapped to a width.
+    console.print(render(rows_preview, colours=colours, ids=ids), soft_wrap=not colours)
 
 
 @app.command()
@@ -236,25 +244,26 @@ def trials(
         list[str] | None,
         typer.Argument(
             metavar="TRIAL|PATH=VALUE",
-            help="After --stop trials; after --add and --clone values, as sft.learning_rate=1e-3.",
+            help="With --stop: trials. With --add and --clone: values, for example sft.learning_rate=1e-3.",
             show_default=False,
         ),
     ] = None,
-    stop: Annotated[bool, typer.Option("--stop", help="End these trials before their time.")] = False,
-    add: Annotated[bool, typer.Option("--add", help="Add a trial: the file's values, and these.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop these trials.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add a trial with the file's values and these.")] = False,
     clone: Annotated[
-        str | None, typer.Option(metavar="TRIAL", help="Add a trial: this one's values, and these.", show_default=False)
+        str | None,
+        typer.Option(metavar="TRIAL", help="Add a trial with the values of TRIAL and these.", show_default=False),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
-    """List the trials of a search; stop some and add others while it runs, from another terminal."""
+    """List the trials of a search; stop and add trials while it runs, from another terminal."""
     from rich.console import Console
 
-    from tunery.search.trial_commands import trials as steer
+    from tunery.search.trial_commands import trials as trials_command
     from tunery.store import Store as TheStore
 
-    outcome = steer(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
+    outcome = trials_command(run, TheStore(store), words or (), stop=stop, add=add, clone=clone)
     console = Console(highlight=False)
     if as_json:
         print(json.dumps(outcome.as_json(), indent=1))
@@ -267,18 +276,18 @@ def compare(
     left: Annotated[
         str, typer.Argument(help="A run's name or folder, RUN/TRIAL, or RUN/file.", show_default=False, metavar="RUN")
     ],
-    right: Annotated[str, typer.Argument(help="Another one.", show_default=False, metavar="RUN")],
+    right: Annotated[str, typer.Argument(help="The run or trial to compare with.", show_default=False, metavar="RUN")],
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
-    """Set two runs or trials side by side: what was measured, which fields differ, which rows only one trained on."""
+    """Compare two runs or trials: metrics, fields that differ, and training rows that only one has."""
     from rich.console import Console
 
-    from tunery.compare.compare_command import compare as set_side_by_side
+    from tunery.compare.compare_command import compare as compare_runs
     from tunery.compare.compare_command import render
     from tunery.store import Store as TheStore
 
-    comparison = set_side_by_side(left, right, TheStore(store))
+    comparison = compare_runs(left, right, TheStore(store))
     if as_json:
         print(json.dumps(comparison.as_json(), indent=1))
     else:
@@ -288,21 +297,25 @@ def compare(
 @app.command()
 def export(
     run: Annotated[
-        str, typer.Argument(metavar="FILE_OR_RUN", help="A run's experiment, name or folder.", show_default=False)
+        str,
+        typer.Argument(metavar="FILE_OR_RUN", help="Experiment file, or name or folder of a run.", show_default=False),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to write: a new one, or an empty one.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not exist.", show_default=False)],
     stage: Annotated[
         str | None,
-        typer.Option(help="The stage whose model to write; else the one that the search, or the file, ends with."),
+        typer.Option(help="Stage whose model to export; by default that of the search's metric, or the last training."),
     ] = None,
     trial: Annotated[
-        str | None, typer.Option(help="The trial that made it; else the best one. `file`: the file's own values.")
+        str | None,
+        typer.Option(help="Trial whose model to export; by default the best one. `file`: the file's own values."),
     ] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, not merged into its base.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Export only the adapter, not merged into its base.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: Json = False,
 ) -> None:
-    """Write a run's model as a plain Hugging Face folder, with a card that says how it came about."""
+    """Export a run's model as a Hugging Face folder, with a model card and its lineage."""
     from tunery.export.export_command import export_model, render
     from tunery.store import Store as TheStore
 
@@ -311,12 +324,12 @@ def export(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
-    atexit.register(_ignore_signals)  # the first one to be registered is the last one to be called
+    """Run a command. Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted."""
+    atexit.register(_ignore_signals)  # exit handlers run in reverse order of registration
     with STOP.handled(), STOP.held():
         code = _run_command()
         _flush()
-        if left_behind():
+        if has_unfinished_calls():
             os._exit(code)
     if code:
         sys.exit(code)
@@ -325,15 +338,15 @@ def main() -> None:
 def _run_command() -> int:
     try:
         with STOP.released():
-            # typer (0.29) makes an Exit(130) of KeyboardInterrupt, and without its standalone mode returns that code.
+            # typer (0.29) converts KeyboardInterrupt to Exit(130), whose code is returned without standalone mode.
             code = app(standalone_mode=False)
     except TuneryError as error:
-        _say(error)
+        _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         code = Interrupted.exit_code
     except OSError as error:
-        _say(_system_error(error))
+        _print_error(_system_error(error))
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # click's own usage errors
@@ -342,39 +355,39 @@ def _run_command() -> int:
         show()
         return 2
     if code == Interrupted.exit_code:
-        _say(Interrupted("stopped"))
+        _print_error(Interrupted("stopped"))
     return code if isinstance(code, int) else 0
 
 
 def _system_error(error: OSError) -> TuneryError:
-    """Of the system (a full disk, no permission, no connection) while something was written or read for a command."""
+    """Convert an operating system error (full disk, no permission, no connection) to a TuneryError."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return TuneryError(
         f"{' and '.join(names)}: {error.strerror}" if names and error.strerror else str(error) or type(error).__name__,
-        remedy="free some space or give another --store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "",
+        remedy="free some space or use another --store" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "",
     )
 
 
-def _say(error: TuneryError) -> None:
+def _print_error(error: TuneryError) -> None:
     try:
         print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr, flush=True)
-    except OSError:  # standard error is closed, or a file on a full disk: the exit code is all that can be reported
+    except OSError:  # standard error is closed, or a file on a full disk: only the exit code can be reported
         _discard(sys.stderr)
 
 
 def _flush() -> None:
     try:
         sys.stdout.flush()
-    except OSError:  # `tunery plan | head`: the reader went away; or a file on a full disk
+    except OSError:  # `tunery plan | head`: the reader has exited; or a file on a full disk
         _discard(sys.stdout)
 
 
 def _discard(stream: TextIO) -> None:
-    """Else Python complains, at its end, that it can't write what is left in the stream's buffer."""
+    """Redirect a stream to /dev/null, so that Python does not fail to flush its buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _ignore_signals() -> None:
-    """The exit code is settled by now."""
+    """Ignore signals at exit, so that they do not change the exit code."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,7 @@
-"""The one exception tree of tunery.
+"""Exceptions of tunery.
 
-Every error carries what happened (`message`, with the value in it), why (`cause`) and what to do (`remedy`).
-`exit_code` is what the command line ends with: 2 when the request was wrong, 1 when the work failed.
-All of them survive pickling, because they travel from Ray workers to the driver.
+Every error has a message (with the invalid value), a cause and a remedy. `exit_code` is the exit code of the command
+line: 2 for an invalid request, 1 for a failure. All errors can be pickled, because Ray workers send them to the driver.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 
 class TuneryError(Exception):
-    """An error meant for the user's eyes: no traceback is shown with it."""
+    """An error for the user, shown without a traceback."""
 
     exit_code = 1
 
@@ -30,7 +29,7 @@ class TuneryError(Exception):
         return "\n".join(parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own __reduce__ calls cls(*args) and so drops keyword arguments: rebuild from the attributes.
+        # Exception.__reduce__ calls cls(*args), which drops keyword arguments: rebuild from the attributes.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
@@ -42,13 +41,13 @@ def _rebuild(cls: type[TuneryError], args: tuple[Any, ...], state: dict[str, Any
 
 
 class RequestError(TuneryError):
-    """The request was wrong: nothing was started and nothing was written."""
+    """The request is invalid; nothing was started or written."""
 
     exit_code = 2
 
 
 class SpecError(RequestError):
-    """The experiment file is wrong, at `file`:`line` (1-based; 0 when no line can be named)."""
+    """The experiment file is invalid at `file`:`line` (1-based; 0 if there is no line)."""
 
     def __init__(self, message: str, *, file: str = "", line: int = 0, cause: str = "", remedy: str = "") -> None:
         super().__init__(message, cause=cause, remedy=remedy)
@@ -56,12 +55,12 @@ class SpecError(RequestError):
         self.line = line
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
-        return where + super().__str__()
+        location = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        return location + super().__str__()
 
 
 class SpecErrors(RequestError):
-    """Several things are wrong with one experiment file; all of them are reported at once."""
+    """All errors of an experiment file, reported together."""
 
     def __init__(self, errors: list[SpecError]) -> None:
         super().__init__("\n".join(str(error) for error in errors))
@@ -72,11 +71,11 @@ class SpecErrors(RequestError):
 
 
 class StoreError(RequestError):
-    """The store can't be used: not writable, or not a store."""
+    """The store is not usable: it is not writable, or not a store."""
 
 
 class StageError(TuneryError):
-    """A stage failed while running. `log` is the file that holds the whole story."""
+    """A stage failed while running. `log` is the file with the complete output."""
 
     def __init__(self, stage: str, message: str, *, cause: str = "", remedy: str = "", log: str = "") -> None:
         super().__init__(message, cause=cause, remedy=remedy)
@@ -88,15 +87,15 @@ class StageError(TuneryError):
         return text + (f"\nlog: {self.log}" if self.log else "")
 
 
-class RowsLost(StageError):
-    """Rows in and rows out of a stage differ: an invariant of tunery is broken."""
+class RowCountError(StageError):
+    """The number of input rows of a stage is not the sum of its output rows and quarantined rows."""
 
 
 class Stopped(TuneryError):
-    """A trial was stopped on request, by a user or a scheduler; it did not fail."""
+    """A trial was stopped by a user or a scheduler; it did not fail."""
 
 
 class Interrupted(TuneryError):
-    """Ctrl-C: stopped cleanly; the same command resumes the run."""
+    """The run was interrupted by a signal; the same command resumes it."""
 
     exit_code = 130

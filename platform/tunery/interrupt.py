@@ -26,7 +26,7 @@ SIGNALS_TO_EXIT = 3
 EXIT_CODE = 130
 EXIT_NOW = b"!"
 EXIT_NOW_MESSAGE = (
-    b"\nstopped at once, without a report; the same command resumes from the last finished stage or checkpoint\n"
+    b"\nstopped immediately, without a report; the same command resumes from the last finished stage or checkpoint\n"
 )
 POLL_SECONDS = 0.2
 
@@ -211,7 +211,7 @@ class BackgroundCall(Generic[T]):
         return self._returned[0]
 
 
-def left_behind() -> bool:
+def has_unfinished_calls() -> bool:
     """Whether a background call is still running. The process must then exit with os._exit: during finalization Python
     (3.11) ends a daemon thread that returns from C++ code, and C++ then aborts."""
     return bool(BackgroundCall.unfinished)

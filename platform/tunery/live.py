@@ -86,8 +86,8 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
             f"report: {report}" if report else f"report: not written ({report_failed})",
             *synced.notes,
             *(
-                f"{what}: {failed}"
-                for what, failed in (("shutdown of Ray", ray_failed), ("W&B", mirror_failed))
+                f"{component}: {failed}"
+                for component, failed in (("shutdown of Ray", ray_failed), ("W&B", mirror_failed))
                 if failed
             ),
             f"logs:   {folder / 'logs'}",
@@ -100,7 +100,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         raise error
     if STOP.requested:
         raise Interrupted(
-            "stopped while the run was being closed; all stages are done, and the same command shows the results"
+            "interrupted while the run was closing; all stages are done, and the same command shows the results"
         )
     if report is None:
         raise TuneryError(
@@ -142,5 +142,5 @@ def _single_run_lock(folder: Path) -> Iterator[None]:
     except LeaseHeld as held:
         raise RequestError(
             f"a run with this name is already active: {held.holder}",
-            remedy="wait for it, or give the experiment another name (shared stages are still built only once)",
+            remedy="wait for it, or change the experiment's name (stages that both have are built only once)",
         ) from None

@@ -56,7 +56,7 @@ class Outcome:
     search: Artifact | None
 
 
-def check_all(experiment: Experiment, source: YamlSource, store: Store) -> Experiment:
+def validate_experiment(experiment: Experiment, source: YamlSource, store: Store) -> Experiment:
     """Validate everything that can be checked before Ray starts. Returns the experiment with `compute` resolved for
     this machine.
 

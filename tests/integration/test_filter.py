@@ -37,7 +37,7 @@ def test_a_csv_is_filtered_by_rules_and_every_row_is_accounted_for(tmp_path: Pat
     assert [int(row["ticket"]) for row in dropped] == [*range(1, 11), *range(21, 41)]
     assert {row["dropped_by"] for row in dropped} == {"length 11..20"}
     assert (unusable["ticket"], unusable["dropped_by"]) == ("041", "quarantined")
-    assert "answer" in unusable["dropped_reason"]
+    assert "response" in unusable["dropped_reason"]
     assert Path(told["report"]).is_file()
     again = bench.tunery("run", "out/good.yaml")
     assert again.stdout.count("reused") == 3, again.stdout + again.stderr

@@ -33,7 +33,7 @@ class Hostile:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def said(row: Row) -> str:
+def response_of(row: Row) -> str:
     """Return the text of a row, or the content of its last message."""
     return str(row["text"] if row.get("text") else row["messages"][-1]["content"])
 
@@ -121,41 +121,41 @@ JSON_LINES = [
     Hostile("nul-tail.jsonl", lines(*qa("a"), b"\0" * 4096), ["a"], 1, "not JSON"),
     Hostile("nul-escape.jsonl", lines('{"text": "a\\u0000b"}'), ["a\0b"]),
     Hostile("nul-in-string.jsonl", lines(b'{"text": "a\0b"}', *qa("b")), ["b"], 1, "not JSON"),
-    Hostile("surrogate.jsonl", lines('{"text": "\\ud800"}', *qa("b")), ["b"], 1, "half of a surrogate pair"),
-    Hostile("surrogate-key.jsonl", lines('{"\\ud800": "x"}', *qa("b")), ["b"], 1, "no known shape"),
+    Hostile("surrogate.jsonl", lines('{"text": "\\ud800"}', *qa("b")), ["b"], 1, "a lone surrogate"),
+    Hostile("surrogate-key.jsonl", lines('{"\\ud800": "x"}', *qa("b")), ["b"], 1, "no row format matches"),
     Hostile("separators.jsonl", lines(*qa("a\u2028b", "c\u0085d\x0be")), ["a\u2028b", "c\u0085d\x0be"]),
     Hostile("only-spaces.jsonl", lines("  ", "\t", *qa("a"), "\x0c"), ["a"]),
     Hostile("empty.jsonl", b""),
     Hostile(
-        "number-answer.jsonl", lines('{"question": "q", "answer": 42}', *qa("b")), ["b"], 1, "answer is int, not text"
+        "number-answer.jsonl", lines('{"question": "q", "answer": 42}', *qa("b")), ["b"], 1, "response is int, not text"
     ),
-    Hostile("bool-answer.jsonl", lines('{"question": "q", "answer": true}', *qa("b")), ["b"], 1, "answer is bool"),
+    Hostile("bool-answer.jsonl", lines('{"question": "q", "answer": true}', *qa("b")), ["b"], 1, "response is bool"),
     Hostile(
         "list-answer.jsonl",
         lines('{"question": "q", "answer": ["x"]}', *qa("b")),
         ["b"],
         1,
-        "is not a list of turns|lacks role",
+        "is not a list of messages|has no role",
     ),
-    Hostile("empty-answer.jsonl", lines(*qa(""), *qa("b")), ["b"], 1, "answer is empty"),
-    Hostile("blank-answer.jsonl", lines(*qa(" \u00a0\n"), *qa("b")), ["b"], 1, "answer is empty"),
-    Hostile("null-answer.jsonl", lines('{"question": "q", "answer": null}', *qa("b")), ["b"], 1, "answer is missing"),
+    Hostile("empty-answer.jsonl", lines(*qa(""), *qa("b")), ["b"], 1, "response is empty"),
+    Hostile("blank-answer.jsonl", lines(*qa(" \u00a0\n"), *qa("b")), ["b"], 1, "response is empty"),
+    Hostile("null-answer.jsonl", lines('{"question": "q", "answer": null}', *qa("b")), ["b"], 1, "response is missing"),
     Hostile("null-row.jsonl", lines("null", *qa("b")), ["b"], 1, "must be an object"),
     Hostile(
         "nested-nulls.jsonl",
         lines('{"messages": [null, {"role": null, "content": null}]}', *qa("b")),
         ["b"],
         1,
-        "turn 1 lacks",
+        "message 1 has no role",
     ),
-    Hostile("null-turns.jsonl", lines('{"messages": null}', *qa("b")), ["b"], 1, "not a list of turns"),
+    Hostile("null-turns.jsonl", lines('{"messages": null}', *qa("b")), ["b"], 1, "not a list of messages"),
     Hostile(
         "null-tool-calls.jsonl",
         lines(json.dumps({"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]})),
         ["a"],
     ),
     Hostile("unused-nulls.jsonl", lines('{"text": "a", "meta": {"x": [null, {"y": null}]}}'), ["a"]),
-    Hostile("twice.jsonl", lines('{"text": "a", "text": "b"}', *qa("b")), ["b"], 1, "stands twice"),
+    Hostile("twice.jsonl", lines('{"text": "a", "text": "b"}', *qa("b")), ["b"], 1, "occurs twice"),
     Hostile("twice-the-same.jsonl", lines('{"text": "a", "text": "a"}'), ["a"]),
     Hostile("twice-elsewhere.jsonl", lines('{"text": "a", "meta": {"k": 1, "k": 2}, "n": 1, "n": 2}'), ["a"]),
     Hostile(
@@ -177,7 +177,11 @@ JSON_LINES = [
         "nested too deep",
     ),
     Hostile(
-        "huge-number.jsonl", lines('{"text": "a", "n": ' + "9" * 5000 + "}", *qa("b")), ["b"], 1, "number is too long"
+        "huge-number.jsonl",
+        lines('{"text": "a", "n": ' + "9" * 5000 + "}", *qa("b")),
+        ["b"],
+        1,
+        "number that is too long",
     ),
     Hostile("nan.jsonl", lines('{"text": "a", "score": NaN, "more": -Infinity}'), ["a"]),
     Hostile("html.jsonl", lines("<html>", "<body>404</body>", "</html>", *qa("b")), ["b"], 3, "not JSON"),
@@ -189,7 +193,7 @@ JSON_LINES = [
         lines('{"text": "a"}', *qa("b"), json.dumps({"messages": TURNS}), '{"x": 1}'),
         ["a", "b", "a"],
         1,
-        "no known shape",
+        "no row format matches",
     ),
     Hostile(
         "a-thousand-columns.jsonl",
@@ -199,7 +203,7 @@ JSON_LINES = [
         "and 970 more",
     ),
     Hostile("any-case.jsonl", lines('{"Question": "q", " ANSWER ": "a"}'), ["a"]),
-    Hostile("array-of-texts.jsonl", lines('["a", "b"]', *qa("b")), ["b"], 1, "this is list"),
+    Hostile("array-of-texts.jsonl", lines('["a", "b"]', *qa("b")), ["b"], 1, "not list"),
     Hostile(
         "unknown-role.jsonl",
         lines('{"messages": [{"role": "narrator", "content": "x"}]}', *qa("b")),
@@ -226,7 +230,7 @@ JSON_LINES = [
         lines('{"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}', *qa("b")),
         ["b"],
         1,
-        "calls tools",
+        "has tool calls and the role user",
     ),
     Hostile(
         "bad-tools.jsonl",
@@ -247,13 +251,17 @@ JSON_LINES = [
         lines(json.dumps({"messages": TURNS[:1], "label": True}), *qa("b")),
         ["b"],
         1,
-        "no answer",
+        "has no response",
     ),
     Hostile(
         "same-sides.jsonl", lines('{"prompt": "q", "chosen": "x", "rejected": "x"}', *qa("b")), ["b"], 1, "are the same"
     ),
     Hostile(
-        "pair-without-prompt.jsonl", lines('{"chosen": "x", "rejected": "y"}', *qa("b")), ["b"], 1, "there is no prompt"
+        "pair-without-prompt.jsonl",
+        lines('{"chosen": "x", "rejected": "y"}', *qa("b")),
+        ["b"],
+        1,
+        "responses without a prompt",
     ),
 ]
 
@@ -287,7 +295,7 @@ JSON_FILES = [
         b"[\n" + lines(*qa("a"), '{"text": "open"', *qa("b"), end=b",\n") + b"\n]",
         ["a", "b"],
         1,
-        "closes what was not",
+        "has no opening bracket",
     ),
     Hostile(
         "extra-brace.json",
@@ -313,7 +321,7 @@ JSON_FILES = [
     ),
     Hostile("only-brackets.json", b"[" * 100_000, [], 2, "ends within"),
     Hostile("numbers.json", b'[1, 2.5, true, null, "x"]', [], 5, "must be an object"),
-    Hostile("wrapped.json", json.dumps({"data": [{"text": "a"}]}).encode(), [], 1, "columns found: `data`"),
+    Hostile("wrapped.json", json.dumps({"data": [{"text": "a"}]}).encode(), [], 1, "columns: `data`"),
     Hostile("two-arrays.json", b"[" + qa("a")[0].encode() + b"]\n[" + qa("b")[0].encode() + b"]", ["a", "b"]),
     Hostile("nul.json", b"\0" * 5000, [], 1, "not JSON"),
     Hostile("50-megabytes.jsonl", lines(*qa("a"), json.dumps({"text": LONG}), *qa("b")), ["a", LONG, "b"]),
@@ -345,7 +353,7 @@ TABLES = [
     Hostile("text-after-quote.csv", lines("question,answer", 'q,"a" b', "q,b"), ["b"], 1, "closing quote"),
     Hostile("quote-in-the-middle.csv", lines("question,answer", 'q,5" pipe', "q,b"), ['5" pipe', "b"]),
     Hostile("too-many-cells.csv", lines("question,answer", "q,a,b,c", "q,b,,"), ["b"], 1, "4 cells"),
-    Hostile("too-few-cells.csv", lines("question,answer", "q", "q,b"), ["b"], 1, "answer is missing"),
+    Hostile("too-few-cells.csv", lines("question,answer", "q", "q,b"), ["b"], 1, "response is missing"),
     Hostile("blank-lines.csv", lines("", "question,answer", "", "q,a", "  ", "q,b", ""), ["a", "b"]),
     Hostile("empty-cells.csv", lines("question,answer", ",", "q,a"), ["a"], 1, "is missing"),
     Hostile(
@@ -362,13 +370,13 @@ TABLES = [
     Hostile("empty.csv", b""),
     Hostile("long-cell.csv", lines("question,answer", "q," + "y" * 300_000), ["y" * 300_000]),
     Hostile(
-        "mixed-shapes.csv", lines("text,question,answer", "a,,", ",q,b", ",q,"), ["a", "b"], 1, "answer is missing"
+        "mixed-shapes.csv", lines("text,question,answer", "a,,", ",q,b", ",q,"), ["a", "b"], 1, "response is missing"
     ),
     Hostile("carriage-returns.csv", b"question,answer\rq,a\r", [], 1, "not CSV"),
     Hostile(
         "quotes-are-text.tsv",
-        lines("question\tanswer", 'q\t"Yes" he said', 'q\t"open', "q\tb"),
-        ['"Yes" he said', '"open', "b"],
+        lines("question\tanswer", 'q\t"Yes" he response_of', 'q\t"open', "q\tb"),
+        ['"Yes" he response_of', '"open', "b"],
     ),
     Hostile("quoted.tsv", lines("question\tanswer", 'q\t"a\tb"'), ["a\tb"]),
     Hostile("commas.tsv", lines("question\tanswer", "q\ta, b; c"), ["a, b; c"]),
@@ -407,14 +415,14 @@ WORKBOOKS = [
         workbook([["Notes", None], ["by", "me"]], [HEAD, ["q", "a"]]),
         ["a"],
         1,
-        "columns found: `notes`|`Notes`",
+        "columns: `notes`|`Notes`",
     ),
     Hostile(
         "no-such-sheet.xlsx",
         workbook([HEAD, ["q", "a"]]),
         [],
         1,
-        "there is no sheet `x`; sheets found: Sheet",
+        "there is no sheet `x`; sheets: Sheet",
         {"sheet": "x"},
     ),
     Hostile(
@@ -422,7 +430,7 @@ WORKBOOKS = [
         workbook([HEAD, ["q", "a"], [None, "b"], [None, "c"], ["r", "d"]], change=_merge),
         ["a", "b", "c", "d"],
     ),
-    Hostile("formula.xlsx", workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), ["b"], 1, "formula in B2 has no value"),
+    Hostile("formula.xlsx", workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), ["b"], 1, "formula in B2 has no cached value"),
     Hostile("computed.xlsx", with_cached(workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), "2"), ["2", "b"]),
     Hostile("error.xlsx", workbook([HEAD, ["q", "#N/A"], ["q", "b"]]), ["b"], 1, "the error #N/A in B2"),
     Hostile(
@@ -430,21 +438,23 @@ WORKBOOKS = [
         workbook([[], HEAD, [], ["q", "a"], [None, None], ["q", None], ["q", "b"]], change=_with_chart),
         ["a", "b"],
         1,
-        "answer is missing",
+        "response is missing",
     ),
     Hostile("empty.xlsx", workbook([])),
     Hostile("not-a-zip.xlsx", b"PK\x03\x04 but no", [], 1, "the whole file"),
     Hostile("empty-file.xlsx", b"", [], 1, "the whole file"),
-    Hostile("cut-off.xlsx", workbook([HEAD, ["q", "a"]])[:-900], [], 1, "not an Excel workbook"),
+    Hostile("cut-off.xlsx", workbook([HEAD, ["q", "a"]])[:-900], [], 1, "not a readable Excel workbook"),
     Hostile("packed.xlsx.gz", packed(workbook([HEAD, ["q", "a"]]), "gzip"), ["a"]),
 ]
 
 COLUMNS = [
-    Hostile("numbers.parquet", parquet(table(42, 7, None)), ["42", "7"], 1, "answer is missing"),
-    Hostile("floats.parquet", parquet(table(1.5, float("nan"))), ["1.5"], 1, "answer is missing"),
+    Hostile("numbers.parquet", parquet(table(42, 7, None)), ["42", "7"], 1, "response is missing"),
+    Hostile("floats.parquet", parquet(table(1.5, float("nan"))), ["1.5"], 1, "response is missing"),
     Hostile("dates.parquet", parquet(table(datetime.date(2026, 11, 23), None)), ["2026-11-23"], 1, "missing"),
-    Hostile("bytes.parquet", parquet(table(b"x", b"y")), [], 2, "answer is bytes"),
-    Hostile("nested.parquet", parquet(pa.table({"messages": [TURNS, None, [], [None]]})), ["a"], 3, "not a list|lacks"),
+    Hostile("bytes.parquet", parquet(table(b"x", b"y")), [], 2, "response is bytes"),
+    Hostile(
+        "nested.parquet", parquet(pa.table({"messages": [TURNS, None, [], [None]]})), ["a"], 3, "not a list|no role"
+    ),
     Hostile("not-utf-8.parquet", parquet(pa.table({"text": NOT_UTF8})), ["one", "three"], 1, "text can't be read"),
     Hostile(
         "far-dates.parquet",
@@ -456,9 +466,9 @@ COLUMNS = [
     ),
     Hostile("no-rows.parquet", parquet(table("a").slice(0, 0))),
     Hostile("many-groups.parquet", parquet(table(*MANY), row_group_size=7), MANY),
-    Hostile("cut-off.parquet", parquet(table("a"))[:-10], [], 1, "not a Parquet file"),
-    Hostile("text.parquet", b"question,answer\nq,a\n", [], 1, "not a Parquet file"),
-    Hostile("empty.parquet", b"", [], 1, "not a Parquet file"),
+    Hostile("cut-off.parquet", parquet(table("a"))[:-10], [], 1, "not a readable Parquet file"),
+    Hostile("text.parquet", b"question,answer\nq,a\n", [], 1, "not a readable Parquet file"),
+    Hostile("empty.parquet", b"", [], 1, "not a readable Parquet file"),
     Hostile("packed.parquet.zst", packed(parquet(table("a")), "zstd"), ["a"]),
     Hostile("stream.arrow", arrow(table("a", "b")), ["a", "b"]),
     Hostile("file.arrow", arrow(table("a", "b"), stream=False), ["a", "b"]),
@@ -467,9 +477,9 @@ COLUMNS = [
         arrow(table(*MANY), rows=1000)[: -len(arrow(table(*MANY[:1000])))],
         MANY[:2000],
         1,
-        "from here on",
+        "from this line on",
     ),
-    Hostile("text.arrow", b"hello\n" * 20, [], 1, "not an Arrow file"),
+    Hostile("text.arrow", b"hello\n" * 20, [], 1, "not a readable Arrow file"),
     Hostile(
         "twice.arrow",
         arrow(pa.Table.from_arrays([pa.array(["a", "b"]), pa.array(["x", "b"])], ["text", "text"])),
@@ -495,9 +505,9 @@ TEXTS = [
         packed(PACKED, "gzip") + b"garbage",
         MANY,
         1,
-        "from here on: the compressed file is damaged",
+        "from this line on: the compressed file is corrupt",
     ),
-    Hostile("rest-of-zst.jsonl.zst", packed(PACKED, "zstd") + b"garbage", MANY, 1, "from here on"),
+    Hostile("rest-of-zst.jsonl.zst", packed(PACKED, "zstd") + b"garbage", MANY, 1, "from this line on"),
     Hostile("not-packed.jsonl.gz", PACKED, [], 1, "the whole file"),
     Hostile("not-packed.csv.zst", b"question,answer\nq,a\n", [], 1, "the whole file"),
     Hostile("nothing.jsonl.gz", b""),

@@ -236,7 +236,7 @@ class _Story:
         facts = {
             "rows": rows,
             "quarantined": quarantined,
-            "shape": "text",
+            "row_format": "text",
             "source": "builtin:python-docs",
             "split": "train",
             "planted": planted,

@@ -34,8 +34,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_that_a_destructor_swallows_is_raised_again(number: signal.Signals) -> None:
-    """Python drops what a destructor raises: so a Ctrl-C could be lost, and the run went on to its end."""
+def test_interrupt_dropped_by_a_destructor_is_raised_again(number: signal.Signals) -> None:
+    """Python drops exceptions of destructors, so Ctrl-C would have no effect."""
     code = f"""
 class Swallows:
     def __del__(self):
@@ -52,14 +52,14 @@ with STOP.handled():
     assert done.stdout.split("\n")[:2] == ["lost", "raised again"], done.stderr
 
 
-def test_interrupt_that_was_swallowed_is_raised_by_the_next_check() -> None:
+def test_dropped_interrupt_is_raised_by_the_next_check() -> None:
     code = """
 interrupt.REPEAT_SECONDS = 60
 with STOP.handled():
     try:
         kill()
     except KeyboardInterrupt:
-        pass  # as a library's `except BaseException` has it
+        pass  # like `except BaseException` in a library
     try:
         STOP.check()
     except KeyboardInterrupt:
@@ -68,8 +68,8 @@ with STOP.handled():
     assert python(code).stdout == "raised again\n"
 
 
-def test_sigint_that_the_shell_has_left_ignored_stops_too() -> None:
-    """So `kill -INT` of a run that a script has started in the background was without effect."""
+def test_sigint_that_the_shell_ignores_is_handled() -> None:
+    """Otherwise `kill -INT` would have no effect on a run that a script started in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = """
@@ -86,8 +86,8 @@ with STOP.handled():
         signal.signal(signal.SIGINT, before)
 
 
-def test_handler_that_c_code_has_replaced_is_put_back_while_a_call_is_waited_for() -> None:
-    """As Ray's C++ code does within ray.init and ray.shutdown, in another thread."""
+def test_handler_replaced_by_c_code_is_restored_during_a_background_call() -> None:
+    """Ray's C++ code replaces it in ray.init and ray.shutdown, in another thread."""
     code = """
 def replace():
     libc = ctypes.CDLL(None)
@@ -105,7 +105,7 @@ with STOP.handled():
     assert python(code).stdout == "stopped\n"
 
 
-def test_signals_while_a_run_is_closed_interrupt_nothing_and_are_counted() -> None:
+def test_held_signals_are_counted_and_do_not_interrupt() -> None:
     code = """
 with STOP.handled(), STOP.held():
     kill()
@@ -116,24 +116,24 @@ with STOP.handled(), STOP.held():
     print("not reached", flush=True)
 """
     done = python(code)
-    assert done.stdout.splitlines() == ["True False", "True True"], "the third one ends the process"
+    assert done.stdout.splitlines() == ["True False", "True True"], "the third one exits the process"
     assert done.returncode == 130
 
 
-def test_third_signal_ends_the_process_and_says_so_once() -> None:
+def test_third_signal_exits_with_one_message() -> None:
     code = """
 from tunery.interrupt import report_abrupt_exit
-with STOP.handled(), report_abrupt_exit("somebody killed the run"), STOP.held():
+with STOP.handled(), report_abrupt_exit("the run was killed"), STOP.held():
     for _ in range(3):
         kill()
 """
     done = python(code)
     assert done.returncode == 130
-    assert "stopped at once" in done.stderr
+    assert "stopped immediately" in done.stderr
     assert "killed" not in done.stderr
 
 
-def test_signals_in_quick_succession_are_one() -> None:
+def test_signals_in_quick_succession_count_as_one() -> None:
     code = """
 interrupt.SAME_SIGNAL_SECONDS = 60
 with STOP.handled(), STOP.held():
@@ -144,7 +144,7 @@ with STOP.handled(), STOP.held():
     assert python(code).stdout == "True False\n"
 
 
-def test_signal_before_the_work_is_raised_when_it_begins() -> None:
+def test_held_signal_is_raised_when_released() -> None:
     code = """
 with STOP.handled(), STOP.held():
     kill()
@@ -160,7 +160,7 @@ with STOP.handled(), STOP.held():
     assert python(code).stdout.splitlines() == ["held", "stopped", "held again"]
 
 
-def test_handlers_are_as_before_when_nothing_is_handled_any_more() -> None:
+def test_previous_handlers_are_restored() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
     stop = StopSignals()
@@ -172,7 +172,7 @@ def test_handlers_are_as_before_when_nothing_is_handled_any_more() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_other_threads_leave_signals_to_the_program() -> None:
+def test_handlers_are_not_installed_in_other_threads() -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop = StopSignals()
     seen = []
@@ -187,13 +187,13 @@ def test_other_threads_leave_signals_to_the_program() -> None:
     assert seen == [before]
 
 
-def test_background_call_gives_what_it_returned_or_raised() -> None:
+def test_background_call_returns_or_raises() -> None:
     assert interruptible(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         interruptible(lambda: 1 // 0)
 
 
-def test_background_call_is_waited_for_at_most_so_long() -> None:
+def test_wait_for_a_background_call_has_a_timeout() -> None:
     release = threading.Event()
     call = BackgroundCall(release.wait)
     assert not call.wait(0.05, 0.01)
@@ -203,7 +203,7 @@ def test_background_call_is_waited_for_at_most_so_long() -> None:
     assert call not in BackgroundCall.unfinished
 
 
-def test_thread_of_a_background_call_lives_as_long_as_wished() -> None:
+def test_thread_of_a_background_call_is_kept_alive_until_released() -> None:
     """Ray's processes die with the thread that started them."""
     keep = threading.Event()
     call = BackgroundCall(threading.current_thread, keep)
@@ -217,13 +217,13 @@ def test_thread_of_a_background_call_lives_as_long_as_wished() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_any_command_that_is_interrupted_ends_with_130(number: signal.Signals) -> None:
-    """typer makes an exit code of KeyboardInterrupt, and without its standalone mode returns it: it was 0 then."""
+def test_interrupted_command_exits_with_130(number: signal.Signals) -> None:
+    """typer converts KeyboardInterrupt to an exit code, which it returns without standalone mode."""
     code = f"""
 from tunery import cli
 def validate(*arguments):
     kill({int(number)})
-cli._checked = validate
+cli._load_and_validate = validate
 sys.argv = ["tunery", "validate", "x.yaml"]
 cli.main()
 """
@@ -231,11 +231,11 @@ cli.main()
     assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
-def test_signal_after_the_exit_code_is_settled_changes_nothing() -> None:
+def test_signal_at_exit_does_not_change_the_exit_code() -> None:
     code = """
 import atexit
 from tunery import cli
-cli._checked = lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device", "/x"))
+cli._load_and_validate = lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device", "/x"))
 sys.argv = ["tunery", "validate", "x.yaml"]
 class Last:
     def __del__(self):

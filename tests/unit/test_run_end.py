@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, before: str, *, fails: bool, wandb: bool = False, **popen: object) -> subprocess.CompletedProcess:
-    """An experiment of one stage, which fails where the split of two rows is `test`."""
+    """Run an experiment with one stage, which fails if `fails`: the split `test` of the two rows is empty."""
     split = "test" if fails else "train"
     (folder / "e.yaml").write_text(
         f"name: r\nseed: 1\nstages:\n  rows: {{kind: dataset, source: rows.jsonl, split: {split}}}\n"
@@ -50,10 +50,10 @@ def run(folder: Path, before: str, *, fails: bool, wandb: bool = False, **popen:
 def test_error_of_a_stage_is_shown_when_the_report_cannot_be_written(folder: Path) -> None:
     done = run(folder, REPORT_FAILS, fails=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n")
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
     assert "report: not written (No space left on device)" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    assert "Traceback" in (folder / "store/runs/r/logs/driver.log").read_text(), "the log has all of it"
+    assert "Traceback" in (folder / "store/runs/r/logs/driver.log").read_text(), "the log has the traceback"
 
 
 def test_run_whose_report_cannot_be_written_fails_and_names_the_remedy(folder: Path) -> None:
@@ -70,12 +70,12 @@ def test_run_whose_report_cannot_be_written_fails_and_names_the_remedy(folder: P
 def test_error_of_a_stage_is_shown_when_wandb_fails(folder: Path) -> None:
     done = run(folder, WANDB_FAILS, fails=True, wandb=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n")
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
     assert "W&B: " in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_run_without_room_for_any_file_ends_without_a_traceback(folder: Path) -> None:
+def test_run_on_a_full_disk_ends_without_a_traceback(folder: Path) -> None:
     done = run(folder, ALL_FAILS, fails=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
@@ -83,17 +83,17 @@ def test_run_without_room_for_any_file_ends_without_a_traceback(folder: Path) ->
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_output_on_a_full_disk_changes_nothing_else(folder: Path, fails: bool) -> None:
+def test_stdout_on_a_full_disk_does_not_change_the_run(folder: Path, fails: bool) -> None:
     with Path("/dev/full").open("w") as full:
         done = run(folder, "", fails=fails, stdout=full)
     assert done.returncode == (1 if fails else 0)
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` gave no row\n" if fails else "")
+    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n" if fails else "")
     assert "Traceback" not in done.stderr
     assert (folder / "store/runs/r/report.html").is_file()
 
 
-def test_event_that_did_not_fit_is_an_error_and_spoils_no_other(tmp_path: Path) -> None:
-    """A nearly full disk takes a part of a line and reports no error."""
+def test_incomplete_event_is_an_error_and_does_not_affect_others(tmp_path: Path) -> None:
+    """A write to a nearly full disk may succeed partially without an error."""
     code = """
 import resource, sys
 from pathlib import Path

@@ -18,7 +18,7 @@ from typing import Any
 from tunery.augment.few_shot_pool import FewShotPool, read_pool
 from tunery.augment.heldout_rows import Heldout, flag_heldout
 from tunery.augment.prompt_variants import Variant, distinct, variants
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.ingest.row_samples import excerpt
 from tunery.spec import Augment
 from tunery.store import StageContext, StageResult
@@ -166,17 +166,17 @@ def _dropped_entry(row: Row) -> dict[str, Any]:
 def _validate_counts(
     context: StageContext, stage: Augment, counts: AugmentCounts, total: int, written: int, dropped: int
 ) -> None:
-    """Raises RowsLost if rows are missing, and StageError if no row was augmented as requested."""
+    """Raises RowCountError if rows are missing, and StageError if no row was augmented as requested."""
     unchanged = counts.unchanged.total()
     if total != counts.augmented + unchanged + dropped or counts.rows_in != total:
-        raise RowsLost(
+        raise RowCountError(
             context.name,
             f"{total} rows went in; {counts.augmented} were augmented, {unchanged} came out as they were, "
             f"{dropped} are held out",
         )
     expected = counts.augmented * (stage.copies + stage.originals) - counts.repeated + unchanged
     if written != expected:
-        raise RowsLost(context.name, f"{expected} rows were made, {written} written")
+        raise RowCountError(context.name, f"{expected} rows were made, {written} written")
     if not counts.augmented:
         reasons = Counter({"held out": dropped, **counts.unchanged})
         raise StageError(

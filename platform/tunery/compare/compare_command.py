@@ -13,8 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tunery.compare.fields import Fields, compare_fields
-from tunery.compare.row_sets import RowsCompared, RowSetStats, compare_rows
+from tunery.compare.fields import FieldDifferences, compare_fields
+from tunery.compare.row_sets import RowComparison, RowSetStats, compare_rows
 from tunery.compare.side_metrics import Metric, MetricValue, compare_metrics
 from tunery.compare.sides import RunSelection, select_run
 from tunery.events.formatting import count, measure, with_half
@@ -29,8 +29,8 @@ class Comparison:
     left: RunSelection
     right: RunSelection
     metrics: list[Metric]
-    fields: Fields
-    rows: list[RowsCompared]
+    fields: FieldDifferences
+    rows: list[RowComparison]
     notes: list[str]
 
     @property
@@ -100,7 +100,7 @@ def _metrics(comparison: Comparison) -> list[RenderableType]:
 
 
 def _value(metric: MetricValue | None) -> str:
-    return "–" if metric is None else with_half(metric.value, metric.half)
+    return "–" if metric is None else with_half(metric.value, metric.ci_half_width)
 
 
 def _signed(difference: float | None) -> str:
@@ -114,7 +114,7 @@ def _fields(comparison: Comparison) -> list[RenderableType]:
     if fields.differ:
         table = _table(("field", *comparison.names), 3)
         for field in fields.differ:
-            table.add_row(field.path, _yaml_like(field.left), _yaml_like(field.right))
+            table.add_row(field.path, _format_value(field.left), _format_value(field.right))
         parts.append(table)
     for name, stages in zip(comparison.names, (fields.only_left, fields.only_right), strict=True):
         if stages:
@@ -122,7 +122,7 @@ def _fields(comparison: Comparison) -> list[RenderableType]:
     return parts or [Text("  none", style="dim")]
 
 
-def _yaml_like(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """The value approximately as an experiment file has it."""
     if value is None:
         return "–"

@@ -11,7 +11,7 @@ from tunery.spec import AUTO, Dataset, Experiment
 
 
 @dataclass(frozen=True)
-class Field:
+class FieldDifference:
     path: str
     left: Any
     """None if it is not set."""
@@ -19,14 +19,14 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Fields:
-    differ: tuple[Field, ...]
+class FieldDifferences:
+    differ: tuple[FieldDifference, ...]
     only_left: tuple[str, ...]
     """Names of stages."""
     only_right: tuple[str, ...]
 
 
-def compare_fields(left: RunSelection, right: RunSelection) -> Fields:
+def compare_fields(left: RunSelection, right: RunSelection) -> FieldDifferences:
     """Differences in the stages that both have, the seed and the search. `auto` is compared by its resolved value, if
     that is known; a dataset with equal fields also by the content of its files."""
     one, other = left.experiment.stages, right.experiment.stages
@@ -35,7 +35,7 @@ def compare_fields(left: RunSelection, right: RunSelection) -> Fields:
     for name in both:
         in_stage = [*_diff(_stage_fields(left, name), _stage_fields(right, name), f"{name}.")]
         differences += in_stage or _content_diff(left, right, name)
-    return Fields(
+    return FieldDifferences(
         tuple(differences),
         tuple(name for name in one if name not in other),
         tuple(name for name in other if name not in one),
@@ -53,13 +53,13 @@ def _experiment_fields(left: Experiment, right: Experiment) -> tuple[dict[str, A
     return one, other
 
 
-def _content_diff(left: RunSelection, right: RunSelection, name: str) -> list[Field]:
+def _content_diff(left: RunSelection, right: RunSelection, name: str) -> list[FieldDifference]:
     """The fingerprints of a dataset with equal fields, if the content of its files differs (and not only the seed)."""
     stage, fingerprints = left.experiment.stages[name], [side.fingerprints.get(name) for side in (left, right)]
     if not isinstance(stage, Dataset) or None in fingerprints or fingerprints[0] == fingerprints[1]:
         return []
     by_seed = stage.corrupt_fraction and left.experiment.seed != right.experiment.seed
-    return [] if by_seed else [Field(f"{name}: content of its files", *fingerprints)]
+    return [] if by_seed else [FieldDifference(f"{name}: content of its files", *fingerprints)]
 
 
 def _stage_fields(side: RunSelection, stage: str) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def _stage_fields(side: RunSelection, stage: str) -> dict[str, Any]:
     return fields
 
 
-def _diff(left: Any, right: Any, prefix: str) -> Iterator[Field]:
+def _diff(left: Any, right: Any, prefix: str) -> Iterator[FieldDifference]:
     """Compare mappings recursively, other values as a whole."""
     for name in {**left, **right}:
         one, other = left.get(name), right.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from _diff(one, other, f"{prefix}{name}.")
         elif one != other:
-            yield Field(f"{prefix}{name}", one, other)
+            yield FieldDifference(f"{prefix}{name}", one, other)

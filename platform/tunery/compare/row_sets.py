@@ -57,7 +57,7 @@ class RowSetStats:
 
 
 @dataclass(frozen=True)
-class RowsCompared:
+class RowComparison:
     stage: str
     both: int
     left: RowSetStats
@@ -67,7 +67,7 @@ class RowsCompared:
         return asdict(self)
 
 
-def compare_rows(left: RunSelection, right: RunSelection) -> tuple[list[RowsCompared], list[str]]:
+def compare_rows(left: RunSelection, right: RunSelection) -> tuple[list[RowComparison], list[str]]:
     """Compare the trainings that both have; return (comparisons, notes on trainings that cannot be compared).
 
     Raises RequestError if rows were removed from the store."""
@@ -96,7 +96,7 @@ def row_dirs(side: RunSelection, training: str) -> list[Path] | None:
 
 def _compare(
     name: str, left: RunSelection, right: RunSelection, left_dirs: list[Path], right_dirs: list[Path]
-) -> RowsCompared:
+) -> RowComparison:
     left_ids, right_ids = _ids(left_dirs), _ids(right_dirs)
     both = np.intersect1d(left_ids, right_ids, assume_unique=True)
     left_scores, right_scores = ([*_score_dirs(side, name)] for side in (left, right))
@@ -112,7 +112,7 @@ def _compare(
             (right_ids, right_dirs, right_scores, left_scores),
         )
     ]
-    return RowsCompared(name, len(both), *stats)
+    return RowComparison(name, len(both), *stats)
 
 
 def _ids(dirs: list[Path]) -> Ids:

@@ -18,7 +18,7 @@ WIN_RATE_METRICS = ("win_rate", "reward")
 @dataclass(frozen=True)
 class MetricValue:
     value: float
-    half: float | None = None
+    ci_half_width: float | None = None
     """Half-width of the 95% interval of a mean over seeds; None for a single value."""
 
 
@@ -35,7 +35,11 @@ class Metric:
     def as_json(self) -> dict[str, Any]:
         sides = {"left": self.left, "right": self.right}
         values = {name: None if side is None else side.value for name, side in sides.items()}
-        halves = {f"{name}_half": side.half for name, side in sides.items() if side and side.half is not None}
+        halves = {
+            f"{name}_ci_half_width": side.ci_half_width
+            for name, side in sides.items()
+            if side and side.ci_half_width is not None
+        }
         return {"name": self.name, **values, **halves, "difference": self.difference}
 
 
@@ -54,8 +58,10 @@ def metrics_of(side: RunSelection) -> Iterator[tuple[str, MetricValue]]:
             metrics.setdefault(name, MetricValue(value))
         for standing in _standings(side):
             if standing["trial"] == side.trial.name:
-                half = as_number(standing["half"])
-                metrics[f"{name}, mean of {len(standing['values'])} seeds"] = MetricValue(standing["mean"], half)
+                ci_half_width = as_number(standing["half"])
+                metrics[f"{name}, mean of {len(standing['values'])} seeds"] = MetricValue(
+                    standing["mean"], ci_half_width
+                )
     yield from metrics.items()
 
 

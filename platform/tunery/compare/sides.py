@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.errors import RequestError
 from tunery.events.run_state import TrialState
-from tunery.pipeline.run_record import OWN, Recorded, read_run
+from tunery.pipeline.run_record import FILE_VALUES, RunRecord, read_run
 from tunery.search.trials import trial_named
 from tunery.spec import Experiment
 from tunery.spec.overrides import with_overrides
@@ -16,7 +16,7 @@ from tunery.store import Artifact, Store
 
 @dataclass(frozen=True)
 class RunSelection:
-    record: Recorded
+    record: RunRecord
     experiment: Experiment
     """With the trial's overrides applied."""
     trial: TrialState | None
@@ -37,12 +37,12 @@ class RunSelection:
 
     @property
     def description(self) -> str:
-        """Whose values the side has, and its status unless it is done."""
+        """The values used (the file's or a trial's), and the status unless it is done."""
         state = self.record.state
         if self.trial is None:
             searched = self.experiment.search is not None
-            how = "with the file's own values" if searched else ""
-            return ", ".join(part for part in (how, "" if state.status == "done" else state.status) if part)
+            values = "with the file's own values" if searched else ""
+            return ", ".join(part for part in (values, "" if state.status == "done" else state.status) if part)
         if self.best:
             return f"with the values of its best trial, {self.trial.name}"
         return "" if self.trial.status == "done" else self.trial.status
@@ -75,7 +75,7 @@ class RunSelection:
                 f"the artifact of `{stage}` of {self.name} is no longer in the store",
                 cause=f"there is no {kind}-{fingerprint} in {self.stores[0].root / 'artifacts'}",
                 remedy=f"run `tunery run {self.record.state.file}` again to rebuild it (for trials: only the best "
-                "one's); or give its store with --store",
+                "one's), or use --store with its store",
             )
         return artifact
 
@@ -95,7 +95,7 @@ def select_run(name: str, store: Store) -> RunSelection:
     search = record.state.search
     if trial is None and search is not None and search.finished and search.best is not None:
         return _select_trial(record, search.best, stores)
-    if trial in (None, OWN):
+    if trial in (None, FILE_VALUES):
         fingerprints = {name: stage.fingerprint for name, stage in record.state.stages.items() if stage.artifact}
         return RunSelection(record, record.experiment, None, False, fingerprints, stores)
     trials = search.trials if search is not None else {}
@@ -105,7 +105,7 @@ def select_run(name: str, store: Store) -> RunSelection:
 def _split_name(name: str, store: Store) -> tuple[str, str | None]:
     """Split RUN/TRIAL into run and trial; the trial is None if there is none."""
     run, slash, trial = name.rpartition("/")
-    is_trial = trial.startswith("trial-") or trial == OWN
+    is_trial = trial.startswith("trial-") or trial == FILE_VALUES
     if slash and not _is_run(name, store) and (is_trial or _is_run(run, store)):
         return run, trial
     return name, None
@@ -120,7 +120,7 @@ def _is_run(name: str, store: Store) -> bool:
 
 
 def _select_trial(
-    record: Recorded, trial: TrialState, stores: tuple[Store, ...], *, by_name: bool = False
+    record: RunRecord, trial: TrialState, stores: tuple[Store, ...], *, by_name: bool = False
 ) -> RunSelection:
     search = record.state.search
     assert search is not None, "a run with trials has a search"
@@ -132,6 +132,6 @@ def _select_trial(
         raise RequestError(
             f"the event log of `{record.folder.name}` has no artifacts of {trial.name}",
             cause="the run reused the search of another run from the store, or the trial has not started",
-            remedy="name the run that did the search",
+            remedy="use the run that ran the search",
         )
     return RunSelection(record, experiment, trial, trial is search.best and not by_name, fingerprints, stores)

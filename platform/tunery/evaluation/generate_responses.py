@@ -79,7 +79,7 @@ def generate_responses(
     assert isinstance(stage, WinRate)
     folder = context.staging_dir / "answers"
     folder.mkdir(parents=True, exist_ok=True)
-    models = stage.contestants
+    models = stage.candidates
     files = [
         [folder / f"{model_index}-{batch.first + batch.start}.jsonl" for model_index in range(len(models))]
         for batch in batches

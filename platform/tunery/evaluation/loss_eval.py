@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tunery.errors import RowsLost
+from tunery.errors import RowCountError
 from tunery.models.load import Source, source_of
 from tunery.models.precision import score_dtype
 from tunery.spec import Compute, Evaluate
@@ -104,7 +104,7 @@ def run_evaluate(context: StageContext) -> StageResult:
     results = [_aggregate(done, model_name(model), name) for model in stage.models for name in stage.data]
     for result in results:
         if result["rows"] != expected[result["set"]]:
-            raise RowsLost(
+            raise RowCountError(
                 context.name, f"{expected[result['set']]} rows of `{result['set']}` went in, {result['rows']} came out"
             )
     if stage.baseline is not None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.evaluation.generate_responses import (
     BatchResponses,
     Response,
@@ -123,7 +123,7 @@ def run_win_rate(context: StageContext) -> StageResult:
     stage, started = context.spec, time.time()
     assert isinstance(stage, WinRate)
     artifacts = {name: artifact.path for name, artifact in context.inputs.items()}
-    names = [model_name(model) for model in stage.contestants]
+    names = [model_name(model) for model in stage.candidates]
     stats = ResponseStats(len(names))
     with (context.out / "answers.jsonl").open("w", encoding="utf-8") as target:
         for files in generate_responses(context, artifacts, prompt_batches(artifacts[stage.data])):
@@ -135,7 +135,7 @@ def run_win_rate(context: StageContext) -> StageResult:
             )
     expected = count_rows(artifacts[stage.data])
     if stats.read != expected or stats.lost:
-        raise RowsLost(
+        raise RowCountError(
             context.name,
             f"{expected} rows of `data` went in, {stats.read} were read; {stats.lost} of these were neither "
             "answered nor left out",

@@ -141,10 +141,12 @@ def short_paths(paths: Iterable[str]) -> dict[str, str]:
 
 def overrides_text(overrides: Mapping[str, object], names: Mapping[str, str] | None = None) -> str:
     """{'sft.epochs': 2} -> 'sft.epochs=2', or with the shorter `names` 'epochs=2'."""
-    return "  ".join(f"{(names or {}).get(path, path)}={plain(value)}" for path, value in in_course(overrides).items())
+    return "  ".join(
+        f"{(names or {}).get(path, path)}={plain(value)}" for path, value in scheduled_values(overrides).items()
+    )
 
 
-def in_course(overrides: Mapping[str, object]) -> dict[str, object]:
+def scheduled_values(overrides: Mapping[str, object]) -> dict[str, object]:
     """Merge `schedule_overrides` into the fields that they change: learning_rate '1e-3 → 1.2e-3'."""
     values = {path: value for path, value in overrides.items() if not path.endswith(".schedule_overrides")}
     for path, changes in overrides.items():

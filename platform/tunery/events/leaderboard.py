@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunery.events.formatting import as_number, duration, in_course, measure, overrides_text, short_paths, with_half
+from tunery.events.formatting import (
+    as_number,
+    duration,
+    measure,
+    overrides_text,
+    scheduled_values,
+    short_paths,
+    with_half,
+)
 from tunery.events.run_state import ConstraintState, SearchState, TrialStanding, TrialState
 
 
@@ -22,7 +30,7 @@ class Leaderboard:
 def parameters(search: SearchState) -> list[str]:
     """Return the paths of the searched fields in the order of the search space, then further fields that the trials
     override (all of them if the log has no search space)."""
-    paths = [path for trial in search.own for path in in_course(trial.overrides)]
+    paths = [path for trial in search.own for path in scheduled_values(trial.overrides)]
     return list(dict.fromkeys([*search.space, *paths]))
 
 
@@ -51,7 +59,7 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     columns.append(("breaks", [", ".join(broken(search, trial, names)) or None for trial in ranked]))
     columns.append(("front", ["yes" if trial.name in search.front else None for trial in ranked]))
     fields = [names[path] for path in parameters(search)]
-    values = [in_course(trial.overrides) for trial in ranked]
+    values = [scheduled_values(trial.overrides) for trial in ranked]
     for path in parameters(search):
         columns.append((names[path], [row.get(path) for row in values]))
     learned = "tokens" if any(trial.tokens for trial in ranked) else "steps"
@@ -144,7 +152,7 @@ def _winner(search: SearchState, best: TrialState) -> str:
     value = mean_text(standing) if standing else measure(best.value or 0.0)
     seeds = f"over {standing.seeds} seeds" if standing else "by one seed"
     name = search.value_name.rpartition(".")[2].replace("_", " ")
-    values = in_course(best.overrides)
+    values = scheduled_values(best.overrides)
     overrides = {path: values[path] for path in parameters(search) if path in values}
     given = overrides_text(overrides, column_names(search)).replace("  ", ", ")
     label = "best" if search.finished else "best so far"

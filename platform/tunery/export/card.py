@@ -15,13 +15,13 @@ from tunery.export.card_tables import (
     loss_row,
     search_line,
     space_rows,
-    step,
+    stage_line,
     training_results,
     version_rows,
     win_row,
 )
-from tunery.export.choose import ExportTarget
-from tunery.export.lineage import Link, losses, root_of, wins
+from tunery.export.export_target import ExportTarget
+from tunery.export.lineage import LineageStep, losses, pretrained_root, wins
 from tunery.reporting.report_sections import question
 from tunery.spec import LABELS, adapter_spec, tuner_of
 from tunery.spec.tuners import FULL
@@ -47,32 +47,32 @@ class ExportFormat:
     """Command that exports the base model; empty if it is not a stage of the experiment."""
 
 
-def card(target: ExportTarget, links: list[Link], export_format: ExportFormat) -> str:
+def card(target: ExportTarget, steps: list[LineageStep], export_format: ExportFormat) -> str:
     """Render the model card as Markdown."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["cell"] = _cell
     template = environment.from_string(resources.files("tunery.export").joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    link, state = links[-1], target.state
-    loss_results = losses(link.artifact)
+    step, state = steps[-1], target.state
+    loss_results = losses(step.artifact)
     forgetting = any("forgetting" in result for result in loss_results)
     return template.render(
-        metadata=yaml.safe_dump(card_metadata(links, export_format), sort_keys=False, allow_unicode=True),
+        metadata=yaml.safe_dump(card_metadata(steps, export_format), sort_keys=False, allow_unicode=True),
         title=f"{state.run}: {target.stage}",
         description=_description(target, export_format),
         question=question(state.text.lstrip()).splitlines(),
         usage=_usage_code(export_format),
-        remarks=list(_remarks(link, export_format)),
-        fields=fields(link, export_format.peft_config),
-        results=training_results(link),
-        steps=[step(item) for item in links],
+        remarks=list(_remarks(step, export_format)),
+        fields=fields(step, export_format.peft_config),
+        results=training_results(step),
+        steps=[stage_line(item) for item in steps],
         losses=[loss_row(result, forgetting=forgetting) for result in loss_results],
         forgetting=forgetting,
-        wins=[win_row(result) for result in wins(link.artifact)],
+        wins=[win_row(result) for result in wins(step.artifact)],
         search=search_line(target),
         space=space_rows(target),
-        versions=version_rows(target, link),
+        versions=version_rows(target, step),
     )
 
 
@@ -81,17 +81,17 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def card_metadata(links: list[Link], export_format: ExportFormat) -> dict[str, Any]:
+def card_metadata(steps: list[LineageStep], export_format: ExportFormat) -> dict[str, Any]:
     """The card's YAML metadata (https://huggingface.co/docs/hub/model-cards)."""
-    root, adapter = root_of(links), export_format.base is not None
+    root, adapter = pretrained_root(steps), export_format.base is not None
     from_hub = root is not None and not root.is_folder
-    tuner = adapter_spec(tuner_of(links[-1].stage)).kind
+    tuner = adapter_spec(tuner_of(steps[-1].stage)).kind
     return {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if export_format.num_labels else "text-generation",
         **({"base_model": root.pretrained} if root is not None and from_hub else {}),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if from_hub else {}),
-        "tags": ["tunery", links[-1].stage.kind, *([tuner] if tuner != FULL else [])],
+        "tags": ["tunery", steps[-1].stage.kind, *([tuner] if tuner != FULL else [])],
     }
 
 
@@ -122,18 +122,18 @@ def _usage_code(export_format: ExportFormat) -> str:
     return "\n".join(["from peft import PeftModel", imports, "", tokenizer, *lines])
 
 
-def _remarks(link: Link, export_format: ExportFormat) -> Iterator[str]:
-    facts, base = link.artifact.facts, export_format.base
+def _remarks(step: LineageStep, export_format: ExportFormat) -> Iterator[str]:
+    facts, base = step.artifact.facts, export_format.base
     if export_format.base_command:
         yield f"The base is another model of the experiment. To export it: `{export_format.base_command}`."
     elif base is not None and base.startswith("./"):
         yield f"The base is the external model folder `{base}`."
-    if link.stage.kind == "classifier":
+    if step.stage.kind == "classifier":
         names = ", ".join(f"{number} is `{name}`" for number, name in enumerate(LABELS))
         temperature = facts.get("temperature")
         scaling = f" divided by {temperature:.4g}, the temperature fitted to held-out rows" if temperature else ""
         yield f"Labels: {names}. Probabilities are the softmax of the logits{scaling}."
-    if link.stage.kind == "reward":
+    if step.stage.kind == "reward":
         mean, std = facts["reward_mean"], facts["reward_deviation"]
         yield (
             "Its single output is the reward of a conversation up to its last response. tunery normalizes it with mean "

@@ -8,8 +8,8 @@ from typing import Any
 from tunery.events.formatting import measure, plain
 from tunery.events.run_state import StageState, TrialState
 from tunery.events.stage_summary import listed, outcome
-from tunery.export.choose import ExportTarget
-from tunery.export.lineage import Link
+from tunery.export.export_target import ExportTarget
+from tunery.export.lineage import LineageStep
 from tunery.pipeline.cache_keys import stage_seed
 from tunery.reporting.report_sections import versions
 from tunery.spec import Dataset, Pretrained, Scratch, Select, Training, adapter_spec, tuner_of
@@ -23,18 +23,18 @@ RUNTIME_FIELDS = ("workers", "device", "dtype", "zero_stage")
 """Runtime stats of a training that are listed."""
 
 
-def fields(link: Link, peft_config: Mapping[str, Any]) -> Rows:
+def fields(step: LineageStep, peft_config: Mapping[str, Any]) -> Rows:
     """Fields of a training, from its manifest, with the resolved values of `auto`; `peft_config` resolves the
     tuner's."""
-    assert isinstance(link.stage, Training)
-    auto_values = link.artifact.facts.get("resolved", {})
+    assert isinstance(step.stage, Training)
+    auto_values = step.artifact.facts.get("resolved", {})
     resolved = {name: f"{plain(one['value'])} (auto: {one['rule']})" for name, one in auto_values.items()}
-    adapter = adapter_spec(tuner_of(link.stage))
+    adapter = adapter_spec(tuner_of(step.stage))
     for name, key in adapter.peft_fields.items():
         if key in peft_config:
             resolved[f"tuner.{adapter.kind}.{name}"] = f"{plain(peft_config[key])} (auto)"
-    rows: Rows = [("initial model", _initial_model(link.stage.model))]
-    for name, value in _flat(link.artifact.manifest["identity"]):
+    rows: Rows = [("initial model", _initial_model(step.stage.model))]
+    for name, value in _flat(step.artifact.manifest["identity"]):
         if name not in ("version", "seed") and not name.startswith(("content of ", "model.")):
             rows.append((name, resolved.get(name, "auto") if value == "auto" else plain(value)))
     return rows
@@ -48,33 +48,33 @@ def _initial_model(model: str | Pretrained | Scratch) -> str:
     return model.pretrained + (f" at {model.revision}" if model.revision else "")
 
 
-def training_results(link: Link) -> Rows:
+def training_results(step: LineageStep) -> Rows:
     """Final numbers of a training, and where it ran."""
-    facts, config = link.artifact.manifest["facts"], link.artifact.manifest["identity"]
-    runtime_stats = link.artifact.measured
+    facts, config = step.artifact.manifest["facts"], step.artifact.manifest["identity"]
+    runtime_stats = step.artifact.measured
     numbers = {key: value for key, value in facts.items() if key not in config and isinstance(value, int | float)}
     runtime = {key: runtime_stats[key] for key in RUNTIME_FIELDS if key in runtime_stats}
     return [(key.replace("_", " "), plain(value, key)) for key, value in {**numbers, **runtime}.items()]
 
 
-def step(link: Link) -> str:
+def stage_line(step: LineageStep) -> str:
     """A stage of the lineage in one line: its inputs, outcome and details."""
-    inputs = ", ".join(f"{field} `{stage}`" for field, stage in link.reads.items())
-    facts = link.artifact.facts
-    parts = [outcome(StageState(link.name, link.stage.kind, facts=facts)), *_details(link)]
+    inputs = ", ".join(f"{field} `{stage}`" for field, stage in step.inputs.items())
+    facts = step.artifact.facts
+    parts = [outcome(StageState(step.name, step.stage.kind, facts=facts)), *_details(step)]
     of = f" of {inputs}" if inputs else ""
-    return f"`{link.name}` ({link.stage.kind}{of}): {'; '.join(part for part in parts if part)}"
+    return f"`{step.name}` ({step.stage.kind}{of}): {'; '.join(part for part in parts if part)}"
 
 
-def _details(link: Link) -> Iterator[str]:
-    facts, identity = link.artifact.facts, link.artifact.manifest["identity"]
-    if isinstance(link.stage, Dataset):
+def _details(step: LineageStep) -> Iterator[str]:
+    facts, identity = step.artifact.facts, step.artifact.manifest["identity"]
+    if isinstance(step.stage, Dataset):
         values = {key: identity[key] for key in SOURCE_FIELDS if identity.get(key)}
         yield ", ".join(f"{key} {plain(value)}" for key, value in values.items())
-    if isinstance(link.stage, Dataset) and facts.get("planted"):
+    if isinstance(step.stage, Dataset) and facts.get("planted"):
         corruption = {kind or "intact": count for kind, count in facts["planted"].items()}
         yield f"injected corruption: {plain(corruption)}"
-    if isinstance(link.stage, Select):
+    if isinstance(step.stage, Select):
         for rule in listed(facts.get("rules")):
             thresholds = " and ".join(measure(cut) for cut in rule["cuts"])
             yield (
@@ -82,9 +82,9 @@ def _details(link: Link) -> Iterator[str]:
             )
         if diverse := facts.get("diverse"):
             yield f"diverse subset by {diverse['method']}: {diverse['kept']:,} of {diverse['candidates']:,}"
-        if link.stage.quota is not None:
+        if step.stage.quota is not None:
             yield f"quota {plain(identity['quota'])}"
-    if isinstance(link.stage, Training):
+    if isinstance(step.stage, Training):
         yield ", ".join(f"{facts[key]:,} {key}" for key in ("rows", "steps", "tokens") if facts.get(key))
 
 
@@ -95,7 +95,7 @@ def loss_row(result: Mapping[str, Any], *, forgetting: bool) -> tuple[str, ...]:
 
 def win_row(result: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the win rate table; the card's model is bold."""
-    names = [f"**{name}**" if name == result["mine"] else name for name in (result["model"], result["baseline"])]
+    names = [f"**{name}**" if name == result["name"] else name for name in (result["model"], result["baseline"])]
     prompts = f"{result['set']} ({result['rows']:,})"
     low, high = result["interval"]
     return (*names, prompts, result["judge"], f"{result['win_rate']:.3f}", f"{low:.3f}–{high:.3f}")
@@ -135,11 +135,11 @@ def _value_at(stages: Any, path: str) -> Any:
     return value
 
 
-def version_rows(target: ExportTarget, link: Link) -> Rows:
+def version_rows(target: ExportTarget, step: LineageStep) -> Rows:
     """What is needed to reproduce the model."""
     trial = [("trial", target.trial.name)] if target.trial else []
-    seed = str(stage_seed(link.stage, target.experiment))
-    rows = [("stage", link.name), *trial, ("fingerprint", link.artifact.fingerprint), ("seed", seed)]
+    seed = str(stage_seed(step.stage, target.experiment))
+    rows = [("stage", step.name), *trial, ("fingerprint", step.artifact.fingerprint), ("seed", seed)]
     return [("experiment", target.state.run), *rows, *versions(target.state)]
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from tunery.errors import RequestError, TuneryError
 from tunery.export.card import ExportFormat, card
-from tunery.export.choose import ExportTarget, choose
-from tunery.export.lineage import Link, local_paths, manifests, strip_local_paths, trace
+from tunery.export.export_target import ExportTarget, select_model
+from tunery.export.lineage import LineageStep, local_paths, manifests, strip_local_paths, trace
 from tunery.export.weights import adapter_settings, write_adapter, write_model
 from tunery.models.labels import REWARD
 from tunery.pipeline.ray_session import redirect_output
-from tunery.pipeline.run_record import OWN
+from tunery.pipeline.run_record import FILE_VALUES
 from tunery.spec import LABELS, Pretrained
 from tunery.spec.references import model_name
 from tunery.store import Store
@@ -45,7 +45,7 @@ class Exported:
             "overrides": target.trial.overrides if target.trial else {},
             "fingerprint": target.artifact.fingerprint,
             "out": str(self.out),
-            "form": "model" if self.format.base is None else "adapter",
+            "format": "model" if self.format.base is None else "adapter",
             "base": self.format.base,
             "base_command": self.format.base_command or None,
             "notes": list(target.notes),
@@ -58,12 +58,12 @@ def export_model(
     """Write the model of a run's stage to the folder `out`. Raises RequestError, before anything is written, if there
     is no such model or `out` is not usable, and TuneryError if reading or writing fails."""
     _check_output_folder(out)
-    target = choose(run, store, stage, trial)
-    links = trace(target.experiment.stages, target.stage, target.artifact)
+    target = select_model(run, store, stage, trial)
+    steps = trace(target.experiment.stages, target.stage, target.artifact)
     export_format = _export_format(target, out, adapter=adapter)
     # Discards what libraries print while they load; problems are raised as errors.
     with _temporary_folder(target, out) as folder, redirect_output(Path(os.devnull)):
-        _write(target, links, export_format, folder)
+        _write(target, steps, export_format, folder)
     return Exported(target, out, export_format)
 
 
@@ -87,7 +87,7 @@ def _export_format(target: ExportTarget, out: Path, *, adapter: bool) -> ExportF
         raise RequestError(
             f"`{name}` has no adapter",
             cause="all of its weights were trained, without `tuner: {lora: ..}`",
-            remedy="leave out --adapter",
+            remedy="remove --adapter",
         )
     num_labels = {"reward": len(REWARD), "classifier": len(LABELS)}.get(kind, 0)
     merged = ExportFormat(out.resolve().name, num_labels, settings, None)
@@ -98,12 +98,12 @@ def _export_format(target: ExportTarget, out: Path, *, adapter: bool) -> ExportF
         base = f"./{model_name(model)}" if model.is_folder else model.pretrained
         return replace(merged, base=base, revision=model.revision)
     trial = () if target.trial is None else ("--trial", target.trial.name)
-    option = ("--trial", OWN) if target.trial is None and target.is_searched else trial
+    option = ("--trial", FILE_VALUES) if target.trial is None and target.is_searched else trial
     command = shlex.join(("tunery", "export", target.state.run, f"./{model}", "--stage", str(model), *option))
     return replace(merged, base=f"./{model}", base_command=command)
 
 
-def _write(target: ExportTarget, links: list[Link], export_format: ExportFormat, folder: Path) -> None:
+def _write(target: ExportTarget, steps: list[LineageStep], export_format: ExportFormat, folder: Path) -> None:
     artifact, classifier = target.artifact.path, export_format.num_labels > 0
     if export_format.base is None:
         write_model(artifact, folder, classifier=classifier)
@@ -116,15 +116,15 @@ def _write(target: ExportTarget, links: list[Link], export_format: ExportFormat,
         "trial": target.trial.name if target.trial else None,
         "overrides": target.trial.overrides if target.trial else {},
         "versions": target.state.versions,
-        "stages": manifests(links),
+        "stages": manifests(steps),
     }
     (folder / LINEAGE).write_text(json.dumps(strip_local_paths(lineage, paths), indent=1, ensure_ascii=False) + "\n")
-    (folder / CARD).write_text(strip_local_paths(card(target, links, export_format), paths), encoding="utf-8")
+    (folder / CARD).write_text(strip_local_paths(card(target, steps, export_format), paths), encoding="utf-8")
 
 
 def _check_output_folder(out: Path) -> None:
     """Raises RequestError unless the folder is empty or can be created."""
-    remedy = "give a folder that does not exist, or an empty one"
+    remedy = "use a folder that does not exist or is empty"
     if out.is_dir() and out.resolve() == Path.cwd():
         raise RequestError(f"{out} is the current working directory", remedy=remedy)
     if out.is_dir() and any(out.iterdir()):
@@ -134,13 +134,13 @@ def _check_output_folder(out: Path) -> None:
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         cause = f"no permission to write in {parent}" if parent.is_dir() else f"{parent} is a file"
-        raise RequestError(f"{out} can't be written", cause=cause, remedy="give another folder")
+        raise RequestError(f"{out} can't be written", cause=cause, remedy="use another folder")
 
 
 @contextmanager
 def _temporary_folder(target: ExportTarget, out: Path) -> Iterator[Path]:
     """A folder next to `out` that is renamed to it on success, and removed on failure."""
-    final = out.resolve()  # of a symlink its target, not the link
+    final = out.resolve()  # the target of a symlink, not the link
     folder = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ TEXT_FACTS = ("samples", "quarantine", "responses")
 
 
 @dataclass(frozen=True)
-class Link:
+class LineageStep:
     """A stage and its artifact."""
 
     name: str
@@ -24,31 +24,31 @@ class Link:
     artifact: Artifact
 
     @property
-    def reads(self) -> dict[str, str]:
-        """Other stages, by the field that names them."""
+    def inputs(self) -> dict[str, str]:
+        """Input stages by the field that names them."""
         return {".".join(map(str, item.path)): item.stage for item in self.stage.inputs()}
 
 
-def trace(stages: Mapping[str, Stage], name: str, artifact: Artifact) -> list[Link]:
+def trace(stages: Mapping[str, Stage], name: str, artifact: Artifact) -> list[LineageStep]:
     """All upstream stages of the stage `name` in topological order; the stage itself is last. Raises StoreError if one
     of their artifacts was removed from the store."""
-    links: dict[str, Link] = {}
+    steps: dict[str, LineageStep] = {}
 
     def visit(name: str, artifact: Artifact) -> None:
-        if name not in links:
-            link = Link(name, stages[name], artifact)
-            for field, stage in link.reads.items():
+        if name not in steps:
+            step = LineageStep(name, stages[name], artifact)
+            for field, stage in step.inputs.items():
                 visit(stage, input_of(artifact, field))
-            links[name] = link
+            steps[name] = step
 
     visit(name, artifact)
-    return list(links.values())
+    return list(steps.values())
 
 
-def root_of(links: list[Link]) -> Pretrained | None:
+def pretrained_root(steps: list[LineageStep]) -> Pretrained | None:
     """The pretrained model that the last link's model is derived from; None if it was trained from scratch."""
-    stages = {link.name: link.stage for link in links}
-    model: Any = links[-1].name
+    stages = {step.name: step.stage for step in steps}
+    model: Any = steps[-1].name
     while isinstance(model, str):
         model = getattr(stages[model], "model", None)
     return model if isinstance(model, Pretrained) else None
@@ -70,15 +70,15 @@ def losses(artifact: Artifact) -> list[dict[str, Any]]:
 
 def wins(artifact: Artifact) -> list[dict[str, Any]]:
     """Results of `win_rate` artifacts with the model on either side: model, baseline, set, rows, win_rate, interval,
-    judge, and `mine`: the model's name there."""
+    judge, and `name`: the model's name there."""
     results = []
     for evaluation, fields in _evaluations(artifact, "win_rate"):
         baseline, *models = evaluation.manifest["identity"]["names"][:-1]  # the last one is the name of the prompts
-        mine = {baseline} if "baseline" in fields else set()
-        mine |= {name for index, name in enumerate(models) if f"models.{index}" in fields}
+        own_names = {baseline} if "baseline" in fields else set()
+        own_names |= {name for index, name in enumerate(models) if f"models.{index}" in fields}
         for result in evaluation.facts["results"]:
-            if names := mine & {result["model"], result["baseline"]["model"]}:
-                sides = {"baseline": result["baseline"]["model"], "mine": min(names)}
+            if names := own_names & {result["model"], result["baseline"]["model"]}:
+                sides = {"baseline": result["baseline"]["model"], "name": min(names)}
                 results.append({**result, **sides, "judge": _judge(evaluation.manifest["identity"]["judge"])})
     return _distinct(results, ("model", "baseline", "set", "win_rate"))
 
@@ -91,7 +91,7 @@ def _judge(judge: dict[str, str] | None) -> str:
 
 
 def _evaluations(artifact: Artifact, kind: str) -> Iterator[tuple[Artifact, set[str]]]:
-    """Evaluation artifacts that have the model as an input, with the fields that name it."""
+    """Evaluation artifacts that have the model as an input, with the fields that refer to it."""
     for path in sorted(artifact.path.parent.glob(f"{kind}-*")):
         if (evaluation := read_artifact(path)) is not None:
             inputs = evaluation.manifest["inputs"].items()
@@ -104,15 +104,15 @@ def _distinct(results: list[dict[str, Any]], by: tuple[str, ...]) -> list[dict[s
     return list({tuple(result[key] for key in by): result for result in results}.values())
 
 
-def manifests(links: list[Link]) -> list[dict[str, Any]]:
+def manifests(steps: list[LineageStep]) -> list[dict[str, Any]]:
     """Stage name and manifest of each link, without texts of rows."""
     return [
         {
-            "stage": link.name,
-            **link.artifact.manifest,
-            "facts": {key: value for key, value in link.artifact.manifest["facts"].items() if key not in TEXT_FACTS},
+            "stage": step.name,
+            **step.artifact.manifest,
+            "facts": {key: value for key, value in step.artifact.manifest["facts"].items() if key not in TEXT_FACTS},
         }
-        for link in links
+        for step in steps
     ]
 
 

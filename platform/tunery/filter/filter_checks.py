@@ -12,30 +12,29 @@ from pydantic import ValidationError
 
 from tunery.errors import RequestError, SpecError, SpecErrors, StageError, TuneryError
 from tunery.filter.filter_experiment import (
-    Built,
     FilterRequest,
-    dataset_here,
+    GeneratedExperiment,
+    dataset_from_cwd,
     model_folder,
-    other_rows,
     paths_in_experiment,
+    reference_sources,
 )
-from tunery.ingest.read import check_source
-from tunery.ingest.sources import BadSource, find_parts
+from tunery.ingest.read import validate_source
+from tunery.ingest.sources import BadSource, resolve_sources
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.spec import Dataset
 
 _PATH = re.compile(r"`stages\.(?:scored\.by\.\d+|kept\.keep\.\w+|rows\.columns|rows|set\d+)(?:\.([^`]*))?`")
 _STAGE = re.compile(r"^(?:rows|scored|kept|set\d+): ")
 _NAME_COLUMNS = (
-    "say what the columns are: `--column prompt=NAME --column completion=NAME`, `--column messages=NAME` or "
-    "`--column text=NAME`"
+    "map the columns: `--column prompt=NAME --column completion=NAME`, `--column messages=NAME` or `--column text=NAME`"
 )
 _PHRASES = (
     ("the experiment's folder", "the current folder"),
-    (", or say `format:`", ""),
-    ("say `format: json`", "let its name end in .json"),
+    (", or set `format:`", ""),
+    ("set `format: json`", "use a name that ends in .json"),
     ("`columns` names", "`--column` names"),
-    ("name the `columns` to read", "name the columns with `--column` to read"),
+    ("set `columns` to read", "use `--column` to read"),
 )
 """Phrases of messages about an experiment, and their replacements in messages about the command line."""
 
@@ -45,23 +44,23 @@ def check_sources(request: FilterRequest) -> None:
     for source in request.sources:
         if source.startswith("builtin:"):
             raise RequestError(
-                f"`{source}` is no source of a filter",
+                f"`{source}` can't be filtered",
                 cause="a filter reads files and hub datasets",
                 remedy="write an experiment with a dataset, a score and a select stage: `tunery run FILE`",
             )
         try:
-            find_parts(_dataset_stage(request, source), Path.cwd())
+            resolve_sources(_dataset_stage(request, source), Path.cwd())
         except BadSource as error:
             raise _to_request_error(error) from error
     try:
-        check_source(_dataset_stage(request, *request.sources), Path.cwd())
+        validate_source(_dataset_stage(request, *request.sources), Path.cwd())
     except BadSource as error:
         raise _to_request_error(error) from error
 
 
 def _dataset_stage(request: FilterRequest, *sources: str) -> Dataset:
     try:
-        return dataset_here(request, sources)
+        return dataset_from_cwd(request, sources)
     except ValidationError as error:
         detail = error.errors()[0]
         field = str(detail["loc"][0]) if detail["loc"] else "source"
@@ -71,23 +70,23 @@ def _dataset_stage(request: FilterRequest, *sources: str) -> Dataset:
         }
         option = options.get(field, " ".join(request.sources))
         cause = detail["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-        raise RequestError(f"`{option}` can't be used", cause=_rephrase(cause)) from None
+        raise RequestError(f"`{option}` is invalid", cause=_rephrase(cause)) from None
 
 
 def _to_request_error(error: BadSource, option: str = "") -> RequestError:
     remedy = _rephrase(error.remedy)
-    if "don't fit" in error.message:
+    if "match no row format" in error.message:
         remedy = _NAME_COLUMNS
     elif error.field not in ("source", "columns"):
-        remedy = f"`tunery filter` has no option for it: write an experiment, whose dataset has `{error.field}:`"
+        remedy = f"`tunery filter` has no option for it: write an experiment and set `{error.field}:` of its dataset"
     message = f"`{option}`: {error.message}" if option else error.message
     return RequestError(_rephrase(message), cause=_rephrase(error.cause), remedy=remedy)
 
 
-def check_models(built: Built) -> None:
+def check_models(generated: GeneratedExperiment) -> None:
     """Raise RequestError if a scorer's model folder or the rows it compares with are missing or invalid."""
     errors: list[RequestError] = []
-    for scorer, option in built.by_options:
+    for scorer, option in generated.by_options:
         folder = model_folder(scorer)
         if folder is not None:
             try:
@@ -95,9 +94,9 @@ def check_models(built: Built) -> None:
             except BadModel as error:
                 message, cause = f"`{option}`: {error.message}", _rephrase(error.cause)
                 errors.append(RequestError(message, cause=cause, remedy=error.remedy))
-        for source in other_rows(scorer):
+        for source in reference_sources(scorer):
             try:
-                check_source(dataset_here(FilterRequest((), Path()), [source]), Path.cwd())
+                validate_source(dataset_from_cwd(FilterRequest((), Path()), [source]), Path.cwd())
             except BadSource as error:
                 errors.append(_to_request_error(error, option))
     if errors:
@@ -105,41 +104,41 @@ def check_models(built: Built) -> None:
 
 
 @contextmanager
-def command_line_errors(request: FilterRequest, built: Built) -> Iterator[None]:
+def command_line_errors(request: FilterRequest, generated: GeneratedExperiment) -> Iterator[None]:
     """Convert errors of the generated experiment and its stages to errors about the command line."""
     try:
         yield
     except SpecErrors as error:
-        errors = [_to_option_error(item, request, built) for item in error.errors]
+        errors = [_to_option_error(item, request, generated) for item in error.errors]
         raise RequestError("\n".join(map(str, errors))) from error
     except SpecError as error:
-        raise _to_option_error(error, request, built) from error
+        raise _to_option_error(error, request, generated) from error
     except StageError as error:
         remedy = error.remedy + (f"\nlog: {error.log}" if error.log else "")
         raise TuneryError(
-            _to_command_line(error.message, request, built),
-            cause=_to_command_line(error.cause, request, built),
+            _to_command_line(error.message, request, generated),
+            cause=_to_command_line(error.cause, request, generated),
             remedy=remedy,
         ) from error
 
 
-def _to_option_error(error: SpecError, request: FilterRequest, built: Built) -> RequestError:
-    option = built.options.get(error.line, "")
+def _to_option_error(error: SpecError, request: FilterRequest, generated: GeneratedExperiment) -> RequestError:
+    option = generated.options.get(error.line, "")
     message = _STAGE.sub("", error.message)
     message = _PATH.sub(lambda match: f"`{match[1]}`" if match[1] else "it", message)
     message = f"`{option}`: {message}" if option else message
     return RequestError(
-        _to_command_line(message, request, built),
-        cause=_to_command_line(error.cause, request, built),
-        remedy=_to_command_line(error.remedy, request, built),
+        _to_command_line(message, request, generated),
+        cause=_to_command_line(error.cause, request, generated),
+        remedy=_to_command_line(error.remedy, request, generated),
     )
 
 
-def _to_command_line(text: str, request: FilterRequest, built: Built) -> str:
+def _to_command_line(text: str, request: FilterRequest, generated: GeneratedExperiment) -> str:
     """Replace paths and rules of the experiment with those of the command line."""
-    for experiment_path, given_path in paths_in_experiment(request, built).items():
+    for experiment_path, given_path in paths_in_experiment(request, generated).items():
         text = text.replace(f"`{experiment_path}", f"`{given_path}")
-    for rule, given_rule in built.described.items():
+    for rule, given_rule in generated.given_rules.items():
         text = text.replace(f"`{rule}`", f"`{given_rule}`")
     return _rephrase(text)
 

@@ -1,4 +1,4 @@
-"""`tunery filter`: build an experiment from the command line, run it, and write its rows to files."""
+"""`tunery filter`: generate an experiment from the command line, run it, and write its rows to files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ from rich.text import Text
 
 from tunery.errors import RequestError, StageError
 from tunery.filter.filter_checks import check_models, check_sources, command_line_errors
-from tunery.filter.filter_experiment import KEPT, MARKER, ROWS, SCORED, Built, FilterRequest, build, dataset_here
-from tunery.filter.grammar import said, score_of
+from tunery.filter.filter_experiment import (
+    KEPT,
+    MARKER,
+    ROWS,
+    SCORED,
+    FilterRequest,
+    GeneratedExperiment,
+    dataset_from_cwd,
+    generate_experiment,
+)
+from tunery.filter.grammar import format_rule, score_of
 from tunery.filter.outputs import Counts, Outputs, check_ending, write_outputs
 from tunery.filter.row_decisions import Artifacts, RowDecisions
-from tunery.ingest.read import first_shape
+from tunery.ingest.read import first_row_format
 from tunery.ingest.sources import BadSource, source_identity
-from tunery.run import check_all
+from tunery.run import validate_experiment
 from tunery.selection.select_stage import NothingPasses
 from tunery.spec import Dataset, parse
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Artifact, Store
 from tunery.store.artifacts import input_of
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class FilterOutcome:
     experiment: Path
     report: Path
     quarantines: list[Path]
-    chosen: list[str]
+    defaults: list[str]
     """Defaults that were used; printed before the run."""
     score_columns: dict[str, str]
     """Column in the output files by score; empty if no scores are requested."""
@@ -67,56 +76,58 @@ class FilterOutcome:
             "experiment": str(self.experiment),
             "report": str(self.report),
             "quarantine": [str(path) for path in self.quarantines],
-            "chosen": self.chosen,
+            "defaults": self.defaults,
             "score_columns": self.score_columns,
             "notes": self.notes,
         }
 
 
-def run_filter(asked: FilterRequest, dropped: Path | None, store: Store, *, quiet: bool, say: Say) -> FilterOutcome:
+def run_filter(
+    request: FilterRequest, dropped: Path | None, store: Store, *, quiet: bool, notify: Notify
+) -> FilterOutcome:
     """Write the experiment, run it, and write its rows. Raises RequestError before anything is written if the command
     line is invalid, and the errors of a run."""
     from tunery.live import run_live
 
-    _check_files(asked, dropped)
-    check_sources(asked)
-    built = build(asked, answers=_has_answers(asked))
-    check_models(built)
-    with _parent_of(asked.file), command_line_errors(asked, built):
-        source = read_yaml(built.text, str(asked.file))
-        experiment = check_all(parse(source), source, store)
-        write_experiment(asked.file, built.text)
-    for note in built.notes:
-        say(note)
-    stage, folder = experiment.stages[ROWS], asked.file.parent
-    assert isinstance(stage, Dataset), "build wrote it"
-    files = RowFiles(asked, dropped, built, stage, source_identity(stage, folder))
-    with command_line_errors(asked, built):
-        with files.dropped_if_none_kept(say):
+    _check_files(request, dropped)
+    check_sources(request)
+    generated = generate_experiment(request, has_responses=_has_responses(request))
+    check_models(generated)
+    with _parent_of(request.file), command_line_errors(request, generated):
+        source = read_yaml(generated.text, str(request.file))
+        experiment = validate_experiment(parse(source), source, store)
+        write_experiment(request.file, generated.text)
+    for note in generated.notes:
+        notify(note)
+    stage, folder = experiment.stages[ROWS], request.file.parent
+    assert isinstance(stage, Dataset), "generate_experiment wrote it"
+    files = RowFiles(request, dropped, generated, stage, source_identity(stage, folder))
+    with command_line_errors(request, generated):
+        with files.dropped_if_none_kept(notify):
             summary = run_live(experiment, source, store, quiet=quiet)
-        written = files.write(summary.artifacts)
-    return _summary(asked, dropped, built, summary.artifacts, summary.report, written)
+        outputs = files.write(summary.artifacts)
+    return _summary(request, dropped, generated, summary.artifacts, summary.report, outputs)
 
 
 @dataclass(frozen=True)
 class RowFiles:
     """Writes the output files of a filter from the artifacts of its run."""
 
-    asked: FilterRequest
+    request: FilterRequest
     dropped: Path | None
-    built: Built
+    generated: GeneratedExperiment
     stage: Dataset
     """The stage that reads the sources."""
     identity: Any
     """Identity of the sources before the run."""
 
-    def write(self, made: Mapping[str, Artifact]) -> Outputs:
+    def write(self, artifacts: Mapping[str, Artifact]) -> Outputs:
         """Write the output files from the artifacts of a completed run."""
-        kept = made[KEPT]
-        return self._write(made, kept.path, kept.facts["kept"], kept.facts["dropped"])
+        kept = artifacts[KEPT]
+        return self._write(artifacts, kept.path, kept.facts["kept"], kept.facts["dropped"])
 
     @contextmanager
-    def dropped_if_none_kept(self, say: Say) -> Iterator[None]:
+    def dropped_if_none_kept(self, notify: Notify) -> Iterator[None]:
         """Context manager around a run, which fails if no row passes: write the file of dropped rows, which has the
         reasons, before the error is raised again."""
         try:
@@ -125,40 +136,40 @@ class RowFiles:
             if self.dropped is None:
                 raise
             scored = error.data if error.data.kind == "score" else None
-            made = {ROWS: input_of(scored, "data"), SCORED: scored} if scored else {ROWS: error.data}
-            written = self._write(made, error.out, 0, error.rows)
-            for note in _notes(self.asked, self.dropped, written):
-                say(note)
-            remedy = f"{error.remedy}, and why each row was dropped is in {self.dropped}"
+            artifacts = {ROWS: input_of(scored, "data"), SCORED: scored} if scored else {ROWS: error.data}
+            outputs = self._write(artifacts, error.out, 0, error.rows)
+            for note in _notes(self.request, self.dropped, outputs):
+                notify(note)
+            remedy = f"{error.remedy}; {self.dropped} has the reason for each row"
             raise StageError(error.stage, error.message, cause=error.cause, remedy=remedy) from error
 
-    def _write(self, made: Mapping[str, Artifact], selection: Path, kept: int, dropped: int) -> Outputs:
+    def _write(self, artifacts: Mapping[str, Artifact], selection: Path, kept: int, dropped: int) -> Outputs:
         """`selection`: folder of the select stage's dropped.jsonl."""
-        scored = made.get(SCORED)
-        names = [name for scorer in self.built.by if (name := score_of(scorer))]
-        artifacts = Artifacts(made[ROWS].path, scored.path if scored else None, selection)
+        scored = artifacts.get(SCORED)
+        names = [name for scorer in self.generated.by if (name := score_of(scorer))]
+        folders = Artifacts(artifacts[ROWS].path, scored.path if scored else None, selection)
         return write_outputs(
             self.stage,
-            self.asked.file.parent,
-            RowDecisions(artifacts, names, _rules_said(self.built)),
-            Counts(kept, dropped, _quarantined(made)),
-            out=self.asked.out,
+            self.request.file.parent,
+            RowDecisions(folders, names, _rules_by_name(self.generated)),
+            Counts(kept, dropped, _quarantined(artifacts)),
+            out=self.request.out,
             dropped=self.dropped,
-            scores=names if self.asked.scores else (),
+            scores=names if self.request.scores else (),
             identity=self.identity,
         )
 
 
-def _rules_said(built: Built) -> dict[str, tuple[str, list[str]]]:
+def _rules_by_name(generated: GeneratedExperiment) -> dict[str, tuple[str, list[str]]]:
     """Map the rule names of the select stage to (rule as on the command line, scores that it uses). With `--any`, a row
     is dropped by all rules together, whose names are joined."""
-    rules = built.described
-    single = {rule: (words, [score]) for (rule, words), score in zip(rules.items(), built.keep, strict=True)}
-    return {**single, " and ".join(rules): (" and ".join(rules.values()), list(built.keep))}
+    rules = generated.given_rules
+    single = {rule: (given, [score]) for (rule, given), score in zip(rules.items(), generated.keep, strict=True)}
+    return {**single, " and ".join(rules): (" and ".join(rules.values()), list(generated.keep))}
 
 
-def _quarantined(made: Mapping[str, Artifact]) -> int:
-    return sum(made[name].facts["quarantined"] for name in (ROWS, SCORED) if name in made)
+def _quarantined(artifacts: Mapping[str, Artifact]) -> int:
+    return sum(artifacts[name].facts["quarantined"] for name in (ROWS, SCORED) if name in artifacts)
 
 
 @contextmanager
@@ -189,116 +200,116 @@ def write_experiment(path: Path, text: str) -> None:
         raise _unwritable(path, error) from error
     if before != text and before.split("\n", 1)[0].rstrip("\r") != MARKER:
         raise RequestError(
-            f"{path} is there already, and is not ours to overwrite",
-            cause="a filter's experiment is written beside its output, under the same name",
-            remedy="give --out another name, or move that file away",
+            f"{path} exists and was not written by `tunery filter`",
+            cause="the experiment of a filter is written next to its output, with the ending .yaml",
+            remedy="choose another name for --out, or move that file",
         )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> RequestError:
     return RequestError(
         f"the experiment {path} can't be written",
         cause=error.strerror or str(error),
-        remedy="give --out another place: the experiment is written beside it",
+        remedy="choose another --out: the experiment is written next to it",
     )
 
 
-def _check_files(asked: FilterRequest, dropped: Path | None) -> None:
-    check_ending(asked.out, "--out")
-    outs = [("--out", asked.out)]
+def _check_files(request: FilterRequest, dropped: Path | None) -> None:
+    check_ending(request.out, "--out")
+    outs = [("--out", request.out)]
     if dropped is not None:
         check_ending(dropped, "--dropped")
         outs.append(("--dropped", dropped))
-        if dropped.absolute() == asked.out.absolute():
-            raise RequestError(f"--out and --dropped are both {dropped}", remedy="give them two names")
+        if dropped.absolute() == request.out.absolute():
+            raise RequestError(f"--out and --dropped are both {dropped}", remedy="use two different names")
     for option, out in outs:
         if out.is_dir():
             raise RequestError(f"`{option} {out}` is a folder", remedy="name a file in it")
-        for source in asked.sources:
-            if _holds(source, out):
+        for source in request.sources:
+            if _contains(source, out):
                 raise RequestError(
-                    f"`{option} {out}` lies in the source `{source}`",
-                    cause="the filter would read its own output when the command is given again",
+                    f"`{option} {out}` is in the source `{source}`",
+                    cause="the filter would read its own output when the command is run again",
                     remedy="write it to another folder",
                 )
 
 
-def _holds(source: str, out: Path) -> bool:
+def _contains(source: str, out: Path) -> bool:
     if "://" in source or source.startswith(("builtin:", "hub:")):
         return False
-    place, target = Path(source).expanduser().resolve(), out.resolve()
-    if place == target or (place.is_dir() and place in target.parents):
+    source_path, target = Path(source).expanduser().resolve(), out.resolve()
+    if source_path == target or (source_path.is_dir() and source_path in target.parents):
         return True
-    return not place.exists() and fnmatch.fnmatch(str(target), str(place))
+    return not source_path.exists() and fnmatch.fnmatch(str(target), str(source_path))
 
 
-def _has_answers(asked: FilterRequest) -> bool:
+def _has_responses(request: FilterRequest) -> bool:
     """Whether the first row has a response; True if it can't be read."""
     with suppress(BadSource):
-        return first_shape(dataset_here(asked, asked.sources), Path.cwd()) != "prompt"
+        return first_row_format(dataset_from_cwd(request, request.sources), Path.cwd()) != "prompt"
     return True
 
 
-def _notes(asked: FilterRequest, dropped: Path | None, outputs: Outputs) -> list[str]:
-    files = [(asked.out, outputs.kept)]
+def _notes(request: FilterRequest, dropped: Path | None, outputs: Outputs) -> list[str]:
+    files = [(request.out, outputs.kept)]
     if dropped is not None and outputs.dropped is not None:
         files.append((dropped, outputs.dropped))
     notes = []
-    for path, written in files:
-        if written.guarded:
+    for path, counts in files:
+        if counts.escaped:
             notes.append(
-                f"{path}: {written.guarded:,} cells begin with ' now, for spreadsheets would take them for formulas; "
-                "in .jsonl, .xlsx and .parquet they are as they were"
+                f"{path}: {counts.escaped:,} cells got a leading ', because spreadsheets would treat them as formulas; "
+                ".jsonl, .xlsx and .parquet do not need it"
             )
-        if written.replaced:
-            notes.append(f"{path}: in {written.replaced:,} cells characters were replaced that a workbook can't hold")
+        if counts.replaced:
+            notes.append(f"{path}: replaced characters that a workbook can't contain in {counts.replaced:,} cells")
     for score, name in outputs.added.scores.items():
         if name != score:
-            notes.append(f"the rows have a column `{score}`: the score is in `{name}`")
+            notes.append(f"the score `{score}` is in the column `{name}`, because the rows have a column `{score}`")
     return notes
 
 
 def _summary(
-    asked: FilterRequest,
+    request: FilterRequest,
     dropped: Path | None,
-    built: Built,
-    made: Mapping[str, Artifact],
+    generated: GeneratedExperiment,
+    artifacts: Mapping[str, Artifact],
     report: Path,
-    written: Outputs,
+    outputs: Outputs,
 ) -> FilterOutcome:
-    rows, facts = made[ROWS].facts, made[KEPT].facts
-    losing = [made[name] for name in (ROWS, SCORED) if name in made and made[name].facts["quarantined"]]
-    alone = facts["combine"] == "all" or len(facts["rules"]) == 1
+    rows, facts = artifacts[ROWS].facts, artifacts[KEPT].facts
+    inputs = [artifacts[name] for name in (ROWS, SCORED) if name in artifacts]
+    is_attributable = facts["combine"] == "all" or len(facts["rules"]) == 1
     return FilterOutcome(
         read=rows["rows"] + rows["quarantined"],
-        quarantined=_quarantined(made),
+        quarantined=_quarantined(artifacts),
         kept=facts["kept"],
         dropped=facts["dropped"],
         by_rule=[
             # Rules as on the command line.
-            (said(score, rule), stats["dropped"])
-            for (score, rule), stats in zip(built.keep.items(), facts["rules"], strict=True)
+            (format_rule(score, rule), stats["dropped"])
+            for (score, rule), stats in zip(generated.keep.items(), facts["rules"], strict=True)
         ]
-        if alone
+        if is_attributable
         else [],
-        out=asked.out,
+        out=request.out,
         dropped_out=dropped,
-        experiment=asked.file,
+        experiment=request.file,
         report=report,
-        quarantines=[artifact.path / "quarantine.jsonl" for artifact in losing],
-        chosen=built.notes,
-        score_columns=written.added.scores,
-        notes=_notes(asked, dropped, written),
+        quarantines=[artifact.path / "quarantine.jsonl" for artifact in inputs if artifact.facts["quarantined"]],
+        defaults=generated.notes,
+        score_columns=outputs.added.scores,
+        notes=_notes(request, dropped, outputs),
     )
 
 
@@ -309,21 +320,21 @@ def render(filtered: FilterOutcome) -> Group:
     table.add_column(justify="right")
     table.add_row("rows read", f"{filtered.read:,}")
     if filtered.quarantined:
-        table.add_row("quarantined (can't be read, used or scored)", f"{filtered.quarantined:,}")
+        table.add_row("quarantined (invalid, or scoring failed)", f"{filtered.quarantined:,}")
     for rule, count in filtered.by_rule:
         table.add_row(f"dropped by {rule}", f"{count:,}")
     if not filtered.by_rule:
         table.add_row("dropped by all rules", f"{filtered.dropped:,}")
     table.add_row("kept", f"{filtered.kept:,}")
-    places = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    places.add_column(no_wrap=True)
-    places.add_column(overflow="fold")
-    places.add_row("kept rows", str(filtered.out))
+    files_table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    files_table.add_column(no_wrap=True)
+    files_table.add_column(overflow="fold")
+    files_table.add_row("kept rows", str(filtered.out))
     if filtered.dropped_out is not None:
         title = "dropped and quarantined rows" if filtered.quarantined else "dropped rows"
-        places.add_row(title, str(filtered.dropped_out))
+        files_table.add_row(title, str(filtered.dropped_out))
     else:
         for path in filtered.quarantines:
-            places.add_row("quarantined rows", str(path))
-    places.add_row("experiment", f"{filtered.experiment} (`tunery run` scores and selects as it says)")
-    return Group(Text(), table, Text(), places, *(Text(f"note: {note}") for note in filtered.notes))
+            files_table.add_row("quarantined rows", str(path))
+    files_table.add_row("experiment", f"{filtered.experiment} (run it with `tunery run`)")
+    return Group(Text(), table, Text(), files_table, *(Text(f"note: {note}") for note in filtered.notes))

@@ -23,13 +23,13 @@ from tunery.errors import RequestError
 from tunery.filter.grammar import (
     Rule,
     Scorer,
+    format_rule,
     kind_of_scorer,
     parse_by,
     parse_keep,
     required_value,
-    said,
     score_of,
-    without_value,
+    scorer_without_value,
 )
 from tunery.selection.thresholds import describe
 from tunery.spec import RANDOM, Dataset, Keep, ScorerEntry, ScorerSpec
@@ -37,17 +37,17 @@ from tunery.spec.error_messages import nearest
 from tunery.spec.scorers import SCORERS
 from tunery.spec.yaml_source import plain_scalar
 
-MARKER = "# Written by `tunery filter`, which overwrites it: to edit it, copy it. `tunery run` runs it as it is."
+MARKER = "# Written by `tunery filter`, which overwrites it: copy it to edit it. Run it with `tunery run`."
 """First line of a generated experiment. Files that start with it may be overwritten."""
 ROWS, SCORED, KEPT = "rows", "scored", "kept"
 """Stage names."""
 SEED = 17
 
-# Default scores without --by and --keep: they find defects in rows of any kind, in any language. They do not include
+# Default scores without --by and --keep: they detect defects in rows of any kind, in any language. They do not include
 # length (the reader already quarantines empty texts), language (only the user knows the expected one), C4 (rules for
 # web pages) and scorers that need a model.
-USUAL_BY: tuple[str, ...] = ("duplicates=normalised", "near_duplicates")
-PAGES_ONLY = (
+DEFAULT_BY: tuple[str, ...] = ("duplicates=normalised", "near_duplicates")
+PAGE_RULES = (
     "words_min",  # a good response may be one word
     "mean_word_min",  # and that word may be a number
     "mean_word_max",  # code, German, scripts without spaces
@@ -84,7 +84,7 @@ class FilterRequest:
 
 
 @dataclass(frozen=True)
-class Built:
+class GeneratedExperiment:
     """A generated experiment."""
 
     text: str
@@ -98,99 +98,98 @@ class Built:
     """Scorers with the option that each comes from; paths as on the command line."""
 
     @property
-    def described(self) -> dict[str, str]:
+    def given_rules(self) -> dict[str, str]:
         """Map rules as described by the select stage to rules as on the command line."""
         return {
-            describe(score, Keep.model_validate_json(json.dumps(rule), strict=True)): said(score, rule)
+            describe(score, Keep.model_validate_json(json.dumps(rule), strict=True)): format_rule(score, rule)
             for score, rule in self.keep.items()
         }
 
 
-def build(asked: FilterRequest, *, answers: bool = True) -> Built:
-    """Build the experiment of a filter. `answers`: whether the rows have responses; otherwise the default Gopher score
-    covers the complete row.
+def generate_experiment(request: FilterRequest, *, has_responses: bool = True) -> GeneratedExperiment:
+    """Generate the experiment of a filter. `has_responses`: whether the rows have responses; otherwise the default
+    Gopher score covers the complete row.
 
     Raises RequestError for invalid or contradictory options; values that are invalid in an experiment are left to its
     loader.
     """
-    by = [(with_models(parse_by(text)), f"--by {text}") for text in asked.by]
+    by = [(with_pretrained(parse_by(text)), f"--by {text}") for text in request.by]
     for scorer, option in by:
-        if (config := _config(scorer)) is not None and config.gives_vectors:
+        if (config := _config(scorer)) is not None and config.returns_embeddings:
             raise RequestError(
-                f"`{option}` gives rows no score",
-                cause=f"`{config.kind()}` scores a row by the most similar of other rows, and none are named",
-                remedy="add rows to be like: `reference: good.jsonl`",
+                f"`{option}` computes no score",
+                cause=f"`{config.kind()}` scores a row by its similarity to reference rows, and there are none",
+                remedy="add reference rows: `reference: good.jsonl`",
             )
     keep: dict[str, tuple[Rule, str]] = {}
-    for text in asked.keep:
+    for text in request.keep:
         score, rule = parse_keep(text)
         if score in keep:
             raise RequestError(
-                f"there are two rules on `{score}`: `{said(score, keep[score][0])}` and `{said(score, rule)}`",
-                remedy=f'give one, such as `--keep "{score} 3..500"`',
+                f"there are two rules on `{score}`: `{format_rule(score, keep[score][0])}` and "
+                f"`{format_rule(score, rule)}`",
+                remedy=f'use one, for example `--keep "{score} 3..500"`',
             )
         keep[score] = rule, f"--keep {text}"
     notes: list[str] = []
     if not by and not keep:
-        by = [(scorer, "") for scorer in [*map(parse_by, USUAL_BY), {"gopher": _usual_gopher(answers)}]]
+        by = [(scorer, "") for scorer in [*map(parse_by, DEFAULT_BY), {"gopher": _default_gopher(has_responses)}]]
         notes.append(
-            "no --by and no --keep: dropping duplicates, near duplicates and what breaks Gopher's rules, "
-            "without those that only fit long English pages"
+            "no --by and no --keep: dropping duplicates, near duplicates and rows that violate Gopher's rules, except "
+            "the rules for long English pages"
         )
     elif by and not keep:
-        notes.append("no --keep: each score has its usual rule")
+        notes.append("no --keep: each score has its default rule")
     if not keep:
         for scorer, option in by:
             kind = kind_of_scorer(scorer)
-            usual = SCORERS[kind].usual_rule if kind in SCORERS else ScorerEntry.usual_rule
-            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {usual}")[1], option
-        notes.append("rules: " + "; ".join(said(score, rule) for score, (rule, _) in keep.items()))
-    made: dict[str, str] = {}
+            default_rule = SCORERS[kind].default_rule if kind in SCORERS else ScorerEntry.default_rule
+            keep[score_of(scorer)] = parse_keep(f"{RANDOM} {default_rule}")[1], option
+        notes.append("rules: " + "; ".join(format_rule(score, rule) for score, (rule, _) in keep.items()))
+    options_by_score: dict[str, str] = {}
     for scorer, option in by:
-        if (name := score_of(scorer)) in made:
+        if (name := score_of(scorer)) in options_by_score:
             raise RequestError(
-                f"`{made[name]}` and `{option}` both give the score `{name}`",
-                remedy=f'name one of them, such as `--by "{{length: chars, name: {name}_2}}"`',
+                f"`{options_by_score[name]}` and `{option}` both compute the score `{name}`",
+                remedy=f'rename one of them, for example `--by "{{length: chars, name: {name}_2}}"`',
             )
-        made[name] = option
+        options_by_score[name] = option
     for score, (rule, option) in keep.items():
-        if score in made or score == RANDOM:
+        if score in options_by_score or score == RANDOM:
             continue
-        if (implied := without_value(score)) is not None:
+        if (implied := scorer_without_value(score)) is not None:
             by.append((implied, option))
-        elif words := required_value(score):
+        elif value := required_value(score):
             raise RequestError(
-                f"the rule `{said(score, rule)}` needs to know more about the score",
-                remedy=f"add a --by with {words}",
+                f"the score of the rule `{format_rule(score, rule)}` needs a value",
+                remedy=f"add a --by with {value}",
             )
         else:
-            known = [*made, RANDOM, *SCORERS]
-            raise RequestError(
-                f"`{option}` is about `{score}`, and there is no such score", remedy=nearest(score, known)
-            )
-    text, options = _text(asked, by, keep)
+            known = [*options_by_score, RANDOM, *SCORERS]
+            raise RequestError(f"`{option}`: there is no score `{score}`", remedy=nearest(score, known))
+    text, options = _text(request, by, keep)
     scorers, rules = [scorer for scorer, _ in by], {score: rule for score, (rule, _) in keep.items()}
-    return Built(text, scorers, rules, notes, options, by)
+    return GeneratedExperiment(text, scorers, rules, notes, options, by)
 
 
-def _usual_gopher(answers: bool) -> dict[str, Any]:
-    return {**({} if answers else {"of": "whole"}), **dict.fromkeys(PAGES_ONLY)}
+def _default_gopher(has_responses: bool) -> dict[str, Any]:
+    return {**({} if has_responses else {"of": "all"}), **dict.fromkeys(PAGE_RULES)}
 
 
-def dataset(asked: FilterRequest, sources: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def dataset(request: FilterRequest, sources: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Return the dataset stage for the sources, with paths relative to `folder`, or unchanged if it is None."""
-    here = [source if folder is None else _from(folder, source) for source in sources]
-    stage: dict[str, Any] = {"kind": "dataset", "source": here[0] if len(here) == 1 else here}
-    if asked.columns:
-        stage["columns"] = dict(_column(text) for text in asked.columns)
-    if asked.limit is not None:
-        stage["limit"] = asked.limit
+    paths = [source if folder is None else _from(folder, source) for source in sources]
+    stage: dict[str, Any] = {"kind": "dataset", "source": paths[0] if len(paths) == 1 else paths}
+    if request.columns:
+        stage["columns"] = dict(_column(text) for text in request.columns)
+    if request.limit is not None:
+        stage["limit"] = request.limit
     return stage
 
 
-def dataset_here(asked: FilterRequest, sources: Sequence[str]) -> Dataset:
+def dataset_from_cwd(request: FilterRequest, sources: Sequence[str]) -> Dataset:
     """Return the dataset stage with paths as on the command line. Raises ValidationError."""
-    return Dataset.model_validate_json(json.dumps(dataset(asked, sources, None)), strict=True)
+    return Dataset.model_validate_json(json.dumps(dataset(request, sources, None)), strict=True)
 
 
 def _config(scorer: Scorer) -> ScorerSpec | None:
@@ -208,7 +207,7 @@ def _row_fields(scorer: Scorer) -> dict[tuple[str | int, ...], str]:
     return {item.path: item.stage for item in config.inputs()} if config is not None else {}
 
 
-def other_rows(scorer: Scorer) -> list[str]:
+def reference_sources(scorer: Scorer) -> list[str]:
     """Return the sources of the rows that a scorer compares with."""
     return list(_row_fields(scorer).values())
 
@@ -219,7 +218,7 @@ def _model_key(scorer: Scorer) -> str | None:
     return kind if kind in SCORERS and SCORERS[kind].needs_model else None
 
 
-def with_models(scorer: Scorer) -> Scorer:
+def with_pretrained(scorer: Scorer) -> Scorer:
     """Return a scorer with its model as `{pretrained: ...}`. A model given as a string is not a stage, since the
     experiment of a filter trains no model."""
     key = _model_key(scorer)
@@ -259,92 +258,92 @@ class _Lines:
                 self.add(f"    {key}: {_flow(value)}", option)
             elif isinstance(value, list):
                 self.add(f"    {key}:")
-                for item, of_item in zip(value, option, strict=True):
-                    self.add(f"      - {_flow(item)}", of_item)
+                for item, item_option in zip(value, option, strict=True):
+                    self.add(f"      - {_flow(item)}", item_option)
             else:
                 self.add(f"    {key}:")
-                for (name_, item), of_item in zip(value.items(), option, strict=True):
-                    self.add(f"      {_flow(str(name_))}: {_flow(item)}", of_item)
+                for (name_, item), item_option in zip(value.items(), option, strict=True):
+                    self.add(f"      {_flow(str(name_))}: {_flow(item)}", item_option)
 
 
 def _text(
-    asked: FilterRequest, by: Sequence[tuple[Scorer, str]], keep: Mapping[str, tuple[Rule, str]]
+    request: FilterRequest, by: Sequence[tuple[Scorer, str]], keep: Mapping[str, tuple[Rule, str]]
 ) -> tuple[str, dict[int, str]]:
     """Return the experiment, and the option by line number. Each line comes from at most one option."""
     out = _Lines()
-    for line in (MARKER, f"# {_command(asked)}", f"name: {run_name(asked.out)}"):
+    for line in (MARKER, f"# {_command(request)}", f"name: {run_name(request.out)}"):
         out.add(line)
-    out.add(f"seed: {asked.seed}", f"--seed {asked.seed}")
+    out.add(f"seed: {request.seed}", f"--seed {request.seed}")
     out.add("stages:")
-    fields = _with_options(asked, dataset(asked, asked.sources, asked.file.parent), list(asked.sources))
+    fields = _with_options(request, dataset(request, request.sources, request.file.parent), list(request.sources))
     out.stage(ROWS, fields)
     scorers: list[tuple[Scorer, str]] = []
     sets = itertools.count(1)
     for scorer, option in by:
         names = []
-        for source in other_rows(scorer):
+        for source in reference_sources(scorer):
             names.append(f"set{next(sets)}")
-            stage = dataset(FilterRequest((), asked.out), [source], asked.file.parent)
+            stage = dataset(FilterRequest((), request.out), [source], request.file.parent)
             out.stage(names[-1], {key: (value, option) for key, value in stage.items()})
-        scorers.append((_in_experiment(asked, scorer, names), option))
+        scorers.append((_in_experiment(request, scorer, names), option))
     if scorers:
         items, options = [scorer for scorer, _ in scorers], [option for _, option in scorers]
         out.stage(SCORED, {"kind": ("score", ""), "data": (ROWS, ""), "by": (items, options)})
     selected = {"kind": ("select", ""), "data": (SCORED if scorers else ROWS, "")}
     rules, options = {score: rule for score, (rule, _) in keep.items()}, [option for _, option in keep.values()]
-    any_rule = {"combine": ("any", "--any")} if asked.any_rule else {}
+    any_rule = {"combine": ("any", "--any")} if request.any_rule else {}
     out.stage(KEPT, {**selected, "keep": (rules, options), **any_rule})
     # Filtering a file is not an experiment to track.
     out.add("tracking: {wandb: {mode: disabled}}")
     return "\n".join(out.lines) + "\n", out.options
 
 
-def _with_options(asked: FilterRequest, stage: Mapping[str, Any], sources: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+def _with_options(
+    request: FilterRequest, stage: Mapping[str, Any], sources: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
     options: dict[str, Any] = {
         "source": sources[0] if len(sources) == 1 else sources,
-        "columns": [f"--column {text}" for text in {_column(text)[0]: text for text in asked.columns}.values()],
-        "limit": f"--limit {asked.limit}",
+        "columns": [f"--column {text}" for text in {_column(text)[0]: text for text in request.columns}.values()],
+        "limit": f"--limit {request.limit}",
     }
     return {key: (value, options.get(key, "")) for key, value in stage.items()}
 
 
-def _in_experiment(asked: FilterRequest, scorer: Scorer, sets: Sequence[str]) -> Scorer:
+def _in_experiment(request: FilterRequest, scorer: Scorer, sets: Sequence[str]) -> Scorer:
     """Return the scorer with its model's path relative to the experiment, and its sources replaced with the stages
     `sets`."""
-    found = copy.deepcopy(scorer)
-    if (name := _model_name(found)) is not None and _is_folder(name):
-        found[kind_of_scorer(found)]["pretrained"] = _folder_from(asked.file.parent, name)
+    result = copy.deepcopy(scorer)
+    if (name := _model_name(result)) is not None and _is_folder(name):
+        result[kind_of_scorer(result)]["pretrained"] = _folder_from(request.file.parent, name)
     for (*parents, last), stage in zip(_row_fields(scorer), sets, strict=True):
-        node: Any = found
+        node: Any = result
         for key in parents:
             node = node[key]
         node[last] = stage
-    return found
+    return result
 
 
 def run_name(out: Path) -> str:
     """Return the name of the run: the output's name with a hash of its path, since two folders may each have a
     `good.csv`."""
-    where = hashlib.sha256(str(out.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:4]
-    return f"filter-{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.stem)[:40]}-{where}"
+    digest = hashlib.sha256(str(out.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:4]
+    return f"filter-{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.stem)[:40]}-{digest}"
 
 
-def _command(asked: FilterRequest) -> str:
-    words = ["tunery", "filter", *asked.sources, "--out", str(asked.out)]
-    for option, values in (("--by", asked.by), ("--keep", asked.keep), ("--column", asked.columns)):
+def _command(request: FilterRequest) -> str:
+    words = ["tunery", "filter", *request.sources, "--out", str(request.out)]
+    for option, values in (("--by", request.by), ("--keep", request.keep), ("--column", request.columns)):
         words += [word for value in values for word in (option, value)]
-    words += ["--any"] * asked.any_rule + ["--scores"] * asked.scores
-    words += ["--limit", str(asked.limit)] if asked.limit is not None else []
-    words += ["--seed", str(asked.seed)] if asked.seed != SEED else []
+    words += ["--any"] * request.any_rule + ["--scores"] * request.scores
+    words += ["--limit", str(request.limit)] if request.limit is not None else []
+    words += ["--seed", str(request.seed)] if request.seed != SEED else []
     return " ".join(shlex.join(words).splitlines())
 
 
 def _column(text: str) -> tuple[str, str]:
     role, equals, name = text.partition("=")
     if not (role and equals and name):
-        raise RequestError(
-            f"`--column {text}` names no column", remedy="say what it is and how it is called: `--column prompt=Frage`"
-        )
+        raise RequestError(f"`--column {text}` is not ROLE=NAME", remedy="for example `--column prompt=Frage`")
     return role.strip(), name
 
 
@@ -357,15 +356,15 @@ def _from(folder: Path, source: str) -> str:
     return os.path.relpath(source, os.path.realpath(folder))
 
 
-def paths_in_experiment(asked: FilterRequest, built: Built) -> dict[str, str]:
+def paths_in_experiment(request: FilterRequest, generated: GeneratedExperiment) -> dict[str, str]:
     """Map paths of sources and model folders in the experiment to those on the command line, where they differ."""
-    folder = asked.file.parent
-    sources = [*asked.sources, *(source for scorer, _ in built.by_options for source in other_rows(scorer))]
-    models = [name for scorer, _ in built.by_options if (name := _model_name(scorer)) and _is_folder(name)]
-    found = {_from(folder, source): source for source in sources} | {
+    folder = request.file.parent
+    references = [source for scorer, _ in generated.by_options for source in reference_sources(scorer)]
+    models = [name for scorer, _ in generated.by_options if (name := _model_name(scorer)) and _is_folder(name)]
+    paths = {_from(folder, source): source for source in [*request.sources, *references]} | {
         _folder_from(folder, name): name for name in models
     }
-    return {written: given for written, given in found.items() if written != given}
+    return {written: given for written, given in paths.items() if written != given}
 
 
 def _is_folder(name: str) -> bool:
@@ -393,5 +392,5 @@ def _flow(value: Any) -> str:
             return value
         # YAML reads JSON's escaped surrogate pairs as two characters, so only unprintable characters are escaped.
         quoted = json.dumps(value, ensure_ascii=False)
-        return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+        return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
     return json.dumps(value)

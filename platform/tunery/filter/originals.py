@@ -2,7 +2,7 @@
 
 `tunery filter` decides on rows of the schema (store/rows.py) and writes the original records. Both are matched by
 source and line, so the readers of ingest/formats determine the records and their line numbers: their records are read
-again here, in step with the file's own lines, cells or Arrow batches. Only one record or batch is in memory.
+again here, in parallel with the file's lines, cells or Arrow batches. Only one record or batch is in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tunery.ingest.formats.hub import HubDataset, raw_hub_rows
 from tunery.ingest.formats.lines import lines
 from tunery.ingest.formats.record import InvalidRow, Record, cell_text
 from tunery.ingest.read import records_of
-from tunery.ingest.sources import Builtin, find_parts
+from tunery.ingest.sources import Builtin, resolve_sources
 from tunery.spec import Dataset
 
 Kind = Literal["json", "csv", "xlsx", "arrow", "values"]
@@ -81,10 +81,10 @@ def _names(header: tuple[str, ...], width: int) -> tuple[str, ...]:
 
 def unique_names(names: Iterable[str]) -> list[str]:
     """Number repeated names: `a`, `a`, `b` become `a`, `a_2`, `b`."""
-    found: dict[str, None] = {}
+    result: dict[str, None] = {}
     for name in names:
-        found[free_name(name, found)] = None
-    return list(found)
+        result[free_name(name, result)] = None
+    return list(result)
 
 
 def free_name(name: str, taken: Container[str]) -> str:
@@ -116,8 +116,8 @@ class Original:
         if not self.is_readable:
             return {}
         if self.table.kind == "json":
-            found: dict[str, Any] = json.loads(self.text)
-            return found
+            values: dict[str, Any] = json.loads(self.text)
+            return values
         if self.table.kind == "csv":
             return {name: cell or None for name, cell in zip(self.table.names, self.csv_cells(), strict=False)}
         if self.table.kind == "xlsx":
@@ -170,7 +170,7 @@ def originals(stage: Dataset, folder: Path) -> Iterator[Original]:
 
     Raises BadSource if a source can't be found, UnavailableFile if a file or the network fails while it is read.
     """
-    for part in find_parts(stage, folder):
+    for part in resolve_sources(stage, folder):
         assert not isinstance(part, Builtin), "a filter's source is files or a hub dataset"
         yield from originals_of(part, stage)
 
@@ -220,26 +220,26 @@ def _csv(file: File, stage: Dataset, delimiter: str) -> Iterator[Original]:
     table = SourceTable(file.name, "csv", delimiter=delimiter)
     header: list[bytes] = []
     with open_stream(file) as stream:
-        physical = _physical(_Marked(stream, table))
+        numbered_lines = _numbered_lines(_BomReader(stream, table))
         for record in records_of(file, stage):
-            taken: list[bytes] = []
-            more = _text(record.raw).count("\n") if record.raw is not None else 0
-            for number, line in physical:
+            record_lines: list[bytes] = []
+            num_more_lines = _text(record.raw).count("\n") if record.raw is not None else 0
+            for number, line in numbered_lines:
                 if number >= record.line:
-                    taken.append(line)
-                    if number == record.line + more:
+                    record_lines.append(line)
+                    if number == record.line + num_more_lines:
                         break
                 elif not table.header and (header or line.strip()):
                     header.append(line)
             if header and not table.header:
                 _read_header(table, header)
-            text = _text(b"\n".join(taken)).removesuffix("\r")
+            text = _text(b"\n".join(record_lines)).removesuffix("\r")
             yield Original(table, record.line, text, isinstance(record.value, dict), record)
         if not table.header:
-            _read_header(table, [*header, *(line for _, line in physical)])
+            _read_header(table, [*header, *(line for _, line in numbered_lines)])
 
 
-class _Marked:
+class _BomReader:
     """A byte stream that sets `has_bom` of its table."""
 
     def __init__(self, stream: Bytes, table: SourceTable) -> None:
@@ -252,7 +252,7 @@ class _Marked:
         return piece
 
 
-def _physical(stream: Bytes) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(stream: Bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line); the line is b"" if it is too long. Stops where the file is corrupt."""
     try:
         for number, line in lines(stream):
@@ -261,10 +261,10 @@ def _physical(stream: Bytes) -> Iterator[tuple[int, bytes]]:
         return
 
 
-def _read_header(table: SourceTable, found: list[bytes]) -> None:
-    while found and not found[-1].strip():
-        found.pop()
-    text = _text(b"\n".join(found))
+def _read_header(table: SourceTable, header: list[bytes]) -> None:
+    while header and not header[-1].strip():
+        header.pop()
+    text = _text(b"\n".join(header))
     table.line_end = "\r\n" if text.endswith("\r") else "\n"
     table.header_text = text.removesuffix("\r")
     table.delimiter = table.delimiter or delimiter_of(table.header_text)
@@ -308,7 +308,7 @@ def _workbook(file: File) -> Iterator[Any]:
 
 
 class _Sheet:
-    """Iterates over a sheet's rows in step with the reader's records."""
+    """Iterates over a sheet's rows in parallel with the reader's records."""
 
     def __init__(self, name: str, sheet: Any) -> None:
         self.table = SourceTable(name, "xlsx", sheet=sheet.title)
@@ -327,13 +327,13 @@ class _Sheet:
             self.table.width = max(self.table.width, len(cells))
             self._last.update((index, cell) for index, cell in enumerate(cells) if cell.value is not None)
             if number == record.line:
-                return self._filled(cells, record)
+                return self._fill_merged(cells, record)
             if cells and not self.table.header:
                 self.table.header_cells = cells
                 self.table.header = ["" if cell.value is None else str(cell_text(cell.value)) for cell in cells]
         return []
 
-    def _filled(self, cells: list[OriginalCell], record: Record) -> list[OriginalCell]:
+    def _fill_merged(self, cells: list[OriginalCell], record: Record) -> list[OriginalCell]:
         """Fill in the value of a cell merged over several rows, as the reader does."""
         if not isinstance(record.value, dict):
             return cells

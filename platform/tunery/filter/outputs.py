@@ -1,7 +1,7 @@
 """Write the output files of a filter: the original records that it kept and, on request, those that it dropped.
 
 The sources are read twice more: to find their columns, and to write the records. Records and decisions are matched by
-source and line; every record must have a decision, and every decision a record. Both files are written under temporary
+source and line; every record must have a decision, and every decision a record. Both files are counts under temporary
 names and renamed at the end, so each of them is complete or absent. If no row is kept, there is no file of kept rows:
 an empty file could be mistaken for a result.
 """
@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from tunery.errors import RequestError, RowsLost, StageError, TuneryError
+from tunery.errors import RequestError, RowCountError, StageError, TuneryError
 from tunery.filter.originals import Original, free_name, originals
 from tunery.filter.row_decisions import RowDecisions
 from tunery.filter.source_columns import SourceColumns, find_columns
-from tunery.filter.writers import WRITERS, Writer, Written
+from tunery.filter.writers import WRITERS, WriteCounts, Writer
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.sources import BadSource, source_identity
 from tunery.spec import Dataset
@@ -50,9 +50,9 @@ class AddedColumns:
 
 @dataclass(frozen=True)
 class Outputs:
-    kept: Written
+    kept: WriteCounts
     """All counts are 0 if no row is kept."""
-    dropped: Written | None
+    dropped: WriteCounts | None
     added: AddedColumns
 
 
@@ -60,16 +60,16 @@ def check_ending(path: Path, option: str) -> None:
     """Raise RequestError if no writer supports the file's extension."""
     if path.suffix not in WRITERS:
         raise RequestError(
-            f"`{option} {path}` has no ending of a format that is written",
+            f"`{option} {path}` has an unsupported ending",
             cause=f"it ends in `{path.suffix}`" if path.suffix else "it has no ending",
-            remedy=f"let it end in one of: {' '.join(WRITERS)}",
+            remedy=f"use one of: {' '.join(WRITERS)}",
         )
 
 
 def write_outputs(
     stage: Dataset,
     folder: Path,
-    verdicts: RowDecisions,
+    decisions: RowDecisions,
     expected: Counts,
     *,
     out: Path,
@@ -80,9 +80,9 @@ def write_outputs(
     """Write the kept and, if `dropped` is a path, the dropped and quarantined records.
 
     `stage` and `folder` are those that read the rows, `scores` the scores to write, `identity` the identity of the
-    sources when the run started. Raises RowsLost if records and decisions do not match, StageError if a source has
+    sources when the run started. Raises RowCountError if records and decisions do not match, StageError if a source has
     changed or can't be read again, RequestError if a file's format can't represent a row, TuneryError if a file can't
-    be written.
+    be counts.
     """
     with _source_errors(stage, folder, identity), ExitStack() as stack:
         with_types = ".parquet" in (out.suffix, dropped.suffix if dropped else "")
@@ -98,30 +98,32 @@ def write_outputs(
         for file in files:
             stack.push(file.discard)
             file.open()
-        counted = {"kept": 0, "dropped": 0, "quarantined": 0}
+        counts = {"kept": 0, "dropped": 0, "quarantined": 0}
         for record in originals(stage, folder):
-            if verdicts.is_exhausted and stage.limit is not None:
+            if decisions.is_exhausted and stage.limit is not None:
                 break
-            verdict = verdicts.of(record.table.name, record.line)
-            counted[verdict.outcome] += 1
-            target = kept_file if verdict.outcome == "kept" else dropped_file
+            decision = decisions.of(record.table.name, record.line)
+            counts[decision.outcome] += 1
+            target = kept_file if decision.outcome == "kept" else dropped_file
             if target is None:
                 continue
-            values: dict[str, Any] = {name: verdict.scores.get(score) for score, name in added.scores.items()}
+            values: dict[str, Any] = {name: decision.scores.get(score) for score, name in added.scores.items()}
             if target is dropped_file:
-                values |= {added.dropped_by: verdict.by, added.dropped_reason: verdict.reason}
+                values |= {added.dropped_by: decision.by, added.dropped_reason: decision.reason}
                 if not record.is_readable:
                     values[added.raw_record] = record.text or None
             target.write(record, values)
-        if not verdicts.is_exhausted or Counts(**counted) != expected:
-            raise RowsLost("kept", f"the sources' records and what was decided differ: {counted}, expected {expected}")
+        if not decisions.is_exhausted or Counts(**counts) != expected:
+            raise RowCountError("kept", f"the numbers of records and decisions differ: {counts}, expected {expected}")
         if _is_changed(stage, folder, identity):
             raise _changed()
         for file in files:
             file.close()
         for file in files:
             file.publish()
-    return Outputs(kept_file.written if kept_file else Written(), dropped_file.written if dropped_file else None, added)
+    return Outputs(
+        kept_file.counts if kept_file else WriteCounts(), dropped_file.counts if dropped_file else None, added
+    )
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def _source_errors(stage: Dataset, folder: Path, identity: Any) -> Iterator[None
         yield
     except (BadSource, UnavailableFile) as error:
         raise _unreadable(str(error)) from error
-    except RowsLost as error:
+    except RowCountError as error:
         if _is_changed(stage, folder, identity):
             raise _changed() from error
         raise
@@ -148,8 +150,8 @@ def _changed() -> StageError:
     return StageError(
         "rows",
         "a source changed while it was filtered",
-        cause="what was decided is about rows that may not be there any more",
-        remedy="give the same command again",
+        cause="the decisions apply to rows that may no longer exist",
+        remedy="run the same command again",
     )
 
 
@@ -157,8 +159,8 @@ def _unreadable(reason: str) -> StageError:
     return StageError(
         "rows",
         reason,
-        cause="it was read before, to score its rows, and can't be read again to write them",
-        remedy="give the same command again once it can be read: nothing is scored again",
+        cause="the source can't be read a second time, to write its rows",
+        remedy="run the same command again when it is available; the scores are cached",
     )
 
 
@@ -176,7 +178,7 @@ class _OutputFile:
     """An output file, written under a temporary name until it is complete."""
 
     def __init__(self, out: Path, columns: SourceColumns, added: dict[str, Any]) -> None:
-        self.written = Written()
+        self.counts = WriteCounts()
         self._out, self._columns, self._added = out, columns, added
         self._temporary = out.with_name(f".{out.name}.{os.getpid()}")
         self._stack = ExitStack()
@@ -185,14 +187,14 @@ class _OutputFile:
     def open(self) -> None:
         with self._errors():
             self._out.parent.mkdir(parents=True, exist_ok=True)
-            opened = WRITERS[self._out.suffix](self._temporary, self._columns, self._added, self.written)
+            opened = WRITERS[self._out.suffix](self._temporary, self._columns, self._added, self.counts)
             self._writer = self._stack.enter_context(opened)
 
     def write(self, record: Original, added: dict[str, Any]) -> None:
         assert self._writer is not None, "it is open"
         with self._errors():
             self._writer.write(record, added)
-        self.written.rows += 1
+        self.counts.rows += 1
 
     def close(self) -> None:
         with self._errors():
@@ -217,5 +219,5 @@ class _OutputFile:
             raise TuneryError(
                 f"{self._out} can't be written",
                 cause=error.strerror or str(error),
-                remedy="make room, or give another path: nothing is scored again",
+                remedy="free some space or use another path, and run the command again; the scores are cached",
             ) from error

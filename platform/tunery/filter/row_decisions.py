@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.errors import RowsLost
+from tunery.errors import RowCountError
 from tunery.spec import RANDOM
 from tunery.store.rows import shards
 
@@ -50,20 +50,20 @@ class RowDecisions:
         """`scores`: names of the scorers; `rules`: by the rule name in dropped.jsonl, the rule as on the command line
         and the scores it uses."""
         self._artifacts, self._scores, self._rules = artifacts, scores, rules
-        self._unread = _Peekable(_quarantine(artifacts.rows))
-        self._unscored = _Peekable(_quarantine(artifacts.scored) if artifacts.scored else iter(()))
-        self._decided = _Peekable(self._row_decisions())
+        self._quarantined_rows = _Peekable(_quarantine(artifacts.rows))
+        self._failed_rows = _Peekable(_quarantine(artifacts.scored) if artifacts.scored else iter(()))
+        self._rows = _Peekable(self._row_decisions())
 
     @property
     def is_exhausted(self) -> bool:
-        return not (self._unread.head or self._unscored.head or self._decided.head)
+        return not (self._quarantined_rows.head or self._failed_rows.head or self._rows.head)
 
     def of(self, source: str, line: int) -> RowDecision:
-        """Return the decision on the next record. Raises RowsLost if there is none."""
-        for decisions in (self._unread, self._unscored, self._decided):
+        """Return the decision on the next record. Raises RowCountError if there is none."""
+        for decisions in (self._quarantined_rows, self._failed_rows, self._rows):
             if decisions.head is not None and decisions.head[0] == (source, line):
                 return decisions.next()
-        raise RowsLost("kept", f"nothing was decided about `{source}:{line}`")
+        raise RowCountError("kept", f"there is no decision about `{source}:{line}`")
 
     def _row_decisions(self) -> Iterator[tuple[tuple[str, int], RowDecision]]:
         """Yield the decisions on the rows that are not quarantined."""
@@ -92,8 +92,8 @@ class RowDecisions:
                         else:
                             yield key, RowDecision("kept", scores)
         if next_dropped is not None:
-            where = f"{next_dropped['source']}:{next_dropped['line']}"
-            raise RowsLost("kept", f"`{where}` was dropped, and is none of the rows")
+            location = f"{next_dropped['source']}:{next_dropped['line']}"
+            raise RowCountError("kept", f"`{location}` was dropped, but is not among the rows")
 
 
 def _quarantine(artifact: Path) -> Iterator[tuple[tuple[str, int], RowDecision]]:
@@ -110,11 +110,11 @@ def _read_score_table(scored: Path | None, name: str) -> Any:
     path = scored / "scores" / name
     schema = pq.read_schema(path)
     types = (pa.string(), pa.list_(pa.string()), pa.float64(), pa.float32(), pa.int64())
-    columns = [item.name for item in schema if not _holds_ids(item.name) and _is_one_of(item.type, types)]
+    columns = [item.name for item in schema if not _has_ids(item.name) and _is_one_of(item.type, types)]
     return pq.read_table(path, columns=columns)
 
 
-def _holds_ids(name: str) -> bool:
+def _has_ids(name: str) -> bool:
     return name == "id" or name.endswith("_nearest")
 
 
@@ -133,7 +133,7 @@ def _reason(score: str, value: float | None, score_row: Mapping[str, Any]) -> st
     if score == RANDOM:
         return "not among the random rows"
     if value is None:
-        return f"no {score} could be computed"
+        return f"{score} could not be computed"
     details = []
     for name, detail in score_row.items():
         if name.startswith(f"{score}_") and isinstance(detail, str | list) and detail:

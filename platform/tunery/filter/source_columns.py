@@ -45,54 +45,54 @@ class SourceColumns:
 def find_columns(records: Iterator[Original], *, with_types: bool) -> SourceColumns:
     """Read all records and return their columns. `with_types`: infer types from the values of JSON records and
     workbooks, as the Parquet writer requires."""
-    found = SourceColumns()
-    known: set[int] = set()
-    named: set[int] = set()
+    columns = SourceColumns()
+    known_tables: set[int] = set()
+    tables_with_names: set[int] = set()
     pending: dict[str, list[Any]] = {}
     count = 0
     for record in records:
         table = record.table
-        if id(table) not in known:
-            known.add(id(table))
-            found.tables.append(table)
+        if id(table) not in known_tables:
+            known_tables.add(id(table))
+            columns.tables.append(table)
         if not record.is_readable:
-            found.has_unreadable = True
+            columns.has_unreadable = True
             continue
         if table.kind == "csv":
             # The header has all columns, and all values are strings.
-            if id(table) not in named:
-                named.add(id(table))
+            if id(table) not in tables_with_names:
+                tables_with_names.add(id(table))
                 for name in table.names:
-                    found.types[name] = merged_type(found.types.get(name, pa.null()), pa.string())
+                    columns.types[name] = merged_type(columns.types.get(name, pa.null()), pa.string())
             continue
         if table.kind == "arrow":
             if record.index == 0:
-                _add_schema(found, record.batch.schema)
+                _add_schema(columns, record.batch.schema)
             continue
         for name, value in record.values().items():
             if with_types:
                 pending.setdefault(name, []).append(value)
-            found.types.setdefault(name, pa.null())
+            columns.types.setdefault(name, pa.null())
         count += 1
         if with_types and count % BATCH == 0:
-            _add_values(found, pending)
+            _add_values(columns, pending)
             pending = {}
-    _add_values(found, pending)
-    for table in found.tables:
+    _add_values(columns, pending)
+    for table in columns.tables:
         # Columns without a cell in any record, and columns of a table without records.
         for name in table.names[: len(table.header)]:
-            found.types.setdefault(name, pa.null())
-    return found
+            columns.types.setdefault(name, pa.null())
+    return columns
 
 
-def _add_schema(found: SourceColumns, schema: Any) -> None:
+def _add_schema(columns: SourceColumns, schema: Any) -> None:
     for name, kind in zip(unique_names(schema.names), schema.types, strict=True):
-        found.types[name] = merged_type(found.types.get(name, pa.null()), kind)
+        columns.types[name] = merged_type(columns.types.get(name, pa.null()), kind)
 
 
-def _add_values(found: SourceColumns, pending: dict[str, list[Any]]) -> None:
+def _add_values(columns: SourceColumns, pending: dict[str, list[Any]]) -> None:
     for name, values in pending.items():
-        found.types[name] = merged_type(found.types[name], _type_of(values))
+        columns.types[name] = merged_type(columns.types[name], _type_of(values))
 
 
 def _type_of(values: list[Any]) -> Any:
@@ -101,15 +101,17 @@ def _type_of(values: list[Any]) -> Any:
         kind = pa.array(values).type
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return pa.string()
-    return pa.string() if _is_unwritable(kind) else kind
+    return pa.string() if _has_empty_struct(kind) else kind
 
 
-def _is_unwritable(kind: Any) -> bool:
+def _has_empty_struct(kind: Any) -> bool:
     """Whether a type contains a struct without fields (`{}`), which Parquet does not support."""
     if pa.types.is_struct(kind):
-        return kind.num_fields == 0 or any(_is_unwritable(kind.field(index).type) for index in range(kind.num_fields))
+        return kind.num_fields == 0 or any(
+            _has_empty_struct(kind.field(index).type) for index in range(kind.num_fields)
+        )
     if pa.types.is_list(kind):
-        return _is_unwritable(kind.value_type)
+        return _has_empty_struct(kind.value_type)
     return False
 
 

@@ -21,8 +21,8 @@ from tunery.ingest.messages import (
     is_empty,
     parsed_json,
     require_text,
+    text_message,
     tools_json,
-    turn,
 )
 from tunery.store.rows import Row, Turn
 
@@ -94,15 +94,15 @@ class Converter:
         """Raise MediaRow if the row depends on media: a conversation with media, or a text with a placeholder. A plain
         text (a caption) and a column that holds only a string (a URL) are accepted."""
         for name in self.media:
-            if row.get("messages") and not self.named and _holds_media(record.get(name)):
+            if row.get("messages") and not self.named and _has_media(record.get(name)):
                 raise MediaRow(f"the column `{name}` is not empty")
         texts = [row.get("text") or "", *(message["content"] for message in row.get("messages") or ())]
         for placeholder in PLACEHOLDERS:
             if any(placeholder in text for text in texts):
-                raise MediaRow(f"the text holds {placeholder}, and there is a column `{self.media[0]}`")
+                raise MediaRow(f"the text contains {placeholder}, and there is a column `{self.media[0]}`")
 
 
-def _holds_media(value: Any) -> bool:
+def _has_media(value: Any) -> bool:
     if isinstance(value, str):
         return value.lstrip()[:1] == "[" and value.strip() != "[]"
     if isinstance(value, list):
@@ -123,12 +123,12 @@ def converter(record: Mapping[str, Any], columns: Columns | None, reader: Messag
             media = tuple(name for name in unread if str(name).strip().lower() in MEDIA)
             return Converter(build, names, unread, media, bool(columns), reader or MessageReader())
     known = "; ".join(" + ".join(needed.split()) for needed, _, _ in ROW_BUILDERS)
-    raise UnknownColumns(f"`columns` names {_list(names)}, but a shape is one of: {known}")
+    raise UnknownColumns(f"`columns` names {_list(names)}, but the row formats are: {known}")
 
 
 def _user_columns(record: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     if missing := [name for name in columns.values() if name not in record]:
-        raise UnknownColumns(f"there is no column {_list(missing)}; columns found: {_list(record)}")
+        raise UnknownColumns(f"there is no column {_list(missing)}; columns: {_list(record)}")
     return dict(columns)
 
 
@@ -148,7 +148,7 @@ def _recognize_columns(record: Mapping[str, Any]) -> dict[str, str]:
         if needed <= by_name.keys():
             matches.append((needed, {role: by_name[name] for role, (name, _) in pattern.items() if name in by_name}))
     if not matches:
-        raise UnknownColumns(f"no known shape fits; columns found: {_list(record)}")
+        raise UnknownColumns(f"no row format matches; columns: {_list(record)}")
     for index, (needed, names) in enumerate(matches):
         if all(record[by_name[name]] is not None for name in needed) and not any(
             needed < more for more, _ in matches[:index]
@@ -192,119 +192,120 @@ def _text(fields: Fields, reader: MessageReader) -> Row:
 
 def _pair(fields: Fields, reader: MessageReader) -> Row:
     """Build a row from prompt and completion, each a text or messages."""
-    *before, answer = _answer(fields["completion"], "answer", reader)
+    *before, response = _response(fields["completion"], "response", reader)
     if not is_empty(reasoning := fields.get("reasoning_content")):
-        if answer["role"] != "assistant" or "reasoning_content" in answer:
-            raise InvalidRow("reasoning_content has no answer to stand before, or the answer has its own")
-        answer = {**answer, "reasoning_content": require_text(reasoning, "reasoning_content")}
-    return _conversation(fields, [*_prompt_turns(fields, reader), *before, answer], reader)
+        if response["role"] != "assistant" or "reasoning_content" in response:
+            raise InvalidRow("reasoning_content has no response, or the response has its own")
+        response = {**response, "reasoning_content": require_text(reasoning, "reasoning_content")}
+    return _conversation(fields, [*_prompt_messages(fields, reader), *before, response], reader)
 
 
 def _messages(fields: Fields, reader: MessageReader) -> Row:
-    return _conversation(fields, reader.turns(fields["messages"]), reader)
+    return _conversation(fields, reader.read_messages(fields["messages"]), reader)
 
 
 def _prompt(fields: Fields, reader: MessageReader) -> Row:
-    return _conversation(fields, _prompt_turns(fields, reader), reader)
+    return _conversation(fields, _prompt_messages(fields, reader), reader)
 
 
 def _preference(fields: Fields, reader: MessageReader) -> Row:
     """Build a row from chosen and rejected, which are responses to a prompt, or full conversations with a common
     start."""
-    chosen = _answer(fields.get("chosen", fields.get("completion")), "chosen", reader)
-    rejected = _answer(fields["rejected"], "rejected", reader)
+    chosen = _response(fields.get("chosen", fields.get("completion")), "chosen", reader)
+    rejected = _response(fields["rejected"], "rejected", reader)
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":
         common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
         start, chosen, rejected = chosen[: len(common)], chosen[len(common) :], rejected[len(common) :]
         _note_unused_prompt(fields, start, reader)
     elif "messages" in fields:
-        start = reader.turns(fields["messages"])
+        start = reader.read_messages(fields["messages"])
     elif "prompt" in fields:
-        start = _prompt_turns(fields, reader)
+        start = _prompt_messages(fields, reader)
     else:
-        raise InvalidRow("chosen and rejected are answers, and there is no prompt")
+        raise InvalidRow("chosen and rejected are responses without a prompt")
     if chosen == rejected:
         raise InvalidRow("chosen and rejected are the same")
-    if [[turn["role"] for turn in side] for side in (chosen, rejected)] != [["assistant"], ["assistant"]]:
-        raise InvalidRow("chosen and rejected differ in more than their last turn, an assistant's")
+    if [[message["role"] for message in side] for side in (chosen, rejected)] != [["assistant"], ["assistant"]]:
+        raise InvalidRow("chosen and rejected differ in more than the last assistant message")
     if not start or start[-1]["role"] == "assistant":
-        raise InvalidRow("chosen and rejected have no question before them")
+        raise InvalidRow("chosen and rejected have no prompt")
     return {**_conversation(fields, [*start, *chosen], reader), "rejected": rejected}
 
 
 def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader) -> None:
     """Record prompt columns as ignored if they differ from the prompt within the full conversations."""
-    contents = {turn["content"].strip() for turn in start}
+    contents = {message["content"].strip() for message in start}
     for role in ("prompt", "input", "history"):
         value = fields.get(role)
         if not is_empty(value) and not (isinstance(value, str) and value.strip() in contents) and value != start:
-            reader.ignore(f"{role} beside whole conversations")
+            reader.ignore(f"{role}, which differs from the conversations")
 
 
-def _conversation(fields: Fields, found: list[Turn], reader: MessageReader) -> Row:
+def _conversation(fields: Fields, messages: list[Turn], reader: MessageReader) -> Row:
     """Build a row from messages and the columns for the system message, the tools and the label."""
     if not is_empty(system := fields.get("system")):
-        if any(item["role"] == "system" and item["content"] != system for item in found):
-            reader.ignore("messages[] of the system, beside the column of the system")
-        found = [turn("system", require_text(system, "system")), *(item for item in found if item["role"] != "system")]
-    row: Row = {"messages": found}
+        if any(item["role"] == "system" and item["content"] != system for item in messages):
+            reader.ignore("system messages, replaced by the system column")
+        others = (item for item in messages if item["role"] != "system")
+        messages = [text_message("system", require_text(system, "system")), *others]
+    row: Row = {"messages": messages}
     if (tools := tools_json(fields.get("tools"))) is not None:
         row["tools"] = tools
     if "label" in fields:
         row["label"] = _label(fields["label"])
-        if found[-1]["role"] != "assistant":
-            raise InvalidRow("a rated row has no answer")
+        if messages[-1]["role"] != "assistant":
+            raise InvalidRow("a row with a label has no response")
     return row
 
 
-def _prompt_turns(fields: Fields, reader: MessageReader) -> list[Turn]:
+def _prompt_messages(fields: Fields, reader: MessageReader) -> list[Turn]:
     prompt, extra = fields["prompt"], fields.get("input")
     before = _history(fields.get("history"), reader)
     if isinstance(prompt, list | Mapping):
         if not is_empty(extra):
-            reader.ignore("input beside a prompt of turns")
-        return [*before, *reader.turns(prompt, "prompt")]
+            reader.ignore("input, not used with a prompt of messages")
+        return [*before, *reader.read_messages(prompt, "prompt")]
     prompt = require_text(prompt, "prompt")
     if is_empty(extra):
-        return [*before, turn("user", prompt)]
-    return [*before, turn("user", f"{prompt}\n\n{require_text(extra, 'input')}")]
+        return [*before, text_message("user", prompt)]
+    return [*before, text_message("user", f"{prompt}\n\n{require_text(extra, 'input')}")]
 
 
 def _history(value: Any, reader: MessageReader) -> list[Turn]:
-    """Return the earlier messages, from Alpaca's list of (question, answer), a list of messages, or the JSON text of
+    """Return the earlier messages, from Alpaca's list of (prompt, response), a list of messages, or the JSON text of
     either."""
     if isinstance(value, str) and value.strip():
         value = parsed_json(value, "history")
     if is_empty(value):
         return []
     if not isinstance(value, list):
-        raise InvalidRow(f"history is {type(value).__name__}, not a list of (question, answer)")
+        raise InvalidRow(f"history is {type(value).__name__}, not a list of (prompt, response)")
     if all(isinstance(item, Mapping) for item in value):
-        return reader.turns(value, "history")
+        return reader.read_messages(value, "history")
     earlier = []
-    for number, item in enumerate(value, 1):
+    for number, item in enumerate(value):
         if not isinstance(item, list) or len(item) != 2:
-            raise InvalidRow(f"exchange {number} of history is no (question, answer)")
-        question, answer = item
-        earlier.append(turn("user", require_text(question, f"the question of exchange {number} of history")))
-        earlier.append(turn("assistant", require_text(answer, f"the answer of exchange {number} of history")))
+            raise InvalidRow(f"history[{number}] is not (prompt, response)")
+        prompt, response = item
+        earlier.append(text_message("user", require_text(prompt, f"the prompt of history[{number}]")))
+        earlier.append(text_message("assistant", require_text(response, f"the response of history[{number}]")))
     return earlier
 
 
-def _answer(value: Any, what: str, reader: MessageReader) -> list[Turn]:
+def _response(value: Any, what: str, reader: MessageReader) -> list[Turn]:
     if isinstance(value, list | Mapping):
-        return reader.turns(value, what)
-    return [turn("assistant", require_text(value, what))]
+        return reader.read_messages(value, what)
+    return [text_message("assistant", require_text(value, what))]
 
 
 def _label(value: Any) -> bool:
     known = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}
-    found = known.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
-    if found is None:
+    label = known.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    if label is None:
         raise InvalidRow(
-            f"label is {value!r:.40}, not true or false (1, 0; good, bad); name the `columns` to read rows without it"
+            f"label is {value!r:.40}, not true or false (1, 0; good, bad); set `columns` to read rows without it"
         )
-    return found
+    return label
 
 
 ROW_BUILDERS: tuple[tuple[str, str, Callable[[Fields, MessageReader], Row]], ...] = (

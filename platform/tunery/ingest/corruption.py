@@ -41,7 +41,7 @@ def corrupt(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     overwritten), or if too few rows can be corrupted.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}: it is the part of the rows to damage, so choose it between 0 and 1.")
+        raise ValueError(f"share is {share}: it is the fraction of rows to corrupt and must be between 0 and 1.")
     contents = [_content(index, row) for index, row in enumerate(rows)]
     num_corrupted = round(share * len(rows))
     rng = random.Random(seed)
@@ -61,15 +61,15 @@ def corrupt(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
                 break
     if len(corrupted) < num_corrupted:
         raise ValueError(
-            f"only {len(corrupted)} of {len(rows)} rows can be damaged, and share {share} asks for {num_corrupted}: "
-            "the others are empty. Leave empty rows out, or lower the share."
+            f"only {len(corrupted)} of {len(rows)} rows can be corrupted, but share {share} requires {num_corrupted}: "
+            "the others are empty. Remove empty rows, or lower the share."
         )
     return [_with_content(row, *corrupted.get(index, ("", ""))) for index, row in enumerate(rows)]
 
 
 def _content(index: int, row: Row) -> str:
     if "planted" in row:
-        raise ValueError(f"row {index} has the key 'planted' already: damage the original rows, not damaged ones.")
+        raise ValueError(f"row {index} already has the key 'planted': corrupt the original rows, not corrupted ones.")
     if "text" in row:
         content = row["text"]
     elif row.get("messages"):
@@ -77,7 +77,7 @@ def _content(index: int, row: Row) -> str:
     else:
         raise ValueError(f"row {index} has neither 'text' nor 'messages', but {sorted(row)}.")
     if not isinstance(content, str):
-        raise ValueError(f"row {index} holds {type(content).__name__} where a string is expected: {content!r:.80}")
+        raise ValueError(f"row {index} has {type(content).__name__} instead of a string: {content!r:.80}")
     return content
 
 
@@ -108,15 +108,15 @@ def _shuffled(index: int, contents: Sequence[str], _is_text: bool, rng: random.R
 
 def _swapped(index: int, contents: Sequence[str], is_text: bool, rng: random.Random) -> str | None:
     """Return the response of another row, or the first half of the text followed by the second half of another."""
-    own = contents[index]
-    first = _halves(own)[0] if is_text else ""
+    original = contents[index]
+    first = _halves(original)[0] if is_text else ""
     if is_text and not first:
         return None
     start = rng.randrange(len(contents))
     for other in (*range(start, len(contents)), *range(start)):
         second = _halves(contents[other])[1] if is_text else contents[other]
         # Rows may be equal, and the same words from another row would be no corruption.
-        if second.strip() and (first + second).split() != own.split():
+        if second.strip() and (first + second).split() != original.split():
             return first + second
     return None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.ingest.corruption import corrupt
 from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.ingest.filesystem import UnavailableFile
@@ -27,7 +27,7 @@ def run_dataset(context: StageContext) -> StageResult:
     """Write the rows of the source.
 
     Facts: records, split into rows, quarantined (counts by reason and the first ones in `quarantine`) and other_splits;
-    duplicates (rows with the id of an earlier row), shape (the most frequent row format), source, split, planted
+    duplicates (rows with the id of an earlier row), row_format (the most frequent one), source, split, planted
     (injected corruption by kind), ignored_columns (columns and message keys that are not part of a row, with the number
     of rows in which they have a value).
 
@@ -60,23 +60,23 @@ def run_dataset(context: StageContext) -> StageResult:
                 context.name,
                 f"{error}",
                 cause=f"the file or the network failed after {counts.records:,} records",
-                remedy="give the same command again once it can be read",
+                remedy="run the same command again when the file is available",
             ) from error
 
     if counts.records != rows + counts.quarantined + counts.other_splits:
-        raise RowsLost(
+        raise RowCountError(
             context.name,
-            f"{counts.records} records were read, and {rows} rows, {counts.quarantined} quarantined and "
-            f"{counts.other_splits} of other splits came of them",
+            f"{counts.records} records were read, but there are {rows} rows, {counts.quarantined} quarantined "
+            f"records and {counts.other_splits} records of other splits",
         )
     if rows == 0:
         with (context.out / "quarantine.jsonl").open(encoding="utf-8") as file:
             first = [line.rstrip("\n") for line in itertools.islice(file, 3)]
         raise StageError(
             context.name,
-            f"`{source_label(stage)}` gave no row",
-            cause=f"{counts.quarantined} lines could not be read, and the split is `{stage.split}`",
-            remedy="see the first reasons below, or choose another split" + "".join(f"\n  {line}" for line in first),
+            f"`{source_label(stage)}` has no valid row",
+            cause=f"{counts.quarantined} records are invalid, and the split is `{stage.split}`",
+            remedy="see the first reasons below, or select another split" + "".join(f"\n  {line}" for line in first),
         )
     return StageResult(
         {
@@ -86,7 +86,7 @@ def run_dataset(context: StageContext) -> StageResult:
             "quarantine": quarantine_facts(context.out / "quarantine.jsonl"),
             "other_splits": counts.other_splits,
             "duplicates": duplicates.total(),
-            "shape": counts.shapes.most_common(1)[0][0],
+            "row_format": counts.row_formats.most_common(1)[0][0],
             "source": source_label(stage),
             "split": stage.split,
             "planted": dict(sorted(counts.planted.items())),

@@ -63,8 +63,8 @@ class File:
     size: int
     version: str = ""
     """Modification time of a remote file, which identifies its content without reading it."""
-    below_a_folder: bool = field(default=False, compare=False)
-    """Whether it was found by listing a folder; such a file may be of an unknown format."""
+    from_listing: bool = field(default=False, compare=False)
+    """Whether the file comes from listing a folder; such a file may be of an unknown format."""
     span: ByteRange | None = field(default=None, compare=False)
     """The lines to read; None: all lines."""
 
@@ -103,15 +103,15 @@ def _find_local(source: str, folder: Path) -> list[File]:
     names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=folder, recursive=True))
     paths = [folder / name for name in names]
     if literal and paths[0].is_dir():
-        below = (path for path in paths[0].rglob("*") if path.is_file() and _is_visible(path.relative_to(paths[0])))
-        return [local_file(path, folder, True) for path in sorted(below)]
+        listed = (path for path in paths[0].rglob("*") if path.is_file() and _is_visible(path.relative_to(paths[0])))
+        return [local_file(path, folder, True) for path in sorted(listed)]
     return [local_file(path, folder) for path in paths if not path.is_dir()]
 
 
-def local_file(path: Path, folder: Path, below_a_folder: bool = False) -> File:
+def local_file(path: Path, folder: Path, from_listing: bool = False) -> File:
     name = str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
     try:
-        return File(name, str(path), path.stat().st_size, below_a_folder=below_a_folder)
+        return File(name, str(path), path.stat().st_size, from_listing=from_listing)
     except OSError as error:
         raise UnavailableFile(f"`{name}`: {_reason(error)}") from error
 
@@ -154,8 +154,8 @@ def _as_regex(pattern: str) -> str:
     )
 
 
-def _remote_file(scheme: str, info: Any, below_a_folder: bool = False) -> File:
-    return File(scheme + info.path, info.path, int(info.size or 0), str(info.mtime_ns or ""), below_a_folder)
+def _remote_file(scheme: str, info: Any, from_listing: bool = False) -> File:
+    return File(scheme + info.path, info.path, int(info.size or 0), str(info.mtime_ns or ""), from_listing)
 
 
 def _remote_filesystem(scheme: str) -> Any:
@@ -261,7 +261,7 @@ class _Stream:
         except OSError as error:
             if self._unpacked is None:
                 raise UnavailableFile(f"`{self._name}`: {_reason(error)}") from error
-            self._error = CorruptFile(f"the compressed file is damaged: {_reason(error)}")
+            self._error = CorruptFile(f"the compressed file is corrupt: {_reason(error)}")
             chunk = b"".join(self._rest())
             if not chunk:
                 raise self._error from error

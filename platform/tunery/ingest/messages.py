@@ -55,9 +55,9 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 """Keys in files for each field of a message. The first non-empty one is read."""
 FUNCTION_CALL = "function_call"
 """A single call of a message, in the predecessor of `tool_calls`: {name, arguments}."""
-TRAINED = ("train", "training", "loss")
-"""For a message without a weight: keys with a boolean that says whether the message is trained on. Other types are
-ignored (`loss` may be a measured number)."""
+TRAIN_FLAGS = ("train", "training", "loss")
+"""For a message without a weight: keys with a boolean whether the message is trained on. Other types are
+ignored (`loss` may be a number)."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that are text."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -73,7 +73,7 @@ class MediaRow(InvalidRow):
         super().__init__(f"{what}: rows with images, videos or audio are not supported")
 
 
-def turn(role: str, content: str) -> Turn:
+def text_message(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
@@ -94,7 +94,7 @@ class MessageReader:
         self._plain_keys = list(itertools.product(self._keys["role"], self._keys["content"]))
         self.ignored: set[str] = set()
 
-    def turns(self, value: Any, what: str = "messages") -> list[Turn]:
+    def read_messages(self, value: Any, what: str = "messages") -> list[Turn]:
         """Return the messages of a list, of a single message, or of the JSON text of either (as in tables). Empty
         system messages are omitted. Raises InvalidRow."""
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -104,10 +104,10 @@ class MessageReader:
         if isinstance(value, UnsupportedValue):
             raise InvalidRow(f"{what} {value.reason}")
         if not isinstance(value, list) or not value:
-            raise InvalidRow(f"{what} is not a list of turns")
+            raise InvalidRow(f"{what} is not a list of messages")
         messages = [message for number, item in enumerate(value, 1) if (message := self._read_message(item, number))]
         if not messages:
-            raise InvalidRow(f"{what} holds nothing but an empty turn of the system")
+            raise InvalidRow(f"{what} has only an empty system message")
         return messages
 
     def ignore(self, name: str) -> None:
@@ -115,31 +115,31 @@ class MessageReader:
 
     def _read_message(self, item: Any, number: int) -> Turn | None:
         if not isinstance(item, Mapping):
-            raise InvalidRow(f"turn {number} lacks role or content")
+            raise InvalidRow(f"message {number} has no role or no content")
         if len(item) > 2:
             item = {key: value for key, value in item.items() if value is not None}
         if len(item) == 2 and (message := self._read_plain_message(item, number)):
             return message
         fields = _Fields(item, self._keys)
-        file_role, content, calls = (fields.take(name) for name in ("role", "content", "tool_calls"))
+        file_role, content, calls = (fields.get(name) for name in ("role", "content", "tool_calls"))
         if is_empty(calls):
-            calls = fields.take(FUNCTION_CALL)
+            calls = fields.get(FUNCTION_CALL)
         calls = None if is_empty(calls) else calls
-        reasoning = fields.take("reasoning_content")
+        reasoning = fields.get("reasoning_content")
         if file_role is None:
-            raise InvalidRow(f"turn {number} lacks role or content")
+            raise InvalidRow(f"message {number} has no role or no content")
         role = self._roles.get(role_name(file_role)) if isinstance(file_role, str | int) else None
         if role is None:
             raise InvalidRow(
-                f"turn {number} has the role {file_role!r:.40}: say what it means with `roles`, "
-                f"besides the known ones: {', '.join(sorted(self._roles))}"
+                f"message {number} has the role {file_role!r:.40}: map it with `roles`; "
+                f"known roles: {', '.join(sorted(self._roles))}"
             )
         if role == FUNCTION_CALL:
             role, content, calls = "assistant", "", content
         if calls is not None and role != "assistant":
-            raise InvalidRow(f"turn {number} calls tools, and is the {role}'s")
+            raise InvalidRow(f"message {number} has tool calls and the role {role}")
         if media := [key for key in MEDIA if key in item and not is_empty(item[key])]:
-            raise MediaRow(f"turn {number} has `{media[0]}`")
+            raise MediaRow(f"message {number} has `{media[0]}`")
         if role != "assistant" or isinstance(reasoning, bool) or is_empty(reasoning):
             if not is_empty(reasoning):
                 self.ignore("messages[].reasoning_content")
@@ -153,17 +153,17 @@ class MessageReader:
             elif role == "assistant" and (calls is not None or reasoning is not None):
                 text = ""
             elif content is None:
-                raise InvalidRow(f"turn {number} lacks role or content")
+                raise InvalidRow(f"message {number} has no role or no content")
             else:
-                raise InvalidRow(f"turn {number} is empty")
+                raise InvalidRow(f"message {number} is empty")
         else:
-            text = require_text(text, f"turn {number}")
-        message = turn(role, text)
+            text = require_text(text, f"message {number}")
+        message = text_message(role, text)
         if calls is not None:
-            message["tool_calls"] = as_json(self._calls(calls, number), f"turn {number}")
+            message["tool_calls"] = as_json(self._calls(calls, number), f"message {number}")
         if reasoning is not None:
             message["reasoning_content"] = require_text(
-                _join_parts(reasoning, number), f"the reasoning of turn {number}"
+                _join_parts(reasoning, number), f"the reasoning of message {number}"
             )
         self._add_labels(message, fields, number)
         self.ignored.update(f"messages[].{key}" for key in fields.unread())
@@ -181,7 +181,7 @@ class MessageReader:
         role = self._roles.get(file_role)
         if role is None or role == FUNCTION_CALL or not content or content.isspace():
             return None
-        return turn(role, content if content.isascii() else unicode_text(content, f"turn {number}"))
+        return text_message(role, content if content.isascii() else unicode_text(content, f"message {number}"))
 
     def _add_labels(self, message: Turn, fields: _Fields, number: int) -> None:
         """Add weight, name and tool_call_id if present."""
@@ -191,11 +191,11 @@ class MessageReader:
         elif weight:
             # Other messages are never trained on, so a weight of 0 has no effect either.
             self.ignore(f"messages[].weight of {message['role']}")
-        name = fields.take("name", str)
+        name = fields.get("name", str)
         if not is_empty(name):
-            message["name"] = unicode_text(name, f"the name of turn {number}")
-        if message["role"] == "tool" and not is_empty(call := fields.take("tool_call_id", str | int)):
-            message["tool_call_id"] = unicode_text(str(call), f"the tool_call_id of turn {number}")
+            message["name"] = unicode_text(name, f"the name of message {number}")
+        if message["role"] == "tool" and not is_empty(call := fields.get("tool_call_id", str | int)):
+            message["tool_call_id"] = unicode_text(str(call), f"the tool_call_id of message {number}")
 
     def _calls(self, calls: Any, number: int) -> list[Any]:
         """Convert OpenAI's list of tool calls, or ShareGPT's {name, arguments}, to OpenAI's format.
@@ -204,12 +204,12 @@ class MessageReader:
         JSON object (such as code for an interpreter) remains text.
         """
         if isinstance(calls, str):
-            calls = parsed_json(calls, f"the tool call of turn {number}")
+            calls = parsed_json(calls, f"the tool call of message {number}")
         converted = []
         for call in calls if isinstance(calls, list) else [calls]:
             function = (call.get("function") or call) if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise InvalidRow(f"turn {number} calls a tool without a name")
+                raise InvalidRow(f"message {number} has a tool call without a name")
             result = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function)}}
             if isinstance(id_ := call.get("id"), str | int) and not is_empty(id_):
                 result = {"id": str(id_), **result}
@@ -227,7 +227,7 @@ class _Fields:
         self._item, self._keys = item, keys
         self._read: set[str] = set()
 
-    def take(self, field: str, kind: Any = object) -> Any:
+    def get(self, field: str, kind: Any = object) -> Any:
         """Return the first non-empty value, else the first that is not null; None if there is none of type `kind`."""
         keys = self._keys.get(field, (field,))
         values = [
@@ -243,16 +243,16 @@ class _Fields:
 
 
 def _weight(fields: _Fields, number: int) -> float | None:
-    value = fields.take("weight")
+    value = fields.get("weight")
     if value is None:
-        return next((float(trained) for key in TRAINED if (trained := fields.take(key, bool)) is not None), None)
+        return next((float(trained) for key in TRAIN_FLAGS if (trained := fields.get(key, bool)) is not None), None)
     try:
         weight = float(value) if isinstance(value, int | float | Decimal) else math.nan
     except OverflowError:
         weight = math.inf
     if not (math.isfinite(weight) and weight >= 0):
         text = value.reason if isinstance(value, UnsupportedValue) else repr(value)
-        raise InvalidRow(f"the weight of turn {number} is {text:.40}, not a number of 0 or more")
+        raise InvalidRow(f"the weight of message {number} is {text:.40}, not a finite number >= 0")
     return weight
 
 
@@ -276,10 +276,10 @@ def _join_parts(content: Any, number: int) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
-            raise MediaRow(f"turn {number} has a part that is not text, of type {kind!r:.40}")
+            raise MediaRow(f"message {number} has a part that is not text, of type {kind!r:.40}")
     texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise InvalidRow(f"turn {number} has a part that is not text")
+        raise InvalidRow(f"message {number} has a part that is not text")
     return "".join(map(str, texts))
 
 
@@ -314,13 +314,15 @@ def parsed_json(text: str, what: str) -> Any:
 def as_json(value: Any, what: str) -> str:
     """Return the value as JSON text. Raises InvalidRow for values that JSON does not have."""
 
-    def refuse(part: object) -> Any:
+    def reject(part: object) -> Any:
         raise InvalidRow(
-            f"{what} holds {f'what {part.reason}' if isinstance(part, UnsupportedValue) else type(part).__name__}"
+            f"{what} has a value that {part.reason}"
+            if isinstance(part, UnsupportedValue)
+            else f"{what} has a value of type {type(part).__name__}"
         )
 
     try:
-        text = json.dumps(value, ensure_ascii=False, default=refuse)
+        text = json.dumps(value, ensure_ascii=False, default=reject)
     except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, InvalidRow):
             raise
@@ -345,5 +347,5 @@ def unicode_text(value: str, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRow(f"{what} is not Unicode: it holds half of a surrogate pair") from None
+        raise InvalidRow(f"{what} is not valid Unicode: it has a lone surrogate") from None
     return value

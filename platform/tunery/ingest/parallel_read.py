@@ -28,7 +28,7 @@ from tunery.ingest.filesystem import ByteRange, File, UnavailableFile
 from tunery.ingest.formats import format_of
 from tunery.ingest.formats.hub import HubDataset
 from tunery.ingest.read import Quarantine, Quarantined, ReadCounts, as_tables, read_part
-from tunery.ingest.sources import Builtin, Part, find_parts
+from tunery.ingest.sources import Builtin, SourcePart, resolve_sources
 from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.rows import SCHEMA
@@ -40,7 +40,7 @@ MB."""
 ReadTask = File | HubDataset
 
 
-def read_tasks(parts: Sequence[Part], stage: Dataset) -> list[ReadTask]:
+def read_tasks(parts: Sequence[SourcePart], stage: Dataset) -> list[ReadTask]:
     """Return the parts in order, with uncompressed files of one row per line split into byte ranges."""
     tasks: list[ReadTask] = []
     for part in parts:
@@ -75,7 +75,7 @@ def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
 
     if not ray.is_initialized():
         return False
-    parts = find_parts(stage, context.folder)
+    parts = resolve_sources(stage, context.folder)
     files = [part for part in parts if isinstance(part, File)]
     return (
         len(files) == len(parts)
@@ -88,13 +88,13 @@ def read_in_parallel(
     context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts
 ) -> Iterator[pa.Table]:
     """Yield tables of rows in source order. Raises UnavailableFile if a file or the network fails while reading."""
-    tasks = read_tasks(find_parts(stage, context.folder), stage)
+    tasks = read_tasks(resolve_sources(stage, context.folder), stage)
     # The name depends on the split into tasks, so that results of another split are not reused.
     folder = context.staging_dir / f"read-{len(tasks)}-{RANGE_BYTES}"
     folder.mkdir(parents=True, exist_ok=True)
     results = [folder / f"{number:06d}" for number in range(len(tasks))]
     pending = [
-        {"unit": pickle.dumps(task), "out": str(out)}
+        {"task": pickle.dumps(task), "out": str(out)}
         for task, out in zip(tasks, results, strict=True)
         if not out.is_dir()
     ]
@@ -110,7 +110,7 @@ def read_in_parallel(
     for task, out in zip(tasks, results, strict=True):
         line_offset, name = line_offset if task.name == name else 0, task.name
         task_counts = _read_counts(out)
-        fields: dict[str, Any] = task_counts["tally"]
+        fields: dict[str, Any] = task_counts["counts"]
         counters = {field: Counter(count) for field, count in fields.items() if isinstance(count, dict)}
         counts.add(ReadCounts(**{**fields, **counters}))
         yield from _read_result(out, line_offset, quarantine)
@@ -123,9 +123,9 @@ class ReadActor:
         self._stage = stage
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"unit": [pickled task], "out": [folder]} -> {"rows": [count], "failed": [reason]}, one entry per task."""
+        """{"task": [pickled task], "out": [folder]} -> {"rows": [count], "failed": [reason]}, one entry per task."""
         results = []
-        for pickled, out in zip(batch["unit"], batch["out"], strict=True):
+        for pickled, out in zip(batch["task"], batch["out"], strict=True):
             try:
                 results.append((run_read_task(pickle.loads(pickled), self._stage, Path(out)), ""))
             except UnavailableFile as error:
@@ -134,7 +134,7 @@ class ReadActor:
 
 
 def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
-    """Write the folder `out` with rows.arrow, quarantine.jsonl and tally.json; return the number of rows."""
+    """Write the folder `out` with rows.arrow, quarantine.jsonl and counts.json; return the number of rows."""
     temporary = out.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -151,14 +151,14 @@ def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
             writer.write_table(table)
             rows += table.num_rows
     span = task.span if isinstance(task, File) else None
-    task_counts = {"rows": rows, "lines": span.lines if span else 0, "tally": vars(counts)}
-    (temporary / "tally.json").write_text(json.dumps(task_counts))
+    task_counts = {"rows": rows, "lines": span.lines if span else 0, "counts": vars(counts)}
+    (temporary / "counts.json").write_text(json.dumps(task_counts))
     temporary.rename(out)
     return rows
 
 
 def _read_counts(out: Path) -> dict[str, Any]:
-    counts: dict[str, Any] = json.loads((out / "tally.json").read_text())
+    counts: dict[str, Any] = json.loads((out / "counts.json").read_text())
     return counts
 
 

@@ -37,19 +37,19 @@ Row = dict[str, Any]
 CORPUS_VERSION = 1
 """Increase this when a change of this file changes any row: `identity` is part of cache keys."""
 
-ANSWER_CHARACTERS = 600
+MAX_RESPONSE_CHARS = 600
 """Maximum length of a response: about 150 tokens, which a small model can learn to reproduce completely."""
 
-SHORTEST_ANSWER = 20
+MIN_RESPONSE_CHARS = 20
 """Minimum length of a response. Shorter docstrings ("abs(self)") add nothing to the name."""
 
-PASSAGE_CHARACTERS = 2000
+MAX_PASSAGE_CHARS = 2000
 """Maximum length of a passage of text: about 500 tokens, so that a short context truncates little."""
 
-QUOTED_PARAGRAPH = 60
+MIN_QUOTATION_CHARS = 60
 """Minimum length of a paragraph that counts as a quotation if two topics contain it, unlike "For example:"."""
 
-CHILD_SECONDS = 120
+CHILD_TIMEOUT_S = 120
 """Timeout of the child interpreter. Reading takes one to three seconds, but much longer on an overloaded machine."""
 
 SKIPPED_MODULES = frozenset(
@@ -79,7 +79,7 @@ SKIPPED_MODULES = frozenset(
 )
 """Names of modules and submodules that are not imported."""
 
-WORDINGS: dict[str, tuple[str, ...]] = {
+QUESTION_TEMPLATES: dict[str, tuple[str, ...]] = {
     "module": (
         "What is the module `{}` for?",
         "What does the Python module `{}` offer?",
@@ -145,32 +145,32 @@ def unimportable_modules() -> dict[str, str]:
     return dict(_read()[1])
 
 
-def rows(subset: Subset, wanted: Callable[[str], bool] = lambda group: True) -> Iterator[Row]:
-    """Return the rows of a subset whose group is `wanted`. They are sorted by a hash of their names, so that the first
-    n rows are a sample.
+def rows(subset: Subset, is_included: Callable[[str], bool] = lambda group: True) -> Iterator[Row]:
+    """Return the rows of a subset whose group satisfies `is_included`. They are sorted by a hash of their names, so
+    that the first n rows are a sample.
 
     Every row has a `group`, the object's name; rows of the same group belong in the same split. Its other columns are
 
     - texts: `text`, a passage with a heading
     - questions: `messages`, a user's question about an object and the assistant's response
-    - preferences: `messages` as in questions, and `rejected`, the response for another wanted object of the same kind
-      (so that a split never contains responses of another split)
+    - preferences: `messages` as in questions, and `rejected`, the response for another included object of the same
+      kind (so that a split never contains responses of another split)
     - damaged: `messages` as in questions, and `rejected`, the same response with injected corruption
       (ingest/corruption.py). Which response is better is visible in the response alone, which a small model can learn
     - prompts: `messages`, only the question
 
     No correct response occurs twice. Raises ValueError for an unknown subset.
     """
-    makers: dict[str, Callable[[], Iterator[Row]]] = {
+    builders: dict[str, Callable[[], Iterator[Row]]] = {
         "texts": _texts,
         "questions": _questions,
-        "preferences": lambda: _preferences(wanted),
-        "damaged": lambda: _damaged(wanted),
+        "preferences": lambda: _preferences(is_included),
+        "damaged": lambda: _damaged(is_included),
         "prompts": _prompts,
     }
-    if subset not in makers:
-        raise ValueError(f"builtin:python-docs has no subset {subset!r}: choose one of {', '.join(makers)}.")
-    return (row for row in makers[subset]() if wanted(row["group"]))
+    if subset not in builders:
+        raise ValueError(f"builtin:python-docs has no subset {subset!r}: choose one of {', '.join(builders)}.")
+    return (row for row in builders[subset]() if is_included(row["group"]))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -193,45 +193,45 @@ def _texts() -> Iterator[Row]:
 
 
 def _questions() -> Iterator[Row]:
-    for thing, answer in _answers():
-        yield {"messages": [_question(thing), _said("assistant", answer)], "group": thing.name}
+    for thing, response in _responses():
+        yield {"messages": [_question(thing), _message("assistant", response)], "group": thing.name}
 
 
 def _prompts() -> Iterator[Row]:
-    for thing, _ in _answers():
+    for thing, _ in _responses():
         yield {"messages": [_question(thing)], "group": thing.name}
 
 
-def _preferences(wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """Yield preference pairs. Each response is rejected once, for the next wanted object of its kind."""
-    answers = [(thing, answer) for thing, answer in _answers() if wanted(thing.name)]
-    of_kind: dict[str, list[str]] = defaultdict(list)
-    for thing, answer in answers:
-        of_kind[thing.kind].append(answer)
-    place: Counter[str] = Counter()
-    for thing, answer in answers:
-        others = of_kind[thing.kind]
-        wrong = others[place[thing.kind] - 1]
-        place[thing.kind] += 1
+def _preferences(is_included: Callable[[str], bool]) -> Iterator[Row]:
+    """Yield preference pairs. Each response is rejected once, for the next included object of its kind."""
+    responses = [(thing, response) for thing, response in _responses() if is_included(thing.name)]
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for thing, response in responses:
+        by_kind[thing.kind].append(response)
+    num_used: Counter[str] = Counter()
+    for thing, response in responses:
+        others = by_kind[thing.kind]
+        rejected = others[num_used[thing.kind] - 1]
+        num_used[thing.kind] += 1
         if len(others) > 1:
             yield {
-                "messages": [_question(thing), _said("assistant", answer)],
-                "rejected": [_said("assistant", wrong)],
+                "messages": [_question(thing), _message("assistant", response)],
+                "rejected": [_message("assistant", rejected)],
                 "group": thing.name,
             }
 
 
-def _damaged(wanted: Callable[[str], bool]) -> Iterator[Row]:
+def _damaged(is_included: Callable[[str], bool]) -> Iterator[Row]:
     from tunery.ingest.corruption import corrupt  # not at module level: this file is also run as a script
 
-    rows = [row for row in _questions() if wanted(row["group"])]
+    rows = [row for row in _questions() if is_included(row["group"])]
     for row, other in zip(rows, corrupt(rows, 1.0, seed=CORPUS_VERSION), strict=True):
         if row["messages"] != other["messages"]:
             yield {**row, "rejected": [other["messages"][-1]]}
 
 
 @cache
-def _answers() -> tuple[tuple[DocumentedObject, str], ...]:
+def _responses() -> tuple[tuple[DocumentedObject, str], ...]:
     """Return the objects with their responses, in the order of the rows.
 
     Docstrings may differ only after the part that is the response. Only the object with the shortest name keeps such a
@@ -239,14 +239,14 @@ def _answers() -> tuple[tuple[DocumentedObject, str], ...]:
     """
     owner: dict[str, tuple[DocumentedObject, str]] = {}
     for thing in sorted(documented_objects(), key=_name_order):
-        answer = _answer(thing.doc)
-        if thing.kind != "topic" and len(answer) >= SHORTEST_ANSWER:
-            owner.setdefault(_normalised(answer), (thing, answer))
-    answer_of = dict(owner.values())
-    return tuple((thing, answer_of[thing]) for thing in _by_hash(answer_of))
+        response = _response(thing.doc)
+        if thing.kind != "topic" and len(response) >= MIN_RESPONSE_CHARS:
+            owner.setdefault(_normalised(response), (thing, response))
+    response_of = dict(owner.values())
+    return tuple((thing, response_of[thing]) for thing in _by_hash(response_of))
 
 
-def _answer(doc: str) -> str:
+def _response(doc: str) -> str:
     """Return the leading paragraphs that fit into a response, or the leading sentences if the first paragraph is too
     long; "" if no sentence fits."""
     paragraphs = _leading(_paragraphs(doc), "\n\n")
@@ -259,23 +259,23 @@ def _answer(doc: str) -> str:
 
 
 def _leading(parts: list[str], separator: str) -> list[str]:
-    """Return the leading parts that fit into ANSWER_CHARACTERS."""
+    """Return the leading parts that fit into MAX_RESPONSE_CHARS."""
     length = 0
     for count, part in enumerate(parts):
         length += len(part) + (len(separator) if count else 0)
-        if length > ANSWER_CHARACTERS:
+        if length > MAX_RESPONSE_CHARS:
             return parts[:count]
     return list(parts)
 
 
 def _question(thing: DocumentedObject) -> dict[str, str]:
-    wordings = WORDINGS[thing.kind]
-    # Use another byte than those that determine the order, or the first rows would all have the same wording.
-    chosen = hashlib.sha256(thing.name.encode()).digest()[-1] % len(wordings)
-    return _said("user", wordings[chosen].format(thing.name))
+    templates = QUESTION_TEMPLATES[thing.kind]
+    # Use another byte than those that determine the order, or the first rows would all use the same template.
+    index = hashlib.sha256(thing.name.encode()).digest()[-1] % len(templates)
+    return _message("user", templates[index].format(thing.name))
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
@@ -289,12 +289,12 @@ def _topics_without_quotations(topics: Iterable[DocumentedObject]) -> list[Docum
     result = []
     for topic in sorted(topics, key=lambda t: (len(t.doc), t.name)):
         title, *paragraphs = _paragraphs(topic.doc)
-        long = [paragraph for paragraph in paragraphs if len(paragraph) >= QUOTED_PARAGRAPH]
+        long = [paragraph for paragraph in paragraphs if len(paragraph) >= MIN_QUOTATION_CHARS]
         own: list[str] = []
         # A short paragraph, such as a heading or "Note:", is kept if the next long paragraph is, or else the last one.
         kept = not long or _normalised(long[-1]) not in seen
         for paragraph in reversed(paragraphs):
-            if len(paragraph) >= QUOTED_PARAGRAPH:
+            if len(paragraph) >= MIN_QUOTATION_CHARS:
                 kept = _normalised(paragraph) not in seen
             if kept:
                 own.insert(0, paragraph)
@@ -305,17 +305,17 @@ def _topics_without_quotations(topics: Iterable[DocumentedObject]) -> list[Docum
 
 
 def _passages(doc: str) -> Iterator[str]:
-    """Split a text into passages of at most PASSAGE_CHARACTERS.
+    """Split a text into passages of at most MAX_PASSAGE_CHARS.
 
     Texts are split between paragraphs, and longer paragraphs between lines. A line that is longer is not split.
     """
     passage = ""
     for paragraph in _paragraphs(doc):
-        long = len(paragraph) > PASSAGE_CHARACTERS
+        long = len(paragraph) > MAX_PASSAGE_CHARS
         for number, piece in enumerate(paragraph.split("\n") if long else [paragraph]):
             separator = "\n" if number else "\n\n"
             joined = passage + separator + piece if passage else piece
-            if passage and len(joined) > PASSAGE_CHARACTERS:
+            if passage and len(joined) > MAX_PASSAGE_CHARS:
                 yield passage
                 joined = piece
             passage = joined
@@ -359,13 +359,13 @@ def _read() -> tuple[tuple[DocumentedObject, ...], dict[str, str]]:
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        timeout=CHILD_SECONDS,
+        timeout=CHILD_TIMEOUT_S,
         check=False,
     )
     if child.returncode != 0:
         raise RuntimeError(
             f"Reading the documentation failed: {' '.join(command)} ended with status {child.returncode}. "
-            f"Run it by hand to see why. Its last words: {child.stderr[-2000:].strip() or '(none)'}"
+            f"Run it by hand to see why. The end of its stderr: {child.stderr[-2000:].strip() or '(none)'}"
         )
     objects, missing = [], {}
     for line in child.stdout.splitlines():
@@ -390,13 +390,13 @@ def _read() -> tuple[tuple[DocumentedObject, ...], dict[str, str]]:
 
 def _print_documentation(out: TextIO) -> None:
     modules, missing = _import_standard_library()
-    found = [*_documented(modules), *_topics()]
-    once: dict[str, DocumentedObject] = {}
-    for thing in sorted(found, key=_name_order):
-        once.setdefault(_normalised(thing.doc), thing)
+    objects = [*_documented(modules), *_topics()]
+    unique: dict[str, DocumentedObject] = {}
+    for thing in sorted(objects, key=_name_order):
+        unique.setdefault(_normalised(thing.doc), thing)
     for name in sorted(missing):
         print(json.dumps({"unimportable": name, "reason": missing[name]}), file=out)
-    for thing in sorted(once.values(), key=lambda t: t.name):
+    for thing in sorted(unique.values(), key=lambda t: t.name):
         print(json.dumps(asdict(thing)), file=out)
 
 
@@ -404,9 +404,9 @@ def _import_standard_library() -> tuple[dict[str, types.ModuleType], dict[str, s
     """Return public modules and submodules by name, and the reasons by name of those that can't be imported."""
     modules: dict[str, types.ModuleType] = {}
     missing: dict[str, str] = {}
-    waiting = [*sorted(sys.stdlib_module_names | set(sys.builtin_module_names), reverse=True), "os.path"]
-    while waiting:
-        name = waiting.pop()
+    pending = [*sorted(sys.stdlib_module_names | set(sys.builtin_module_names), reverse=True), "os.path"]
+    while pending:
+        name = pending.pop()
         last = name.rpartition(".")[2]
         if last.startswith("_") or last in SKIPPED_MODULES or name in modules:
             continue
@@ -418,7 +418,7 @@ def _import_standard_library() -> tuple[dict[str, types.ModuleType], dict[str, s
             continue
         modules[name] = module
         children = pkgutil.iter_modules(getattr(module, "__path__", ()))
-        waiting += sorted((f"{name}.{child.name}" for child in children), reverse=True)
+        pending += sorted((f"{name}.{child.name}" for child in children), reverse=True)
     return modules, missing
 
 
@@ -454,8 +454,8 @@ def _own_attributes(module_name: str, module: types.ModuleType) -> Iterator[tupl
     for attribute, thing in sorted(vars(module).items()):
         if attribute.startswith("_") or not (isinstance(thing, type) or inspect.isroutine(thing)):
             continue
-        home = getattr(thing, "__module__", None) or module_name
-        defined_here = home == module_name or (exported is None and home.startswith("_"))
+        module_of_thing = getattr(thing, "__module__", None) or module_name
+        defined_here = module_of_thing == module_name or (exported is None and module_of_thing.startswith("_"))
         if defined_here or (exported is not None and attribute in exported):
             yield attribute, thing
 
@@ -466,11 +466,11 @@ def _best_name(thing: Any, names: set[str], modules: dict[str, types.ModuleType]
 
     A package that exports an object of its submodule is preferred: `asyncio.run`, not `asyncio.runners.run`.
     """
-    home = getattr(thing, "__module__", None) or ""
+    module_name = getattr(thing, "__module__", None) or ""
     qualname = getattr(thing, "__qualname__", None) or "_"
-    if not qualname.startswith("_") and getattr(modules.get(home), qualname, None) is thing:
-        packages = {f"{package}.{qualname}" for package in _packages(home)}
-        names = (names & packages) | {f"{home}.{qualname}"}
+    if not qualname.startswith("_") and getattr(modules.get(module_name), qualname, None) is thing:
+        packages = {f"{package}.{qualname}" for package in _packages(module_name)}
+        names = (names & packages) | {f"{module_name}.{qualname}"}
     return min(names, key=lambda name: (len(name), name))
 
 
@@ -518,11 +518,11 @@ def _signature(thing: object) -> str:
     # Not every C function has a signature; some refer to a constant created at run time (curses.ACS_VLINE).
     except (ValueError, TypeError, AttributeError):
         return ""
-    shown = [
-        parameter.replace(annotation=inspect.Parameter.empty, default=_shown_default(parameter.default))
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty, default=_stable_default(parameter.default))
         for parameter in signature.parameters.values()
     ]
-    return str(inspect.Signature(shown))
+    return str(inspect.Signature(parameters))
 
 
 class _Ellipsis:
@@ -532,7 +532,7 @@ class _Ellipsis:
         return "..."
 
 
-def _shown_default(default: Any) -> Any:
+def _stable_default(default: Any) -> Any:
     """Return short plain values unchanged, and "..." for sets (hash order), objects (addresses) and long strings
     (paths)."""
     if default is inspect.Parameter.empty or default is None or default is Ellipsis:

@@ -18,18 +18,18 @@ from tunery.ingest import python_docs
 from tunery.ingest.columns import Converter, UnknownColumns, converter
 from tunery.ingest.filesystem import CorruptFile, File, UnavailableFile
 from tunery.ingest.formats import READERS, format_of
-from tunery.ingest.formats.hub import Ambiguous, HubDataset, hub_rows
+from tunery.ingest.formats.hub import AmbiguousDataset, HubDataset, hub_rows
 from tunery.ingest.formats.record import EXCERPT, InvalidRow, Record
 from tunery.ingest.messages import MediaRow, MessageReader
 from tunery.ingest.sources import (
     BUILTIN,
     BadSource,
     Builtin,
-    ambiguous,
-    check_fields,
-    find_parts,
-    out_of_reach,
+    ambiguous_dataset,
+    resolve_sources,
     sources_of,
+    unavailable_source,
+    validate_source_fields,
 )
 from tunery.ingest.split import split_of
 from tunery.spec import Dataset
@@ -62,7 +62,7 @@ class ReadCounts:
     records: int = 0
     quarantined: int = 0
     other_splits: int = 0
-    shapes: Counter[RowFormat] = field(default_factory=Counter)
+    row_formats: Counter[RowFormat] = field(default_factory=Counter)
     """Number of rows by row format."""
     planted: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -78,17 +78,17 @@ class ReadCounts:
         self.records += other.records
         self.quarantined += other.quarantined
         self.other_splits += other.other_splits
-        self.shapes += other.shapes
+        self.row_formats += other.row_formats
         self.planted += other.planted
         self.ignore(other.ignored)
 
 
-def check_source(stage: Dataset, folder: Path) -> None:
+def validate_source(stage: Dataset, folder: Path) -> None:
     """Validate the source. Raises BadSource if it is missing, empty or of an unknown format, if its columns fit no row
     format, or if none of its first records is a valid row."""
     first_error = ""
-    parts = find_parts(stage, folder)
-    check_fields(stage, parts)
+    parts = resolve_sources(stage, folder)
+    validate_source_fields(stage, parts)
     for part in parts:
         if isinstance(part, Builtin):
             return
@@ -97,14 +97,14 @@ def check_source(stage: Dataset, folder: Path) -> None:
             return
         first_error = first_error or error
     is_json_array = ".jsonl" in first_error and "JSON" in first_error
-    hint = "; for a JSON array in a .jsonl file say `format: json`" if is_json_array else ""
+    hint = "; for a JSON array in a .jsonl file set `format: json`" if is_json_array else ""
     raise BadSource(
         "source",
-        f"`{source_label(stage)}` holds no row",
-        cause=f"none of its records makes a row (up to {MAX_PROBED_RECORDS:,} are tried); the first: {first_error}"
+        f"`{source_label(stage)}` has no valid row",
+        cause=f"none of its first {MAX_PROBED_RECORDS:,} records is a valid row; the first: {first_error}"
         if first_error
         else "every file is empty",
-        remedy=f"give a file with at least one row that can be used{hint}",
+        remedy=f"provide a file with at least one valid row{hint}",
     )
 
 
@@ -132,7 +132,7 @@ def as_tables(rows: Iterable[Row], counts: ReadCounts) -> Iterator[pa.Table]:
 
     def rows_with_ids() -> Iterator[Row]:
         for row in rows:
-            counts.shapes[row_format(row)] += 1
+            counts.row_formats[row_format(row)] += 1
             if row.get("planted") is not None:
                 counts.planted[row["planted"]] += 1
             yield {**row, "id": row_id(row)}
@@ -141,7 +141,7 @@ def as_tables(rows: Iterable[Row], counts: ReadCounts) -> Iterator[pa.Table]:
 
 
 def _read_parts(stage: Dataset, folder: Path, quarantine: Quarantine, counts: ReadCounts) -> Iterator[Row]:
-    for part in find_parts(stage, folder):
+    for part in resolve_sources(stage, folder):
         if isinstance(part, Builtin):
             yield from _read_builtin(part, stage, counts)
         else:
@@ -153,7 +153,7 @@ def _split_filter(stage: Dataset) -> Callable[[str], bool]:
 
 
 def _read_builtin(part: Builtin, stage: Dataset, counts: ReadCounts) -> Iterator[Row]:
-    assert stage.subset is not None, "check_source rejects a builtin source without a subset"
+    assert stage.subset is not None, "validate_source rejects a builtin source without a subset"
     for number, row in enumerate(python_docs.rows(stage.subset, _split_filter(stage)), 1):
         counts.records += 1
         yield {**row, "source": part.name, "line": number}
@@ -187,13 +187,13 @@ def records_of(part: File | HubDataset, stage: Dataset) -> Iterator[Record]:
         yield from hub_rows(part)
         return
     line, format_ = 0, format_of(part, stage)
-    assert format_ is not None, "find_parts returns only files of a known format"
+    assert format_ is not None, "resolve_sources returns only files of a known format"
     try:
         for record in READERS[format_](part, stage):
             line = record.line
             yield record
     except CorruptFile as error:
-        yield Record(line + 1, InvalidRow(f"{'from here on' if line else 'the whole file'}: {error}"))
+        yield Record(line + 1, InvalidRow(f"{'from this line on' if line else 'the whole file'}: {error}"))
 
 
 class _RecordConverter:
@@ -223,9 +223,7 @@ class _RecordConverter:
 
 def _not_an_object_error(value: Any) -> InvalidRow:
     return (
-        value
-        if isinstance(value, InvalidRow)
-        else InvalidRow(f"a row must be an object, this is {type(value).__name__}")
+        value if isinstance(value, InvalidRow) else InvalidRow(f"a row must be an object, not {type(value).__name__}")
     )
 
 
@@ -238,7 +236,7 @@ def _find_error(part: File | HubDataset, stage: Dataset) -> str | None:
     """Return None if one of the first MAX_PROBED_RECORDS records is a valid row, else the error of the first record
     ("" if there is no record).
 
-    Raises BadSource if the columns of all records are unknown, or if all other records hold images, video or audio.
+    Raises BadSource if the columns of all records are unknown, or if all other records have images, video or audio.
     """
     convert = _RecordConverter(stage)
     columns_error: UnknownColumns | None = None
@@ -262,29 +260,29 @@ def _find_error(part: File | HubDataset, stage: Dataset) -> str | None:
                 return None
             first_error = first_error or f"{part.name}:{record.line}: {reason[:EXCERPT]}"
     except UnavailableFile as error:
-        raise out_of_reach(error) from error
-    except Ambiguous as error:
-        raise ambiguous(error) from error
+        raise unavailable_source(error) from error
+    except AmbiguousDataset as error:
+        raise ambiguous_dataset(error) from error
     if has_known_columns:
         return first_error
     if media_error is not None:
         raise BadSource(
             "source",
-            f"`{part.name}` holds multimodal rows",
+            f"`{part.name}` has multimodal rows",
             cause=str(media_error),
-            remedy="take rows of text; of those whose text has no placeholder, `columns` reads the text alone",
+            remedy="use text-only data; if the texts have no media placeholders, set `columns` to read only the text",
         )
     if columns_error is not None:
         raise BadSource(
             "columns" if stage.columns else "source",
-            f"the columns of `{part.name}` don't fit",
+            f"the columns of `{part.name}` match no row format",
             cause=str(columns_error),
-            remedy="name them, such as `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
+            remedy="map them, for example `columns: {prompt: q, completion: a}` or `columns: {text: body}`",
         )
     return first_error
 
 
-def first_shape(stage: Dataset, folder: Path) -> RowFormat:
+def first_row_format(stage: Dataset, folder: Path) -> RowFormat:
     """Return the row format of the first valid row of a source. Raises BadSource if there is none."""
     if sources_of(stage)[0] == BUILTIN:
         formats: dict[str, RowFormat] = {
@@ -300,8 +298,8 @@ def first_shape(stage: Dataset, folder: Path) -> RowFormat:
 def first_rows(stage: Dataset, folder: Path, max_rows: int) -> list[Row]:
     """Return the first rows of a source of files from all splits, at least one. Raises BadSource if there is none."""
     all_splits = stage.model_copy(update={"split": "all", "limit": max_rows})
-    check_source(stage, folder)
+    validate_source(stage, folder)
     try:
         return list(read_source(all_splits, folder, lambda line: None))
     except UnavailableFile as error:
-        raise out_of_reach(error) from error
+        raise unavailable_source(error) from error

@@ -11,7 +11,7 @@ from tunery.errors import RequestError
 from tunery.ingest import python_docs
 from tunery.ingest.filesystem import REMOTE, CorruptFile, File, UnavailableFile, find
 from tunery.ingest.formats import ENDINGS, format_of
-from tunery.ingest.formats.hub import PREFIX, Ambiguous, HubDataset, saved_files
+from tunery.ingest.formats.hub import PREFIX, AmbiguousDataset, HubDataset, saved_files
 from tunery.spec import Dataset
 
 BUILTIN = "builtin:python-docs"
@@ -37,55 +37,55 @@ class Builtin:
         return python_docs.identity()
 
 
-Part = File | HubDataset | Builtin
-"""A unit of input; every kind has a `name` and an `identity()`."""
+SourcePart = File | HubDataset | Builtin
+"""A file, hub dataset or builtin corpus that a source consists of; each has a `name` and an `identity()`."""
 
 
 def sources_of(stage: Dataset) -> tuple[str, ...]:
     return (stage.source,) if isinstance(stage.source, str) else stage.source
 
 
-def find_parts(stage: Dataset, folder: Path) -> list[Part]:
+def resolve_sources(stage: Dataset, folder: Path) -> list[SourcePart]:
     """Return the parts of the stage's sources in order, without duplicates. Raises BadSource if a source doesn't exist,
     has an unknown format or is unavailable."""
-    parts: dict[Part, None] = {}
+    parts: dict[SourcePart, None] = {}
     for source in sources_of(stage):
         try:
-            source_parts = _parts_of(source, stage, folder)
+            source_parts = _resolve_source(source, stage, folder)
         except UnavailableFile as error:
-            raise out_of_reach(error) from error
-        except Ambiguous as error:
-            raise ambiguous(error) from error
+            raise unavailable_source(error) from error
+        except AmbiguousDataset as error:
+            raise ambiguous_dataset(error) from error
         except CorruptFile as error:
             raise BadSource("source", f"`{source}` can't be read", cause=str(error)) from error
         parts |= dict.fromkeys(source_parts)
     return list(parts)
 
 
-def out_of_reach(error: UnavailableFile) -> BadSource:
+def unavailable_source(error: UnavailableFile) -> BadSource:
     return BadSource(
         "source",
         f"{error}",
-        cause="the file or the network refused",
-        remedy="check permissions, credentials (of the environment, as their own tools read them) and the network",
+        cause="the file can't be read, or the network request failed",
+        remedy="check permissions, the network, and the credentials in the environment",
     )
 
 
-def ambiguous(error: Ambiguous) -> BadSource:
+def ambiguous_dataset(error: AmbiguousDataset) -> BadSource:
     known = ", ".join(error.known[:20])
-    return BadSource(error.field, str(error), cause=f"known: {known}", remedy=f"name one with `{error.field}:`")
+    return BadSource(error.field, str(error), cause=f"known: {known}", remedy=f"select one with `{error.field}:`")
 
 
 def source_identity(stage: Dataset, folder: Path) -> Any:
     """Return the identity of the source content, which is part of the cache key. Raises RequestError."""
     try:
-        return [part.identity() for part in find_parts(stage, folder)]
+        return [part.identity() for part in resolve_sources(stage, folder)]
     except (BadSource, UnavailableFile) as error:
         cause = getattr(error, "cause", "")
         raise RequestError(str(error), cause=cause, remedy=getattr(error, "remedy", "")) from error
 
 
-def _parts_of(source: str, stage: Dataset, folder: Path) -> list[Part]:
+def _resolve_source(source: str, stage: Dataset, folder: Path) -> list[SourcePart]:
     if source.startswith("builtin:"):
         if source != BUILTIN:
             raise BadSource("source", f"there is no builtin source `{source}`", remedy=f"known: {BUILTIN}")
@@ -93,7 +93,9 @@ def _parts_of(source: str, stage: Dataset, folder: Path) -> list[Part]:
     if source.startswith(PREFIX):
         return [HubDataset(source, stage.config, stage.hub_split, stage.revision)]
     if "://" in source and not source.startswith(REMOTE):
-        raise BadSource("source", f"`{source}` is of no known form", remedy="files are read by path, s3:// or gs://")
+        raise BadSource(
+            "source", f"`{source}` has an unknown scheme", remedy="use a path, s3://, gs:// or hub:org/name"
+        )
     path = folder / os.path.expanduser(source)
     if not source.startswith(REMOTE) and path.is_dir():
         saved = saved_files(path, folder, stage.hub_split)
@@ -102,14 +104,14 @@ def _parts_of(source: str, stage: Dataset, folder: Path) -> list[Part]:
     files = find(source, folder)
     if not files:
         raise _not_found_error(source, path)
-    readable: list[Part] = []
+    readable: list[SourcePart] = []
     for file in files:
         if format_of(file, stage) is not None:
             readable.append(file)
-        elif not file.below_a_folder:
+        elif not file.from_listing:
             raise _unknown_format_error(file)
     if not readable:
-        raise BadSource("source", f"no file below `{source}` has a known ending", remedy=f"known: {' '.join(ENDINGS)}")
+        raise BadSource("source", f"no file in `{source}` has a known ending", remedy=f"known: {' '.join(ENDINGS)}")
     return readable
 
 
@@ -122,7 +124,7 @@ def _not_found_error(source: str, path: Path) -> BadSource:
         "source",
         f"there is no file `{source}`",
         cause=f"nothing matches {path}",
-        remedy="paths start at the experiment's folder; a pattern matches files, not folders",
+        remedy="paths are relative to the experiment's folder; a pattern matches files, not folders",
     )
 
 
@@ -132,11 +134,11 @@ def _unknown_format_error(file: File) -> BadSource:
     return BadSource(
         "source",
         f"`{file.name}` is a {ending or 'file without ending'}",
-        remedy=f"name files that end in {', '.join(ENDINGS)}, or say `format:`{hint}",
+        remedy=f"use files that end in {', '.join(ENDINGS)}, or set `format:`{hint}",
     )
 
 
-def check_fields(stage: Dataset, parts: list[Part]) -> None:
+def validate_source_fields(stage: Dataset, parts: list[SourcePart]) -> None:
     """Raises BadSource if a field is set that does not apply to the parts, or a required one is missing."""
     builtin = any(isinstance(part, Builtin) for part in parts)
     hub = any(isinstance(part, HubDataset) for part in parts)
@@ -147,11 +149,11 @@ def check_fields(stage: Dataset, parts: list[Part]) -> None:
         raise BadSource("source", f"`{BUILTIN}` needs a subset", remedy=remedy)
     for field in ("columns", "roles", "message_keys"):
         if builtin and getattr(stage, field) is not None:
-            raise BadSource(field, f"a builtin source has nothing that `{field}` names", remedy=f"remove `{field}`")
+            raise BadSource(field, f"`{field}` does not apply to a builtin source", remedy=f"remove `{field}`")
     if stage.subset is not None and not builtin:
-        raise BadSource("subset", "files have no subset", remedy="remove `subset`; it is for builtin sources")
+        raise BadSource("subset", "`subset` applies to builtin sources only", remedy="remove `subset`")
     saved = any(file.endings[0] == ".arrow" for file in files)
-    for field, fits, what in (
+    for field, applies, what in (
         ("format", bool(files), "files"),
         ("sheet", "xlsx" in formats, "Excel files"),
         ("sample_by", "text" in formats, "plain texts"),
@@ -159,5 +161,5 @@ def check_fields(stage: Dataset, parts: list[Part]) -> None:
         ("revision", hub, "hub datasets"),
         ("hub_split", hub or saved, "hub datasets and saved DatasetDicts"),
     ):
-        if getattr(stage, field) is not None and not fits:
-            raise BadSource(field, f"`{field}` is for {what}, and the source has none", remedy=f"remove `{field}`")
+        if getattr(stage, field) is not None and not applies:
+            raise BadSource(field, f"`{field}` applies to {what}, and the source has none", remedy=f"remove `{field}`")

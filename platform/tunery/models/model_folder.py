@@ -28,7 +28,7 @@ def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise BadModel(
             f"there is no model folder `{folder}`",
-            "a path that starts with / ./ ../ or ~ is a folder; paths start at the experiment's folder",
+            "a path that starts with / ./ ../ or ~ is a folder; paths are relative to the experiment's folder",
             "correct the path, or give a hub name such as Qwen/Qwen3-0.6B",
         )
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"

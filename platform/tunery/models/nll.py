@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     Logits = Callable[[torch.Tensor], torch.Tensor]
 
-SpanNll = Literal["answer", "whole", "alone"]
+SpanNll = Literal["response", "all", "alone"]
 """Scored tokens and their context.
-answer: tokens of the last response, given all that precedes it (of a text: all tokens);
-whole: all tokens but the first;
+response: tokens of the last response, given all that precedes it (of a text: all tokens);
+all: all tokens but the first;
 alone: tokens of the last response, given only the template's generation prompt."""
 LOGIT_BYTES = 1 << 28
 """Maximum bytes of fp32 logits per chunk."""
@@ -94,22 +94,21 @@ class Likelihood:
 
 def response_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tuple[float, int]]:
     """Return (sum of -log p in nats, number of tokens) over the loss tokens of each sequence; (0.0, 0) without any."""
-    return nll_by_span(likelihood, encoded, ["answer"])["answer"]
+    return nll_by_span(likelihood, encoded, ["response"])["response"]
 
 
 def nll_by_span(
     likelihood: Likelihood, encoded: Sequence[Encoded], views: Sequence[SpanNll]
 ) -> dict[SpanNll, list[tuple[float, int]]]:
-    """Return (sum of -log p in nats, number of tokens) of each of `encoded` for each view. `answer` and `whole` share a
+    """Return (sum of -log p in nats, number of tokens) of each of `encoded` for each view. `response` and `all` share a
     forward pass. For a text, `alone` is (0.0, 0).
     """
     sequences: list[Tokens] = []
     in_context = [view for view in views if view != "alone"]
     if in_context:
-        # `whole` includes the tokens of the response.
+        # `all` includes the tokens of the response.
         sequences += [
-            Tokens(item.ids, range(1, len(item.ids)) if "whole" in in_context else item.loss_indices)
-            for item in encoded
+            Tokens(item.ids, range(1, len(item.ids)) if "all" in in_context else item.loss_indices) for item in encoded
         ]
     if "alone" in views:
         sequences += [_response_alone(item) for item in encoded]
@@ -119,7 +118,7 @@ def nll_by_span(
         sums[view] = [
             _sum(
                 values[np.array(item.loss_indices, np.int64) - 1]
-                if view == "answer" and "whole" in in_context
+                if view == "response" and "all" in in_context
                 else values
             )
             for values, item in zip(nll, encoded, strict=False)

@@ -35,7 +35,7 @@ from tunery.store.fingerprint import folder_digest
 
 DEFAULT_OMITTED_FIELDS = ("diverse", "keep_fraction_of_rest", "baseline", "schedule_overrides")
 """Fields that were added later. If one is not given it is omitted, so that existing fingerprints stay valid."""
-WITHOUT_EFFECT = ("max_unusable",)
+IGNORED_FIELDS = ("max_unusable",)
 """Fields that can make a stage fail but do not change its result."""
 
 
@@ -47,7 +47,7 @@ def stage_seed(stage: Stage, experiment: Experiment) -> int:
 def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Return everything about a stage that changes its result: its fields without the names of other stages, the seed
     if it is random, the external content that it reads, and the version of its implementation."""
-    fields = _without_omitted(stage.model_dump(mode="json", exclude={"kind", "seed", *WITHOUT_EFFECT}))
+    fields = _without_omitted(stage.model_dump(mode="json", exclude={"kind", "seed", *IGNORED_FIELDS}))
     mixture = _mixture(stage)
     for item in stage.inputs():
         if not (mixture and item.path[0] == "data"):
@@ -73,7 +73,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
     if isinstance(stage, Evaluate):
         result["names"] = [model_name(model) for model in stage.models]  # names are part of the results
     if isinstance(stage, WinRate):
-        result["names"] = [*(model_name(model) for model in stage.contestants), stage.data]
+        result["names"] = [*(model_name(model) for model in stage.candidates), stage.data]
     for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
         if isinstance(reward, PythonReward):
             result[f"content of {reward.python}"] = hashlib.sha256((folder / reward.python).read_bytes()).hexdigest()

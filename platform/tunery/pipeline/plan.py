@@ -17,7 +17,7 @@ from rich.text import Text
 from tunery.errors import RequestError
 from tunery.events.formatting import duration
 from tunery.ingest.filesystem import UnavailableFile
-from tunery.ingest.read import first_shape, read_source
+from tunery.ingest.read import first_row_format, read_source
 from tunery.models.model_folder import count_parameters
 from tunery.models.scratch import SHAPES
 from tunery.pipeline.cache_keys import difference, fingerprints, model_folder
@@ -182,7 +182,7 @@ class _Estimates:
             rows = sets * len(stage.models)
             return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, WinRate):
-            rows = self._rows[stage.data] * len(stage.contestants)
+            rows = self._rows[stage.data] * len(stage.candidates)
             return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, Training):
             return self._training(planned, name, stage, artifact, before)
@@ -238,7 +238,7 @@ class _Estimates:
             # A preference pair gives two sequences.
             sequences = sum(
                 self._rows[data]
-                * (2 if first_shape(root_of(self._experiment, data), self._folder) == "preference" else 1)
+                * (2 if first_row_format(root_of(self._experiment, data), self._folder) == "preference" else 1)
                 for data in data_refs(stage.data).values()
             )
         workers = self._compute.workers

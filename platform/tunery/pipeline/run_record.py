@@ -14,12 +14,12 @@ from tunery.spec.loader import parse
 from tunery.spec.yaml_source import YamlSource, read_yaml
 from tunery.store import Store
 
-OWN = "file"
-"""Stands for a trial name: the artifacts with the values of the file itself."""
+FILE_VALUES = "file"
+"""Selects the artifacts with the file's own values where a trial name is expected."""
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RunRecord:
     folder: Path
     events: list[Event]
     """Events of the invocations with this experiment."""
@@ -28,7 +28,7 @@ class Recorded:
     source: YamlSource
 
 
-def read_run(run: str, store: Store) -> Recorded:
+def read_run(run: str, store: Store) -> RunRecord:
     """Load a run by name or folder. Raises RequestError if it does not exist or has not started."""
     folder = store.find_run(run)
     events = of_last_experiment(read_events(folder / "events"))
@@ -40,7 +40,7 @@ def read_run(run: str, store: Store) -> Recorded:
             remedy="start it with `tunery run`",
         )
     source = read_yaml(state.text, f"{state.file} (as run by {folder.name})")
-    return Recorded(folder, events, state, parse(source), source)
+    return RunRecord(folder, events, state, parse(source), source)
 
 
 def of_last_experiment(events: list[Event]) -> list[Event]:
@@ -57,13 +57,13 @@ def of_last_experiment(events: list[Event]) -> list[Event]:
 
 def _is_same_text(text: str, other: str) -> bool:
     try:
-        return text == other or asks_the_same(parse(read_yaml(text, "")), parse(read_yaml(other, "")))
+        return text == other or has_same_results(parse(read_yaml(text, "")), parse(read_yaml(other, "")))
     except RequestError:  # written by another version of tunery
         return False
 
 
-def asks_the_same(one: Experiment, other: Experiment) -> bool:
-    """Whether two experiments produce the same models: they may differ in `compute` and `tracking`, which do not change
-    results."""
+def has_same_results(one: Experiment, other: Experiment) -> bool:
+    """Whether two experiments produce the same results. They may differ in `compute` and `tracking`, which do not
+    change results."""
     excluded = {"compute", "tracking"}
     return one.model_dump(exclude=excluded) == other.model_dump(exclude=excluded)

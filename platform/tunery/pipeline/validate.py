@@ -14,14 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunery.errors import RequestError, SpecError, SpecErrors
-from tunery.ingest.read import check_source, first_rows, source_label
+from tunery.ingest.read import first_rows, source_label, validate_source
 from tunery.ingest.sources import BUILTIN, BadSource, sources_of
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.pipeline.cache_keys import model_folder, pretrained_models
 from tunery.pipeline.validate_augment import validate_augment
 from tunery.pipeline.validate_models import long_notes, validate_models
 from tunery.pipeline.validate_templates import validate_templates
-from tunery.pipeline.validate_training import check_shapes, known_labels, root_of, validate_rewards
+from tunery.pipeline.validate_training import known_labels, root_of, validate_rewards, validate_row_formats
 from tunery.review.decisions import BadDecisions, decisions_path, read_decisions
 from tunery.spec import (
     Augment,
@@ -89,7 +89,7 @@ def _check_stage(
     at = ("stages", name)
     if isinstance(stage, Dataset):
         try:
-            check_source(stage, folder)
+            validate_source(stage, folder)
         except BadSource as error:
             yield error_at(
                 source, (*at, error.field), f"{name}: {error.message}", cause=error.cause, remedy=error.remedy
@@ -121,7 +121,7 @@ def _check_stage(
                 )
     if isinstance(stage, ClassifierTraining):
         yield from _check_has_labels(name, stage, experiment, source, folder)
-    yield from check_shapes(name, stage, experiment, source, folder)
+    yield from validate_row_formats(name, stage, experiment, source, folder)
     if models_valid:
         model_errors = list(validate_models(name, stage, experiment, source, folder))
         yield from model_errors

@@ -14,8 +14,8 @@ from pathlib import Path
 from tunery.errors import SpecError
 from tunery.ingest.filesystem import File
 from tunery.ingest.formats.hub import HubDataset
-from tunery.ingest.read import first_shape, source_label
-from tunery.ingest.sources import BadSource, Builtin, Part, find_parts
+from tunery.ingest.read import first_row_format, source_label
+from tunery.ingest.sources import BadSource, Builtin, SourcePart, resolve_sources
 from tunery.pipeline.validate_training import root_of
 from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
 from tunery.spec.error_messages import error_at
@@ -41,7 +41,7 @@ def _check_shapes(
 ) -> Iterator[SpecError]:
     at: KeyPath = ("stages", name)
     data = root_of(experiment, stage.data)
-    shape = first_shape(data, folder)
+    shape = first_row_format(data, folder)
     if shape == "text":
         yield error_at(
             source,
@@ -54,7 +54,7 @@ def _check_shapes(
     if stage.few_shot is not None and stage.few_shot.counts[-1]:
         given = stage.few_shot.examples
         examples = root_of(experiment, given or stage.data)
-        shape = first_shape(examples, folder)
+        shape = first_row_format(examples, folder)
         if shape in ("text", "prompt"):
             yield error_at(
                 source,
@@ -136,10 +136,10 @@ def _shared(one: Dataset, other: Dataset, folder: Path) -> str:
     Raises BadSource."""
     if not _overlap(one, other):
         return ""
-    parts = find_parts(other, folder)
+    parts = resolve_sources(other, folder)
     known = {_path(part) for part in parts if isinstance(part, File)}
     splits = one.split if one.split == other.split else f"{other.split} and {one.split}"
-    for part in find_parts(one, folder):
+    for part in resolve_sources(one, folder):
         if _path(part) in known if isinstance(part, File) else any(_same(part, seen) for seen in parts):
             return f"`{part.name}` (split {splits})"
     return ""
@@ -150,7 +150,7 @@ def _path(file: File) -> str:
     return file.name if file.is_remote else os.path.realpath(file.path)
 
 
-def _same(one: Builtin | HubDataset, other: Part) -> bool:
+def _same(one: Builtin | HubDataset, other: SourcePart) -> bool:
     """Whether two sources can share rows. All subsets of the builtin corpora can, since they are about the same
     objects. A hub config or split that is not set matches any."""
     if isinstance(one, HubDataset) and isinstance(other, HubDataset):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import SpecError
-from tunery.ingest.read import first_shape, source_label
+from tunery.ingest.read import first_row_format, source_label
 from tunery.ingest.sources import BUILTIN, BadSource, sources_of
 from tunery.models.labels import REWARD, Labels, labels_of_folder
 from tunery.models.model_folder import BadModel
@@ -67,7 +67,7 @@ NEEDS = {
 """By stage kind; a kind that is not listed accepts every row format."""
 
 
-def check_shapes(
+def validate_row_formats(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
     """Yield an error for each data field whose rows have an unsupported format, judged by the first row of the dataset
@@ -80,7 +80,7 @@ def check_shapes(
         for path, rows in data_refs(data).items():
             root = root_of(experiment, rows)
             try:
-                shape = first_shape(root, folder)
+                shape = first_row_format(root, folder)
             except BadSource:  # reported for the dataset
                 continue
             if shape not in need.shapes:
@@ -146,7 +146,7 @@ def _check_function(reward: PythonReward, folder: Path) -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadModel(
-            f"`{reward.python}` can't be read", str(error), "paths start at the experiment's folder"
+            f"`{reward.python}` can't be read", str(error), "paths are relative to the experiment's folder"
         ) from None
     except SyntaxError as error:
         raise BadModel(f"`{reward.python}` is no Python: line {error.lineno}", str(error.msg), "correct it") from None

@@ -72,7 +72,7 @@ def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
         ]
     elif isinstance(stage, WinRate):
         encoding = stage_encoding(stage)
-        inputs = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.contestants]
+        inputs = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.candidates]
     if not inputs:
         cause = "none of its scorers has a model" if isinstance(stage, Score) else f"it is a {stage.kind} stage"
         raise RequestError(f"`{name}` feeds no rows to a model", cause=cause, remedy=nearest(name, supported))
@@ -116,7 +116,7 @@ def _input_format(scorer: ScorerSpec) -> InputFormat:
     views = entry.load()(scorer).views
     if "alone" in views:
         return "ifd"
-    return "all_tokens" if "whole" in views else "scored"
+    return "all_tokens" if "all" in views else "scored"
 
 
 def _merge(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput]:

@@ -13,7 +13,7 @@ from tunery.models.preview import ROWS, preview_rows, template_summary, text_sum
 from tunery.models.preview_sequences import PreviewRow
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.pipeline.execute import RunContext
-from tunery.pipeline.validate_training import check_shapes
+from tunery.pipeline.validate_training import validate_row_formats
 from tunery.preview.inputs import ModelInput, preview_inputs
 from tunery.preview.preview_sources import LoadedTokenizer, PreviewSources
 from tunery.spec import load
@@ -72,7 +72,7 @@ def preview(
     experiment, source = load(file)
     inputs = preview_inputs(stage, experiment)
     context = RunContext(store, store.run(experiment.name), Path(source.file))
-    if errors := list(check_shapes(stage, experiment.stages[stage], experiment, source, context.folder)):
+    if errors := list(validate_row_formats(stage, experiment.stages[stage], experiment, source, context.folder)):
         raise SpecErrors(errors)
     models = [model for item in inputs for model in item.models if isinstance(model, str)]
     sources = PreviewSources(experiment, source, context, [*(item.data for item in inputs), *models])

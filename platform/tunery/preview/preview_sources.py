@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source, source_label
-from tunery.ingest.sources import BadSource, find_parts, out_of_reach
+from tunery.ingest.sources import BadSource, resolve_sources, unavailable_source
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, outline_with_head, source_of
 from tunery.models.meta_model import outline
 from tunery.models.model_folder import BadModel, check_model_folder
@@ -86,7 +86,7 @@ class PreviewSources:
                 raise SpecErrors(errors)
             try:
                 if isinstance(stage, Dataset):
-                    find_parts(stage, self.context.folder)
+                    resolve_sources(stage, self.context.folder)
             except BadSource as error:
                 raise self._error(name, error.field, error) from None
         try:
@@ -142,7 +142,7 @@ class PreviewSources:
         except BadSource as error:
             raise self._error(name, error.field, error) from None
         except UnavailableFile as error:
-            raise self._error(name, "source", out_of_reach(error)) from None
+            raise self._error(name, "source", unavailable_source(error)) from None
         if not count:
             cause = "every row is of another split"
             if unusable:

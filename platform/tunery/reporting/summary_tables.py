@@ -371,7 +371,7 @@ def results(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> dict[s
         stage = experiment.stages[name]
         if isinstance(stage, Training):
             values[name] = artifact.facts.get(stage.metrics[0])
-        elif stage.gives == "metrics":
+        elif stage.output_type == "metrics":
             values[name] = artifact.facts.get("results")
     return values
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.ingest.corruption_metrics import Bools, filter_quality
 from tunery.review.agreement import agreement, best_threshold
 from tunery.review.decisions import Decision, decisions_identity, decisions_path, read_decisions
@@ -79,7 +79,7 @@ def run_review(context: StageContext) -> StageResult:
         written = write_rows(kept_rows(), context.out)
     dropped = sum(1 for _ in _read_jsonl(context.out / "dropped.jsonl"))
     if written + dropped != len(kept) or written != int(kept.sum()):
-        raise RowsLost(context.name, f"{len(kept)} rows went in, {written} kept, {dropped} dropped")
+        raise RowCountError(context.name, f"{len(kept)} rows went in, {written} kept, {dropped} dropped")
     write_rows(labelled.values(), context.out / REVIEWED_DIR)
     known_kinds = [kind for kind in corruption_kinds if kind is not None]
     return StageResult(

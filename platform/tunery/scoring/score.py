@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.ingest.row_samples import quarantine_facts
 from tunery.models.load import source_of
 from tunery.scoring.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RuleActor
@@ -80,7 +80,7 @@ def run_scoring(context: StageContext) -> StageResult:
     facts = describe_scores(context.out, stage.by)
     rows_in = sum(int(pq.read_metadata(path).num_rows) for path in files)
     if facts["rows"] != facts["rows_out"] or facts["rows_out"] + num_quarantined != rows_in:
-        raise RowsLost(
+        raise RowCountError(
             context.name,
             f"{rows_in} rows went in; {facts['rows']} came out with {facts['rows_out']} scores, "
             f"{num_quarantined} in quarantine",
@@ -195,7 +195,7 @@ def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: S
                 )
                 columns.setdefault("id", result["id"])
                 if result["id"] != columns["id"]:
-                    raise RowsLost(context.name, f"the scores of {path.name} are not those of its rows")
+                    raise RowCountError(context.name, f"the scores of {path.name} are not those of its rows")
                 reasons = score_pass.folder / f"{path.stem}.lost.json"
                 if reasons.is_file():
                     failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}

@@ -44,8 +44,8 @@ def describe_scores(artifact: Path, by: Sequence[ScorerSpec]) -> dict[str, Any]:
     truncated_columns = [f"{spec.score}_truncated" for spec in by if f"{spec.score}_truncated" in names]
     truncated = _count_rows_with_any(artifact, truncated_columns)
     corruption_kinds = _read_corruption_kinds(artifact) if rows <= MAX_AUC_ROWS else None
-    vectors = {spec.score: _describe_vectors(artifact, spec.score) for spec in by if spec.gives_vectors}
-    by = [spec for spec in by if not spec.gives_vectors]
+    vectors = {spec.score: _describe_vectors(artifact, spec.score) for spec in by if spec.returns_embeddings}
+    by = [spec for spec in by if not spec.returns_embeddings]
     score_stats = {spec.score: _describe_score(artifact, spec, rows, corruption_kinds) for spec in by}
     return {
         "rows": rows,

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tunery.errors import RequestError, SpecError
 from tunery.events.formatting import overrides_text
-from tunery.pipeline.run_record import Recorded, read_run
+from tunery.pipeline.run_record import RunRecord, read_run
 from tunery.pipeline.validate import check_trial
 from tunery.search.space import curve_stage, metric_stages, trial_experiment, trial_id
 from tunery.search.steering import SearchControl
@@ -140,7 +140,7 @@ def incomparable_notes(experiment: Experiment, overrides: Values) -> tuple[str, 
     )
 
 
-def validate_values(record: Recorded, overrides: Values, known: Sequence[TrialRow], changed: Sequence[str]) -> None:
+def validate_values(record: RunRecord, overrides: Values, known: Sequence[TrialRow], changed: Sequence[str]) -> None:
     """Raise RequestError if the values are not valid for a trial, or a trial has them already. `changed` are the paths
     that the user gave."""
     experiment = record.experiment
@@ -202,7 +202,7 @@ def _stages_of(experiment: Experiment, overrides: Mapping[str, Any]) -> Any:
         return None
 
 
-def _folder(record: Recorded) -> Path | None:
+def _folder(record: RunRecord) -> Path | None:
     """Return the directory of the experiment file, which relative paths refer to; None if it does not exist here."""
     file = Path(record.state.file)
     return file.parent if file.is_file() else None

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.ingest.corruption_metrics import Bools, Floats, filter_quality
 from tunery.ingest.row_samples import DecileSamples, decile_edges
 from tunery.scoring.score_stats import MAX_AUC_ROWS
@@ -92,7 +92,7 @@ def run_select(context: StageContext) -> StageResult:
 
     dropped = sum(1 for _ in (context.out / "dropped.jsonl").open(encoding="utf-8"))
     if written + dropped != table.rows:
-        raise RowsLost(context.name, f"{table.rows} rows went in, {written} kept, {dropped} dropped")
+        raise RowCountError(context.name, f"{table.rows} rows went in, {written} kept, {dropped} dropped")
     if not written:
         raise _nothing_passes_error(context, data, table.rows, rules, diversity)
     return StageResult(

@@ -1,4 +1,4 @@
-"""The stage kind `augment`: what its templates, examples and chains of thought may be."""
+"""Config of the stage kind `augment`: templates, few-shot examples and chain of thought."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from tunery.spec.references import ROWS, Config, Gives, StageRef
+from tunery.spec.references import ROWS, Config, OutputType, StageRef
 
 PLAIN = "{question}"
-"""The template that changes nothing."""
+"""The identity template."""
 
 
 def _fields(text: str) -> list[str]:
-    """The names in braces, in their order. Raises ValueError where a brace is open, or holds more than a name."""
+    """Return the placeholder names in order. Raises ValueError for an unclosed brace or a format specification."""
     try:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise ValueError(f"{str(error).lower()}; a literal brace is written twice, {{{{ or }}}}") from None
+        raise ValueError(f"{str(error).lower()}; write a literal brace twice: {{{{ or }}}}") from None
     for _, name, layout, conversion in pieces:
         if layout or conversion:
-            raise ValueError(f"`{name}` stands with a format, and only the name may stand in the braces")
+            raise ValueError(f"`{name}` has a format specification; a placeholder has only a name")
     return [name for _, name, _, _ in pieces if name is not None]
 
 
 def _with(*known: str) -> AfterValidator:
-    """A text with each of these names in braces, the last one once and behind the others, and no others."""
+    """Validate a template: it has all `known` placeholders and no others, and the last one once, after the others."""
 
     def check(text: str) -> str:
-        found = _fields(text)
-        if unknown := sorted(set(found) - set(known)):
+        names = _fields(text)
+        if unknown := sorted(set(names) - set(known)):
             raise ValueError(
-                f"it names {', '.join(f'{{{name}}}' for name in unknown)}, "
-                f"and there is only {' and '.join(f'{{{name}}}' for name in known)}; a literal brace is written twice"
+                f"unknown placeholder {', '.join(f'{{{name}}}' for name in unknown)}; "
+                f"known: {', '.join(f'{{{name}}}' for name in known)}. Write a literal brace twice"
             )
-        if missing := [name for name in known if name not in found]:
-            raise ValueError(f"it lacks {' and '.join(f'{{{name}}}' for name in missing)}")
-        if len(known) > 1 and (found[-1] != known[-1] or found.count(known[-1]) > 1):
-            raise ValueError(f"{{{known[-1]}}} should stand in it once, behind {{{known[0]}}}")
+        if missing := [name for name in known if name not in names]:
+            raise ValueError(f"missing placeholder {' and '.join(f'{{{name}}}' for name in missing)}")
+        if len(known) > 1 and (names[-1] != known[-1] or names.count(known[-1]) > 1):
+            raise ValueError(f"{{{known[-1]}}} must occur once, after {{{known[0]}}}")
         return text
 
     return AfterValidator(check)
@@ -70,12 +70,12 @@ class FewShot(Config):
     @classmethod
     def _ascending(cls, shots: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if isinstance(shots, tuple) and shots[0] > shots[1]:
-            raise ValueError(f"the range ends ({shots[1]}) before it begins ({shots[0]})")
+            raise ValueError(f"the lower bound {shots[0]} is above the upper bound {shots[1]}")
         return shots
 
     @property
     def counts(self) -> range:
-        """The numbers of examples that may be drawn."""
+        """The possible numbers of examples."""
         low, high = (self.shots, self.shots) if isinstance(self.shots, int) else self.shots
         return range(low, high + 1)
 
@@ -99,7 +99,7 @@ class Augment(Config):
     https://arxiv.org/abs/2301.13688)."""
 
     kind: Literal["augment"]
-    gives: ClassVar[Gives] = "rows"
+    output_type: ClassVar[OutputType] = "rows"
     data: str
     """Conversations, prompts, preference pairs or rated responses."""
     templates: Annotated[tuple[Annotated[str, _with("question")], ...], Field(min_length=1)] = (PLAIN,)
@@ -127,21 +127,21 @@ class Augment(Config):
 
     @field_validator("templates", "heldout")
     @classmethod
-    def _distinct(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({item for item in given if given.count(item) > 1}):
-            raise ValueError(f"{', '.join(map(repr, twice))} stands in it twice")
-        return given
+    def _distinct(cls, items: tuple[str, ...]) -> tuple[str, ...]:
+        if repeated := sorted({item for item in items if items.count(item) > 1}):
+            raise ValueError(f"{', '.join(map(repr, repeated))} occurs more than once")
+        return items
 
     @model_validator(mode="after")
     def _different_prompts(self) -> Augment:
         if self.templates == (PLAIN,) and self.few_shot is None and self.chain_of_thought is None:
-            raise ValueError("it changes nothing: give `templates`, `few_shot` or `chain_of_thought`")
+            raise ValueError("it has no effect: set `templates`, `few_shot` or `chain_of_thought`")
         if self.few_shot is None or self.few_shot.counts == range(1):
             direct = self.chain_of_thought.direct if self.chain_of_thought else 0.0
-            most = max(math.ceil(self.copies * direct), math.ceil(self.copies * (1 - direct)))
-            if most > len(self.templates):
+            max_copies = max(math.ceil(self.copies * direct), math.ceil(self.copies * (1 - direct)))
+            if max_copies > len(self.templates):
                 raise ValueError(
-                    f"{self.copies} copies can't all differ by {len(self.templates)} of `templates` and no examples: "
-                    "give more templates, `few_shot`, or fewer copies"
+                    f"{self.copies} copies can't all differ with {len(self.templates)} templates and without examples: "
+                    "add templates or `few_shot`, or reduce `copies`"
                 )
         return self

@@ -14,7 +14,7 @@ from tunery.spec.stages import RANDOM, Review, Score, Select
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
-_FROM_OUTSIDE = "none; write {pretrained: <folder or hub name>}"
+_PRETRAINED_HINT = "none; use {pretrained: <folder or hub name>}"
 
 
 def check_references(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
@@ -24,7 +24,10 @@ def check_references(experiment: Experiment, source: YamlSource) -> Iterable[Spe
         path: KeyPath = ("stages", name)
         if not name.replace("_", "").isalnum() or not name[0].isalpha():
             yield error_at(
-                source, path, f"`{name}` is no stage's name", remedy="use letters, digits and _, with a letter first"
+                source,
+                path,
+                f"`{name}` is not a valid stage name",
+                remedy="use letters, digits and _, starting with a letter",
             )
         for item in stage.inputs():
             at = (*path, *item.path)
@@ -33,32 +36,35 @@ def check_references(experiment: Experiment, source: YamlSource) -> Iterable[Spe
                 yield error_at(
                     source,
                     at,
-                    f"`{field}` refers to stage `{item.stage}`, which isn't there",
+                    f"`{field}` refers to the stage `{item.stage}`, which does not exist",
                     remedy=nearest(item.stage, (other for other in stages if other != name)),
                 )
-            elif stages[item.stage].gives not in item.wants:
-                fitting = [other for other, stage in stages.items() if stage.gives in item.wants and other != name]
-                # A model may come from outside the experiment, rows come from a stage.
-                otherwise = "none; add one" if set(item.wants) & set(ROWS) else _FROM_OUTSIDE
+            elif stages[item.stage].output_type not in item.accepts:
+                candidates = [
+                    other for other, stage in stages.items() if stage.output_type in item.accepts and other != name
+                ]
+                # Models may be pretrained; rows are always the output of a stage.
+                alternative = "none; add one" if set(item.accepts) & set(ROWS) else _PRETRAINED_HINT
                 yield error_at(
                     source,
                     at,
-                    f"`{field}` needs {_wanted(item.wants)}, but `{item.stage}` is a {stages[item.stage].kind} stage",
-                    cause=f"a {stages[item.stage].kind} stage gives {_wanted((stages[item.stage].gives,))}",
-                    remedy=f"stages that fit: {', '.join(fitting) or otherwise}",
+                    f"`{field}` needs {_type_names(item.accepts)}, but `{item.stage}` is a "
+                    f"{stages[item.stage].kind} stage",
+                    cause=f"a {stages[item.stage].kind} stage outputs {_type_names((stages[item.stage].output_type,))}",
+                    remedy=f"matching stages: {', '.join(candidates) or alternative}",
                 )
     if cycle := graph.find_cycle(stages):
         yield error_at(
             source,
             ("stages", cycle[0]),
             f"the stages form a cycle: {' -> '.join(cycle)}",
-            cause="each of them waits for the next",
-            remedy="let one of them read an earlier stage",
+            cause="each of them depends on the next",
+            remedy="let one of them use an earlier stage",
         )
 
 
-def _wanted(gives: tuple[str, ...]) -> str:
-    words = {
+def _type_names(output_types: tuple[str, ...]) -> str:
+    names = {
         "rows": "rows",
         "scored": "scored rows",
         "selected": "selected rows",
@@ -67,7 +73,8 @@ def _wanted(gives: tuple[str, ...]) -> str:
         "metrics": "metrics",
     }
     # Every input that accepts rows accepts selected rows too, so the message omits them.
-    return " or ".join(words[give] for give in gives if give != "selected" or "rows" not in gives)
+    distinct = [name for name in output_types if name != "selected" or "rows" not in output_types]
+    return " or ".join(names[name] for name in distinct)
 
 
 def check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:
@@ -80,9 +87,9 @@ def check_scores(experiment: Experiment, source: YamlSource) -> Iterable[SpecErr
                 yield error_at(
                     source,
                     ("stages", name, "data"),
-                    f"`{name}` asks about rows near a cut, and `{stage.data}` has none",
-                    cause="it keeps rows by how alike they are, or so many of each source",
-                    remedy="name a select stage with a rule in `keep`",
+                    f"`{name}` reviews rows near a threshold, but `{stage.data}` has none",
+                    cause="it selects rows by diversity or quota only",
+                    remedy="use a select stage with a rule in `keep`",
                 )
         if isinstance(stage, Select):
             yield from _check_scores_of(name, stage, experiment, source)
@@ -92,8 +99,8 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
     """Check that the data of a select stage has every score and every vector that the stage uses."""
     scored = experiment.stages[stage.data]
     scorers = scored.by if isinstance(scored, Score) else ()
-    made = [scorer.score for scorer in scorers if not scorer.gives_vectors]
-    vectors = [scorer.score for scorer in scorers if scorer.gives_vectors]
+    scores = [scorer.score for scorer in scorers if not scorer.returns_embeddings]
+    vectors = [scorer.score for scorer in scorers if scorer.returns_embeddings]
     used: list[tuple[KeyPath, str]] = [(("keep", score), score) for score in stage.keep]
     if stage.quota is not None and stage.quota.by is not None:
         used.append((("quota", "by"), stage.quota.by))
@@ -105,25 +112,29 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
             yield error_at(
                 source,
                 at,
-                f"`{name}.{path[0]}` uses the score `{score}`, which is none",
-                cause=f"without `reference` an embedding gives each row a vector, for `{name}.diverse.by`",
-                remedy=f"give it `reference` in `{stage.data}`, or name another: {', '.join([*made, RANDOM])}",
+                f"`{name}.{path[0]}` uses `{score}`, which is not a score",
+                cause=f"without `reference` an embedding stores vectors, which are used by `{name}.diverse.by`",
+                remedy=f"set its `reference` in `{stage.data}`, or use another score: {', '.join([*scores, RANDOM])}",
             )
-        elif score not in (*made, RANDOM):
+        elif score not in (*scores, RANDOM):
             yield error_at(
                 source,
                 at,
-                f"`{name}.{path[0]}` uses the score `{score}`, which `{stage.data}` does not make",
-                cause="" if made else f"`{stage.data}` is a {scored.kind} stage, which makes no scores",
-                remedy=nearest(score, [*made, RANDOM]),
+                f"`{name}.{path[0]}` uses the score `{score}`, which `{stage.data}` does not compute",
+                cause="" if scores else f"`{stage.data}` is a {scored.kind} stage, which computes no scores",
+                remedy=nearest(score, [*scores, RANDOM]),
             )
     if stage.diverse is not None and stage.diverse.by not in vectors:
         by = stage.diverse.by
-        cause = f"it is a {scored.kind} stage" if not scorers else "only an embedding without `reference` keeps some"
+        cause = (
+            f"it is a {scored.kind} stage" if not scorers else "only an embedding without `reference` stores vectors"
+        )
         yield error_at(
             source,
             ("stages", name, "diverse", "by"),
-            f"`{name}.diverse` compares rows by `{by}`, of which `{stage.data}` keeps no vectors",
+            f"`{name}.diverse` uses the vectors of `{by}`, which `{stage.data}` does not store",
             cause=cause,
-            remedy=nearest(by, vectors) if vectors else "let a score stage keep them: `by: [{embedding: <model>}]`",
+            remedy=nearest(by, vectors)
+            if vectors
+            else "add an embedding to a score stage: `by: [{embedding: <model>}]`",
         )

@@ -82,8 +82,8 @@ def _check_metrics(experiment: Experiment, search: Search, source: YamlSource) -
         named += [(("search", field, index, "metric"), item.metric) for index, item in enumerate(items)]
     for path, metric in named:
         if metric not in known:
-            cause = "" if known else "no stage logs one: give a training `eval_data`, or add an evaluate stage"
-            yield error_at(source, path, f"nobody logs `{metric}`", cause=cause, remedy=nearest(metric, known))
+            cause = "" if known else "no stage logs a metric: set `eval_data` of a training, or add an evaluate stage"
+            yield error_at(source, path, f"no stage logs `{metric}`", cause=cause, remedy=nearest(metric, known))
     if search.scheduler != "none" and search.metric in known:
         yield from _check_scheduler(experiment, search, source, known)
 
@@ -92,18 +92,18 @@ def _check_scheduler(
     experiment: Experiment, search: Search, source: YamlSource, known: list[str]
 ) -> Iterator[SpecError]:
     at: KeyPath = ("search", "scheduler")
-    while_training = [name for name in known if name.count(".") == 1]
+    logged_during_training = [name for name in known if name.count(".") == 1]
     name = search.metric.split(".")[0]
     stage = experiment.stages[name]
-    if search.metric not in while_training or not isinstance(stage, Training):
+    if search.metric not in logged_during_training or not isinstance(stage, Training):
         yield error_at(
             source,
             at,
             f"{search.scheduler} can't stop trials early by `{search.metric}`",
-            cause="that is measured once, after the training",
-            remedy=f"aim at one of: {', '.join(while_training)}"
-            if while_training
-            else "use `scheduler: none`, or give a training `eval_data` and aim at its eval_loss",
+            cause="that metric is computed once, after the training",
+            remedy=f"use one of: {', '.join(logged_during_training)}"
+            if logged_during_training
+            else "use `scheduler: none`, or set `eval_data` of a training and use its eval_loss",
         )
     elif stage.num_evals == 1 and f"{name}.num_evals" not in search.space:
         yield error_at(
@@ -111,7 +111,7 @@ def _check_scheduler(
             at,
             f"{search.scheduler} can't stop trials early by `{search.metric}`",
             cause=f"`{name}` evaluates once, at its end (`num_evals: 1`)",
-            remedy="raise `num_evals`, or use `scheduler: none`",
+            remedy="increase `num_evals`, or use `scheduler: none`",
         )
     elif search.scheduler == "pbt":
         yield from _check_population(name, stage, search, source)
@@ -123,7 +123,7 @@ def _check_population(name: str, stage: Training[Any], search: Search, source: Y
         yield error_at(
             source,
             ("search", "scheduler"),
-            "pbt has nothing to change while trials train",
+            "pbt has no dimension that it can change during training",
             cause=f"the space is: {', '.join(search.space)}",
             remedy=f"search {' or '.join(f'`{path}`' for path in paths)}",
         )
@@ -134,27 +134,29 @@ def _check_population(name: str, stage: Training[Any], search: Search, source: Y
                 source,
                 ("search", "space", path),
                 f"pbt can't change `{path}`",
-                cause="it is there in some trials only" if dimension.when else "`auto` is no number",
-                remedy="give it numbers, and no `when`",
+                cause="it is not active in all trials" if dimension.when else "`auto` is not a number",
+                remedy="use numbers, without `when`",
             )
-    written = [path for path in search.space if path in (f"{name}.schedule_overrides", f"{name}.num_evals")]
-    for path in written:
+    unsupported = [path for path in search.space if path in (f"{name}.schedule_overrides", f"{name}.num_evals")]
+    for path in unsupported:
         yield error_at(
             source,
             ("search", "space", path),
             f"pbt can't search `{path}`",
-            cause="it writes `schedule_overrides` itself, at evaluations that all trials have in common",
-            remedy="leave it out, or use another scheduler",
+            cause="it sets `schedule_overrides` itself, at evaluations that all trials share",
+            remedy="remove it, or use another scheduler",
         )
     if stage.schedule_overrides:
         yield error_at(
             source,
             ("stages", name, "schedule_overrides"),
-            f"pbt writes the `schedule_overrides` of `{name}` itself",
-            remedy="leave them out, or use another scheduler",
+            f"pbt sets the `schedule_overrides` of `{name}` itself",
+            remedy="remove them, or use another scheduler",
         )
     if search.trials == 1:
-        yield error_at(source, ("search", "trials"), "a population of 1 has nobody to learn from", remedy="raise it")
+        yield error_at(
+            source, ("search", "trials"), "a population of 1 has no other trial to copy", remedy="increase it"
+        )
 
 
 def _check_conditions(path: str, dimension: Dimension, search: Search, source: YamlSource) -> Iterator[SpecError]:
@@ -166,7 +168,7 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
             yield error_at(
                 source,
                 at,
-                f"`{path}` depends on `{other}`, which is no dimension",
+                f"`{path}` depends on `{other}`, which is not a dimension",
                 remedy=nearest(other, others),
             )
             continue
@@ -175,9 +177,9 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
                 yield error_at(
                     source,
                     at,
-                    f"`{path}` waits for `{other}` to be {value!r}, which no trial has",
+                    f"`{path}` requires `{other}` to be {value!r}, which is not in its dimension",
                     cause=f"`{other}` is {condition.describe()}",
-                    remedy="name one of its values",
+                    remedy="use one of its values",
                 )
     if not dimension.when or any(other not in search.space for other in dimension.when):
         return
@@ -188,9 +190,9 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
             yield error_at(
                 source,
                 ("search", "space", path, "when"),
-                f"`{path}` is there only if it is there",
-                cause=f"its conditions come back to it: {' -> '.join([*seen, path])}",
-                remedy="let one of them stand without a condition",
+                f"the condition of `{path}` depends on itself",
+                cause=f"its conditions form a cycle: {' -> '.join([*seen, path])}",
+                remedy="remove the condition of one of them",
             )
             return
         if other not in seen and other in search.space:
@@ -200,13 +202,13 @@ def _check_conditions(path: str, dimension: Dimension, search: Search, source: Y
 
 def _check_values(path: str, dimension: Dimension, experiment: Experiment, source: YamlSource) -> SpecError | None:
     """Return an error unless each value (or end of a range) gives a valid experiment when the dimension is active."""
-    assert experiment.search is not None, "asked for by its dimension"
+    assert experiment.search is not None, "the caller has a dimension"
     at: KeyPath = ("search", "space", path)
     for value in dimension.values:
         try:
             trial = with_overrides(experiment, {**conditions_met(path, experiment.search.space), path: value})
         except PathError as error:
-            return error_at(source, at, f"no field has the search path {error}", remedy=error.remedy)
+            return error_at(source, at, f"invalid search path {error}", remedy=error.remedy)
         except ValidationError as error:
             return error_at(
                 source,
@@ -237,24 +239,24 @@ def _check_point(point: dict[str, Any], at: KeyPath, search: Search, source: Yam
             yield error_at(
                 source,
                 (*at, path),
-                f"`{path}` of a first point is no dimension",
+                f"`{path}` of an initial point is not a dimension",
                 remedy=nearest(path, search.space),
             )
         elif not dimension.contains(value):
             yield error_at(
                 source,
                 (*at, path),
-                f"`{path}` of a first point can't be {value!r}",
+                f"`{path}` of an initial point can't be {value!r}",
                 cause=f"`{path}` is {dimension.describe()}",
-                remedy="take a value of the space, or widen it",
+                remedy="use a value of the space, or extend the space",
             )
         elif not dimension.is_active(point):
             yield error_at(
                 source,
                 (*at, path),
-                f"`{path}` of a first point is not there",
+                f"`{path}` of an initial point is not active",
                 cause=f"it is {dimension.describe()}",
-                remedy="give the point what it depends on, or leave it out",
+                remedy="add the values of its condition, or remove it",
             )
 
 
@@ -267,8 +269,8 @@ def _check_grid(search: Search, source: YamlSource) -> Iterable[SpecError]:
             yield error_at(
                 source,
                 ("search", "space", path),
-                f"a grid needs listed values, `{path}` is {dimension.describe()}",
-                remedy="list the values as `choice`, give a `step`, or use `algorithm: random`",
+                f"a grid needs a list of values, but `{path}` is {dimension.describe()}",
+                remedy="list the values as `choice`, set `step`, or use `algorithm: random`",
             )
     count = math.prod(combinations)
     if len(combinations) == len(search.space) and count > search.trials and not _conditional(search):

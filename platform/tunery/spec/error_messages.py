@@ -55,7 +55,7 @@ def translate_all(details: list[ErrorDetails], source: YamlSource) -> list[SpecE
 
 def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
     path = _path_in_file(detail["loc"], source.data)
-    shown = ".".join(map(str, path)) or "the experiment"
+    location = ".".join(map(str, path)) or "the experiment"
     kind = detail["type"]
     if kind == "extra_forbidden":
         key = str(detail["loc"][-1])
@@ -63,17 +63,17 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
         return error_at(source, path, f"`{owner}` has no key `{key}`", remedy=nearest(key, _fields_at(detail["loc"])))
     if kind == "missing":
         key = str(detail["loc"][-1])
-        return error_at(source, path, f"`{shown}` lacks `{key}`", remedy=f"add `{key}: ...`")
+        return error_at(source, path, f"`{location}` has no `{key}`, which is required", remedy=f"add `{key}: ...`")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         kinds = [stage.model_fields["kind"].annotation.__args__[0] for stage in _members(Stage)]
         if kind == "union_tag_not_found":
-            return error_at(source, path, f"`{shown}` lacks `kind`", remedy=f"one of: {', '.join(kinds)}")
+            return error_at(source, path, f"`{location}` has no `kind`", remedy=f"one of: {', '.join(kinds)}")
         given = str(detail["ctx"]["tag"])
         if detail["ctx"]["discriminator"] == "_scorer_tag()":
             return error_at(
                 source,
                 path,
-                f"`{shown}` can't be {_shorten(detail['input'])}",
+                f"`{location}` can't be {_shorten(detail['input'])}",
                 cause="a scorer is a mapping whose first key is its kind",
                 remedy=nearest(given.removesuffix(" scorer"), SCORERS),
             )
@@ -82,17 +82,19 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
             return error_at(
                 source,
                 path,
-                f"`{shown}` can't be {_shorten(detail['input'])}",
+                f"`{location}` can't be {_shorten(detail['input'])}",
                 cause="a tuner is the name of one without settings, or a mapping whose key is its kind",
                 remedy=f"write `{{{name}: {{}}}}`" if name in ADAPTERS else nearest(name, ADAPTERS),
             )
         if detail["ctx"]["discriminator"] != "'kind'":
-            cause = f"it is of the form `{given}`, and only these fit here: {detail['ctx']['expected_tags']}"
-            remedy = "name a stage that gives a model, or write {pretrained: <folder or hub name>}"
-            return error_at(source, path, f"`{shown}` can't be {_shorten(detail['input'])}", cause=cause, remedy=remedy)
+            cause = f"a `{given}` is not allowed here; allowed: {detail['ctx']['expected_tags']}"
+            remedy = "use a stage that outputs a model, or {pretrained: <folder or hub name>}"
+            return error_at(
+                source, path, f"`{location}` can't be {_shorten(detail['input'])}", cause=cause, remedy=remedy
+            )
         return error_at(source, (*path, "kind"), f"there is no stage kind `{given}`", remedy=nearest(given, kinds))
     value = _shorten(detail["input"])
-    return error_at(source, path, f"`{shown}` can't be {value}", cause=sentence(detail))
+    return error_at(source, path, f"`{location}` can't be {value}", cause=sentence(detail))
 
 
 def sentence(detail: ErrorDetails) -> str:
@@ -114,14 +116,14 @@ def kind_of(data: Any) -> str:
 def _path_in_file(loc: tuple[int | str, ...], data: Any) -> KeyPath:
     """Return the location of a pydantic error without the union tags, which are not in the file."""
     path: list[int | str] = []
-    here = data
+    node = data
     for key in loc:
-        if isinstance(here, dict):
-            found = key in here
+        if isinstance(node, dict):
+            exists = key in node
         else:
-            found = isinstance(here, list) and isinstance(key, int) and key < len(here)
-        if found:
-            here = here[key]
+            exists = isinstance(node, list) and isinstance(key, int) and key < len(node)
+        if exists:
+            node = node[key]
             path.append(key)
     return tuple(path)
 
@@ -140,7 +142,7 @@ def _step(annotation: Any, key: int | str) -> Any:
         field = annotation.model_fields.get(key)
         if field is None:
             return annotation
-        # pydantic splits the metadata off the annotation; what matters here are the members.
+        # pydantic removes the metadata from the annotation; only the members are needed.
         return next((item.union() for item in field.metadata if isinstance(item, KindUnion)), field.annotation)
     origin = get_origin(annotation)
     if origin is dict:

@@ -1,4 +1,4 @@
-"""The whole experiment, and how it is computed and tracked."""
+"""The experiment: stages, search, compute and tracking."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Compute(Config):
     worker first loads the complete models into host memory)."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Offloading to host memory. optimizer: AdamW's states and full-precision weights (from ZeRO stage 1 on); all: with
-    stage 3 the weights too. Slower, with room for a larger model."""
+    stage 3 the weights too. Slower, but allows larger models."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Sequences per forward pass and worker. auto: the largest divisor of the worker's share up to 4 (in `ppo` on a GPU
     up to 16 responses)."""

@@ -1,5 +1,4 @@
-"""The stages that learn from preferences and rewards: reward models, PPO, and the methods beside it; and how answers
-are drawn and rated."""
+"""Trainings on preferences and rewards: reward models, DPO, KTO, GRPO, RLOO and PPO; sampling and reward sources."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tunery.spec.references import AUTO, ROWS, Auto, Config, Gives, Model, Pretrained, StageRef
+from tunery.spec.references import AUTO, ROWS, Auto, Config, Model, OutputType, Pretrained, StageRef
 from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training
 from tunery.spec.tuners import FULL, Tuner
 
@@ -30,18 +29,18 @@ class Sampling(Config):
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Maximum number of tokens; a longer response is truncated."""
 
-    def check_room(self, max_length: int) -> None:
-        """Raises ValueError where no answer fits, or none behind a prompt within `max_length` tokens."""
+    def validate_lengths(self, max_length: int) -> None:
+        """Raise ValueError if no response, or no prompt before it, fits into `max_length` tokens."""
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("`sampling.min_new_tokens` is more than `max_new_tokens`")
         if self.max_new_tokens >= max_length:
             raise ValueError(
-                f"`max_length` ({max_length}) leaves no room for a prompt before {self.max_new_tokens} new tokens"
+                f"`max_length` ({max_length}) must be above `max_new_tokens` ({self.max_new_tokens}) to fit a prompt"
             )
 
 
 class PythonReward(Config):
-    """A Python function: `reward(prompts, answers)` gets two lists of texts and returns a list of numbers."""
+    """A Python function: `reward(prompts, responses)` gets two lists of texts and returns a list of numbers."""
 
     python: str
     """A .py file, relative to the experiment file; its content is part of the cache key."""
@@ -76,7 +75,7 @@ class RewardTraining(Training[str]):
     training pairs) are stored, and every user of the model gets (output - mean) / standard deviation.
     """
 
-    gives: ClassVar[Gives] = "classifier"
+    output_type: ClassVar[OutputType] = "classifier"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
     kind: Literal["reward"]
     model: Model
@@ -98,7 +97,7 @@ class Dpo(Training[RowsOrMixture]):
     tuner: Tuner = FULL
     """Full fine-tuning or LoRA."""
     truncate: PairTruncation = "left"
-    """Truncation of a prompt and response with more than `max_length` tokens. left: removes the oldest turns and the
+    """Truncation of a prompt and response with more than `max_length` tokens. left: removes the oldest messages and the
     beginning of the prompt, the same of both sides of a pair. right: the response loses its end. drop: the row is
     unusable."""
     empty_thinking: EmptyThinking = "mask"
@@ -115,7 +114,7 @@ class Dpo(Training[RowsOrMixture]):
     @model_validator(mode="after")
     def _smoothing_of_sigmoid(self) -> Dpo:
         if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"`label_smoothing` belongs to `loss: sigmoid`, not to {self.loss}")
+            raise ValueError(f"`label_smoothing` requires `loss: sigmoid`, but `loss` is {self.loss}")
         return self
 
 
@@ -144,7 +143,9 @@ class Kto(Training[RowsOrMixture]):
     @model_validator(mode="after")
     def _others_in_a_step(self) -> Kto:
         if self.global_batch_size == 1:
-            raise ValueError("`global_batch_size` 1: answers are compared with those to other prompts of the same step")
+            raise ValueError(
+                "`global_batch_size` must be above 1: responses are compared with those to other prompts of the step"
+            )
         return self
 
 
@@ -162,10 +163,10 @@ class OnlineRl(Training[str]):
     """How responses are sampled; the temperature must be above 0."""
 
     @model_validator(mode="after")
-    def _draws(self) -> OnlineRl:
+    def _samples(self) -> OnlineRl:
         if not self.sampling.temperature:
-            raise ValueError("at `sampling.temperature` 0 nothing is drawn: there is nothing to learn from")
-        self.sampling.check_room(self.max_length)
+            raise ValueError("`sampling.temperature` must be above 0: greedy responses give no learning signal")
+        self.sampling.validate_lengths(self.max_length)
         return self
 
     def inputs(self) -> Iterator[StageRef]:
@@ -191,7 +192,7 @@ class GroupRl(OnlineRl):
     def _whole_groups(self) -> GroupRl:
         if self.global_batch_size != AUTO and self.global_batch_size % self.group_size:
             raise ValueError(
-                f"`global_batch_size` ({self.global_batch_size}) counts answers: it must be a multiple of "
+                f"`global_batch_size` ({self.global_batch_size}) counts responses: it must be a multiple of "
                 f"`group_size` ({self.group_size})"
             )
         return self
@@ -236,7 +237,7 @@ class Kl(Config):
     @model_validator(mode="after")
     def _can_be_adapted(self) -> Kl:
         if self.target is not None and not self.coefficient:
-            raise ValueError("a `coefficient` of 0 can't be adapted to a `target`: begin with another")
+            raise ValueError("a `coefficient` of 0 can't be adapted to a `target`: use a positive one")
         return self
 
 

@@ -21,8 +21,8 @@ def order(stages: Mapping[str, Stage]) -> tuple[str, ...]:
 
     def visit(name: str) -> None:
         if name not in done:
-            for needed in inputs_of(stages[name]):
-                visit(needed)
+            for dependency in inputs_of(stages[name]):
+                visit(dependency)
             done[name] = None
 
     for name in stages:
@@ -54,7 +54,7 @@ def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str 
     """Yield a model, the model that its training starts from, and so on to one that no stage trains."""
     while isinstance(model, str):
         yield model
-        model = stages[model].model  # type: ignore[union-attr]  # spec.load checked that the stage gives a model
+        model = stages[model].model  # type: ignore[union-attr]  # spec.load validates that the stage outputs a model
     yield model
 
 
@@ -74,8 +74,8 @@ def find_cycle(stages: Mapping[str, Stage]) -> tuple[str, ...] | None:
             return (*trail[trail.index(name) :], name)
         if name in finished:
             return None
-        for needed in inputs_of(stages[name]):
-            if needed in stages and (cycle := walk(needed, (*trail, name))):
+        for dependency in inputs_of(stages[name]):
+            if dependency in stages and (cycle := walk(dependency, (*trail, name))):
                 return cycle
         finished.add(name)
         return None

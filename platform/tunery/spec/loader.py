@@ -24,9 +24,9 @@ def load(path: Path) -> tuple[Experiment, YamlSource]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RequestError(f"there is no file {path}", remedy="give the path of an experiment, a .yaml file") from None
+        raise RequestError(f"there is no file {path}", remedy="use the path of an experiment file (.yaml)") from None
     except IsADirectoryError:
-        raise RequestError(f"{path} is a folder", remedy="give the path of an experiment, a .yaml file") from None
+        raise RequestError(f"{path} is a folder", remedy="use the path of an experiment file (.yaml)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} can't be read: {error}", remedy="an experiment is a UTF-8 text file") from None
     source = read_yaml(text, str(path))
@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[Experiment, YamlSource]:
 def parse(source: YamlSource) -> Experiment:
     """Validate `source` and build the experiment. Raises SpecErrors with all errors of the first failing check."""
     if not isinstance(source.data, dict):
-        problem = "is empty" if source.data is None else f"holds {kind_of(source.data)}"
+        problem = "is empty" if source.data is None else f"contains {kind_of(source.data)}"
         remedy = "an experiment is a mapping with name, seed and stages"
         raise SpecErrors([SpecError(f"the file {problem}", file=source.file, line=1, remedy=remedy)])
     try:

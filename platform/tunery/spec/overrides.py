@@ -31,7 +31,9 @@ def with_overrides(experiment: Experiment, overrides: Mapping[str, Any]) -> Expe
 def _put(stages: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     if not parents:
-        raise PathError(f"`{path}` names no field", "write <stage>.<field>, such as sft.learning_rate")
+        raise PathError(
+            f"`{path}`: a path has a stage and a field", "use <stage>.<field>, for example sft.learning_rate"
+        )
     node: Any = stages
     for depth, key in enumerate([*parents, last]):
         if isinstance(node, list) and key.isdigit() and int(key) < len(node):

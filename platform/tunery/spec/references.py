@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
-Gives = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
-"""Output of a stage. classifier: a sequence-classification model, as reward models are."""
-ROWS: tuple[Gives, ...] = ("rows", "scored", "selected")
+OutputType = Literal["rows", "scored", "selected", "model", "classifier", "metrics"]
+"""Type of a stage's output. classifier: a sequence-classification model; reward models are included."""
+ROWS: tuple[OutputType, ...] = ("rows", "scored", "selected")
 
 
 class Config(BaseModel):
@@ -30,11 +30,11 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class StageRef:
-    """A reference from a stage's field (`path`, within the stage) to another stage, and what that stage may give."""
+    """A reference from a field of a stage (`path`) to another stage, with the output types that the field accepts."""
 
     path: tuple[str | int, ...]
     stage: str
-    wants: tuple[Gives, ...]
+    accepts: tuple[OutputType, ...]
 
 
 class Scratch(Config):
@@ -85,7 +85,7 @@ NewOrModel = Annotated[
 
 
 def model_inputs(
-    path: tuple[str | int, ...], model: str | Pretrained | Scratch, output: Gives = "model"
+    path: tuple[str | int, ...], model: str | Pretrained | Scratch, output: OutputType = "model"
 ) -> Iterator[StageRef]:
     """Yield the reference to the stage of a model, if a stage trains it."""
     if isinstance(model, str):

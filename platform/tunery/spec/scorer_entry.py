@@ -1,4 +1,4 @@
-"""What a kind of scorer consists of: its config, and an entry of the registry `SCORERS` (scorers.py)."""
+"""Base configs of scorers, and the entry of a kind in the registry `SCORERS` (scorers.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tunery.spec.references import Config, Gives, Pretrained, StageRef, model_inputs
+from tunery.spec.references import Config, OutputType, Pretrained, StageRef, model_inputs
 
 
 class ScorerSpec(Config):
@@ -29,12 +29,12 @@ class ScorerSpec(Config):
 
     @property
     def model(self) -> str | Pretrained | None:
-        """Of scorers that need one."""
+        """The model of the scorer, if it needs one."""
         return None
 
     @property
-    def gives_vectors(self) -> bool:
-        """Whether it stores vectors of the rows instead of giving them a score."""
+    def returns_embeddings(self) -> bool:
+        """Whether it stores vectors of the rows instead of a score."""
         return False
 
     def inputs(self) -> Iterator[StageRef]:
@@ -45,8 +45,8 @@ class ScorerSpec(Config):
 class ModelScorerSpec(ScorerSpec):
     """Config of a scorer whose first field is a model."""
 
-    model_stage: ClassVar[Gives] = "model"
-    """Output of a stage that can be the model."""
+    model_stage: ClassVar[OutputType] = "model"
+    """Output type of a stage that can be the model."""
 
     @property
     def model(self) -> str | Pretrained:
@@ -58,17 +58,17 @@ class ModelScorerSpec(ScorerSpec):
 
 
 class ClassificationSpec(ModelScorerSpec):
-    """What scorers by a sequence-classification model have in common.
+    """Base of the scorers with a sequence-classification model.
 
-    A conversation is shown to it by its own chat template, or, where it has none, as a pair of texts (see
-    models/classifier_inputs.py). Its hub revision or its folder's content belongs to the score.
+    Conversations are rendered with its own chat template or, if it has none, as a pair of texts
+    (models/classifier_inputs.py). Its hub revision or the content of its folder is part of the cache key.
     """
 
-    model_stage: ClassVar[Gives] = "classifier"
+    model_stage: ClassVar[OutputType] = "classifier"
 
 
 InputKind = Literal["row", "likelihood", "classification", "embedding", "across"]
-"""What an implementation scores a row by; scoring/scorers/interfaces.py has the interface of each.
+"""Input of an implementation; scoring/scorers/interfaces.py has the interface of each.
 
 row: its own content and the stages that the config names
 likelihood: the likelihoods of its tokens under a causal language model
@@ -77,7 +77,7 @@ embedding: its embedding
 across: comparison with the other rows
 """
 MODEL_INPUT_KINDS: tuple[InputKind, ...] = ("likelihood", "classification", "embedding")
-"""Those that need a model: `config` is a ModelScorerSpec."""
+"""Input kinds that need a model: `config` is a ModelScorerSpec."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ByOption:
     """The short form in `tunery filter --by KIND=VALUE`."""
 
     settings: Callable[[str], Any]
-    """From the value to the first field of the config."""
+    """Converts the value to the first field of the config."""
     default: str | None = None
     """Value when none is given; None if one is required."""
     required: str = ""
@@ -109,8 +109,8 @@ class ScorerEntry:
     version: int
     """Increased when the score of a row changes, which invalidates cached scores."""
     by_option: ByOption | str = ""
-    """Short form in `--by`, or, without one, what must be given instead."""
-    usual_rule: str = "best 80%"
+    """Short form in `--by`; if there is none, a description of the value to use instead."""
+    default_rule: str = "best 80%"
     """Rule in `tunery filter` without `--keep`."""
 
     @property

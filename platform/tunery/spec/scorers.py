@@ -1,8 +1,7 @@
-"""The scorers: the config of each kind, and the registry `SCORERS`, which says everything that the rest of the code
-asks about a kind.
+"""Configs of the scorers, and the registry `SCORERS` with everything that other packages need to know about a kind.
 
-A scorer is a mapping whose first key names it: `{perplexity: base}`. A new scorer: its config and entry here, and its
-file in scoring/scorers/.
+A scorer is a mapping whose first key is its kind: `{perplexity: base}`. A new scorer: its config and entry here, and
+its file in scoring/scorers/.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from tunery.spec.yaml_source import plain_scalar
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Part = Literal["answer", "whole"]
-AnyPart = Literal["answer", "question", "whole"]
-"""The part of a row that is scored. answer: the last turn of a conversation; question: its user turns; whole: all its
-turns. Of a text, answer and whole are the text, and there is no question. Rejected responses are not scored."""
+ResponseOrAll = Literal["response", "all"]
+RowPart = Literal["response", "prompt", "all"]
+"""Part of a row that is scored. response: the last message of a conversation; prompt: its user messages; all: all its
+messages. For a text, response and all are the text, and there is no prompt. Rejected responses are not scored."""
 
 
 class Perplexity(ModelScorerSpec):
@@ -35,17 +34,17 @@ class Perplexity(ModelScorerSpec):
 
     perplexity: Model
     """Causal language model."""
-    of: Literal["answer", "whole"] = "answer"
-    """answer: of the last response given everything before it (of a text, all of it); whole: of every token."""
+    of: ResponseOrAll = "response"
+    """response: of the last response given everything before it (of a text, all of it); all: of every token."""
 
 
 class Ifd(ModelScorerSpec):
     """Instruction-following difficulty: perplexity of the response given the prompt, divided by that without the
     prompt.
 
-    Near 1 and above, the prompt does not help, so the two hardly belong together; near 0 the response is trivial. Li et
-    al. 2024, "From Quantity to Quality" (https://arxiv.org/abs/2308.12032), train on the highest below 1. To filter bad
-    rows, lower is better.
+    Near 1 and above, the response hardly depends on the prompt; near 0 the response is trivial. Li et al. 2024, "From
+    Quantity to Quality" (https://arxiv.org/abs/2308.12032), train on the highest below 1. To filter bad rows, lower is
+    better.
     """
 
     ifd: Model
@@ -65,8 +64,8 @@ class Reward(ClassificationSpec):
 
 
 class Classifier(ClassificationSpec):
-    """Probability of one label under a text classifier. Higher is better: name the label of good rows, or set `prefer:
-    low` in `keep`.
+    """Probability of one label under a text classifier. Higher is better: set the label of good rows, or `prefer: low`
+    in `keep`.
 
     A softmax over the labels; a sigmoid for each if the model's config has `multi_label_classification`, and for a
     model with one label. As in FineWeb-Edu (Penedo et al. 2024, https://arxiv.org/abs/2406.17557), whose own classifier
@@ -97,7 +96,7 @@ class Embedding(ModelScorerSpec):
     """Stage with the reference rows; of more than 2,048 rows a sample of that size by a hash of their ids."""
 
     @property
-    def gives_vectors(self) -> bool:
+    def returns_embeddings(self) -> bool:
         return self.reference is None
 
     def inputs(self) -> Iterator[StageRef]:
@@ -116,9 +115,9 @@ class Length(ScorerSpec):
     length: Literal["words", "chars", "lines"]
     """words: separated by white space; in Chinese and Japanese each character, in Thai, Lao, Khmer and Burmese words by
     ICU's dictionaries; chars: Unicode code points; lines: lines that are not blank."""
-    of: AnyPart = "answer"
-    """Part that is measured. answer: the last turn of a conversation; question: its user turns; whole: all its
-    turns."""
+    of: RowPart = "response"
+    """Part that is measured. response: the last message of a conversation; prompt: its user messages; all: all
+    its messages."""
 
 
 class GopherRules(Config):
@@ -128,11 +127,11 @@ class GopherRules(Config):
     and for other languages those of FineWeb-2 (Penedo et al. 2025, https://arxiv.org/abs/2506.20920), by the script of
     the text and its stop words; a number applies to every language. On responses of a few sentences `words_min` and
     `stop_words_min` only detect that they are short, and on code `mean_word_max`, `stop_words_min` and
-    `alphabetic_words_min` mean nothing: switch them off there.
+    `alphabetic_words_min` are meaningless: switch them off there.
     """
 
-    of: Part = "answer"
-    """Part that is scored. answer: the last turn of a conversation; whole: all its turns."""
+    of: ResponseOrAll = "response"
+    """Part that is scored. response: the last message of a conversation; all: all its messages."""
     words_min: Count | None = 50
     """Minimum number of words (A1.1)."""
     words_max: Count | None = 100_000
@@ -208,8 +207,8 @@ class C4Rules(Config):
     `braces` and `terminal_punctuation` detect that it is code.
     """
 
-    of: Part = "answer"
-    """Part that is scored. answer: the last turn of a conversation; whole: all its turns."""
+    of: ResponseOrAll = "response"
+    """Part that is scored. response: the last message of a conversation; all: all its messages."""
     failing_lines_max: Share = 0.5
     """Maximum share of failing lines (not in the paper). 0: one failing line is a violation."""
     terminal_punctuation: bool = True
@@ -294,7 +293,7 @@ _OTHER_NAMES = {
     }.items()
     for name in names.split()
 }
-"""What is written for a code, and the code that is meant."""
+"""Code by other names and codes of a language."""
 
 
 class Language(ScorerSpec):
@@ -309,25 +308,26 @@ class Language(ScorerSpec):
 
     language: str
     """ISO 639 code: en, de, zh."""
-    of: AnyPart = "answer"
-    """Part that is scored. answer: the last turn of a conversation; question: its user turns; whole: all its turns."""
+    of: RowPart = "response"
+    """Part that is scored. response: the last message of a conversation; prompt: its user messages; all: all
+    its messages."""
 
     @field_validator("language")
     @classmethod
     def _known(cls, language: str) -> str:
         known = sorted({*LANGUAGES, *MACROLANGUAGES})
         if language not in known:
-            written = language.lower()
-            base = re.split("[-_]", written)[0]  # zh-CN, en_US
-            meant = [code for code in (_OTHER_NAMES.get(written), _OTHER_NAMES.get(base), base) if code in known][:1]
-            near = meant or difflib.get_close_matches(written, known, n=3, cutoff=0.5)
+            lower = language.lower()
+            base = re.split("[-_]", lower)[0]  # zh-CN, en_US
+            by_name = [code for code in (_OTHER_NAMES.get(lower), _OTHER_NAMES.get(base), base) if code in known][:1]
+            near = by_name or difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(f'`{code}`' for code in near)}?" if near else ""
-            raise ValueError(f"no language with this ISO 639 code is known, as en, de, zh{hint}")
+            raise ValueError(f"it is not a known ISO 639 code such as en, de, zh{hint}")
         return language
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The detector's codes whose probabilities make up the language's."""
+        """Codes of the detector whose probabilities are added."""
         return MACROLANGUAGES.get(self.language, (self.language,))
 
 
@@ -337,8 +337,9 @@ class Duplicates(ScorerSpec):
     duplicates: Literal["exact", "normalised"]
     """exact: the content of the row's id (Unicode NFC, without trailing white space); normalised: also ignores case and
     the amount of white space."""
-    of: Literal["row", "question", "answer"] = "row"
-    """row: everything, including roles and rejected responses; question: the user turns; answer: the last turn."""
+    of: Literal["row", "prompt", "response"] = "row"
+    """row: everything, including roles and rejected responses; prompt: the user messages; response: the last
+    message."""
 
 
 class NearDuplicatesSettings(Config):
@@ -351,9 +352,9 @@ class NearDuplicatesSettings(Config):
     permutations: Annotated[int, Field(ge=16, le=1024)] = 128
     """Number of hash functions: the standard error of the estimate is at most 0.5 / sqrt(permutations), 0.044 for 128.
     Each takes four bytes per row."""
-    of: AnyPart = "whole"
-    """Part that is compared. answer: the last turn of a conversation; question: its user turns; whole: all its
-    turns."""
+    of: RowPart = "all"
+    """Part that is compared. response: the last message of a conversation; prompt: its user messages; all: all
+    its messages."""
 
 
 class NearDuplicates(ScorerSpec):
@@ -374,14 +375,14 @@ class ContaminationSettings(Config):
     """Stages with evaluation sets, whose rows must not occur in the scored rows."""
     ngram: Annotated[int, Field(ge=2)] = 13
     """Words of an n-gram (appendix C; the paper uses 8 to 13). A shorter text is one n-gram."""
-    of: AnyPart = "whole"
+    of: RowPart = "all"
     """Part that is compared, in the scored rows and in the sets."""
 
     @field_validator("sets")
     @classmethod
     def _distinct(cls, sets: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({name for name in sets if sets.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} is named twice")
+        if repeated := sorted({name for name in sets if sets.count(name) > 1}):
+            raise ValueError(f"{', '.join(repeated)} occurs twice")
         return sets
 
 
@@ -426,7 +427,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="minimize",
             version=2,
             by_option=ByOption(_model_setting, required="a model's folder or hub name: `perplexity=./model`"),
-            usual_rule="best 80%",  # as in experiments/quickstart.yaml
+            default_rule="best 80%",  # as in experiments/quickstart.yaml
         ),
         ScorerEntry(
             Ifd,
@@ -455,7 +456,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
                 required="a classifier's folder or hub name: `classifier=./model`",
                 fields={"label": "good"},  # classifiers trained by tunery have the labels bad and good
             ),
-            usual_rule=">= 0.5",
+            default_rule=">= 0.5",
         ),
         ScorerEntry(
             Embedding,
@@ -463,7 +464,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             "tunery.scoring.scorers.embedding:embedding_scorer",
             direction="maximize",
             version=2,
-            by_option='a model, and rows to be like: `--by "{embedding: ./model, reference: good.jsonl}"`',
+            by_option='a model and reference rows: `--by "{embedding: ./model, reference: good.jsonl}"`',
         ),
         ScorerEntry(
             Length,
@@ -472,7 +473,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="maximize",
             version=2,
             by_option=ByOption(str, default="words"),
-            usual_rule="1..",
+            default_rule="1..",
         ),
         ScorerEntry(
             Gopher,
@@ -481,7 +482,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="minimize",
             version=2,
             by_option=ByOption(_no_settings, default="", takes_value=False),
-            usual_rule="<= 0",  # the paper drops a page for one violation
+            default_rule="<= 0",  # the paper drops a page for one violation
         ),
         ScorerEntry(
             C4,
@@ -490,7 +491,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="minimize",
             version=2,
             by_option=ByOption(_no_settings, default="", takes_value=False),
-            usual_rule="<= 0",
+            default_rule="<= 0",
         ),
         ScorerEntry(
             Language,
@@ -499,7 +500,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="maximize",
             version=2,
             by_option=ByOption(str, required="an ISO 639 code: `language=en`"),
-            usual_rule=">= 0.1",  # 0.9 drops a third of English texts
+            default_rule=">= 0.1",  # 0.9 drops a third of English texts
         ),
         ScorerEntry(
             Duplicates,
@@ -508,7 +509,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="minimize",
             version=1,
             by_option=ByOption(str, default="normalised"),
-            usual_rule="<= 0",
+            default_rule="<= 0",
         ),
         ScorerEntry(
             NearDuplicates,
@@ -517,7 +518,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             direction="minimize",
             version=2,
             by_option=ByOption(_threshold_setting, default=""),
-            usual_rule="<= 0",
+            default_rule="<= 0",
         ),
         ScorerEntry(
             Contamination,
@@ -525,8 +526,8 @@ SCORERS: Registry[ScorerEntry] = Registry(
             "tunery.scoring.scorers.contamination:ContaminationScorer",
             direction="minimize",
             version=2,
-            by_option=ByOption(_sets_setting, required="the rows that must not be there: `contamination=test.jsonl`"),
-            usual_rule="<= 0",
+            by_option=ByOption(_sets_setting, required="the rows that must not occur: `contamination=test.jsonl`"),
+            default_rule="<= 0",
         ),
     ],
 )
@@ -534,8 +535,8 @@ SCORERS: Registry[ScorerEntry] = Registry(
 
 
 def _scorer_tag(value: Any) -> str:
-    """Return the tag of the scorer that is meant, so that an error is about that one. It differs from the scorer's key,
-    because the location of an error holds both, and the file has the key alone."""
+    """Return the tag of the scorer that a value is closest to, so that errors are about that scorer. Tags differ from
+    the keys, because the location of an error contains both, but the file only the key."""
     if isinstance(value, ScorerSpec):
         return f"{value.kind()} scorer"
     if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""The search: any field of any stage is a dimension, by its path (`sft.learning_rate`)."""
+"""Config of a search. Any field of any stage can be a dimension, by its path (`sft.learning_rate`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("choice", "grid", "uniform", "loguniform", "int")
 
 class Dimension(Config):
     """Values of one key: exactly one of `choice`, `grid`, `uniform`, `loguniform` and `int`. Ranges include both ends;
-    values outside the key's own bounds are refused."""
+    values outside the bounds of the key are rejected."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -42,19 +42,19 @@ class Dimension(Config):
     def _one_kind(self) -> Dimension:
         given = [name for name in KINDS if self._of(name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(f'`{name}`' for name in KINDS)}")
+            raise ValueError(f"set exactly one of {', '.join(f'`{name}`' for name in KINDS)}")
         bounds = self.bounds
         if bounds and not bounds[0] < bounds[1]:
-            raise ValueError(f"the range {list(bounds)} is upside down or empty: the lower end comes first")
+            raise ValueError(f"the range {list(bounds)} is empty: the lower bound comes first")
         if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError(f"loguniform starts at {self.loguniform[0]:g}, but a logarithm needs more than 0")
+            raise ValueError(f"loguniform starts at {self.loguniform[0]:g}, but must start above 0")
         if self.step is not None:
             if bounds is None or self.loguniform:
                 raise ValueError(f"`step` is for `uniform` and `int`, not for `{given[0]}`")
             if self.step > bounds[1] - bounds[0]:
-                raise ValueError(f"a step of {self.step:g} leaves the range {list(bounds)} at once")
+                raise ValueError(f"a step of {self.step:g} is larger than the range {list(bounds)}")
             if self.integer and self.step != round(self.step):
-                raise ValueError(f"a step of {self.step:g} leads to no whole numbers")
+                raise ValueError(f"a step of {self.step:g} is not an integer")
         return self
 
     def _of(self, kind: str) -> Any:
@@ -88,8 +88,8 @@ class Dimension(Config):
     def contains(self, value: Any) -> bool:
         """Whether the value is in the dimension."""
         if isinstance(self.enumerated, range):  # `in` is fast for integers only
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            return whole and int(value) in self.enumerated
+            is_integer = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            return is_integer and int(value) in self.enumerated
         if self.enumerated is not None:
             return value in self.enumerated
         assert self.bounds is not None, "a dimension has exactly one kind"
@@ -108,7 +108,7 @@ class Dimension(Config):
 
 
 def as_tuple(values: Any) -> tuple[Any, ...]:
-    """Of a condition: one value or a list of them."""
+    """Return the values of a condition, which is a single value or a list."""
     return tuple(values) if isinstance(values, list | tuple) else (values,)
 
 
@@ -137,9 +137,9 @@ class Constraint(Config):
     @model_validator(mode="after")
     def _bounded(self) -> Constraint:
         if self.max is None and self.min is None:
-            raise ValueError("give `max`, `min` or both")
+            raise ValueError("set `max`, `min` or both")
         if self.max is not None and self.min is not None and self.min > self.max:
-            raise ValueError(f"nothing is at least {self.min:g} and at most {self.max:g}")
+            raise ValueError(f"`min` {self.min:g} is above `max` {self.max:g}")
         return self
 
     def violation(self, value: float) -> float:
@@ -197,7 +197,7 @@ class Search(Config):
     """Earlier runs in this store: tpe and nsga2 start with the results of their trials, for dimensions that both
     search."""
     num_seeds: Annotated[int, Field(ge=1)] = 1
-    """Number of seeds with which the best trials are run before a winner is named."""
+    """Number of seeds with which the best trials are run before the winner is selected."""
     replicate_top_k: Annotated[int, Field(ge=1)] = 3
     """Number of trials that `num_seeds` repeats."""
     space: Annotated[dict[str, Dimension], Field(min_length=1)]
@@ -205,17 +205,17 @@ class Search(Config):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All that a trial is measured by, each once: the first one first."""
-        further = (*(item.metric for item in self.objectives), *(item.metric for item in self.constraints))
-        return tuple(dict.fromkeys((self.metric, *further)))
+        """All metrics of a trial without duplicates; the primary one is first."""
+        others = (*(item.metric for item in self.objectives), *(item.metric for item in self.constraints))
+        return tuple(dict.fromkeys((self.metric, *others)))
 
     @property
     def value_name(self) -> str:
-        """Of what a trial is judged by."""
+        """Name of the value that trials are ranked by."""
         return "weighted sum" if any(item.weight is not None for item in self.objectives) else self.metric
 
     def describe(self) -> dict[str, Any]:
-        """What its event says of it (events/event_log.py)."""
+        """Return the fields of the event `search_started` (events/event_log.py)."""
         return {
             "metric": self.metric,
             "mode": self.mode,
@@ -231,5 +231,5 @@ class Search(Config):
     def _weights(self) -> Search:
         weighted = [item.weight is not None for item in self.objectives]
         if any(weighted) and not all(weighted):
-            raise ValueError("`objectives` has metrics with a weight and such without: give all of them one, or none")
+            raise ValueError("some `objectives` have a weight and others do not: set it for all or none")
         return self

@@ -1,8 +1,8 @@
-"""The stages of an experiment, one frozen model a kind.
+"""Configs of the stages, one class per kind.
 
-A stage names its inputs by the names of other stages (`inputs`), and gives one kind of artifact (`gives`): rows,
-scored rows, selected rows, a model, or metrics. Every field changes the stage's result and so belongs to its
-fingerprint; how it is computed (workers, ZeRO stage, micro batches) is `Compute`, and does not.
+A stage refers to its input stages by name (`inputs`) and has one output type (`output_type`): rows, scored rows,
+selected rows, a model or metrics. All fields change the result and are part of the fingerprint; settings that do not
+(workers, ZeRO stage, micro batches) are in `Compute`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from tunery.spec.augment import Augment
 from tunery.spec.feedback import Dpo, Grpo, Kto, Ppo, RewardSource, RewardTraining, Rloo, Sampling, reward_inputs
-from tunery.spec.references import ROWS, Config, Gives, Model, Pretrained, StageRef, model_inputs, model_name
+from tunery.spec.references import ROWS, Config, Model, OutputType, Pretrained, StageRef, model_inputs, model_name
 from tunery.spec.scorers import Scorer
 from tunery.spec.trainings import ClassifierTraining, Pretrain, Sft, Training
 
@@ -37,7 +37,7 @@ MessageKey = Literal["role", "content", "tool_calls", "reasoning_content", "weig
 
 
 def role_name(name: object) -> str:
-    """A role as files have it, without differences of case and of surrounding white space."""
+    """Normalize a role name of a file: case and surrounding white space are ignored."""
     return str(name).strip().casefold()
 
 
@@ -45,7 +45,7 @@ class Dataset(Config):
     """Reads rows from files, hub datasets or the builtin corpus into one schema."""
 
     kind: Literal["dataset"]
-    gives: ClassVar[Gives] = "rows"
+    output_type: ClassVar[OutputType] = "rows"
     source: Annotated[str, Tag("text")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("list")] = Field(
         discriminator=Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "text")
     )
@@ -89,8 +89,8 @@ class Dataset(Config):
     @classmethod
     def _one_meaning_per_role(cls, roles: dict[str, MessageRole] | None) -> dict[str, MessageRole] | None:
         names = [role_name(name) for name in roles or ()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"the role {', '.join(twice)} has two meanings: case and white space make no other role")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the role {', '.join(repeated)} has two meanings: case and white space are ignored")
         return roles
 
 
@@ -102,7 +102,7 @@ class Score(Config):
     """Computes scores of all rows and drops none."""
 
     kind: Literal["score"]
-    gives: ClassVar[Gives] = "scored"
+    output_type: ClassVar[OutputType] = "scored"
     data: str
     """Rows to score."""
     by: Annotated[tuple[Scorer, ...], Field(min_length=1)]
@@ -114,16 +114,16 @@ class Score(Config):
         yield StageRef(("data",), self.data, ROWS)
         for index, scorer in enumerate(self.by):
             for item in scorer.inputs():
-                yield StageRef(("by", index, *item.path), item.stage, item.wants)
+                yield StageRef(("by", index, *item.path), item.stage, item.accepts)
 
     @field_validator("by")
     @classmethod
     def _distinct(cls, by: tuple[Scorer, ...]) -> tuple[Scorer, ...]:
         names = [scorer.score for scorer in by]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two scores are called {', '.join(twice)}: give one of them a `name`")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two scores have the name {', '.join(repeated)}: set `name` of one of them")
         if taken := sorted({RANDOM, "id", "known", "lost"} & set(names)):
-            raise ValueError(f"a score can't be called {', '.join(taken)}: that stands in every table")
+            raise ValueError(f"a score can't have the name {', '.join(taken)}: it is reserved")
         return by
 
 
@@ -152,15 +152,15 @@ class Keep(Config):
     def _one_rule(self) -> Keep:
         given = [name for name in KEEP_RULES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give one of {', '.join(f'`{name}`' for name in KEEP_RULES)}")
+            raise ValueError(f"set one of {', '.join(f'`{name}`' for name in KEEP_RULES)}")
         if self.range is not None:
             low, high = self.range
             if low is None and high is None:
-                raise ValueError("both ends of the range are open")
+                raise ValueError("the range has no bound")
             if low is not None and high is not None and low > high:
-                raise ValueError(f"the range ends ({high:g}) before it begins ({low:g})")
+                raise ValueError(f"the lower bound {low:g} is above the upper bound {high:g}")
             if self.prefer is not None:
-                raise ValueError("a range has no good end: remove `prefer`")
+                raise ValueError("a range has no direction: remove `prefer`")
         return self
 
 
@@ -205,14 +205,14 @@ class Diverse(Config):
     @model_validator(mode="after")
     def _fields_of_its_method(self) -> Diverse:
         if self.rows is not None and self.share is not None:
-            raise ValueError("give one of `rows`, `share`")
+            raise ValueError("set one of `rows`, `share`")
         if self.method == "k_center":
             if self.rows is None and self.share is None:
                 raise ValueError("k_center needs `rows` or `share`")
             if given := [name for name in ("score", "prefer", "similarity") if getattr(self, name) is not None]:
-                raise ValueError(f"k_center looks at distances alone: remove `{given[0]}`, or take score_first")
+                raise ValueError(f"k_center uses distances only: remove `{given[0]}`, or use score_first")
         elif self.score is None:
-            raise ValueError("score_first needs a `score`; `random` is always there")
+            raise ValueError("score_first needs a `score`; `random` is always available")
         return self
 
 
@@ -220,7 +220,7 @@ class Select(Config):
     """Keeps rows by their scores and lists the dropped ones with the rule that dropped them."""
 
     kind: Literal["select"]
-    gives: ClassVar[Gives] = "selected"
+    output_type: ClassVar[OutputType] = "selected"
     data: str
     """Rows to select from; scored rows if a rule needs a score."""
     keep: dict[str, Keep] = Field(default_factory=dict)
@@ -238,7 +238,7 @@ class Select(Config):
     @model_validator(mode="after")
     def _keeps_by_something(self) -> Select:
         if not self.keep and self.quota is None and self.diverse is None:
-            raise ValueError("it keeps all rows: give `keep`, `quota` or `diverse`")
+            raise ValueError("it keeps all rows: set `keep`, `quota` or `diverse`")
         if self.combine == "any" and any(rule.keep_fraction_of_rest is not None for rule in self.keep.values()):
             raise ValueError(
                 "`keep_fraction_of_rest` counts rows that pass the other rules: with `combine: any` use `keep_fraction`"
@@ -247,7 +247,7 @@ class Select(Config):
 
     @property
     def ranked_by(self) -> tuple[str, ...]:
-        """Scores that rows are compared by, each once."""
+        """Names of the scores that the stage uses, without duplicates."""
         others = (self.quota and self.quota.by, self.diverse and self.diverse.score)
         return tuple(dict.fromkeys([*self.keep, *(score for score in others if score)]))
 
@@ -262,7 +262,7 @@ class Review(Config):
     """Applies a reviewer's decisions about rows near the cut of a `select` stage; they override the filter."""
 
     kind: Literal["review"]
-    gives: ClassVar[Gives] = "rows"
+    output_type: ClassVar[OutputType] = "rows"
     data: str
     """A `select` stage."""
     decisions: str
@@ -279,14 +279,14 @@ class Review(Config):
     @classmethod
     def _known_ending(cls, decisions: str) -> str:
         if not decisions.endswith((".jsonl", ".xlsx")):
-            raise ValueError("it should end in .jsonl or .xlsx")
+            raise ValueError("it must end in .jsonl or .xlsx")
         return decisions
 
 
-def _named_once(models: tuple[str | Pretrained, ...]) -> tuple[str | Pretrained, ...]:
+def _has_unique_names(models: tuple[str | Pretrained, ...]) -> tuple[str | Pretrained, ...]:
     names = [model_name(model) for model in models]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{', '.join(twice)} is named twice")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(repeated)} occurs twice")
     return models
 
 
@@ -294,8 +294,8 @@ class Evaluate(Config):
     """Loss (nats per token; of conversations over the responses only) and perplexity of each model on each set."""
 
     kind: Literal["evaluate"]
-    gives: ClassVar[Gives] = "metrics"
-    models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_named_once)]
+    output_type: ClassVar[OutputType] = "metrics"
+    models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_has_unique_names)]
     """Models to evaluate."""
     data: Annotated[dict[str, str], Field(min_length=1)]
     """Evaluation sets: name in the results, and the stage with the rows."""
@@ -329,8 +329,8 @@ class WinRate(Config):
     """
 
     kind: Literal["win_rate"]
-    gives: ClassVar[Gives] = "metrics"
-    models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_named_once)]
+    output_type: ClassVar[OutputType] = "metrics"
+    models: Annotated[tuple[Model, ...], Field(min_length=1), AfterValidator(_has_unique_names)]
     """Models to compare with the baseline."""
     baseline: Model
     """The baseline; not one of `models`."""
@@ -341,8 +341,8 @@ class WinRate(Config):
     sampling: Sampling = Sampling()
     """How responses are sampled."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Maximum number of tokens of prompt and response; prompts that leave no room for `sampling.max_new_tokens` are
-    left out and counted."""
+    """Maximum number of tokens of prompt and response; prompts that are too long for `sampling.max_new_tokens` are
+    omitted and counted."""
     seed: int | None = None
     """Seed of the sampling; the experiment's when not given."""
 
@@ -354,16 +354,16 @@ class WinRate(Config):
         yield StageRef(("data",), self.data, ROWS)
 
     @property
-    def contestants(self) -> tuple[str | Pretrained, ...]:
-        """The baseline, then the others."""
+    def candidates(self) -> tuple[str | Pretrained, ...]:
+        """The baseline and the models compared with it."""
         return self.baseline, *self.models
 
     @model_validator(mode="after")
     def _against_another(self) -> WinRate:
         if self.baseline in self.models:
             raise ValueError(f"`{model_name(self.baseline)}` would be compared with itself: remove it from `models`")
-        _named_once(self.contestants)  # they stand side by side in the results
-        self.sampling.check_room(self.max_length)
+        _has_unique_names(self.candidates)  # results are listed by name
+        self.sampling.validate_lengths(self.max_length)
         return self
 
 
@@ -393,4 +393,4 @@ TRAININGS: tuple[str, ...] = tuple(
     for stage in get_args(get_args(Stage)[0])
     if issubclass(stage, Training)
 )
-"""The kinds that train."""
+"""Kinds of the trainings."""

@@ -1,5 +1,5 @@
-"""The stages that train a model, one frozen model a kind: what all have in common, and those that learn from rows as
-they are. Those that learn from preferences and rewards stand in feedback.py."""
+"""Configs of trainings: the common fields, `pretrain`, `sft` and `classifier`. Trainings on preferences and rewards are
+in feedback.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tunery.spec.references import (
     ROWS,
     Auto,
     Config,
-    Gives,
     Model,
     NewOrModel,
+    OutputType,
     Pretrained,
     Scratch,
     StageRef,
@@ -39,7 +39,7 @@ class PositiveNegative(Config):
     @model_validator(mode="after")
     def _two(self) -> PositiveNegative:
         if self.good == self.bad:
-            raise ValueError(f"`{self.good}` can't be good and bad")
+            raise ValueError(f"`{self.good}` can't be both good and bad")
         return self
 
 
@@ -86,7 +86,7 @@ number). An epoch has as many sequences as all of them together, so a stage with
 
 
 def data_refs(data: str | PositiveNegative | ReviewLabels | dict[str, float]) -> dict[tuple[str, ...], str]:
-    """The stages that `data` names, by path within it."""
+    """Return the stages that `data` refers to, by path within it."""
     if isinstance(data, str):
         return {(): data}
     if isinstance(data, dict):
@@ -98,8 +98,9 @@ EmptyThinking = Literal["mask", "train"]
 """Whether the empty thinking block that a chat template puts before a response without reasoning (Qwen3's
 `<think></think>`) is trained or belongs to the prompt."""
 PairTruncation = Literal["left", "right", "drop"]
-"""What happens to a prompt and response of more than `max_length` tokens. left: the oldest turns and the beginning of
-the prompt go, the same of both sides of a pair. right: the response loses its end. drop: the row is unusable."""
+"""What happens to a prompt and response of more than `max_length` tokens. left: removes the oldest messages and the
+beginning of the prompt, the same on both sides of a pair. right: the response loses its end. drop: the row is
+unusable."""
 
 OVERRIDABLE = ("learning_rate", "weight_decay")
 """Keys that can change during a training."""
@@ -116,9 +117,9 @@ class ScheduleOverride(Config):
     """New weight decay."""
 
     @model_validator(mode="after")
-    def _something(self) -> ScheduleOverride:
+    def _has_effect(self) -> ScheduleOverride:
         if self.learning_rate is None and self.weight_decay is None:
-            raise ValueError("it changes nothing: give `learning_rate` or `weight_decay`")
+            raise ValueError("it has no effect: set `learning_rate` or `weight_decay`")
         return self
 
 
@@ -128,7 +129,7 @@ Data = TypeVar("Data")
 class Training(Config, Generic[Data]):
     """Keys of every training. `Data` is the type of `data`."""
 
-    gives: ClassVar[Gives] = "model"
+    output_type: ClassVar[OutputType] = "model"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
     """Metrics on `eval_data`."""
     data: Data
@@ -168,11 +169,11 @@ class Training(Config, Generic[Data]):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        shares = [change.after for change in self.schedule_overrides]
+        shares = [override.after for override in self.schedule_overrides]
         if shares != sorted(set(shares)):
-            raise ValueError(f"`schedule_overrides` come one after another, but their `after` are {shares}")
+            raise ValueError(f"the `after` of `schedule_overrides` must increase, but they are {shares}")
         if isinstance(self.eval_data, dict):
-            raise ValueError("`eval_data` is one stage: a loss over a mixture would depend on its weights")
+            raise ValueError("`eval_data` must be one stage: the loss over a mixture would depend on its weights")
         return self
 
     def inputs(self) -> Iterator[StageRef]:
@@ -221,7 +222,7 @@ class ClassifierTraining(Training[Labelled]):
     with `{classifier: STAGE, label: good}`. Training and scorer give it the same input.
     """
 
-    gives: ClassVar[Gives] = "classifier"
+    output_type: ClassVar[OutputType] = "classifier"
     metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_auc")
     kind: Literal["classifier"]
     model: Model

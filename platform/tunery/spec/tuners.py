@@ -1,5 +1,4 @@
-"""What `tuner` of a training can be, and the registry `ADAPTERS`, which says everything that the rest of the code asks
-about a kind.
+"""Configs of `tuner`, and the registry `ADAPTERS` with everything that other packages need to know about a kind.
 
 A tuner without settings is its name, `full`; one with settings is a mapping whose key names it: `{lora: {rank: 8}}`. A
 new tuner: its settings, config and entry here, and a function that builds its PEFT config in models/adapters.py.
@@ -40,7 +39,7 @@ class Lora(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the adapter's input. Trials with dropout do not train in packs."""
     target_modules: tuple[str, ...] | Auto = AUTO
-    """Names of layers, or ends of their full names; a name without a match is refused. auto: every linear layer except
+    """Names of layers, or ends of their full names; a name without a match is an error. auto: every linear layer except
     the head ("LoRA without regret", https://thinkingmachines.ai/blog/lora). Not allowed are the output head, and the
     embedding if it shares the head's weight: merging the adapter would change both."""
 

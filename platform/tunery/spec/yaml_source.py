@@ -56,17 +56,17 @@ def read_yaml(text: str, file: str) -> YamlSource:
             file=file,
             line=mark.line + 1 if mark else 0,
             cause=f"{error.context} that starts in line {begin.line + 1}" if error.context and begin else "",
-            remedy="check the indentation, and quote text that holds ': ' or ' #'",
+            remedy="check the indentation, and quote text that contains ': ' or ' #'",
         ) from None
     except yaml.reader.ReaderError as error:
         raise SpecError(
-            f"not valid YAML: the character {error.character:#04x} can't stand in a text",
+            f"not valid YAML: the character {error.character:#04x} is not allowed",
             file=file,
             line=text.count("\n", 0, error.position) + 1,
             remedy="remove it, or write it in double quotes as an escape",
         ) from None
     except RecursionError:
-        remedy = "an experiment has a handful of levels"
+        remedy = "reduce the nesting; an experiment has few levels"
         raise SpecError("the file is nested too deep", file=file, line=1, remedy=remedy) from None
     lines: dict[Path, int] = {}
     data = None if node is None else _build(node, (), lines, file, ())
@@ -81,7 +81,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, withi
         return node.value if node.style in ("'", '"', "|", ">") else plain_scalar(node.value)
     if any(node is outer for outer in within):
         raise SpecError(
-            f"`{'.'.join(map(str, path))}` holds itself", file=file, line=lines[path[:-1]], remedy="remove the alias"
+            f"`{'.'.join(map(str, path))}` contains itself", file=file, line=lines[path[:-1]], remedy="remove the alias"
         )
     within = (*within, node)
     if isinstance(node, yaml.SequenceNode):
@@ -98,7 +98,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, withi
                 f"`{'.'.join(map(str, (*path, key)))}` is given twice",
                 file=file,
                 line=line,
-                cause=f"it already stands in line {lines[(*path, key)]}",
+                cause=f"it is already in line {lines[(*path, key)]}",
                 remedy="rename one of the two, or remove it",
             )
         lines[(*path, key)] = line

@@ -21,7 +21,7 @@ from tunery.augment.hash_stream import hash_stream, shuffled, spread_evenly
 from tunery.augment.heldout_rows import Heldout
 from tunery.augment.prompt_variants import variants
 from tunery.augment.qa_pairs import qa_pair_of
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.spec import Augment
 from tunery.store import Artifact, StageResult
 from tunery.store.rows import Row, read_rows, row_format, row_id, write_rows
@@ -403,5 +403,5 @@ def test_what_comes_to_nothing_is_an_error(
 
 def test_a_lost_row_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "write_rows", lambda rows, folder: write_rows(list(rows)[1:], folder))
-    with pytest.raises(RowsLost, match="40 rows were made, 39 written"):
+    with pytest.raises(RowCountError, match="40 rows were made, 39 written"):
         run(tmp_path, some_rows(), templates=["A {question}"])

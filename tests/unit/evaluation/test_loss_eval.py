@@ -102,7 +102,7 @@ def test_a_trial_lets_one_model_answer_beside_the_baseline(load_text: LoadText) 
     trial = trial_experiment(experiment, {"sft.learning_rate": 1e-4})
     stage = trial.stages["wins"]
     assert isinstance(stage, WinRate)
-    assert stage.contestants == ("base", "sft")
+    assert stage.candidates == ("base", "sft")
     assert "more" not in trial.stages
     facts = {"results": [{"model": "sft", "set": "prompts", "win_rate": 0.625}]}
     assert metric_value(facts, "wins.sft.prompts.win_rate") == 0.625

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tunery.errors import RequestError
-from tunery.filter.grammar import parse_by, parse_keep, said, without_value
+from tunery.filter.grammar import format_rule, parse_by, parse_keep, scorer_without_value
 from tunery.spec import Keep
 from tunery.spec.scorers import SCORERS, Scorer
 
@@ -30,18 +30,18 @@ RULES = st.one_of(
 
 
 @given(SCORES, RULES)
-def test_every_rule_is_read_back_from_how_it_is_said_and_fits_an_experiment(score: str, rule: dict[str, Any]) -> None:
-    assert parse_keep(said(score, rule)) == (score, rule)
+def test_formatted_rule_is_parsed_back_and_valid_in_an_experiment(score: str, rule: dict[str, Any]) -> None:
+    assert parse_keep(format_rule(score, rule)) == (score, rule)
     Keep.model_validate_json(json.dumps(rule), strict=True)
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[a-z]{1,5} ?[<>=.0-9% -]{1,12}", fullmatch=True))
-def test_whatever_is_said_is_a_rule_or_a_wrong_request(text: str) -> None:
+def test_any_text_is_a_rule_or_an_error(text: str) -> None:
     try:
         score, rule = parse_keep(text)
     except RequestError:
         return
-    assert parse_keep(said(score, rule)) == (score, rule)
+    assert parse_keep(format_rule(score, rule)) == (score, rule)
 
 
 @pytest.mark.parametrize(
@@ -65,28 +65,28 @@ def test_rules(text: str, rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "cause"),
     [
-        ("length", "a score, a blank and a rule"),
-        ("length ..", "both ends are open"),
-        ("length > 3", "`>=` and `<=` include their end"),
-        ("length = 3", "give both ends"),
-        ("length best", "no number"),
-        ("length best 1.5", "no number of rows"),
+        ("length", "the format is SCORE RULE"),
+        ("length ..", "it has no bound"),
+        ("length > 3", "use `>=` or `<=`"),
+        ("length = 3", "for a single value use"),
+        ("length best", "is not a number"),
+        ("length best 1.5", "not a number of rows"),
         ("length best 0", "keeps no row"),
-        ("length best 180%", "180% is no share"),
-        ("length best 0%", "0% is no share"),
-        ("length 5..3", "ends (3) before it begins (5)"),
-        ("length most 5", "no known form"),
+        ("length best 180%", "180% is not above 0% and at most 100%"),
+        ("length best 0%", "0% is not above 0%"),
+        ("length 5..3", "the lower bound 5 is above the upper bound 3"),
+        ("length most 5", "is not a known rule"),
         ("length >= 1e999", "too large"),
-        ("length 3...5..7", "no number"),
-        ("Length >= 3", "a score, a blank and a rule"),
+        ("length 3...5..7", "is not a number"),
+        ("Length >= 3", "the format is SCORE RULE"),
     ],
 )
-def test_what_is_no_rule_says_why_and_names_the_forms(text: str, why: str) -> None:
+def test_invalid_rule_is_an_error_with_cause_and_syntax(text: str, cause: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse_keep(text)
-    assert why in caught.value.cause
+    assert cause in caught.value.cause
     assert "best 80%" in caught.value.remedy
 
 
@@ -100,7 +100,7 @@ def test_what_is_no_rule_says_why_and_names_the_forms(text: str, why: str) -> No
         ("near_duplicates=0.9", {"near_duplicates": {"threshold": 0.9}}),
         ("perplexity=./model", {"perplexity": {"pretrained": "./model"}}),
         ("classifier=./model", {"classifier": {"pretrained": "./model"}, "label": "good"}),
-        ("{length: chars, of: whole, name: all}", {"length": "chars", "of": "whole", "name": "all"}),
+        ("{length: chars, of: all, name: all}", {"length": "chars", "of": "all", "name": "all"}),
     ],
 )
 def test_scores(text: str, scorer: dict[str, Any]) -> None:
@@ -111,17 +111,17 @@ def test_scores(text: str, scorer: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "text", ["language", "perplexity", "ifd", "contamination", "length=", "gopher=3", "lenght", ""]
 )
-def test_a_score_that_is_not_said_whole_is_refused_with_what_to_say(text: str) -> None:
+def test_incomplete_score_is_an_error_with_a_remedy(text: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse_by(text)
     assert caught.value.remedy
 
 
-def test_every_kind_of_score_can_be_asked_for() -> None:
+def test_every_kind_of_score_can_be_requested() -> None:
     for kind in SCORERS:
         if kind == "embedding":
-            with pytest.raises(RequestError, match="does not say enough"):
+            with pytest.raises(RequestError, match="is incomplete"):
                 parse_by(f"{kind}=x")
             continue
-        known = without_value(kind) or parse_by(f"{kind}=x")
+        known = scorer_without_value(kind) or parse_by(f"{kind}=x")
         assert next(iter(known)) == kind

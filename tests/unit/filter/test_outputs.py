@@ -13,7 +13,7 @@ import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filter_bench import filter_here
+from filter_runs import run_filter_in_process
 
 from tunery.errors import RequestError, StageError, TuneryError
 from tunery.filter import outputs
@@ -30,7 +30,7 @@ CHAT = (
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -67,59 +67,59 @@ TICKETS = [
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", ["", "\N{BYTE ORDER MARK}"])
-def test_lines_of_a_csv_are_written_as_they_are(end: str, mark: str) -> None:
-    write("in.csv", mark + end.join(TICKETS) + end)
-    done = filter_here("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP)
-    assert read("good.csv") == mark + end.join([*TICKETS[:2], *TICKETS[3:]]) + end
+@pytest.mark.parametrize("bom", ["", "\N{BYTE ORDER MARK}"])
+def test_csv_lines_are_written_unchanged(end: str, bom: str) -> None:
+    write("in.csv", bom + end.join(TICKETS) + end)
+    result = run_filter_in_process("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP)
+    assert read("good.csv") == bom + end.join([*TICKETS[:2], *TICKETS[3:]]) + end
     assert (
         read("bad.csv")
-        == mark + end.join([f"{TICKETS[0]};dropped_by;dropped_reason", f"{TICKETS[2]};length 3..5;length is 9"]) + end
+        == bom + end.join([f"{TICKETS[0]};dropped_by;dropped_reason", f"{TICKETS[2]};length 3..5;length is 9"]) + end
     )
-    assert (done.kept.rows, done.kept.guarded) == (4, 0)
+    assert (result.kept.rows, result.kept.escaped) == (4, 0)
 
 
-def test_scores_are_appended_to_short_and_long_lines_of_a_csv_in_their_own_column() -> None:
+def test_scores_are_appended_to_short_and_long_csv_lines_in_their_column() -> None:
     write("in.csv", f"text,n\n{words(3)}\n{words(4)},1,,\n{words(5)},2\n")
-    filter_here("in.csv", out="good.csv", keep=KEEP, scores=True)
+    run_filter_in_process("in.csv", out="good.csv", keep=KEEP, scores=True)
     assert read("good.csv") == f"text,n,length\n{words(3)},,3.0\n{words(4)},1,4.0\n{words(5)},2,5.0\n"
 
 
-def test_a_tsv_stays_a_tsv_with_quotes_that_are_characters() -> None:
+def test_tsv_keeps_literal_quotes() -> None:
     text = f'text\tn\n"{words(3)}" he said\t1\n{words(4)}\t2\n'
     write("in.tsv", text)
-    filter_here("in.tsv", out="good.tsv", keep=("length 1..9",), scores=True)
+    run_filter_in_process("in.tsv", out="good.tsv", keep=("length 1..9",), scores=True)
     assert read("good.tsv").splitlines()[1] == f'"{words(3)}" he said\t1\t5.0'
-    filter_here("in.tsv", out="good.jsonl", keep=("length 1..9",))
+    run_filter_in_process("in.tsv", out="good.jsonl", keep=("length 1..9",))
     assert json_lines("good.jsonl")[0] == {"text": f'"{words(3)}" he said', "n": "1"}
 
 
-def test_lines_of_json_are_written_byte_for_byte() -> None:
+def test_json_lines_are_written_unchanged() -> None:
     lines = [CHAT % (n, n, words(n)) for n in range(1, 9)]
     write("in.jsonl", "\n".join(lines) + "\n\n")
-    filter_here("in.jsonl", out="good.jsonl", dropped="bad.jsonl", keep=KEEP)
+    run_filter_in_process("in.jsonl", out="good.jsonl", dropped="bad.jsonl", keep=KEEP)
     assert read("good.jsonl") == "\n".join(lines[2:5]) + "\n"
     dropped = read("bad.jsonl").splitlines()
     assert dropped[0] == lines[0][:-1] + ', "dropped_by": "length 3..5", "dropped_reason": "length is 1"}'
     assert len(dropped) == 5
 
 
-def test_scores_are_appended_to_json_under_a_name_that_is_free() -> None:
+def test_scores_are_added_to_json_under_an_unused_name() -> None:
     row = {"text": words(4), "length": "long", "length_score": None}
     write("in.jsonl", json.dumps(row) + "\n")
-    done = filter_here("in.jsonl", out="good.jsonl", keep=KEEP, scores=True)
-    assert done.added.scores == {"length": "length_score_2"}
+    result = run_filter_in_process("in.jsonl", out="good.jsonl", keep=KEEP, scores=True)
+    assert result.added.scores == {"length": "length_score_2"}
     assert list(json_lines("good.jsonl")[0].items()) == [*row.items(), ("length_score_2", 4.0)]
 
 
-def test_a_json_array_keeps_the_text_of_its_elements() -> None:
+def test_json_array_keeps_the_text_of_its_elements() -> None:
     elements = [f'{{\n    "text": "{words(n)}",\n    "n": [\n      {n}.50\n    ]\n  }}' for n in range(1, 7)]
     write("in.json", "[\n  " + ",\n  ".join(elements) + "\n]\n")
-    filter_here("in.json", out="good.json", keep=KEEP)
+    run_filter_in_process("in.json", out="good.json", keep=KEEP)
     assert read("good.json") == "[\n  " + ",\n  ".join(elements[2:5]) + "\n]\n"
-    filter_here("in.json", out="good.jsonl", keep=KEEP)
+    run_filter_in_process("in.json", out="good.jsonl", keep=KEEP)
     assert read("good.jsonl").splitlines()[0] == f'{{ "text": "{words(3)}", "n": [ 3.50 ] }}'
-    filter_here("in.json", out="bad/good.json", dropped="bad/bad.json", keep=KEEP, scores=True)
+    run_filter_in_process("in.json", out="bad/good.json", dropped="bad/bad.json", keep=KEEP, scores=True)
     assert [row["length"] for row in json.loads(read("bad/bad.json"))] == [1, 2, 6]
 
 
@@ -146,12 +146,12 @@ def workbook(name: str) -> str:
     return name
 
 
-def test_a_workbook_keeps_its_sheets_columns_types_and_number_formats() -> None:
-    done = filter_here(workbook("in.xlsx"), out="good.xlsx", dropped="bad.xlsx", keep=KEEP, scores=True)
-    assert (done.kept.rows, done.dropped.rows if done.dropped else 0) == (6, 4)
+def test_workbook_keeps_its_sheets_columns_types_and_number_formats() -> None:
+    result = run_filter_in_process(workbook("in.xlsx"), out="good.xlsx", dropped="bad.xlsx", keep=KEEP, scores=True)
+    assert (result.kept.rows, result.dropped.rows if result.dropped else 0) == (6, 4)
     header, *rows = sheet_rows("good.xlsx", "Tickets")
     assert header == ("ticket", "instruction", "input", "output", "rating", "created", "done", None, 7, "length")
-    # The middle of January 3rd, and what begins like a formula is a text still.
+    # Noon of January 3rd; text that starts like a formula remains text.
     expected = (3, "=Question 3", "in", words(3), 0.75, dt.datetime(2026, 1, 3, 12), False, "note", 3, 3)
     assert rows[0] == expected
     assert [row[1] for row in rows[3:]] == ["merged over two rows"] * 2
@@ -183,12 +183,12 @@ def nested(name: str, count: int = 6, **more: Any) -> pa.Table:
 
 def test_parquet_keeps_schema_nested_values_and_metadata() -> None:
     table = nested("in.parquet")
-    filter_here("in.parquet", out="good.parquet", dropped="bad.parquet", keep=KEEP)
+    run_filter_in_process("in.parquet", out="good.parquet", dropped="bad.parquet", keep=KEEP)
     assert pq.read_table("good.parquet").equals(table.slice(2, 3), check_metadata=True)
     dropped = pq.read_table("bad.parquet")
     assert dropped.drop_columns(["dropped_by", "dropped_reason"]).equals(table.take([0, 1, 5]))
     assert dropped.schema.metadata == {b"origin": b"here"}, "Hugging Face's would be wrong: it names all columns"
-    filter_here("in.parquet", out="good.jsonl", keep=KEEP)
+    run_filter_in_process("in.parquet", out="good.jsonl", keep=KEEP)
     assert json_lines("good.jsonl")[0] == {
         "prompt": "Question 3",
         "completion": words(3),
@@ -199,18 +199,18 @@ def test_parquet_keeps_schema_nested_values_and_metadata() -> None:
     }
 
 
-def test_an_arrow_file_is_written_as_parquet_with_its_schema() -> None:
+def test_arrow_file_is_written_as_parquet_with_its_schema() -> None:
     table = nested("in.parquet").combine_chunks()
     with pa.ipc.new_file("in.arrow", table.schema) as file:
         file.write_table(table, max_chunksize=4)
-    filter_here("in.arrow", out="good.parquet", keep=KEEP, scores=True)
+    run_filter_in_process("in.arrow", out="good.parquet", keep=KEEP, scores=True)
     good = pq.read_table("good.parquet")
     assert good.column("length").to_pylist() == [3, 4, 5]
     assert good.drop_columns(["length"]).equals(table.slice(2, 3))
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_files_of_every_format_go_into_one_with_the_columns_of_all(ending: str) -> None:
+def test_files_of_all_formats_are_written_to_one_file_with_all_columns(ending: str) -> None:
     write("a.csv", "\n".join(TICKETS) + "\n")
     write("b.jsonl", (CHAT % (1, 1, words(4))) + "\n{broken\n")
     write("c.json", json.dumps([{"text": words(3), "empty": {}, "mixed": 1}, {"text": words(4), "mixed": "x"}]))
@@ -219,8 +219,8 @@ def test_files_of_every_format_go_into_one_with_the_columns_of_all(ending: str) 
     with gzip.open("f.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": words(5)}) + "\n")
     names = ["a.csv", "b.jsonl", "c.json", "d.parquet", "e.txt", "f.jsonl.gz", workbook("g.xlsx")]
-    done = filter_here(*names, out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
-    assert (done.kept.rows, done.dropped.rows if done.dropped else 0) == (18, 10)
+    result = run_filter_in_process(*names, out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
+    assert (result.kept.rows, result.dropped.rows if result.dropped else 0) == (18, 10)
     good, bad = (rows_of(f"{name}{ending}") for name in ("good", "bad"))
     assert (len(good), len(bad)) == (18, 10)
     assert [str(row["length"]) for row in good[:4]] == [
@@ -230,7 +230,7 @@ def test_files_of_every_format_go_into_one_with_the_columns_of_all(ending: str) 
     reasons = [row["dropped_by"] for row in bad]
     assert reasons.count("quarantined") == 2
     assert [row.get("raw_record") for row in bad].count("{broken") == 1
-    # Columns of a row's own, and of all rows where the format has one header.
+    # JSON records have their own columns; formats with a header have the columns of all rows.
     assert ending in (".jsonl", ".ndjson", ".json") or {"ticket", "messages", "meta", "instruction"} <= good[0].keys()
 
 
@@ -248,25 +248,25 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return list(csv.DictReader(Path(name).open(encoding="utf-8-sig", newline=""), delimiter=delimiter))
 
 
-def test_csv_files_with_other_columns_are_put_together_by_name() -> None:
+def test_csv_files_with_different_columns_are_merged_by_name() -> None:
     write("a.csv", f"text,n\n{words(3)},1\n")
     write("b.csv", f"n,text,more\n2,=cmd() {words(3)},x\n")
-    done = filter_here("a.csv", "b.csv", out="good.csv", keep=KEEP)
+    result = run_filter_in_process("a.csv", "b.csv", out="good.csv", keep=KEEP)
     assert read("good.csv") == f"text,n,more\n{words(3)},1,\n=cmd() {words(3)},2,x\n"
-    assert done.kept.guarded == 0, "what is text in a CSV was like that before"
+    assert result.kept.escaped == 0, "text from a CSV is not escaped"
 
 
-def test_texts_of_other_formats_are_no_formulas_in_a_csv() -> None:
+def test_formula_like_texts_of_other_formats_are_escaped_in_a_csv() -> None:
     write("in.jsonl", json.dumps({"text": f"=1+1 {words(3)}", "n": -5, "d": "-"}) + "\n")
-    done = filter_here("in.jsonl", out="good.csv", keep=KEEP)
+    result = run_filter_in_process("in.jsonl", out="good.csv", keep=KEEP)
     assert read("good.csv") == f"\N{BYTE ORDER MARK}text,n,d\n'=1+1 {words(3)},-5,'-\n"
-    assert done.kept.guarded == 2
+    assert result.kept.escaped == 2
 
 
 def test_unreadable_rows_are_dropped_with_their_text_and_the_reason() -> None:
     lines = ["text,n", f"{words(3)},1", '"open,2', "a,b,c,d", " ,3", f"{words(4)},4"]
     write("in.csv", ("\n".join(lines) + "\n").encode() + b"\xe4,5\n")
-    done = filter_here("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP)
+    result = run_filter_in_process("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP)
     assert read("good.csv") == "\n".join([lines[0], lines[1], lines[5]]) + "\n"
     header, *rows = csv.reader(read("bad.csv").splitlines())
     assert header == ["text", "n", "dropped_by", "dropped_reason", "raw_record"]
@@ -282,39 +282,41 @@ def test_unreadable_rows_are_dropped_with_their_text_and_the_reason() -> None:
         "text is empty",
         True,
     ]
-    assert done.dropped is not None
-    assert done.dropped.rows == 4
+    assert result.dropped is not None
+    assert result.dropped.rows == 4
 
 
-def test_rows_that_are_there_twice_are_decided_each() -> None:
+def test_duplicate_rows_are_decided_separately() -> None:
     write("in.csv", f"text,n\n{words(3)},1\n{words(3)},2\n{words(4)},3\n{words(3)},4\n")
-    filter_here("in.csv", out="good.csv", dropped="bad.csv", keep=("duplicates <= 0",))
+    run_filter_in_process("in.csv", out="good.csv", dropped="bad.csv", keep=("duplicates <= 0",))
     assert read("good.csv") == f"text,n\n{words(3)},1\n{words(4)},3\n"
     assert [row[1] for row in csv.reader(read("bad.csv").splitlines()[1:])] == ["2", "4"]
 
 
-def test_a_damaged_file_gives_what_can_be_read_and_the_rest_is_dropped_with_the_reason() -> None:
+def test_corrupt_file_gives_its_readable_rows_and_the_rest_is_dropped_with_the_reason() -> None:
     write("in.jsonl.gz", gzip.compress("".join(f'{{"text": "{words(3)} {n}"}}\n' for n in range(5000)).encode())[:-400])
     nested("in.parquet")
     data = bytearray(Path("in.parquet").read_bytes())
     data[4:40] = b"\x00" * 36  # within the first row group
     write("in.parquet", bytes(data))
-    done = filter_here("in.jsonl.gz", "in.parquet", out="good.jsonl", dropped="bad.jsonl", keep=("length 1..9",))
+    result = run_filter_in_process(
+        "in.jsonl.gz", "in.parquet", out="good.jsonl", dropped="bad.jsonl", keep=("length 1..9",)
+    )
     reasons = [row["dropped_reason"] for row in json_lines("bad.jsonl")]
-    assert "damaged" in reasons[0]
+    assert "corrupt" in reasons[0]
     assert "rows 1 to 2 can't be read" in reasons[1]
-    assert done.kept.rows == len(json_lines("good.jsonl")) > 4
+    assert result.kept.rows == len(json_lines("good.jsonl")) > 4
 
 
-def test_a_limit_ends_both_files_at_the_same_row() -> None:
+def test_limit_applies_to_both_files() -> None:
     write("in.csv", "text\n" + "".join(f"{words(n)}\n" for n in range(1, 9)))
-    done = filter_here("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP, limit=4)
-    assert (done.kept.rows, done.dropped.rows if done.dropped else 0) == (2, 2)
+    result = run_filter_in_process("in.csv", out="good.csv", dropped="bad.csv", keep=KEEP, limit=4)
+    assert (result.kept.rows, result.dropped.rows if result.dropped else 0) == (2, 2)
 
 
-def test_of_any_rule_the_reason_names_all_scores() -> None:
+def test_reason_lists_all_scores_with_any() -> None:
     write("in.csv", f"text\n{words(3)}\n{words(8)}\n")
-    filter_here("in.csv", out="g.csv", dropped="b.jsonl", keep=("length ..3", "gopher <= 0"), any_rule=True)
+    run_filter_in_process("in.csv", out="g.csv", dropped="b.jsonl", keep=("length ..3", "gopher <= 0"), any_rule=True)
     (row,) = json_lines("b.jsonl")
     assert row["dropped_by"] == "length ..3 and gopher <= 0"
     assert row["dropped_reason"].startswith("length is 8; gopher is ")
@@ -329,65 +331,69 @@ def test_of_any_rule_the_reason_names_all_scores() -> None:
         (None, "there is no file `in.csv`"),
     ],
 )
-def test_a_source_that_changed_while_it_was_filtered_is_an_error_and_no_file_is_written(
+def test_source_that_changed_during_the_run_is_an_error_and_no_file_is_written(
     text: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("in.csv", f"text\n{words(3)}\n{words(8)}\n")
     monkeypatch.setattr(outputs, "find_columns", _changing(outputs.find_columns, text))
     with pytest.raises(TuneryError, match=message) as caught:
-        filter_here("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
-    assert "give the same command again" in caught.value.remedy
+        run_filter_in_process("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
+    assert "run the same command again" in caught.value.remedy
     assert [path.name for path in Path("out").iterdir()] == ["good.yaml"]
 
 
-def test_records_without_a_verdict_and_verdicts_without_a_record_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mismatch_of_records_and_decisions_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     write("in.csv", f"text\n{words(3)}\n{words(8)}\n{words(4)}\n")
-    whole = outputs.originals
-    for change in (lambda found: found[:-1], lambda found: [found[0], *found], lambda found: found[::-1]):
-        monkeypatch.setattr(outputs, "originals", lambda *words, change=change: iter(change(list(whole(*words)))))
-        with pytest.raises(TuneryError, match=r"differ|nothing was decided about `in.csv"):
-            filter_here("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
+    all_originals = outputs.originals
+    for change in (lambda items: items[:-1], lambda items: [items[0], *items], lambda items: items[::-1]):
+        monkeypatch.setattr(
+            outputs, "originals", lambda *words, change=change: iter(change(list(all_originals(*words))))
+        )
+        with pytest.raises(TuneryError, match=r"differ|there is no decision about `in.csv"):
+            run_filter_in_process("in.csv", out="out/good.csv", dropped="out/bad.csv", keep=KEEP)
         assert [path.name for path in Path("out").iterdir()] == ["good.yaml"]
 
 
-def _changing(find: Any, text: str | None) -> Any:
-    def find_and_change(*words: Any, **more: Any) -> Any:
-        found = find(*words, **more)
+def _changing(find_columns: Any, text: str | None) -> Any:
+    def find_and_change(*args: Any, **kwargs: Any) -> Any:
+        columns = find_columns(*args, **kwargs)
         if text is None:
             Path("in.csv").unlink()
         else:
             write("in.csv", text)
-        return found
+        return columns
 
     return find_and_change
 
 
-def test_a_workbook_that_can_not_hold_a_row_is_refused_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_that_does_not_fit_into_a_workbook_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write("in.jsonl", json.dumps({"text": words(3), "long": "a" * 32_768}) + "\n" + json.dumps({"text": "b"}) + "\n")
     Path("good.xlsx").write_text("an earlier one")
     with pytest.raises(RequestError, match="32,768 characters") as caught:
-        filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
+        run_filter_in_process("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert ".parquet" in caught.value.remedy
-    monkeypatch.setattr(excel_writer, "SHEET_ROWS", 1)
+    monkeypatch.setattr(excel_writer, "MAX_SHEET_ROWS", 1)
     write("in.jsonl", json.dumps({"text": words(3)}) + "\n" + json.dumps({"text": words(4)}) + "\n")
     with pytest.raises(RequestError, match="rows don't fit"):
-        filter_here("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
+        run_filter_in_process("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert Path("good.xlsx").read_text() == "an earlier one"
     assert sorted(path.name for path in Path().glob("*.*")) == ["good.xlsx", "good.yaml", "in.jsonl"]
     assert not list(Path().glob(".*"))
 
 
-def test_a_path_that_can_not_be_written_is_an_error_with_a_remedy() -> None:
+def test_unwritable_output_is_an_error_with_a_remedy() -> None:
     write("in.csv", f"text\n{words(3)}\n{words(8)}\n")
     write("file", "")
     with pytest.raises(TuneryError, match="can't be written") as caught:
-        filter_here("in.csv", out="good.csv", dropped="file/bad.csv", keep=KEEP)
-    assert caught.value.remedy.startswith("make room")
+        run_filter_in_process("in.csv", out="good.csv", dropped="file/bad.csv", keep=KEEP)
+    assert caught.value.remedy.startswith("free some space")
     assert not Path("good.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl", "in.json", "in.xlsx", "in.parquet", "in.txt"])
-def test_originals_are_the_readers_records(name: str) -> None:
+def test_originals_match_the_records_of_the_reader(name: str) -> None:
     if name == "in.xlsx":
         workbook(name)
     elif name == "in.parquet":
@@ -406,23 +412,23 @@ def test_originals_are_the_readers_records(name: str) -> None:
     assert [(item.table.name, item.line) for item in originals(stage, Path.cwd())] == records
 
 
-def test_nothing_passes_in_the_words_of_the_command_line() -> None:
+def test_error_without_passing_rows_uses_the_rules_of_the_command_line() -> None:
     Path("sub").mkdir()
     write("in.csv", "text\nword\n")
     with pytest.raises(TuneryError) as caught:
-        filter_here("in.csv", out="sub/good.csv", keep=KEEP)
+        run_filter_in_process("in.csv", out="sub/good.csv", keep=KEEP)
     assert not isinstance(caught.value, StageError)
     assert caught.value.cause == "`length 3..5` dropped 1"
     assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".xlsx", ".parquet"])
-def test_where_nothing_passes_the_dropped_file_has_every_record_and_its_reason(ending: str) -> None:
+def test_dropped_file_has_all_records_and_reasons_if_no_row_passes(ending: str) -> None:
     write("in.jsonl", f'{{"text": "word"}}\n{{broken\n{{"text": "{words(9)}"}}\n')
     with pytest.raises(TuneryError, match="no row of 2 passes") as caught:
-        filter_here("in.jsonl", out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
+        run_filter_in_process("in.jsonl", out=f"good{ending}", dropped=f"bad{ending}", keep=KEEP, scores=True)
     assert caught.value.exit_code == 1
-    assert caught.value.remedy.endswith(f"why each row was dropped is in bad{ending}")
+    assert caught.value.remedy.endswith(f"bad{ending} has the reason for each row")
     rows = rows_of(f"bad{ending}")
     assert [(row["dropped_by"], row["dropped_reason"].split(":")[0]) for row in rows] == [
         ("length 3..5", "length is 1"),
@@ -432,11 +438,11 @@ def test_where_nothing_passes_the_dropped_file_has_every_record_and_its_reason(e
     assert not Path(f"good{ending}").exists()
 
 
-def test_where_nothing_passes_an_earlier_output_stays_and_rules_without_a_score_have_a_reason() -> None:
+def test_earlier_output_is_kept_if_no_row_passes() -> None:
     write("in.csv", f"text\n=1 {words(9)}\n")
     write("good.csv", "an earlier one")
     with pytest.raises(TuneryError, match="no row of 1 passes"):
-        filter_here("in.csv", out="good.csv", dropped="bad.jsonl", keep=("random >= 2",))
+        run_filter_in_process("in.csv", out="good.csv", dropped="bad.jsonl", keep=("random >= 2",))
     assert json_lines("bad.jsonl")[0]["dropped_reason"] == "not among the random rows"
     assert read("good.csv") == "an earlier one"
 
@@ -445,7 +451,7 @@ def test_rows_of_a_hub_dataset_keep_their_types(monkeypatch: pytest.MonkeyPatch,
     Path("data").mkdir()
     nested("data/train.parquet")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    # A folder in the place of a hub dataset, which needs a network to say what commit it is at.
+    # A folder instead of a hub dataset, whose commit can only be read with a network.
     monkeypatch.setattr(HubDataset, "identity", lambda self: None)
     stage = Dataset.model_validate({"kind": "dataset", "source": "hub:org/name"})
     records = list(originals_of(HubDataset(f"hub:{tmp_path / 'data'}", None, None, None), stage))

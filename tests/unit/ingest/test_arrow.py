@@ -47,7 +47,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
-def test_nulls_that_arrow_fills_structs_up_with_are_left_out(ending: str, tmp_path: Path) -> None:
+def test_null_fields_added_by_arrow_are_removed(ending: str, tmp_path: Path) -> None:
     write(tmp_path / f"a.{ending}", [RECORD])
     (row,), bad = read(tmp_path, f"a.{ending}")
     assert not bad
@@ -56,14 +56,14 @@ def test_nulls_that_arrow_fills_structs_up_with_are_left_out(ending: str, tmp_pa
     assert row["messages"][1]["weight"] == 0.0
 
 
-def test_nulls_that_the_datasets_library_fills_structs_up_with_are_left_out(tmp_path: Path) -> None:
+def test_null_fields_added_by_the_datasets_library_are_removed(tmp_path: Path) -> None:
     datasets.Dataset.from_list([RECORD]).to_parquet(tmp_path / "a.parquet")
     (record,) = streamed(str(tmp_path), None, "train", None)
     assert record.value["tools"] == TOOLS
     assert record.value["messages"][0] == QUESTION
 
 
-def test_nulls_in_json_text_stay(tmp_path: Path) -> None:
+def test_nulls_in_json_text_are_kept(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
     call = {"function": {"name": "f", "arguments": '{"x": null}'}}
     record = {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}], "tools": json.dumps(tools)}
@@ -75,7 +75,7 @@ def test_nulls_in_json_text_stay(tmp_path: Path) -> None:
         assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": None}
 
 
-def test_map_of_arrow_is_an_object(tmp_path: Path) -> None:
+def test_arrow_map_becomes_an_object(tmp_path: Path) -> None:
     function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
     turn = pa.struct(
         [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(pa.struct([("function", function)])))]

@@ -16,8 +16,8 @@ from tunery.spec.stages import Dataset
 from tunery.store.rows import Row, row_format
 
 SYSTEM = {"role": "system", "content": "s"}
-Q, A, B = ({"role": role, "content": said} for role, said in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
-HUMAN, GPT, OTHER = ({"from": who, "value": said} for who, said in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
+Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+HUMAN, GPT, OTHER = ({"from": who, "value": text} for who, text in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
@@ -25,7 +25,7 @@ CALLING_1 = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id"
 RESULT, ANSWER = {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"}
 PAIR: Row = {"messages": [Q, A], "rejected": [B]}
 
-SHAPES: dict[str, tuple[dict[str, Any], Row, str]] = {
+RECORDS: dict[str, tuple[dict[str, Any], Row, str]] = {
     "sharegpt": ({"conversations": [HUMAN, GPT]}, {"messages": [Q, A]}, "conversation"),
     "sharegpt with a system column": (
         {"conversations": [HUMAN, GPT], "system": "s", "tools": ""},
@@ -65,15 +65,15 @@ SHAPES: dict[str, tuple[dict[str, Any], Row, str]] = {
         {"messages": [SYSTEM, Q, CALLING_1, {**RESULT, "tool_call_id": "1"}, ANSWER], "tools": json.dumps(TOOLS)},
         "conversation",
     ),
-    "turns as JSON text": ({"messages": json.dumps([Q, A])}, {"messages": [Q, A]}, "conversation"),
+    "messages as JSON text": ({"messages": json.dumps([Q, A])}, {"messages": [Q, A]}, "conversation"),
     "alpaca with a system column": (
         {"instruction": "q", "input": "", "output": "a", "system": "s"},
         {"messages": [SYSTEM, Q, A]},
         "conversation",
     ),
-    "prompt and completion as turns": ({"prompt": [Q], "completion": [A]}, {"messages": [Q, A]}, "conversation"),
+    "prompt and completion as messages": ({"prompt": [Q], "completion": [A]}, {"messages": [Q, A]}, "conversation"),
     "pair of texts": ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR, "preference"),
-    "pair of turns": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, PAIR, "preference"),
+    "pair of messages": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, PAIR, "preference"),
     "pair of conversations": ({"chosen": [Q, A], "rejected": [Q, B]}, PAIR, "preference"),
     "pair of conversations beside their prompt": (
         {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A]},
@@ -121,12 +121,12 @@ def everything(row: Row) -> Row:
     return {**content(row), **{name: row[name] for name in ("label", "tools") if row.get(name) is not None}}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_shape_becomes_the_one_schema(name: str, tmp_path: Path) -> None:
-    record, row, shape = SHAPES[name]
-    found = read(record, tmp_path)
-    assert everything(found) == row
-    assert row_format(found) == shape
+@pytest.mark.parametrize("name", RECORDS)
+def test_record_is_converted_to_the_row_schema(name: str, tmp_path: Path) -> None:
+    record, row, expected_format = RECORDS[name]
+    converted = read(record, tmp_path)
+    assert everything(converted) == row
+    assert row_format(converted) == expected_format
 
 
 @pytest.mark.parametrize(
@@ -144,34 +144,34 @@ def test_shape_becomes_the_one_schema(name: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_columns_name_every_role_of_a_shape(columns: Any, record: Any, row: Row, tmp_path: Path) -> None:
+def test_every_column_role_can_be_configured(columns: Any, record: Any, row: Row, tmp_path: Path) -> None:
     assert everything(read(record, tmp_path, columns=columns)) == row
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "q", "chosen": [Q, A, Q, A], "rejected": [Q, B]}, "differ in more than their last turn"),
-        ({"chosen": [A], "rejected": [B]}, "there is no prompt"),
-        ({"messages": [Q, A], "chosen": [A], "rejected": [B]}, "no question before them"),
-        ({"prompt": "q", "completion": None}, "answer is missing"),
+        ({"prompt": "q", "chosen": [Q, A, Q, A], "rejected": [Q, B]}, "differ in more than the last assistant message"),
+        ({"chosen": [A], "rejected": [B]}, "responses without a prompt"),
+        ({"messages": [Q, A], "chosen": [A], "rejected": [B]}, "have no prompt"),
+        ({"prompt": "q", "completion": None}, "response is missing"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected is missing"),
         ({"messages": [Q, A], "label": None}, "label is None"),
         ({"messages": [Q, A], "system": 5}, "system is int, not text"),
         ({"messages": [Q, A], "tools": [5]}, "tools is not a list of tools"),
-        ({"messages": [Q, A], "tools": [{"x": "\ud800"}]}, "half of a surrogate pair"),
+        ({"messages": [Q, A], "tools": [{"x": "\ud800"}]}, "a lone surrogate"),
     ],
 )
-def test_row_that_lacks_something_is_not_taken_for_another_shape(record: dict[str, Any], reason: str) -> None:
+def test_incomplete_row_is_invalid_and_not_read_as_another_format(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRow, match=reason):
         converter(record, None)(record)
 
 
-def test_every_layout_is_a_form_and_every_role_may_be_named() -> None:
+def test_every_column_pattern_has_a_row_builder_and_every_role_is_configurable() -> None:
     roles = set(Dataset.model_fields["columns"].annotation.__args__[0].__args__[0].__args__)  # type: ignore[union-attr]
     assert roles == {role for needed, allowed, _ in ROW_BUILDERS for role in f"{needed} {allowed}".split()}
-    for layout in COLUMN_PATTERNS:
-        columns = [word.removesuffix("?").partition("=") for word in layout.split()]
+    for pattern in COLUMN_PATTERNS:
+        columns = [word.removesuffix("?").partition("=") for word in pattern.split()]
         converter({name or role: "x" for role, _, name in columns}, None)
-    with pytest.raises(UnknownColumns, match="columns found: `body`"):
+    with pytest.raises(UnknownColumns, match="columns: `body`"):
         converter({"body": "x"}, None)

@@ -62,15 +62,15 @@ def chat_rows(count: int) -> list[Row]:
 
 
 def content(row: Row) -> str:
-    found = row["text"] if "text" in row else row["messages"][-1]["content"]
-    assert isinstance(found, str)
-    return found
+    text = row["text"] if "text" in row else row["messages"][-1]["content"]
+    assert isinstance(text, str)
+    return text
 
 
 def of_kind(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
-    """Original and damaged contents of the rows with this damage."""
-    damaged = corrupt(rows, 1.0, seed=3)
-    return [(content(old), content(new)) for old, new in zip(rows, damaged, strict=True) if new["planted"] == kind]
+    """(original, corrupted) contents of the rows with this kind of corruption."""
+    corrupted = corrupt(rows, 1.0, seed=3)
+    return [(content(old), content(new)) for old, new in zip(rows, corrupted, strict=True) if new["planted"] == kind]
 
 
 BOTH = pytest.mark.parametrize("make", [text_rows, chat_rows])
@@ -78,12 +78,12 @@ BOTH = pytest.mark.parametrize("make", [text_rows, chat_rows])
 
 @BOTH
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.333, 1.0])
-def test_share_is_exact_and_the_truth_column_tells_which(make: MakeRows, share: float) -> None:
+def test_share_is_exact_and_planted_marks_the_corrupted_rows(make: MakeRows, share: float) -> None:
     rows = make(101)
-    damaged = corrupt(rows, share, seed=0)
-    assert len(damaged) == len(rows)
-    assert sum(row["planted"] != "" for row in damaged) == round(share * 101)
-    for old, new in zip(rows, damaged, strict=True):
+    corrupted = corrupt(rows, share, seed=0)
+    assert len(corrupted) == len(rows)
+    assert sum(row["planted"] != "" for row in corrupted) == round(share * 101)
+    for old, new in zip(rows, corrupted, strict=True):
         assert (content(old).split() != content(new).split()) == (new["planted"] != "")
         assert new["planted"] in ("", *KINDS)
 
@@ -101,7 +101,7 @@ def test_single_damaged_row_is_not_always_of_the_same_kind() -> None:
 
 
 @BOTH
-def test_everything_but_the_content_stays(make: MakeRows) -> None:
+def test_only_the_content_changes(make: MakeRows) -> None:
     rows = make(60)
     for old, new in zip(rows, corrupt(rows, 0.6, seed=5), strict=True):
         assert set(new) == {*old, "planted"}
@@ -164,12 +164,12 @@ def test_shuffled_rows_have_the_same_words_and_the_same_layout(make: MakeRows) -
         assert re.findall(r"\s+", old) == re.findall(r"\s+", new)
 
 
-def test_swapped_answers_come_from_another_row() -> None:
+def test_swapped_responses_come_from_another_row() -> None:
     rows = chat_rows(80)
-    answers = {content(row) for row in rows}
+    responses = {content(row) for row in rows}
     pairs = of_kind("swapped", rows)
     assert pairs
-    assert all(new in answers and new != old for old, new in pairs)
+    assert all(new in responses and new != old for old, new in pairs)
 
 
 def test_swapped_texts_keep_their_first_half_and_end_as_another_row_does() -> None:
@@ -193,7 +193,7 @@ def test_cut_rows_stop_within_a_word_at_a_fifth_to_three_fifths(make: MakeRows) 
 
 
 @BOTH
-def test_repeated_rows_say_one_phrase_up_to_about_the_original_length(make: MakeRows) -> None:
+def test_repeated_rows_repeat_one_phrase_up_to_about_the_original_length(make: MakeRows) -> None:
     pairs = of_kind("repeated", make(80))
     assert pairs
     for old, new in pairs:
@@ -206,22 +206,22 @@ def test_repeated_rows_say_one_phrase_up_to_about_the_original_length(make: Make
 
 def test_rows_too_short_for_a_kind_get_one_that_fits() -> None:
     rows: list[Row] = [{"messages": [{"role": "assistant", "content": word}]} for word in ("y", "n") * 20]
-    damaged = corrupt(rows, 1.0, seed=2)
-    kinds = Counter(row["planted"] for row in damaged)
+    corrupted = corrupt(rows, 1.0, seed=2)
+    kinds = Counter(row["planted"] for row in corrupted)
     assert kinds == {"swapped": 20, "repeated": 20}
-    assert all(content(old) != content(new) for old, new in zip(rows, damaged, strict=True))
+    assert all(content(old) != content(new) for old, new in zip(rows, corrupted, strict=True))
 
 
-def test_empty_rows_are_left_alone_as_long_as_others_do() -> None:
+def test_empty_rows_are_not_corrupted_if_others_suffice() -> None:
     rows: list[Row] = [{"text": ""}, *text_rows(9)]
     for seed in range(20):
-        damaged = corrupt(rows, 0.9, seed)
-        assert damaged[0]["planted"] == ""
-        assert all(row["planted"] for row in damaged[1:])
+        corrupted = corrupt(rows, 0.9, seed)
+        assert corrupted[0]["planted"] == ""
+        assert all(row["planted"] for row in corrupted[1:])
 
 
 def test_share_that_cannot_be_reached_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"only 9 of 10 rows can be damaged, and share 1\.0 asks for 10"):
+    with pytest.raises(ValueError, match=r"only 9 of 10 rows can be corrupted, but share 1\.0 requires 10"):
         corrupt([{"text": ""}, *text_rows(9)], 1.0, seed=0)
 
 
@@ -232,11 +232,11 @@ def test_share_that_cannot_be_reached_is_an_error() -> None:
         ([{"text": "a"}], -0.1, "share is -0.1"),
         ([{"text": "a"}, {"prompt": "b"}], 0.5, "row 1 has neither 'text' nor 'messages'"),
         ([{"messages": []}], 0.5, "row 0 has neither"),
-        ([{"text": None}], 0.5, "row 0 holds NoneType"),
-        ([{"text": "a", "planted": ""}], 0.5, "row 0 has the key 'planted' already"),
+        ([{"text": None}], 0.5, "row 0 has NoneType"),
+        ([{"text": "a", "planted": ""}], 0.5, "row 0 already has the key 'planted'"),
     ],
 )
-def test_unusable_arguments_are_refused(rows: list[Row], share: float, message: str) -> None:
+def test_invalid_arguments_are_rejected(rows: list[Row], share: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         corrupt(rows, share, seed=0)
 
@@ -251,13 +251,13 @@ def test_no_rows_give_no_rows() -> None:
     st.integers(),
     st.booleans(),
 )
-def test_whatever_the_rows_the_count_is_exact_and_damage_is_real(
+def test_count_is_exact_and_content_changes_for_any_rows(
     contents: list[str], share: float, seed: int, chat: bool
 ) -> None:
     rows: list[Row] = [{"text": text} for text in contents]
     if chat:
         rows = [{"messages": [{"role": "assistant", "content": text}]} for text in contents]
-    damaged = corrupt(rows, share, seed)
-    assert sum(row["planted"] != "" for row in damaged) == round(share * len(rows))
-    for old, new in zip(rows, damaged, strict=True):
+    corrupted = corrupt(rows, share, seed)
+    assert sum(row["planted"] != "" for row in corrupted) == round(share * len(rows))
+    for old, new in zip(rows, corrupted, strict=True):
         assert (content(old).split() != content(new).split()) == (new["planted"] != "")

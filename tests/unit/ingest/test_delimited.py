@@ -19,9 +19,7 @@ def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
 @pytest.mark.parametrize("delimiter", [";", ",", "\t", "|", "^", "~", "§"])
 @pytest.mark.parametrize("hint", ["sep={}", "SEP={}", '"sep={}"', "sep={}{}", "\ufeffsep={}"])
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
-def test_first_line_that_names_the_delimiter_is_followed(
-    delimiter: str, hint: str, ending: str, tmp_path: Path
-) -> None:
+def test_first_line_may_set_the_delimiter(delimiter: str, hint: str, ending: str, tmp_path: Path) -> None:
     lines = [
         hint.format(delimiter, delimiter),
         *(f"{q}{delimiter}{a}" for q, a in (("question", "answer"), ("q", "a,;"))),
@@ -39,13 +37,13 @@ def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> No
     (tmp_path / "a.csv").write_text('sep=;\n\nquestion;answer\nq;"two\nlines"\nq;\nq;a\n')
     rows, bad = read(tmp_path, "a.csv")
     assert [row["line"] for row in rows] == [4, 7]
-    assert [(line.line, line.reason) for line in bad] == [(6, "answer is missing")]
+    assert [(line.line, line.reason) for line in bad] == [(6, "response is missing")]
 
 
 @pytest.mark.parametrize(
     "content", ["question;answer\nq;sep=,\n", "question\tanswer\nq\tsep=,\n", "question|answer\nq|sep=,\n"]
 )
-def test_delimiter_is_still_that_of_the_header_where_nothing_names_it(content: str, tmp_path: Path) -> None:
+def test_delimiter_is_detected_from_the_header_otherwise(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(content)
     (row,), bad = read(tmp_path, "a.csv")
     assert not bad

@@ -23,7 +23,7 @@ def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
 
 
 def workbook(path: Path, lines: list[list[Any]], dimension: str, title: str = "Sheet", merged: str = "") -> None:
-    """With `dimension` for what the first sheet says of its size; "" says nothing."""
+    """Write a workbook whose first sheet has the given <dimension>, or none if it is ""."""
     book = openpyxl.Workbook()
     sheet = book.active
     assert sheet is not None
@@ -48,7 +48,7 @@ DIMENSIONS = ["A1:B51", "A1:B10", "A1", "A1:A51", "B3:B10", "A1:B1048576", "A1:X
 
 
 @pytest.mark.parametrize("dimension", DIMENSIONS)
-def test_all_rows_of_a_sheet_are_read_whatever_it_says_of_its_size(dimension: str, tmp_path: Path) -> None:
+def test_all_rows_of_a_sheet_are_read_despite_a_wrong_dimension(dimension: str, tmp_path: Path) -> None:
     workbook(tmp_path / "a.xlsx", [["question", "answer"], *([f"q{n}", f"a{n}"] for n in range(50))], dimension)
     rows, bad = read(tmp_path, "a.xlsx")
     assert not bad
@@ -64,16 +64,16 @@ def test_decisions_are_read_beyond_a_wrong_dimension(dimension: str, tmp_path: P
 
 
 @pytest.mark.parametrize("dimension", ["A1:B2", ""])
-def test_short_row_of_a_sheet_lacks_its_last_cells_and_is_no_other_shape(dimension: str, tmp_path: Path) -> None:
+def test_short_row_has_missing_cells_and_is_not_read_as_another_format(dimension: str, tmp_path: Path) -> None:
     lines = [["prompt", "completion"], ["q1", "a1"], ["q2"], ["q3", "a3"]]
     workbook(tmp_path / "a.xlsx", lines, dimension)
     rows, bad = read(tmp_path, "a.xlsx")
     assert [row["line"] for row in rows] == [2, 4]
-    assert [(line.line, line.reason) for line in bad] == [(3, "answer is missing")]
+    assert [(line.line, line.reason) for line in bad] == [(3, "response is missing")]
 
 
 @pytest.mark.parametrize("dimension", ["A1:B2", ""])
-def test_value_merged_over_rows_holds_for_rows_whose_cells_are_absent(dimension: str, tmp_path: Path) -> None:
+def test_value_merged_over_rows_applies_to_rows_without_the_cells(dimension: str, tmp_path: Path) -> None:
     lines = [["question", "answer"], ["q1", "a"], ["q2"], ["q3"]]
     workbook(tmp_path / "a.xlsx", lines, dimension, merged="B2:B4")
     rows, bad = read(tmp_path, "a.xlsx")
@@ -82,8 +82,10 @@ def test_value_merged_over_rows_holds_for_rows_whose_cells_are_absent(dimension:
 
 
 @pytest.mark.parametrize("dimension", ["A1:B2", ""])
-def test_formula_without_a_value_beyond_a_wrong_dimension_costs_its_row(dimension: str, tmp_path: Path) -> None:
+def test_formula_without_a_cached_value_beyond_a_wrong_dimension_makes_its_row_invalid(
+    dimension: str, tmp_path: Path
+) -> None:
     workbook(tmp_path / "a.xlsx", [["question", "answer"], ["q1", "a1"], ["q2", "a2"], ["q3", "=1+1"]], dimension)
     rows, bad = read(tmp_path, "a.xlsx")
     assert len(rows) == 2
-    assert [(line.line, "the formula in B4 has no value" in line.reason) for line in bad] == [(4, True)]
+    assert [(line.line, "the formula in B4 has no cached value" in line.reason) for line in bad] == [(4, True)]

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import COLUMNS, HAND_MADE, JSON_FILES, JSON_LINES, TABLES, TEXTS, WORKBOOKS, Hostile, lines, said
+from hostile_files import (
+    COLUMNS,
+    HAND_MADE,
+    JSON_FILES,
+    JSON_LINES,
+    TABLES,
+    TEXTS,
+    WORKBOOKS,
+    Hostile,
+    lines,
+    response_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import dataset, make, quarantine_of
@@ -27,51 +38,49 @@ FEW = settings(max_examples=40, derandomize=True, deadline=None)
 
 
 def read(folder: Path, name: str, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
-    """Rows and quarantine, which together are all that was read."""
+    """Return the rows and the quarantined records."""
     bad: list[Quarantined] = []
-    tally = ReadCounts()
-    rows = list(read_source(dataset(name, **fields), folder, bad.append, tally))
-    assert tally.records == len(rows) + len(bad)
+    counts = ReadCounts()
+    rows = list(read_source(dataset(name, **fields), folder, bad.append, counts))
+    assert counts.records == len(rows) + len(bad)
     return rows, bad
 
 
 @pytest.mark.parametrize("file", HAND_MADE, ids=lambda file: file.name)
-def test_hostile_file_gives_its_good_rows_and_says_what_is_wrong(file: Hostile, tmp_path: Path) -> None:
+def test_malformed_file_gives_its_valid_rows_and_the_reasons_for_others(file: Hostile, tmp_path: Path) -> None:
     (tmp_path / file.name).write_bytes(file.content)
     rows, bad = read(tmp_path, file.name, **file.fields)
-    assert [said(row) for row in rows] == file.good
+    assert [response_of(row) for row in rows] == file.good
     assert len(bad) == file.bad, bad
     if bad:
         assert any(reason in bad[0].reason for reason in file.reason.split("|")), bad[0]
         assert all(line.source.split("#")[0] == file.name and line.line >= 1 for line in bad)
 
 
-def test_folder_of_all_hostile_files_becomes_one_dataset(tmp_path: Path) -> None:
+def test_folder_of_all_malformed_files_becomes_one_dataset(tmp_path: Path) -> None:
     files = [file for file in HAND_MADE if not file.fields and len(file.content) < 10_000_000]
     assert len(files) >= 100
     (tmp_path / "data").mkdir()
     for file in files:
         (tmp_path / "data" / file.name).write_bytes(file.content)
-    result, out = make(tmp_path, "made", dataset("data"))
+    result, out = make(tmp_path, "out", dataset("data"))
     expected = sorted((f"data/{file.name}", answer) for file in files for answer in file.good)
-    assert sorted((row["source"].split("#")[0], said(row)) for row in read_rows(out)) == expected
+    assert sorted((row["source"].split("#")[0], response_of(row)) for row in read_rows(out)) == expected
     assert (result.facts["rows"], result.facts["quarantined"]) == (len(expected), sum(file.bad for file in files))
     assert len(quarantine_of(out)) == result.facts["quarantined"]
 
 
-# Sizes: of the pieces that a file is read in, of a record, of what is in memory.
+# Sizes of chunks, records and memory.
 
 
-@pytest.mark.parametrize("piece", [3, 7, 64])
-def test_pieces_that_a_file_is_read_in_change_nothing(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("chunk_size", [3, 7, 64])
+def test_chunk_size_does_not_change_the_rows(chunk_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [file for file in JSON_FILES + JSON_LINES + TABLES + TEXTS[:6] if len(file.content) < 5_000]
     for file in files:
         (tmp_path / file.name).write_bytes(file.content)
     before = [read(tmp_path, file.name, **file.fields) for file in files]
     for module in (json_values, formats_lines):
-        monkeypatch.setattr(module, "CHUNK", piece)
+        monkeypatch.setattr(module, "CHUNK", chunk_size)
     assert [read(tmp_path, file.name, **file.fields) for file in files] == before
 
 
@@ -84,7 +93,7 @@ def test_pieces_that_a_file_is_read_in_change_nothing(
         ("a.txt", "one\n", "\ntwo\n"),
     ],
 )
-def test_record_longer_than_the_longest_is_quarantined_unread(
+def test_too_long_record_is_quarantined_without_parsing(
     name: str, before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (json_values, formats_lines, delimited, text):
@@ -93,7 +102,7 @@ def test_record_longer_than_the_longest_is_quarantined_unread(
         monkeypatch.setattr(module, "CHUNK", 64)
     (tmp_path / name).write_text(before + '{"text": "' + "x" * 5000 + '"}' + after)
     rows, (bad,) = read(tmp_path, name)
-    assert [said(row) for row in rows] == ["one", "two"]
+    assert [response_of(row) for row in rows] == ["one", "two"]
     assert "bytes" in bad.reason
 
 
@@ -112,7 +121,7 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
     assert peak < 6 << 20, f"{peak:,} bytes for a file of 8 MB"
 
 
-# Made by hypothesis.
+# Files generated by hypothesis.
 
 
 def read_bytes(name: str, content: bytes, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
@@ -124,14 +133,14 @@ def read_bytes(name: str, content: bytes, **fields: Any) -> tuple[list[Row], lis
 @given(st.binary(max_size=400), st.sampled_from(["", ".gz", ".zst"]))
 @FEW
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "xlsx", "parquet", "arrow"])
-def test_any_bytes_under_any_name_are_told(ending: str, content: bytes, packing: str) -> None:
+def test_any_bytes_with_any_ending_are_quarantined(ending: str, content: bytes, packing: str) -> None:
     rows, _ = read_bytes(f"a.{ending}{packing}", content)
     assert not rows
 
 
 @given(st.binary(max_size=400), st.sampled_from(["line", "paragraph", "document"]))
 @FEW
-def test_any_bytes_as_text_are_rows_or_quarantine(content: bytes, by: str) -> None:
+def test_any_bytes_as_text_are_rows_or_quarantined(content: bytes, by: str) -> None:
     rows, bad = read_bytes("a.txt", content, sample_by=by)
     assert bool(rows or bad) == bool(content.removeprefix(codecs.BOM_UTF8).strip())
 
@@ -139,19 +148,19 @@ def test_any_bytes_as_text_are_rows_or_quarantine(content: bytes, by: str) -> No
 @given(st.data())
 @FEW
 @pytest.mark.parametrize("file", [WORKBOOKS[2], COLUMNS[13], COLUMNS[14], COLUMNS[15]], ids=lambda file: file.name)
-def test_file_with_any_damage_gives_no_row_that_was_not_there(file: Hostile, data: st.DataObject) -> None:
+def test_file_with_random_corruption_has_no_additional_rows(file: Hostile, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(file.content) - 1))
-    damage = data.draw(st.binary(min_size=1, max_size=30))
-    rows, _ = read_bytes(file.name, file.content[:at] + damage + file.content[at + len(damage) :])
+    corruption = data.draw(st.binary(min_size=1, max_size=30))
+    rows, _ = read_bytes(file.name, file.content[:at] + corruption + file.content[at + len(corruption) :])
     assert len(rows) <= len(file.good) + 1
 
 
-ANSWERS = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=8)
+RESPONSES = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=8)
 
 
-@given(ANSWERS, st.sampled_from([",", ";", "\t"]), st.booleans(), st.sampled_from(["\n", "\r\n"]))
+@given(RESPONSES, st.sampled_from([",", ";", "\t"]), st.booleans(), st.sampled_from(["\n", "\r\n"]))
 @FEW
-def test_whatever_a_table_quotes_comes_back(answers: list[str], delimiter: str, bom: bool, newline: str) -> None:
+def test_quoted_cells_are_read_back_unchanged(answers: list[str], delimiter: str, bom: bool, newline: str) -> None:
     answers = [answer.replace("\0", "0").replace("\r", "") or "x" for answer in answers]
     answers = [answer if answer.strip() else "x" for answer in answers]
     out = io.StringIO(newline="")
@@ -159,7 +168,7 @@ def test_whatever_a_table_quotes_comes_back(answers: list[str], delimiter: str, 
     writer.writerow(["question", "answer"])
     writer.writerows([["q", answer] for answer in answers])
     rows, bad = read_bytes("a.csv", (codecs.BOM_UTF8 if bom else b"") + out.getvalue().encode())
-    assert ([said(row) for row in rows], bad) == (answers, [])
+    assert ([response_of(row) for row in rows], bad) == (answers, [])
 
 
 BROKEN = ['q,"open', 'q,"open" more', '"q,a', "q,a,b,c", "q", "q,\0"]
@@ -167,13 +176,15 @@ BROKEN = ['q,"open', 'q,"open" more', '"q,a', "q,a,b,c", "q", "q,\0"]
 
 @given(st.lists(st.sampled_from([*BROKEN, "good", 'q,"a ""good"" one"']), max_size=20))
 @FEW
-def test_broken_record_of_a_table_costs_no_other(records: list[str]) -> None:
+def test_invalid_record_of_a_table_does_not_affect_others(records: list[str]) -> None:
     written = [f"q,good {index}" if record == "good" else record for index, record in enumerate(records)]
     rows, _ = read_bytes("a.csv", lines("question,answer", *written))
     expected = [
         (number, line[2:].strip('"').replace('""', '"')) for number, line in enumerate(written, 2) if "good" in line
     ]
-    assert [(row["line"], said(row)) for row in rows if "good" in said(row) and "\n" not in said(row)] == expected
+    assert [
+        (row["line"], response_of(row)) for row in rows if "good" in response_of(row) and "\n" not in response_of(row)
+    ] == expected
 
 
 VALUES = st.recursive(

@@ -29,7 +29,7 @@ def without_nulls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
 
 
-def test_every_field_of_a_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_all_message_fields_survive_the_store(tmp_path: Path) -> None:
     write_rows([{"id": "0" * 16, "messages": FULL, "rejected": [FULL[-1]]}], tmp_path)
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == FULL
@@ -37,7 +37,7 @@ def test_every_field_of_a_turn_is_read_as_it_was_written(tmp_path: Path) -> None
     assert [field.name for field in TURNS.value_type] == ["role", "content", *OPTIONAL_TURN_FIELDS]
 
 
-def test_each_optional_field_belongs_to_the_id_and_null_does_not() -> None:
+def test_optional_fields_change_the_row_id_and_nulls_do_not() -> None:
     plain: Row = {"messages": [QUESTION, ANSWER]}
     fields: list[dict[str, Any]] = [
         {"reasoning_content": "because"},
@@ -69,14 +69,14 @@ def test_reasoning_counts_for_the_size_of_a_shard(tmp_path: Path, monkeypatch: p
     assert [pq.read_metadata(path).num_rows for path in shards(tmp_path)] == [1, 1, 1]
 
 
-def test_tables_of_rows_without_the_newer_fields_can_still_be_written(tmp_path: Path) -> None:
+def test_tables_without_the_optional_fields_can_be_written(tmp_path: Path) -> None:
     older = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
     fields = [pa.field(field.name, older if field.type == TURNS else field.type) for field in store.SCHEMA]
     table = pa.Table.from_pylist([{"id": "0" * 16, "messages": [QUESTION, ANSWER]}], pa.schema(fields))
     assert write_tables([table], tmp_path) == 1
 
 
-def test_a_corrupted_answer_keeps_its_other_fields() -> None:
+def test_corrupted_response_keeps_its_other_fields() -> None:
     answer = {**ANSWER, "content": "one two three four five six", "reasoning_content": "because", "weight": 0.5}
     (row,) = corrupt([{"messages": [QUESTION, answer]}], 1.0, 0)
     assert row["planted"]

@@ -21,7 +21,7 @@ from tunery.ingest import parallel_read
 from tunery.ingest.filesystem import File, UnavailableFile, local_file
 from tunery.ingest.parallel_read import ReadActor, read_in_parallel, read_tasks
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
-from tunery.ingest.sources import find_parts
+from tunery.ingest.sources import resolve_sources
 from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.rows import shards, write_tables
@@ -57,22 +57,22 @@ def context(stage: Dataset, folder: Path) -> StageContext:
     )
 
 
-Told = tuple[list[bytes], list[Quarantined], ReadCounts]
+ReadOutcome = tuple[list[bytes], list[Quarantined], ReadCounts]
 
 
-def at_once(stage: Dataset, folder: Path) -> Told:
+def read_sequentially(stage: Dataset, folder: Path) -> ReadOutcome:
     bad: list[Quarantined] = []
-    tally = ReadCounts()
-    write_tables(as_tables(read_source(stage, folder, bad.append, tally), tally), folder / "one")
-    return [path.read_bytes() for path in shards(folder / "one")], bad, tally
+    counts = ReadCounts()
+    write_tables(as_tables(read_source(stage, folder, bad.append, counts), counts), folder / "one")
+    return [path.read_bytes() for path in shards(folder / "one")], bad, counts
 
 
-def in_units(stage: Dataset, folder: Path) -> Told:
+def read_in_tasks(stage: Dataset, folder: Path) -> ReadOutcome:
     bad: list[Quarantined] = []
-    tally = ReadCounts()
+    counts = ReadCounts()
     shutil.rmtree(folder / "many", ignore_errors=True)
-    write_tables(read_in_parallel(context(stage, folder), stage, bad.append, tally), folder / "many")
-    return [path.read_bytes() for path in shards(folder / "many")], bad, tally
+    write_tables(read_in_parallel(context(stage, folder), stage, bad.append, counts), folder / "many")
+    return [path.read_bytes() for path in shards(folder / "many")], bad, counts
 
 
 @given(
@@ -81,7 +81,7 @@ def in_units(stage: Dataset, folder: Path) -> Told:
 @example([b'{"text": "a"}', b'{"text": "b"}'], True, False, 14, "jsonl")  # a span ends with a line
 @example([b"", b"", b""], True, False, 1, "jsonl")
 @settings(max_examples=20, derandomize=True)
-def test_spans_of_a_file_give_what_the_file_gives(
+def test_byte_ranges_of_a_file_give_the_rows_of_the_file(
     lines: list[bytes], ended: bool, marked: bool, span: int, form: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
@@ -90,11 +90,11 @@ def test_spans_of_a_file_give_what_the_file_gives(
         content = (b"\xef\xbb\xbf" if marked else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
         (folder / "a").write_bytes(content)
         stage = dataset("a", format=form)
-        assert len(read_tasks(find_parts(stage, folder), stage)) == max(1, -(-len(content) // span))
-        assert in_units(stage, folder) == at_once(stage, folder)
+        assert len(read_tasks(resolve_sources(stage, folder), stage)) == max(1, -(-len(content) // span))
+        assert read_in_tasks(stage, folder) == read_sequentially(stage, folder)
 
 
-def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
+def test_each_file_is_a_task_and_only_uncompressed_line_formats_are_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel_read, "RANGE_BYTES", 50)
@@ -105,51 +105,51 @@ def test_files_of_all_sorts_are_units_and_only_plain_lines_are_cut(
     (tmp_path / "c.json").write_text(json.dumps(rows))
     (tmp_path / "d.csv").write_text('question,answer\n"one\nline",two\nlost\n')
     stage = dataset(("a.jsonl", "*.gz", "c.json", "d.csv", "a.jsonl"), split="train", eval_fraction=0.2)
-    units = read_tasks(find_parts(stage, tmp_path), stage)
-    assert [unit.name for unit in units if isinstance(unit, File) and unit.span is None] == [
+    tasks = read_tasks(resolve_sources(stage, tmp_path), stage)
+    assert [task.name for task in tasks if isinstance(task, File) and task.span is None] == [
         "b.jsonl.gz",
         "c.json",
         "d.csv",
     ]
-    assert len([unit for unit in units if unit.name == "a.jsonl"]) > 10
-    found = in_units(stage, tmp_path)
-    assert found == at_once(stage, tmp_path)
-    assert found[2].other_splits
+    assert len([task for task in tasks if task.name == "a.jsonl"]) > 10
+    outcome = read_in_tasks(stage, tmp_path)
+    assert outcome == read_sequentially(stage, tmp_path)
+    assert outcome[2].other_splits
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_units_that_are_done_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_tasks_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_read, "RANGE_BYTES", 20)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     stage = dataset("a.jsonl")
-    read_unit = parallel_read.run_read_task
-    asked: list[str] = []
+    run_read_task = parallel_read.run_read_task
+    started: list[str] = []
 
-    def dies(unit: Any, stage: Dataset, out: Path) -> int:
-        asked.append(out.name)
-        if len(asked) == 2:
+    def dies(task: Any, stage: Dataset, out: Path) -> int:
+        started.append(out.name)
+        if len(started) == 2:
             raise KeyboardInterrupt
-        return read_unit(unit, stage, out)
+        return run_read_task(task, stage, out)
 
     monkeypatch.setattr(parallel_read, "run_read_task", dies)
     with pytest.raises(KeyboardInterrupt):
-        in_units(stage, tmp_path)
-    found = in_units(stage, tmp_path)
-    assert asked == ["000000", "000001", "000001", "000002"]
-    assert found == at_once(stage, tmp_path)
+        read_in_tasks(stage, tmp_path)
+    outcome = read_in_tasks(stage, tmp_path)
+    assert started == ["000000", "000001", "000001", "000002"]
+    assert outcome == read_sequentially(stage, tmp_path)
 
 
-def test_file_out_of_reach_is_told_as_such(tmp_path: Path) -> None:
+def test_unavailable_file_is_reported_by_the_actor(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     stage = dataset("a.jsonl")
     gone = dataclasses.replace(local_file(tmp_path / "a.jsonl", tmp_path), path=str(tmp_path / "b.jsonl"))
-    told = ReadActor(stage)({"unit": [pickle.dumps(gone)], "out": [str(tmp_path / "unit")]})
-    assert told["rows"] == [0]
-    assert "No such file" in told["failed"][0]
-    assert not (tmp_path / "unit").exists()
+    results = ReadActor(stage)({"task": [pickle.dumps(gone)], "out": [str(tmp_path / "task")]})
+    assert results["rows"] == [0]
+    assert "No such file" in results["failed"][0]
+    assert not (tmp_path / "task").exists()
 
 
-def test_lines_are_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_numbers_count_from_the_start_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_read, "RANGE_BYTES", 16)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}')
     stage = dataset("a.jsonl")
@@ -159,7 +159,7 @@ def test_lines_are_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert [line.line for line in bad] == [4]
 
 
-def test_failure_of_a_unit_ends_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_task_raises_unavailable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     stage = dataset("a.jsonl")
 
@@ -168,4 +168,4 @@ def test_failure_of_a_unit_ends_the_reading(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(parallel_read, "run_read_task", fails)
     with pytest.raises(UnavailableFile, match="no network"):
-        in_units(stage, tmp_path)
+        read_in_tasks(stage, tmp_path)

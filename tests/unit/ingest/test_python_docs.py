@@ -28,7 +28,7 @@ def all_rows(subset: Subset) -> list[Row]:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints that finds the package and has these variables besides."""
+    """Return the output of a new interpreter with the package and these environment variables."""
     finished = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(PLATFORM), **environment},
@@ -44,13 +44,13 @@ def normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def answer(row: Row) -> str:
+def response_of(row: Row) -> str:
     content = row["messages"][-1]["content"]
     assert isinstance(content, str)
     return content
 
 
-def test_rows_are_the_same_bytes_whatever_the_hash_seed_and_the_environment(tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_the_hash_seed_or_the_environment(tmp_path: Path) -> None:
     code = (
         "import hashlib, json\n"
         "from tunery.ingest.python_docs import rows\n"
@@ -69,7 +69,7 @@ def test_rows_are_the_same_bytes_whatever_the_hash_seed_and_the_environment(tmp_
     assert run_python(code, PYTHONHASHSEED="2", **elsewhere) == digest.hexdigest()
 
 
-def test_corpus_holds_thousands_of_objects_and_the_language_reference() -> None:
+def test_corpus_has_thousands_of_objects_and_the_language_reference() -> None:
     objects = [thing for thing in documented_objects() if thing.kind != "topic"]
     topics = [thing for thing in documented_objects() if thing.kind == "topic"]
     assert len(objects) > 3000
@@ -94,7 +94,7 @@ def test_corpus_holds_thousands_of_objects_and_the_language_reference() -> None:
         ("topic:if", "topic", ""),
     ],
 )
-def test_objects_go_by_the_names_that_people_use(name: str, kind: str, signature: str | None) -> None:
+def test_objects_have_their_usual_names(name: str, kind: str, signature: str | None) -> None:
     thing = next(thing for thing in documented_objects() if thing.name == name)
     assert thing.kind == kind
     assert signature is None or thing.signature == signature
@@ -112,14 +112,14 @@ def test_no_two_objects_share_a_docstring() -> None:
     assert docs.most_common(1)[0][1] == 1
 
 
-def test_no_address_and_no_path_of_this_machine_gets_into_the_corpus() -> None:
+def test_corpus_has_no_addresses_or_paths_of_this_machine() -> None:
     corpus = "\n".join(thing.doc + thing.signature for thing in documented_objects())
     assert not re.search(r"\bat 0x[0-9a-fA-F]+", corpus)
     assert sys.base_prefix.rstrip("/") in ("", "/usr") or sys.base_prefix not in corpus
     assert str(Path.home()) in ("/", "/root") or str(Path.home()) not in corpus
 
 
-def test_callers_interpreter_imports_next_to_nothing() -> None:
+def test_reading_the_corpus_imports_few_modules() -> None:
     code = (
         "import sys\n"
         "before = set(sys.modules)\n"
@@ -141,7 +141,7 @@ def test_modules_that_cannot_be_imported_are_listed_with_the_reason() -> None:
     assert not missing.keys() & {thing.name for thing in documented_objects()}
 
 
-def test_failing_child_is_an_error_that_carries_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_child_is_an_error_with_the_end_of_its_stderr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no documentation today')")
     monkeypatch.setattr(python_docs, "__file__", str(broken))
@@ -161,7 +161,7 @@ def test_identity_names_interpreter_and_platform_and_reads_nothing(monkeypatch: 
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_first_rows_are_a_fair_sample_of_all(subset: Subset) -> None:
+def test_first_rows_are_a_representative_sample(subset: Subset) -> None:
     def shares(sample: list[Row]) -> dict[str, float]:
         kind_of = {thing.name: thing.kind for thing in documented_objects()}
         kinds = Counter(kind_of[row["group"]] for row in sample)
@@ -174,12 +174,12 @@ def test_first_rows_are_a_fair_sample_of_all(subset: Subset) -> None:
     assert 120 < splits["validation"] < 280
 
 
-def test_texts_are_headed_passages_of_bounded_length() -> None:
+def test_texts_are_passages_with_headings_of_bounded_length() -> None:
     texts = all_rows("texts")
     assert {frozenset(row) for row in texts} == {frozenset({"text", "group"})}
     bodies = [row["text"].split("\n\n", 1)[1] for row in texts]
-    # Cut at lines only: one that is longer by itself would stay whole.
-    assert max(map(len, bodies)) <= python_docs.PASSAGE_CHARACTERS
+    # Texts are split at lines only: a longer line would not be split.
+    assert max(map(len, bodies)) <= python_docs.MAX_PASSAGE_CHARS
     assert all(body.strip() for body in bodies)
     join = next(row["text"] for row in texts if row["group"] == "os.path.join")
     assert join.startswith("os.path.join(a, *p)\n\nJoin two or more pathname components")
@@ -187,12 +187,12 @@ def test_texts_are_headed_passages_of_bounded_length() -> None:
     assert passages["topic:types"] > 5
 
 
-def test_no_paragraph_of_the_reference_stands_in_two_groups() -> None:
+def test_no_paragraph_of_the_reference_occurs_in_two_groups() -> None:
     groups: dict[str, set[str]] = {}
     for row in all_rows("texts"):
         if row["group"].startswith("topic:"):
             for paragraph in row["text"].split("\n\n")[1:]:
-                if len(paragraph) >= python_docs.QUOTED_PARAGRAPH:
+                if len(paragraph) >= python_docs.MIN_QUOTATION_CHARS:
                     groups.setdefault(normalised(paragraph), set()).add(row["group"])
     assert len(groups) > 1000
     assert not [paragraph for paragraph, where in groups.items() if len(where) > 1]
@@ -207,34 +207,34 @@ def test_texts_keep_nearly_all_of_every_docstring() -> None:
             assert "".join(texts[thing.name].split()) == "".join(thing.doc.split()), thing.name
 
 
-def test_questions_name_their_object_and_answers_begin_its_docstring() -> None:
+def test_questions_name_their_object_and_responses_start_its_docstring() -> None:
     doc_of = {thing.name: thing.doc for thing in documented_objects()}
     for row in all_rows("questions"):
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert f"`{row['group']}`" in user["content"]
-        said = assistant["content"]
-        assert normalised(doc_of[row["group"]]).startswith(normalised(said))
-        assert python_docs.SHORTEST_ANSWER <= len(said) <= python_docs.ANSWER_CHARACTERS
+        response = assistant["content"]
+        assert normalised(doc_of[row["group"]]).startswith(normalised(response))
+        assert python_docs.MIN_RESPONSE_CHARS <= len(response) <= python_docs.MAX_RESPONSE_CHARS
     assert len(all_rows("questions")) > 3000
 
 
-def test_every_wording_is_used() -> None:
-    asked = Counter(re.sub(r"`.*`", "`{}`", row["messages"][0]["content"]) for row in all_rows("questions"))
-    assert set(asked) == {wording for wordings in python_docs.WORDINGS.values() for wording in wordings}
+def test_every_question_template_is_used() -> None:
+    used = Counter(re.sub(r"`.*`", "`{}`", row["messages"][0]["content"]) for row in all_rows("questions"))
+    assert set(used) == {template for templates in python_docs.QUESTION_TEMPLATES.values() for template in templates}
 
 
 @pytest.mark.parametrize("subset", ["questions", "preferences"])
-def test_no_answer_stands_in_two_splits(subset: Subset) -> None:
-    answers = Counter(normalised(answer(row)) for row in all_rows(subset))
-    assert answers.most_common(1)[0][1] == 1
+def test_no_response_occurs_twice(subset: Subset) -> None:
+    responses = Counter(normalised(response_of(row)) for row in all_rows(subset))
+    assert responses.most_common(1)[0][1] == 1
     groups = Counter(row["group"] for row in all_rows(subset))
     assert groups.most_common(1)[0][1] == 1
 
 
-def test_rejected_answers_belong_to_another_object_of_the_same_kind() -> None:
+def test_rejected_responses_belong_to_another_object_of_the_same_kind() -> None:
     kind_of = {thing.name: thing.kind for thing in documented_objects()}
-    owner = {answer(row): row["group"] for row in all_rows("questions")}
+    owner = {response_of(row): row["group"] for row in all_rows("questions")}
     for row in all_rows("preferences"):
         (rejected,) = row["rejected"]
         assert rejected["role"] == "assistant"
@@ -252,18 +252,18 @@ def test_prompts_and_preferences_are_those_of_the_questions() -> None:
     ]
 
 
-def test_unknown_subset_is_refused_with_the_ones_there_are() -> None:
+def test_unknown_subset_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="no subset 'answers': choose one of texts, questions"):
         rows("answers")  # type: ignore[arg-type]
 
 
-def test_long_first_paragraph_is_cut_at_a_sentence_and_a_line_that_announces_more_is_left_out() -> None:
+def test_long_paragraph_is_cut_at_a_sentence_and_a_heading_of_omitted_text_is_removed() -> None:
     sentence = "It says a little more than that. "
-    assert python_docs._answer(sentence * 40) == (sentence * 18).strip()
-    assert python_docs._answer("Do it.\n\nUsage:\n\n" + "x" * 600) == "Do it."
-    assert python_docs._answer("x" * 601) == ""
+    assert python_docs._response(sentence * 40) == (sentence * 18).strip()
+    assert python_docs._response("Do it.\n\nUsage:\n\n" + "x" * 600) == "Do it."
+    assert python_docs._response("x" * 601) == ""
 
 
-def test_address_in_a_docstring_made_at_run_time_is_left_out() -> None:
+def test_address_in_a_docstring_is_masked() -> None:
     (thing,) = python_docs._documented_object("f", "property", None, "Like <object object at 0x7f52a81c>.")
     assert thing.doc == "Like <object object at 0x...>."

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from reading import content, dataset, make, quarantine_of, read
 
 from tunery.errors import StageError
-from tunery.ingest.read import MAX_PROBED_RECORDS, check_source, first_shape, read_source
-from tunery.ingest.sources import BUILTIN, BadSource, find_parts, source_identity
+from tunery.ingest.read import MAX_PROBED_RECORDS, first_row_format, read_source, validate_source
+from tunery.ingest.sources import BUILTIN, BadSource, resolve_sources, source_identity
 from tunery.store.rows import SHARD, Row, read_rows, row_format, row_id, shards
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
@@ -27,7 +27,7 @@ def conversation(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
-SHAPES: list[tuple[dict[str, Any], Row, str]] = [
+ROW_FORMATS: list[tuple[dict[str, Any], Row, str]] = [
     ({"text": "a b"}, {"text": "a b"}, "text"),
     ({"messages": conversation("q", "a")}, {"messages": conversation("q", "a")}, "conversation"),
     ({"messages": conversation("q", "a", "r")}, {"messages": conversation("q", "a", "r")}, "prompt"),
@@ -48,18 +48,18 @@ SHAPES: list[tuple[dict[str, Any], Row, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("record", "row", "shape"), SHAPES)
+@pytest.mark.parametrize(("record", "row", "expected_format"), ROW_FORMATS)
 @pytest.mark.parametrize("form", ["jsonl", "json", "one object"])
-def test_shape_is_recognised_by_its_columns(
-    record: dict[str, Any], row: Row, shape: str, form: str, tmp_path: Path
+def test_row_format_is_recognized_by_columns(
+    record: dict[str, Any], row: Row, expected_format: str, form: str, tmp_path: Path
 ) -> None:
     text = json.dumps([record] if form == "json" else record)
     name = "a.jsonl" if form == "jsonl" else "a.json"
-    (found,), bad = read(tmp_path, text, name)
+    (converted,), bad = read(tmp_path, text, name)
     assert not bad
-    assert content(found) == row
-    assert row_format(found) == shape == first_shape(dataset(name), tmp_path)
-    assert (found["source"], found["line"]) == (name, 1)
+    assert content(converted) == row
+    assert row_format(converted) == expected_format == first_row_format(dataset(name), tmp_path)
+    assert (converted["source"], converted["line"]) == (name, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_shape_is_recognised_by_its_columns(
         ),
     ],
 )
-def test_columns_that_are_named_are_taken(columns: Any, record: dict[str, Any], row: Row, tmp_path: Path) -> None:
-    (found,), bad = read(tmp_path, json.dumps(record), columns=columns)
-    assert content(found) == row
+def test_configured_columns_are_read(columns: Any, record: dict[str, Any], row: Row, tmp_path: Path) -> None:
+    (converted,), bad = read(tmp_path, json.dumps(record), columns=columns)
+    assert content(converted) == row
     assert not bad
 
 
 GOOD = '{"text": "good"}'
-HOSTILE: list[tuple[bytes, str]] = [
+INVALID_RECORDS: list[tuple[bytes, str]] = [
     (b"{", "not JSON"),
     (b'{"text": "open', "not JSON"),
     (b"\x00\x00\x00", "not JSON"),
@@ -93,39 +93,37 @@ HOSTILE: list[tuple[bytes, str]] = [
     ('{"text": "wide"}'.encode("utf-16"), "not UTF-8"),
     (b"[" * 100_000, "nested too deep"),
     (b'{"text": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001, "nested too deep"),
-    (b'{"n": ' + b"9" * 5000 + b"}", "a number is too long"),
-    (b"5", "a row must be an object, this is int"),
-    (b"null", "this is NoneType"),
-    (b'["text", "x"]', "this is list"),
-    (b'"text"', "this is str"),
-    (b"{}", "columns found: none"),
-    (b'{"body": "x", "n": 1}', "no known shape fits; columns found: `body`, `n`"),
-    (b'{"\\ud800": 1}', "no known shape fits"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "a number that is too long"),
+    (b"5", "a row must be an object, not int"),
+    (b"null", "not NoneType"),
+    (b'["text", "x"]', "not list"),
+    (b'"text"', "not str"),
+    (b"{}", "columns: none"),
+    (b'{"body": "x", "n": 1}', "no row format matches; columns: `body`, `n`"),
+    (b'{"\\ud800": 1}', "no row format matches"),
     (b'{"text": 5}', "text is int, not text"),
     (b'{"text": null}', "text is missing"),
     (b'{"text": ["x"]}', "text is list, not text"),
     (b'{"text": NaN}', "text is float, not text"),
     (b'{"text": " \\n\\t "}', "text is empty"),
-    (b'{"text": "half \\ud83d"}', "half of a surrogate pair"),
-    (b'{"question": "q", "answer": ""}', "answer is empty"),
-    (b'{"question": "q", "answer": 18}', "answer is int, not text"),
+    (b'{"text": "half \\ud83d"}', "a lone surrogate"),
+    (b'{"question": "q", "answer": ""}', "response is empty"),
+    (b'{"question": "q", "answer": 18}', "response is int, not text"),
     (b'{"question": "", "answer": "a"}', "prompt is empty"),
     (b'{"instruction": "q", "input": 5, "output": "a"}', "input is int, not text"),
     (b'{"prompt": "q", "chosen": "a", "rejected": null}', "rejected is missing"),
-    (b'{"messages": []}', "not a list of turns"),
-    (b'{"messages": "hello"}', "not a list of turns"),
-    (b'{"messages": [5]}', "turn 1 lacks role or content"),
-    (b'{"messages": [{"role": "user"}]}', "turn 1 lacks role or content"),
-    (b'{"messages": [{"role": "judge", "content": "x"}]}', "turn 1 has the role 'judge'"),
-    (b'{"messages": [{"role": ["user"], "content": "x"}]}', "turn 1 has the role ['user']"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}', "turn 2 is empty"),
+    (b'{"messages": []}', "not a list of messages"),
+    (b'{"messages": "hello"}', "not a list of messages"),
+    (b'{"messages": [5]}', "message 1 has no role or no content"),
+    (b'{"messages": [{"role": "user"}]}', "message 1 has no role or no content"),
+    (b'{"messages": [{"role": "judge", "content": "x"}]}', "message 1 has the role 'judge'"),
+    (b'{"messages": [{"role": ["user"], "content": "x"}]}', "message 1 has the role ['user']"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}', "message 2 is empty"),
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), HOSTILE, ids=lambda value: value if isinstance(value, str) else "")
-def test_bad_line_costs_that_line_and_is_told_with_file_line_and_reason(
-    line: bytes, reason: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("line", "reason"), INVALID_RECORDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_invalid_line_is_quarantined_with_file_line_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
     rows, (bad,) = read(tmp_path, b"\n".join([GOOD.encode(), line, GOOD.encode()]))
     assert [row["line"] for row in rows] == [1, 3]
     assert (bad.source, bad.line) == ("a.jsonl", 2)
@@ -141,8 +139,8 @@ def is_json(text: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("line", "reason"), [pair for pair in HOSTILE if is_json(pair[0])])
-def test_bad_record_of_a_json_array_costs_that_record(line: bytes, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "reason"), [pair for pair in INVALID_RECORDS if is_json(pair[0])])
+def test_invalid_record_of_a_json_array_is_quarantined_alone(line: bytes, reason: str, tmp_path: Path) -> None:
     rows, (bad,) = read(tmp_path, b"[%s,\n%s,\n%s]" % (GOOD.encode(), line, GOOD.encode()), "a.json")
     assert [row["line"] for row in rows] == [1, 3]
     assert (bad.source, bad.line) == ("a.json", 2)
@@ -157,20 +155,20 @@ def test_record_of_any_depth_is_read_or_quarantined(depth: int, tmp_path: Path) 
         assert len(rows) + len(bad) == 1
 
 
-def test_json_file_that_ends_early_loses_its_end_alone(tmp_path: Path) -> None:
+def test_truncated_json_file_keeps_its_complete_records(tmp_path: Path) -> None:
     (row,), (bad,) = read(tmp_path, f"[{GOOD}, ", "a.json")
     assert row["text"] == "good"
     assert (bad.line, bad.reason) == (2, "not JSON: the file ends within its array")
 
 
 @given(
-    st.lists(st.one_of(st.sampled_from([line for line, _ in HOSTILE]), st.integers(0, 99)), max_size=25),
+    st.lists(st.one_of(st.sampled_from([line for line, _ in INVALID_RECORDS]), st.integers(0, 99)), max_size=25),
     st.sampled_from([b"\n", b"\r\n"]),
     st.booleans(),
     st.booleans(),
 )
 @settings(max_examples=60)
-def test_no_good_row_is_lost_among_hostile_lines(
+def test_no_valid_row_is_lost_among_invalid_lines(
     lines: list[bytes | int], newline: bytes, bom: bool, ends: bool
 ) -> None:
     written = [line if isinstance(line, bytes) else json.dumps({"text": f"row {line}"}).encode() for line in lines]
@@ -186,7 +184,7 @@ def test_no_good_row_is_lost_among_hostile_lines(
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_rows_or_quarantine(content: bytes) -> None:
+def test_any_bytes_are_rows_or_quarantined(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.jsonl", "a.json"):
             rows, bad = read(Path(folder), content, name)
@@ -196,7 +194,7 @@ def test_any_bytes_are_rows_or_quarantine(content: bytes) -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_byte_order_mark_and_windows_line_ends_are_no_part_of_a_row(name: str, newline: str, tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_ends_are_not_part_of_a_row(name: str, newline: str, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in ("one", "zwei ü")]
     text = newline.join(lines) if name == "a.jsonl" else f"[{(',' + newline).join(lines)}]"
     rows, bad = read(tmp_path, codecs.BOM_UTF8 + text.encode(), name)
@@ -204,29 +202,29 @@ def test_byte_order_mark_and_windows_line_ends_are_no_part_of_a_row(name: str, n
     assert not bad
 
 
-def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
+def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path: Path) -> None:
     rows, bad = read(tmp_path, f"\n  \n{GOOD}\n\n\r\n{GOOD}\n")
     assert [row["line"] for row in rows] == [3, 6]
     assert not bad
 
 
-def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_text_is_not_changed(tmp_path: Path) -> None:
     text = "\u2028 tab\t nul\u0000 line\n\n end \U0001f600 "
     (row,), bad = read(tmp_path, json.dumps({"text": text}))
     assert row["text"] == text
     assert not bad
 
 
-def test_shapes_may_be_mixed_in_one_file(tmp_path: Path) -> None:
-    rows, bad = read(tmp_path, "\n".join(json.dumps(record) for record, _, _ in SHAPES))
-    assert [row_format(row) for row in rows] == [shape for _, _, shape in SHAPES]
+def test_one_file_may_have_several_row_formats(tmp_path: Path) -> None:
+    rows, bad = read(tmp_path, "\n".join(json.dumps(record) for record, _, _ in ROW_FORMATS))
+    assert [row_format(row) for row in rows] == [expected_format for _, _, expected_format in ROW_FORMATS]
     assert not bad
 
 
 # Sources.
 
 
-def test_pattern_reads_its_files_by_name_and_names_them(tmp_path: Path) -> None:
+def test_pattern_reads_its_files_in_order_of_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.json", "deep/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}))
@@ -245,11 +243,11 @@ def test_folder_with_pattern_characters_in_its_name_is_a_folder(tmp_path: Path) 
 
 def test_absolute_path_is_read_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
-    (file,) = find_parts(dataset(str(tmp_path / "a.jsonl")), tmp_path / "elsewhere")
+    (file,) = resolve_sources(dataset(str(tmp_path / "a.jsonl")), tmp_path / "elsewhere")
     assert file.name == str(tmp_path / "a.jsonl")
 
 
-def test_limit_counts_good_rows_from_the_top_and_reads_no_further(tmp_path: Path) -> None:
+def test_limit_counts_valid_rows_and_stops_reading(tmp_path: Path) -> None:
     text = f"{GOOD}\nbad\n{GOOD}\nworse\n{GOOD}"
     rows, bad = read(tmp_path, text, limit=2)
     assert [row["line"] for row in rows] == [1, 3]
@@ -281,12 +279,12 @@ def test_splits_share_no_group_and_lose_no_row(eval_fraction: float, tmp_path: P
         ({"messages": [{"role": "system", "content": "s"}]}, "s"),
     ],
 )
-def test_group_is_what_a_row_is_about(record: dict[str, Any], group: str, tmp_path: Path) -> None:
+def test_group_is_the_text_or_the_first_user_message(record: dict[str, Any], group: str, tmp_path: Path) -> None:
     (row,), _ = read(tmp_path, json.dumps(record))
     assert row["group"] == group
 
 
-def put(files: dict[str, str]) -> Callable[[Path], None]:
+def write_files(files: dict[str, str]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         for name, text in files.items():
             (folder / name).write_text(text)
@@ -294,121 +292,141 @@ def put(files: dict[str, str]) -> Callable[[Path], None]:
     return write
 
 
-WRONG_SOURCES: dict[str, tuple[dict[str, str], dict[str, Any], str, list[str]]] = {
+INVALID_SOURCES: dict[str, tuple[dict[str, str], dict[str, Any], str, list[str]]] = {
     "missing": ({}, {}, "source", ["there is no file `a.jsonl`", "nothing matches", "experiment's folder"]),
-    "empty": ({"a.jsonl": ""}, {}, "source", ["`a.jsonl` holds no row", "at least one row"]),
-    "blank": ({"a.jsonl": "\n \n"}, {}, "source", ["holds no row"]),
-    "nothing readable": ({"a.jsonl": "x\ny\n"}, {}, "source", ["holds no row", "none of its records makes a row"]),
+    "empty": ({"a.jsonl": ""}, {}, "source", ["`a.jsonl` has no valid row", "at least one valid row"]),
+    "blank": ({"a.jsonl": "\n \n"}, {}, "source", ["has no valid row"]),
+    "nothing readable": (
+        {"a.jsonl": "x\ny\n"},
+        {},
+        "source",
+        ["has no valid row", "none of its first 1,000 records is a valid row"],
+    ),
     "other ending": ({"a.pdf": "x"}, {"source": "a.pdf"}, "source", ["is a .pdf", ".jsonl, ", "format:"]),
     "old Excel": ({"a.xls": "x"}, {"source": "a.xls"}, "source", ["is a .xls", "save it as .xlsx"]),
     "no ending": ({"a": "x"}, {"source": "a"}, "source", ["file without ending"]),
     "empty folder": ({}, {"source": "."}, "source", ["no file in the folder"]),
-    "folder without rows": ({"a.md": "x"}, {"source": "."}, "source", ["no file below `.` has a known ending"]),
-    "form of address": ({}, {"source": "ftp://host/a.jsonl"}, "source", ["of no known form", "s3://"]),
-    "sheet of no workbook": ({"a.jsonl": GOOD}, {"sheet": "one"}, "sheet", ["`sheet` is for Excel files"]),
-    "samples of no text": ({"a.jsonl": GOOD}, {"sample_by": "line"}, "sample_by", ["for plain texts"]),
-    "config of files": ({"a.jsonl": GOOD}, {"config": "x"}, "config", ["for hub datasets"]),
-    "revision of files": ({"a.jsonl": GOOD}, {"revision": "x"}, "revision", ["for hub datasets"]),
-    "split of files": ({"a.jsonl": GOOD}, {"hub_split": "x"}, "hub_split", ["for hub datasets and saved"]),
-    "format of the builtin": ({}, {"source": BUILTIN, "subset": "texts", "format": "csv"}, "format", ["for files"]),
+    "folder without rows": ({"a.md": "x"}, {"source": "."}, "source", ["no file in `.` has a known ending"]),
+    "form of address": ({}, {"source": "ftp://host/a.jsonl"}, "source", ["unknown scheme", "s3://"]),
+    "sheet of no workbook": ({"a.jsonl": GOOD}, {"sheet": "one"}, "sheet", ["`sheet` applies to Excel files"]),
+    "samples of no text": ({"a.jsonl": GOOD}, {"sample_by": "line"}, "sample_by", ["applies to plain texts"]),
+    "config of files": ({"a.jsonl": GOOD}, {"config": "x"}, "config", ["applies to hub datasets"]),
+    "revision of files": ({"a.jsonl": GOOD}, {"revision": "x"}, "revision", ["applies to hub datasets"]),
+    "split of files": ({"a.jsonl": GOOD}, {"hub_split": "x"}, "hub_split", ["applies to hub datasets and saved"]),
+    "format of the builtin": (
+        {},
+        {"source": BUILTIN, "subset": "texts", "format": "csv"},
+        "format",
+        ["applies to files"],
+    ),
     "columns that fit nothing": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {},
         "source",
-        ["the columns of `a.jsonl` don't fit", "columns found: `body`, `n`", "columns: {text: body}"],
+        ["the columns of `a.jsonl` match no row format", "columns: `body`, `n`", "columns: {text: body}"],
     ),
     "named column that isn't there": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {"columns": {"text": "bdoy"}},
         "columns",
-        ["there is no column `bdoy`", "columns found: `body`, `n`"],
+        ["there is no column `bdoy`", "columns: `body`, `n`"],
     ),
-    "names that make no shape": (
+    "names that make no expected_format": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {"columns": {"completion": "body"}},
         "columns",
-        ["`columns` names `completion`", "a shape is one of", "prompt + completion"],
+        ["`columns` names `completion`", "the row formats are", "prompt + completion"],
     ),
-    "subset of files": ({"a.jsonl": GOOD}, {"subset": "texts"}, "subset", ["files have no subset", "remove"]),
+    "subset of files": (
+        {"a.jsonl": GOOD},
+        {"subset": "texts"},
+        "subset",
+        ["`subset` applies to builtin sources only", "remove"],
+    ),
     "unknown builtin": ({}, {"source": "builtin:docs"}, "source", ["`builtin:docs`", f"known: {BUILTIN}"]),
     "builtin without subset": ({}, {"source": BUILTIN}, "source", ["needs a subset", "texts, questions"]),
     "builtin with columns": (
         {},
         {"source": BUILTIN, "subset": "texts", "columns": {"text": "a"}},
         "columns",
-        ["nothing that `columns` names"],
+        ["`columns` does not apply"],
     ),
 }
 
 
-@pytest.mark.parametrize("case", WRONG_SOURCES)
-def test_wrong_source_is_told_before_anything_runs(case: str, tmp_path: Path) -> None:
-    files, fields, field, words = WRONG_SOURCES[case]
-    put(files)(tmp_path)
+@pytest.mark.parametrize("case", INVALID_SOURCES)
+def test_invalid_source_is_an_error_with_field_cause_and_remedy(case: str, tmp_path: Path) -> None:
+    files, fields, field, words = INVALID_SOURCES[case]
+    write_files(files)(tmp_path)
     with pytest.raises(BadSource) as caught:
-        check_source(dataset(**fields), tmp_path)
+        validate_source(dataset(**fields), tmp_path)
     error = caught.value
     assert error.field == field
     for word in words:
         assert word in f"{error.message} {error.cause} {error.remedy}"
 
 
-def test_head_of_bad_lines_does_not_condemn_a_file(tmp_path: Path) -> None:
-    put({"a.jsonl": "broken\n{}\n" + '{"version": 2}\n' * 5 + GOOD})(tmp_path)
-    check_source(dataset(), tmp_path)
-    assert first_shape(dataset(), tmp_path) == "text"
-    put({"a.jsonl": '{"version": 2}\n' * MAX_PROBED_RECORDS + GOOD})(tmp_path)
-    with pytest.raises(BadSource, match="don't fit"):
-        check_source(dataset(), tmp_path)
+def test_file_that_starts_with_invalid_lines_is_valid(tmp_path: Path) -> None:
+    write_files({"a.jsonl": "broken\n{}\n" + '{"version": 2}\n' * 5 + GOOD})(tmp_path)
+    validate_source(dataset(), tmp_path)
+    assert first_row_format(dataset(), tmp_path) == "text"
+    write_files({"a.jsonl": '{"version": 2}\n' * MAX_PROBED_RECORDS + GOOD})(tmp_path)
+    with pytest.raises(BadSource, match="match no row format"):
+        validate_source(dataset(), tmp_path)
 
 
 def test_one_usable_file_of_several_is_enough(tmp_path: Path) -> None:
-    put({"a.jsonl": "", "b.jsonl": GOOD})(tmp_path)
-    check_source(dataset("*.jsonl"), tmp_path)
+    write_files({"a.jsonl": "", "b.jsonl": GOOD})(tmp_path)
+    validate_source(dataset("*.jsonl"), tmp_path)
 
 
-def test_source_whose_records_all_make_no_row_is_refused_with_the_first_reason(tmp_path: Path) -> None:
-    put({"a.jsonl": '{"question": "q", "answer": ""}'})(tmp_path)
-    for ask in (check_source, first_shape):
-        with pytest.raises(BadSource, match="holds no row") as caught:
-            ask(dataset(), tmp_path)
-        assert "the first: a.jsonl:1: answer is empty" in caught.value.cause
+def test_source_without_a_valid_record_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
+    write_files({"a.jsonl": '{"question": "q", "answer": ""}'})(tmp_path)
+    for function in (validate_source, first_row_format):
+        with pytest.raises(BadSource, match="has no valid row") as caught:
+            function(dataset(), tmp_path)
+        assert "the first: a.jsonl:1: response is empty" in caught.value.cause
 
 
 @pytest.mark.parametrize(
-    ("subset", "shape"),
+    ("subset", "expected_format"),
     [("texts", "text"), ("questions", "conversation"), ("preferences", "preference"), ("prompts", "prompt")],
 )
-def test_builtin_subset_has_the_shape_that_is_said_of_it(subset: Any, shape: str, tmp_path: Path) -> None:
+def test_builtin_subset_has_its_documented_row_format(subset: Any, expected_format: str, tmp_path: Path) -> None:
     stage = dataset(BUILTIN, subset=subset, limit=3)
-    check_source(stage, tmp_path)
+    validate_source(stage, tmp_path)
     rows = list(read_source(stage, tmp_path, pytest.fail))
-    assert {row_format(row) for row in rows} == {shape} == {first_shape(stage, tmp_path)}
+    assert {row_format(row) for row in rows} == {expected_format} == {first_row_format(stage, tmp_path)}
     assert [(row["source"], row["line"]) for row in rows] == [(f"{BUILTIN}/{subset}", n) for n in (1, 2, 3)]
 
 
 # The stage.
 
 
-def test_rows_in_are_rows_and_quarantine(tmp_path: Path) -> None:
-    lines = [line for line, _ in HOSTILE if b"\n" not in line]
+def test_records_equal_rows_plus_quarantined_records(tmp_path: Path) -> None:
+    lines = [line for line, _ in INVALID_RECORDS if b"\n" not in line]
     good = [json.dumps({"question": f"q {n}", "answer": f"a {n % 9}"}).encode() for n in range(SHARD + 10)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, *good, good[0]]))
     result, out = make(tmp_path, "one", dataset())
     facts = result.facts
     assert (facts["rows"], facts["quarantined"], facts["duplicates"]) == (SHARD + 11, len(lines), 1)
     assert facts["rows"] + facts["quarantined"] == facts["records"] == len(lines) + len(good) + 1
-    assert (facts["shape"], facts["source"], facts["split"], facts["planted"]) == ("conversation", "a.jsonl", "all", {})
+    assert (facts["row_format"], facts["source"], facts["split"], facts["planted"]) == (
+        "conversation",
+        "a.jsonl",
+        "all",
+        {},
+    )
     rows = list(read_rows(out))
     assert len(shards(out)) == 2
     assert [row["line"] for row in rows] == list(range(len(lines) + 1, len(lines) + SHARD + 12))
     assert all(row["id"] == row_id(row) and row["planted"] is None for row in rows)
-    told = quarantine_of(out)
-    assert [line["line"] for line in told] == list(range(1, len(lines) + 1))
-    assert all(line.keys() == {"source", "line", "reason", "excerpt"} and line["reason"] for line in told)
+    quarantined = quarantine_of(out)
+    assert [line["line"] for line in quarantined] == list(range(1, len(lines) + 1))
+    assert all(line.keys() == {"source", "line", "reason", "excerpt"} and line["reason"] for line in quarantined)
 
 
-def test_quarantine_of_a_json_array_holds_what_utf_8_cannot(tmp_path: Path) -> None:
+def test_quarantine_preserves_lone_surrogates(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(f'[{{"text": "\\ud83d"}}, {{"\\udc00": 1}}, {GOOD}]')
     result, out = make(tmp_path, "one", dataset("a.json"))
     assert (result.facts["rows"], result.facts["quarantined"]) == (1, 2)
@@ -416,7 +434,7 @@ def test_quarantine_of_a_json_array_holds_what_utf_8_cannot(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
-def test_same_rows_make_the_same_bytes(fraction: float, tmp_path: Path) -> None:
+def test_same_rows_give_the_same_bytes(fraction: float, tmp_path: Path) -> None:
     records = [{"question": f"what is {n}?", "answer": " ".join(f"word{n + k}" for k in range(12))} for n in range(80)]
     (tmp_path / "a.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, records)))
     (one, first), (two, second) = (
@@ -432,7 +450,7 @@ def test_same_rows_make_the_same_bytes(fraction: float, tmp_path: Path) -> None:
     assert one.facts["planted"] == ({} if fraction == 0 else dict(sorted(planted.items())))
 
 
-def test_id_is_the_same_for_the_same_content_however_it_is_written() -> None:
+def test_row_id_depends_on_normalized_content_only() -> None:
     row = {"messages": conversation("caf\u00e9", "a")}
     assert row_id(row) == row_id({"messages": conversation("cafe\u0301 \n", "a\t"), "source": "b", "line": 9})
     others = [
@@ -445,11 +463,11 @@ def test_id_is_the_same_for_the_same_content_however_it_is_written() -> None:
     assert len({row_id(other) for other in [row, *others]}) == 6
 
 
-def test_dataset_without_any_row_says_why(tmp_path: Path) -> None:
+def test_dataset_without_a_valid_row_is_an_error_with_reasons(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 5}\n')
-    with pytest.raises(StageError, match="gave no row") as caught:
+    with pytest.raises(StageError, match="has no valid row") as caught:
         make(tmp_path, "one", dataset())
-    assert "2 lines could not be read" in caught.value.cause
+    assert "2 records are invalid" in caught.value.cause
     assert "text is empty" in caught.value.remedy
 
 
@@ -460,7 +478,7 @@ needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of re
 
 @needs_real_rows
 @pytest.mark.parametrize(
-    ("name", "rows", "shape"),
+    ("name", "rows", "expected_format"),
     [
         ("alpaca_en.json", 999, "conversation"),
         ("gsm8k_train.jsonl", 7473, "conversation"),
@@ -468,17 +486,19 @@ needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of re
         ("kto_en.json", 300, "rated"),
     ],
 )
-def test_real_rows_are_all_read_without_a_setting(name: str, rows: int, shape: str, tmp_path: Path) -> None:
+def test_public_datasets_are_read_completely_without_settings(
+    name: str, rows: int, expected_format: str, tmp_path: Path
+) -> None:
     stage = dataset(str(REAL / name))
-    check_source(stage, tmp_path)
-    found = list(read_source(stage, tmp_path, pytest.fail))
-    assert len(found) == rows
-    assert {row_format(row) for row in found} == {shape} == {first_shape(stage, tmp_path)}
-    assert [row["line"] for row in found] == list(range(1, rows + 1))
+    validate_source(stage, tmp_path)
+    converted = list(read_source(stage, tmp_path, pytest.fail))
+    assert len(converted) == rows
+    assert {row_format(row) for row in converted} == {expected_format} == {first_row_format(stage, tmp_path)}
+    assert [row["line"] for row in converted] == list(range(1, rows + 1))
 
 
 def test_identity_of_a_source_is_the_content_of_its_files(tmp_path: Path) -> None:
-    put({"a.jsonl": GOOD, "b.jsonl": "x"})(tmp_path)
+    write_files({"a.jsonl": GOOD, "b.jsonl": "x"})(tmp_path)
     one, both = source_identity(dataset(), tmp_path), source_identity(dataset("*.jsonl"), tmp_path)
     assert both[:1] == one
     assert len(both) == 2

@@ -33,54 +33,54 @@ def sampled(order: list[int], shard: int, values: np.ndarray) -> dict:
     edges = decile_edges(lambda: iter([values]), len(values))
     samples = DecileSamples("length", edges)
     for start in range(0, len(order), shard):
-        here = order[start : start + shard]
-        scores = values[here]
-        samples.add(rows_of([f"row {n}" for n in here]), scores, scores > 130)
+        shard_indices = order[start : start + shard]
+        scores = values[shard_indices]
+        samples.add(rows_of([f"row {n}" for n in shard_indices]), scores, scores > 130)
     return samples.facts()
 
 
-def test_deciles_hold_a_tenth_each_and_say_which_rows_passed() -> None:
+def test_each_decile_has_a_tenth_of_the_rows_and_samples_of_kept_and_dropped_ones() -> None:
     values = np.arange(COUNT, dtype=float)
     facts = sampled(list(range(COUNT)), 64, values)
     assert facts["score"] == "length"
-    assert [told["kept"] + told["dropped"] for told in facts["deciles"]] == [COUNT // 10] * 10
-    assert [bool(told["kept_rows"]) for told in facts["deciles"]] == [False] * 3 + [True] * 7
-    assert [bool(told["dropped_rows"]) for told in facts["deciles"]] == [True] * 4 + [False] * 6
-    for told in facts["deciles"]:
-        for row in told["kept_rows"] + told["dropped_rows"]:
-            assert told["low"] <= row["score"] <= told["high"]
+    assert [decile["kept"] + decile["dropped"] for decile in facts["deciles"]] == [COUNT // 10] * 10
+    assert [bool(decile["kept_rows"]) for decile in facts["deciles"]] == [False] * 3 + [True] * 7
+    assert [bool(decile["dropped_rows"]) for decile in facts["deciles"]] == [True] * 4 + [False] * 6
+    for decile in facts["deciles"]:
+        for row in decile["kept_rows"] + decile["dropped_rows"]:
+            assert decile["low"] <= row["score"] <= decile["high"]
             assert row["text"] == f"row {row['score']:g}"
             assert row["planted"] == ("cut" if "9" in row["text"] else "")
-        assert max(len(told["kept_rows"]), len(told["dropped_rows"])) <= ROWS_PER_DECILE
+        assert max(len(decile["kept_rows"]), len(decile["dropped_rows"])) <= ROWS_PER_DECILE
 
 
 @given(st.permutations(range(60)), st.integers(1, 60))
-def test_which_rows_are_told_does_not_depend_on_their_order_or_shards(order: list[int], shard: int) -> None:
+def test_sampled_rows_do_not_depend_on_order_or_shards(order: list[int], shard: int) -> None:
     values = np.array([n % 7 for n in range(60)], dtype=float)
     assert sampled(order, shard, values) == sampled(list(range(60)), 60, values)
 
 
-def test_rows_of_one_score_are_one_part_and_those_without_are_none() -> None:
+def test_equal_scores_share_a_decile_and_nan_has_none() -> None:
     values = np.array([1.0] * 30 + [math.nan] * 10)
     facts = sampled(list(range(40)), 7, values)
-    assert [(told["low"], told["high"], told["dropped"]) for told in facts["deciles"]] == [(1.0, 1.0, 30)]
+    assert [(decile["low"], decile["high"], decile["dropped"]) for decile in facts["deciles"]] == [(1.0, 1.0, 30)]
     assert sampled(list(range(10)), 7, np.full(10, math.nan))["deciles"] == []
 
 
-def test_many_values_are_looked_at_in_steps() -> None:
+def test_deciles_of_many_values_are_estimated_from_a_sample() -> None:
     values = np.random.default_rng(17).permutation(1_000_000).astype(float)
     edges = decile_edges(lambda: iter(np.array_split(values, 77)), len(values))
     assert np.abs(edges / 1e6 - np.arange(1, 10) / 10).max() < 0.01
 
 
 @given(st.text(max_size=2000), st.text(max_size=2000))
-def test_an_excerpt_is_short_whatever_the_row(question: str, answer: str) -> None:
+def test_excerpt_length_is_bounded(question: str, answer: str) -> None:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for row in ({"text": question}, {"messages": turns}, {"messages": turns[:1]}):
         assert len(excerpt(row)) <= MAX_EXCERPT_CHARS
 
 
-def test_a_quarantine_tells_its_reasons_by_frequency_and_its_first_rows(tmp_path: Path) -> None:
+def test_quarantine_facts_have_reasons_by_frequency_and_the_first_rows(tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
     lines = [
         {"source": "a.csv", "line": n, "reason": "empty" if n % 3 else f"number {n}", "excerpt": "x" * 5000}
@@ -90,7 +90,7 @@ def test_a_quarantine_tells_its_reasons_by_frequency_and_its_first_rows(tmp_path
     facts = quarantine_facts(file)
     assert facts["reasons"][0] == {"reason": "empty", "rows": 200}
     assert len(facts["reasons"]) == 11
-    assert sum(told["rows"] for told in facts["reasons"]) == 300
+    assert sum(reason["rows"] for reason in facts["reasons"]) == 300
     assert [row["line"] for row in facts["first"]] == [0, 1, 2, 3, 4]
     assert all(len(row["text"]) == MAX_EXCERPT_CHARS for row in facts["first"])
     file.write_text("")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.pipeline import cache_keys as identity_module
-from tunery.pipeline.cache_keys import WITHOUT_EFFECT, difference, fingerprints, identity, stage_seed
+from tunery.pipeline.cache_keys import IGNORED_FIELDS, difference, fingerprints, identity, stage_seed
 from tunery.pipeline.stage_registry import STAGES
 from tunery.spec import ADAPTERS, Compute, Evaluate, Experiment, Stage, Training, WinRate
 from tunery.spec.graph import with_upstream
@@ -89,7 +89,7 @@ OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("scored", "by"): [
         [{"perplexity": "other"}],
         [{"perplexity": {"pretrained": "./model"}}],
-        [{"perplexity": "base", "of": "whole"}],
+        [{"perplexity": "base", "of": "all"}],
         [{"perplexity": "base", "name": "ppl"}],
         [{"perplexity": "base"}, {"ifd": "base"}],
         [{"embedding": "base", "reference": "more"}],
@@ -324,7 +324,7 @@ def test_every_field_of_every_kind_of_stage_is_tried_below() -> None:
         (name, field)
         for name in ONE_OF_EACH_KIND
         for field in type(EXPERIMENT.stages[name]).model_fields
-        if field not in ("kind", *WITHOUT_EFFECT)
+        if field not in ("kind", *IGNORED_FIELDS)
     }
     assert fields == OTHER_VALUES.keys()
 
@@ -429,7 +429,7 @@ def test_renamed_stage_changes_nothing_but_evaluations_whose_results_bear_its_na
         name
         for name, stage in EXPERIMENT.stages.items()
         if (isinstance(stage, Evaluate) and old in stage.models)
-        or (isinstance(stage, WinRate) and old in (*stage.contestants, stage.data))
+        or (isinstance(stage, WinRate) and old in (*stage.candidates, stage.data))
     }
     assert changed(prints(EXPERIMENT, folder), after) == bearers
 

@@ -238,37 +238,45 @@ def test_another_file_is_taken_for_other_rows(load_text: LoadText, folder: Path)
 
 # What is edited, line of the error, what it says.
 MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
-    "template without the question": ([('"Briefly: {question}"', '"Briefly."')], TEMPLATE, ["it lacks {question}"]),
+    "template without the question": (
+        [('"Briefly: {question}"', '"Briefly."')],
+        TEMPLATE,
+        ["missing placeholder {question}"],
+    ),
     "template with an unknown name": (
         [("Briefly: {question}", "{questoin}: {question}")],
         TEMPLATE,
-        ["it names {questoin}, and there is only {question}"],
+        ["unknown placeholder {questoin}; known: {question}"],
     ),
-    "template with an attribute": ([("Briefly: {question}", "{question.x}")], TEMPLATE, ["it names {question.x}"]),
-    "template with a format": ([("Briefly: {question}", "{question:>9}")], TEMPLATE, ["only the name may stand"]),
-    "template with an open brace": ([("Briefly: {question}", "{question} {")], TEMPLATE, ["written twice, {{ or }}"]),
-    "template twice": ([("Briefly: {question}", "{question}")], 13, ["'{question}' stands in it twice"]),
+    "template with an attribute": (
+        [("Briefly: {question}", "{question.x}")],
+        TEMPLATE,
+        ["unknown placeholder {question.x}"],
+    ),
+    "template with a format": ([("Briefly: {question}", "{question:>9}")], TEMPLATE, ["a placeholder has only a name"]),
+    "template with an open brace": ([("Briefly: {question}", "{question} {")], TEMPLATE, ["brace twice: {{ or }}"]),
+    "template twice": ([("Briefly: {question}", "{question}")], 13, ["'{question}' occurs more than once"]),
     "example without its answer": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 1, example: '{question}'}")],
         FEW_SHOT,
-        ["it lacks {answer}"],
+        ["missing placeholder {answer}"],
     ),
     "example with its answer first": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 1, example: '{answer} {question}'}")],
         FEW_SHOT,
-        ["{answer} should stand in it once, behind {question}"],
+        ["{answer} must occur once, after {question}"],
     ),
-    "range that runs down": ([("[0, 2]", "[2, 0]")], FEW_SHOT, ["the range ends (0) before it begins (2)"]),
+    "range that runs down": ([("[0, 2]", "[2, 0]")], FEW_SHOT, ["the lower bound 2 is above the upper bound 0"]),
     "range of one": ([("[0, 2]", "[2]")], FEW_SHOT, ["`stages.prompts.few_shot.shots` can't be [2]"]),
     "more copies than can differ": (
         [("few_shot: {shots: [0, 2]}", "copies: 3")],
         10,
-        ["3 copies can't all differ by 2 of `templates` and no examples"],
+        ["3 copies can't all differ with 2 templates and without examples"],
     ),
     "nothing to change": (
         [('templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}', "copies: 1")],
         WORDED,
-        ["it changes nothing"],
+        ["it has no effect"],
     ),
     "texts": (
         [("data: held, templates", "data: texts, templates")],
@@ -283,12 +291,12 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "examples that are a model": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: base}")],
         FEW_SHOT,
-        ["`prompts.few_shot.examples` needs rows", "a pretrain stage gives a model"],
+        ["`prompts.few_shot.examples` needs rows", "a pretrain stage outputs a model"],
     ),
     "held-out stage that isn't there": (
         [("heldout: [val]", "heldout: [vla]")],
         HELDOUT,
-        ["`prompts.heldout.0` refers to stage `vla`", "did you mean `val`?"],
+        ["`prompts.heldout.0` refers to the stage `vla`", "did you mean `val`?"],
     ),
     "sft on augmented prompts": (
         [("    data: train\n", "    data: asked\n"), ("few_shot: {shots: [0, 2]}", "copies: 2")],

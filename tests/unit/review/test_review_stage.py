@@ -297,11 +297,11 @@ def test_ending_and_kind_of_data_are_checked_with_the_text(tmp_path: Path) -> No
     path.write_text((TEXT % "rows.jsonl").replace("checked.jsonl", "checked.csv"))
     with pytest.raises(SpecErrors, match=r"x.yaml:9: `stages.checked.decisions` can't be .*csv") as caught:
         load(path)
-    assert "it should end in .jsonl or .xlsx" in str(caught.value)
+    assert "it must end in .jsonl or .xlsx" in str(caught.value)
     path.write_text((TEXT % "rows.jsonl").replace("data: clean", "data: scored"))
     with pytest.raises(SpecErrors, match=r"`checked\.data` needs selected rows, but `scored` is") as caught:
         load(path)
-    assert "stages that fit: clean" in str(caught.value)
+    assert "matching stages: clean" in str(caught.value)
 
 
 def test_plan_counts_a_reviews_rows_and_says_that_decisions_changed(bench: ReviewBench) -> None:

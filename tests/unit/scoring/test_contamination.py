@@ -37,7 +37,7 @@ def test_score_is_the_share_of_the_rows_ngrams_that_occur_in_a_set(tmp_path: Pat
 
 
 def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
-    held = scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="answer")
+    held = scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="response")
     assert held([answer_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
 
 
@@ -67,7 +67,7 @@ def test_sets_count_together_and_the_one_with_most_is_named(tmp_path: Path) -> N
     assert held([text_row(words(0, 20))]) == {"score": [6 / 8], "set": ["two"]}
 
 
-@pytest.mark.parametrize(("of", "score"), [("question", 1.0), ("answer", 0.0)])
+@pytest.mark.parametrize(("of", "score"), [("prompt", 1.0), ("response", 0.0)])
 def test_same_part_of_rows_and_sets_is_compared(tmp_path: Path, of: str, score: float) -> None:
     held = scorer(tmp_path, {"test": [answer_row("yes", "What is it?")]}, of=of)
     assert held([answer_row("no", "What is it?")])["score"] == [score]

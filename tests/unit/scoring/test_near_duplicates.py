@@ -42,11 +42,11 @@ def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> 
     ("how", "of", "scores"),
     [
         ("exact", "row", [0, 0, 0, 0, 0]),
-        ("exact", "question", [0, 0, 0, 1, 0]),
-        ("exact", "answer", [0, 0, 0, math.nan, 1]),
+        ("exact", "prompt", [0, 0, 0, 1, 0]),
+        ("exact", "response", [0, 0, 0, math.nan, 1]),
         ("normalised", "row", [0, 0, 0, 0, 1]),
-        ("normalised", "question", [0, 1, 0, 2, 3]),
-        ("normalised", "answer", [0, 0, 1, math.nan, 2]),
+        ("normalised", "prompt", [0, 1, 0, 2, 3]),
+        ("normalised", "response", [0, 0, 1, math.nan, 2]),
     ],
 )
 def test_what_is_compared_and_how_closely_are_settings(tmp_path: Path, how: str, of: str, scores: list[float]) -> None:
@@ -184,8 +184,8 @@ def test_neighbours_of_a_crowded_band_are_the_first_and_the_last(monkeypatch: py
 
 def test_part_and_length_of_ngrams_are_settings(tmp_path: Path) -> None:
     rows = [answer_row("a b c d e f", "Why?"), answer_row("a b c d e f", "How is it that one asks at such a length?")]
-    assert across(near(of="answer"), rows, tmp_path / "answer")["score"] == [0, 1]
-    assert across(near(of="whole"), rows, tmp_path / "whole")["score"] == [0, 0]
+    assert across(near(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
+    assert across(near(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
     words = [text_row("a b c d"), text_row("d c b a")]
     assert across(near(ngram=1), words, tmp_path / "1")["score"] == [0, 1]
     assert across(near(ngram=2), words, tmp_path / "2")["score"] == [0, 0]
@@ -199,7 +199,7 @@ def test_short_rows_are_compared_whole_and_empty_ones_not_at_all(tmp_path: Path)
 
 def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -> None:
     assert across(near(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
-    assert across(exact("answer"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
+    assert across(exact("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
         [math.nan] * 3, nan_ok=True
     )
     assert near().compute_signatures([]) == {"signature": []}
@@ -224,11 +224,11 @@ def test_signature_is_the_same_in_every_process() -> None:
 def test_no_row_stops_them(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
     for scorer in (
         exact(),
-        exact("question"),
-        exact("answer"),
+        exact("prompt"),
+        exact("response"),
         exact(how="normalised"),
-        near(of="whole"),
-        near(of="question"),
+        near(of="all"),
+        near(of="prompt"),
     ):
         columns = across(scorer, rows, tmp_path_factory.mktemp("rows"), shard=2)
         assert {len(values) for values in columns.values()} == {len(rows)}
@@ -237,7 +237,7 @@ def test_no_row_stops_them(rows: list[Row], tmp_path_factory: pytest.TempPathFac
 def test_run_of_combining_marks_takes_no_quadratic_time(tmp_path: Path) -> None:
     row = answer_row("")
     row["messages"][-1]["content"] = "\u0315\u0300" * 200_000
-    for scorer in (exact("answer"), near(of="answer")):
+    for scorer in (exact("response"), near(of="response")):
         started = time.process_time()
         across(scorer, [row], tmp_path / type(scorer).__name__)
         assert time.process_time() - started < 5

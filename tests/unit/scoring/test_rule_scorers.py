@@ -39,11 +39,11 @@ def test_length_is_the_answers_with_the_questions_beside_it(unit: str, row: Row,
     columns = LengthScorer(Length.model_validate({"length": unit}), {})([row])
     assert columns == {
         "score": [pytest.approx(score, nan_ok=True)],
-        "question": [pytest.approx(question, nan_ok=True)],
+        "prompt": [pytest.approx(question, nan_ok=True)],
     }
 
 
-@pytest.mark.parametrize(("of", "words"), [("answer", 1), ("question", 2), ("whole", 3)])
+@pytest.mark.parametrize(("of", "words"), [("response", 1), ("prompt", 2), ("all", 3)])
 def test_length_is_of_the_part_that_is_asked_for(of: str, words: int) -> None:
     spec = Length.model_validate({"length": "words", "of": of})
     assert LengthScorer(spec, {})([answer_row("three", "one two")])["score"] == [words]
@@ -156,7 +156,7 @@ def test_ordinary_page_violates_nothing_and_a_stuck_one_all_repetition_rules() -
 
 def test_whole_row_is_looked_at_where_that_is_asked_for() -> None:
     row = answer_row("one two three", "four five six")
-    for of, violations in (("answer", 1), ("whole", 0)):
+    for of, violations in (("response", 1), ("all", 0)):
         rules = GopherRules.model_validate({**OFF, "words_min": 4, "of": of})
         assert GopherScorer(Gopher(gopher=rules), {})([row])["score"] == [violations]
 
@@ -211,7 +211,7 @@ def test_share_of_failing_lines_is_a_setting() -> None:
 
 def test_c4_scores_the_part_that_is_asked_for_and_names_the_rules() -> None:
     row = answer_row("The first. The second of them. And a third sentence.", "What does {} do?")
-    for of, names in (("answer", ""), ("whole", "braces")):
+    for of, names in (("response", ""), ("all", "braces")):
         columns = C4Scorer(C4(c4=C4Rules.model_validate({"of": of})), {})([row])
         assert columns == {"score": [float(bool(names))], "rules": [names]}
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from in_process import dataset, stage_context
 
-from tunery.errors import RowsLost, StageError
+from tunery.errors import RowCountError, StageError
 from tunery.scoring.score import MAX_NAME_LENGTH, run_scoring
 from tunery.spec import Score
 from tunery.store import StageResult
@@ -58,7 +58,7 @@ def test_rules_go_over_the_rows_together_and_each_keeps_its_own(tmp_path: Path) 
     assert list(found) == [
         "id",
         "length",
-        "length_question",
+        "length_prompt",
         "duplicates",
         "near_duplicates",
         "near_duplicates_nearest",
@@ -83,7 +83,7 @@ def test_row_that_is_lost_under_way_is_an_error(tmp_path: Path) -> None:
     (unit,) = (tmp_path / "work" / "passes").glob("*/part-*.parquet")
     pq.write_table(pq.read_table(unit).slice(0, 29), unit)
     (tmp_path / "artifact").rename(tmp_path / "first")
-    with pytest.raises(RowsLost, match="30 rows went in; 30 came out with 29 scores, 0 in quarantine"):
+    with pytest.raises(RowCountError, match="30 rows went in; 30 came out with 29 scores, 0 in quarantine"):
         score(tmp_path, rows_of(30))
 
 

@@ -131,30 +131,30 @@ def test_another_seed_is_that_of_the_trainings_that_the_search_changes(load_text
 EVALUATED = EXPERIMENT[EXPERIMENT.index("seed: 3}") : EXPERIMENT.index("search:")] + "search:"
 MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "field that does not exist": ("sft.learning_rate: {choice", "sft.lerning_rate: {choice", ["did you mean"]),
-    "range upside down": ("{choice: [1e-3, 1e-4]}", "{uniform: [2e-3, 1e-3]}", ["upside down"]),
+    "range upside down": ("{choice: [1e-3, 1e-4]}", "{uniform: [2e-3, 1e-3]}", ["is empty"]),
     "logarithm of nothing": ("{choice: [1e-3, 1e-4]}", "{loguniform: [0, 1e-3]}", ["starts at 0"]),
-    "step too long": ("{choice: [1e-3, 1e-4]}", "{uniform: [1e-4, 1e-3], step: 1}", ["leaves the range"]),
+    "step too long": ("{choice: [1e-3, 1e-4]}", "{uniform: [1e-4, 1e-3], step: 1}", ["larger than the range"]),
     "step of a choice": ("{choice: [1e-3, 1e-4]}", "{choice: [1e-3], step: 1}", ["not for `choice`"]),
-    "metric that nobody logs": ("eval.sft.a.forgetting", "eval.sft.c.forgetting", ["nobody logs", "did you mean"]),
+    "metric that nobody logs": ("eval.sft.a.forgetting", "eval.sft.c.forgetting", ["no stage logs", "did you mean"]),
     "weights of some": (
         "  space:",
         "  objectives: [{metric: eval.sft.a.loss, mode: min, weight: 1},"
         " {metric: eval.sft.b.loss, mode: min}]\n  space:",
-        ["all of them one, or none"],
+        ["set it for all or none"],
     ),
-    "bounds that nothing meets": ("max: 0.02", "max: 0.02, min: 1", ["nothing is at least 1 and at most 0.02"]),
+    "bounds that nothing meets": ("max: 0.02", "max: 0.02, min: 1", ["`min` 1 is above `max` 0.02"]),
     "scheduler of an end": ("metric: sft.eval_loss", "scheduler: median\n  metric: eval.sft.a.loss", ["once, after"]),
     "scheduler with nothing to judge by": (
         EVALUATED,
         EVALUATED.replace("3}", "3, num_evals: 1}") + "\n  scheduler: asha",
-        ["evaluates once, at its end (`num_evals: 1`)", "raise `num_evals`"],
+        ["evaluates once, at its end (`num_evals: 1`)", "increase `num_evals`"],
     ),
     "population with nothing to change": (
         "sft.learning_rate: {choice: [1e-3, 1e-4]}",
         "sft.epochs: {choice: [1, 2]}\n  scheduler: pbt",
-        ["pbt has nothing to change", "`sft.learning_rate`"],
+        ["pbt has no dimension", "`sft.learning_rate`"],
     ),
-    "population of one": ("  trials: 4", "  scheduler: pbt\n  trials: 1", ["nobody to learn from"]),
+    "population of one": ("  trials: 4", "  scheduler: pbt\n  trials: 1", ["no other trial to copy"]),
     "population that changes when it evaluates": (
         "  space:",
         "  scheduler: pbt\n  space:\n    sft.num_evals: {choice: [2, 3]}",
@@ -163,29 +163,33 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "population with a rate that is there in some": (
         "1e-4]}",
         "auto]}\n  scheduler: pbt",
-        ["pbt can't change `sft.learning_rate`", "`auto` is no number"],
+        ["pbt can't change `sft.learning_rate`", "`auto` is not a number"],
     ),
     "condition on no dimension": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}",
-        ["depends on `sft.epochs`, which is no dimension"],
+        ["depends on `sft.epochs`, which is not a dimension"],
     ),
     "condition on a value that is not there": (
         "1e-4]}",
         "1e-4]}\n    sft.epochs: {choice: [1, 2], when: {sft.learning_rate: 5}}",
-        ["to be 5, which no trial has", "choice [0.001, 0.0001]"],
+        ["to be 5, which is not in its dimension", "choice [0.001, 0.0001]"],
     ),
     "conditions in a circle": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}\n    sft.epochs: {choice: [1, 2], when: {sft.learning_rate: 1e-3}}",
-        ["is there only if it is there"],
+        ["depends on itself"],
     ),
     "first point outside": (
         "  space:",
         "  initial_points: [{sft.learning_rate: 1}]\n  space:",
         ["can't be 1", "choice"],
     ),
-    "first point of no dimension": ("  space:", "  initial_points: [{sft.epochs: 1}]\n  space:", ["is no dimension"]),
+    "first point of no dimension": (
+        "  space:",
+        "  initial_points: [{sft.epochs: 1}]\n  space:",
+        ["is not a dimension"],
+    ),
 }
 
 

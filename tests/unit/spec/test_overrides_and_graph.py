@@ -31,10 +31,10 @@ EXPERIMENT = Experiment(
 
 
 def value_at(experiment: Experiment, path: str) -> Any:
-    here: Any = experiment.model_dump(mode="json")["stages"]
+    node: Any = experiment.model_dump(mode="json")["stages"]
     for key in path.split("."):
-        here = here[int(key)] if isinstance(here, list) else here[key]
-    return here
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    return node
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def value_at(experiment: Experiment, path: str) -> Any:
         ("docs.limit", 10),
     ],
 )
-def test_any_field_can_get_another_value_and_nothing_else_changes(path: str, value: object) -> None:
+def test_override_changes_one_field_only(path: str, value: object) -> None:
     trial = with_overrides(EXPERIMENT, {path: value})
     assert value_at(trial, path) == value
     assert with_overrides(trial, {path: value_at(EXPERIMENT, path)}) == EXPERIMENT
 
 
-def test_several_values_are_put_in_together() -> None:
+def test_several_overrides_are_applied() -> None:
     trial = with_overrides(EXPERIMENT, {"sft.epochs": 2, "base.warmup": 0.0})
     assert (value_at(trial, "sft.epochs"), value_at(trial, "base.warmup")) == (2, 0.0)
 
 
-def test_no_override_gives_an_equal_experiment_and_leaves_the_given_one() -> None:
+def test_overrides_do_not_change_the_original() -> None:
     before = EXPERIMENT.model_dump_json()
     assert with_overrides(EXPERIMENT, {}) == EXPERIMENT
     with_overrides(EXPERIMENT, {"sft.epochs": 2})
@@ -74,7 +74,7 @@ def test_no_override_gives_an_equal_experiment_and_leaves_the_given_one() -> Non
 @pytest.mark.parametrize(
     ("path", "remedy"),
     [
-        ("sft", "write <stage>.<field>"),
+        ("sft", "use <stage>.<field>"),
         ("sft.learningrate", "did you mean `learning_rate`?"),
         ("stf.epochs", "did you mean `sft`?"),
         ("sft.zzz", "`sft` has: data, epochs"),
@@ -82,11 +82,11 @@ def test_no_override_gives_an_equal_experiment_and_leaves_the_given_one() -> Non
         ("eval.models.-1", "`eval.models` has: no fields"),
         ("sft.epochs.x", "`sft.epochs` has: no fields"),
         ("clean.keep.perplexity.keep_fractio", "did you mean `keep_fraction`?"),
-        ("", "write <stage>.<field>"),
+        ("", "use <stage>.<field>"),
         ("sft.", "`sft` has: data"),
     ],
 )
-def test_path_to_no_field_names_the_nearest(path: str, remedy: str) -> None:
+def test_unknown_path_is_an_error_with_the_nearest_field(path: str, remedy: str) -> None:
     with pytest.raises(PathError) as caught:
         with_overrides(EXPERIMENT, {path: 1})
     assert f"`{path}`" in str(caught.value)
@@ -97,7 +97,7 @@ def test_path_to_no_field_names_the_nearest(path: str, remedy: str) -> None:
     ("path", "value"),
     [("sft.epochs", -1), ("sft.epochs", "soon"), ("sft.max_length", 2.5), ("sft.learning_rate", float("inf"))],
 )
-def test_value_that_does_not_fit_the_field_is_refused(path: str, value: object) -> None:
+def test_invalid_value_is_rejected(path: str, value: object) -> None:
     with pytest.raises(ValidationError):
         with_overrides(EXPERIMENT, {path: value})
 
@@ -114,7 +114,7 @@ MODEL = {"m": Dataset(kind="dataset", source="a.jsonl")}
 
 @st.composite
 def graphs(draw: st.DrawFn) -> dict[str, Stage]:
-    """Without cycles, in any order of the file."""
+    """Acyclic graphs in any file order."""
     size = draw(st.integers(1, 8))
     reads = {f"s{index}": [f"s{earlier}" for earlier in range(index) if draw(st.booleans())] for index in range(size)}
     names = draw(st.permutations(list(reads)))
@@ -122,41 +122,39 @@ def graphs(draw: st.DrawFn) -> dict[str, Stage]:
 
 
 @given(graphs())
-def test_order_puts_every_input_before_its_users_and_names_each_stage_once(stages: dict[str, Stage]) -> None:
+def test_order_is_topological_and_complete(stages: dict[str, Stage]) -> None:
     names = order(stages)
     assert sorted(names) == sorted(stages)
     for name in names:
-        for needed in inputs_of(stages[name]):
-            assert names.index(needed) < names.index(name)
+        for dependency in inputs_of(stages[name]):
+            assert names.index(dependency) < names.index(name)
 
 
 @given(graphs())
-def test_order_of_the_file_stays_where_inputs_stand_before_users(stages: dict[str, Stage]) -> None:
+def test_topological_file_order_is_kept(stages: dict[str, Stage]) -> None:
     ordered = {name: stages[name] for name in order(stages)}
     assert order(ordered) == tuple(ordered)
 
 
 @given(graphs(), st.data())
-def test_closure_is_the_smallest_part_that_can_run_by_itself(stages: dict[str, Stage], data: st.DataObject) -> None:
-    wanted = data.draw(st.sets(st.sampled_from(sorted(stages)), min_size=1))
-    needed = with_upstream(stages, wanted)
-    assert wanted <= needed.keys()
+def test_with_upstream_is_the_smallest_complete_subset(stages: dict[str, Stage], data: st.DataObject) -> None:
+    names = data.draw(st.sets(st.sampled_from(sorted(stages)), min_size=1))
+    needed = with_upstream(stages, names)
+    assert names <= needed.keys()
     assert list(needed) == [name for name in stages if name in needed]
     used = {name for stage in needed.values() for name in inputs_of(stage)}
     assert used <= needed.keys()
-    assert needed.keys() - wanted <= used
+    assert needed.keys() - names <= used
     assert with_upstream(stages, needed) == needed
 
 
 @given(graphs())
-def test_graph_without_cycle_is_told_as_such(stages: dict[str, Stage]) -> None:
+def test_acyclic_graph_has_no_cycle(stages: dict[str, Stage]) -> None:
     assert find_cycle(stages) is None
 
 
 @given(graphs(), st.data())
-def test_cycle_is_found_and_leads_along_references_back_to_its_start(
-    stages: dict[str, Stage], data: st.DataObject
-) -> None:
+def test_cycle_follows_references_to_its_start(stages: dict[str, Stage], data: st.DataObject) -> None:
     user = data.draw(st.sampled_from([name for name in stages if name != "m"]))
     used = data.draw(st.sampled_from(sorted(with_upstream(stages, [user]).keys() - {"m"})))
     closed = {**stages, used: stage_reading([*inputs_of(stages[used]), user])}
@@ -168,10 +166,10 @@ def test_cycle_is_found_and_leads_along_references_back_to_its_start(
         assert read in inputs_of(closed[reader])
 
 
-def test_reference_to_an_unknown_stage_is_no_cycle() -> None:
+def test_reference_to_an_unknown_stage_is_not_a_cycle() -> None:
     assert find_cycle({"a": stage_reading(["nowhere"])}) is None
 
 
-def test_inputs_are_named_once_in_the_order_of_the_fields() -> None:
+def test_inputs_are_unique_and_in_field_order() -> None:
     both = Evaluate(kind="evaluate", models=("base", "sft"), data={"a": "docs", "b": "docs", "c": "more"})
     assert inputs_of(both) == ("base", "sft", "docs", "more")

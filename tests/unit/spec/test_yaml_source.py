@@ -17,7 +17,7 @@ def read(text: str) -> YamlSource:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("text", "expected"),
     [
         ("no", "no"),
         ("off", "off"),
@@ -56,10 +56,10 @@ def read(text: str) -> YamlSource:
         ("=", "="),
     ],
 )
-def test_scalar_means_what_yaml_1_2_says(written: str, meant: object) -> None:
-    value = read(f"key: {written}").data["key"]
-    assert value == meant
-    assert type(value) is type(meant)
+def test_scalars_follow_yaml_1_2(text: str, expected: object) -> None:
+    value = read(f"key: {text}").data["key"]
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 def test_nan_is_a_number() -> None:
@@ -67,7 +67,7 @@ def test_nan_is_a_number() -> None:
 
 
 @pytest.mark.parametrize("style", ["|", ">"])
-def test_block_text_stays_text(style: str) -> None:
+def test_block_scalars_are_strings(style: str) -> None:
     assert read(f"key: {style}\n  17\n").data == {"key": "17\n"}
 
 
@@ -78,7 +78,7 @@ def test_numbers_written_by_python_are_read_back(number: float) -> None:
     assert type(value) is type(number)
 
 
-def test_keys_are_words_even_when_they_look_like_numbers() -> None:
+def test_keys_are_strings() -> None:
     assert read("1: a\nno: b\n~: c").data == {"1": "a", "no": "b", "~": "c"}
 
 
@@ -116,11 +116,11 @@ def test_every_key_and_item_has_its_line(path: tuple[str | int, ...], line: int)
 @pytest.mark.parametrize(
     ("path", "line"), [(("stages", "docs", "split"), 5), (("stages", "sets", 7), 7), (("search", "metric"), 2), ((), 2)]
 )
-def test_missing_key_is_told_at_its_nearest_ancestor(path: tuple[str | int, ...], line: int) -> None:
+def test_missing_key_has_the_line_of_its_nearest_ancestor(path: tuple[str | int, ...], line: int) -> None:
     assert read(NESTED).line(path) == line
 
 
-def test_anchor_gives_its_value_again_and_keys_keep_their_own_lines() -> None:
+def test_alias_copies_the_value_and_keys_keep_their_lines() -> None:
     source = read("a: &common {rate: 1e-3}\nb: *common\n")
     assert source.data == {"a": {"rate": 1e-3}, "b": {"rate": 1e-3}}
     assert source.line(("a",)) == 1
@@ -147,13 +147,13 @@ def test_empty_file_has_no_data() -> None:
         ("name: x\nseed: \x00\n", 2, ["0x00", "remove it"]),
         ("name: x\nseed: a\x07\n", 2, ["0x07"]),
         ("a: 1\n? [b, c]\n: 2\n", 2, ["a key must be a word"]),
-        ("a: 1\nb: &b [1, *b]\n", 2, ["`b.1` holds itself"]),
-        ("a: 1\nb: &b\n  c: *b\n", 2, ["`b.c` holds itself"]),
+        ("a: 1\nb: &b [1, *b]\n", 2, ["`b.1` contains itself"]),
+        ("a: 1\nb: &b\n  c: *b\n", 2, ["`b.c` contains itself"]),
         ("a: &a {x: 1}\nb:\n  <<: *a\n", 3, ["no merge key `<<`", "write the keys out"]),
         ("a: " + "[" * 1000 + "]" * 1000, 1, ["nested too deep"]),
     ],
 )
-def test_what_cannot_be_read_is_told_with_file_and_line(text: str, line: int, words: list[str]) -> None:
+def test_invalid_yaml_is_an_error_with_file_and_line(text: str, line: int, words: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
         read(text)
     assert str(caught.value).startswith(f"exp.yaml:{line}: ")
@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_told_with_file_and_line(text: str, line: int, wo
 
 
 @given(st.text(max_size=60) | st.text(alphabet="ab:-?[]{}&*!|>'\"%@#,~ \n\t", max_size=40))
-def test_any_text_is_read_or_told_as_an_error_of_the_file(text: str) -> None:
+def test_any_text_is_parsed_or_an_error(text: str) -> None:
     line = 1
     try:
         read(text)

@@ -258,9 +258,9 @@ def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ("kind: dpo, loss: ipo, label_smoothing: 0.1", "`label_smoothing` belongs to `loss: sigmoid`, not to ipo"),
+        ("kind: dpo, loss: ipo, label_smoothing: 0.1", "`label_smoothing` requires `loss: sigmoid`, but `loss` is ipo"),
         ("kind: dpo, label_smoothing: 0.5", "less than 0.5"),
-        ("kind: kto, global_batch_size: 1", "answers are compared with those to other prompts of the same step"),
+        ("kind: kto, global_batch_size: 1", "responses are compared with those to other prompts of the step"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(load_text: LoadText, fields: str, told: str) -> None:

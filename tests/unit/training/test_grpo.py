@@ -168,9 +168,9 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ("group_size: 4, global_batch_size: 6,", "`global_batch_size` (6) counts answers: it must be a multiple of"),
-        ("sampling: {temperature: 0},", "nothing is drawn"),
-        ("sampling: {max_new_tokens: 512},", "leaves no room for a prompt"),
+        ("group_size: 4, global_batch_size: 6,", "`global_batch_size` (6) counts responses: it must be a multiple of"),
+        ("sampling: {temperature: 0},", "must be above 0"),
+        ("sampling: {max_new_tokens: 512},", "must be above `max_new_tokens`"),
         ("loss: bnpo,", 'can\'t be "bnpo"'),
     ],
 )

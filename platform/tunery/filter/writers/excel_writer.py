@@ -13,30 +13,30 @@ from typing import Any
 from tunery.errors import RequestError
 from tunery.filter.originals import Original, OriginalCell
 from tunery.filter.source_columns import SourceColumns, as_text
-from tunery.filter.writers.writer import FORMULA, Added, Writer, Written
+from tunery.filter.writers.writer import FORMULA, AddedValues, WriteCounts, Writer
 
-SHEET_ROWS = 1_048_575
+MAX_SHEET_ROWS = 1_048_575
 """Maximum rows of an Excel sheet (1,048,576), without the header."""
-CELL = 32_767
+MAX_CELL_CHARS = 32_767
 """Maximum characters of an Excel cell."""
 UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 """Characters that XML 1.0 can't represent."""
-EXACT = 2**53
-"""Largest integer up to which all are exact in a spreadsheet, whose numbers are float64."""
+MAX_EXACT_INT = 2**53
+"""Largest integer that a spreadsheet represents exactly: its numbers are float64."""
 
 
 @contextmanager
-def workbook(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+def workbook(path: Path, columns: SourceColumns, added: AddedValues, counts: WriteCounts) -> Iterator[Writer]:
     from openpyxl import Workbook
 
     book = Workbook(write_only=True)
-    cells = _SheetCells(path, book, done)
+    cells = _SheetCells(path, book, counts)
     workbooks = {table.name.removesuffix(f"#{table.sheet}") for table in columns.tables}
     try:
         if columns.only_kind() == "xlsx" and len(workbooks) == 1:
-            yield _OwnSheets(cells, columns, list(added))
+            yield _SourceSheets(cells, columns, list(added))
         else:
-            yield _OneSheet(cells, list(columns.types), list(added))
+            yield _SingleSheet(cells, list(columns.types), list(added))
     except BaseException:
         # openpyxl 3.1 prints a traceback if open sheets are garbage-collected.
         for sheet in book.worksheets:
@@ -46,8 +46,8 @@ def workbook(path: Path, columns: SourceColumns, added: Added, done: Written) ->
 
 
 class _SheetCells:
-    def __init__(self, path: Path, book: Any, done: Written) -> None:
-        self._path, self.book, self._done = path, book, done
+    def __init__(self, path: Path, book: Any, counts: WriteCounts) -> None:
+        self._path, self.book, self._done = path, book, counts
         self._rows: dict[str, int] = {}
 
     def new_sheet(self, title: str, header: Sequence[Any]) -> Any:
@@ -55,20 +55,20 @@ class _SheetCells:
 
         sheet = self.book.create_sheet(title)
         sheet.freeze_panes = "A2"
-        written = [self.cell(sheet, name) for name in header]
-        for cell in written:
+        header_cells = [self.cell(sheet, name) for name in header]
+        for cell in header_cells:
             if cell is not None:
                 cell.font = Font(bold=True)
-        sheet.append(written)
+        sheet.append(header_cells)
         return sheet
 
     def append(self, sheet: Any, cells: Sequence[Any]) -> None:
         count = self._rows[sheet.title] = self._rows.get(sheet.title, 0) + 1
-        if count > SHEET_ROWS:
+        if count > MAX_SHEET_ROWS:
             raise RequestError(
                 f"the rows don't fit into {self._path}",
-                cause=f"an Excel sheet has {SHEET_ROWS:,} rows below its header",
-                remedy=f"give another ending, as {self._path.stem}.parquet (nothing is scored again), or keep fewer",
+                cause=f"an Excel sheet has {MAX_SHEET_ROWS:,} rows below its header",
+                remedy=f"use another format, for example {self._path.stem}.parquet (scores are cached), or keep fewer",
             )
         sheet.append([self.cell(sheet, cell) for cell in cells])
 
@@ -86,11 +86,11 @@ class _SheetCells:
                 cell.number_format = original.number_format
             return cell
         text = UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", plain)
-        if len(text) > CELL:
+        if len(text) > MAX_CELL_CHARS:
             raise RequestError(
                 f"a text of {len(text):,} characters doesn't fit into {self._path}",
-                cause=f"an Excel cell holds {CELL:,}, and none is cut in silence",
-                remedy="give another ending, as .parquet (nothing is scored again), or a rule on `length`",
+                cause=f"the maximum of an Excel cell is {MAX_CELL_CHARS:,}, and texts are not truncated",
+                remedy="use another format, for example .parquet (scores are cached), or a rule on `length`",
             )
         self._done.replaced += text != plain
         cell = WriteOnlyCell(sheet, text)
@@ -108,13 +108,13 @@ def _sheet_value(value: Any) -> Any:
     if isinstance(value, date) and not isinstance(value, datetime):
         return value
     if isinstance(value, int):
-        return value if abs(value) <= EXACT else str(value)
+        return value if abs(value) <= MAX_EXACT_INT else str(value)
     if isinstance(value, float | Decimal):
         return value if value == value and abs(value) != float("inf") else None
     return as_text(value)
 
 
-class _OwnSheets:
+class _SourceSheets:
     """Writes the sheets of a single source workbook, each with its own header."""
 
     def __init__(self, cells: _SheetCells, columns: SourceColumns, added: Sequence[str]) -> None:
@@ -125,28 +125,28 @@ class _OwnSheets:
             if table.sheet:
                 header = [*table.header_cells, *[None] * (table.width - len(table.header_cells)), *added]
                 self._sheets[table.name] = cells.new_sheet(table.sheet, header)
-        self._further = added
+        self._added_names = added
 
-    def write(self, record: Original, added: Added) -> None:
+    def write(self, record: Original, added: AddedValues) -> None:
         name = record.table.name
-        if name not in self._sheets:  # the record is of a workbook that can't be read completely
+        if name not in self._sheets:  # the record is from a workbook that can't be read completely
             title = "unreadable" if "unreadable" not in self._cells.book.sheetnames else "unreadable records"
-            self._sheets[name] = self._cells.new_sheet(title, self._further)
+            self._sheets[name] = self._cells.new_sheet(title, self._added_names)
         width = self._tables[name].width if self._tables[name].sheet else 0
         padding = [None] * (width - len(record.cells))
-        self._cells.append(self._sheets[name], [*record.cells, *padding, *map(added.get, self._further)])
+        self._cells.append(self._sheets[name], [*record.cells, *padding, *map(added.get, self._added_names)])
 
 
-class _OneSheet:
+class _SingleSheet:
     """Writes all records to one sheet, with the columns of all sources."""
 
     def __init__(self, cells: _SheetCells, names: Sequence[str], added: Sequence[str]) -> None:
-        self._cells, self._names, self._further = cells, names, added
+        self._cells, self._names, self._added_names = cells, names, added
         self._sheet = cells.new_sheet("rows", [*names, *added])
 
-    def write(self, record: Original, added: Added) -> None:
+    def write(self, record: Original, added: AddedValues) -> None:
         values: dict[str, Any] = record.values()
         if record.table.kind == "xlsx":
             formats = zip(record.table.names, record.cells, strict=False)
             values |= {name: cell for name, cell in formats if name in values}
-        self._cells.append(self._sheet, [*map(values.get, self._names), *map(added.get, self._further)])
+        self._cells.append(self._sheet, [*map(values.get, self._names), *map(added.get, self._added_names)])

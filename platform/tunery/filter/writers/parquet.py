@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from tunery.filter.originals import Original, unique_names
 from tunery.filter.source_columns import SourceColumns, as_text
-from tunery.filter.writers.writer import Added, Writer, Written
+from tunery.filter.writers.writer import AddedValues, WriteCounts, Writer
 
 ROW_GROUP = 16_384
 ROW_GROUP_BYTES = 32 << 20
 
 
 @contextmanager
-def parquet(path: Path, columns: SourceColumns, added: Added, done: Written) -> Iterator[Writer]:
+def parquet(path: Path, columns: SourceColumns, added: AddedValues, counts: WriteCounts) -> Iterator[Writer]:
     schema = _schema(columns, added)
     with pq.ParquetWriter(path, schema) as file:
         tables = _Tables(file, schema, set(added))
@@ -27,36 +27,38 @@ def parquet(path: Path, columns: SourceColumns, added: Added, done: Written) -> 
         tables.flush()
 
 
-def _schema(columns: SourceColumns, added: Added) -> Any:
+def _schema(columns: SourceColumns, added: AddedValues) -> Any:
     """Return the sources' schema with its metadata, if all have the same; otherwise one with the columns of all
     sources."""
-    further = [pa.field(name, kind) for name, kind in added.items()]
-    own = [table.schema for table in columns.tables]
-    if not own or any(schema is None or not schema.equals(own[0], check_metadata=True) for schema in own):
-        return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *further])
-    if list(columns.types) != own[0].names:  # duplicate names
-        return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *further])
-    if not further:
-        return own[0]
-    metadata: dict[bytes | str, bytes | str] = dict(own[0].metadata or {})
+    added_fields = [pa.field(name, kind) for name, kind in added.items()]
+    source_schemas = [table.schema for table in columns.tables]
+    if not source_schemas or any(
+        schema is None or not schema.equals(source_schemas[0], check_metadata=True) for schema in source_schemas
+    ):
+        return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *added_fields])
+    if list(columns.types) != source_schemas[0].names:  # duplicate names
+        return pa.schema([*(pa.field(name, kind) for name, kind in columns.types.items()), *added_fields])
+    if not added_fields:
+        return source_schemas[0]
+    metadata: dict[bytes | str, bytes | str] = dict(source_schemas[0].metadata or {})
     # Hugging Face's metadata lists all columns, so it would be wrong with added ones. Unreadable records are nulls.
     metadata.pop(b"huggingface", None)
-    return pa.schema([*(item.with_nullable(True) for item in own[0]), *further], metadata)
+    return pa.schema([*(item.with_nullable(True) for item in source_schemas[0]), *added_fields], metadata)
 
 
 class _Tables:
     """Collects rows in row groups. Adjacent rows of one Arrow batch are taken from it together."""
 
-    def __init__(self, file: Any, schema: Any, further: set[str]) -> None:
-        self._file, self._schema, self._further = file, schema, further
+    def __init__(self, file: Any, schema: Any, added_names: set[str]) -> None:
+        self._file, self._schema, self._added_names = file, schema, added_names
         self._batch: Any = None
         self._indices: list[int] = []
         self._values: list[dict[str, Any]] = []
-        self._added: list[Added] = []
+        self._added: list[AddedValues] = []
         self._ready: list[Any] = []
         self._rows = self._bytes = 0
 
-    def write(self, record: Original, added: Added) -> None:
+    def write(self, record: Original, added: AddedValues) -> None:
         batch = record.batch if record.is_readable else None
         if self._added and (batch is not self._batch or len(self._added) == 1024):
             self._end_run()
@@ -75,18 +77,18 @@ class _Tables:
         self._ready, self._rows, self._bytes = [], 0, 0
 
     def _end_run(self) -> None:
-        own: dict[str, Any] = {}
+        source_columns: dict[str, Any] = {}
         if self._batch is not None:
-            taken = self._batch.take(pa.array(self._indices))
-            own = dict(zip(unique_names(self._batch.schema.names), taken.columns, strict=True))
+            rows = self._batch.take(pa.array(self._indices))
+            source_columns = dict(zip(unique_names(self._batch.schema.names), rows.columns, strict=True))
         arrays = []
         for item in self._schema:
-            if item.name in self._further:
+            if item.name in self._added_names:
                 arrays.append(pa.array([added.get(item.name) for added in self._added], item.type))
             elif self._batch is None:
                 arrays.append(_array([values.get(item.name) for values in self._values], item.type))
-            elif item.name in own:
-                arrays.append(_cast(own[item.name], item.type))
+            elif item.name in source_columns:
+                arrays.append(_cast(source_columns[item.name], item.type))
             else:
                 arrays.append(pa.nulls(len(self._added), item.type))
         table = pa.Table.from_arrays(arrays, schema=self._schema)

@@ -15,24 +15,24 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Prefixes of a cell that a spreadsheet treats as a formula
 (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
-Added = Mapping[str, Any]
+AddedValues = Mapping[str, Any]
 """Added columns: pyarrow type or value by name. A row may have fewer."""
 
 
 @dataclass
-class Written:
+class WriteCounts:
     """Counts of an output file."""
 
     rows: int = 0
-    guarded: int = 0
-    """Number of texts that got a leading apostrophe, so that spreadsheets don't treat them as formulas."""
+    escaped: int = 0
+    """Number of texts with an added leading apostrophe, so that spreadsheets don't treat them as formulas."""
     replaced: int = 0
     """Number of texts in which characters that a workbook can't represent were replaced."""
 
 
 class Writer(Protocol):
-    def write(self, record: Original, added: Added) -> None: ...
+    def write(self, record: Original, added: AddedValues) -> None: ...
 
 
-Open = Callable[[Path, SourceColumns, Added, Written], AbstractContextManager[Writer]]
+WriterFactory = Callable[[Path, SourceColumns, AddedValues, WriteCounts], AbstractContextManager[Writer]]
 """Opens a writer. Arguments: output path, columns of the sources, added columns with their types, counts to update."""

@@ -44,7 +44,7 @@ def parquet_batches(file: File) -> Batches:
         except UnavailableFile:
             raise
         except Exception as error:
-            raise CorruptFile(f"not a Parquet file that can be read: {_first_line(error)}") from error
+            raise CorruptFile(f"not a readable Parquet file: {_first_line(error)}") from error
         number = 1
         for group in range(opened.num_row_groups):
             end = number + opened.metadata.row_group(group).num_rows
@@ -74,7 +74,7 @@ def arrow_batches(file: File) -> Batches:
         except UnavailableFile:
             raise
         except Exception as error:
-            raise CorruptFile(f"not an Arrow file that can be read: {_first_line(error)}") from error
+            raise CorruptFile(f"not a readable Arrow file: {_first_line(error)}") from error
 
 
 def _check_names(batch: Any) -> None:
@@ -104,7 +104,7 @@ def _validated(batch: Any) -> Iterator[Any]:
         batch.validate(full=True)
     except pa.ArrowException as error:
         if batch.num_rows == 1:
-            yield InvalidRow(f"not what Arrow's format says: {_first_line(error)}")
+            yield InvalidRow(f"invalid Arrow data: {_first_line(error)}")
         else:
             for index in range(batch.num_rows):
                 yield from _validated(batch.slice(index, 1))

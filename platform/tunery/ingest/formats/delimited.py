@@ -74,12 +74,12 @@ def delimiter_of(header: str) -> str:
 
 def _row(header: list[str], cells: list[str]) -> dict[str, object] | InvalidRow:
     if len(cells) > len(header) and any(cells[len(header) :]):
-        return InvalidRow(f"{len(cells)} cells, and the header has {len(header)}")
+        return InvalidRow(f"{len(cells)} cells, but the header has {len(header)}")
     for name, cell in zip(header, cells, strict=False):
         if match := _NOT_UTF8.search(cell):
             return InvalidRow(f"not UTF-8: byte {ord(match[0]) - 0xDC00:#04x} in column `{name}`")
         if "\0" in cell:
-            return InvalidRow(f"column `{name}` holds a NUL byte")
+            return InvalidRow(f"column `{name}` contains a NUL byte")
     return from_pairs(list(zip_longest(header, (cell or None for cell in cells[: len(header)]))))
 
 
@@ -139,7 +139,7 @@ class _RowReader:
 
 
 def _quote_state(line: str, delimiter: str, inside: bool) -> str:
-    """Return the quote state at the end of a line: "closed", "open", or "wrong" if text follows a closing quote.
+    """Return the quote state at the end of a line: "closed", "open", or "invalid" if text follows a closing quote.
     `inside` is whether the line begins within quotes."""
     if '"' not in line:
         return "open" if inside else "closed"
@@ -153,7 +153,7 @@ def _quote_state(line: str, delimiter: str, inside: bool) -> str:
             if position == len(line):
                 return "closed"
             if not line.startswith(delimiter, position):
-                return "wrong"
+                return "invalid"
         else:
             position = line.find(delimiter, position)
             if position < 0:

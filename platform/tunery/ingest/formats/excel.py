@@ -20,7 +20,7 @@ from tunery.spec import Dataset
 
 _MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*?ref="([A-Z]+)(\d+):[A-Z]+(\d+)"')
 _FORMULA = re.compile(rb"<(?:\w+:)?f[\s/>]")
-_LONGEST_TAG = 200
+_MAX_TAG_BYTES = 200
 """Bytes that chunks of XML overlap, so that a tag across their boundary is found."""
 
 
@@ -34,20 +34,18 @@ def workbook(file: File, stage: Dataset) -> Iterator[Record]:
             raise
         except Exception as error:
             # openpyxl and its dependencies raise KeyError, TypeError, BadZipFile and many other errors.
-            hint = "; an .xls file, or one with a password, is no .xlsx" if "zip" in str(error).lower() else ""
-            raise CorruptFile(
-                f"not an Excel workbook that can be read: {type(error).__name__}: {error}{hint}"
-            ) from error
+            hint = "; an .xls file, or one with a password, is not an .xlsx file" if "zip" in str(error).lower() else ""
+            raise CorruptFile(f"not a readable Excel workbook: {type(error).__name__}: {error}{hint}") from error
 
 
-def _sheets(raw: IO[bytes], named: str | None) -> Iterator[Record]:
+def _sheets(raw: IO[bytes], sheet_name: str | None) -> Iterator[Record]:
     import openpyxl
 
     with closing(openpyxl.load_workbook(raw, read_only=True, data_only=True)) as values:
-        if named is not None and named not in values.sheetnames:
-            raise CorruptFile(f"there is no sheet `{named}`; sheets found: {', '.join(values.sheetnames)}")
+        if sheet_name is not None and sheet_name not in values.sheetnames:
+            raise CorruptFile(f"there is no sheet `{sheet_name}`; sheets: {', '.join(values.sheetnames)}")
         for sheet in values.worksheets:
-            if named in (None, sheet.title):
+            if sheet_name in (None, sheet.title):
                 yield from _rows(raw, sheet)
 
 
@@ -65,29 +63,30 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
     from openpyxl.cell.read_only import EMPTY_CELL
 
     merged, has_formulas = _layout(sheet)
-    filling: dict[int, tuple[int, Any]] = {}
+    merged_values: dict[int, tuple[int, Any]] = {}
     formulas = _formulas(raw, sheet.title) if has_formulas else None
     header: list[str] | None = None
     for number, row in enumerate(all_rows(sheet), 1):
-        written = next(formulas, ()) if formulas else ()
+        is_formula = next(formulas, ()) if formulas else ()
         cells: list[Any] = []
-        wrong = ""
+        error = ""
         # A row ends with its last cell; missing cells below the header are empty, or merged with a cell above.
         absent = max(0, len(header or ()) - len(row))
         for column, cell in enumerate((*row, *(EMPTY_CELL,) * absent), 1):
             value = cell.value
-            if column <= len(written) and written[column - 1] and value is None:
-                wrong = (
-                    wrong or f"the formula in {_name(column)}{number} has no value: open the file in Excel and save it"
+            if column <= len(is_formula) and is_formula[column - 1] and value is None:
+                error = (
+                    error
+                    or f"the formula in {_name(column)}{number} has no cached value: open the file in Excel and save it"
                 )
             elif cell.data_type == "e":
-                wrong = wrong or f"the error {value} in {_name(column)}{number}"
+                error = error or f"the error {value} in {_name(column)}{number}"
             if (column, number) in merged:
-                filling[column] = merged[column, number], value
-            last, shared = filling.get(column, (0, None))
+                merged_values[column] = merged[column, number], value
+            last, shared = merged_values.get(column, (0, None))
             cells.append(shared if number <= last else value)
-        if wrong:
-            yield Record(number, InvalidRow(wrong), _shown(cells), sheet.title)
+        if error:
+            yield Record(number, InvalidRow(error), _excerpt(cells), sheet.title)
         elif all(value is None or value == "" for value in cells):
             continue
         elif header is None:
@@ -96,7 +95,7 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
             # Keep values of columns without a name, so that they are counted as not read.
             columns = zip_longest(header, cells, fillvalue="")
             pairs = [(name, cell_text(value) or None) for name, value in columns if name or value not in (None, "")]
-            yield Record(number, from_pairs(pairs), _shown(cells), sheet.title)
+            yield Record(number, from_pairs(pairs), _excerpt(cells), sheet.title)
 
 
 def _layout(sheet: Any) -> tuple[dict[tuple[int, int], int], bool]:
@@ -115,7 +114,7 @@ def _layout(sheet: Any) -> tuple[dict[tuple[int, int], int], bool]:
                 if last > first:
                     merged[column_index_from_string(match[1].decode()), first] = last
             has_formulas = has_formulas or _FORMULA.search(text) is not None
-            before = text[-_LONGEST_TAG:]
+            before = text[-_MAX_TAG_BYTES:]
     return merged, has_formulas
 
 
@@ -135,5 +134,5 @@ def _name(column: int) -> str:
     return str(get_column_letter(column))
 
 
-def _shown(cells: list[Any]) -> str:
+def _excerpt(cells: list[Any]) -> str:
     return " | ".join("" if value is None else str(value) for value in cells)[:1000]

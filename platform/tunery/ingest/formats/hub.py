@@ -23,7 +23,7 @@ HUB_TIMEOUT_S = 10
 """Timeout in seconds of a request for the metadata of a dataset."""
 
 
-class Ambiguous(ValueError):
+class AmbiguousDataset(ValueError):
     """The dataset needs another field to be set: `field`, with one of the values `known`."""
 
     def __init__(self, field: str, message: str, known: list[str]) -> None:
@@ -63,8 +63,8 @@ def _commit(name: str, revision: str | None) -> str:
 
 
 def hub_rows(dataset: HubDataset) -> Iterator[Record]:
-    """Yield the rows as records, numbered from 1. Raises UnavailableFile without network or permission, Ambiguous if a
-    config or split must be selected."""
+    """Yield the rows as records, numbered from 1. Raises UnavailableFile without network or permission,
+    AmbiguousDataset if a config or split must be selected."""
     for number, row in enumerate(raw_hub_rows(dataset), 1):
         yield Record(number, table_row(row))
 
@@ -90,36 +90,37 @@ def _streamed_rows(name: str, config: str | None, split: str | None, revision: s
     try:
         configs = datasets.get_dataset_config_names(name, revision=revision)
         if config is None and len(configs) > 1 and "default" not in configs:
-            raise Ambiguous("config", f"`{name}` has several configs", configs)
+            raise AmbiguousDataset("config", f"`{name}` has several configs", configs)
         if config is not None and config not in configs:
-            raise Ambiguous("config", f"`{name}` has no config `{config}`", configs)
+            raise AmbiguousDataset("config", f"`{name}` has no config `{config}`", configs)
         splits = datasets.load_dataset(name, config, revision=revision, streaming=True)
-        split = chosen_split(name, split, list(splits))
+        split = select_split(name, split, list(splits))
         for row in splits[split]:
             number += 1
             yield row
-    except (UnavailableFile, Ambiguous):
+    except (UnavailableFile, AmbiguousDataset):
         raise
     except Exception as error:
         raise UnavailableFile(f"`{PREFIX}{name}`, row {number + 1}: {_reason(error)}") from error
 
 
-def chosen_split(name: str, split: str | None, known: list[str]) -> str:
-    """Return the requested split, or the only one. Raises Ambiguous."""
+def select_split(name: str, split: str | None, known: list[str]) -> str:
+    """Return the requested split, or the only one. Raises AmbiguousDataset."""
     if split is None and len(known) == 1:
         return known[0]
     if split is None:
-        raise Ambiguous("hub_split", f"`{name}` has several splits", known)
+        raise AmbiguousDataset("hub_split", f"`{name}` has several splits", known)
     if split not in known:
-        raise Ambiguous("hub_split", f"`{name}` has no split `{split}`", known)
+        raise AmbiguousDataset("hub_split", f"`{name}` has no split `{split}`", known)
     return split
 
 
 def saved_files(path: Path, folder: Path, split: str | None) -> list[File] | None:
-    """Return the Arrow files of a saved dataset in order, or None for another folder. Raises Ambiguous, CorruptFile."""
+    """Return the Arrow files of a saved dataset in order, or None for another folder. Raises AmbiguousDataset,
+    CorruptFile."""
     splits = _json(path / "dataset_dict.json")
     if splits is not None:
-        path = path / chosen_split(path.name, split, [str(name) for name in splits.get("splits", [])])
+        path = path / select_split(path.name, split, [str(name) for name in splits.get("splits", [])])
     state = _json(path / "state.json")
     if state is None or "_data_files" not in state:
         return None
@@ -138,6 +139,6 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _reason(error: Exception) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+        return "HF_HUB_OFFLINE is set, so the hub is not queried"
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return "no network: the host's name can't be resolved" if "Name or service not known" in text else text

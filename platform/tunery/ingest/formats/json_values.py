@@ -75,7 +75,7 @@ class _Window:
         return self.data[self.at : self.at + 1]
 
     def take(self) -> bytes | InvalidRow:
-        """Return the complete value at `at`, or the reason why its end can't be found, and move `at` behind it."""
+        """Return the complete value at `at`, or the reason why it has no end, and set `at` to the position after it."""
         if self._start_of_record is None:
             line = self.data.rfind(b"\n", 0, self.at)
             indent = self.data[line + 1 : self.at]
@@ -101,7 +101,7 @@ class _Window:
                 length = token.end() - self.at
                 if token[0] in _CLOSES:
                     if not open_brackets or open_brackets.pop() != _CLOSES[token[0]]:
-                        return InvalidRow(f"not JSON: a `{token[0].decode()}` closes what was not opened")
+                        return InvalidRow(f"not JSON: a `{token[0].decode()}` has no opening bracket")
                 elif token[0] in (b"[", b"{"):
                     open_brackets.append(token[0])
                 if not open_brackets:
@@ -120,7 +120,7 @@ class _Window:
         while True:
             match = _SCALAR.match(self.data, self.at)
             if match is None:
-                return 1  # a bracket out of place
+                return 1  # an unmatched bracket
             if match.end() < len(self.data) or match.end() - self.at > MAX_RECORD_BYTES or not self._fill():
                 return match.end() - self.at
 

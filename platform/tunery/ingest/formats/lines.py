@@ -39,7 +39,7 @@ def lines(stream: Bytes) -> Iterator[tuple[int, bytes | InvalidRow]]:
 
 def _join(parts: list[bytes], size: int) -> bytes | InvalidRow:
     if size > MAX_RECORD_BYTES:
-        return InvalidRow(f"a line of {size:,} bytes: the longest that is read has {MAX_RECORD_BYTES:,}")
+        return InvalidRow(f"a line of {size:,} bytes, more than the maximum of {MAX_RECORD_BYTES:,}")
     return b"".join(parts)
 
 
@@ -71,6 +71,6 @@ def parse(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         return InvalidRow(f"not JSON: {error.msg} at column {error.colno}")
     except ValueError:  # Python rejects integers with more than 4,300 digits
-        return InvalidRow("not JSON that can be read: a number is too long")
+        return InvalidRow("JSON with a number that is too long")
     except RecursionError:
-        return InvalidRow("not JSON that can be read: nested too deep")
+        return InvalidRow("JSON that is nested too deep")

@@ -24,7 +24,7 @@ class UnsupportedValue:
     """Replaces a value that can't be read. The row is invalid only if it needs the value."""
 
     reason: str
-    """Continues a message after the name of the value: "stands twice, with different values"."""
+    """Continues a message after the name of the value: "occurs twice with different values"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ def from_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         first_values: dict[str, Any] = {}
         for key, value in pairs:
             if key in first_values and first_values[key] != value:
-                result[key] = UnsupportedValue("stands twice, with different values")
+                result[key] = UnsupportedValue("occurs twice with different values")
             first_values.setdefault(key, value)
     return result
 
 
 def cell_text(value: Any) -> Any:
-    """Return a table cell as text, because a column of answers may hold numbers, dates and booleans.
+    """Return a table cell as text, because a column of responses may contain numbers, dates and booleans.
 
     Numbers are formatted by Python, dates and times as ISO 8601 (midnight as a date only), NaN (a missing value in
     pandas) is None, and values that are not scalars are returned unchanged.

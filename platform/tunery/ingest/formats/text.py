@@ -50,14 +50,14 @@ def _samples(source: Iterator[tuple[int, bytes | InvalidRow]], by: str) -> Itera
 def _join(pending: list[bytes], size: int) -> bytes | InvalidRow:
     if size > MAX_RECORD_BYTES:
         return InvalidRow(
-            f"{size:,} bytes: the longest sample that is read has {MAX_RECORD_BYTES:,}; `sample_by: line` cuts it"
+            f"a sample of {size:,} bytes, more than the maximum of {MAX_RECORD_BYTES:,}; use `sample_by: line`"
         )
     return b"\n".join(pending).rstrip()
 
 
 def _parse(sample: bytes) -> dict[str, str] | InvalidRow:
     if b"\0" in sample:
-        return InvalidRow(f"a NUL byte at position {sample.index(0)}: this is no text")
+        return InvalidRow(f"a NUL byte at position {sample.index(0)}: the file is not text")
     try:
         return {"text": sample.decode("utf-8")}
     except UnicodeDecodeError as error:

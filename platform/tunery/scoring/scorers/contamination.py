@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.ngrams import Hashes, Integers, Words
-from tunery.scoring.scorers.texts import Part, select_text
+from tunery.scoring.scorers.texts import RowPart, select_text
 from tunery.spec import Contamination
 from tunery.store.rows import Row, read_rows
 
@@ -58,13 +58,13 @@ class ContaminationScorer:
         }
 
 
-def _read_texts(artifact: Path, of: Part) -> Iterator[Words]:
+def _read_texts(artifact: Path, of: RowPart) -> Iterator[Words]:
     rows = read_rows(artifact, columns=["text", "messages"])
     while batch := list(islice(rows, _READ_BATCH_SIZE)):
         yield _words_of(batch, of)
 
 
-def _words_of(rows: Sequence[Row], of: Part) -> Words:
+def _words_of(rows: Sequence[Row], of: RowPart) -> Words:
     return Words.of([select_text(row, of) or "" for row in rows])
 
 

@@ -17,14 +17,14 @@ from tunery.spec import Ifd
 
 
 class IfdScorer:
-    views: tuple[SpanNll, ...] = ("answer", "alone")
+    views: tuple[SpanNll, ...] = ("response", "alone")
 
     def __init__(self, spec: Ifd) -> None:
         """The spec has only the model, which the actor loads."""
 
     def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
         """Return "score" above 0; NaN for plain texts, which have no prompt, and for rows without response tokens."""
-        return {"score": [ifd(*pair) for pair in zip(sums["answer"], sums["alone"], strict=True)]}
+        return {"score": [ifd(*pair) for pair in zip(sums["response"], sums["alone"], strict=True)]}
 
 
 def ifd(conditional: tuple[float, int], unconditional: tuple[float, int]) -> float:

@@ -20,11 +20,11 @@ class LengthScorer:
         self._of, self._unit = spec.of, spec.length
 
     def __call__(self, rows: Sequence[Row]) -> Columns:
-        """Return "score", the length of the selected part (NaN if the row has no such part, such as the answer of a
-        prompt), and "question", the length of the user messages (NaN for plain texts)."""
+        """Return "score", the length of the selected part (NaN if the row has no such part, such as the response of
+        a prompt), and "prompt", the length of the user messages (NaN for plain texts)."""
         return {
             "score": [self._measure(select_text(row, self._of)) for row in rows],
-            "question": [self._measure(select_text(row, "question")) for row in rows],
+            "prompt": [self._measure(select_text(row, "prompt")) for row in rows],
         }
 
     def _measure(self, text: str | None) -> float:

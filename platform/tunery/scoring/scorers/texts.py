@@ -26,7 +26,7 @@ from icu4py.breakers import WordBreaker
 
 from tunery.store.rows import Row, nfc
 
-Part = Literal["answer", "question", "whole"]
+RowPart = Literal["response", "prompt", "all"]
 
 
 def _characters(categories: str, *blocks: tuple[int, int]) -> str:
@@ -78,19 +78,19 @@ MAX_CHARS = 2_000_000
 longest page that Gopher's rules accept has a third of it."""
 
 
-def select_text(row: Row, of: Part) -> str | None:
-    """Return the text of a part of the row, or None if the row has no such part: a prompt has no answer, a plain text
-    no question.
+def select_text(row: Row, of: RowPart) -> str | None:
+    """Return the text of a part of the row, or None if the row has no such part: a prompt has no response, a plain
+    text no prompt.
 
     The messages of a conversation are joined by a blank line. Rejected responses are not included.
     """
     messages = row.get("messages")
     if not messages:
         text: str | None = row.get("text")
-        return None if of == "question" else text
-    if of == "answer":
+        return None if of == "prompt" else text
+    if of == "response":
         return messages[-1]["content"] or "" if messages[-1]["role"] == "assistant" else None
-    return "\n\n".join(message["content"] or "" for message in messages if of == "whole" or message["role"] == "user")
+    return "\n\n".join(message["content"] or "" for message in messages if of == "all" or message["role"] == "user")
 
 
 def words(text: str) -> list[str]:

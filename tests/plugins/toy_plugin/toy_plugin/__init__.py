@@ -52,7 +52,7 @@ PLUGIN = Plugin(
             direction="maximize",
             version=1,
             by_option=ByOption(str, default="share"),
-            usual_rule=">= 0.3",
+            default_rule=">= 0.3",
         ),
     ),
     adapters=(

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tunery.errors import RequestError
 from tunery.events.run_state import RunState, StageState, TrialState
-from tunery.pipeline.run_record import OWN, asks_the_same, read_run
+from tunery.pipeline.run_record import FILE_VALUES, has_same_results, read_run
 from tunery.search.space import metric_stages
 from tunery.spec import Experiment, Training, load
 from tunery.spec.error_messages import nearest
@@ -44,20 +44,20 @@ class ExportTarget:
         return f"by {self.trial.name}" + (", the best trial" if best else "")
 
 
-def choose(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> ExportTarget:
+def select_model(run: str, store: Store, stage: str | None = None, trial: str | None = None) -> ExportTarget:
     """Select a model. `run`: a run's name or folder, or its experiment's file. Raises RequestError if there is no such
     model."""
     from_file = load(Path(run))[0] if Path(run).is_file() else None
     record = read_run(run if from_file is None else from_file.name, store)
     folder, state, experiment = record.folder, record.state, record.experiment
-    if from_file is not None and not asks_the_same(from_file, experiment):
+    if from_file is not None and not has_same_results(from_file, experiment):
         raise RequestError(
             f"{run} was edited since the run `{from_file.name}`",
-            remedy=f"run `tunery run {run}` first; or give the run's name to export the model of the earlier version",
+            remedy=f"run `tunery run {run}` first, or use the run's name to export the model of the earlier version",
         )
-    candidates = _Run(state, experiment, (Store(folder.absolute().parent.parent), store))
+    candidates = _RunModels(state, experiment, (Store(folder.absolute().parent.parent), store))
     name = candidates.stage(stage)
-    if trial not in (None, OWN):
+    if trial not in (None, FILE_VALUES):
         return candidates.of_trial(name, trial)
     if trial is None and is_searched(experiment, name):
         return candidates.of_best_trial(name)
@@ -71,7 +71,7 @@ def is_searched(experiment: Experiment, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RunModels:
     """A run's state, and the stores that may have its artifacts: run and store may have been moved separately."""
 
     state: RunState
@@ -94,7 +94,7 @@ class _Run:
             raise RequestError(
                 f"the run `{self.state.run}` has no model",
                 cause="no stage of its experiment trains one",
-                remedy="add one",
+                remedy="add a training stage",
             )
         if self.experiment.search is None:
             return models[-1]
@@ -105,7 +105,7 @@ class _Run:
             raise RequestError(
                 "the search's metric belongs to no model of this run",
                 cause=f"its metric is `{metric}`",
-                remedy=f"give --stage with one of: {', '.join(models)}",
+                remedy=f"use --stage with one of: {', '.join(models)}",
             )
         return evaluated
 
@@ -133,7 +133,7 @@ class _Run:
             raise RequestError(
                 f"the run `{self.state.run}` has no trial `{trial_name}`",
                 cause="" if trials else no_search,
-                remedy=nearest(trial_name, [*trials, OWN]),
+                remedy=nearest(trial_name, [*trials, FILE_VALUES]),
             )
         trial = trials[trial_name]
         if target := self._trial_model(trial, name):
@@ -144,8 +144,8 @@ class _Run:
         raise RequestError(
             f"{trial_name} has no model `{name}`",
             cause=f"it is {trial.status}" + (f": {trial.error}" if trial.error else ""),
-            remedy=f"trials that have one: {', '.join(others) or 'none'}; `--trial {OWN}` exports the model of the "
-            "file's own values",
+            remedy=f"trials that have one: {', '.join(others) or 'none'}; `--trial {FILE_VALUES}` exports the model "
+            "of the file's own values",
         )
 
     def of_best_trial(self, name: str) -> ExportTarget:
@@ -159,7 +159,7 @@ class _Run:
                 f"the search of `{self.state.run}` has no best trial yet",
                 cause=progress,
                 remedy=f"run `tunery run {self.state.file}` again to resume it; or export another trial's model with "
-                f"--trial, or that of the file's own values with `--trial {OWN}`",
+                f"--trial, or that of the file's own values with `--trial {FILE_VALUES}`",
             )
         if target := self._trial_model(search.best, name):
             return target
@@ -200,8 +200,8 @@ class _Run:
         raise RequestError(
             f"the model of `{name}` is no longer in the store",
             cause=f"there is no {kind}-{fingerprint} in {self.stores[0].root / 'artifacts'}",
-            remedy=f"run `tunery run {self.state.file}` again to rebuild it (for trials: only the best one's); or give "
-            "its store with --store",
+            remedy=f"run `tunery run {self.state.file}` again to rebuild it (for trials: only the best one's); or use "
+            "--store with its store",
         )
 
 

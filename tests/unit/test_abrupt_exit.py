@@ -12,13 +12,13 @@ import pytest
 CODE = """
 import os, sys
 from tunery.interrupt import report_abrupt_exit
-with report_abrupt_exit("gone at once"):
+with report_abrupt_exit("exited abruptly"):
     exec(sys.argv[1])
 """
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("exit_code", "has_message"),
     [
         ("os.kill(os.getpid(), 9)", True),
         ("os._exit(1)", True),
@@ -27,17 +27,17 @@ with report_abrupt_exit("gone at once"):
         ("raise KeyboardInterrupt", False),
     ],
 )
-def test_last_words_are_for_ends_that_leave_no_other(end: str, said: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", CODE, end], capture_output=True, text=True, timeout=20)
-    assert ("gone at once" in done.stderr) == said
+def test_message_is_printed_only_after_an_abrupt_exit(exit_code: str, has_message: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", CODE, exit_code], capture_output=True, text=True, timeout=20)
+    assert ("exited abruptly" in done.stderr) == has_message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_the_whole_group_leaves_the_end_to_the_process(number: signal.Signals) -> None:
-    """A cluster's scheduler and a terminal's Ctrl-C signal every process of the group, the forked one too."""
-    # SIGINT too: a shell leaves it ignored in what it starts in the background.
-    told = "\n".join(f"signal.signal({one}, signal.default_int_handler)" for one in (2, 15))
-    code = CODE.replace("import os, sys", f"import os, signal, sys, time\n{told}")
+def test_signal_to_the_process_group_prints_no_message(number: signal.Signals) -> None:
+    """The scheduler of a cluster and Ctrl-C in a terminal signal every process of the group, including the fork."""
+    # Including SIGINT, which a shell ignores in background processes.
+    handlers = "\n".join(f"signal.signal({one}, signal.default_int_handler)" for one in (2, 15))
+    code = CODE.replace("import os, sys", f"import os, signal, sys, time\n{handlers}")
     run = subprocess.Popen(
         [sys.executable, "-c", code, "print(1, flush=True); time.sleep(20)"],
         stdout=subprocess.PIPE,
@@ -51,4 +51,4 @@ def test_signal_to_the_whole_group_leaves_the_end_to_the_process(number: signal.
     _, err = run.communicate(timeout=20)
     assert "KeyboardInterrupt" in err
     assert "BrokenPipeError" not in err
-    assert "gone at once" not in err
+    assert "exited abruptly" not in err
