@@ -85,7 +85,7 @@ def prepare(scores: Sequence[str], shares: Sequence[float], device: str, folder:
     }
     run = events(tunery(experiment, folder, store))
     *_, questions = (e["artifact"] for e in run if e["event"] == "stage_finished" and e["stage"] == "questions")
-    intact = [row["messages"] for row in read_rows(Path(questions)) if row["planted"] == ""]
+    intact = [row["messages"] for row in read_rows(Path(questions)) if row["injected_corruption"] == ""]
     (folder / "intact.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in intact))
     stages["intact"] = {"kind": "dataset", "source": "intact.jsonl"}
     return experiment

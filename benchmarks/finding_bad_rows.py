@@ -52,8 +52,8 @@ def badness_of(scored: Path) -> tuple[dict[str, np.ndarray], list[str], list[str
         name: as_badness(np.concatenate([piece[name].to_numpy() for piece in table]).astype(float), told["good"])
         for name, told in goods.items()
     }
-    rows = list(read_rows(scored, ["id", "planted"]))
-    return scores, [row["planted"] for row in rows], [row["id"] for row in rows]
+    rows = list(read_rows(scored, ["id", "injected_corruption"]))
+    return scores, [row["injected_corruption"] for row in rows], [row["id"] for row in rows]
 
 
 def line(badness: np.ndarray, planted: list[str], dropped: np.ndarray | None = None) -> list[float]:

@@ -91,7 +91,7 @@ def run(arm: Arm) -> Arm:
 def speeds(store: Path) -> str:
     """Of each training: seconds to its first step, and seconds of its steps."""
     shown = []
-    for measured in sorted(store.glob("artifacts/*/measured.json")):
+    for measured in sorted(store.glob("artifacts/*/runtime_stats.json")):
         values = json.loads(measured.read_text())
         if "train_seconds" in values:
             kind = measured.parent.name.split("-")[0]

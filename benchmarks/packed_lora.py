@@ -113,7 +113,7 @@ def make(told: dict[str, Any]) -> dict[str, Any]:
         turns = [("user", f"{number}?"), ("assistant", answer)]
         messages = [{"role": role, "content": text, "tool_calls": None} for role, text in turns]
         rows.append({"id": str(number), "text": None, "messages": messages, "rejected": None, "label": None})
-        rows[-1] |= {"planted": None, "tools": None, "source": ""}
+        rows[-1] |= {"injected_corruption": None, "tools": None, "source": ""}
     write_rows(rows, folder / "rows")  # type: ignore[arg-type]
     return {}
 

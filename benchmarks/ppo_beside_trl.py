@@ -70,7 +70,7 @@ ENVIRONMENT = dict(os.environ)
 ANSWERS = 32
 """A step."""
 SETTINGS = {"ppo_epochs": 4, "minibatches": 4, "kl": 0.05, "learning_rate": 3e-4}
-COUNT = "def reward(prompts, answers):\n    return [float(answer.count({piece!r})) for answer in answers]\n"
+COUNT = "def reward(prompts, responses):\n    return [float(response.count({piece!r})) for response in responses]\n"
 
 
 def main() -> None:

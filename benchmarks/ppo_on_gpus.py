@@ -92,10 +92,10 @@ def _arm(shape: str, folder: Path, tuner: str, zero: int, options: argparse.Name
             os.killpg(process.pid, signal.SIGKILL)  # with all that holds its output open
             texts.append(process.communicate()[0])
     name = f"{shape:6} {tuner:6} {zero:4} {workers:8}"
-    if not (out / "measured.json").is_file():
+    if not (out / "runtime_stats.json").is_file():
         print(f"{name}   no result: {' | '.join(texts[0].strip().splitlines()[-40:])[-3000:]}", flush=True)
         return
-    measured: dict[str, Any] = json.loads((out / "measured.json").read_text())
+    measured: dict[str, Any] = json.loads((out / "runtime_stats.json").read_text())
     steps = measured["steps"][1:]
     seconds = {phase: statistics.median(step[phase] for step in steps) for phase in ("rollout", "score", "update")}
     print(
@@ -143,7 +143,7 @@ def make(shape: str, folder: Path, gpus: int) -> None:
     tokenizer.save_pretrained(artifact / "adapter")
     write_base(artifact, {"pretrained": str(folder / "policy"), "revision": None})
     (artifact / "head.json").write_text(json.dumps({"labels": ["reward"]}))
-    facts = {"reward_mean": 0.0, "reward_deviation": 1.0}
+    facts = {"reward_mean": 0.0, "reward_std": 1.0}
     (artifact / "manifest.json").write_text(json.dumps({"kind": "reward", "facts": facts}))
     rows = [{"id": f"{n:016x}", "messages": [{"role": "user", "content": f"row {n}"}]} for n in range(256)]
     write_rows(rows, folder / "prompts")
@@ -228,7 +228,7 @@ def work(told: dict[str, Any]) -> None:
     if run.rank == 0:
         peak = torch.cuda.max_memory_allocated() if told["gpu"] else 0
         weights = {"weights": run.weight_bytes, "separate": run.unshared_weight_bytes}
-        (out / "measured.json").write_text(json.dumps({"steps": steps, "peak": peak, **weights}))
+        (out / "runtime_stats.json").write_text(json.dumps({"steps": steps, "peak": peak, **weights}))
     torch.distributed.barrier()
 
 

@@ -189,9 +189,11 @@ def review(
 
     pending = find_review(experiment, source, the_store, stage)
     if xlsx is not None:
-        write_review(pending, xlsx, show_filter=show_filter, say=print)
+        write_review(pending, xlsx, show_filter=show_filter, print_line=print)
     else:
-        serve_review(pending, port=port, show_filter=show_filter, browser=browser, say=partial(print, flush=True))
+        serve_review(
+            pending, port=port, show_filter=show_filter, browser=browser, print_line=partial(print, flush=True)
+        )
 
 
 @app.command()

@@ -16,7 +16,7 @@ from tunery.spec import Compute
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def complete_run(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The small experiment after a complete, undisturbed run. Tests must not modify it."""
     bench = Workspace(tmp_path_factory.mktemp("made"))
     bench.write()
@@ -27,11 +27,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture
-def before_sft(made: Workspace, tmp_path: Path) -> Workspace:
+def before_sft(complete_run: Workspace, tmp_path: Path) -> Workspace:
     """A new workspace whose store has all artifacts of the small experiment except those of sft and eval."""
     bench = Workspace(tmp_path)
     bench.write()
-    for artifact in (made.store / "artifacts").iterdir():
+    for artifact in (complete_run.store / "artifacts").iterdir():
         if not artifact.name.startswith(("sft-", "evaluate-")):
             shutil.copytree(artifact, bench.store / "artifacts" / artifact.name)
     return bench

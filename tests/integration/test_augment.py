@@ -28,7 +28,7 @@ stages:
 """
 
 
-def test_a_file_becomes_prompts_without_its_held_out_rows_and_the_same_ones_again(tmp_path: Path) -> None:
+def test_augmented_prompts_exclude_held_out_rows_and_are_reproducible(tmp_path: Path) -> None:
     bench = Workspace(tmp_path)
     lines = [
         {"question": f"What is {n} + {{1}}?", "answer": f"{n} and 1 are {n + 1}. #### {n + 1}"} for n in range(300)
@@ -40,14 +40,14 @@ def test_a_file_becomes_prompts_without_its_held_out_rows_and_the_same_ones_agai
     datasets = {facts(path)["split"]: path for path in bench.artifacts("dataset")}
     held = {row["messages"][0]["content"] for row in read_rows(datasets["test"])}
     prompts = bench.only("augment")
-    made, told = list(read_rows(prompts)), facts(prompts)
+    built, result = list(read_rows(prompts)), facts(prompts)
     assert len(held) > 10
-    assert told["heldout"] == len(held)
-    assert len(made) == told["rows"] == 3 * (300 - len(held)) - told["repeated"]
-    said = [turn["content"] for row in made for turn in row["messages"]]
-    assert not [text for text in said if any(question in text for question in held)]
-    assert sum("{1}" in text for text in said) * 2 == len(said), "every question as it was, braces and all"
-    assert {row["line"] for row in made} == {n + 1 for n, line in enumerate(lines) if line["question"] not in held}
+    assert result["heldout"] == len(held)
+    assert len(built) == result["rows"] == 3 * (300 - len(held)) - result["repeated"]
+    message = [turn["content"] for row in built for turn in row["messages"]]
+    assert not [text for text in message if any(question in text for question in held)]
+    assert sum("{1}" in text for text in message) * 2 == len(message), "every question as it was, braces and all"
+    assert {row["line"] for row in built} == {n + 1 for n, line in enumerate(lines) if line["question"] not in held}
     assert "Augmented rows" in (bench.store / "runs" / "sums" / "report.html").read_text()
     again = bench.tunery("run", str(bench.file))
     assert again.stdout.count("reused") == 3, again.stdout + again.stderr

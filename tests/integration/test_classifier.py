@@ -49,7 +49,7 @@ def classifier_on_two_stages(bench: Workspace, **compute: object) -> None:
     bench.write(change)
 
 
-def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_transformers(
+def test_classifier_does_not_depend_on_workers_and_loads_in_transformers(
     before_sft: Workspace, runs_here: RunsHere
 ) -> None:
     bench = before_sft
@@ -59,13 +59,13 @@ def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_
     classifier_on_two_stages(bench, workers=2, zero_stage=3, micro_batch_size=1)
     runs_here.execute(bench)
     trained = bench.only("classifier")
-    told = facts(trained)
+    result = facts(trained)
     for name in ("loss", "eval_loss", "eval_auc", "temperature"):
-        assert told[name] == pytest.approx(alone[name], rel=1e-4), name
+        assert result[name] == pytest.approx(alone[name], rel=1e-4), name
     same = ("rows", "labels", "eval_labels", "tokens", "steps", "parameters", "trainable", "eval_accuracy")
-    assert {name: told[name] for name in same} == {name: alone[name] for name in same}
-    assert told["labels"] == {"bad": 120, "good": 120}
-    assert told["steps"] == 15
+    assert {name: result[name] for name in same} == {name: alone[name] for name in same}
+    assert result["labels"] == {"bad": 120, "good": 120}
+    assert result["steps"] == 15
 
     model = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
@@ -78,6 +78,6 @@ def test_classifier_of_one_worker_and_of_two_is_the_same_and_scores_as_in_plain_
     with torch.no_grad():
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     good = model.config.label2id["good"]
-    for score, temperature in (("classifier", 1.0), ("fitted", told["temperature"])):
+    for score, temperature in (("classifier", 1.0), ("fitted", result["temperature"])):
         probabilities = (logits / temperature).softmax(dim=1)[:, good].numpy()
         assert facts(rated)["scores"][score]["median"] == pytest.approx(float(np.median(probabilities)), abs=1e-5)

@@ -54,7 +54,7 @@ def cluster() -> Iterator[str]:
         process.communicate("\n", timeout=60)
 
 
-def test_run_takes_the_cluster_that_ray_address_names_and_leaves_it_running(bench: Workspace, cluster: str) -> None:
+def test_run_uses_the_cluster_at_ray_address_and_leaves_it_running(bench: Workspace, cluster: str) -> None:
     for _ in range(2):
         done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled", **ACCESS)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def test_run_takes_the_cluster_that_ray_address_names_and_leaves_it_running(benc
         scored.rename(bench.folder / scored.name)
 
 
-def test_cluster_that_wants_another_token_is_told_within_the_limit(bench: Workspace, cluster: str) -> None:
+def test_cluster_with_another_token_is_reported_within_the_limit(bench: Workspace, cluster: str) -> None:
     begin = time.monotonic()
     other = {**ACCESS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     done = bench.tunery("run", str(bench.file), RAY_ADDRESS=cluster, WANDB_MODE="disabled", **other)
@@ -75,7 +75,7 @@ def test_cluster_that_wants_another_token_is_told_within_the_limit(bench: Worksp
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_address_where_nobody_listens_is_told_within_seconds(bench: Workspace) -> None:
+def test_unreachable_address_is_reported_within_seconds(bench: Workspace) -> None:
     begin = time.monotonic()
     done = bench.tunery("run", str(bench.file), RAY_ADDRESS="127.0.0.1:1", WANDB_MODE="disabled")
     assert time.monotonic() - begin < 30

@@ -46,7 +46,7 @@ SOURCES = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prom
 def write_experiment(folder: Path, compute: dict[str, Any], **changed: Any) -> Path:
     write_language_model(folder / "base")
     (folder / "reward.py").write_text(
-        "def reward(prompts, answers):\n    return [float(len(a) % 7) for a in answers]\n"
+        "def reward(prompts, responses):\n    return [float(len(a) % 7) for a in responses]\n"
     )
     stages: dict[str, Any] = {
         name: {"kind": "dataset", "source": "builtin:python-docs", "subset": subset, "split": "train", "limit": 24}
@@ -64,8 +64,8 @@ def models_in(store: Path) -> list[str]:
 
 def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> None:
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2, "save_steps": 1})
-    told = build_stages(file, tmp_path / "store", *STAGES)
-    for name, result in told.items():
+    output = build_stages(file, tmp_path / "store", *STAGES)
+    for name, result in output.items():
         assert "diverged at step" in result.get("error", ""), (name, result)
         assert "lower `learning_rate`" in result["error"], name
         assert "learning rate 1e+38" in result["error"], name
@@ -75,30 +75,30 @@ def test_every_trainer_stops_with_an_error_when_it_diverges(tmp_path: Path) -> N
 def test_every_trainer_saves_what_it_trained(tmp_path: Path) -> None:
     sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 2}, **sane)
-    told = build_stages(file, tmp_path / "store", *STAGES)
-    for name, result in told.items():
-        assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
+    output = build_stages(file, tmp_path / "store", *STAGES)
+    for name, result in output.items():
+        assert result.get("runtime_stats", {}).get("reload_check", "").startswith("passed: "), (name, result)
         assert result["facts"]["skipped_steps"] == 0
 
 
-def test_rounding_to_bf16_is_no_difference_between_what_is_saved_and_what_was_trained(tmp_path: Path) -> None:
+def test_bf16_rounding_passes_the_reload_check(tmp_path: Path) -> None:
     sane = {"learning_rate": 1.0e-3, "max_grad_norm": 1.0, "epochs": 0.5}
     file = write_experiment(tmp_path, {"workers": 1, "precision": "bf16"}, **sane)
-    told = build_stages(file, tmp_path / "store", "sft", "sft_lora", "reward", "reward_lora", "ppo_lora")
-    for name, result in told.items():
-        assert result.get("measured", {}).get("reload_check", "").startswith("passed: "), (name, result)
-        assert result["measured"]["dtype"] == "bf16"
+    output = build_stages(file, tmp_path / "store", "sft", "sft_lora", "reward", "reward_lora", "ppo_lora")
+    for name, result in output.items():
+        assert result.get("runtime_stats", {}).get("reload_check", "").startswith("passed: "), (name, result)
+        assert result["runtime_stats"]["dtype"] == "bf16"
 
 
-def test_a_training_that_diverges_stops_without_zero_too(tmp_path: Path) -> None:
+def test_diverged_training_stops_without_zero(tmp_path: Path) -> None:
     # DeepSpeed then computes no gradient norm and skips no steps.
     file = write_experiment(tmp_path, {"workers": 1, "zero_stage": 0})
-    told = build_stages(file, tmp_path / "store", "sft", "dpo")
-    assert all("diverged at step" in result.get("error", "") for result in told.values()), told
+    output = build_stages(file, tmp_path / "store", "sft", "dpo")
+    assert all("diverged at step" in result.get("error", "") for result in output.values()), output
     assert models_in(tmp_path / "store") == []
 
 
-def test_workers_stop_together_and_a_search_goes_on_without_the_trial_that_diverged(before_sft: Workspace) -> None:
+def test_workers_stop_together_and_a_search_continues_without_the_diverged_trial(before_sft: Workspace) -> None:
     def change(experiment: dict[str, Any]) -> None:
         sft = experiment["stages"]["sft"]
         sft |= {"max_grad_norm": 1.0e9, "schedule": "constant", "warmup": 0, "tuner": {"lora": {"rank": 2}}}

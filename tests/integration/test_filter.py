@@ -9,7 +9,7 @@ from pathlib import Path
 from workspace import Workspace
 
 
-def test_a_csv_is_filtered_by_rules_and_every_row_is_accounted_for(tmp_path: Path) -> None:
+def test_csv_is_filtered_by_rules_and_every_row_is_counted(tmp_path: Path) -> None:
     bench = Workspace(tmp_path)
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         lines = csv.writer(file)
@@ -19,9 +19,9 @@ def test_a_csv_is_filtered_by_rules_and_every_row_is_accounted_for(tmp_path: Pat
     words = ["rows.csv", "--out", "out/good.csv", "--dropped", "out/bad.jsonl", "--keep", "length 11..20", "--json"]
     done = bench.tunery("filter", *words, "--scores")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["read"], told["quarantined"], told["kept"], told["dropped"]) == (41, 1, 10, 30)
-    assert told["dropped_by_rule"] == {"length 11..20": 30}
+    result = json.loads(done.stdout)
+    assert (result["read"], result["quarantined"], result["kept"], result["dropped"]) == (41, 1, 10, 30)
+    assert result["dropped_by_rule"] == {"length 11..20": 30}
     kept = list(csv.DictReader((tmp_path / "out/good.csv").read_text().splitlines()))
     assert kept == [
         {
@@ -38,6 +38,6 @@ def test_a_csv_is_filtered_by_rules_and_every_row_is_accounted_for(tmp_path: Pat
     assert {row["dropped_by"] for row in dropped} == {"length 11..20"}
     assert (unusable["ticket"], unusable["dropped_by"]) == ("041", "quarantined")
     assert "response" in unusable["dropped_reason"]
-    assert Path(told["report"]).is_file()
+    assert Path(result["report"]).is_file()
     again = bench.tunery("run", "out/good.yaml")
     assert again.stdout.count("reused") == 3, again.stdout + again.stderr

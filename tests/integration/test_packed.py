@@ -82,7 +82,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Workspace, tmp_path: Path) -> None:
+def test_packed_trainings_equal_solo_trainings(before_sft: Workspace, tmp_path: Path) -> None:
     before_sft.write(stages)
     alone = before_sft.without_ray(before_sft.store)
     jobs = {name: job_of(before_sft, name, tmp_path / "packed") for name in TRAININGS}
@@ -104,23 +104,23 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Works
         if step == 14:  # normally in another process
             members["plain"] = pack.join(jobs["plain"], listening("plain"))
             assert members["plain"].resumed_from == 10
-    for name, made in alone.items():
+    for name, item in alone.items():
         if name not in TRAININGS:
             continue
-        theirs, ours = curve(Path(made["path"])), curve(jobs[name].out)
+        theirs, ours = curve(Path(item["path"])), curve(jobs[name].out)
         assert [sorted(point) for point in ours] == [sorted(point) for point in theirs]
-        for expected, found in zip(theirs, ours, strict=True):
-            assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), name
-        told = json.loads((jobs[name].work / "outcome.json").read_text())["facts"]
-        expected = {key: made["facts"][key] for key in told}
+        for expected, item in zip(theirs, ours, strict=True):
+            assert item == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+        result = json.loads((jobs[name].work / "outcome.json").read_text())["facts"]
+        expected = {key: item["facts"][key] for key in result}
         numbers = {key for key, value in expected.items() if isinstance(value, int | float)}
-        assert {key: told[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-5)
-        assert {key: told[key] for key in told.keys() - numbers} == {
+        assert {key: result[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-5)
+        assert {key: result[key] for key in result.keys() - numbers} == {
             key: expected[key] for key in expected.keys() - numbers
         }
         heard = list(dict.fromkeys(reports[name]))  # the resumed training reports some evaluations again
         assert heard == [point["eval_loss"] for point in ours if "eval_loss" in point][:-1]
-        adapters = [Path(made["path"]) / "adapter", jobs[name].out / "adapter"]
+        adapters = [Path(item["path"]) / "adapter", jobs[name].out / "adapter"]
         files = [{path.name for path in folder.iterdir()} for folder in adapters]
         assert files[0] == files[1]
         for file in files[0] - {"adapter_model.safetensors"}:
@@ -129,10 +129,10 @@ def test_mixed_trainings_learn_in_a_pack_what_they_learn_alone(before_sft: Works
         assert weights.keys() == expected_weights.keys()
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected_weights[key], rtol=1e-3, atol=2e-5)
-        assert (jobs[name].out / "base.json").read_bytes() == (Path(made["path"]) / "base.json").read_bytes()
+        assert (jobs[name].out / "base.json").read_bytes() == (Path(item["path"]) / "base.json").read_bytes()
 
 
-def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft: Workspace, tmp_path: Path) -> None:
+def test_diverged_pack_member_fails_without_affecting_the_others(before_sft: Workspace, tmp_path: Path) -> None:
     def losses(wild: bool) -> list[float]:
         folder = tmp_path / str(wild)
         pack = Pack(job_of(before_sft, "plain", folder / "source").model, "cpu", "fp32")
@@ -152,7 +152,7 @@ def test_a_training_that_diverges_fails_alone_and_spoils_nobody_elses(before_sft
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)
 
 
-def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Workspace, tmp_path: Path) -> None:
+def test_adapter_on_the_head_is_rejected_before_training(before_sft: Workspace, tmp_path: Path) -> None:
     job = job_of(before_sft, "plain", tmp_path, tuner={"lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]}})
     pack = Pack(job.model, "cpu", "fp32")
     with pytest.raises(StageError, match="on the head"):
@@ -163,7 +163,7 @@ def test_an_adapter_on_the_head_is_refused_before_it_trains(before_sft: Workspac
     pack.step()
 
 
-def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Workspace, tmp_path: Path) -> None:
+def test_pack_size_is_limited_by_memory(before_sft: Workspace, tmp_path: Path) -> None:
     jobs = {name: job_of(before_sft, name, tmp_path) for name in ("plain", "large_batches", "other_rank")}
     numbers = sum(
         (module.in_features + module.out_features) * 8  # times the largest rank: smaller adapters are padded to it
@@ -180,8 +180,8 @@ def test_a_pack_takes_as_many_as_its_memory_has_room_for(before_sft: Workspace, 
     assert pack.join(jobs["other_rank"], lambda metrics: None) is not None
 
 
-def test_a_model_whose_rows_cannot_share_a_sequence_learns_the_same(before_sft: Workspace, tmp_path: Path) -> None:
-    told: dict[bool, list[list[dict[str, float]]]] = {}
+def test_model_without_packed_attention_learns_the_same(before_sft: Workspace, tmp_path: Path) -> None:
+    result: dict[bool, list[list[dict[str, float]]]] = {}
     for beside in (True, False):
         names = ("plain", "large_batches", "few_layers")
         jobs = [job_of(before_sft, name, tmp_path / str(beside)) for name in names]
@@ -192,8 +192,8 @@ def test_a_model_whose_rows_cannot_share_a_sequence_learns_the_same(before_sft: 
         members = [pack.join(job, lambda metrics: None) for job in jobs]
         while pack.members:
             pack.step()
-        told[beside] = [member.history for member in members if member is not None]
-    assert [len(history) for history in told[True]] == [len(history) for history in told[False]]
-    for one, other in zip(*told.values(), strict=True):
+        result[beside] = [member.history for member in members if member is not None]
+    assert [len(history) for history in result[True]] == [len(history) for history in result[False]]
+    for one, other in zip(*result.values(), strict=True):
         for point, same in zip(one, other, strict=True):
             assert point == pytest.approx(same, rel=1e-5)

@@ -113,5 +113,5 @@ def weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def assert_reloaded(path: str) -> None:
-    measured = json.loads((Path(path) / "measured.json").read_text())
-    assert measured["reload_check"].startswith("passed")
+    runtime_stats = json.loads((Path(path) / "runtime_stats.json").read_text())
+    assert runtime_stats["reload_check"].startswith("passed")

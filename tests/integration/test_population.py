@@ -32,7 +32,7 @@ def trials_of(bench: Workspace) -> dict[str, dict[str, Any]]:
     return {trial["trial"]: trial for trial in facts(search)["trials"]}
 
 
-def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_beginning(
+def test_pbt_children_resume_from_checkpoints_and_equal_training_from_scratch(
     before_sft: Workspace, tmp_path: Path
 ) -> None:
     before_sft.write(bred)
@@ -41,16 +41,16 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     shutil.copytree(before_sft.store, other.store)
 
     first = before_sft.start()
-    begun = lambda: [  # noqa: E731
-        event for event in before_sft.events() if event["event"] == "trial_started" and event["origin"] == "descendant"
+    started = lambda: [  # noqa: E731
+        event for event in before_sft.events() if event["event"] == "trial_started" and event["origin"] == "pbt_child"
     ]
-    wait_for(lambda: (before_sft.run / "events").is_dir() and begun(), process=first)
+    wait_for(lambda: (before_sft.run / "events").is_dir() and started(), process=first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     done = before_sft.tunery("run", str(before_sft.file))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = trials_of(before_sft)
-    children = [trial for trial in trials.values() if trial["origin"] == "descendant"]
+    children = [trial for trial in trials.values() if trial["origin"] == "pbt_child"]
     assert len(children) == 3, "one at each evaluation but the last"
     assert sum(trial["state"] == "done" for trial in trials.values()) >= 4
     assert not [*(before_sft.store / "work").glob("*")], "checkpoints were left behind"
@@ -65,12 +65,12 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     assert again.returncode == 0, again.stdout + again.stderr
     same = trials_of(other)
     assert {trial["trial"] for trial in children} == {
-        name for name, trial in same.items() if trial["origin"] == "descendant"
+        name for name, trial in same.items() if trial["origin"] == "pbt_child"
     }
     for name, trial in same.items():
         if "done" == trial["state"] == trials[name]["state"]:
             assert trial["values"] == pytest.approx(trials[name]["values"], rel=1e-5)
-    resumed = {json.loads((path / "measured.json").read_text())["resumed_from"] for path in other.artifacts("sft")}
+    resumed = {json.loads((path / "runtime_stats.json").read_text())["resumed_from"] for path in other.artifacts("sft")}
     assert any(resumed), "nothing went on from a checkpoint"
 
     # A training from scratch with the values of the best copy, written as in an experiment file.
@@ -85,12 +85,12 @@ def test_copies_go_on_from_checkpoints_and_come_to_what_they_would_from_the_begi
     whole.folder.mkdir()
     whole.write(written)
     shutil.copytree(other.store, whole.store, ignore=shutil.ignore_patterns("runs"))
-    for made in whole.artifacts("sft"):
-        shutil.rmtree(made)
+    for item in whole.artifacts("sft"):
+        shutil.rmtree(item)
     alone = whole.tunery("run", str(whole.file))
     assert alone.returncode == 0, alone.stdout + alone.stderr
     (model,) = whole.artifacts("sft")
-    assert json.loads((model / "measured.json").read_text())["resumed_from"] == 0
+    assert json.loads((model / "runtime_stats.json").read_text())["resumed_from"] == 0
     assert facts(model)["eval_loss"] == pytest.approx(last["value"], rel=1e-5)
     # The packed and the unpacked training have the same artifact.
     for store in (other.store, before_sft.store):

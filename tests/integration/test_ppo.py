@@ -72,10 +72,10 @@ def with_ppo(bench: Workspace, **compute: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def store(made: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(complete_run: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the datasets and the base model of the small experiment."""
     folder = tmp_path_factory.mktemp("before-ppo") / "store"
-    for artifact in (made.store / "artifacts").iterdir():
+    for artifact in (complete_run.store / "artifacts").iterdir():
         if artifact.name.startswith(("dataset-", "pretrain-")):
             shutil.copytree(artifact, folder / "artifacts" / artifact.name)
     return folder
@@ -87,11 +87,11 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     bench = Workspace(tmp_path_factory.mktemp("alone"))
     with_ppo(bench, workers=1, zero_stage=0)
     shutil.copytree(store, bench.store)
-    told = bench.without_ray(bench.store)
+    result = bench.without_ray(bench.store)
     for artifact in (bench.store / "artifacts").iterdir():
         if not artifact.name.startswith("ppo-"):
             shutil.copytree(artifact, store / "artifacts" / artifact.name, dirs_exist_ok=True)
-    return told
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +107,11 @@ def sharded(
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
-def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
+def test_one_worker_with_16_responses_and_two_with_8_learn_the_same(
     alone: dict[str, dict], sharded: Workspace, name: str
 ) -> None:
     (end,) = (e for e in sharded.events() if e["event"] == "stage_finished" and e["stage"] == name)
-    told = end["facts"]
+    result = end["facts"]
     one, two = (
         [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
         for path in (Path(alone[name]["path"]), Path(end["artifact"]))
@@ -121,23 +121,23 @@ def test_one_worker_with_16_answers_and_two_with_8_learn_the_same(
         for key, value in first.items():  # DeepSpeed logs the gradient norm only under ZeRO
             # Absolute tolerance: sampler_gap is rounding error, and the mean of whitened advantages is near 0.
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (first["step"], key)
-    for first, second in zip(alone[name]["facts"]["responses"], told["responses"], strict=True):
+    for first, second in zip(alone[name]["facts"]["responses"], result["responses"], strict=True):
         for key, value in first.items():
             assert second[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if "reward" in key else value), key
-    assert told["shared_base"] == (name == "lora")
-    assert told["value_init"] == "reward"
+    assert result["shared_base"] == (name == "lora")
+    assert result["value_init"] == "reward"
 
 
-def test_four_models_on_one_base_take_a_part_of_the_memory_of_four(alone: dict[str, dict]) -> None:
+def test_four_models_on_one_base_need_less_memory_than_four_models(alone: dict[str, dict]) -> None:
     measured = {
-        name: json.loads((Path(alone[name]["path"]) / "measured.json").read_text()) for name in ("lora", "whole")
+        name: json.loads((Path(alone[name]["path"]) / "runtime_stats.json").read_text()) for name in ("lora", "whole")
     }
     lora, whole = measured["lora"], measured["whole"]
     assert lora["weights_bytes_separate"] == pytest.approx(whole["weights_bytes"], rel=0.01)
     assert lora["weights_bytes"] < 0.5 * whole["weights_bytes"]
 
 
-def test_what_was_trained_loads_as_any_model(alone: dict[str, dict]) -> None:
+def test_trained_policy_loads_like_any_model(alone: dict[str, dict]) -> None:
     import torch
 
     whole = Path(alone["whole"]["path"])
@@ -150,7 +150,7 @@ def test_what_was_trained_loads_as_any_model(alone: dict[str, dict]) -> None:
     assert (weights[2] - weights[1]).norm() < 0.2 * weights[1].norm()
 
 
-def test_killed_ppo_goes_on_and_ends_with_the_same_bytes(sharded: Workspace, store: Path, tmp_path: Path) -> None:
+def test_killed_ppo_resumes_and_ends_with_the_same_bytes(sharded: Workspace, store: Path, tmp_path: Path) -> None:
     bench = Workspace(tmp_path)
     shutil.copytree(store, bench.store)
     with_ppo(bench, workers=2, zero_stage=3, micro_batch_size=2)
@@ -162,7 +162,7 @@ def test_killed_ppo_goes_on_and_ends_with_the_same_bytes(sharded: Workspace, sto
     assert not bench.artifacts("ppo")
     second = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
     assert second.returncode == 0, second.stdout + second.stderr
-    measured = [json.loads((path / "measured.json").read_text()) for path in bench.artifacts("ppo")]
+    measured = [json.loads((path / "runtime_stats.json").read_text()) for path in bench.artifacts("ppo")]
     assert max(item["resumed_from"] for item in measured) == 1, "it began again from nothing"
     for one, other in zip(bench.artifacts("ppo"), sharded.artifacts("ppo"), strict=True):
         assert contents(one) == contents(other)

@@ -71,12 +71,14 @@ def case(tmp_path: Path) -> dict:
     model.save_pretrained(policy)
     write_rows([{**row, "id": row_id(row)}], tmp_path / "rows")
     reward = tmp_path / "reward.py"
-    reward.write_text("def reward(prompts, answers):\n    return [float(len(answer)) / 10 for answer in answers]\n")
+    reward.write_text(
+        "def reward(prompts, responses):\n    return [float(len(response)) / 10 for response in responses]\n"
+    )
     return {"policy": str(policy), "rows": str(tmp_path / "rows"), "reward": str(reward)}
 
 
 def trained(case: dict, folder: Path, workers: int, zero: int, fields: dict) -> tuple[list[dict], dict]:
-    told = {**case, "out": str(folder / "out"), "workers": workers, "zero": zero, "fields": fields}
+    result = {**case, "out": str(folder / "out"), "workers": workers, "zero": zero, "fields": fields}
     folder.mkdir()
     script = folder / "worker.py"
     script.write_text(WORKER)
@@ -84,7 +86,7 @@ def trained(case: dict, folder: Path, workers: int, zero: int, fields: dict) -> 
     world |= {"PYTHONPATH": str(ROOT / "platform"), "MASTER_PORT": str(23000 + os.getpid() % 20000 + workers)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), json.dumps(told)],
+            [sys.executable, str(script), json.dumps(result)],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

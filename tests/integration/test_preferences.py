@@ -53,7 +53,7 @@ def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Worksp
         "kto": {"kind": "kto", "epochs": 1, "global_batch_size": 8},
     }
     write(bench, trainings, workers=1, zero_stage=0)
-    alone = {name: made["facts"] for name, made in bench.without_ray(bench.folder / "alone").items()}
+    alone = {name: item["facts"] for name, item in bench.without_ray(bench.folder / "alone").items()}
     write(bench, trainings, workers=2, zero_stage=3, micro_batch_size=1)
     sharded = {name: item.facts for name, item in runs_here.execute(bench).items()}
     for name in trainings:
@@ -67,9 +67,9 @@ def test_preferences_are_learned_the_same_by_one_worker_and_by_two(bench: Worksp
 
 
 REWARD = """
-def reward(prompts: list[str], answers: list[str]) -> list[float]:
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
     assert all(prompt.startswith("what is") for prompt in prompts)
-    return [answer.count("e") for answer in answers]
+    return [response.count("e") for response in responses]
 """
 GROUPS = {"sampling": {"min_new_tokens": 6, "max_new_tokens": 6}, "group_size": 8, "global_batch_size": 32}
 
@@ -79,7 +79,7 @@ def curve(made: dict, name: str) -> list[float]:
     return [point[name] for line in lines if name in (point := json.loads(line))]
 
 
-def test_groups_of_answers_raise_the_reward_of_a_function(bench: Workspace) -> None:
+def test_group_rl_raises_the_reward_of_a_function(bench: Workspace) -> None:
     (bench.folder / "reward.py").write_text(REWARD)
     common = {"reward": {"python": "reward.py"}, "learning_rate": 0.03, **GROUPS}
     trainings = {
@@ -87,14 +87,14 @@ def test_groups_of_answers_raise_the_reward_of_a_function(bench: Workspace) -> N
         "rloo": {"kind": "rloo", "epochs": 2, "beta": 0.01, "tuner": LORA, **common},
     }
     write(bench, trainings, workers=1, zero_stage=0, micro_batch_size=16)
-    made = bench.without_ray(bench.folder / "alone")
-    assert [made[name]["facts"]["steps"] for name in trainings] == [24, 8]
+    built = bench.without_ray(bench.folder / "alone")
+    assert [built[name]["facts"]["steps"] for name in trainings] == [24, 8]
     for name in trainings:
-        rewards, held_out = curve(made[name], "reward"), curve(made[name], "eval_reward")
-        assert made[name]["facts"]["reward"] > 2 * rewards[0], (name, rewards)
-        assert made[name]["facts"]["eval_reward"] == held_out[-1] > held_out[0], (name, held_out)
-        assert set(curve(made[name], "response_length")) == {6.0}
-    assert curve(made["rloo"], "kl")[0] == pytest.approx(0, abs=1e-6), "the reference is where it began"
-    clipped = curve(made["grpo"], "clip_fraction")
+        rewards, held_out = curve(built[name], "reward"), curve(built[name], "eval_reward")
+        assert built[name]["facts"]["reward"] > 2 * rewards[0], (name, rewards)
+        assert built[name]["facts"]["eval_reward"] == held_out[-1] > held_out[0], (name, held_out)
+        assert set(curve(built[name], "response_length")) == {6.0}
+    assert curve(built["rloo"], "kl")[0] == pytest.approx(0, abs=1e-6), "the reference is where it began"
+    clipped = curve(built["grpo"], "clip_fraction")
     assert max(clipped[0::2]) == 0, "the first step on new answers has a ratio of 1"
     assert max(clipped[1::2]) > 0

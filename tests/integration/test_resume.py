@@ -14,7 +14,9 @@ from processes import checkpoints, contents, worker_pids
 from workspace import Workspace, wait_for
 
 
-def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Workspace, before_sft: Workspace) -> None:
+def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(
+    complete_run: Workspace, before_sft: Workspace
+) -> None:
     first = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=first)
     os.kill(first.pid, signal.SIGKILL)
@@ -30,11 +32,11 @@ def test_killed_in_the_middle_of_training_ends_with_the_same_bytes(made: Workspa
         if e["event"] == "stage_finished" and e["stage"] == "sft"
     ]
     assert resumed[0] >= 10, "it began again from nothing"
-    assert contents(before_sft.only("sft")) == contents(made.only("sft"))
-    assert contents(before_sft.only("evaluate")) == contents(made.only("evaluate"))
+    assert contents(before_sft.only("sft")) == contents(complete_run.only("sft"))
+    assert contents(before_sft.only("evaluate")) == contents(complete_run.only("evaluate"))
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Workspace) -> None:
+def test_ctrl_c_stops_cleanly_and_prints_how_to_resume(before_sft: Workspace) -> None:
     run = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=run)
     run.send_signal(signal.SIGINT)
@@ -46,7 +48,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(before_sft: Workspace) -> No
     wait_for(lambda: not worker_pids(before_sft), seconds=60)
 
 
-def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Workspace) -> None:
+def test_killed_worker_is_reported_and_finished_stages_are_kept(before_sft: Workspace) -> None:
     finished = {path.name for path in (before_sft.store / "artifacts").iterdir()}
     run = before_sft.start()
     wait_for(lambda: checkpoints(before_sft), process=run)
@@ -59,7 +61,7 @@ def test_a_killed_worker_is_named_and_nothing_finished_is_lost(before_sft: Works
     assert checkpoints(before_sft), "the last checkpoint must stay"
 
 
-def test_a_worker_out_of_memory_is_named(before_sft: Workspace) -> None:
+def test_worker_out_of_memory_is_reported(before_sft: Workspace) -> None:
     """Ray's memory monitor kills the training worker, since the threshold is set to 1% of the memory."""
     done = before_sft.tunery(
         "run", str(before_sft.file), RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"
@@ -84,7 +86,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory):
         time.sleep(0.5)
 
 
-def test_a_full_disk_is_named_and_nothing_finished_is_lost(before_sft: Workspace, small_disk: Path) -> None:
+def test_full_disk_is_reported_and_finished_stages_are_kept(before_sft: Workspace, small_disk: Path) -> None:
     shutil.copytree(before_sft.store, small_disk / "store")
     finished = {path.name for path in (small_disk / "store" / "artifacts").iterdir()}
     bench = Workspace(small_disk)

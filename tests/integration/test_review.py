@@ -1,6 +1,6 @@
 """Review of a sample: the command, its page in a real browser, and the run that uses the decisions.
 
-The scores are given (tests/support/review_bench.py), so nothing is trained and Ray is not started.
+The scores are given (tests/support/review_workspace.py), so nothing is trained and Ray is not started.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Chromium, Page
-from review_bench import BUILTIN, ReviewBench, questions, review_bench
+from review_workspace import BUILTIN, ReviewWorkspace, questions, review_workspace
 
 from tunery.review.decisions import read_decisions
 from tunery.store.rows import read_rows
@@ -35,26 +35,26 @@ HOSTILE = [
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
 
 
-def tunery(bench: ReviewBench, *words: str) -> list[str]:
-    return [sys.executable, "-m", "tunery", *words, "--store", str(bench.store.root)]
+def tunery(workspace: ReviewWorkspace, *words: str) -> list[str]:
+    return [sys.executable, "-m", "tunery", *words, "--store", str(workspace.store.root)]
 
 
-def run(bench: ReviewBench, *words: str) -> subprocess.CompletedProcess[str]:
+def run(workspace: ReviewWorkspace, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        tunery(bench, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=bench.folder
+        tunery(workspace, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=workspace.folder
     )
 
 
 @contextmanager
-def reviewing(bench: ReviewBench) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def reviewing(workspace: ReviewWorkspace) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run `tunery review` in the background; yields the address that it prints, and the process."""
     process = subprocess.Popen(
-        tunery(bench, "review", str(bench.file), "checked", "--no-browser"),
+        tunery(workspace, "review", str(workspace.file), "checked", "--no-browser"),
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=bench.folder,
+        cwd=workspace.folder,
     )
     try:
         assert process.stdout is not None
@@ -62,9 +62,9 @@ def reviewing(bench: ReviewBench) -> Iterator[tuple[str, subprocess.Popen[str]]]
         while not any("http://" in line for line in lines):
             lines.append(process.stdout.readline())
             assert lines[-1], process.stderr and process.stderr.read()
-        found = re.search(r"http://\S+", lines[-1])
-        assert found
-        yield found.group(), process
+        actual = re.search(r"http://\S+", lines[-1])
+        assert actual
+        yield actual.group(), process
     finally:
         if process.poll() is None:
             process.kill()
@@ -74,38 +74,38 @@ def reviewing(bench: ReviewBench) -> Iterator[tuple[str, subprocess.Popen[str]]]
 def decide(url: str, id: str, decision: str) -> None:
     body = json.dumps({"id": id, "decision": decision}).encode()
     request = urllib.request.Request(f"{url}decide", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert answer.status == 200
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert response.status == 200
 
 
 def ids_at(url: str) -> list[str]:
-    with urllib.request.urlopen(f"{url}state", timeout=10) as answer:
-        return list(json.load(answer)["ids"])
+    with urllib.request.urlopen(f"{url}state", timeout=10) as response:
+        return list(json.load(response)["ids"])
 
 
-def test_filter_review_and_use_from_the_first_command_to_the_last(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, BUILTIN, lambda index, row: float(10 + index * 37 % 120))
-    early = run(bench, "review", str(bench.file), "checked")
+def test_filter_is_reviewed_and_used_end_to_end(tmp_path: Path) -> None:
+    workspace = review_workspace(tmp_path, BUILTIN, lambda index, row: float(10 + index * 37 % 120))
+    early = run(workspace, "review", str(workspace.file), "checked")
     assert early.returncode == 2
     assert "`clean` aren't selected yet" in early.stderr
 
-    valid = run(bench, "validate", str(bench.file))
+    valid = run(workspace, "validate", str(workspace.file))
     assert valid.returncode == 0
-    assert "note: `checked` waits for decisions" in valid.stdout
+    assert "note: `checked` needs decisions" in valid.stdout
 
-    stopped = run(bench, "run", str(bench.file))
+    stopped = run(workspace, "run", str(workspace.file))
     assert stopped.returncode == 1
-    command = f"tunery review {bench.file} checked --store {bench.store.root}"
+    command = f"tunery review {workspace.file} checked --store {workspace.store.root}"
     assert command in stopped.stderr.replace("\n", " ")
 
-    with reviewing(bench) as (url, process):
+    with reviewing(workspace) as (url, process):
         ids = ids_at(url)
         for id in ids[:4]:
             decide(url, id, "keep")
         process.kill()  # SIGKILL: the decisions must already be on disk
-    assert read_decisions(bench.decisions) == dict.fromkeys(ids[:4], "keep")
+    assert read_decisions(workspace.decisions) == dict.fromkeys(ids[:4], "keep")
 
-    with reviewing(bench) as (url, process):
+    with reviewing(workspace) as (url, process):
         assert ids_at(url) == ids, "the same sample"
         for id in ids[4:]:
             decide(url, id, "drop")
@@ -113,16 +113,16 @@ def test_filter_review_and_use_from_the_first_command_to_the_last(tmp_path: Path
         rest, wrong = process.communicate(timeout=20)
     assert (process.returncode, wrong) == (0, "")
     assert "12 of 12 rows are decided" in rest
-    assert f"to use them: tunery run {bench.file}" in rest
+    assert f"to use the decisions: tunery run {workspace.file}" in rest
 
-    done = run(bench, "run", str(bench.file))
+    done = run(workspace, "run", str(workspace.file))
     assert done.returncode == 0, done.stderr
     assert "Agreement of filter and reviewer" in done.stdout
-    (made,) = (bench.store.root / "artifacts").glob("review-*")
-    kept = {row["id"] for row in read_rows(made)}
+    (built,) = (workspace.store.root / "artifacts").glob("review-*")
+    kept = {row["id"] for row in read_rows(built)}
     assert set(ids[:4]) <= kept
     assert not set(ids[4:]) & kept
-    report = (bench.store.run("small") / "report.html").read_text()
+    report = (workspace.store.run("small") / "report.html").read_text()
     assert "Review near the threshold" in report
 
 
@@ -134,15 +134,15 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> ReviewBench:
-    made = review_bench(tmp_path, questions(40))
-    made.make("clean")
-    return made
+def workspace(tmp_path: Path) -> ReviewWorkspace:
+    built = review_workspace(tmp_path, questions(40))
+    built.build("clean")
+    return built
 
 
 def opened(chromium: Chromium, url: str) -> Page:
     page = chromium.open(url)
-    page.wait("document.querySelector('#row .turn')")
+    page.wait("document.querySelector('#row .message')")
     return page
 
 
@@ -157,8 +157,8 @@ def shown(page: Page) -> str:
 
 
 @needs_chromium
-def test_keys_keep_drop_undo_and_move(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_keys_keep_drop_undo_and_move(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         ids = ids_at(url)
         assert page.text("#count") == "0 of 12 decided · 12 left"
@@ -168,36 +168,36 @@ def test_keys_keep_drop_undo_and_move(chromium: Chromium, bench: ReviewBench) ->
 
         page.press("k")
         decided(page, 1)
-        assert read_decisions(bench.decisions) == {ids[0]: "keep"}
+        assert read_decisions(workspace.decisions) == {ids[0]: "keep"}
         assert shown(page) == ids[1]
-        assert page.text("#verdict").startswith("Last row: you kept it, the filter ")
-        assert "perplexity" in page.text("#verdict")
+        assert page.text("#outcome").startswith("Last row: you kept it, the filter ")
+        assert "perplexity" in page.text("#outcome")
         page.press("d")
         decided(page, 2)
-        assert read_decisions(bench.decisions) == {ids[0]: "keep", ids[1]: "drop"}
+        assert read_decisions(workspace.decisions) == {ids[0]: "keep", ids[1]: "drop"}
         assert page.run("document.querySelector('#bar').getAttribute('aria-valuenow')") == "2"
 
         page.press("u")
         decided(page, 1)
-        assert (shown(page), read_decisions(bench.decisions)) == (ids[1], {ids[0]: "keep"})
+        assert (shown(page), read_decisions(workspace.decisions)) == (ids[1], {ids[0]: "keep"})
 
         page.press("ArrowLeft")
         page.wait(f"shown === '{ids[0]}' && document.body.ariaBusy === 'false'")
         assert page.run("document.querySelector('#keep').getAttribute('aria-pressed')") == "true"
         page.press("d")  # changes the decision
         page.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
-        assert read_decisions(bench.decisions) == {ids[0]: "drop"}
+        assert read_decisions(workspace.decisions) == {ids[0]: "drop"}
         page.press("ArrowRight")
         page.wait(f"shown === '{ids[2]}'")
-        assert len(read_decisions(bench.decisions)) == 1, "moving decides nothing"
+        assert len(read_decisions(workspace.decisions)) == 1, "moving decides nothing"
         assert page.errors == []
         assert {address.startswith(url) for address in page.requested} == {True}
         page.close()
 
 
 @needs_chromium
-def test_reload_and_a_new_server_go_on_where_the_review_was(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_reload_and_new_server_continue_the_review(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         ids = ids_at(url)
         for count, key in enumerate("kdk", 1):
@@ -210,7 +210,7 @@ def test_reload_and_a_new_server_go_on_where_the_review_was(chromium: Chromium, 
         decided(page, 2)
         assert shown(page) == ids[2], "undo reaches back over the reload"
         page.close()
-    with reviewing(bench) as (url, _):
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         decided(page, 2)
         assert shown(page) == ids[2]
@@ -221,8 +221,8 @@ def test_reload_and_a_new_server_go_on_where_the_review_was(chromium: Chromium, 
 
 
 @needs_chromium
-def test_last_row_leads_to_what_to_run_next(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_last_row_shows_the_next_command(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         for count in range(1, 13):
             page.press("k" if count % 3 else "d")
@@ -232,18 +232,18 @@ def test_last_row_leads_to_what_to_run_next(chromium: Chromium, bench: ReviewBen
         assert "All 12 rows are decided." in text
         assert "8 kept, 4 dropped." in text
         assert re.search(r"You and the filter agree on \d+ of 12 \(\d+%\)\.", text)
-        assert f"tunery run {bench.file} --store {bench.store.root}" in text
+        assert f"tunery run {workspace.file} --store {workspace.store.root}" in text
         page.press("k")
         page.press("u")
         decided(page, 11)
         assert page.run("document.querySelector('#finished').hidden")
-        assert len(read_decisions(bench.decisions)) == 11
+        assert len(read_decisions(workspace.decisions)) == 11
         page.close()
 
 
 @needs_chromium
-def test_two_tabs_share_one_review(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_two_tabs_share_one_review(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         one, other = opened(chromium, url), opened(chromium, url)
         ids = ids_at(url)
         one.bring_to_front()
@@ -256,72 +256,74 @@ def test_two_tabs_share_one_review(chromium: Chromium, bench: ReviewBench) -> No
         other.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
         other.press("d")
         decided(other, 2)
-        assert read_decisions(bench.decisions) == {ids[0]: "keep", ids[1]: "drop"}
+        assert read_decisions(workspace.decisions) == {ids[0]: "keep", ids[1]: "drop"}
         one.close()
         other.close()
 
 
 @needs_chromium
-def test_help_opens_and_no_key_decides_behind_it(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_help_dialog_blocks_decision_keys(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         page.press("?")
         page.wait("document.querySelector('dialog').open")
         page.press("k")
         page.press("Escape")
         page.wait("!document.querySelector('dialog').open")
-        assert read_decisions(bench.decisions) == {}
+        assert read_decisions(workspace.decisions) == {}
         page.click("#drop")
         decided(page, 1)
         page.press(" ")  # scrolls; it must not press the button that was clicked before
         time.sleep(0.2)
-        assert list(read_decisions(bench.decisions).values()) == ["drop"]
+        assert list(read_decisions(workspace.decisions).values()) == ["drop"]
         page.close()
 
 
 @needs_chromium
-def test_server_that_ended_is_told_and_no_decision_is_shown_as_saved(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, process):
+def test_server_that_ended_is_told_and_no_decision_is_shown_as_saved(
+    chromium: Chromium, workspace: ReviewWorkspace
+) -> None:
+    with reviewing(workspace) as (url, process):
         page = opened(chromium, url)
         process.send_signal(signal.SIGINT)
         process.wait(20)
         page.press("k")
         page.wait("!document.querySelector('#problem').hidden")
-        assert "was ended in the terminal" in page.text("#problem")
+        assert "server has stopped" in page.text("#problem")
         assert page.text("#count").startswith("0 of 12")
         page.close()
 
 
 @needs_chromium
 def test_hostile_rows_are_text_and_fit_the_page(chromium: Chromium, tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, HOSTILE)
-    bench.make("clean")
-    with reviewing(bench) as (url, _):
+    workspace = review_workspace(tmp_path, HOSTILE)
+    workspace.build("clean")
+    with reviewing(workspace) as (url, _):
         page = opened(chromium, url)
         for width, dark in ((1600, False), (360, True)):
             page.resize(width, 740, dark=dark)
-            seen = ""
-            for place in range(len(HOSTILE)):
-                page.wait(f"at === {place} && shown === state.ids[{place}] && document.body.ariaBusy === 'false'")
+            observed = ""
+            for index in range(len(HOSTILE)):
+                page.wait(f"at === {index} && shown === state.ids[{index}] && document.body.ariaBusy === 'false'")
                 assert page.run("document.documentElement.scrollWidth") <= width, "nothing sticks out"
                 assert page.run("document.querySelectorAll('#row script, #row img, #row svg, #row b').length") == 0
                 page.press("e")
-                seen += page.text("#row")
+                observed += page.text("#row")
                 page.press("ArrowRight")
             for text in ("<script>window.ran = 1", "<img src=x onerror", "</div><b>q</b>", "<svg onload", "U+202E"):
-                assert text in seen
-            assert seen.count("long ") > 9_000
+                assert text in observed
+            assert observed.count("long ") > 9_000
             page.reload()
-            page.wait("document.querySelector('#row .turn')")
+            page.wait("document.querySelector('#row .message')")
         assert page.run("window.ran") is None
         assert page.errors == []
         page.close()
 
 
 @needs_chromium
-def test_page_without_its_token_shows_nothing(chromium: Chromium, bench: ReviewBench) -> None:
-    with reviewing(bench) as (url, _):
+def test_page_without_its_token_has_no_content(chromium: Chromium, workspace: ReviewWorkspace) -> None:
+    with reviewing(workspace) as (url, _):
         page = chromium.open(f"{url.rsplit('/', 2)[0]}/guess/")
-        assert "lacks its token" in page.text("body")
+        assert "has no valid token" in page.text("body")
         assert "What is" not in page.text("body")
         page.close()

@@ -54,7 +54,7 @@ def reward_models(bench: Workspace, **compute: object) -> None:
     bench.write(change)
 
 
-def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_scale(
+def test_reward_model_does_not_depend_on_workers_and_scores_are_normalized(
     before_sft: Workspace, runs_here: RunsHere
 ) -> None:
     bench = before_sft
@@ -65,20 +65,29 @@ def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_sca
     runs_here.execute(bench)
     trained = {"adapter" if (path / "adapter").is_dir() else "model": path for path in bench.artifacts("reward")}
     whole, adapter = facts(trained["model"]), facts(trained["adapter"])
-    for name, told in (("rm", whole), ("lora", adapter)):
+    for name, entry in (("rm", whole), ("lora", adapter)):
         there = alone[name]["facts"]
         for fact in (
             "loss",
             "reward_mean",
-            "reward_deviation",
+            "reward_std",
             *(("eval_loss", "eval_margin") if name == "rm" else ()),
         ):
-            assert told[fact] == pytest.approx(there[fact], rel=1e-4), (name, fact)
-        same = ("pairs", "eval_pairs", "tokens", "steps", "parameters", "trainable", "truncated", "scale_answers")
-        assert {fact: told[fact] for fact in same} == {fact: there[fact] for fact in same}
+            assert entry[fact] == pytest.approx(there[fact], rel=1e-4), (name, fact)
+        same = (
+            "pairs",
+            "eval_pairs",
+            "tokens",
+            "steps",
+            "parameters",
+            "trainable",
+            "truncated",
+            "reward_norm_responses",
+        )
+        assert {fact: entry[fact] for fact in same} == {fact: there[fact] for fact in same}
     assert whole["eval_accuracy"] == alone["rm"]["facts"]["eval_accuracy"]
     assert (whole["pairs"], whole["eval_pairs"], whole["steps"], whole["scale_from"]) == (80, 21, 10, "eval_data")
-    assert (adapter["scale_answers"], adapter["scale_from"], adapter["steps"]) == (160, "data", 5)
+    assert (adapter["reward_norm_responses"], adapter["scale_from"], adapter["steps"]) == (160, "data", 5)
     assert adapter["trainable"] < whole["trainable"] / 4
 
     model = AutoModelForSequenceClassification.from_pretrained(trained["model"] / "model").eval()
@@ -91,26 +100,26 @@ def test_reward_model_of_one_worker_and_of_two_is_the_same_and_scores_on_its_sca
     sides: list[list[float]] = []
     for row in read_rows(heldout, ["messages", "rejected"]):
         rewards = []
-        for answer in (row["messages"][-1:], row["rejected"]):
-            turns = [{"role": turn["role"], "content": turn["content"]} for turn in [*row["messages"][:-1], *answer]]
+        for response in (row["messages"][-1:], row["rejected"]):
+            turns = [{"role": turn["role"], "content": turn["content"]} for turn in [*row["messages"][:-1], *response]]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             with torch.no_grad():
                 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
                 rewards.append(float(model(input_ids=inputs["input_ids"]).logits[0, 0]))
         sides.append(rewards)
     rewards_p2 = np.array(sides)
-    mean, deviation = whole["reward_mean"], whole["reward_deviation"]
+    mean, deviation = whole["reward_mean"], whole["reward_std"]
     assert mean == pytest.approx(rewards_p2.mean(), abs=1e-5)
     assert deviation == pytest.approx(rewards_p2.std(), rel=1e-3)
     margins = rewards_p2[:, 0] - rewards_p2[:, 1]
     assert whole["eval_loss"] == pytest.approx(float(np.log1p(np.exp(-margins)).mean()), abs=1e-5)
-    (scores,) = (told for path in bench.artifacts("score") if "reward" in (told := facts(path)["scores"]))
+    (scores,) = (entry for path in bench.artifacts("score") if "reward" in (entry := facts(path)["scores"]))
     expected = float(np.median((rewards_p2[:, 0] - mean) / deviation))
     assert scores["reward"]["median"] == pytest.approx(expected, abs=1e-3)
     assert scores["by_lora"]["unscored"] == 0
 
 
-def test_training_reads_its_outputs_where_the_evaluation_does_whatever_the_model_pads_with(tmp_path: Path) -> None:
+def test_training_and_evaluation_read_the_same_output_position(tmp_path: Path) -> None:
     """Rows of many lengths in one step with a learning rate near 0: training and evaluation loss are equal."""
     model = write_language_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
@@ -129,8 +138,8 @@ def test_training_reads_its_outputs_where_the_evaluation_does_whatever_the_model
     compute = {"workers": 1, "zero_stage": 0, "micro_batch_size": 4}
     bench = Workspace(tmp_path)
     bench.file.write_text(yaml.safe_dump({"name": "still", "seed": 17, "stages": stages, "compute": compute}))
-    made = bench.without_ray(bench.store)
+    built = bench.without_ray(bench.store)
     for name in ("rm", "judge"):
-        told = made[name]["facts"]
-        assert told["steps"] == 1
-        assert told["loss"] == pytest.approx(told["eval_loss"], rel=1e-5), name
+        result = built[name]["facts"]
+        assert result["steps"] == 1
+        assert result["loss"] == pytest.approx(result["eval_loss"], rel=1e-5), name

@@ -42,7 +42,7 @@ def states(bench: Workspace) -> dict[float, str]:
 
 
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
-def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Workspace, scheduler: str) -> None:
+def test_worse_trials_are_stopped_and_the_best_completes(before_sft: Workspace, scheduler: str) -> None:
     def change(experiment: dict[str, Any]) -> None:
         packed(experiment)
         experiment["search"]["scheduler"] = scheduler
@@ -55,11 +55,11 @@ def test_worse_trials_are_stopped_and_the_best_trains_to_its_end(before_sft: Wor
     first.wait()
     done = before_sft.tunery("run", str(before_sft.file))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = states(before_sft)
-    assert found.keys() == set(RATES)
-    assert found[3e-3] == "done"
-    assert Counter(found.values())["stopped"] >= 3
-    assert set(found.values()) == {"done", "stopped"}
+    actual = states(before_sft)
+    assert actual.keys() == set(RATES)
+    assert actual[3e-3] == "done"
+    assert Counter(actual.values())["stopped"] >= 3
+    assert set(actual.values()) == {"done", "stopped"}
     (search,) = before_sft.artifacts("search")
     assert facts(search)["best"]["overrides"] == {"sft.learning_rate": 3e-3}
     assert not [*(before_sft.store / "work").glob("sft-*")], "checkpoints were left behind"
@@ -107,8 +107,8 @@ def cluster() -> Iterator[dict[str, str]]:
 def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster: dict[str, str]) -> None:
     """Both start with unscored rows: each row is scored once, and the trial that both have is trained once."""
     for kind in ("score", "select"):
-        for made in before_sft.artifacts(kind):
-            shutil.rmtree(made)
+        for item in before_sft.artifacts(kind):
+            shutil.rmtree(item)
     files = {}
     for name, rates in {"one": [1e-3, 2e-3, 3e-3], "two": [3e-3, 4e-3, 5e-3]}.items():
 
@@ -136,11 +136,13 @@ def test_two_searches_share_a_store_and_a_cluster(before_sft: Workspace, cluster
         assert run.returncode == 0, f"{name}: {output}"
     assert len(before_sft.artifacts("score")) == len(before_sft.artifacts("select")) == 1
     searches = [facts(path) for path in before_sft.artifacts("search")]
-    assert sorted(sorted(trial["overrides"]["sft.learning_rate"] for trial in told["trials"]) for told in searches) == [
+    assert sorted(
+        sorted(trial["overrides"]["sft.learning_rate"] for trial in entry["trials"]) for entry in searches
+    ) == [
         [1e-3, 2e-3, 3e-3],
         [3e-3, 4e-3, 5e-3],
     ]
-    assert all(trial["state"] == "done" for told in searches for trial in told["trials"])
+    assert all(trial["state"] == "done" for entry in searches for trial in entry["trials"])
     # 5 learning rates: one is in both searches, and that of the file is among them.
     assert len(before_sft.artifacts("sft")) == 5
     assert not [*(before_sft.store / "work").glob("*")]

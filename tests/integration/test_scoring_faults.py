@@ -17,7 +17,7 @@ from workspace import ENVIRONMENT, ROOT, Workspace, wait_for
 ROWS = 30_720  # 30 shards
 
 
-def prepared(bench: Workspace, made: Workspace) -> Workspace:
+def prepared(bench: Workspace, complete_run: Workspace) -> Workspace:
     """Write an experiment that scores many short rows with the base model of the small experiment."""
     words = ["path", "join", "list", "sort", "file", "open", "read", "line", "text", "code"]
     with (bench.folder / "rows.jsonl").open("w") as file:
@@ -32,7 +32,7 @@ def prepared(bench: Workspace, made: Workspace) -> Workspace:
 
     bench.write(change)
     for kind in ("dataset", "pretrain"):
-        for artifact in made.artifacts(kind):
+        for artifact in complete_run.artifacts(kind):
             shutil.copytree(artifact, bench.store / "artifacts" / artifact.name)
     return bench
 
@@ -48,8 +48,10 @@ def in_process(bench: Workspace) -> Path:
     return Path(bench.without_ray(store)["scored"]["path"])
 
 
-def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(made: Workspace, tmp_path: Path) -> None:
-    bench = prepared(Workspace(tmp_path), made)
+def test_no_row_is_lost_or_scored_twice_after_raylet_driver_and_actor_kills(
+    complete_run: Workspace, tmp_path: Path
+) -> None:
+    bench = prepared(Workspace(tmp_path), complete_run)
     undisturbed = in_process(bench)
 
     soon = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
@@ -84,22 +86,22 @@ def test_raylet_driver_and_actor_are_killed_and_no_row_is_lost_or_scored_twice(m
     for path in sorted((undisturbed / "scores").iterdir()):
         assert path.read_bytes() == (scored / "scores" / path.name).read_bytes(), path.name
     assert (scored / "quarantine.jsonl").read_bytes() == b""
-    measured = json.loads((scored / "measured.json").read_text())
+    measured = json.loads((scored / "runtime_stats.json").read_text())
     assert measured["rows_resumed"] + measured["rows_scored"] == ROWS
     assert measured["rows_resumed"] >= 4 * 1024
     assert len({row for path in scored.glob("rows/*") for row in pq.read_table(path)["id"].to_pylist()}) == ROWS
 
 
-def test_one_per_cent_of_new_rows_is_all_that_is_scored(made: Workspace, tmp_path: Path) -> None:
-    bench = prepared(Workspace(tmp_path), made)
+def test_only_new_rows_are_scored(complete_run: Workspace, tmp_path: Path) -> None:
+    bench = prepared(Workspace(tmp_path), complete_run)
     text = (bench.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3000]
     (bench.folder / "rows.jsonl").write_text("".join(text))
     in_process_here(bench)
     new = [json.dumps({"text": f"a new row {n}"}) + "\n" for n in range(30)]
     (bench.folder / "rows.jsonl").write_text("".join([*new[:10], *text[:2000], *new[10:], *text[2000:]]))
     scored = in_process_here(bench)
-    measured = json.loads((scored / "measured.json").read_text())
-    assert (measured["rows_scored"], measured["rows_known"]) == (30, 3000)
+    measured = json.loads((scored / "runtime_stats.json").read_text())
+    assert (measured["rows_scored"], measured["rows_cached"]) == (30, 3000)
 
 
 def in_process_here(bench: Workspace) -> Path:
@@ -132,11 +134,11 @@ ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=Fal
 job = ScorePass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
 told = list(map_on_cpus(Actor, (job,), units, 2))
-print("told", sum(unit["scored"] for unit in told), sum(unit["lost"] for unit in told))
+print("told", sum(unit["scored"] for unit in told), sum(unit["failed"] for unit in told))
 """
 
 
-def test_row_that_kills_its_actor_is_quarantined_and_the_job_ends_well(tmp_path: Path) -> None:
+def test_row_that_crashes_its_actor_is_quarantined_and_the_stage_completes(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "platform"))
     from tunery.store.rows import row_id, write_rows
 
@@ -147,6 +149,6 @@ def test_row_that_kills_its_actor_is_quarantined_and_the_job_ends_well(tmp_path:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "told 2499 1" in done.stdout.splitlines()
-    assert json.loads((tmp_path / "out" / "part-00000.lost.json").read_text()) == {
-        "700": "its worker died 3 times, in the end over this row alone"
+    assert json.loads((tmp_path / "out" / "part-00000.failed.json").read_text()) == {
+        "700": "its worker crashed 3 times, the last time on this row alone"
     }

@@ -27,7 +27,7 @@ def searched(experiment: dict) -> None:
     }
 
 
-def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Workspace) -> None:
+def test_killed_search_resumes_and_shared_stages_run_once(before_sft: Workspace) -> None:
     before_sft.write(searched)
     first = before_sft.start()
     done = lambda: [e for e in before_sft.events() if e["event"] == "trial_finished"]  # noqa: E731
@@ -42,12 +42,12 @@ def test_a_killed_search_goes_on_and_shared_stages_run_once(before_sft: Workspac
     trials = facts(search)["trials"]
     assert [trial["state"] for trial in trials] == ["done"] * 4
     assert facts(search)["best"]["value"] == min(trial["value"] for trial in trials)
-    made = Counter(
+    built = Counter(
         event["fingerprint"]
         for event in before_sft.events()
         if event["event"] == "stage_finished" and not event["reused"]
     )
-    assert max(made.values()) == 1, "something was made twice"
+    assert max(built.values()) == 1, "an artifact was built twice"
     assert len(before_sft.artifacts("score")) == 1
     assert len(before_sft.artifacts("select")) == 2
     assert len(before_sft.artifacts("sft")) == 4
@@ -98,7 +98,7 @@ def outcome(bench: Workspace) -> dict[str, dict]:
     return {trial["trial"]: trial for trial in facts(search)["trials"]}
 
 
-def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Workspace, tmp_path: Path) -> None:
+def test_killed_packed_search_ends_like_an_undisturbed_one(before_sft: Workspace, tmp_path: Path) -> None:
     before_sft.write(packed)
     shutil.copytree(before_sft.store, tmp_path / "undisturbed")
     first = before_sft.start()
@@ -110,9 +110,9 @@ def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Wor
     assert second.returncode == 0, second.stdout + second.stderr
     trials = outcome(before_sft)
     assert [trial["state"] for trial in trials.values()] == ["done"] * 6
-    measured = [json.loads((path / "measured.json").read_text()) for path in before_sft.artifacts("sft")]
-    assert any(told["resumed_from"] > 0 for told in measured), "nothing went on from a checkpoint"
-    assert all("packed_with" in told for told in measured if told["workers"] == 1)
+    measured = [json.loads((path / "runtime_stats.json").read_text()) for path in before_sft.artifacts("sft")]
+    assert any(entry["resumed_from"] > 0 for entry in measured), "nothing went on from a checkpoint"
+    assert all("packed_with" in entry for entry in measured if entry["workers"] == 1)
     undisturbed = Workspace(tmp_path / "other")
     undisturbed.folder.mkdir()
     undisturbed.write(packed)
@@ -124,7 +124,7 @@ def test_a_packed_search_that_is_killed_ends_as_one_that_was_not(before_sft: Wor
     assert len(undisturbed.artifacts("score")) == len(before_sft.artifacts("score")) == 1
 
 
-def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: Workspace) -> None:
+def test_failed_trial_is_retried_and_reported_and_the_others_complete(before_sft: Workspace) -> None:
     def change(experiment: dict) -> None:
         packed(experiment)
         experiment["search"]["space"] = {"sft.max_length": {"choice": [128, 8]}, "sft.epochs": {"choice": [1, 0.5]}}
@@ -145,7 +145,7 @@ def test_a_failed_trial_is_tried_again_and_told_and_the_others_end(before_sft: W
         assert sum(event["trial"] == trial["trial"] for event in started) == 1 + failed
 
 
-def test_a_stopped_trial_gives_its_workers_to_the_one_that_waits(before_sft: Workspace) -> None:
+def test_stopped_trial_frees_its_workers_for_the_pending_one(before_sft: Workspace) -> None:
     """Each trial uses both CPUs, so the next one can start only when they are released."""
 
     def change(experiment: dict) -> None:
@@ -196,7 +196,7 @@ def test_trials_are_stopped_and_added_from_another_terminal(before_sft: Workspac
     assert run.returncode == 0, output + errors
     (search,) = before_sft.artifacts("search")
     trials = {trial["trial"]: trial for trial in facts(search)["trials"]}
-    assert sorted(trial["origin"] for trial in trials.values()) == ["cloned", "drawn", "drawn"]
+    assert sorted(trial["origin"] for trial in trials.values()) == ["cloned", "sampled", "sampled"]
     assert trials[unwanted]["state"] == "stopped"
     assert trials[unwanted]["value"] is not None
     (cloned,) = (trial for trial in trials.values() if trial["origin"] == "cloned")

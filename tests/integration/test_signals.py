@@ -50,10 +50,10 @@ class Log:
 
     def has(self, event: str, **values: object) -> bool:
         wanted = {"event": event, **values}
-        return any(wanted.items() <= told.items() for told in self._bench.events() if told["t"] >= self.since)
+        return any(wanted.items() <= entry.items() for entry in self._bench.events() if entry["t"] >= self.since)
 
     def last_state(self) -> str:
-        return [told for told in self._bench.events() if told["event"] == "run_finished"][-1]["state"]
+        return [entry for entry in self._bench.events() if entry["event"] == "run_finished"][-1]["state"]
 
 
 def checkpoint(bench: Workspace, since: float) -> bool:
@@ -70,11 +70,11 @@ def report_is_new(bench: Workspace, since: float) -> bool:
 def left_of(bench: Workspace, group: int) -> list[str]:
     """Return the pids of the processes of the run's process group and its Ray cluster that are still alive."""
     ray = (bench.run / "logs" / "ray").resolve().parent.name
-    found = [
+    actual = [
         subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
         for words in (("-g", str(group)), ("-f", ray))
     ]
-    return [pid for pids in found for pid in pids]
+    return [pid for pids in actual for pid in pids]
 
 
 Moment = Callable[[Workspace, Log], bool]
@@ -157,7 +157,7 @@ def start(bench: Workspace, *, sigint_ignored: bool) -> subprocess.Popen[str]:
             signal.signal(signal.SIGINT, before)
 
 
-def test_run_resumes_after_all_of_it(bench: Workspace) -> None:
+def test_run_resumes_after_all_signals(bench: Workspace) -> None:
     done = bench.tunery("run", str(bench.file), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == "small"
@@ -186,7 +186,7 @@ def test_signal_during_a_search_stops_cleanly(
 
 
 @all_moments
-def test_search_resumes_after_all_of_it(searching: Workspace) -> None:
+def test_search_resumes_after_all_signals(searching: Workspace) -> None:
     done = searching.tunery("run", str(searching.file), "--json")
     assert done.returncode == 0, done.stderr
     (search,) = searching.artifacts("search")

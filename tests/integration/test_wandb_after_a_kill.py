@@ -157,9 +157,9 @@ def summary(path: Path) -> dict[str, Any]:
     """Return the summary of a file by wandb's own reader."""
     wandb = Path(sys.executable).parent / "wandb"
     done = subprocess.run([wandb, "leet", "inspect", "--summary", "--json", path], capture_output=True, text=True)
-    told = json.loads(done.stdout)
-    assert isinstance(told, dict)
-    return told
+    result = json.loads(done.stdout)
+    assert isinstance(result, dict)
+    return result
 
 
 def test_killed_at_step_100_and_resumed_from_step_100_has_every_point_once(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_resumed_twice_from_checkpoints_before_the_kill_has_every_point_once(tmp
     check_complete(folder, 200)
 
 
-def test_interrupted_run_is_complete_at_once_and_after_it_is_resumed(tmp_path: Path) -> None:
+def test_interrupted_run_is_complete_before_and_after_resuming(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     Invocation(folder, 0, 100, "").told().kill_group(signal.SIGTERM)  # as terminals and cluster schedulers do
     check_complete(folder, 100)
@@ -189,7 +189,7 @@ def test_interrupted_run_is_complete_at_once_and_after_it_is_resumed(tmp_path: P
     check_complete(folder, 200)
 
 
-def test_end_of_a_stage_that_a_kill_took_from_wandb_is_told_by_the_next_invocation(tmp_path: Path) -> None:
+def test_end_of_a_stage_lost_by_a_kill_is_sent_by_the_next_invocation(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     Invocation(folder, 0, 200, "", wait=True).told().kill_group()
     assert len(rows(folder)) < 204
@@ -240,7 +240,7 @@ def test_online_run_that_is_killed_and_resumed_has_every_point_once_on_the_serve
         check_rows(server.history[STAGE], 200)
 
 
-def test_file_that_a_kill_left_without_a_run_or_within_a_record_does_not_block_the_others(tmp_path: Path) -> None:
+def test_truncated_file_of_a_killed_run_does_not_block_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     Invocation(folder, 0, 100, "").told().kill_group()
     (path,) = run_files(folder / "wandb", STAGE)

@@ -58,9 +58,9 @@ class Stored:
 
     def table(self, name: str) -> dict[str, Any]:
         (path,) = (self.folder / "files" / "media" / "table").glob(f"{name}_*.table.json")
-        told = json.loads(path.read_text())
-        assert isinstance(told, dict)
-        return told
+        result = json.loads(path.read_text())
+        assert isinstance(result, dict)
+        return result
 
 
 def stored(folder: Path) -> list[Stored]:
@@ -101,14 +101,14 @@ def items(told: Any) -> dict[str, Any]:
 def records(data: bytes) -> Iterator[bytes]:
     """Yield the records of a LevelDB log: after wandb's 7-byte header, (crc, length, type) and the data of each
     fragment."""
-    place, parts = 7, b""
-    while place + 7 <= len(data):
-        if BLOCK_BYTES - place % BLOCK_BYTES < 7:
-            place += BLOCK_BYTES - place % BLOCK_BYTES
+    index, parts = 7, b""
+    while index + 7 <= len(data):
+        if BLOCK_BYTES - index % BLOCK_BYTES < 7:
+            index += BLOCK_BYTES - index % BLOCK_BYTES
             continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
+        _, length, kind = struct.unpack("<IHB", data[index : index + 7])
+        parts += data[index + 7 : index + 7 + length]
+        index += 7 + length
         if kind in (1, 4):  # a complete record, or its last fragment
             yield parts
             parts = b""
@@ -156,7 +156,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, WandbResult,
     return folder, done, stored(folder), events
 
 
-def test_one_run_a_stage_a_trial_and_the_whole_in_one_group(sample: Any) -> None:
+def test_one_run_per_stage_trial_and_experiment_in_one_group(sample: Any) -> None:
     folder, done, runs, _ = sample
     assert Counter(run.run.job_type for run in runs) == {
         "pretrain": 1,
@@ -185,13 +185,13 @@ def test_history_is_the_points_of_the_event_log(sample: Any) -> None:
     assert [row["_timestamp"] for row in by_name["quickstart/sft"].history] == times
 
 
-def test_curves_are_drawn_over_the_step(sample: Any) -> None:
+def test_curves_have_the_step_as_x_axis(sample: Any) -> None:
     by_name = {run.run.display_name: run for run in sample[2]}
     assert by_name["quickstart/sft"].axes["*"] == "step"
     assert by_name["t00"].axes["sft/*"] == "sft/step"
 
 
-def test_config_facts_and_exit_codes_arrive(sample: Any) -> None:
+def test_config_facts_and_exit_codes_are_logged(sample: Any) -> None:
     _, _, runs, events = sample
     by_name = {run.run.display_name: run for run in runs}
     assert by_name["quickstart/sft"].config["learning_rate"] == "auto"
@@ -203,7 +203,7 @@ def test_config_facts_and_exit_codes_arrive(sample: Any) -> None:
     assert Counter(run.exit_code for run in runs) == {0: 18, 1: 1}
 
 
-def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
+def test_experiment_run_has_tables_histograms_numbers_and_the_report(sample: Any) -> None:
     _, _, runs, events = sample
     whole = next(run for run in runs if run.id == WHOLE)
     comparison = next(event for event in events if event["event"] == "comparison")
@@ -214,7 +214,7 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     assert "sft.learning_rate" in trials["columns"]
     assert len(trials["data"]) == 12
     assert whole.summary["result.sft.domain loss"] == 3.191
-    assert whole.summary["clean.planted.recall"] == 0.755
+    assert whole.summary["clean.injected_corruption.recall"] == 0.755
     assert whole.summary["scored.scores.perplexity.histogram._type"] == "histogram"
     assert whole.config["stages"] == EXPERIMENT["stages"]
     report = whole.folder / "files" / "report.html"
@@ -222,7 +222,7 @@ def test_whole_has_tables_histogram_numbers_and_the_report(sample: Any) -> None:
     assert not report.is_symlink()
 
 
-def test_answers_before_and_after_are_a_table_of_the_stage(tmp_path: Path) -> None:
+def test_responses_before_and_after_are_a_table_of_the_stage(tmp_path: Path) -> None:
     mirror(tmp_path, rewarded_events())
     by_name = {run.run.display_name: run for run in stored(tmp_path)}
     table = by_name["quickstart/ppo"].table("responses")
@@ -244,7 +244,7 @@ def test_search_is_in_the_files_as_tables_and_each_trial_as_a_run_with_its_tags(
         assert whole.table(name)["data"], name
     board = whole.table("leaderboard")
     best = dict(zip(board["columns"], board["data"][0], strict=True))
-    assert (best["trial"], best["half"], best["seeds"]) == ("t00", 0.0123, 2)
+    assert (best["trial"], best["ci_half_width"], best["seeds"]) == ("t00", 0.0123, 2)
 
 
 def test_two_mirrors_of_one_log_write_to_the_same_runs(sample: Any, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_two_mirrors_of_one_log_write_to_the_same_runs(sample: Any, tmp_path: Pa
     assert len({run.id for run in again}) == 19
 
 
-def test_resumed_command_goes_on_in_the_same_runs_without_a_point_twice(tmp_path: Path) -> None:
+def test_resumed_command_continues_the_same_runs_without_duplicate_points(tmp_path: Path) -> None:
     folder, events = tmp_path / "run", sample_events()
     second = last_invocation(events)
     until = next(
@@ -277,11 +277,11 @@ def test_resumed_command_goes_on_in_the_same_runs_without_a_point_twice(tmp_path
     assert steps == [*range(len(steps))]
     assert [run.exit_code for run in pieces] == [255, 0]
     docs = [run for run in stored(folder) if run.run.display_name == "quickstart/docs"]
-    assert len(docs) == 1, "made by the first invocation, reused by the second"
+    assert len(docs) == 1, "built by the first invocation, reused by the second"
     assert docs[0].id in {run.id for run in before}
 
 
-def test_stage_is_in_wandb_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_is_in_wandb_while_the_run_is_active(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_mirror, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(wandb_mirror, "SETTLE_SECONDS", 0.1)
     log = EventLog(tmp_path / "events" / "driver.jsonl")
@@ -306,7 +306,7 @@ def stored_so_far(folder: Path) -> list[Stored]:
     return [run for run in map(read, (folder / "wandb").glob("*run-*/run-*.wandb")) if run.run is not None]
 
 
-def test_error_of_wandb_is_told_once_and_does_not_reach_the_run(
+def test_wandb_error_is_reported_once_and_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
@@ -326,7 +326,7 @@ def test_error_of_wandb_is_told_once_and_does_not_reach_the_run(
     assert len(done.notes) == 1
 
 
-def test_run_without_a_network_goes_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_a_network_continues_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     real = wandb.init
@@ -344,7 +344,7 @@ def test_run_without_a_network_goes_on_offline(tmp_path: Path, monkeypatch: pyte
     assert len(stored(tmp_path)) == done.runs
 
 
-def test_without_a_key_auto_is_offline_and_online_says_so(tmp_path: Path) -> None:
+def test_without_a_key_auto_is_offline_and_online_reports_it(tmp_path: Path) -> None:
     log = [{"t": 1.0, "event": "run_started", "run": "quickstart", "stages": []}]
     auto = mirror(tmp_path / "auto", log, mode="auto")
     assert (auto.mode, auto.error) == ("offline", "")
@@ -389,7 +389,7 @@ def run_script(folder: Path, mode: str, runs: int, **environment: str) -> tuple[
     return done.stdout + done.stderr, [path for path in home.rglob("*") if path.is_file()]
 
 
-def test_offline_prints_nothing_asks_nobody_and_stays_in_the_run_folder(tmp_path: Path) -> None:
+def test_offline_mode_is_silent_and_stays_in_the_run_folder(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"

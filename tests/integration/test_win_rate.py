@@ -10,19 +10,19 @@ from small_classifiers import write_language_model, write_reward_model
 from workspace import Workspace, facts
 
 REWARD = """
-def reward(prompts, answers):
-    return [len(set(answer)) for answer in answers]
+def reward(prompts, responses):
+    return [len(set(response)) for response in responses]
 """
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Workspace:
     """No training: two models with random weights, a reward model as judge, and a judge in Python."""
-    found = Workspace(tmp_path)
-    write_language_model(found.folder / "before")
-    write_language_model(found.folder / "after", seed=1)
-    write_reward_model(found.folder / "rater", pad=0)
-    (found.folder / "rules.py").write_text(REWARD)
+    actual = Workspace(tmp_path)
+    write_language_model(actual.folder / "before")
+    write_language_model(actual.folder / "after", seed=1)
+    write_reward_model(actual.folder / "rater", pad=0)
+    (actual.folder / "rules.py").write_text(REWARD)
 
     def change(experiment: dict) -> None:
         # More prompts than one part of a shard has (evaluation/generate_responses.py).
@@ -43,11 +43,11 @@ def bench(tmp_path: Path) -> Workspace:
             "eval": {"kind": "evaluate", "models": models, "data": {"prompts": "prompts"}, "baseline": models[0]},
         }
 
-    found.write(change)
-    return found
+    actual.write(change)
+    return actual
 
 
-def test_two_workers_find_what_one_process_finds_and_a_failing_judge_is_told(bench: Workspace) -> None:
+def test_win_rate_does_not_depend_on_workers_and_a_failing_judge_is_reported(bench: Workspace) -> None:
     done = bench.tunery("run", str(bench.file))
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("Win rates", "rules.py", "rater", "forgetting"):
@@ -55,13 +55,13 @@ def test_two_workers_find_what_one_process_finds_and_a_failing_judge_is_told(ben
     alone = bench.without_ray(bench.folder / "alone")
     by_stage = {event["stage"]: event for event in bench.events() if event["event"] == "stage_finished"}
     for name in ("by_model", "by_rules"):
-        told = by_stage[name]["facts"]
-        assert all(told[key] == alone[name]["facts"][key] for key in ("results", "responses"))
-        (result,) = told["results"]
+        output = by_stage[name]["facts"]
+        assert all(output[key] == alone[name]["facts"][key] for key in ("results", "responses"))
+        (result,) = output["results"]
         assert result["rows"] + sum(result["left_out"].values()) == 300
         assert 0 < result["left_out"]["too_long"] < 100
         assert sum(result["outcomes"].values()) == result["rows"]
-        both = [Path(path) / "answers.jsonl" for path in (by_stage[name]["artifact"], alone[name]["path"])]
+        both = [Path(path) / "responses.jsonl" for path in (by_stage[name]["artifact"], alone[name]["path"])]
         assert both[0].read_text() == both[1].read_text()
     before, after = by_stage["eval"]["facts"]["results"]
     assert (before["forgetting"], after["forgetting"]) == (0, after["loss"] / before["loss"] - 1)
@@ -69,7 +69,7 @@ def test_two_workers_find_what_one_process_finds_and_a_failing_judge_is_told(ben
     assert {stage["name"]: (stage["rows"], stage["reused"]) for stage in planned} == {
         "prompts": (300, True), "by_model": (600, True), "by_rules": (600, True), "eval": (600, True)}  # fmt: skip
 
-    (bench.folder / "rules.py").write_text("def reward(prompts, answers):\n    return answers\n")
+    (bench.folder / "rules.py").write_text("def reward(prompts, responses):\n    return responses\n")
     failed = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
     assert failed.returncode == 1
     assert "the reward `reward` of rules.py gave" in failed.stdout + failed.stderr

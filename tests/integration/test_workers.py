@@ -86,7 +86,7 @@ def test_training_does_not_depend_on_those_before_it_and_its_memory_is_freed(
     zero_stage: int, runs_here: RunsHere, before_sft: Workspace
 ) -> None:
     (before_sft.folder / "reward.py").write_text(
-        "def reward(prompts, answers):\n    return [len(a) for a in answers]\n"
+        "def reward(prompts, responses):\n    return [len(r) for r in responses]\n"
     )
 
     def change(experiment: dict[str, Any]) -> None:

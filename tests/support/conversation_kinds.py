@@ -8,20 +8,20 @@ from typing import Any
 
 from template_tokenizers import tokenizer_of
 
-from tunery.models.encode import Encoded, Encoding, encode_whole
+from tunery.models.encode import Encoded, Encoding, encode_untruncated
 
-Turn = dict[str, Any]
+Message = dict[str, Any]
 
 
-def user(content: str) -> Turn:
+def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str, **more: Any) -> Turn:
+def assistant(content: str, **more: Any) -> Message:
     return {"role": "assistant", "content": content, **more}
 
 
-def tool(content: str) -> Turn:
+def tool(content: str) -> Message:
     return {"role": "tool", "content": content}
 
 
@@ -51,7 +51,7 @@ HOSTILE = (
 )
 
 
-KINDS: dict[str, list[Turn]] = {
+KINDS: dict[str, list[Message]] = {
     "single": [user("Where is it?"), assistant("It is in Paris.")],
     "several turns": [user("One?"), assistant("It is one."), user("Two?"), assistant("It is two.")],
     "system turn": [{"role": "system", "content": "Be brief."}, user("Where?"), assistant("Paris.")],
@@ -107,5 +107,5 @@ def row_of(kind: str) -> dict[str, Any]:
 
 @functools.cache
 def encoded_kinds(family: str) -> dict[str, Encoded]:
-    found = encode_whole([row_of(kind) for kind in KINDS], tokenizer_of(family), Encoding(10**6))
+    found = encode_untruncated([row_of(kind) for kind in KINDS], tokenizer_of(family), Encoding(10**6))
     return dict(zip(KINDS, found, strict=True))

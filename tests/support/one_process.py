@@ -56,7 +56,7 @@ def _build_stages(file: Path, store: Path, names: tuple[str, ...]) -> dict[str, 
             results[targets[0]] = {"error": str(error)}
             continue
         results |= {
-            name: {"path": str(item.path), "facts": item.facts, "measured": item.measured}
+            name: {"path": str(item.path), "facts": item.facts, "runtime_stats": item.runtime_stats}
             for name, item in artifacts.items()
             if name in (names or artifacts)
         }

@@ -13,7 +13,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "measured.json"
+        if path.is_file() and path.name != "runtime_stats.json"
     }
 
 

@@ -91,21 +91,21 @@ def rewarded_events() -> list[Event]:
         {"name": "wins", "kind": "win_rate", "inputs": ["ppo", "grpo", "prompts"]},
     ]
     story.tell("run_started", run="rewarded", file="rewarded.yaml", text="# Which policy?", stages=stages)
-    story.dataset("prompts", rows=1_000, quarantined=0, planted={})
+    story.dataset("prompts", rows=1_000, quarantined=0, injected_corruption={})
     story.policy("ppo", 32, story.ppo_step, PPO_FACTS, evaluated=True)
     story.policy("grpo", 20, story.grpo_step, GRPO_FACTS, evaluated=False)
     answers = {
-        "base": {"answer": "No idea.", "reward": 0.25},
-        "ppo": {"answer": "It is a <b>string</b>.", "reward": 4.0},
-        "grpo": {"answer": "A string.", "reward": 3.5},
+        "base": {"response": "No idea.", "reward": 0.25},
+        "ppo": {"response": "It is a <b>string</b>.", "reward": 4.0},
+        "grpo": {"response": "A string.", "reward": 3.5},
     }
-    story.finish("wins", "win_rate", 4.0, {"responses": [{"prompt": "What is `str`?", "answers": answers}]})
+    story.finish("wins", "win_rate", 4.0, {"responses": [{"prompt": "What is `str`?", "responses": answers}]})
     story.tell("run_finished", state="done", seconds=story.now - START, message="")
     return story.events
 
 
 PPO_FACTS: dict[str, Any] = {
-    "answers": 1_024,
+    "num_responses": 1_024,
     "steps": 32,
     "eos_rate": 0.8125,
     "kl": 13.25,
@@ -132,7 +132,7 @@ GRPO_FACTS: dict[str, Any] = {
     "steps": 20,
     "reward": 3.75,
     "kl": 0.125,
-    "cut_off": 0.25,
+    "clipped_ratio": 0.25,
     "eval_reward": None,
     "loss": 0.01,
 }
@@ -197,9 +197,9 @@ class _Story:
             "docs",
             rows=4_000,
             quarantined=12,
-            planted={"": 3_200, "shuffled": 400, "swapped": 250, "cut": 150},
+            injected_corruption={"": 3_200, "shuffled": 400, "swapped": 250, "cut": 150},
         )
-        self.dataset("general", rows=1_000, quarantined=0, planted={})
+        self.dataset("general", rows=1_000, quarantined=0, injected_corruption={})
         self.tell("stage_started", stage="base", kind="pretrain", fingerprint="f-base", detail="tiny, from scratch")
         if resumed:
             self.curve("base", steps=130, planned=250, start=9.1, floor=3.6)
@@ -229,7 +229,7 @@ class _Story:
         self.score()
         self.select()
 
-    def dataset(self, name: str, *, rows: int, quarantined: int, planted: dict[str, int]) -> None:
+    def dataset(self, name: str, *, rows: int, quarantined: int, injected_corruption: dict[str, int]) -> None:
         self.tell("stage_started", stage=name, kind="dataset", fingerprint=f"f-{name}", detail="python-docs")
         for done in range(500, rows + 1, 500):
             self.tell("progress", after=0.4, stage=name, done=done, total=rows, unit="rows")
@@ -239,7 +239,7 @@ class _Story:
             "row_format": "text",
             "source": "builtin:python-docs",
             "split": "train",
-            "planted": planted,
+            "injected_corruption": injected_corruption,
         }
         self.finish(name, "dataset", rows / 1_250, facts)
 
@@ -353,7 +353,7 @@ class _Story:
                 planted[place] += bad
         by_kind = {"shuffled": 0.991, "swapped": 0.874, "cut": 0.803}
         return {
-            "histogram": {"edges": edges, "counts": counts, "planted": planted},
+            "histogram": {"edges": edges, "counts": counts, "corrupted": planted},
             "median": 48.3,
             "auc": 0.927,
             "auc_by_kind": by_kind,
@@ -370,8 +370,8 @@ class _Story:
             "random_precision": 0.2,
             "random_recall": 0.2,
         }
-        rules = [{"score": "perplexity", "rule": "keep_fraction 0.8", "cut": 105.0, "dropped": 800}]
-        facts = {"rows_in": 4_000, "kept": 3_200, "dropped": 800, "rules": rules, "planted": planted}
+        rules = [{"score": "perplexity", "rule": "keep_fraction 0.8", "thresholds": [105.0], "dropped": 800}]
+        facts = {"rows_in": 4_000, "kept": 3_200, "dropped": 800, "rules": rules, "injected_corruption": planted}
         self.finish("clean", "select", 0.6, facts)
 
     def train(self, stage: str, *, rows: int, steps: int, start: float, floor: float) -> dict[str, Any]:
@@ -420,7 +420,7 @@ class _Story:
         """Return the metrics of a PPO step; `done` is the fraction of the training."""
         return {
             "reward": 1.1 + 3.6 * done + self.random.gauss(0, 0.2),
-            "reward_deviation": 1.2 - 0.8 * done,
+            "reward_std": 1.2 - 0.8 * done,
             "kl": 12.6 * done,
             "kl_coefficient": 0.05,
             "entropy": 6.3 - 0.3 * done,
@@ -443,7 +443,7 @@ class _Story:
 
     def grpo_step(self, done: float) -> dict[str, float]:
         """Return the metrics of a GRPO step; `done` is the fraction of the training."""
-        own = {"reward": 1.1 + 2.7 * done, "loss": 0.01, "kl": 0.125 * done, "cut_off": 0.5 - 0.25 * done}
+        own = {"reward": 1.1 + 2.7 * done, "loss": 0.01, "kl": 0.125 * done, "clipped_ratio": 0.5 - 0.25 * done}
         return {**own, "entropy": 6.3, "clip_fraction": 0.02, "response_length": 40.0}
 
     def evaluate(self) -> None:
@@ -502,8 +502,10 @@ class _Story:
         self.tell("trial_started", trial=trial, overrides=overrides)
         begun, kept = self.now, int(4_000 * quantile)
         cut = {0.5: 48.3, 0.8: 105.0, 1.0: 900.0}[quantile]
-        rules = [{"score": "perplexity", "rule": f"keep_fraction {quantile}", "cut": cut, "dropped": 4_000 - kept}]
-        facts = {"rows_in": 4_000, "kept": kept, "dropped": 4_000 - kept, "rules": rules, "planted": None}
+        rules = [
+            {"score": "perplexity", "rule": f"keep_fraction {quantile}", "thresholds": [cut], "dropped": 4_000 - kept}
+        ]
+        facts = {"rows_in": 4_000, "kept": kept, "dropped": 4_000 - kept, "rules": rules, "injected_corruption": None}
         self.finish("clean", "select", 0.4, facts, trial=trial)
         self.tell(
             "stage_started",

@@ -42,7 +42,7 @@ def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
             metric=LOSS,
             mode="min",
             metrics=[LOSS, FORGETTING],
-            also=[{"metric": FORGETTING, "mode": "min", "weight": None}],
+            objectives=[{"metric": FORGETTING, "mode": "min", "weight": None}],
             constraints=[{"metric": FORGETTING, "max": 0.1, "min": None}],
             trials=trials,
             scheduler="none",
@@ -56,9 +56,9 @@ def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
     for number, name in enumerate(REPEATED):
         overrides = {**overrides_of(number), "sft.seed": 1017}
         events += trial_events(f"r{number:02d}", 500.0 + number, overrides, {"origin": "replicate", "of": name})
-    standings = [{"trial": name, "mean": 3.1, "half": 0.0123, "values": [3.1, 3.11]} for name in REPEATED]
+    standings = [{"trial": name, "mean": 3.1, "ci_half_width": 0.0123, "values": [3.1, 3.11]} for name in REPEATED]
     end = {"best": "t00", "best_overrides": overrides_of(0), "value": 3.1, "seconds": 500.0, "ended_by": ""}
-    end |= {"standings": standings, "ties": ["t01"], "front": ["t00", "t03"], **finished}
+    end |= {"standings": standings, "ties": ["t01"], "pareto_front": ["t00", "t03"], **finished}
     return [*events, event("search_finished", 600, **end), event("run_finished", 601, state="done", seconds=601.0)]
 
 
@@ -72,8 +72,8 @@ def overrides_of(number: int) -> dict[str, Any]:
 
 
 def origin_of(number: int) -> dict[str, str]:
-    return {2: {"origin": "first", "of": ""}, 3: {"origin": "cloned", "of": "t00"}}.get(
-        number, {"origin": "drawn", "of": ""}
+    return {2: {"origin": "initial", "of": ""}, 3: {"origin": "cloned", "of": "t00"}}.get(
+        number, {"origin": "sampled", "of": ""}
     )
 
 
@@ -81,7 +81,7 @@ def trial_events(name: str, at: float, overrides: dict[str, Any], came: dict[str
     loss = 3.1 + 0.5 * abs(math.log10(overrides[RATE]) + 3) + (0.01 if "sft.seed" in overrides else 0.0)
     values = {LOSS: loss, FORGETTING: 0.02 if overrides[RATE] < 2e-3 else 0.2}
     kept = round(1000 * overrides[SHARE])
-    rows = [{"text": f"<b>row</b> of {name}", "score": 9.5, "planted": "cut"}]
+    rows = [{"text": f"<b>row</b> of {name}", "score": 9.5, "injected_corruption": "cut"}]
     decile = {"low": 1.0, "high": 20.0, "kept": kept, "dropped": 1000 - kept, "kept_rows": rows, "dropped_rows": rows}
     facts = {"rows_in": 1000, "kept": kept, "samples": {"score": "perplexity", "deciles": [decile]}}
     outcome = {"state": "done", "value": loss, "values": values, "feasible": values[FORGETTING] <= 0.1}

@@ -36,7 +36,7 @@ def make(
 ) -> StageResult:
     data = tmp_path / "data"
     if not data.exists():
-        write_rows([{**row, "planted": ""} for row in rows], data)
+        write_rows([{**row, "injected_corruption": ""} for row in rows], data)
     for part in ("out", "work"):
         (tmp_path / name / part).mkdir(parents=True)
     spec = {"kind": "score", "data": "docs", "by": by, "max_length": max_length}

@@ -12,7 +12,7 @@ from conversation_kinds import KINDS, TOOLS, encoded_kinds, row_of
 from template_tokenizers import FAMILIES, source_of, tokenizer_of
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoding, as_prompt, encode_prompts, encode_whole
+from tunery.models.encode import Encoding, as_prompt, encode_prompts, encode_untruncated
 
 PATH = Path(__file__).parents[2] / "docs" / "templates.md"
 COLUMNS = [
@@ -56,8 +56,10 @@ def cells(family: str) -> list[str]:
     def texts(kind: str) -> list[str]:
         return [str(tokenizer.decode(found[kind].ids[start:end])) for start, end in found[kind].spans]
 
-    (result,) = encode_whole([row_of("tool call last") | {"messages": KINDS["tool call"]}], tokenizer, Encoding(10**6))
-    (definitions,) = encode_whole([{"messages": KINDS["single"], "tools": TOOLS}], tokenizer, Encoding(10**6))
+    (result,) = encode_untruncated(
+        [row_of("tool call last") | {"messages": KINDS["tool call"]}], tokenizer, Encoding(10**6)
+    )
+    (definitions,) = encode_untruncated([{"messages": KINDS["single"], "tools": TOOLS}], tokenizer, Encoding(10**6))
     reasoning = "trained" if any("because" in text for text in texts("reasoning")) else "left out"
     several = texts("reasoning in several turns")
     if any("first" in text for text in several):

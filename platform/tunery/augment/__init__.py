@@ -1,1 +1,1 @@
-"""Prompt augmentation: templates, few-shot examples and chain of thought, never using held-out rows."""
+"""Prompt augmentation: templates, few-shot examples and chain of thought, without held-out rows."""

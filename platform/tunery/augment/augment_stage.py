@@ -34,9 +34,9 @@ def run_augment(context: StageContext) -> StageResult:
     """Write the variants.
 
     Facts: rows_in, split into augmented, unchanged (by reason) and heldout; rows, variants, originals; repeated
-    (variants omitted because they equal another variant of the row); variants by template, by answer form and by number
-    of examples; fewer_examples by reason; the number of rows usable as examples, and the reasons why others are not; a
-    few rows before and after.
+    (variants omitted because they equal another variant of the row); variants by template, by response form and by
+    number of examples; fewer_examples by reason; the number of rows usable as examples, and the reasons why others are
+    not; a few rows before and after.
     """
     stage, seed = context.spec, context.seed
     assert isinstance(stage, Augment)
@@ -85,10 +85,14 @@ def run_augment(context: StageContext) -> StageResult:
                 {"template": template, "variants": counts.templates[index]}
                 for index, template in enumerate(stage.templates)
             ],
-            "answers": dict(sorted(counts.forms.items())),
+            "response_forms": dict(sorted(counts.forms.items())),
             "shots": {str(shots): counts.shots[shots] for shots in sorted(counts.shots)},
             "fewer_examples": dict(sorted(counts.fewer.items())),
-            "examples": {"rows": pool.fit, "drawn_from": len(pool), "unfit": dict(sorted(pool.unfit.items()))},
+            "examples": {
+                "usable": pool.num_usable,
+                "pool_size": len(pool),
+                "unusable": dict(sorted(pool.unusable.items())),
+            },
             "heldout_rows": len(heldout),
             "samples": {"rows": counts.samples()},
         }
@@ -153,8 +157,8 @@ def _build_pool(context: StageContext, stage: Augment, heldout: Heldout) -> FewS
         raise StageError(
             context.name,
             f"no row of `{source}` can serve as an example",
-            cause="; ".join(f"{reason}: {count:,}" for reason, count in sorted(pool.unfit.items())),
-            remedy="name a stage of other rows in `few_shot.examples`: one question each, with an answer",
+            cause="; ".join(f"{reason}: {count:,}" for reason, count in sorted(pool.unusable.items())),
+            remedy="name a stage with other rows in `few_shot.examples`: one question per row, with a response",
         )
     return pool
 
@@ -171,24 +175,23 @@ def _validate_counts(
     if total != counts.augmented + unchanged + dropped or counts.rows_in != total:
         raise RowCountError(
             context.name,
-            f"{total} rows went in; {counts.augmented} were augmented, {unchanged} came out as they were, "
-            f"{dropped} are held out",
+            f"{total} input rows; {counts.augmented} were augmented, {unchanged} are unchanged, {dropped} are held out",
         )
     expected = counts.augmented * (stage.copies + stage.originals) - counts.repeated + unchanged
     if written != expected:
-        raise RowCountError(context.name, f"{expected} rows were made, {written} written")
+        raise RowCountError(context.name, f"{expected} rows were built, {written} written")
     if not counts.augmented:
         reasons = Counter({"held out": dropped, **counts.unchanged})
         raise StageError(
             context.name,
             f"no row of {total:,} can be augmented",
             cause="; ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items()) if count),
-            remedy="give rows with questions, and hold out others than those",
+            remedy="use rows with questions, and hold out other rows",
         )
     if stage.chain_of_thought is not None and not counts.forms["reasoned"] + counts.forms["direct"]:
         raise StageError(
             context.name,
-            f"no answer holds reasoning, `{stage.chain_of_thought.separator}` and a final answer",
-            cause=f"{counts.augmented:,} rows were looked at",
-            remedy="name the separator that the answers have, or leave `chain_of_thought` out",
+            f"no response contains reasoning, `{stage.chain_of_thought.separator}` and a final answer",
+            cause=f"{counts.augmented:,} rows were checked",
+            remedy="set the separator to the one in the responses, or remove `chain_of_thought`",
         )

@@ -37,9 +37,9 @@ def read_pool(artifact: Path, heldout: Heldout, separator: str | None, max_chars
         if isinstance(example, QAPair) and len(example.question) + len(example.answer) > max_chars:
             example = "longer than max_chars"
         if isinstance(example, str):
-            pool.unfit[example] += 1
+            pool.unusable[example] += 1
             continue
-        pool.fit += 1
+        pool.num_usable += 1
         order = -_id_hash(example.id, seed)  # heapq is a min-heap, so the example to replace is on top
         if example.id in ids or (len(heap) == MAX_EXAMPLES and order < heap[0][0]):
             continue
@@ -55,9 +55,9 @@ def read_pool(artifact: Path, heldout: Heldout, separator: str | None, max_chars
 
 @dataclass
 class FewShotPool:
-    fit: int = 0
+    num_usable: int = 0
     """Number of rows usable as examples."""
-    unfit: Counter[str] = field(default_factory=Counter)
+    unusable: Counter[str] = field(default_factory=Counter)
     """Number of other rows, by reason."""
     _by_kind: defaultdict[Kind, list[QAPair]] = field(default_factory=lambda: defaultdict(list))
 

@@ -61,7 +61,7 @@ def group_hash(group: str | None) -> int:
     if group is None:
         return 0
     digest = hashlib.blake2b(normalize(group).encode("utf-8", "backslashreplace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") | 1  # never 0, which stands for no group
+    return int.from_bytes(digest, "big") | 1  # never 0, which means no group
 
 
 def _is_in(values: UInt64s, sorted_values: UInt64s) -> Bools:

@@ -19,7 +19,7 @@ from tunery.augment.hash_stream import hash_stream, shuffled, spread_evenly
 from tunery.augment.heldout_rows import group_hash
 from tunery.augment.qa_pairs import QAPair, final_answer, last_user_index, multi_turn_reason, system_of
 from tunery.spec import Augment, ChainOfThought, FewShot
-from tunery.store.rows import Row, Turn, row_id
+from tunery.store.rows import Message, Row, row_id
 
 Form = Literal["reasoned", "direct", "whole"]
 """reasoned: prompt with the cue, answer with its reasoning. direct: prompt without the cue, final answer only. whole:
@@ -70,7 +70,7 @@ def distinct(row: Row, row_variants: Sequence[Variant], with_row: bool) -> list[
 
 def _plan_copies(row: Row, stage: Augment, few_shot: FewShot | None, seed: int) -> Iterator[tuple[Form, int, int]]:
     """Yield the form, template and number of examples of each copy."""
-    forms = _answer_forms(row, stage, hash_stream(seed, row["id"]))
+    forms = _response_forms(row, stage, hash_stream(seed, row["id"]))
     counts = few_shot.counts if few_shot is not None else range(1)
     plans = {form: _template_shots(len(stage.templates), counts, seed, row["id"], form) for form in forms}
     for form in forms:
@@ -89,7 +89,7 @@ def _template_shots(num_templates: int, counts: range, *key: object) -> Iterator
             yield template, shots[template][cycle % len(counts)]
 
 
-def _answer_forms(row: Row, stage: Augment, random_numbers: Iterator[int]) -> list[Form]:
+def _response_forms(row: Row, stage: Augment, random_numbers: Iterator[int]) -> list[Form]:
     """Return the form of each copy. A labelled or preferred answer keeps its reasoning, because it was judged with
     it."""
     chain_of_thought = stage.chain_of_thought
@@ -150,7 +150,7 @@ class _VariantBuilder:
         new = {**self.row, "messages": self.messages(examples, few_shot)}
         return {**new, "id": row_id(new)}
 
-    def messages(self, examples: Sequence[QAPair], few_shot: FewShot | None) -> list[Turn]:
+    def messages(self, examples: Sequence[QAPair], few_shot: FewShot | None) -> list[Message]:
         messages = self.row["messages"]
         before, user_message, after = (
             messages[: self.user_index],
@@ -158,7 +158,7 @@ class _VariantBuilder:
             messages[self.user_index + 1 :],
         )
         question = self.render_question(user_message["content"])
-        shots: list[Turn] = []
+        shots: list[Message] = []
         if examples and few_shot is not None:
             rendered = [self.render_example(example) for example in examples]
             if few_shot.layout == "turns":
@@ -168,12 +168,12 @@ class _VariantBuilder:
                 question = "\n\n".join([*texts, _render_unanswered(few_shot.example, question)])
         return [*before, *shots, {**user_message, "content": question}, *self._response(after)]
 
-    def _response(self, after: Sequence[Turn]) -> list[Turn]:
+    def _response(self, after: Sequence[Message]) -> list[Message]:
         """Return the messages after the question, with only the final answer in the form `direct`."""
         if self.form != "direct" or self.chain_of_thought is None or not after:
             return list(after)
         final = final_answer(after[-1]["content"], self.chain_of_thought.separator)
-        assert final is not None, "_answer_forms gives the form `direct` only to answers with reasoning"
+        assert final is not None, "_response_forms gives the form `direct` only to answers with reasoning"
         return [*after[:-1], {**after[-1], "content": final}]
 
 
@@ -188,9 +188,9 @@ def _render_unanswered(example: str, question: str) -> str:
     return text.rstrip()
 
 
-def _message(role: str, content: str) -> Turn:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _num_chars(messages: Sequence[Turn]) -> int:
+def _num_chars(messages: Sequence[Message]) -> int:
     return sum(len(message["content"]) for message in messages)

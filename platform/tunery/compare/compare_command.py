@@ -17,7 +17,7 @@ from tunery.compare.fields import FieldDifferences, compare_fields
 from tunery.compare.row_sets import RowComparison, RowSetStats, compare_rows
 from tunery.compare.side_metrics import Metric, MetricValue, compare_metrics
 from tunery.compare.sides import RunSelection, select_run
-from tunery.events.formatting import count, measure, with_half
+from tunery.events.formatting import count, measure, with_ci
 from tunery.store import Store
 
 MAX_VALUE_LENGTH = 120
@@ -100,7 +100,7 @@ def _metrics(comparison: Comparison) -> list[RenderableType]:
 
 
 def _value(metric: MetricValue | None) -> str:
-    return "–" if metric is None else with_half(metric.value, metric.ci_half_width)
+    return "–" if metric is None else with_ci(metric.value, metric.ci_half_width)
 
 
 def _signed(difference: float | None) -> str:

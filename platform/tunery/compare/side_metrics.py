@@ -58,7 +58,7 @@ def metrics_of(side: RunSelection) -> Iterator[tuple[str, MetricValue]]:
             metrics.setdefault(name, MetricValue(value))
         for standing in _standings(side):
             if standing["trial"] == side.trial.name:
-                ci_half_width = as_number(standing["half"])
+                ci_half_width = as_number(standing["ci_half_width"])
                 metrics[f"{name}, mean of {len(standing['values'])} seeds"] = MetricValue(
                     standing["mean"], ci_half_width
                 )

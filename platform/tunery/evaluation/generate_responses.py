@@ -32,7 +32,7 @@ BATCH_ROWS = 256
 to distribute some hundred prompts over several workers."""
 
 Response = dict[str, Any]
-"""row (row number in the data), id, prompt (messages), answer, reward, tokens (including the EOS token), ended (False
+"""row (row number in the data), id, prompt (messages), response, reward, tokens (including the EOS token), ended (False
 if the response was truncated)."""
 
 
@@ -77,7 +77,7 @@ def generate_responses(
     """Return for each batch one file per model (see `read_responses`). Existing files are not generated again."""
     stage = context.spec
     assert isinstance(stage, WinRate)
-    folder = context.staging_dir / "answers"
+    folder = context.staging_dir / "responses"
     folder.mkdir(parents=True, exist_ok=True)
     models = stage.candidates
     files = [
@@ -104,11 +104,11 @@ def generate_responses(
     total = len(models) * sum(batch.rows for batch in batches)
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
-    context.emit("progress", done=done, total=total, unit="answers", detail="starting actors")
+    context.emit("progress", done=done, total=total, unit="responses", detail="starting actors")
     results = context.launcher.map_tasks(GenerationActor, arguments, tasks) if tasks else iter(())
     for result in results:
         done += int(result["read"])
-        context.emit("progress", done=done, total=total, unit="answers")
+        context.emit("progress", done=done, total=total, unit="responses")
     return files
 
 
@@ -180,7 +180,7 @@ class GenerationActor:
                     "row": row["row"],
                     "id": row["id"],
                     "prompt": messages,
-                    "answer": text,
+                    "response": text,
                     "reward": reward,
                     "tokens": len(response.tokens),
                     "ended": response.ended,

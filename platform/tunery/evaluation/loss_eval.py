@@ -105,7 +105,8 @@ def run_evaluate(context: StageContext) -> StageResult:
     for result in results:
         if result["rows"] != expected[result["set"]]:
             raise RowCountError(
-                context.name, f"{expected[result['set']]} rows of `{result['set']}` went in, {result['rows']} came out"
+                context.name,
+                f"{expected[result['set']]} input rows of `{result['set']}`, {result['rows']} were evaluated",
             )
     if stage.baseline is not None:
         results = with_forgetting(results, model_name(stage.baseline))

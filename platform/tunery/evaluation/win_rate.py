@@ -49,7 +49,7 @@ class ResponsePairs:
     ended: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, response: Response, baseline: Response) -> None:
-        self.rewards.append((response["reward"], baseline["reward"], response["answer"] == baseline["answer"]))
+        self.rewards.append((response["reward"], baseline["reward"], response["response"] == baseline["response"]))
         for side, one in enumerate((response, baseline)):
             self.tokens[side] += one["tokens"]
             self.ended[side] += one["ended"]
@@ -103,9 +103,9 @@ class ResponseStats:
         return [
             {
                 "prompt": responses[0]["prompt"][-1]["content"][:MAX_SAMPLE_CHARS],
-                "answers": {
+                "responses": {
                     name: {
-                        "answer": responses[model_index]["answer"][:MAX_SAMPLE_CHARS],
+                        "response": responses[model_index]["response"][:MAX_SAMPLE_CHARS],
                         "reward": responses[model_index]["reward"],
                     }
                     for model_index, name in enumerate(names)
@@ -116,7 +116,7 @@ class ResponseStats:
 
 
 def run_win_rate(context: StageContext) -> StageResult:
-    """Write results.json, and answers.jsonl with the responses and rewards of all models to every prompt.
+    """Write results.json, and responses.jsonl with the responses and rewards of all models to every prompt.
 
     Facts: results, one entry per model (see `_result`); responses, a sample of prompts with all responses.
     """
@@ -125,7 +125,7 @@ def run_win_rate(context: StageContext) -> StageResult:
     artifacts = {name: artifact.path for name, artifact in context.inputs.items()}
     names = [model_name(model) for model in stage.candidates]
     stats = ResponseStats(len(names))
-    with (context.out / "answers.jsonl").open("w", encoding="utf-8") as target:
+    with (context.out / "responses.jsonl").open("w", encoding="utf-8") as target:
         for files in generate_responses(context, artifacts, prompt_batches(artifacts[stage.data])):
             batch = [read_responses(file) for file in files]
             prompts = by_prompt(batch)
@@ -137,8 +137,8 @@ def run_win_rate(context: StageContext) -> StageResult:
     if stats.read != expected or stats.lost:
         raise RowCountError(
             context.name,
-            f"{expected} rows of `data` went in, {stats.read} were read; {stats.lost} of these were neither "
-            "answered nor left out",
+            f"`data` has {expected} rows, {stats.read} were read; {stats.lost} of these have neither "
+            "a response nor a reason to be skipped",
         )
     results = []
     for name, pairs in zip(names[1:], stats.pairs, strict=True):
@@ -147,11 +147,11 @@ def run_win_rate(context: StageContext) -> StageResult:
             max_prompt_tokens = stage.max_length - stage.sampling.max_new_tokens
             raise StageError(
                 context.name,
-                f"none of the {expected:,} rows of `{stage.data}` (data) can be answered",
-                cause=f"{too_long:,} prompts are longer than {max_prompt_tokens:,} tokens, {stats.unusable:,} rows ask "
-                "nothing or can't be rendered by a chat template",
+                f"none of the {expected:,} rows of `{stage.data}` (data) is a usable prompt",
+                cause=f"{too_long:,} prompts are longer than {max_prompt_tokens:,} tokens, {stats.unusable:,} rows "
+                "have no prompt or can't be rendered by a chat template",
                 remedy=f"raise max_length (now {stage.max_length}), lower sampling.max_new_tokens (now "
-                f"{stage.sampling.max_new_tokens}), or give other rows",
+                f"{stage.sampling.max_new_tokens}), or use other rows",
             )
         left_out = {"too_long": too_long, "unusable": stats.unusable}
         results.append({"model": name, "set": stage.data, **_result(pairs, names[0]), "left_out": left_out})
@@ -179,6 +179,6 @@ def _result(pairs: ResponsePairs, baseline: str) -> dict[str, Any]:
 
 def _output_entry(responses: PromptResponses, names: Sequence[str]) -> dict[str, Any]:
     first = next(iter(responses.values()))
-    keys = ("answer", "reward", "tokens", "ended")
+    keys = ("response", "reward", "tokens", "ended")
     by_model = {names[index]: {key: responses[index][key] for key in keys} for index in sorted(responses)}
-    return {"id": first["id"], "prompt": first["prompt"], "answers": by_model}
+    return {"id": first["id"], "prompt": first["prompt"], "responses": by_model}

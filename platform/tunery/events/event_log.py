@@ -19,17 +19,17 @@ and `trial` ("" outside a search). The kinds of event and their other keys:
                      sequences}]: the first rows of a training as token sequences (models/preview.py)
     stage_finished   kind, fingerprint, reused (bool), seconds, artifact (path), facts {..} (see each stage kind)
     stage_failed     kind, message, cause, remedy, log
-    search_started   metric, mode, metrics [..] (first metric, further objectives, constraints), also
+    search_started   metric, mode, metrics [..] (first metric, further objectives, constraints), objectives
                      [{metric, mode, weight}], constraints [{metric, max, min}], trials, scheduler, space {path: text},
                      max_concurrent, reason
-    trial_started    trial, overrides {path: value}, origin ("first" | "drawn" | "added" | "cloned" | "descendant" |
+    trial_started    trial, overrides {path: value}, origin ("initial" | "sampled" | "added" | "cloned" | "pbt_child" |
                      "replicate"), of (the trial that it is a clone, a copy or a replicate of)
     trial_finished   trial, overrides, state ("done" | "stopped" | "failed"), value (the metric or the weighted sum;
                      null if missing), values {metric: number}, feasible (satisfies the constraints), steps, tokens,
                      rows, seconds, error; origin and of if the search was cached
     search_finished  best (trial), best_overrides, value, seconds, ended_by (why it ended early), standings [{trial,
-                     mean, half (of the 95% confidence interval, or null), values}] of replicated trials, ties
-                     [trials that do not differ significantly from the best], front [trials of the Pareto front],
+                     mean, ci_half_width (95%, or null), values}] of replicated trials, ties
+                     [trials that do not differ significantly from the best], pareto_front [trials of the Pareto front],
                      best_fingerprints {stage: fingerprint}
     comparison       title, columns [..], rows [[..]], notes [..]: a summary table at the end of the run; optional
                      [..]: columns that a narrow terminal drops, last one first

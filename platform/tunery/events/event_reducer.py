@@ -1,7 +1,7 @@
 """Reduce the event log of a run to its current state, for the terminal view and the report.
 
 `replay` reduces a complete log, `apply` adds one event. A log may contain several invocations of one command
-(interrupted, then resumed). A new `run_started` resets every stage to waiting but keeps the points of its curve,
+(interrupted, then resumed). A new `run_started` resets every stage to pending but keeps the points of its curve,
 because a resumed training continues from a checkpoint and repeats only the last steps. Points are stored by step; a
 later event overwrites an earlier one. Events of different writers may arrive slightly out of order, so no handler
 requires that another event has been applied.
@@ -23,7 +23,7 @@ from tunery.events.run_state import (
     StageState,
     TrialState,
 )
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 
 __all__ = ["Failure", "Point", "RunState", "SearchState", "StageState", "TrialState", "apply", "replay"]
 
@@ -65,7 +65,7 @@ def _run_started(state: RunState, event: Event) -> None:
     state.connecting = ""
     state.invocations += 1
     before, state.stages = state.stages, {}
-    for fields in listed(event.get("stages")):
+    for fields in mappings_in(event.get("stages")):
         name = str(fields.get("name", ""))
         stage = before.get(name) or StageState(name)
         stage.kind, stage.inputs = str(fields.get("kind", "")), strings(fields.get("inputs"))
@@ -73,7 +73,7 @@ def _run_started(state: RunState, event: Event) -> None:
         state.stages[name] = stage
     for trial in state.search.trials.values() if state.search else ():
         if trial.status == "running":  # interrupted; it resumes with the search
-            trial.status, trial.started = "waiting", None
+            trial.status, trial.started = "pending", None
             for stage in trial.stages.values():
                 stage.reset()
 
@@ -148,7 +148,7 @@ def _metrics(state: RunState, event: Event) -> None:
 
 
 def _preview(state: RunState, event: Event) -> None:
-    preview = {"records": listed(event.get("records")), "template": str(event.get("template") or "")}
+    preview = {"records": mappings_in(event.get("records")), "template": str(event.get("template") or "")}
     _stage(state, event).preview = preview
 
 
@@ -183,13 +183,13 @@ def _search_started(state: RunState, event: Event) -> None:
     search.planned, search.max_concurrent = _whole(event.get("trials")), _whole(event.get("max_concurrent"))
     search.reason, search.started = str(event.get("reason") or ""), _time(event)
     search.metrics = strings(event.get("metrics")) or [search.metric] * bool(search.metric)
-    search.also = [
+    search.further_objectives = [
         ObjectiveState(str(item.get("metric", "")), str(item.get("mode", "min")), as_number(item.get("weight")))
-        for item in listed(event.get("also"))
+        for item in mappings_in(event.get("objectives"))
     ]
-    search.bounds = [
+    search.constraints = [
         ConstraintState(str(item.get("metric", "")), as_number(item.get("min")), as_number(item.get("max")))
-        for item in listed(event.get("constraints"))
+        for item in mappings_in(event.get("constraints"))
     ]
     same = before and (before.metric, before.mode, before.space) == (search.metric, search.mode, search.space)
     if before and (same or not before.metric):
@@ -240,11 +240,11 @@ def _search_finished(state: RunState, event: Event) -> None:
     state.search.best_name = str(event.get("best") or "")
     state.search.seconds = as_number(event.get("seconds"))
     state.search.ended_by = str(event.get("ended_by") or "")
-    state.search.ties, state.search.front = strings(event.get("ties")), strings(event.get("front"))
-    state.search.halves = {
+    state.search.ties, state.search.pareto_front = strings(event.get("ties")), strings(event.get("pareto_front"))
+    state.search.ci_half_widths = {
         str(standing.get("trial")): half
-        for standing in listed(event.get("standings"))
-        if (half := as_number(standing.get("half"))) is not None
+        for standing in mappings_in(event.get("standings"))
+        if (half := as_number(standing.get("ci_half_width"))) is not None
     }
     fingerprints = event.get("best_fingerprints")
     state.search.best_fingerprints = dict(fingerprints) if isinstance(fingerprints, dict) else {}

@@ -160,9 +160,9 @@ def scheduled_values(overrides: Mapping[str, object]) -> dict[str, object]:
     return values
 
 
-def with_half(mean: float, half: float | None) -> str:
+def with_ci(mean: float, half_width: float | None) -> str:
     """Format mean ± half of the confidence interval, with two significant digits of the latter."""
-    if not half:
+    if not half_width:
         return measure(mean)
-    digits = min(8, max(0, 1 - math.floor(math.log10(half))))
-    return f"{mean:,.{digits}f} ± {half:,.{digits}f}"
+    digits = min(8, max(0, 1 - math.floor(math.log10(half_width))))
+    return f"{mean:,.{digits}f} ± {half_width:,.{digits}f}"

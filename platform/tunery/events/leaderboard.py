@@ -12,7 +12,7 @@ from tunery.events.formatting import (
     overrides_text,
     scheduled_values,
     short_paths,
-    with_half,
+    with_ci,
 )
 from tunery.events.run_state import ConstraintState, SearchState, TrialStanding, TrialState
 
@@ -23,14 +23,14 @@ class Leaderboard:
     rows: list[list[object]]
     optional: list[str]
     """Columns that a narrow table may omit, last one first. `winner_summary` repeats the values of the best trial."""
-    chosen: int | None
+    best_row: int | None
     """Index of the row of the best trial."""
 
 
 def parameters(search: SearchState) -> list[str]:
     """Return the paths of the searched fields in the order of the search space, then further fields that the trials
     override (all of them if the log has no search space)."""
-    paths = [path for trial in search.own for path in scheduled_values(trial.overrides)]
+    paths = [path for trial in search.originals for path in scheduled_values(trial.overrides)]
     return list(dict.fromkeys([*search.space, *paths]))
 
 
@@ -44,8 +44,8 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     """
     ranked = search.ranked
     names = column_names(search, words=words)
-    found = search.standings
-    standings = [found.get(trial.name) for trial in ranked]
+    all_standings = search.standings
+    standings = [all_standings.get(trial.name) for trial in ranked]
     columns: list[tuple[str, Sequence[object]]] = [("trial", [trial.name for trial in ranked])]
     if {trial.status for trial in ranked} != {"done"}:
         columns.append(("state", [trial.status for trial in ranked]))
@@ -56,8 +56,8 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     columns.append(("mean of seeds", [mean_text(standing) if standing else None for standing in standings]))
     columns.append(("seeds", [standing.seeds if standing else None for standing in standings]))
     columns += [(names[metric], values) for metric, values in measured.items()]
-    columns.append(("breaks", [", ".join(broken(search, trial, names)) or None for trial in ranked]))
-    columns.append(("front", ["yes" if trial.name in search.front else None for trial in ranked]))
+    columns.append(("violations", [", ".join(violations(search, trial, names)) or None for trial in ranked]))
+    columns.append(("pareto_front", ["yes" if trial.name in search.pareto_front else None for trial in ranked]))
     fields = [names[path] for path in parameters(search)]
     values = [scheduled_values(trial.overrides) for trial in ranked]
     for path in parameters(search):
@@ -68,13 +68,13 @@ def leaderboard(search: SearchState, *, words: bool = False, times: bool = False
     if times:
         seconds = [trial.seconds for trial in ranked]
         columns.append(("time", [None if value is None else duration(value) for value in seconds]))
-        columns.append(("why", [trial.error.splitlines()[0] if trial.error else None for trial in ranked]))
+        columns.append(("error", [trial.error.splitlines()[0] if trial.error else None for trial in ranked]))
     cells = [(name, column) for name, column in columns if any(cell is not None for cell in column)]
     best = search.best
     return Leaderboard(
         [name for name, _ in cells],
         [[column[index] for _, column in cells] for index in range(len(ranked))],
-        [name for name in ("front", *fields, "seeds", "origin", learned) if name in dict(cells)],
+        [name for name in ("pareto_front", *fields, "seeds", "origin", learned) if name in dict(cells)],
         next((index for index, trial in enumerate(ranked) if trial is best), None),
     )
 
@@ -88,40 +88,40 @@ def column_names(search: SearchState, *, words: bool = False) -> dict[str, str]:
 def origin(trial: TrialState) -> str:
     """Return the origin of a trial, such as 'replicate of NAME'; "" for a sampled trial."""
     match trial.origin:
-        case "cloned" | "descendant" | "replicate":
+        case "cloned" | "pbt_child" | "replicate":
             joined = "from" if trial.origin == "cloned" else "of"
             return f"{trial.origin} {joined} {trial.of}" if trial.of else trial.origin
-        case "" | "drawn":
+        case "" | "sampled":
             return ""
         case other:
             return other
 
 
-def broken(search: SearchState, trial: TrialState, names: dict[str, str] | None = None) -> list[str]:
+def violations(search: SearchState, trial: TrialState, names: dict[str, str] | None = None) -> list[str]:
     """Return the constraints that a finished trial violates: 'forgetting > 0.02'."""
     if trial.status != "done" or trial.feasible:
         return []
-    found = []
-    for bound in search.bounds:
-        name, value = (names or {}).get(bound.metric, bound.metric), trial.values.get(bound.metric)
+    broken = []
+    for constraint in search.constraints:
+        name, value = (names or {}).get(constraint.metric, constraint.metric), trial.values.get(constraint.metric)
         if value is None:
-            found.append(f"{name} unknown")
-        elif bound.high is not None and value > bound.high:
-            found.append(f"{name} > {bound.high:g}")
-        elif bound.low is not None and value < bound.low:
-            found.append(f"{name} < {bound.low:g}")
-    return found
+            broken.append(f"{name} unknown")
+        elif constraint.high is not None and value > constraint.high:
+            broken.append(f"{name} > {constraint.high:g}")
+        elif constraint.low is not None and value < constraint.low:
+            broken.append(f"{name} < {constraint.low:g}")
+    return broken
 
 
-def bound_text(bound: ConstraintState, name: str) -> str:
+def constraint_text(constraint: ConstraintState, name: str) -> str:
     """Format a constraint: 'forgetting ≤ 0.02'."""
-    ends = [f"{sign} {end:g}" for sign, end in (("≥", bound.low), ("≤", bound.high)) if end is not None]
+    ends = [f"{sign} {end:g}" for sign, end in (("≥", constraint.low), ("≤", constraint.high)) if end is not None]
     return f"{name} {' and '.join(ends)}"
 
 
 def mean_text(standing: TrialStanding) -> str:
     """Format mean ± half of the 95% confidence interval."""
-    return with_half(standing.mean, standing.half)
+    return with_ci(standing.mean, standing.ci_half_width)
 
 
 def winner_summary(search: SearchState) -> list[str]:
@@ -133,14 +133,14 @@ def winner_summary(search: SearchState) -> list[str]:
         if search.ties:
             standing = search.standings.get(best.name)
             seeds = f"{standing.seeds} seeds" if standing else "the seeds"
-            lines.append(f"a tie with {_listed(search.ties)}: {seeds} can't tell them apart")
+            lines.append(f"tied with {_listed(search.ties)}: not significantly different over {seeds}")
         names = column_names(search)
-        if violated := broken(search, best, names):
-            lines.append(f"no trial keeps to the constraints: {best.name} has {' and '.join(violated)}")
-    if search.front:
+        if violated := violations(search, best, names):
+            lines.append(f"no trial satisfies the constraints: {best.name} has {' and '.join(violated)}")
+    if search.pareto_front:
         names = short_paths([metric for metric, _ in search.objectives])
         metrics = _listed(list(names.values()))
-        members = _listed([trial.name for trial in search.ranked if trial.name in search.front])
+        members = _listed([trial.name for trial in search.ranked if trial.name in search.pareto_front])
         lines.append(f"Pareto front of {metrics}: {members}; no trial is better in one without being worse in another")
     if search.ended_by:
         lines.append(f"the search ended early: {search.ended_by}")

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from tunery.spec.overrides import final_values
 
-Status = Literal["waiting", "running", "done", "reused", "failed"]
-TrialStatus = Literal["waiting", "running", "done", "stopped", "failed"]
-RunStatus = Literal["waiting", "running", "done", "failed", "interrupted"]
+Status = Literal["pending", "running", "done", "reused", "failed"]
+TrialStatus = Literal["pending", "running", "done", "stopped", "failed"]
+RunStatus = Literal["pending", "running", "done", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StageState:
     kind: str = ""
     trial: str = ""
     inputs: list[str] = field(default_factory=list)
-    status: Status = "waiting"
+    status: Status = "pending"
     detail: str = ""
     fingerprint: str = ""
     artifact: str = ""
@@ -85,7 +85,7 @@ class StageState:
         """Return the elapsed seconds, in total if the stage has ended."""
         if self.seconds is not None:
             return self.seconds
-        if self.started is None or self.status == "waiting":
+        if self.started is None or self.status == "pending":
             return None
         return max(0.0, (self.finished or now) - self.started)
 
@@ -95,7 +95,7 @@ class StageState:
         return max(0.0, self.eta_seconds - (now - self.recent[-1][0]))
 
     def reset(self) -> None:
-        """Reset to waiting for a new invocation. The curve, the preview and their fingerprint are kept."""
+        """Reset to pending for a new invocation. The curve, the preview and their fingerprint are kept."""
         fresh = StageState(self.name, self.kind, self.trial, self.inputs)
         fresh.fingerprint, fresh.points, fresh.preview = self.fingerprint, self.points, self.preview
         self.__dict__.update(fresh.__dict__)
@@ -108,10 +108,10 @@ class TrialState:
     name: str
     overrides: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
-    """first, drawn, added, cloned, descendant or replicate; empty in old logs."""
+    """initial, sampled, added, cloned, pbt_child or replicate."""
     of: str = ""
     """The trial that it is a clone, a copy (PBT) or a replicate of."""
-    status: TrialStatus = "waiting"
+    status: TrialStatus = "pending"
     value: float | None = None
     """The metric or the weighted sum."""
     values: dict[str, float] = field(default_factory=dict)
@@ -127,14 +127,14 @@ class TrialState:
     points: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
-    def present(self) -> dict[str, Any]:
+    def final_values(self) -> dict[str, Any]:
         """The values at the end of the trial; a copy (PBT) changes its values while it trains."""
         return final_values(self.overrides)
 
     @property
     def current(self) -> StageState | None:
         """The running stage, or the last one that has started."""
-        begun = [stage for stage in self.stages.values() if stage.status != "waiting"]
+        begun = [stage for stage in self.stages.values() if stage.status != "pending"]
         running = [stage for stage in begun if stage.status == "running"]
         return running[-1] if running else begun[-1] if begun else None
 
@@ -162,7 +162,7 @@ class TrialStanding:
     """Mean of a trial over several seeds, and half of its 95% confidence interval if known."""
 
     mean: float
-    half: float | None
+    ci_half_width: float | None
     seeds: int
 
 
@@ -172,8 +172,8 @@ class SearchState:
     mode: str = "min"
     metrics: list[str] = field(default_factory=list)
     """The first metric, further objectives, and constraints."""
-    also: list[ObjectiveState] = field(default_factory=list)
-    bounds: list[ConstraintState] = field(default_factory=list)
+    further_objectives: list[ObjectiveState] = field(default_factory=list)
+    constraints: list[ConstraintState] = field(default_factory=list)
     planned: int = 0
     scheduler: str = ""
     space: dict[str, str] = field(default_factory=dict)
@@ -185,30 +185,30 @@ class SearchState:
     best_name: str = ""
     """The winner that the search logged at its end; before that, `best` is the best of the finished trials."""
     best_fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of all stages with the values of the best trial; empty in old logs."""
+    """Fingerprints of all stages with the values of the best trial."""
     ended_by: str = ""
     """Why the search ended early."""
-    halves: dict[str, float] = field(default_factory=dict)
+    ci_half_widths: dict[str, float] = field(default_factory=dict)
     """Half of the 95% confidence interval of the mean of each replicated trial."""
     ties: list[str] = field(default_factory=list)
-    front: list[str] = field(default_factory=list)
+    pareto_front: list[str] = field(default_factory=list)
     trials: dict[str, TrialState] = field(default_factory=dict)
 
     @property
-    def own(self) -> list[TrialState]:
+    def originals(self) -> list[TrialState]:
         """The trials without replicates, which only estimate the variance of other trials."""
         return [trial for trial in self.trials.values() if trial.origin != "replicate"]
 
     @property
     def weighted(self) -> bool:
         """Whether the value of a trial is a weighted sum of metrics."""
-        return any(item.weight is not None for item in self.also)
+        return any(item.weight is not None for item in self.further_objectives)
 
     @property
     def objectives(self) -> list[tuple[str, str]]:
         """(metric, mode) of each objective."""
         first = [(self.metric, self.mode)]
-        return first if self.weighted else [*first, *((item.metric, item.mode) for item in self.also)]
+        return first if self.weighted else [*first, *((item.metric, item.mode) for item in self.further_objectives)]
 
     @property
     def value_name(self) -> str:
@@ -225,7 +225,7 @@ class SearchState:
         return {
             trial.name: TrialStanding(
                 fmean([trial.value, *replicates[trial.name]]),
-                self.halves.get(trial.name),
+                self.ci_half_widths.get(trial.name),
                 1 + len(replicates[trial.name]),
             )
             for trial in replicated
@@ -246,7 +246,7 @@ class SearchState:
             not_winner, unfinished = trial.name != self.best_name, trial.status != "done"
             return not_winner, value is None, unfinished, not trial.feasible, standing is None, sign * (value or 0.0)
 
-        return sorted(self.own, key=rank_key)
+        return sorted(self.originals, key=rank_key)
 
     @property
     def best(self) -> TrialState | None:
@@ -304,7 +304,7 @@ class RunState:
     text: str = ""
     command: str = ""
     versions: dict[str, Any] = field(default_factory=dict)
-    status: RunStatus = "waiting"
+    status: RunStatus = "pending"
     message: str = ""
     invocations: int = 0
     started: float | None = None

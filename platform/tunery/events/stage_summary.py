@@ -18,7 +18,7 @@ def note(stage: StageState) -> str:
     result; "" if there is none."""
     if stage.status == "failed":
         return stage.error.message.splitlines()[0] if stage.error and stage.error.message else "failed"
-    if stage.status == "waiting":
+    if stage.status == "pending":
         return f"after {', '.join(stage.inputs)}" if stage.inputs else ""
     if stage.status == "running":
         return ", ".join(part for part in (latest(stage), stage.detail) if part)
@@ -109,7 +109,7 @@ def rewards(facts: Facts) -> Rewards | None:
     return None if after is None else Rewards(before, after, kl, held_out is not None)
 
 
-def listed(value: object) -> list[Mapping[str, Any]]:
+def mappings_in(value: object) -> list[Mapping[str, Any]]:
     """Return the mappings in a list; [] if `value` is not a list."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
@@ -197,7 +197,7 @@ def _rated(facts: Facts) -> str:
 
 
 def _evaluate(facts: Facts) -> str:
-    results = [result for result in listed(facts.get("results")) if as_number(result.get("loss")) is not None]
+    results = [result for result in mappings_in(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
         return ""
     first = [result for result in results if result.get("set") == results[0].get("set")]
@@ -207,7 +207,7 @@ def _evaluate(facts: Facts) -> str:
 
 
 def _win_rate(facts: Facts) -> str:
-    results = [result for result in listed(facts.get("results")) if as_number(result.get("win_rate")) is not None]
+    results = [result for result in mappings_in(facts.get("results")) if as_number(result.get("win_rate")) is not None]
     if not results:
         return ""
     best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)

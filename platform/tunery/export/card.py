@@ -134,7 +134,7 @@ def _remarks(step: LineageStep, export_format: ExportFormat) -> Iterator[str]:
         scaling = f" divided by {temperature:.4g}, the temperature fitted to held-out rows" if temperature else ""
         yield f"Labels: {names}. Probabilities are the softmax of the logits{scaling}."
     if step.stage.kind == "reward":
-        mean, std = facts["reward_mean"], facts["reward_deviation"]
+        mean, std = facts["reward_mean"], facts["reward_std"]
         yield (
             "Its single output is the reward of a conversation up to its last response. tunery normalizes it with mean "
             f"and standard deviation: (output - {mean:.6g}) / {std:.6g}."

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.events.formatting import measure, plain
 from tunery.events.run_state import StageState, TrialState
-from tunery.events.stage_summary import listed, outcome
+from tunery.events.stage_summary import mappings_in, outcome
 from tunery.export.export_target import ExportTarget
 from tunery.export.lineage import LineageStep
 from tunery.pipeline.cache_keys import stage_seed
@@ -51,7 +51,7 @@ def _initial_model(model: str | Pretrained | Scratch) -> str:
 def training_results(step: LineageStep) -> Rows:
     """Final numbers of a training, and where it ran."""
     facts, config = step.artifact.manifest["facts"], step.artifact.manifest["identity"]
-    runtime_stats = step.artifact.measured
+    runtime_stats = step.artifact.runtime_stats
     numbers = {key: value for key, value in facts.items() if key not in config and isinstance(value, int | float)}
     runtime = {key: runtime_stats[key] for key in RUNTIME_FIELDS if key in runtime_stats}
     return [(key.replace("_", " "), plain(value, key)) for key, value in {**numbers, **runtime}.items()]
@@ -71,12 +71,12 @@ def _details(step: LineageStep) -> Iterator[str]:
     if isinstance(step.stage, Dataset):
         values = {key: identity[key] for key in SOURCE_FIELDS if identity.get(key)}
         yield ", ".join(f"{key} {plain(value)}" for key, value in values.items())
-    if isinstance(step.stage, Dataset) and facts.get("planted"):
-        corruption = {kind or "intact": count for kind, count in facts["planted"].items()}
+    if isinstance(step.stage, Dataset) and facts.get("injected_corruption"):
+        corruption = {kind or "intact": count for kind, count in facts["injected_corruption"].items()}
         yield f"injected corruption: {plain(corruption)}"
     if isinstance(step.stage, Select):
-        for rule in listed(facts.get("rules")):
-            thresholds = " and ".join(measure(cut) for cut in rule["cuts"])
+        for rule in mappings_in(facts.get("rules")):
+            thresholds = " and ".join(measure(threshold) for threshold in rule["thresholds"])
             yield (
                 f"{rule['rule']}" + (f" (threshold {thresholds})" if thresholds else "") + f" drops {rule['dropped']:,}"
             )

@@ -24,7 +24,7 @@ from tunery.ingest.messages import (
     text_message,
     tools_json,
 )
-from tunery.store.rows import Row, Turn
+from tunery.store.rows import Message, Row
 
 Columns = Mapping[Any, str]
 Fields = Mapping[str, Any]
@@ -232,7 +232,7 @@ def _preference(fields: Fields, reader: MessageReader) -> Row:
     return {**_conversation(fields, [*start, *chosen], reader), "rejected": rejected}
 
 
-def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader) -> None:
+def _note_unused_prompt(fields: Fields, start: list[Message], reader: MessageReader) -> None:
     """Record prompt columns as ignored if they differ from the prompt within the full conversations."""
     contents = {message["content"].strip() for message in start}
     for role in ("prompt", "input", "history"):
@@ -241,7 +241,7 @@ def _note_unused_prompt(fields: Fields, start: list[Turn], reader: MessageReader
             reader.ignore(f"{role}, which differs from the conversations")
 
 
-def _conversation(fields: Fields, messages: list[Turn], reader: MessageReader) -> Row:
+def _conversation(fields: Fields, messages: list[Message], reader: MessageReader) -> Row:
     """Build a row from messages and the columns for the system message, the tools and the label."""
     if not is_empty(system := fields.get("system")):
         if any(item["role"] == "system" and item["content"] != system for item in messages):
@@ -258,7 +258,7 @@ def _conversation(fields: Fields, messages: list[Turn], reader: MessageReader) -
     return row
 
 
-def _prompt_messages(fields: Fields, reader: MessageReader) -> list[Turn]:
+def _prompt_messages(fields: Fields, reader: MessageReader) -> list[Message]:
     prompt, extra = fields["prompt"], fields.get("input")
     before = _history(fields.get("history"), reader)
     if isinstance(prompt, list | Mapping):
@@ -271,7 +271,7 @@ def _prompt_messages(fields: Fields, reader: MessageReader) -> list[Turn]:
     return [*before, text_message("user", f"{prompt}\n\n{require_text(extra, 'input')}")]
 
 
-def _history(value: Any, reader: MessageReader) -> list[Turn]:
+def _history(value: Any, reader: MessageReader) -> list[Message]:
     """Return the earlier messages, from Alpaca's list of (prompt, response), a list of messages, or the JSON text of
     either."""
     if isinstance(value, str) and value.strip():
@@ -292,7 +292,7 @@ def _history(value: Any, reader: MessageReader) -> list[Turn]:
     return earlier
 
 
-def _response(value: Any, what: str, reader: MessageReader) -> list[Turn]:
+def _response(value: Any, what: str, reader: MessageReader) -> list[Message]:
     if isinstance(value, list | Mapping):
         return reader.read_messages(value, what)
     return [text_message("assistant", require_text(value, what))]

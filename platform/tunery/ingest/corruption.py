@@ -1,7 +1,7 @@
 """Injects corruption into a fraction of the rows, to measure how well a method detects it.
 
 Data quality scores are usually evaluated by training on the data they select, which is indirect. With injected
-corruption the ground truth is known: the column `planted` says which rows were corrupted and how.
+corruption the ground truth is known: the column `injected_corruption` says which rows were corrupted and how.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ PHRASE_WORDS = (3, 8)
 
 
 def corrupt(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """Return copies of the rows in order, `round(share * len(rows))` of them corrupted, with the new key `planted`.
+    """Return copies of the rows in order with the new key `injected_corruption`; `round(share * len(rows))` are
+    corrupted.
 
-    A row has `text` or `messages`; of messages, the last one is corrupted. `planted` is the kind of corruption, one of
-    KINDS, or "" for an intact row. Kinds are equally frequent as far as the rows are long enough for them. The result
-    is deterministic.
+    A row has `text` or `messages`; of messages, the last one is corrupted. `injected_corruption` is one of KINDS, or ""
+    for an intact row. Kinds are equally frequent as far as the rows are long enough for them. The result is
+    deterministic.
 
-    Raises ValueError if the share is not in [0, 1], if a row has no content or already has `planted` (which would be
-    overwritten), or if too few rows can be corrupted.
+    Raises ValueError if the share is not in [0, 1], if a row has no content or already has the key, or if too few rows
+    can be corrupted.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}: it is the fraction of rows to corrupt and must be between 0 and 1.")
@@ -68,8 +69,10 @@ def corrupt(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
 
 
 def _content(index: int, row: Row) -> str:
-    if "planted" in row:
-        raise ValueError(f"row {index} already has the key 'planted': corrupt the original rows, not corrupted ones.")
+    if "injected_corruption" in row:
+        raise ValueError(
+            f"row {index} already has the key 'injected_corruption': corrupt the original rows, not corrupted ones."
+        )
     if "text" in row:
         content = row["text"]
     elif row.get("messages"):
@@ -82,13 +85,13 @@ def _content(index: int, row: Row) -> str:
 
 
 def _with_content(row: Row, kind: str, content: str) -> Row:
-    """Return a copy of the row with `planted`, and with the new content unless the kind is ""."""
+    """Return a copy of the row with `injected_corruption`, and with the new content unless the kind is ""."""
     if not kind:
-        return {**row, "planted": ""}
+        return {**row, "injected_corruption": ""}
     if "text" in row:
-        return {**row, "text": content, "planted": kind}
+        return {**row, "text": content, "injected_corruption": kind}
     *before, last = row["messages"]
-    return {**row, "messages": [*before, {**last, "content": content}], "planted": kind}
+    return {**row, "messages": [*before, {**last, "content": content}], "injected_corruption": kind}
 
 
 def _shuffled(index: int, contents: Sequence[str], _is_text: bool, rng: random.Random) -> str | None:

@@ -32,7 +32,7 @@ LabeledScores = tuple[Floats, Bools | None]
 
 
 def histogram(chunks: Callable[[], Iterable[LabeledScores]], bins: int = 40) -> dict[str, list[float]]:
-    """Return a histogram, computed in two passes: {"edges", "counts", "planted" (counts of corrupted rows)}.
+    """Return a histogram, computed in two passes: {"edges", "counts", "corrupted" (counts of corrupted rows)}.
 
     Bins are spaced logarithmically if the scores are positive and span more than a factor of ten (perplexity), else
     linearly (fractions, counts). Non-finite scores are not counted.
@@ -43,14 +43,14 @@ def histogram(chunks: Callable[[], Iterable[LabeledScores]], bins: int = 40) -> 
         if len(finite):
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     if low > high:
-        return {"edges": [], "counts": [], "planted": []}
+        return {"edges": [], "counts": [], "corrupted": []}
     edges = _edges(low, high, bins)
     counts, corrupted_counts = np.zeros(bins, dtype=int), np.zeros(bins, dtype=int)
     for values, is_corrupted in chunks():
         counts += np.histogram(values, edges)[0]
         if is_corrupted is not None:
             corrupted_counts += np.histogram(values[is_corrupted], edges)[0]
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "planted": corrupted_counts.tolist()}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "corrupted": corrupted_counts.tolist()}
 
 
 def _edges(low: float, high: float, bins: int) -> Floats:

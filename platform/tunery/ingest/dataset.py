@@ -27,9 +27,9 @@ def run_dataset(context: StageContext) -> StageResult:
     """Write the rows of the source.
 
     Facts: records, split into rows, quarantined (counts by reason and the first ones in `quarantine`) and other_splits;
-    duplicates (rows with the id of an earlier row), row_format (the most frequent one), source, split, planted
-    (injected corruption by kind), ignored_columns (columns and message keys that are not part of a row, with the number
-    of rows in which they have a value).
+    duplicates (rows with the id of an earlier row), row_format (the most frequent one), source, split,
+    injected_corruption (rows by kind of corruption), ignored_columns (columns and message keys that are not part of a
+    row, with the number of rows in which they have a value).
 
     Rows are streamed, except with `corrupt_fraction`, which holds all of them in memory.
     """
@@ -89,7 +89,7 @@ def run_dataset(context: StageContext) -> StageResult:
             "row_format": counts.row_formats.most_common(1)[0][0],
             "source": source_label(stage),
             "split": stage.split,
-            "planted": dict(sorted(counts.planted.items())),
+            "injected_corruption": dict(sorted(counts.corruption_kinds.items())),
             "ignored_columns": dict(sorted(counts.ignored.items())),
         }
     )

@@ -1,7 +1,7 @@
 """Conversion of chat messages in the OpenAI format ({role, content, ..}) and the ShareGPT format ({from, value}) to one
 format.
 
-A message is {role, content}, with the optional fields of store.rows.Turn if the file has them. The roles are system,
+A message is {role, content}, with the optional fields of store.rows.Message if the file has them. The roles are system,
 user, assistant and tool; ROLES lists their names in files, KEYS the names of the fields. A dataset stage may define
 other names (`roles`, `message_keys`). Keys that are not read are recorded, so that the dataset stage can count them.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from tunery.ingest.formats.record import InvalidRow, UnsupportedValue
 from tunery.spec.stages import role_name
-from tunery.store.rows import Turn
+from tunery.store.rows import Message
 
 ROLES = {
     "system": "system",
@@ -73,7 +73,7 @@ class MediaRow(InvalidRow):
         super().__init__(f"{what}: rows with images, videos or audio are not supported")
 
 
-def text_message(role: str, content: str) -> Turn:
+def text_message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
@@ -94,7 +94,7 @@ class MessageReader:
         self._plain_keys = list(itertools.product(self._keys["role"], self._keys["content"]))
         self.ignored: set[str] = set()
 
-    def read_messages(self, value: Any, what: str = "messages") -> list[Turn]:
+    def read_messages(self, value: Any, what: str = "messages") -> list[Message]:
         """Return the messages of a list, of a single message, or of the JSON text of either (as in tables). Empty
         system messages are omitted. Raises InvalidRow."""
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -113,7 +113,7 @@ class MessageReader:
     def ignore(self, name: str) -> None:
         self.ignored.add(name)
 
-    def _read_message(self, item: Any, number: int) -> Turn | None:
+    def _read_message(self, item: Any, number: int) -> Message | None:
         if not isinstance(item, Mapping):
             raise InvalidRow(f"message {number} has no role or no content")
         if len(item) > 2:
@@ -169,7 +169,7 @@ class MessageReader:
         self.ignored.update(f"messages[].{key}" for key in fields.unread())
         return message
 
-    def _read_plain_message(self, item: Mapping[str, Any], number: int) -> Turn | None:
+    def _read_plain_message(self, item: Mapping[str, Any], number: int) -> Message | None:
         """Return a message of a role and a text only, as most messages are, else None. This fast path saves two thirds
         of the reading time."""
         for role_key, content_key in self._plain_keys:
@@ -183,7 +183,7 @@ class MessageReader:
             return None
         return text_message(role, content if content.isascii() else unicode_text(content, f"message {number}"))
 
-    def _add_labels(self, message: Turn, fields: _Fields, number: int) -> None:
+    def _add_labels(self, message: Message, fields: _Fields, number: int) -> None:
         """Add weight, name and tool_call_id if present."""
         weight = _weight(fields, number)
         if weight is not None and message["role"] == "assistant":

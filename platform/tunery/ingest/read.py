@@ -64,7 +64,7 @@ class ReadCounts:
     other_splits: int = 0
     row_formats: Counter[RowFormat] = field(default_factory=Counter)
     """Number of rows by row format."""
-    planted: Counter[str] = field(default_factory=Counter)
+    corruption_kinds: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     """Columns, and keys of messages ("messages[].lang"), that are not part of a row, with the number of rows in which
     they have a value."""
@@ -79,7 +79,7 @@ class ReadCounts:
         self.quarantined += other.quarantined
         self.other_splits += other.other_splits
         self.row_formats += other.row_formats
-        self.planted += other.planted
+        self.corruption_kinds += other.corruption_kinds
         self.ignore(other.ignored)
 
 
@@ -133,8 +133,8 @@ def as_tables(rows: Iterable[Row], counts: ReadCounts) -> Iterator[pa.Table]:
     def rows_with_ids() -> Iterator[Row]:
         for row in rows:
             counts.row_formats[row_format(row)] += 1
-            if row.get("planted") is not None:
-                counts.planted[row["planted"]] += 1
+            if row.get("injected_corruption") is not None:
+                counts.corruption_kinds[row["injected_corruption"]] += 1
             yield {**row, "id": row_id(row)}
 
     return tables_of(rows_with_ids())

@@ -74,7 +74,7 @@ class DecileSamples:
 
     def _sample(self, rows: pa.Table, index: int, score: float) -> dict[str, Any]:
         row = rows.slice(index, 1).to_pylist()[0]
-        return {"text": excerpt(row), "score": score, "planted": row["planted"]}
+        return {"text": excerpt(row), "score": score, "injected_corruption": row["injected_corruption"]}
 
     def facts(self) -> dict[str, Any]:
         """Return {"score", "deciles": [{"low", "high", "kept", "dropped", "kept_rows", "dropped_rows"}]}."""

@@ -1,1 +1,1 @@
-"""Models: new ones, loading, tokenising rows, tuners, likelihood. Importing the package loads no torch."""
+"""Models: scratch models, loading, tokenization, adapters, likelihoods. Importing the package does not import torch."""

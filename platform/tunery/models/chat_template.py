@@ -133,7 +133,7 @@ class ChatTemplate(TemplateRenderer):
         if _NONCHARACTERS.search(message_text) or (
             tools and _NONCHARACTERS.search(json.dumps(tools, ensure_ascii=False))
         ):
-            raise RejectedConversation("it holds Unicode noncharacters (U+FDD0 to U+FDEF)")
+            raise RejectedConversation("it contains Unicode noncharacters (U+FDD0 to U+FDEF)")
         self._check_supported(turns, tools)
         messages = [self._message(turn) for turn in turns]
         if self.profile.call_ids:
@@ -171,7 +171,7 @@ class ChatTemplate(TemplateRenderer):
         if turn.get("tool_calls"):
             message["tool_calls"] = [self.call(call) for call in json.loads(turn["tool_calls"])]
             if _NONCHARACTERS.search(json.dumps(message["tool_calls"], ensure_ascii=False)):
-                raise RejectedConversation("a tool call holds Unicode noncharacters (U+FDD0 to U+FDEF)")
+                raise RejectedConversation("a tool call contains Unicode noncharacters (U+FDD0 to U+FDEF)")
         return message
 
     def _escape(self, message: Message, pattern: re.Pattern[str]) -> int:
@@ -257,12 +257,12 @@ class ChatTemplate(TemplateRenderer):
             if message["content"].strip() and ("content_end", turn) not in marks:
                 beside = "beside the tool calls " if message.get("tool_calls") else ""
                 raise RejectedConversation(
-                    f"the chat template does not render the text {beside}of turn {turn + 1} ({message['role']})"
+                    f"the chat template does not render the text {beside}of message {turn + 1} ({message['role']})"
                 )
             for n in range(len(message.get("tool_calls", ()))):
                 if (f"call{n}_", turn) not in marks:
                     raise RejectedConversation(
-                        f"the chat template does not render tool call {n + 1} of turn {turn + 1} (assistant)"
+                        f"the chat template does not render tool call {n + 1} of message {turn + 1} (assistant)"
                     )
 
     def _blocks(
@@ -359,7 +359,7 @@ class ChatTemplate(TemplateRenderer):
         before = self.before(messages[:turn], tools)
         if text.startswith(before):
             return len(before) + self.shared_prefix(prompt[len(before) :], text[len(before) :])
-        raise RejectedConversation(f"the chat template gives no exact beginning of turn {turn + 1} (assistant)")
+        raise RejectedConversation(f"the chat template gives no exact start of message {turn + 1} (assistant)")
 
     def _end(self, messages: Sequence[Message], tools: Any, text: str, marks: Marks | None, turn: int) -> int:
         """Return the end of the response, including its EOS token."""
@@ -397,7 +397,7 @@ class ChatTemplate(TemplateRenderer):
             closing = self.special.search(rest)
             if text.endswith(rest) and closing is not None:
                 return len(text) - len(rest) + closing.end()
-        raise RejectedConversation(f"the chat template gives no exact end of turn {turn + 1} (assistant)")
+        raise RejectedConversation(f"the chat template gives no exact end of message {turn + 1} (assistant)")
 
     def _without_trailing_text(self, text: str, start: int, end: int) -> int:
         """Return `end`, moved back to the last special token if only white space follows: the model stops there."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tunery.models.encode import Encoded, Encoding, encode_whole
+from tunery.models.encode import Encoded, Encoding, encode_untruncated
 from tunery.models.encode_preferences import check_pair, encode_responses, rejected_side
 from tunery.models.meta_model import position_limit
 from tunery.models.tokenized_dataset import TokenizedRow
@@ -132,7 +132,7 @@ def encode_reward_pairs(
             continue
         chosen, rejected = next(sides), next(sides)
         same = (chosen.ids, chosen.token_types) == (rejected.ids, rejected.token_types)
-        suffix = " once they are cut" if chosen.truncated or rejected.truncated else ""
+        suffix = " after truncation" if chosen.truncated or rejected.truncated else ""
         reason = SAME_RESPONSES + suffix if same else ""
         yield TokenizedRow([chosen, rejected], unusable=chosen.rejected or rejected.rejected or reason)
 
@@ -155,7 +155,7 @@ def _prompt_and_response(row: Row, paired: bool) -> tuple[str, ...]:
 def _chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     if not rows:
         return []
-    encoded = encode_whole(rows, tokenizer, encoding)
+    encoded = encode_untruncated(rows, tokenizer, encoding)
     long = [n for n, item in enumerate(encoded) if len(item.ids) > encoding.max_length]
     for n, item in zip(long, encode_responses([rows[n] for n in long], tokenizer, encoding), strict=True):
         encoded[n] = item

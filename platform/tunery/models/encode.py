@@ -110,7 +110,7 @@ def labels_of(ids: Sequence[int], spans: Iterable[Span]) -> list[int]:
     return labels
 
 
-def encode_whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+def encode_untruncated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     """Encode each row as one sequence, without truncation."""
     texts = [index for index, row in enumerate(rows) if not row.get("messages")]
     encoded: dict[int, Encoded] = dict(
@@ -166,7 +166,7 @@ def as_prompt(row: Row) -> Row:
 
 
 def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Tokens of each prompt up to the start of its response, the same as `encode_whole` has before the response."""
+    """Return the tokens of each prompt up to the start of its response, equal to those of `encode_untruncated`."""
     template = chat_template_of(tokenizer)
     texts: list[list[str]] = []
     reasons: list[str] = []
@@ -201,7 +201,7 @@ def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
         return set()
     weights = {turn.get("weight") for turn in turns}
     if invalid := sorted(str(weight) for weight in weights - {None, 0, 1}):
-        raise RejectedConversation(f"a turn has the weight {invalid[0]}; only 0 and 1 are supported")
+        raise RejectedConversation(f"a message has the weight {invalid[0]}; only 0 and 1 are supported")
     assistant = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if train_on == "last_turn":
         assistant = [index for index in assistant if index == len(turns) - 1]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tunery.models.encode import Encoded, Encoding, encode_whole
+from tunery.models.encode import Encoded, Encoding, encode_untruncated
 from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.models.truncation import cut_prompt, cut_right, without_oldest_turns
 from tunery.store.rows import Row
@@ -24,7 +24,7 @@ def check_pair(row: Row) -> str:
     """Return why the row is not a usable preference pair; "" if it is."""
     chosen, rejected = row.get("messages"), row.get("rejected")
     if not chosen or not rejected:
-        return "it is no preference pair"
+        return "it is not a preference pair"
     return "a response is empty" if _is_empty(chosen[-1:]) or _is_empty(rejected) else ""
 
 
@@ -38,13 +38,13 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
     encoded = iter(_encode_sides(pairs, tokenizer, encoding))
     for row in rows:
         if not (row.get("messages") and row.get("rejected")):
-            yield TokenizedRow([], unusable="it is no preference pair")
+            yield TokenizedRow([], unusable="it is not a preference pair")
             continue
         chosen, rejected = next(encoded)
         reason = _unusable(chosen) or _unusable(rejected)
         if not reason and chosen.ids == rejected.ids:
             reason = "both responses are the same" + (
-                " once they are cut" if chosen.truncated or rejected.truncated else ""
+                " after truncation" if chosen.truncated or rejected.truncated else ""
             )
         yield TokenizedRow([chosen, rejected], unusable=reason)
 
@@ -64,7 +64,7 @@ def encode_rated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
             item = next(single)
             yield TokenizedRow([item], [int(row["label"])], _unusable(item))
         else:
-            yield TokenizedRow([], unusable="it has no rating")
+            yield TokenizedRow([], unusable="it has no label")
 
 
 def _unusable(item: Encoded) -> str:
@@ -74,7 +74,7 @@ def _unusable(item: Encoded) -> str:
 def _encode_sides(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[tuple[Encoded, Encoded]]:
-    sequences = encode_whole_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
+    sequences = encode_untruncated_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
     sides = []
     for row, chosen, rejected in zip(rows, sequences[: len(rows)], sequences[len(rows) :], strict=True):
         chosen, rejected = _truncated(row, (chosen, rejected), tokenizer, encoding)
@@ -84,16 +84,16 @@ def _encode_sides(
 
 def encode_responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
     """Encode each row as one sequence with a loss on its last message."""
-    sequences = encode_whole_responses(rows, tokenizer, encoding)
+    sequences = encode_untruncated_responses(rows, tokenizer, encoding)
     return [_truncated(row, (item,), tokenizer, encoding)[0] for row, item in zip(rows, sequences, strict=True)]
 
 
-def encode_whole_responses(
+def encode_untruncated_responses(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[Encoded]:
     """Encode each row as one sequence without truncation, up to the end of the response: a template may add text after
     the EOS token."""
-    encoded = encode_whole(rows, tokenizer, replace(encoding, train_on="last_turn"))
+    encoded = encode_untruncated(rows, tokenizer, replace(encoding, train_on="last_turn"))
     return [replace(item, ids=item.ids[: item.response[1]]) if item.spans else item for item in encoded]
 
 
@@ -112,7 +112,7 @@ def _truncated(
         return tuple(cut_right(item, limit) for item in sides)
     shorter = without_oldest_turns(
         row,
-        lambda rows: encode_whole_responses(rows, tokenizer, encoding),
+        lambda rows: encode_untruncated_responses(rows, tokenizer, encoding),
         lambda row: [row] if len(sides) == 1 else [row, rejected_side(row)],
         limit,
     )

@@ -70,7 +70,7 @@ def stop_token_ids(configured: int | list[int] | None, tokenizer: PreTrainedToke
     )
     if not stop_ids:
         raise TuneryError(
-            "the model has no end token: an answer would never end",
+            "the model has no end token: a response would never end",
             cause="neither its chat template, nor its tokenizer, nor its generation config names one",
             remedy="set `eos_token` in its tokenizer_config.json",
         )

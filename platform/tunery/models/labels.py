@@ -43,7 +43,7 @@ class Labels:
     """Multi-label: each label has its own probability (sigmoid), instead of one distribution over all (softmax)."""
     temperature: float | None = None
     """Temperature fitted on held-out rows (calibration); None if not fitted."""
-    scale: RewardNorm | None = None
+    reward_norm: RewardNorm | None = None
     """Normalization of a reward model trained by tunery; None for any other model."""
 
     def listed(self) -> str:
@@ -62,16 +62,16 @@ class Labels:
             return self.names.index(label)
         lower = {name.lower(): name for name in self.names}
         matches = difflib.get_close_matches(label.lower(), lower, n=1)
-        remedy = f"did you mean `{lower[matches[0]]}`?" if matches else "take one of them, by its name or its number"
+        remedy = f"did you mean `{lower[matches[0]]}`?" if matches else "use one of them, by name or number"
         raise BadModel(f"`{model}` has no label `{label}`", f"its labels: {self.listed()}", remedy)
 
     def fitted_temperature(self, model: str) -> float:
         """Return the fitted temperature. Raises BadModel if there is none."""
         if self.temperature is None:
             raise BadModel(
-                f"`{model}` has no temperature of its own",
-                "it is found on the `eval_data` of a `classifier` stage",
-                "name such a stage, or give a number",
+                f"`{model}` has no fitted temperature",
+                "a `classifier` stage fits it on its `eval_data`",
+                "use such a stage, or set a number",
             )
         return self.temperature
 
@@ -79,8 +79,8 @@ class Labels:
         """Raise BadModel unless there is exactly one label, as in a reward model."""
         if len(self.names) != 1:
             raise BadModel(
-                f"`{model}` is no reward model: it has {len(self.names)} labels",
-                f"a reward model gives one number a row; these are its labels: {self.listed()}",
+                f"`{model}` is not a reward model: it has {len(self.names)} labels",
+                f"a reward model has a single output; its labels: {self.listed()}",
                 f"score by one of them, as {{classifier: ..., label: {self.names[-1]}}}",
             )
 
@@ -91,8 +91,8 @@ def labels_of(config: Mapping[str, Any], model: str) -> Labels:
     if architectures and not any(name.endswith(HEAD) for name in architectures):
         raise BadModel(
             f"`{model}` has no classification head",
-            f"its config.json says it is a {architectures[0]}",
-            f"take a model whose architecture ends in {HEAD}; a language model scores by `perplexity` or `ifd`",
+            f"the architecture in its config.json is {architectures[0]}",
+            f"use a model whose architecture ends in {HEAD}; a language model scores by `perplexity` or `ifd`",
         )
     id2label = config.get("id2label")
     # transformers omits two unnamed labels from the file, since they are its default.

@@ -106,7 +106,7 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
         artifact = Path(source["artifact"])
         model, labels = load_saved_classifier(artifact, base_of(artifact) if is_adapter(source) else {}, dtype)
         temperature = _facts(artifact).get("temperature")
-        return model, dataclasses.replace(labels, temperature=temperature, scale=load_reward_norm(artifact))
+        return model, dataclasses.replace(labels, temperature=temperature, reward_norm=load_reward_norm(artifact))
     name = source["pretrained"]
     model, loading_info = _from_hub(AutoModelForSequenceClassification, source, dtype=dtype, output_loading_info=True)
     try:
@@ -114,7 +114,7 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
             raise BadModel(
                 f"`{name}` has no classification head",
                 f"it has no weights for {', '.join(missing[:4])}",
-                "take a model that was trained to classify; a language model scores by `perplexity` or `ifd`",
+                "use a model that was trained to classify; a language model scores by `perplexity` or `ifd`",
             )
         return model, labels_of(model.config.to_dict(), name)
     except BadModel as error:
@@ -135,7 +135,7 @@ def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tup
 def load_reward_norm(artifact: Path) -> RewardNorm | None:
     """Return the reward normalization of a `reward` stage's artifact; None for any other artifact."""
     facts = _facts(artifact)
-    return RewardNorm(facts["reward_mean"], facts["reward_deviation"]) if "reward_mean" in facts else None
+    return RewardNorm(facts["reward_mean"], facts["reward_std"]) if "reward_mean" in facts else None
 
 
 def _facts(artifact: Path) -> dict[str, Any]:
@@ -173,12 +173,12 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
         raise TuneryError(
             f"`{source.get('pretrained', source.get('artifact'))}` can't be given a classification head",
             cause=f"it has no weights for {', '.join(missing[:4])}",
-            remedy="take a language model of an architecture that transformers knows, saved by `save_pretrained`",
+            remedy="use a language model of an architecture that transformers knows, saved by `save_pretrained`",
         )
     return model, _modules(new_keys)
 
 
-def outline_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
+def weightless_model_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
     """Build the model of `load_with_new_head` on the meta device, without weights, to inspect its inputs before loading
     it."""
     import torch
@@ -236,7 +236,7 @@ def load_encoder(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         raise TuneryError(
             f"`{source['pretrained']}` can't be loaded without its head",
             cause=f"it has no weights for {', '.join(missing[:4])}",
-            remedy="take a model of an architecture that transformers knows, saved by `save_pretrained`",
+            remedy="use a model of an architecture that transformers knows, saved by `save_pretrained`",
         )
     encoder: PreTrainedModel = model.get_encoder() if model.config.is_encoder_decoder else model
     return encoder

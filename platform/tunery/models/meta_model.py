@@ -59,7 +59,7 @@ def declared_positions(config: Mapping[str, Any]) -> int | None:
 
 
 @lru_cache(maxsize=32)
-def outline(name: str, form: Form, revision: str | None = None) -> PreTrainedModel | None:
+def weightless_model(name: str, form: Form, revision: str | None = None) -> PreTrainedModel | None:
     """Build the model of a folder, a hub name (with a downloaded config) or `scratch:tiny` without weights. Returns
     None if transformers can't build it from its config; loading it reports why."""
     import torch
@@ -142,13 +142,13 @@ def check_target_modules(model: PreTrainedModel, targets: Sequence[str], form: F
         if tied and matches(target, embedding):
             raise BadModel(
                 f"`{target}` is the embedding, whose weight is the output head's too (tie_word_embeddings)",
-                "training would change the embedding alone; merging the adapter changes both, to another model",
+                "training would change only the embedding; merging the adapter would change both",
                 f"{remedy}; `tuner: full` trains the embedding too",
             )
         if not any(matches(target, name) for name in valid) and target not in _converted(model, targets):
             raise BadModel(
-                f"`{target}` matches no layer of the model that LoRA can be put on",
-                "a name matches the layers whose full name is it or ends in it",
+                f"`{target}` matches no layer of the model that LoRA can adapt",
+                "a name matches layers with this full name or suffix",
                 remedy,
             )
 

@@ -34,13 +34,13 @@ def check_model_folder(folder: Path) -> None:
     contents = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     remedy = "save the model with `save_pretrained`, weights, config and tokenizer in one folder"
     if not (folder / "config.json").is_file():
-        raise BadModel(f"`{folder}` is no model: it has no config.json", f"it holds: {contents}", remedy)
+        raise BadModel(f"`{folder}` is not a model: it has no config.json", f"it contains: {contents}", remedy)
     if missing := missing_weights(folder):
         raise BadModel(
-            f"the model folder `{folder}` has no weights: {missing} is missing", f"it holds: {contents}", remedy
+            f"the model folder `{folder}` has no weights: {missing} is missing", f"it contains: {contents}", remedy
         )
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise BadModel(f"the model folder `{folder}` has no tokenizer", f"it holds: {contents}", remedy)
+        raise BadModel(f"the model folder `{folder}` has no tokenizer", f"it contains: {contents}", remedy)
 
 
 def missing_weights(folder: Path) -> str:

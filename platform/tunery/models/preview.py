@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunery.models.chat_template import chat_template_of
 from tunery.models.classifier_inputs import NO_TOKEN, ClassifierEncoder, encode_classifier_inputs, encode_reward_pairs
-from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_whole, encoding_of
+from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_untruncated, encoding_of
 from tunery.models.encode_preferences import (
     encode_pairs,
     encode_rated,
     encode_responses,
-    encode_whole_responses,
+    encode_untruncated_responses,
     rejected_side,
 )
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, TokenGroup, token_groups
@@ -158,7 +158,7 @@ def _documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, block: int, skip: int, max_tokens: int | None
 ) -> list[PreviewRow]:
     """Preview each row's part of the blocks. The first token of a block has no loss, since nothing predicts it."""
-    encoded = encode_whole(rows, tokenizer, Encoding(NO_LIMIT, "all_tokens")) if rows else []
+    encoded = encode_untruncated(rows, tokenizer, Encoding(NO_LIMIT, "all_tokens")) if rows else []
     start = sum(len(item.ids) for item in encoded[:skip])
     found = []
     for row, item in zip(rows[skip:], encoded[skip:], strict=True):
@@ -210,7 +210,7 @@ def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) ->
     (item,) = found.sequences
     one = _sequence("", item, tokenizer, encoding.max_length)
     if found.unusable == TOO_LONG:
-        reason = f"its prompt has {len(item.ids):,} tokens, and max_length leaves room for {encoding.max_length:,}"
+        reason = f"its prompt has {len(item.ids):,} tokens, and max_length allows {encoding.max_length:,}"
         one = replace(one, reason=reason)
     return _row(row, [replace(one, marks=((len(item.ids), "generation begins here"),) if item.ids else ())])
 
@@ -237,7 +237,7 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
 
 
 def _classified(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    return _row(row, [_shown("", row, read([row])[0], read, tokenizer, max_length)])
+    return _row(row, [_classifier_sequence("", row, read([row])[0], read, tokenizer, max_length)])
 
 
 def _reward_pair(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
@@ -246,8 +246,8 @@ def _reward_pair(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokeniz
         return _row(row, [], found.unusable)
     chosen, rejected = found.sequences
     sides = [
-        _shown("chosen", row, chosen, read, tokenizer, max_length),
-        _shown("rejected", rejected_side(row), rejected, read, tokenizer, max_length),
+        _classifier_sequence("chosen", row, chosen, read, tokenizer, max_length),
+        _classifier_sequence("rejected", rejected_side(row), rejected, read, tokenizer, max_length),
     ]
     return _row(row, sides, "" if any(side.reason for side in sides) else found.unusable)
 
@@ -272,7 +272,7 @@ def _responses(
     if any(_may_be_cut(item, encoding) for _, _, item in items):
         sources = untruncated(
             row,
-            lambda rows: encode_whole_responses(rows, tokenizer, encoding),
+            lambda rows: encode_untruncated_responses(rows, tokenizer, encoding),
             lambda row: [row, rejected_side(row)] if row.get("rejected") else [row],
             tokenizer,
             encoding,
@@ -289,7 +289,7 @@ def _with_loss(
     source = None
     if _may_be_cut(item, encoding):
         (source,) = untruncated(
-            row, lambda rows: encode_whole(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+            row, lambda rows: encode_untruncated(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
         )
     return _with_loss_and_cuts(label, item, source, tokenizer, encoding)
 
@@ -337,7 +337,9 @@ def _sequence(
     edges |= {edge for span in item.spans for edge in span}
     notes = []
     if item.dropped_reasoning:
-        turns = "an assistant turn" if item.dropped_reasoning == 1 else f"{item.dropped_reasoning} assistant turns"
+        turns = (
+            "an assistant message" if item.dropped_reasoning == 1 else f"{item.dropped_reasoning} assistant messages"
+        )
         notes.append(f"the chat template drops the reasoning of {turns}")
     if item.escaped_tokens:
         own = "a special token" if item.escaped_tokens == 1 else f"{item.escaped_tokens} special tokens"
@@ -363,7 +365,7 @@ def _sequence(
     )
 
 
-def _shown(
+def _classifier_sequence(
     label: str, row: Row, item: Encoded, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> PreviewSequence:
     encoding = read.encoding
@@ -375,7 +377,11 @@ def _shown(
         # Encode the row again to get the span of the response; the tokens are the same.
         (with_span,) = encode_responses([row], tokenizer, encoding)
         (source,) = untruncated(
-            row, lambda rows: encode_whole_responses(rows, tokenizer, encoding), lambda row: [row], tokenizer, encoding
+            row,
+            lambda rows: encode_untruncated_responses(rows, tokenizer, encoding),
+            lambda row: [row],
+            tokenizer,
+            encoding,
         )
         kept = kept_indices(with_span, source, encoding.truncate, tokenizer)
     else:
@@ -397,15 +403,15 @@ def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
         calls = "rendered" + (f" with {' and '.join(with_)}" if with_ else "")
         calls += f", without {' and '.join(without)}" if without else ""
     if profile.reasoning:
-        thinking = "rendered" if profile.earlier_reasoning else "rendered, of the last turn only"
+        thinking = "rendered" if profile.earlier_reasoning else "rendered in the last message only"
     else:
         thinking = "dropped from responses before the last" if profile.thinking_model else "not rendered"
     said = [
         f"a response ends with {' or '.join(profile.end_tokens) or 'no token'}"
-        + (f" ({profile.appended_end} is added after the last turn)" if profile.appended_end else ""),
+        + (f" ({profile.appended_end} is added after the last message)" if profile.appended_end else ""),
         f"generation begins after {profile.generation_prompt!r}" if profile.generation_prompt else "",
-        f"system turns are {'rendered' if profile.system else 'not supported'}",
-        "" if profile.multi_turn else "only one question with one response is supported",
+        f"system messages are {'rendered' if profile.system else 'not supported'}",
+        "" if profile.multi_turn else "only one prompt with one response is supported",
         f"tool calls are {calls}",
         f"reasoning is {thinking}",
     ]

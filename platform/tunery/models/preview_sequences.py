@@ -35,7 +35,7 @@ class TokenGroup:
     omitted: bool = False
     """Whether it is the middle of a long document, which is not decoded."""
 
-    def shown(self, with_ids: bool) -> str:
+    def display_text(self, with_ids: bool) -> str:
         if not with_ids:
             return self.text
         end = "" if self.text.endswith("\n") else "  "
@@ -132,7 +132,7 @@ class PreviewSequence:
                 yield _omitted(len(group.ids))
                 marks = [mark for mark in marks if mark[0] >= index + len(group.ids)]
             else:
-                yield Segment(self.token_kind(index), group.shown(with_ids), group.special, len(group.ids))
+                yield Segment(self.token_kind(index), group.display_text(with_ids), group.special, len(group.ids))
             index += len(group.ids)
         for cut in cuts:
             yield from self._cut_pieces(cut, with_ids)
@@ -144,7 +144,7 @@ class PreviewSequence:
         if cut.hidden_before:
             yield Segment("mark", f"{cut.hidden_before:,} more tokens")
         for group in cut.groups:
-            yield Segment("cut", group.shown(with_ids), group.special)
+            yield Segment("cut", group.display_text(with_ids), group.special)
         if cut.hidden_after:
             yield Segment("mark", f"{cut.hidden_after:,} more tokens")
         if cut.index < len(self.ids):
@@ -159,7 +159,7 @@ class PreviewSequence:
             tokens += [""] * (len(group.ids) - 1) + [group.text]
             special += [group.special] * len(group.ids)
         return {
-            **self.described(),
+            **self.common_fields(),
             "ids": list(self.ids),
             "tokens": tokens,
             "trained": [index in self.trained for index in range(len(self.ids))],
@@ -172,9 +172,9 @@ class PreviewSequence:
         """Return a record for the event log, with segments instead of tokens. The middle of a sequence with more than
         `max_tokens` is omitted."""
         segments = [[one.kind, one.text, int(one.special)] for one in self.segments(max_tokens)]
-        return {**self.described(), "segments": segments}
+        return {**self.common_fields(), "segments": segments}
 
-    def described(self) -> dict[str, Any]:
+    def common_fields(self) -> dict[str, Any]:
         """Return the fields that `as_json` and `as_record` share."""
         return {
             "label": self.label,
@@ -190,7 +190,7 @@ class PreviewSequence:
 
 
 def _omitted(num_tokens: int) -> Segment:
-    return Segment("mark", f"{num_tokens:,} tokens are not shown here", num_tokens=num_tokens)
+    return Segment("mark", f"{num_tokens:,} tokens are omitted here", num_tokens=num_tokens)
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,12 @@ class PreviewRow:
     """Why the row is not used, if none of its sequences has a reason."""
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.described(), "sequences": [one.as_json() for one in self.sequences]}
+        return {**self.common_fields(), "sequences": [one.as_json() for one in self.sequences]}
 
     def as_record(self, max_tokens: int) -> dict[str, Any]:
-        return {**self.described(), "sequences": [one.as_record(max_tokens) for one in self.sequences]}
+        return {**self.common_fields(), "sequences": [one.as_record(max_tokens) for one in self.sequences]}
 
-    def described(self) -> dict[str, Any]:
+    def common_fields(self) -> dict[str, Any]:
         return {"id": self.id, "source": self.source, "line": self.line, "reason": self.reason}
 
 

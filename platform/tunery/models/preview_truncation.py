@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from tunery.models.encode import Encoded, Encoding, Span, Truncation, encode_whole
+from tunery.models.encode import Encoded, Encoding, Span, Truncation, encode_untruncated
 from tunery.models.preview_sequences import Cut, PreviewSequence, special_tokens, token_groups
 from tunery.models.truncation import without_oldest_turns
 from tunery.store.rows import Row
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 MAX_CUT_TOKENS = 200
 """Maximum displayed tokens of each cut."""
-UNKNOWN_CUT = "it can't be shown where tokens are cut off: what is kept is not encoded as in the complete row"
+UNKNOWN_CUT = (
+    "the positions of the removed tokens are unknown: the kept text is encoded differently in the complete row"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def untruncated(
         # `train_on` and weights change the spans, not the tokens.
         every_turn = replace(encoding, train_on="all_turns")
         unweighted = [{**side, "messages": [{**turn, "weight": None} for turn in side["messages"]]} for side in sides]
-        responses = [item.spans for item in encode_whole(unweighted, tokenizer, every_turn)]
+        responses = [item.spans for item in encode_untruncated(unweighted, tokenizer, every_turn)]
     return [Untruncated(*found, is_text) for found in zip(whole, shorter or whole, responses, strict=True)]
 
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("id", "text", "messages", "tools")
-TOO_LONG = "the prompt leaves no room for a response"
+TOO_LONG = "the prompt is too long to leave tokens for a response"
 """Reason of an unusable row. Prompts are not truncated, since a truncated question is useless."""
-NO_QUESTION = "nothing is asked"
+NO_QUESTION = "it has no prompt"
 
 
 def encode_prompt_rows(

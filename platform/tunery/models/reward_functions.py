@@ -57,11 +57,11 @@ def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, 
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         outputs = classifier(rows).logits[:, 0]
-        rewards: list[float] = (labels.scale(outputs) if labels.scale else outputs).tolist()
+        rewards: list[float] = (labels.reward_norm(outputs) if labels.reward_norm else outputs).tolist()
         for response, reward in zip(responses, rewards, strict=True):
             if not math.isfinite(reward):
                 raise TuneryError(
-                    f"the reward model `{name}` gave {reward} for the answer {response[:60]!r}",
+                    f"the reward model `{name}` gave {reward} for the response {response[:60]!r}",
                     cause="a reward is a finite number",
                     remedy="try it on rows with the scorer `reward`; a model in bf16 may need `precision: fp32`",
                 )
@@ -94,13 +94,13 @@ class _PythonReward:
             raise self._failed("failed", error) from error
         if isinstance(result, str | dict) or not hasattr(result, "__len__"):
             raise self._error(
-                f"gave a {type(result).__name__}", "it has to return a list, with a number for each answer"
+                f"gave a {type(result).__name__}", "it must return a list with a number for each response"
             )
         rewards = list(result)
         if len(rewards) != len(responses):
             raise self._error(
-                f"gave {len(rewards)} rewards for {len(responses)} answers",
-                "it has to return a number for each, in order",
+                f"gave {len(rewards)} rewards for {len(responses)} responses",
+                "it must return a number for each, in order",
             )
         for response, value in zip(responses, rewards, strict=True):
             try:
@@ -108,7 +108,7 @@ class _PythonReward:
             except (TypeError, ValueError):
                 number = math.nan
             if not math.isfinite(number):
-                raise self._error(f"gave {value!r} for the answer {response[:60]!r}", "a reward is a finite number")
+                raise self._error(f"gave {value!r} for the response {response[:60]!r}", "a reward is a finite number")
         return [float(value) for value in rewards]
 
     def _failed(self, what: str, error: Exception) -> TuneryError:

@@ -1,7 +1,7 @@
 """Determine the behaviour of a chat template by rendering small conversations.
 
-A profile records the form in which the template takes content and tool calls, the text that it writes before and after
-a response, and the kinds of messages that it drops or fails on.
+A profile records the form in which the template expects content and tool calls, the text that it writes before and
+after a response, and the kinds of messages that it drops or fails on.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     final: set[str] = set()
     unclosed = None
 
-    def learn(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
+    def collect_headers(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
         """Collect the headers and closings of a conversation's responses. Return None if it can't be rendered, or if
         marks change the rendering."""
         nonlocal unclosed
@@ -99,17 +99,17 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
                 unclosed = following
         return text, marks
 
-    learn(alternating(2))
-    multi_turn = learn(alternating(4)) is not None
+    collect_headers(alternating(2))
+    multi_turn = collect_headers(alternating(4)) is not None
     thought = [{**turn, "reasoning_content": f"r{n}"} if n % 2 else turn for n, turn in enumerate(alternating(4))]
-    found = learn(thought)
+    found = collect_headers(thought)
     reasoning = found is not None and ("reasoning", 3) in found[1]
     empty = set()
     if found is not None and reasoning:
         text, marks = found
         header = headers[-1].text if headers else ""
         empty.add(_unopened(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
-    system = learn([{"role": "system", "content": "s"}, *alternating(2)])
+    system = collect_headers([{"role": "system", "content": "s"}, *alternating(2)])
     renders_system = system is not None and ("content", 0) in system[1]
     profile = replace(
         profile,
@@ -130,7 +130,7 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
             called += [{"role": "tool", "content": "t2"}, {"role": "assistant", "content": "w3"}]
         if profile.call_ids:
             number_calls(called)
-        learn(called)
+        collect_headers(called)
         profile = replace(
             profile,
             headers=_distinct(headers, empty),
@@ -170,7 +170,7 @@ def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
             continue
         if marks is not None and ("content", 0) in marks and ("content", 1) in marks:
             return text, marks
-    raise UnsupportedTemplate(failure or "it does not render the content of a question with an answer")
+    raise UnsupportedTemplate(failure or "it does not render the content of a prompt with a response")
 
 
 def _generated_from(template: TemplateRenderer, header: str) -> int:
@@ -204,7 +204,7 @@ def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[Respo
 
 
 def _with_tools(template: TemplateRenderer, profile: TemplateProfile) -> TemplateProfile:
-    """Return the profile with the form in which the template takes tool calls, if it supports them.
+    """Return the profile with the form in which the template expects tool calls, if it supports them.
 
     The forms are tried in turn: arguments as an object or as text, content empty or null, calls without ids or with
     them.
@@ -286,7 +286,7 @@ def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: st
         appended = ends[0] if ends else eos or ""
         if not appended:
             raise UnsupportedTemplate(
-                "it puts no end token after a response, and the tokenizer has no `eos_token`: the model would never "
+                "it renders no end token after a response, and the tokenizer has no `eos_token`: the model would never "
                 "learn to stop"
             )
     if appended and appended not in ends:

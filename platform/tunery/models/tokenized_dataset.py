@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.errors import TuneryError
-from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_whole, labels_of
+from tunery.models.encode import ENCODING_VERSION, Encoded, Encoding, Span, encode_untruncated, labels_of
 from tunery.models.truncation import encode_sequences
 from tunery.store import Lease
 from tunery.store.rows import Row, shards
@@ -247,7 +247,7 @@ class TokenCache:
             except BrokenProcessPool as error:
                 raise TuneryError(
                     f"a process that tokenizes rows died after {done:,} of {total:,} rows",
-                    cause="it was killed; mostly the machine ran out of memory",
+                    cause="it was killed, usually because the machine ran out of memory",
                     remedy="free memory, or allow fewer CPUs to this process: each takes about 400 MiB",
                 ) from error
         _merge(parts, staging)
@@ -440,5 +440,5 @@ def encode_documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
     """Encode texts and conversations for `pretrain`, with a loss on all tokens."""
-    for item in encode_whole(rows, tokenizer, encoding):
+    for item in encode_untruncated(rows, tokenizer, encoding):
         yield TokenizedRow([item], unusable=item.rejected or ("" if item.ids else "it has no token"))

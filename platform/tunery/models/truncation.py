@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tunery.models.encode import Encoded, Encoding, TrainOn, encode_whole
+from tunery.models.encode import Encoded, Encoding, TrainOn, encode_untruncated
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, train_on: TrainOn = "last_turn"
 ) -> list[Encoded]:
     """Encode each row as one sequence, truncated at the end to `max_length` tokens."""
-    encoded = encode_whole(rows, tokenizer, Encoding(max_length, train_on))
+    encoded = encode_untruncated(rows, tokenizer, Encoding(max_length, train_on))
     return [cut_right(item, max_length) for item in encoded]
 
 
@@ -29,7 +29,7 @@ def encode_sequences(
 ) -> list[list[Encoded]]:
     """Return the training sequences of each row: one, or several with `truncate: split`. If one is `rejected` or has no
     loss tokens, the row is unusable."""
-    encoded = encode_whole(rows, tokenizer, encoding)
+    encoded = encode_untruncated(rows, tokenizer, encoding)
     return [
         [item] if len(item.ids) <= encoding.max_length else _truncated(row, item, tokenizer, encoding)
         for row, item in zip(rows, encoded, strict=True)
@@ -55,7 +55,9 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
         return [replace(item, ids=ids, spans=((0, len(ids)),)) for ids in chunks if len(ids) > 1]
     if encoding.truncate == "split":
         return _split(row, item, tokenizer, encoding)
-    sides = without_oldest_turns(row, lambda rows: encode_whole(rows, tokenizer, encoding), lambda row: [row], limit)
+    sides = without_oldest_turns(
+        row, lambda rows: encode_untruncated(rows, tokenizer, encoding), lambda row: [row], limit
+    )
     if sides is not None:
         (item,) = sides
         if len(item.ids) <= limit:
@@ -140,7 +142,7 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
         best: tuple[int, Encoded] | None = None
         for end in starts:
             part = {**row, "messages": [*system, *rest[:end]]}
-            (encoded,) = encode_whole([part], tokenizer, encoding)
+            (encoded,) = encode_untruncated([part], tokenizer, encoding)
             if encoded.rejected:
                 return _windows(item, limit)
             if best is not None and len(encoded.ids) > limit:

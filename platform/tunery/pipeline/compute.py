@@ -16,7 +16,7 @@ from tunery.spec import Compute, Experiment, Ppo, Training
 class Hardware:
     cpus: int
     gpus: int
-    where: str
+    host: str
 
 
 def local_hardware() -> Hardware:
@@ -57,7 +57,7 @@ def resolve_compute(
     device = compute.device
     if device == "auto":
         device = "gpu" if hardware.gpus else "cpu"
-        rules["device"] = f"{hardware.where} has {hardware.gpus} GPUs"
+        rules["device"] = f"{hardware.host} has {hardware.gpus} GPUs"
     values["device"] = device
     capacity = hardware.gpus if device == "gpu" else hardware.cpus // compute.cpus_per_worker
     if compute.workers != "auto":
@@ -84,7 +84,7 @@ def resolve_compute(
             remedy = "set `compute: {device: cpu}`, or connect to a cluster with GPUs (RAY_ADDRESS)"
         else:
             remedy = f"set `compute: {{cpus_per_worker: {hardware.cpus}}}` or less, or connect to a larger cluster"
-        raise RequestError(f"compute needs {needed} workers x {unit}; {hardware.where} has {has}", remedy=remedy)
+        raise RequestError(f"compute needs {needed} workers x {unit}; {hardware.host} has {has}", remedy=remedy)
     return compute.model_copy(update=values), rules
 
 

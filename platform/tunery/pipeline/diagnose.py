@@ -29,7 +29,7 @@ RETRY_NOTE = re.compile(r"\n?Failed to .* after \d+/\d+\s+attempts \(total backo
 ERROR_LINE = re.compile(r"[A-Za-z_][\w.<>]*(:|$)")
 """The line of the error at the end of a traceback: `Type: message`, the type with module and enclosing function."""
 RUN = "run"
-"""Stands for the stage name in errors outside of stages."""
+"""Stage name of errors outside of stages."""
 MAX_MESSAGE_LENGTH = 500
 """In characters; the log has the complete message."""
 MIN_FREE_BYTES = 4 << 20

@@ -155,7 +155,7 @@ def _run_stage(
             artifact = run_context.store.commit(
                 out,
                 {"kind": stage.kind, "fingerprint": cache_key, **key_inputs, "facts": result.facts},
-                {**result.measured, "seconds": seconds},
+                {**result.runtime_stats, "seconds": seconds},
             )
             shutil.rmtree(staging_dir, ignore_errors=True)
     except Stopped:

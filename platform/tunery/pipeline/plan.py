@@ -69,8 +69,8 @@ class PlannedStage:
     kind: str
     fingerprint: str
     reused: bool
-    why: str
-    """Why the stage is not reused."""
+    rebuild_reason: str
+    """Why the stage is not reused; "" if it is."""
     rows: int | None = None
     steps: int | None = None
     memory_bytes: int | None = None
@@ -111,10 +111,10 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
         stage = experiment.stages[name]
         cache_key, identity, inputs = cache_keys[name]
         artifact = store.find(stage.kind, cache_key)
-        why = "" if artifact else _rebuild_reason(name, identity, inputs, before)
+        reason = "" if artifact else _rebuild_reason(name, identity, inputs, before)
         if artifact is not None and isinstance(stage, Training):
             models[name] = artifact.path
-        stages.append(estimate.stage(name, stage, cache_key, artifact, why, before.get(name)))
+        stages.append(estimate.stage(name, stage, cache_key, artifact, reason, before.get(name)))
     compute_fields = compute.model_dump(exclude_defaults=False)
     plan_notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
     plan_notes += [
@@ -129,7 +129,8 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
-    """Return manifest and measured values of the artifacts that the last run of this name built or reused, by stage."""
+    """Return manifest and runtime statistics of the artifacts that the last run of this name built or reused, by
+    stage."""
     from tunery.events.event_log import read_events
 
     manifests: dict[str, dict[str, Any]] = {}
@@ -138,7 +139,10 @@ def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
             path = Path(event["artifact"])
             if (path / "manifest.json").is_file():
                 manifest = json.loads((path / "manifest.json").read_text())
-                manifests[event["stage"]] = {**manifest, "measured": json.loads((path / "measured.json").read_text())}
+                manifests[event["stage"]] = {
+                    **manifest,
+                    "runtime_stats": json.loads((path / "runtime_stats.json").read_text()),
+                }
     return manifests
 
 
@@ -168,11 +172,11 @@ class _Estimates:
         stage: Stage,
         cache_key: str,
         artifact: Artifact | None,
-        why: str,
+        rebuild_reason: str,
         before: dict[str, Any] | None,
     ) -> PlannedStage:
         planned: Callable[..., PlannedStage] = partial(
-            PlannedStage, name, stage.kind, cache_key, artifact is not None, why
+            PlannedStage, name, stage.kind, cache_key, artifact is not None, rebuild_reason
         )
         facts = artifact.facts if artifact else {}
         if "parameters" in facts:
@@ -279,7 +283,7 @@ class _Estimates:
     def _seconds(artifact: Artifact | None, before: dict[str, Any] | None, scale: float) -> float | None:
         if artifact is not None:
             return 0.0
-        return before["measured"]["seconds"] * scale if before else None
+        return before["runtime_stats"]["seconds"] * scale if before else None
 
 
 def _frozen_copies(stage: Training[Any]) -> int:
@@ -307,7 +311,7 @@ def render_plan(plan: Plan) -> RenderableType:
         table.add_column(column, justify="right")
     table.add_column("plan")
     for stage in plan.stages:
-        state = Text("reused", style="green") if stage.reused else Text(f"run: {stage.why}")
+        state = Text("reused", style="green") if stage.reused else Text(f"run: {stage.rebuild_reason}")
         table.add_row(
             stage.name,
             stage.kind,

@@ -17,15 +17,19 @@ from tunery.pipeline.diagnose import raised_in
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 30.0
 """Time limit from the first packet to a connected driver."""
-ANSWER_SECONDS = 5.0
+RESPONSE_SECONDS = 5.0
 """Time limit for the first bytes of a server that has accepted a connection."""
 DEFAULT_PORT = 6379
-HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """Connection preface of a client with an empty SETTINGS frame (RFC 9113, section 3.4). The head of a Ray cluster speaks
 gRPC, and a gRPC server answers with a SETTINGS frame."""
 SETTINGS_FRAME = 4
-DASHBOARD = "it is the dashboard's, which takes jobs, and job submission is not available yet"
-SCHEMES = {"http": DASHBOARD, "https": DASHBOARD, "ray": "it is Ray Client's, which Ray Train does not run through"}
+DASHBOARD = "it is the address of the dashboard, which accepts jobs, and job submission is not available yet"
+SCHEMES = {
+    "http": DASHBOARD,
+    "https": DASHBOARD,
+    "ray": "it is the address of Ray Client, which Ray Train does not support",
+}
 """Cause of the error for an address with a scheme."""
 UNSET = f"or unset {VARIABLE} to start Ray on this machine"
 
@@ -45,7 +49,7 @@ def cluster_address() -> str | None:
     if separator:
         raise RequestError(
             f"{VARIABLE}={address} is not the address of a Ray cluster's head",
-            cause=SCHEMES.get(scheme, f"`{scheme}://` is no scheme of Ray's"),
+            cause=SCHEMES.get(scheme, f"Ray has no scheme `{scheme}://`"),
             remedy=f"tunery connects as a Ray driver, on a machine of the cluster: set {VARIABLE}="
             f"{host or 'HOST'}:{DEFAULT_PORT}, {UNSET}",
         )
@@ -82,13 +86,15 @@ def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) ->
                 raise _unreachable(address, cause, remedy) from None
             wait(0.1)
         except OSError as error:
-            raise _unreachable(address, f"{error.strerror or error}: nothing listens there", remedy) from None
+            raise _unreachable(
+                address, f"{error.strerror or error}: no server listens at this address", remedy
+            ) from None
     with connection:
         if not _tls() and not _speaks_grpc(connection):
             raise _unreachable(
                 address,
-                "what answers there is not the head of a Ray cluster, which speaks gRPC",
-                f"give the head's port, {DEFAULT_PORT} unless `ray start --head` was given another one, and not that "
+                "the server at this address is not the head of a Ray cluster, which speaks gRPC",
+                f"use the port of the head, {DEFAULT_PORT} unless `ray start --head` was given another one, not that "
                 f"of the dashboard (8265) or of Ray Client (10001), {UNSET}",
             )
 
@@ -96,7 +102,7 @@ def check_reachable(address: str, wait: Callable[[float], None] = time.sleep) ->
 def connection_failed(address: str, error: Exception | None) -> TuneryError:
     """Return the error for a `ray.init` that failed with `error`, or timed out (None)."""
     if error is None:
-        cause = f"its head is reachable, but did not take this driver within {CONNECT_SECONDS:.0f} s"
+        cause = f"its head is reachable, but did not accept this driver within {CONNECT_SECONDS:.0f} s"
     else:
         # The message of Ray only says that it failed; the reason is in the chained exception.
         links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
@@ -107,7 +113,7 @@ def connection_failed(address: str, error: Exception | None) -> TuneryError:
         address,
         cause,
         "the cluster must have this machine's versions of Ray and Python, a Ray node on this machine, and its token "
-        f"(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN) where it wants one; correct that, {UNSET}"
+        f"(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN) if it requires one; correct that, {UNSET}"
         if address != "auto"
         else f"start one with `ray start --head`, give its HOST:PORT as {VARIABLE}, {UNSET}",
     )
@@ -132,9 +138,9 @@ def _tls() -> bool:
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:
-    connection.settimeout(ANSWER_SECONDS)
+    connection.settimeout(RESPONSE_SECONDS)
     try:
-        connection.sendall(HTTP2_HELLO)
+        connection.sendall(HTTP2_PREFACE)
         header = b""
         while len(header) < 9 and (more := connection.recv(9 - len(header))):
             header += more

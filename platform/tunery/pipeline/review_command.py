@@ -25,100 +25,100 @@ from tunery.spec.graph import with_upstream
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Store
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingReview:
     """A review stage whose input rows are selected, with the sample to review."""
 
     stage: str
     rows: list[ReviewItem]
     decisions: Path
-    where: RunContext
+    context: RunContext
 
 
-def find_review(experiment: Experiment, source: YamlSource, store: Store, name: str) -> Pending:
+def find_review(experiment: Experiment, source: YamlSource, store: Store, name: str) -> PendingReview:
     """Return the review stage `name` with its sample. Raises RequestError if there is no such stage, or if the store
     has no artifact of the select stage whose rows it reviews."""
-    where = RunContext(store, store.run(experiment.name), Path(source.file))
+    context = RunContext(store, store.run(experiment.name), Path(source.file))
     stage = experiment.stages.get(name)
     if not isinstance(stage, Review):
         reviews = [other for other, stage in experiment.stages.items() if isinstance(stage, Review)]
         remedy = "add one: `checked: {kind: review, data: <a select stage>, decisions: decisions/checked.jsonl}`"
         raise RequestError(
-            f"`{name}` is no review stage of {source.file}",
+            f"`{name}` is not a review stage of {source.file}",
             cause="" if stage is None else f"it is a {stage.kind} stage",
             remedy=nearest(name, reviews) if reviews else remedy,
         )
     # Only the upstream stages: the files of other stages need not exist to review these rows.
     needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [stage.data])})
-    selection = store.find("select", fingerprints(needed, where.folder)[stage.data][0])
+    selection = store.find("select", fingerprints(needed, context.folder)[stage.data][0])
     if selection is None:
         raise RequestError(
             f"the rows of `{stage.data}` aren't selected yet, so there is nothing to review",
-            cause=f"the store {store.root} has no artifact of `{stage.data}` as {source.file} describes it now",
-            remedy=f"run `{where.command('run')}` first: it makes `{stage.data}`, and stops at `{name}`",
+            cause=f"the store {store.root} has no artifact of `{stage.data}` for the current {source.file}",
+            remedy=f"run `{context.command('run')}` first: it builds `{stage.data}` and stops at `{name}`",
         )
     filtered = read_filter_results(selection)
     sample = sample_rows(filtered.ids, filtered.sources, filtered.distance, stage.rows, stage_seed(stage, experiment))
-    return Pending(name, review_items(filtered, sample), decisions_path(stage, where.folder), where)
+    return PendingReview(name, review_items(filtered, sample), decisions_path(stage, context.folder), context)
 
 
-def write_review(pending: Pending, path: Path, *, show_filter: bool, say: Say) -> None:
+def write_review(pending: PendingReview, path: Path, *, show_filter: bool, print_line: PrintLine) -> None:
     """Write the rows and the existing decisions to a workbook at `path`. Raises RequestError if the file exists or does
     not end in .xlsx."""
     from tunery.review.workbook import write_workbook
 
     if path.suffix != ".xlsx":
-        raise RequestError(f"{path} is no name for a workbook", remedy="let it end in .xlsx")
+        raise RequestError(f"{path} is not a workbook's file name", remedy="use a name that ends in .xlsx")
     if path.exists():
         raise RequestError(
-            f"{path} is there already", cause="it may hold decisions", remedy="give another name, or move it away"
+            f"{path} exists", cause="it may contain decisions", remedy="use another name, or move the file"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     decided = read_decisions(pending.decisions)
     write_workbook(path, pending.rows, decided, show_filter=show_filter)
-    folder = pending.where.folder.absolute()
+    folder = pending.context.folder.absolute()
     absolute = path.absolute()
-    named = absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
-    say(f"{path}: {len(pending.rows)} rows to decide on, in the column `decision`")
+    relative = absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute
+    print_line(f"{path}: {len(pending.rows)} rows to decide on, in the column `decision`")
     if absolute != pending.decisions.absolute():
-        say(f"to hand it back: write `decisions: {named}` in the stage `{pending.stage}`")
-    say(f"then: {pending.where.command('run')}")
+        print_line(f"to use it: write `decisions: {relative}` in the stage `{pending.stage}`")
+    print_line(f"then: {pending.context.command('run')}")
 
 
-def serve_review(pending: Pending, *, port: int, show_filter: bool, browser: bool, say: Say) -> None:
+def serve_review(pending: PendingReview, *, port: int, show_filter: bool, browser: bool, print_line: PrintLine) -> None:
     """Serve the rows as a web page until Ctrl-C. Each decision is written to the decisions file immediately. Raises
     RequestError if that file is a workbook."""
     if pending.decisions.suffix == ".xlsx":
         raise RequestError(
-            f"the page can't write decisions into {pending.decisions}",
-            cause="it adds them to a .jsonl file, one line each",
-            remedy="let `decisions` name a .jsonl file, or write the workbook with --xlsx and decide there",
+            f"the page can't write decisions to {pending.decisions}",
+            cause="it appends one line per decision to a .jsonl file",
+            remedy="set `decisions` to a .jsonl file, or write a workbook with --xlsx and decide there",
         )
     log = DecisionLog(pending.decisions)
     try:
         session = ReviewSession(
-            pending.stage, pending.rows, log, next_command=pending.where.command("run"), show_filter=show_filter
+            pending.stage, pending.rows, log, next_command=pending.context.command("run"), show_filter=show_filter
         )
         with ReviewServer(session, port) as server:
-            say(f"{pending.stage}: {session.decided} of {session.total} rows are decided")
-            say(f"review them at {server.url}")
-            say(f"every decision is saved at once, to {pending.decisions}; Ctrl-C ends this")
+            print_line(f"{pending.stage}: {session.decided} of {session.total} rows are decided")
+            print_line(f"review them at {server.url}")
+            print_line(f"each decision is saved immediately to {pending.decisions}; stop with Ctrl-C")
             if browser and _has_screen():
                 webbrowser.open(server.url)
             try:
                 server.serve_forever(poll_interval=0.2)
             except KeyboardInterrupt:
                 STOP.forget()
-                say("")  # ends the line on which the terminal has printed ^C
+                print_line("")  # ends the line of the ^C printed by the terminal
         left = session.total - session.decided
-        say(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))
+        print_line(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))
         if left:
-            say(f"to go on: {pending.where.command('review', pending.stage)}")
+            print_line(f"to continue: {pending.context.command('review', pending.stage)}")
         if session.decided:
-            say(f"to use them: {pending.where.command('run')}")
+            print_line(f"to use the decisions: {pending.context.command('run')}")
     finally:
         log.close()
 

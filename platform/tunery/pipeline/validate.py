@@ -19,7 +19,7 @@ from tunery.ingest.sources import BUILTIN, BadSource, sources_of
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.pipeline.cache_keys import model_folder, pretrained_models
 from tunery.pipeline.validate_augment import validate_augment
-from tunery.pipeline.validate_models import long_notes, validate_models
+from tunery.pipeline.validate_models import position_notes, validate_models
 from tunery.pipeline.validate_templates import validate_templates
 from tunery.pipeline.validate_training import known_labels, root_of, validate_rewards, validate_row_formats
 from tunery.review.decisions import BadDecisions, decisions_path, read_decisions
@@ -69,15 +69,15 @@ def validate(experiment: Experiment, source: YamlSource, store: Store, workers: 
 
 def notes(experiment: Experiment, source: YamlSource) -> list[str]:
     """Return notes about a valid experiment."""
-    return [*waiting(experiment, source), *long_notes(experiment, Path(source.file).parent)]
+    return [*pending_reviews(experiment, source), *position_notes(experiment, Path(source.file).parent)]
 
 
-def waiting(experiment: Experiment, source: YamlSource) -> list[str]:
+def pending_reviews(experiment: Experiment, source: YamlSource) -> list[str]:
     """Return a note for each review without decisions, at which a run will stop."""
     folder = Path(source.file).parent
     return [
-        f"`{name}` waits for decisions, there are none in {stage.decisions} yet: `tunery run` makes `{stage.data}` "
-        f"and stops there; then `tunery review {source.file} {name}`"
+        f"`{name}` needs decisions, and there are none in {stage.decisions} yet: `tunery run` builds "
+        f"`{stage.data}` and stops there; then run `tunery review {source.file} {name}`"
         for name, stage in experiment.stages.items()
         if isinstance(stage, Review) and not read_decisions(decisions_path(stage, folder))
     ]
@@ -153,8 +153,8 @@ def _check_has_labels(
                 (*at, "review"),
                 f"`{name}.{field}.review` needs a review, but `{data.review}` is a "
                 f"{experiment.stages[data.review].kind} stage",
-                cause="labels are read from what a person decided",
-                remedy=f"for rows that bear labels, write `{field}: {data.review}`",
+                cause="labels are read from the decisions of a reviewer",
+                remedy=f"for rows with labels, write `{field}: {data.review}`",
             )
         if not isinstance(data, str):
             continue
@@ -164,14 +164,14 @@ def _check_has_labels(
         except BadSource:  # reported for the dataset
             continue
         if all(row.get("label") is None for row in rows):
-            looked = f", of {source_label(root)} not one of the first {len(rows):,}" if rows else ""
+            checked = f", none of the first {len(rows):,} of {source_label(root)}" if rows else ""
             yield error_at(
                 source,
                 at,
-                f"`{name}.{field}` needs labelled rows, but those of `{data}` bear no label{looked}",
+                f"`{name}.{field}` needs labelled rows, but those of `{data}` have no label{checked}",
                 cause="a classifier learns from rows that are known to be good or bad",
-                remedy="name the column as `columns: {.., label: COLUMN}` in the dataset; or take two stages, "
-                "`{good: STAGE, bad: STAGE}`, or a review's decisions, `{review: STAGE}`",
+                remedy="name the column as `columns: {.., label: COLUMN}` in the dataset; or use two stages, "
+                "`{good: STAGE, bad: STAGE}`, or the decisions of a review, `{review: STAGE}`",
             )
 
 
@@ -210,7 +210,9 @@ def _check_space(experiment: Experiment, source: YamlSource, folder: Path, worke
             trial = with_overrides(experiment, overrides)
         except ValueError as error:
             cause = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            remedy = "" if isinstance(error, ValidationError) else "let the one depend on the other by `when`"
+            remedy = (
+                "" if isinstance(error, ValidationError) else "make one of them conditional on the other with `when`"
+            )
             message = f"no trial can have {overrides} together"
             yield error_at(source, ("search", "space"), message, cause=cause, remedy=remedy)
             return

@@ -1,4 +1,4 @@
-"""Checks of an `augment` stage before a run: its rows have questions to rewrite, its few-shot examples have answers,
+"""Checks of an `augment` stage before a run: its rows have questions to rewrite, its few-shot examples have responses,
 and evaluation data of the experiment cannot leak into its rows unless it is listed in `heldout`.
 
 Two stages are assumed to share rows if both are derived from overlapping splits of the same file, hub dataset or
@@ -46,8 +46,8 @@ def _check_shapes(
         yield error_at(
             source,
             (*at, "data"),
-            f"`{name}.data` needs conversations or prompts, but `{source_label(data)}` holds texts",
-            cause="a text has no question to reword",
+            f"`{name}.data` needs conversations or prompts, but `{source_label(data)}` has texts",
+            cause="a text has no question to rewrite",
             remedy="use rows with questions",
         )
         return
@@ -59,54 +59,56 @@ def _check_shapes(
             yield error_at(
                 source,
                 (*at, "few_shot", "examples") if given else (*at, "few_shot"),
-                f"`{name}.few_shot` needs examples with answers, but `{source_label(examples)}` holds {shape}s",
+                f"`{name}.few_shot` needs examples with responses, but `{source_label(examples)}` has {shape}s",
                 cause="" if given else f"no stage is named in `examples`, so they are the rows of `{stage.data}`",
-                remedy="name a stage with questions and answers in `examples`",
+                remedy="name a stage with questions and responses in `examples`",
             )
 
 
 def _check_heldout(
     name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
-    to_measure_on = _is_to_measure_on(name, experiment)
+    is_evaluation_data = _is_evaluation_data(name, experiment)
     uses: list[tuple[str, str, str]] = []
-    if not to_measure_on:
-        uses.append(("heldout", stage.data, "measure on rows that it does not make, such as another split"))
+    if not is_evaluation_data:
+        uses.append(("heldout", stage.data, "evaluate on rows that it does not output, such as another split"))
     if stage.few_shot is not None:
         examples = stage.few_shot.examples or stage.data
         uses.append(("few_shot", examples, "name other rows in `few_shot.examples`, such as another split"))
     named, reported = set(stage.heldout), set[str]()
     # Shortest lineage first: if a dataset is held out, so are the stages derived from it.
-    for measured, where in sorted(_measured_on(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))):
-        line = lineage(experiment.stages, measured)
+    for evaluated, field_path in sorted(
+        _evaluation_stages(experiment), key=lambda item: len(lineage(experiment.stages, item[0]))
+    ):
+        line = lineage(experiment.stages, evaluated)
         if _covering(line, experiment) & named:
             continue
         for field, used, otherwise in uses:
-            shared = _shared(root_of(experiment, used), root_of(experiment, measured), folder)
-            remedy = f"name `{measured}` in `{name}.heldout`, or give them splits that don't overlap"
-            if to_measure_on or name in line:
+            shared = _shared(root_of(experiment, used), root_of(experiment, evaluated), folder)
+            remedy = f"name `{evaluated}` in `{name}.heldout`, or give them splits that don't overlap"
+            if is_evaluation_data or name in line:
                 remedy = otherwise
             if shared and remedy not in reported:
-                named.add(measured)
+                named.add(evaluated)
                 reported.add(remedy)
                 yield error_at(
                     source,
                     ("stages", name, field),
-                    f"rows that `{where}` measures on can get into `{name}`, from `{used}`",
-                    cause=f"`{measured}` and `{used}` both read {shared}",
+                    f"evaluation rows of `{field_path}` can get into `{name}`, from `{used}`",
+                    cause=f"`{evaluated}` and `{used}` both read {shared}",
                     remedy=remedy,
                 )
                 break
 
 
-def _is_to_measure_on(name: str, experiment: Experiment) -> bool:
+def _is_evaluation_data(name: str, experiment: Experiment) -> bool:
     """Whether the rows of the stage are used for evaluation and not for training. Such rows may come from held-out
     data; only their few-shot examples must not."""
     stages = experiment.stages
     trainings = [stage for stage in stages.values() if isinstance(stage, Training)]
     lines = [lineage(stages, data) for stage in trainings for data in data_refs(stage.data).values()]
-    measured = any(name in lineage(stages, other) for other, _ in _measured_on(experiment))
-    return measured and not any(name in line for line in lines)
+    evaluates = any(name in lineage(stages, other) for other, _ in _evaluation_stages(experiment))
+    return evaluates and not any(name in line for line in lines)
 
 
 def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
@@ -116,7 +118,7 @@ def _covering(line: Sequence[str], experiment: Experiment) -> set[str]:
     return set(line) - (reviewed - {line[0]})
 
 
-def _measured_on(experiment: Experiment) -> Iterator[tuple[str, str]]:
+def _evaluation_stages(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """Yield each stage whose rows a loss or a win rate is computed on, with the first field that refers to it."""
     found: dict[str, str] = {}
     for name, stage in experiment.stages.items():

@@ -20,8 +20,8 @@ from tunery.models.meta_model import (
     check_target_modules,
     config_of_folder,
     declared_positions,
-    outline,
     position_limit,
+    weightless_model,
 )
 from tunery.models.model_folder import BadModel
 from tunery.models.scratch import SHAPES
@@ -50,21 +50,21 @@ def validate_models(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
     """Yield the errors of a stage before a run. Does not use the network."""
-    for paths, error in _wrong(stage, experiment, folder, download=False):
+    for paths, error in _model_errors(stage, experiment, folder, download=False):
         # A field with its default value has no line in the file; the error is then reported at the model.
-        places = [("stages", name, *path) for path in paths]
-        at = next((place for place in places if place in source.lines), places[-1])
+        keys = [("stages", name, *path) for path in paths]
+        at = next((key for key in keys if key in source.lines), keys[-1])
         yield error_at(source, at, f"{name}: {error.message}", cause=error.cause, remedy=error.remedy)
 
 
 def validate_models_at_start(name: str, stage: Any, experiment: Experiment, folder: Path) -> None:
     """Check a stage when it starts. Raises StageError. If the hub cannot be reached, the check is skipped, and loading
     the model reports that."""
-    for _, error in _wrong(stage, experiment, folder, download=True):
+    for _, error in _model_errors(stage, experiment, folder, download=True):
         raise StageError(name, error.message, cause=error.cause, remedy=error.remedy)
 
 
-def long_notes(experiment: Experiment, folder: Path) -> list[str]:
+def position_notes(experiment: Experiment, folder: Path) -> list[str]:
     """Return notes on stages whose `max_length` exceeds the positions that a model was trained on, for models that
     compute positions (RoPE). This is valid, and is how a context is extended, but predictions at such positions are
     usually poor until the model has been trained on them."""
@@ -74,14 +74,14 @@ def long_notes(experiment: Experiment, folder: Path) -> list[str]:
         for _, model, limit, is_table in _limits(stage, experiment, folder, download=False):
             if not is_table and stage.max_length > limit:
                 notes.append(
-                    f"`{name}` reads up to {stage.max_length:,} tokens (max_length), and `{model_name(model)}` has "
-                    f"learned {limit:,} positions (max_position_embeddings): longer rows are computed, but not what it "
-                    "was trained on"
+                    f"`{name}` reads up to {stage.max_length:,} tokens (max_length), and `{model_name(model)}` was "
+                    f"trained on {limit:,} positions (max_position_embeddings): longer rows are allowed, but expect "
+                    "poor predictions"
                 )
     return notes
 
 
-def _wrong(
+def _model_errors(
     stage: Any, experiment: Experiment, folder: Path, download: bool
 ) -> Iterator[tuple[tuple[KeyPath, ...], BadModel]]:
     """Yield each error with the fields that it concerns."""
@@ -91,8 +91,8 @@ def _wrong(
                 (("max_length",), path),
                 BadModel(
                     f"`max_length` is {stage.max_length}, and `{model_name(model)}` has positions for {limit} tokens",
-                    "its position embeddings are a table, which ends there",
-                    f"set `max_length: {limit}` or less, or take a model with more positions",
+                    "its position embeddings are a table of this size",
+                    f"set `max_length: {limit}` or less, or use a model with more positions",
                 ),
             )
     if not isinstance(stage, Training):
@@ -111,7 +111,7 @@ def _wrong(
     if targets := adapter.target_modules(settings_of(tuner)):
         form: Form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
         root = root_model(experiment.stages, stage.model)
-        built = outline(*_located(root, folder, form)) if _is_here(root, folder, download) else None
+        built = weightless_model(*_weightless_args(root, folder, form)) if _is_local(root, folder, download) else None
         if built is not None:
             try:
                 check_target_modules(built, targets, form)
@@ -129,23 +129,23 @@ def _limits(
     seen: list[Root] = []
     for path, model in models_of(stage):
         root = root_model(experiment.stages, model)
-        if root in seen or _cuts_by_itself(stage, path):
+        if root in seen or _truncates_to_positions(stage, path):
             continue
         seen.append(root)
         if isinstance(root, Scratch):
             yield path, model, SHAPES[root.scratch].positions, False
             continue
-        if not _is_here(root, folder, download):
+        if not _is_local(root, folder, download):
             continue
         declared = declared_positions(config_of_folder(_config_folder(root, folder)))
         if declared is None or stage.max_length <= declared - MARGIN:
             continue
-        built = outline(*_located(root, folder, "body"))
+        built = weightless_model(*_weightless_args(root, folder, "body"))
         if built is not None and (limit := position_limit(built)) is not None:
             yield path, model, limit.tokens, limit.is_table
 
 
-def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
+def _truncates_to_positions(stage: Any, path: KeyPath) -> bool:
     """Whether this is a scorer that truncates rows to the positions of its model (models/classifier_inputs.py), in a
     stage with the default `max_length`. That default is not an error: other scorers of the stage may have more
     positions, and `tunery filter` cannot set a length."""
@@ -154,7 +154,7 @@ def _cuts_by_itself(stage: Any, path: KeyPath) -> bool:
     return SCORERS[stage.by[int(path[1])].kind()].input_kind in ("classification", "embedding")
 
 
-def _is_here(root: Root, folder: Path, download: bool) -> bool:
+def _is_local(root: Root, folder: Path, download: bool) -> bool:
     """Whether the config can be read on this machine."""
     if isinstance(root, Scratch):
         return True
@@ -183,8 +183,8 @@ def _config_folder(root: Pretrained, folder: Path, download: bool = False) -> Pa
     return found(local_files_only=False).parent
 
 
-def _located(root: Root, folder: Path, form: Form) -> tuple[str, Form, str | None]:
-    """Return the arguments of `outline` for a root model."""
+def _weightless_args(root: Root, folder: Path, form: Form) -> tuple[str, Form, str | None]:
+    """Return the arguments of `weightless_model` for a root model."""
     if isinstance(root, Scratch):
         return f"scratch:{root.scratch}", form, None
     if root.is_folder:

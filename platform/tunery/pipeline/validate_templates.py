@@ -88,13 +88,13 @@ class TemplateCheck:
             parts.append(f"{self.truncated / self.rows:.0%} truncated")
         if self.dropped_reasoning:
             parts.append(
-                f"the chat template does not render the reasoning of assistant turns ({self.dropped_reasoning})"
+                f"the chat template does not render the reasoning of assistant messages ({self.dropped_reasoning})"
             )
         if self.escaped:
             parts.append(f"special tokens in the text of rows are encoded as ordinary text ({self.escaped})")
         if self.opens_thinking:
             parts.append(
-                f"generation begins with {self.opens_thinking!r}, which rows without reasoning are trained without"
+                f"generation begins with {self.opens_thinking!r}, which rows without reasoning do not have in training"
             )
         return f"of the first {_rows(self.rows)}: {'; '.join(parts)}" if parts else ""
 
@@ -111,36 +111,36 @@ def validate_templates(
             yield error_at(
                 source,
                 ("stages", name, *at),
-                f"{name}: the tokenizer of `{_named(model, experiment)}` can't be used",
+                f"{name}: the tokenizer of `{_model_label(model, experiment)}` can't be used",
                 cause=str(error),
-                remedy="save the tokenizer again by `save_pretrained`, into the model's folder",
+                remedy="save the tokenizer again with `save_pretrained`, into the model's folder",
             )
             continue
         if tokenizer is None:
             continue
         try:
-            found = check_rows(stage, experiment, folder, tokenizer)
+            check = check_rows(stage, experiment, folder, tokenizer)
         except UnsupportedTemplate as error:
             message = str(error)
             yield error_at(
                 source,
                 ("stages", name, *at),
-                f"{name}: the chat template of `{_named(model, experiment)}` can't be used: {message}",
-                cause="no method gives an exact mask of what is trained, or the model would not learn to stop",
+                f"{name}: the chat template of `{_model_label(model, experiment)}` can't be used: {message}",
+                cause="no method gives an exact loss mask, or the model would not learn to stop",
                 remedy="give the tokenizer another `chat_template`; docs/templates.md lists what is supported",
             )
             continue
         # Conclusive only if the sample is the complete dataset and no stage filters its rows.
         unfiltered = isinstance(stage.data, str) and isinstance(experiment.stages[stage.data], Dataset)
-        if unfiltered and 0 < found.rows < SAMPLE and sum(found.unusable.values()) == found.rows:
+        if unfiltered and 0 < check.rows < SAMPLE and sum(check.unusable.values()) == check.rows:
             yield error_at(
                 source,
                 ("stages", name, "data"),
-                f"{name}: none of the {found.rows} rows of `{_data_named(stage.data)}` can be used with "
-                f"`{_named(model, experiment)}`",
-                cause="; ".join(f"{_rows(count)}: {reason}" for reason, count in found.unusable.most_common(3)),
-                remedy=f"raise max_length (now {stage.max_length}) where they are too long; take a model whose chat "
-                "template renders such rows; or give other rows. `tunery preview` shows them",
+                f"{name}: none of the {check.rows} rows of `{_data_label(stage.data)}` can be used with "
+                f"`{_model_label(model, experiment)}`",
+                cause="; ".join(f"{_rows(count)}: {reason}" for reason, count in check.unusable.most_common(3)),
+                remedy=f"raise max_length (now {stage.max_length}) for rows that are too long; use a model whose chat "
+                "template renders such rows; or use other rows. `tunery preview` shows them",
             )
 
 
@@ -164,23 +164,23 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
 def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TemplateCheck:
     """Encode the first rows of a stage with the tokenizer and return the counts. Raises UnsupportedTemplate if the rows
     contain messages and the chat template is not supported."""
-    found = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
+    check = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
     data = stage.data.values() if isinstance(stage, Evaluate) else data_refs(stage.data).values()
     try:
         roots = [root_of(experiment, name) for name in data]
         rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
     except BadSource:  # reported for the dataset
-        return found
+        return check
     if any(row.get("messages") for row in rows):
         profile = chat_template_of(tokenizer).profile
-        reasoned = all(_reasons(row) for row in rows if row.get("messages"))
-        if isinstance(stage, Training) and not profile.prefix and not reasoned:
-            found.opens_thinking = profile.generation_prompt
+        all_reasoning = all(_has_reasoning(row) for row in rows if row.get("messages"))
+        if isinstance(stage, Training) and not profile.prefix and not all_reasoning:
+            check.opens_thinking = profile.generation_prompt
     if (encode_rows := _encode_rows(stage)) is not None:
-        found.rows = len(rows)
+        check.rows = len(rows)
         for item in encode_rows(rows, tokenizer, encoding_of(stage)):
-            _count(item, found)
-    return found
+            _count(item, check)
+    return check
 
 
 def _encode_rows(stage: Any) -> EncodeRows | None:
@@ -194,13 +194,13 @@ def _encode_rows(stage: Any) -> EncodeRows | None:
     return None if kind is None else kind.encode_rows
 
 
-def _count(item: TokenizedRow, found: TemplateCheck) -> None:
+def _count(item: TokenizedRow, check: TemplateCheck) -> None:
     if item.unusable:
-        found.unusable[item.unusable] += item.unusable not in NOT_COUNTED
+        check.unusable[item.unusable] += item.unusable not in NOT_COUNTED
         return
-    found.truncated += any(part.truncated for part in item.sequences)
-    found.escaped += sum(part.escaped_tokens for part in item.sequences)
-    found.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
+    check.truncated += any(part.truncated for part in item.sequences)
+    check.escaped += sum(part.escaped_tokens for part in item.sequences)
+    check.dropped_reasoning += sum(part.dropped_reasoning for part in item.sequences)
 
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -258,23 +258,23 @@ def _cached(model: Pretrained) -> str | None:
     download."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
-    return str(Path(found).parent) if isinstance(found, str) else None
+    path = try_to_load_from_cache(model.pretrained, "tokenizer_config.json", revision=model.revision)
+    return str(Path(path).parent) if isinstance(path, str) else None
 
 
 def _rows(count: int) -> str:
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
-def _reasons(row: Row) -> bool:
+def _has_reasoning(row: Row) -> bool:
     """Whether the last message has reasoning."""
     last = row["messages"][-1]
     return bool(last.get("reasoning_content")) or "</think>" in (last["content"] or "")
 
 
-def _data_named(data: str | dict[str, float]) -> str:
+def _data_label(data: str | dict[str, float]) -> str:
     return ", ".join(data_refs(data).values())
 
 
-def _named(model: Any, experiment: Experiment) -> str:
+def _model_label(model: Any, experiment: Experiment) -> str:
     return str(getattr(root_model(experiment.stages, model), "pretrained", model))

@@ -141,7 +141,7 @@ def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) 
 def _check_function(reward: PythonReward, folder: Path) -> None:
     """Raise BadModel if the file does not define the function. The file is parsed, not executed."""
     path = folder / reward.python
-    signature = f"def {reward.function}(prompts: list[str], answers: list[str]) -> list[float]"
+    signature = f"def {reward.function}(prompts: list[str], responses: list[str]) -> list[float]"
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -13,8 +13,8 @@ from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source, source_label
 from tunery.ingest.sources import BadSource, resolve_sources, unavailable_source
-from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, outline_with_head, source_of
-from tunery.models.meta_model import outline
+from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, source_of, weightless_model_with_head
+from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.models.preview import InputFormat
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
@@ -186,7 +186,11 @@ class PreviewSources:
             return LoadedTokenizer(load_tokenizer(source), origin, own.chat_template is not None, None)
         # Some architectures of embedding models have no class with a classification head.
         body = embeds and "pretrained" in source
-        model = outline(source["pretrained"], "body", source["revision"]) if body else outline_with_head(source, ("",))
+        model = (
+            weightless_model(source["pretrained"], "body", source["revision"])
+            if body
+            else weightless_model_with_head(source, ("",))
+        )
         if model is None:
             raise RequestError(
                 f"the config.json of `{source['pretrained']}` can't be used", remedy="download the model"

@@ -79,7 +79,7 @@ def _row(row: PreviewRow, section: PreviewSection, colours: bool, ids: bool) -> 
 
 
 def _summary(sequence: PreviewSequence, section: PreviewSection) -> str:
-    return visible(token_summary(sequence.described(), section.input.loss_word))
+    return visible(token_summary(sequence.common_fields(), section.input.loss_word))
 
 
 def _text(segments: list[Segment], colours: bool) -> Text:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, plain
 from tunery.events.run_state import RunState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 from tunery.reporting.tables import Table, table
 
 Facts = Mapping[str, Any]
@@ -24,15 +24,15 @@ def augmented(state: RunState) -> list[tuple[str, list[Table], Table]]:
     for stage in state.stages.values():
         samples = stage.facts.get("samples")
         if stage.kind == "augment" and isinstance(samples, Mapping):
-            rows = [[plain(row.get("before")), plain(row.get("after"))] for row in listed(samples.get("rows"))]
+            rows = [[plain(row.get("before")), plain(row.get("after"))] for row in mappings_in(samples.get("rows"))]
             result.append((stage.name, _variant_counts(stage.facts), table(["row", "first variant"], rows)))
     return result
 
 
 def _variant_counts(facts: Facts) -> list[Table]:
-    templates = [[row.get("template"), row.get("variants")] for row in listed(facts.get("templates"))]
+    templates = [[row.get("template"), row.get("variants")] for row in mappings_in(facts.get("templates"))]
     shots = [[f"{shots} before the question", number] for shots, number in _counts(facts, "shots").items()]
-    responses = [[RESPONSES.get(form, form), number] for form, number in _counts(facts, "answers").items()]
+    responses = [[RESPONSES.get(form, form), number] for form, number in _counts(facts, "response_forms").items()]
     fewer = [
         f"{count(number)} variants have fewer: {reason}" for reason, number in _counts(facts, "fewer_examples").items()
     ]

@@ -208,9 +208,9 @@ def histogram_chart(
     for threshold, lane in zip(thresholds, lanes, strict=True):
         at = x(min(max(threshold.value, edges[0]), edges[-1]))
         head, quiet = top - 12 - 16 * lane, " quiet" if threshold.quiet else ""
-        parts.append(line(at, head, at, bottom, f"cut{quiet}"))
+        parts.append(line(at, head, at, bottom, f"threshold{quiet}"))
         anchor, label_x = ("end", at - 6) if at > (x.start + x.end) / 2 else ("start", at + 6)
-        labels.append(text(label_x, head + 8, threshold.label, css=f"cut-label{quiet}", anchor=anchor))
+        labels.append(text(label_x, head + 8, threshold.label, css=f"threshold-label{quiet}", anchor=anchor))
     parts += labels  # after all lines: the line of a higher threshold passes behind the label of a lower one
     description = "".join(f"; threshold {measure(threshold.value)}" for threshold in thresholds)
     return svg(height, parts, f"histogram of {x_label}{description}")

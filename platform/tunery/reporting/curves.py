@@ -35,8 +35,8 @@ METRIC_GROUPS: dict[str, dict[str, str]] = {
     "responses": {
         "response_length": "length, tokens",
         "eos_rate": "EOS rate",
-        "cut_off": "clipped ratio",
-        "reward_deviation": "reward std",
+        "clipped_ratio": "clipped ratio",
+        "reward_std": "reward std",
     },
     "classification": {
         "accuracy": "accuracy",

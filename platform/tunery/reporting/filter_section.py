@@ -8,7 +8,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, measure, plain
 from tunery.events.run_state import RunState, StageState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 from tunery.reporting.heatmap import heatmap_chart
 from tunery.reporting.tables import Figure, Table, table
 
@@ -65,7 +65,7 @@ def heatmap_figures(state: RunState) -> list[Figure]:
     """Joint histograms of the score pairs that the score stages counted."""
     figures = []
     for stage in state.stages.values():
-        for pair in listed(stage.facts.get("pairs")):
+        for pair in mappings_in(stage.facts.get("pairs")):
             x, y = str(pair.get("x")), str(pair.get("y"))
             edges = [_numbers(pair.get(key)) for key in ("x_edges", "y_edges")]
             counts = [_numbers(row) for row in pair.get("counts") or []]
@@ -78,9 +78,10 @@ def heatmap_figures(state: RunState) -> list[Figure]:
 
 
 def rule_thresholds(rule: Mapping[str, Any]) -> list[float]:
-    """The thresholds of a rule: two for a range. Event logs of older versions have one, under `cut`."""
-    cuts = rule.get("cuts")
-    values = cuts if isinstance(cuts, list | tuple) and cuts else [rule.get("cut")]
+    """The thresholds of a rule: two for a range."""
+    values = rule.get("thresholds")
+    if not isinstance(values, list | tuple):
+        return []
     return [number for value in values if (number := as_number(value)) is not None]
 
 
@@ -105,7 +106,7 @@ def _thresholds(state: RunState, scored: StageState, score: str) -> list[float]:
         threshold
         for stage in state.stages.values()
         if is_downstream(state, stage, scored)
-        for rule in listed(stage.facts.get("rules"))
+        for rule in mappings_in(stage.facts.get("rules"))
         if rule.get("score") == score
         for threshold in rule_thresholds(rule)
     ]
@@ -115,10 +116,10 @@ def filters(state: RunState) -> list[Filter]:
     """Each select stage, with rows of every decile of its first rule's score."""
     result = []
     for stage in state.stages.values():
-        rules, samples = listed(stage.facts.get("rules")), stage.facts.get("samples")
+        rules, samples = mappings_in(stage.facts.get("rules")), stage.facts.get("samples")
         if stage.kind != "select" or not isinstance(samples, Mapping):
             continue
-        deciles = [_decile(decile) for decile in listed(samples.get("deciles"))]
+        deciles = [_decile(decile) for decile in mappings_in(samples.get("deciles"))]
         tables = [*([_rules(stage, rules)] if rules else []), *_diversity(stage), *_quality(stage)]
         if tables:
             result.append(Filter(stage.name, tables, plain(samples.get("score")), deciles))
@@ -152,7 +153,7 @@ def _diversity(stage: StageState) -> list[Table]:
     rows = [
         [label, as_number(coverage.get("radius")), as_number(coverage.get("similarity"))]
         for label, coverage in (
-            (plain(stats.get("rule")), _mapping(stats.get("cover"))),
+            (plain(stats.get("rule")), _mapping(stats.get("coverage"))),
             ("random subset", _mapping(stats.get("random"))),
         )
         if coverage
@@ -162,7 +163,7 @@ def _diversity(stage: StageState) -> list[Table]:
     chance = _mapping(stats.get("chance_similarity"))
     notes = [
         f"kept {count(as_number(stats.get('kept')) or 0)} of {count(as_number(stats.get('candidates')) or 0)} rows; "
-        f"coverage computed on {count(as_number(stats.get('compared')) or 0)} of them",
+        f"coverage computed on {count(as_number(stats.get('coverage_rows')) or 0)} of them",
         "radius: largest distance from a row to its nearest kept row; similarity: mean cosine to the nearest kept row",
     ]
     median, high = as_number(chance.get("median")), as_number(chance.get("high"))
@@ -175,7 +176,7 @@ def _diversity(stage: StageState) -> list[Table]:
 
 def _quality(stage: StageState) -> list[Table]:
     """Precision and recall on injected corruption, next to a random filter that drops as many rows."""
-    metrics = _mapping(stage.facts.get("planted"))
+    metrics = _mapping(stage.facts.get("injected_corruption"))
     values = [as_number(metrics.get(key)) for key in ("precision", "recall", "random_precision", "random_recall")]
     if values[0] is None:
         return []
@@ -190,9 +191,9 @@ def _decile(decile: Mapping[str, Any]) -> Decile:
     low, high = as_number(decile.get("low")), as_number(decile.get("high"))
     bounds = [_number(bound) for bound in dict.fromkeys((low, high)) if bound is not None]
     rows = [
-        SampleRow(is_kept, _score(row.get("score")), plain(row.get("text")), str(row.get("planted") or ""))
+        SampleRow(is_kept, _score(row.get("score")), plain(row.get("text")), str(row.get("injected_corruption") or ""))
         for key, is_kept in (("kept_rows", True), ("dropped_rows", False))
-        for row in listed(decile.get(key))
+        for row in mappings_in(decile.get(key))
     ]
     counts = f"{count(kept)} kept, {count(dropped)} dropped"
     percent = round(100 * kept / (kept + dropped)) if kept + dropped else 0
@@ -214,10 +215,10 @@ def quarantines(state: RunState) -> list[tuple[str, list[Table]]]:
     result = []
     for stage in state.stages.values():
         quarantine = _mapping(stage.facts.get("quarantine"))
-        reasons = [[row.get("reason"), row.get("rows")] for row in listed(quarantine.get("reasons"))]
+        reasons = [[row.get("reason"), row.get("rows")] for row in mappings_in(quarantine.get("reasons"))]
         first = [
             [f"{row.get('source')}:{row.get('line')}", row.get("reason"), row.get("text") or ""]
-            for row in listed(quarantine.get("first"))
+            for row in mappings_in(quarantine.get("first"))
         ]
         if reasons:
             total = as_number(stage.facts.get("quarantined")) or 0

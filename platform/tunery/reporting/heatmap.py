@@ -42,8 +42,10 @@ def heatmap_chart(
                 tip += f"{labels[1]} {measure(y_edges[row], 3)} – {measure(y_edges[row + 1], 3)}\n{count(number)} rows"
                 cells.append(rect(left, high, right - left, low - high, f"heat h{_shade(number, largest)}", tip))
     parts = [*frame(x, y, axis_labels[0], axis_labels[1], x_ticks=4), *cells]
-    parts += [line(x(value), bottom, x(value), top, "cut") for value in thresholds[0] if x.low <= value <= x.high]
-    parts += [line(x.start, y(value), x.end, y(value), "cut") for value in thresholds[1] if y.low <= value <= y.high]
+    parts += [line(x(value), bottom, x(value), top, "threshold") for value in thresholds[0] if x.low <= value <= x.high]
+    parts += [
+        line(x.start, y(value), x.end, y(value), "threshold") for value in thresholds[1] if y.low <= value <= y.high
+    ]
     return svg(height, parts, f"rows by {labels[0]} and {labels[1]}", width)
 
 

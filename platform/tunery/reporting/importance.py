@@ -43,14 +43,14 @@ def importances(search: SearchState, paths: Sequence[str], metric: str = "") -> 
     that stops the worst leave less variance to explain. A conditional field is evaluated on the trials that have it.
     """
     values = _values(search, metric)
-    completed = [trial for trial in search.own if trial.name in values]
-    result = [_importance(path, [trial for trial in completed if path in trial.present], values) for path in paths]
+    completed = [trial for trial in search.originals if trial.name in values]
+    result = [_importance(path, [trial for trial in completed if path in trial.final_values], values) for path in paths]
     return sorted(result, key=lambda one: -1.0 if one.share is None else one.share, reverse=True)
 
 
 def too_few_trials(search: SearchState) -> str:
     """Message that there are too few completed trials for `importances`; "" if there are enough."""
-    completed = sum(trial.status == "done" and trial.value is not None for trial in search.own)
+    completed = sum(trial.status == "done" and trial.value is not None for trial in search.originals)
     if completed >= MIN_TRIALS:
         return ""
     return f"{completed} completed trials; parameter importance needs at least {MIN_TRIALS}"
@@ -58,7 +58,7 @@ def too_few_trials(search: SearchState) -> str:
 
 def _importance(path: str, trials: Sequence[TrialState], values: Mapping[str, float]) -> Importance:
     """Importance of a field over `trials`, all of which have it."""
-    groups = _groups([trial.present[path] for trial in trials])
+    groups = _groups([trial.final_values[path] for trial in trials])
     n, k = len(trials), len(set(groups))
     if n < MIN_TRIALS or k < 2 or n - k < 2:
         return Importance(path, None, n, False)
@@ -77,7 +77,7 @@ def _importance(path: str, trials: Sequence[TrialState], values: Mapping[str, fl
 
 def _values(search: SearchState, metric: str) -> dict[str, float]:
     """The metric of each completed trial, by name; the mean over seeds for the primary value of replicated trials."""
-    completed = [trial for trial in search.own if trial.status == "done"]
+    completed = [trial for trial in search.originals if trial.status == "done"]
     if metric and metric != search.value_name:
         return {trial.name: trial.values[metric] for trial in completed if metric in trial.values}
     means = {name: standing.mean for name, standing in search.standings.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, strings
 from tunery.events.run_state import StageState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 
 KINDS = ("trained", "masked", "input", "cut", "mark")
 MAX_EXPANDED = 1
@@ -76,7 +76,7 @@ def previews(stages: Iterable[StageState]) -> list[tuple[str, str, list[RowView]
     """(stage name with its trial, if any; description of its chat template; rows) of each training that logged rows."""
     result = []
     for stage in stages:
-        rows = [_row(record) for record in listed(stage.preview.get("records"))]
+        rows = [_row(record) for record in mappings_in(stage.preview.get("records"))]
         if rows:
             name = f"{stage.name}, trial {stage.trial}" if stage.trial else stage.name
             result.append((name, str(stage.preview.get("template") or ""), rows))
@@ -91,7 +91,7 @@ def _row(record: Mapping[str, Any]) -> RowView:
             str(one.get("reason") or ""),
             list(_segments(one.get("segments"))),
         )
-        for one in listed(record.get("sequences"))
+        for one in mappings_in(record.get("sequences"))
     ]
     source, line = str(record.get("source") or ""), as_number(record.get("line"))
     at = f"{source}:{line:.0f}" if source and line else source

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, measure, plain, strings
 from tunery.events.run_state import RunState, StageState
-from tunery.events.stage_summary import listed, usable_rows
+from tunery.events.stage_summary import mappings_in, usable_rows
 from tunery.reporting.charts import ThresholdLine, histogram_chart
 from tunery.reporting.filter_section import is_downstream, rule_thresholds
 from tunery.reporting.funnel_timeline import Level, funnel_chart, lost_note
@@ -65,7 +65,7 @@ def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
     the file's values and the best trial's), the later result's label includes its stage."""
     results: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for stage in state.stages.values():
-        for result in listed(stage.facts.get("results")):
+        for result in mappings_in(stage.facts.get("results")):
             model, name = str(result.get("model", "")), str(result.get("set", ""))
             earlier = results.setdefault((stage.kind, model, name), result)
             if earlier != result:
@@ -106,7 +106,7 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
         as_number(dataset.facts.get("rows")) or 0,
         as_number(dataset.facts.get("quarantined")) or 0,
     )
-    kinds = dataset.facts.get("planted")
+    kinds = dataset.facts.get("injected_corruption")
     corrupted = sum(as_number(n) or 0 for kind, n in kinds.items() if kind) if isinstance(kinds, Mapping) else 0
     yield Level("read", rows + quarantined, corrupted=corrupted)
     if quarantined:
@@ -125,7 +125,7 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
         depths[stage.name] = depths[parents[0]] + (kept is not None)
         sizes[stage.name] = sizes[parents[0]]
         if kept is not None:
-            counts = stage.facts.get("planted")
+            counts = stage.facts.get("injected_corruption")
             total, dropped = (
                 (as_number(counts.get(key)) or 0) if isinstance(counts, Mapping) else 0 for key in ("total", "dropped")
             )
@@ -170,7 +170,7 @@ def _score_figure(state: RunState, stage: StageState, name: str, score: Mapping[
     value = score.get("histogram")
     histogram = value if isinstance(value, Mapping) else {}
     edges, counts, corrupted = (
-        [as_number(v) or 0 for v in histogram.get(key) or []] for key in ("edges", "counts", "planted")
+        [as_number(v) or 0 for v in histogram.get(key) or []] for key in ("edges", "counts", "corrupted")
     )
     thresholds = [
         ThresholdLine(value, f"{select.name}: {label}")
@@ -208,7 +208,7 @@ def _threshold_labels(rule: Mapping[str, Any]) -> list[str]:
 
 
 def _rules(stage: StageState, score: str) -> list[Mapping[str, Any]]:
-    return [rule for rule in listed(stage.facts.get("rules")) if rule.get("score") == score]
+    return [rule for rule in mappings_in(stage.facts.get("rules")) if rule.get("score") == score]
 
 
 def question(text: str) -> str:

@@ -1,7 +1,7 @@
 """Model responses in the report and in W&B: before and after a training, or of several models, with their rewards.
 
-The fact `responses` has two formats: {prompt, before, after, reward_before, reward_after} from a training, and
-{prompt, answers: {model: {answer, reward}}} from a `win_rate` stage. Entries of any other format are skipped.
+The fact `responses` has two formats: {prompt, before, after, reward_before, reward_after} from a training, and {prompt,
+responses: {model: {response, reward}}} from a `win_rate` stage. Entries of any other format are skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, measure
 from tunery.events.run_state import StageState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 
 RESPONSES = "responses"
 """Name of the fact."""
@@ -61,7 +61,7 @@ def responses(stages: Iterable[StageState]) -> list[tuple[str, list[PromptRespon
 
 def prompt_responses(facts: Mapping[str, Any]) -> list[PromptResponses]:
     """The prompts with their responses, from either format of the fact."""
-    entries = ((str(entry.get("prompt") or ""), _responses(entry)) for entry in listed(facts.get(RESPONSES)))
+    entries = ((str(entry.get("prompt") or ""), _responses(entry)) for entry in mappings_in(facts.get(RESPONSES)))
     return [PromptResponses(prompt, responses) for prompt, responses in entries if responses]
 
 
@@ -79,9 +79,11 @@ def responses_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
 
 
 def _responses(entry: Mapping[str, Any]) -> list[PreviewedResponse]:
-    models = entry.get("answers")
+    models = entry.get("responses")
     if isinstance(models, Mapping):
-        items = [(str(name), one.get("answer"), one.get("reward")) for name, one in models.items() if _is_response(one)]
+        items = [
+            (str(name), one.get("response"), one.get("reward")) for name, one in models.items() if _is_response(one)
+        ]
         rewards = [reward for _, _, value in items if (reward := as_number(value)) is not None]
         best = max(rewards) if len(rewards) > 1 and rewards.count(max(rewards)) == 1 else None  # None for a tie
         return [
@@ -93,4 +95,4 @@ def _responses(entry: Mapping[str, Any]) -> list[PreviewedResponse]:
 
 
 def _is_response(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("answer"), str)
+    return isinstance(value, Mapping) and isinstance(value.get("response"), str)

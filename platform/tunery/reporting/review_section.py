@@ -7,7 +7,7 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, measure, share
 from tunery.events.run_state import RunState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 from tunery.reporting.tables import Table, table
 
 Facts = Mapping[str, Any]
@@ -34,7 +34,7 @@ def _confusion_matrix(agreement: Facts, facts: Facts) -> Table:
     if agreed is not None and reviewed:
         note = f"agreement on {count(agreed)} of {count(reviewed)} rows, {share(agreed, reviewed)}"
         notes.append(note + (f"; Cohen's kappa {kappa:.2f} (0 is chance, 1 is perfect)" if kappa is not None else ""))
-    sampled, answered = as_number(facts.get("asked")), as_number(facts.get("answered"))
+    sampled, answered = as_number(facts.get("sampled")), as_number(facts.get("sampled_decided"))
     if sampled is not None and answered is not None and answered < sampled:
         notes.append(f"{count(sampled - answered)} of {count(sampled)} sampled rows are not reviewed yet")
     return table(["", "reviewer keeps", "reviewer drops"], rows, notes=notes)
@@ -42,8 +42,8 @@ def _confusion_matrix(agreement: Facts, facts: Facts) -> Table:
 
 def _strata(facts: Facts) -> list[Table]:
     rows = [
-        [stratum.get("name"), stratum.get("rows"), stratum.get("answered"), as_number(stratum.get("agreement"))]
-        for stratum in listed(facts.get("strata"))
+        [stratum.get("name"), stratum.get("rows"), stratum.get("decided"), as_number(stratum.get("agreement"))]
+        for stratum in mappings_in(facts.get("strata"))
     ]
     columns = ["filter decision, distance to threshold", "rows", "reviewed", "agreement"]
     return [table(columns, rows, notes=["rows farther from the threshold are not sampled"])] if rows else []
@@ -51,8 +51,8 @@ def _strata(facts: Facts) -> list[Table]:
 
 def _thresholds(facts: Facts) -> list[Table]:
     rows, notes = [], []
-    for threshold in listed(facts.get("thresholds")):
-        names = ("cut", "agreement_at_cut", "threshold", "agreement")
+    for threshold in mappings_in(facts.get("thresholds")):
+        names = ("current_threshold", "current_agreement", "threshold", "agreement")
         rows.append([threshold.get("score"), *(as_number(threshold.get(name)) for name in names)])
         low, high = as_number(threshold.get("lowest_reviewed")), as_number(threshold.get("highest_reviewed"))
         if low is not None and high is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunery.events.formatting import measure, overrides_text, plain, short_paths
-from tunery.events.leaderboard import bound_text, column_names, leaderboard, origin, parameters
+from tunery.events.leaderboard import column_names, constraint_text, leaderboard, origin, parameters
 from tunery.events.run_state import SearchState, TrialState
 from tunery.reporting.charts import Dot, Series, line_chart, scatter_chart
 from tunery.reporting.funnel_timeline import Bar, bars_chart
@@ -27,14 +27,16 @@ def scatters(search: SearchState) -> list[Figure]:
 
 
 def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure:
-    trials = [trial for trial in search.own if trial.value is not None and path in trial.present]
+    trials = [trial for trial in search.originals if trial.value is not None and path in trial.final_values]
     if not trials:
         return Figure(names[path], "")
     best = search.best
-    axis = parameter_axis(names[path], [trial.present[path] for trial in trials], search.space.get(path, ""))
+    axis = parameter_axis(names[path], [trial.final_values[path] for trial in trials], search.space.get(path, ""))
     dots = [
         Dot(
-            axis.categories.index(plain(trial.present[path])) if axis.categories else float(trial.present[path]),
+            axis.categories.index(plain(trial.final_values[path]))
+            if axis.categories
+            else float(trial.final_values[path]),
             trial.value,
             _tip(trial, names),
             "best" if trial is best else trial.status,
@@ -48,14 +50,14 @@ def _scatter(search: SearchState, path: str, names: Mapping[str, str]) -> Figure
 def parallel(search: SearchState) -> Figure | None:
     """Parallel coordinates: parameters, then the metric; None with fewer than two parameters or trials."""
     trials = [trial for trial in search.ranked if trial.value is not None][:MAX_LINES]
-    paths = [path for path in parameters(search) if any(path in trial.present for trial in trials)]
+    paths = [path for path in parameters(search) if any(path in trial.final_values for trial in trials)]
     names = short_paths(parameters(search))
     if len(paths) < 2 or len(trials) < 2:
         return None
     axes = [
         parameter_axis(
             names[path],
-            [trial.present[path] for trial in trials if path in trial.present],
+            [trial.final_values[path] for trial in trials if path in trial.final_values],
             search.space.get(path, ""),
         )
         for path in paths
@@ -64,7 +66,7 @@ def parallel(search: SearchState) -> Figure | None:
     # "uniform": the metric's axis is continuous, however few distinct values it has.
     axes.append(parameter_axis(_value_label(search), [trial.value for trial in trials], "uniform"))
     lines = [
-        Line([*(trial.present.get(path) for path in paths), trial.value], _style(trial, best), _tip(trial, names))
+        Line([*(trial.final_values.get(path) for path in paths), trial.value], _style(trial, best), _tip(trial, names))
         for trial in trials
     ]
     chart = parallel_chart(axes, lines)
@@ -73,7 +75,7 @@ def parallel(search: SearchState) -> Figure | None:
     gaps = any(None in line.values for line in lines)
     note = f"{'lower' if search.mode == 'min' else 'higher'} is better"
     note += "; lines have gaps where a trial does not have the field" if gaps else ""
-    note += f"; the best {len(trials)} of {len(search.own)} trials" if len(trials) < len(search.own) else ""
+    note += f"; the best {len(trials)} of {len(search.originals)} trials" if len(trials) < len(search.originals) else ""
     return Figure("parallel coordinates", chart, note, keys, wide=True) if chart else None
 
 
@@ -87,7 +89,7 @@ def pareto(search: SearchState) -> Figure | None:
         return None
     (x, x_mode), (y, y_mode) = search.objectives[:2]
     names, best = column_names(search), search.best
-    trials = [trial for trial in search.own if trial.status == "done" and {x, y} <= trial.values.keys()]
+    trials = [trial for trial in search.originals if trial.status == "done" and {x, y} <= trial.values.keys()]
     dots = [
         Dot(trial.values[x], trial.values[y], _tip(trial, names), _dot_style(search, trial, best)) for trial in trials
     ]
@@ -98,8 +100,10 @@ def pareto(search: SearchState) -> Figure | None:
         ("front-dot", "on the Pareto front"),
         ("done-dot", "other trials"),
     ]
-    if search.bounds and any(not trial.feasible for trial in trials):
-        bounds = " or ".join(bound_text(bound, names.get(bound.metric, bound.metric)) for bound in search.bounds)
+    if search.constraints and any(not trial.feasible for trial in trials):
+        bounds = " or ".join(
+            constraint_text(bound, names.get(bound.metric, bound.metric)) for bound in search.constraints
+        )
         keys.append(("infeasible-dot", f"violates {bounds}"))
     further = [names.get(name, name) for name, _ in search.objectives[2:]]
     note = f"further objectives of the front: {', '.join(further)}" if further else ""
@@ -107,7 +111,7 @@ def pareto(search: SearchState) -> Figure | None:
 
 
 def _dot_style(search: SearchState, trial: TrialState, best: TrialState | None) -> str:
-    front = " front" if trial.name in search.front else ""
+    front = " front" if trial.name in search.pareto_front else ""
     return ("best" if trial is best else "done" if trial.feasible else "infeasible") + front
 
 
@@ -148,7 +152,7 @@ def trial_curves(search: SearchState) -> Figure | None:
     """Learning curve of each trial, with the best trial highlighted."""
     names = short_paths(parameters(search))
     series = []
-    for trial in search.own:
+    for trial in search.originals:
         points = [(float(step), value) for step, value in search.curve(trial)]
         is_best = trial is search.best
         label, style = (trial.name, "best") if is_best else ("", "quiet")
@@ -163,21 +167,21 @@ def trials_table(search: SearchState) -> Table | None:
     if not search.trials:
         return None
     board = leaderboard(search, times=True)
-    trials = table(board.columns, board.rows, chosen=board.chosen)
+    trials = table(board.columns, board.rows, highlighted=board.best_row)
     numeric = [is_numeric or name == "time" for is_numeric, name in zip(trials.numeric, trials.columns, strict=True)]
-    return Table(trials.columns, numeric, trials.rows, [], board.chosen)
+    return Table(trials.columns, numeric, trials.rows, [], board.best_row)
 
 
 def summary(search: SearchState) -> str:
     """The search in one line: objectives, constraints, progress, scheduler and concurrency."""
     ended = search.count("done", "stopped", "failed")
-    replicates = len(search.trials) - len(search.own)
+    replicates = len(search.trials) - len(search.originals)
     names = column_names(search)
     parts = [f"{search.metric or 'value'} ({_better(search.mode)} is better)"]
-    for objective in search.also:
+    for objective in search.further_objectives:
         operator = "and" if objective.weight is None else f"plus {objective.weight:g} times"
         parts.append(f"{operator} {objective.metric} ({_better(objective.mode)} is better)")
-    parts += [bound_text(bound, names.get(bound.metric, bound.metric)) for bound in search.bounds]
+    parts += [constraint_text(bound, names.get(bound.metric, bound.metric)) for bound in search.constraints]
     parts += [f"{ended} of {search.total} trials" + (f", {replicates} of them replicates" if replicates else "")]
     parts += [f"{search.count(status)} {status}" for status in ("stopped", "failed", "running") if search.count(status)]
     parts += [f"scheduler {search.scheduler}"] if search.scheduler not in ("", "none") else []

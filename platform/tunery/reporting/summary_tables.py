@@ -41,7 +41,7 @@ def filter_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
     rows: list[list[Any]] = []
     notes: list[str] = []
     for name, stage in experiment.stages.items():
-        metrics = artifacts[name].facts.get("planted") if isinstance(stage, Select | Review) else None
+        metrics = artifacts[name].facts.get("injected_corruption") if isinstance(stage, Select | Review) else None
         if not metrics:
             continue
         facts = artifacts[name].facts
@@ -75,10 +75,10 @@ def diversity_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -
         if not stats:
             continue
         kept = f"{stats['kept']:,} of {stats['candidates']:,}"
-        for label, coverage in ((f"{name} ({stats['method']})", stats["cover"]), ("random subset", stats["random"])):
+        for label, coverage in ((f"{name} ({stats['method']})", stats["coverage"]), ("random subset", stats["random"])):
             rows.append([label, kept, coverage["radius"], coverage["similarity"]])
-        if stats["kept"] < stats["wanted"]:
-            notes.append(f"{name}: fewer than the requested {stats['wanted']:,} rows: {_shortfall_reason(stats)}")
+        if stats["kept"] < stats["requested"]:
+            notes.append(f"{name}: fewer than the requested {stats['requested']:,} rows: {_shortfall_reason(stats)}")
     if not rows:
         return None
     notes.append(
@@ -114,7 +114,7 @@ def review_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
                     agreement["share"],
                     agreement["kappa"],
                     threshold["score"],
-                    threshold["cut"],
+                    threshold["current_threshold"],
                     threshold["threshold"],
                     threshold["agreement"],
                 ]
@@ -124,7 +124,7 @@ def review_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
                     f"{name}: the best {threshold['score']} threshold is at the edge of the reviewed range; "
                     "one outside it may agree better"
                 )
-        pending = facts["asked"] - facts["answered"]
+        pending = facts["sampled"] - facts["sampled_decided"]
         notes.append(
             f"{name}: the review restored {facts['restored']:,} dropped rows and removed {facts['removed']:,} kept rows"
             + (f"; {pending:,} rows are not reviewed yet" if pending > 0 else "")
@@ -167,7 +167,7 @@ def reward_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
             continue
         facts = artifacts[name].facts
         metrics = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
-        scale = [facts["reward_mean"], facts["reward_deviation"]]
+        scale = [facts["reward_mean"], facts["reward_std"]]
         rows.append([name, f"{facts['pairs']:,}", f"{facts['eval_pairs']:,}", *metrics, *scale])
         if facts["unusable"]:
             reasons = "; ".join(f"{count:,}: {reason}" for reason, count in facts["unusable_because"].items() if count)
@@ -175,7 +175,7 @@ def reward_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
         if facts["eval_rows_trained_on"]:
             notes.append(f"{name}: {facts['eval_rows_trained_on']:,} of the held-out pairs are also training pairs")
         if facts["scale_from"] == "data":
-            notes.append(f"{name}: mean and std were computed on {facts['scale_answers']:,} training responses")
+            notes.append(f"{name}: mean and std were computed on {facts['reward_norm_responses']:,} training responses")
     if not rows:
         return None
     columns = ["reward model", "pairs", "held-out pairs", "loss", "accuracy", "margin", "mean", "std"]
@@ -192,12 +192,12 @@ def policy_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
         if not isinstance(stage, Ppo | Grpo | Rloo):
             continue
         artifact = artifacts[name]
-        facts, runtime_stats = artifact.facts, artifact.measured
+        facts, runtime_stats = artifact.facts, artifact.runtime_stats
         reward = rewards(facts)
         if reward is None:
             continue
         metrics = [reward.before, reward.after, reward.kl, _eos_rate(facts)]
-        rows.append([name, *metrics, *(_with_separators(facts.get(key)) for key in ("answers", "steps"))])
+        rows.append([name, *metrics, *(_with_separators(facts.get(key)) for key in ("num_responses", "steps"))])
         if reward.kl is not None:
             with_kl.add(stage.kind)
         if not reward.held_out:
@@ -223,7 +223,7 @@ def _kl_unit(kinds: set[str]) -> str:
 
 def _eos_rate(facts: Mapping[str, Any]) -> float | None:
     """Share of the responses that end with an EOS token."""
-    eos_rate, clipped_ratio = facts.get("eos_rate"), facts.get("cut_off")
+    eos_rate, clipped_ratio = facts.get("eos_rate"), facts.get("clipped_ratio")
     return 1 - clipped_ratio if eos_rate is None and clipped_ratio is not None else eos_rate
 
 
@@ -385,7 +385,7 @@ def search_table(experiment: Experiment, artifact: Artifact | None) -> Table | N
     if artifact is None or experiment.search is None:
         return None
     facts = artifact.facts
-    result = {key: facts.get(key) for key in ("standings", "ties", "front", "ended_by")}
+    result = {key: facts.get(key) for key in ("standings", "ties", "pareto_front", "ended_by")}
     # The events that a reused search logs.
     events: list[dict[str, Any]] = [
         {"event": "search_started", **experiment.search.describe()},
@@ -410,7 +410,7 @@ def search_table(experiment: Experiment, artifact: Artifact | None) -> Table | N
 
 
 def _trial_counts(search: SearchState) -> str:
-    states = [trial.status for trial in search.own]
+    states = [trial.status for trial in search.originals]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "stopped", "failed") if state in states)
     replicates = len(search.trials) - len(states)
     return f"{len(states)} trials: {counts}" + (f"; {replicates} replicates with other seeds" if replicates else "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunery.events.formatting import cells, is_numeric, plain
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 
 OWN_SECTION = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
 """Facts that have their own section in the report, and are omitted from the list of a stage's facts."""
@@ -25,13 +25,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric`: which columns are right-aligned; `chosen`: index of the highlighted row, if any."""
+    """`numeric`: which columns are right-aligned; `highlighted`: index of the highlighted row, if any."""
 
     columns: list[str]
     numeric: list[bool]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
-    chosen: int | None = None
+    highlighted: int | None = None
 
     @property
     def dense(self) -> bool:
@@ -66,7 +66,7 @@ def table(
     *,
     notes: Sequence[str] = (),
     best: Mapping[int, str] | None = None,
-    chosen: int | None = None,
+    highlighted: int | None = None,
 ) -> Table:
     """A table of raw values. `best` maps column indices to 'lowest' or 'highest', the number to mark there."""
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
@@ -81,7 +81,7 @@ def table(
         for row in range(len(padded))
     ]
     numeric = [is_numeric(values) or _looks_numeric(column) for values, column in zip(by_column, texts, strict=True)]
-    return Table(list(columns), numeric, body, list(notes), chosen)
+    return Table(list(columns), numeric, body, list(notes), highlighted)
 
 
 def fact(value: object, key: str = "") -> Node:
@@ -100,7 +100,7 @@ def fact(value: object, key: str = "") -> Node:
         return (
             Node(pairs=[(_label(name, item), fact(item, name)) for name, item in inner.items()]) if inner else Node("–")
         )
-    rows: list[Mapping[str, Any]] = listed(value)
+    rows: list[Mapping[str, Any]] = mappings_in(value)
     if rows and isinstance(value, list | tuple) and len(rows) == len(value):
         columns = list(dict.fromkeys(str(name) for row in rows for name in row))
         return Node(

@@ -34,9 +34,9 @@ from tunery.events.stage_summary import note
 WIDE = 110
 MAX_RUNNING_TRIALS = 4
 
-MARKS = {"waiting": "·", "running": "●", "done": "✓", "reused": "↺", "failed": "✗", "stopped": "■"}
+MARKS = {"pending": "·", "running": "●", "done": "✓", "reused": "↺", "failed": "✗", "stopped": "■"}
 STYLES = {
-    "waiting": "dim",
+    "pending": "dim",
     "running": "cyan",
     "done": "green",
     "reused": "green",
@@ -160,12 +160,12 @@ def _select_stages(stages: list[StageState], max_stages: int) -> list[StageState
     next."""
     if len(stages) <= max_stages:
         return stages
-    priority = {"running": 0, "failed": 0, "done": 1, "reused": 1, "waiting": 2}
+    priority = {"running": 0, "failed": 0, "done": 1, "reused": 1, "pending": 2}
     order = sorted(
         range(len(stages)),
         key=lambda index: (
             priority[stages[index].status],
-            -index if stages[index].status != "waiting" else index,
+            -index if stages[index].status != "pending" else index,
         ),
     )
     return [stages[index] for index in sorted(order[:max_stages])]
@@ -187,7 +187,7 @@ def _wide_table(stages: Sequence[StageState], width: int, now: float) -> Table:
         running = stage.status == "running"
         table.add_row(
             Text(MARKS[stage.status], style=style),
-            Text(stage.name, style="dim" if stage.status == "waiting" else "bold" if running else ""),
+            Text(stage.name, style="dim" if stage.status == "pending" else "bold" if running else ""),
             stage.kind,
             _bar(stage) if stage.total else "",
             _amount(stage) if stage.total else "",
@@ -213,7 +213,7 @@ def _narrow_table(stages: Sequence[StageState], width: int, now: float) -> Table
         running = stage.status == "running"
         table.add_row(
             Text(MARKS[stage.status], style=style),
-            Text(stage.name, style="dim" if stage.status == "waiting" else "bold" if running else ""),
+            Text(stage.name, style="dim" if stage.status == "pending" else "bold" if running else ""),
             _time(stage.elapsed(now)),
             _running_line(stage, width, now) if running else Text(note(stage), style="red" if stage.error else "dim"),
         )

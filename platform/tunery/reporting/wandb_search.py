@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunery.events.formatting import overrides_text
-from tunery.events.leaderboard import broken, parameters
+from tunery.events.leaderboard import parameters, violations
 from tunery.events.run_state import RunState, SearchState, StageState, TrialStanding, TrialState
-from tunery.events.stage_summary import listed
+from tunery.events.stage_summary import mappings_in
 from tunery.reporting.importance import importances, too_few_trials
 from tunery.reporting.report_sections import funnel_levels
 from tunery.reporting.wandb_values import HistoryValue, WandbTable, table
@@ -42,7 +42,11 @@ def search_tables(state: RunState) -> dict[str, HistoryValue]:
 def search_summary(search: SearchState) -> dict[str, Any]:
     """Entries of the W&B summary, under `search.`."""
     summary: dict[str, Any] = {"trials": {state: search.count(state) for state in ("done", "stopped", "failed")}}
-    summary |= {"ended_by": search.ended_by or None, "ties": search.ties or None, "front": search.front or None}
+    summary |= {
+        "ended_by": search.ended_by or None,
+        "ties": search.ties or None,
+        "pareto_front": search.pareto_front or None,
+    }
     if search.best is not None:
         best = {"trial": search.best.name, "value": search.best.value, "overrides": search.best.overrides}
         summary["best"] = best | _seeds(search.standings.get(search.best.name))
@@ -51,7 +55,18 @@ def search_summary(search: SearchState) -> dict[str, Any]:
 
 def leaderboard_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), _metrics(search)
-    columns = ["trial", "state", "rank", *metrics, "mean", "half", "seeds", "feasible", "breaks", "front"]
+    columns = [
+        "trial",
+        "state",
+        "rank",
+        *metrics,
+        "mean",
+        "ci_half_width",
+        "seeds",
+        "feasible",
+        "violations",
+        "pareto_front",
+    ]
     columns += [*paths, "origin", "of", "steps", "tokens", "seconds", "error"]
     has_schedules = any(path.endswith(".schedule_overrides") for trial in search.ranked for path in trial.overrides)
     columns += ["schedule"] if has_schedules else []
@@ -60,15 +75,24 @@ def leaderboard_table(search: SearchState) -> WandbTable:
         seeds = _seeds(standings.get(trial.name))
         constraints = [
             trial.feasible if trial.status == "done" else None,
-            ", ".join(broken(search, trial)),
-            trial.name in search.front,
+            ", ".join(violations(search, trial)),
+            trial.name in search.pareto_front,
         ]
         details = [trial.origin, trial.of, trial.steps, trial.tokens, trial.seconds, trial.error]
         details += [overrides_text(trial.overrides)] if has_schedules else []
         values = [_metric(search, trial, metric) for metric in metrics]
-        means = [seeds.get(key) for key in ("mean", "half", "seeds")]
+        means = [seeds.get(key) for key in ("mean", "ci_half_width", "seeds")]
         rows.append(
-            [trial.name, trial.status, rank, *values, *means, *constraints, *map(trial.present.get, paths), *details]
+            [
+                trial.name,
+                trial.status,
+                rank,
+                *values,
+                *means,
+                *constraints,
+                *map(trial.final_values.get, paths),
+                *details,
+            ]
         )
     return table(columns, rows)
 
@@ -76,7 +100,7 @@ def leaderboard_table(search: SearchState) -> WandbTable:
 def parallel_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), _metrics(search)
     rows = [
-        [trial.name, *map(trial.present.get, paths), *(_metric(search, trial, metric) for metric in metrics)]
+        [trial.name, *map(trial.final_values.get, paths), *(_metric(search, trial, metric) for metric in metrics)]
         for trial in search.ranked
         if trial.value is not None
     ]
@@ -98,9 +122,9 @@ def importance_table(search: SearchState) -> WandbTable:
 def front_table(search: SearchState) -> WandbTable:
     paths, metrics = parameters(search), [metric for metric, _ in search.objectives]
     rows = [
-        [trial.name, *map(trial.values.get, metrics), *map(trial.present.get, paths)]
+        [trial.name, *map(trial.values.get, metrics), *map(trial.final_values.get, paths)]
         for trial in search.ranked
-        if trial.name in search.front
+        if trial.name in search.pareto_front
     ]
     return table(["trial", *metrics, *paths], rows)
 
@@ -114,7 +138,7 @@ def funnel_table(state: RunState, search: SearchState) -> WandbTable:
                 levels = list(funnel_levels(stages, dataset))
                 if len(levels) > 1:  # a single level: the dataset is not filtered
                     rows += [[which, trial.name, dataset.name, one.label, one.rows, one.corrupted] for one in levels]
-    return table(["which", "trial", "dataset", "step", "rows", "planted"], rows)
+    return table(["which", "trial", "dataset", "step", "rows", "injected_corruption"], rows)
 
 
 def samples_table(search: SearchState) -> WandbTable:
@@ -126,12 +150,17 @@ def samples_table(search: SearchState) -> WandbTable:
             samples = stage.facts.get("samples")
             if stage.kind != "select" or not isinstance(samples, Mapping) or not _is_searched(search, stage, trials):
                 continue
-            for decile in listed(samples.get("deciles")):
-                for key, verdict in (("kept_rows", "kept"), ("dropped_rows", "dropped")):
-                    for row in listed(decile.get(key)):
-                        cells = [samples.get("score"), row.get("score"), row.get("planted"), row.get("text")]
-                        rows.append([which, trial.name, stage.name, verdict, *cells])
-    return table(["which", "trial", "filter", "verdict", "score name", "score", "planted", "text"], rows)
+            for decile in mappings_in(samples.get("deciles")):
+                for key, outcome in (("kept_rows", "kept"), ("dropped_rows", "dropped")):
+                    for row in mappings_in(decile.get(key)):
+                        cells = [
+                            samples.get("score"),
+                            row.get("score"),
+                            row.get("injected_corruption"),
+                            row.get("text"),
+                        ]
+                        rows.append([which, trial.name, stage.name, outcome, *cells])
+    return table(["which", "trial", "filter", "outcome", "score name", "score", "injected_corruption", "text"], rows)
 
 
 def _metrics(search: SearchState) -> list[str]:

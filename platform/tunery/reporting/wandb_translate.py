@@ -321,7 +321,7 @@ class Translator:
             return []
         details = {key: event[key] for key in ("origin", "of") if event.get(key)}
         origin = str(event.get("origin") or "")
-        tags = (origin,) if origin not in ("", "drawn") else ()
+        tags = (origin,) if origin not in ("", "sampled") else ()
         self._pending[id] = [Open(id, trial, "trial", {**overrides, **details}, tags)]
         return []
 

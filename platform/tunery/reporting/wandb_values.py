@@ -66,11 +66,11 @@ def histograms(facts: Mapping[str, Any], prefix: str = "") -> dict[str, HistoryV
     result: dict[str, HistoryValue] = {}
     for name, value in facts.items():
         if _is_histogram(value):
-            edges, counts, corrupted = ([*value.get(key, ())] for key in ("edges", "counts", "planted"))
+            edges, counts, corrupted = ([*value.get(key, ())] for key in ("edges", "counts", "corrupted"))
             if counts and len(edges) == len(counts) + 1:
                 result[f"{prefix}{name}"] = Histogram(edges, counts)
                 if any(corrupted) and len(corrupted) == len(counts):
-                    result[f"{prefix}{name}_planted"] = Histogram(edges, corrupted)
+                    result[f"{prefix}{name}_corrupted"] = Histogram(edges, corrupted)
         elif isinstance(value, Mapping):
             result |= histograms(value, f"{prefix}{name}.")
     return result

@@ -102,8 +102,8 @@ def _parse_line(path: Path, number: int, line: bytes) -> tuple[str, Decision | N
     if not isinstance(id, str) or not id or (decision is not None and decision not in DECISIONS):
         excerpt = line[:120].decode(errors="replace").strip()
         raise BadDecisions(
-            f"{path}:{number}: `{excerpt}` is no decision",
-            cause='a line is {"id": "<the row\'s id>", "decision": "keep" or "drop", or null to take it back}',
+            f"{path}:{number}: `{excerpt}` is not a decision",
+            cause='a line is {"id": "<the row\'s id>", "decision": "keep" or "drop", or null to revoke it}',
             remedy="correct the line or remove it",
         )
     return id, cast("Decision | None", decision), bool(undo)
@@ -122,7 +122,7 @@ class DecisionLog:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise BadDecisions(
-                f"{path} can't be written", cause=str(error), remedy="let `decisions` name a file in a folder of yours"
+                f"{path} can't be written", cause=str(error), remedy="set `decisions` to a file in a writable folder"
             ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class DecisionLog:
             os.close(self._file)
             raise BadDecisions(
                 f"{path} is being written by another `tunery review`",
-                remedy="go on in its page, or end it with Ctrl-C first",
+                remedy="continue in its page, or stop it with Ctrl-C",
             ) from None
         content = path.read_bytes()
         self.decisions, self._edits = replay(path, content)
@@ -190,7 +190,7 @@ def _read_workbook(path: Path) -> dict[str, Decision]:
             rows = list(_decision_cells(path, book))
     except (BadZipFile, InvalidFileException, ParseError, KeyError) as error:
         raise BadDecisions(
-            f"{path} is no .xlsx workbook", cause=str(error), remedy="save it as an Excel workbook (.xlsx)"
+            f"{path} is not an .xlsx workbook", cause=str(error), remedy="save it as an Excel workbook (.xlsx)"
         ) from None
     decisions: dict[str, Decision] = {}
     for sheet, number, id, cell in rows:
@@ -200,20 +200,20 @@ def _read_workbook(path: Path) -> dict[str, Decision]:
         decision = _DECISION_BY_TEXT.get(str(cell).strip().lower())
         if decision is None:
             raise BadDecisions(
-                f"{location}: `{cell}` is no decision",
+                f"{location}: `{cell}` is not a decision",
                 cause="a decision is keep or drop",
                 remedy="choose one, or empty the cell",
             )
         if not isinstance(id, str) or not id.strip():
             raise BadDecisions(
-                f"{location}: `{id}` is no row's id",
-                cause="the decision beside it belongs to no row; ids are text, and spreadsheets turn some into numbers",
-                remedy="undo what changed the column `id`, or write the workbook again with `tunery review --xlsx`",
+                f"{location}: `{id}` is not a row id",
+                cause="its decision belongs to no row; ids are text, and spreadsheets convert some to numbers",
+                remedy="restore the column `id`, or write the workbook again with `tunery review --xlsx`",
             )
         key = id.strip()
         if decisions.get(key, decision) != decision:
             raise BadDecisions(
-                f"{location}: `{cell}`, but `{decisions[key]}` above, for the row {key}",
+                f"{location}: `{cell}` contradicts `{decisions[key]}` above, for the row {key}",
                 remedy="remove one of the two",
             )
         decisions[key] = decision

@@ -1,6 +1,7 @@
 """The outcome of a filter for every input row, and the distance of each row from the threshold.
 
-The `planted` column is not read here: review items are built from these results and must not reveal corruption.
+The `injected_corruption` column is not read here: review items are built from these results and must not reveal which
+rows are corrupted.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class FilterResult:
     """Scores with their sign set so that lower is better; infinite for a row without a score."""
     signs: Mapping[str, float]
     """By score: 1 if lower is better, else -1."""
-    cuts: Mapping[str, float]
-    """By score: the threshold. Scores with a range are not included, because a range has two."""
+    thresholds: Mapping[str, float]
+    """Threshold by score. Scores with a range are not included, because a range has two."""
 
 
 def read_filter_results(selection: Artifact) -> FilterResult:
@@ -63,7 +64,7 @@ def read_filter_results(selection: Artifact) -> FilterResult:
     sources = [str(source or "") for piece in rows for source in piece["source"].to_pylist()]
     badness: dict[str, Floats] = {}
     signs: dict[str, float] = {}
-    cuts: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     keeps: dict[str, Keep] = {}
     for (score, config), rule_facts in zip(identity["keep"].items(), selection.facts["rules"], strict=True):
         if not any(config.get(name) is not None for name in KEEP_RULES):
@@ -84,7 +85,7 @@ def read_filter_results(selection: Artifact) -> FilterResult:
             badness[score] = _nan_to_inf(np.maximum(low - scores[score], scores[score] - high))
         else:
             badness[score] = _nan_to_inf(rule.badness(scores))
-            signs[score], cuts[score] = rule.sign, rule.sign * rule.threshold.max_badness
+            signs[score], thresholds[score] = rule.sign, rule.sign * rule.threshold.max_badness
         ranked = badness[score] if rule.keep.keep_fraction_of_rest is None else np.where(rest, badness[score], math.inf)
         distances.append(ranks_from_threshold(ranked, mask))
     combine_all = identity["combine"] == "all"
@@ -97,9 +98,9 @@ def read_filter_results(selection: Artifact) -> FilterResult:
         distance = np.where(~kept & (distance < 0), len(ids), distance)
     if [id for id, keep in zip(ids, kept, strict=True) if keep] != selected_ids:
         raise StoreError(
-            f"{selection.path} doesn't hold the rows that its rules keep of {scored.path}",
-            cause="one of the two was changed by hand, or another version of tunery made it",
-            remedy="move both away and give `tunery run` again",
+            f"{selection.path} does not have the rows that its rules keep from {scored.path}",
+            cause="one of them was modified, or built by another version of tunery",
+            remedy="remove both and run `tunery run` again",
         )
     return FilterResult(
         scored=scored.path,
@@ -110,7 +111,7 @@ def read_filter_results(selection: Artifact) -> FilterResult:
         scores=scores,
         badness=badness,
         signs=signs,
-        cuts=cuts,
+        thresholds=thresholds,
     )
 
 

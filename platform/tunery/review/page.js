@@ -1,36 +1,36 @@
-// The review page. Rows are hostile text: they become text nodes and nothing else, there is no innerHTML in this file.
+// The review page. Rows are untrusted text: they are only inserted as text nodes, never through innerHTML.
 "use strict";
 
-const LONG = 3000; // characters of a turn that are shown before "show all"
-// What is not seen or turns the text around it: controls, bidirectional overrides and isolates, zero-width marks.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u2028-\u202e\u2060-\u2069\ufeff]/;
+const MAX_CHARS = 3000; // characters of a message that are displayed before "show all"
+// Invisible characters: controls, bidirectional overrides and isolates, zero-width marks.
+const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u2028-\u202e\u2060-\u2069\ufeff]/;
 const $ = (id) => document.getElementById(id);
 
-let state = null; // as the server tells it
-let at = 0; // place of the row shown; state.ids.length: the end
-let shown = null; // id of the row whose content is on the page: only that one can be decided
-let working = Promise.resolve(); // one thing after another
-let said = ""; // id of the row that the line above the keys speaks of, when it isn't the one shown
+let state = null; // the last response of the server
+let position = 0; // index of the current row; state.ids.length: the end
+let displayedId = null; // id of the row on the page, the only one that can be decided
+let queue = Promise.resolve(); // tasks run one at a time
+let lastDecidedId = ""; // id of the row that the line above the keys describes, if not the displayed one
 const rows = new Map();
 
-async function ask(path, body) {
+async function request(path, body) {
   const options = body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   };
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, options);
+    response = await fetch(path, options);
   } catch {
-    throw new Error("The review was ended in the terminal. What you decided is saved; start it again to go on.");
+    throw new Error("The review server has stopped. Your decisions are saved; start it again to continue.");
   }
-  if (!answer.ok) throw new Error(await answer.text());
-  return answer.json();
+  if (!response.ok) throw new Error(await response.text());
+  return response.json();
 }
 
-// A promise of the row: one that is fetched ahead isn't asked for again.
+// Return a promise of the row; a prefetched row is not requested again.
 function row(id) {
   if (!rows.has(id)) {
-    const fetched = ask("rows/" + encodeURIComponent(id));
+    const fetched = request("rows/" + encodeURIComponent(id));
     fetched.catch(() => rows.delete(id));
     rows.set(id, fetched);
   }
@@ -38,16 +38,16 @@ function row(id) {
 }
 
 function element(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-function textInto(parent, text) {
+function appendText(parent, text) {
   let plain = "";
   for (const character of text) {
-    if (UNSEEN.test(character)) {
+    if (INVISIBLE.test(character)) {
       parent.append(plain, element("span", "mark", "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")));
       plain = "";
     } else plain += character;
@@ -61,24 +61,24 @@ function looksLikeCode(text) {
   return lines.length > 2 && indented > lines.length / 3;
 }
 
-function turnOf({ role, content, judged }) {
-  const turn = element("section", "turn " + (judged ? "judged" : "context"));
-  const names = { assistant: "answer", user: "question", "rejected assistant": "rejected answer" };
-  turn.append(element("h2", "", names[role] ?? role));
+function messageElement({ role, content, judged }) {
+  const message = element("section", "message " + (judged ? "judged" : "context"));
+  const names = { assistant: "response", user: "prompt", "rejected assistant": "rejected response" };
+  message.append(element("h2", "", names[role] ?? role));
   const body = element("div", "body");
   body.dir = "auto";
-  if (content) textInto(body, content.replaceAll("\r\n", "\n"));
+  if (content) appendText(body, content.replaceAll("\r\n", "\n"));
   else body.append(element("span", "empty", "empty"));
-  turn.append(body);
-  if (looksLikeCode(content)) turn.classList.add("code");
-  if (content.length > LONG) {
-    turn.classList.add("long");
+  message.append(body);
+  if (looksLikeCode(content)) message.classList.add("code");
+  if (content.length > MAX_CHARS) {
+    message.classList.add("long");
     const more = element("button", "more small", "Show all " + content.length.toLocaleString("en") + " characters");
     more.type = "button";
-    more.addEventListener("click", () => turn.classList.add("open"));
-    turn.append(more);
+    more.addEventListener("click", () => message.classList.add("open"));
+    message.append(more);
   }
-  return turn;
+  return message;
 }
 
 function number(value) {
@@ -86,21 +86,21 @@ function number(value) {
   return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
 }
 
-// What the filter did with a decided row, and the scores.
-function verdictInto(line, id) {
+// Describe the outcome of the filter for a decided row, and its scores.
+function renderOutcome(line, id) {
   const filter = state.filter[id];
   const decision = state.decided[id];
   line.replaceChildren();
   if (!filter) {
-    if (state.ids[at] !== undefined) line.append("Would you train on this row?");
+    if (state.ids[position] !== undefined) line.append("Would you train on this row?");
     return;
   }
   const past = { keep: "kept", drop: "dropped" };
-  if (id !== state.ids[at]) line.append("Last row: "); // not the one on the page, which nobody shall be told of yet
+  if (id !== state.ids[position]) line.append("Last row: "); // the outcome of the displayed row is hidden until it is decided
   if (decision) line.append("you ", element("b", decision, past[decision]), " it, ");
   line.append("the filter ", decision === filter.decision ? "did too" : element("b", filter.decision, past[filter.decision]));
   if (decision !== filter.decision) line.append(" it");
-  const scores = filter.scores.map((s) => s.name.replaceAll("_", " ") + " " + number(s.value) + ", cut " + number(s.cut));
+  const scores = filter.scores.map((s) => s.name.replaceAll("_", " ") + " " + number(s.value) + ", threshold " + number(s.threshold));
   if (scores.length) line.append(" (" + scores.join("; ") + ")");
 }
 
@@ -110,9 +110,9 @@ function counts() {
   return { total: state.ids.length, decided: decisions.length, kept, dropped: decisions.length - kept };
 }
 
-function frame() {
+function updateControls() {
   const { total, decided } = counts();
-  const id = state.ids[at];
+  const id = state.ids[position];
   document.title = decided + "/" + total + " " + state.stage;
   $("stage").textContent = state.stage;
   $("count").replaceChildren(element("b", "", String(decided)), " of " + total + " decided");
@@ -125,14 +125,14 @@ function frame() {
     $(name).setAttribute("aria-pressed", String(id !== undefined && state.decided[id] === name));
   }
   $("undo").disabled = state.undo === null;
-  $("back").disabled = at === 0;
-  $("forward").disabled = at >= total;
-  verdictInto($("verdict"), state.filter[id] ? id : said);
+  $("back").disabled = position === 0;
+  $("forward").disabled = position >= total;
+  renderOutcome($("outcome"), state.filter[id] ? id : lastDecidedId);
 }
 
 function finish() {
   const { total, decided, kept, dropped } = counts();
-  $("finished-title").textContent = decided === total ? "All " + total + " rows are decided." : total - decided + " rows are still open.";
+  $("finished-title").textContent = decided === total ? "All " + total + " rows are decided." : total - decided + " rows are not decided yet.";
   $("finished-counts").textContent = kept + " kept, " + dropped + " dropped.";
   const both = state.ids.filter((id) => state.decided[id]);
   const agreed = both.filter((id) => state.decided[id] === state.filter[id].decision).length;
@@ -142,43 +142,43 @@ function finish() {
   $("file").textContent = state.file;
 }
 
-// `at` says which row; what is on the page follows.
+// Display the row at `position`.
 async function show() {
-  const id = state.ids[at];
+  const id = state.ids[position];
   if (id === undefined) {
-    shown = null;
+    displayedId = null;
     $("row").hidden = true;
     $("finished").hidden = false;
     finish();
-    frame();
+    updateControls();
     return;
   }
-  if (id !== shown) {
+  if (id !== displayedId) {
     const content = await row(id);
-    $("row").replaceChildren(...content.turns.map(turnOf));
-    shown = id;
+    $("row").replaceChildren(...content.messages.map(messageElement));
+    displayedId = id;
     $("row").hidden = false;
     $("finished").hidden = true;
     window.scrollTo(0, 0);
-    const next = openAfter(at);
-    if (state.ids[next]) row(state.ids[next]).catch(() => {}); // told when it is shown
+    const next = nextUndecided(position);
+    if (state.ids[next]) row(state.ids[next]).catch(() => {}); // reported when the row is displayed
   }
-  frame();
+  updateControls();
 }
 
-// The nearest open row after `place`, or before it, or the end.
-function openAfter(place) {
+// Return the position of the next undecided row after `start`, cyclically; the end if all are decided.
+function nextUndecided(start) {
   const ids = state.ids;
   for (let step = 1; step <= ids.length; step++) {
-    const candidate = (place + step) % ids.length;
+    const candidate = (start + step) % ids.length;
     if (!state.decided[ids[candidate]]) return candidate;
   }
   return ids.length;
 }
 
-function work(task) {
+function enqueue(task) {
   document.body.setAttribute("aria-busy", "true");
-  const mine = working.then(async () => {
+  const result = queue.then(async () => {
     try {
       await task();
       $("problem").hidden = true;
@@ -186,47 +186,47 @@ function work(task) {
       $("problem").textContent = error.message;
       $("problem").hidden = false;
     }
-    if (working === mine) document.body.setAttribute("aria-busy", "false");
+    if (queue === result) document.body.setAttribute("aria-busy", "false");
   });
-  working = mine;
+  queue = result;
 }
 
-// About the row that is on the page when the key goes down: a second press before the next row is there is about none.
+// Decide on the row that is displayed at the key press; a second press before the next row is displayed has no effect.
 function decide(decision) {
-  const id = shown;
-  work(async () => {
-    if (id === null || id !== shown || id !== state.ids[at]) return;
-    state = await ask("decide", { id, decision });
-    said = id;
-    at = openAfter(at);
+  const id = displayedId;
+  enqueue(async () => {
+    if (id === null || id !== displayedId || id !== state.ids[position]) return;
+    state = await request("decide", { id, decision });
+    lastDecidedId = id;
+    position = nextUndecided(position);
     await show();
   });
 }
 
-const undo = () => work(async () => {
+const undo = () => enqueue(async () => {
   if (!state || state.undo === null) return;
-  state = await ask("undo", {});
-  said = "";
-  if (state.undone !== null) at = state.ids.indexOf(state.undone);
+  state = await request("undo", {});
+  lastDecidedId = "";
+  if (state.undone !== null) position = state.ids.indexOf(state.undone);
   await show();
 });
 
-const move = (step) => work(async () => {
+const move = (step) => enqueue(async () => {
   if (!state) return;
-  at = Math.min(Math.max(0, at + step), state.ids.length);
-  said = "";
+  position = Math.min(Math.max(0, position + step), state.ids.length);
+  lastDecidedId = "";
   await show();
 });
 
-const refresh = (first) => work(async () => {
-  state = await ask("state");
-  if (first) at = state.ids.length && state.decided[state.ids[0]] ? openAfter(0) : 0;
+const refresh = (first) => enqueue(async () => {
+  state = await request("state");
+  if (first) position = state.ids.length && state.decided[state.ids[0]] ? nextUndecided(0) : 0;
   await show();
 });
 
 const KEYS = {
   k: () => decide("keep"), d: () => decide("drop"), u: undo, ArrowLeft: () => move(-1), ArrowRight: () => move(1),
-  e: () => document.querySelectorAll(".turn.long").forEach((turn) => turn.classList.add("open")),
+  e: () => document.querySelectorAll(".message.long").forEach((message) => message.classList.add("open")),
   "?": () => $("keys").showModal(),
 };
 
@@ -235,18 +235,18 @@ document.addEventListener("keydown", (event) => {
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
   event.preventDefault();
-  // A key held down moves, but decides once.
+  // A held key repeats moves, but not decisions.
   if (!event.repeat || event.key.startsWith("Arrow")) action();
 });
 for (const [name, action] of Object.entries({
   keep: () => decide("keep"), drop: () => decide("drop"), undo, back: () => move(-1), forward: () => move(1),
 })) {
   $(name).addEventListener("click", (event) => {
-    if (event.detail) event.currentTarget.blur(); // by a pointer: the space bar shall scroll on, not press it again
+    if (event.detail) event.currentTarget.blur(); // after a mouse click the space bar scrolls instead of pressing the button again
     action();
   });
 }
 $("help").addEventListener("click", () => $("keys").showModal());
-// Another tab may have decided meanwhile.
+// Another tab may have changed decisions.
 window.addEventListener("focus", () => { if (state) refresh(false); });
 refresh(true);

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunery.review.filter_results import FilterResult, read_reviewed_columns
 from tunery.review.sample import Sample
-from tunery.store.rows import Row, Turn, row_format
+from tunery.store.rows import Message, Row, row_format
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RowOutcome:
 
     keep: bool
     scores: Mapping[str, float]
-    cuts: Mapping[str, float]
+    thresholds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ReviewItem:
         return rendered
 
 
-def _render_message(message: Turn, role: str, judged: bool) -> dict[str, Any]:
+def _render_message(message: Message, role: str, judged: bool) -> dict[str, Any]:
     parts = [f"Reasoning:\n{reasoning}"] if (reasoning := message.get("reasoning_content")) else []
     parts += [message["content"]] if message["content"] else []
     for call in json.loads(message.get("tool_calls") or "[]"):
@@ -70,7 +70,7 @@ def review_items(filtered: FilterResult, sample: Sample) -> list[ReviewItem]:
             RowOutcome(
                 bool(filtered.kept[sampled.index]),
                 {score: float(values[sampled.index]) for score, values in filtered.scores.items()},
-                filtered.cuts,
+                filtered.thresholds,
             ),
         )
         for sampled in sample.rows

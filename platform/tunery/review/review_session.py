@@ -57,7 +57,7 @@ class ReviewSession:
     def row(self, id: str) -> dict[str, Any]:
         """Return the messages of a row. Raises UnknownRow."""
         item = self._find_item(id)
-        return {"id": item.id, "turns": item.messages}
+        return {"id": item.id, "messages": item.messages}
 
     def decide(self, id: str, decision: Decision) -> dict[str, Any]:
         """Return the new state once the decision is on disk. Raises UnknownRow, OSError."""
@@ -86,7 +86,7 @@ def _outcome_as_json(item: ReviewItem) -> dict[str, Any]:
     """A missing score is None, because JSON has no NaN."""
     outcome = item.outcome
     scores = [
-        {"name": name, "value": _finite_or_none(value), "cut": _finite_or_none(outcome.cuts[name])}
+        {"name": name, "value": _finite_or_none(value), "threshold": _finite_or_none(outcome.thresholds[name])}
         for name, value in outcome.scores.items()
     ]
     return {"decision": "keep" if outcome.keep else "drop", "scores": scores}

@@ -45,8 +45,8 @@ def run_review(context: StageContext) -> StageResult:
         raise StageError(
             context.name,
             f"{stage.decisions} has changed since this run began",
-            cause="somebody is reviewing; what is made now would not be what its fingerprint says",
-            remedy="give the same command again once the review is done",
+            cause="a review is in progress, and the result would not match its fingerprint",
+            remedy="run the same command again after the review",
         )
     kept = filtered.kept.copy()
     for index, id in enumerate(filtered.ids):
@@ -57,7 +57,7 @@ def run_review(context: StageContext) -> StageResult:
             context.name,
             f"no row of {len(kept):,} is left",
             cause=f"the filter kept {int(filtered.kept.sum()):,}, and {stage.decisions} drops all of them",
-            remedy="loosen the filter's rule, or look at the decisions again",
+            remedy="loosen the rule of the filter, or check the decisions",
         )
     rules = {line["id"]: line["rule"] for line in _read_jsonl(selection.path / "dropped.jsonl")}
     corruption_kinds: list[str | None] = []
@@ -67,7 +67,7 @@ def run_review(context: StageContext) -> StageResult:
 
         def kept_rows() -> Iterator[Row]:
             for index, row in enumerate(read_rows(filtered.scored)):
-                corruption_kinds.append(row["planted"])
+                corruption_kinds.append(row["injected_corruption"])
                 if row["id"] in decisions:
                     labelled.setdefault(row["id"], {**row, "label": decisions[row["id"]] == "keep"})
                 if kept[index]:
@@ -93,7 +93,7 @@ def run_review(context: StageContext) -> StageResult:
             "removed": int((~kept & filtered.kept).sum()),
             **compare(filtered, sample, decisions),
             "decisions_about_other_rows": len(all_decisions) - len(decisions),
-            "planted": filter_quality(~kept, None, known_kinds) if len(known_kinds) == len(kept) else None,
+            "injected_corruption": filter_quality(~kept, None, known_kinds) if len(known_kinds) == len(kept) else None,
         }
     )
 
@@ -101,9 +101,9 @@ def run_review(context: StageContext) -> StageResult:
 def compare(filtered: FilterResult, sample: Sample, decisions: Mapping[str, Decision]) -> dict[str, Any]:
     """Compare filter and reviewer on the decided rows; each distinct row counts once.
 
-    Facts: asked (sample size), answered (sampled rows with a decision), agreement, strata (of the sample), thresholds.
-    Decided rows outside the sample (from a sample of another threshold or size) count for agreement and thresholds, but
-    not for strata.
+    Facts: sampled (sample size), sampled_decided (sampled rows with a decision), agreement, strata (of the sample),
+    thresholds. Decided rows outside the sample (from a sample of another threshold or size) count for agreement and
+    thresholds, but not for strata.
     """
     first_index: dict[str, int] = {}
     for index, id in enumerate(filtered.ids):
@@ -112,11 +112,11 @@ def compare(filtered: FilterResult, sample: Sample, decisions: Mapping[str, Deci
     indices = np.array(list(first_index.values()), dtype=int)
     person_keeps = np.array([decisions[id] == "keep" for id in first_index], dtype=bool)
     return {
-        "asked": len(sample.rows),
-        "answered": sum(row.id in decisions for row in sample.rows),
+        "sampled": len(sample.rows),
+        "sampled_decided": sum(row.id in decisions for row in sample.rows),
         "agreement": agreement(filtered.kept[indices], person_keeps),
         "strata": _strata_facts(filtered.kept, sample, decisions),
-        "thresholds": [_threshold_facts(filtered, score, indices, person_keeps) for score in filtered.cuts],
+        "thresholds": [_threshold_facts(filtered, score, indices, person_keeps) for score in filtered.thresholds],
     }
 
 
@@ -134,8 +134,8 @@ def _strata_facts(kept: Bools, sample: Sample, decisions: Mapping[str, Decision]
             {
                 "name": name,
                 "rows": sample.available[stratum],
-                "asked": sampled[stratum],
-                "answered": decided[stratum],
+                "sampled": sampled[stratum],
+                "decided": decided[stratum],
                 "agreement": agreed[stratum] / decided[stratum] if decided[stratum] else None,
             }
         )
@@ -146,13 +146,13 @@ def _threshold_facts(filtered: FilterResult, score: str, indices: Any, person_ke
     """Return the best threshold in units of the score, as for `keep: {<score>: {threshold: ..}}`, and the agreement at
     the current threshold of this score alone for comparison."""
     sign = filtered.signs[score]
-    badness, current = filtered.badness[score][indices], sign * filtered.cuts[score]
+    badness, current = filtered.badness[score][indices], sign * filtered.thresholds[score]
     best = best_threshold(badness, person_keeps, current)
     finite = badness[np.isfinite(badness)] * sign
     return {
         "score": score,
-        "cut": filtered.cuts[score],
-        "agreement_at_cut": float(((badness <= current) == person_keeps).mean()),
+        "current_threshold": filtered.thresholds[score],
+        "current_agreement": float(((badness <= current) == person_keeps).mean()),
         "threshold": None if best is None else sign * best.value,
         "agreement": None if best is None else best.agreement,
         "beyond_reviewed": None if best is None else best.at_edge,
@@ -166,16 +166,15 @@ def _nothing_decided_error(
 ) -> StageError:
     if num_other_decisions:
         cause = (
-            f"the {num_other_decisions:,} decisions in {stage.decisions} are about other rows than those of "
-            f"`{stage.data}`"
+            f"the {num_other_decisions:,} decisions in {stage.decisions} are for rows that are not in `{stage.data}`"
         )
     else:
         cause = f"there are no decisions in {stage.decisions} yet"
     return StageError(
         context.name,
-        f"nobody has decided on its rows yet ({sample_size:,} wait)",
+        f"none of its {sample_size:,} sampled rows has a decision",
         cause=cause,
-        remedy=f"look at them with `{context.command('review', context.name)}`, then give this command again",
+        remedy=f"review them with `{context.command('review', context.name)}`, then run this command again",
     )
 
 

@@ -113,12 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Validate the Host header and the token, and return the parts of the path after the token."""
         host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         if host not in HOSTS:
-            raise _HttpError(HTTPStatus.FORBIDDEN, "this page is for this machine alone")
+            raise _HttpError(HTTPStatus.FORBIDDEN, "this page is only available on this machine")
         parts = urlsplit(self.path).path.split("/")[1:]
         if not hmac.compare_digest(parts[0].encode() if parts else b"", self.server.token.encode()):
-            raise _HttpError(HTTPStatus.FORBIDDEN, "the address lacks its token: open the one that the terminal shows")
+            raise _HttpError(
+                HTTPStatus.FORBIDDEN, "the address has no valid token: open the address shown in the terminal"
+            )
         if len(parts) == 1:
-            raise _HttpError(HTTPStatus.NOT_FOUND, "the address ends in /")
+            raise _HttpError(HTTPStatus.NOT_FOUND, "add a / at the end of the address")
         return [unquote(part) for part in parts[1:]]
 
     def _get(self, path: list[str]) -> tuple[str, bytes]:
@@ -130,12 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return _as_json(self.server.session.state())
             case ["rows", id]:
                 return _as_json(self.server.session.row(id))
-        raise _HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
+        raise _HttpError(HTTPStatus.NOT_FOUND, "not found")
 
     def _post(self, path: list[str]) -> tuple[str, bytes]:
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
-            raise _HttpError(HTTPStatus.FORBIDDEN, "another page may not decide")
+            raise _HttpError(HTTPStatus.FORBIDDEN, "requests from other pages are rejected")
         body = self._body()
         match path:
             case ["decide"]:
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return _as_json(self.server.session.decide(id, decision))
             case ["undo"]:
                 return _as_json(self.server.session.undo())
-        raise _HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
+        raise _HttpError(HTTPStatus.NOT_FOUND, "not found")
 
     def _body(self) -> dict[str, Any]:
         if self.headers.get_content_type() != "application/json":  # a cross-site form can't send this type
@@ -153,14 +155,15 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             raise _HttpError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {MAX_BODY_BYTES} bytes, and say how many"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length header",
             )
         try:
             body = json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise _HttpError(HTTPStatus.BAD_REQUEST, "this is no JSON") from None
+            raise _HttpError(HTTPStatus.BAD_REQUEST, "the body is not valid JSON") from None
         if not isinstance(body, dict):
-            raise _HttpError(HTTPStatus.BAD_REQUEST, "send an object")
+            raise _HttpError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
         return body
 
 

@@ -24,7 +24,7 @@ from tunery.review.review_items import ReviewItem
 
 MAX_CELL_CHARS = 32_000
 """Excel's limit is 32,767."""
-WIDTHS = {"id": 19, "question": 50, "answer": 75, "text": 100, "rejected": 60, "decision": 12, "filter": 10}
+WIDTHS = {"id": 19, "prompt": 50, "response": 75, "text": 100, "rejected": 60, "decision": 12, "filter": 10}
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 """Characters that XML 1.0 cannot represent."""
 LINE_HEIGHT, MAX_ROW_HEIGHT = 15, 300
@@ -44,7 +44,7 @@ def write_workbook(
     assert isinstance(sheet, Worksheet), "a new workbook has a sheet"
     sheet.title = SHEET
     texts = [_text_cells(item) for item in items]
-    columns = [name for name in ("text", "question", "answer", "rejected") if any(name in text for text in texts)]
+    columns = [name for name in ("text", "prompt", "response", "rejected") if any(name in text for text in texts)]
     outcomes = [{"id": item.id, **_outcome_cells(item)} for item in items]
     extra = [name for name in (outcomes[0] if outcomes else {}) if name != "id"] if show_filter else []
     lines = [
@@ -54,7 +54,7 @@ def write_workbook(
     _write_sheet(sheet, ["id", *columns, *extra, "decision"], lines)
     _add_decision_choices(sheet, len(columns) + len(extra) + 2, len(items))
     if not show_filter:
-        hidden = book.create_sheet("filter, for afterwards")
+        hidden = book.create_sheet("filter results")
         _write_sheet(hidden, list(outcomes[0]) if outcomes else ["id"], outcomes)
         hidden.sheet_state = "hidden"
     temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
@@ -63,19 +63,19 @@ def write_workbook(
 
 
 def _text_cells(item: ReviewItem) -> dict[str, str]:
-    """Return {"text"}, or {"question", "answer"} and, for a preference pair, {"rejected"}."""
+    """Return {"text"}, or {"prompt", "response"} and, for a preference pair, {"rejected"}."""
     messages = item.messages
     if messages[0]["role"] == "text":
         return {"text": messages[0]["content"]}
     prompt = [message for message in messages if not message["judged"]] or messages
     if len(prompt) == 1:
-        question = prompt[0]["content"]
+        prompt_text = prompt[0]["content"]
     else:
-        question = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt_text = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     judged = [message for message in messages if message["judged"] and message not in prompt]
-    responses = {"answer": [message for message in judged if not message["role"].startswith("rejected ")]}
-    responses["rejected"] = [message for message in judged if message not in responses["answer"]]
-    return {"question": question} | {
+    responses = {"response": [message for message in judged if not message["role"].startswith("rejected ")]}
+    responses["rejected"] = [message for message in judged if message not in responses["response"]]
+    return {"prompt": prompt_text} | {
         name: "\n\n".join(message["content"] for message in response)
         for name, response in responses.items()
         if response

@@ -61,7 +61,7 @@ def run_scoring(context: StageContext) -> StageResult:
     started = time.time()
     run = f"{os.getpid()}-{time.time_ns()}"
     passes = list(_plan_passes(context, stage, run))
-    counts: dict[str, float] = {"scored": 0, "known": 0, "resumed": 0, "seconds": 0}
+    counts: dict[str, float] = {"scored": 0, "cached": 0, "resumed": 0, "seconds": 0}
     total = len(passes) * int(context.inputs[stage.data].facts["rows"])
     context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
     done = 0
@@ -82,7 +82,7 @@ def run_scoring(context: StageContext) -> StageResult:
     if facts["rows"] != facts["rows_out"] or facts["rows_out"] + num_quarantined != rows_in:
         raise RowCountError(
             context.name,
-            f"{rows_in} rows went in; {facts['rows']} came out with {facts['rows_out']} scores, "
+            f"{rows_in} input rows; {facts['rows']} output rows, {facts['rows_out']} rows with scores, "
             f"{num_quarantined} in quarantine",
         )
     facts["rows_in"] = rows_in
@@ -90,7 +90,7 @@ def run_scoring(context: StageContext) -> StageResult:
         {**facts, "quarantined": num_quarantined, "quarantine": quarantine_facts(context.out / "quarantine.jsonl")},
         {
             "rows_scored": int(counts["scored"]),
-            "rows_known": int(counts["known"]),
+            "rows_cached": int(counts["cached"]),
             "rows_resumed": int(counts["resumed"]),
             "tokens_per_second": facts["tokens"] / seconds,
             "rows_per_second": facts["rows_out"] / seconds,
@@ -195,8 +195,8 @@ def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: S
                 )
                 columns.setdefault("id", result["id"])
                 if result["id"] != columns["id"]:
-                    raise RowCountError(context.name, f"the scores of {path.name} are not those of its rows")
-                reasons = score_pass.folder / f"{path.stem}.lost.json"
+                    raise RowCountError(context.name, f"the scores of {path.name} do not belong to its rows")
+                reasons = score_pass.folder / f"{path.stem}.failed.json"
                 if reasons.is_file():
                     failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}
                 new = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
@@ -208,7 +208,7 @@ def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: S
                         context.name,
                         f"two scores have a column `{duplicates[0]}`",
                         cause="a column that explains a score is named `<score>_<column>`",
-                        remedy="give the score of that name another `name`",
+                        remedy="give one of the two scores another `name`",
                     )
                 columns |= dict(new)
             scores = pa.table(columns)
@@ -266,7 +266,7 @@ def _cache_scores(context: StageContext, score_pass: ScorePass) -> None:
     for score, cache_dir in score_pass.cache_dirs.items():
         num_new = 0
         for path in sorted(score_pass.folder.glob("part-*.parquet")):
-            known = pq.read_table(path, columns=[f"known:{score}"])[0].to_numpy()
+            known = pq.read_table(path, columns=[f"cached:{score}"])[0].to_numpy()
             num_new += int((~known).sum())
         if num_new:
             ScoreCache(cache_dir).add(context.out.parent.name, _new_scores(score_pass, score), num_new)
@@ -274,7 +274,7 @@ def _cache_scores(context: StageContext, score_pass: ScorePass) -> None:
 
 def _new_scores(score_pass: ScorePass, score: str) -> Iterator[pa.Table]:
     for path in sorted(score_pass.folder.glob("part-*.parquet")):
-        flags = pq.read_table(path, columns=[f"known:{score}", "lost"])
+        flags = pq.read_table(path, columns=[f"cached:{score}", "failed"])
         table = _read_scores(path, [score]).filter(pc.invert(pc.or_(flags[0], flags[1])))
         columns: dict[str, Any] = {"id": pa.array(ids_to_uint64(to_str_list(table["id"])))}
         names = [name for name in table.column_names if name != "id"]

@@ -148,7 +148,7 @@ def _row_scorer(spec: ScorerSpec, inputs: dict[str, Path]) -> RowScorer:
 
 
 def _score_shards(batch: dict[str, Any], score_pass: ScorePass, score: ScoreFn) -> dict[str, Any]:
-    """{"shard": [path]} -> {"shard", "rows", "scored", "known", "lost", "seconds"}, one entry per shard."""
+    """{"shard": [path]} -> {"shard", "rows", "scored", "cached", "failed", "seconds"}, one entry per shard."""
     counts: list[dict[str, float]] = []
     for shard, crashes in zip(batch["shard"], batch.get("crashes", [None] * len(batch["shard"])), strict=True):
         start = time.time()

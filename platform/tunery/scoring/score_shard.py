@@ -57,14 +57,14 @@ class ScorePass:
 
 
 def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int | None = None) -> dict[str, int]:
-    """Score the rows of `shard`; return the number of rows scored, cached ("known") and quarantined ("lost").
-    `crashes`: how many workers died over this shard in this run; None if every earlier attempt ended with a crash.
+    """Score the rows of `shard`; return the number of rows scored, cached, and quarantined ("failed"). `crashes`: how
+    many workers crashed on this shard in this run; None if every earlier attempt ended with a crash.
 
-    Writes `<shard>.parquet` (id, the columns of each score, known:<score>, lost) and, if rows were quarantined,
-    `<shard>.lost.json`.
+    Writes `<shard>.parquet` (id, the columns of each score, cached:<score>, failed) and, if rows were quarantined,
+    `<shard>.failed.json`.
     """
-    # `planted` is the ground truth that filters are evaluated on, so no scorer may read it.
-    names = [name for name in pq.read_schema(shard).names if name != "planted"]
+    # `injected_corruption` is the ground truth that filters are evaluated on, so no scorer may read it.
+    names = [name for name in pq.read_schema(shard).names if name != "injected_corruption"]
     table = pq.read_table(shard, columns=names)
     journal = _Journal(score_pass.folder / f"{shard.stem}.journal", score_pass.run, crashes)
     failures: dict[int, str] = {}
@@ -73,7 +73,7 @@ def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int
         for start in range(0, max(1, len(table)), CHUNK_ROWS)
     ]
     if failures:
-        (score_pass.folder / f"{shard.stem}.lost.json").write_text(json.dumps(failures))
+        (score_pass.folder / f"{shard.stem}.failed.json").write_text(json.dumps(failures))
     path = score_pass.folder / shard.name
     temporary_path = path.with_suffix(".tmp")
     pq.write_table(_concat([chunk for chunk, _ in chunks]), temporary_path)
@@ -83,8 +83,8 @@ def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int
     return {
         "rows": len(table),
         "scored": num_uncached - len(failures),
-        "known": len(table) - num_uncached,
-        "lost": len(failures),
+        "cached": len(table) - num_uncached,
+        "failed": len(failures),
     }
 
 
@@ -116,8 +116,8 @@ def _score_chunk(
                 new[name].append((indices, scored[name]))
     for name in score_pass.scores:
         columns |= _merge(name, len(rows), cached.get(name), np.flatnonzero(~is_missing[name]), new[name])
-        columns[f"known:{name}"] = pa.array(~is_missing[name])
-    columns["lost"] = pa.array([start + index in failures for index in range(len(rows))], pa.bool_())
+        columns[f"cached:{name}"] = pa.array(~is_missing[name])
+    columns["failed"] = pa.array([start + index in failures for index in range(len(rows))], pa.bool_())
     return pa.table(columns), sum(len(group) for group in groups.values())
 
 
@@ -142,7 +142,7 @@ def _score_rows(
     for index in indices:
         shard_index = start + index
         if journal.crashes_by_row[shard_index]:
-            failures[shard_index] = f"its worker died {journal.num_crashes} times, in the end over this row alone"
+            failures[shard_index] = f"its worker crashed {journal.num_crashes} times, the last time on this row alone"
             continue
         journal.write(f"row {shard_index}")
         try:
@@ -161,9 +161,9 @@ def _all_failed_error(first: Row, reason: str, scores: Sequence[str], error: Exc
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return error
     return TuneryError(
-        f"none of {MAX_CONSECUTIVE_FAILURES} rows one after the other can be scored ({', '.join(scores)})",
+        f"{MAX_CONSECUTIVE_FAILURES} consecutive rows could not be scored ({', '.join(scores)})",
         cause=f"row {first['id']} ({first['source']}, line {first['line']}): {reason}",
-        remedy="correct the stage's `by`, or the rows where the cause lies in them; then the same command resumes",
+        remedy="correct the `by` of the stage, or these rows; then run the same command again: it resumes",
     )
 
 

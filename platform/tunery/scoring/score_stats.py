@@ -160,7 +160,7 @@ def _read_corruption_kinds(artifact: Path) -> list[str] | None:
     """Return the kind of corruption of each row ("" for an intact row), or None if it is unknown for some row."""
     kinds: list[str] = []
     for path in shards(artifact):
-        shard_kinds = pq.read_table(path, columns=["planted"])[0].to_pylist()
+        shard_kinds = pq.read_table(path, columns=["injected_corruption"])[0].to_pylist()
         if None in shard_kinds:
             return None
         kinds += cast(list[str], shard_kinds)

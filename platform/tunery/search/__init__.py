@@ -1,1 +1,1 @@
-"""Ray Tune over an experiment: the space, the trial, and the search as a whole."""
+"""Hyperparameter search over an experiment with Ray Tune."""

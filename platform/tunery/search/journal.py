@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 PROGRESS = ("steps", "tokens", "rows")
 """Progress counters of a trial."""
-Origin = Literal["first", "drawn", "added", "cloned", "descendant", "replicate"]
+Origin = Literal["initial", "sampled", "added", "cloned", "pbt_child", "replicate"]
 
 
 @dataclass(frozen=True)

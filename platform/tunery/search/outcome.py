@@ -23,12 +23,10 @@ def search_facts(search: Search, records: Sequence[JournalRecord], ended_by: str
     """Return the facts of the search artifact.
 
     trials: best first, replicates last; each {trial, overrides, origin, of, state, value (the metric or the weighted
-    sum; None if missing), values {metric: number}, feasible, steps, tokens, rows, seconds, error}.
-    best: the winner; None if no trial finished.
-    standings: for replicated trials the mean over seeds, half of its 95% confidence interval, and the values.
-    ties: trials whose mean does not differ significantly from the winner's.
-    front: the Pareto front.
-    ended_by: why the search ended early.
+    sum; None if missing), values {metric: number}, feasible, steps, tokens, rows, seconds, error}. best: the winner;
+    None if no trial finished. standings: for replicated trials the mean over seeds, half of its 95% confidence
+    interval, and the values. ties: trials whose mean does not differ significantly from the winner's. pareto_front: the
+    Pareto front. ended_by: why the search ended early.
     """
     trials = sorted((_trial_facts(search, record) for record in records), key=lambda trial: rank_key(search, trial))
     originals = [trial for trial in trials if trial["origin"] != "replicate"]
@@ -49,11 +47,11 @@ def search_facts(search: Search, records: Sequence[JournalRecord], ended_by: str
         "trials": [*originals, *replicates],
         "best": best,
         "standings": [
-            {"trial": item.trial, "mean": item.mean, "half": item.ci_half_width, "values": list(item.values)}
+            {"trial": item.trial, "mean": item.mean, "ci_half_width": item.ci_half_width, "values": list(item.values)}
             for item in stats
         ],
         "ties": [] if winner is None else statistical_ties(winner, stats, groups),
-        "front": sorted(pareto_front(search, originals)),
+        "pareto_front": sorted(pareto_front(search, originals)),
         "ended_by": ended_by,
     }
 

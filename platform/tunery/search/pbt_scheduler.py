@@ -21,7 +21,7 @@ class PbtScheduler(FIFOScheduler):  # type: ignore[misc]
     """`checkpoint_dir` has the checkpoints of the members, by trial.
 
     `time_share` is set if not all members can run at once: a member that has reported the undecided evaluation is
-    paused. Otherwise it continues up to the next evaluation; only replaced members, a few, do that work in vain.
+    paused. Otherwise it continues up to the next evaluation; only the work of the few replaced members is lost.
     """
 
     def __init__(self, population: Population, control: SearchControl, checkpoint_dir: Path, time_share: bool) -> None:

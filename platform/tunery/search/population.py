@@ -28,7 +28,7 @@ PERTURBATION_FACTORS = (0.8, 1.2)
 RESAMPLE_PROBABILITY = 0.25
 """Probability that a value is sampled again instead of perturbed."""
 MAX_RETRIES = 20
-INITIAL_ORIGINS = ("first", "drawn")
+INITIAL_ORIGINS = ("initial", "sampled")
 """Origins of the initial members of a population."""
 
 

@@ -94,7 +94,7 @@ class Queue(Searcher):  # type: ignore[misc]
             if point is None:
                 self._exhausted = True
             elif trial_id(point) not in self._journal.records:  # the same point may have been requested
-                start = self._record_start(point, "first" if initial else "drawn", number=number)
+                start = self._record_start(point, "initial" if initial else "sampled", number=number)
                 if self._population is not None:
                     self._population.add_member(start.trial, start.overrides)
                 return start
@@ -145,7 +145,7 @@ class Queue(Searcher):  # type: ignore[misc]
         self._population.decide()
         children, self._population.pending_children = self._population.pending_children, []
         for child in children:
-            self._enqueue(child.overrides, "descendant", child.source, child.source_step)
+            self._enqueue(child.overrides, "pbt_child", child.source, child.source_step)
         return bool(children)
 
     def _apply_request(self, request: dict[str, Any]) -> None:

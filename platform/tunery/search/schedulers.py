@@ -68,7 +68,7 @@ def build_scheduler(search: Search, max_progress: float, journal: Journal) -> Tr
 
 @dataclass(frozen=True)
 class _EndedTrial:
-    """Stand-in for Tune's Trial. The schedulers only read its id and use it as a dictionary key."""
+    """Replaces Tune's Trial for an ended trial: the schedulers only read its id and use it as a dictionary key."""
 
     trial_id: str
 

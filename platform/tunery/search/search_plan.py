@@ -25,8 +25,8 @@ MAX_PLANNED_TRIALS = 200
 class SearchPlan:
     trials: int
     num_examined: int
-    """Number of trials that the fields below describe. The points of tpe and nsga2 depend on results: random points
-    stand in for them."""
+    """Number of trials that the fields below describe. The points of tpe and nsga2 depend on results, so random points
+    are used instead."""
     max_concurrent: int
     concurrency_reason: str
     shared: list[str]
@@ -34,7 +34,7 @@ class SearchPlan:
     per_trial: dict[str, int]
     """Stages that differ between trials: number of distinct artifacts by stage."""
     cached: dict[str, int]
-    """How many of those are in the store."""
+    """Number of these artifacts in the store, by stage."""
     duplicates: list[list[str]]
     """Groups of trials with the same result."""
     packed: int

@@ -103,7 +103,7 @@ class TrialFunction:
 
     def _checkpoints(self, config: dict[str, Any]) -> dict[str, Path]:
         """Launcher fields of a member of a population: where it saves checkpoints, and which one it starts from."""
-        if self.checkpoint_dir is None or config["origin"] not in (*INITIAL_ORIGINS, "descendant"):
+        if self.checkpoint_dir is None or config["origin"] not in (*INITIAL_ORIGINS, "pbt_child"):
             return {}
         fields = {"checkpoint_dir": self.checkpoint_dir / config["trial"]}
         if config["since"]:

@@ -69,7 +69,7 @@ class TrialCommand:
     def _lines(self) -> Iterator[str]:
         for trial in self.trials:
             if self.command == "stop":
-                pending = self.listing.find(trial).state == "waiting"
+                pending = self.listing.find(trial).state == "pending"
                 yield f"{trial}: " + ("will not start" if pending else "ends after its current step")
             else:
                 origin = f"clone of {self.of}, " if self.of else ""
@@ -80,7 +80,7 @@ class TrialCommand:
                 f"`{self.listing.run}` is not running: the command is kept until `tunery run {self.listing.file}` "
                 "resumes it"
             )
-        elif self.listing.search_state == "not begun":
+        elif self.listing.search_state == "not started":
             yield "the search has not started: it applies the command when it starts"
         elif self.command != "stop":
             yield "it starts when a worker is free"
@@ -108,8 +108,8 @@ def trials(
         raise RequestError(
             f"the search of `{listing.run}` has ended",
             cause=f"it had {len(listing.trials)} trials",
-            remedy=f"raise `trials`, or change the space, in {listing.file}: that is another search, which reuses the "
-            "artifacts of this one",
+            remedy=f"raise `trials`, or change the space, in {listing.file}: this starts another search, which reuses "
+            "the artifacts of this one",
         )
     if stop:
         names = _open_trials(listing, words)
@@ -187,7 +187,7 @@ def _apply_overrides(experiment: Experiment, overrides: Values, changed: Sequenc
         first = error.errors()[0]
         keys = {str(key) for key in first["loc"]}
         invalid = [path for path in changed if {path.split(".")[0], path.split(".")[-1]} <= keys] or list(changed)
-        _reject({path: overrides[path] for path in invalid}, "", sentence(first), "give a value that the field takes")
+        _reject({path: overrides[path] for path in invalid}, "", sentence(first), "give a value that the field accepts")
 
 
 def _reject(values: Values, message: str, cause: str, remedy: str) -> NoReturn:

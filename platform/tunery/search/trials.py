@@ -18,7 +18,7 @@ from tunery.reporting.terminal_view import MARKS, STYLES, WIDE
 from tunery.search.space import trial_id
 from tunery.spec.error_messages import nearest
 
-OPEN = ("running", "stopping", "waiting")
+OPEN = ("running", "stopping", "pending")
 """States of trials that have not ended. stopping: a stop was requested, and the trial has not ended yet."""
 COLUMNS = ("trial", "state", "value", "progress", "time")
 
@@ -54,7 +54,7 @@ class Trials:
     mode: str
     planned: int
     search_state: str
-    """not begun, running, ended, or waiting: begun, but no process runs it at the moment."""
+    """not started, running, interrupted (started, but no process runs it) or ended."""
     owner: str
     """The process that runs it; "" if there is none."""
     trials: tuple[TrialRow, ...]
@@ -90,9 +90,9 @@ def trial_named(requested: str, known: Iterable[str], run: str) -> str:
         return matches[0]
     if matches:
         raise RequestError(
-            f"`{requested}` may be any of {len(matches)} trials of `{run}`",
+            f"`{requested}` matches {len(matches)} trials of `{run}`",
             cause=", ".join(matches),
-            remedy="give more of its name",
+            remedy="give a longer prefix",
         )
     cause = "" if names else "no trial has started"
     near = nearest(requested if requested.startswith("trial-") else f"trial-{requested}", names)
@@ -118,12 +118,18 @@ def list_trials(
     for request in requests:
         name = trial_id(request["overrides"])
         if all(trial.name != name for trial in rows):
-            trial_state = "stopped" if stop_requested(name) else "waiting"
+            trial_state = "stopped" if stop_requested(name) else "pending"
             fields = (dict(request["overrides"]), request["origin"], request["of"])
             rows.append(TrialRow(name, trial_state, None, 0, 0, "", None, *fields, error="", best=False))
     rows.sort(key=lambda trial: OPEN.index(trial.state) if trial.state in OPEN else len(OPEN))
     search_state = (
-        "ended" if search.finished else "not begun" if state.search is None else "running" if running else "waiting"
+        "ended"
+        if search.finished
+        else "not started"
+        if state.search is None
+        else "running"
+        if running
+        else "interrupted"
     )
     return Trials(
         state.run, state.file, search.value_name, search.mode, search.planned, search_state, owner, tuple(rows)
@@ -143,8 +149,8 @@ def _trial_row(
     trial: TrialState, search: SearchState, origin: tuple[str, str], stop_requested: bool, running: bool, now: float
 ) -> TrialRow:
     state: str = trial.status
-    if state in ("running", "waiting") and not (running and trial.status == "running"):
-        state = "stopped" if stop_requested else "waiting"  # a resumed search skips trials with a stop request
+    if state in ("running", "pending") and not (running and trial.status == "running"):
+        state = "stopped" if stop_requested else "pending"  # a resumed search skips trials with a stop request
     elif state == "running" and stop_requested:
         state = "stopping"
     stage = _metric_stage(trial, search.metric) or trial.current
@@ -170,7 +176,7 @@ def _trial_row(
 
 def _metric_stage(trial: TrialState, metric: str) -> StageState | None:
     """Return the training that the metric evaluates: `sft` for `sft.eval_loss` and for `eval.sft.heldout.loss`."""
-    started = {name: stage for name, stage in trial.stages.items() if stage.status != "waiting"}
+    started = {name: stage for name, stage in trial.stages.items() if stage.status != "pending"}
     return next((started[name] for name in metric.split(".") if name in started and started[name].points), None)
 
 
@@ -208,7 +214,7 @@ def _search_status(trials: Trials) -> str:
             return f"the search is running ({trials.owner})"
         case "ended":
             return "the search has ended"
-        case "waiting":
+        case "interrupted":
             return f"the search is not running: {command} resumes it"
     return (
         f"the search has not started: {trials.owner} is running the stages before it"

@@ -34,7 +34,7 @@ from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.store import Artifact, LeaseHeld, fingerprint
 
-VERSION = 2
+VERSION = 3
 """Part of the cache key; increased when a change makes a search choose other trials."""
 TUNE_ENV = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # a search resumes from its journal, not from Tune's experiment state
@@ -89,7 +89,7 @@ def run_search(
         ended_by=artifact.facts["ended_by"],
         standings=artifact.facts["standings"],
         ties=artifact.facts["ties"],
-        front=artifact.facts["front"],
+        pareto_front=artifact.facts["pareto_front"],
         best_fingerprints=_stage_cache_keys(experiment, run_context, best["overrides"]),
     )
     return artifact
@@ -127,8 +127,8 @@ def _effective_pack_size(experiment: Experiment, reasons: set[str]) -> int:
 
 
 def _unpackable_reasons(experiment: Experiment) -> set[str]:
-    """Reasons why trials cannot be packed; "" stands for trials that can. Trials differ: one choice of the space may
-    select an adapter that can be packed, another one that cannot."""
+    """Reasons why trials cannot be packed; "" for trials that can. Trials differ: one choice of the space may select an
+    adapter that can be packed, another one that cannot."""
     assert experiment.search is not None, "only a search has trials"
     searched = {path.split(".")[0] for path in experiment.search.space}
     reasons = set()

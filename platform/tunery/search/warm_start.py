@@ -10,7 +10,7 @@ from tunery.store import Store
 
 
 def earlier_trials(search: Search, store: Store) -> list[dict[str, Any]]:
-    """Return the ended trials, each once, of the runs in `warm_start` that were measured by the same metric."""
+    """Return the ended trials, each once, of the runs in `warm_start` that have the same metric."""
     trials: dict[str, dict[str, Any]] = {}
     for name in search.warm_start:
         for event in read_events(store.run(name) / "events"):

@@ -87,9 +87,9 @@ def select_diverse(
 ) -> Iterator[DiversityFilter]:
     """Select diverse rows; the temporary files of the filter exist until the context ends.
 
-    Facts: method, by, rule; candidates, without (rows that passed the rules but have no vector or score), wanted, kept,
-    too_similar; compared (candidates that coverage was measured on), cover of the selected rows and of as many `random`
-    ones, and chance_similarity, the similarity of random candidates (see coverage.py).
+    Facts: method, by, rule; candidates, missing (rows that passed the rules but have no vector or score), requested,
+    kept, too_similar; coverage_rows (candidates that coverage was measured on), coverage of the selected rows and of as
+    many `random` ones, and chance_similarity, the similarity of random candidates (see coverage.py).
     """
     folder = context.staging_dir / "diverse"
     shutil.rmtree(folder, ignore_errors=True)
@@ -104,8 +104,8 @@ def select_diverse(
             "by": spec.by,
             "rule": describe_diverse(spec),
             "candidates": count,
-            "without": int(len(is_candidate) - is_candidate.sum()),
-            "wanted": max_selected,
+            "missing": int(len(is_candidate) - is_candidate.sum()),
+            "requested": max_selected,
         }
         missing = "no embedding" if spec.score is None else f"no embedding or no {spec.score}"
         diversity = DiversityFilter(candidates, is_candidate, is_selected, missing, facts)
@@ -197,8 +197,8 @@ def _count_too_similar(greedy: GreedySelection) -> int:
 def _coverage_facts(candidates: Candidates, selected: Indices) -> dict[str, Any]:
     sample = strided_sample(candidates, len(selected))
     return {
-        "compared": len(sample),
-        "cover": coverage(candidates, sample, selected),
+        "coverage_rows": len(sample),
+        "coverage": coverage(candidates, sample, selected),
         "random": coverage(candidates, sample, _random_sample(candidates, len(selected))),
         "chance_similarity": chance_similarity(candidates),
     }

@@ -42,14 +42,13 @@ class Rule:
     def as_facts(self) -> dict[str, Any]:
         """Return the entry of this rule in the facts of a select artifact."""
         if self.keep.range is not None:
-            cuts = [end for end in self.keep.range if end is not None]
+            thresholds = [end for end in self.keep.range if end is not None]
         else:
-            cuts = [self.sign * self.threshold.max_badness] if np.isfinite(self.threshold.max_badness) else []
+            thresholds = [self.sign * self.threshold.max_badness] if np.isfinite(self.threshold.max_badness) else []
         return {
             "score": self.score,
             "rule": self.description,
-            "cut": cuts[0] if cuts else None,
-            "cuts": cuts,
+            "thresholds": thresholds,
             "dropped": self.dropped,
             "passed": self.passed,
         }

@@ -37,7 +37,7 @@ class NothingPasses(StageError):
     """No row passes, so the stage commits no artifact."""
 
     def __init__(self, stage: str, data: Artifact, rows: int, out: Path, *, cause: str) -> None:
-        remedy = "loosen the rule; the scores' spread is in the report"
+        remedy = "loosen the rule; the report has the histograms of the scores"
         super().__init__(stage, f"no row of {rows:,} passes", cause=cause, remedy=remedy)
         self.data = data
         """The input artifact."""
@@ -84,7 +84,7 @@ def run_select(context: StageContext) -> StageResult:
                 done += len(rows)
                 _write_dropped(file, rows, kept, reasons)
                 samples.add(rows, scores[sample_score], kept)
-                evaluator.add(rows["planted"], ~kept, single_rule.badness(scores) if single_rule else None)
+                evaluator.add(rows["injected_corruption"], ~kept, single_rule.badness(scores) if single_rule else None)
                 context.emit("progress", done=done, total=table.rows, unit="rows")
                 yield rows.filter(pa.array(kept))
 
@@ -104,7 +104,7 @@ def run_select(context: StageContext) -> StageResult:
             "combine": stage.combine,
             "rules": [rule.as_facts() for rule in rules],
             "samples": samples.facts(),
-            "planted": evaluator.quality(),
+            "injected_corruption": evaluator.quality(),
             **({"diverse": diversity.facts} if diversity is not None else {}),
         }
     )
@@ -156,8 +156,8 @@ def _nothing_passes_error(
     context: StageContext, data: Artifact, rows: int, rules: Sequence[Rule], diversity: DiversityFilter | None
 ) -> NothingPasses:
     causes = [f"`{rule.description}` dropped {rule.dropped:,}" for rule in rules]
-    if diversity is not None and diversity.facts["without"]:
-        causes.append(f"{diversity.facts['without']:,} rows have {diversity.missing}")
+    if diversity is not None and diversity.facts["missing"]:
+        causes.append(f"{diversity.facts['missing']:,} rows have {diversity.missing}")
     return NothingPasses(context.name, data, rows, context.out, cause="; ".join(causes))
 
 
@@ -177,7 +177,8 @@ class FilterEvaluator:
     def add(self, corruption_kinds: Any, dropped: Bools, badness: Floats | None) -> None:
         """Add the next rows.
 
-        `corruption_kinds` is the Arrow column `planted`; `badness` is given if a single score decides (NaN is worst).
+        `corruption_kinds` is the Arrow column `injected_corruption`; `badness` is given if a single score decides (NaN
+        is worst).
         """
         self._enabled = self._enabled and corruption_kinds.null_count == 0
         if not self._enabled:

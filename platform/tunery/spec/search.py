@@ -220,7 +220,7 @@ class Search(Config):
             "metric": self.metric,
             "mode": self.mode,
             "metrics": list(self.metrics),
-            "also": [item.model_dump() for item in self.objectives],
+            "objectives": [item.model_dump() for item in self.objectives],
             "constraints": [item.model_dump() for item in self.constraints],
             "trials": self.trials,
             "scheduler": self.scheduler,

@@ -73,7 +73,8 @@ class Dataset(Config):
     limit: Annotated[int, Field(gt=0)] | None = None
     """Maximum number of rows; reading stops there."""
     corrupt_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Corrupts this share of the rows, to evaluate a filter. The column `planted` records them; no scorer reads it."""
+    """Corrupts this share of the rows, to evaluate a filter. The column `injected_corruption` records the kind of each
+    row; no scorer reads it."""
     columns: dict[ColumnRole, str] | None = None
     """Column names of the source by role, if they are not recognised. Then only these columns are read."""
     roles: Annotated[dict[str, MessageRole], Field(min_length=1)] | None = None
@@ -122,7 +123,7 @@ class Score(Config):
         names = [scorer.score for scorer in by]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two scores have the name {', '.join(repeated)}: set `name` of one of them")
-        if taken := sorted({RANDOM, "id", "known", "lost"} & set(names)):
+        if taken := sorted({RANDOM, "id", "cached", "failed"} & set(names)):
             raise ValueError(f"a score can't have the name {', '.join(taken)}: it is reserved")
         return by
 

@@ -1,12 +1,12 @@
 """Artifacts: immutable directories, named by the kind and the fingerprint of their stage.
 
-    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, measured.json and the output of the stage
+    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, runtime_stats.json and the output of the stage
     <store>/work/<kind>-<fingerprint>/         staging directory of a running stage: out/ (renamed at the end),
                                                checkpoints/
     <store>/leases/<kind>-<fingerprint>        owner of the running stage
     <store>/runs/<run>/                        event log, report, logs and W&B files of a run
 
-`manifest.json` is deterministic (fingerprint, config, inputs and facts); `measured.json` has times and speeds. The
+`manifest.json` is deterministic (fingerprint, config, inputs and facts); `runtime_stats.json` has times and speeds. The
 manifest is written last, then the directory is renamed into place, so an artifact is complete or absent.
 """
 
@@ -31,7 +31,7 @@ DEFAULT_STORE = Path(".tunery")
 class Artifact:
     path: Path
     manifest: dict[str, Any]
-    measured: dict[str, Any]
+    runtime_stats: dict[str, Any]
 
     @property
     def fingerprint(self) -> str:
@@ -43,8 +43,8 @@ class Artifact:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Statistics of the result, such as counts, scores and losses (see each stage), including the measured ones."""
-        return {**self.manifest["facts"], **self.measured}
+        """Statistics of the result, such as counts, scores and losses (see each stage), with the runtime statistics."""
+        return {**self.manifest["facts"], **self.runtime_stats}
 
 
 class Store:
@@ -100,11 +100,11 @@ class Store:
             f"there is no run `{run}` in {self.root}", remedy=f"known runs: {', '.join(known) or 'none'}"
         )
 
-    def commit(self, folder: Path, manifest: dict[str, Any], measured: dict[str, Any]) -> Artifact:
+    def commit(self, folder: Path, manifest: dict[str, Any], runtime_stats: dict[str, Any]) -> Artifact:
         """Rename `folder` into place with its manifest. The lease must be held."""
         final = self.root / "artifacts" / f"{manifest['kind']}-{manifest['fingerprint']}"
         final.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "measured.json", measured)
+        _write_json(folder / "runtime_stats.json", runtime_stats)
         _write_json(folder / "manifest.json", manifest)
         _sync_tree(folder)
         # A process that considered this lease expired may have committed the same result.
@@ -141,10 +141,10 @@ def input_of(artifact: Artifact, field: str) -> Artifact:
 def read_artifact(path: Path) -> Artifact | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        measured = json.loads((path / "measured.json").read_text())
+        runtime_stats = json.loads((path / "runtime_stats.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return Artifact(path, manifest, measured)
+    return Artifact(path, manifest, runtime_stats)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

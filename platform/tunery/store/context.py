@@ -85,7 +85,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageResult:
-    """`facts` are deterministic; `measured` has times and speeds."""
+    """`facts` are deterministic; `runtime_stats` has times and speeds."""
 
     facts: dict[str, Any]
-    measured: dict[str, Any] = field(default_factory=dict)
+    runtime_stats: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,8 @@
     group     rows of a group stay in one split (the documented object; the first user message)
     source    file (with the sheet of a workbook), hub dataset or builtin corpus
     line      1-based line (row of a sheet; number of a record in .json, .parquet, .arrow and on the hub) in the source
-    planted   kind of injected corruption, "" for none, null if unknown. Filter evaluation reads it, scorers never do.
+    injected_corruption
+              kind of corruption, "" for none, null if unknown. Filter evaluation reads it, scorers never do.
 
 A message has these fields; all except role and content may be null:
 
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 RowFormat = Literal["text", "conversation", "preference", "rated", "prompt"]
 
 
-class Turn(TypedDict):
+class Message(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[str | None]
@@ -55,7 +56,7 @@ class Turn(TypedDict):
     tool_call_id: NotRequired[str | None]
 
 
-TURNS = pa.list_(
+MESSAGES = pa.list_(
     pa.struct(
         [
             ("role", pa.string()),
@@ -68,20 +69,20 @@ TURNS = pa.list_(
         ]
     )
 )
-OPTIONAL_TURN_FIELDS = ("tool_calls", "reasoning_content", "weight", "name", "tool_call_id")
+OPTIONAL_MESSAGE_FIELDS = ("tool_calls", "reasoning_content", "weight", "name", "tool_call_id")
 """All except role and content, in schema order."""
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
-        ("messages", TURNS),
-        ("rejected", TURNS),
+        ("messages", MESSAGES),
+        ("rejected", MESSAGES),
         ("label", pa.bool_()),
         ("tools", pa.string()),
         ("group", pa.string()),
         ("source", pa.string()),
         ("line", pa.int64()),
-        ("planted", pa.string()),
+        ("injected_corruption", pa.string()),
     ]
 )
 CONTENT = ["text", "messages", "tools"]
@@ -106,28 +107,32 @@ _NFC_PIECE = 256
 
 def row_id(row: Row) -> str:
     """Return the hash of the content in Unicode NFC, without trailing white space of messages."""
-    content: list[Any] = [_normal(row.get("text")), _turns(row.get("messages")), _turns(row.get("rejected"))]
+    content: list[Any] = [
+        _normal(row.get("text")),
+        _all_fields(row.get("messages")),
+        _all_fields(row.get("rejected")),
+    ]
     # Added only if set, so that rows from before these columns existed keep their id.
     if row.get("label") is not None or row.get("tools") is not None:
         content.append([row.get("label"), row.get("tools")])
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def _turns(turns: list[Turn] | None) -> list[list[Any]]:
-    return [_turn(turn) for turn in turns or ()]
+def _all_fields(messages: list[Message] | None) -> list[list[Any]]:
+    return [_message_fields(message) for message in messages or ()]
 
 
-def _turn(turn: Turn) -> list[Any]:
-    content: list[Any] = [turn["role"], _normal(turn["content"])]
-    if calls := turn.get("tool_calls"):
+def _message_fields(message: Message) -> list[Any]:
+    content: list[Any] = [message["role"], _normal(message["content"])]
+    if calls := message.get("tool_calls"):
         content.append(calls)
     # Added only if set, so that rows from before these fields existed keep their id.
     optional: dict[str, Any] = {}
-    if reasoning := _normal(turn.get("reasoning_content")):
+    if reasoning := _normal(message.get("reasoning_content")):
         optional["reasoning_content"] = reasoning
-    if (weight := turn.get("weight")) is not None:
+    if (weight := message.get("weight")) is not None:
         optional["weight"] = float(weight)
-    optional |= {name: value for name in ("name", "tool_call_id") if (value := turn.get(name))}
+    optional |= {name: value for name in ("name", "tool_call_id") if (value := message.get(name))}
     if optional:
         content.append(optional)
     return content
@@ -198,7 +203,8 @@ def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
     for row in rows:
         pending.append({name: row.get(name) for name in SCHEMA.names})
         size += len(row.get("text") or "") + sum(
-            len(turn["content"]) + len(turn.get("reasoning_content") or "") for turn in row.get("messages") or ()
+            len(message["content"]) + len(message.get("reasoning_content") or "")
+            for message in row.get("messages") or ()
         )
         if len(pending) == SHARD or size > SHARD_BYTES // 4:
             yield pa.Table.from_pylist(pending, SCHEMA)
@@ -212,9 +218,9 @@ def _content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
     total = np.zeros(table.num_rows, dtype=np.int64)
     total += _lengths(table["text"])
     for name in ("messages", "rejected"):
-        turns = table[name].combine_chunks()
-        counts = np.asarray(pc.fill_null(pc.list_value_length(turns), 0), dtype=np.int64)
-        items = pc.list_flatten(turns)
+        messages = table[name].combine_chunks()
+        counts = np.asarray(pc.fill_null(pc.list_value_length(messages), 0), dtype=np.int64)
+        items = pc.list_flatten(messages)
         # Rows of older versions have no reasoning_content.
         fields = [name for name in ("content", "reasoning_content") if items.type.get_field_index(name) >= 0]
         lengths = sum(_lengths(pc.struct_field(items, name)) for name in fields)

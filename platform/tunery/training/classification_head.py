@@ -21,7 +21,7 @@ from tunery.models.load import (
     load_own_tokenizer,
     load_saved_classifier,
     load_with_new_head,
-    outline_with_head,
+    weightless_model_with_head,
     write_base,
     write_head,
 )
@@ -40,7 +40,7 @@ class ModelWithHead:
         """Call on all ranks: rank 0 may have to write the model first."""
         self._job, self._tuner, self._labels, self._rank = job, tuner, labels, rank
         self._source, self._new_modules = _initial_model(job, labels, rank)
-        meta_model = outline_with_head(self._source, labels)
+        meta_model = weightless_model_with_head(self._source, labels)
         self.tokenizer = with_model_padding(meta_model, load_own_tokenizer(job.model))
         self.encoder = ClassifierEncoder(meta_model, self.tokenizer, job.spec.max_length)
         """Encodes rows as the scorer that will use the model does."""

@@ -27,9 +27,9 @@ from tunery.training.reload_check import PROBED, LanguageProbe
 from tunery.training.sequences import PromptSet, read_row_sequences
 
 METRIC_NAMES = {
-    "reward_std": "reward_deviation",
+    "reward_std": "reward_std",
     "completions/mean_length": "response_length",
-    "completions/clipped_ratio": "cut_off",
+    "completions/clipped_ratio": "clipped_ratio",
     "clip_ratio/region_mean": "clip_fraction",
 }
 """TRL's metric names, and the names that they are logged under."""
@@ -101,7 +101,7 @@ class GrpoTask:
         last evaluation; other metrics: means of the last five logged values."""
         history: list[dict[str, Any]] = trainer.state.log_history
         final_means = {}
-        for name in ("reward", "kl", "response_length", "cut_off"):
+        for name in ("reward", "kl", "response_length", "clipped_ratio"):
             points = [point[name] for point in history if point.get(name) is not None][-FINAL_POINTS:]
             final_means[name] = sum(points) / len(points) if points else None
         first = next((point["reward"] for point in history if "reward" in point), None)

@@ -72,7 +72,7 @@ def run_training(context: StageContext) -> StageResult:
     outcome = json.loads((context.staging_dir / "outcome.json").read_text())
     shutil.rmtree(context.staging_dir / "checkpoints", ignore_errors=True)
     resolved_values = {item.field: {"value": item.value, "rule": item.rule} for item in resolved}
-    return StageResult({**outcome["facts"], "resolved": resolved_values}, outcome["measured"])
+    return StageResult({**outcome["facts"], "resolved": resolved_values}, outcome["runtime_stats"])
 
 
 def _row_sources(data: Data, inputs: Mapping[str, Artifact]) -> tuple[RowSource, ...]:

@@ -116,8 +116,8 @@ class RewardTask:
         }
 
     def final_metrics(self, trainer: PairRewardTrainer) -> dict[str, Any]:
-        """eval_accuracy, eval_margin: of the last evaluation; reward_mean, reward_deviation: over all responses of
-        eval_data, or without it over those of up to 2,000 evenly spaced training pairs."""
+        """eval_accuracy, eval_margin: of the last evaluation; reward_mean, reward_std: over all responses of eval_data,
+        or without it over those of up to 2,000 evenly spaced training pairs."""
         rewards_p2 = trainer.eval_rewards
         metrics = {} if rewards_p2 is None else preference_metrics(rewards_p2)
         if rewards_p2 is None:
@@ -126,8 +126,8 @@ class RewardTask:
         return {
             **metrics,
             "reward_mean": norm.mean,
-            "reward_deviation": norm.std,
-            "scale_answers": rewards_p2.size,
+            "reward_std": norm.std,
+            "reward_norm_responses": rewards_p2.size,
             "scale_from": "eval_data" if metrics else "data",
         }
 

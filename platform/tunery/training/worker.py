@@ -160,7 +160,7 @@ def train(job: Job, report: Report) -> None:
             **reload_check,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in callback.history))
-        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": runtime_stats}))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "runtime_stats": runtime_stats}))
     dist.barrier()
 
 

@@ -30,19 +30,19 @@ COT = {"separator": "####", "cue": "Think!"}
 
 
 def turns(*contents: str, system: str = "") -> list[dict[str, Any]]:
-    """Of user and assistant in turn, after the system's."""
-    found = [{"role": "system", "content": system}] if system else []
-    return found + [
+    """Messages of user and assistant, alternating, after the system message."""
+    actual = [{"role": "system", "content": system}] if system else []
+    return actual + [
         {"role": role, "content": content}
         for role, content in zip(("user", "assistant") * len(contents), contents, strict=False)
     ]
 
 
 def row(*contents: str, group: str | None = "", **fields: Any) -> Row:
-    """A conversation; its group is the first question where none is given."""
-    made: Row = {"messages": turns(*contents), "source": "a.jsonl", "line": 1, "planted": "", **fields}
-    made["group"] = contents[0] if group == "" else group
-    return {**made, "id": row_id(made)}
+    """A conversation; its group defaults to the first question."""
+    built: Row = {"messages": turns(*contents), "source": "a.jsonl", "line": 1, "injected_corruption": "", **fields}
+    built["group"] = contents[0] if group == "" else group
+    return {**built, "id": row_id(built)}
 
 
 def augment(**fields: Any) -> Augment:
@@ -58,58 +58,63 @@ def pool_of(rows: Sequence[Row], separator: str | None = None) -> FewShotPool:
     return pool
 
 
-def said(made: Row) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"]) for turn in made["messages"]]
+def roles_and_contents(row: Row) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"]) for turn in row["messages"]]
 
 
 def one_variant(given: Row, pool: FewShotPool | None = None, **fields: Any) -> Row:
-    made = variants(given, augment(**fields), pool or FewShotPool(), 17)
-    assert not isinstance(made, str)
-    return made[0].row
+    built = variants(given, augment(**fields), pool or FewShotPool(), 17)
+    assert not isinstance(built, str)
+    return built[0].row
 
 
 # Templates.
 
 
-def test_a_template_words_the_last_question_and_leaves_all_else_as_it_was() -> None:
-    given = row("first", "one", "second", "two", tools="[]", label=True, planted="cut", line=7)
-    made = one_variant(given, templates=["Briefly: {question}!"])
-    assert said(made) == [("user", "first"), ("assistant", "one"), ("user", "Briefly: second!"), ("assistant", "two")]
-    kept = ("group", "source", "line", "planted", "label", "tools")
-    assert {name: made[name] for name in kept} == {name: given[name] for name in kept}
-    assert made["id"] == row_id(made) != given["id"]
-    assert said(given)[2] == ("user", "second"), "the row itself is not touched"
+def test_template_renders_the_last_question_and_keeps_other_fields() -> None:
+    given = row("first", "one", "second", "two", tools="[]", label=True, injected_corruption="cut", line=7)
+    built = one_variant(given, templates=["Briefly: {question}!"])
+    assert roles_and_contents(built) == [
+        ("user", "first"),
+        ("assistant", "one"),
+        ("user", "Briefly: second!"),
+        ("assistant", "two"),
+    ]
+    kept = ("group", "source", "line", "injected_corruption", "label", "tools")
+    assert {name: built[name] for name in kept} == {name: given[name] for name in kept}
+    assert built["id"] == row_id(built) != given["id"]
+    assert roles_and_contents(given)[2] == ("user", "second"), "the row itself is unchanged"
 
 
 @given(st.text(alphabet="{}{question}\\ %x", min_size=1).filter(str.strip))
-def test_braces_of_a_question_survive(question: str) -> None:
-    made = one_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
-    assert said(made)[0] == ("user", f"{{x}} {question} {{question}}")
+def test_braces_in_a_question_are_kept(question: str) -> None:
+    built = one_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
+    assert roles_and_contents(built)[0] == ("user", f"{{x}} {question} {{question}}")
 
 
-def test_braces_survive_in_examples_and_their_layout() -> None:
+def test_braces_in_examples_and_their_format_are_kept() -> None:
     pool = pool_of([row("{q}", "{answer} {0}")])
     few_shot = {"shots": 1, "layout": "prompt", "example": "{{{question}}} {{answer}} -> {answer} {{answer}}"}
-    made = one_variant(row("{own}", "a"), pool, few_shot=few_shot)
-    assert said(made)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
+    built = one_variant(row("{own}", "a"), pool, few_shot=few_shot)
+    assert roles_and_contents(built)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
 
 
-def test_copies_go_through_all_templates_and_numbers_of_examples_before_a_pair_comes_again() -> None:
+def test_copies_use_all_template_and_shot_combinations_before_repeating() -> None:
     fields = {"templates": ["A {question}", "B {question}"], "few_shot": {"shots": [0, 2]}, "copies": 6}
     pool = pool_of([row(f"q{number}", "a") for number in range(9)])
-    made = variants(row("own", "a"), augment(**fields), pool, 17)
-    assert not isinstance(made, str)
-    assert sorted((variant.template, variant.shots) for variant in made) == [(t, s) for t in (0, 1) for s in (0, 1, 2)]
-    assert [variant.template for variant in made] in ([0, 1] * 3, [1, 0] * 3)
+    built = variants(row("own", "a"), augment(**fields), pool, 17)
+    assert not isinstance(built, str)
+    assert sorted((variant.template, variant.shots) for variant in built) == [(t, s) for t in (0, 1) for s in (0, 1, 2)]
+    assert [variant.template for variant in built] in ([0, 1] * 3, [1, 0] * 3)
 
 
-def test_as_many_copies_as_templates_have_each_of_them_in_an_order_of_the_row() -> None:
+def test_one_copy_per_template_in_an_order_that_depends_on_the_row() -> None:
     templates = [f"{letter} {{question}}" for letter in "abcd"]
     orders = set()
     for number in range(20):
-        made = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), FewShotPool(), 17)
-        assert not isinstance(made, str)
-        orders.add(tuple(variant.template for variant in made))
+        built = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), FewShotPool(), 17)
+        assert not isinstance(built, str)
+        orders.add(tuple(variant.template for variant in built))
         assert sorted(orders.copy().pop()) == [0, 1, 2, 3]
     assert len(orders) > 5
 
@@ -126,13 +131,13 @@ def test_rows_without_a_question_have_no_variants() -> None:
 # Examples.
 
 
-def test_examples_stand_as_turns_after_the_system_and_in_the_rows_own_wording() -> None:
+def test_examples_are_messages_after_the_system_message_in_the_template_of_the_row() -> None:
     given = row("own", "mine")
     given["messages"] = turns("own", "mine", system="be brief")
     other = {**row("other", "theirs"), "messages": turns("other", "theirs", system="be brief")}
     unlike = row("unlike", "under no system")
-    made = one_variant(given, pool_of([other, unlike]), templates=["Q {question}"], few_shot={"shots": 2})
-    assert said(made) == [
+    built = one_variant(given, pool_of([other, unlike]), templates=["Q {question}"], few_shot={"shots": 2})
+    assert roles_and_contents(built) == [
         ("system", "be brief"),
         ("user", "Q other"),
         ("assistant", "theirs"),
@@ -141,36 +146,38 @@ def test_examples_stand_as_turns_after_the_system_and_in_the_rows_own_wording() 
     ]
 
 
-def test_examples_stand_in_the_prompt_and_the_question_ends_where_its_answer_would_begin() -> None:
+def test_examples_in_the_prompt_end_before_the_answer_position() -> None:
     few_shot = {"shots": 1, "layout": "prompt"}
-    made = one_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
-    assert said(made) == [("user", "Q: other\nA: theirs\n\nQ: own\nA:"), ("assistant", "mine")]
+    built = one_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
+    assert roles_and_contents(built) == [("user", "Q: other\nA: theirs\n\nQ: own\nA:"), ("assistant", "mine")]
     zero = one_variant(row("own", "mine"), few_shot={**few_shot, "shots": 0}, templates=["T {question}"])
-    assert said(zero)[0] == ("user", "T own"), "a zero-shot prompt has no frame"
+    assert roles_and_contents(zero)[0] == ("user", "T own"), "a zero-shot prompt is not in the example format"
 
 
-def test_an_example_is_neither_the_row_nor_of_its_group_and_no_two_are_of_one_group() -> None:
+def test_examples_exclude_the_row_and_its_group_and_have_distinct_groups() -> None:
     given = row("own", "mine", group="g")
     sibling = row("sibling", "x", group="G ")
     twins = [row("twin 1", "x", group="t"), row("twin 2", "x", group="t")]
-    made = one_variant(given, pool_of([given, sibling, *twins]), few_shot={"shots": 4})
-    assert len(made["messages"]) == 4
-    assert said(made)[0][1].startswith("twin")
+    built = one_variant(given, pool_of([given, sibling, *twins]), few_shot={"shots": 4})
+    assert len(built["messages"]) == 4
+    assert roles_and_contents(built)[0][1].startswith("twin")
     ungrouped = [row("a", "b", group=None), row("c", "d", group=None)]
     alone = one_variant(ungrouped[0], pool_of(ungrouped), few_shot={"shots": 2})
-    assert [content for _, content in said(alone)] == ["c", "d", "a", "b"], "no group is no common group"
+    assert [content for _, content in roles_and_contents(alone)] == ["c", "d", "a", "b"], (
+        "rows without a group do not share one"
+    )
 
 
-def test_rows_that_are_more_than_one_exchange_get_no_examples_and_are_none() -> None:
+def test_multi_turn_rows_neither_get_nor_become_examples() -> None:
     pool = pool_of([row("other", "theirs")])
     for longer, reason in (
         (row("one", "1", "two", "2"), "several turns"),
         (row("q", "a", tools='[{"function": {"name": "f"}}]'), "tools"),
     ):
-        made = variants(longer, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
-        assert not isinstance(made, str)
-        assert (made[0].shots, made[0].fewer) == (0, reason)
-        assert said(made[0].row)[-2][1].startswith("T ")
+        built = variants(longer, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
+        assert not isinstance(built, str)
+        assert (built[0].shots, built[0].fewer) == (0, reason)
+        assert roles_and_contents(built[0].row)[-2][1].startswith("T ")
         assert qa_pair_of(longer, None) == reason
     assert qa_pair_of(row("q"), None) == "no answer"
     assert qa_pair_of(row("q", "bad", label=False), None) == "rated as bad"
@@ -181,98 +188,101 @@ def test_examples_never_make_a_row_longer_than_max_chars(lengths: list[int], mos
     pool = pool_of([row(f"{number}" * length, "a") for number, length in enumerate(lengths)])
     given = row("own", "mine")
     few_shot = {"shots": 8, "max_chars": most, "layout": layout}
-    made = variants(given, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
-    assert not isinstance(made, str)
-    length = sum(len(content) for _, content in said(made[0].row))
+    built = variants(given, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
+    assert not isinstance(built, str)
+    length = sum(len(content) for _, content in roles_and_contents(built[0].row))
     assert length <= most
-    assert (made[0].fewer == "") == (made[0].shots == 8)
+    assert (built[0].fewer == "") == (built[0].shots == 8)
 
 
-def test_the_pool_is_bounded_and_the_same_whatever_the_order_of_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pool_is_bounded_and_independent_of_row_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "MAX_EXAMPLES", 10)
     rows = [row(f"q{number}", "a") for number in range(50)]
-    found = []
-    # One row a hundred times over has one seat.
+    results = []
+    # A row that occurs a hundred times is in the pool once.
     for name, order in (("one", rows), ("other", [*[rows[3]] * 100, *rows[::-1]])):
         write_rows(order, tmp_path / name)
         pool = read_pool(tmp_path / name, Heldout([]), None, 100, 17)
         assert len(pool) == 10
-        found.append([example.id for example in pool.sample(("", False), 10, ("", 0), lambda _: True, hash_stream(1))])
-    assert found[0] == found[1]
-    assert found[0] != sorted(found[0]), "in random order"
+        results.append(
+            [example.id for example in pool.sample(("", False), 10, ("", 0), lambda _: True, hash_stream(1))]
+        )
+    assert results[0] == results[1]
+    assert results[0] != sorted(results[0]), "in random order"
 
 
 # Chains of thought.
 
 
-def test_an_answer_is_asked_with_the_cue_or_answered_without_its_reasoning() -> None:
+def test_reasoned_form_has_the_cue_and_direct_form_drops_the_reasoning() -> None:
     given = row("2 + 2?", "Two and two #### no,\nare\n#### 4 ")
     reasoned = one_variant(given, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 0})
-    assert said(reasoned) == [("user", "Sum: 2 + 2?\nThink!"), ("assistant", "Two and two #### no,\nare\n#### 4 ")]
+    assert roles_and_contents(reasoned) == [
+        ("user", "Sum: 2 + 2?\nThink!"),
+        ("assistant", "Two and two #### no,\nare\n#### 4 "),
+    ]
     direct = one_variant(given, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 1})
-    assert said(direct) == [("user", "Sum: 2 + 2?"), ("assistant", "4")]
+    assert roles_and_contents(direct) == [("user", "Sum: 2 + 2?"), ("assistant", "4")]
 
 
 @pytest.mark.parametrize("answer", ["4", "#### 4", "reasons ####", "reasons #### \n"])
-def test_an_answer_without_reasoning_or_final_answer_stays_whole(answer: str) -> None:
-    made = variants(row("q", answer), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
-    assert not isinstance(made, str)
-    assert made[0].form == "whole"
-    assert said(made[0].row) == [("user", "q"), ("assistant", answer)]
+def test_response_without_reasoning_or_final_answer_is_unchanged(answer: str) -> None:
+    built = variants(row("q", answer), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
+    assert not isinstance(built, str)
+    assert built[0].form == "whole"
+    assert roles_and_contents(built[0].row) == [("user", "q"), ("assistant", answer)]
 
 
-def test_judged_answers_stay_whole_and_prompts_get_the_cue() -> None:
+def test_judged_responses_keep_their_reasoning_and_prompts_get_the_cue() -> None:
     thought = {**COT, "direct": 1}
     rated = one_variant(row("q", "so #### 4", label=False), chain_of_thought=thought)
     rejected = [{"role": "assistant", "content": "no #### 5"}]
     pair = one_variant(row("q", "so #### 4", rejected=rejected), chain_of_thought=thought)
-    for made in (rated, pair):
-        assert said(made) == [("user", "q\nThink!"), ("assistant", "so #### 4")]
+    for item in (rated, pair):
+        assert roles_and_contents(item) == [("user", "q\nThink!"), ("assistant", "so #### 4")]
     assert (rated["label"], pair["rejected"]) == (False, rejected)
     assert (row_format(rated), row_format(pair)) == ("rated", "preference")
-    assert said(one_variant(row("q"), chain_of_thought={**COT, "direct": 0})) == [("user", "q\nThink!")]
-    assert said(one_variant(row("q"), chain_of_thought=thought)) == [("user", "q")]
+    assert roles_and_contents(one_variant(row("q"), chain_of_thought={**COT, "direct": 0})) == [("user", "q\nThink!")]
+    assert roles_and_contents(one_variant(row("q"), chain_of_thought=thought)) == [("user", "q")]
 
 
-def test_examples_reason_where_the_row_does_and_only_there() -> None:
+def test_examples_have_reasoning_exactly_if_the_row_has() -> None:
     pool = pool_of([row("1 + 1?", "one and one #### 2"), row("hello?", "hi")], "####")
     given = row("2 + 2?", "two and two #### 4")
     fields = {"few_shot": {"shots": 2}, "templates": ["T {question}"]}
     reasoned = one_variant(given, pool, chain_of_thought={**COT, "direct": 0}, **fields)
-    assert said(reasoned)[:2] == [("user", "T 1 + 1?\nThink!"), ("assistant", "one and one #### 2")]
+    assert roles_and_contents(reasoned)[:2] == [("user", "T 1 + 1?\nThink!"), ("assistant", "one and one #### 2")]
     direct = one_variant(given, pool, chain_of_thought={**COT, "direct": 1}, **fields)
-    assert said(direct)[:2] == [("user", "T 1 + 1?"), ("assistant", "2")]
+    assert roles_and_contents(direct)[:2] == [("user", "T 1 + 1?"), ("assistant", "2")]
     plain = one_variant(row("bye?", "bye"), pool, chain_of_thought=COT, **fields)
-    assert said(plain)[:2] == [("user", "T hello?"), ("assistant", "hi")]
+    assert roles_and_contents(plain)[:2] == [("user", "T hello?"), ("assistant", "hi")]
 
 
-# Draws.
+# Random numbers.
 
 
 @given(st.integers(0, 50), st.integers())
-def test_shuffled_is_every_number_once(count: int, key: int) -> None:
+def test_shuffled_is_a_permutation(count: int, key: int) -> None:
     assert sorted(shuffled(count, hash_stream(key))) == list(range(count))
 
 
 @given(st.floats(0, 1), st.integers(1, 12), st.integers())
-def test_a_share_of_copies_is_kept_in_every_row(share: float, copies: int, key: int) -> None:
+def test_fraction_of_copies_is_exact_in_every_row(share: float, copies: int, key: int) -> None:
     assert abs(sum(spread_evenly(share, copies, hash_stream(key))) - share * copies) < 1 + 1e-9
     if share == 0.5:
         assert copies // 2 <= sum(spread_evenly(share, copies, hash_stream(key))) <= (copies + 1) // 2
 
 
-def test_draws_are_the_same_everywhere() -> None:
-    drawn = hash_stream("a", 1)
-    assert [next(drawn) % 1000 for _ in range(10)] == [257, 621, 540, 410, 611, 911, 586, 947, 823, 927]
+def test_hash_stream_is_platform_independent() -> None:
+    sampled = hash_stream("a", 1)
+    assert [next(sampled) % 1000 for _ in range(10)] == [257, 621, 540, 410, 611, 911, 586, 947, 823, 927]
 
 
 # The stage.
 
 
 def run(folder: Path, rows: list[Row], heldout: list[Row] | None = None, seed: int = 17, **fields: Any) -> StageResult:
-    """Into folder/out."""
+    """Run the stage with the output folder/out."""
     artifacts = {"rows": rows, "held": heldout or []}
     for name, content in artifacts.items():
         write_rows(content, folder / name)
@@ -295,7 +305,7 @@ GROUPED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=4, 
 
 @settings(max_examples=25)
 @given(GROUPED, st.sets(st.integers(0, 9), max_size=4), st.integers(1, 3), st.booleans(), st.integers(0, 3))
-def test_held_out_rows_and_groups_never_come_out_and_every_row_is_accounted_for(
+def test_held_out_rows_and_groups_are_dropped_and_every_row_is_counted(
     tmp_path_factory: pytest.TempPathFactory,
     keys: list[tuple[int, int]],
     held: set[int],
@@ -305,26 +315,26 @@ def test_held_out_rows_and_groups_never_come_out_and_every_row_is_accounted_for(
 ) -> None:
     folder = tmp_path_factory.mktemp("augment")
     rows = [row(f"q{group}.{number}", f"a{group}.{number}", group=f"Group {group}") for group, number in keys]
-    # Other rows of the held-out groups, and their names in other writing.
+    # Other rows of the held-out groups, with differently written group names.
     heldout = [row(f"held{group}", "x", group=f" group  {group}") for group in held]
     fields = {"templates": ["A {question}", "B {question}"], "few_shot": {"shots": [0, shots]}, "copies": copies}
     if len({group for group, _ in keys} - held) < 1 or (shots == 0 and copies > 2):
         return
     facts = run(folder, rows, heldout, originals=originals, **fields).facts
-    made = list(read_rows(folder / "out"))
+    built = list(read_rows(folder / "out"))
     dropped = [json.loads(line) for line in (folder / "out" / "dropped.jsonl").read_text().splitlines()]
     free = [key for key in keys if key[0] not in held]
     assert len(dropped) == facts["heldout"] == len(keys) - len(free)
     assert facts["augmented"] == len(free)
-    assert len(made) == facts["rows"] == len(free) * (copies + originals) - facts["repeated"]
-    for one in made:
+    assert len(built) == facts["rows"] == len(free) * (copies + originals) - facts["repeated"]
+    for one in built:
         own = int(one["group"].removeprefix("Group "))
-        shown = [
+        displayed = [
             int(turn["content"].split("q")[-1].split(".")[0]) for turn in one["messages"] if turn["role"] == "user"
         ]
-        assert shown[-1] == own
-        assert not set(shown) & held
-        assert len(set(shown)) == len(shown), "no example of the row's group, nor two of one"
+        assert displayed[-1] == own
+        assert not set(displayed) & held
+        assert len(set(displayed)) == len(displayed), "no example of the row's group, and no two of the same group"
         assert one["id"] == row_id(one)
 
 
@@ -342,7 +352,7 @@ def all_of(**fields: Any) -> dict[str, Any]:
     }
 
 
-def test_one_seed_makes_the_same_bytes_and_another_makes_others(tmp_path: Path) -> None:
+def test_output_bytes_depend_only_on_the_seed(tmp_path: Path) -> None:
     contents = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         run(tmp_path / name, some_rows(), seed=seed, **all_of())
@@ -350,7 +360,7 @@ def test_one_seed_makes_the_same_bytes_and_another_makes_others(tmp_path: Path) 
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_variants_do_not_depend_on_where_a_row_stands(tmp_path: Path) -> None:
+def test_variants_do_not_depend_on_the_row_position(tmp_path: Path) -> None:
     ids = []
     for name, rows in (("one", some_rows()), ("turned", some_rows()[::-1])):
         run(tmp_path / name, rows, **all_of())
@@ -358,24 +368,24 @@ def test_variants_do_not_depend_on_where_a_row_stands(tmp_path: Path) -> None:
     assert ids[0] == ids[1]
 
 
-def test_facts_tell_what_was_made(tmp_path: Path) -> None:
+def test_facts_count_the_variants(tmp_path: Path) -> None:
     rows = [*some_rows(), {"text": "plain", "id": "ab" * 8, "group": "plain", "source": "t.txt", "line": 3}]
     facts = run(tmp_path, rows, [rows[0]], originals=True, **all_of()).facts
-    made = list(read_rows(tmp_path / "out"))
+    built = list(read_rows(tmp_path / "out"))
     assert (facts["rows_in"], facts["augmented"], facts["heldout"]) == (41, 39, 1)
     assert facts["unchanged"] == {"no question": 1}
-    assert facts["variants"] == sum(facts["shots"].values()) == sum(facts["answers"].values())
-    assert facts["rows"] == len(made) == 39 + 1 + facts["variants"]
+    assert facts["variants"] == sum(facts["shots"].values()) == sum(facts["response_forms"].values())
+    assert facts["rows"] == len(built) == 39 + 1 + facts["variants"]
     assert facts["variants"] + facts["repeated"] == 3 * 39
-    assert abs(facts["answers"]["direct"] - facts["answers"]["reasoned"]) <= 39
-    assert facts["examples"] == {"rows": 39, "drawn_from": 39, "unfit": {"held out": 1, "no answer": 1}}
-    assert [one["text"] for one in made if one["text"]] == ["plain"]
+    assert abs(facts["response_forms"]["direct"] - facts["response_forms"]["reasoned"]) <= 39
+    assert facts["examples"] == {"usable": 39, "pool_size": 39, "unusable": {"held out": 1, "no answer": 1}}
+    assert [one["text"] for one in built if one["text"]] == ["plain"]
     assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["rule"] == "held out"
     assert len(facts["samples"]["rows"]) == 3
     assert "user: " in facts["samples"]["rows"][0]["after"]
 
 
-def test_variants_that_say_the_same_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_duplicate_variants_are_omitted_and_counted(tmp_path: Path) -> None:
     # Of a rated row both variants keep the reasoning, so they are one.
     rows = [row("q", "so #### 4", label=True)]
     facts = run(tmp_path, rows, chain_of_thought={**COT, "direct": 0.5}, copies=2).facts
@@ -386,12 +396,12 @@ def test_variants_that_say_the_same_are_left_out_and_counted(tmp_path: Path) -> 
     ("heldout", "fields", "words"),
     [
         (some_rows(), {"templates": ["A {question}"]}, ["no row of 40 can be augmented", "held out: 40"]),
-        ([], {"chain_of_thought": {"separator": "=>"}}, ["no answer holds reasoning, `=>`", "separator"]),
+        ([], {"chain_of_thought": {"separator": "=>"}}, ["no response contains reasoning, `=>`", "separator"]),
         (some_rows(), {"few_shot": {"shots": 1}}, ["no row of `rows` can serve as an example", "held out: 40"]),
         ([], {"few_shot": {"shots": 1, "max_chars": 3}}, ["serve as an example", "longer than max_chars: 40"]),
     ],
 )
-def test_what_comes_to_nothing_is_an_error(
+def test_augmentation_without_effect_is_an_error(
     tmp_path: Path, heldout: list[Row], fields: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(StageError) as caught:
@@ -403,5 +413,5 @@ def test_what_comes_to_nothing_is_an_error(
 
 def test_a_lost_row_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "write_rows", lambda rows, folder: write_rows(list(rows)[1:], folder))
-    with pytest.raises(RowCountError, match="40 rows were made, 39 written"):
+    with pytest.raises(RowCountError, match="40 rows were built, 39 written"):
         run(tmp_path, some_rows(), templates=["A {question}"])

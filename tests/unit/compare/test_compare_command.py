@@ -219,7 +219,7 @@ def test_metrics_are_compared_by_name(store: Store) -> None:
 
 
 def test_run_with_a_search_selects_its_best_trial_and_the_mean_over_seeds(store: Store) -> None:
-    standing = {"trial": NAMES[1], "mean": 5.5, "half": 0.25, "values": [5.0, 6.0]}
+    standing = {"trial": NAMES[1], "mean": 5.5, "ci_half_width": 0.25, "values": [5.0, 6.0]}
     Run(store, "searched", TEXT + SEARCH).finish_stages().search(best=1, standings=[standing])
     comparison = compare("searched", "one", store)
     metrics = {metric.name: metric.left for metric in comparison.metrics}

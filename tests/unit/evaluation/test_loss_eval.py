@@ -41,20 +41,20 @@ def result(model: str, name: str, loss: float) -> dict[str, Any]:
     return {"model": model, "set": name, "loss": loss}
 
 
-def test_forgetting_is_the_share_by_which_the_loss_is_above_the_baselines_on_the_same_set() -> None:
+def test_forgetting_is_the_relative_loss_increase_over_the_baseline() -> None:
     table = [result("base", "a", 2.0), result("base", "b", 4.0), result("sft", "a", 2.5), result("sft", "b", 3.0)]
-    assert [told["forgetting"] for told in with_forgetting(table, "base")] == [0, 0, 0.25, -0.25]
+    assert [entry["forgetting"] for entry in with_forgetting(table, "base")] == [0, 0, 0.25, -0.25]
 
 
-def test_without_a_loss_of_the_baseline_there_is_no_number_for_it() -> None:
-    told = with_forgetting([result("base", "a", math.nan), result("sft", "a", 2.0)], "base")
-    assert all(math.isnan(one["forgetting"]) for one in told)
-    told = with_forgetting([result("base", "a", 0.0), result("sft", "a", 2.0)], "base")
-    assert all(math.isnan(one["forgetting"]) for one in told)
+def test_forgetting_is_nan_without_a_baseline_loss() -> None:
+    output = with_forgetting([result("base", "a", math.nan), result("sft", "a", 2.0)], "base")
+    assert all(math.isnan(one["forgetting"]) for one in output)
+    output = with_forgetting([result("base", "a", 0.0), result("sft", "a", 2.0)], "base")
+    assert all(math.isnan(one["forgetting"]) for one in output)
 
 
 @pytest.mark.parametrize("baseline", [None, {"pretrained": "./base"}])
-def test_results_tell_it_where_there_is_a_baseline(baseline: dict[str, str] | None, tmp_path: Path) -> None:
+def test_results_have_forgetting_if_there_is_a_baseline(baseline: dict[str, str] | None, tmp_path: Path) -> None:
     write_language_model(tmp_path / "base")
     write_language_model(tmp_path / "sft", seed=1)
     rows = [{"text": " ".join(WORDS[n : n + 6]), "line": n} for n in range(9)]
@@ -73,7 +73,7 @@ def aiming_at(load_text: LoadText, metric: str) -> Experiment:
     return load_text(TEXT.replace("eval.sft.general.loss", metric))[0]
 
 
-def test_a_search_can_aim_at_forgetting_of_all_but_the_baseline_and_at_win_rates(load_text: LoadText) -> None:
+def test_search_metrics_can_be_forgetting_and_win_rates(load_text: LoadText) -> None:
     metrics = metrics_of(load_text(TEXT)[0])
     assert [name for name in metrics if name.endswith("forgetting")] == [
         f"eval.{model}.{name}.forgetting" for model in ("more", "sft") for name in ("general", "domain")
@@ -86,7 +86,7 @@ def test_a_search_can_aim_at_forgetting_of_all_but_the_baseline_and_at_win_rates
 @pytest.mark.parametrize(
     ("metric", "models", "baseline"), [("forgetting", ("base", "sft"), "base"), ("loss", ("sft",), None)]
 )
-def test_a_trial_measures_the_baseline_where_it_is_about_forgetting(
+def test_trial_evaluates_the_baseline_for_forgetting(
     metric: str, models: tuple[str, ...], baseline: str | None, load_text: LoadText
 ) -> None:
     experiment = aiming_at(load_text, f"eval.sft.general.{metric}")
@@ -97,7 +97,7 @@ def test_a_trial_measures_the_baseline_where_it_is_about_forgetting(
     assert "more" not in trial.stages
 
 
-def test_a_trial_lets_one_model_answer_beside_the_baseline(load_text: LoadText) -> None:
+def test_trial_compares_one_model_with_the_baseline(load_text: LoadText) -> None:
     experiment = aiming_at(load_text, "wins.sft.prompts.win_rate")
     trial = trial_experiment(experiment, {"sft.learning_rate": 1e-4})
     stage = trial.stages["wins"]

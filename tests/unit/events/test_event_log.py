@@ -14,7 +14,7 @@ from tunery.events import event_log
 from tunery.events.event_log import EventLog, EventReader, read_events
 
 
-def test_half_written_line_is_skipped_and_the_next_event_kept(tmp_path: Path) -> None:
+def test_partial_line_is_skipped_and_the_next_event_is_read(tmp_path: Path) -> None:
     path = tmp_path / "driver.jsonl"
     EventLog(path).write("run_started", run="a")
     with path.open("a") as file:
@@ -23,7 +23,7 @@ def test_half_written_line_is_skipped_and_the_next_event_kept(tmp_path: Path) ->
     assert [event["event"] for event in read_events(tmp_path)] == ["run_started", "run_finished"]
 
 
-def test_line_that_a_full_disk_cut_off_does_not_take_the_next_one_along(
+def test_line_truncated_by_a_full_disk_does_not_corrupt_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, write, space = EventLog(tmp_path / "driver.jsonl"), os.write, [10]
@@ -41,9 +41,7 @@ def test_line_that_a_full_disk_cut_off_does_not_take_the_next_one_along(
     assert [event["event"] for event in read_events(tmp_path)] == ["run_finished"]
 
 
-def test_log_is_forced_to_disk_every_few_seconds_not_with_every_event(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_is_synced_periodically_and_not_at_every_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forced: list[int] = []
     monkeypatch.setattr(os, "fsync", forced.append)
     monkeypatch.setattr(event_log, "SYNC_SECONDS", 0.05)
@@ -53,7 +51,7 @@ def test_log_is_forced_to_disk_every_few_seconds_not_with_every_event(
     assert 1 <= len(forced) <= 6
 
 
-def test_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
+def test_incomplete_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     path, reader = tmp_path / "driver.jsonl", EventReader(tmp_path)
     line = '{"t": 1.0, "event": "progress", "done": 3}\n'
     path.write_text(line[:15])
@@ -69,14 +67,14 @@ def test_two_writers_are_merged_by_time(tmp_path: Path) -> None:
     assert [event["t"] for event in read_events(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_writer_of_a_stage_marks_its_events(tmp_path: Path) -> None:
+def test_stage_writer_adds_stage_and_trial_to_events(tmp_path: Path) -> None:
     EventLog(tmp_path / "t1-sft.jsonl", stage="sft", trial="t1").write("metrics", step=1, values={"loss": math.nan})
     (event,) = read_events(tmp_path)
     assert (event["stage"], event["trial"]) == ("sft", "t1")
     assert math.isnan(event["values"]["loss"])
 
 
-def test_line_that_is_no_event_is_skipped(tmp_path: Path) -> None:
+def test_line_that_is_not_an_event_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('[1, 2]\n{"event": "x"}\n\n{"t": 2, "event": "x"}\n')
     assert len(read_events(tmp_path)) == 1
 

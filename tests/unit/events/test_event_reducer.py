@@ -21,7 +21,7 @@ def started(stage: str = "sft", at: float = 0.0, fingerprint: str = "f") -> Even
     return event("stage_started", at, stage=stage, kind="sft", fingerprint=fingerprint)
 
 
-def test_resumed_run_keeps_each_step_once_and_the_later_one() -> None:
+def test_resumed_run_keeps_the_later_value_of_each_step() -> None:
     first = [event("metrics", step=step, values={"loss": 9.0}, stage="sft") for step in (10, 20, 30)]
     again = [event("metrics", step=step, values={"loss": 5.0}, stage="sft") for step in (20, 30, 40)]
     opening = event("run_started", stages=[{"name": "sft", "kind": "sft", "inputs": []}])
@@ -35,7 +35,7 @@ def test_resumed_run_keeps_each_step_once_and_the_later_one() -> None:
     ]
 
 
-def test_curve_of_an_edited_stage_starts_afresh() -> None:
+def test_curve_of_an_edited_stage_is_reset() -> None:
     before = [started(fingerprint="old"), event("metrics", step=10, values={"loss": 9.0}, stage="sft")]
     state = replay([*before, started(fingerprint="new")])
     assert state.stages["sft"].curve == []
@@ -47,17 +47,17 @@ def test_train_and_eval_loss_of_one_step_are_one_point() -> None:
     assert set(point.values) == {"loss", "eval_loss"}
 
 
-def test_new_invocation_puts_stages_back_to_waiting() -> None:
+def test_new_invocation_resets_stages_to_pending() -> None:
     events = sample_events()
     second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
     state = replay(events[: second + 1])
-    assert {stage.status for stage in state.stages.values()} == {"waiting"}
+    assert {stage.status for stage in state.stages.values()} == {"pending"}
     assert state.stages["base"].points
     assert state.stages["docs"].facts == {}
     assert (state.invocations, state.status) == (2, "running")
 
 
-def test_speed_and_time_left_come_from_the_recent_past() -> None:
+def test_speed_and_time_left_use_recent_progress() -> None:
     slow = [event("progress", at, stage="sft", done=at, total=1_000, unit="steps") for at in range(0, 100, 10)]
     fast = [
         event("progress", 100 + at, stage="sft", done=90 + 10 * at, total=1_000, unit="steps") for at in range(1, 41)
@@ -68,12 +68,12 @@ def test_speed_and_time_left_come_from_the_recent_past() -> None:
     assert stage.time_left(START + 150) == pytest.approx(51 - 10)
 
 
-def test_progress_that_starts_again_lower_gives_no_negative_speed() -> None:
+def test_restarted_progress_gives_no_negative_speed() -> None:
     events = [event("progress", at, stage="sft", done=done, total=100) for at, done in ((0, 50), (10, 60), (20, 5))]
     assert replay([started(), *events]).stages["sft"].rate is None
 
 
-def test_finished_stage_ignores_progress_that_comes_late() -> None:
+def test_finished_stage_ignores_late_progress() -> None:
     finished = event("stage_finished", 9, stage="sft", kind="sft", seconds=9, facts={"loss": 1.5})
     late = event("progress", 8, stage="sft", done=7, total=10, unit="steps")
     stage = replay([started(), finished, late]).stages["sft"]
@@ -86,7 +86,7 @@ def test_failed_stage_keeps_cause_and_remedy() -> None:
     assert (state.status, state.stages["sft"].status, state.stages["eval"].status) == (
         "failed",
         "failed",
-        "waiting",
+        "pending",
     )
     assert "79.1 GiB" in failure.cause
     assert "micro_batch_size" in failure.remedy
@@ -100,7 +100,7 @@ def test_failed_trial_does_not_fail_the_run() -> None:
     assert state.status == "done"
 
 
-def test_best_trial_is_the_lowest_that_ran_to_its_end() -> None:
+def test_best_trial_is_the_best_completed_one() -> None:
     def trial(name: str, status: str, value: float | None) -> Event:
         return event("trial_finished", trial=name, overrides={}, state=status, value=value, seconds=1)
 
@@ -126,11 +126,11 @@ def test_resumed_search_keeps_its_finished_trials() -> None:
     assert state.search is not None
     assert {name: trial.status for name, trial in state.search.trials.items()} == {
         "t0": "done",
-        "t1": "waiting",
+        "t1": "pending",
     }
 
 
-def test_time_left_of_a_search_counts_open_trials_over_those_at_a_time() -> None:
+def test_time_left_of_a_search_is_divided_by_concurrency() -> None:
     opening = event("search_started", metric="m", mode="min", trials=5, max_concurrent=2)
     done = event("trial_finished", 10, trial="t0", overrides={}, state="done", value=2.0, seconds=10)
     second = event("trial_finished", 10, trial="t2", overrides={}, state="done", value=2.0, seconds=10)
@@ -140,7 +140,7 @@ def test_time_left_of_a_search_counts_open_trials_over_those_at_a_time() -> None
     assert state.search.time_left(START + 14) == pytest.approx((6 + 2 * 10) / 2)
 
 
-def test_curve_of_a_trial_is_that_of_the_stage_its_metric_names() -> None:
+def test_trial_curve_is_that_of_the_stage_in_its_metric() -> None:
     state = replay(sample_events())
     assert state.search is not None
     trial = state.search.trials["t00"]
@@ -148,20 +148,20 @@ def test_curve_of_a_trial_is_that_of_the_stage_its_metric_names() -> None:
     assert state.search.curve(trial) == held_out != []
 
 
-def test_events_that_are_unknown_or_bare_change_nothing_and_never_fail() -> None:
+def test_unknown_or_empty_events_are_ignored() -> None:
     kinds = {e["event"] for e in sample_events()}
     state = replay([{"t": 1.0, "event": kind} for kind in [*sorted(kinds), "something_new"]])
     assert isinstance(state, RunState)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9])
-def test_any_part_of_a_log_can_be_folded(fraction: float) -> None:
+def test_any_prefix_of_a_log_can_be_reduced(fraction: float) -> None:
     state = replay(events_until(fraction))
     assert state.status in ("running", "interrupted")
     assert all(note(stage) is not None for stage in state.stages.values())
 
 
-def test_note_says_the_main_fact_of_each_stage() -> None:
+def test_note_has_the_main_result_of_each_stage() -> None:
     stages = replay(sample_events()).stages
     assert note(stages["docs"]) == "reused: 4,000 rows, 12 quarantined"
     assert note(stages["clean"]) == "kept 80%: 3,200 of 4,000"
@@ -176,31 +176,31 @@ def test_note_of_an_unknown_kind_shows_its_first_facts() -> None:
     assert note(replay([finished]).stages["ppo"]) == "mean reward 0.51, n 1,200"
 
 
-def test_search_folds_origins_values_standings_ties_and_front() -> None:
+def test_search_state_has_origins_values_standings_ties_and_pareto_front() -> None:
     search = replay(searched_events(ended_by="the budget is spent")).search
     assert search is not None
     first, again = search.trials["t00"], search.trials["r00"]
-    assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("drawn", 3.1, True, 40_000)
+    assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("sampled", 3.1, True, 40_000)
     assert (again.origin, again.of) == ("replicate", "t00")
     assert search.standings.get(first.name) == TrialStanding(pytest.approx(3.105), 0.0123, 2)
     assert search.standings.get(again.name) is None
-    assert (search.ties, search.front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
+    assert (search.ties, search.pareto_front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
     assert search.objectives == [(LOSS, "min"), (FORGETTING, "min")]
-    assert search.bounds == [ConstraintState(FORGETTING, None, 0.1)]
+    assert search.constraints == [ConstraintState(FORGETTING, None, 0.1)]
 
 
-def test_search_that_is_told_again_as_done_keeps_its_origins() -> None:
-    told = [one for one in searched_events() if one["event"] != "trial_started"]
-    for one in told:
+def test_replayed_search_keeps_its_origins() -> None:
+    result = [one for one in searched_events() if one["event"] != "trial_started"]
+    for one in result:
         if one["event"] == "trial_finished" and one["trial"] == "r00":
             one.update(origin="replicate", of="t00")
-    search = replay(told).search
+    search = replay(result).search
     assert search is not None
-    assert search.trials["r00"] not in search.own
+    assert search.trials["r00"] not in search.originals
     assert "r00" not in [trial.name for trial in search.ranked]
 
 
-def test_trial_that_breaks_a_constraint_is_best_only_where_none_keeps_to_it() -> None:
+def test_infeasible_trial_is_best_only_if_no_trial_is_feasible() -> None:
     def trial(name: str, value: float, feasible: bool) -> Event:
         end = {"overrides": {}, "state": "done", "value": value, "feasible": feasible}
         return event("trial_finished", trial=name, **end)

@@ -26,7 +26,7 @@ EVENTS = [
 ]
 
 
-def test_first_step_launches_and_gaps_are_measured_and_a_search_is_no_gap() -> None:
+def test_overhead_has_first_step_launches_and_gaps_without_the_search() -> None:
     assert overhead(EVENTS) == {
         "first_step_seconds": 25,
         "ray_start_seconds": 5.0,
@@ -35,7 +35,7 @@ def test_first_step_launches_and_gaps_are_measured_and_a_search_is_no_gap() -> N
     }
 
 
-def test_rows_that_are_tokenised_before_a_training_are_no_step_of_it() -> None:
+def test_tokenization_is_not_a_training_step() -> None:
     begin = next(index for index, event in enumerate(EVENTS) if event["event"] == "stage_started")
     tokenised = at(21, "progress", stage="base", done=300, unit="rows", preparing=True)
     assert overhead([*EVENTS[: begin + 1], tokenised, *EVENTS[begin + 1 :]]) == overhead(EVENTS)

@@ -17,7 +17,7 @@ def stage(name: str, kind: str, inputs: list[str], **facts: Any) -> StageState:
     return StageState(name, kind, inputs=inputs, status="done", facts=facts)
 
 
-def test_line_of_a_training_says_how_many_rows_it_used() -> None:
+def test_training_note_has_the_number_of_used_rows() -> None:
     assert note(stage("a", "dpo", [], **DPO)) == "loss 0.500 → eval 0.625, 28 of 60 rows (32 unusable, 27 truncated)"
 
 
@@ -30,7 +30,7 @@ def test_line_of_a_training_says_how_many_rows_it_used() -> None:
         ({}, "loss 0.500"),
     ],
 )
-def test_line_names_only_reasons_that_there_were(facts: dict[str, Any], expected: str) -> None:
+def test_training_note_lists_only_occurring_reasons(facts: dict[str, Any], expected: str) -> None:
     assert note(stage("a", "grpo", [], loss=0.5, **facts)) == expected
 
 
@@ -46,7 +46,7 @@ def test_funnel_ends_with_the_rows_that_a_training_used() -> None:
     ]
 
 
-def test_funnel_of_a_training_goes_on_from_the_filter_before_it() -> None:
+def test_funnel_of_a_training_continues_after_its_filter() -> None:
     pairs, clean = stage("pairs", "dataset", [], rows=80), stage("clean", "select", ["pairs"], rows_in=80, kept=60)
     assert levels(pairs, clean, stage("policy", "dpo", ["clean", "base"], **DPO))[1:] == [
         ("kept by clean", 60, "−20 (25%)"),
@@ -54,7 +54,7 @@ def test_funnel_of_a_training_goes_on_from_the_filter_before_it() -> None:
     ]
 
 
-def test_funnel_has_no_training_for_the_dataset_that_only_evaluates_it_or_that_it_uses_whole() -> None:
+def test_funnel_omits_trainings_that_use_all_rows_or_only_evaluate_on_them() -> None:
     validation = stage("validation", "dataset", [], rows=60)
     assert len(levels(validation, stage("policy", "dpo", ["pairs", "validation"], **DPO))) == 1
     whole = {**DPO, "unusable": 0, "truncated": 0}

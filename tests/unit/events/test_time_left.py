@@ -24,8 +24,8 @@ def progress(done: float, at: float, total: float | None = TOTAL, unit: str = "s
 
 
 def training(first_step: float = 38.0, seconds_a_step: float = 0.23) -> Iterator[Event]:
-    """As a worker reports it: nothing while it loads, a first step that takes all of the compilation, then an event
-    each half second. It takes five minutes in all."""
+    """Progress as a worker reports it: nothing while it loads, a first step that includes compilation, then an event
+    every half second. It takes five minutes."""
     yield progress(0, 4.0, total=None)
     yield progress(1, 4.0 + first_step)
     for done in range(4, TOTAL, 3):
@@ -33,7 +33,7 @@ def training(first_step: float = 38.0, seconds_a_step: float = 0.23) -> Iterator
 
 
 def estimates(events: Iterable[Event]) -> Iterator[tuple[Event, float | None]]:
-    """Each event, and what is then shown as the time left."""
+    """Yield each event with the time left after it."""
     state = RunState()
     apply(state, STARTED)
     for event in events:
@@ -41,59 +41,59 @@ def estimates(events: Iterable[Event]) -> Iterator[tuple[Event, float | None]]:
         yield event, state.stages["sft"].time_left(event["t"])
 
 
-def test_no_time_is_shown_before_it_means_something_and_then_it_is_right() -> None:
+def test_time_left_is_hidden_until_reliable_and_then_accurate() -> None:
     end = [event["t"] for event in training()][-1]
-    shown = [(event["t"], left) for event, left in estimates(training()) if left is not None]
+    displayed = [(event["t"], left) for event, left in estimates(training()) if left is not None]
     begin = 4.0 + 38.0
-    assert begin + 9 < shown[0][0] < begin + 12
-    for at, left in shown:
+    assert begin + 9 < displayed[0][0] < begin + 12
+    for at, left in displayed:
         assert left == pytest.approx(end - at, abs=2), f"at {at}"
 
 
-def test_time_of_a_short_training_is_shown_after_a_twentieth_of_it() -> None:
+def test_time_left_of_a_short_training_is_shown_after_a_twentieth() -> None:
     events = [progress(0, 0, None), *(progress(step, 5 + step * 0.5, total=40) for step in range(1, 41))]
     first = next(event["done"] for event, left in estimates(events) if left is not None)
     assert first == 3
 
 
-def test_resumed_training_is_measured_from_where_it_resumes() -> None:
+def test_speed_of_a_resumed_training_starts_at_its_checkpoint() -> None:
     events = [progress(0, 0, None), *(progress(600 + step, 30 + step, total=TOTAL) for step in range(1, 60))]
-    shown = [left for _, left in estimates(events) if left is not None]
-    assert max(shown) < TOTAL - 600
+    displayed = [left for _, left in estimates(events) if left is not None]
+    assert max(displayed) < TOTAL - 600
 
 
-def test_scoring_waits_for_more_than_the_actors_first_shards() -> None:
-    """Actors load a model before their first shard; four of them then end theirs at nearly the same time."""
+def test_scoring_estimate_needs_more_than_the_first_shards() -> None:
+    """Actors load a model before their first shard; four of them finish it at nearly the same time."""
     ends = [60.0, 60.4, 61.0, 61.1, *itertools.accumulate([1.0] * 100, initial=62.0)]
     events = [progress(0, 0, 105_000, "rows")]
     events += [progress(1_000 * (n + 1), at, 105_000, "rows") for n, at in enumerate(ends)]
-    shown = [(event, left) for event, left in estimates(events) if left is not None]
-    for event, left in shown:
+    displayed = [(event, left) for event, left in estimates(events) if left is not None]
+    for event, left in displayed:
         assert left == pytest.approx((105_000 - event["done"]) / 1_000, rel=0.6)
 
 
-def test_slow_steps_are_measured_over_several_of_them() -> None:
-    """A policy's step takes minutes: one that is longer than others must not change the estimate by half."""
+def test_slow_steps_are_averaged() -> None:
+    """A policy's step takes minutes: a single longer step must not change the estimate by half."""
     times = list(itertools.accumulate([60.0, 120.0, 60.0, 60.0], initial=100.0))
     events = [progress(0, 0, None), *(progress(n + 1, at, total=20) for n, at in enumerate(times))]
     *_, (_, left) = estimates(events)
     assert left == pytest.approx(15 * 80, rel=0.01)
 
 
-def test_plain_lines_give_no_time_before_it_means_something() -> None:
+def test_plain_lines_omit_unreliable_time_left() -> None:
     state, lines = RunState(), PlainLines(since=0.0)
-    said = []
+    printed = []
     for event in [STARTED, *training()]:
         apply(state, event)
-        said += lines.lines(state, event)
-    shown = [" left" in line for line in said]
-    assert shown == sorted(shown), "once it means something, it is shown"
-    assert not shown[1], said[1]
-    assert shown[-1]
-    assert "h " not in "".join(said)
+        printed += lines.lines(state, event)
+    displayed = [" left" in line for line in printed]
+    assert displayed == sorted(displayed), "shown from then on"
+    assert not displayed[1], printed[1]
+    assert displayed[-1]
+    assert "h " not in "".join(printed)
 
 
-def test_search_waits_for_two_trials(tmp_path: Path) -> None:
+def test_search_estimate_needs_two_ended_trials(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events" / "driver.jsonl")
     terminal = Terminal(Console(file=io.StringIO()), "r", tmp_path, EventReader(tmp_path / "events"))
     log.write("search_started", metric="m", mode="min", trials=8, max_concurrent=2)

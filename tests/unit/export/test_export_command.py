@@ -59,16 +59,21 @@ search:
   space: {sft.learning_rate: {choice: [3e-3, 5e-3]}}
 """
 FACTS: dict[str, dict[str, Any]] = {
-    "dataset": {"rows": 20, "quarantined": 1, "quarantine": {"first": [{"excerpt": SECRET}]}, "planted": {}},
+    "dataset": {
+        "rows": 20,
+        "quarantined": 1,
+        "quarantine": {"first": [{"excerpt": SECRET}]},
+        "injected_corruption": {},
+    },
     "score": {"rows": 20, "rows_out": 20, "scores": {"length": {"median": 4.0}}},
     "select": {
         "rows_in": 20,
         "kept": 12,
-        "rules": [{"score": "length", "rule": "length range 1..9", "cuts": [1.0, 9.0], "dropped": 8}],
+        "rules": [{"score": "length", "rule": "length range 1..9", "thresholds": [1.0, 9.0], "dropped": 8}],
         "samples": {"deciles": [SECRET]},
     },
     "classifier": {"temperature": 1.5},
-    "reward": {"reward_mean": 0.25, "reward_deviation": 2.0},
+    "reward": {"reward_mean": 0.25, "reward_std": 2.0},
 }
 TRAINED = {"rows": 20, "steps": 5, "tokens": 321, "loss": 3.5, "eval_loss": 3.25, "resolved": {}}
 
@@ -530,7 +535,7 @@ def test_unfinished_model_and_empty_run_are_errors(workspace: ExportWorkspace, t
     workspace.log("half").run_started().stages_finished(workspace.experiment, without="more").run_finished("failed")
     error = error_of(workspace, tmp_path / "out", "half", stage="more", trial="file")
     assert "`more` of the run `half` isn't finished" in error.message
-    assert "the run is failed, the stage waiting" in error.cause
+    assert "the run is failed, the stage pending" in error.cause
     (workspace.store.run("empty") / "events").mkdir(parents=True)
     assert "has no model" in error_of(workspace, tmp_path / "out", "empty").message
 

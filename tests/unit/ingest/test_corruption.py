@@ -70,7 +70,11 @@ def content(row: Row) -> str:
 def of_kind(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
     """(original, corrupted) contents of the rows with this kind of corruption."""
     corrupted = corrupt(rows, 1.0, seed=3)
-    return [(content(old), content(new)) for old, new in zip(rows, corrupted, strict=True) if new["planted"] == kind]
+    return [
+        (content(old), content(new))
+        for old, new in zip(rows, corrupted, strict=True)
+        if new["injected_corruption"] == kind
+    ]
 
 
 BOTH = pytest.mark.parametrize("make", [text_rows, chat_rows])
@@ -82,21 +86,21 @@ def test_share_is_exact_and_planted_marks_the_corrupted_rows(make: MakeRows, sha
     rows = make(101)
     corrupted = corrupt(rows, share, seed=0)
     assert len(corrupted) == len(rows)
-    assert sum(row["planted"] != "" for row in corrupted) == round(share * 101)
+    assert sum(row["injected_corruption"] != "" for row in corrupted) == round(share * 101)
     for old, new in zip(rows, corrupted, strict=True):
-        assert (content(old).split() != content(new).split()) == (new["planted"] != "")
-        assert new["planted"] in ("", *KINDS)
+        assert (content(old).split() != content(new).split()) == (new["injected_corruption"] != "")
+        assert new["injected_corruption"] in ("", *KINDS)
 
 
 @BOTH
 def test_kinds_get_equal_shares(make: MakeRows) -> None:
-    kinds = Counter(row["planted"] for row in corrupt(make(203), 0.5, seed=1))
+    kinds = Counter(row["injected_corruption"] for row in corrupt(make(203), 0.5, seed=1))
     counts = [kinds[kind] for kind in KINDS]
     assert max(counts) - min(counts) <= 1
 
 
 def test_single_damaged_row_is_not_always_of_the_same_kind() -> None:
-    kinds = {row["planted"] for seed in range(40) for row in corrupt(text_rows(10), 0.1, seed)}
+    kinds = {row["injected_corruption"] for seed in range(40) for row in corrupt(text_rows(10), 0.1, seed)}
     assert kinds == {"", *KINDS}
 
 
@@ -104,7 +108,7 @@ def test_single_damaged_row_is_not_always_of_the_same_kind() -> None:
 def test_only_the_content_changes(make: MakeRows) -> None:
     rows = make(60)
     for old, new in zip(rows, corrupt(rows, 0.6, seed=5), strict=True):
-        assert set(new) == {*old, "planted"}
+        assert set(new) == {*old, "injected_corruption"}
         assert new["group"] == old["group"]
         if "messages" in old:
             assert new["messages"][:-1] == old["messages"][:-1]
@@ -207,7 +211,7 @@ def test_repeated_rows_repeat_one_phrase_up_to_about_the_original_length(make: M
 def test_rows_too_short_for_a_kind_get_one_that_fits() -> None:
     rows: list[Row] = [{"messages": [{"role": "assistant", "content": word}]} for word in ("y", "n") * 20]
     corrupted = corrupt(rows, 1.0, seed=2)
-    kinds = Counter(row["planted"] for row in corrupted)
+    kinds = Counter(row["injected_corruption"] for row in corrupted)
     assert kinds == {"swapped": 20, "repeated": 20}
     assert all(content(old) != content(new) for old, new in zip(rows, corrupted, strict=True))
 
@@ -216,8 +220,8 @@ def test_empty_rows_are_not_corrupted_if_others_suffice() -> None:
     rows: list[Row] = [{"text": ""}, *text_rows(9)]
     for seed in range(20):
         corrupted = corrupt(rows, 0.9, seed)
-        assert corrupted[0]["planted"] == ""
-        assert all(row["planted"] for row in corrupted[1:])
+        assert corrupted[0]["injected_corruption"] == ""
+        assert all(row["injected_corruption"] for row in corrupted[1:])
 
 
 def test_share_that_cannot_be_reached_is_an_error() -> None:
@@ -233,7 +237,7 @@ def test_share_that_cannot_be_reached_is_an_error() -> None:
         ([{"text": "a"}, {"prompt": "b"}], 0.5, "row 1 has neither 'text' nor 'messages'"),
         ([{"messages": []}], 0.5, "row 0 has neither"),
         ([{"text": None}], 0.5, "row 0 has NoneType"),
-        ([{"text": "a", "planted": ""}], 0.5, "row 0 already has the key 'planted'"),
+        ([{"text": "a", "injected_corruption": ""}], 0.5, "row 0 already has the key 'injected_corruption'"),
     ],
 )
 def test_invalid_arguments_are_rejected(rows: list[Row], share: float, message: str) -> None:
@@ -258,6 +262,6 @@ def test_count_is_exact_and_content_changes_for_any_rows(
     if chat:
         rows = [{"messages": [{"role": "assistant", "content": text}]} for text in contents]
     corrupted = corrupt(rows, share, seed)
-    assert sum(row["planted"] != "" for row in corrupted) == round(share * len(rows))
+    assert sum(row["injected_corruption"] != "" for row in corrupted) == round(share * len(rows))
     for old, new in zip(rows, corrupted, strict=True):
-        assert (content(old).split() != content(new).split()) == (new["planted"] != "")
+        assert (content(old).split() != content(new).split()) == (new["injected_corruption"] != "")

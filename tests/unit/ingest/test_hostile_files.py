@@ -32,7 +32,7 @@ from reading import dataset, make, quarantine_of
 from tunery.ingest.formats import delimited, json_values, text
 from tunery.ingest.formats import lines as formats_lines
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
-from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows
+from tunery.store.rows import OPTIONAL_MESSAGE_FIELDS, Row, read_rows
 
 FEW = settings(max_examples=40, derandomize=True, deadline=None)
 
@@ -215,12 +215,14 @@ RECORDS = st.dictionaries(
     VALUES
     | st.lists(
         st.dictionaries(
-            st.sampled_from(["role", "from", "content", "value", *OPTIONAL_TURN_FIELDS, "thinking", "function_call"]),
+            st.sampled_from(
+                ["role", "from", "content", "value", *OPTIONAL_MESSAGE_FIELDS, "thinking", "function_call"]
+            ),
             VALUES | st.sampled_from(["user", "assistant", "human", "gpt", "function_call"]),
         )
         | st.fixed_dictionaries(
             {"role": st.sampled_from(["user", "Assistant", "tool", "system"]), "content": VALUES},
-            optional=dict.fromkeys([*OPTIONAL_TURN_FIELDS, "thinking", "train", "images", "function_call"], VALUES),
+            optional=dict.fromkeys([*OPTIONAL_MESSAGE_FIELDS, "thinking", "train", "images", "function_call"], VALUES),
         ),
         max_size=3,
     ),

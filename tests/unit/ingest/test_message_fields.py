@@ -12,7 +12,16 @@ import pytest
 
 from tunery.ingest.corruption import corrupt
 from tunery.store import rows as store
-from tunery.store.rows import OPTIONAL_TURN_FIELDS, TURNS, Row, read_rows, row_id, shards, write_rows, write_tables
+from tunery.store.rows import (
+    MESSAGES,
+    OPTIONAL_MESSAGE_FIELDS,
+    Row,
+    read_rows,
+    row_id,
+    shards,
+    write_rows,
+    write_tables,
+)
 
 QUESTION = {"role": "user", "content": "q"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
@@ -34,7 +43,7 @@ def test_all_message_fields_survive_the_store(tmp_path: Path) -> None:
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == FULL
     assert without_nulls(row["rejected"]) == [FULL[-1]]
-    assert [field.name for field in TURNS.value_type] == ["role", "content", *OPTIONAL_TURN_FIELDS]
+    assert [field.name for field in MESSAGES.value_type] == ["role", "content", *OPTIONAL_MESSAGE_FIELDS]
 
 
 def test_optional_fields_change_the_row_id_and_nulls_do_not() -> None:
@@ -49,7 +58,7 @@ def test_optional_fields_change_the_row_id_and_nulls_do_not() -> None:
     ]
     ids = {row_id(plain), *(row_id({"messages": [QUESTION, {**ANSWER, **more}]}) for more in fields)}
     assert len(ids) == 7
-    nulls = {"messages": [{**turn, **dict.fromkeys(OPTIONAL_TURN_FIELDS)} for turn in (QUESTION, ANSWER)]}
+    nulls = {"messages": [{**turn, **dict.fromkeys(OPTIONAL_MESSAGE_FIELDS)} for turn in (QUESTION, ANSWER)]}
     assert row_id(nulls) == row_id(plain) == "2dbc5682d0d34079"
 
 
@@ -71,7 +80,7 @@ def test_reasoning_counts_for_the_size_of_a_shard(tmp_path: Path, monkeypatch: p
 
 def test_tables_without_the_optional_fields_can_be_written(tmp_path: Path) -> None:
     older = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
-    fields = [pa.field(field.name, older if field.type == TURNS else field.type) for field in store.SCHEMA]
+    fields = [pa.field(field.name, older if field.type == MESSAGES else field.type) for field in store.SCHEMA]
     table = pa.Table.from_pylist([{"id": "0" * 16, "messages": [QUESTION, ANSWER]}], pa.schema(fields))
     assert write_tables([table], tmp_path) == 1
 
@@ -79,5 +88,5 @@ def test_tables_without_the_optional_fields_can_be_written(tmp_path: Path) -> No
 def test_corrupted_response_keeps_its_other_fields() -> None:
     answer = {**ANSWER, "content": "one two three four five six", "reasoning_content": "because", "weight": 0.5}
     (row,) = corrupt([{"messages": [QUESTION, answer]}], 1.0, 0)
-    assert row["planted"]
+    assert row["injected_corruption"]
     assert row["messages"][-1] == {**answer, "content": row["messages"][-1]["content"]}

@@ -19,7 +19,7 @@ from tunery.ingest.sources import BUILTIN, BadSource
 from tunery.review.review_items import ReviewItem, RowOutcome
 from tunery.spec import Dataset
 from tunery.spec.loader import load
-from tunery.store.rows import OPTIONAL_TURN_FIELDS, Row, read_rows, write_rows
+from tunery.store.rows import OPTIONAL_MESSAGE_FIELDS, Row, read_rows, write_rows
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -444,7 +444,7 @@ def test_reviewer_sees_the_reasoning_and_the_calls(full: list[Any], tmp_path: Pa
     write_rows([{"id": "0" * 16, "messages": full}], tmp_path)
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == full
-    assert set(row["messages"][0]) == {"role", "content", *OPTIONAL_TURN_FIELDS}
+    assert set(row["messages"][0]) == {"role", "content", *OPTIONAL_MESSAGE_FIELDS}
     messages = ReviewItem("0" * 16, row, RowOutcome(True, {}, {})).messages
     assert [turn["content"] for turn in messages] == [
         "q",

@@ -411,7 +411,7 @@ def test_records_equal_rows_plus_quarantined_records(tmp_path: Path) -> None:
     facts = result.facts
     assert (facts["rows"], facts["quarantined"], facts["duplicates"]) == (SHARD + 11, len(lines), 1)
     assert facts["rows"] + facts["quarantined"] == facts["records"] == len(lines) + len(good) + 1
-    assert (facts["row_format"], facts["source"], facts["split"], facts["planted"]) == (
+    assert (facts["row_format"], facts["source"], facts["split"], facts["injected_corruption"]) == (
         "conversation",
         "a.jsonl",
         "all",
@@ -420,7 +420,7 @@ def test_records_equal_rows_plus_quarantined_records(tmp_path: Path) -> None:
     rows = list(read_rows(out))
     assert len(shards(out)) == 2
     assert [row["line"] for row in rows] == list(range(len(lines) + 1, len(lines) + SHARD + 12))
-    assert all(row["id"] == row_id(row) and row["planted"] is None for row in rows)
+    assert all(row["id"] == row_id(row) and row["injected_corruption"] is None for row in rows)
     quarantined = quarantine_of(out)
     assert [line["line"] for line in quarantined] == list(range(1, len(lines) + 1))
     assert all(line.keys() == {"source", "line", "reason", "excerpt"} and line["reason"] for line in quarantined)
@@ -445,9 +445,9 @@ def test_same_rows_give_the_same_bytes(fraction: float, tmp_path: Path) -> None:
     assert files == [path.relative_to(second) for path in sorted(second.rglob("*")) if path.is_file()]
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes()
-    planted = Counter(row["planted"] for row in read_rows(first))
+    planted = Counter(row["injected_corruption"] for row in read_rows(first))
     assert sum(count for kind, count in planted.items() if kind) == round(fraction * 80)
-    assert one.facts["planted"] == ({} if fraction == 0 else dict(sorted(planted.items())))
+    assert one.facts["injected_corruption"] == ({} if fraction == 0 else dict(sorted(planted.items())))
 
 
 def test_row_id_depends_on_normalized_content_only() -> None:

@@ -25,7 +25,7 @@ COUNT = 400
 
 
 def rows_of(texts: list[str]) -> pa.Table:
-    rows = [{"text": text, "planted": "cut" if "9" in text else ""} for text in texts]
+    rows = [{"text": text, "injected_corruption": "cut" if "9" in text else ""} for text in texts]
     return pa.Table.from_pylist([{**row, "id": row_id(row)} for row in rows], SCHEMA)
 
 
@@ -50,7 +50,7 @@ def test_each_decile_has_a_tenth_of_the_rows_and_samples_of_kept_and_dropped_one
         for row in decile["kept_rows"] + decile["dropped_rows"]:
             assert decile["low"] <= row["score"] <= decile["high"]
             assert row["text"] == f"row {row['score']:g}"
-            assert row["planted"] == ("cut" if "9" in row["text"] else "")
+            assert row["injected_corruption"] == ("cut" if "9" in row["text"] else "")
         assert max(len(decile["kept_rows"]), len(decile["dropped_rows"])) <= ROWS_PER_DECILE
 
 

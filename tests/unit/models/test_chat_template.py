@@ -12,7 +12,7 @@ from template_tokenizers import rendered, tokenizer_of
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_untruncated
 from tunery.models.generate import eos_token_ids
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.models.truncation import encode_sequences
@@ -34,40 +34,40 @@ def chat(*turns: str | dict[str, Any], tools: Any = None) -> dict[str, Any]:
 
 
 def encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Encoded:
-    (found,) = encode_whole([row], tokenizer, Encoding(LONG, **options))
-    return found
+    (actual,) = encode_untruncated([row], tokenizer, Encoding(LONG, **options))
+    return actual
 
 
 def trained(row: dict[str, Any], family: str, **options: Any) -> list[str]:
     tokenizer = tokenizer_of(family)
-    found = encoded(row, tokenizer, **options)
-    assert not found.rejected
-    return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
+    actual = encoded(row, tokenizer, **options)
+    assert not actual.rejected
+    return [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans]
 
 
 def masked(row: dict[str, Any], family: str) -> str:
     """What precedes the last response."""
     tokenizer = tokenizer_of(family)
-    found = encoded(row, tokenizer)
-    return str(tokenizer.decode(found.ids[: found.response[0]]))
+    actual = encoded(row, tokenizer)
+    return str(tokenizer.decode(actual.ids[: actual.response[0]]))
 
 
 # What is trained
 
 
-def test_deepseek_trains_reasoning_and_answer_behind_the_opened_thinking_block() -> None:
+def test_deepseek_trains_reasoning_and_response_after_the_opened_thinking_block() -> None:
     row = chat("2+2?", "<think>\nadd\n</think>\n\nfour")
     assert trained(row, "deepseekv3") == ["add\n</think>\n\nfour<｜end▁of▁sentence｜>"]
     assert masked(row, "deepseekv3").endswith("<｜User｜>2+2?<｜Assistant｜><think>\n")
 
 
-def test_nemotron_masks_the_empty_thinking_block_and_trains_the_answer_as_the_template_has_it() -> None:
+def test_nemotron_masks_the_empty_thinking_block_and_trains_the_rendered_response() -> None:
     row = chat("Where?", " Paris\n")
     assert trained(row, "nemotron_3_nano") == [" Paris<|im_end|>"]
     assert masked(row, "nemotron_3_nano").endswith("<|im_start|>assistant\n<think></think>")
 
 
-def test_an_answer_of_one_letter_is_itself_and_not_that_letter_somewhere_before() -> None:
+def test_one_letter_response_is_not_confused_with_earlier_text() -> None:
     row = chat("s s s", "s")
     assert trained(row, "qwen3_5_think") == ["s<|im_end|>"]
     assert masked(row, "qwen3_5_think").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -81,9 +81,9 @@ def test_every_response_is_trained_or_the_last_turn_only() -> None:
     row = chat("Q1", "A1", "Q2", "A2")
     assert trained(row, "qwen3") == ["A1<|im_end|>", "A2<|im_end|>"]
     assert trained(row, "qwen3", train_on="last_turn") == ["A2<|im_end|>"]
-    asked = chat("Q1", "A1", "Q2")
-    assert trained(asked, "qwen3") == ["A1<|im_end|>"]
-    assert trained(asked, "qwen3", train_on="last_turn") == []
+    requested = chat("Q1", "A1", "Q2")
+    assert trained(requested, "qwen3") == ["A1<|im_end|>"]
+    assert trained(requested, "qwen3", train_on="last_turn") == []
 
 
 def test_a_turn_of_weight_0_is_context() -> None:
@@ -93,8 +93,8 @@ def test_a_turn_of_weight_0_is_context() -> None:
 
 
 def test_a_weight_between_0_and_1_is_rejected() -> None:
-    found = encoded(chat("Q1", {"content": "A1", "weight": 0.5}), tokenizer_of("qwen3"))
-    assert found.rejected == "a turn has the weight 0.5; only 0 and 1 are supported"
+    actual = encoded(chat("Q1", {"content": "A1", "weight": 0.5}), tokenizer_of("qwen3"))
+    assert actual.rejected == "a message has the weight 0.5; only 0 and 1 are supported"
 
 
 def test_an_empty_response_is_not_trained() -> None:
@@ -114,19 +114,19 @@ def test_gpt_oss_trains_the_channels_of_a_response_and_no_token_that_only_its_hi
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [{"content": "four", "reasoning_content": "add"}, {"content": "<think>\nadd\n</think>\n\nfour"}],
     ids=["reasoning_content", "tags"],
 )
-def test_reasoning_is_rendered_from_its_own_column_and_from_tags(answer: dict[str, Any]) -> None:
-    assert trained(chat("2+2?", answer), "qwen3") == ["<think>\nadd\n</think>\n\nfour<|im_end|>"]
+def test_reasoning_is_rendered_from_its_own_column_and_from_tags(response: dict[str, Any]) -> None:
+    assert trained(chat("2+2?", response), "qwen3") == ["<think>\nadd\n</think>\n\nfour<|im_end|>"]
 
 
 def test_earlier_turns_that_lose_their_reasoning_are_context_and_counted() -> None:
     thought = {"content": "two", "reasoning_content": "first"}
-    found = encoded(chat("1+1?", thought, "2+2?", "four"), tokenizer_of("qwen3"))
-    assert len(found.spans) == 1
-    assert found.dropped_reasoning == 1
+    actual = encoded(chat("1+1?", thought, "2+2?", "four"), tokenizer_of("qwen3"))
+    assert len(actual.spans) == 1
+    assert actual.dropped_reasoning == 1
 
 
 def test_a_template_without_reasoning_trains_the_response_and_counts_what_it_drops() -> None:
@@ -167,27 +167,27 @@ def test_arguments_of_tool_calls_are_objects_or_text(as_text: bool) -> None:
 
 @pytest.mark.parametrize("family", ["gemma3", "chatml", "phi3"])
 def test_a_tool_call_is_rejected_where_the_template_has_none(family: str) -> None:
-    found = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)}), tokenizer_of(family))
-    assert found.rejected == "the chat template does not render tool calls"
-    assert found.ids == []
+    actual = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)}), tokenizer_of(family))
+    assert actual.rejected == "the chat template does not render tool calls"
+    assert actual.ids == []
 
 
 def test_a_second_tool_call_that_the_template_leaves_out_rejects_the_row() -> None:
-    found = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS * 2)}), tokenizer_of("gptoss"))
-    assert found.rejected == "the chat template does not render tool call 2 of turn 2 (assistant)"
+    actual = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS * 2)}), tokenizer_of("gptoss"))
+    assert actual.rejected == "the chat template does not render tool call 2 of message 2 (assistant)"
 
 
 def test_definitions_of_tools_that_the_template_leaves_out_reject_the_row() -> None:
-    found = encoded(chat("Add.", "No.", tools=TOOLS), tokenizer_of("deepseekv3"))
-    assert found.rejected == "the chat template does not render the definitions of tools"
+    actual = encoded(chat("Add.", "No.", tools=TOOLS), tokenizer_of("deepseekv3"))
+    assert actual.rejected == "the chat template does not render the definitions of tools"
 
 
 def test_mistral_gets_ids_of_nine_characters_for_calls_without_one() -> None:
     row = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
     row["messages"] += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "Three."}]
-    call, answer = trained(row, "mistral_v3")
+    call, response = trained(row, "mistral_v3")
     assert '"id": "call00001"' in call
-    assert answer == " Three.</s>"
+    assert response == " Three.</s>"
     assert '"call_id": "call00001"' in rendered(row, tokenizer_of("mistral_v3"))
 
 
@@ -204,21 +204,21 @@ def test_the_template_of_new_models_renders_tool_calls_definitions_and_reasoning
 # Rows that a template can't take
 
 
-def test_a_system_turn_that_gemma_refuses_rejects_its_row_and_no_other() -> None:
+def test_system_message_rejected_by_gemma_rejects_only_its_row() -> None:
     rows = [
         chat("Where?", "Paris"),
         {"messages": [{"role": "system", "content": "Brief."}, *chat("Q", "A")["messages"]]},
     ]
-    fine, bad, also_fine = encode_whole([rows[0], rows[1], rows[0]], tokenizer_of("gemma"), Encoding(LONG))
+    fine, bad, also_fine = encode_untruncated([rows[0], rows[1], rows[0]], tokenizer_of("gemma"), Encoding(LONG))
     assert bad.rejected == "the chat template fails: System role not supported"
     assert fine.ids == also_fine.ids
     assert fine.num_loss_tokens > 0
 
 
-def test_a_system_turn_that_is_left_out_without_a_word_rejects_the_row() -> None:
+def test_silently_dropped_system_message_rejects_the_row() -> None:
     row = {"messages": [{"role": "system", "content": "Brief."}, *chat("Q", "A")["messages"]]}
-    found = encoded(row, tokenizer_of("ignores_system"))
-    assert found.rejected == "the chat template does not render the text of turn 1 (system)"
+    actual = encoded(row, tokenizer_of("ignores_system"))
+    assert actual.rejected == "the chat template does not render the text of message 1 (system)"
 
 
 SINGLE_TURN = (
@@ -228,10 +228,10 @@ SINGLE_TURN = (
 )
 
 
-def test_a_template_of_a_single_turn_rejects_longer_conversations_and_no_other() -> None:
+def test_single_turn_template_rejects_only_longer_conversations() -> None:
     tokenizer = deepcopy(tokenizer_of("zephyr"))
     tokenizer.chat_template = SINGLE_TURN
-    fine, long = encode_whole([chat("Where?", "Paris"), chat("Q", "A", "R", "B")], tokenizer, Encoding(LONG))
+    fine, long = encode_untruncated([chat("Where?", "Paris"), chat("Q", "A", "R", "B")], tokenizer, Encoding(LONG))
     assert [tokenizer.decode(fine.ids[start:end]) for start, end in fine.spans] == ["Paris</s>"]
     assert long.rejected == "the chat template fails: one turn only"
 
@@ -243,15 +243,15 @@ def test_a_template_that_cannot_render_a_question_is_unsupported() -> None:
         chat_template_of(tokenizer)
 
 
-def test_a_generation_prompt_that_differs_in_white_space_is_masked_all_the_same() -> None:
+def test_generation_prompt_with_different_white_space_is_masked() -> None:
     tokenizer = deepcopy(tokenizer_of("zephyr"))
     tokenizer.chat_template = (
         "{% for message in messages %}"
         "{{ '\n  <|' + message['role'] + '|>\n' + message['content'] + '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '  <|assistant|>\n\n' }}{% endif %}"
     )
-    found = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
-    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == ["Paris</s>", "Yes</s>"]
+    actual = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans] == ["Paris</s>", "Yes</s>"]
 
 
 def test_a_block_that_is_only_closed_is_masked_as_an_empty_one() -> None:
@@ -262,8 +262,8 @@ def test_a_block_that_is_only_closed_is_masked_as_an_empty_one() -> None:
         "{% endif %}{{ message['content'] + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
     )
-    found = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
-    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == [
+    actual = encoded(chat("Where?", "Paris", "Sure?", {"content": "Yes", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans] == [
         "Paris<|end|>",
         "R</think>Yes<|end|>",
     ]
@@ -277,8 +277,8 @@ def test_the_token_between_reasoning_and_text_is_trained_where_it_ends_the_last_
         "{% endif %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
-    found = encoded(chat("Where?", {"content": "Paris", "reasoning_content": "R"}), tokenizer)
-    assert [tokenizer.decode(found.ids[start:end]) for start, end in found.spans] == [
+    actual = encoded(chat("Where?", {"content": "Paris", "reasoning_content": "R"}), tokenizer)
+    assert [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans] == [
         "think R<|end|><|assistant|>Paris<|end|>"
     ]
 
@@ -305,19 +305,19 @@ def test_a_template_that_renders_no_content_is_refused() -> None:
 
 def test_special_tokens_in_a_question_are_ordinary_tokens_and_counted() -> None:
     tokenizer = tokenizer_of("qwen3")
-    found = encoded(chat("Say <|im_start|>assistant<|im_end|>", "No."), tokenizer)
+    actual = encoded(chat("Say <|im_start|>assistant<|im_end|>", "No."), tokenizer)
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
-    assert found.ids.count(start) == found.ids.count(end) == 2
-    assert "Say <|im_start|>assistant<|im_end|>" in tokenizer.decode(found.ids)
-    assert found.escaped_tokens == 2
+    assert actual.ids.count(start) == actual.ids.count(end) == 2
+    assert "Say <|im_start|>assistant<|im_end|>" in tokenizer.decode(actual.ids)
+    assert actual.escaped_tokens == 2
 
 
 @pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "unigram", "word piece"])
 def test_tokenizers_with_a_leading_space_take_special_tokens_in_a_question_as_text_too(kind: str) -> None:
     tokenizer = tokenizer_of("llama2", kind)
-    found = encoded(chat("Say </s> and <s>", "No."), tokenizer)
-    assert found.ids.count(tokenizer.eos_token_id) == found.ids.count(tokenizer.bos_token_id) == 1
-    assert found.escaped_tokens == 2
+    actual = encoded(chat("Say </s> and <s>", "No."), tokenizer)
+    assert actual.ids.count(tokenizer.eos_token_id) == actual.ids.count(tokenizer.bos_token_id) == 1
+    assert actual.escaped_tokens == 2
 
 
 @pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "metaspace never", "unigram"])
@@ -350,15 +350,15 @@ def test_generation_does_not_stop_between_the_channels_of_a_gpt_oss_response() -
 @pytest.mark.parametrize("adds", [(), ("bos",), ("eos",), ("bos", "eos")])
 def test_a_text_has_what_its_tokenizer_puts_around_it_and_one_end_token(adds: tuple[str, ...]) -> None:
     tokenizer = tokenizer_of("zephyr", "byte-level", adds)
-    found = encoded({"messages": None, "text": "Paris"}, tokenizer)
-    assert tokenizer.decode(found.ids) == ("<s>" if "bos" in adds else "") + "Paris</s>"
-    assert found.spans == ((0, len(found.ids)),)
+    actual = encoded({"messages": None, "text": "Paris"}, tokenizer)
+    assert tokenizer.decode(actual.ids) == ("<s>" if "bos" in adds else "") + "Paris</s>"
+    assert actual.spans == ((0, len(actual.ids)),)
 
 
 def test_a_conversation_has_no_second_bos_of_a_tokenizer_that_adds_one() -> None:
     tokenizer = tokenizer_of("llama2", "byte-level", ("bos", "eos"))
-    found = encoded(chat("Where?", "Paris"), tokenizer)
-    assert tokenizer.decode(found.ids) == "<s>[INST] Where? [/INST] Paris </s>"
+    actual = encoded(chat("Where?", "Paris"), tokenizer)
+    assert tokenizer.decode(actual.ids) == "<s>[INST] Where? [/INST] Paris </s>"
 
 
 # Slow tokenizers
@@ -371,13 +371,13 @@ def test_a_tokenizer_in_pure_python_masks_what_generation_is_given() -> None:
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     row = chat("Say </s>", "\n Paris")
-    found = encoded(row, tokenizer)
+    actual = encoded(row, tokenizer)
     (prompt,) = encode_prompts([as_prompt(row)], tokenizer)
-    start, end = found.response
-    assert found.ids[:start] == prompt.ids
-    assert found.ids[start:end] == [byte + 3 for byte in b"\n Paris"] + [tokenizer.eos_token_id]
-    assert found.ids.count(tokenizer.eos_token_id) == 2
-    assert found.escaped_tokens == 1
+    start, end = actual.response
+    assert actual.ids[:start] == prompt.ids
+    assert actual.ids[start:end] == [byte + 3 for byte in b"\n Paris"] + [tokenizer.eos_token_id]
+    assert actual.ids.count(tokenizer.eos_token_id) == 2
+    assert actual.escaped_tokens == 1
 
 
 # Truncation
@@ -386,18 +386,18 @@ def test_a_tokenizer_in_pure_python_masks_what_generation_is_given() -> None:
 def sequences(row: dict[str, Any], family: str, limit: int, **options: Any) -> list[str]:
     """What is trained of each sequence."""
     tokenizer = tokenizer_of(family)
-    (found,) = encode_sequences([row], tokenizer, Encoding(limit, **options))
-    assert all(len(item.ids) <= limit for item in found)
-    return [" ".join(tokenizer.decode(item.ids[start:end]) for start, end in item.spans) for item in found]
+    (actual,) = encode_sequences([row], tokenizer, Encoding(limit, **options))
+    assert all(len(item.ids) <= limit for item in actual)
+    return [" ".join(tokenizer.decode(item.ids[start:end]) for start, end in item.spans) for item in actual]
 
 
 FOUR = chat(*(text for n in range(4) for text in (f"Q{n}" + " and" * 12, f"A{n}" + " is" * 4)))
 
 
 def test_split_trains_every_response_once() -> None:
-    found = sequences(FOUR, "chatml", 90, truncate="split")
-    assert len(found) > 1
-    assert " ".join(found).split("<|im_end|>") == " ".join(f"A{n} is is is is<|im_end|>" for n in range(4)).split(
+    actual = sequences(FOUR, "chatml", 90, truncate="split")
+    assert len(actual) > 1
+    assert " ".join(actual).split("<|im_end|>") == " ".join(f"A{n} is is is is<|im_end|>" for n in range(4)).split(
         "<|im_end|>"
     )
 
@@ -410,23 +410,23 @@ def test_split_of_a_text_leaves_no_token_alone() -> None:
     tokenizer = tokenizer_of("zephyr")
     text = {"messages": None, "text": "Paris" * 7}
     count = len(encoded(text, tokenizer).ids)
-    (found,) = encode_sequences([text], tokenizer, Encoding(count - 1, truncate="split"))
-    assert [len(item.ids) for item in found] == [count - 1]
+    (actual,) = encode_sequences([text], tokenizer, Encoding(count - 1, truncate="split"))
+    assert [len(item.ids) for item in actual] == [count - 1]
 
 
 def test_left_keeps_the_bos_and_the_end_of_the_prompt() -> None:
     tokenizer = tokenizer_of("llama2")
     row = chat("the question is " * 30 + "where?", "Paris")
-    ((found,),) = encode_sequences([row], tokenizer, Encoding(40, truncate="left"))
-    assert len(found.ids) == 40
-    assert found.ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(found.ids).endswith("where? [/INST] Paris </s>")
+    ((actual,),) = encode_sequences([row], tokenizer, Encoding(40, truncate="left"))
+    assert len(actual.ids) == 40
+    assert actual.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(actual.ids).endswith("where? [/INST] Paris </s>")
     text = {"messages": None, "text": "the question is " * 30 + "where?"}
     bos = tokenizer_of("llama2", "byte-level", ("bos",))
-    ((found,),) = encode_sequences([text], bos, Encoding(20, truncate="left"))
-    assert found.ids[0] == bos.bos_token_id
-    assert tokenizer.decode(found.ids).endswith("where?</s>")
-    assert len(found.ids) == 20
+    ((actual,),) = encode_sequences([text], bos, Encoding(20, truncate="left"))
+    assert actual.ids[0] == bos.bos_token_id
+    assert tokenizer.decode(actual.ids).endswith("where?</s>")
+    assert len(actual.ids) == 20
 
 
 def test_left_keeps_a_response_where_a_question_without_one_follows() -> None:
@@ -436,5 +436,5 @@ def test_left_keeps_a_response_where_a_question_without_one_follows() -> None:
 
 def test_drop_rejects_a_row_that_is_too_long() -> None:
     tokenizer = tokenizer_of("qwen2_5")
-    ((found,),) = encode_sequences([FOUR], tokenizer, Encoding(20, truncate="drop"))
-    assert found.rejected == "it is longer than max_length (20 tokens)"
+    ((actual,),) = encode_sequences([FOUR], tokenizer, Encoding(20, truncate="drop"))
+    assert actual.rejected == "it is longer than max_length (20 tokens)"

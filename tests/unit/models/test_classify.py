@@ -15,7 +15,7 @@ import pytest
 import torch
 from experiment_text import LoadText
 from scorer_rows import answer_row, text_row
-from scoring_runs import CPU, ROWS, make
+from scoring_runs import ROWS, make
 from small_classifiers import write_encoder, write_language_model, write_reward_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -39,7 +39,7 @@ from tunery.scoring.score_actors import ClassificationActor
 from tunery.scoring.score_shard import ScorePass
 from tunery.scoring.scorers.label_probability import ClassifierScorer
 from tunery.scoring.scorers.reward_score import RewardScorer
-from tunery.spec import Classifier, Pretrained, Reward
+from tunery.spec import Classifier, Compute, Pretrained, Reward
 from tunery.spec.scorers import SCORERS
 from tunery.store import Store
 from tunery.store.rows import Row
@@ -70,7 +70,7 @@ def classifier(folder: Path, max_length: int = 512, batch_tokens: int | None = N
     return SequenceClassifier(model.eval(), load_own_tokenizer(source(folder)), max_length, batch_tokens)
 
 
-def test_encoder_of_the_tests_tells_first_from_second_text(folder: Path) -> None:
+def test_encoder_distinguishes_first_and_second_text(folder: Path) -> None:
     pair = AutoTokenizer.from_pretrained(folder / "colours")(["why"], ["red"])
     assert pair["token_type_ids"] == [[0, 0, 0, 1, 1]]
 
@@ -94,23 +94,23 @@ def turns(row: Row) -> list[str]:
     return [turn["content"] for turn in row["messages"]]
 
 
-def test_encoder_sees_question_and_answer_as_a_pair_and_anything_else_as_one_text(folder: Path) -> None:
-    found = classifier(folder / "colours")(ROWS)
-    for row, logits in zip(ROWS, found.logits, strict=True):
+def test_encoder_gets_prompt_and_response_as_a_pair_and_other_rows_as_one_text(folder: Path) -> None:
+    actual = classifier(folder / "colours")(ROWS)
+    for row, logits in zip(ROWS, actual.logits, strict=True):
         inputs = turns(row) if row["messages"] else [row["text"]]
         np.testing.assert_allclose(logits, plain_logits(folder / "colours", *inputs), atol=1e-5)
-    assert found.logits.dtype == np.float32
-    assert not any(found.truncated)
+    assert actual.logits.dtype == np.float32
+    assert not any(actual.truncated)
 
 
-def test_the_two_texts_of_a_pair_are_told_apart(folder: Path) -> None:
+def test_token_types_distinguish_the_texts_of_a_pair(folder: Path) -> None:
     pair, swapped = classifier(folder / "colours")([answer_row("red", "why"), answer_row("why", "red")]).logits
     assert np.abs(pair - swapped).max() > 0.01
     alone = classifier(folder / "colours")([text_row("why red")]).logits
     assert np.abs(pair - alone).max() > 0.01
 
 
-def test_earlier_turns_stand_before_the_answer(folder: Path) -> None:
+def test_earlier_messages_precede_the_response(folder: Path) -> None:
     row = answer_row("yes", "why")
     row["messages"] = [*answer_row("no", "how")["messages"], *row["messages"]]
     expected = plain_logits(folder / "colours", "how\n\nno\n\nwhy", "yes")
@@ -118,10 +118,10 @@ def test_earlier_turns_stand_before_the_answer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["reward", "padded"])
-def test_reward_model_sees_the_conversation_as_its_template_renders_it(name: str, folder: Path) -> None:
-    found = classifier(folder / name)(ROWS)
+def test_reward_model_gets_the_rendered_conversation(name: str, folder: Path) -> None:
+    actual = classifier(folder / name)(ROWS)
     tokenizer = AutoTokenizer.from_pretrained(folder / name)
-    for row, logits, tokens in zip(ROWS, found.logits, found.tokens, strict=True):
+    for row, logits, tokens in zip(ROWS, actual.logits, actual.tokens, strict=True):
         text = row["text"]
         if row["messages"]:
             text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -134,22 +134,22 @@ def test_without_pairs_or_template_turns_are_joined_by_a_blank_line(folder: Path
     model, _ = load_classifier(source(folder / "three"), torch.float32)
     tokenizer = load_own_tokenizer(source(folder / "three"))
     tokenizer.chat_template = None
-    found = SequenceClassifier(model.eval(), tokenizer, 512)([answer_row("yes", "why")])
-    np.testing.assert_allclose(found.logits[0], plain_logits(folder / "three", "why\n\nyes"), atol=1e-5)
+    actual = SequenceClassifier(model.eval(), tokenizer, 512)([answer_row("yes", "why")])
+    np.testing.assert_allclose(actual.logits[0], plain_logits(folder / "three", "why\n\nyes"), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["colours", "reward", "padded"])
-def test_rows_that_share_a_batch_change_nothing(name: str, folder: Path) -> None:
+def test_logits_do_not_depend_on_the_batch(name: str, folder: Path) -> None:
     alone = classifier(folder / name)
     expected = np.concatenate([alone([row]).logits for row in ROWS])
-    assert np.ptp(expected[:, 0]) > 0.1, "or the test tells nothing"
+    assert np.ptp(expected[:, 0]) > 0.1, "otherwise the test is vacuous"
     for budget in (1, 40, 100_000):
         together = classifier(folder / name, batch_tokens=budget)
         np.testing.assert_allclose(together(ROWS).logits, expected, atol=1e-5)
         np.testing.assert_allclose(together(ROWS[::-1]).logits[::-1], expected, atol=1e-5)
 
 
-def test_padding_of_a_model_that_knows_none_hides_no_token(folder: Path) -> None:
+def test_padding_of_a_model_without_pad_token_masks_no_token(folder: Path) -> None:
     ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
     model, _ = load_classifier(source(folder / "three"), torch.float32)
     reader = ClassifierEncoder(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
@@ -169,23 +169,23 @@ def test_batches_hold_each_sequence_once_within_the_budget() -> None:
     assert [6] in batches, "longer than the budget, and alone"
 
 
-def test_long_rows_are_cut_at_the_end_and_counted(folder: Path) -> None:
+def test_long_rows_are_truncated_at_the_end_and_counted(folder: Path) -> None:
     long = answer_row("red green " * 20, "why")
     for name, limit in (("colours", 12), ("reward", 12)):
-        found = classifier(folder / name, max_length=limit)([long, answer_row("yes", "so")])
-        assert found.truncated == [True, False]
-        assert found.tokens[0] == limit
+        actual = classifier(folder / name, max_length=limit)([long, answer_row("yes", "so")])
+        assert actual.truncated == [True, False]
+        assert actual.tokens[0] == limit
     expected = plain_logits(folder / "colours", *turns(long), truncation=True, max_length=12)
     np.testing.assert_allclose(classifier(folder / "colours", 12)([long]).logits[0], expected, atol=1e-5)
     assert classifier(folder / "colours", 12)([text_row("red " * 10), text_row("red " * 11)]).truncated == [False, True]
 
 
-def test_model_with_fewer_positions_than_tokens_are_allowed_gets_as_many_as_it_has(folder: Path) -> None:
-    found = classifier(folder / "colours", max_length=512)([text_row("red " * 100)])
-    assert (found.tokens, found.truncated) == ([64], [True])
+def test_rows_are_truncated_to_the_positions_of_the_model(folder: Path) -> None:
+    actual = classifier(folder / "colours", max_length=512)([text_row("red " * 100)])
+    assert (actual.tokens, actual.truncated) == ([64], [True])
 
 
-def test_positions_that_stand_for_padding_take_no_token(folder: Path) -> None:
+def test_padding_positions_are_not_used_by_tokens(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "colours")
     shape = RobertaConfig(
         vocab_size=len(tokenizer),
@@ -198,19 +198,19 @@ def test_positions_that_stand_for_padding_take_no_token(folder: Path) -> None:
         pad_token_id=1,
     )
     reader = SequenceClassifier(RobertaForSequenceClassification(shape).eval(), tokenizer, 512)
-    found = reader([text_row("red " * 100)])
-    assert (found.tokens, found.truncated) == ([18], [True])
-    assert np.isfinite(found.logits).all()
+    actual = reader([text_row("red " * 100)])
+    assert (actual.tokens, actual.truncated) == ([18], [True])
+    assert np.isfinite(actual.logits).all()
 
 
 def test_row_without_a_token_has_no_score(folder: Path) -> None:
-    found = classifier(folder / "three")([text_row(""), text_row("red")])
-    assert np.isnan(found.logits[0]).all()
-    assert np.isfinite(found.logits[1]).all()
+    actual = classifier(folder / "three")([text_row(""), text_row("red")])
+    assert np.isnan(actual.logits[0]).all()
+    assert np.isfinite(actual.logits[1]).all()
     by_label = ClassifierScorer(Classifier(classifier="m", label=0), Labels(("a", "b", "c"), False), "m")
-    columns = by_label(found.logits)
+    columns = by_label(actual.logits)
     assert math.isnan(columns["score"][0])
-    assert columns["found"][0] == ""
+    assert columns["predicted"][0] == ""
 
 
 # From logits to scores.
@@ -232,21 +232,21 @@ def test_probability_of_a_label_is_a_softmax_at_a_temperature() -> None:
     # At temperature 1/2 odds are squared.
     assert scored(logits, "good", 0.5)["score"] == pytest.approx([9 / 26])
     assert scored(logits, "good", 1e9)["score"] == pytest.approx([1 / 3])
-    assert scored(logits, "good")["found"] == ["odd"]
+    assert scored(logits, "good")["predicted"] == ["odd"]
 
 
-def test_labels_that_do_not_exclude_each_other_have_a_probability_each() -> None:
+def test_multi_label_probabilities_are_independent() -> None:
     logits = [[math.log(3), -900.0, math.log(1 / 3)], [900.0, 900.0, -900.0]]
     columns = scored(logits, "bad", independent=True)
     assert columns["score"] == pytest.approx([3 / 4, 1.0])
-    assert columns["found"] == ["bad", "bad, good"]
+    assert columns["predicted"] == ["bad", "bad, good"]
     assert scored(logits, "odd", 0.5, independent=True)["score"] == pytest.approx([1 / 10, 0.0])
 
 
 def test_one_label_has_a_sigmoid() -> None:
     labels = labels_of({"architectures": ["XForSequenceClassification"], "id2label": {"0": "good"}}, "m")
     columns = ClassifierScorer(Classifier(classifier="m", label="good"), labels, "m")(np.array([[0.0], [-1.0]]))
-    assert columns == {"score": pytest.approx([0.5, 1 / (1 + math.e)]), "found": ["good", ""]}
+    assert columns == {"score": pytest.approx([0.5, 1 / (1 + math.e)]), "predicted": ["good", ""]}
 
 
 def test_reward_is_the_logit_itself() -> None:
@@ -297,7 +297,7 @@ def checked(folder: Path, load_text: LoadText, tmp_path: Path, scorer: str) -> N
         ("{reward: {pretrained: M/absent}}", ["there is no model folder"]),
     ],
 )
-def test_model_that_cannot_score_is_told_at_its_line_before_anything_runs(
+def test_invalid_model_is_reported_at_its_line_before_the_run(
     scorer: str, words: list[str], folder: Path, load_text: LoadText, tmp_path: Path
 ) -> None:
     with pytest.raises(SpecErrors) as caught:
@@ -321,7 +321,7 @@ def test_model_that_can_score_passes(scorer: str, folder: Path, load_text: LoadT
     checked(folder, load_text, tmp_path, scorer.replace("M", str(folder)))
 
 
-def test_config_that_is_no_json_is_told(folder: Path, load_text: LoadText, tmp_path: Path) -> None:
+def test_invalid_config_json_is_reported(folder: Path, load_text: LoadText, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     write_reward_model(broken)
     (broken / "config.json").write_text("{")
@@ -329,7 +329,7 @@ def test_config_that_is_no_json_is_told(folder: Path, load_text: LoadText, tmp_p
         checked(folder, load_text, tmp_path, f"{{reward: {{pretrained: {broken}}}}}")
 
 
-def test_head_without_weights_is_refused_instead_of_drawn_at_random(folder: Path, tmp_path: Path) -> None:
+def test_head_without_weights_is_rejected(folder: Path, tmp_path: Path) -> None:
     config = json.loads((write_language_model(tmp_path / "silent") / "config.json").read_text())
     del config["architectures"]  # nothing in the config says that it is a language model
     (tmp_path / "silent" / "config.json").write_text(json.dumps(config))
@@ -337,10 +337,16 @@ def test_head_without_weights_is_refused_instead_of_drawn_at_random(folder: Path
         load_classifier(source(tmp_path / "silent"), torch.float32)
 
 
-def test_label_that_only_the_loaded_model_shows_to_be_wrong_is_told_by_the_actor(folder: Path, tmp_path: Path) -> None:
+def test_label_missing_in_the_loaded_model_is_reported_by_the_actor(folder: Path, tmp_path: Path) -> None:
     spec = Classifier(classifier=Pretrained(pretrained="org/name"), label="grey")
     with pytest.raises(TuneryError, match=r"has no label `grey`\ncause: its labels: `red`, `green`, `blue`"):
-        ClassificationActor(ScorePass(("classifier",), tmp_path, "1"), [spec], source(folder / "colours"), 64, CPU)
+        ClassificationActor(
+            ScorePass(("classifier",), tmp_path, "1"),
+            [spec],
+            source(folder / "colours"),
+            64,
+            Compute(workers=1, device="cpu"),
+        )
     with pytest.raises(BadModel):
         RewardScorer(Reward(reward="m"), Labels(("a", "b"), False), "m")
 
@@ -370,13 +376,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path: Path, loads: Counter[str]) -> None:
-    told = make(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
+    result = make(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
     assert loads == {"colours": 1, "reward": 1}
-    assert (told.facts["rows_in"], told.facts["rows_out"]) == (len(ROWS), len(ROWS))
+    assert (result.facts["rows_in"], result.facts["rows_out"]) == (len(ROWS), len(ROWS))
     cut = [classifier(folder / name, LIMIT)(ROWS).truncated for name in ("colours", "reward")]
     assert 0 < sum(cut[0]) < sum(cut[1]) < len(ROWS)
-    assert told.facts["truncated"] == np.logical_or(*cut).sum()
-    assert told.facts["scores"]["classifier"]["good"] == "high"
+    assert result.facts["truncated"] == np.logical_or(*cut).sum()
+    assert result.facts["scores"]["classifier"]["good"] == "high"
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
     assert table["id"] == [row["id"] for row in ROWS]
@@ -386,12 +392,12 @@ def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path
         weights = np.exp(logits - logits.max())
         assert (red, green) == pytest.approx(tuple(weights[:2] / weights.sum()), abs=1e-5)
         assert reward == pytest.approx(rewarder([row]).logits[0, 0], abs=1e-5)
-    assert set(table["classifier_found"]) <= set(COLOURS)
+    assert set(table["classifier_predicted"]) <= set(COLOURS)
 
 
-def test_rows_are_known_again_by_model_label_and_temperature(folder: Path, tmp_path: Path) -> None:
+def test_scores_are_cached_by_model_label_and_temperature(folder: Path, tmp_path: Path) -> None:
     def fresh(name: str, *by: dict[str, Any], max_length: int = 64) -> int:
-        return int(make(folder, tmp_path, name, list(by), max_length).measured["rows_scored"])
+        return int(make(folder, tmp_path, name, list(by), max_length).runtime_stats["rows_scored"])
 
     assert fresh("first", GREEN) == len(ROWS)
     assert fresh("again", GREEN) == 0

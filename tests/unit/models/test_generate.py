@@ -29,7 +29,7 @@ def numbers(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 # Tokens.
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_sampling_frequencies_match_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).log_softmax(0)
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens, log_probs = sample(logits.expand(100_000, -1).clone(), uniform, Sampling())
@@ -38,32 +38,32 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.testing.assert_close(log_probs, logits[tokens])
 
 
-def test_every_number_in_0_to_1_draws_a_token_that_can_be_drawn() -> None:
+def test_every_uniform_number_samples_a_possible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for uniform in (0.0, 0.4999999, 0.5, 1 - 2**-53):
         token, _ = sample(logits.clone(), torch.tensor([uniform], dtype=torch.float64), Sampling())
         assert int(token) == (1 if uniform < 0.5 else 3)
 
 
-def test_temperature_0_takes_the_likeliest() -> None:
+def test_temperature_0_takes_the_most_likely_token() -> None:
     tokens, log_probs = sample(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.99]), Sampling(temperature=0))
     assert (tokens.tolist(), log_probs.tolist()) == ([1], [0.0])
 
 
-def test_nucleus_is_the_likeliest_tokens_that_together_reach_top_p() -> None:
+def test_top_p_keeps_the_most_likely_tokens() -> None:
     log_probs = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
     for top_p, kept in [(0.4, [1]), (0.5, [1]), (0.51, [1, 2]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])]:
         assert top_p_filter(log_probs, top_p).isfinite().nonzero()[:, 1].tolist() == kept, top_p
 
 
-def test_log_probability_is_that_of_what_was_drawn_from() -> None:
+def test_log_probability_is_that_of_the_sampling_distribution() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
     token, log_prob = sample(logits.clone(), torch.tensor([0.9]), Sampling(top_p=0.6))
     assert int(token) == 2
     assert float(log_prob) == pytest.approx(torch.tensor(0.25 / 0.75).log())
 
 
-def test_uniform_numbers_are_of_their_row_alone() -> None:
+def test_uniform_numbers_depend_only_on_their_row() -> None:
     whole = uniform_numbers(1, "step", [(3, 0), (4, 0), (4, 1)], 6)
     assert torch.equal(uniform_numbers(1, "step", [(4, 0)], 6)[0], whole[1])
     assert len({tuple(row.tolist()) for row in whole}) == 3
@@ -74,9 +74,9 @@ def test_uniform_numbers_are_of_their_row_alone() -> None:
 # Answers.
 
 
-def test_greedy_answers_are_those_of_transformers(model: torch.nn.Module) -> None:
-    answers = TransformersEngine(model, [END])(PROMPTS, numbers(5, 12), Sampling(temperature=0, max_new_tokens=12))
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+def test_greedy_responses_equal_those_of_transformers(model: torch.nn.Module) -> None:
+    responses = TransformersEngine(model, [END])(PROMPTS, numbers(5, 12), Sampling(temperature=0, max_new_tokens=12))
+    for prompt, response in zip(PROMPTS, responses, strict=True):
         expected = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -85,46 +85,46 @@ def test_greedy_answers_are_those_of_transformers(model: torch.nn.Module) -> Non
             eos_token_id=END,
             pad_token_id=0,
         )
-        assert answer.tokens == expected[0, len(prompt) :].tolist()
+        assert response.tokens == expected[0, len(prompt) :].tolist()
 
 
-def test_answers_are_the_same_in_whatever_batch(model: torch.nn.Module) -> None:
+def test_responses_do_not_depend_on_the_batch(model: torch.nn.Module) -> None:
     sampling, uniform = Sampling(max_new_tokens=40), numbers(5, 40)
     together = TransformersEngine(model, [END, 7, 8, 9, 11, 12])(PROMPTS, uniform, sampling)
-    assert len({len(answer.tokens) for answer in together}) > 2, "rows leave at different times"
+    assert len({len(response.tokens) for response in together}) > 2, "rows leave at different times"
     for budget in (1, 100):
         assert _tokens(
             TransformersEngine(model, [END, 7, 8, 9, 11, 12], budget)(PROMPTS, uniform, sampling)
         ) == _tokens(together)
 
 
-def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole(model: torch.nn.Module) -> None:
+def test_log_probabilities_equal_a_forward_pass_over_the_sequence(model: torch.nn.Module) -> None:
     sampling = Sampling(max_new_tokens=20, temperature=0.8)
-    answers = TransformersEngine(model, [END])(PROMPTS, numbers(5, 20), sampling)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    responses = TransformersEngine(model, [END])(PROMPTS, numbers(5, 20), sampling)
+    for prompt, response in zip(PROMPTS, responses, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1] / 0.8
-        expected = logits.log_softmax(1)[range(len(answer.tokens)), answer.tokens]
-        torch.testing.assert_close(torch.tensor(answer.log_probs), expected, atol=1e-5, rtol=1e-5)
+            logits = model(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1] / 0.8
+        expected = logits.log_softmax(1)[range(len(response.tokens)), response.tokens]
+        torch.testing.assert_close(torch.tensor(response.log_probs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_answer_ends_at_an_end_token_or_is_cut_off(model: torch.nn.Module) -> None:
+def test_response_ends_with_eos_or_is_truncated(model: torch.nn.Module) -> None:
     every = list(range(300))
-    (answer,) = TransformersEngine(model, every)([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
-    assert (len(answer.tokens), answer.ended) == (1, True)
-    (answer,) = TransformersEngine(model, [])([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
-    assert (len(answer.tokens), answer.ended) == (8, False)
+    (response,) = TransformersEngine(model, every)([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
+    assert (len(response.tokens), response.ended) == (1, True)
+    (response,) = TransformersEngine(model, [])([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
+    assert (len(response.tokens), response.ended) == (8, False)
 
 
-def test_no_end_token_is_drawn_before_min_new_tokens(model: torch.nn.Module) -> None:
+def test_eos_is_not_sampled_before_min_new_tokens(model: torch.nn.Module) -> None:
     end = list(range(0, 300, 2))
-    answers = TransformersEngine(model, end)(PROMPTS, numbers(5, 30), Sampling(max_new_tokens=30, min_new_tokens=6))
-    assert all(len(answer.tokens) >= 7 for answer in answers)
-    assert all(token % 2 for answer in answers for token in answer.tokens[:6])
+    responses = TransformersEngine(model, end)(PROMPTS, numbers(5, 30), Sampling(max_new_tokens=30, min_new_tokens=6))
+    assert all(len(response.tokens) >= 7 for response in responses)
+    assert all(token % 2 for response in responses for token in response.tokens[:6])
 
 
-def test_prompts_join_a_batch_whose_rows_have_left(model: torch.nn.Module) -> None:
-    """The same answers, in fewer forward passes than batches one after another take."""
+def test_pending_prompts_replace_finished_rows(model: torch.nn.Module) -> None:
+    """The same responses, in fewer forward passes than batches one after another take."""
     end, sampling = list(range(0, 300, 12)), Sampling(max_new_tokens=40)
     prompts = [[5 + row] * (1 + row % 7) for row in range(30)]
     uniform = numbers(30, 40)
@@ -136,13 +136,13 @@ def test_prompts_join_a_batch_whose_rows_have_left(model: torch.nn.Module) -> No
     assert _tokens(joined) == _tokens(alone)
     for one, other in zip(joined, alone, strict=True):
         torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
-    lengths = sorted((len(answer.tokens) for answer in alone), reverse=True)
+    lengths = sorted((len(response.tokens) for response in alone), reverse=True)
     assert max(counted.rows) == 10
-    assert len(counted.rows) < sum(lengths[:3]), "three batches of ten, at the least their longest answers"
+    assert len(counted.rows) < sum(lengths[:3]), "three batches of ten, at least as long as their longest responses"
     assert sum(counted.rows) < 1.35 * sum(lengths), "few places are empty"
 
 
-def test_a_batch_with_other_caches_is_joined_by_nobody() -> None:
+def test_batch_with_unsupported_caches_is_not_merged() -> None:
     """A sliding window keeps the last columns only: rows of other widths can't stand beside it."""
     torch.manual_seed(0)
     model = MistralForCausalLM(
@@ -169,16 +169,16 @@ def test_a_batch_with_other_caches_is_joined_by_nobody() -> None:
     assert _tokens(together) == _tokens(alone)
 
 
-def test_no_row_leaves_the_window_of_positions() -> None:
+def test_positions_stay_within_the_model_maximum() -> None:
     """GPT-2 has a vector for each position and none beyond: rows that have ended wait without going on."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=24, n_embd=16, n_layer=1, n_head=2)).eval()
     prompts = [[7 + row] * 4 for row in range(24)]
-    answers = TransformersEngine(model, list(range(3)), batch_tokens=12 * 24)(
+    responses = TransformersEngine(model, list(range(3)), batch_tokens=12 * 24)(
         prompts, numbers(24, 20), Sampling(max_new_tokens=20)
     )
-    assert {len(answer.tokens) for answer in answers} >= {20}
-    assert len({len(answer.tokens) for answer in answers}) > 4
+    assert {len(response.tokens) for response in responses} >= {20}
+    assert len({len(response.tokens) for response in responses}) > 4
 
 
 class Counting(torch.nn.Module):
@@ -193,5 +193,5 @@ class Counting(torch.nn.Module):
         return self.model(**inputs)
 
 
-def _tokens(answers: list[Response]) -> list[list[int]]:
-    return [answer.tokens for answer in answers]
+def _tokens(responses: list[Response]) -> list[list[int]]:
+    return [response.tokens for response in responses]

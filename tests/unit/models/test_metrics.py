@@ -33,7 +33,7 @@ def test_cross_entropy_of_large_logits_is_finite() -> None:
     assert cross_entropy(logits, np.array([1]), np.ones(1)) == 2e4
 
 
-def test_fitted_temperature_makes_the_probability_the_share_that_is_right() -> None:
+def test_fitted_temperature_calibrates_the_probability() -> None:
     # sigmoid(2 / T) = 3/4, so T = 2 / ln 3.
     assert fitted_temperature(*THREE_OF_FOUR, EVENLY) == pytest.approx(2 / math.log(3))
 
@@ -53,7 +53,7 @@ def test_no_temperature_near_it_has_a_lower_cross_entropy() -> None:
     assert losses[1] == min(losses)
 
 
-def test_temperature_stays_in_bounds_where_all_or_no_rows_are_right() -> None:
+def test_temperature_stays_in_bounds_if_all_or_no_rows_are_correct() -> None:
     logits = np.array([[0.0, 2.0], [2.0, 0.0]])
     assert fitted_temperature(logits, np.array([1, 0]), np.ones(2)) == pytest.approx(MIN_TEMPERATURE, rel=0.1)
     assert fitted_temperature(logits, np.array([0, 1]), np.ones(2)) == pytest.approx(MAX_TEMPERATURE)

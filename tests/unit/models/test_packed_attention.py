@@ -59,7 +59,7 @@ def rows_of(lengths: list[tuple[int, ...]]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gpt2"])
-def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alone(kind: str) -> None:
+def test_packed_row_has_the_hidden_states_and_gradients_of_a_single_row(kind: str) -> None:
     model = plain(kind).double().eval()
     rows = rows_of(LENGTHS)
     weight = next(model.base_model.parameters())
@@ -83,10 +83,10 @@ def test_a_row_beside_others_has_the_hidden_states_and_gradients_that_it_has_alo
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gpt2"])
-def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kind: str) -> None:
+def test_varlen_kernel_equals_grouped_attention(kind: str) -> None:
     layout = Layout.of(LENGTHS)
     ids_bt = torch.arange(layout.sequences * layout.width, device="cuda").remainder(50).view(layout.sequences, -1)
-    told = []
+    result = []
     for dtype in (torch.float32, torch.bfloat16):
         model = plain(kind).eval().to("cuda", dtype)
         attention = install_varlen_attention(model)
@@ -95,16 +95,16 @@ def test_a_gpus_kernel_for_rows_of_any_length_gives_what_groups_of_them_give(kin
         positions_bt = layout.positions_bt().cuda()
         hidden_bth = model.base_model(input_ids=ids_bt, position_ids=positions_bt).last_hidden_state
         rows = zip(layout.starts, layout.lengths, strict=True)
-        own = [place for start, length in rows for place in range(start, start + length)]
-        told.append(hidden_bth.flatten(0, 1)[own].float())
-    assert (told[0] - told[1]).norm() < 0.03 * told[0].norm()
+        own = [index for start, length in rows for index in range(start, start + length)]
+        result.append(hidden_bth.flatten(0, 1)[own].float())
+    assert (result[0] - result[1]).norm() < 0.03 * result[0].norm()
     # In training GPT-2 drops out what it attends by, which that kernel can't.
     attention.set_layout(layout, model.device, torch.bfloat16)
     model.train()(input_ids=ids_bt, position_ids=positions_bt).logits.sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["bloom", "gemma2", "qwen2_moe"])
-def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str) -> None:
+def test_model_with_other_than_causal_attention_is_unchanged(kind: str) -> None:
     """Bloom's positions are in its attention (ALiBi), Gemma 2 caps what it attends by, and Qwen2-MoE leaves its window
     to the mask."""
     model = plain(kind)
@@ -117,23 +117,23 @@ def test_a_model_that_does_more_than_causal_attention_stays_as_it_was(kind: str)
     torch.testing.assert_close(model.eval()(input_ids=ids_bt).logits, before)
 
 
-def test_groups_hold_each_token_once_and_little_else() -> None:
+def test_groups_have_each_token_once_and_little_padding() -> None:
     chance = random.Random(1)
     lengths = [tuple(chance.randint(1, 90) for _ in range(chance.randint(1, 9))) for _ in range(5)]
     groups = Layout.of(lengths).groups()
-    own = [place for group in groups for start, length in group for place in range(start, start + length)]
+    own = [index for group in groups for start, length in group for index in range(start, start + length)]
     assert len(own) == len(set(own)) == sum(map(sum, lengths))
     assert sum(group[0][1] * len(group) for group in groups) < 1.25 * len(own)
 
 
-def test_edges_are_those_of_rows_and_of_padding() -> None:
+def test_boundaries_include_rows_and_padding() -> None:
     edges, longest = Layout.of([(3, 2), (4,)]).boundaries()
     assert edges == [0, 3, 5, 9, 10]
     assert longest == 4
 
 
 @pytest.mark.parametrize("budget", [64, 256, 1024])
-def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(budget: int) -> None:
+def test_blocks_have_each_row_once_within_budget_and_little_padding(budget: int) -> None:
     chance = random.Random(budget)
     learned = taken = 0
     for _ in range(40):
@@ -141,7 +141,7 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
             [min(200, round(chance.lognormvariate(4, 0.6)) + 1) for _ in range(chance.choice([0, 2, 4, 16]))]
             for _ in range(chance.randint(1, 8))
         ]
-        seen: list[tuple[int, int]] = []
+        recorded: list[tuple[int, int]] = []
         below: list[tuple[int, int]] = []
         for block in padded_microbatches(lengths, budget):
             own = [*zip(block.members, block.rows, strict=True)]
@@ -155,36 +155,36 @@ def test_blocks_hold_each_row_once_within_their_budget_and_with_little_padding(b
             padded = max(totals) * len(totals)
             assert padded <= budget or (len(totals) == 1 and len(block.rows[0]) == 1)
             assert all(totals)
-            seen += [(member, row) for member, rows in own for row in rows]
+            recorded += [(member, row) for member, rows in own for row in rows]
             learned, taken = learned + sum(totals), taken + padded
         every = [(member, row) for member, all_ in enumerate(lengths) for row in range(len(all_))]
-        assert sorted(below) == sorted(seen) == every
+        assert sorted(below) == sorted(recorded) == every
     assert taken < 1.12 * learned
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_batch_tells_what_predicts_each_counted_token_and_whose_it_is(beside: bool) -> None:
+def test_packed_batch_maps_loss_tokens_to_their_predictions_and_rows(beside: bool) -> None:
     ids = rows_of(LENGTHS)
     counted = [
-        [[token if place % 2 else IGNORED_LABEL for place, token in enumerate(row)] for row in own] for own in ids
+        [[token if index % 2 else IGNORED_LABEL for index, token in enumerate(row)] for row in own] for own in ids
     ]
     chosen = [(InMemorySequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
     batch = build_packed_batch(chosen, beside)
     flat_n = batch.ids_bt.flatten()
-    told = sorted(
-        (int(owner), int(flat_n[place]), int(target))
-        for owner, place, target in zip(batch.member_indices_n, batch.state_indices_n, batch.targets_n, strict=True)
+    result = sorted(
+        (int(owner), int(flat_n[index]), int(target))
+        for owner, index, target in zip(batch.member_indices_n, batch.state_indices_n, batch.targets_n, strict=True)
     )
-    assert told == sorted(
-        (member, row[place - 1], row[place])
+    assert result == sorted(
+        (member, row[index - 1], row[index])
         for member, own in enumerate(ids)
         for row in own
-        for place in range(1, len(row), 2)
+        for index in range(1, len(row), 2)
     )
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_heads_loss_and_gradient_are_those_of_autograd(bias: bool) -> None:
+def test_fused_nll_equals_autograd(bias: bool) -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 5000, bias=bias).requires_grad_(False)
     targets_n, weights_n = torch.randint(5000, (700,)), torch.rand(700)

@@ -9,7 +9,7 @@ import pytest
 from small_classifiers import write_encoder
 from template_tokenizers import tokenizer_of
 
-from tunery.models.encode import Encoding, Truncation, encode_whole
+from tunery.models.encode import Encoding, Truncation, encode_untruncated
 from tunery.models.preview import InputFormat, preview_records, preview_rows, stage_preview, template_summary
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, token_groups
 from tunery.models.preview_truncation import UNKNOWN_CUT
@@ -57,8 +57,8 @@ def kinds(sequence: PreviewSequence) -> list[tuple[str, str]]:
 
 
 def test_every_response_of_a_conversation_is_trained_with_its_end_token(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200), "conversation"))
-    assert kinds(shown) == [
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200), "conversation"))
+    assert kinds(displayed) == [
         ("masked special", "<|user|>"),
         ("masked", "Capital?"),
         ("masked special", "<|end|><|assistant|>"),
@@ -75,20 +75,20 @@ def test_every_response_of_a_conversation_is_trained_with_its_end_token(tokenize
 def test_preview_has_the_tokens_and_the_mask_of_the_training(tokenizer: Any) -> None:
     rows = [chat(*CHAT), chat(*CHAT[:2])]
     for row, (encoded,) in zip(rows, encode_sequences(rows, tokenizer, Encoding(40)), strict=True):
-        shown = only(preview_rows([row], tokenizer, Encoding(40), "conversation"))
-        assert list(shown.ids) == encoded.ids
-        assert sorted(shown.trained) == encoded.loss_indices
+        displayed = only(preview_rows([row], tokenizer, Encoding(40), "conversation"))
+        assert list(displayed.ids) == encoded.ids
+        assert sorted(displayed.trained) == encoded.loss_indices
 
 
 def test_last_turn_alone_is_trained_where_the_encoding_says_so(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200, "last_turn"), "conversation"))
-    assert "".join(part for kind, part in kinds(shown) if kind.startswith("trained")) == "北京 🏯.\nYes.<|end|>"
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200, "last_turn"), "conversation"))
+    assert "".join(part for kind, part in kinds(displayed) if kind.startswith("trained")) == "北京 🏯.\nYes.<|end|>"
 
 
-def test_what_truncation_removes_is_shown_behind_what_is_kept(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
-    assert shown.truncated
-    assert kinds(shown)[:6] == [
+def test_removed_tokens_are_shown_after_kept_ones(tokenizer: Any) -> None:
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
+    assert displayed.truncated
+    assert kinds(displayed)[:6] == [
         ("masked special", "<|user|>"),
         ("masked", "Capital?"),
         ("masked special", "<|end|><|assistant|>"),
@@ -96,19 +96,19 @@ def test_what_truncation_removes_is_shown_behind_what_is_kept(tokenizer: Any) ->
         ("trained special", "<|end|>"),
         ("mark", "cut off"),
     ]
-    assert "".join(part for kind, part in kinds(shown) if kind.startswith("cut")) == (
+    assert "".join(part for kind, part in kinds(displayed) if kind.startswith("cut")) == (
         "<|user|>And of China? 中国<|end|><|assistant|>北京 🏯.\nYes.<|end|>"
     )
 
 
-def test_oldest_turns_that_are_cut_off_are_shown_before_what_is_kept(tokenizer: Any) -> None:
+def test_removed_oldest_messages_are_shown_before_kept_tokens(tokenizer: Any) -> None:
     rows = [chat(("system", "Be brief."), *CHAT)]
-    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
+    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
     encoding = Encoding(len(whole.ids) - 1, truncate="left")
-    shown = kinds(only(preview_rows(rows, tokenizer, encoding, "conversation")))
-    at = [kind for kind, _ in shown].index("mark")
-    assert "".join(part for _, part in shown[:at]) == "<|system|>Be brief.<|end|>"
-    assert "".join(part for kind, part in shown if kind.startswith("cut")) == (
+    displayed = kinds(only(preview_rows(rows, tokenizer, encoding, "conversation")))
+    at = [kind for kind, _ in displayed].index("mark")
+    assert "".join(part for _, part in displayed[:at]) == "<|system|>Be brief.<|end|>"
+    assert "".join(part for kind, part in displayed if kind.startswith("cut")) == (
         "<|user|>Capital?<|end|><|assistant|>Paris.<|end|>"
     )
 
@@ -116,11 +116,11 @@ def test_oldest_turns_that_are_cut_off_are_shown_before_what_is_kept(tokenizer: 
 def left(
     row: Row, tokenizer: Any, limit: int, input_format: InputFormat = "conversation", **options: Any
 ) -> PreviewRow:
-    (shown,) = preview_rows([row], tokenizer, Encoding(limit, truncate="left"), input_format, **options)
-    return shown
+    (displayed,) = preview_rows([row], tokenizer, Encoding(limit, truncate="left"), input_format, **options)
+    return displayed
 
 
-def joined(sequence: PreviewSequence) -> str:
+def text_with_cuts(sequence: PreviewSequence) -> str:
     """Its text, with what is cut off in brackets."""
     texts = []
     for kind, group in groupby(sequence.segments(), key=lambda one: one.kind):
@@ -133,10 +133,10 @@ def joined(sequence: PreviewSequence) -> str:
 LONG_RESPONSE = "ABCDEFGHIJKLMNOPQRST"
 
 
-def test_beginning_of_the_prompt_and_end_of_the_response_are_both_shown_as_cut_off(tokenizer: Any) -> None:
+def test_cuts_of_prompt_start_and_response_end_are_shown(tokenizer: Any) -> None:
     row = chat(("user", "0123456789"), ("assistant", LONG_RESPONSE))
-    (shown,) = left(row, tokenizer, 16).sequences
-    assert kinds(shown) == [
+    (displayed,) = left(row, tokenizer, 16).sequences
+    assert kinds(displayed) == [
         ("mark", "cut off"),
         ("cut special", "<|user|>"),
         ("cut", "01234567"),
@@ -148,8 +148,8 @@ def test_beginning_of_the_prompt_and_end_of_the_response_are_both_shown_as_cut_o
         ("cut", "MNOPQRST"),
         ("cut special", "<|end|>"),
     ]
-    assert (shown.cut_tokens, shown.notes) == (18, ())
-    assert shown.as_json()["cuts"] == [
+    assert (displayed.cut_tokens, displayed.notes) == (18, ())
+    assert displayed.as_json()["cuts"] == [
         {"index": 0, "num_tokens": 9, "text": "<|user|>01234567"},
         {"index": 16, "num_tokens": 9, "text": "MNOPQRST<|end|>"},
     ]
@@ -169,7 +169,7 @@ def test_both_sides_of_a_pair_show_the_same_cut_of_the_prompt_and_their_own_cut_
 ) -> None:
     row = left(pair("0123456789", LONG_RESPONSE, rejected), tokenizer, 16, input_format)
     prompt = "«cut off»⟪<|user|>01234567⟫«end of what is cut off»89<|end|><|assistant|>"
-    assert [joined(one) for one in row.sequences] == [
+    assert [text_with_cuts(one) for one in row.sequences] == [
         f"{prompt}ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
         f"{prompt}{end}",
     ]
@@ -181,73 +181,71 @@ def test_reward_pair_shows_the_cuts_of_both_sides(tokenizer: Any, tmp_path: Any)
     model = AutoModelForSequenceClassification.from_pretrained(write_encoder(tmp_path, ["bad", "good"]))
     row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer, 16, "reward_pair", model=model)
     end = "⟫«end of what is cut off»"
-    assert [joined(one) for one in row.sequences] == [
+    assert [text_with_cuts(one) for one in row.sequences] == [
         f"«cut off»⟪<|user|>01234567{end}89<|end|><|assistant|>ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
         f"«cut off»⟪<|user|>0{end}123456789<|end|><|assistant|>TSRQ<|end|>",
     ]
 
 
-def test_text_behind_the_end_token_of_a_pair_is_not_shown_as_cut_off() -> None:
+def test_text_after_the_eos_token_of_a_pair_is_not_a_cut() -> None:
     row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer_of("qwen3"), 40, "pair")
     assert [one.truncated for one in row.sequences] == [True, True]
-    assert [joined(one)[-len("<|im_end|>") :] for one in row.sequences] == ["<|im_end|>"] * 2
+    assert [text_with_cuts(one)[-len("<|im_end|>") :] for one in row.sequences] == ["<|im_end|>"] * 2
 
 
-def test_cuts_of_system_turn_oldest_turns_and_response_are_shown_apart(tokenizer: Any) -> None:
+def test_cuts_of_system_message_oldest_messages_and_response_are_separate(tokenizer: Any) -> None:
     turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", LONG_RESPONSE)]
-    (shown,) = left(chat(("system", "0123456789"), *turns), tokenizer, 24).sequences
-    assert joined(shown) == (
+    (displayed,) = left(chat(("system", "0123456789"), *turns), tokenizer, 24).sequences
+    assert text_with_cuts(displayed) == (
         "«cut off»⟪<|system|>012345678⟫«end of what is cut off»9<|end|>"
         "«cut off»⟪<|user|>1<|end|><|assistant|>2<|end|>⟫«end of what is cut off»"
         "<|user|>3<|end|><|assistant|>ABCDEFGHIJKLMNOPQR«cut off»⟪ST<|end|>⟫"
     )
 
 
-def test_of_equal_turns_the_oldest_are_shown_as_cut_off(tokenizer: Any) -> None:
+def test_oldest_of_equal_messages_are_shown_as_removed(tokenizer: Any) -> None:
     turns = [("user", "1"), ("assistant", "2")] * 3
-    (shown,) = left(chat(("system", "0"), *turns), tokenizer, 16).sequences
+    (displayed,) = left(chat(("system", "0"), *turns), tokenizer, 16).sequences
     turn = "<|user|>1<|end|><|assistant|>2<|end|>"
-    assert joined(shown) == f"<|system|>0<|end|>«cut off»⟪{turn}⟫«end of what is cut off»{turn}{turn}"
+    assert text_with_cuts(displayed) == f"<|system|>0<|end|>«cut off»⟪{turn}⟫«end of what is cut off»{turn}{turn}"
 
 
-def test_first_token_that_stays_is_shown_before_the_cut() -> None:
+def test_kept_bos_token_is_shown_before_the_cut() -> None:
     row = chat(("user", "0123456789 " * 4), ("assistant", "OK"))
-    (shown,) = left(row, tokenizer_of("llama3"), 30).sequences
-    assert joined(shown).startswith("<|bos|>«cut off»⟪<|start_header_id|>user<|end_header_id|>")
+    (displayed,) = left(row, tokenizer_of("llama3"), 30).sequences
+    assert text_with_cuts(displayed).startswith("<|bos|>«cut off»⟪<|start_header_id|>user<|end_header_id|>")
 
 
 @pytest.mark.parametrize("limit", [14, 30, 48, 66])
 @pytest.mark.parametrize("truncate", ["left", "right", "drop"])
 @pytest.mark.parametrize("family", ["scratch", "qwen3", "llama3", "mistral_v3"])
-def test_what_is_kept_and_what_is_cut_off_together_are_the_complete_conversation(
-    family: str, truncate: Truncation, limit: int
-) -> None:
+def test_kept_and_removed_tokens_form_the_complete_conversation(family: str, truncate: Truncation, limit: int) -> None:
     turns = [("user", "one fox"), ("assistant", "yes"), *CHAT, ("user", "one fox"), ("assistant", "yes " * 12)]
     row, words = chat(*turns), tokenizer_of(family)
-    (whole,) = encode_whole([row], words, Encoding(999))
-    shown = only(preview_rows([row], words, Encoding(limit, truncate=truncate), "conversation"))
-    ids = list(shown.ids)
-    for cut in reversed(shown.cuts):
+    (whole,) = encode_untruncated([row], words, Encoding(999))
+    displayed = only(preview_rows([row], words, Encoding(limit, truncate=truncate), "conversation"))
+    ids = list(displayed.ids)
+    for cut in reversed(displayed.cuts):
         ids[cut.index : cut.index] = [token for group in cut.groups for token in group.ids]
     assert ids == whole.ids
-    assert shown.cut_tokens == len(whole.ids) - len(shown.ids)
+    assert displayed.cut_tokens == len(whole.ids) - len(displayed.ids)
 
 
-def test_cut_whose_position_is_unknown_is_said_and_not_shown() -> None:
+def test_cut_with_unknown_position_is_noted() -> None:
     # Llama 2's template puts the system turn into the first user turn, which is another one once turns are left out.
     turns = [("user", "one fox"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]
     row, words = chat(("system", "Be brief."), *turns), tokenizer_of("llama2")
-    (whole,) = encode_whole([row], words, Encoding(999))
-    (shown,) = left(row, words, len(whole.ids) - 1).sequences
-    assert shown.truncated
-    assert shown.cut_tokens == len(whole.ids) - len(shown.ids)
-    assert shown.notes == (UNKNOWN_CUT,)
-    assert {kind for kind, _ in kinds(shown)}.isdisjoint({"cut", "cut special", "mark"})
+    (whole,) = encode_untruncated([row], words, Encoding(999))
+    (displayed,) = left(row, words, len(whole.ids) - 1).sequences
+    assert displayed.truncated
+    assert displayed.cut_tokens == len(whole.ids) - len(displayed.ids)
+    assert displayed.notes == (UNKNOWN_CUT,)
+    assert {kind for kind, _ in kinds(displayed)}.isdisjoint({"cut", "cut special", "mark"})
 
 
-def test_parts_of_a_conversation_that_is_split_are_numbered_and_hide_nothing(tokenizer: Any) -> None:
+def test_parts_of_a_split_conversation_are_numbered_and_complete(tokenizer: Any) -> None:
     rows = [chat(*CHAT)]
-    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
+    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
     encoding = Encoding(len(whole.ids) - 1, truncate="split")
     (row,) = preview_rows(rows, tokenizer, encoding, "conversation")
     assert [one.label for one in row.sequences] == ["part 1 of 2", "part 2 of 2"]
@@ -255,30 +253,30 @@ def test_parts_of_a_conversation_that_is_split_are_numbered_and_hide_nothing(tok
 
 
 def test_row_that_is_dropped_for_its_length_shows_reason_and_text(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20, truncate="drop"), "conversation"))
-    assert "max_length (20 tokens)" in shown.reason
-    assert "".join(part for kind, part in kinds(shown) if kind.startswith("cut")).endswith("Yes.<|end|>")
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20, truncate="drop"), "conversation"))
+    assert "max_length (20 tokens)" in displayed.reason
+    assert "".join(part for kind, part in kinds(displayed) if kind.startswith("cut")).endswith("Yes.<|end|>")
 
 
 def test_conversation_that_the_template_rejects_shows_its_reason(tokenizer: Any) -> None:
     tokenizer.chat_template = GEMMA_LIKE
-    shown = only(preview_rows([chat(("system", "Be brief."), *CHAT)], tokenizer, Encoding(99), "conversation"))
-    assert shown.reason == "the chat template fails: System role not supported"
-    assert shown.ids == ()
+    displayed = only(preview_rows([chat(("system", "Be brief."), *CHAT)], tokenizer, Encoding(99), "conversation"))
+    assert displayed.reason == "the chat template fails: System role not supported"
+    assert displayed.ids == ()
 
 
-def test_response_that_is_cut_off_whole_says_that_nothing_is_trained(tokenizer: Any) -> None:
+def test_completely_truncated_response_is_reported_as_untrained(tokenizer: Any) -> None:
     rows = [chat(*CHAT[:2])]
-    (whole,) = encode_whole(rows, tokenizer, Encoding(500))
-    shown = only(preview_rows(rows, tokenizer, Encoding(whole.response[0]), "conversation"))
-    assert "no response is left to train on" in shown.reason
+    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
+    displayed = only(preview_rows(rows, tokenizer, Encoding(whole.response[0]), "conversation"))
+    assert "no response is left to train on" in displayed.reason
 
 
-def test_special_token_in_a_rows_own_text_is_not_special(tokenizer: Any) -> None:
+def test_special_token_in_row_text_is_not_special(tokenizer: Any) -> None:
     rows = [chat(("user", "a <|end|> b"), ("assistant", "c"))]
-    shown = only(preview_rows(rows, tokenizer, Encoding(99), "conversation"))
-    assert ("masked", "a <|end|> b") in kinds(shown)
-    assert shown.notes == ("a special token in the row's own text is encoded as ordinary text",)
+    displayed = only(preview_rows(rows, tokenizer, Encoding(99), "conversation"))
+    assert ("masked", "a <|end|> b") in kinds(displayed)
+    assert displayed.notes == ("a special token in the row's own text is encoded as ordinary text",)
 
 
 def test_both_responses_of_a_pair_end_with_their_end_token(tokenizer: Any) -> None:
@@ -290,28 +288,28 @@ def test_both_responses_of_a_pair_end_with_their_end_token(tokenizer: Any) -> No
     ]
 
 
-def test_pair_that_is_the_same_when_cut_is_not_used(tokenizer: Any) -> None:
+def test_pair_with_equal_truncated_responses_is_not_used(tokenizer: Any) -> None:
     long = "The quick brown fox answers the user briefly."
     (row,) = preview_rows([pair("?", f"{long} Yes", f"{long} No")], tokenizer, Encoding(8), "pair")
-    assert row.reason == "both responses are the same once they are cut"
+    assert row.reason == "both responses are the same after truncation"
 
 
-def test_row_without_a_second_response_is_no_pair(tokenizer: Any) -> None:
+def test_row_without_a_rejected_response_is_not_a_pair(tokenizer: Any) -> None:
     (row,) = preview_rows([chat(*CHAT)], tokenizer, Encoding(99), "pair")
-    assert (row.reason, row.sequences) == ("it is no preference pair", ())
+    assert (row.reason, row.sequences) == ("it is not a preference pair", ())
 
 
 def test_rated_responses_say_which_is_desirable(tokenizer: Any) -> None:
     rows = [chat(*CHAT[:2], label=False), pair("Capital?", "Paris.", "Fox."), chat(*CHAT[:2])]
-    shown = preview_rows(rows, tokenizer, Encoding(99), "rated")
-    labels = [[one.label for one in row.sequences] for row in shown]
+    displayed = preview_rows(rows, tokenizer, Encoding(99), "rated")
+    labels = [[one.label for one in row.sequences] for row in displayed]
     assert labels == [["undesirable"], ["desirable", "undesirable"], []]
-    assert shown[2].reason == "it has no rating"
+    assert displayed[2].reason == "it has no label"
 
 
 def test_prompt_ends_where_generation_begins_and_has_no_mask(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT[:2])], tokenizer, Encoding(99), "prompt"))
-    assert kinds(shown) == [
+    displayed = only(preview_rows([chat(*CHAT[:2])], tokenizer, Encoding(99), "prompt"))
+    assert kinds(displayed) == [
         ("input special", "<|user|>"),
         ("input", "Capital?"),
         ("input special", "<|end|><|assistant|>"),
@@ -319,27 +317,27 @@ def test_prompt_ends_where_generation_begins_and_has_no_mask(tokenizer: Any) -> 
     ]
 
 
-def test_prompt_that_leaves_no_room_for_a_response_says_so(tokenizer: Any) -> None:
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(9), "prompt"))
-    assert "max_length leaves room for 9" in shown.reason
+def test_prompt_that_is_too_long_has_a_reason(tokenizer: Any) -> None:
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(9), "prompt"))
+    assert "max_length allows 9" in displayed.reason
 
 
 def test_documents_show_their_end_tokens_and_where_blocks_begin(tokenizer: Any) -> None:
     rows = [text("Paris. Paris."), text("The quick brown fox")]
-    lengths = [len(item.ids) for item in encode_whole(rows, tokenizer, Encoding(5))]
-    shown = [only([row]) for row in preview_rows(rows, tokenizer, Encoding(5), "documents")]
-    begins = [index - offset for offset, one in zip((0, lengths[0]), shown, strict=True) for index, _ in one.marks]
-    assert [text for one in shown for _, text in one.marks] == [
+    lengths = [len(item.ids) for item in encode_untruncated(rows, tokenizer, Encoding(5))]
+    displayed = [only([row]) for row in preview_rows(rows, tokenizer, Encoding(5), "documents")]
+    begins = [index - offset for offset, one in zip((0, lengths[0]), displayed, strict=True) for index, _ in one.marks]
+    assert [text for one in displayed for _, text in one.marks] == [
         f"block {number} begins" for number in range(1, 2 + (sum(lengths) - 1) // 5)
     ]
     assert begins
-    for one, start in zip(shown, (0, lengths[0]), strict=True):
+    for one, start in zip(displayed, (0, lengths[0]), strict=True):
         assert all((start + index) % 5 == 0 for index, _ in one.marks)
         assert {index for index, _ in one.marks} == set(range(len(one.ids))) - one.trained
         assert (one.groups[-1].text, one.groups[-1].special) == ("<|end|>", True)
 
 
-def test_blocks_of_a_later_document_go_on_from_those_before_it(tokenizer: Any) -> None:
+def test_blocks_of_a_later_document_continue_the_earlier_ones(tokenizer: Any) -> None:
     rows = [text("Paris. Paris."), text("The quick brown fox")]
     both = preview_rows(rows, tokenizer, Encoding(5), "documents")
     assert preview_rows(rows, tokenizer, Encoding(5), "documents", skip=1) == both[1:]
@@ -362,12 +360,12 @@ def test_classifier_without_a_template_gets_question_and_response_as_a_pair_of_t
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     words = AutoTokenizer.from_pretrained(folder)
     row = chat(("user", "why how"), ("assistant", "because so"))
-    shown = only(preview_rows([row], words, Encoding(32), "classifier", model=model))
-    assert [one.text.strip() for one in shown.segments()] == ["[CLS]", "why how", "[SEP]", "because so", "[SEP]"]
-    assert {one.kind for one in shown.segments()} == {"input"}
+    displayed = only(preview_rows([row], words, Encoding(32), "classifier", model=model))
+    assert [one.text.strip() for one in displayed.segments()] == ["[CLS]", "why how", "[SEP]", "because so", "[SEP]"]
+    assert {one.kind for one in displayed.segments()} == {"input"}
 
 
-def test_cut_of_one_text_of_a_pair_is_shown_and_of_both_is_said(tmp_path: Any) -> None:
+def test_cut_of_one_text_of_a_pair_is_shown_and_of_both_noted(tmp_path: Any) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = write_encoder(tmp_path, ["bad", "good"])
@@ -386,14 +384,14 @@ def test_cut_of_one_text_of_a_pair_is_shown_and_of_both_is_said(tmp_path: Any) -
 
 
 @pytest.mark.parametrize("content", [CHINESE, "plain words", " leading", "tab\tand\nline", "e\u0301 \u202e x", ""])
-def test_texts_of_token_groups_are_the_text_of_the_whole(tokenizer: Any, content: str) -> None:
+def test_token_groups_concatenate_to_the_text(tokenizer: Any, content: str) -> None:
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
     groups = list(token_groups(ids, tokenizer))
     assert "".join(group.text for group in groups) == content
     assert [token for group in groups for token in group.ids] == ids
 
 
-def test_character_of_several_tokens_is_shown_whole(tokenizer: Any) -> None:
+def test_character_of_several_tokens_is_one_group(tokenizer: Any) -> None:
     (group,) = token_groups(tokenizer("京")["input_ids"], tokenizer)
     assert (group.text, len(group.ids)) == ("京", 3)
 
@@ -411,20 +409,20 @@ def test_tokenizer_that_drops_the_first_space_keeps_those_between_words() -> Non
     assert [group.text for group in groups] == ["one", " two", " one"]
 
 
-def test_record_leaves_out_the_middle_of_a_long_sequence(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_omits_the_middle_of_a_long_sequence(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunery.models.preview.MAX_RECORD_TOKENS", 8)
     ((record,),) = [preview_records([chat(*CHAT)], tokenizer, Encoding(200))]
     (sequence,) = record["sequences"]
-    (mark,) = [shown for kind, shown, _ in sequence["segments"] if kind == "mark"]
-    assert mark.endswith("tokens are not shown here")
+    (mark,) = [item for kind, item, _ in sequence["segments"] if kind == "mark"]
+    assert mark.endswith("tokens are omitted here")
     assert sequence["num_tokens"] > 8
     assert sequence["segments"][-1] == ["trained", "<|end|>", 1]
 
 
-def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_document_is_not_decoded_completely(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunery.models.preview.MAX_RECORD_TOKENS", 40)
     row = text("The quick brown fox. " * 5_000)
-    (encoded,) = encode_whole([row], tokenizer, Encoding(16))
+    (encoded,) = encode_untruncated([row], tokenizer, Encoding(16))
     decoded = 0
     decode = type(tokenizer).decode
 
@@ -438,35 +436,35 @@ def test_long_document_is_not_decoded_whole_for_a_record(tokenizer: Any, monkeyp
     segments = record["sequences"][0]["segments"]
     assert 0 < decoded < 200
     assert segments[0] == ["mark", "block 1 begins", 0]
-    (omitted,) = [shown for kind, shown, _ in segments if kind == "mark" and "not shown" in shown]
-    shown = "".join(shown for kind, shown, _ in segments if kind != "mark")
-    kept = len(tokenizer(shown.removesuffix("<|end|>"))["input_ids"])
+    (omitted,) = [item for kind, item, _ in segments if kind == "mark" and "tokens are omitted" in item]
+    item = "".join(item for kind, item, _ in segments if kind != "mark")
+    kept = len(tokenizer(item.removesuffix("<|end|>"))["input_ids"])
     assert int(omitted.split()[0].replace(",", "")) == pytest.approx(len(encoded.ids) - kept, abs=2)
 
 
 def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunery.models.preview_truncation.MAX_CUT_TOKENS", 4)
-    shown = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
-    (cut,) = shown.cuts
+    displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20), "conversation"))
+    (cut,) = displayed.cuts
     assert sum(len(group.ids) for group in cut.groups) == 4
-    assert kinds(shown)[-1] == ("mark", f"{shown.cut_tokens - 4} more tokens")
+    assert kinds(displayed)[-1] == ("mark", f"{displayed.cut_tokens - 4} more tokens")
 
 
 def test_training_logs_its_first_rows_and_what_the_template_does(tokenizer: Any) -> None:
     fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 0.1, "max_length": 99}
-    told = stage_preview(Sft.model_validate(fields), [chat(*CHAT)] * 5, tokenizer)
-    assert len(told["records"]) == 3
-    assert told["records"][0]["source"] == "a.jsonl"
-    assert told["template"] == template_summary(tokenizer)
+    result = stage_preview(Sft.model_validate(fields), [chat(*CHAT)] * 5, tokenizer)
+    assert len(result["records"]) == 3
+    assert result["records"][0]["source"] == "a.jsonl"
+    assert result["template"] == template_summary(tokenizer)
 
 
 def test_template_summary_names_end_token_and_what_is_not_supported(tokenizer: Any) -> None:
     own = template_summary(tokenizer)
     assert own.startswith(
-        "a response ends with <|end|>; generation begins after '<|assistant|>'; system turns are rend"
+        "a response ends with <|end|>; generation begins after '<|assistant|>'; system messages are rend"
     )
     assert "tool calls are rendered" in own
     tokenizer.chat_template = GEMMA_LIKE
     summary = template_summary(tokenizer)
-    assert "system turns are not supported" in summary
+    assert "system messages are not supported" in summary
     assert "tool calls are not rendered" in summary

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
-from conversation_kinds import HOSTILE, KINDS, WITH_TOOLS, Turn, encoded_kinds, row_of
+from conversation_kinds import HOSTILE, KINDS, WITH_TOOLS, Message, encoded_kinds, row_of
 from template_tokenizers import FAMILIES, rendered, source_of, tokenizer_of
 
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_whole
+from tunery.models.encode import Encoded, Encoding, as_prompt, encode_prompts, encode_untruncated
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ RULES: dict[str, Rule] = {
     "glm_plain": Rule(end="<|user|>", before="\n", definitions=False),
     "no_end_tokens": replace(VISION, end="</s>", middle_end=""),
     "raises_on_system": replace(PLAIN, system="no system turns, please"),
-    "ignores_system": replace(PLAIN, system="does not render the text of turn 1 (system)"),
+    "ignores_system": replace(PLAIN, system="does not render the text of message 1 (system)"),
     "strips_content": replace(PLAIN, content=str.strip),
     "drops_thinking": replace(PLAIN, thought="<think>R</think>"),
     "dated": PLAIN,
@@ -246,7 +246,7 @@ def rule_of(family: str) -> Rule:
     return RULES[family] if family in RULES else RULES[family.removesuffix("_training")]
 
 
-def expected(rule: Rule, turns: Sequence[Turn]) -> list[str]:
+def expected(rule: Rule, turns: Sequence[Message]) -> list[str]:
     """What is trained, by the rule."""
     texts = []
     for index, turn in enumerate(turns):
@@ -292,10 +292,12 @@ def reason_for_rejection(family: str, rule: Rule, kind: str, tools: bool) -> str
     if tools and not rule.definitions:
         return "the chat template does not render the definitions of tools"
     if called and rule.beside is None and called[0]["content"]:
-        return "does not render the text beside the tool calls of turn 2 (assistant)"
+        return "does not render the text beside the tool calls of message 2 (assistant)"
     if kind == "parallel tool calls" and rule.between_calls is None:
         return (
-            "single tool-calls" if family.startswith("llama") else "does not render tool call 2 of turn 2 (assistant)"
+            "single tool-calls"
+            if family.startswith("llama")
+            else "does not render tool call 2 of message 2 (assistant)"
         )
     if kind == "system turn" and rule.system:
         return rule.system
@@ -305,17 +307,17 @@ def reason_for_rejection(family: str, rule: Rule, kind: str, tools: bool) -> str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_trained_is_what_a_model_of_the_family_generates(family: str) -> None:
+def test_trained_tokens_are_those_that_the_model_generates(family: str) -> None:
     rule, tokenizer = rule_of(family), tokenizer_of(family)
     wrong = []
-    for kind, found in encoded_kinds(family).items():
+    for kind, item in encoded_kinds(family).items():
         if reason := reason_for_rejection(family, rule, kind, kind in WITH_TOOLS):
-            if reason not in found.rejected:
-                wrong.append(f"{kind}: not rejected by {reason!r} but {found.rejected!r}")
+            if reason not in item.rejected:
+                wrong.append(f"{kind}: not rejected by {reason!r} but {item.rejected!r}")
             continue
-        texts = [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
-        if found.rejected or texts != expected(rule, KINDS[kind]):
-            wrong.append(f"{kind}: {found.rejected or texts} instead of {expected(rule, KINDS[kind])}")
+        texts = [tokenizer.decode(item.ids[start:end]) for start, end in item.spans]
+        if item.rejected or texts != expected(rule, KINDS[kind]):
+            wrong.append(f"{kind}: {item.rejected or texts} instead of {expected(rule, KINDS[kind])}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -324,18 +326,18 @@ def test_generation_begins_with_the_tokens_that_are_masked_in_training(family: s
     """But for families whose generation prompt opens a thinking block (or an empty one) that the row has not."""
     rule, tokenizer = rule_of(family), tokenizer_of(family)
     answered = {
-        kind: found
-        for kind, found in encoded_kinds(family).items()
-        if found.spans and KINDS[kind][-1]["role"] == "assistant" and KINDS[kind][-1]["content"]
+        kind: item
+        for kind, item in encoded_kinds(family).items()
+        if item.spans and KINDS[kind][-1]["role"] == "assistant" and KINDS[kind][-1]["content"]
     }
     prompts = encode_prompts([as_prompt(row_of(kind)) for kind in answered], tokenizer)
     wrong = []
-    for (kind, found), prompt in zip(answered.items(), prompts, strict=True):
+    for (kind, item), prompt in zip(answered.items(), prompts, strict=True):
         if rule.reopens_turn and KINDS[kind][-2]["role"] == "tool":
             continue
-        masked = found.ids[: found.response[0]]
+        masked = item.ids[: item.response[0]]
         if rule.opens_thinking and masked[: len(prompt.ids)] != prompt.ids:
-            opening = tokenizer.decode(masked[-8:] + found.ids[found.response[0] :])
+            opening = tokenizer.decode(masked[-8:] + item.ids[item.response[0] :])
             text = tokenizer.decode(prompt.ids)
             # What both have in common ends where the prompt opens the block.
             if not re.search(r"<think>\n(\n</think>\n\n)?$", text):
@@ -355,9 +357,9 @@ def test_generation_begins_with_the_tokens_that_are_masked_in_training(family: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_and_masked_tokens_together_are_the_rendered_conversation(family: str) -> None:
     tokenizer = tokenizer_of(family)
-    for kind, found in encoded_kinds(family).items():
-        if not found.rejected:
-            assert tokenizer.decode(found.ids) == rendered(row_of(kind), tokenizer), kind
+    for kind, item in encoded_kinds(family).items():
+        if not item.rejected:
+            assert tokenizer.decode(item.ids) == rendered(row_of(kind), tokenizer), kind
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -366,14 +368,14 @@ def test_special_tokens_in_a_question_are_ordinary_text_and_no_turn_ends_within_
     added = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     turns = KINDS["special tokens in the texts"]
     plain = [{**turn, "content": turn["content"].replace(HOSTILE, "it")} for turn in turns]
-    (harmless,) = encode_whole([{"messages": plain}], tokenizer, Encoding(10**6))
-    found = encoded_kinds(family)["special tokens in the texts"]
+    (harmless,) = encode_untruncated([{"messages": plain}], tokenizer, Encoding(10**6))
+    actual = encoded_kinds(family)["special tokens in the texts"]
 
     def controls(item: Encoded, begin: int, end: int) -> list[int]:
         return [token for token in item.ids[begin:end] if token in added]
 
-    (start, end), (begin, _) = found.response, harmless.response
-    assert controls(found, 0, start) == controls(harmless, 0, begin)
+    (start, end), (begin, _) = actual.response, harmless.response
+    assert controls(actual, 0, start) == controls(harmless, 0, begin)
     ends = {tokenizer.convert_tokens_to_ids(token) for token in chat_template_of(tokenizer).profile.end_tokens}
-    assert ends.isdisjoint(found.ids[start : end - 1])
-    assert found.escaped_tokens > 0
+    assert ends.isdisjoint(actual.ids[start : end - 1])
+    assert actual.escaped_tokens > 0

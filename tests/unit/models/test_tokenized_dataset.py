@@ -73,39 +73,39 @@ def build(folder: Path, rows: Path, tokenizer: Any, encoding: Encoding, **other:
 
 def test_sequences_are_those_of_encoding_the_rows(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     encoding = Encoding(24)
-    found = build(tmp_path, rows, tokenizer, encoding)
+    actual = build(tmp_path, rows, tokenizer, encoding)
     expected = [item for items in encode_sequences(ROWS, tokenizer, encoding) for item in items if item.spans]
-    assert [found.ids(index) for index in range(len(found))] == [item.ids for item in expected]
-    assert [found.labels(index) for index in range(len(found))] == [item.labels for item in expected]
-    assert [found.loss_tokens(index) for index in range(len(found))] == [item.num_loss_tokens for item in expected]
-    assert found.lengths.tolist() == [len(item.ids) for item in expected]
-    assert found.row_ids.tolist() == [*range(40), 41]
-    assert found.stats.rows == 42 == len(found) + found.stats.num_unusable
-    assert found.stats.truncated == sum(item.truncated for item in expected) > 0
-    assert found.stats.tokens == found.tokens.size == sum(len(item.ids) for item in expected)
+    assert [actual.ids(index) for index in range(len(actual))] == [item.ids for item in expected]
+    assert [actual.labels(index) for index in range(len(actual))] == [item.labels for item in expected]
+    assert [actual.loss_tokens(index) for index in range(len(actual))] == [item.num_loss_tokens for item in expected]
+    assert actual.lengths.tolist() == [len(item.ids) for item in expected]
+    assert actual.row_ids.tolist() == [*range(40), 41]
+    assert actual.stats.rows == 42 == len(actual) + actual.stats.num_unusable
+    assert actual.stats.truncated == sum(item.truncated for item in expected) > 0
+    assert actual.stats.tokens == actual.tokens.size == sum(len(item.ids) for item in expected)
 
 
 def test_unusable_rows_are_listed_with_file_line_and_reason(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
-    found = build(tmp_path, rows, tokenizer, Encoding(24))
-    assert list(found.unusable_rows()) == [
+    actual = build(tmp_path, rows, tokenizer, Encoding(24))
+    assert list(actual.unusable_rows()) == [
         {"id": f"{40:016x}", "source": "rows.jsonl", "line": 41, "reason": "no response is left to train on"}
     ]
-    assert found.stats.unusable == {"no response is left to train on": 1}
+    assert actual.stats.unusable == {"no response is left to train on": 1}
 
 
-def test_processes_make_the_same_files_as_one(
+def test_multiple_processes_write_the_same_files_as_one(
     rows: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = build(tmp_path / "one", rows, tokenizer, Encoding(24))
     monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
     monkeypatch.setattr(tokenized_dataset, "available_cpus", lambda: 2)
-    seen: list[tuple[int, int]] = []
-    two = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *now: seen.append(now))
+    recorded: list[tuple[int, int]] = []
+    two = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *now: recorded.append(now))
     files = sorted(path.name for path in one.folder.iterdir())
     assert files == sorted(path.name for path in two.folder.iterdir())
     for name in files:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    assert seen == [(16, 42), (32, 42), (42, 42)]
+    assert recorded == [(16, 42), (32, 42), (42, 42)]
 
 
 def test_built_once_and_opened_by_all_others(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_built_once_and_opened_by_all_others(rows: Path, tokenizer: Any, tmp_pat
     assert sum(calls) == 42
 
 
-def test_build_that_was_cut_off_is_built_again(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_interrupted_build_is_repeated(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     whole = build(tmp_path / "whole", rows, tokenizer, Encoding(24))
     key = whole.folder.name
     staging = tmp_path / "cut" / "tokenized" / f"{key}.staging-1"
@@ -138,7 +138,7 @@ def test_build_that_was_cut_off_is_built_again(rows: Path, tokenizer: Any, tmp_p
     assert not staging.exists()
 
 
-def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(
+def test_cache_key_covers_exactly_rows_tokenizer_template_and_settings(
     rows: Path, source: dict[str, Any], tmp_path: Path
 ) -> None:
     def key(name: str = "a", template: str | None = None, at: Path = rows, **fields: Any) -> str:
@@ -163,7 +163,7 @@ def test_key_covers_rows_tokenizer_template_and_settings_and_nothing_else(
     assert key() == others[0]
 
 
-def test_template_that_writes_the_date_has_a_key_a_day(
+def test_template_with_the_date_has_a_key_per_day(
     rows: Path, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(template: str, day: int) -> str:
@@ -184,17 +184,17 @@ def test_template_that_writes_the_date_has_a_key_a_day(
 def test_pretraining_takes_all_tokens_of_every_row(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
     encoding = Encoding(2**31 - 1, "all_tokens")
-    found = cache.open_or_build(
+    actual = cache.open_or_build(
         rows, "dataset-1", tokenizer, encoding, RowEncoding(encode_documents, tuple(CONTENT), "")
     )
-    assert len(found) == found.stats.rows == 42, "a conversation without a response too"
-    assert all(found.loss_tokens(index) == len(found.ids(index)) - 1 for index in range(len(found)))
+    assert len(actual) == actual.stats.rows == 42, "a conversation without a response too"
+    assert all(actual.loss_tokens(index) == len(actual.ids(index)) - 1 for index in range(len(actual)))
 
 
 def test_no_usable_row_is_an_empty_dataset(tokenizer: Any, tmp_path: Path) -> None:
     write_rows([ROWS[40]], tmp_path / "artifact")
-    found = build(tmp_path, tmp_path / "artifact", tokenizer, Encoding(24))
-    assert (len(found), found.stats.rows, found.stats.num_unusable) == (0, 1, 1)
+    actual = build(tmp_path, tmp_path / "artifact", tokenizer, Encoding(24))
+    assert (len(actual), actual.stats.rows, actual.stats.num_unusable) == (0, 1, 1)
 
 
 def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_sequence_set_of_several_datasets_has_one_index(rows: Path, tokenizer: A
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, 0.5), (0.01, 0.99), (1.0, 0.0)])
-def test_every_stretch_of_a_mixture_has_each_sources_share(weights: tuple[float, float]) -> None:
+def test_every_part_of_a_mixture_has_the_source_weights(weights: tuple[float, float]) -> None:
     mixture = SequenceMixture((50, 200), weights)
     order = data_order(np.ones(250, np.int64), 100, 10, 7, mixture)
     first = np.cumsum(np.sort(order.reshape(100, 10) < 50, axis=1).sum(axis=1))
@@ -234,12 +234,12 @@ def test_mixture_repeats_a_small_source_in_whole_epochs() -> None:
     assert {counts[index] for index in range(10, 110)} == {1}
 
 
-def test_order_without_a_mixture_is_what_it_was() -> None:
+def test_order_without_a_mixture_is_unchanged() -> None:
     assert data_order([5, 3, 9, 1], 2, 3, 5).tolist() == [0, 1, 3, 2, 2, 3]
 
 
 def test_stats_are_json_of_counts(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
-    found = build(tmp_path, rows, tokenizer, Encoding(24))
-    stats = json.loads((found.folder / "stats.json").read_text())
+    actual = build(tmp_path, rows, tokenizer, Encoding(24))
+    stats = json.loads((actual.folder / "stats.json").read_text())
     assert stats["rows"] == 42
     assert stats["sequences"] == 41

@@ -68,7 +68,7 @@ STAGES_OF_FILE: dict[str, dict[str, Any]] = {
 MIXTURES = ("base", "sft", "dpo", "kto")
 LABELLED = [{"good": "more", "bad": "docs"}, {"good": "more", "bad": "scored"}, {"review": "checked"}]
 
-# By kind of stage, the field and other values that it may have, each to give a fingerprint of its own.
+# By stage kind: fields and other valid values, each of which must give a distinct fingerprint.
 OTHER_VALUES: dict[tuple[str, str], list[Any]] = {
     ("docs", "source"): ["b.jsonl", "*.jsonl", "builtin:python-docs", ["b.jsonl", "a.jsonl"], ["a.jsonl", "b.jsonl"]],
     ("docs", "format"): ["json", "text"],
@@ -285,7 +285,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     (tmp_path / "checked.jsonl").write_text('{"id": "a", "decision": "keep"}\n')
     for name in ("reward.py", "other.py"):
-        (tmp_path / name).write_text("def reward(prompts, answers): ...\n")
+        (tmp_path / name).write_text("def reward(prompts, responses): ...\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
@@ -300,7 +300,7 @@ EXPERIMENT = experiment_of(STAGES_OF_FILE)
 
 
 def prints(experiment: Experiment, folder: Path) -> dict[str, str]:
-    return {name: found[0] for name, found in fingerprints(experiment, folder).items()}
+    return {name: item[0] for name, item in fingerprints(experiment, folder).items()}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -309,7 +309,7 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
 
 
 def users_of(experiment: Experiment, *names: str) -> set[str]:
-    """`names` and whatever depends on them."""
+    """`names` and all stages downstream of them."""
     return {user for user in experiment.stages if with_upstream(experiment.stages, [user]).keys() & set(names)}
 
 
@@ -318,7 +318,7 @@ def kinds() -> list[type[Stage]]:
     return list(get_args(union))
 
 
-def test_every_field_of_every_kind_of_stage_is_tried_below() -> None:
+def test_cases_cover_every_field_of_every_stage_kind() -> None:
     assert {type(EXPERIMENT.stages[name]) for name in ONE_OF_EACH_KIND} == set(kinds())
     fields = {
         (name, field)
@@ -330,18 +330,20 @@ def test_every_field_of_every_kind_of_stage_is_tried_below() -> None:
 
 
 @pytest.mark.parametrize(("stage", "field"), OTHER_VALUES)
-def test_field_changes_its_stage_and_what_depends_on_it_and_no_other(stage: str, field: str, folder: Path) -> None:
+def test_changed_field_changes_the_fingerprints_of_its_stage_and_downstream_stages_only(
+    stage: str, field: str, folder: Path
+) -> None:
     before = prints(EXPERIMENT, folder)
-    seen = {before[stage]}
+    observed = {before[stage]}
     for value in OTHER_VALUES[stage, field]:
         trial = with_overrides(EXPERIMENT, {f"{stage}.{field}": value})
         after = prints(trial, folder)
         assert changed(before, after) == users_of(trial, stage)
-        assert after[stage] not in seen, "two values give one fingerprint"
-        seen.add(after[stage])
+        assert after[stage] not in observed, "two values have the same fingerprint"
+        observed.add(after[stage])
 
 
-def test_fields_that_came_later_change_no_fingerprint_where_they_are_not_given(folder: Path) -> None:
+def test_fields_added_later_do_not_change_fingerprints_if_unset(folder: Path) -> None:
     clean = EXPERIMENT.stages["clean"]
     assert identity(clean, EXPERIMENT, folder) == {
         "version": STAGES["select"].version,
@@ -358,12 +360,12 @@ def test_fields_that_came_later_change_no_fingerprint_where_they_are_not_given(f
     }
 
 
-def test_kind_of_a_stage_belongs_to_its_fingerprint(folder: Path) -> None:
-    # Same fields, other trainer.
+def test_fingerprint_depends_on_the_stage_kind(folder: Path) -> None:
+    # Same fields, another trainer.
     sft = {"kind": "sft", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4}
     stages = {name: STAGES_OF_FILE[name] for name in ("docs", "base")}
-    found = prints(experiment_of(stages | {"a": sft, "b": {**sft, "kind": "pretrain"}}), folder)
-    assert found["a"] != found["b"]
+    actual = prints(experiment_of(stages | {"a": sft, "b": {**sft, "kind": "pretrain"}}), folder)
+    assert actual["a"] != actual["b"]
 
 
 COMPUTE: dict[str, list[Any]] = {
@@ -383,7 +385,7 @@ COMPUTE: dict[str, list[Any]] = {
 }
 
 
-def test_nothing_of_how_it_is_computed_changes_a_fingerprint(folder: Path) -> None:
+def test_compute_settings_do_not_change_fingerprints(folder: Path) -> None:
     assert COMPUTE.keys() == Compute.model_fields.keys()
     before = prints(EXPERIMENT, folder)
     for field, values in COMPUTE.items():
@@ -402,7 +404,7 @@ def test_nothing_of_how_it_is_computed_changes_a_fingerprint(folder: Path) -> No
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_name_tracking_and_search_change_no_fingerprint(values: dict[str, Any], folder: Path) -> None:
+def test_name_tracking_and_search_do_not_change_fingerprints(values: dict[str, Any], folder: Path) -> None:
     assert prints(experiment_of(STAGES_OF_FILE, **values), folder) == prints(EXPERIMENT, folder)
 
 
@@ -421,7 +423,7 @@ def renamed(old: str, new: str) -> Experiment:
 
 
 @pytest.mark.parametrize("old", STAGES_OF_FILE)
-def test_renamed_stage_changes_nothing_but_evaluations_whose_results_bear_its_name(old: str, folder: Path) -> None:
+def test_renaming_a_stage_changes_only_evaluations_that_list_its_name(old: str, folder: Path) -> None:
     other = renamed(old, "fresh")
     after = prints(other, folder)
     after[old] = after.pop("fresh")
@@ -435,7 +437,7 @@ def test_renamed_stage_changes_nothing_but_evaluations_whose_results_bear_its_na
 
 
 @pytest.mark.parametrize("names", [sorted(STAGES_OF_FILE), list(reversed(STAGES_OF_FILE))], ids=["sorted", "reversed"])
-def test_order_of_the_stages_in_the_file_changes_no_fingerprint(names: list[str], folder: Path) -> None:
+def test_stage_order_does_not_change_fingerprints(names: list[str], folder: Path) -> None:
     moved = experiment_of({name: STAGES_OF_FILE[name] for name in names})
     assert prints(moved, folder) == prints(EXPERIMENT, folder)
 
@@ -458,7 +460,9 @@ def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Pat
         ("model/model.safetensors", ["other", "again", "rloo"]),
     ],
 )
-def test_content_of_files_changes_their_readers(file: str, readers: list[str], folder: Path) -> None:
+def test_file_content_changes_the_fingerprints_of_stages_that_read_it(
+    file: str, readers: list[str], folder: Path
+) -> None:
     before = prints(EXPERIMENT, folder)
     text = (folder / file).read_bytes()
     (folder / file).write_bytes(text.swapcase())
@@ -467,7 +471,7 @@ def test_content_of_files_changes_their_readers(file: str, readers: list[str], f
     assert prints(EXPERIMENT, folder) == before
 
 
-def test_decisions_change_a_review_by_what_they_say_and_not_by_how_it_is_written(folder: Path) -> None:
+def test_review_fingerprint_depends_on_decisions_but_not_on_their_file_format(folder: Path) -> None:
     def with_lines(*lines: str) -> dict[str, str]:
         (folder / "checked.jsonl").write_text("".join(f"{line}\n" for line in lines))
         return prints(EXPERIMENT, folder)
@@ -482,30 +486,30 @@ def test_decisions_change_a_review_by_what_they_say_and_not_by_how_it_is_written
     assert prints(EXPERIMENT, folder) == with_lines(), "no file, no decisions"
 
 
-def test_one_more_file_that_a_pattern_matches_changes_the_dataset(folder: Path) -> None:
+def test_new_file_that_matches_a_glob_changes_the_dataset(folder: Path) -> None:
     pattern = experiment_of({"docs": {"kind": "dataset", "source": "*.jsonl"}})
     before = prints(pattern, folder)
     (folder / "c.jsonl").write_text('{"text": "three"}\n')
     assert changed(before, prints(pattern, folder)) == {"docs"}
 
 
-def test_seed_of_the_experiment_changes_only_stages_where_chance_plays_a_part(folder: Path) -> None:
+def test_experiment_seed_changes_only_random_stages(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
-    # Planted damage, trainings without a seed of their own, `random`, which rows a person is asked about, prompts.
+    # Injected corruption, trainings without their own seed, `random`, review samples, prompts.
     by_chance = {"more", "base", "other", "clean", "checked", "prompts", "wins"}
     assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
 
 
-def test_own_seed_of_a_training_stands_before_the_experiments(folder: Path) -> None:
+def test_seed_of_a_training_overrides_the_experiment_seed(folder: Path) -> None:
     assert [stage_seed(EXPERIMENT.stages[name], EXPERIMENT) for name in ("base", "sft", "judge")] == [17, 3, 3]
     explicit = with_overrides(EXPERIMENT, {"base.seed": 17})
-    assert prints(explicit, folder) == prints(EXPERIMENT, folder), "the same seed, only written down"
+    assert prints(explicit, folder) == prints(EXPERIMENT, folder), "the same seed, given explicitly"
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_new_version_of_how_a_kind_is_made_makes_it_and_its_users_anew(
+def test_new_stage_version_changes_the_stage_and_downstream_stages(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = prints(EXPERIMENT, folder)
@@ -525,18 +529,18 @@ def test_new_version_of_a_tuner_changes_the_fingerprints_of_its_trainings(
     assert changed(before, prints(lora, folder)) == users_of(lora, "sft")
 
 
-def test_every_kind_of_stage_is_in_the_table_of_how_they_are_made() -> None:
+def test_every_stage_kind_is_in_the_registry() -> None:
     assert {get_args(kind.model_fields["kind"].annotation)[0] for kind in kinds()} == STAGES.keys()
 
 
-def test_identity_can_be_kept_as_json_and_read_back(folder: Path) -> None:
+def test_identity_survives_a_json_round_trip(folder: Path) -> None:
     for name, (own, described, inputs) in fingerprints(EXPERIMENT, folder).items():
         kept = json.loads(json.dumps(described))
         assert fingerprint(EXPERIMENT.stages[name].kind, kept, inputs) == own
 
 
 @pytest.mark.parametrize("name", [name for name, stage in EXPERIMENT.stages.items() if isinstance(stage, Training)])
-def test_difference_says_what_changed_in_words(name: str, folder: Path) -> None:
+def test_difference_lists_changed_fields(name: str, folder: Path) -> None:
     before = identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
     after = identity(with_overrides(EXPERIMENT, {f"{name}.learning_rate": 0.002}).stages[name], EXPERIMENT, folder)
     assert difference(before, after) == [f"learning_rate {before['learning_rate']} -> 0.002"]
@@ -557,14 +561,14 @@ JSON = st.recursive(
 def test_order_of_keys_does_not_matter(values: dict[str, Any], random: Any) -> None:
     items = list(values.items())
     random.shuffle(items)
-    found = fingerprint("sft", values, {})
-    assert found == fingerprint("sft", dict(items), {})
-    assert len(found) == HEX_DIGITS
-    assert int(found, 16) >= 0
+    actual = fingerprint("sft", values, {})
+    assert actual == fingerprint("sft", dict(items), {})
+    assert len(actual) == HEX_DIGITS
+    assert int(actual, 16) >= 0
 
 
-def test_kind_identity_and_each_input_by_its_field_all_count() -> None:
-    found = [
+def test_fingerprint_depends_on_kind_identity_and_each_input_by_field() -> None:
+    actual = [
         fingerprint("sft", {"a": 1}, {"data": "1", "model": "2"}),
         fingerprint("pretrain", {"a": 1}, {"data": "1", "model": "2"}),
         fingerprint("sft", {"a": 2}, {"data": "1", "model": "2"}),
@@ -573,15 +577,15 @@ def test_kind_identity_and_each_input_by_its_field_all_count() -> None:
         fingerprint("sft", {"a": 1}, {"data": "1"}),
         fingerprint("sft", {}, {"a": "1", "data": "1", "model": "2"}),
     ]
-    assert all(one != other for one, other in itertools.combinations(found, 2))
+    assert all(one != other for one, other in itertools.combinations(actual, 2))
 
 
-def test_fingerprints_stay_what_they_were_in_earlier_releases() -> None:
-    # A change here would make every store forget what it holds.
+def test_fingerprints_are_unchanged_since_earlier_releases() -> None:
+    # A change here would invalidate every artifact in existing stores.
     assert fingerprint("sft", {"version": 1, "epochs": 1.0, "ü": None}, {"data": "ab"}) == "27bf2994485b0a26"
 
 
-def test_digest_of_a_folder_sees_content_names_and_depth_but_no_times(tmp_path: Path) -> None:
+def test_folder_digest_depends_on_content_names_and_depth_but_not_on_times(tmp_path: Path) -> None:
     def make(name: str, files: dict[str, bytes]) -> Path:
         for file, content in files.items():
             path = tmp_path / name / file
@@ -604,7 +608,7 @@ def test_digest_of_a_folder_sees_content_names_and_depth_but_no_times(tmp_path: 
 
 
 @pytest.mark.parametrize("at", [0, 1 << 20, (1 << 21) - 1, (3 << 20) - 1])
-def test_digest_of_a_folder_sees_both_ends_of_large_files(at: int, tmp_path: Path) -> None:
+def test_folder_digest_depends_on_both_ends_of_large_files(at: int, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     content = bytearray(3 << 20 if at > 1 << 21 or at == 0 else 1 << 21)
     path.write_bytes(content)

@@ -77,7 +77,7 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def ask(load_text: LoadText, folder: Path, text: str = GOOD, workers: int = 2, trial_workers: int = 1) -> None:
-    """Check the experiment, and that the question leaves no trace."""
+    """Validate the experiment, and check that validation writes nothing."""
     experiment, source = load_text(text)
     before = listing(folder)
     try:
@@ -86,7 +86,7 @@ def ask(load_text: LoadText, folder: Path, text: str = GOOD, workers: int = 2, t
         assert listing(folder) == before
 
 
-def test_good_experiment_passes_and_nothing_is_written(load_text: LoadText, folder: Path) -> None:
+def test_valid_experiment_passes_and_nothing_is_written(load_text: LoadText, folder: Path) -> None:
     ask(load_text, folder)
 
 
@@ -100,7 +100,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-# What is done to the files, what is edited, workers and a trial's, line of the error, what it says.
+# Change of the files, edit of the experiment, workers, workers per trial, line of the error, message.
 Mistake = tuple[Callable[[Path], Any], list[tuple[str, str]], tuple[int, int], int, list[str]]
 MISTAKES: dict[str, Mistake] = {
     "missing file": (
@@ -159,14 +159,14 @@ MISTAKES: dict[str, Mistake] = {
         [],
         (2, 1),
         9,
-        ["has no config.json", "it holds: model.safetensors, tokenizer.json", "save_pretrained"],
+        ["has no config.json", "it contains: model.safetensors, tokenizer.json", "save_pretrained"],
     ),
     "model without weights": (
         lambda folder: (folder / "model" / "model.safetensors").unlink(),
         [],
         (2, 1),
         9,
-        ["has no weights: model.safetensors is missing", "it holds: config.json, tokenizer.json"],
+        ["has no weights: model.safetensors is missing", "it contains: config.json, tokenizer.json"],
     ),
     "model with one shard missing": (
         shard,
@@ -180,7 +180,7 @@ MISTAKES: dict[str, Mistake] = {
         [],
         (2, 1),
         9,
-        ["has no tokenizer", "it holds: config.json, model.safetensors"],
+        ["has no tokenizer", "it contains: config.json, model.safetensors"],
     ),
     "global batch that can't be split": (
         nothing,
@@ -284,9 +284,7 @@ MISTAKES: dict[str, Mistake] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_told_at_its_line_before_anything_is_written(
-    mistake: str, load_text: LoadText, folder: Path
-) -> None:
+def test_error_has_its_line_and_nothing_is_written(mistake: str, load_text: LoadText, folder: Path) -> None:
     break_it, replacements, (workers, trial_workers), line, words = MISTAKES[mistake]
     break_it(folder)
     with pytest.raises(SpecErrors) as caught:
@@ -297,17 +295,17 @@ def test_mistake_is_told_at_its_line_before_anything_is_written(
         assert word in str(error)
 
 
-def test_whole_sharded_model_passes(load_text: LoadText, folder: Path) -> None:
+def test_complete_sharded_model_passes(load_text: LoadText, folder: Path) -> None:
     shard(folder)
     (folder / "model" / "two.safetensors").write_bytes(b"")
     ask(load_text, folder)
 
 
-def test_hub_names_are_not_looked_for_on_disk(load_text: LoadText, folder: Path) -> None:
+def test_hub_names_are_not_searched_on_disk(load_text: LoadText, folder: Path) -> None:
     ask(load_text, folder, edited(("./model", "org/name")))
 
 
-def test_auto_batch_is_refused_only_where_nothing_it_can_become_fits(load_text: LoadText, folder: Path) -> None:
+def test_auto_batch_size_is_rejected_only_if_no_value_fits(load_text: LoadText, folder: Path) -> None:
     auto = edited(("    global_batch_size: 8\n", ""), ("    sft.global_batch_size: {choice: [8, 16]}\n", ""))
     for workers in (1, 2, 8, 64):
         ask(load_text, folder, auto, workers)
@@ -316,7 +314,7 @@ def test_auto_batch_is_refused_only_where_nothing_it_can_become_fits(load_text: 
     assert [error.line for error in caught.value.errors] == [8, 9, 12]
 
 
-def test_all_mistakes_are_told_at_once(load_text: LoadText, folder: Path) -> None:
+def test_all_errors_are_reported_together(load_text: LoadText, folder: Path) -> None:
     for name in ("pairs.jsonl", "texts.jsonl", "model/tokenizer.json"):
         (folder / name).unlink()
     with pytest.raises(SpecErrors) as caught:
@@ -324,7 +322,7 @@ def test_all_mistakes_are_told_at_once(load_text: LoadText, folder: Path) -> Non
     assert [error.line for error in caught.value.errors] == [4, 7, 9]
 
 
-def test_stages_that_the_metric_does_not_need_are_no_part_of_a_trial(load_text: LoadText, folder: Path) -> None:
+def test_trial_omits_stages_that_the_metric_does_not_need(load_text: LoadText, folder: Path) -> None:
     aside = (
         "  aside: {kind: sft, data: docs, model: base, epochs: 1, learning_rate: 1, global_batch_size: 9}\nsearch:\n"
     )
@@ -332,7 +330,7 @@ def test_stages_that_the_metric_does_not_need_are_no_part_of_a_trial(load_text: 
     ask(load_text, folder, text, workers=1, trial_workers=2)
 
 
-def test_unwritable_store_is_refused_by_name(load_text: LoadText, folder: Path) -> None:
+def test_unwritable_store_is_rejected_by_name(load_text: LoadText, folder: Path) -> None:
     experiment, source = load_text(GOOD)
     before = listing(folder)
     with pytest.raises(StoreError) as caught:
@@ -361,7 +359,7 @@ def hardware(cpus: int, gpus: int = 0) -> Hardware:
         ({"workers_per_trial": 2}, hardware(16, 4), "gpu", 4, 2),
     ],
 )
-def test_auto_becomes_what_the_machine_has(
+def test_auto_resolves_to_the_available_hardware(
     given: dict[str, Any], machine: Hardware, device: str, workers: int, per_trial: int
 ) -> None:
     resolved, rules = resolve_compute(Compute(**given), machine)
@@ -383,7 +381,7 @@ def test_auto_becomes_what_the_machine_has(
         ({"cpus_per_worker": 9}, hardware(8), ["1 workers x 9 CPU", "{cpus_per_worker: 8}"]),
     ],
 )
-def test_more_than_the_machine_has_is_refused_with_what_would_fit(
+def test_excessive_workers_are_rejected_with_a_number_that_fits(
     given: dict[str, Any], machine: Hardware, words: list[str]
 ) -> None:
     with pytest.raises(RequestError) as caught:
@@ -403,7 +401,7 @@ def test_more_than_the_machine_has_is_refused_with_what_would_fit(
         ({"workers_per_trial": 3}, hardware(64, 8), 2),
     ],
 )
-def test_trials_that_run_at_once_fit_the_machine(given: dict[str, Any], machine: Hardware, trials: int) -> None:
+def test_concurrent_trials_fit_the_machine(given: dict[str, Any], machine: Hardware, trials: int) -> None:
     resolved, _ = resolve_compute(Compute(**given), machine)
     count, why = concurrent_trials(resolved, machine)
     assert count == trials
@@ -413,9 +411,9 @@ def test_trials_that_run_at_once_fit_the_machine(given: dict[str, Any], machine:
 @pytest.mark.parametrize(
     ("visible", "gpus"), [(None, 4), ("", 0), ("0", 1), ("0,2", 2), ("-1", 0), ("1,-1,2", 1), ("0,1,2,3,4,5", 4)]
 )
-def test_gpus_that_cuda_hides_are_not_counted(visible: str | None, gpus: int) -> None:
+def test_gpus_hidden_by_cuda_visible_devices_are_not_counted(visible: str | None, gpus: int) -> None:
     assert visible_gpus(4, visible) == gpus
 
 
-def test_this_machine_has_the_processors_that_this_process_may_use() -> None:
+def test_local_cpus_are_those_available_to_the_process() -> None:
     assert local_hardware().cpus == len(os.sched_getaffinity(0))

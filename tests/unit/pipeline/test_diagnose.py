@@ -24,15 +24,15 @@ def died(text: str) -> RayActorError:
     return error
 
 
-def test_killed_worker_is_told_as_such(where: RunContext) -> None:
-    told = diagnose(died("The actor died unexpectedly: Worker exit: SIGKILL"), "sft", where)
-    assert told.message == "a worker process was killed"
-    assert "SIGKILL" in told.cause
+def test_killed_worker_is_reported_as_killed(where: RunContext) -> None:
+    result = diagnose(died("The actor died unexpectedly: Worker exit: SIGKILL"), "sft", where)
+    assert result.message == "a worker process was killed"
+    assert "SIGKILL" in result.cause
 
 
-def test_worker_that_raised_before_its_work_is_not_called_killed(where: RunContext) -> None:
+def test_worker_that_raised_at_start_is_not_reported_as_killed(where: RunContext) -> None:
     text = "The actor died because of an error raised in its creation task, ray::A.x()\nValueError: no such file x"
-    told = diagnose(died(text), "sft", where)
-    assert told.message == "a worker could not start"
-    assert told.cause == "ValueError: no such file x"
+    result = diagnose(died(text), "sft", where)
+    assert result.message == "a worker could not start"
+    assert result.cause == "ValueError: no such file x"
     assert "ValueError" in (where.logs / "run-sft-error.txt").read_text()

@@ -20,19 +20,19 @@ from tunery.spec import Compute
 
 
 @pytest.mark.parametrize("address", ["", " ", "local"])
-def test_without_an_address_ray_is_started_here(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_started_locally_without_an_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cluster_address() is None
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6380", "[::1]:6379"])
-def test_address_of_a_head_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cluster_address() == address
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "expected"),
     [
         ("http://head:8265", ["job submission is not available yet", "RAY_ADDRESS=head:6379", "as a Ray driver"]),
         ("https://head:8265/", ["job submission is not available yet", "RAY_ADDRESS=head:6379"]),
@@ -44,14 +44,14 @@ def test_address_of_a_head_is_taken(address: str, monkeypatch: pytest.MonkeyPatc
         (":6379", ["it has no host", "RAY_ADDRESS=HOST:6379"]),
     ],
 )
-def test_what_is_no_address_of_a_head_is_refused_with_the_right_one(
-    address: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_invalid_address_is_rejected_with_a_valid_one(
+    address: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RequestError) as refused:
         cluster_address()
     assert address in refused.value.message
-    for part in [*said, "unset RAY_ADDRESS"]:
+    for part in [*expected, "unset RAY_ADDRESS"]:
         assert part in str(refused.value)
 
 
@@ -80,28 +80,28 @@ def unreachable(address: str) -> TuneryError:
     return failed.value
 
 
-def test_closed_port_is_told_at_once() -> None:
-    assert "nothing listens there" in unreachable(f"127.0.0.1:{free_port()}").cause
+def test_closed_port_fails_immediately() -> None:
+    assert "no server listens at this address" in unreachable(f"127.0.0.1:{free_port()}").cause
 
 
-def test_name_that_nobody_knows_is_told() -> None:
+def test_unknown_host_name_is_reported() -> None:
     assert "`no-such-host.invalid` can't be resolved" in unreachable("no-such-host.invalid:6379").cause
 
 
-def test_http_server_is_not_taken_for_a_head(http_port: int) -> None:
+def test_http_server_is_not_mistaken_for_a_head(http_port: int) -> None:
     failed = unreachable(f"127.0.0.1:{http_port}")
     assert "not the head of a Ray cluster" in failed.cause
     assert "8265" in failed.remedy
 
 
-def test_server_that_says_nothing_is_not_taken_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 0.3)
+def test_silent_server_is_not_mistaken_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_address, "RESPONSE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "not the head" in unreachable(f"127.0.0.1:{silent.getsockname()[1]}").cause
 
 
-def test_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listener whose queue is full drops packets, as a dead host does."""
+def test_unresponsive_host_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener with a full queue drops packets, like an unreachable host."""
     monkeypatch.setattr(ray_address, "CONNECT_SECONDS", 1.0)
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ def test_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Monke
                 one.close()
 
 
-def test_grpc_server_is_taken_for_a_head() -> None:
+def test_grpc_server_is_accepted_as_head() -> None:
     grpc = pytest.importorskip("grpc")
     from concurrent.futures import ThreadPoolExecutor
 
@@ -130,24 +130,24 @@ def test_grpc_server_is_taken_for_a_head() -> None:
         server.stop(None)
 
 
-def test_session_announces_that_it_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_logs_that_it_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     session = RaySession(EventLog(tmp_path / "events" / "driver.jsonl"), tmp_path)
     with pytest.raises(TuneryError, match="no Ray cluster can be reached"):
         session.start(Compute())
-    (told,) = read_events(tmp_path / "events")
-    assert (told["event"], told["address"], told["limit"]) == ("ray_connecting", address, 30.0)
+    (result,) = read_events(tmp_path / "events")
+    assert (result["event"], result["address"], result["limit"]) == ("ray_connecting", address, 30.0)
     session.stop()
 
 
-def test_all_that_ray_says_is_the_cause() -> None:
+def test_cause_has_the_complete_message_of_ray() -> None:
     failed = connection_failed("auto", ConnectionError("Could not find any running Ray instance.\nPlease specify it."))
     assert failed.cause == "Could not find any running Ray instance.; Please specify it."
     assert "ray start --head" in failed.remedy
 
 
-def test_cause_is_what_ray_handled_and_not_its_traceback() -> None:
+def test_cause_is_the_handled_error_without_its_traceback() -> None:
     error = ConnectionError("Failed to connect to Ray cluster at head:6379")
     error.__cause__ = RuntimeError(
         'Failed on error: Traceback (most recent call last):\n  File "node.py", line 996, in init\n    client = x()\n'

@@ -24,7 +24,7 @@ with redirect_output(folder / "driver.log") as out:
 """
 
 
-def test_printed_lines_go_to_the_log_and_not_to_the_terminal(tmp_path: Path) -> None:
+def test_printed_lines_are_redirected_to_the_log(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
@@ -34,8 +34,8 @@ def test_printed_lines_go_to_the_log_and_not_to_the_terminal(tmp_path: Path) -> 
         check=False,
     )
     os.close(theirs)
-    shown = os.read(ours, 100_000).decode()
-    assert done.returncode == 0, shown
-    assert "quiet" in shown
-    assert "chatter" not in shown
+    displayed = os.read(ours, 100_000).decode()
+    assert done.returncode == 0, displayed
+    assert "quiet" in displayed
+    assert "chatter" not in displayed
     assert (tmp_path / "driver.log").read_text().count("chatter") == 2

@@ -38,10 +38,10 @@ stages:
       - "Briefly: {question}"
     few_shot: {shots: [0, 2]}
     heldout: [val]
-  worded: {kind: augment, data: held, templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}}
+  rewritten: {kind: augment, data: held, templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}}
   base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}
   sft: {kind: sft, data: prompts, model: base, epochs: 1, learning_rate: 1e-3, eval_data: val}
-  eval: {kind: evaluate, models: [sft], data: {held: held, worded: worded}}
+  eval: {kind: evaluate, models: [sft], data: {held: held, rewritten: rewritten}}
 """
 TEMPLATE, FEW_SHOT, HELDOUT, WORDED, SFT = 15, 16, 17, 18, 20
 """Lines."""
@@ -69,23 +69,26 @@ def errors(load_text: LoadText, folder: Path, *replacements: tuple[str, str]) ->
     return []
 
 
-def test_splits_that_do_not_overlap_need_no_naming(load_text: LoadText, folder: Path) -> None:
+def test_disjoint_splits_need_not_be_held_out(load_text: LoadText, folder: Path) -> None:
     assert errors(load_text, folder) == []
     assert errors(load_text, folder, ("    heldout: [val]\n", "")) == []
 
 
-# What is edited, line of the error, what it says.
+# Edit, line of the error, message.
 FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "the same file without splits": (
         [("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")],
         HELDOUT,
-        ["`eval.data.held` measures on can get into `prompts`, from `train`", "`pairs.jsonl` (split test and all)"],
+        [
+            "evaluation rows of `eval.data.held` can get into `prompts`, from `train`",
+            "`pairs.jsonl` (split test and all)",
+        ],
     ),
     "prompts of a win rate": (
         [
             (
-                "data: {held: held, worded: worded}}\n",
-                "data: {worded: worded}}\n"
+                "data: {held: held, rewritten: rewritten}}\n",
+                "data: {rewritten: rewritten}}\n"
                 "  wins: {kind: win_rate, models: [sft], baseline: base, judge: {pretrained: org/name}, data: held}\n",
             ),
             (
@@ -94,7 +97,7 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             ),
         ],
         HELDOUT,
-        ["`wins.data` measures on can get into `prompts`, from `train`"],
+        ["evaluation rows of `wins.data` can get into `prompts`, from `train`"],
     ),
     "rows of a larger holdout": (
         [("split: test}", "split: test, eval_fraction: 0.2}")],
@@ -115,7 +118,7 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "rows that a training measures on": (
         [("    heldout: [val]\n", ""), ("split: validation", "split: train")],
         10,
-        ["`sft.eval_data` measures on", "name `val` in `prompts.heldout`"],
+        ["evaluation rows of `sft.eval_data`", "name `val` in `prompts.heldout`"],
     ),
     "rows behind a score and a selection": (
         [
@@ -143,18 +146,18 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "examples of prompts to measure on from those": (
         [("few_shot: {shots: 1, examples: other}", "few_shot: {shots: 1}")],
         WORDED,
-        ["can get into `worded`, from `held`", "name other rows in `few_shot.examples`"],
+        ["can get into `rewritten`, from `held`", "name other rows in `few_shot.examples`"],
     ),
     "a loss on the very rows": (
-        [("data: {held: held, worded: worded}", "data: {train: prompts}")],
+        [("data: {held: held, rewritten: rewritten}", "data: {train: prompts}")],
         HELDOUT,
-        ["`eval.data.train` measures on can get into `prompts`", "measure on rows that it does not make"],
+        ["evaluation rows of `eval.data.train` can get into `prompts`", "evaluate on rows that it does not output"],
     ),
 }
 
 
 @pytest.mark.parametrize("case", FORGOTTEN)
-def test_rows_that_are_measured_on_must_be_named_in_heldout(case: str, load_text: LoadText, folder: Path) -> None:
+def test_evaluation_rows_must_be_listed_in_heldout(case: str, load_text: LoadText, folder: Path) -> None:
     replacements, line, words = FORGOTTEN[case]
     (error,) = errors(load_text, folder, *replacements)
     assert (error.file, error.line) == (str(folder / "exp.yaml"), line)
@@ -194,7 +197,7 @@ HUB = {"source": "hub:org/name"}
         ({"source": "pairs.jsonl", "split": "test"}, {"source": "pairs.jsonl", "split": "validation"}, False),
     ],
 )
-def test_datasets_share_rows_by_what_they_read_and_by_their_splits(
+def test_datasets_share_rows_if_sources_and_splits_overlap(
     one: dict[str, Any], other: dict[str, Any], shared: bool, folder: Path
 ) -> None:
     (folder / "link.jsonl").symlink_to(folder / "pairs.jsonl")
@@ -203,23 +206,23 @@ def test_datasets_share_rows_by_what_they_read_and_by_their_splits(
     assert bool(_shared(datasets[1], datasets[0], folder)) == shared
 
 
-def test_a_search_may_not_make_splits_overlap(load_text: LoadText, folder: Path) -> None:
+def test_search_that_makes_splits_overlap_is_rejected(load_text: LoadText, folder: Path) -> None:
     search = "search:\n  metric: sft.eval_loss\n  mode: min\n  trials: 1\n  space:\n    val.split: {choice: [%s]}\n"
-    end = ("worded: worded}}\n", "worded: worded}}\n" + search)
+    end = ("rewritten: rewritten}}\n", "rewritten: rewritten}}\n" + search)
     forgotten = ("    heldout: [val]\n", "")
     assert errors(load_text, folder, forgotten, (end[0], end[1] % "validation, test")) == []
     (error,) = errors(load_text, folder, forgotten, (end[0], end[1] % "validation, all"))
-    assert "a trial is not valid: rows that `sft.eval_data` measures on can get into `prompts`" in error.message
+    assert "a trial is not valid: evaluation rows of `sft.eval_data` can get into `prompts`" in error.message
 
 
-def test_naming_a_stage_covers_what_is_made_of_it(load_text: LoadText, folder: Path) -> None:
+def test_held_out_stage_covers_its_downstream_stages(load_text: LoadText, folder: Path) -> None:
     whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")
     assert len(errors(load_text, folder, whole)) == 1
-    # `worded` goes back to `held`.
+    # `rewritten` is derived from `held`.
     assert errors(load_text, folder, whole, ("heldout: [val]", "heldout: [val, held]")) == []
 
 
-def test_a_review_may_bring_back_what_its_filter_dropped(load_text: LoadText, folder: Path) -> None:
+def test_review_can_restore_rows_that_its_filter_dropped(load_text: LoadText, folder: Path) -> None:
     reviewed = (
         "  base:",
         "  few: {kind: select, data: val, keep: {random: {top_k: 9}}}\n"
@@ -231,12 +234,12 @@ def test_a_review_may_bring_back_what_its_filter_dropped(load_text: LoadText, fo
     assert errors(load_text, folder, *rest, ("heldout: [val]", "heldout: [seen, held]")) == []
 
 
-def test_another_file_is_taken_for_other_rows(load_text: LoadText, folder: Path) -> None:
+def test_different_files_are_assumed_to_have_different_rows(load_text: LoadText, folder: Path) -> None:
     whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: copy.jsonl}")
     assert errors(load_text, folder, whole) == []
 
 
-# What is edited, line of the error, what it says.
+# Edit, line of the error, message.
 MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "template without the question": (
         [('"Briefly: {question}"', '"Briefly."')],
@@ -281,12 +284,12 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "texts": (
         [("data: held, templates", "data: texts, templates")],
         WORDED,
-        ["`worded.data` needs conversations or prompts, but `texts.jsonl` holds texts"],
+        ["`rewritten.data` needs conversations or prompts, but `texts.jsonl` has texts"],
     ),
     "prompts as examples": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: asked}")],
         FEW_SHOT,
-        ["`prompts.few_shot` needs examples with answers, but `asked.jsonl` holds prompts"],
+        ["`prompts.few_shot` needs examples with responses, but `asked.jsonl` has prompts"],
     ),
     "examples that are a model": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: base}")],
@@ -307,7 +310,7 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_is_told_at_its_line(mistake: str, load_text: LoadText, folder: Path) -> None:
+def test_error_is_reported_at_its_line(mistake: str, load_text: LoadText, folder: Path) -> None:
     replacements, line, words = MISTAKES[mistake]
     (error,) = errors(load_text, folder, *replacements)
     assert error.line == line
@@ -315,9 +318,9 @@ def test_mistake_is_told_at_its_line(mistake: str, load_text: LoadText, folder: 
         assert word in str(error)
 
 
-def test_a_lineage_goes_back_to_the_dataset(load_text: LoadText, folder: Path) -> None:
+def test_lineage_ends_at_the_dataset(load_text: LoadText, folder: Path) -> None:
     experiment, _ = load_text(GOOD)
-    assert lineage(experiment.stages, "worded") == ("worded", "held")
+    assert lineage(experiment.stages, "rewritten") == ("rewritten", "held")
     assert lineage(experiment.stages, "held") == ("held",)
 
 
@@ -331,7 +334,7 @@ FACTS: dict[str, Any] = {
     "repeated": 2,
     "unchanged": {"no question": 1},
     "templates": [{"template": "{question}", "variants": 94}, {"template": HOSTILE + "{question}", "variants": 95}],
-    "answers": {"direct": 90, "reasoned": 99},
+    "response_forms": {"direct": 90, "reasoned": 99},
     "shots": {"0": 80, "2": 109},
     "fewer_examples": {"several turns": 7},
     "samples": {"rows": [{"before": HOSTILE, "after": f"user: {HOSTILE}\n\nassistant: 4"}]},

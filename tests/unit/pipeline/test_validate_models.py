@@ -27,7 +27,13 @@ from transformers import (
 )
 
 from tunery.errors import SpecErrors, StageError
-from tunery.models.meta_model import PositionLimit, check_target_modules, declared_positions, outline, position_limit
+from tunery.models.meta_model import (
+    PositionLimit,
+    check_target_modules,
+    declared_positions,
+    position_limit,
+    weightless_model,
+)
 from tunery.models.model_folder import BadModel
 from tunery.models.scratch import train_tokenizer
 from tunery.pipeline.validate import notes, validate
@@ -60,7 +66,7 @@ SCORERS = ["{perplexity: MODEL}", "{ifd: MODEL}", "{embedding: MODEL}", "{reward
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A GPT-2 of 32 positions, one with a head, and Llamas of 256."""
+    """A GPT-2 with 32 positions, one with a head, and Llamas with 256."""
     GPT2LMHeadModel(GPT2Config(**GPT2, n_positions=32)).save_pretrained(tmp_path / "gpt2")
     for name, positions in (("head", 32), ("judge", 256)):
         config = GPT2Config(**GPT2, n_positions=positions, num_labels=1, pad_token_id=0)
@@ -80,7 +86,7 @@ def text_of(stages: str) -> str:
 
 
 def checked(load_text: LoadText, models: Path, stages: str) -> list[str]:
-    """What is wrong, a text each."""
+    """Return the error messages."""
     experiment, source = load_text(text_of(stages))
     try:
         validate(experiment, source, Store(models / "store"), 1, 1)
@@ -94,7 +100,7 @@ def checked(load_text: LoadText, models: Path, stages: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("through_a_stage", [False, True])
-def test_more_tokens_than_positions_are_refused_in_every_stage(
+def test_max_length_above_the_positions_is_rejected_in_every_stage(
     load_text: LoadText, models: Path, kind: str, through_a_stage: bool
 ) -> None:
     base = f"  base: {TUNED}{{pretrained: ./gpt2}}, max_length: 32}}\n"
@@ -109,7 +115,7 @@ def test_more_tokens_than_positions_are_refused_in_every_stage(
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_a_scorer_with_fewer_positions_is_refused(load_text: LoadText, models: Path, scorer: str) -> None:
+def test_scorer_with_too_few_positions_is_rejected(load_text: LoadText, models: Path, scorer: str) -> None:
     def stages(length: int) -> str:
         scorers = f"    by:\n    - {{length: words}}\n    - {scorer.replace('MODEL', '{pretrained: ./gpt2}')}\n"
         return f"  s:\n    kind: score\n    data: questions\n{scorers}    max_length: {length}\n"
@@ -119,14 +125,14 @@ def test_a_scorer_with_fewer_positions_is_refused(load_text: LoadText, models: P
     assert checked(load_text, models, stages(32)) == []
 
 
-def test_by_default_a_classifier_reads_as_far_as_it_has_positions(load_text: LoadText, models: Path) -> None:
+def test_classifier_truncates_to_its_positions_by_default(load_text: LoadText, models: Path) -> None:
     given = "  s:\n    kind: score\n    data: questions\n    by:\n"
     assert checked(load_text, models, f"{given}    - {{reward: {{pretrained: ./head}}}}\n") == []
     (wrong,) = checked(load_text, models, f"{given}    - {{perplexity: {{pretrained: ./gpt2}}}}\n")
     assert "exp.yaml:12: s: `max_length` is 512, and" in wrong  # no line of its own: the model's
 
 
-def test_a_searched_length_beyond_the_positions_is_refused(load_text: LoadText, models: Path) -> None:
+def test_searched_max_length_above_the_positions_is_rejected(load_text: LoadText, models: Path) -> None:
     stages = (
         f"  s: {TUNED}{{pretrained: ./gpt2}}, max_length: 31, eval_data: questions}}\n"
         "search: {metric: s.eval_loss, mode: min, trials: 2, space: {s.max_length: {choice: [32, 48]}}}\n"
@@ -135,7 +141,7 @@ def test_a_searched_length_beyond_the_positions_is_refused(load_text: LoadText, 
     assert "`max_length` is 48, and `gpt2` has positions for 32 tokens" in wrong
 
 
-def test_rope_beyond_its_trained_positions_is_noted_and_not_refused(load_text: LoadText, models: Path) -> None:
+def test_rope_beyond_the_trained_positions_is_noted_but_allowed(load_text: LoadText, models: Path) -> None:
     stages = (
         "  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}\n"
         f"  a: {TUNED}base, max_length: 1025}}\n"
@@ -144,11 +150,11 @@ def test_rope_beyond_its_trained_positions_is_noted_and_not_refused(load_text: L
     )
     assert checked(load_text, models, stages) == []
     first, second = notes(*load_text(text_of(stages)))
-    assert first.startswith("`a` reads up to 1,025 tokens (max_length), and `base` has learned 1,024 positions")
-    assert second.startswith("`b` reads up to 300 tokens (max_length), and `llama` has learned 256 positions")
+    assert first.startswith("`a` reads up to 1,025 tokens (max_length), and `base` was trained on 1,024 positions")
+    assert second.startswith("`b` reads up to 300 tokens (max_length), and `llama` was trained on 256 positions")
 
 
-def test_a_stage_that_starts_with_too_few_positions_ends_before_its_workers(load_text: LoadText, models: Path) -> None:
+def test_stage_with_too_few_positions_fails_before_its_workers_start(load_text: LoadText, models: Path) -> None:
     stages = f"  s: {{kind: sft, {STAGES['sft'].replace('MODEL', '{pretrained: ./gpt2}')}}}\n"
     experiment, _ = load_text(text_of(stages))
     with pytest.raises(StageError, match="stage s: `max_length` is 64"):
@@ -173,7 +179,7 @@ def test_positions_of_architectures(model: Any, limit: tuple[int, bool]) -> None
     with torch.device("meta"):
         built = model()
     assert position_limit(built) == PositionLimit(*limit)
-    # Beyond it, a table has no row, and RoPE computes one.
+    # Beyond it, an embedding table has no row, while RoPE computes positions.
     real = model().eval()
     real(input_ids=torch.full((1, limit[0]), 7))
     if limit[1]:
@@ -200,14 +206,14 @@ def test_positions_of_architectures(model: Any, limit: tuple[int, bool]) -> None
         ),
     ],
 )
-def test_scaled_rope_has_learned_more_positions(scaling: dict[str, Any], tokens: int) -> None:
+def test_scaled_rope_has_more_positions(scaling: dict[str, Any], tokens: int) -> None:
     rope = {"rope_theta": 10000.0, **scaling}
     with torch.device("meta"):
         model = LlamaModel(LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=rope))
     assert position_limit(model) == PositionLimit(tokens, False)
 
 
-def test_a_config_that_names_no_positions_has_no_limit() -> None:
+def test_config_without_positions_has_no_limit() -> None:
     assert declared_positions({"model_type": "bloom", "seq_length": 2048}) is None
     assert declared_positions({"text_config": {"max_position_embeddings": 99}}) == 99
 
@@ -223,9 +229,7 @@ def sft(targets: str, model: str = "{pretrained: ./llama}", kind: str = "sft", d
 
 
 @pytest.mark.parametrize("model", ["{pretrained: ./llama}", "base"])
-def test_a_name_that_matches_no_layer_is_refused_with_the_valid_ones(
-    load_text: LoadText, models: Path, model: str
-) -> None:
+def test_unknown_layer_name_is_rejected_with_the_valid_names(load_text: LoadText, models: Path, model: str) -> None:
     base = "  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}\n"
     base = base if model == "base" else ""
     (wrong,) = checked(load_text, models, base + sft("[q_proj, nosuch]", model))
@@ -245,13 +249,13 @@ def test_adapter_that_can_not_be_merged_is_refused(
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp", "proj"])
-def test_a_layer_that_lora_can_not_be_put_on_is_refused(load_text: LoadText, models: Path, name: str) -> None:
+def test_layer_that_lora_cannot_adapt_is_rejected(load_text: LoadText, models: Path, name: str) -> None:
     (wrong,) = checked(load_text, models, sft(f"[q_proj, {name}]"))
-    assert f"`{name}` matches no layer of the model that LoRA can be put on" in wrong
+    assert f"`{name}` matches no layer of the model that LoRA can adapt" in wrong
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "model.embed_tokens"])
-def test_the_embedding_of_a_tied_model_is_refused(load_text: LoadText, models: Path, name: str) -> None:
+def test_embedding_of_a_tied_model_is_rejected(load_text: LoadText, models: Path, name: str) -> None:
     base = "  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}\n"
     (wrong,) = checked(load_text, models, base + sft(f"[q_proj, {name}]", "base"))
     assert f"`{name}` is the" in wrong
@@ -259,13 +263,13 @@ def test_the_embedding_of_a_tied_model_is_refused(load_text: LoadText, models: P
     assert "embed_tokens" not in wrong.rpartition("valid names:")[2]
 
 
-def test_of_an_untied_model_the_embedding_can_be_tuned_and_the_head_can_not(load_text: LoadText, models: Path) -> None:
+def test_untied_embedding_can_be_adapted_and_the_head_cannot(load_text: LoadText, models: Path) -> None:
     assert checked(load_text, models, sft("[q_proj, embed_tokens]")) == []
     (wrong,) = checked(load_text, models, sft("[q_proj, lm_head]"))
     assert "`lm_head` is the output head, and an adapter on it would not be trained" in wrong
 
 
-def test_classifiers_share_no_weight_with_their_head(load_text: LoadText, models: Path) -> None:
+def test_classifier_heads_are_not_tied(load_text: LoadText, models: Path) -> None:
     write_encoder(models / "bert", ["one"])
     stages = sft("[query, word_embeddings]", "{pretrained: ./bert}", "reward", "pairs")
     assert checked(load_text, models, stages) == []
@@ -274,14 +278,14 @@ def test_classifiers_share_no_weight_with_their_head(load_text: LoadText, models
     assert "query" in wrong.rpartition("valid names:")[2]
 
 
-def test_gpt2s_layers_are_no_linear_ones_and_take_lora(models: Path) -> None:
-    model = outline(str(models / "gpt2"), "causal")
+def test_conv1d_layers_of_gpt2_accept_lora(models: Path) -> None:
+    model = weightless_model(str(models / "gpt2"), "causal")
     assert model is not None
     check_target_modules(model, ["c_attn", "h.0.mlp.c_fc"], "causal")
     with pytest.raises(BadModel, match="`wte` is the embedding, whose weight is the output head's too"):
         check_target_modules(model, ["wte"], "causal")
 
 
-def test_a_model_that_transformers_can_not_build_is_left_to_the_loader(tmp_path: Path) -> None:
+def test_model_that_transformers_cannot_build_is_reported_at_load(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nosuch"}))
-    assert outline(str(tmp_path), "causal") is None
+    assert weightless_model(str(tmp_path), "causal") is None

@@ -52,7 +52,7 @@ def notes(load_text: LoadText, text: str, folder: Path) -> dict[str, str]:
     return template_notes(experiment, folder)
 
 
-def test_rows_that_the_template_refuses_are_estimated(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+def test_rejected_rows_are_estimated(load_text: LoadText, write: Any, tmp_path: Path) -> None:
     text = write("gemma", [[SYSTEM, QUESTION, ANSWER], [QUESTION, ANSWER]])
     assert notes(load_text, text, tmp_path) == {
         "sft": "of the first 2 rows: 50% unusable (1 x the chat template fails: System role not supported), "
@@ -60,11 +60,11 @@ def test_rows_that_the_template_refuses_are_estimated(load_text: LoadText, write
     }
 
 
-def test_rows_that_are_used_whole_are_not_mentioned(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+def test_rows_used_unchanged_are_not_mentioned(load_text: LoadText, write: Any, tmp_path: Path) -> None:
     assert notes(load_text, write("qwen3", [[QUESTION, ANSWER]]), tmp_path) == {}
 
 
-def test_template_that_refuses_every_row_is_an_error(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+def test_template_that_rejects_every_row_is_an_error(load_text: LoadText, write: Any, tmp_path: Path) -> None:
     with pytest.raises(SpecErrors) as wrong:
         notes(load_text, write("gemma", [[SYSTEM, QUESTION, ANSWER]]), tmp_path)
     assert "none of the 1 rows of `rows` can be used with `./model`" in str(wrong.value)
@@ -83,6 +83,6 @@ def test_generation_prompt_that_opens_thinking_is_noted_for_rows_without_it(
     load_text: LoadText, write: Any, tmp_path: Path
 ) -> None:
     plain = notes(load_text, write("deepseek_r1_distill", [[QUESTION, ANSWER]]), tmp_path)
-    assert "which rows without reasoning are trained without" in plain["sft"]
+    assert "which rows without reasoning do not have in training" in plain["sft"]
     reasoned = [[QUESTION, {**ANSWER, "reasoning_content": "because"}]]
     assert notes(load_text, write("deepseek_r1_distill", reasoned), tmp_path) == {}

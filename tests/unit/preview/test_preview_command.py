@@ -75,7 +75,7 @@ def file(tmp_path: Path, model: Path) -> Path:
 
 
 @pytest.fixture
-def shown(file: Path, tmp_path: Path) -> Callable[..., Preview]:
+def preview_of(file: Path, tmp_path: Path) -> Callable[..., Preview]:
     return lambda stage, **options: preview(file, stage, Store(tmp_path / "store"), **options)
 
 
@@ -87,9 +87,9 @@ def build(file: Path, store: Store, *names: str) -> None:
     execute(wanted, where, EventLog(where.events / "driver.jsonl"))
 
 
-def printed(told: Preview, width: int, *, colours: bool, ids: bool = False) -> str:
+def printed(preview: Preview, width: int, *, colours: bool, ids: bool = False) -> str:
     console = Console(file=StringIO(), width=width, force_terminal=colours, highlight=False)
-    console.print(render(told, colours=colours, ids=ids), soft_wrap=not colours)
+    console.print(render(preview, colours=colours, ids=ids), soft_wrap=not colours)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -111,139 +111,139 @@ def printed(told: Preview, width: int, *, colours: bool, ids: bool = False) -> s
         ("scored", ["perplexity", "ifd", "reward"], ["scored", "ifd", "classifier"]),
     ],
 )
-def test_every_kind_that_feeds_rows_to_a_model_can_be_previewed(
-    shown: Callable[..., Preview], stage: str, titles: list[str], formats: list[str]
+def test_every_stage_kind_with_model_inputs_can_be_previewed(
+    preview_of: Callable[..., Preview], stage: str, titles: list[str], formats: list[str]
 ) -> None:
-    told = shown(stage, count=1)
-    assert [section.input.title for section in told.sections] == titles
-    assert [section.input.input_format for section in told.sections] == formats
-    assert all(one.ids for section in told.sections for row in section.rows for one in row.sequences)
+    result = preview_of(stage, count=1)
+    assert [section.input.title for section in result.sections] == titles
+    assert [section.input.input_format for section in result.sections] == formats
+    assert all(one.ids for section in result.sections for row in section.rows for one in row.sequences)
 
 
 @pytest.mark.parametrize("stage", ["chats", "clean", "lengths", "nothing"])
-def test_stage_without_a_model_is_refused_with_those_that_have_one(shown: Callable[..., Preview], stage: str) -> None:
-    with pytest.raises(RequestError) as found:
-        shown(stage)
-    assert f"`{stage}`" in found.value.message
-    assert found.value.remedy
+def test_stage_without_a_model_is_rejected_with_alternatives(preview_of: Callable[..., Preview], stage: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        preview_of(stage)
+    assert f"`{stage}`" in caught.value.message
+    assert caught.value.remedy
 
 
-def test_model_from_scratch_has_no_tokenizer_before_it_is_built(shown: Callable[..., Preview]) -> None:
+def test_model_from_scratch_has_no_tokenizer_before_it_is_built(preview_of: Callable[..., Preview]) -> None:
     for stage in ("base", "new"):
-        with pytest.raises(RequestError) as found:
-            shown(stage)
-        assert found.value.exit_code == 2
-        assert found.value.message == "the tokenizer of `base` isn't built yet"
-        assert "tunery run" in found.value.remedy
-        assert "`base` is built" in found.value.remedy
+        with pytest.raises(RequestError) as caught:
+            preview_of(stage)
+        assert caught.value.exit_code == 2
+        assert caught.value.message == "the tokenizer of `base` isn't built yet"
+        assert "tunery run" in caught.value.remedy
+        assert "`base` is built" in caught.value.remedy
 
 
-def test_tokenizer_of_a_model_that_is_not_built_is_that_of_its_base(shown: Callable[..., Preview]) -> None:
-    assert shown("dpo").sections[0].tokenizer_from == "./model, the base of `sft`"
+def test_unbuilt_model_uses_the_tokenizer_of_its_base(preview_of: Callable[..., Preview]) -> None:
+    assert preview_of("dpo").sections[0].tokenizer_from == "./model, the base of `sft`"
 
 
-def test_rows_come_from_the_source_and_filters_are_said_not_to_be_applied(shown: Callable[..., Preview]) -> None:
-    (section,) = shown("sft").sections
+def test_rows_are_read_from_the_source_and_unapplied_filters_are_noted(preview_of: Callable[..., Preview]) -> None:
+    (section,) = preview_of("sft").sections
     assert section.rows_from == (
         "rows of chats.jsonl, read from the source; `clean` (select) is not applied: it is not built yet"
     )
     assert [(row.source, row.line) for row in section.rows] == [("chats.jsonl", 1), ("chats.jsonl", 2)]
 
 
-def test_rows_come_from_the_nearest_stage_that_is_built(
-    file: Path, tmp_path: Path, shown: Callable[..., Preview]
+def test_rows_are_read_from_the_nearest_built_stage(
+    file: Path, tmp_path: Path, preview_of: Callable[..., Preview]
 ) -> None:
     store = Store(tmp_path / "store")
     build(file, store, "chats")
-    assert shown("sft").sections[0].rows_from == (
+    assert preview_of("sft").sections[0].rows_from == (
         "rows of `chats`, from the store; `clean` (select) is not applied: it is not built yet"
     )
     build(file, store, "clean")
-    (section,) = shown("sft").sections
+    (section,) = preview_of("sft").sections
     assert section.rows_from == "rows of `clean`, from the store"
     assert len(section.rows) == 1
 
 
-def test_preview_writes_nothing(tmp_path: Path, shown: Callable[..., Preview]) -> None:
+def test_preview_writes_nothing(tmp_path: Path, preview_of: Callable[..., Preview]) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
-    shown("sft")
+    preview_of("sft")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_rows_have_the_ids_that_they_have_when_they_are_built(
-    file: Path, tmp_path: Path, shown: Callable[..., Preview]
+def test_previewed_rows_have_the_ids_of_built_rows(
+    file: Path, tmp_path: Path, preview_of: Callable[..., Preview]
 ) -> None:
-    before = [row.as_json() for row in shown("grpo").sections[0].rows]
+    before = [row.as_json() for row in preview_of("grpo").sections[0].rows]
     build(file, Store(tmp_path / "store"), "chats")
-    assert [row.as_json() for row in shown("grpo").sections[0].rows] == before
+    assert [row.as_json() for row in preview_of("grpo").sections[0].rows] == before
 
 
-def test_row_is_found_by_the_beginning_of_its_id(shown: Callable[..., Preview]) -> None:
-    second = shown("sft").sections[0].rows[1]
-    assert shown("sft", row_id=second.id[:8]).sections[0].rows == (second,)
-    assert shown("sft", offset=1).sections[0].rows == (second,)
+def test_row_is_found_by_id_prefix(preview_of: Callable[..., Preview]) -> None:
+    second = preview_of("sft").sections[0].rows[1]
+    assert preview_of("sft", row_id=second.id[:8]).sections[0].rows == (second,)
+    assert preview_of("sft", offset=1).sections[0].rows == (second,)
     with pytest.raises(RequestError, match="no row `zz`"):
-        shown("sft", row_id="zz")
+        preview_of("sft", row_id="zz")
     with pytest.raises(RequestError, match="2 rows, so there is none after the first 2"):
-        shown("sft", offset=2)
+        preview_of("sft", offset=2)
 
 
-def test_row_of_one_of_several_sets_is_shown_alone(shown: Callable[..., Preview]) -> None:
-    wanted = shown("eval").sections[1].rows[0]
-    (section,) = shown("eval", row_id=wanted.id).sections
+def test_row_of_one_of_several_sets_is_previewed_alone(preview_of: Callable[..., Preview]) -> None:
+    wanted = preview_of("eval").sections[1].rows[0]
+    (section,) = preview_of("eval", row_id=wanted.id).sections
     assert (section.input.title, section.rows) == ("pages", (wanted,))
 
 
-def test_missing_file_of_a_reward_is_told_with_file_and_line(file: Path, shown: Callable[..., Preview]) -> None:
+def test_missing_reward_file_is_reported_with_file_and_line(file: Path, preview_of: Callable[..., Preview]) -> None:
     ppo = "kind: ppo, data: chats, model: sft, reward: rm"
     text = EXPERIMENT.replace(ppo, ppo.replace("rm", "{python: none.py}")).replace("models: [dpo]", "models: [ppo]")
     file.write_text(text, encoding="utf-8")
     with pytest.raises(SpecErrors, match=r"look\.yaml:\d+: `ppo\.reward`: `none\.py` can't be read"):
-        shown("wins")
+        preview_of("wins")
 
 
-def test_record_that_cannot_be_used_is_named_with_its_line(file: Path, shown: Callable[..., Preview]) -> None:
+def test_record_that_cannot_be_used_is_named_with_its_line(file: Path, preview_of: Callable[..., Preview]) -> None:
     path = file.with_name("chats.jsonl")
     path.write_text("{broken\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-    said = shown("sft").sections[0].rows_from
-    assert "; a record can't be used: chats.jsonl:1: " in said
+    text = preview_of("sft").sections[0].rows_from
+    assert "; a record can't be used: chats.jsonl:1: " in text
 
 
-def test_missing_source_is_told_with_file_and_line_of_the_experiment(file: Path, shown: Callable[..., Preview]) -> None:
+def test_missing_source_is_reported_with_file_and_line(file: Path, preview_of: Callable[..., Preview]) -> None:
     file.with_name("chats.jsonl").unlink()
-    shown("more", count=1)
-    with pytest.raises((SpecError, SpecErrors)) as found:
-        shown("sft")
-    assert re.match(r".*look\.yaml:5: chats: ", str(found.value))
+    preview_of("more", count=1)
+    with pytest.raises((SpecError, SpecErrors)) as caught:
+        preview_of("sft")
+    assert re.match(r".*look\.yaml:5: chats: ", str(caught.value))
 
 
-def test_rows_of_a_wrong_shape_are_refused(file: Path, shown: Callable[..., Preview]) -> None:
+def test_rows_of_an_unsupported_format_are_rejected(file: Path, preview_of: Callable[..., Preview]) -> None:
     file.write_text(EXPERIMENT.replace("kind: dpo, data: pairs", "kind: dpo, data: chats"), encoding="utf-8")
     with pytest.raises(SpecErrors, match="needs preference pairs"):
-        shown("dpo")
+        preview_of("dpo")
 
 
 def test_template_that_cannot_be_used_is_an_error_with_a_remedy(
-    file: Path, model: Path, shown: Callable[..., Preview]
+    file: Path, model: Path, preview_of: Callable[..., Preview]
 ) -> None:
     import shutil
 
     file.with_name("model").unlink()
     shutil.copytree(model, file.with_name("model"))
     (file.with_name("model") / "chat_template.jinja").write_text("{{ raise_exception('nothing works') }}")
-    with pytest.raises(RequestError) as found:
-        shown("sft")
-    assert "nothing works" in found.value.cause
-    assert found.value.remedy
+    with pytest.raises(RequestError) as caught:
+        preview_of("sft")
+    assert "nothing works" in caught.value.cause
+    assert caught.value.remedy
 
 
-def test_json_holds_ids_tokens_mask_and_special_tokens_of_one_length(file: Path, tmp_path: Path) -> None:
+def test_json_has_ids_tokens_mask_and_special_flags_of_equal_length(file: Path, tmp_path: Path) -> None:
     arguments = ["preview", str(file), "sft", "--store", str(tmp_path / "store"), "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["stage"], told["kind"]) == ("sft", "sft")
-    (sequence,) = told["sections"][0]["rows"][0]["sequences"]
+    output = json.loads(result.stdout)
+    assert (output["stage"], output["kind"]) == ("sft", "sft")
+    (sequence,) = output["sections"][0]["rows"][0]["sequences"]
     lists = [sequence[name] for name in ("ids", "tokens", "trained", "special")]
     assert {len(one) for one in lists} == {sequence["num_tokens"]}
     assert "".join(sequence["tokens"]) == (
@@ -264,37 +264,39 @@ def test_piped_output_has_brackets_and_no_escape_codes(file: Path, tmp_path: Pat
     assert "Write␛[31m red<U+202E>" in result.stdout
 
 
-def test_plain_text_is_the_same_at_every_width(shown: Callable[..., Preview]) -> None:
-    told = shown("more")
-    assert printed(told, 80, colours=False) == printed(told, 200, colours=False)
+def test_plain_text_is_the_same_at_every_width(preview_of: Callable[..., Preview]) -> None:
+    result = preview_of("more")
+    assert printed(result, 80, colours=False) == printed(result, 200, colours=False)
 
 
 @pytest.mark.parametrize("width", [80, 200])
 @pytest.mark.parametrize("stage", ["sft", "more", "dpo", "eval"])
-def test_terminal_output_fits_and_holds_all_of_the_text(shown: Callable[..., Preview], stage: str, width: int) -> None:
+def test_terminal_output_fits_and_has_the_complete_text(
+    preview_of: Callable[..., Preview], stage: str, width: int
+) -> None:
     from rich.cells import cell_len
 
-    told = shown(stage)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed(told, width, colours=True))
+    result = preview_of(stage)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed(result, width, colours=True))
     assert max(map(cell_len, plain.splitlines())) <= width
     squeezed = re.sub(r"\s|«[^»]*»", "", plain)
-    for section in told.sections:
+    for section in result.sections:
         for row in section.rows:
             for sequence in row.sequences:
                 text = visible("".join(group.text for group in sequence.groups))
                 assert re.sub(r"\s", "", text) in squeezed
 
 
-def test_trained_tokens_are_highlighted_and_masked_ones_dimmed(shown: Callable[..., Preview]) -> None:
-    text = printed(shown("sft", count=1), 120, colours=True)
+def test_trained_tokens_are_highlighted_and_masked_ones_dimmed(preview_of: Callable[..., Preview]) -> None:
+    text = printed(preview_of("sft", count=1), 120, colours=True)
     assert "\x1b[1;32m北京" in text
     assert "\x1b[2mCapital" in text
     assert "⟦" not in text
 
 
-def test_ids_are_printed_beside_their_text(shown: Callable[..., Preview]) -> None:
-    told = shown("sft", count=1)
-    text = printed(told, 120, colours=False, ids=True)
-    (sequence,) = told.sections[0].rows[0].sequences
+def test_ids_are_printed_with_their_text(preview_of: Callable[..., Preview]) -> None:
+    result = preview_of("sft", count=1)
+    text = printed(result, 120, colours=False, ids=True)
+    (sequence,) = result.sections[0].rows[0].sequences
     for group in sequence.groups:
         assert f"{'+'.join(map(str, group.ids))}:{group.text}".strip("\n") in text

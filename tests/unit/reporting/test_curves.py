@@ -11,7 +11,7 @@ from tunery.reporting.charts import Series, line_chart
 from tunery.reporting.curves import METRIC_GROUPS, NOT_CURVES, OTHER_METRICS, Details, curve_details, curve_figures
 
 
-def told(values: dict[str, float], kind: str = "ppo", step: int = 1, stage: str = "s") -> list[Event]:
+def metrics_events(values: dict[str, float], kind: str = "ppo", step: int = 1, stage: str = "s") -> list[Event]:
     started = {"t": 1.0, "event": "stage_started", "stage": stage, "kind": kind, "fingerprint": "f"}
     return [started, {"t": 2.0, "event": "metrics", "stage": stage, "step": step, "values": values}]
 
@@ -24,7 +24,7 @@ def panels(details: Details) -> dict[str, list[str]]:
     return {name: [panel.title for panel in row] for name, row in details.rows}
 
 
-def test_training_without_a_loss_is_led_by_its_reward_train_and_held_out_in_one_chart() -> None:
+def test_reward_is_the_primary_chart_without_a_loss() -> None:
     ppo, grpo = curve_figures(replay(rewarded_events()))
     assert (ppo.title, grpo.title) == ("ppo: reward", "grpo: reward")
     assert "ppo train" in ppo.svg
@@ -33,13 +33,13 @@ def test_training_without_a_loss_is_led_by_its_reward_train_and_held_out_in_one_
     assert grpo.keys == []
 
 
-def test_training_with_a_loss_is_led_by_it_and_has_no_panels_of_what_it_told_besides() -> None:
+def test_loss_is_the_primary_chart_and_hides_unlisted_metrics() -> None:
     state = replay(sample_events())
     assert [figure.title for figure in curve_figures(state)] == ["pretrain: loss", "sft: loss"]
     assert curve_details(state) == []
 
 
-def test_panels_stand_in_rows_of_what_belongs_together() -> None:
+def test_panels_are_grouped_by_topic() -> None:
     ppo = panels(details_of(rewarded_events())["ppo"])
     assert list(ppo) == ["KL divergence", "policy", "value model", "responses", "speed and memory"]
     assert ppo["KL divergence"][:2] == ["KL to the reference, nats", "KL coefficient"]
@@ -47,45 +47,48 @@ def test_panels_stand_in_rows_of_what_belongs_together() -> None:
     assert len(ppo["speed and memory"]) == 4
 
 
-def test_whatever_a_training_tells_is_drawn_once() -> None:
+def test_every_logged_metric_is_drawn_once() -> None:
     values = {"reward": 1.0, "eval_reward": 1.0, "eval_kl": 2.0, "never heard of": 3.0, "rows": 32.0}
     everything = {name: 1.0 for row in METRIC_GROUPS.values() for name in row} | values
-    state = replay(told(everything))
-    drawn = [title for row in panels(curve_details(state)[0]).values() for title in row]
-    assert len(drawn) == len(set(drawn)) == sum(len(row) for row in METRIC_GROUPS.values()) + 1
+    state = replay(metrics_events(everything))
+    sampled = [title for row in panels(curve_details(state)[0]).values() for title in row]
+    assert len(sampled) == len(set(sampled)) == sum(len(row) for row in METRIC_GROUPS.values()) + 1
     assert panels(curve_details(state)[0])[OTHER_METRICS] == ["never heard of"]
     assert not NOT_CURVES & {name for row in METRIC_GROUPS.values() for name in row}
 
 
-def test_measure_that_was_told_of_held_out_data_alone_has_its_panel() -> None:
-    (details,) = curve_details(replay(told({"loss": 1.0, "eval_accuracy": 0.75}, kind="classifier")))
+def test_held_out_only_metric_has_a_panel() -> None:
+    (details,) = curve_details(replay(metrics_events({"loss": 1.0, "eval_accuracy": 0.75}, kind="classifier")))
     assert panels(details) == {"classification": ["accuracy"]}
     assert "0.75" in details.rows[0][1][0].svg
 
 
 def test_trainings_of_one_kind_share_their_panels_and_keep_their_colours() -> None:
-    events = [*told({"reward": 1.0, "kl": 1.0}, stage="a"), *told({"reward": 1.0, "kl": 2.0}, stage="b")]
+    events = [
+        *metrics_events({"reward": 1.0, "kl": 1.0}, stage="a"),
+        *metrics_events({"reward": 1.0, "kl": 2.0}, stage="b"),
+    ]
     (details,) = curve_details(replay(events))
     assert details.keys == [("c0", "a"), ("c1", "b")]
     ((_, (panel,)),) = details.rows
     assert len(re.findall(r'class="curve train c[01]"', panel.svg)) == 2
 
 
-def test_rewards_and_panels_show_their_beginning_and_a_loss_its_end() -> None:
+def test_reward_charts_show_all_values_and_loss_charts_clip_the_start() -> None:
     falls = Series("s train", [(float(step), 1.0 if step else 100.0) for step in range(100)])
     assert "initial values up to" in line_chart([falls], "steps", "loss")
     assert "initial values up to" not in line_chart([falls], "steps", "reward", full_range=True)
     assert "initial values up to" not in line_chart([falls], "steps", "entropy", small=True)
 
 
-def test_small_chart_of_many_trainings_leaves_their_ends_to_the_pointer() -> None:
+def test_small_chart_with_many_curves_has_tooltips_only() -> None:
     few, many = ([Series(f"s{n}", [(0, 1.0), (1, 2.0)], n) for n in range(count)] for count in (2, 12))
     assert line_chart(few, "steps", "kl", small=True).count('class="end') == 2
     assert line_chart(many, "steps", "kl", small=True).count('class="end') == 0
     assert line_chart(many, "steps", "kl").count('class="end') == 12
 
 
-def test_training_that_has_only_begun_is_drawn_as_far_as_it_is() -> None:
-    begun = [event for event in rewarded_events() if event.get("stage") == "ppo"][:2]
-    assert [figure.title for figure in curve_figures(replay(begun))] == ["ppo: reward"]
+def test_partial_training_is_drawn() -> None:
+    started = [event for event in rewarded_events() if event.get("stage") == "ppo"][:2]
+    assert [figure.title for figure in curve_figures(replay(started))] == ["ppo: reward"]
     assert curve_figures(replay(events_until(0.02))) == []

@@ -20,14 +20,14 @@ from tunery.spec.scorers import Gopher, Language, Length
 from tunery.store.rows import write_rows
 
 HOSTILE = '<script>alert("x")</script> & more'
-ROW = {"text": HOSTILE, "score": 5.0, "planted": "cut"}
-RANGE = {"score": "length", "rule": "length from 3 to 40", "cut": 3.0, "cuts": [3.0, 40.0], "passed": 7, "dropped": 3}
+ROW = {"text": HOSTILE, "score": 5.0, "injected_corruption": "cut"}
+RANGE = {"score": "length", "rule": "length from 3 to 40", "thresholds": [3.0, 40.0], "passed": 7, "dropped": 3}
 PAIR = {"x": "length", "y": "gopher", "x_edges": [1, 10, 50], "y_edges": [0, 1, 2], "counts": [[3, 0], [1, 900]]}
 SCORES: dict[str, Any] = {
     "length": {
         "auc": 0.6,
         "auc_by_kind": {"cut": 0.9, "swapped": 0.5},
-        "histogram": {"edges": [1, 10, 50], "counts": [4, 900], "planted": [1, 0]},
+        "histogram": {"edges": [1, 10, 50], "counts": [4, 900], "corrupted": [1, 0]},
     },
     "gopher": {"auc": 0.7, "auc_by_kind": {"cut": 0.4}},
 }
@@ -51,14 +51,14 @@ def state(**select: Any) -> RunState:
         "scored": {"rows_in": 10, "rows_out": 10, "scores": SCORES, "pairs": [PAIR]},
         "clean": {"rows_in": 10, "kept": 7, "dropped": 3, "rules": [RANGE], "samples": SAMPLES, **select},
     }
-    told = [{"name": name, "kind": kind, "inputs": inputs} for name, kind, inputs in stages]
-    events: list[dict[str, Any]] = [{"t": 1.0, "event": "run_started", "run": "x", "stages": told}]
+    result = [{"name": name, "kind": kind, "inputs": inputs} for name, kind, inputs in stages]
+    events: list[dict[str, Any]] = [{"t": 1.0, "event": "run_started", "run": "x", "stages": result}]
     for name, kind, _ in stages:
         events.append({"t": 2.0, "event": "stage_finished", "stage": name, "kind": kind, "facts": facts[name]})
     return replay(events)
 
 
-def test_all_scores_of_a_stage_are_in_one_table_by_kind_of_damage() -> None:
+def test_auc_table_has_all_scores_by_corruption_kind() -> None:
     ((name, table),) = auc_tables(state())
     assert name == "scored"
     assert table.columns == ["score", "all kinds", "cut", "swapped"]
@@ -69,16 +69,16 @@ def test_all_scores_of_a_stage_are_in_one_table_by_kind_of_damage() -> None:
     assert [[cell.best for cell in row] for row in table.rows][1][1]
 
 
-def test_a_range_is_drawn_at_both_of_its_ends_and_an_older_logs_cut_at_one() -> None:
+def test_range_rule_has_two_threshold_lines() -> None:
     assert rule_thresholds(RANGE) == [3.0, 40.0]
-    assert rule_thresholds({"cut": 105.0}) == [105.0]
-    assert rule_thresholds({"cut": None, "cuts": []}) == []
+    assert rule_thresholds({"thresholds": [105.0]}) == [105.0]
+    assert rule_thresholds({"thresholds": []}) == []
     page = report_html(state())
-    assert page.count('class="cut"') == 4, "two in the histogram, two in the heat map"
+    assert page.count('class="threshold"') == 4, "two in the histogram, two in the heat map"
     assert "clean: length from 3 to 40" in page
 
 
-def test_score_against_score_has_a_cell_for_every_count() -> None:
+def test_heatmap_has_a_cell_for_every_count() -> None:
     (figure,) = heatmap_figures(state())
     assert figure.svg.count('class="heat') == 3
     assert "900 rows" in figure.svg
@@ -86,39 +86,39 @@ def test_score_against_score_has_a_cell_for_every_count() -> None:
     assert heatmap_chart([1, 2], [], [], ("a", "b")) == ""
 
 
-def test_rows_of_each_decile_are_shown_with_their_verdict_and_open_where_it_changes() -> None:
-    (found,) = filters(state())
-    assert [(part.title, part.percent_kept, part.mixed) for part in found.deciles] == [
+def test_decile_rows_show_outcomes_and_mixed_deciles_are_expanded() -> None:
+    (actual,) = filters(state())
+    assert [(part.title, part.percent_kept, part.mixed) for part in actual.deciles] == [
         ("1 – 9", 25, True),
         ("10", 100, False),
     ]
-    assert [row.kept for row in found.deciles[0].rows] == [True, False]
+    assert [row.kept for row in actual.deciles[0].rows] == [True, False]
     page = report_html(state())
     assert page.count("corruption: cut") == 3
     assert len(re.findall(r"<details open><summary><span class=\"meter\">", page)) == 1
 
 
-def test_texts_of_rows_are_escaped_and_stand_in_no_other_place() -> None:
+def test_row_texts_are_escaped_and_appear_only_in_their_section() -> None:
     page = report_html(state())
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") == 5, "three rows, a reason, and the first row's reason"
 
 
-def test_a_diverse_choice_is_shown_beside_chance_with_or_without_a_rule() -> None:
-    told = {
+def test_diverse_selection_is_shown_next_to_a_random_one() -> None:
+    result = {
         "rule": "score_first 7 by vec",
         "kept": 7,
         "candidates": 1200,
-        "compared": 1000,
-        "cover": {"radius": 0.3, "similarity": 0.98},
+        "coverage_rows": 1000,
+        "coverage": {"radius": 0.3, "similarity": 0.98},
         "random": {"radius": 0.5, "similarity": 0.97},
         "chance_similarity": {"median": 0.82, "high": 0.94},
         "too_similar": 3,
         "similarity": 0.9,
     }
-    (found,) = filters(state(diverse=told))
-    assert len(found.tables) == 2
-    (alone,) = filters(state(diverse=told, rules=[]))
+    (actual,) = filters(state(diverse=result))
+    assert len(actual.tables) == 2
+    (alone,) = filters(state(diverse=result, rules=[]))
     (table,) = alone.tables
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["score_first 7 by vec", "0.3", "0.98"],
@@ -127,16 +127,16 @@ def test_a_diverse_choice_is_shown_beside_chance_with_or_without_a_rule() -> Non
     assert "kept 7 of 1,200 rows; coverage computed on 1,000 of them" in table.notes
     assert "3 rows were too similar to a kept row (above 0.9)" in table.notes
     assert filters(state(rules=[])) == []
-    assert "score_first 7 by vec" in report_html(state(diverse=told))
+    assert "score_first 7 by vec" in report_html(state(diverse=result))
 
 
-def test_a_quarantine_is_told_with_its_reasons() -> None:
+def test_quarantine_is_shown_with_reasons() -> None:
     ((name, tables),) = quarantines(state())
     assert name == "rows"
     assert [cell.text for cell in tables[1].rows[0]] == ["a.csv:3", HOSTILE, "q,"]
 
 
-def test_logs_without_the_facts_give_a_page_without_the_sections() -> None:
+def test_sections_without_facts_are_omitted() -> None:
     page = report_html(state(samples=None))
     assert "<h2>Filters" not in page
 

@@ -14,11 +14,11 @@ from tunery.reporting.importance import MIN_TRIALS, Importance, importances, too
 
 
 def search_of(trials: list[tuple[dict[str, Any], float]], **more: Any) -> SearchState:
-    made = {
+    built = {
         f"t{index}": TrialState(f"t{index}", overrides, status="done", value=value)
         for index, (overrides, value) in enumerate(trials)
     }
-    return SearchState(metric="m", trials=made, **more)
+    return SearchState(metric="m", trials=built, **more)
 
 
 def by_path(search: SearchState, *paths: str, metric: str = "") -> dict[str, Importance]:
@@ -28,21 +28,21 @@ def by_path(search: SearchState, *paths: str, metric: str = "") -> dict[str, Imp
 def test_field_that_decides_the_metric_explains_nearly_all_and_another_nearly_nothing() -> None:
     chance = random.Random(1)
     points = [{"a": chance.random(), "b": chance.random()} for _ in range(60)]
-    found = by_path(search_of([(point, (point["a"] - 0.5) ** 2) for point in points]), "b", "a")
-    assert next(iter(found)) == "a", "the largest share first"
-    assert found["a"].share is not None
-    assert found["a"].share > 0.6, "also where the best values lie in the middle"
-    assert found["a"].significant
-    assert not found["b"].significant
+    actual = by_path(search_of([(point, (point["a"] - 0.5) ** 2) for point in points]), "b", "a")
+    assert next(iter(actual)) == "a", "the largest share first"
+    assert actual["a"].share is not None
+    assert actual["a"].share > 0.6, "also where the best values lie in the middle"
+    assert actual["a"].significant
+    assert not actual["b"].significant
 
 
-def test_noise_has_a_share_near_zero_and_passes_for_more_than_chance_in_one_case_of_twenty() -> None:
+def test_noise_has_importance_near_zero_and_nominal_false_positives() -> None:
     chance = random.Random(2)
     shares, beyond = [], 0
     for _ in range(400):
-        found = by_path(search_of([({"a": chance.random()}, chance.random()) for _ in range(20)]), "a")["a"]
-        shares.append(found.share or 0.0)
-        beyond += found.significant
+        actual = by_path(search_of([({"a": chance.random()}, chance.random()) for _ in range(20)]), "a")["a"]
+        shares.append(actual.share or 0.0)
+        beyond += actual.significant
     assert fmean(shares) < 0.08
     assert 5 <= beyond <= 32
 
@@ -55,13 +55,13 @@ def test_one_diverged_trial_does_not_hide_the_others() -> None:
     assert share > 0.5
 
 
-def test_conditional_field_is_judged_among_the_trials_that_have_it() -> None:
+def test_conditional_field_is_evaluated_on_trials_that_have_it() -> None:
     points = [({"a": "x", "b": index / 10}, 5.0 - index / 10) for index in range(10)]
     points += [({"a": "y"}, float(index)) for index in range(10)]
-    found = by_path(search_of(points), "a", "b")
-    assert (found["a"].trials, found["b"].trials) == (20, 10)
-    assert found["b"].share is not None
-    assert found["b"].share > 0.5
+    actual = by_path(search_of(points), "a", "b")
+    assert (actual["a"].trials, actual["b"].trials) == (20, 10)
+    assert actual["b"].share is not None
+    assert actual["b"].share > 0.5
 
 
 def test_too_few_trials_give_a_message() -> None:
@@ -71,34 +71,34 @@ def test_too_few_trials_give_a_message() -> None:
     assert too_few_trials(search_of([({"a": index / 9}, float(index)) for index in range(MIN_TRIALS)])) == ""
 
 
-def test_trials_that_were_stopped_or_failed_and_replicates_are_no_points() -> None:
+def test_stopped_failed_and_replicate_trials_are_excluded() -> None:
     search = search_of([({"a": index / 12}, float(index)) for index in range(12)])
     search.trials["t0"].status, search.trials["t1"].value = "stopped", None
     search.trials["t2"].origin = "replicate"
     assert by_path(search, "a")["a"].trials == 9
 
 
-def test_field_with_one_value_has_no_share_and_equal_metrics_give_none_of_them_any() -> None:
+def test_constant_fields_and_constant_metrics_have_no_importance() -> None:
     same = search_of([({"a": 1, "b": index}, 2.0) for index in range(12)])
-    found = by_path(same, "a", "b")
-    assert (found["a"].share, found["b"].share) == (None, 0.0)
+    actual = by_path(same, "a", "b")
+    assert (actual["a"].share, actual["b"].share) == (None, 0.0)
 
 
-def test_each_metric_has_shares_of_its_own() -> None:
+def test_importance_is_computed_per_metric() -> None:
     search = replay(searched_events()).search
     assert search is not None
     for metric in (LOSS, FORGETTING):
-        found = by_path(search, RATE, SCHEDULE, WARMUP, SHARE, metric=metric)
-        assert next(iter(found)) == RATE
-        assert found[WARMUP].trials == 8
+        actual = by_path(search, RATE, SCHEDULE, WARMUP, SHARE, metric=metric)
+        assert next(iter(actual)) == RATE
+        assert actual[WARMUP].trials == 8
 
 
-def test_a_copy_of_a_population_counts_with_the_values_that_it_ended_with() -> None:
+def test_pbt_child_counts_with_its_final_values() -> None:
     """All began with the same rate."""
     points = [
         ({"sft.learning_rate": 1.0, "sft.schedule_overrides": [{"after": 0.2, "learning_rate": rate}]}, rate)
         for rate in (float(index) for index in range(2, 26))
     ]
-    found = by_path(search_of(points), "sft.learning_rate")["sft.learning_rate"]
-    assert found.share is not None
-    assert found.share > 0.6
+    actual = by_path(search_of(points), "sft.learning_rate")["sft.learning_rate"]
+    assert actual.share is not None
+    assert actual.share > 0.6

@@ -37,8 +37,8 @@ def events_with(*records: dict[str, Any]) -> list[Event]:
         for index, event in enumerate(events)
         if event["event"] == "stage_started" and event.get("stage") == STAGE and not event.get("trial")
     )
-    told = {"event": "preview", "stage": STAGE, "template": "a response ends with <|end|>", "records": list(records)}
-    return [*events[: started + 1], {"t": events[started]["t"] + 0.001, **told}, *events[started + 1 :]]
+    result = {"event": "preview", "stage": STAGE, "template": "a response ends with <|end|>", "records": list(records)}
+    return [*events[: started + 1], {"t": events[started]["t"] + 0.001, **result}, *events[started + 1 :]]
 
 
 def section(events: list[Event]) -> str:
@@ -64,7 +64,7 @@ def test_report_shows_what_is_trained_masked_special_and_cut_off() -> None:
         assert part in html
 
 
-def test_report_stays_whole_with_what_users_wrote() -> None:
+def test_report_escapes_user_text_in_previews() -> None:
     html = report_html(replay(events_with(record(["masked", "</span><script>alert(1)</script>\x1b", 0]))))
     assert "<script>alert" not in html
     assert "\x1b" not in html
@@ -81,12 +81,12 @@ def test_report_without_previews_has_no_such_section() -> None:
     assert section(sample_events()) == ""
 
 
-def test_entries_of_an_unknown_form_are_left_out() -> None:
+def test_entries_of_unknown_format_are_skipped() -> None:
     assert section(events_with({"sequences": [{"segments": ["odd", ["trained"], ["odd", "x", 0]]}]}))
     assert section(events_with({"sequences": "odd"}))
 
 
-def test_preview_of_a_stage_that_is_reused_is_kept() -> None:
+def test_preview_of_a_reused_stage_is_kept() -> None:
     events = events_with(record(["trained", "Paris.", 0]))
     again = next(event for event in events if event["event"] == "run_started")
     later = max(event["t"] for event in events) + 1
@@ -100,5 +100,5 @@ def test_preview_of_another_artifact_is_dropped() -> None:
     assert section([*events, started]) == ""
 
 
-def test_characters_that_would_act_on_a_screen_become_signs() -> None:
+def test_control_characters_are_made_visible() -> None:
     assert visible("a\x1b\r\t\n\x7f\x9b\u202eb👨‍👩") == "a␛␍⇥\t⏎\n␡<U+009B><U+202E>b👨‍👩"

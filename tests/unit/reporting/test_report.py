@@ -23,13 +23,13 @@ def page_of(events: list[Event]) -> str:
     return report_html(replay(events))
 
 
-def test_report_holds_every_section_in_order() -> None:
+def test_report_has_every_section_in_order() -> None:
     page = Page(page_of(sample_events()))
     assert page.sections == SECTIONS
     assert page.open == []
 
 
-def test_report_asks_the_network_for_nothing() -> None:
+def test_report_needs_no_network() -> None:
     html = page_of(sample_events())
     assert Page(html).references == []
     assert "http://" not in html
@@ -38,14 +38,14 @@ def test_report_asks_the_network_for_nothing() -> None:
     assert "url(" not in html
 
 
-def test_report_is_written_into_the_run_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_report_is_the_only_file_written(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "quickstart", sample_events())
     assert write_report(folder) == folder / "report.html"
     assert sorted(path.name for path in folder.iterdir()) == ["events", "report.html"]
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_what_users_wrote_is_escaped_everywhere() -> None:
+def test_user_text_is_escaped_everywhere() -> None:
     evil = "<script>alert(1)</script>\"'&"
     events = sample_events()
     clean_scripts = Page(page_of(events)).scripts
@@ -69,28 +69,28 @@ def test_what_users_wrote_is_escaped_everywhere() -> None:
     assert Page(html).scripts == clean_scripts == 1
 
 
-def test_cut_of_a_select_is_drawn_in_the_histogram_of_its_score() -> None:
+def test_threshold_of_a_select_is_drawn_in_its_score_histogram() -> None:
     html = page_of(sample_events())
-    assert 'class="cut"' in html
+    assert 'class="threshold"' in html
     assert "clean: keep_fraction 0.8, threshold 105.0" in html
     without = [e for e in sample_events() if not (e.get("stage") == "clean" and not e.get("trial"))]
     assert "threshold 105.0<" not in page_of(without)
 
 
-def test_cut_line_stands_at_its_value() -> None:
-    def place(value: float) -> float:
-        drawn = histogram_chart(
+def test_threshold_line_is_at_its_value() -> None:
+    def x_of(value: float) -> float:
+        sampled = histogram_chart(
             [1.0, 10.0, 100.0, 1000.0], [1, 2, 3], [0, 0, 0], [ThresholdLine(value, "cut")], "perplexity"
         )
-        found = re.search(r'<line x1="([\d.]+)"[^>]*class="cut"', drawn)
-        assert found
-        return float(found[1])
+        actual = re.search(r'<line x1="([\d.]+)"[^>]*class="threshold"', sampled)
+        assert actual
+        return float(actual[1])
 
-    assert place(10.0) < place(100.0)
-    assert place(100.0) - place(10.0) == pytest.approx(place(1000.0) - place(100.0), abs=0.2)
+    assert x_of(10.0) < x_of(100.0)
+    assert x_of(100.0) - x_of(10.0) == pytest.approx(x_of(1000.0) - x_of(100.0), abs=0.2)
 
 
-def test_planted_rows_stand_out_only_where_the_truth_is_known() -> None:
+def test_corrupted_rows_are_highlighted_only_if_known() -> None:
     known = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 2], [], "x")
     unknown = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 0], [], "x")
     assert "bar bad" in known
@@ -106,23 +106,23 @@ def test_best_of_each_column_is_marked_in_the_leaderboard() -> None:
 def test_funnel_counts_quarantined_and_dropped_rows() -> None:
     html = page_of(sample_events())
     rows = html[html.index('id="rows"') : html.index('id="scores"')]
-    assert all(said in rows for said in ("4,012", "−12 quarantined", "3,200", "−800 (20%)"))
+    assert all(line in rows for line in ("4,012", "−12 quarantined", "3,200", "−800 (20%)"))
 
 
-def test_best_trial_leads_the_table_and_failed_ones_say_why() -> None:
+def test_best_trial_is_first_and_failed_trials_have_errors() -> None:
     html = page_of(sample_events())
     search = html[html.index('id="search"') : html.index('id="time"')]
-    chosen = re.search(r'<tr class="chosen"><td class="">(t\d\d)', search)
-    assert chosen
-    assert chosen[1] == replay(sample_events()).search.best.name  # type: ignore[union-attr]
+    highlighted = re.search(r'<tr class="highlighted"><td class="">(t\d\d)', search)
+    assert highlighted
+    assert highlighted[1] == replay(sample_events()).search.best.name  # type: ignore[union-attr]
     assert "loss is NaN at step 60" in search
 
 
-def test_failed_run_tells_cause_and_remedy_before_anything_else() -> None:
+def test_failed_run_shows_cause_and_remedy_first() -> None:
     html = page_of(failed_events())
     first_section = html.index("<section")
-    for said in ("ran out of GPU memory", "the GPU has 79.1 GiB", "set compute.micro_batch_size to 32"):
-        assert html.index(said) < first_section
+    for line in ("ran out of GPU memory", "the GPU has 79.1 GiB", "set compute.micro_batch_size to 32"):
+        assert html.index(line) < first_section
     assert "result" not in Page(html).sections
 
 
@@ -137,7 +137,7 @@ def test_report_is_written_at_any_moment(fraction: float) -> None:
     assert Page(page_of(events_until(fraction))).open == []
 
 
-def test_facts_of_any_shape_are_shown() -> None:
+def test_facts_of_any_structure_are_shown() -> None:
     odd = {
         "nested": {"a": [1, {"b": None}]},
         "rows": [{"x": 1}, {"y": [2]}],
@@ -147,11 +147,11 @@ def test_facts_of_any_shape_are_shown() -> None:
     }
     strange = {
         "rows": "many",
-        "planted": 3,
+        "injected_corruption": 3,
         "scores": {"perplexity": {"histogram": None}},
         "results": [{"model": "m"}],
     }
-    reviewed = {"agreement": {"share": "most"}, "strata": [{}], "thresholds": [{"score": 1}, 2], "asked": "x"}
+    reviewed = {"agreement": {"share": "most"}, "strata": [{}], "thresholds": [{"score": 1}, 2], "sampled": "x"}
     for facts in (odd, strange, reviewed, {"rules": [3], "rows_in": 1, "kept": None}, {}):
         for kind in ("ppo", "dataset", "score", "select", "review", "sft", "evaluate"):
             finished: Event = {
@@ -193,13 +193,13 @@ def test_spread_keeps_order_and_gap() -> None:
     assert min(b - a for a, b in pairwise(sorted(placed))) >= 14.5
 
 
-def test_long_curves_are_thinned_and_keep_their_end() -> None:
+def test_long_curves_are_downsampled_and_keep_their_end() -> None:
     points = [(float(index), float(index)) for index in range(10_000)]
     assert len(downsample(points)) <= 260
     assert downsample(points)[-1] == points[-1]
 
 
-def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:
+def test_leaderboard_distinguishes_the_best_trial_from_the_file() -> None:
     def evaluated(stage: str, loss: float) -> dict:
         result = {"model": "sft", "set": "heldout", "loss": loss, "perplexity": 9.0, "rows": 3, "tokens": 30}
         return {"t": 1.0, "event": "stage_finished", "stage": stage, "kind": "evaluate", "fingerprint": stage,
@@ -211,7 +211,7 @@ def test_leaderboard_tells_the_best_trials_model_from_the_files_own() -> None:
 
 
 def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
-    def measured(kind: str, *results: dict[str, object]) -> dict[str, object]:
+    def evaluation_event(kind: str, *results: dict[str, object]) -> dict[str, object]:
         return {"t": 1.0, "event": "stage_finished", "stage": kind, "kind": kind, "fingerprint": kind,
                 "reused": False, "seconds": 1.0, "artifact": "", "facts": {"results": results}}  # fmt: skip
 
@@ -221,7 +221,9 @@ def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
                 "left_out": {"too_long": 1, "unusable": 0}}  # fmt: skip
 
     losses = [{"model": model, "set": "heldout", "loss": 2.5, "rows": 4} for model in ("base", "sft", "ppo")]
-    state = replay([measured("evaluate", *losses), measured("win_rate", won("sft", 0.6), won("ppo", 0.75))])
+    state = replay(
+        [evaluation_event("evaluate", *losses), evaluation_event("win_rate", won("sft", 0.6), won("ppo", 0.75))]
+    )
     table = report_sections.leaderboard(state)
     assert table is not None
     assert table.columns == ["model", "heldout loss", "heldout win rate", "heldout reward"]

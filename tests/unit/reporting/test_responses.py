@@ -21,21 +21,21 @@ def section(events: list[Event]) -> str:
     return html[html.index('<section id="responses">') : html.index('<section id="time">')]
 
 
-def test_prompt_and_both_answers_stand_side_by_side_with_their_rewards() -> None:
+def test_prompt_and_both_responses_are_shown_with_rewards() -> None:
     html = section(rewarded_events())
     first = html[: html.index("</details>")]
     order = ["What is `str`?", "reward 0.50 → 4.00", "<b>before<", "str str (", "<b>after<", "str is a class."]
-    places = [first.index(said) for said in order]
+    places = [first.index(line) for line in order]
     assert places == sorted(places)
 
 
-def test_first_prompts_of_a_stage_are_open_and_the_others_one_click_away() -> None:
+def test_first_prompts_are_expanded_and_others_collapsed() -> None:
     html = section(rewarded_events())
     ppo = html[: html.index("<h3>wins</h3>")]
     assert re.findall(r"<details( open)?>", ppo) == [" open", " open", " open", ""]
 
 
-def test_answers_of_several_models_are_told_by_model_and_the_best_is_marked() -> None:
+def test_responses_are_labelled_by_model_and_the_best_is_marked() -> None:
     html = section(rewarded_events())
     wins = html[html.index("<h3>wins</h3>") :]
     assert "base 0.25, ppo 4.00, grpo 3.50" in wins
@@ -43,9 +43,9 @@ def test_answers_of_several_models_are_told_by_model_and_the_best_is_marked() ->
     assert "&lt;b&gt;string&lt;/b&gt;" in wins
 
 
-def test_hostile_answers_prompts_and_names_of_models_do_not_run() -> None:
+def test_hostile_responses_prompts_and_model_names_are_escaped() -> None:
     of_training = {"prompt": EVIL, "before": EVIL, "after": EVIL, "reward_before": EVIL, "reward_after": 1.0}
-    of_models = {"prompt": EVIL, "answers": {EVIL: {"answer": EVIL, "reward": EVIL}}}
+    of_models = {"prompt": EVIL, "responses": {EVIL: {"response": EVIL, "reward": EVIL}}}
     clean = report_html(replay(rewarded_events()))
     events = rewarded_events()
     for event in events:
@@ -57,24 +57,24 @@ def test_hostile_answers_prompts_and_names_of_models_do_not_run() -> None:
     assert html.count("&lt;script&gt;alert(1)") >= 10
 
 
-def test_answers_of_the_best_trial_are_shown_with_its_name() -> None:
+def test_responses_of_the_best_trial_have_its_name() -> None:
     stage = StageState("ppo", kind="ppo", trial="t03", facts=PPO_FACTS)
     assert [name for name, _ in responses([stage])] == ["ppo, trial t03"]
 
 
-def test_table_has_a_column_an_answer_and_one_a_reward() -> None:
+def test_table_has_columns_for_responses_and_rewards() -> None:
     columns, rows = responses_table(PPO_FACTS)
     assert columns == ["prompt", "before", "after", "reward before", "reward after"]
     assert len(rows) == 4
     assert rows[0] == ["What is `str`?", "str str (", "str is a class.\nIt has methods.", 0.5, 4.0]
 
 
-def test_prompt_that_a_model_did_not_answer_leaves_its_cells_empty() -> None:
-    told = [
-        {"prompt": "p", "answers": {"a": {"answer": "x", "reward": 1.0}}},
-        {"prompt": "q", "answers": {"b": {"answer": "y", "reward": None}}},
+def test_missing_response_leaves_its_cells_empty() -> None:
+    result = [
+        {"prompt": "p", "responses": {"a": {"response": "x", "reward": 1.0}}},
+        {"prompt": "q", "responses": {"b": {"response": "y", "reward": None}}},
     ]
-    assert responses_table({"responses": told}) == (
+    assert responses_table({"responses": result}) == (
         ["prompt", "a", "b", "reward a", "reward b"],
         [["p", "x", None, 1.0, None], ["q", None, "y", None, None]],
     )
@@ -82,14 +82,14 @@ def test_prompt_that_a_model_did_not_answer_leaves_its_cells_empty() -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [None, "text", [3], [{}], [{"prompt": "p"}], [{"prompt": "p", "answers": {"a": 1, "b": {"reward": 1.0}}}]],
+    [None, "text", [3], [{}], [{"prompt": "p"}], [{"prompt": "p", "responses": {"a": 1, "b": {"reward": 1.0}}}]],
 )
-def test_fact_of_another_form_tells_nothing(odd: Any) -> None:
+def test_fact_of_unknown_format_is_skipped(odd: Any) -> None:
     assert prompt_responses({"responses": odd}) == []
     assert responses_table({"responses": odd})[1] == []
 
 
-def test_of_two_answers_that_are_as_good_neither_is_the_best() -> None:
-    same = {"answer": "x", "reward": 1.0}
-    (one,) = prompt_responses({"responses": [{"prompt": "p", "answers": {"a": same, "b": same}}]})
+def test_tied_responses_are_not_marked_as_best() -> None:
+    same = {"response": "x", "reward": 1.0}
+    (one,) = prompt_responses({"responses": [{"prompt": "p", "responses": {"a": same, "b": same}}]})
     assert not any(response.best for response in one.responses)

@@ -28,44 +28,44 @@ def lines_of(svg: str, css: str) -> list[str]:
     return re.findall(rf'<path d="([^"]+)" class="{css}"', svg)
 
 
-def test_every_trial_is_a_line_and_the_best_one_lies_over_them() -> None:
+def test_every_trial_is_a_line_and_the_best_is_on_top() -> None:
     figure = search_report.parallel(search_of(searched_events()))
     assert figure is not None
     assert len(lines_of(figure.svg, "curve quiet")) == 15
     assert len(lines_of(figure.svg, "curve best c1")) == 1
     assert figure.svg.index("curve best") > figure.svg.rindex("curve quiet")
     assert [
-        said
-        for said in ("learning_rate (log)", "schedule", "warmup", "keep_fraction", "eval_loss")
-        if said in figure.svg
+        line
+        for line in ("learning_rate (log)", "schedule", "warmup", "keep_fraction", "eval_loss")
+        if line in figure.svg
     ]
 
 
-def test_line_of_a_trial_without_a_field_is_interrupted_there() -> None:
+def test_line_of_a_trial_without_a_field_has_a_gap() -> None:
     figure = search_report.parallel(search_of(searched_events()))
     assert figure is not None
-    pieces = [drawn.count("M") for drawn in lines_of(figure.svg, "curve quiet")]
+    pieces = [line.count("M") for line in lines_of(figure.svg, "curve quiet")]
     search = search_of(searched_events())
-    without = sum(WARMUP not in trial.overrides for trial in search.own)
+    without = sum(WARMUP not in trial.overrides for trial in search.originals)
     assert pieces.count(2) == without == 8
     assert "gaps" in figure.note
 
 
 def test_value_between_two_gaps_is_a_dot() -> None:
     axes = [Axis(name, categories=["a", "b"]) for name in "xyz"]
-    drawn = parallel_chart(axes, [Line([None, "b", None], "quiet", ""), Line(["a", "a", "b"], "quiet", "")])
-    assert drawn.count('class="dot-quiet"') == 1
+    sampled = parallel_chart(axes, [Line([None, "b", None], "quiet", ""), Line(["a", "a", "b"], "quiet", "")])
+    assert sampled.count('class="dot-quiet"') == 1
 
 
-def test_values_stand_on_their_axis_at_their_place() -> None:
+def test_values_are_at_their_axis_position() -> None:
     axes = [Axis("a", log=True), Axis("b", categories=["x", "y"])]
     lines = [Line([value, "x"], "quiet", "") for value in (1.0, 10.0, 100.0)]
-    starts = [float(drawn.split("L")[0].split()[1]) for drawn in lines_of(parallel_chart(axes, lines), "curve quiet")]
+    starts = [float(line.split("L")[0].split()[1]) for line in lines_of(parallel_chart(axes, lines), "curve quiet")]
     assert starts[0] - starts[1] == pytest.approx(starts[1] - starts[2], abs=0.2)
     assert starts[0] > starts[2]
 
 
-def test_one_field_or_one_trial_is_no_parallel_coordinates() -> None:
+def test_single_field_or_trial_has_no_parallel_coordinates() -> None:
     assert (
         search_report.parallel(search_of([event("search_started", 0, metric="m", space={"a.b": "", "a.c": ""})]))
         is None
@@ -73,12 +73,12 @@ def test_one_field_or_one_trial_is_no_parallel_coordinates() -> None:
     assert parallel_chart([Axis("a")], [Line([1.0], "quiet", "")]) == ""
 
 
-def test_front_is_marked_and_joined_by_steps_that_no_trial_lies_beyond() -> None:
+def test_pareto_front_is_marked_and_joined_by_steps() -> None:
     dots = [Dot(1.0, 3.0, "", "best front"), Dot(2.0, 1.0, "", "done front"), Dot(2.5, 3.5, "", "done")]
 
     def corner(higher: bool) -> tuple[float, float]:
-        (drawn,) = lines_of(pareto_chart(dots, ("x", "y"), higher=higher), "front-line")
-        first, middle, last = (tuple(map(float, point.split())) for point in drawn[1:].split("L"))
+        (sampled,) = lines_of(pareto_chart(dots, ("x", "y"), higher=higher), "front-line")
+        first, middle, last = (tuple(map(float, point.split())) for point in sampled[1:].split("L"))
         assert first != last
         return (middle[0] - first[0], middle[1] - first[1])
 
@@ -87,19 +87,19 @@ def test_front_is_marked_and_joined_by_steps_that_no_trial_lies_beyond() -> None
     assert lines_of(pareto_chart(dots, ("x", "y"), joined=False), "front-line") == []
 
 
-def test_pareto_chart_shows_front_and_broken_constraints() -> None:
+def test_pareto_chart_shows_front_and_violated_constraints() -> None:
     figure = search_report.pareto(search_of(searched_events()))
     assert figure is not None
     assert figure.svg.count(' front" data-tip') == 2
     assert figure.svg.count('class="trial infeasible"') == sum(
-        not trial.feasible for trial in search_of(searched_events()).own
+        not trial.feasible for trial in search_of(searched_events()).originals
     )
     assert ("infeasible-dot", "violates forgetting ≤ 0.1") in figure.keys
-    one = [{**told, "also": []} if told["event"] == "search_started" else told for told in searched_events()]
+    one = [{**entry, "objectives": []} if entry["event"] == "search_started" else entry for entry in searched_events()]
     assert search_report.pareto(search_of(one)) is None
 
 
-def test_importance_is_drawn_for_each_metric_and_says_when_there_are_too_few_trials() -> None:
+def test_importance_is_drawn_for_each_metric_or_notes_too_few_trials() -> None:
     figures = search_report.importance(search_of(searched_events()))
     assert [figure.title for figure in figures] == [
         "parameter importance for eval_loss",
@@ -110,7 +110,7 @@ def test_importance_is_drawn_for_each_metric_and_says_when_there_are_too_few_tri
     assert (few.svg, "at least 8" in few.note) == ("", True)
 
 
-def test_report_of_a_search_is_whole_with_any_part_missing() -> None:
+def test_search_report_is_complete_with_any_part_missing() -> None:
     events = searched_events()
     keys = {key for one in events for key in one if key not in ("t", "event", "trial", "stage")}
     for key in sorted(keys):
@@ -119,7 +119,7 @@ def test_report_of_a_search_is_whole_with_any_part_missing() -> None:
             assert Page(report_html(replay(changed))).open == [], (key, wrong)
 
 
-def test_what_users_wrote_is_escaped_in_all_charts() -> None:
+def test_user_text_is_escaped_in_all_charts() -> None:
     evil = "<script>x</script>\"'&"
     events = searched_events()
     for one in events:
@@ -129,19 +129,19 @@ def test_what_users_wrote_is_escaped_in_all_charts() -> None:
             one["values"] = {f"{name}{evil}": value for name, value in one["values"].items()}
         if one["event"] == "search_started":
             one.update(metric=LOSS + evil, metrics=[LOSS + evil, FORGETTING + evil], space={})
-            one["also"] = [{"metric": FORGETTING + evil, "mode": "min"}]
+            one["objectives"] = [{"metric": FORGETTING + evil, "mode": "min"}]
             one["constraints"] = [{"metric": FORGETTING + evil, "max": 0.1}]
         if one["event"] == "search_finished":
-            one.update(ended_by=evil, ties=[evil], front=["t00", evil])
+            one.update(ended_by=evil, ties=[evil], pareto_front=["t00", evil])
     html = report_html(replay(events))
     assert "<script>x" not in html
     page = Page(html)
     assert (page.scripts, page.open) == (1, [])
-    for drawn in ("curve best c1", 'class="trial best front"', "bar not-significant"):
-        assert drawn in html
+    for line in ("curve best c1", 'class="trial best front"', "bar not-significant"):
+        assert line in html
 
 
-def test_field_that_no_trial_has_yet_has_no_axis() -> None:
+def test_field_without_trials_has_no_axis() -> None:
     events = searched_events()
     for one in events:
         one.get("overrides", {}).pop(WARMUP, None)

@@ -24,22 +24,22 @@ stages:
 """
 
 
-def made(**diverse: Any) -> dict[str, Artifact]:
-    told = {"rows": {}, "scored": {}, "long": {}, "spread": {"diverse": diverse}}
-    return {name: Artifact(Path(name), {"facts": facts}, {}) for name, facts in told.items()}
+def artifacts_with(**diverse: Any) -> dict[str, Artifact]:
+    result = {"rows": {}, "scored": {}, "long": {}, "spread": {"diverse": diverse}}
+    return {name: Artifact(Path(name), {"facts": facts}, {}) for name, facts in result.items()}
 
 
-def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: LoadText) -> None:
+def test_diversity_table_compares_with_a_random_subset(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT)
-    told = {
+    result = {
         "method": "k_center",
         "kept": 9,
-        "wanted": 9,
+        "requested": 9,
         "candidates": 1200,
-        "cover": {"radius": 0.3, "similarity": 0.98},
+        "coverage": {"radius": 0.3, "similarity": 0.98},
         "random": {"radius": 0.5, "similarity": 0.97},
     }
-    table = diversity_table(experiment, made(**told))
+    table = diversity_table(experiment, artifacts_with(**result))
     assert table is not None
     assert table["rows"] == [
         ["spread (k_center)", "9 of 1,200", 0.3, 0.98],
@@ -47,7 +47,7 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
     ]
     assert len(table["notes"]) == 1
     score_first = {"method": "score_first", "similarity": 0.9, "chance_similarity": {"median": 0.82, "high": 0.94}}
-    table = diversity_table(experiment, made(**{**told, "wanted": 20, **score_first}))
+    table = diversity_table(experiment, artifacts_with(**{**result, "requested": 20, **score_first}))
     assert table is not None
     assert table["notes"][0] == (
         "spread: fewer than the requested 20 rows: all other rows have a similarity above 0.9 to a kept row "
@@ -55,9 +55,9 @@ def test_a_diverse_choice_stands_beside_as_many_rows_drawn_at_random(load_text: 
     )
 
 
-def test_without_a_diverse_choice_there_is_no_table(load_text: LoadText) -> None:
+def test_no_diversity_table_without_a_diverse_selection(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT.replace("  spread:", "  # spread:"))
-    assert diversity_table(experiment, made()) is None
+    assert diversity_table(experiment, artifacts_with()) is None
 
 
 POLICIES = """\
@@ -73,7 +73,7 @@ stages:
 
 
 def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
-    told = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
+    result = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
     measured = ("weights_bytes", "weights_bytes_separate")
     return {
         name: Artifact(
@@ -81,11 +81,11 @@ def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
             {"facts": {key: value for key, value in facts.items() if key not in measured}, "kind": name},
             {key: value for key, value in facts.items() if key in measured},
         )
-        for name, facts in {**told, **more}.items()
+        for name, facts in {**result, **more}.items()
     }
 
 
-def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: LoadText) -> None:
+def test_policy_table_has_rewards_and_shared_weights(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
     table = policy_table(experiment, policies())
     assert table is not None
@@ -102,19 +102,19 @@ def test_rewards_of_policies_before_and_after_with_what_was_saved(load_text: Loa
     ]
 
 
-def test_policy_with_weights_of_its_own_saved_none(load_text: LoadText) -> None:
+def test_policy_without_shared_weights_has_no_note(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
     table = policy_table(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
     assert table is not None
     assert not any("one base" in note for note in table["notes"])
 
 
-def test_without_policies_there_is_no_table_of_rewards(load_text: LoadText) -> None:
+def test_no_policy_table_without_policies(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT)
-    assert policy_table(experiment, made()) is None
+    assert policy_table(experiment, artifacts_with()) is None
 
 
-def test_other_programs_are_told_the_first_that_a_training_measures(load_text: LoadText) -> None:
+def test_json_results_have_the_first_metric_of_a_training(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
     assert results(experiment, policies()) == {"base": 2.5, "ppo": 4.609375, "grpo": None, "eval": [1]}
 
@@ -160,7 +160,7 @@ def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
     return {"eval": Artifact(Path("eval"), {"facts": {"results": results}}, {}), **trained}
 
 
-def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out(load_text: LoadText) -> None:
+def test_win_table_has_intervals_rewards_lengths_and_skipped_rows(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED)
     table = win_table(experiment, {"wins": won(0.6, too_long=10)}, {})
     assert table is not None
@@ -181,7 +181,7 @@ def test_win_rates_stand_with_interval_rewards_and_lengths_and_what_was_left_out
     ]
 
 
-def test_best_trials_win_rate_stands_beside_the_files_own(load_text: LoadText) -> None:
+def test_win_table_has_the_best_trial_next_to_the_file(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED + SEARCHED)
     table = win_table(experiment, {"wins": won(0.6)}, {"wins": won(0.7)})
     assert table is not None
@@ -189,7 +189,7 @@ def test_best_trials_win_rate_stands_beside_the_files_own(load_text: LoadText) -
     assert table["notes"] == []
 
 
-def test_forgetting_has_a_column_where_it_was_measured(load_text: LoadText) -> None:
+def test_forgetting_has_a_column_if_computed(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED)
     table = loss_table(experiment, lost(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
     assert table is not None
@@ -223,10 +223,10 @@ search:
 def ended(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
     overrides = {"sft.learning_rate": value / 1000, "sft.schedule": "constant"}
     result = {"state": "done", "values": {"sft.eval_loss": value}, "tokens": 900.0, "seconds": 1.0, "error": ""}
-    return JournalRecord(TrialStart(name, 0, overrides, "replicate" if of else "drawn", of), [], {**result, **more})
+    return JournalRecord(TrialStart(name, 0, overrides, "replicate" if of else "sampled", of), [], {**result, **more})
 
 
-def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(load_text: LoadText) -> None:
+def test_search_table_has_means_violations_and_ties(load_text: LoadText) -> None:
     experiment, _ = load_text(SEARCH)
     assert experiment.search is not None
     records = [ended("a", 2.0), ended("b", 2.1), ended("broken", 0.5), ended("c", 3.0, state="stopped")]
@@ -234,20 +234,30 @@ def test_search_ends_with_means_over_seeds_broken_constraints_and_ties_in_words(
     facts = search_facts(experiment.search, records, "the budget of 1 hours is spent")
     table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
     assert table is not None
-    columns = ["trial", "state", "eval loss", "mean of seeds", "seeds", "breaks", "learning rate", "schedule", "tokens"]
+    columns = [
+        "trial",
+        "state",
+        "eval loss",
+        "mean of seeds",
+        "seeds",
+        "violations",
+        "learning rate",
+        "schedule",
+        "tokens",
+    ]
     assert table["columns"] == columns
     assert [row[0] for row in table["rows"]] == ["b", "a", "broken", "c"]
     assert table["rows"][0][3:5] == ["2.07 ± 0.19", 3]
     assert table["rows"][2][5] == "eval loss < 1"
     assert table["notes"] == [
         "best: b, eval loss 2.07 ± 0.19 over 3 seeds, with learning_rate=2.1e-3, schedule=constant",
-        "a tie with a: 3 seeds can't tell them apart",
+        "tied with a: not significantly different over 3 seeds",
         "the search ended early: the budget of 1 hours is spent",
         "4 trials: 3 done, 1 stopped; 4 replicates with other seeds",
     ]
 
 
-def test_table_of_a_long_search_has_its_best_trials_and_says_where_the_others_are(load_text: LoadText) -> None:
+def test_table_of_a_long_search_has_the_best_trials_and_refers_to_the_report(load_text: LoadText) -> None:
     experiment, _ = load_text(SEARCH)
     assert experiment.search is not None
     facts = search_facts(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")

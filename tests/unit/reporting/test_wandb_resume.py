@@ -45,7 +45,7 @@ def test_resumed_run_gets_its_curve_from_the_first_point_on() -> None:
     assert steps == [*range(1, 101), *range(67, 71)]
 
 
-def test_stage_whose_end_the_file_lacks_is_told_again_with_points_summary_and_exit() -> None:
+def test_stage_without_an_end_in_the_file_is_sent_again() -> None:
     missing = Translator("quickstart", {}, {STAGE: None}).before([START, *training(1, 3), END])
     assert ids(missing) == [STAGE]
     assert sum(isinstance(action, Log) for action in missing) == 3
@@ -53,19 +53,19 @@ def test_stage_whose_end_the_file_lacks_is_told_again_with_points_summary_and_ex
     assert missing[-1] == Finish(STAGE, 0)
 
 
-def test_file_that_ends_as_interrupted_lacks_the_end_of_what_ended_since() -> None:
+def test_interrupted_file_is_completed() -> None:
     log = [START, *training(1, 3), START, *training(2, 4), END]
     assert ids(Translator("quickstart", {}, {STAGE: INTERRUPTED}).before(log)) == [STAGE]
     assert Translator("quickstart", {}, {STAGE: 0}).before(log) == []
 
 
-def test_stage_without_a_file_is_told_again_only_where_its_invocation_was_killed() -> None:
+def test_stage_without_a_file_is_sent_again_only_after_a_kill() -> None:
     killed = [START, *training(1, 3), END]
     assert ids(Translator("quickstart", {}).before(killed)) == [STAGE]
     assert Translator("quickstart", {}).before([*killed, event("run_finished", state="done")]) == []
 
 
-def test_failed_stage_that_is_tried_again_keeps_its_curve() -> None:
+def test_retried_stage_keeps_its_curve() -> None:
     failed = event("stage_failed", stage="sft", kind="sft", message="no memory", cause="", remedy="", log="")
     translator = Translator("quickstart", {}, {STAGE: 1})
     assert translator.before([START, *training(1, 3), failed, event("run_finished", state="failed")]) == []
@@ -78,7 +78,7 @@ def trial(fingerprint: str, first: int, last: int) -> list[Event]:
     return [START, start, *training(first, last, fingerprint, trial="t")]
 
 
-def test_trial_of_an_edited_experiment_gets_a_run_of_its_own_and_the_same_one_when_it_is_resumed() -> None:
+def test_trial_of_an_edited_experiment_gets_a_new_run_that_resumes() -> None:
     """A trial is named by its overrides; a field outside them, edited, gives another curve under the same name."""
     translator = Translator("quickstart", {})
     (first,) = ids(translator.translate(trial("f", 1, 3)))
@@ -92,7 +92,7 @@ def test_trial_of_an_edited_experiment_gets_a_run_of_its_own_and_the_same_one_wh
     assert steps == [1, 2, 3, 3, 4, 5], "nothing of the first curve"
 
 
-def test_each_metric_of_a_step_is_written_once_and_rows_are_numbered_on() -> None:
+def test_each_metric_of_a_step_is_written_once_with_increasing_steps() -> None:
     history = History([row(0, loss=1.0), row(1, loss=1.0)])
     assert history.add({"step": 1, "rows": 4.0, "loss": 9.0}) is None
     assert history.add({"step": 1, "rows": 4.0, "eval_loss": 9.0}) == (2, {"step": 1, "rows": 4.0, "eval_loss": 9.0})
@@ -110,7 +110,7 @@ def test_metrics_with_a_slash_belong_to_the_step_of_their_row() -> None:
     assert history.add({"sft/step": 2, "sft/eval/loss": 1.0}) is None
 
 
-def test_online_the_number_of_rows_that_the_server_has_decides() -> None:
+def test_online_rows_are_resumed_from_the_server_count() -> None:
     stored = [row(step, loss=1.0) for step in range(10)]
     behind = History(stored, uploaded=6)  # 4 rows were in the file and never arrived
     written = [behind.add({"step": step, "rows": 4.0 * step, "loss": 1.0}) for step in range(12)]

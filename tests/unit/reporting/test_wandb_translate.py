@@ -39,7 +39,7 @@ def event(name: str, at: float = 0.0, **values: Any) -> Event:
     return {"t": START + at, "event": name, **values}
 
 
-def told(events: list[Event], **more: Any) -> list[Any]:
+def translated(events: list[Event], **more: Any) -> list[Any]:
     run = next((str(e["run"]) for e in events if e.get("run")), "quickstart")
     return list(plan(events, run, EXPERIMENT, **more))
 
@@ -49,9 +49,9 @@ def of(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
 
 
 def opened(actions: list[Any], name: str) -> Open:
-    (found,) = {action.id: action for action in of(Open, actions) if action.name == name}.values()
-    assert isinstance(found, Open)
-    return found
+    (actual,) = {action.id: action for action in of(Open, actions) if action.name == name}.values()
+    assert isinstance(actual, Open)
+    return actual
 
 
 def points(events: list[Event], stage: str, trial: str = "") -> list[dict[str, Any]]:
@@ -71,8 +71,8 @@ def training(stage: str = "sft", **more: Any) -> list[Event]:
     ]
 
 
-def test_a_run_for_each_stage_that_worked_each_trial_and_the_whole() -> None:
-    runs = of(Open, told(sample_events()))
+def test_one_run_per_stage_trial_and_experiment() -> None:
+    runs = of(Open, translated(sample_events()))
     assert Counter(run.job_type for run in runs) == {
         "pretrain": 1, "score": 1, "select": 1, "sft": 2, "evaluate": 1, "trial": 12, "comparison": 1
     }  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_run_for_each_stage_that_worked_each_trial_and_the_whole() -> None:
 
 
 def test_every_run_is_opened_once_and_finished_last() -> None:
-    actions = told(sample_events())
+    actions = translated(sample_events())
     for run in of(Open, actions):
         own = [action for action in actions if action.id == run.id]
         assert own[0] is run
@@ -88,16 +88,16 @@ def test_every_run_is_opened_once_and_finished_last() -> None:
         assert len(of(Open, own)) == len(of(Finish, own)) == 1
 
 
-def test_ids_are_the_same_again_and_differ_by_run_stage_trial_and_fingerprint() -> None:
+def test_ids_are_deterministic_and_distinct() -> None:
     events = sample_events()
-    assert [run.id for run in of(Open, told(events))] == [run.id for run in of(Open, told(events))]
+    assert [run.id for run in of(Open, translated(events))] == [run.id for run in of(Open, translated(events))]
     ids = {run_id("a"), run_id("b"), run_id("a", "s"), run_id("a", "s", "t"), run_id("a", "s", "t", "f")}
     assert len(ids) == 5
     assert all(id.isalnum() and len(id) <= 32 for id in ids)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_actions_do_not_depend_on_how_the_log_is_cut_into_reads(size: int) -> None:
+def test_actions_do_not_depend_on_read_boundaries(size: int) -> None:
     events = sample_events()
     second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
     translator = Translator("quickstart", EXPERIMENT)
@@ -105,36 +105,36 @@ def test_actions_do_not_depend_on_how_the_log_is_cut_into_reads(size: int) -> No
     actions: list[Any] = []
     for start in range(second, len(events), size):
         actions += translator.translate(events[start : start + size])
-    assert [*actions, *translator.close()] == told(events)
+    assert [*actions, *translator.close()] == translated(events)
 
 
-def test_curve_of_an_interrupted_stage_is_told_whole() -> None:
+def test_curve_of_an_interrupted_stage_is_sent_completely() -> None:
     events = sample_events()
-    base = opened(told(events), "quickstart/base")
-    assert [log.values for log in of(Log, told(events), base.id)] == points(events, "base")
+    base = opened(translated(events), "quickstart/base")
+    assert [log.values for log in of(Log, translated(events), base.id)] == points(events, "base")
 
 
-def test_each_point_is_told_when_it_was_measured_over_the_step() -> None:
+def test_points_have_step_and_time() -> None:
     events = sample_events()
-    actions = told(events)
+    actions = translated(events)
     sft = opened(actions, "quickstart/sft")
     assert of(WandbAxis, actions, sft.id) == [WandbAxis(sft.id, "")]
     times = [e["t"] for e in events if e["event"] == "metrics" and e["stage"] == "sft" and "trial" not in e]
     assert [log.time for log in of(Log, actions, sft.id)] == times
 
 
-def test_curves_of_a_trial_carry_the_name_of_the_stage() -> None:
+def test_trial_curves_have_the_stage_name() -> None:
     events = sample_events()
-    actions = told(events)
+    actions = translated(events)
     for name in ("t00", "t07"):
         trial = opened(actions, name)
         assert of(WandbAxis, actions, trial.id) == [WandbAxis(trial.id, "sft/")]
         assert [log.values for log in of(Log, actions, trial.id)] == points(events, "sft", name)
 
 
-def test_trial_is_described_by_its_overrides_its_metric_and_its_end() -> None:
+def test_trial_has_overrides_metric_and_outcome() -> None:
     events = sample_events()
-    actions = told(events)
+    actions = translated(events)
     ends = {e["trial"]: e for e in events if e["event"] == "trial_finished"}
     for name, end in ends.items():
         trial = opened(actions, name)
@@ -145,11 +145,11 @@ def test_trial_is_described_by_its_overrides_its_metric_and_its_end() -> None:
         assert of(Finish, actions, trial.id) == [Finish(trial.id, 1 if end["state"] == "failed" else 0)]
 
 
-def test_finished_search_that_is_told_again_opens_no_trials_but_is_in_the_table() -> None:
+def test_replayed_search_opens_no_trials_but_has_its_table() -> None:
     again = event("trial_finished", 2, trial="t1", overrides={"sft.epochs": 2}, state="done", value=1.5, seconds=3.0)
     space = {"sft.epochs": "one of 1, 2"}
     search = event("search_started", 1, metric=METRIC, mode="min", trials=1, space=space)
-    actions = told([event("run_started", stages=[]), search, again])
+    actions = translated([event("run_started", stages=[]), search, again])
     assert [run.job_type for run in of(Open, actions)] == ["comparison"]
     (log,) = of(Log, actions)
     (row,) = log.values["leaderboard"].rows
@@ -157,17 +157,17 @@ def test_finished_search_that_is_told_again_opens_no_trials_but_is_in_the_table(
     assert [cells[name] for name in ("trial", "state", METRIC, "sft.epochs", "seconds")] == ["t1", "done", 1.5, 2, 3.0]
 
 
-def test_stage_that_another_run_made_while_it_waited_is_no_run() -> None:
+def test_stage_built_by_another_run_has_no_run() -> None:
     events = [
         event("run_started", stages=[]),
         event("stage_started", stage="docs", kind="dataset", fingerprint="f"),
         event("progress", stage="docs", done=0, total=None, unit="", detail="waiting: host:1 makes it"),
         event("stage_finished", stage="docs", kind="dataset", fingerprint="f", reused=True, facts={}),
     ]
-    assert [run.name for run in of(Open, told(events))] == ["quickstart"]
+    assert [run.name for run in of(Open, translated(events))] == ["quickstart"]
 
 
-def test_curve_of_a_reused_stage_is_not_drawn_again_and_is_not_missing() -> None:
+def test_curve_of_a_reused_stage_is_not_sent_again() -> None:
     translator = Translator("quickstart", EXPERIMENT)
     again = event("metrics", stage="base", step=1, values={"loss": 1.0})
     end = event("stage_finished", stage="base", kind="pretrain", fingerprint="f", reused=True, facts={})
@@ -186,7 +186,7 @@ def test_point_after_the_end_of_its_stage_is_counted() -> None:
 
 
 def test_failed_stage_ends_with_its_error() -> None:
-    actions = told(failed_events())
+    actions = translated(failed_events())
     sft = opened(actions, "quickstart/sft")
     (summary,) = of(Summarize, actions, sft.id)
     assert summary.values["error.message"] == "rank 1 ran out of GPU memory at step 40"
@@ -194,8 +194,8 @@ def test_failed_stage_ends_with_its_error() -> None:
     assert of(Finish, actions) [-2:] == [Finish(sft.id, 1), Finish(WHOLE, 1)]  # fmt: skip
 
 
-def test_what_runs_when_the_log_ends_is_marked_as_interrupted() -> None:
-    finished = of(Finish, told(training()))
+def test_open_runs_are_marked_as_interrupted() -> None:
+    finished = of(Finish, translated(training()))
     assert [(action.id == WHOLE, action.exit_code) for action in finished] == [
         (False, INTERRUPTED),
         (True, INTERRUPTED),
@@ -203,7 +203,7 @@ def test_what_runs_when_the_log_ends_is_marked_as_interrupted() -> None:
 
 
 def test_stage_is_configured_by_its_spec() -> None:
-    sft = opened(told(sample_events()), "quickstart/sft")
+    sft = opened(translated(sample_events()), "quickstart/sft")
     assert sft.config == {**EXPERIMENT["stages"]["sft"], "stage": "sft", "fingerprint": "f-sft"}  # type: ignore[index]
 
 
@@ -214,14 +214,14 @@ def test_stage_of_the_best_trial_is_configured_by_its_values() -> None:
         event("search_finished", 2, best="t1", best_overrides=overrides, value=1.0, seconds=1.0),
     ]
     start, *rest = training("sft (best trial)")
-    sft = opened(told([start, *best, *rest]), "quickstart/sft (best trial)")
+    sft = opened(translated([start, *best, *rest]), "quickstart/sft (best trial)")
     assert sft.config["tuner"] == {"lora": {"rank": 4}}
     assert EXPERIMENT["stages"]["sft"]["tuner"] == {"lora": {"rank": 16}}, "the experiment itself is left alone"  # type: ignore[index]
 
 
-def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
+def test_run_summary_has_the_tables_and_their_numbers() -> None:
     events = sample_events()
-    actions = told(events)
+    actions = translated(events)
     comparison = next(e for e in events if e["event"] == "comparison")
     (log,) = of(Log, actions, WHOLE)
     assert log.values["result"] == WandbTable(comparison["columns"], comparison["rows"])
@@ -240,24 +240,24 @@ def test_whole_run_ends_with_the_tables_and_their_numbers() -> None:
     assert summary.values["search.trials.failed"] == 1
 
 
-def test_answers_of_a_finished_stage_are_a_table_of_its_run_and_no_numbers_of_a_summary() -> None:
-    actions = told(rewarded_events())
+def test_responses_are_a_table_and_not_summary_values() -> None:
+    actions = translated(rewarded_events())
     ppo, wins, whole = (opened(actions, f"rewarded{name}") for name in ("/ppo", "/wins", ""))
-    *_, answers = of(Log, actions, ppo.id)
-    assert list(answers.values) == ["responses"]
-    made = answers.values["responses"]
-    assert made.columns == ["prompt", "before", "after", "reward before", "reward after"]
-    assert [row[0] for row in made.rows] == [one["prompt"] for one in PPO_FACTS["responses"]]
+    *_, responses = of(Log, actions, ppo.id)
+    assert list(responses.values) == ["responses"]
+    built = responses.values["responses"]
+    assert built.columns == ["prompt", "before", "after", "reward before", "reward after"]
+    assert [row[0] for row in built.rows] == [one["prompt"] for one in PPO_FACTS["responses"]]
     (of_models,) = of(Log, actions, wins.id)
     assert of_models.values["responses"].columns[:4] == ["prompt", "base", "ppo", "grpo"]
     for run in (ppo, wins, whole):
         (summary,) = of(Summarize, actions, run.id)
-        assert not any("responses" in name for name in summary.values)
+        assert not any("responses" in name.split(".") for name in summary.values)
 
 
-def test_curves_of_a_policy_arrive_whole_with_the_speed_of_each_phase() -> None:
+def test_policy_curves_are_complete_with_speed_by_phase() -> None:
     events = rewarded_events()
-    actions = told(events)
+    actions = translated(events)
     for name in ("ppo", "grpo"):
         stage = opened(actions, f"rewarded/{name}")
         curve = [log.values for log in of(Log, actions, stage.id) if "responses" not in log.values]
@@ -266,21 +266,21 @@ def test_curves_of_a_policy_arrive_whole_with_the_speed_of_each_phase() -> None:
     assert {"rollout_tokens_per_second", "score_tokens_per_second", "update_tokens_per_second", "memory_gb"} <= ppo
 
 
-def test_two_rows_of_the_same_name_keep_their_numbers_apart() -> None:
+def test_rows_of_the_same_name_have_separate_values() -> None:
     row = event("comparison", title="Loss", columns=["model", "loss"], rows=[["a", 1.0], ["a", 2.0]], notes=[])
-    (summary,) = of(Summarize, told([event("run_started", stages=[]), row]), WHOLE)
+    (summary,) = of(Summarize, translated([event("run_started", stages=[]), row]), WHOLE)
     assert (summary.values["loss.a.loss"], summary.values["loss.a.1.loss"]) == (1.0, 2.0)
 
 
 def test_diverged_loss_stays_in_the_curve() -> None:
     nan = event("metrics", 3, stage="sft", step=2, values={"loss": math.nan, "note": "x", "best": None})
-    last = of(Log, told([*training(), nan]))[-1]
+    last = of(Log, translated([*training(), nan]))[-1]
     assert set(last.values) == {"step", "loss"}
     assert math.isnan(last.values["loss"])
 
 
-def test_log_without_events_tells_nothing() -> None:
-    assert told([]) == []
+def test_empty_log_has_no_actions() -> None:
+    assert translated([]) == []
 
 
 def test_facts_become_flat_names() -> None:
@@ -292,7 +292,7 @@ def test_facts_become_flat_names() -> None:
         "nested": {"rate": {"value": 1e-3, "rule": "why"}},
         "results": [{"model": "sft", "set": "domain", "loss": 2.0}, {"model": "sft", "set": "general", "loss": 3.0}],
         "rules": [{"score": "perplexity", "rule": "keep_fraction 0.8", "dropped": 8}],
-        "planted": {"": 3, "cut": 1},
+        "injected_corruption": {"": 3, "cut": 1},
         "unnamed": [{"x": 1}, {"x": 2}],
         "twice": [{"name": "a", "x": 1}, {"name": "a", "x": 2}],
         "short": [1, math.inf],
@@ -311,8 +311,8 @@ def test_facts_become_flat_names() -> None:
         "sft.general.loss": 3.0,
         "rules.perplexity.rule": "keep_fraction 0.8",
         "rules.perplexity.dropped": 8,
-        "planted.none": 3,
-        "planted.cut": 1,
+        "injected_corruption.none": 3,
+        "injected_corruption.cut": 1,
         "unnamed.0.x": 1,
         "unnamed.1.x": 2,
         "twice.a.x": 1,
@@ -325,19 +325,19 @@ def test_facts_become_flat_names() -> None:
     json.dumps(flat, allow_nan=False)
 
 
-def test_histograms_are_found_wherever_they_are_and_empty_ones_left_out() -> None:
-    drawn = {"edges": [1.0, 2.0, 3.0], "counts": [4, 5], "planted": [0, 1]}
-    empty = {"edges": [], "counts": [], "planted": []}
-    found = histograms({"scores": {"perplexity": {"histogram": drawn}, "other": {"histogram": empty}}}, "scored.")
-    assert found == {
+def test_histograms_are_found_at_any_depth_and_empty_ones_skipped() -> None:
+    sampled = {"edges": [1.0, 2.0, 3.0], "counts": [4, 5], "corrupted": [0, 1]}
+    empty = {"edges": [], "counts": [], "corrupted": []}
+    actual = histograms({"scores": {"perplexity": {"histogram": sampled}, "other": {"histogram": empty}}}, "scored.")
+    assert actual == {
         "scored.scores.perplexity.histogram": Histogram([1.0, 2.0, 3.0], [4, 5]),
-        "scored.scores.perplexity.histogram_planted": Histogram([1.0, 2.0, 3.0], [0, 1]),
+        "scored.scores.perplexity.histogram_corrupted": Histogram([1.0, 2.0, 3.0], [0, 1]),
     }
 
 
 def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
-    made = table(["a", "b"], [[1], [1, 2, 3], [math.nan, {"x": 1}]])
-    assert made.rows == [[1, None], [1, 2], ["NaN", '{"x": 1}']]
+    built = table(["a", "b"], [[1], [1, 2, 3], [math.nan, {"x": 1}]])
+    assert built.rows == [[1, None], [1, 2], ["NaN", '{"x": 1}']]
 
 
 @pytest.mark.parametrize(
@@ -353,13 +353,11 @@ def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
         ("disabled", {"WANDB_MODE": "online"}, "disabled"),
     ],
 )
-def test_wandb_mode_of_the_environment_decides_what_the_file_leaves_open(
-    named: str, environment: dict[str, str], mode: str
-) -> None:
+def test_wandb_mode_applies_if_the_file_sets_auto(named: str, environment: dict[str, str], mode: str) -> None:
     assert requested_mode(named, environment) == mode
 
 
-def test_notes_say_how_to_sync_and_what_is_missing() -> None:
+def test_notes_have_the_sync_command_and_missing_records() -> None:
     assert WandbResult("disabled").notes == []
     assert WandbResult("offline", "my runs/wandb", 3).notes == ["W&B (offline): wandb sync 'my runs/wandb'"]
     assert WandbResult("online", "https://wandb.ai/me/p", 3).notes == ["W&B (online): https://wandb.ai/me/p"]
@@ -371,33 +369,33 @@ def test_notes_say_how_to_sync_and_what_is_missing() -> None:
 # Searches.
 
 
-def test_trials_that_were_not_drawn_bear_their_origin_as_a_tag_and_in_their_config() -> None:
-    actions = told(searched_events())
-    drawn, cloned, again = (opened(actions, name) for name in ("t00", "t03", "r01"))
-    assert (drawn.tags, drawn.config["origin"]) == ((), "drawn")
+def test_origin_of_unsampled_trials_is_a_tag_and_in_the_config() -> None:
+    actions = translated(searched_events())
+    sampled, cloned, again = (opened(actions, name) for name in ("t00", "t03", "r01"))
+    assert (sampled.tags, sampled.config["origin"]) == ((), "sampled")
     assert (cloned.tags, cloned.config["of"]) == (("cloned",), "t00")
     assert again.tags == ("replicate",)
     assert (again.config["of"], again.config["sft.seed"]) == ("t01", 1017)
-    assert "of" not in drawn.config
+    assert "of" not in sampled.config
 
 
-def test_a_hundred_trials_are_a_hundred_runs_whose_ids_stay() -> None:
+def test_trials_have_distinct_stable_run_ids() -> None:
     def ids() -> list[str]:
-        return [run.id for run in of(Open, told(searched_events(98))) if run.job_type == "trial"]
+        return [run.id for run in of(Open, translated(searched_events(98))) if run.job_type == "trial"]
 
     assert len(set(ids())) == 100
     assert ids() == ids()
 
 
-def test_resumed_trial_goes_on_in_its_run() -> None:
+def test_resumed_trial_continues_its_run() -> None:
     events = searched_events()
     cut = next(i for i, one in enumerate(events) if one["event"] == "trial_finished" and one["trial"] == "t04")
-    actions = told([*events[:cut], *events[:4], events[cut - 2], *events[cut:]])
-    assert opened(actions, "t04").id == opened(told(events), "t04").id
+    actions = translated([*events[:cut], *events[:4], events[cut - 2], *events[cut:]])
+    assert opened(actions, "t04").id == opened(translated(events), "t04").id
 
 
-def test_end_of_a_trial_tells_all_metrics_and_whether_it_keeps_to_the_constraints() -> None:
-    actions = told(searched_events())
+def test_trial_summary_has_all_metrics_and_feasibility() -> None:
+    actions = translated(searched_events())
     summaries = of(Summarize, actions, opened(actions, "t00").id)
     values = {key: value for summary in summaries for key, value in summary.values.items()}
     assert (values[LOSS], values[FORGETTING], values["feasible"], values["tokens"]) == (3.1, 0.02, True, 40_000.0)
@@ -409,16 +407,16 @@ def rows_of(actions: list[Any], name: str) -> list[dict[str, Any]]:
 
 
 def test_leaderboard_in_wandb_has_means_over_seeds_and_no_replicates() -> None:
-    rows = rows_of(told(searched_events()), "leaderboard")
+    rows = rows_of(translated(searched_events()), "leaderboard")
     assert [row["trial"] for row in rows][:2] == ["t00", "t01"]
     assert len(rows) == 16
-    assert (rows[0]["mean"], rows[0]["half"], rows[0]["seeds"]) == (pytest.approx(3.105), 0.0123, 2)
+    assert (rows[0]["mean"], rows[0]["ci_half_width"], rows[0]["seeds"]) == (pytest.approx(3.105), 0.0123, 2)
     assert rows[2]["seeds"] is None
-    assert {LOSS, FORGETTING, "sft.learning_rate", "breaks", "front", "origin"} <= rows[0].keys()
+    assert {LOSS, FORGETTING, "sft.learning_rate", "violations", "pareto_front", "origin"} <= rows[0].keys()
 
 
-def test_parallel_coordinates_and_front_are_tables_a_row_a_trial() -> None:
-    actions = told(searched_events())
+def test_parallel_coordinates_and_pareto_front_have_a_row_per_trial() -> None:
+    actions = translated(searched_events())
     rows = rows_of(actions, "parallel_coordinates")
     assert len({row["trial"] for row in rows}) == len(rows) == 16
     assert list(rows[0]) == ["trial", "sft.learning_rate", "sft.schedule", WARMUP, SHARE, LOSS, FORGETTING]
@@ -426,16 +424,16 @@ def test_parallel_coordinates_and_front_are_tables_a_row_a_trial() -> None:
 
 
 def test_importance_is_a_table_unless_there_are_too_few_trials() -> None:
-    rows = rows_of(told(searched_events()), "importance")
+    rows = rows_of(translated(searched_events()), "importance")
     first = next(row for row in rows if row["metric"] == LOSS)
     assert (first["field"], first["significant"]) == ("sft.learning_rate", True)
     assert len(rows) == 8
-    (log,) = of(Log, told(searched_events(5)), run_id("searched"))
+    (log,) = of(Log, translated(searched_events(5)), run_id("searched"))
     assert "importance" not in log.values
 
 
-def test_rows_and_samples_of_the_best_and_the_worst_trial_stand_beside_each_other() -> None:
-    actions = told(searched_events())
+def test_tables_compare_the_best_and_the_worst_trial() -> None:
+    actions = translated(searched_events())
     funnel = rows_of(actions, "funnel")
     assert [(row["which"], row["step"], row["rows"]) for row in funnel if row["which"] == "best"] == [
         ("best", "read", 1000),
@@ -444,26 +442,26 @@ def test_rows_and_samples_of_the_best_and_the_worst_trial_stand_beside_each_othe
     worst = next(row["trial"] for row in funnel if row["which"] == "worst")
     assert worst == rows_of(actions, "leaderboard")[-1]["trial"]
     samples = rows_of(actions, "filter_samples")
-    assert {(row["which"], row["verdict"]) for row in samples} == {
-        (which, verdict) for which in ("best", "worst") for verdict in ("kept", "dropped")
+    assert {(row["which"], row["outcome"]) for row in samples} == {
+        (which, outcome) for which in ("best", "worst") for outcome in ("kept", "dropped")
     }
     assert samples[0]["text"] == "<b>row</b> of t00"
 
 
-def test_filter_that_the_search_leaves_alone_tells_no_samples() -> None:
+def test_unsearched_filter_has_no_samples() -> None:
     events = searched_events()
     for one in events:
         one.get("overrides", {}).pop(SHARE, None)
         if one.get("stage") == "clean":
             one["fingerprint"] = "f-same"
         if one["event"] == "search_started":
-            one["space"] = {path: said for path, said in one["space"].items() if path != SHARE}
-    (log,) = of(Log, told(events), run_id("searched"))
+            one["space"] = {path: line for path, line in one["space"].items() if path != SHARE}
+    (log,) = of(Log, translated(events), run_id("searched"))
     assert "filter_samples" not in log.values
 
 
-def test_summary_of_a_search_tells_its_winner_ties_and_what_ended_it() -> None:
-    (summary,) = of(Summarize, told(searched_events(ended_by="the budget is spent")), run_id("searched"))
+def test_search_summary_has_winner_ties_and_end_reason() -> None:
+    (summary,) = of(Summarize, translated(searched_events(ended_by="the budget is spent")), run_id("searched"))
     assert summary.values["search.best.trial"] == "t00"
     assert summary.values["search.best.seeds"] == 2
     assert summary.values["search.ties"] == ["t01"]
@@ -471,7 +469,7 @@ def test_summary_of_a_search_tells_its_winner_ties_and_what_ended_it() -> None:
 
 
 @pytest.mark.parametrize(("state", "late"), [("stopped", 0), ("done", 1)])
-def test_step_that_a_stopped_trial_takes_before_it_hears_of_it_is_not_missing(state: str, late: int) -> None:
+def test_late_step_of_a_stopped_trial_is_not_missing(state: str, late: int) -> None:
     translator = Translator("quickstart", EXPERIMENT)
     start = event("trial_started", 0.5, trial="t", overrides={"sft.epochs": 1})
     end = event("trial_finished", 3, trial="t", overrides={"sft.epochs": 1}, state=state, value=2.0)

@@ -35,7 +35,7 @@ def test_kappa_by_hand() -> None:
     }
 
 
-def test_kappa_is_one_for_twins_minus_one_for_opposites_and_none_where_nobody_could_disagree() -> None:
+def test_kappa_of_equal_opposite_and_constant_raters() -> None:
     assert agreement(of(1, 0), of(1, 0))["kappa"] == 1.0
     assert agreement(of(1, 0), of(0, 1))["kappa"] == -1.0
     assert agreement(of(1, 1), of(1, 1))["kappa"] is None
@@ -43,7 +43,7 @@ def test_kappa_is_one_for_twins_minus_one_for_opposites_and_none_where_nobody_co
 
 
 @given(BOOLS)
-def test_agreement_is_the_same_both_ways(pairs: list[tuple[bool, bool]]) -> None:
+def test_agreement_is_symmetric(pairs: list[tuple[bool, bool]]) -> None:
     one, other = (np.array(values, dtype=bool) for values in zip(*pairs, strict=True))
     there, back = agreement(one, other), agreement(other, one)
     assert there["share"] == back["share"] == np.mean(one == other)
@@ -52,7 +52,7 @@ def test_agreement_is_the_same_both_ways(pairs: list[tuple[bool, bool]]) -> None
 
 
 @given(st.lists(st.tuples(SCORES, st.booleans()), min_size=1, max_size=40), st.floats(-10, 10))
-def test_no_threshold_agrees_better(rows: list[tuple[float, bool]], now: float) -> None:
+def test_best_threshold_is_optimal(rows: list[tuple[float, bool]], now: float) -> None:
     badness, person = np.array([score for score, _ in rows]), np.array([keeps for _, keeps in rows])
     best = best_threshold(badness, person, now)
     finite = badness[np.isfinite(badness)]
@@ -65,7 +65,9 @@ def test_no_threshold_agrees_better(rows: list[tuple[float, bool]], now: float) 
     assert best.agreement == pytest.approx(max(shares))
     assert np.mean((np.isfinite(badness) & (badness <= best.value)) == person) == pytest.approx(best.agreement)
     here = float(np.mean((np.isfinite(badness) & (badness <= now)) == person))
-    assert best.value == now or here < best.agreement or not np.isfinite(best.value), "no reason to move"
+    assert best.value == now or here < best.agreement or not np.isfinite(best.value), (
+        "the current threshold is kept unless another one is better"
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,20 +87,20 @@ def test_no_threshold_agrees_better(rows: list[tuple[float, bool]], now: float) 
 def test_best_threshold_by_hand(
     badness: list[float], person: list[int], now: float, value: float, share: float, at_edge: bool
 ) -> None:
-    found = best_threshold(np.array(badness, dtype=float), of(*person), now)
-    assert found is not None
-    assert (found.value, found.agreement, found.at_edge) == (value, pytest.approx(share), at_edge)
+    actual = best_threshold(np.array(badness, dtype=float), of(*person), now)
+    assert actual is not None
+    assert (actual.value, actual.agreement, actual.at_edge) == (value, pytest.approx(share), at_edge)
 
 
-def test_best_threshold_that_keeps_nothing_lies_below_the_lowest() -> None:
-    found = best_threshold(np.array([3.0, 4.0]), of(0, 0), 3.5)
-    assert found is not None
-    assert found.value < 3.0
-    assert found.at_edge
+def test_best_threshold_that_keeps_nothing_is_below_the_minimum() -> None:
+    actual = best_threshold(np.array([3.0, 4.0]), of(0, 0), 3.5)
+    assert actual is not None
+    assert actual.value < 3.0
+    assert actual.at_edge
 
 
 @given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300))
-def test_number_between_two_keeps_the_lower_and_drops_the_higher(one: float, other: float) -> None:
+def test_number_between_two_values_separates_them(one: float, other: float) -> None:
     low, high = sorted((one, other))
     if low < high:
         assert low <= between(low, high) < high

@@ -25,7 +25,7 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_last_line_of_a_row_counts_and_null_takes_it_back(tmp_path: Path) -> None:
+def test_last_decision_of_a_row_counts_and_null_revokes_it(tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl",
         '\ufeff{"id": "a", "decision": "keep", "t": 1, "who": "me"}',
@@ -37,7 +37,7 @@ def test_last_line_of_a_row_counts_and_null_takes_it_back(tmp_path: Path) -> Non
     assert read_decisions(path) == {"a": "drop"}
 
 
-def test_file_that_is_not_there_holds_no_decisions(tmp_path: Path) -> None:
+def test_missing_file_has_no_decisions(tmp_path: Path) -> None:
     assert read_decisions(tmp_path / "no" / "d.jsonl") == {}
     assert read_decisions(tmp_path / "no.xlsx") == {}
 
@@ -57,15 +57,15 @@ def test_file_that_is_not_there_holds_no_decisions(tmp_path: Path) -> None:
         "null",
     ],
 )
-def test_line_that_is_no_decision_is_told_with_its_place(line: str, tmp_path: Path) -> None:
+def test_invalid_line_is_reported_with_its_number(line: str, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", '{"id": "b", "decision": "keep"}', line)
     with pytest.raises(BadDecisions) as caught:
         read_decisions(path)
-    assert f"{path}:2: `{line}` is no decision" in caught.value.message
+    assert f"{path}:2: `{line}` is not a decision" in caught.value.message
     assert caught.value.remedy
 
 
-def test_line_without_its_end_was_never_saved_and_is_cut_off_before_the_next(tmp_path: Path) -> None:
+def test_partial_last_line_is_ignored_and_truncated(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"id": "a", "decision": "keep"}\n{"id": "b", "deci')
     assert read_decisions(path) == {"a": "keep"}
@@ -75,7 +75,7 @@ def test_line_without_its_end_was_never_saved_and_is_cut_off_before_the_next(tmp
     assert read_decisions(path) == {"a": "keep", "c": "drop"}
 
 
-def test_two_reviews_of_one_file_are_one_too_many(tmp_path: Path) -> None:
+def test_decision_file_cannot_be_opened_twice(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "d.jsonl")
     with pytest.raises(BadDecisions, match="another `tunery review`"):
         DecisionLog(tmp_path / "d.jsonl")
@@ -83,7 +83,7 @@ def test_two_reviews_of_one_file_are_one_too_many(tmp_path: Path) -> None:
     DecisionLog(tmp_path / "d.jsonl").close()
 
 
-def test_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_unwritable_decision_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadDecisions, match="can't be written"):
         DecisionLog(tmp_path / "file" / "d.jsonl")
@@ -93,7 +93,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["keep", "drop", "undo"]), st.sampled
 
 
 @given(STEPS, st.integers(0, 30))
-def test_undo_goes_back_step_by_step_also_after_a_restart(
+def test_undo_is_stepwise_and_survives_a_restart(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]], restart_at: int
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "d.jsonl"
@@ -116,7 +116,7 @@ def test_undo_goes_back_step_by_step_also_after_a_restart(
     assert replay(path, path.read_bytes())[0] == past[-1]
 
 
-def test_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_partial_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = DecisionLog(tmp_path / "d.jsonl")
     log.decide("a", "keep")
     whole = os.write
@@ -136,7 +136,7 @@ def test_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
     assert read_decisions(tmp_path / "d.jsonl") == {"a": "keep", "c": "drop"}
 
 
-def test_decision_is_on_the_disk_when_decide_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decision_is_synced_when_decide_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = DecisionLog(tmp_path / "d.jsonl")
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
@@ -161,7 +161,7 @@ def item(id: str, question: str, answer: str, keep: bool = True, score: float = 
 HOSTILE = ['=HYPERLINK("http://x","y")', "+1", "@SUM(1)", "-2", "a\x00\x1b[31mred\x07", "x" * 50_000]
 
 
-def test_workbook_gives_back_what_was_decided_in_it(tmp_path: Path) -> None:
+def test_workbook_decisions_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "w.xlsx"
     rows = [item(f"{n:016d}", text, text) for n, text in enumerate(HOSTILE)]
     write_workbook(path, rows, {"0000000000000001": "drop"}, show_filter=False)
@@ -169,9 +169,9 @@ def test_workbook_gives_back_what_was_decided_in_it(tmp_path: Path) -> None:
     book = load_workbook(path)
     sheet = book["review"]
     header = [cell.value for cell in sheet[1]]
-    assert header == ["id", "question", "answer", "decision"]
-    for number, said in ((2, "keep"), (3, None), (4, " DROP "), (7, "Keep")):
-        sheet.cell(number, 4).value = said
+    assert header == ["id", "prompt", "response", "decision"]
+    for number, line in ((2, "keep"), (3, None), (4, " DROP "), (7, "Keep")):
+        sheet.cell(number, 4).value = line
     book.save(path)
     assert read_decisions(path) == {
         "0000000000000000": "keep",
@@ -180,7 +180,7 @@ def test_workbook_gives_back_what_was_decided_in_it(tmp_path: Path) -> None:
     }
 
 
-def test_row_that_looks_like_a_formula_is_a_text(tmp_path: Path) -> None:
+def test_text_that_looks_like_a_formula_stays_text(tmp_path: Path) -> None:
     write_workbook(tmp_path / "w.xlsx", [item("a", text, text) for text in HOSTILE[:4]], {}, show_filter=True)
     sheet = load_workbook(tmp_path / "w.xlsx")["review"]
     for number, text in enumerate(HOSTILE[:4], 2):
@@ -189,7 +189,7 @@ def test_row_that_looks_like_a_formula_is_a_text(tmp_path: Path) -> None:
             assert (cell.value, cell.data_type, cell.quotePrefix) == (text, "s", True)
 
 
-def test_text_that_a_cell_cannot_hold_is_cut_and_says_so_and_controls_are_replaced(tmp_path: Path) -> None:
+def test_long_cell_text_is_truncated_with_a_note_and_controls_are_replaced(tmp_path: Path) -> None:
     write_workbook(tmp_path / "w.xlsx", [item("a", HOSTILE[4], "x" * 50_000)], {}, show_filter=False)
     sheet = load_workbook(tmp_path / "w.xlsx")["review"]
     assert sheet["B2"].value == "a\ufffd\ufffd[31mred\ufffd"
@@ -208,11 +208,11 @@ def test_workbook_offers_keep_and_drop_and_stays_readable(tmp_path: Path) -> Non
     assert 200 < sheet.row_dimensions[2].height <= 409
 
 
-def test_filter_is_out_of_sight_unless_asked_for(tmp_path: Path) -> None:
+def test_filter_results_are_hidden_unless_requested(tmp_path: Path) -> None:
     rows = [item("a", "q", "r", keep=False), item("b", "q", "r", score=float("nan"))]
     write_workbook(tmp_path / "hidden.xlsx", rows, {}, show_filter=False)
     book = load_workbook(tmp_path / "hidden.xlsx")
-    assert [cell.value for cell in book["review"][1]] == ["id", "question", "answer", "decision"]
+    assert [cell.value for cell in book["review"][1]] == ["id", "prompt", "response", "decision"]
     assert book.worksheets[1].sheet_state == "hidden"
     assert [[cell.value for cell in row] for row in book.worksheets[1]] == [
         ["id", "filter", "perplexity"],
@@ -223,8 +223,8 @@ def test_filter_is_out_of_sight_unless_asked_for(tmp_path: Path) -> None:
     book = load_workbook(tmp_path / "shown.xlsx")
     assert [cell.value for cell in book["review"][1]] == [
         "id",
-        "question",
-        "answer",
+        "prompt",
+        "response",
         "filter",
         "perplexity",
         "decision",
@@ -234,17 +234,17 @@ def test_filter_is_out_of_sight_unless_asked_for(tmp_path: Path) -> None:
 
 def test_texts_conversations_and_pairs_have_their_columns(tmp_path: Path) -> None:
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    verdict = RowOutcome(True, {}, {})
+    outcome = RowOutcome(True, {}, {})
     rows = [
-        ReviewItem("1", {"text": "t", "messages": None, "rejected": None}, verdict),
-        ReviewItem("2", {"text": None, "messages": [user, assistant, user, assistant], "rejected": None}, verdict),
-        ReviewItem("3", {"text": None, "messages": [user, assistant], "rejected": [assistant]}, verdict),
-        ReviewItem("4", {"text": None, "messages": [user], "rejected": None}, verdict),
+        ReviewItem("1", {"text": "t", "messages": None, "rejected": None}, outcome),
+        ReviewItem("2", {"text": None, "messages": [user, assistant, user, assistant], "rejected": None}, outcome),
+        ReviewItem("3", {"text": None, "messages": [user, assistant], "rejected": [assistant]}, outcome),
+        ReviewItem("4", {"text": None, "messages": [user], "rejected": None}, outcome),
     ]
     write_workbook(tmp_path / "w.xlsx", rows, {}, show_filter=False)
-    found = [[cell.value for cell in row] for row in load_workbook(tmp_path / "w.xlsx")["review"]]
-    assert found == [
-        ["id", "text", "question", "answer", "rejected", "decision"],
+    actual = [[cell.value for cell in row] for row in load_workbook(tmp_path / "w.xlsx")["review"]]
+    assert actual == [
+        ["id", "text", "prompt", "response", "rejected", "decision"],
         ["1", "t", None, None, None, None],
         ["2", None, "user: q\n\nassistant: a\n\nuser: q", "a", None, None],
         ["3", None, "q", "a", "a", None],
@@ -264,31 +264,31 @@ def sheet_of(path: Path, rows: list[list[Any]], title: str = "review") -> Path:
 BAD_SHEETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "no decision": (
         lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["b", "perhaps"]]),
-        ["sheet `review`, row 3: `perhaps` is no decision", "keep or drop"],
+        ["sheet `review`, row 3: `perhaps` is not a decision", "keep or drop"],
     ),
     "no id": (
         lambda path: sheet_of(path, [["id", "decision"], [None, "keep"]]),
-        ["row 2: `None` is no row's id"],
+        ["row 2: `None` is not a row id"],
     ),
     "id that became a number": (
         lambda path: sheet_of(path, [["id", "decision"], [1234567890123456, "keep"]]),
-        ["row 2: `1234567890123456` is no row's id", "into numbers"],
+        ["row 2: `1234567890123456` is not a row id", "to numbers"],
     ),
     "two decisions": (
         lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["a", "drop"]]),
-        ["row 3: `drop`, but `keep` above, for the row a"],
+        ["row 3: `drop` contradicts `keep` above, for the row a"],
     ),
     "column gone": (
-        lambda path: sheet_of(path, [["id", "verdict"]], "other"),
-        ["sheet `other`, row 1: there is no column `decision`", "id, verdict"],
+        lambda path: sheet_of(path, [["id", "outcome"]], "other"),
+        ["sheet `other`, row 1: there is no column `decision`", "id, outcome"],
     ),
     "empty": (lambda path: sheet_of(path, []), ["no column `id`", "its columns are: none"]),
-    "no workbook": (lambda path: write(path, "id,decision"), ["is no .xlsx workbook"]),
+    "no workbook": (lambda path: write(path, "id,decision"), ["is not an .xlsx workbook"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SHEETS)
-def test_bad_workbook_is_told_with_sheet_row_and_value(case: str, tmp_path: Path) -> None:
+def test_invalid_workbook_is_reported_with_sheet_row_and_value(case: str, tmp_path: Path) -> None:
     make, wanted = BAD_SHEETS[case]
     path = make(tmp_path / "d.xlsx")
     with pytest.raises(BadDecisions) as caught:
@@ -298,6 +298,6 @@ def test_bad_workbook_is_told_with_sheet_row_and_value(case: str, tmp_path: Path
         assert words in str(caught.value)
 
 
-def test_columns_of_a_workbook_may_stand_in_any_order_and_others_between_them(tmp_path: Path) -> None:
+def test_workbook_columns_may_be_reordered_and_added(tmp_path: Path) -> None:
     rows = [["note", "Decision", "x", "ID"], [None, "keep", 1, "a"], [], ["n", None, None, "b"]]
     assert read_decisions(sheet_of(tmp_path / "d.xlsx", rows, "Sheet1")) == {"a": "keep"}

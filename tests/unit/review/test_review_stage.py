@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from openpyxl import load_workbook
-from review_bench import BUILTIN, TEXT, ReviewBench, questions, review_bench
+from review_workspace import BUILTIN, TEXT, ReviewWorkspace, questions, review_workspace
 
 from tunery.errors import RequestError, SpecErrors, StageError, StoreError
 from tunery.events.event_log import read_events
@@ -16,7 +16,7 @@ from tunery.events.event_reducer import replay
 from tunery.events.stage_summary import outcome
 from tunery.pipeline.plan import make_plan
 from tunery.pipeline.review_command import find_review, write_review
-from tunery.pipeline.validate import validate, waiting
+from tunery.pipeline.validate import pending_reviews, validate
 from tunery.reporting.report import report_html
 from tunery.reporting.review_section import reviews
 from tunery.reporting.summary_tables import filter_table, review_table
@@ -27,268 +27,268 @@ from tunery.store.rows import Row, read_rows
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> ReviewBench:
-    """40 rows with the scores 1 to 40, of which the filter keeps 20."""
-    return review_bench(tmp_path, questions(40))
+def workspace(tmp_path: Path) -> ReviewWorkspace:
+    """40 rows with scores 1 to 40, of which the filter keeps 20."""
+    return review_workspace(tmp_path, questions(40))
 
 
-def ids_of(bench: ReviewBench) -> list[str]:
+def ids_of(workspace: ReviewWorkspace) -> list[str]:
     """In the order of the scores."""
-    return [row["id"] for row in read_rows(bench.make("scored")["scored"].path, ["id"])]
+    return [row["id"] for row in read_rows(workspace.build("scored")["scored"].path, ["id"])]
 
 
-def drawn(bench: ReviewBench) -> list[str]:
-    bench.make("clean")
-    experiment, source = bench.load()
-    return [item.id for item in find_review(experiment, source, bench.store, "checked").rows]
+def sampled_ids(workspace: ReviewWorkspace) -> list[str]:
+    workspace.build("clean")
+    experiment, source = workspace.load()
+    return [item.id for item in find_review(experiment, source, workspace.store, "checked").rows]
 
 
 # Rows.
 
 
-def test_decision_of_a_person_beats_the_filter_and_all_other_rows_stay_as_they_were(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    bench.decide({ids[19]: "drop", ids[20]: "keep", ids[0]: "keep", ids[39]: "drop"})
-    made = bench.make("checked")["checked"]
-    assert [row["id"] for row in read_rows(made.path)] == [*ids[:19], ids[20]], "in the order they came in"
-    dropped = [json.loads(line) for line in (made.path / "dropped.jsonl").read_text().splitlines()]
+def test_decisions_override_the_filter_and_other_rows_are_unchanged(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    workspace.decide({ids[19]: "drop", ids[20]: "keep", ids[0]: "keep", ids[39]: "drop"})
+    built = workspace.build("checked")["checked"]
+    assert [row["id"] for row in read_rows(built.path)] == [*ids[:19], ids[20]], "in input order"
+    dropped = [json.loads(line) for line in (built.path / "dropped.jsonl").read_text().splitlines()]
     assert [(line["id"], line["rule"]) for line in dropped] == [
         (id, "review" if id in (ids[19], ids[39]) else "perplexity keep_fraction 0.5") for id in [ids[19], *ids[21:]]
     ]
-    facts = made.facts
+    facts = built.facts
     assert (facts["rows_in"], facts["rows"], facts["kept"], facts["dropped"]) == (40, 20, 20, 20)
     assert (facts["restored"], facts["removed"]) == (1, 1)
     assert facts["agreement"]["reviewed"] == 4
     assert facts["agreement"]["share"] == 0.5
 
 
-def test_decision_counts_for_all_copies_of_a_row(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, [*questions(4), *questions(4)])
-    ids = ids_of(bench)
+def test_decision_applies_to_all_copies_of_a_row(tmp_path: Path) -> None:
+    workspace = review_workspace(tmp_path, [*questions(4), *questions(4)])
+    ids = ids_of(workspace)
     assert ids[:4] == ids[4:]
-    bench.decide({ids[0]: "drop", ids[1]: "keep"})
-    made = bench.make("checked")["checked"]
-    assert [row["id"] for row in read_rows(made.path)] == [ids[1], ids[2], ids[3], ids[1]]
-    assert made.facts["agreement"]["reviewed"] == 2
+    workspace.decide({ids[0]: "drop", ids[1]: "keep"})
+    built = workspace.build("checked")["checked"]
+    assert [row["id"] for row in read_rows(built.path)] == [ids[1], ids[2], ids[3], ids[1]]
+    assert built.facts["agreement"]["reviewed"] == 2
 
 
-def test_workbook_and_lines_give_the_same_rows(bench: ReviewBench) -> None:
-    ids = drawn(bench)
-    experiment, source = bench.load()
-    pending = find_review(experiment, source, bench.store, "checked")
-    said: list[str] = []
-    write_review(pending, bench.folder / "w.xlsx", show_filter=False, say=said.append)
-    assert "write `decisions: w.xlsx` in the stage `checked`" in said[1]
-    book = load_workbook(bench.folder / "w.xlsx")
+def test_workbook_and_lines_give_the_same_rows(workspace: ReviewWorkspace) -> None:
+    ids = sampled_ids(workspace)
+    experiment, source = workspace.load()
+    pending = find_review(experiment, source, workspace.store, "checked")
+    lines: list[str] = []
+    write_review(pending, workspace.folder / "w.xlsx", show_filter=False, print_line=lines.append)
+    assert "write `decisions: w.xlsx` in the stage `checked`" in lines[1]
+    book = load_workbook(workspace.folder / "w.xlsx")
     column = [cell.value for cell in book["review"][1]].index("decision") + 1
-    wanted = {id: "keep" if place % 3 else "drop" for place, id in enumerate(ids)}
-    for place in range(len(ids)):
-        book["review"].cell(place + 2, column).value = wanted[book["review"].cell(place + 2, 1).value]
-    book.save(bench.folder / "w.xlsx")
-    bench.decide(wanted)
-    by_lines = bench.make("checked")["checked"]
-    bench.file.write_text(bench.file.read_text().replace("decisions/checked.jsonl", "w.xlsx"))
-    by_workbook = bench.make("checked")["checked"]
+    wanted = {id: "keep" if index % 3 else "drop" for index, id in enumerate(ids)}
+    for index in range(len(ids)):
+        book["review"].cell(index + 2, column).value = wanted[book["review"].cell(index + 2, 1).value]
+    book.save(workspace.folder / "w.xlsx")
+    workspace.decide(wanted)
+    by_lines = workspace.build("checked")["checked"]
+    workspace.file.write_text(workspace.file.read_text().replace("decisions/checked.jsonl", "w.xlsx"))
+    by_workbook = workspace.build("checked")["checked"]
     assert by_workbook.path != by_lines.path
     assert by_workbook.manifest["facts"] == by_lines.manifest["facts"]
     assert list(read_rows(by_workbook.path)) == list(read_rows(by_lines.path))
 
 
-def test_workbook_that_is_there_is_not_overwritten(bench: ReviewBench) -> None:
-    bench.make("clean")
-    experiment, source = bench.load()
-    pending = find_review(experiment, source, bench.store, "checked")
-    (bench.folder / "w.xlsx").write_text("precious")
-    with pytest.raises(RequestError, match="is there already"):
-        write_review(pending, bench.folder / "w.xlsx", show_filter=False, say=print)
-    with pytest.raises(RequestError, match="no name for a workbook"):
-        write_review(pending, bench.folder / "w.csv", show_filter=False, say=print)
+def test_existing_workbook_is_not_overwritten(workspace: ReviewWorkspace) -> None:
+    workspace.build("clean")
+    experiment, source = workspace.load()
+    pending = find_review(experiment, source, workspace.store, "checked")
+    (workspace.folder / "w.xlsx").write_text("precious")
+    with pytest.raises(RequestError, match="exists"):
+        write_review(pending, workspace.folder / "w.xlsx", show_filter=False, print_line=print)
+    with pytest.raises(RequestError, match="is not a workbook's file name"):
+        write_review(pending, workspace.folder / "w.csv", show_filter=False, print_line=print)
 
 
 # Facts.
 
 
-def test_threshold_that_agrees_best_is_where_the_person_cuts(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    asked = drawn(bench)
-    bench.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in asked})  # scores up to 24
-    facts = bench.make("checked")["checked"].facts
-    (found,) = facts["thresholds"]
-    assert (found["score"], found["cut"]) == ("perplexity", 20.0)
-    below = max(ids.index(id) + 1 for id in asked if ids.index(id) < 24)
-    above = min(ids.index(id) + 1 for id in asked if ids.index(id) >= 24)
-    assert below <= found["threshold"] < above
-    assert found["agreement"] == 1.0
-    wrong = sum(20 <= ids.index(id) < 24 for id in asked)
-    assert found["agreement_at_cut"] == facts["agreement"]["share"] == pytest.approx(1 - wrong / len(asked))
-    assert (facts["asked"], facts["answered"]) == (12, 12)
+def test_best_threshold_separates_the_decisions(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    requested = sampled_ids(workspace)
+    workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in requested})  # scores up to 24
+    facts = workspace.build("checked")["checked"].facts
+    (actual,) = facts["thresholds"]
+    assert (actual["score"], actual["current_threshold"]) == ("perplexity", 20.0)
+    below = max(ids.index(id) + 1 for id in requested if ids.index(id) < 24)
+    above = min(ids.index(id) + 1 for id in requested if ids.index(id) >= 24)
+    assert below <= actual["threshold"] < above
+    assert actual["agreement"] == 1.0
+    wrong = sum(20 <= ids.index(id) < 24 for id in requested)
+    assert actual["current_agreement"] == facts["agreement"]["share"] == pytest.approx(1 - wrong / len(requested))
+    assert (facts["sampled"], facts["sampled_decided"]) == (12, 12)
 
 
-def test_strata_tell_where_the_filter_errs(bench: ReviewBench) -> None:
-    bench.decide(dict.fromkeys(drawn(bench), "keep"))
-    strata = bench.make("checked")["checked"].facts["strata"]
+def test_strata_show_where_the_filter_errs(workspace: ReviewWorkspace) -> None:
+    workspace.decide(dict.fromkeys(sampled_ids(workspace), "keep"))
+    strata = workspace.build("checked")["checked"].facts["strata"]
     assert [stratum["name"] for stratum in strata] == [
         f"{side}, {band}" for side in ("kept", "dropped") for band in ("nearest", "near", "farther")
     ]
     assert [stratum["agreement"] for stratum in strata] == [1.0] * 3 + [0.0] * 3
-    assert all(stratum["answered"] == stratum["asked"] == 2 for stratum in strata)
+    assert all(stratum["decided"] == stratum["sampled"] == 2 for stratum in strata)
 
 
-def test_decided_rows_outside_the_sample_and_decisions_about_other_rows_are_counted(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    outside = next(id for id in ids if id not in drawn(bench))
-    bench.decide({outside: "keep", "0" * 16: "drop"})
-    facts = bench.make("checked")["checked"].facts
-    assert (facts["agreement"]["reviewed"], facts["answered"], facts["decisions_about_other_rows"]) == (1, 0, 1)
+def test_decided_rows_outside_the_sample_and_decisions_about_other_rows_are_counted(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    outside = next(id for id in ids if id not in sampled_ids(workspace))
+    workspace.decide({outside: "keep", "0" * 16: "drop"})
+    facts = workspace.build("checked")["checked"].facts
+    assert (facts["agreement"]["reviewed"], facts["sampled_decided"], facts["decisions_about_other_rows"]) == (1, 0, 1)
 
 
 def test_rows_without_a_score_can_be_reviewed(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, questions(8), lambda index, row: math.nan if index > 5 else float(index))
-    ids = ids_of(bench)
-    assert set(drawn(bench)) == set(ids)
-    bench.decide(dict.fromkeys(ids, "keep"))
-    facts = bench.make("checked")["checked"].facts
+    workspace = review_workspace(tmp_path, questions(8), lambda index, row: math.nan if index > 5 else float(index))
+    ids = ids_of(workspace)
+    assert set(sampled_ids(workspace)) == set(ids)
+    workspace.decide(dict.fromkeys(ids, "keep"))
+    facts = workspace.build("checked")["checked"].facts
     assert facts["kept"] == 8
     assert facts["thresholds"][0]["agreement"] == 6 / 8
     assert json.dumps(facts, allow_nan=False)
 
 
-def test_planted_damage_is_judged_afterwards_and_never_shown(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, BUILTIN, lambda index, row: float(index * 37 % 120))
-    bench.make("clean")
-    experiment, source = bench.load()
-    pending = find_review(experiment, source, bench.store, "checked")
+def test_injected_corruption_is_evaluated_but_not_shown_to_the_reviewer(tmp_path: Path) -> None:
+    workspace = review_workspace(tmp_path, BUILTIN, lambda index, row: float(index * 37 % 120))
+    workspace.build("clean")
+    experiment, source = workspace.load()
+    pending = find_review(experiment, source, workspace.store, "checked")
     for item in pending.rows:
         assert item.row.keys() == set(REVIEWED_COLUMNS) == {"id", "text", "messages", "rejected"}
-    damaged = {row["id"] for row in read_rows(bench.make("scored")["scored"].path) if row["planted"]}
-    bench.decide({item.id: "drop" if item.id in damaged else "keep" for item in pending.rows})
-    made = bench.make("clean", "checked")
-    before, after = made["clean"].facts["planted"], made["checked"].facts["planted"]
+    damaged = {row["id"] for row in read_rows(workspace.build("scored")["scored"].path) if row["injected_corruption"]}
+    workspace.decide({item.id: "drop" if item.id in damaged else "keep" for item in pending.rows})
+    built = workspace.build("clean", "checked")
+    before, after = built["clean"].facts["injected_corruption"], built["checked"].facts["injected_corruption"]
     assert after["total"] == before["total"] == len(damaged)
     assert after["dropped"] == before["dropped"] + sum(
         item.id in damaged and item.outcome.keep for item in pending.rows
     )
-    assert [row[0] for row in filter_table(experiment, made)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
+    assert [row[0] for row in filter_table(experiment, built)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
 
 
-# What stops it.
+# Errors.
 
 
-def test_without_decisions_the_run_stops_there_and_says_which_command_to_give(bench: ReviewBench) -> None:
-    with pytest.raises(StageError, match="nobody has decided") as caught:
-        bench.make("checked")
-    assert f"tunery review {bench.file} checked --store {bench.store.root}" in caught.value.remedy
+def test_run_without_decisions_stops_with_the_review_command(workspace: ReviewWorkspace) -> None:
+    with pytest.raises(StageError, match="none of its 12 sampled rows has a decision") as caught:
+        workspace.build("checked")
+    assert f"tunery review {workspace.file} checked --store {workspace.store.root}" in caught.value.remedy
     assert "no decisions in decisions/checked.jsonl yet" in caught.value.cause
-    assert bench.store.find("select", bench.make("clean")["clean"].fingerprint)
+    assert workspace.store.find("select", workspace.build("clean")["clean"].fingerprint)
 
 
-def test_decisions_about_other_rows_alone_are_no_review(bench: ReviewBench) -> None:
-    bench.decide({"0" * 16: "keep"})
-    with pytest.raises(StageError, match="nobody has decided") as caught:
-        bench.make("checked")
-    assert "about other rows" in caught.value.cause
+def test_decisions_on_other_rows_only_are_not_a_review(workspace: ReviewWorkspace) -> None:
+    workspace.decide({"0" * 16: "keep"})
+    with pytest.raises(StageError, match="none of its 12 sampled rows has a decision") as caught:
+        workspace.build("checked")
+    assert "for rows that are not in" in caught.value.cause
 
 
-def test_review_that_drops_every_row_is_told(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, questions(4))
-    bench.decide(dict.fromkeys(ids_of(bench), "drop"))
+def test_review_that_drops_every_row_is_an_error(tmp_path: Path) -> None:
+    workspace = review_workspace(tmp_path, questions(4))
+    workspace.decide(dict.fromkeys(ids_of(workspace), "drop"))
     with pytest.raises(StageError, match="no row of 4 is left"):
-        bench.make("checked")
+        workspace.build("checked")
 
 
-def test_decisions_that_change_while_a_run_goes_on_are_not_used_under_the_old_fingerprint(
-    bench: ReviewBench, monkeypatch: pytest.MonkeyPatch
+def test_decisions_changed_during_a_run_are_not_used_with_the_old_fingerprint(
+    workspace: ReviewWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = ids_of(bench)
-    bench.decide({ids[0]: "keep"})
+    ids = ids_of(workspace)
+    workspace.decide({ids[0]: "keep"})
     from tunery.review import review_stage as module
 
     whole = module.run_review
 
     def later(context: StageContext) -> object:
-        bench.decide({ids[1]: "keep"})
+        workspace.decide({ids[1]: "keep"})
         return whole(context)
 
     monkeypatch.setattr(module, "run_review", later)
     with pytest.raises(StageError, match="has changed since this run began"):
-        bench.make("checked")
+        workspace.build("checked")
 
 
-def test_more_decisions_make_the_review_anew_and_nothing_before_it(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    bench.decide({ids[0]: "keep"})
-    one = bench.make("checked")
-    bench.decide({ids[1]: "drop"})
-    other = bench.make("checked")
+def test_new_decisions_rebuild_only_the_review(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    workspace.decide({ids[0]: "keep"})
+    one = workspace.build("checked")
+    workspace.decide({ids[1]: "drop"})
+    other = workspace.build("checked")
     assert {name for name in one if one[name].path != other[name].path} == {"checked"}
-    bench.decide({ids[1]: None})
-    assert bench.make("checked")["checked"].path == one["checked"].path
+    workspace.decide({ids[1]: None})
+    assert workspace.build("checked")["checked"].path == one["checked"].path
 
 
-def test_scored_rows_that_were_removed_are_told(bench: ReviewBench) -> None:
-    made = bench.make("clean")
-    made["scored"].path.rename(bench.folder / "gone")
+def test_removed_scored_rows_are_reported(workspace: ReviewWorkspace) -> None:
+    built = workspace.build("clean")
+    built["scored"].path.rename(workspace.folder / "gone")
     with pytest.raises(StoreError, match="no longer exists"):
-        read_filter_results(made["clean"])
+        read_filter_results(built["clean"])
 
 
-def test_selection_that_its_rules_do_not_give_is_told(bench: ReviewBench) -> None:
-    made = bench.make("clean")
-    manifest = json.loads((made["clean"].path / "manifest.json").read_text())
+def test_selection_inconsistent_with_its_rules_is_reported(workspace: ReviewWorkspace) -> None:
+    built = workspace.build("clean")
+    manifest = json.loads((built["clean"].path / "manifest.json").read_text())
     manifest["identity"]["keep"] = {"perplexity": {"keep_fraction": 0.25}}
-    made["clean"].manifest.update(manifest)
-    with pytest.raises(StoreError, match="doesn't hold the rows"):
-        read_filter_results(made["clean"])
+    built["clean"].manifest.update(manifest)
+    with pytest.raises(StoreError, match="does not have the rows"):
+        read_filter_results(built["clean"])
 
 
-# The command, before anything is served.
+# The command, before the server starts.
 
 
-def test_review_of_rows_that_are_not_selected_yet_says_what_to_run(bench: ReviewBench) -> None:
-    experiment, source = bench.load()
+def test_review_of_unselected_rows_names_the_command_to_run(workspace: ReviewWorkspace) -> None:
+    experiment, source = workspace.load()
     with pytest.raises(RequestError, match="`clean` aren't selected yet") as caught:
-        find_review(experiment, source, bench.store, "checked")
-    assert f"tunery run {bench.file}" in caught.value.remedy
+        find_review(experiment, source, workspace.store, "checked")
+    assert f"tunery run {workspace.file}" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("name", "words"), [("chekced", "did you mean `checked`"), ("clean", "it is a select stage")])
-def test_review_of_another_stage_is_refused(name: str, words: str, bench: ReviewBench) -> None:
-    experiment, source = bench.load()
-    with pytest.raises(RequestError, match=f"`{name}` is no review stage") as caught:
-        find_review(experiment, source, bench.store, name)
+def test_review_of_another_stage_kind_is_rejected(name: str, words: str, workspace: ReviewWorkspace) -> None:
+    experiment, source = workspace.load()
+    with pytest.raises(RequestError, match=f"`{name}` is not a review stage") as caught:
+        find_review(experiment, source, workspace.store, name)
     assert words in str(caught.value)
 
 
-def test_sample_can_be_drawn_while_the_file_of_decisions_is_broken_elsewhere(bench: ReviewBench) -> None:
-    # Only what the selection needs is looked at: not this stage's decisions, nor another's.
-    bench.make("clean")
-    experiment, source = bench.load()
-    bench.decisions.parent.mkdir()
-    bench.decisions.write_text("nonsense\n")
-    assert len(find_review(experiment, source, bench.store, "checked").rows) == 12
+def test_sample_does_not_read_invalid_decision_files_of_other_stages(workspace: ReviewWorkspace) -> None:
+    # Only files that the selection needs are read: no decisions of this or another stage.
+    workspace.build("clean")
+    experiment, source = workspace.load()
+    workspace.decisions.parent.mkdir()
+    workspace.decisions.write_text("nonsense\n")
+    assert len(find_review(experiment, source, workspace.store, "checked").rows) == 12
 
 
 # Checks and plans.
 
 
-def test_missing_decisions_are_no_mistake_but_are_said(bench: ReviewBench) -> None:
-    experiment, source = bench.load()
-    validate(experiment, source, bench.store, 1, 1)
-    (note,) = waiting(experiment, source)
-    assert "`checked` waits for decisions, there are none in decisions/checked.jsonl yet" in note
-    assert f"tunery review {bench.file} checked" in note
-    assert make_plan(experiment, source, bench.store).notes == [note]
-    bench.decide({"a": "keep"})
-    assert waiting(experiment, source) == []
+def test_missing_decisions_are_noted_but_valid(workspace: ReviewWorkspace) -> None:
+    experiment, source = workspace.load()
+    validate(experiment, source, workspace.store, 1, 1)
+    (note,) = pending_reviews(experiment, source)
+    assert "`checked` needs decisions, and there are none in decisions/checked.jsonl yet" in note
+    assert f"tunery review {workspace.file} checked" in note
+    assert make_plan(experiment, source, workspace.store).notes == [note]
+    workspace.decide({"a": "keep"})
+    assert pending_reviews(experiment, source) == []
 
 
-def test_bad_decisions_are_told_with_the_line_of_the_experiment(bench: ReviewBench) -> None:
-    bench.decisions.parent.mkdir()
-    bench.decisions.write_text('{"id": "a", "decision": "perhaps"}\n')
-    experiment, source = bench.load()
+def test_invalid_decisions_are_reported_with_the_line_of_the_experiment(workspace: ReviewWorkspace) -> None:
+    workspace.decisions.parent.mkdir()
+    workspace.decisions.write_text('{"id": "a", "decision": "perhaps"}\n')
+    experiment, source = workspace.load()
     with pytest.raises(SpecErrors) as caught:
-        validate(experiment, source, bench.store, 1, 1)
-    assert f"{bench.file}:9: checked: {bench.decisions}:1: " in str(caught.value)
+        validate(experiment, source, workspace.store, 1, 1)
+    assert f"{workspace.file}:9: checked: {workspace.decisions}:1: " in str(caught.value)
 
 
 def test_ending_and_kind_of_data_are_checked_with_the_text(tmp_path: Path) -> None:
@@ -304,34 +304,34 @@ def test_ending_and_kind_of_data_are_checked_with_the_text(tmp_path: Path) -> No
     assert "matching stages: clean" in str(caught.value)
 
 
-def test_plan_counts_a_reviews_rows_and_says_that_decisions_changed(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    bench.decide({ids[0]: "keep"})
-    bench.make("checked")
-    bench.decide({ids[1]: "drop"})
-    experiment, source = bench.load()
-    planned = {stage.name: stage for stage in make_plan(experiment, source, bench.store).stages}
+def test_plan_has_the_rows_of_a_review_and_reports_changed_decisions(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    workspace.decide({ids[0]: "keep"})
+    workspace.build("checked")
+    workspace.decide({ids[1]: "drop"})
+    experiment, source = workspace.load()
+    planned = {stage.name: stage for stage in make_plan(experiment, source, workspace.store).stages}
     assert planned["clean"].reused
     assert not planned["checked"].reused
-    assert planned["checked"].why.startswith("content ")
+    assert planned["checked"].rebuild_reason.startswith("content ")
     assert planned["checked"].rows == 20
 
 
-# What is told of it.
+# Reporting.
 
 
-def test_report_terminal_and_comparison_tell_agreement_and_threshold(bench: ReviewBench) -> None:
-    ids = ids_of(bench)
-    bench.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in drawn(bench)[:10]})
-    made = bench.make("clean", "checked")
-    experiment, _ = bench.load()
-    agreed = made["checked"].facts["agreement"]["share"]
-    found = review_table(experiment, made)
-    assert found is not None
-    assert found["rows"][0][:3] == ["clean in checked", "10", agreed]
-    assert len(found["columns"]) == len(found["rows"][0])
-    assert any("2 rows are not reviewed yet" in note for note in found["notes"])
-    state = replay(read_events(bench.where.events))
+def test_report_terminal_and_comparison_have_agreement_and_threshold(workspace: ReviewWorkspace) -> None:
+    ids = ids_of(workspace)
+    workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in sampled_ids(workspace)[:10]})
+    built = workspace.build("clean", "checked")
+    experiment, _ = workspace.load()
+    agreed = built["checked"].facts["agreement"]["share"]
+    actual = review_table(experiment, built)
+    assert actual is not None
+    assert actual["rows"][0][:3] == ["clean in checked", "10", agreed]
+    assert len(actual["columns"]) == len(actual["rows"][0])
+    assert any("2 rows are not reviewed yet" in note for note in actual["notes"])
+    state = replay(read_events(workspace.context.events))
     assert outcome(state.stages["checked"]).startswith(f"agrees on {agreed:.0%} of 10 reviewed")
     ((name, (tables, strata)),) = reviews(state)
     assert name == "checked"
@@ -344,13 +344,13 @@ def test_report_terminal_and_comparison_tell_agreement_and_threshold(bench: Revi
     assert "best threshold" in page
 
 
-def test_what_is_shown_of_a_row_is_its_turns_with_what_is_judged_marked(tmp_path: Path) -> None:
+def test_item_shows_the_messages_and_marks_the_judged_one(tmp_path: Path) -> None:
     lines = [{"text": "t"}, {"question": "q", "answer": "a"}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
-    bench = review_bench(tmp_path, lines)
-    bench.make("clean")
-    experiment, source = bench.load()
+    workspace = review_workspace(tmp_path, lines)
+    workspace.build("clean")
+    experiment, source = workspace.load()
     rows: dict[str, Row] = {}
-    for item in find_review(experiment, source, bench.store, "checked").rows:
+    for item in find_review(experiment, source, workspace.store, "checked").rows:
         rows[item.messages[0]["content"]] = {turn["role"]: turn["judged"] for turn in item.messages}
     assert rows == {
         "t": {"text": True},
@@ -372,13 +372,13 @@ def test_what_is_shown_of_a_row_is_its_turns_with_what_is_judged_marked(tmp_path
 def test_every_kind_of_rule_can_be_reviewed(rules: str, tmp_path: Path) -> None:
     text = TEXT.replace("keep: {perplexity: {keep_fraction: 0.5}}", rules)
     text += "  few: {kind: select, data: scored, keep: {random: {top_k: 17}}}\n"
-    bench = review_bench(tmp_path, questions(120), text=text)
-    filtered = read_filter_results(bench.make("clean")["clean"])
+    workspace = review_workspace(tmp_path, questions(120), text=text)
+    filtered = read_filter_results(workspace.build("clean")["clean"])
     kept = [id for id, keep in zip(filtered.ids, filtered.kept, strict=True) if keep]
-    assert kept == [row["id"] for row in read_rows(bench.make("clean")["clean"].path)]
+    assert kept == [row["id"] for row in read_rows(workspace.build("clean")["clean"].path)]
     assert 0 < len(kept) < 120
     assert ((filtered.distance < 0) == filtered.kept).all()
-    asked = drawn(bench)
-    bench.decide(dict.fromkeys(asked, "keep"))
-    facts = bench.make("checked")["checked"].facts
-    assert facts["kept"] == len({*kept, *asked})
+    requested = sampled_ids(workspace)
+    workspace.decide(dict.fromkeys(requested, "keep"))
+    facts = workspace.build("checked")["checked"].facts
+    assert facts["kept"] == len({*kept, *requested})

@@ -29,48 +29,48 @@ def sample_of(kept: int, dropped: int, rows: int, seed: int = 17, sources: list[
 
 
 @given(st.dictionaries(st.integers(0, 20), st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 100))
-def test_shares_are_as_equal_as_the_room_allows(room: dict[int, int], total: int) -> None:
+def test_allocation_is_as_even_as_capacities_allow(room: dict[int, int], total: int) -> None:
     shares = allocate_evenly(room, total)
     assert sum(shares.values()) == min(total, sum(room.values()))
     assert all(shares[key] <= room[key] for key in room)
-    # Who has room left got as much as anybody, but for what can't be halved.
+    # Keys with remaining capacity got the maximum allocation, up to a remainder of one.
     open_ = [shares[key] for key in room if shares[key] < room[key]]
     assert not open_ or min(open_) >= max(shares.values()) - 1
 
 
-def test_shares_by_hand() -> None:
+def test_allocation_by_hand() -> None:
     assert allocate_evenly({"a": 10, "b": 10}, 5) == {"a": 3, "b": 2}
     assert allocate_evenly({"a": 1, "b": 10, "c": 0}, 8) == {"a": 1, "b": 7, "c": 0}
     assert allocate_evenly({"a": 2, "b": 2}, 100) == {"a": 2, "b": 2}
 
 
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 120), st.integers(0, 3))
-def test_sample_has_as_many_different_rows_as_asked_or_all(kept: int, dropped: int, rows: int, seed: int) -> None:
+def test_sample_has_the_requested_number_of_distinct_rows_or_all(kept: int, dropped: int, rows: int, seed: int) -> None:
     sample = sample_of(kept, dropped, rows, seed)
     ids = [row.id for row in sample.rows]
     assert len(ids) == len(set(ids)) == min(rows, kept + dropped)
     for row in sample.rows:
         assert (row.stratum.side == "kept") == (row.index < kept)
         assert row.id == f"{row.index:016x}"
-    asked = Counter(row.stratum for row in sample.rows)
-    assert all(asked[stratum] <= there for stratum, there in sample.available.items())
+    requested = Counter(row.stratum for row in sample.rows)
+    assert all(requested[stratum] <= there for stratum, there in sample.available.items())
 
 
-def test_both_sides_and_all_bands_are_asked_about_alike() -> None:
+def test_both_sides_and_all_bands_are_sampled_evenly() -> None:
     sample = sample_of(600, 400, 60)
     assert Counter(row.stratum.side for row in sample.rows) == {"kept": 30, "dropped": 30}
     assert set(Counter((row.stratum.side, row.stratum.band) for row in sample.rows).values()) == {10}
 
 
-def test_rows_lie_near_the_cut_in_large_data_too() -> None:
+def test_sampled_rows_are_near_the_threshold_in_large_data() -> None:
     large = sample_of(70_000, 30_000, 60)
     far = max(abs(distances(70_000, 30_000)[row.index]) for row in large.rows)
-    assert 6_000 < far <= 15_000, "within 15% of all rows, and not at the cut alone"
+    assert 6_000 < far <= 15_000, "within 15% of all rows, and not only at the threshold"
     small = sample_of(60, 40, 30)
     assert max(abs(distances(60, 40)[row.index]) for row in small.rows) <= 35
 
 
-def test_bands_lie_one_outside_the_other() -> None:
+def test_bands_have_increasing_distances() -> None:
     sample = sample_of(600, 400, 60)
     away = {
         band: [abs(distances(600, 400)[row.index]) for row in sample.rows if row.stratum.band == band] for band in BANDS
@@ -79,19 +79,19 @@ def test_bands_lie_one_outside_the_other() -> None:
     assert max(away["near"]) < min(away["farther"])
 
 
-def test_side_with_few_rows_leaves_its_share_to_the_other() -> None:
+def test_small_side_passes_its_share_to_the_other() -> None:
     sample = sample_of(195, 5, 40)
     assert Counter(row.stratum.side for row in sample.rows) == {"kept": 35, "dropped": 5}
 
 
-def test_every_source_is_asked_about_however_small() -> None:
+def test_every_source_is_sampled() -> None:
     sources = ["large"] * 1000
     sources[495], sources[505] = "small", "small"
     sample = sample_of(500, 500, 60, sources=sources)
     assert Counter(row.stratum.source for row in sample.rows)["small"] == 2
 
 
-def test_same_arguments_give_the_same_sample_and_another_seed_another() -> None:
+def test_sample_depends_only_on_arguments_and_seed() -> None:
     assert sample_of(600, 400, 60) == sample_of(600, 400, 60)
     one, other = ({row.id for row in sample_of(600, 400, 60, seed).rows} for seed in (17, 18))
     assert one != other
@@ -101,10 +101,10 @@ def test_same_arguments_give_the_same_sample_and_another_seed_another() -> None:
 def test_order_mixes_the_sides() -> None:
     sides = [row.stratum.side for row in sample_of(600, 400, 60).rows]
     turns = sum(one != other for one, other in itertools.pairwise(sides))
-    assert turns > 15, "a row's place tells of its verdict"
+    assert turns > 15, "the position of a row reveals its outcome"
 
 
-def test_copies_of_a_row_are_asked_about_once() -> None:
+def test_copies_of_a_row_are_sampled_once() -> None:
     ids = ["a", "b", "a", "c", "b", "d"]
     sample = sample_rows(ids, ["s"] * 6, distances(3, 3), 6, 17)
     assert sorted(row.id for row in sample.rows) == ["a", "b", "c", "d"]
@@ -116,7 +116,7 @@ def test_copies_of_a_row_are_asked_about_once() -> None:
     st.floats(0.05, 1.0) | st.none(),
     st.sampled_from([0.5, 1.0, 2.5]),
 )
-def test_rank_from_the_cut_is_below_zero_exactly_where_the_rule_passes(
+def test_rank_is_negative_exactly_for_rows_that_pass(
     scores: list[float], quantile: float | None, threshold: float
 ) -> None:
     badness = np.array(scores)

@@ -30,8 +30,8 @@ def words(start: int, end: int) -> str:
     return " ".join(LETTERS[start:end])
 
 
-def test_score_is_the_share_of_the_rows_ngrams_that_occur_in_a_set(tmp_path: Path) -> None:
-    # The row's words 0 to 20 have eight 13-grams; the set's 3 to 18 have three of them.
+def test_score_is_the_fraction_of_ngrams_that_occur_in_a_set(tmp_path: Path) -> None:
+    # Words 0 to 20 of the row have eight 13-grams; words 3 to 18 of the set have three of them.
     columns = scorer(tmp_path, {"test": [text_row(words(3, 18))]})([text_row(words(0, 20)), text_row(words(12, 26))])
     assert columns == {"score": [3 / 8, 0.0], "set": ["test", ""]}
 
@@ -50,7 +50,7 @@ def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
         (words(10, 17), 0.0),  # seven words of it: too few
     ],
 )
-def test_short_row_is_one_ngram_of_its_whole_length(tmp_path: Path, row: str, score: float) -> None:
+def test_short_row_is_a_single_ngram(tmp_path: Path, row: str, score: float) -> None:
     held = scorer(tmp_path, {"test": [text_row(words(0, 5)), text_row(words(6, 24))]})
     assert held([text_row(row)])["score"] == [score]
 
@@ -62,7 +62,7 @@ def test_short_text_of_a_set_is_found_in_a_longer_row(tmp_path: Path) -> None:
     assert scorer(tmp_path / "few", {"test": [text_row(words(4, 11))]})([text_row(words(0, 20))])["score"] == [0.0]
 
 
-def test_sets_count_together_and_the_one_with_most_is_named(tmp_path: Path) -> None:
+def test_matches_of_all_sets_are_combined_and_the_best_set_is_named(tmp_path: Path) -> None:
     held = scorer(tmp_path, {"one": [text_row(words(0, 14))], "two": [text_row(words(2, 18))]})
     assert held([text_row(words(0, 20))]) == {"score": [6 / 8], "set": ["two"]}
 
@@ -87,7 +87,7 @@ def test_row_without_words_has_no_score(tmp_path: Path) -> None:
 
 @settings(max_examples=20)
 @given(rows=st.lists(hostile_rows, max_size=4))
-def test_no_row_stops_it(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_hostile_rows_are_scored(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
     held = scorer(tmp_path_factory.mktemp("sets"), {"test": rows})
     columns = held(rows)
     assert [len(values) for values in columns.values()] == [len(rows)] * 2
@@ -105,11 +105,11 @@ def naive(text: str, known: list[str], n: int) -> list[bool]:
     return [within(gram) or any(one in gram for one in short) for gram in grams]
 
 
-def test_hits_are_those_of_a_plain_search() -> None:
+def test_matches_equal_a_plain_search() -> None:
     draw = random.Random(0)
 
     def piece() -> str:
-        # Of one text of a's and a few b's: those of a set are in the rows now and then.
+        # Texts of many a's and a few b's, so that texts of a set sometimes occur in rows.
         start = draw.randint(0, 12)
         return "aaabaaaaaaaabaaaaaaaaaaaaabaa"[start : start + draw.randint(1, 17)]
 

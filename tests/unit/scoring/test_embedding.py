@@ -52,7 +52,7 @@ def plain(folder: Path) -> tuple[Any, Any]:
 
 
 def plain_embedding(folder: Path, row: Row) -> np.ndarray:
-    """By transformers alone: the mean over all tokens, to length 1."""
+    """Computed with transformers: the mean over all tokens, normalized to length 1."""
     tokenizer, model = plain(folder)
     options: dict[str, Any] = {"return_tensors": "pt"}
     if not row["messages"]:
@@ -68,16 +68,16 @@ def plain_embedding(folder: Path, row: Row) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["encoder", "causal"])
-def test_embedding_is_the_mean_hidden_state_whatever_shares_its_batch(name: str, folder: Path) -> None:
+def test_embedding_is_the_mean_hidden_state_independent_of_the_batch(name: str, folder: Path) -> None:
     expected = np.stack([plain_embedding(folder / name, row) for row in ROWS])
-    assert np.ptp(expected[:, 0]) > 0.1, "or the test tells nothing"
+    assert np.ptp(expected[:, 0]) > 0.1, "otherwise the test is vacuous"
     for budget in (1, 40, 100_000):
-        found = embedder(pretrained(folder / name), budget)(ROWS)
-        np.testing.assert_allclose(found.vectors, expected, atol=1e-5)
-        assert found.vectors.dtype == np.float32
+        actual = embedder(pretrained(folder / name), budget)(ROWS)
+        np.testing.assert_allclose(actual.vectors, expected, atol=1e-5)
+        assert actual.vectors.dtype == np.float32
 
 
-def test_model_of_a_stage_embeds_as_its_folder_does(folder: Path, tmp_path: Path) -> None:
+def test_stage_model_and_its_folder_give_equal_embeddings(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "causal", tmp_path / "artifact" / "model")
     ours = embedder({"artifact": str(tmp_path / "artifact")})(ROWS).vectors
     np.testing.assert_array_equal(ours, embedder(pretrained(folder / "causal"))(ROWS).vectors)
@@ -91,12 +91,10 @@ def test_score_is_the_cosine_with_the_nearest_reference_row() -> None:
     assert columns["nearest"] == ["north", "east", "west", ""]
 
 
-def test_of_many_reference_rows_the_same_few_are_taken_in_whatever_order_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_sample_is_independent_of_row_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [text_row(f"row {n}") for n in range(40)]
     for name, some in (("a", rows), ("b", rows[::-1])):
-        write_rows([{**row, "planted": ""} for row in some], tmp_path / name)
+        write_rows([{**row, "injected_corruption": ""} for row in some], tmp_path / name)
     assert len(reference_rows(tmp_path / "a")) == 40
     monkeypatch.setattr(embedding_module, "MAX_REFERENCES", 7)
     taken = [row["id"] for row in reference_rows(tmp_path / "a")]
@@ -106,20 +104,18 @@ def test_of_many_reference_rows_the_same_few_are_taken_in_whatever_order_they_st
 
 
 def near(folder: Path, rows: list[Row], fingerprint: str) -> Artifact:
-    write_rows([{**row, "planted": ""} for row in rows], folder / fingerprint)
+    write_rows([{**row, "injected_corruption": ""} for row in rows], folder / fingerprint)
     manifest = {"kind": "dataset", "fingerprint": fingerprint, "facts": {"rows": len(rows)}}
     return Artifact(folder / fingerprint, manifest, {})
 
 
-def test_stage_scores_every_row_by_its_nearest_and_again_when_the_references_change(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_scores_are_recomputed_when_the_references_change(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./encoder"}, "reference": "near"}]
     references = [answer_row("it is blue", "how"), ROWS[3]]
     both = near(tmp_path, references, "a")
-    told = make(folder, tmp_path, "one", by, near=both)
-    assert (told.facts["rows_in"], told.facts["rows_out"]) == (len(ROWS), len(ROWS))
-    assert told.facts["scores"]["embedding"]["good"] == "high"
+    result = make(folder, tmp_path, "one", by, near=both)
+    assert (result.facts["rows_in"], result.facts["rows_out"]) == (len(ROWS), len(ROWS))
+    assert result.facts["scores"]["embedding"]["good"] == "high"
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
     similar = (
@@ -129,18 +125,18 @@ def test_stage_scores_every_row_by_its_nearest_and_again_when_the_references_cha
     np.testing.assert_allclose(table["embedding"], similar.max(axis=1), atol=1e-5)
     assert table["embedding_nearest"] == [references[at]["id"] for at in similar.argmax(axis=1)]
     assert table["embedding"][3] == pytest.approx(1.0, abs=1e-5), "it is among the references"
-    assert make(folder, tmp_path, "again", by, near=both).measured["rows_scored"] == 0
+    assert make(folder, tmp_path, "again", by, near=both).runtime_stats["rows_scored"] == 0
     other = make(folder, tmp_path, "other", by, near=near(tmp_path, references[:1], "b"))
-    assert other.measured["rows_scored"] == len(ROWS)
+    assert other.runtime_stats["rows_scored"] == len(ROWS)
 
 
-def test_without_references_the_vectors_are_kept_and_nothing_is_embedded_again(folder: Path, tmp_path: Path) -> None:
+def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}}]
     nothing = text_row("")
-    told = make(folder, tmp_path, "one", by, rows=[*ROWS, nothing])
-    assert told.facts["vectors"] == {"embedding": {"rows": len(ROWS), "missing": 1, "dimensions": 16}}
-    assert told.facts["scores"] == {}
-    assert told.facts["tokens"] > 0
+    result = make(folder, tmp_path, "one", by, rows=[*ROWS, nothing])
+    assert result.facts["vectors"] == {"embedding": {"rows": len(ROWS), "missing": 1, "dimensions": 16}}
+    assert result.facts["scores"] == {}
+    assert result.facts["tokens"] > 0
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard)
     assert np.isnan(table["embedding"].to_numpy()).all()
@@ -148,12 +144,12 @@ def test_without_references_the_vectors_are_kept_and_nothing_is_embedded_again(f
     vectors = vectors_of(table["embedding_vector"])
     np.testing.assert_allclose(vectors[:-1], expected, atol=1e-3)
     assert np.isnan(vectors[-1]).all()
-    assert make(folder, tmp_path, "again", by, rows=[*ROWS, nothing]).measured["rows_scored"] == 0
+    assert make(folder, tmp_path, "again", by, rows=[*ROWS, nothing]).runtime_stats["rows_scored"] == 0
     (again,) = (tmp_path / "again" / "out" / "scores").iterdir()
     np.testing.assert_array_equal(vectors_of(pq.read_table(again)["embedding_vector"]), vectors)
 
 
-def test_references_without_a_token_are_told(folder: Path, tmp_path: Path) -> None:
+def test_references_without_tokens_are_an_error(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}, "reference": "near"}]
-    with pytest.raises(TuneryError, match=r"no row of `near` can be compared with\ncause: the model sees no token"):
+    with pytest.raises(TuneryError, match=r"no row of `near` can serve as reference\ncause: all"):
         make(folder, tmp_path, "empty", by, near=near(tmp_path, [text_row("")], "a"))

@@ -34,12 +34,12 @@ from tunery.store.rows import write_rows
 LANGUAGE = pytest.mark.parametrize("language", SENTENCES)
 
 
-# Good answers.
+# Good responses.
 
 
 @LANGUAGE
 def test_length_of_good_answers_is_in_the_range_of_english_ones(language: str) -> None:
-    rows = [answer_row(answer) for answer in answers(language, 100)]
+    rows = [answer_row(response) for response in answers(language, 100)]
     scores = LengthScorer(Length(length="words"), {})(rows)["score"]
     assert all(3 <= score <= 500 for score in scores)
     assert 50 <= sum(scores) / 100 <= 250
@@ -47,30 +47,30 @@ def test_length_of_good_answers_is_in_the_range_of_english_ones(language: str) -
 
 @LANGUAGE
 def test_gopher_without_settings_keeps_good_answers(language: str) -> None:
-    rows = [answer_row(answer) for answer in answers(language, 100)]
+    rows = [answer_row(response) for response in answers(language, 100)]
     columns = GopherScorer(Gopher(gopher=GopherRules()), {})(rows)
     assert sum(score == 0 for score in columns["score"]) >= 98, columns["rules"]
 
 
 @LANGUAGE
 def test_c4_without_settings_keeps_good_answers(language: str) -> None:
-    rows = [answer_row(answer) for answer in answers(language, 100)]
+    rows = [answer_row(response) for response in answers(language, 100)]
     assert C4Scorer(C4(c4=C4Rules()), {})(rows)["score"] == [0] * 100
 
 
 @pytest.mark.parametrize("language", ["de", "zh", "ja", "hi", "th", "ar", "ru"])
-def test_answer_with_code_in_it_is_judged_as_one_of_its_language(language: str) -> None:
+def test_response_with_code_is_scored_in_its_language(language: str) -> None:
     code = "\n\n    with open(path, encoding=encoding) as lines:\n        return list(lines)\n\n"
-    answer = "".join(answers(language, 1)[0].replace("\n\n", code))
+    response = "".join(answers(language, 1)[0].replace("\n\n", code))
     rules = GopherRules(alphabetic_words_min=None)
-    assert gopher.violated(answer, rules) == []
+    assert gopher.violated(response, rules) == []
 
 
-# Bad ones.
+# Bad responses.
 
 
 @LANGUAGE
-def test_one_sentence_over_and_over_violates_the_repetition_rules(language: str) -> None:
+def test_repeated_sentence_violates_the_repetition_rules(language: str) -> None:
     text = (SENTENCES[language][0] + " ") * 12
     assert {"duplicate_5grams_max", "duplicate_10grams_max"} <= set(gopher.violated(text, GopherRules()) or ())
 
@@ -86,13 +86,13 @@ def test_list_of_nouns_has_too_few_stop_words(language: str) -> None:
     assert gopher.violated(nouns, GopherRules(words_min=None)) == ["stop_words_min"]
 
 
-def test_words_run_together_are_too_long_in_each_script() -> None:
+def test_concatenated_words_are_too_long_in_each_script() -> None:
     for language in ("en", "de", "hi", "ko", "ar", "ru"):
         text = "\n".join(sentence.replace(" ", "") for sentence in SENTENCES[language])
         assert "mean_word_max" in (gopher.violated(text, GopherRules()) or ()), language
 
 
-def test_sentence_without_an_end_mark_fails_in_languages_that_have_one() -> None:
+def test_missing_end_mark_fails_in_languages_that_use_one() -> None:
     rules = C4Rules(failing_lines_max=0, sentences_min=None)
     for language, sentences in SENTENCES.items():
         expected = [] if language == "th" else ["terminal_punctuation"]
@@ -109,14 +109,14 @@ def test_sentences_are_counted_in_each_language() -> None:
 # Limits.
 
 
-def test_number_holds_in_every_language_and_null_in_none() -> None:
+def test_explicit_limit_applies_to_all_languages_and_null_disables_it() -> None:
     rules = GopherRules(mean_word_max=4.5, stop_words_min=None, top_2gram_max=0.5)
     for script, language in (("Latin", "en"), ("Han", "zh"), ("Devanagari", "hi"), ("Cherokee", "")):
         own = limits(rules, script, language)
         assert (own["mean_word_max"], own["stop_words_min"], own["top_2gram_max"]) == (4.5, None, 0.5)
 
 
-def test_script_of_which_nothing_is_known_has_no_limits_on_words() -> None:
+def test_unknown_script_has_no_word_limits() -> None:
     own = limits(GopherRules(), "Cherokee", "")
     assert (own["mean_word_min"], own["mean_word_max"], own["stop_words_min"]) == (None, None, None)
     assert own["duplicate_5grams_max"] == ENGLISH["duplicate_5grams_max"]
@@ -127,10 +127,10 @@ def test_every_language_has_enough_stop_words_for_the_largest_limit() -> None:
     assert [language for language, stop_words in STOP_WORDS.items() if len(stop_words) < 8] == []
 
 
-def test_english_without_its_stop_words_is_not_taken_for_another_language() -> None:
-    answer = "In this case, see the man page on how a word is split; no one may care by then."
+def test_english_without_stop_words_is_not_mistaken_for_another_language() -> None:
+    response = "In this case, see the man page on how a word is split; no one may care by then."
     rules = GopherRules(words_min=None)
-    assert gopher.violated(answer, rules) == ["stop_words_min"]
+    assert gopher.violated(response, rules) == ["stop_words_min"]
 
 
 # Duplicates and contamination.
@@ -192,7 +192,7 @@ def test_macrolanguage_has_the_probability_of_all_its_members(language: str, tex
     assert max(alone) < columns["score"][0]
 
 
-def test_member_is_itself_alone() -> None:
+def test_member_language_counts_only_itself() -> None:
     row = answer_row("该函数返回目录中所有文件的列表。")
     for member in ("yue", "wuu", "hr", "id", "nn"):
         assert LanguageScorer(Language(language=member), {})([row])["score"][0] < 0.3
@@ -221,7 +221,7 @@ def test_unknown_language_is_refused_with_the_code_that_is_meant(written: str, m
     assert f"did you mean {meant}" in str(caught.value)
 
 
-def test_answers_of_a_language_are_detected_as_it() -> None:
+def test_responses_are_detected_as_their_language() -> None:
     chosen = random.Random(3)
     for language in SENTENCES:
         rows = [answer_row(chosen.choice(answers(language, 100))) for _ in range(4)]

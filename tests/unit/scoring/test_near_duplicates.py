@@ -49,7 +49,9 @@ def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> 
         ("normalised", "response", [0, 0, 1, math.nan, 2]),
     ],
 )
-def test_what_is_compared_and_how_closely_are_settings(tmp_path: Path, how: str, of: str, scores: list[float]) -> None:
+def test_compared_part_and_normalization_are_configurable(
+    tmp_path: Path, how: str, of: str, scores: list[float]
+) -> None:
     rows = [
         answer_row("Same thing.", "Why\nis it?"),
         answer_row("Other.", "why is  IT?"),
@@ -60,7 +62,7 @@ def test_what_is_compared_and_how_closely_are_settings(tmp_path: Path, how: str,
     assert across(exact(of, how=how), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
 
 
-def test_rejected_answers_are_part_of_the_row(tmp_path: Path) -> None:
+def test_rejected_responses_are_part_of_the_row(tmp_path: Path) -> None:
     rows = [answer_row("yes"), {**answer_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
     assert across(exact(how="normalised"), rows, tmp_path)["score"] == [0, 0]
 
@@ -72,16 +74,16 @@ def test_composed_and_decomposed_letters_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("records", [1, 3, 50])
-def test_counts_are_the_same_through_however_many_files(tmp_path: Path, records: int) -> None:
+def test_counts_do_not_depend_on_the_number_of_files(tmp_path: Path, records: int) -> None:
     draw = random.Random(3)
     rows = [text_row(str(draw.randrange(12))) for _ in range(60)]
     texts = [row["text"] for row in rows]
-    expected = [texts[:place].count(text) for place, text in enumerate(texts)]
+    expected = [texts[:index].count(text) for index, text in enumerate(texts)]
     assert across(exact(records=records), rows, tmp_path)["score"] == expected
     assert list((tmp_path / "work").rglob("*.bin")) == []
 
 
-def test_what_a_killed_try_left_does_not_count(tmp_path: Path) -> None:
+def test_files_of_a_killed_attempt_are_ignored(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ["a", "b", "c", "a", "b", "c", "d", "a"]]
     for scorer in (exact(records=2), near(records=2)):
         clean = across(scorer, rows, tmp_path / "clean" / type(scorer).__name__, shard=2)
@@ -101,8 +103,8 @@ def corpus(bases: int = 60, copies: int = 4) -> list[str]:
         base = [DRAW.choice(VOCABULARY) for _ in range(60)]
         for copy in range(copies):
             changed = list(base)
-            for place in DRAW.sample(range(60), DRAW.choice([0, 1, 2, 12]) if copy else 0):
-                changed[place] = DRAW.choice(VOCABULARY)
+            for index in DRAW.sample(range(60), DRAW.choice([0, 1, 2, 12]) if copy else 0):
+                changed[index] = DRAW.choice(VOCABULARY)
             texts.append(" ".join(changed))
     DRAW.shuffle(texts)
     return texts
@@ -117,16 +119,16 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def test_near_duplicates_are_those_of_a_plain_search(tmp_path: Path) -> None:
+def test_near_duplicates_equal_a_plain_search(tmp_path: Path) -> None:
     texts = corpus()
     rows = [text_row(text) for text in texts]
     ids = [row["id"] for row in rows]
-    found = across(near(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
+    actual = across(near(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
     sets = [ngrams(text, 3) for text in texts]
     expected = missed = 0
-    for place, own in enumerate(sets):
-        truth = max((jaccard(own, other) for other in sets[:place]), default=0.0)
-        score, nearest = found["score"][place], found["nearest"][place]
+    for index, own in enumerate(sets):
+        truth = max((jaccard(own, other) for other in sets[:index]), default=0.0)
+        score, nearest = actual["score"][index], actual["nearest"][index]
         if truth >= 0.8:
             expected += 1
             missed += score == 0
@@ -135,7 +137,7 @@ def test_near_duplicates_are_those_of_a_plain_search(tmp_path: Path) -> None:
         if score:
             assert score >= 0.7
             assert abs(score - jaccard(own, sets[ids.index(nearest)])) < 0.2
-            assert ids.index(nearest) < place
+            assert ids.index(nearest) < index
         else:
             assert nearest == ""
     assert expected > 80
@@ -143,7 +145,7 @@ def test_near_duplicates_are_those_of_a_plain_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("records", "shard"), [(1, 16), (64, 5), (64, 100), (10_000, 16)])
-def test_near_duplicates_are_the_same_through_however_many_files(tmp_path: Path, records: int, shard: int) -> None:
+def test_near_duplicates_do_not_depend_on_the_number_of_files(tmp_path: Path, records: int, shard: int) -> None:
     draw = random.Random(11)
     base = [draw.choice(VOCABULARY) for _ in range(20)]
     rows = []
@@ -156,8 +158,8 @@ def test_near_duplicates_are_the_same_through_however_many_files(tmp_path: Path,
     assert across(near(records, threshold=0.3, permutations=16), rows, tmp_path / "many", shard=shard) == expected
 
 
-def test_copies_are_settled_once_and_name_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 300 equal rows none but the first may reach the bands: their pairs would be counted in thousands.
+def test_exact_copies_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 300 equal rows only the first may reach the bands, or there would be thousands of pairs.
     sizes = []
 
     def watched(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> object:
@@ -166,13 +168,13 @@ def test_copies_are_settled_once_and_name_the_first(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(near_duplicates, "neighbors", watched)
     rows = [text_row("one and the same text in every row of them all")] * 300
-    found = across(near(), rows, tmp_path, shard=50)
-    assert found["score"] == [0.0] + [1.0] * 299
-    assert found["nearest"] == [""] + [rows[0]["id"]] * 299
+    actual = across(near(), rows, tmp_path, shard=50)
+    assert actual["score"] == [0.0] + [1.0] * 299
+    assert actual["nearest"] == [""] + [rows[0]["id"]] * 299
     assert sum(sizes) == bands_for(0.8, 128)[0]
 
 
-def test_neighbours_of_a_crowded_band_are_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_a_crowded_band_are_the_first_and_the_previous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MAX_NEIGHBORS", 2)
     keys = np.array([1, 7, 7, 7, 7, 7, 7, 9], dtype=np.uint64)
     pairs = {(int(a), int(b)) for later, earlier in neighbors(keys) for a, b in zip(later, earlier, strict=True)}
@@ -182,7 +184,7 @@ def test_neighbours_of_a_crowded_band_are_the_first_and_the_last(monkeypatch: py
     assert {b for a, b in pairs if a in (0, 1, 7)} == set()
 
 
-def test_part_and_length_of_ngrams_are_settings(tmp_path: Path) -> None:
+def test_part_and_ngram_length_are_configurable(tmp_path: Path) -> None:
     rows = [answer_row("a b c d e f", "Why?"), answer_row("a b c d e f", "How is it that one asks at such a length?")]
     assert across(near(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
     assert across(near(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
@@ -191,13 +193,13 @@ def test_part_and_length_of_ngrams_are_settings(tmp_path: Path) -> None:
     assert across(near(ngram=2), words, tmp_path / "2")["score"] == [0, 0]
 
 
-def test_short_rows_are_compared_whole_and_empty_ones_not_at_all(tmp_path: Path) -> None:
+def test_short_rows_are_compared_completely_and_empty_rows_never(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ("", "yes", "?!", "Yes!", "no")]
-    found = across(near(), rows, tmp_path)
-    assert found["score"] == pytest.approx([math.nan, 0, math.nan, 1, 0], nan_ok=True)
+    actual = across(near(), rows, tmp_path)
+    assert actual["score"] == pytest.approx([math.nan, 0, math.nan, 1, 0], nan_ok=True)
 
 
-def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -> None:
+def test_shard_without_words_and_stage_without_rows_are_accepted(tmp_path: Path) -> None:
     assert across(near(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
     assert across(exact("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
         [math.nan] * 3, nan_ok=True
@@ -207,21 +209,21 @@ def test_shard_without_words_and_stage_without_rows_go_through(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0])
-def test_bands_let_pairs_at_the_threshold_through(threshold: float) -> None:
+def test_bands_reach_the_recall_at_the_threshold(threshold: float) -> None:
     bands, width = bands_for(threshold, 128)
     assert bands * width <= 128
     assert 1 - (1 - threshold**width) ** bands >= 0.98
 
 
 def test_signature_is_the_same_in_every_process() -> None:
-    # Where this fails after an update of rensa, the scorer's version is to be raised.
+    # If this fails after an update of rensa, increase the version of the scorer.
     (signature,) = near(permutations=16).compute_signatures([text_row("a row that does not change")])["signature"]
     assert signature.hex().startswith("69c80ea2e210dad0404f46f17a74f6d1a5910cc7c1db67d8")
 
 
 @settings(max_examples=15)
 @given(rows=st.lists(hostile_rows, min_size=1, max_size=6))
-def test_no_row_stops_them(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_hostile_rows_are_compared(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
     for scorer in (
         exact(),
         exact("prompt"),
@@ -234,7 +236,7 @@ def test_no_row_stops_them(rows: list[Row], tmp_path_factory: pytest.TempPathFac
         assert {len(values) for values in columns.values()} == {len(rows)}
 
 
-def test_run_of_combining_marks_takes_no_quadratic_time(tmp_path: Path) -> None:
+def test_combining_marks_take_linear_time(tmp_path: Path) -> None:
     row = answer_row("")
     row["messages"][-1]["content"] = "\u0315\u0300" * 200_000
     for scorer in (exact("response"), near(of="response")):
@@ -246,7 +248,7 @@ def test_run_of_combining_marks_takes_no_quadratic_time(tmp_path: Path) -> None:
 # Files.
 
 
-def test_partitions_give_back_what_was_put_in_in_order(tmp_path: Path) -> None:
+def test_partitions_preserve_records_and_order(tmp_path: Path) -> None:
     partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"}, buffer_size=3)
     for start in range(0, 10, 2):
         values = np.arange(start, start + 2, dtype=np.uint64)
@@ -256,14 +258,14 @@ def test_partitions_give_back_what_was_put_in_in_order(tmp_path: Path) -> None:
     assert partitions.read(5)["value"].tolist() == []
 
 
-def test_partitions_begin_empty_where_a_killed_try_left_some(tmp_path: Path) -> None:
+def test_partitions_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:
     for value in (1, 2):
         partitions = PartitionFiles(tmp_path / "parts", {"value": "<u8"})
         partitions.append(np.zeros(1, dtype=np.int64), value=np.array([value], dtype=np.uint64))
         assert partitions.read(0)["value"].tolist() == [value]
 
 
-def test_parts_of_hashes_are_even() -> None:
+def test_hash_partitions_have_similar_sizes() -> None:
     keys = np.random.default_rng(0).integers(0, 2**64, 30_000, dtype=np.uint64)
     counts = np.bincount(partition_of(keys, 3), minlength=3)
     assert counts.sum() == 30_000

@@ -13,15 +13,15 @@ from tunery.scoring.order_statistics import kth_smallest
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=40), st.data())
-def test_equals_sorting(values: list[float], data: st.DataObject) -> None:
+def test_kth_smallest_equals_sorting(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(values) - 1))
     at = data.draw(st.integers(0, len(values)))
     array = np.array(values)
-    found = kth_smallest(lambda: iter([array[:at], array[at:]]), k)
+    actual = kth_smallest(lambda: iter([array[:at], array[at:]]), k)
     expected = np.sort(array)[k]  # numpy puts NaN last
-    assert (math.isnan(found) and math.isnan(expected)) or found == expected
+    assert (math.isnan(actual) and math.isnan(expected)) or actual == expected
 
 
-def test_there_must_be_so_many() -> None:
+def test_kth_smallest_beyond_the_column_raises() -> None:
     with pytest.raises(IndexError):
         kth_smallest(lambda: iter([np.array([1.0])]), 1)

@@ -35,7 +35,9 @@ from tunery.store.rows import Row
         ("words", prompt_row("Why is that?"), math.nan, 3),
     ],
 )
-def test_length_is_the_answers_with_the_questions_beside_it(unit: str, row: Row, score: float, question: float) -> None:
+def test_length_scores_the_response_and_lists_the_prompt_length(
+    unit: str, row: Row, score: float, question: float
+) -> None:
     columns = LengthScorer(Length.model_validate({"length": unit}), {})([row])
     assert columns == {
         "score": [pytest.approx(score, nan_ok=True)],
@@ -79,12 +81,12 @@ PAPER = {
 }
 
 
-def test_limits_of_english_are_the_papers() -> None:
+def test_english_limits_are_those_of_the_paper() -> None:
     assert limits(GopherRules(), "Latin", "en") == PAPER
 
 
 def run_twice(n: int) -> str:
-    """n words of one letter, another one, and the n again."""
+    """n words of one letter, another word, and the n words again."""
     letters = " ".join("abcdefghij"[:n])
     return f"{letters} x {letters}"
 
@@ -116,7 +118,7 @@ MEASURES = [
 
 
 @pytest.mark.parametrize(("rule", "text", "value"), MEASURES)
-def test_gopher_rule_is_violated_beyond_its_limit_and_not_at_it(rule: str, text: str, value: float) -> None:
+def test_gopher_rule_is_violated_above_its_limit_only(rule: str, text: str, value: float) -> None:
     def names(limit: float | None) -> list[str] | None:
         return gopher.violated(text, GopherRules.model_validate({**OFF, rule: limit}))
 
@@ -130,16 +132,16 @@ def test_every_gopher_rule_has_a_case() -> None:
     assert {rule for rule, _, _ in MEASURES} == set(OFF)
 
 
-def test_share_of_overlapping_occurrences_is_at_most_one() -> None:
+def test_fraction_of_overlapping_occurrences_is_at_most_one() -> None:
     assert gopher.violated("a a a a", GopherRules.model_validate({**OFF, "top_2gram_max": 1.0})) == []
 
 
-def test_words_that_never_come_back_are_no_repetition() -> None:
+def test_unique_words_are_not_a_repetition() -> None:
     limits = {**OFF, "top_2gram_max": 0.0, "duplicate_5grams_max": 0.0}
     assert gopher.violated("a b c d e f g", GopherRules.model_validate(limits)) == []
 
 
-def test_ordinary_page_violates_nothing_and_a_stuck_one_all_repetition_rules() -> None:
+def test_ordinary_page_passes_and_a_repetitive_one_violates_all_repetition_rules() -> None:
     page = (
         "The reader opens a file and returns every line of it in turn. It closes the file when there are no more lines,"
         " or when somebody stops asking.\nErrors that the system reports are raised as they are, with the name of the"
@@ -154,7 +156,7 @@ def test_ordinary_page_violates_nothing_and_a_stuck_one_all_repetition_rules() -
     assert set(columns["rules"][1].split(", ")) == {"stop_words_min"} | {rule for rule in PAPER if "gram" in rule}
 
 
-def test_whole_row_is_looked_at_where_that_is_asked_for() -> None:
+def test_complete_row_is_scored_if_requested() -> None:
     row = answer_row("one two three", "four five six")
     for of, violations in (("response", 1), ("all", 0)):
         rules = GopherRules.model_validate({**OFF, "words_min": 4, "of": of})
@@ -188,28 +190,28 @@ C4_OFF = {
         ("braces", True, "f(x)[0]", "f {x}"),
     ],
 )
-def test_c4_rule_is_violated_by_the_bad_text_alone(rule: str, on: object, good: str, bad: str) -> None:
+def test_c4_rule_is_violated_only_by_the_bad_text(rule: str, on: object, good: str, bad: str) -> None:
     rules = C4Rules.model_validate({**C4_OFF, rule: on})
     assert c4.violated(good, rules) == []
     assert c4.violated(bad, rules) == [rule]
     assert c4.violated(bad, C4Rules.model_validate(C4_OFF)) == []
 
 
-def test_sentences_are_counted_in_the_lines_that_the_line_rules_leave() -> None:
+def test_sentences_are_counted_in_lines_that_pass_the_line_rules() -> None:
     text = "This line is long enough. It has three sentences. Here.\nToo short."
     enough = {**C4_OFF, "line_words_min": 5, "sentences_min": 4}
     assert c4.violated(text, C4Rules.model_validate(enough)) == ["sentences_min"]
     assert c4.violated(text, C4Rules.model_validate({**enough, "line_words_min": None})) == []
 
 
-def test_share_of_failing_lines_is_a_setting() -> None:
+def test_fraction_of_failing_lines_is_configurable() -> None:
     text = "This line does end.\nThis one does not"
     one = {**C4_OFF, "terminal_punctuation": True}
     assert c4.violated(text, C4Rules.model_validate(one)) == []
     assert c4.violated(text, C4Rules.model_validate({**one, "failing_lines_max": 0})) == ["terminal_punctuation"]
 
 
-def test_c4_scores_the_part_that_is_asked_for_and_names_the_rules() -> None:
+def test_c4_scores_the_requested_part_and_names_the_rules() -> None:
     row = answer_row("The first. The second of them. And a third sentence.", "What does {} do?")
     for of, names in (("response", ""), ("all", "braces")):
         columns = C4Scorer(C4(c4=C4Rules.model_validate({"of": of})), {})([row])
@@ -247,12 +249,12 @@ def test_text_without_letters_has_no_language(english: LanguageScorer) -> None:
     assert all(map(math.isnan, columns["score"]))
 
 
-def test_every_language_of_the_detector_can_be_asked_for(english: LanguageScorer) -> None:
+def test_every_language_of_the_detector_is_accepted(english: LanguageScorer) -> None:
     assert set(LANGUAGES) == set(english._identifier.labels) - {"zxx"}
     assert tuple(sorted(LANGUAGES)) == LANGUAGES
 
 
-# What must hold for all.
+# Properties of all rule scorers.
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +269,7 @@ def scorers(english: LanguageScorer) -> list[RowScorer]:
 
 @settings(max_examples=60)
 @given(rows=st.lists(hostile_rows, max_size=4))
-def test_no_row_stops_a_rule(scorers: list[RowScorer], rows: list[Row]) -> None:
+def test_hostile_rows_are_scored_by_every_rule(scorers: list[RowScorer], rows: list[Row]) -> None:
     for scorer in scorers:
         for values in scorer(rows).values():
             assert len(values) == len(rows)
@@ -280,7 +282,7 @@ def test_unscorable_rows_have_no_score(scorers: list[RowScorer], index: int) -> 
 
 
 @pytest.mark.parametrize("text", ["same words over and over ", "\u0315\u0300", "x.", "\n- "])
-def test_megabyte_takes_no_more_than_linear_time(scorers: list[RowScorer], text: str) -> None:
+def test_megabyte_of_text_takes_linear_time(scorers: list[RowScorer], text: str) -> None:
     row = answer_row("")
     row["messages"][-1]["content"] = text * (1_000_000 // len(text))
     for scorer in scorers:

@@ -21,11 +21,11 @@ RULES: list[dict[str, Any]] = [{"length": "words"}, {"duplicates": "exact"}, {"n
 
 
 def rows_of(count: int) -> list[Row]:
-    """Every tenth is the one before it again."""
+    """Every tenth row equals the one before it."""
     rows: list[Row] = [{"text": " ".join(f"w{n}x{m}" for m in range(5 + n % 7)), "line": n} for n in range(count)]
     for n in range(9, count, 10):
         rows[n] = {**rows[n - 1], "line": n}
-    return [{**row, "id": row_id(row), "planted": None} for row in rows]
+    return [{**row, "id": row_id(row), "injected_corruption": None} for row in rows]
 
 
 def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULES) -> tuple[StageResult, Path]:
@@ -47,15 +47,15 @@ def score(folder: Path, rows: Sequence[Row], by: Sequence[dict[str, Any]] = RULE
 
 def scores_of(out: Path) -> dict[str, list[Any]]:
     (path,) = (out / "scores").iterdir()
-    found: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-    return found
+    actual: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    return actual
 
 
-def test_rules_go_over_the_rows_together_and_each_keeps_its_own(tmp_path: Path) -> None:
+def test_rule_scorers_share_a_pass_and_keep_their_own_scores(tmp_path: Path) -> None:
     rows = rows_of(30)
     result, out = score(tmp_path, rows)
-    found = scores_of(out)
-    assert list(found) == [
+    actual = scores_of(out)
+    assert list(actual) == [
         "id",
         "length",
         "length_prompt",
@@ -63,31 +63,31 @@ def test_rules_go_over_the_rows_together_and_each_keeps_its_own(tmp_path: Path) 
         "near_duplicates",
         "near_duplicates_nearest",
     ]
-    assert found["id"] == [row["id"] for row in rows]
-    assert found["length"] == [float(len(row["text"].split())) for row in rows]
+    assert actual["id"] == [row["id"] for row in rows]
+    assert actual["length"] == [float(len(row["text"].split())) for row in rows]
     again = [n % 10 == 9 for n in range(30)]
-    assert found["duplicates"] == [float(twice) for twice in again]
-    assert [similar == 1.0 for similar in found["near_duplicates"]] == again
+    assert actual["duplicates"] == [float(twice) for twice in again]
+    assert [similar == 1.0 for similar in actual["near_duplicates"]] == again
     assert [path.name for path in (tmp_path / "work" / "passes").iterdir()] == ["length+duplicates+near_duplicates"]
     assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 30, 0)
-    assert result.measured["rows_scored"] == 30
+    assert result.runtime_stats["rows_scored"] == 30
 
 
-def test_only_scores_of_a_row_alone_are_kept_for_the_next_stage(tmp_path: Path) -> None:
+def test_only_per_row_scores_are_cached(tmp_path: Path) -> None:
     score(tmp_path, rows_of(30))
-    assert len(list((tmp_path / "scores").iterdir())) == 1, "a comparison changes with every row that is added"
+    assert len(list((tmp_path / "scores").iterdir())) == 1, "scores that compare rows are not cached"
 
 
-def test_row_that_is_lost_under_way_is_an_error(tmp_path: Path) -> None:
+def test_missing_row_is_an_error(tmp_path: Path) -> None:
     score(tmp_path, rows_of(30))
     (unit,) = (tmp_path / "work" / "passes").glob("*/part-*.parquet")
     pq.write_table(pq.read_table(unit).slice(0, 29), unit)
     (tmp_path / "artifact").rename(tmp_path / "first")
-    with pytest.raises(RowCountError, match="30 rows went in; 30 came out with 29 scores, 0 in quarantine"):
+    with pytest.raises(RowCountError, match="30 input rows; 30 output rows, 29 rows with scores, 0 in quarantine"):
         score(tmp_path, rows_of(30))
 
 
-def test_strange_row_is_quarantined_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unscorable_row_is_quarantined_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunery.scoring.scorers.length import LengthScorer
 
     whole = LengthScorer.__call__
@@ -103,8 +103,8 @@ def test_strange_row_is_quarantined_and_the_others_stay(tmp_path: Path, monkeypa
     assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 29, 1)
     assert [row["line"] for row in read_rows(out)] == [n for n in range(30) if n != 4]
     assert scores_of(out)["id"] == [row["id"] for row in rows if row["line"] != 4]
-    told = json.loads((out / "quarantine.jsonl").read_text())
-    assert told == {"source": None, "line": 4, "id": rows[4]["id"], "reason": "ValueError: a strange row"}
+    output = json.loads((out / "quarantine.jsonl").read_text())
+    assert output == {"source": None, "line": 4, "id": rows[4]["id"], "reason": "ValueError: a strange row"}
 
 
 def test_many_scores_with_long_names_fit_a_file_system(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_many_scores_with_long_names_fit_a_file_system(tmp_path: Path) -> None:
     assert len(folder.name) < MAX_NAME_LENGTH + 30
 
 
-def test_two_scores_with_one_column_are_told(tmp_path: Path) -> None:
+def test_two_scores_with_the_same_column_are_rejected(tmp_path: Path) -> None:
     by = [{"near_duplicates": {}, "name": "near"}, {"length": "words", "name": "near_nearest"}]
     with pytest.raises(StageError, match="two scores have a column `near_nearest`"):
         score(tmp_path, rows_of(3), by)

@@ -20,11 +20,13 @@ from tunery.store.vectors import vectors_of
 
 
 class Killed(BaseException):
-    """What a process's death looks like to a test that stays alive."""
+    """Simulates the death of a process in a test."""
 
 
 def rows_of(count: int) -> list[Row]:
-    rows: list[Row] = [{"text": f"row {n}", "planted": "cut", "source": "rows.jsonl", "line": n} for n in range(count)]
+    rows: list[Row] = [
+        {"text": f"row {n}", "injected_corruption": "cut", "source": "rows.jsonl", "line": n} for n in range(count)
+    ]
     return [{**row, "id": row_id(row)} for row in rows]
 
 
@@ -51,82 +53,78 @@ def plain(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
 
 
 def result(folder: Path, shard: Path) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = pq.read_table(folder / "out" / shard.name).to_pydict()
-    return found
+    actual: dict[str, list[Any]] = pq.read_table(folder / "out" / shard.name).to_pydict()
+    return actual
 
 
-def test_unit_has_a_line_a_row_and_the_truth_is_not_shown(shard: Path, tmp_path: Path) -> None:
-    seen: list[Row] = []
+def test_shard_result_has_one_line_per_row_and_corruption_is_hidden(shard: Path, tmp_path: Path) -> None:
+    recorded: list[Row] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        seen.extend(rows)
+        recorded.extend(rows)
         return plain(rows, scores)
 
-    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "known": 0, "lost": 0}
-    found = result(tmp_path, shard)
-    assert found["id"] == [row["id"] for row in rows_of(10)]
-    assert found["a"] == [float(n) for n in range(10)]
-    assert found["a:why"] == [f"row {n}" for n in range(10)]
-    assert all("planted" not in row for row in seen)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "nothing but the result is left"
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "cached": 0, "failed": 0}
+    actual = result(tmp_path, shard)
+    assert actual["id"] == [row["id"] for row in rows_of(10)]
+    assert actual["a"] == [float(n) for n in range(10)]
+    assert actual["a:why"] == [f"row {n}" for n in range(10)]
+    assert all("injected_corruption" not in row for row in recorded)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "only the result remains"
 
 
-def test_known_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: None) -> None:
+def test_cached_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: None) -> None:
     score_shard(shard, job(tmp_path), plain)
-    made = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
-    table = made.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = table.append_column("id", [ids_to_uint64(made["id"].to_pylist())])
+    built = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
+    table = built.select(["a", "a:why"]).rename_columns(["score", "why"])
+    kept = table.append_column("id", [ids_to_uint64(built["id"].to_pylist())])
     ScoreCache(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
-    asked: list[str] = []
+    requests: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        asked.extend(row["text"] for row in rows)
+        requests.extend(row["text"] for row in rows)
         return plain(rows, scores)
 
     before = result(tmp_path, shard)
-    told = score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
-    assert told == {"rows": 10, "scored": 8, "known": 2, "lost": 0}
-    assert asked == [f"row {n}" for n in range(10) if n not in (1, 4)]
+    output = score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
+    assert output == {"rows": 10, "scored": 8, "cached": 2, "failed": 0}
+    assert requests == [f"row {n}" for n in range(10) if n not in (1, 4)]
     after = result(tmp_path, shard)
-    assert after["known:a"] == [n in (1, 4) for n in range(10)]
+    assert after["cached:a"] == [n in (1, 4) for n in range(10)]
     assert {name: after[name] for name in ("id", "a", "a:why")} == {name: before[name] for name in ("id", "a", "a:why")}
 
 
-def test_row_that_raises_is_lost_with_its_reason_and_the_others_are_not(
-    shard: Path, tmp_path: Path, pieces: None
-) -> None:
+def test_row_that_raises_is_quarantined_with_its_reason(shard: Path, tmp_path: Path, pieces: None) -> None:
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(row["text"] == "row 3" for row in rows):
             raise ValueError("a strange row")
         return plain(rows, scores)
 
-    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
-    found = result(tmp_path, shard)
-    assert found["lost"] == [n == 3 for n in range(10)]
-    assert math.isnan(found["a"][3])
-    assert found["a"][4] == 4.0
-    reasons = json.loads((tmp_path / "out" / f"{shard.stem}.lost.json").read_text())
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "cached": 0, "failed": 1}
+    actual = result(tmp_path, shard)
+    assert actual["failed"] == [n == 3 for n in range(10)]
+    assert math.isnan(actual["a"][3])
+    assert actual["a"][4] == 4.0
+    reasons = json.loads((tmp_path / "out" / f"{shard.stem}.failed.json").read_text())
     assert reasons == {"3": "ValueError: a strange row"}
 
 
-def test_fault_of_every_row_is_raised_instead_of_losing_them_all(tmp_path: Path) -> None:
+def test_error_of_every_row_is_raised_instead_of_quarantining_all(tmp_path: Path) -> None:
     write_rows(rows_of(50), tmp_path / "many")
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         raise ValueError("the model is broken")
 
-    with pytest.raises(
-        TuneryError, match=f"none of {MAX_CONSECUTIVE_FAILURES} rows one after the other can be scored"
-    ) as raised:
+    with pytest.raises(TuneryError, match=f"{MAX_CONSECUTIVE_FAILURES} consecutive rows could not be scored") as raised:
         score_shard(shards(tmp_path / "many")[0], job(tmp_path), score)
     first = rows_of(50)[0]
     assert raised.value.cause == (
         f"row {first['id']} ({first['source']}, line {first['line']}): ValueError: the model is broken"
     )
-    assert "the same command resumes" in raised.value.remedy
+    assert "run the same command again" in raised.value.remedy
 
 
-def test_lack_of_memory_for_every_row_is_raised_as_such(tmp_path: Path) -> None:
+def test_out_of_memory_is_raised_unchanged(tmp_path: Path) -> None:
     write_rows(rows_of(50), tmp_path / "many")
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -136,7 +134,9 @@ def test_lack_of_memory_for_every_row_is_raised_as_such(tmp_path: Path) -> None:
         score_shard(shards(tmp_path / "many")[0], job(tmp_path), score)
 
 
-def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp_path: Path, pieces: None) -> None:
+def test_row_that_crashes_its_worker_is_quarantined_after_max_crashes(
+    shard: Path, tmp_path: Path, pieces: None
+) -> None:
     scored: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -148,12 +148,12 @@ def test_row_that_kills_its_worker_is_lost_after_so_many_deaths(shard: Path, tmp
     for _ in range(MAX_CRASHES + 1):  # the whole unit, then one by one
         with pytest.raises(Killed):
             score_shard(shard, job(tmp_path), score)
-    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "known": 0, "lost": 1}
-    assert result(tmp_path, shard)["lost"] == [n == 6 for n in range(10)]
-    assert "its worker died 3 times" in (tmp_path / "out" / f"{shard.stem}.lost.json").read_text()
+    assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "cached": 0, "failed": 1}
+    assert result(tmp_path, shard)["failed"] == [n == 6 for n in range(10)]
+    assert "its worker crashed 3 times" in (tmp_path / "out" / f"{shard.stem}.failed.json").read_text()
 
 
-def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
+def test_crashes_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
     def killed(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         raise Killed
 
@@ -166,11 +166,11 @@ def test_deaths_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
         batches.append(len(rows))
         return plain(rows, scores)
 
-    assert score_shard(shard, job(tmp_path, "5"), score)["lost"] == 0
-    assert batches == [10], "all at once: nothing is suspected"
+    assert score_shard(shard, job(tmp_path, "5"), score)["failed"] == 0
+    assert batches == [10], "in one batch, because no row is suspected"
 
 
-def test_piece_of_which_every_row_is_lost_keeps_its_place(
+def test_chunk_whose_rows_all_failed_keeps_its_position(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunery.scoring.score_shard.CHUNK_ROWS", 4)
@@ -180,34 +180,34 @@ def test_piece_of_which_every_row_is_lost_keeps_its_place(
             raise ValueError("a strange row")
         return {"a": {"score": [1.0] * len(rows), "sketch": [b"x"] * len(rows)}}
 
-    assert score_shard(shard, job(tmp_path), score)["lost"] == 4
-    found = result(tmp_path, shard)
-    assert found["lost"] == [4 <= n < 8 for n in range(10)]
-    assert found["a:sketch"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
-    assert set(json.loads((tmp_path / "out" / f"{shard.stem}.lost.json").read_text())) == {"4", "5", "6", "7"}
+    assert score_shard(shard, job(tmp_path), score)["failed"] == 4
+    actual = result(tmp_path, shard)
+    assert actual["failed"] == [4 <= n < 8 for n in range(10)]
+    assert actual["a:sketch"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
+    assert set(json.loads((tmp_path / "out" / f"{shard.stem}.failed.json").read_text())) == {"4", "5", "6", "7"}
 
 
-def test_rows_that_lack_the_same_scores_go_together(shard: Path, tmp_path: Path) -> None:
+def test_rows_that_miss_the_same_scores_are_scored_together(shard: Path, tmp_path: Path) -> None:
     score_shard(shard, job(tmp_path), plain)
-    made = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
-    kept = made.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = kept.append_column("id", [ids_to_uint64(made["id"].to_pylist())]).select(["id", "score", "why"])
+    built = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
+    kept = built.select(["a", "a:why"]).rename_columns(["score", "why"])
+    kept = kept.append_column("id", [ids_to_uint64(built["id"].to_pylist())]).select(["id", "score", "why"])
     ScoreCache(tmp_path / "kept").add("r", [kept], 6)
-    asked: list[tuple[int, tuple[str, ...]]] = []
+    requests: list[tuple[int, tuple[str, ...]]] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        asked.append((len(rows), tuple(scores)))
+        requests.append((len(rows), tuple(scores)))
         return plain(rows, scores)
 
     (tmp_path / "both").mkdir()
     both = ScorePass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
     score_shard(shard, both, score)
-    assert sorted(asked) == [(4, ("a", "b")), (6, ("b",))]
-    found = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
-    assert found["a"] == found["b"] == [float(n) for n in range(10)]
+    assert sorted(requests) == [(4, ("a", "b")), (6, ("b",))]
+    actual = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
+    assert actual["a"] == actual["b"] == [float(n) for n in range(10)]
 
 
-def test_vectors_pass_through_known_new_and_lost_rows(shard: Path, tmp_path: Path) -> None:
+def test_vectors_are_merged_for_cached_new_and_failed_rows(shard: Path, tmp_path: Path) -> None:
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         numbers = [int(row["text"].split()[1]) for row in rows]
         if 3 in numbers:
@@ -216,20 +216,20 @@ def test_vectors_pass_through_known_new_and_lost_rows(shard: Path, tmp_path: Pat
         return {name: {"score": [math.nan] * len(rows), "vector": vectors} for name in scores}
 
     score_shard(shard, job(tmp_path), score)
-    made = pq.read_table(tmp_path / "out" / shard.name)
+    built = pq.read_table(tmp_path / "out" / shard.name)
     expected = [[math.nan] * 3 if n == 3 else [n, 0.5, -n] for n in range(10)]
-    assert str(made["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
-    np.testing.assert_array_equal(vectors_of(made["a:vector"]), expected)
-    kept = made.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
-    kept = kept.append_column("id", [ids_to_uint64(made.take([1, 4])["id"].to_pylist())])
+    assert str(built["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
+    np.testing.assert_array_equal(vectors_of(built["a:vector"]), expected)
+    kept = built.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
+    kept = kept.append_column("id", [ids_to_uint64(built.take([1, 4])["id"].to_pylist())])
     ScoreCache(tmp_path / "kept").add("r", [kept], 2)
-    assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["known"] == 2
+    assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["cached"] == 2
     again = pq.read_table(tmp_path / "out" / shard.name)
-    assert again["known:a"].to_pylist() == [n in (1, 4) for n in range(10)]
+    assert again["cached:a"].to_pylist() == [n in (1, 4) for n in range(10)]
     np.testing.assert_array_equal(vectors_of(again["a:vector"]), expected)
 
 
-def test_one_death_changes_no_batch(shard: Path, tmp_path: Path) -> None:
+def test_first_crash_does_not_change_the_batches(shard: Path, tmp_path: Path) -> None:
     batches: list[int] = []
 
     def dies_once(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
@@ -240,5 +240,5 @@ def test_one_death_changes_no_batch(shard: Path, tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         score_shard(shard, job(tmp_path), dies_once)
-    assert score_shard(shard, job(tmp_path), dies_once)["lost"] == 0
+    assert score_shard(shard, job(tmp_path), dies_once)["failed"] == 0
     assert batches == [10, 10]

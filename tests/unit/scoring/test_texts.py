@@ -45,17 +45,17 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("language", "sentence", "count"), SENTENCES)
-def test_sentence_has_as_many_words_as_its_language_has(language: str, sentence: str, count: int) -> None:
+def test_number_of_words_by_language(language: str, sentence: str, count: int) -> None:
     assert len(words(sentence)) == count
     assert LengthScorer(Length(length="words"), {})([answer_row(sentence)])["score"] == [count]
 
 
 @pytest.mark.parametrize(("language", "sentence", "count"), SENTENCES)
-def test_no_character_is_lost_or_moved_between_words(language: str, sentence: str, count: int) -> None:
+def test_words_preserve_all_characters_in_order(language: str, sentence: str, count: int) -> None:
     assert "".join(words(sentence)) == "".join(sentence.split())
 
 
-def test_punctuation_is_no_word_of_its_own_where_there_are_no_spaces() -> None:
+def test_punctuation_is_not_a_word_in_scripts_without_spaces() -> None:
     assert words("“你好”，（世界）！") == ["“你", "好”，（", "世", "界）！"]
     assert terms("“你好”，（世界）！") == ["你", "好", "世", "界"]
     assert terms("ฉัน, 'ชอบ'!") == ["ฉัน", "ชอบ"]
@@ -89,16 +89,16 @@ def test_terms_of_english_are_runs_of_letters_digits_and_underscores_in_lower_ca
     assert terms("He said “naïve”…") == ["he", "said", "naïve"]
 
 
-def test_segmentation_by_dictionary_is_the_one_that_scores_were_computed_with() -> None:
-    # Where this fails after an update of icu4py, the versions of length, gopher, c4, contamination and near_duplicates
-    # in scorers/table.py are to be raised.
+def test_dictionary_segmentation_is_unchanged() -> None:
+    # If this fails after an update of icu4py, increase the versions of length, gopher, c4, contamination and
+    # near_duplicates in the registry of scorers.
     assert words("ฟังก์ชันนี้เปิดไฟล์และคืนค่ารายการของทุกบรรทัด") == (
         ["ฟังก์ชัน", "นี้", "เปิด", "ไฟล์", "และ", "คืน", "ค่า", "รายการ", "ของ", "ทุก", "บรรทัด"]
     )
 
 
 @given(st.text())
-def test_words_are_those_between_white_space_cut_further_only(text: str) -> None:
+def test_words_subdivide_white_space_separated_text(text: str) -> None:
     assert "".join(words(text)) == "".join(text.split())
     assert all(words(text))
     assert len(words(text)) >= len(text.split())
@@ -106,7 +106,7 @@ def test_words_are_those_between_white_space_cut_further_only(text: str) -> None
 
 
 @given(st.text(), st.integers(1, 6))
-def test_counting_that_stops_early_agrees_with_counting(text: str, count: int) -> None:
+def test_early_stopping_count_agrees_with_full_count(text: str, count: int) -> None:
     assert has_words(text, count) == (len(words(text)) >= count)
 
 
@@ -131,7 +131,7 @@ def test_script_is_that_of_most_letters(text: str, name: str) -> None:
     assert script(text) == name
 
 
-def test_length_of_an_empty_answer_is_zero_in_every_unit() -> None:
+def test_length_of_an_empty_response_is_zero_in_every_unit() -> None:
     for unit in ("words", "chars", "lines"):
         scores = LengthScorer(Length.model_validate({"length": unit}), {})([answer_row("")])["score"]
         assert scores == [0]

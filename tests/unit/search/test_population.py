@@ -37,7 +37,7 @@ def population(**fields: Any) -> Population:
 
 
 def report(point: Point, generation: int) -> dict[str, float]:
-    """The nearer to 1e-3 a trial has learned, the less is its loss."""
+    """Loss of a trial: lower the closer its learning rates are to 1e-3."""
     rates = [point["sft.learning_rate"]]
     for change in point.get("sft.schedule_overrides", ()):
         rates += [change["learning_rate"]] * (change["after"] < generation / EVALUATIONS)
@@ -47,30 +47,30 @@ def report(point: Point, generation: int) -> dict[str, float]:
 
 
 def lived(pbt: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
-    """Everybody trains to the end; each turn one of those that can go on reports."""
+    """Train all members to the end; in each iteration one that can continue reports."""
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
         pbt.add_member(name, point)
     ahead = dict.fromkeys(points, 1)
-    found: list[Exploit] = []
+    results: list[Exploit] = []
     while going := order([name for name in ahead if name not in pbt.replaced and ahead[name] < EVALUATIONS]):
         name = going[0]
         pbt.record(name, report(points[name], ahead[name]))
         ahead[name] += 1
         for exploit in due(pbt):
-            found.append(exploit)
+            results.append(exploit)
             child = trial_id(exploit.overrides)
             points[child] = exploit.overrides
             ahead[child] = round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * EVALUATIONS) + 1
-    return found
+    return results
 
 
 def due(pbt: Population) -> list[Exploit]:
     pbt.decide()
-    found, pbt.pending_children = pbt.pending_children, []
-    assert [exploit.member for exploit in found] == pbt.to_stop
+    actual, pbt.pending_children = pbt.pending_children, []
+    assert [exploit.member for exploit in actual] == pbt.to_stop
     pbt.to_stop.clear()
-    return found
+    return actual
 
 
 def starts() -> list[Point]:
@@ -83,24 +83,24 @@ def shuffled(seed: int) -> Callable[[list[str]], list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_who_makes_room_does_not_depend_on_who_is_faster(seed: int) -> None:
+def test_replacements_do_not_depend_on_trial_speed(seed: int) -> None:
     in_step = lived(population(), lambda names: names)
     assert len(in_step) == (EVALUATIONS - 1) * SIZE // 4
     assert lived(population(), shuffled(seed)) == in_step
 
 
-def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None:
+def test_worst_quarter_is_replaced_by_perturbed_copies_of_the_best() -> None:
     pbt = population()
     first = {trial_id(point): point for point in starts()}
-    found = [
+    actual = [
         exploit for exploit in lived(pbt, lambda names: names) if len(exploit.overrides["sft.schedule_overrides"]) == 1
     ]
-    found = [exploit for exploit in found if exploit.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
+    actual = [exploit for exploit in actual if exploit.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
     losses = {name: report(point, 1)["sft.eval_loss"] for name, point in first.items()}
     ranked = sorted(losses, key=lambda name: losses[name])
-    assert {exploit.member for exploit in found} == set(ranked[-2:])
-    assert {exploit.source for exploit in found} <= set(ranked[:2])
-    for exploit in found:
+    assert {exploit.member for exploit in actual} == set(ranked[-2:])
+    assert {exploit.source for exploit in actual} <= set(ranked[:2])
+    for exploit in actual:
         assert exploit.source_step == 10
         assert {
             **first[exploit.source],
@@ -113,7 +113,7 @@ def test_the_worst_quarter_goes_on_from_the_best_one_with_other_values() -> None
     assert overridable_paths(search(), "sft") == ["sft.learning_rate", "sft.weight_decay"]
 
 
-def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() -> None:
+def test_child_is_a_training_whose_override_starts_after_the_evaluation() -> None:
     (change,) = lived(population(), lambda names: names)[0].overrides["sft.schedule_overrides"]
     assert change["after"] == 1 / EVALUATIONS
     for evaluations in range(2, 13):
@@ -126,32 +126,32 @@ def test_what_is_found_is_a_training_whose_change_comes_behind_the_evaluation() 
     assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
 
 
-def test_a_journal_tells_it_all_again(tmp_path: Path) -> None:
+def test_journal_restores_the_population(tmp_path: Path) -> None:
     journal, pbt = Journal(tmp_path / "journal.jsonl"), population()
     points = {trial_id(point): point for point in starts()}
     for number, (name, point) in enumerate(points.items()):
-        journal.begin(TrialStart(name, number, point, "drawn"))
+        journal.begin(TrialStart(name, number, point, "sampled"))
         pbt.add_member(name, point)
     for name, point in points.items():
         for generation in (1, 2):  # nobody waits for the decision
             journal.report(name, report(point, generation))
             pbt.record(name, report(point, generation))
-    found = due(pbt)
-    for exploit in found[:1]:  # the search was killed before the other had begun
+    actual = due(pbt)
+    for exploit in actual[:1]:  # the search was killed before the other one started
         journal.begin(
             TrialStart(
-                trial_id(exploit.overrides), 9, exploit.overrides, "descendant", exploit.source, exploit.source_step
+                trial_id(exploit.overrides), 9, exploit.overrides, "pbt_child", exploit.source, exploit.source_step
             )
         )
         journal.end(exploit.member, state="stopped", values={}, seconds=1.0, error="")
     again = population()
     again.replay(Journal(tmp_path / "journal.jsonl").records.values())
-    assert again.pending_children == found
-    assert again.to_stop == [exploit.member for exploit in found]
+    assert again.pending_children == actual
+    assert again.to_stop == [exploit.member for exploit in actual]
     assert again.replaced == pbt.replaced
 
 
-def test_one_that_fails_is_not_waited_for_and_one_without_a_value_makes_room() -> None:
+def test_failed_members_are_skipped_and_members_without_a_value_are_replaced() -> None:
     pbt = population()
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
@@ -160,17 +160,17 @@ def test_one_that_fails_is_not_waited_for_and_one_without_a_value_makes_room() -
     pbt.record(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
     for name in others:
         pbt.record(name, report(points[name], 1))
-    assert due(pbt) == [], "one has neither reported nor ended"
+    assert due(pbt) == [], "one member has neither reported nor ended"
     assert pbt.awaits_decision(diverged)
     pbt.mark_ended(failed)
     leaving = {exploit.member for exploit in due(pbt)}
     assert diverged in leaving
     assert failed not in leaving
     assert not pbt.awaits_decision(others[0])
-    assert pbt.stale_checkpoints() == [], "the copies have not begun yet"
+    assert pbt.stale_checkpoints() == [], "the children have not started yet"
 
 
-def test_one_that_is_tried_again_is_waited_for() -> None:
+def test_retried_member_is_awaited() -> None:
     pbt = population()
     points = {trial_id(point): point for point in starts()}
     for name, point in points.items():
@@ -188,19 +188,19 @@ def test_one_that_is_tried_again_is_waited_for() -> None:
     assert not pbt.is_far_ahead(others[0])
 
 
-def test_two_copies_are_never_the_same() -> None:
+def test_children_have_distinct_values() -> None:
     space = {"sft.learning_rate": {"choice": [1e-5, 1e-4, 1e-3]}, "sft.tuner.lora.rank": {"int": [1, 64]}}
     for seed in range(30):
         pbt = Population(search(space=space, trials=8), "sft", EVALUATIONS, seed)
         points = {f"trial-{number}": {"sft.learning_rate": 1e-4, "sft.tuner.lora.rank": number} for number in range(8)}
-        for place, (name, point) in enumerate(points.items()):
+        for index, (name, point) in enumerate(points.items()):
             pbt.add_member(name, point)
-            pbt.record(name, {"sft.eval_loss": place, "steps": 10.0, "share": 0.2})
+            pbt.record(name, {"sft.eval_loss": index, "steps": 10.0, "share": 0.2})
         names = [trial_id(exploit.overrides) for exploit in due(pbt)]
         assert len(set(names)) == len(names)
 
 
-def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
+def test_population_is_complete_when_all_members_exist_or_none_can_be_added() -> None:
     pbt = population(trials=SIZE + 1)
     for point in starts():
         pbt.add_member(trial_id(point), point)
@@ -211,8 +211,8 @@ def test_a_population_is_whole_when_all_are_there_or_no_more_can_come() -> None:
 
 
 @pytest.mark.parametrize("pause", [1, 4])
-def test_a_member_of_fewer_steps_than_evaluations_keeps_nobody_waiting(pause: int) -> None:
-    """`pause`: the others report so many times as often."""
+def test_member_with_few_steps_does_not_block_the_others(pause: int) -> None:
+    """`pause`: the other members report this many times as often."""
     pbt = population(trials=4)
     points = {trial_id(point): point for point in starts()[:4]}
     for name, point in points.items():
@@ -235,7 +235,7 @@ def test_a_member_of_fewer_steps_than_evaluations_keeps_nobody_waiting(pause: in
                 range(round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, EVALUATIONS)
             )
         if pbt.is_far_ahead(short):
-            assert pbt.awaits_decision(short), "else it is paused, begun again, and paused again"
+            assert pbt.awaits_decision(short), "otherwise it is paused, resumed and paused again"
         elif not ahead:
             pbt.mark_ended(short)
     assert not [name for name in others if pending[name] and name not in pbt.replaced]

@@ -21,13 +21,13 @@ def search(**fields: Any) -> Search:
 
 
 def record(name: str, state: str = "done", of: str = "", **values: float) -> JournalRecord:
-    origin: Any = "replicate" if of else "drawn"
+    origin: Any = "replicate" if of else "sampled"
     ended = {"state": state, "values": values, "seconds": 1.0, "error": ""}
     return JournalRecord(TrialStart(name, 0, {"x": name}, origin, of), [], ended)
 
 
-def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_better_value() -> None:
-    told = search(constraints=[{"metric": "b", "max": 0.02}])
+def test_ranking_is_by_completion_then_feasibility_then_value() -> None:
+    result = search(constraints=[{"metric": "b", "max": 0.02}])
     records = [
         record("stopped", "stopped", a=0.1, b=0.0),
         record("broken", a=0.2, b=0.03),
@@ -36,22 +36,22 @@ def test_ended_trials_lead_then_those_that_keep_to_the_constraints_then_the_bett
         record("better", a=0.4, b=-1.0),
         record("nothing", a=math.nan, b=0.0),
     ]
-    facts = search_facts(told, records, "")
+    facts = search_facts(result, records, "")
     assert [trial["trial"] for trial in facts["trials"][:4]] == ["better", "worse", "broken", "unknown"]
     assert facts["best"]["trial"] == "better"
     assert [trial["feasible"] for trial in facts["trials"][:4]] == [True, True, False, False]
-    assert search_facts(told, records[:1], "")["best"] is None
+    assert search_facts(result, records[:1], "")["best"] is None
 
 
-def test_weights_make_one_value_whose_sign_is_that_of_the_first_metric() -> None:
+def test_weighted_sum_has_the_direction_of_the_first_metric() -> None:
     also = [{"metric": "b", "mode": "max", "weight": 2.0}]
     assert objective_value(search(objectives=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
     assert objective_value(search(objectives=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
     assert math.isnan(objective_value(search(objectives=also), {"a": 1.0}))
 
 
-def test_a_front_has_every_trial_that_no_other_dominates() -> None:
-    told = search(objectives=[{"metric": "b", "mode": "max"}])
+def test_pareto_front_has_every_nondominated_trial() -> None:
+    result = search(objectives=[{"metric": "b", "mode": "max"}])
     chance = random.Random(0)
     trials = [
         {"trial": str(i), "state": "done", "values": {"a": chance.randrange(6), "b": chance.randrange(6)}, "value": 1.0}
@@ -68,18 +68,18 @@ def test_a_front_has_every_trial_that_no_other_dominates() -> None:
         ]
         if not better:
             expected.add(one["trial"])
-    assert pareto_front(told, trials) == expected != set()
+    assert pareto_front(result, trials) == expected != set()
     assert pareto_front(search(), trials) == set()
 
 
-def test_intervals_hold_the_true_mean_in_nineteen_of_twenty_cases_and_ties_are_called_so() -> None:
+def test_intervals_have_nominal_coverage_and_ties_are_detected() -> None:
     chance = random.Random(1)
     held = ties = 0
     for _ in range(2000):
         groups = {name: [chance.gauss(0, 1) for _ in range(3)] for name in "abc"}
-        found = seed_stats(groups)
-        held += sum(abs(item.mean) <= item.ci_half_width for item in found)  # type: ignore[operator]
-        ties += len(statistical_ties(found[0], found[1:2], {name: groups[name] for name in "abc"}))
+        actual = seed_stats(groups)
+        held += sum(abs(item.mean) <= item.ci_half_width for item in actual)  # type: ignore[operator]
+        ties += len(statistical_ties(actual[0], actual[1:2], {name: groups[name] for name in "abc"}))
     assert 0.93 < held / 6000 < 0.97
     assert 0.93 < ties / 2000 < 0.97
     far = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
@@ -87,14 +87,14 @@ def test_intervals_hold_the_true_mean_in_nineteen_of_twenty_cases_and_ties_are_c
     assert seed_stats({"a": [1.0]})[0].ci_half_width is None
 
 
-def test_students_t_comes_down_to_the_normal_distribution() -> None:
+def test_student_t_converges_to_the_normal_distribution() -> None:
     values = [t_quantile(freedom) for freedom in range(1, 200)]
     assert values == sorted(values, reverse=True)
     assert t_quantile(20) == pytest.approx(2.086, abs=2e-3)
     assert t_quantile(60) == pytest.approx(2.000, abs=2e-3)
 
 
-def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
+def test_winner_has_the_best_mean_over_seeds() -> None:
     records = [
         record("lucky", a=1.0),
         record("good", a=1.1),
@@ -110,10 +110,10 @@ def test_the_winner_is_the_best_mean_over_seeds_not_the_luckiest() -> None:
         {"lucky": 5 / 3, "good": 3.4 / 3}
     )
     assert facts["ties"] == ["lucky"]
-    assert [trial["origin"] for trial in facts["trials"]] == ["drawn"] * 3 + ["replicate"] * 4
+    assert [trial["origin"] for trial in facts["trials"]] == ["sampled"] * 3 + ["replicate"] * 4
 
 
-def test_a_seed_that_diverges_counts_against_its_trial() -> None:
+def test_diverged_seed_counts_against_its_trial() -> None:
     records = [
         record("one", a=1.0),
         record("two", a=1.1),
@@ -127,7 +127,7 @@ def test_a_seed_that_diverges_counts_against_its_trial() -> None:
     assert {item["trial"]: item["values"] for item in facts["standings"]} == {"one": [1.0, 1.0], "two": [1.1, 1.1, 1.2]}
 
 
-def test_a_trial_does_not_win_because_only_it_was_repeated() -> None:
+def test_trial_does_not_win_because_only_it_was_replicated() -> None:
     """The budget was spent while the repetitions ran, or those of the best one failed."""
     records = [record("one", a=1.0), record("two", a=2.0), record("two-1", of="two", a=2.1)]
     assert search_facts(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"

@@ -16,14 +16,14 @@ from tunery.spec import Search
 
 
 class Trial:
-    def __init__(self, name: str, origin: str = "drawn") -> None:
+    def __init__(self, name: str, origin: str = "sampled") -> None:
         self.trial_id, self.config = name, {"origin": origin}
 
 
 def search(scheduler: str) -> Search:
     space = {"sft.epochs": {"choice": [1, 2]}}
-    told = {"metric": "sft.eval_loss", "mode": "min", "trials": 9, "scheduler": scheduler, "space": space}
-    return Search.model_validate_json(json.dumps(told))
+    result = {"metric": "sft.eval_loss", "mode": "min", "trials": 9, "scheduler": scheduler, "space": space}
+    return Search.model_validate_json(json.dumps(result))
 
 
 def report(tokens: float, loss: float) -> dict[str, float]:
@@ -31,27 +31,27 @@ def report(tokens: float, loss: float) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_trials_that_ended_before_a_kill_are_still_what_others_are_compared_with(name: str, tmp_path: Path) -> None:
+def test_scheduler_restores_trials_that_ended_before_a_kill(name: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     for number in range(6):
-        journal.begin(TrialStart(f"ended{number}", number, {"sft.epochs": 1}, "drawn"))
+        journal.begin(TrialStart(f"ended{number}", number, {"sft.epochs": 1}, "sampled"))
         for part in range(1, 10):
             journal.report(f"ended{number}", report(100.0 * part, 1.0))
         journal.end(f"ended{number}", state="done", values={"sft.eval_loss": 1.0}, seconds=1.0, error="")
     scheduler: Any = build_scheduler(search(name), 900.0, journal)
-    for trial, loss, told in (
+    for trial, loss, entry in (
         (Trial("worse"), 2.0, TrialScheduler.STOP),
         (Trial("better"), 0.5, TrialScheduler.CONTINUE),
     ):
         scheduler.on_trial_add(None, trial)
-        assert scheduler.on_trial_result(None, trial, report(110.0, loss)) == told
+        assert scheduler.on_trial_result(None, trial, report(110.0, loss)) == entry
     again = Trial("again", "replicate")
     scheduler.on_trial_add(None, again)
     assert scheduler.on_trial_result(None, again, report(110.0, 2.0)) == TrialScheduler.CONTINUE
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
-def test_a_trial_whose_metric_is_no_number_is_stopped(name: str, tmp_path: Path) -> None:
+def test_trial_with_nan_metric_is_stopped(name: str, tmp_path: Path) -> None:
     scheduler: Any = build_scheduler(search(name), 900.0, Journal(tmp_path / "journal.jsonl"))
     trial = Trial("diverged")
     scheduler.on_trial_add(None, trial)

@@ -45,7 +45,7 @@ def planned(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware |
     return plan_search(resolved, Store(tmp_path / "store"), tmp_path, 2, "2 CPUs / 1 a trial")
 
 
-def test_what_is_shared_what_differs_and_who_trains_in_a_pack(load_text: LoadText, tmp_path: Path) -> None:
+def test_plan_lists_shared_stages_differing_stages_and_packs(load_text: LoadText, tmp_path: Path) -> None:
     plan = planned(TEXT, load_text, tmp_path)
     assert plan.shared == ["docs", "base", "rows", "held", "scored"]
     assert plan.per_trial == {"clean": 2, "sft": 2 * 3 * 2}
@@ -54,7 +54,7 @@ def test_what_is_shared_what_differs_and_who_trains_in_a_pack(load_text: LoadTex
         "sft: full fine-tuning changes the base that a pack shares": 6,
         "sft: LoRA's dropout would be drawn for all members together": 6,
     }
-    assert len(plan.duplicates) == 6, "epochs 1 and 1.0 are one"
+    assert len(plan.duplicates) == 6, "epochs 1 and 1.0 are equal"
     assert any("unknown" in line for line in plan.lines())
 
 
@@ -66,15 +66,15 @@ ALONE: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize(("old", "new", "why"), ALONE.values(), ids=ALONE)
-def test_why_trials_train_alone(old: str, new: str, why: str, load_text: LoadText, tmp_path: Path) -> None:
+def test_plan_explains_unpacked_trials(old: str, new: str, why: str, load_text: LoadText, tmp_path: Path) -> None:
     text = TEXT.replace("[full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]", "[{lora: {rank: 8}}]")
     assert planned(text, load_text, tmp_path).unpacked == {}
-    found = planned(text.replace(old, new, 1), load_text, tmp_path)
-    assert list(found.unpacked) == [why]
-    assert found.packed == 0
+    actual = planned(text.replace(old, new, 1), load_text, tmp_path)
+    assert list(actual.unpacked) == [why]
+    assert actual.packed == 0
 
 
-def test_the_dimensions_of_the_documentation_are_read(load_text: LoadText) -> None:
+def test_dimensions_of_the_documentation_are_valid(load_text: LoadText) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs/search.md").read_text()
     example = re.search(r"^space:\n(?:  .*\n)+", page, flags=re.M)
     assert example is not None
@@ -86,10 +86,10 @@ def test_the_dimensions_of_the_documentation_are_read(load_text: LoadText) -> No
     assert set(experiment.search.space) == set(fitting)
 
 
-@pytest.mark.parametrize(("scheduler", "told"), [("hyperband", True), ("asha", False)])
-def test_an_algorithm_that_learns_nothing_is_told(
-    scheduler: str, told: bool, load_text: LoadText, tmp_path: Path
+@pytest.mark.parametrize(("scheduler", "expected"), [("hyperband", True), ("asha", False)])
+def test_algorithm_that_cannot_learn_is_noted(
+    scheduler: str, expected: bool, load_text: LoadText, tmp_path: Path
 ) -> None:
     text = TEXT.replace("algorithm: grid", f"algorithm: tpe\n  scheduler: {scheduler}")
     lines = planned(text, load_text, tmp_path).lines()
-    assert any("tpe cannot learn from results: hyperband starts all trials" in line for line in lines) == told
+    assert any("tpe cannot learn from results: hyperband starts all trials" in line for line in lines) == expected

@@ -44,25 +44,25 @@ VALUES: list[dict[str, Any]] = [{"sft.learning_rate": rate, "sft.epochs": 1} for
 NAMES = [trial_id(values) for values in VALUES]
 
 
-class Bench:
-    """A run whose first trial is done, its second failed, its third and fourth run."""
+class Workspace:
+    """A run with four trials: done, failed, and two running."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store")
         self.folder = self.store.run("small")
         self.control = SearchControl(self.folder)
 
-    def begin(self, text: str = TEXT, *, search: bool = True) -> Bench:
+    def begin(self, text: str = TEXT, *, search: bool = True) -> Workspace:
         stages = [{"name": name, "kind": "sft"} for name in ("rows", "held", "base", "sft")]
         self.write("run_started", run="small", file="small.yaml", text=text, stages=stages)
         if search:
             self.write("search_started", metric="sft.eval_loss", mode="min", trials=4, space={}, max_concurrent=2)
         return self
 
-    def go(self) -> Bench:
+    def go(self) -> Workspace:
         self.begin()
         for name, values in zip(NAMES, VALUES, strict=True):
-            self.write("trial_started", trial=name, overrides=values, origin="drawn", of="")
+            self.write("trial_started", trial=name, overrides=values, origin="sampled", of="")
             self.write("stage_started", name, stage="sft", kind="sft", fingerprint="f")
             self.write("progress", name, stage="sft", done=6, total=10, unit="steps")
             for step, loss in ((2, 4.0), (4, 3.5)):
@@ -71,84 +71,86 @@ class Bench:
         self.finish(1, state="failed", value=None, error="Traceback\nValueError: too hot\n")
         return self
 
-    def finish(self, index: int, **told: Any) -> None:
-        self.write("trial_finished", trial=NAMES[index], overrides=VALUES[index], seconds=9.0, **{"error": "", **told})
+    def finish(self, index: int, **fields: Any) -> None:
+        self.write(
+            "trial_finished", trial=NAMES[index], overrides=VALUES[index], seconds=9.0, **{"error": "", **fields}
+        )
 
     def write(self, event: str, writer: str = "driver", **values: Any) -> None:
         trial = "" if writer == "driver" else writer
         EventLog(self.folder / "events" / f"{writer}.jsonl", trial=trial).write(event, **values)
 
     def list(self) -> Trials:
-        told = trials("small", self.store, ())
-        assert isinstance(told, Trials)
-        return told
+        result = trials("small", self.store, ())
+        assert isinstance(result, Trials)
+        return result
 
-    def wish(self, *words: str, **asked: Any) -> TrialCommand:
-        told = trials("small", self.store, words, **asked)
-        assert isinstance(told, TrialCommand)
-        return told
+    def command(self, *words: str, **options: Any) -> TrialCommand:
+        result = trials("small", self.store, words, **options)
+        assert isinstance(result, TrialCommand)
+        return result
 
-    def refused(self, *words: str, **asked: Any) -> RequestError:
+    def refused(self, *words: str, **options: Any) -> RequestError:
         before = self.written()
-        with pytest.raises(RequestError) as told:
-            trials("small", self.store, words, **asked)
+        with pytest.raises(RequestError) as caught:
+            trials("small", self.store, words, **options)
         assert self.written() == before
-        assert told.value.remedy
-        return told.value
+        assert caught.value.remedy
+        return caught.value
 
     def written(self) -> list[Path]:
         return sorted((self.folder / "steering").glob("*"))
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path).go()
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path).go()
 
 
 @pytest.fixture
-def running(bench: Bench) -> Iterator[Bench]:
-    with Lease(bench.folder / "lease"):
-        yield bench
+def running(workspace: Workspace) -> Iterator[Workspace]:
+    with Lease(workspace.folder / "lease"):
+        yield workspace
 
 
-def shown(told: Trials | TrialCommand, width: int) -> str:
+def rendered(command: Trials | TrialCommand, width: int) -> str:
     console = Console(width=width, highlight=False, no_color=True)
     with console.capture() as captured:
-        console.print(told.render(width))
+        console.print(command.render(width))
     return captured.get()
 
 
 # The list.
 
 
-def test_running_trials_come_first_with_their_last_value_and_progress(running: Bench) -> None:
-    told = running.list()
-    assert [trial.state for trial in told.trials] == ["running", "running", "done", "failed"]
-    first, done = told.trials[0], told.trials[2]
+def test_running_trials_come_first_with_their_last_value_and_progress(running: Workspace) -> None:
+    result = running.list()
+    assert [trial.state for trial in result.trials] == ["running", "running", "done", "failed"]
+    first, done = result.trials[0], result.trials[2]
     assert (first.value, first.done, first.total, first.unit) == (3.5, 6, 10, "steps")
     assert first.seconds is not None
-    assert (done.value, done.seconds, done.best, done.origin) == (3.25, 9.0, True, "drawn")
-    assert told.search_state == "running"
+    assert (done.value, done.seconds, done.best, done.origin) == (3.25, 9.0, True, "sampled")
+    assert result.search_state == "running"
 
 
-def test_training_loss_is_not_taken_for_the_value(bench: Bench) -> None:
+def test_training_loss_is_not_the_trial_value(workspace: Workspace) -> None:
     name = trial_id({"sft.epochs": 2})
-    bench.write("trial_started", trial=name, overrides={"sft.epochs": 2}, origin="drawn", of="")
-    bench.write("metrics", name, stage="sft", step=1, values={"loss": 1.0})
-    assert bench.list().find(name).value is None
+    workspace.write("trial_started", trial=name, overrides={"sft.epochs": 2}, origin="sampled", of="")
+    workspace.write("metrics", name, stage="sft", step=1, values={"loss": 1.0})
+    assert workspace.list().find(name).value is None
 
 
-def test_trials_that_were_cut_off_wait(bench: Bench) -> None:
-    told = bench.list()
-    assert [trial.state for trial in told.trials] == ["waiting", "waiting", "done", "failed"]
-    assert told.search_state == "waiting"
-    assert "the search is not running" in shown(told, 200)
+def test_interrupted_trials_are_pending(workspace: Workspace) -> None:
+    result = workspace.list()
+    assert [trial.state for trial in result.trials] == ["pending", "pending", "done", "failed"]
+    assert result.search_state == "interrupted"
+    assert "the search is not running" in rendered(result, 200)
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_every_trial_is_shown_with_its_values_and_why_it_failed(running: Bench, width: int) -> None:
-    running.wish("sft.epochs=2", clone=NAMES[0])
-    text = shown(running.list(), width)
+def test_every_trial_is_listed_with_values_and_error(running: Workspace, width: int) -> None:
+    running.command("sft.epochs=2", clone=NAMES[0])
+    text = rendered(running.list(), width)
     for name in NAMES:
         assert name in text
     assert f"cloned of {NAMES[0]}" in text
@@ -159,81 +161,81 @@ def test_every_trial_is_shown_with_its_values_and_why_it_failed(running: Bench, 
 
 
 def test_run_without_a_search_says_so(tmp_path: Path) -> None:
-    bench = Bench(tmp_path).begin(TEXT.partition("search:")[0], search=False)
-    assert "has no search" in bench.refused().message
-    assert bench.refused("abc", stop=True).exit_code == 2
+    workspace = Workspace(tmp_path).begin(TEXT.partition("search:")[0], search=False)
+    assert "has no search" in workspace.refused().message
+    assert workspace.refused("abc", stop=True).exit_code == 2
 
 
-def test_trials_of_an_edited_file_are_not_listed(running: Bench) -> None:
+def test_trials_of_an_edited_file_are_not_listed(running: Workspace) -> None:
     running.begin(TEXT.replace("seed: 5", "seed: 6"))
     assert running.list().trials == ()
 
 
-def test_what_is_no_run_names_those_that_are(bench: Bench) -> None:
-    with pytest.raises(RequestError) as told:
-        trials("smal", bench.store, ())
-    assert "small" in told.value.remedy
+def test_unknown_run_is_rejected_with_known_runs(workspace: Workspace) -> None:
+    with pytest.raises(RequestError) as caught:
+        trials("smal", workspace.store, ())
+    assert "small" in caught.value.remedy
 
 
 # Stopping.
 
 
 @pytest.mark.parametrize("shorten", [str, lambda name: name.removeprefix("trial-"), lambda name: name[:10]])
-def test_stop_is_written_for_the_trial_that_is_meant(running: Bench, shorten: Any) -> None:
-    told = running.wish(shorten(NAMES[2]), stop=True)
-    assert told.trials == (NAMES[2],)
+def test_stop_is_written_for_the_requested_trial(running: Workspace, shorten: Any) -> None:
+    result = running.command(shorten(NAMES[2]), stop=True)
+    assert result.trials == (NAMES[2],)
     assert running.control.stop_requested(NAMES[2])
     assert running.list().find(NAMES[2]).state == "stopping"
-    assert "ends after its current step" in shown(told, 80)
+    assert "ends after its current step" in rendered(result, 80)
 
 
-def test_stop_of_what_has_ended_or_is_unknown_is_refused_and_stops_nothing(running: Bench) -> None:
-    told = running.refused(NAMES[2], NAMES[0], stop=True)
-    assert "has ended" in told.message
-    assert told.cause == "it is done"
-    assert NAMES[2] in told.remedy
+def test_stop_of_an_ended_or_unknown_trial_is_rejected(running: Workspace) -> None:
+    result = running.refused(NAMES[2], NAMES[0], stop=True)
+    assert "has ended" in result.message
+    assert result.cause == "it is done"
+    assert NAMES[2] in result.remedy
     assert NAMES[2] in running.refused(NAMES[2][:-1] + "x", stop=True).remedy
-    assert "may be any of 4" in running.refused("trial-", stop=True).message
+    assert "matches 4 trials" in running.refused("trial-", stop=True).message
 
 
-def test_stop_is_kept_where_nobody_runs_the_search(bench: Bench) -> None:
-    told = bench.wish(NAMES[2], stop=True)
-    assert "kept until `tunery run small.yaml` resumes it" in shown(told, 200)
-    assert bench.control.stop_requested(NAMES[2])
-    assert bench.list().find(NAMES[2]).state == "stopped"
+def test_stop_is_kept_if_the_search_is_not_running(workspace: Workspace) -> None:
+    result = workspace.command(NAMES[2], stop=True)
+    assert "kept until `tunery run small.yaml` resumes it" in rendered(result, 200)
+    assert workspace.control.stop_requested(NAMES[2])
+    assert workspace.list().find(NAMES[2]).state == "stopped"
 
 
 # Adding.
 
 
-def test_added_trial_is_what_the_search_reads(running: Bench) -> None:
-    told = running.wish("sft.learning_rate=5e-3", "sft.tuner={lora: {rank: 8}}", add=True)
+def test_search_reads_the_added_trial(running: Workspace) -> None:
+    result = running.command("sft.learning_rate=5e-3", "sft.tuner={lora: {rank: 8}}", add=True)
     values = {"sft.learning_rate": 5e-3, "sft.tuner": {"lora": {"rank": 8}}}
     assert SearchControl(running.folder).new_trials() == [{"overrides": values, "origin": "added", "of": ""}]
-    waits = running.list().find(told.trials[0])
-    assert (waits.state, waits.origin, waits.overrides) == ("waiting", "added", values)
+    waits = running.list().find(result.trials[0])
+    assert (waits.state, waits.origin, waits.overrides) == ("pending", "added", values)
 
 
-def test_cloned_trial_has_the_others_values_and_the_changes(running: Bench) -> None:
-    running.wish("sft.epochs=2", clone=NAMES[3].removeprefix("trial-"))
+def test_cloned_trial_has_the_original_values_and_the_changes(running: Workspace) -> None:
+    running.command("sft.epochs=2", clone=NAMES[3].removeprefix("trial-"))
     (wish,) = SearchControl(running.folder).new_trials()
     assert wish == {"overrides": {"sft.learning_rate": 4e-3, "sft.epochs": 2}, "origin": "cloned", "of": NAMES[3]}
 
 
-def test_added_trial_that_is_not_wanted_any_more_will_not_begin(running: Bench) -> None:
-    (name,) = running.wish("sft.epochs=2", add=True).trials
-    assert "will not start" in shown(running.wish(name, stop=True), 80)
+def test_stopped_added_trial_does_not_start(running: Workspace) -> None:
+    (name,) = running.command("sft.epochs=2", add=True).trials
+    assert "will not start" in rendered(running.command(name, stop=True), 80)
     assert running.list().find(name).state == "stopped"
 
 
-def test_path_outside_the_space_is_allowed_where_the_metric_depends_on_it(running: Bench) -> None:
-    running.wish("rows.limit=10", "sft.max_length=64", add=True)
-    told = running.refused("other.epochs=2", add=True)
-    assert told.message == "`other.epochs` can't change `sft.eval_loss`"
+def test_path_outside_the_space_is_allowed_if_the_metric_depends_on_it(running: Workspace) -> None:
+    running.command("rows.limit=10", "sft.max_length=64", add=True)
+    result = running.refused("other.epochs=2", add=True)
+    assert result.message == "`other.epochs` can't change `sft.eval_loss`"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["sft.epoch=2"], "did you mean `epochs`?"),
         (["sft.epochs=-1"], "`sft.epochs` can't be -1\ncause: it should be greater than 0"),
@@ -246,56 +248,56 @@ def test_path_outside_the_space_is_allowed_where_the_metric_depends_on_it(runnin
         ([], "--add needs a value"),
     ],
 )
-def test_values_that_no_trial_can_have_are_refused(running: Bench, words: list[str], said: str) -> None:
-    assert said in str(running.refused(*words, add=True))
+def test_invalid_values_are_rejected(running: Workspace, words: list[str], expected: str) -> None:
+    assert expected in str(running.refused(*words, add=True))
 
 
 def test_batches_are_checked_for_a_trials_workers(tmp_path: Path) -> None:
-    bench = Bench(tmp_path).begin(TEXT + "compute: {workers_per_trial: 2}\n")
-    bench.wish("sft.global_batch_size=6", add=True)
-    assert "sft.global_batch_size" in bench.refused("sft.global_batch_size=7", add=True).message
+    workspace = Workspace(tmp_path).begin(TEXT + "compute: {workers_per_trial: 2}\n")
+    workspace.command("sft.global_batch_size=6", add=True)
+    assert "sft.global_batch_size" in workspace.refused("sft.global_batch_size=7", add=True).message
 
 
 @pytest.mark.parametrize("epochs", ["1", "1.0"])
-def test_values_of_a_trial_that_is_there_are_refused(running: Bench, epochs: str) -> None:
-    told = running.refused("sft.learning_rate=2e-3", f"sft.epochs={epochs}", add=True)
-    assert told.message == f"{NAMES[1]} has these values already"
-    running.wish("sft.epochs=2", add=True)
+def test_values_of_an_existing_trial_are_rejected(running: Workspace, epochs: str) -> None:
+    result = running.refused("sft.learning_rate=2e-3", f"sft.epochs={epochs}", add=True)
+    assert result.message == f"{NAMES[1]} has these values already"
+    running.command("sft.epochs=2", add=True)
     assert "already" in running.refused("sft.epochs=2", add=True).message
 
 
-def test_ended_search_takes_no_wishes(bench: Bench) -> None:
-    bench.finish(2, state="stopped", value=3.5)
-    bench.write("search_finished", best=NAMES[0], value=3.25, seconds=20.0)
-    assert "the search has ended" in shown(bench.list(), 80)
-    assert "has ended" in bench.refused("sft.epochs=2", add=True).message
-    assert "has ended" in bench.refused(NAMES[3], stop=True).message
+def test_ended_search_rejects_commands(workspace: Workspace) -> None:
+    workspace.finish(2, state="stopped", value=3.5)
+    workspace.write("search_finished", best=NAMES[0], value=3.25, seconds=20.0)
+    assert "the search has ended" in rendered(workspace.list(), 80)
+    assert "has ended" in workspace.refused("sft.epochs=2", add=True).message
+    assert "has ended" in workspace.refused(NAMES[3], stop=True).message
 
 
-def test_wish_before_the_search_begins_is_kept(tmp_path: Path) -> None:
-    bench = Bench(tmp_path).begin(search=False)
-    with Lease(bench.folder / "lease"):
-        assert "the search has not started" in shown(bench.wish("sft.epochs=2", add=True), 200)
-        assert [trial.state for trial in bench.list().trials] == ["waiting"]
+def test_command_before_the_search_starts_is_kept(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path).begin(search=False)
+    with Lease(workspace.folder / "lease"):
+        assert "the search has not started" in rendered(workspace.command("sft.epochs=2", add=True), 200)
+        assert [trial.state for trial in workspace.list().trials] == ["pending"]
 
 
 # The command.
 
 
-def test_command_takes_values_after_its_options(
-    running: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_accepts_values_after_options(
+    running: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(*words: str) -> Any:
         monkeypatch.setattr(sys, "argv", ["tunery", "trials", "small", *words, "--store", str(running.store.root)])
         cli.main()
         return capsys.readouterr().out
 
-    told = json.loads(command("--add", "sft.learning_rate=5e-3", "sft.epochs=2", "--json"))
-    assert (told["command"], told["overrides"]) == ("add", {"sft.learning_rate": 5e-3, "sft.epochs": 2})
+    result = json.loads(command("--add", "sft.learning_rate=5e-3", "sft.epochs=2", "--json"))
+    assert (result["command"], result["overrides"]) == ("add", {"sft.learning_rate": 5e-3, "sft.epochs": 2})
     command("--clone", NAMES[0], "sft.learning_rate=6e-3")
     command("--stop", NAMES[2], NAMES[3])
     states = {trial["name"]: trial["state"] for trial in json.loads(command("--json"))["trials"]}
-    assert sorted(states.values()) == ["done", "failed", "stopping", "stopping", "waiting", "waiting"]
+    assert sorted(states.values()) == ["done", "failed", "pending", "pending", "stopping", "stopping"]
     assert NAMES[0] in command()
     for words in (["sft.epochs=2"], ["--add", "--stop", "x"], ["--stop", "zz"]):
         with pytest.raises(SystemExit) as ended:
@@ -304,14 +306,14 @@ def test_command_takes_values_after_its_options(
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_values_that_change_what_is_measured_on_are_told(running: Bench) -> None:
-    assert running.wish("sft.epochs=2", add=True).notes == ()
+def test_values_that_change_the_evaluation_data_are_noted(running: Workspace) -> None:
+    assert running.command("sft.epochs=2", add=True).notes == ()
     for path in ("sft.max_length", "held.limit"):
-        (note,) = running.wish(f"{path}=30", add=True).notes
+        (note,) = running.command(f"{path}=30", add=True).notes
         assert f"`{path}` also changes the data that `sft.eval_loss` is computed on" in note
 
 
-def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
+def test_weighted_sum_is_named_and_has_no_intermediate_value() -> None:
     events: list[dict[str, Any]] = [
         {"event": "run_started", "t": 0.0, "run": "x"},
         {
@@ -319,7 +321,7 @@ def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
             "t": 1.0,
             "metric": "sft.eval_loss",
             "mode": "min",
-            "also": [{"metric": "eval.sft.a.loss", "mode": "min", "weight": 0.5}],
+            "objectives": [{"metric": "eval.sft.a.loss", "mode": "min", "weight": 0.5}],
             "trials": 2,
         },
         {"event": "trial_started", "t": 2.0, "trial": "one", "overrides": {}},
@@ -328,6 +330,6 @@ def test_a_weighted_sum_is_called_so_and_has_no_value_before_the_end() -> None:
         {"event": "trial_started", "t": 2.0, "trial": "two", "overrides": {}},
         {"event": "trial_finished", "t": 4.0, "trial": "two", "overrides": {}, "state": "done", "value": 5.5},
     ]
-    told = list_trials(replay(events), events, [], lambda trial: False, "somebody", 5.0)
-    assert told.metric == "weighted sum"
-    assert {trial.name: trial.value for trial in told.trials} == {"one": None, "two": 5.5}
+    result = list_trials(replay(events), events, [], lambda trial: False, "somebody", 5.0)
+    assert result.metric == "weighted sum"
+    assert {trial.name: trial.value for trial in result.trials} == {"one": None, "two": 5.5}

@@ -47,14 +47,14 @@ def directions(*degrees: float) -> np.ndarray:
 @contextmanager
 def gathered(vectors: np.ndarray, badness: Sequence[float] | None = None) -> Iterator[tuple[Candidates, Path]]:
     with tempfile.TemporaryDirectory() as folder:
-        found = Candidates(Path(folder), vectors.shape[1])
+        actual = Candidates(Path(folder), vectors.shape[1])
         whole, there = round_vectors(vectors)
         assert there.all()
         count = len(vectors)
         by = np.zeros(count) if badness is None else np.array(badness, float)
-        found.add(whole, np.arange(count, dtype=np.uint64), np.arange(count) / max(count, 1), by)
-        found.close()
-        yield found, Path(folder)
+        actual.add(whole, np.arange(count, dtype=np.uint64), np.arange(count) / max(count, 1), by)
+        actual.close()
+        yield actual, Path(folder)
 
 
 @contextmanager
@@ -75,7 +75,7 @@ VECTORS = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(1, 40), s
 """Rows, dimensions, how many of the rows differ, seed."""
 
 
-def drawn(shape: tuple[int, int, int, int]) -> np.ndarray:
+def random_vectors(shape: tuple[int, int, int, int]) -> np.ndarray:
     rows, dimensions, different, seed = shape
     draw = np.random.default_rng(seed)
     vectors = draw.standard_normal((different, dimensions))
@@ -105,21 +105,23 @@ def plain_k_center(candidates: Candidates, first: int, wanted: int) -> tuple[lis
 
 @settings(max_examples=30)
 @given(VECTORS, st.integers(1, 60))
-def test_k_center_chooses_what_the_plain_greedy_chooses(shape: tuple[int, int, int, int], wanted: int) -> None:
-    with small_pieces(), gathered(drawn(shape)) as (candidates, _):
+def test_k_center_selects_what_the_plain_greedy_algorithm_selects(
+    shape: tuple[int, int, int, int], wanted: int
+) -> None:
+    with small_pieces(), gathered(random_vectors(shape)) as (candidates, _):
         chosen, near = k_center(candidates, min(wanted, candidates.count))
         expected, distances = plain_k_center(candidates, chosen[0], min(wanted, candidates.count))
         assert chosen == expected
         assert near.tolist() == distances.tolist()
 
 
-def test_k_center_ends_where_all_rows_lie_on_a_chosen_one() -> None:
+def test_k_center_stops_if_all_rows_equal_a_selected_one() -> None:
     with gathered(directions(0, 90, 0, 90, 0)) as (candidates, _):
         assert len(k_center(candidates, 4)[0]) == 2
 
 
 @pytest.mark.parametrize("dimensions", [2, 64, MAX_DIMENSIONS])
-def test_every_product_is_exact_in_whatever_order_it_is_added_up(dimensions: int) -> None:
+def test_products_are_exact_in_any_summation_order(dimensions: int) -> None:
     draw = np.random.default_rng(0)
     extreme = np.vstack([np.ones((1, dimensions)), -np.ones((1, dimensions)), np.eye(2, dimensions)])
     vectors = np.vstack([extreme, draw.standard_normal((20, dimensions))])
@@ -152,10 +154,10 @@ def test_score_first_by_hand() -> None:
 
 @settings(max_examples=30)
 @given(VECTORS, st.integers(1, 60), st.sampled_from([-0.5, 0.0, 0.5, 0.9, 1.0]), st.integers(1, 5))
-def test_score_first_takes_what_a_plain_loop_takes(
+def test_score_first_selects_what_a_plain_loop_selects(
     shape: tuple[int, int, int, int], wanted: int, similarity: float, levels: int
 ) -> None:
-    vectors = drawn(shape)
+    vectors = random_vectors(shape)
     badness = np.random.default_rng(shape[3]).integers(0, levels, len(vectors)).astype(float)
     with small_pieces(), gathered(vectors, badness.tolist()) as (candidates, work):
         selection = score_first(candidates, wanted, similarity, work)
@@ -180,23 +182,23 @@ def test_score_first_takes_what_a_plain_loop_takes(
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e300, math.inf, -math.inf]), max_size=60))
-def test_order_by_score_through_files_is_that_of_a_stable_sort(badness: list[float]) -> None:
+def test_external_sort_equals_a_stable_sort(badness: list[float]) -> None:
     with small_pieces(), tempfile.TemporaryDirectory() as work:
-        found = [int(place) for piece in sort_by_score(np.array(badness), Path(work)) for place in piece]
-    assert found == sorted(range(len(badness)), key=lambda place: badness[place])
+        actual = [int(place) for piece in sort_by_score(np.array(badness), Path(work)) for place in piece]
+    assert actual == sorted(range(len(badness)), key=lambda place: badness[place])
 
 
-# How far the chosen rows cover the others.
+# Coverage.
 
 
-def test_cover_by_hand() -> None:
+def test_coverage_by_hand() -> None:
     with gathered(directions(0, 60, 180)) as (candidates, _):
-        told = coverage(candidates, np.arange(3), np.array([0]))
-        assert told["radius"] == pytest.approx(2.0, abs=1e-3)
-        assert told["similarity"] == pytest.approx((1 + 0.5 - 1) / 3, abs=1e-3)
+        result = coverage(candidates, np.arange(3), np.array([0]))
+        assert result["radius"] == pytest.approx(2.0, abs=1e-3)
+        assert result["similarity"] == pytest.approx((1 + 0.5 - 1) / 3, abs=1e-3)
         assert coverage(candidates, np.arange(3), np.arange(3)) == {"radius": 0.0, "similarity": 1.0}
-        told = chance_similarity(candidates) or {}
-        assert told["median"] == pytest.approx(-0.5, abs=1e-3)  # of 0.5, -0.5 and -1
+        result = chance_similarity(candidates) or {}
+        assert result["median"] == pytest.approx(-0.5, abs=1e-3)  # of 0.5, -0.5 and -1
 
 
 # The stage.
@@ -212,7 +214,7 @@ def scored(folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Seq
     values = list(range(len(vectors))) if scores is None else list(scores)
     for number, (start, end) in enumerate(zip([0, *splits], [*splits, len(vectors)], strict=True)):
         rows = [
-            {"id": ids[n], "text": f"row {n}", "source": "abc"[n % 3], "line": n, "planted": ""}
+            {"id": ids[n], "text": f"row {n}", "source": "abc"[n % 3], "line": n, "injected_corruption": ""}
             for n in range(start, end)
         ]
         name = f"part-{number:05d}.parquet"
@@ -228,14 +230,14 @@ def scored(folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Seq
 
 
 def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[StageResult, list[str], dict[str, str]]:
-    """Facts, ids kept in their order, and by id the rule that dropped it."""
+    """Facts, kept ids in order, and the rule that dropped each other id."""
     out = folder / "out"
     out.mkdir(parents=True)
     context = stage_context(
         spec, {"scored": data}, folder, name="clean", seed=seed, out=out, staging_dir=folder / "work"
     )
     result = run_select(context)
-    assert not list((folder / "work").iterdir()), "what was on disk for the choice is gone"
+    assert not list((folder / "work").iterdir()), "temporary files are deleted"
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     return result, [row["id"] for row in read_rows(out)], {line["id"]: line["rule"] for line in dropped}
 
@@ -259,9 +261,9 @@ def some_vectors(count: int = ROWS) -> np.ndarray:
     ],
     ids=lambda diverse: f"{diverse.method} {diverse.rows or diverse.share}",
 )
-def test_every_row_is_kept_or_listed_and_the_same_in_whatever_shards(tmp_path: Path, diverse: Diverse) -> None:
+def test_every_row_is_kept_or_listed_independent_of_shards(tmp_path: Path, diverse: Diverse) -> None:
     spec = select(diverse=diverse, keep={"length": Keep(range=(3, None))})
-    found = []
+    results = []
     for number, splits in enumerate(([], [13], [1, 2, 2, 30])):
         folder = tmp_path / str(number)
         result, kept, dropped = run(folder, scored(folder / "scored", some_vectors(), splits), spec)
@@ -269,15 +271,15 @@ def test_every_row_is_kept_or_listed_and_the_same_in_whatever_shards(tmp_path: P
         assert not set(kept) & set(dropped)
         assert len(kept) == result.facts["kept"] == result.facts["diverse"]["kept"]
         assert result.facts["diverse"]["candidates"] == ROWS - 3
-        found.append((result.facts["diverse"], kept, dropped))
-    assert all(other == found[0] for other in found)
+        results.append((result.facts["diverse"], kept, dropped))
+    assert all(other == results[0] for other in results)
     if diverse.rows:
-        assert len(found[0][1]) == diverse.rows
+        assert len(results[0][1]) == diverse.rows
     elif diverse.share:
-        assert len(found[0][1]) == round(diverse.share * (ROWS - 3))
+        assert len(results[0][1]) == round(diverse.share * (ROWS - 3))
 
 
-def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tmp_path: Path) -> None:
+def test_too_similar_row_is_listed_with_its_neighbor(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", directions(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
     spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=2))
     result, kept, dropped = run(tmp_path, data, spec)
@@ -287,7 +289,7 @@ def test_row_that_is_too_similar_is_listed_with_the_row_that_it_is_similar_to(tm
     assert result.facts["diverse"]["too_similar"] == 1
 
 
-def test_closing_table_says_why_fewer_rows_were_selected_than_requested(tmp_path: Path) -> None:
+def test_summary_table_explains_a_shortfall(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", directions(0, 1, 90, 91), [2], scores=[1, 2, 3, 4])
     spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=3))
     result, kept, _ = run(tmp_path, data, spec)
@@ -312,10 +314,10 @@ def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: P
         data = scored(tmp_path / name / "scored", vectors, [3], scores=[0, 1, 2, 3, NAN, 5])
         result, kept, dropped = run(tmp_path / name, data, select(diverse=spec))
         assert dropped == {f"{n * 7919:016x}": f"{spec.method}: {why}" for n, why in lacking.items()}
-        assert (len(kept), result.facts["diverse"]["without"]) == (6 - len(lacking), len(lacking))
+        assert (len(kept), result.facts["diverse"]["missing"]) == (6 - len(lacking), len(lacking))
 
 
-def test_diversity_has_the_last_word_after_rules_and_quota(tmp_path: Path) -> None:
+def test_diversity_is_applied_after_rules_and_quota(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", some_vectors(), [20])
     diverse = Diverse(by="vec", method="k_center", rows=5)
     keep, quota = {"length": Keep(threshold=10.0)}, Quota(group_by="source", rows=4, by="length")
@@ -326,27 +328,27 @@ def test_diversity_has_the_last_word_after_rules_and_quota(tmp_path: Path) -> No
     assert [reasons.count(why) for why in ("length threshold 10", "quota", "k_center 5 by vec")] == [10, 18, 7]
 
 
-def test_facts_tell_what_diversity_bought_beside_chance(tmp_path: Path) -> None:
-    # Nine tenths of the rows are alike: a random choice sees little else.
+def test_facts_compare_coverage_with_a_random_selection(tmp_path: Path) -> None:
+    # Nine tenths of the rows are similar, so a random selection has little else.
     vectors = np.vstack([directions(*np.linspace(0, 5, 54)), directions(90, 120, 150, 180, 240, 300)])
     spec = select(diverse=Diverse(by="vec", method="k_center", rows=7))
-    told = run(tmp_path / "a", scored(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
-    assert told["compared"] == 60
-    assert told["cover"]["radius"] < 0.1 < 0.5 < told["random"]["radius"]
-    assert told["cover"]["similarity"] > told["random"]["similarity"]
+    result = run(tmp_path / "a", scored(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
+    assert result["coverage_rows"] == 60
+    assert result["coverage"]["radius"] < 0.1 < 0.5 < result["random"]["radius"]
+    assert result["coverage"]["similarity"] > result["random"]["similarity"]
     other = run(tmp_path / "b", scored(tmp_path / "b/scored", vectors, [30]), spec, seed=2)[0].facts["diverse"]
-    assert other["random"] != told["random"], "the random choice goes by the seed"
-    assert other["cover"] == told["cover"]
+    assert other["random"] != result["random"], "the random selection depends on the seed"
+    assert other["coverage"] == result["coverage"]
 
 
-def test_choice_among_no_rows_says_what_dropped_them(tmp_path: Path) -> None:
+def test_selection_among_no_rows_reports_what_dropped_them(tmp_path: Path) -> None:
     spec = select(keep={"length": Keep(threshold=1000.0)}, diverse=Diverse(by="vec", method="k_center", rows=2))
     with pytest.raises(StageError, match="no row of 40 passes") as caught:
         run(tmp_path, scored(tmp_path / "scored", some_vectors(), [20]), spec)
     assert "`length threshold 1000` dropped 40" in caught.value.cause
 
 
-def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversity_dropped(tmp_path: Path) -> None:
+def test_review_of_a_diverse_selection_samples_near_the_rule_threshold(tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
     data = scored(artifacts / "score-f", some_vectors(), [20])
     spec = select(
@@ -354,7 +356,7 @@ def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversit
     )
     result, kept, _ = run(tmp_path, data, spec)
     (artifacts / "score-f" / "manifest.json").write_text(json.dumps(data.manifest))
-    (artifacts / "score-f" / "measured.json").write_text("{}")
+    (artifacts / "score-f" / "runtime_stats.json").write_text("{}")
     (tmp_path / "out").rename(artifacts / "select-g")
     identity = spec.model_dump(mode="json", exclude={"kind", "seed"})
     manifest = {"identity": identity, "inputs": {"data": "f"}, "facts": result.facts}
@@ -365,7 +367,7 @@ def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversit
     assert sorted(filtered.distance[:20]) == [n + 0.5 for n in range(20)]
 
 
-# What may be asked for.
+# Validation of the fields.
 
 
 @pytest.mark.parametrize(
@@ -378,6 +380,6 @@ def test_review_of_a_diverse_choice_looks_near_the_rule_and_not_at_what_diversit
         ({"method": "score_first", "score": "length", "rows": 3, "share": 0.5}, "one of `rows`, `share`"),
     ],
 )
-def test_fields_of_the_other_method_are_refused(fields: dict[str, Any], words: str) -> None:
+def test_fields_of_the_other_method_are_rejected(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Diverse(by="vec", **fields)

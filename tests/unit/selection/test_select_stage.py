@@ -34,7 +34,7 @@ QUANTILES = st.floats(0.001, 1.0)
 
 
 def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndarray, float]:
-    """The rule's threshold fitted and applied in chunks, as a stage does."""
+    """Fit and apply the threshold of a rule in chunks, like the stage."""
     middle = len(badness) // 2
     chunks = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
     threshold = find_threshold(chunks, rule, good, len(badness), None)
@@ -42,7 +42,7 @@ def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndar
 
 
 @given(SCORES, QUANTILES)
-def test_quantile_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[float], quantile: float) -> None:
+def test_keep_fraction_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[float], quantile: float) -> None:
     badness = np.array([score if math.isfinite(score) else 1e308 for score in scores])
     passed, cut = passing(badness, Keep(keep_fraction=quantile))
     assert passed.sum() == round(quantile * len(scores))
@@ -54,7 +54,7 @@ def test_quantile_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[
 
 
 @given(SCORES, QUANTILES)
-def test_ties_at_the_cut_go_to_the_rows_that_come_first(scores: list[float], quantile: float) -> None:
+def test_ties_at_the_threshold_go_to_the_first_rows(scores: list[float], quantile: float) -> None:
     badness = np.array(scores)
     passed, cut = passing(badness, Keep(keep_fraction=min(quantile, 0.999)))
     at_cut = passed[badness == cut]
@@ -62,7 +62,7 @@ def test_ties_at_the_cut_go_to_the_rows_that_come_first(scores: list[float], qua
 
 
 @given(SCORES, QUANTILES, QUANTILES)
-def test_smaller_quantile_keeps_a_part_of_what_a_larger_keeps(scores: list[float], one: float, other: float) -> None:
+def test_smaller_keep_fraction_keeps_a_subset(scores: list[float], one: float, other: float) -> None:
     few, _ = passing(np.array(scores), Keep(keep_fraction=min(one, other)))
     many, _ = passing(np.array(scores), Keep(keep_fraction=max(one, other)))
     assert (few <= many).all()
@@ -85,8 +85,8 @@ def test_smaller_quantile_keeps_a_part_of_what_a_larger_keeps(scores: list[float
     ],
 )
 def test_rows_that_pass_by_hand(scores: list[float], rule: Keep, passed: list[int], cut: float) -> None:
-    found, at = passing(np.array(scores, dtype=float), rule)
-    assert found.tolist() == [bool(value) for value in passed]
+    actual, at = passing(np.array(scores, dtype=float), rule)
+    assert actual.tolist() == [bool(value) for value in passed]
     assert at == cut
 
 
@@ -119,12 +119,12 @@ def pair_count(badness: list[float], bad: list[bool]) -> float:
 @given(st.lists(st.tuples(FEW_VALUES | st.floats(allow_nan=False), st.booleans()), min_size=1, max_size=30))
 def test_auc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[float, bool]]) -> None:
     badness, bad = [score for score, _ in rows], [is_bad for _, is_bad in rows]
-    found = auc(np.array(badness), np.array(bad))
+    actual = auc(np.array(badness), np.array(bad))
     if all(bad) or not any(bad):
-        assert found is None
+        assert actual is None
     else:
-        assert found == pytest.approx(pair_count(badness, bad))
-        assert auc(np.array(badness), ~np.array(bad)) == pytest.approx(1 - found)
+        assert actual == pytest.approx(pair_count(badness, bad))
+        assert auc(np.array(badness), ~np.array(bad)) == pytest.approx(1 - actual)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_auc_by_hand(badness: list[float], bad: list[int], value: float) -> None
     assert auc(np.array(badness, dtype=float), np.array(bad, dtype=bool)) == value
 
 
-def test_auc_of_each_kind_of_damage_leaves_the_other_kinds_out() -> None:
+def test_auc_of_a_corruption_kind_excludes_other_kinds() -> None:
     badness = np.array([1.0, 2.0, 3.0, 4.0, 0.0])
     assert auc_by_kind(badness, ["", "", "cut", "swapped", "repeated"]) == {"cut": 1.0, "repeated": 0.0, "swapped": 1.0}
     assert auc_by_kind(badness, ["cut"] * 5) == {}
@@ -151,7 +151,7 @@ def test_auc_of_each_kind_of_damage_leaves_the_other_kinds_out() -> None:
 
 
 def test_quality_of_a_filter_by_hand() -> None:
-    # Ten rows; four are damaged. The filter drops five, three of them damaged.
+    # Ten rows, four of them corrupted. The filter drops five, three of them corrupted.
     planted = ["", "cut", "", "cut", "", "swapped", "", "swapped", "", ""]
     dropped = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], dtype=bool)
     badness = np.array([7, 8, 1, 9, 2, 10, 3, 4, 6, 5], dtype=float)
@@ -169,7 +169,7 @@ def test_quality_of_a_filter_by_hand() -> None:
     }
 
 
-def test_quality_without_damage_without_dropped_rows_and_without_one_score_has_no_numbers_there() -> None:
+def test_quality_is_none_without_corruption_dropped_rows_or_a_single_score() -> None:
     none = filter_quality(np.array([True, False]), np.array([1.0, 2.0]), ["", ""])
     assert (none["recall"], none["auc"], none["precision"], none["random_precision"]) == (None, None, 0.0, 0.0)
     kept = filter_quality(np.array([False, False]), None, ["", "cut"])
@@ -182,21 +182,21 @@ def test_quality_without_damage_without_dropped_rows_and_without_one_score_has_n
 @given(st.lists(st.floats(1e-6, 1e300) | st.sampled_from([0.0, -1.0, NAN, INF]), max_size=50), st.randoms())
 def test_histogram_counts_every_finite_number_once(values: list[float], random: Any) -> None:
     bad = np.array([random.random() < 0.5 for _ in values], dtype=bool)
-    found = histogram(lambda: iter([(np.array(values, dtype=float), bad)]), bins=10)
+    actual = histogram(lambda: iter([(np.array(values, dtype=float), bad)]), bins=10)
     usable = np.array([math.isfinite(value) for value in values], dtype=bool)
-    assert sum(found["counts"]) == usable.sum()
-    assert sum(found["planted"]) == (usable & bad).sum()
-    assert all(part <= count for part, count in zip(found["planted"], found["counts"], strict=True))
+    assert sum(actual["counts"]) == usable.sum()
+    assert sum(actual["corrupted"]) == (usable & bad).sum()
+    assert all(part <= count for part, count in zip(actual["corrupted"], actual["counts"], strict=True))
     if usable.any():
-        assert len(found["edges"]) == len(found["counts"]) + 1 == 11
-        assert found["edges"] == sorted(found["edges"])
+        assert len(actual["edges"]) == len(actual["counts"]) + 1 == 11
+        assert actual["edges"] == sorted(actual["edges"])
 
 
 def test_histogram_bins_are_even_in_the_logarithm() -> None:
-    found = histogram(lambda: iter([(np.array([1.0, 5.0]), None), (np.array([50.0, 1000.0]), None)]), bins=3)
-    assert found["edges"] == pytest.approx([1, 10, 100, 1000])
-    assert found["counts"] == [2, 1, 1]
-    assert found["planted"] == [0, 0, 0]
+    actual = histogram(lambda: iter([(np.array([1.0, 5.0]), None), (np.array([50.0, 1000.0]), None)]), bins=3)
+    assert actual["edges"] == pytest.approx([1, 10, 100, 1000])
+    assert actual["counts"] == [2, 1, 1]
+    assert actual["corrupted"] == [0, 0, 0]
 
 
 # The stage.
@@ -212,7 +212,11 @@ def select(
     scored, out = folder / "scored", folder / "out"
     out.mkdir(parents=True)
     write_rows(
-        ({"id": f"{n:016x}", "text": f"row {n}", "line": n, "planted": kind} for n, kind in enumerate(planted)), scored
+        (
+            {"id": f"{n:016x}", "text": f"row {n}", "line": n, "injected_corruption": kind}
+            for n, kind in enumerate(planted)
+        ),
+        scored,
     )
     (scored / "scores").mkdir()
     for index, shard in enumerate(shards(scored)):
@@ -242,8 +246,8 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
     assert facts["kept"] + facts["dropped"] == facts["rows_in"] == count
     assert kept == sorted(kept)
     assert sorted([*kept, *(line["line"] for line in dropped)]) == list(range(count))
-    assert max(scores[n] for n in kept) == facts["rules"][0]["cut"]
-    assert min(scores[line["line"]] for line in dropped if line["line"] != 5) >= facts["rules"][0]["cut"]
+    assert max(scores[n] for n in kept) == facts["rules"][0]["thresholds"][0]
+    assert min(scores[line["line"]] for line in dropped if line["line"] != 5) >= facts["rules"][0]["thresholds"][0]
     assert 5 not in kept
     assert {line["rule"] for line in dropped} == {"perplexity keep_fraction 0.75"}
     assert facts["rules"][0]["dropped"] == len(dropped)
@@ -252,7 +256,7 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
 @pytest.mark.parametrize(
     ("keep", "kept"),
     [
-        # The others leave rows 1, 2, 4, 6, 7: half of those that have a score, best first, ties by place.
+        # The other rules keep rows 1, 2, 4, 6, 7: half of those with a score, best first, ties by position.
         ({"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(threshold=1.0)}, [2, 4]),
         ({"length": Keep(threshold=1.0), "perplexity": Keep(keep_fraction_of_rest=0.5)}, [2, 4]),
         ({"length": Keep(threshold=1.0), "perplexity": Keep(keep_fraction_of_rest=1.0)}, [1, 2, 4, 6]),
@@ -265,7 +269,7 @@ def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: 
         ),
     ],
 )
-def test_fraction_is_of_the_rows_that_the_other_rules_leave(
+def test_keep_fraction_of_rest_refers_to_rows_that_other_rules_keep(
     keep: dict[str, Keep], kept: list[int], tmp_path: Path
 ) -> None:
     result, out = select(tmp_path, [0, 5, 2, 1, 2, 3, 5, NAN], keep, [""] * 8, length=[9, 1, 0, 9, 1, 9, 0, 1])
@@ -273,7 +277,7 @@ def test_fraction_is_of_the_rows_that_the_other_rules_leave(
     assert result.facts["dropped"] == 8 - len(kept)
 
 
-def test_rows_that_a_fraction_leaves_to_another_rule_are_listed_under_that(tmp_path: Path) -> None:
+def test_dropped_rows_are_attributed_to_the_first_rule(tmp_path: Path) -> None:
     keep = {"perplexity": Keep(keep_fraction_of_rest=0.5), "length": Keep(threshold=1.0)}
     result, out = select(tmp_path, [9, 1, 2, 3, 4], keep, [""] * 5, length=[5, 0, 0, 0, 0])
     rules = {line["line"]: line["rule"] for line in map(json.loads, (out / "dropped.jsonl").read_text().splitlines())}
@@ -282,19 +286,22 @@ def test_rows_that_a_fraction_leaves_to_another_rule_are_listed_under_that(tmp_p
         3: "perplexity keep_fraction_of_rest 0.5",
         4: "perplexity keep_fraction_of_rest 0.5",
     }
-    assert [(rule["passed"], rule["dropped"], rule["cut"]) for rule in result.facts["rules"]] == [(2, 2, 2), (4, 1, 1)]
+    assert [(rule["passed"], rule["dropped"], rule["thresholds"]) for rule in result.facts["rules"]] == [
+        (2, 2, [2]),
+        (4, 1, [1]),
+    ]
 
 
-def test_selection_is_judged_where_all_planted_damage_is_known(tmp_path: Path) -> None:
+def test_selection_is_evaluated_only_if_all_corruption_is_known(tmp_path: Path) -> None:
     planted: list[str | None] = ["", "", "cut", "cut"]
     result, _ = select(tmp_path / "known", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, planted)
-    quality = result.facts["planted"]
+    quality = result.facts["injected_corruption"]
     assert (quality["total"], quality["dropped"], quality["precision"], quality["auc"]) == (2, 1, 0.5, 0.5)
     result, _ = select(tmp_path / "unknown", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, [*planted[:3], None])
-    assert result.facts["planted"] is None
+    assert result.facts["injected_corruption"] is None
 
 
-def test_selection_that_keeps_nothing_says_which_rule_dropped_what(tmp_path: Path) -> None:
+def test_empty_selection_reports_what_each_rule_dropped(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no row of 3 passes") as caught:
         select(tmp_path, [1, 2, 3], {"perplexity": Keep(threshold=0.5)}, [""] * 3)
     assert "`perplexity threshold 0.5` dropped 3" in caught.value.cause

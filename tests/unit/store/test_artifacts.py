@@ -99,7 +99,7 @@ def make_until(step: str, root: Path) -> None:
         make(store, content="half")
 
 
-@pytest.mark.parametrize("step", ["rows", "measured.json", "manifest.json", "sync", "rename"])
+@pytest.mark.parametrize("step", ["rows", "runtime_stats.json", "manifest.json", "sync", "rename"])
 def test_maker_killed_at_any_step_leaves_no_artifact_and_the_next_one_makes_it(step: str, tmp_path: Path) -> None:
     child = FORK.Process(target=make_until, args=(step, tmp_path))
     child.start()

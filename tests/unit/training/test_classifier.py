@@ -11,8 +11,8 @@ import pytest
 import torch
 from experiment_text import LoadText
 from peft import get_peft_model
-from review_bench import TEXT as TEXT_OF_REVIEW
-from review_bench import questions, review_bench
+from review_workspace import TEXT as TEXT_OF_REVIEW
+from review_workspace import questions, review_workspace
 from small_classifiers import write_encoder, write_language_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
@@ -25,7 +25,7 @@ from tunery.models.load import (
     load_classifier,
     load_own_tokenizer,
     load_with_new_head,
-    outline_with_head,
+    weightless_model_with_head,
     write_base,
     write_head,
 )
@@ -90,10 +90,10 @@ def test_labels_may_come_from_rows_from_two_stages_or_from_a_review(
 
 
 def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_path: Path) -> None:
-    bench = review_bench(tmp_path, [*questions(40), *questions(1)])
-    ids = [row["id"] for row in read_rows(bench.make("scored")["scored"].path, ["id"])]
-    bench.decide({ids[0]: "drop", ids[39]: "keep", "elsewhere": "drop"})
-    checked = bench.make("checked")["checked"]
+    workspace = review_workspace(tmp_path, [*questions(40), *questions(1)])
+    ids = [row["id"] for row in read_rows(workspace.build("scored")["scored"].path, ["id"])]
+    workspace.decide({ids[0]: "drop", ids[39]: "keep", "elsewhere": "drop"})
+    checked = workspace.build("checked")["checked"]
     decided = {row["id"]: row["label"] for row in read_rows(checked.path / REVIEWED_DIR)}
     assert decided == {ids[0]: False, ids[39]: True}
     assert checked.facts["decided"] == 2
@@ -101,10 +101,10 @@ def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_pa
 
 def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Path) -> None:
     text = TEXT_OF_REVIEW.replace("data: scored, keep: {perplexity:", "data: questions, keep: {random:")
-    bench = review_bench(tmp_path, questions(40), text=text)
-    ids = [row["id"] for row in read_rows(bench.make("questions")["questions"].path, ["id"])]
-    bench.decide({ids[0]: "drop", ids[1]: "keep"})
-    checked = bench.make("checked")["checked"]
+    workspace = review_workspace(tmp_path, questions(40), text=text)
+    ids = [row["id"] for row in read_rows(workspace.build("questions")["questions"].path, ["id"])]
+    workspace.decide({ids[0]: "drop", ids[1]: "keep"})
+    checked = workspace.build("checked")["checked"]
     assert [row["label"] for row in read_rows(checked.path / REVIEWED_DIR)] == [False, True]
 
 
@@ -131,7 +131,7 @@ def test_contrast_names_its_two_stages() -> None:
 @pytest.mark.parametrize(
     ("change", "line", "told"),
     [
-        ({"data": "plain"}, 11, ["`judge.data` needs labelled rows", "plain.jsonl not one of the first 6"]),
+        ({"data": "plain"}, 11, ["`judge.data` needs labelled rows", "none of the first 6 of plain.jsonl"]),
         ({"held_out": "docs"}, 11, ["`judge.eval_data` needs labelled rows", "{good: STAGE, bad: STAGE}"]),
         ({"data": "checked"}, 11, ["those of `checked` bear no label", "{review: STAGE}"]),
         ({"data": "{good: plain}"}, 11, ["`stages.judge.data` has no `bad`"]),
@@ -142,12 +142,12 @@ def test_contrast_names_its_two_stages() -> None:
         ({"data": "{review: base}"}, 11, ["`judge.data.review` needs rows"]),
         ({"scorer": "{classifier: judge, label: god}"}, 13, ["`judge` has no label `god`", "did you mean `good`?"]),
         ({"scorer": "{classifier: judge, label: 2}"}, 13, ["`judge` has no label 2"]),
-        ({"scorer": "{reward: judge}"}, 13, ["`judge` is no reward model", "label: good}"]),
+        ({"scorer": "{reward: judge}"}, 13, ["`judge` is not a reward model", "label: good}"]),
         ({"scorer": "{perplexity: judge}"}, 13, ["needs a model, but `judge` is a classifier stage"]),
         (
             {"held_out": "null", "scorer": "{classifier: judge, label: good, temperature: auto}"},
             13,
-            ["no temperature of its own", "`eval_data`"],
+            ["no fitted temperature", "`eval_data`"],
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -243,7 +243,7 @@ def test_rows_are_padded_with_what_the_model_names_where_there_is_such_a_token(
     base = source(write_language_model(tmp_path / "base"))
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": named}))
-    outline = outline_with_head(base, LABELS)
+    outline = weightless_model_with_head(base, LABELS)
     assert with_model_padding(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
 
 

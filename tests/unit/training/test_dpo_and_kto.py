@@ -228,13 +228,13 @@ def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> Non
     counted = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).data_stats()
     expected = {"rows": 5, "sequences": 6, "wanted": 3, "unwanted": 3, "truncated": 0, "unusable": 1, "eval_rows": 0}
     assert {name: counted[name] for name in expected} == expected
-    assert counted["unusable_because"] == {"it has no rating": 1}
+    assert counted["unusable_because"] == {"it has no label": 1}
 
 
 def test_rows_without_pairs_are_refused(job_of: Any) -> None:
     with pytest.raises(StageError, match=r"none of the 3 rows of `rows` \(data\)") as found:
         DpoTask(job_of(dpo(), RATED), 0)
-    assert found.value.cause == "3 rows: it is no preference pair"
+    assert found.value.cause == "3 rows: it is not a preference pair"
     assert "`chosen` and `rejected`" in found.value.remedy
     with pytest.raises(StageError, match=r"none of the 3 rows of `held_out` \(eval_data\)"):
         DpoTask(job_of(dpo(eval_data="held_out"), PAIRS, RATED), 0)

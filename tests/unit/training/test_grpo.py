@@ -39,7 +39,7 @@ ANSWERS = ["green", "the model"]
 
 def function(tmp_path: Path, body: str) -> RewardFn:
     path = tmp_path / "reward.py"
-    path.write_text(f"def reward(prompts, answers):\n    {body}\n")
+    path.write_text(f"def reward(prompts, responses):\n    {body}\n")
     return load_reward({"python": str(path), "function": "reward"}, torch.float32, torch.device("cpu"), 64)
 
 
@@ -47,7 +47,7 @@ def function(tmp_path: Path, body: str) -> RewardFn:
 
 
 def test_function_gets_texts_and_gives_a_number_each(tmp_path: Path) -> None:
-    asked = function(tmp_path, "return [len(p) + len(a) for p, a in zip(prompts, answers)]")
+    asked = function(tmp_path, "return [len(p) + len(a) for p, a in zip(prompts, responses)]")
     assert asked(PROMPTS, ANSWERS) == [15 + 5, len("how") + 9], "of several turns the last question"
 
 
@@ -60,11 +60,11 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("return [1.0]", "gave 1 rewards for 2 answers"),
+        ("return [1.0]", "gave 1 rewards for 2 responses"),
         ("return None", "gave a NoneType"),
         ("return '12'", "gave a str"),
         ("return 0.5", "gave a float"),
-        ("return [1.0, '2']", "gave '2' for the answer 'the model'"),
+        ("return [1.0, '2']", "gave '2' for the response 'the model'"),
         ("return [1.0, float('inf')]", "gave inf"),
         ("return 1 / 0", "failed\ncause: ZeroDivisionError: division by zero, at line 2"),
     ],
@@ -81,7 +81,7 @@ def test_what_a_function_must_not_return_is_told_with_value_cause_and_remedy(
 
 def test_file_that_fails_when_it_is_loaded_is_told(tmp_path: Path) -> None:
     path = tmp_path / "reward.py"
-    path.write_text("import nowhere_to_be_found\ndef reward(prompts, answers): ...\n")
+    path.write_text("import nowhere_to_be_found\ndef reward(prompts, responses): ...\n")
     with pytest.raises(TuneryError, match=r"can't be loaded\ncause: ModuleNotFoundError: .* at line 1"):
         load_reward({"python": str(path), "function": "reward"}, torch.float32, torch.device("cpu"), 64)
 
@@ -104,7 +104,7 @@ def test_reward_model_sees_conversations_as_its_own_tokenizer_and_template_have_
 
 def test_classifier_of_two_labels_is_no_reward(tmp_path: Path) -> None:
     folder = write_reward_model(tmp_path / "two", labels=2)
-    with pytest.raises(TuneryError, match="is no reward model: it has 2 labels"):
+    with pytest.raises(TuneryError, match="is not a reward model: it has 2 labels"):
         load_reward({"pretrained": str(folder), "revision": None}, torch.float32, torch.device("cpu"), 64)
 
 
@@ -155,7 +155,7 @@ REWARD = "reward: {python: reward.py},"
 def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
     rows = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "reward.py").write_text("def reward(prompts, answers): return [0.0] * len(prompts)\n")
+    (tmp_path / "reward.py").write_text("def reward(prompts, responses): return [0.0] * len(prompts)\n")
 
     def load_it(kind: str, fields: str, workers: int = 1) -> Any:
         experiment, source = load_text(TEXT.replace("KIND", kind).replace("FIELDS", fields))

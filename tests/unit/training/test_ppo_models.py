@@ -66,7 +66,7 @@ def reward_artifact(tmp_path_factory: pytest.TempPathFactory, policy: Path) -> P
     AutoTokenizer.from_pretrained(policy).save_pretrained(folder / "adapter")
     write_base(folder, {"pretrained": str(policy), "revision": None})
     (folder / "head.json").write_text(json.dumps({"labels": ["reward"]}))
-    manifest = {"kind": "reward", "facts": {"reward_mean": 0.5, "reward_deviation": 2.0}}
+    manifest = {"kind": "reward", "facts": {"reward_mean": 0.5, "reward_std": 2.0}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -154,7 +154,7 @@ def test_policy_reference_value_and_reward_say_what_plain_transformers_says(poli
 def test_without_a_reward_model_that_reads_tokens_the_value_model_begins_with_the_policy(
     policy: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "r.py").write_text("def reward(prompts, answers):\n    return [len(a) for a in answers]\n")
+    (tmp_path / "r.py").write_text("def reward(prompts, responses):\n    return [len(a) for a in responses]\n")
     models = built(job(policy, {"python": str(tmp_path / "r.py"), "function": "reward"}))
     assert models.value_init == "policy"
     assert models.reward_fn is not None
@@ -287,7 +287,7 @@ def test_reward_model_with_two_outputs_is_refused(policy: Path, tmp_path: Path) 
 
 
 def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.py").write_text("def reward(prompts, answers):\n    return [0] * len(answers)\n")
+    (tmp_path / "r.py").write_text("def reward(prompts, responses):\n    return [0] * len(responses)\n")
     origin = {"python": str(tmp_path / "r.py"), "function": "reward"}
     with pytest.raises(StageError, match="can't be initialized from this reward"):
         built(job(policy, origin, value_init="reward"))
@@ -296,15 +296,15 @@ def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("return [1.0]", "gave 1 rewards for 2 answers"),
-        ("return [1.0, float('nan')]", "gave nan for the answer 'b'"),
+        ("return [1.0]", "gave 1 rewards for 2 responses"),
+        ("return [1.0, float('nan')]", "gave nan for the response 'b'"),
         ("return [1.0, None]", "gave None"),
         ("return ['x', 1]", "gave 'x'"),
         ("return 1 / 0", "failed"),
     ],
 )
 def test_function_that_gives_no_rewards_is_told(policy: Path, tmp_path: Path, body: str, told: str) -> None:
-    (tmp_path / "r.py").write_text(f"def reward(prompts, answers):\n    {body}\n")
+    (tmp_path / "r.py").write_text(f"def reward(prompts, responses):\n    {body}\n")
     models = built(job(policy, {"python": str(tmp_path / "r.py"), "function": "reward"}))
     assert models.reward_fn is not None
     with pytest.raises(TuneryError, match=told):

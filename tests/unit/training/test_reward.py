@@ -25,7 +25,7 @@ from tunery.models.load import (
     load_classifier,
     load_own_tokenizer,
     load_with_new_head,
-    outline_with_head,
+    weightless_model_with_head,
     write_base,
     write_head,
 )
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def reader(model: dict[str, Any], max_length: int = 64) -> ClassifierEncoder:
-    return ClassifierEncoder(outline_with_head(model, REWARD), load_own_tokenizer(model), max_length)
+    return ClassifierEncoder(weightless_model_with_head(model, REWARD), load_own_tokenizer(model), max_length)
 
 
 def said(role: str, content: str, **more: Any) -> dict[str, Any]:
@@ -95,12 +95,12 @@ def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None
     found = found_in(rows, reader(model, 48), model)
     assert [item.unusable for item in found] == [
         "",
-        "it is no preference pair",
-        "it is no preference pair",
+        "it is not a preference pair",
+        "it is not a preference pair",
         "a response is empty",
         "a response is empty",
         "",  # a response that only calls a tool
-        "both responses have the same tokens once they are cut",
+        "both responses have the same tokens after truncation",
         "",
     ]
     cut = [any(side.truncated for side in item.sequences) for item in found if not item.unusable]
@@ -146,7 +146,7 @@ def test_outputs_without_a_scale_end_the_stage(outputs: list[float]) -> None:
 def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:
     logits_nl = np.array([[1.0], [np.nan], [4.0]], np.float32)
     spec = Reward(reward="rm")
-    scaled = RewardScorer(spec, Labels(REWARD, True, scale=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
+    scaled = RewardScorer(spec, Labels(REWARD, True, reward_norm=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
     assert [scaled[0], scaled[2]] == [-2, 4]
     assert math.isnan(scaled[1])
     assert RewardScorer(spec, Labels(REWARD, True), "outside")(logits_nl)["score"][::2] == [1, 4]
@@ -156,7 +156,7 @@ def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:
 
 
 def test_scale_is_found_with_a_whole_model_and_with_an_adapter(model: dict[str, Any], tmp_path: Path) -> None:
-    facts = {"facts": {"reward_mean": 0.25, "reward_deviation": 1.5}}
+    facts = {"facts": {"reward_mean": 0.25, "reward_std": 1.5}}
     whole, adapter = tmp_path / "reward-1", tmp_path / "reward-2"
     headed, new = load_with_new_head(model, REWARD, torch.float32)
     headed.save_pretrained(whole / "model")
@@ -214,7 +214,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
         (
             {"scorer": "{classifier: rm, label: reward, temperature: auto}"},
             8,
-            ["`rm` has no temperature of its own"],
+            ["`rm` has no fitted temperature"],
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -248,8 +248,8 @@ FACTS = {
     "eval_accuracy": 0.75,
     "eval_margin": 0.875,
     "reward_mean": -0.5,
-    "reward_deviation": 1.5,
-    "scale_answers": 8,
+    "reward_std": 1.5,
+    "reward_norm_responses": 8,
     "scale_from": "eval_data",
 }
 

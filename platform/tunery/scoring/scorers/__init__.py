@@ -1,1 +1,1 @@
-"""Scorers: one file an algorithm; table.py says which there are."""
+"""Scorers: one module per algorithm; spec/scorers.py has the registry."""

@@ -32,9 +32,9 @@ def embedding_scorer(spec: Embedding, inputs: Mapping[str, Path], embed: EmbedRo
     embedded = np.flatnonzero(~np.isnan(vectors_mh[:, 0]))
     if not len(embedded):
         raise TuneryError(
-            f"no row of `{spec.reference}` can be compared with",
-            cause=f"the model sees no token in any of {len(references):,}",
-            remedy="name a stage whose rows are not empty in `reference`",
+            f"no row of `{spec.reference}` can serve as reference",
+            cause=f"all {len(references):,} rows have no token",
+            remedy="set `reference` to a stage whose rows are not empty",
         )
     return EmbeddingScorer(vectors_mh[embedded], [references[index]["id"] for index in embedded])
 

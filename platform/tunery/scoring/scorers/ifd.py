@@ -1,7 +1,7 @@
 """Instruction-following difficulty: how little the prompt helps to predict the response
 (https://arxiv.org/abs/2308.12032).
 
-IFD(Q, A) = ppl(A | Q) / ppl(A). The paper's code uses a ratio of mean losses in places; this is the ratio of
+IFD(Q, A) = ppl(A | Q) / ppl(A). The paper's code uses a ratio of mean losses in some places; this is the ratio of
 perplexities of its equation, over the same response tokens. The unconditional perplexity is that of the response after
 the generation prompt of the chat template.
 """

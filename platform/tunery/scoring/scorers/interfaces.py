@@ -32,7 +32,7 @@ a row without one) is the score itself; other columns explain it and are stored 
 
 class RowScorer(Protocol):
     def __call__(self, rows: Sequence[Row]) -> Columns:
-        """Return columns with one value per row. `rows` have every column except `planted`."""
+        """Return columns with one value per row. `rows` have every column except `injected_corruption`."""
         ...
 
 

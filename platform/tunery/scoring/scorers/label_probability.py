@@ -18,9 +18,9 @@ class ClassifierScorer:
         self._temperature = labels.fitted_temperature(model) if spec.temperature == AUTO else spec.temperature
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
-        """Return "score" in [0, 1] (NaN for a row without tokens) and "found", the most probable label.
+        """Return "score" in [0, 1] (NaN for a row without tokens) and "predicted", the most probable label.
 
-        In a multi-label model, "found" lists the labels with a probability of at least 1/2, separated by commas.
+        In a multi-label model, "predicted" lists the labels with a probability of at least 1/2, separated by commas.
         """
         scaled_nl = logits_nl.astype(np.float64) / self._temperature
         if self._labels.independent:
@@ -32,7 +32,7 @@ class ClassifierScorer:
             probabilities_nl = weights_nl / weights_nl.sum(axis=1, keepdims=True)
         return {
             "score": probabilities_nl[:, self._label].tolist(),
-            "found": [self._predicted_labels(probabilities_l) for probabilities_l in probabilities_nl],
+            "predicted": [self._predicted_labels(probabilities_l) for probabilities_l in probabilities_nl],
         }
 
     def _predicted_labels(self, probabilities_l: np.ndarray) -> str:

@@ -17,7 +17,7 @@ class RewardScorer:
     def __init__(self, spec: Reward, labels: Labels, model: str) -> None:
         """Raises BadModel if `model` has several labels."""
         labels.check_single(model)
-        self._scale = labels.scale
+        self._scale = labels.reward_norm
 
     def __call__(self, logits_nl: np.ndarray) -> Columns:
         """Return "score", unbounded; NaN for a row without tokens."""

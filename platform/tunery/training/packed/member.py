@@ -271,7 +271,7 @@ class Member:
             **reload_check,
         }
         (job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
-        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "measured": runtime_stats}))
+        (job.work / "outcome.json").write_text(json.dumps({"facts": facts, "runtime_stats": runtime_stats}))
 
     def _check_weights(self) -> None:
         self.guard.check_weights(self.step, self._peft_model.named_parameters())

@@ -235,7 +235,7 @@ def _load_scalar_model(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Sc
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         return None
-    norm = labels.scale or NO_REWARD_NORM
+    norm = labels.reward_norm or NO_REWARD_NORM
     return ScalarModel(model.base_model, ScalarHead(head.in_features).load_from(head, norm.mean, norm.std))
 
 

@@ -193,7 +193,7 @@ class PpoRun:
         self.after = [
             {
                 "prompt": (prompts.row(index)["messages"][-1]["content"] or "")[:MAX_EXAMPLE_CHARS],
-                "answer": self.trainer.decode(rollouts.responses[index])[:MAX_EXAMPLE_CHARS],
+                "response": self.trainer.decode(rollouts.responses[index])[:MAX_EXAMPLE_CHARS],
                 "reward": float(scores.scores_b[index]),
             }
             for index in range(min(NUM_EXAMPLE_RESPONSES, len(indices)))
@@ -279,7 +279,7 @@ class PpoRun:
         reload_check = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved)
         if self.rank == 0:
             (self.job.out / "history.jsonl").write_text(_json_lines(self.history))
-            outcome = {"facts": self._facts(), "measured": {**self._runtime_stats(), **reload_check}}
+            outcome = {"facts": self._facts(), "runtime_stats": {**self._runtime_stats(), **reload_check}}
             (self.job.work / "outcome.json").write_text(json.dumps(outcome))
 
     def _log_metrics(self, metrics: dict[str, float], runtime_metrics: dict[str, float]) -> None:
@@ -300,7 +300,7 @@ class PpoRun:
             **self.prompts.facts(),
             "eval_rows": self.eval_prompts.sequences.stats.rows if self.eval_prompts else 0,
             "steps": self.batching.steps,
-            "answers": self.batching.steps * self.batching.global_batch_size,
+            "num_responses": self.batching.steps * self.batching.global_batch_size,
             "epochs": self.spec.epochs,
             "global_batch_size": self.batching.global_batch_size,
             "learning_rate": self.spec.learning_rate,
@@ -318,8 +318,8 @@ class PpoRun:
             "responses": [
                 {
                     "prompt": before["prompt"],
-                    "before": before["answer"],
-                    "after": after["answer"],
+                    "before": before["response"],
+                    "after": after["response"],
                     "reward_before": before["reward"],
                     "reward_after": after["reward"],
                 }

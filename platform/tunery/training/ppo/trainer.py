@@ -137,7 +137,7 @@ class PpoTrainer:
         sampler_diff_bt = (scores.log_probs_bt - _padded_sampler_log_probs(rollouts)).abs()
         metrics = {
             "reward": reward,
-            "reward_deviation": float(scores.scores_b.std(correction=0)),
+            "reward_std": float(scores.scores_b.std(correction=0)),
             "kl": kl,
             "kl_coefficient": state.kl_coefficient,
             "entropy": float(masked_mean(scores.entropy_bt, mask_bt)),

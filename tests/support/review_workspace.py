@@ -21,7 +21,7 @@ from tunery.store import Artifact, Store
 from tunery.store.rows import Row, read_rows, shards
 
 TEXT = """
-# A filter and who looks at it.
+# How often do a filter and a reviewer agree?
 name: small
 seed: 17
 stages:
@@ -34,7 +34,7 @@ BUILTIN = '"builtin:python-docs", subset: questions, split: train, limit: 120, c
 
 
 @dataclass
-class ReviewBench:
+class ReviewWorkspace:
     """A folder with an experiment and a store that has its dataset and score artifacts."""
 
     folder: Path
@@ -52,16 +52,16 @@ class ReviewBench:
         return Store(self.folder / "store")
 
     @property
-    def where(self) -> RunContext:
+    def context(self) -> RunContext:
         return RunContext(self.store, self.store.run("small"), self.file)
 
     def load(self) -> tuple[Experiment, YamlSource]:
         return load(self.file)
 
-    def make(self, *names: str) -> dict[str, Artifact]:
+    def build(self, *names: str) -> dict[str, Artifact]:
         experiment, _ = self.load()
         wanted = experiment.model_copy(update={"stages": with_upstream(experiment.stages, names)})
-        return execute(wanted, self.where, EventLog(self.where.events / "driver.jsonl"))
+        return execute(wanted, self.context, EventLog(self.context.events / "driver.jsonl"))
 
     def decide(self, decided: dict[str, str | None]) -> None:
         self.decisions.parent.mkdir(exist_ok=True)
@@ -74,36 +74,36 @@ def questions(count: int) -> list[dict[str, Any]]:
     return [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(count)]
 
 
-def review_bench(
+def review_workspace(
     folder: Path,
     source: str | Sequence[dict[str, Any]],
     score: Callable[[int, Row], float] = lambda index, row: float(index + 1),
     text: str = TEXT,
-) -> ReviewBench:
+) -> ReviewWorkspace:
     """Build the workspace. `source`: fields of a dataset, or rows for a file; `score` gives the score of a row."""
-    bench = ReviewBench(folder)
+    workspace = ReviewWorkspace(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(source, str):
         lines = [json.dumps(row, ensure_ascii=True) for row in source]
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
         source = "rows.jsonl"
-    bench.file.write_text(text % source)
-    rows = bench.make("questions")["questions"]
-    experiment, _ = bench.load()
-    print_, identity, inputs = fingerprints(experiment, folder)["scored"]
-    out = bench.store.staging_dir("score", print_) / "out"
+    workspace.file.write_text(text % source)
+    rows = workspace.build("questions")["questions"]
+    experiment, _ = workspace.load()
+    key, identity, inputs = fingerprints(experiment, folder)["scored"]
+    out = workspace.store.staging_dir("score", key) / "out"
     (out / "rows").mkdir(parents=True)
     (out / "scores").mkdir()
     index = 0
     for shard in shards(rows.path):
         (out / "rows" / shard.name).write_bytes(shard.read_bytes())
         table = pq.read_table(shard).to_pylist()
-        values = [score(index + place, row) for place, row in enumerate(table)]
+        values = [score(index + offset, row) for offset, row in enumerate(table)]
         index += len(table)
         ids = [row["id"] for row in table]
         pq.write_table(pa.table({"id": ids, "perplexity": pa.array(values, pa.float64())}), out / "scores" / shard.name)
     count = sum(1 for _ in read_rows(rows.path, ["id"]))
     facts = {"rows": count, "rows_in": count, "rows_out": count, "scores": {}}
-    manifest = {"kind": "score", "fingerprint": print_, "identity": identity, "inputs": inputs, "facts": facts}
-    bench.store.commit(out, manifest, {"seconds": 0.0})
-    return bench
+    manifest = {"kind": "score", "fingerprint": key, "identity": identity, "inputs": inputs, "facts": facts}
+    workspace.store.commit(out, manifest, {"seconds": 0.0})
+    return workspace
