@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tunery.ingest.read import read_source
 from tunery.models.encode import Encoding
+from tunery.models.row_encodings import CONVERSATIONS
 from tunery.models.tokenized_dataset import TokenCache
 from tunery.spec import Dataset
 from tunery.store.rows import row_id, write_rows
-from tunery.training.sequences import ROW_ENCODINGS
 
 MAX_LENGTH = 1024
 
@@ -79,7 +79,7 @@ def ours(rows: Path, name: str, tokenizer: Path, store: Path) -> dict[str, float
     timings = []
     for _ in range(2):
         begin = time.perf_counter()
-        found = cache.open_or_build(rows, name, loaded, Encoding(MAX_LENGTH), ROW_ENCODINGS["sft"])
+        found = cache.open_or_build(rows, name, loaded, Encoding(MAX_LENGTH), CONVERSATIONS)
         timings.append(time.perf_counter() - begin)
     return {
         "seconds": timings[0],

@@ -116,7 +116,7 @@ LIGHT = [
     "tunery.spec",
     "tunery.store",
     "tunery.pipeline.validate",
-    "tunery.pipeline.stage_registry",
+    "tunery.models.row_encodings",
     "tunery.cli",
 ]
 HEAVY = ["torch", "ray", "transformers", "trl", "deepspeed", "datasets", "wandb"]

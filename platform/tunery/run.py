@@ -24,20 +24,18 @@ from tunery.pipeline.ray_address import cluster_address
 from tunery.pipeline.ray_session import RaySession
 from tunery.pipeline.validate import validate
 from tunery.reporting.summary_tables import (
-    classifier_table,
     diversity_table,
     filter_table,
     loss_table,
-    policy_table,
     review_table,
-    reward_table,
     search_table,
+    training_tables,
     win_table,
 )
 from tunery.search.population import max_children
 from tunery.search.search_plan import plan_search
 from tunery.search.space import curve_stage, estimate_max_progress, metric_stages, unfiltered_stages
-from tunery.spec import Evaluate, Experiment, ReviewLabels, Training, WinRate
+from tunery.spec import STAGE_KINDS, TRAINERS, Experiment, ReviewLabels, Training
 from tunery.spec.graph import inputs_of, with_upstream
 from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
@@ -168,9 +166,7 @@ def _run(
         filter_table(experiment, artifacts),
         diversity_table(experiment, artifacts),
         review_table(experiment, artifacts),
-        classifier_table(experiment, artifacts),
-        reward_table(experiment, artifacts),
-        policy_table(experiment, artifacts),
+        *training_tables(experiment, artifacts),
         loss_table(experiment, artifacts, best),
         win_table(experiment, artifacts, best),
         search_table(experiment, search_artifact),
@@ -198,11 +194,10 @@ def before_search(experiment: Experiment) -> Experiment:
 
 
 def _needs_ray(experiment: Experiment, run_context: RunContext) -> bool:
-    from tunery.pipeline.stage_registry import STAGES
     from tunery.search.tune import search_fingerprint
 
     stages = experiment.stages
-    if any(STAGES[stages[name].kind].needs_ray for name in _missing_stages(experiment, run_context)):
+    if any(STAGE_KINDS[stages[name].kind].needs_ray for name in _missing_stages(experiment, run_context)):
         return True
     if experiment.search is None:
         return False
@@ -214,10 +209,8 @@ def _needs_ray(experiment: Experiment, run_context: RunContext) -> bool:
 
 def _modules_of_missing_stages(experiment: Experiment, run_context: RunContext) -> list[str]:
     """Return the modules that train the models of stages that are not in the store."""
-    from tunery.training.worker import TRAINERS
-
     missing = {experiment.stages[name].kind for name in _missing_stages(experiment, run_context)}
-    return sorted({TRAINERS[kind].split(":")[0] for kind in missing & TRAINERS.keys()})
+    return sorted({TRAINERS[kind].trainer.split(":")[0] for kind in missing & TRAINERS.keys()} - {""})
 
 
 def _missing_stages(experiment: Experiment, run_context: RunContext) -> list[str]:
@@ -258,7 +251,7 @@ def _best_experiment(experiment: Experiment, search_artifact: Artifact) -> Exper
     names = [
         name
         for name, stage in best.stages.items()
-        if isinstance(stage, Evaluate | WinRate) and searched & with_upstream(best.stages, [name]).keys()
+        if stage.output_type == "metrics" and searched & with_upstream(best.stages, [name]).keys()
     ] or metric_stages(experiment.search)
     return best.model_copy(update={"stages": with_upstream(best.stages, names), "search": None})
 

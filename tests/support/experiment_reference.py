@@ -18,6 +18,8 @@ from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
 from tunery.spec import (
+    STAGE_KINDS,
+    TRAINERS,
     C4Rules,
     ChainOfThought,
     Compute,
@@ -38,14 +40,12 @@ from tunery.spec import (
 from tunery.spec.feedback import Kl, Ptx
 from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings
 from tunery.spec.search import Budget, Constraint, Dimension, Objective
-from tunery.spec.stages import Diverse, Keep, Quota, Stage
+from tunery.spec.stages import Diverse, Keep, Quota
 from tunery.spec.trainings import PositiveNegative, ReviewLabels, ScheduleOverride
 from tunery.spec.tuners import ADAPTERS, LoraTuner, TunerSpec
 
 PATH = Path(__file__).parents[2] / "docs" / "experiment-reference.md"
-STAGES: dict[str, type[BaseModel]] = {
-    get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(Stage)[0])
-}
+STAGES: dict[str, type[BaseModel]] = {kind: spec.config for kind, spec in STAGE_KINDS.items()}
 
 SECTIONS: dict[type[BaseModel], str] = {
     Pretrained: "Pretrained model",
@@ -229,7 +229,8 @@ def _stage_section(kind: str, model: type[BaseModel]) -> list[str]:
     lines = [f"### {kind}", "", *described(model), *table(model, leave_out), ""]
     if issubclass(model, Training):
         lines[-1:] = ["", f"and the {link('keys of every training')}.", ""]
-        lines += [f"Metrics on `eval_data`: {', '.join(f'`{name}`' for name in model.metrics)}.", ""]
+        metrics = (f"`{name}` ({direction})" for name, direction in TRAINERS[kind].metrics.items())
+        lines += [f"Metrics on `eval_data`: {', '.join(metrics)}.", ""]
     return lines
 
 

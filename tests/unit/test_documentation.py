@@ -19,7 +19,7 @@ from small_classifiers import write_language_model
 from tunery.cli import app
 from tunery.pipeline.validate import validate
 from tunery.spec import Compute, load
-from tunery.spec.stages import Stage
+from tunery.spec.stage_kinds import Stage
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
 

@@ -9,10 +9,7 @@ from typing import Any
 from tunery.compare.sides import RunSelection
 from tunery.events.formatting import as_number
 from tunery.search.trials import last_value
-from tunery.spec import Evaluate, Training, WinRate
-
-EVALUATE_METRICS = ("loss", "perplexity", "forgetting")
-WIN_RATE_METRICS = ("win_rate", "reward")
+from tunery.spec import STAGE_KINDS
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,15 @@ def metrics_of(side: RunSelection) -> Iterator[tuple[str, MetricValue]]:
 
 def _stage_metrics(side: RunSelection) -> Iterator[tuple[str, float]]:
     for name, stage in side.experiment.stages.items():
-        facts = side.facts(name)
-        if isinstance(stage, Training):
-            values = {f"{name}.{metric}": facts.get(metric) for metric in stage.metrics}
-        elif isinstance(stage, Evaluate | WinRate):
-            metrics = EVALUATE_METRICS if isinstance(stage, Evaluate) else WIN_RATE_METRICS
+        facts, metrics = side.facts(name), STAGE_KINDS[stage.kind].metrics
+        if stage.output_type == "metrics":
             values = {
                 f"{name}.{result['model']}.{result['set']}.{metric}": result.get(metric)
                 for result in facts.get("results", ())
                 for metric in metrics
             }
         else:
-            continue
+            values = {f"{name}.{metric}": facts.get(metric) for metric in metrics}
         for metric, value in values.items():
             if (number := as_number(value)) is not None:
                 yield metric, number

@@ -18,11 +18,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tunery.models.encode import Encoding, as_prompt, encoding_of
+from tunery.models.encode import Encoding, as_prompt
 from tunery.models.load import Source, source_of
 from tunery.models.precision import score_dtype
 from tunery.models.prompts import COLUMNS, TOO_LONG, encode_prompt_rows
 from tunery.models.reward_functions import NO_LIMIT, reward_origin
+from tunery.models.row_encodings import encoding_of
 from tunery.spec import Compute, Sampling, WinRate
 from tunery.store import StageContext
 from tunery.store.rows import shards
@@ -79,7 +80,7 @@ def generate_responses(
     assert isinstance(stage, WinRate)
     folder = context.staging_dir / "responses"
     folder.mkdir(parents=True, exist_ok=True)
-    models = stage.candidates
+    models = stage.evaluated_models
     files = [
         [folder / f"{model_index}-{batch.first + batch.start}.jsonl" for model_index in range(len(models))]
         for batch in batches

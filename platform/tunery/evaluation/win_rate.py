@@ -123,7 +123,7 @@ def run_win_rate(context: StageContext) -> StageResult:
     stage, started = context.spec, time.time()
     assert isinstance(stage, WinRate)
     artifacts = {name: artifact.path for name, artifact in context.inputs.items()}
-    names = [model_name(model) for model in stage.candidates]
+    names = [model_name(model) for model in stage.evaluated_models]
     stats = ResponseStats(len(names))
     with (context.out / "responses.jsonl").open("w", encoding="utf-8") as target:
         for files in generate_responses(context, artifacts, prompt_batches(artifacts[stage.data])):

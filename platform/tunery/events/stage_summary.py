@@ -8,7 +8,8 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, measure, plain, share
 from tunery.events.run_state import StageState
-from tunery.spec import TRAININGS
+from tunery.spec import STAGE_KINDS, TRAINERS
+from tunery.spec.plugins import load_object
 
 Facts = Mapping[str, Any]
 
@@ -29,8 +30,10 @@ def note(stage: StageState) -> str:
 
 def outcome(stage: StageState) -> str:
     """Return the main result of a stage that was built or reused."""
-    result = _KINDS.get(stage.kind, _training)(stage.facts) or _other(stage.facts)
-    usable = usable_rows(stage.facts) if stage.kind in TRAININGS else None
+    kind = STAGE_KINDS.get(stage.kind)
+    summary: Callable[[Facts], str] = training_summary if kind is None else load_object(kind.summary)
+    usable = usable_rows(stage.facts) if stage.kind in TRAINERS else None
+    result = summary(stage.facts) or _other(stage.facts)
     parts = (result, usable.note if usable else "", mixture_note(stage.facts))
     return ", ".join(part for part in parts if part)
 
@@ -114,7 +117,7 @@ def mappings_in(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
-def _dataset(facts: Facts) -> str:
+def dataset_summary(facts: Facts) -> str:
     rows, quarantined = as_number(facts.get("rows")), as_number(facts.get("quarantined"))
     if rows is None:
         return ""
@@ -128,7 +131,7 @@ def _dataset(facts: Facts) -> str:
     )
 
 
-def _score(facts: Facts) -> str:
+def score_summary(facts: Facts) -> str:
     rows = as_number(facts.get("rows_out")) or as_number(facts.get("rows_in"))
     parts = [f"{count(rows)} rows"] if rows else []
     scores = facts.get("scores")
@@ -141,14 +144,14 @@ def _score(facts: Facts) -> str:
     return ", ".join(parts[:3])
 
 
-def _select(facts: Facts) -> str:
+def select_summary(facts: Facts) -> str:
     rows, kept = as_number(facts.get("rows_in")), as_number(facts.get("kept"))
     if rows is None or kept is None:
         return ""
     return f"kept {share(kept, rows)}: {count(kept)} of {count(rows)}"
 
 
-def _review(facts: Facts) -> str:
+def review_summary(facts: Facts) -> str:
     kept, agreed = as_number(facts.get("kept")), facts.get("agreement")
     agreement = agreed if isinstance(agreed, Mapping) else {}
     reviewed, agreeing = as_number(agreement.get("reviewed")), as_number(agreement.get("agreed"))
@@ -157,33 +160,33 @@ def _review(facts: Facts) -> str:
     return f"agrees on {share(agreeing, reviewed)} of {count(reviewed)} reviewed, kept {count(kept)} rows"
 
 
-def _augment(facts: Facts) -> str:
+def augment_summary(facts: Facts) -> str:
     rows, given, heldout = (as_number(facts.get(key)) for key in ("rows", "rows_in", "heldout"))
     if rows is None or given is None:
         return ""
     return f"{count(rows)} rows of {count(given)}" + (f", {count(heldout)} held out" if heldout else "")
 
 
-def _training(facts: Facts) -> str:
+def training_summary(facts: Facts) -> str:
     loss, held_out = as_number(facts.get("loss")), as_number(facts.get("eval_loss"))
     if loss is None:
         return f"eval {measure(held_out)}" if held_out is not None else ""
     return f"loss {measure(loss)}" + (f" → eval {measure(held_out)}" if held_out is not None else "")
 
 
-def _classifier(facts: Facts) -> str:
+def classifier_summary(facts: Facts) -> str:
     area = as_number(facts.get("eval_auc"))
-    return _training(facts) + (f", AUC {area:.2f}" if area is not None else "")
+    return training_summary(facts) + (f", AUC {area:.2f}" if area is not None else "")
 
 
-def _reward(facts: Facts) -> str:
+def preference_summary(facts: Facts) -> str:
     accuracy = as_number(facts.get("eval_accuracy"))
-    return _training(facts) + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
+    return training_summary(facts) + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
 
 
-def _policy(facts: Facts) -> str:
+def policy_summary(facts: Facts) -> str:
     change = rewards(facts)
-    return _training(facts) if change is None else _reward_and_kl(change.before, change.after, change.kl)
+    return training_summary(facts) if change is None else _reward_and_kl(change.before, change.after, change.kl)
 
 
 def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
@@ -191,12 +194,12 @@ def _reward_and_kl(before: float | None, after: float, kl: float | None) -> str:
     return f"reward {was}{measure(after, 3)}" + (f", KL {measure(kl, 3)}" if kl is not None else "")
 
 
-def _rated(facts: Facts) -> str:
+def margin_summary(facts: Facts) -> str:
     margin = as_number(facts.get("eval_margin"))
-    return _training(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
+    return training_summary(facts) + (f", margin {measure(margin, 3)}" if margin is not None else "")
 
 
-def _evaluate(facts: Facts) -> str:
+def evaluate_summary(facts: Facts) -> str:
     results = [result for result in mappings_in(facts.get("results")) if as_number(result.get("loss")) is not None]
     if not results:
         return ""
@@ -206,7 +209,7 @@ def _evaluate(facts: Facts) -> str:
     return f"{lead}loss {measure(best['loss'])} on {best.get('set', '')}"
 
 
-def _win_rate(facts: Facts) -> str:
+def win_rate_summary(facts: Facts) -> str:
     results = [result for result in mappings_in(facts.get("results")) if as_number(result.get("win_rate")) is not None]
     if not results:
         return ""
@@ -221,23 +224,3 @@ def _other(facts: Facts) -> str:
     """Summarize a stage of unknown kind by its first three facts with plain values."""
     simple = [(key, value) for key, value in facts.items() if isinstance(value, int | float | str) and value != ""]
     return ", ".join(f"{key.replace('_', ' ')} {plain(value, key)}" for key, value in simple[:3])
-
-
-_KINDS: dict[str, Callable[[Facts], str]] = {
-    "dataset": _dataset,
-    "score": _score,
-    "select": _select,
-    "review": _review,
-    "augment": _augment,
-    "pretrain": _training,
-    "sft": _training,
-    "classifier": _classifier,
-    "reward": _reward,
-    "dpo": _reward,
-    "kto": _rated,
-    "ppo": _policy,
-    "grpo": _policy,
-    "rloo": _policy,
-    "evaluate": _evaluate,
-    "win_rate": _win_rate,
-}

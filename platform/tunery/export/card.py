@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,7 +23,8 @@ from tunery.export.card_tables import (
 from tunery.export.export_target import ExportTarget
 from tunery.export.lineage import LineageStep, losses, pretrained_root, wins
 from tunery.reporting.report_sections import question
-from tunery.spec import LABELS, adapter_spec, tuner_of
+from tunery.spec import LABELS, TRAINERS, adapter_spec, tuner_of
+from tunery.spec.plugins import load_object
 from tunery.spec.tuners import FULL
 
 TEMPLATE = "card.md.jinja"
@@ -97,8 +98,7 @@ def card_metadata(steps: list[LineageStep], export_format: ExportFormat) -> dict
 
 def _description(target: ExportTarget, export_format: ExportFormat) -> str:
     kind = target.experiment.stages[target.stage].kind
-    is_classifier = export_format.num_labels > 0
-    model = "reward model" if kind == "reward" else "text classifier" if is_classifier else "causal language model"
+    model = TRAINERS[kind].model_name
     article = "The adapter (PEFT) of a" if export_format.base else "A"
     trained = f" It was trained {target.trained_with}." if target.trained_with else ""
     experiment = target.state.run
@@ -128,19 +128,27 @@ def _remarks(step: LineageStep, export_format: ExportFormat) -> Iterator[str]:
         yield f"The base is another model of the experiment. To export it: `{export_format.base_command}`."
     elif base is not None and base.startswith("./"):
         yield f"The base is the external model folder `{base}`."
-    if step.stage.kind == "classifier":
-        names = ", ".join(f"{number} is `{name}`" for number, name in enumerate(LABELS))
-        temperature = facts.get("temperature")
-        scaling = f" divided by {temperature:.4g}, the temperature fitted to held-out rows" if temperature else ""
-        yield f"Labels: {names}. Probabilities are the softmax of the logits{scaling}."
-    if step.stage.kind == "reward":
-        mean, std = facts["reward_mean"], facts["reward_std"]
-        yield (
-            "Its single output is the reward of a conversation up to its last response. tunery normalizes it with mean "
-            f"and standard deviation: (output - {mean:.6g}) / {std:.6g}."
-        )
+    if remarks := TRAINERS[step.stage.kind].card_remarks:
+        yield from load_object(remarks)(facts)
     if export_format.num_labels:
         yield (
             "It was trained on text rendered with the tokenizer's chat template; without a template, on prompt and "
             "response as a pair of texts."
         )
+
+
+def classifier_remarks(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a user of a classifier needs to know about its outputs."""
+    names = ", ".join(f"{number} is `{name}`" for number, name in enumerate(LABELS))
+    temperature = facts.get("temperature")
+    scaling = f" divided by {temperature:.4g}, the temperature fitted to held-out rows" if temperature else ""
+    yield f"Labels: {names}. Probabilities are the softmax of the logits{scaling}."
+
+
+def reward_remarks(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a user of a reward model needs to know about its output."""
+    mean, std = facts["reward_mean"], facts["reward_std"]
+    yield (
+        "Its single output is the reward of a conversation up to its last response. tunery normalizes it with mean "
+        f"and standard deviation: (output - {mean:.6g}) / {std:.6g}."
+    )

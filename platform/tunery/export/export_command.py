@@ -17,10 +17,9 @@ from tunery.export.card import ExportFormat, card
 from tunery.export.export_target import ExportTarget, select_model
 from tunery.export.lineage import LineageStep, local_paths, manifests, strip_local_paths, trace
 from tunery.export.weights import adapter_settings, write_adapter, write_model
-from tunery.models.labels import REWARD
 from tunery.pipeline.ray_session import redirect_output
 from tunery.pipeline.run_record import FILE_VALUES
-from tunery.spec import LABELS, Pretrained
+from tunery.spec import TRAINERS, Pretrained
 from tunery.spec.references import model_name
 from tunery.store import Store
 
@@ -89,7 +88,7 @@ def _export_format(target: ExportTarget, out: Path, *, adapter: bool) -> ExportF
             cause="all of its weights were trained, without `tuner: {lora: ..}`",
             remedy="remove --adapter",
         )
-    num_labels = {"reward": len(REWARD), "classifier": len(LABELS)}.get(kind, 0)
+    num_labels = len(TRAINERS[kind].labels)
     merged = ExportFormat(out.resolve().name, num_labels, settings, None)
     if not adapter:
         return merged

@@ -49,21 +49,6 @@ class Encoding:
 NO_LIMIT = 2**31 - 1
 
 
-def encoding_of(stage: Any) -> Encoding:
-    """Return the encoding of a stage (tunery.spec). Texts of `pretrain` are not truncated, since they are split into
-    blocks. Prompts are not truncated either, since a truncated question is useless."""
-    if stage.kind == "pretrain":
-        return Encoding(NO_LIMIT, "all_tokens")
-    if hasattr(stage, "sampling"):
-        return Encoding(stage.max_length - stage.sampling.max_new_tokens, "last_turn", "drop")
-    return Encoding(
-        stage.max_length,
-        getattr(stage, "train_on", "last_turn"),
-        getattr(stage, "truncate", "left"),
-        getattr(stage, "empty_thinking", "mask"),
-    )
-
-
 @dataclass(frozen=True)
 class Encoded:
     """A token sequence and its spans that have a loss. The first token of a sequence is never predicted, so it never

@@ -17,8 +17,6 @@ from tunery.models.model_folder import BadModel
 
 HEAD = "ForSequenceClassification"
 MAX_LISTED = 12
-REWARD = ("reward",)
-"""Labels of a reward model trained by tunery."""
 
 
 @dataclass(frozen=True)

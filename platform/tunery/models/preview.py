@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tunery.models.chat_template import chat_template_of
 from tunery.models.classifier_inputs import NO_TOKEN, ClassifierEncoder, encode_classifier_inputs, encode_reward_pairs
-from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_untruncated, encoding_of
+from tunery.models.encode import NO_LIMIT, Encoded, Encoding, encode_untruncated
 from tunery.models.encode_preferences import (
     encode_pairs,
     encode_rated,
@@ -32,42 +32,14 @@ from tunery.models.preview_truncation import (
     with_cuts,
 )
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
+from tunery.models.row_encodings import encoding_of, row_encoding_of
+from tunery.models.tokenized_dataset import InputFormat
 from tunery.models.truncation import encode_sequences
 from tunery.store.rows import CONTENT, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-InputFormat = Literal[
-    "documents", "conversation", "pair", "rated", "prompt", "scored", "all_tokens", "ifd", "classifier", "reward_pair"
-]
-"""How a row is converted to sequences.
-
-documents: concatenated texts, split into blocks of `max_length`
-conversation: a conversation as in `sft`
-pair: both responses of a preference pair, each after the prompt
-rated: a rated response, or both responses of a pair
-prompt: the prompt up to the start of generation
-scored: a row of which the last response is scored
-all_tokens: a row of which every token is scored
-ifd: the last response, once after the prompt and once without it
-classifier: the input of a sequence classifier or an embedding model
-reward_pair: the classifier inputs of both responses of a pair
-"""
-FORMATS: dict[str, InputFormat] = {
-    "pretrain": "documents",
-    "sft": "conversation",
-    "evaluate": "conversation",
-    "dpo": "pair",
-    "kto": "rated",
-    "grpo": "prompt",
-    "rloo": "prompt",
-    "ppo": "prompt",
-    "win_rate": "prompt",
-    "classifier": "classifier",
-    "reward": "reward_pair",
-}
-"""By stage kind; a `score` stage has one for each scorer with a model (preview/inputs.py)."""
 COLUMNS = [*CONTENT, "id", "rejected", "label", "source", "line"]
 """Columns of a row that a preview reads."""
 ROWS = 3
@@ -98,16 +70,18 @@ def stage_preview(
     """Return the event `preview` of a training: {template, records}. `rows` have the columns COLUMNS; `model` is
     required only by trainings of classifiers and reward models. Raises UnsupportedTemplate."""
     first = list(islice(rows, ROWS))
-    records = preview_records(first, tokenizer, stage_encoding(stage), input_format=FORMATS[stage.kind], model=model)
+    input_format, encoding = training_input(stage)
+    records = preview_records(first, tokenizer, encoding, input_format=input_format, model=model)
     chats = tokenizer.chat_template is not None and any(row.get("messages") for row in first)
     return {"template": template_summary(tokenizer) if chats else "", "records": records}
 
 
-def stage_encoding(stage: Any) -> Encoding:
-    """Return the encoding of a stage's rows."""
-    if stage.kind in ("pretrain", "evaluate"):
-        return Encoding(stage.max_length)
-    return Encoding(stage.max_length, "last_turn") if stage.kind == "score" else encoding_of(stage)
+def training_input(stage: Any) -> tuple[InputFormat, Encoding]:
+    """Return format and encoding of the rows that a training reads, for a preview."""
+    row_encoding = row_encoding_of(stage)
+    assert row_encoding is not None, "every training encodes its rows"
+    encoding = Encoding(stage.max_length) if row_encoding.in_blocks else encoding_of(stage)
+    return row_encoding.input_format, encoding
 
 
 def preview_rows(

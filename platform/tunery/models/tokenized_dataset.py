@@ -36,7 +36,7 @@ from datetime import date
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,24 @@ EncodeRows = Callable[[Sequence[Row], "PreTrainedTokenizerBase", Encoding], Iter
 """A module-level function, so that it can be pickled by name."""
 
 
+InputFormat = Literal[
+    "documents", "conversation", "pair", "rated", "prompt", "scored", "all_tokens", "ifd", "classifier", "reward_pair"
+]
+"""How a row is converted to sequences.
+
+documents: concatenated texts, split into blocks of `max_length`
+conversation: a conversation as in `sft`
+pair: both responses of a preference pair, each after the prompt
+rated: a rated response, or both responses of a pair
+prompt: the prompt up to the start of generation
+scored: a row of which the last response is scored
+all_tokens: a row of which every token is scored
+ifd: the last response, once after the prompt and once without it
+classifier: the input of a sequence classifier or an embedding model
+reward_pair: the classifier inputs of both responses of a pair
+"""
+
+
 @dataclass(frozen=True)
 class RowEncoding:
     """How a stage kind encodes rows."""
@@ -84,6 +102,10 @@ class RowEncoding:
     columns: tuple[str, ...]
     what: str
     """Description of a usable row, for messages."""
+    input_format: InputFormat
+    """How a preview shows the rows (models/preview.py)."""
+    in_blocks: bool = False
+    """Whether the sequences are concatenated and split into blocks of `max_length`."""
     keeps_rows: bool = False
     """Whether the rows themselves are stored (`TokenizedDataset.row`); each row must have one sequence then."""
 

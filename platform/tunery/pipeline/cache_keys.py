@@ -9,27 +9,22 @@ from typing import Any
 
 from tunery.ingest.sources import source_identity
 from tunery.models.encode import ENCODING_VERSION
-from tunery.pipeline.stage_registry import STAGES
 from tunery.review.decisions import decisions_identity
 from tunery.spec import (
-    RANDOM,
-    Augment,
+    STAGE_KINDS,
     Dataset,
-    Evaluate,
     Experiment,
     Pretrained,
     PythonReward,
     Review,
     Scratch,
-    Select,
     Stage,
     Training,
-    WinRate,
     adapter_spec,
     tuner_of,
 )
 from tunery.spec.graph import order
-from tunery.spec.references import StageRef, model_name
+from tunery.spec.references import StageRef
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
@@ -40,7 +35,7 @@ IGNORED_FIELDS = ("max_unusable",)
 
 
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
-    own = stage.seed if isinstance(stage, Training | Select | Augment | WinRate) else None
+    own: int | None = getattr(stage, "seed", None)
     return experiment.seed if own is None else own
 
 
@@ -54,13 +49,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
             _blank(fields, item.path)
     if mixture:
         fields["data"] = list(mixture.values())
-    result: dict[str, Any] = {"version": STAGES[stage.kind].version, **fields}
-    is_random = isinstance(stage, Select) and (RANDOM in stage.ranked_by or stage.diverse is not None)
-    if (
-        isinstance(stage, Training | Review | Augment | WinRate)
-        or is_random
-        or (isinstance(stage, Dataset) and stage.corrupt_fraction)
-    ):
+    result: dict[str, Any] = {"version": STAGE_KINDS[stage.kind].version, **fields}
+    if stage.uses_seed:
         result["seed"] = stage_seed(stage, experiment)
     if isinstance(stage, Training):
         result["encoding_version"] = ENCODING_VERSION
@@ -70,13 +60,12 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):
         result["content"] = decisions_identity(stage, folder)
-    if isinstance(stage, Evaluate):
-        result["names"] = [model_name(model) for model in stage.models]  # names are part of the results
-    if isinstance(stage, WinRate):
-        result["names"] = [*(model_name(model) for model in stage.candidates), stage.data]
-    for reward in (getattr(stage, "reward", None), getattr(stage, "judge", None)):
-        if isinstance(reward, PythonReward):
-            result[f"content of {reward.python}"] = hashlib.sha256((folder / reward.python).read_bytes()).hexdigest()
+    if stage.result_names:
+        result["names"] = stage.result_names
+    for reference in stage.model_refs():
+        if isinstance(reference.model, PythonReward):
+            path = reference.model.python
+            result[f"content of {path}"] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
     for model in pretrained_models(stage):
         if model.is_folder:
             result[f"content of {model.pretrained}"] = folder_digest(model_folder(model, folder))
@@ -85,12 +74,7 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
 
 def models_of(stage: Stage) -> list[tuple[tuple[str | int, ...], str | Pretrained | Scratch]]:
     """Return (path in the stage, model) for every model of a stage: a stage, a pretrained or a scratch model."""
-    models: list[tuple[tuple[str | int, ...], Any]] = [
-        ((field,), getattr(stage, field, None)) for field in ("model", "reward", "judge", "baseline")
-    ]
-    models += [(("models", index), model) for index, model in enumerate(getattr(stage, "models", ()))]
-    models += [(("by", index), scorer.model) for index, scorer in enumerate(getattr(stage, "by", ()))]
-    return [(path, model) for path, model in models if isinstance(model, str | Pretrained | Scratch)]
+    return [(item.path, item.model) for item in stage.model_refs() if not isinstance(item.model, PythonReward)]
 
 
 def pretrained_models(stage: Stage) -> list[Pretrained]:

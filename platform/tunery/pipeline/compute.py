@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.errors import RequestError
-from tunery.spec import Compute, Experiment, Ppo, Training
+from tunery.spec import Compute, Experiment, Training
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def batch_sizes(experiment: Experiment) -> list[int]:
     """Return the batch sizes that the number of workers must divide: the global batch sizes in the experiment, without
     its search space; for PPO the minibatch sizes."""
     return [
-        stage.global_batch_size // (stage.minibatches if isinstance(stage, Ppo) else 1)
+        stage.global_batch_size // stage.num_minibatches
         for stage in experiment.stages.values()
         if isinstance(stage, Training) and stage.global_batch_size != "auto"
     ]

@@ -19,11 +19,11 @@ from tunery.events.event_log import EventLog
 from tunery.interrupt import STOP
 from tunery.pipeline.cache_keys import fingerprints, stage_seed
 from tunery.pipeline.diagnose import diagnose
-from tunery.pipeline.stage_registry import STAGES
 from tunery.pipeline.validate_models import validate_models_at_start
-from tunery.spec import Experiment
+from tunery.spec import STAGE_KINDS, Experiment
 from tunery.spec.graph import order
-from tunery.store import DEFAULT_STORE, Artifact, Launcher, StageContext, Store
+from tunery.spec.plugins import load_object
+from tunery.store import DEFAULT_STORE, Artifact, Launcher, StageContext, StageResult, Store
 from tunery.training.launch import InProcess
 
 
@@ -150,7 +150,8 @@ def _run_stage(
                 identity=key_inputs["identity"],
                 command=run_context.command,
             )
-            result = STAGES[stage.kind].load()(context)
+            run_stage: Callable[[StageContext], StageResult] = load_object(STAGE_KINDS[stage.kind].run)
+            result = run_stage(context)
             seconds = time.time() - started
             artifact = run_context.store.commit(
                 out,

@@ -19,6 +19,7 @@ from tunery.events.formatting import duration
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.read import first_row_format, read_source
 from tunery.models.model_folder import count_parameters
+from tunery.models.row_encodings import row_encoding_of
 from tunery.models.scratch import SHAPES
 from tunery.pipeline.cache_keys import difference, fingerprints, model_folder
 from tunery.pipeline.compute import batch_sizes, local_hardware, resolve_compute
@@ -26,26 +27,15 @@ from tunery.pipeline.validate import notes
 from tunery.pipeline.validate_templates import template_notes
 from tunery.pipeline.validate_training import root_of
 from tunery.spec import (
-    Augment,
+    TRAINERS,
     Compute,
     Dataset,
-    Dpo,
-    Evaluate,
     Experiment,
-    Grpo,
-    Kto,
-    Ppo,
-    Pretrain,
     Pretrained,
-    PythonReward,
     ReviewLabels,
-    Rloo,
     Scratch,
-    Select,
-    Sft,
     Stage,
     Training,
-    WinRate,
     adapter_spec,
     settings_of,
     tuner_of,
@@ -118,11 +108,9 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
     compute_fields = compute.model_dump(exclude_defaults=False)
     plan_notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
     plan_notes += [
-        f"`{name}` trains "
-        f"{'all assistant messages' if stage.train_on == 'all_turns' else 'the last message of each row'} "
-        f"(train_on: {stage.train_on})"
+        f"`{name}` {stage.plan_note}"
         for name, stage in experiment.stages.items()
-        if isinstance(stage, Sft)
+        if isinstance(stage, Training) and stage.plan_note
     ]
     plan_notes += notes(experiment, source)
     return Plan(experiment.name, str(store.root), stages, list(search), compute_fields, rules, plan_notes)
@@ -181,12 +169,8 @@ class _Estimates:
         facts = artifact.facts if artifact else {}
         if "parameters" in facts:
             self._parameters[name] = facts["parameters"]
-        if isinstance(stage, Evaluate):
-            sets = sum(self._rows[data] for data in stage.data.values())
-            rows = sets * len(stage.models)
-            return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
-        if isinstance(stage, WinRate):
-            rows = self._rows[stage.data] * len(stage.candidates)
+        if stage.output_type == "metrics":
+            rows = sum(self._rows[item.stage] for item in stage.eval_refs()) * len(stage.evaluated_models)
             return planned(rows=rows, seconds=self._seconds(artifact, before, 1.0))
         if isinstance(stage, Training):
             return self._training(planned, name, stage, artifact, before)
@@ -208,21 +192,7 @@ class _Estimates:
                 raise RequestError(f"{name}: {error}", remedy="check the network and permissions") from error
             self._characters[name] = characters
             return count
-        rows_in = self._rows[stage.data]
-        if isinstance(stage, Select):
-            shares = [
-                share
-                for rule in stage.keep.values()
-                for share in (rule.keep_fraction, rule.keep_fraction_of_rest)
-                if share
-            ]
-            rows = round(rows_in * min(shares, default=1.0))
-            if stage.diverse is not None:
-                rows = min(stage.diverse.rows or rows, round(rows * (stage.diverse.share or 1)))
-            return rows
-        if isinstance(stage, Augment):
-            return rows_in * (stage.copies + stage.originals)
-        return rows_in
+        return int(stage.estimate_rows(self._rows[stage.data]))
 
     def _training(
         self,
@@ -234,15 +204,15 @@ class _Estimates:
     ) -> PlannedStage:
         rows = self._rows_read(stage.data)
         resolved, rules = resolve(stage, rows)
-        sequences = rows
-        if isinstance(stage, Pretrain):
+        spec, sequences = TRAINERS[stage.kind], rows
+        row_encoding = row_encoding_of(stage)
+        if row_encoding is not None and row_encoding.in_blocks:
             characters = sum(self._characters.get(name, 0) for name in data_refs(stage.data).values())
             sequences = max(1, math.ceil(characters / CHARACTERS_PER_TOKEN / stage.max_length))
-        if isinstance(stage, Kto):
-            # A preference pair gives two sequences.
+        if spec.sequences_per_format:
             sequences = sum(
                 self._rows[data]
-                * (2 if first_row_format(root_of(self._experiment, data), self._folder) == "preference" else 1)
+                * spec.sequences_per_format.get(first_row_format(root_of(self._experiment, data), self._folder), 1)
                 for data in data_refs(stage.data).values()
             )
         workers = self._compute.workers
@@ -257,10 +227,12 @@ class _Estimates:
         if parameters is not None and trainable is not None:
             bf16 = self._compute.device == "gpu" and self._compute.precision != "fp32"
             zero = self._compute.zero_stage
-            trained = 2 if isinstance(resolved, Ppo) else 1  # PPO also trains the value model, or its adapter
-            num_parameters = parameters * (1 if adapter.has_adapter else trained)
-            memory = model_state_bytes(num_parameters, trained * trainable, zero, workers, bf16)
-            memory += _frozen_copies(resolved) * frozen_bytes(parameters, zero, workers, bf16)
+            trained, frozen = spec.num_trained_models, resolved.num_frozen_models
+            if adapter.has_adapter:  # all models share the base
+                memory = model_state_bytes(parameters, trained * trainable, zero, workers, bf16)
+            else:
+                memory = model_state_bytes(trained * parameters, trained * trainable, zero, workers, bf16)
+                memory += frozen * frozen_bytes(parameters, zero, workers, bf16)
         scale = steps / max(1, before["facts"].get("steps", steps)) if before else 1.0
         auto = {item.field: f"{item.value} ({item.rule})" for item in rules}
         seconds = self._seconds(artifact, before, scale)
@@ -284,18 +256,6 @@ class _Estimates:
         if artifact is not None:
             return 0.0
         return before["runtime_stats"]["seconds"] * scale if before else None
-
-
-def _frozen_copies(stage: Training[Any]) -> int:
-    """Return the number of frozen copies of the initial model: the reference model, and for PPO the reward model, which
-    is assumed to be as large. With adapters there is none: the base model is already loaded."""
-    if adapter_spec(tuner_of(stage)).has_adapter:
-        return 0
-    if isinstance(stage, Ppo):
-        return 1 if isinstance(stage.reward, PythonReward) else 2
-    if isinstance(stage, Dpo):
-        return 0 if stage.reference_free else 1
-    return int(isinstance(stage, Kto) or (isinstance(stage, Grpo | Rloo) and stage.beta > 0))
 
 
 def characters_of(row: dict[str, Any]) -> int:

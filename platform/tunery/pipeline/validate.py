@@ -29,7 +29,6 @@ from tunery.spec import (
     Dataset,
     Dimension,
     Experiment,
-    Ppo,
     Review,
     ReviewLabels,
     Score,
@@ -186,8 +185,7 @@ def _check_batches(
         errors: list[RequestError] = []
         for size in sizes:
             try:
-                share = size // stage.minibatches if isinstance(stage, Ppo) else size
-                plan_batches(1, 1, share, workers, None if micro == "auto" else micro)
+                plan_batches(1, 1, size // stage.num_minibatches, workers, None if micro == "auto" else micro)
             except RequestError as error:
                 errors.append(error)
         if len(errors) == len(sizes):

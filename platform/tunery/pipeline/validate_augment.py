@@ -17,7 +17,7 @@ from tunery.ingest.formats.hub import HubDataset
 from tunery.ingest.read import first_row_format, source_label
 from tunery.ingest.sources import BadSource, Builtin, SourcePart, resolve_sources
 from tunery.pipeline.validate_training import root_of
-from tunery.spec import Augment, Dataset, Evaluate, Experiment, Review, Training, WinRate
+from tunery.spec import Augment, Dataset, Experiment, Review, Training
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import lineage
 from tunery.spec.trainings import data_refs
@@ -122,14 +122,8 @@ def _evaluation_stages(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """Yield each stage whose rows a loss or a win rate is computed on, with the first field that refers to it."""
     found: dict[str, str] = {}
     for name, stage in experiment.stages.items():
-        if isinstance(stage, Evaluate):
-            for key, data in stage.data.items():
-                found.setdefault(data, f"{name}.data.{key}")
-        if isinstance(stage, WinRate):
-            found.setdefault(stage.data, f"{name}.data")
-        if isinstance(stage, Training) and stage.eval_data is not None:
-            for path, data in data_refs(stage.eval_data).items():
-                found.setdefault(data, ".".join((name, "eval_data", *path)))
+        for item in stage.eval_refs():
+            found.setdefault(item.stage, ".".join(map(str, (name, *item.path))))
     yield from found.items()
 
 

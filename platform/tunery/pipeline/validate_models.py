@@ -27,10 +27,9 @@ from tunery.models.model_folder import BadModel
 from tunery.models.scratch import SHAPES
 from tunery.pipeline.cache_keys import model_folder, models_of
 from tunery.spec import (
-    ClassifierTraining,
+    TRAINERS,
     Experiment,
     Pretrained,
-    RewardTraining,
     Score,
     Scratch,
     Training,
@@ -109,7 +108,7 @@ def _model_errors(
             ),
         )
     if targets := adapter.target_modules(settings_of(tuner)):
-        form: Form = "classifier" if isinstance(stage, ClassifierTraining | RewardTraining) else "causal"
+        form: Form = TRAINERS[stage.kind].model_form
         root = root_model(experiment.stages, stage.model)
         built = weightless_model(*_weightless_args(root, folder, form)) if _is_local(root, folder, download) else None
         if built is not None:

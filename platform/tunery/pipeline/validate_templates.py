@@ -16,43 +16,25 @@ from tunery.errors import SpecError
 from tunery.ingest.read import first_rows
 from tunery.ingest.sources import BadSource
 from tunery.models.chat_template import chat_template_of
-from tunery.models.encode import encoding_of
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer
 from tunery.models.model_folder import BadModel, check_model_folder
-from tunery.models.prompts import encode_prompt_rows
+from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.models.tokenized_dataset import EncodeRows, TokenizedRow
 from tunery.pipeline.cache_keys import model_folder
 from tunery.pipeline.validate_training import root_of
-from tunery.spec import (
-    ClassifierTraining,
-    Dataset,
-    Evaluate,
-    Experiment,
-    Pretrained,
-    RewardTraining,
-    Score,
-    Training,
-    WinRate,
-)
+from tunery.spec import TRAINERS, Dataset, Experiment, PositiveNegative, Pretrained, ReviewLabels, Training
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import model_chain, root_model
-from tunery.spec.scorers import SCORERS
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
-from tunery.training.sequences import LABELLED_BY_STAGE, NOT_COUNTED, ROW_ENCODINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 200
 """Number of rows that are encoded: the first rows of each dataset that a stage's rows come from, not filtered."""
-
-
-HEADED = (ClassifierTraining, RewardTraining)
-"""Trainings that read rows as plain text if the tokenizer has no chat template of its own
-(models/classifier_inputs.py)."""
 
 
 class TokenizerError(Exception):
@@ -152,7 +134,8 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
         if not isinstance(stage, Training):
             continue
         try:
-            load = load_own_tokenizer if isinstance(stage, HEADED) else load_tokenizer
+            has_head = TRAINERS[stage.kind].model_form == "classifier"
+            load = load_own_tokenizer if has_head else load_tokenizer
             tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {}, load)
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note
@@ -165,7 +148,7 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
     """Encode the first rows of a stage with the tokenizer and return the counts. Raises UnsupportedTemplate if the rows
     contain messages and the chat template is not supported."""
     check = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
-    data = stage.data.values() if isinstance(stage, Evaluate) else data_refs(stage.data).values()
+    data = [item.stage for item in stage.inputs() if item.path[0] == "data"]
     try:
         roots = [root_of(experiment, name) for name in data]
         rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
@@ -186,12 +169,10 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
 def _encode_rows(stage: Any) -> EncodeRows | None:
     """Return the function that encodes the rows of the stage as sequences; None if the sampled rows do not determine
     it."""
-    if isinstance(stage, WinRate):
-        return encode_prompt_rows
-    if isinstance(stage, ClassifierTraining) and not isinstance(stage.data, str):
+    if isinstance(stage.data, PositiveNegative | ReviewLabels):
         return LABELLED_BY_STAGE.encode_rows
-    kind = ROW_ENCODINGS.get(stage.kind)
-    return None if kind is None else kind.encode_rows
+    row_encoding = row_encoding_of(stage)
+    return None if row_encoding is None else row_encoding.encode_rows
 
 
 def _count(item: TokenizedRow, check: TemplateCheck) -> None:
@@ -204,18 +185,12 @@ def _count(item: TokenizedRow, check: TemplateCheck) -> None:
 
 
 def _models(stage: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Yield the language models of a stage with their field paths."""
-    if isinstance(stage, HEADED):
-        return
-    if isinstance(stage, Training):
-        yield ("model",), stage.model
-    elif isinstance(stage, Evaluate | WinRate):
-        for index, model in enumerate(stage.models):
-            yield ("models", index), model
-    elif isinstance(stage, Score):
-        for index, scorer in enumerate(stage.by):
-            if SCORERS[scorer.kind()].input_kind == "likelihood":
-                yield ("by", index), scorer.model
+    """Yield the language models of a stage with their field paths, each once."""
+    seen: list[Any] = []
+    for item in stage.model_refs():
+        if item.role == "language_model" and item.model not in seen:
+            seen.append(item.model)
+            yield item.path, item.model
 
 
 def _tokenizer(

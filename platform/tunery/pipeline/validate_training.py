@@ -5,66 +5,20 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunery.errors import SpecError
 from tunery.ingest.read import first_row_format, source_label
 from tunery.ingest.sources import BUILTIN, BadSource, sources_of
-from tunery.models.labels import REWARD, Labels, labels_of_folder
+from tunery.models.labels import Labels, labels_of_folder
 from tunery.models.model_folder import BadModel
 from tunery.pipeline.cache_keys import model_folder
-from tunery.spec import LABELS, ClassifierTraining, Dataset, Experiment, Pretrained, PythonReward, RewardTraining
+from tunery.spec import STAGE_KINDS, TRAINERS, Dataset, Experiment, Pretrained, PythonReward, Training
 from tunery.spec.error_messages import error_at
 from tunery.spec.graph import lineage
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
-
-
-@dataclass(frozen=True)
-class Need:
-    """Row formats that a stage kind accepts, and the texts of the error for other formats."""
-
-    shapes: tuple[str, ...]
-    what: str
-    cause: str
-    remedy: str
-
-
-_PAIRS = Need(
-    ("preference",),
-    "preference pairs",
-    "it learns from an answer that is preferred to another",
-    "give rows with `chosen` and `rejected` (docs/data.md)",
-)
-_PROMPTS = Need(
-    ("prompt", "conversation", "preference", "rated"),
-    "prompts",
-    "a text holds no question to be answered",
-    "use rows with questions; their answers are not looked at",
-)
-NEEDS = {
-    "sft": Need(
-        ("conversation", "preference", "rated"),
-        "conversations with answers",
-        "sft counts the loss of answers only",
-        "use rows with question and answer, or train on texts with `kind: pretrain`",
-    ),
-    "reward": _PAIRS,
-    "dpo": _PAIRS,
-    "kto": Need(
-        ("rated", "preference"),
-        "rated answers",
-        "it learns from answers that are known to be wanted or unwanted",
-        "give rows with a `label`, or preference pairs (docs/data.md)",
-    ),
-    "grpo": _PROMPTS,
-    "rloo": _PROMPTS,
-    "ppo": _PROMPTS,
-    "win_rate": _PROMPTS,
-}
-"""By stage kind; a kind that is not listed accepts every row format."""
 
 
 def validate_row_formats(
@@ -72,10 +26,10 @@ def validate_row_formats(
 ) -> Iterator[SpecError]:
     """Yield an error for each data field whose rows have an unsupported format, judged by the first row of the dataset
     that they come from."""
-    need = NEEDS.get(stage.kind)
+    requirement = STAGE_KINDS[stage.kind].requirement
     for field in ("data", "eval_data"):
         data = getattr(stage, field, None)
-        if need is None or not isinstance(data, str | dict):
+        if requirement is None or not isinstance(data, str | dict):
             continue
         for path, rows in data_refs(data).items():
             root = root_of(experiment, rows)
@@ -83,14 +37,14 @@ def validate_row_formats(
                 shape = first_row_format(root, folder)
             except BadSource:  # reported for the dataset
                 continue
-            if shape not in need.shapes:
+            if shape not in requirement.formats:
                 what = f"subset `{root.subset}`" if BUILTIN in sources_of(root) else f"`{source_label(root)}`"
                 yield error_at(
                     source,
                     ("stages", name, field, *path),
-                    f"`{'.'.join((name, field, *path))}` needs {need.what}, but {what} holds {_PLURALS[shape]}",
-                    cause=need.cause,
-                    remedy=need.remedy,
+                    f"`{'.'.join((name, field, *path))}` needs {requirement.what}, but {what} holds {_PLURALS[shape]}",
+                    cause=requirement.cause,
+                    remedy=requirement.remedy,
                 )
 
 
@@ -114,16 +68,19 @@ def validate_rewards(
     name: str, stage: Any, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
     """Yield the errors of the `reward` of a training and of the `judge` of a win rate."""
-    for field in ("reward", "judge"):
-        reward = getattr(stage, field, None)
+    for item in stage.model_refs():
+        if item.role != "reward":
+            continue
+        reward: str | Pretrained | PythonReward = item.model
         try:
             if isinstance(reward, PythonReward):
                 _check_function(reward, folder)
-            elif reward is not None and (labels := known_labels(reward, experiment, folder)) is not None:
+            elif (labels := known_labels(reward, experiment, folder)) is not None:
                 labels.check_single(reward if isinstance(reward, str) else reward.pretrained)
         except BadModel as error:
-            at = ("stages", name, field)
-            yield error_at(source, at, f"`{name}.{field}`: {error.message}", cause=error.cause, remedy=error.remedy)
+            field = ".".join(map(str, (name, *item.path)))
+            at = ("stages", name, *item.path)
+            yield error_at(source, at, f"`{field}`: {error.message}", cause=error.cause, remedy=error.remedy)
 
 
 def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) -> Labels | None:
@@ -133,9 +90,10 @@ def known_labels(model: str | Pretrained, experiment: Experiment, folder: Path) 
     if isinstance(model, Pretrained):
         return labels_of_folder(model_folder(model, folder)) if model.is_folder else None
     stage = experiment.stages[model]
-    if isinstance(stage, ClassifierTraining):
-        return Labels(LABELS, False, None if stage.eval_data is None else 1.0)
-    return Labels(REWARD, True) if isinstance(stage, RewardTraining) else None
+    if not isinstance(stage, Training) or not (spec := TRAINERS[stage.kind]).labels:
+        return None
+    temperature = 1.0 if spec.fits_temperature and stage.eval_data is not None else None
+    return Labels(spec.labels, len(spec.labels) == 1, temperature)
 
 
 def _check_function(reward: PythonReward, folder: Path) -> None:

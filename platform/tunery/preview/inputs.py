@@ -8,11 +8,12 @@ from typing import Any
 
 from tunery.errors import RequestError
 from tunery.models.encode import Encoding
-from tunery.models.preview import FORMATS, InputFormat, stage_encoding
+from tunery.models.preview import training_input
+from tunery.models.row_encodings import encoding_of
+from tunery.models.tokenized_dataset import InputFormat
 from tunery.spec import (
     Evaluate,
     Experiment,
-    Ppo,
     Pretrained,
     ReviewLabels,
     Score,
@@ -23,14 +24,12 @@ from tunery.spec import (
 )
 from tunery.spec.error_messages import nearest
 from tunery.spec.graph import model_chain
-from tunery.spec.references import model_name
+from tunery.spec.references import ROWS, model_name
 from tunery.spec.scorers import SCORERS
-from tunery.spec.stages import TRAININGS
 from tunery.spec.trainings import data_refs
 from tunery.store.rows import REVIEWED_DIR
 
 Model = str | Pretrained | Scratch
-KINDS = (*TRAININGS, "score", "evaluate", "win_rate")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ModelInput:
 def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
     """The model inputs of a stage. Raises RequestError if the stage does not exist or feeds no rows to a model."""
     stage = experiment.stages.get(name)
-    supported = [other for other, one in experiment.stages.items() if one.kind in KINDS]
+    supported = [other for other, one in experiment.stages.items() if one.output_type not in ("rows", "selected")]
     if stage is None:
         raise RequestError(f"there is no stage `{name}`", remedy=nearest(name, supported))
     inputs: list[ModelInput] = []
@@ -64,15 +63,15 @@ def preview_inputs(name: str, experiment: Experiment) -> list[ModelInput]:
     elif isinstance(stage, Score):
         inputs = list(_score_inputs(stage))
     elif isinstance(stage, Evaluate):
-        encoding = stage_encoding(stage)
+        encoding = Encoding(stage.max_length)
         inputs = [
-            ModelInput(title, data, (model,), FORMATS[stage.kind], encoding, loss_word="counted")
+            ModelInput(title, data, (model,), "conversation", encoding, loss_word="counted")
             for title, data in stage.data.items()
             for model in stage.models
         ]
     elif isinstance(stage, WinRate):
-        encoding = stage_encoding(stage)
-        inputs = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.candidates]
+        encoding = encoding_of(stage)
+        inputs = [ModelInput("", stage.data, (model,), "prompt", encoding) for model in stage.evaluated_models]
     if not inputs:
         cause = "none of its scorers has a model" if isinstance(stage, Score) else f"it is a {stage.kind} stage"
         raise RequestError(f"`{name}` feeds no rows to a model", cause=cause, remedy=nearest(name, supported))
@@ -87,12 +86,13 @@ def _training_inputs(stage: Training[Any], name: str) -> Iterator[ModelInput]:
             ".".join(path),
             data,
             (model,),
-            FORMATS[stage.kind],
-            stage_encoding(stage),
+            *training_input(stage),
             within=REVIEWED_DIR if isinstance(stage.data, ReviewLabels) else "",
         )
-    if isinstance(stage, Ppo) and stage.ptx is not None:
-        yield ModelInput("ptx", stage.ptx.data, (model,), "scored", Encoding(stage.max_length, "last_turn"))
+    for item in stage.inputs():
+        if item.accepts == ROWS and item.path[0] not in ("data", "eval_data"):  # such as `ptx.data` of PPO
+            encoding = Encoding(stage.max_length, "last_turn")
+            yield ModelInput(str(item.path[0]), item.stage, (model,), "scored", encoding)
 
 
 def _score_inputs(stage: Score) -> Iterator[ModelInput]:
@@ -103,7 +103,7 @@ def _score_inputs(stage: Score) -> Iterator[ModelInput]:
                 stage.data,
                 (scorer.model,),
                 _input_format(scorer),
-                stage_encoding(stage),
+                Encoding(stage.max_length, "last_turn"),
                 loss_word="counted",
                 embeds=SCORERS[scorer.kind()].input_kind == "embedding",
             )

@@ -16,7 +16,7 @@ from tunery.ingest.sources import BadSource, resolve_sources, unavailable_source
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, source_of, weightless_model_with_head
 from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
-from tunery.models.preview import InputFormat
+from tunery.models.tokenized_dataset import InputFormat
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
 from tunery.pipeline.execute import RunContext
 from tunery.pipeline.validate_training import root_of, validate_rewards

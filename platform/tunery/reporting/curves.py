@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from tunery.events.run_state import RunState, StageState
 from tunery.reporting.charts import COLOURS, Series, line_chart
 from tunery.reporting.tables import Figure
+from tunery.spec import TRAINERS
 
-PRIMARY_METRICS = ("reward", "loss")
-"""The primary metric of a kind is the first of these that it logs. The loss of an RL-trained policy does not measure
-its quality."""
 NOT_CURVES = frozenset({"learning_rate", "rows", "tokens", "tokens_per_second", "grad_norm", "epoch"})
 """Logged metrics without a chart: the x-axis, what is known before training, and diagnostics, which W&B has."""
 METRIC_GROUPS: dict[str, dict[str, str]] = {
@@ -88,8 +86,9 @@ class _Group:
 
     @property
     def primary_metric(self) -> str:
-        metrics = self.metrics
-        return next((metric for metric in PRIMARY_METRICS if metric in metrics), "")
+        spec, metrics = TRAINERS.get(self.kind), self.metrics
+        primary_metric = "loss" if spec is None else spec.primary_metric
+        return next((metric for metric in (primary_metric, "loss") if metric in metrics), "")
 
     def series(self, metric: str) -> list[Series]:
         """A train curve and a held-out curve of the metric for each stage that logged them."""

@@ -15,7 +15,7 @@ from tunery.reporting.charts import ThresholdLine, histogram_chart
 from tunery.reporting.filter_section import is_downstream, rule_thresholds
 from tunery.reporting.funnel_timeline import Level, funnel_chart, lost_note
 from tunery.reporting.tables import Figure, Table, table
-from tunery.spec import TRAININGS
+from tunery.spec import STAGE_KINDS, TRAINERS
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting"})
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate", "reward"})
@@ -115,11 +115,12 @@ def funnel_levels(stages: Iterable[StageState], dataset: StageState) -> Iterator
     for stage in stages:
         parents = [name for name in stage.inputs if name in depths]
         before, kept = as_number(stage.facts.get("rows_in")), as_number(stage.facts.get("kept"))
-        if stage.kind in TRAININGS:
+        if stage.kind in TRAINERS:
             yield from _used_levels(stage, depths, sizes)
             continue
         # `augment` outputs new rows, often more than it reads, so it is no level of a funnel.
-        excluded = stage.kind in ("augment", "evaluate", "win_rate")
+        kind = STAGE_KINDS.get(stage.kind)
+        excluded = stage.kind == "augment" or (kind is not None and kind.config.output_type == "metrics")
         if not parents or excluded or (before is None and kept is None):
             continue
         depths[stage.name] = depths[parents[0]] + (kept is not None)

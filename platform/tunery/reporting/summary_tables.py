@@ -14,15 +14,11 @@ from tunery.events.leaderboard import leaderboard, winner_summary
 from tunery.events.run_state import SearchState
 from tunery.events.stage_summary import rewards
 from tunery.spec import (
-    ClassifierTraining,
+    TRAINERS,
     Evaluate,
     Experiment,
-    Grpo,
-    Ppo,
     PythonReward,
     Review,
-    RewardTraining,
-    Rloo,
     Score,
     Select,
     Stage,
@@ -30,10 +26,14 @@ from tunery.spec import (
     WinRate,
 )
 from tunery.spec.graph import with_upstream
+from tunery.spec.plugins import load_object
 from tunery.spec.references import model_name
+from tunery.spec.stage_kinds import KL_UNITS
 from tunery.store import Artifact
 
 Table = dict[str, Any]
+Trainings = Mapping[str, Training[Any]]
+"""Trainings by stage name."""
 
 
 def filter_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
@@ -137,13 +137,21 @@ def review_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
     return {"title": title, "columns": columns, "rows": rows, "notes": notes}
 
 
-def classifier_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+def training_tables(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> list[Table]:
+    """Return the tables of the trainers that have one (`TrainerSpec.table`) and whose stages give it rows."""
+    trainings = {name: stage for name, stage in experiment.stages.items() if isinstance(stage, Training)}
+    tables = []
+    for reference in dict.fromkeys(spec.table for spec in TRAINERS.values() if spec.table):
+        stages = {name: stage for name, stage in trainings.items() if TRAINERS[stage.kind].table == reference}
+        tables.append(load_object(reference)(stages, artifacts))
+    return [table for table in tables if table is not None]
+
+
+def classifier_table(stages: Trainings, artifacts: Mapping[str, Artifact]) -> Table | None:
     """Training labels and held-out metrics of each classifier."""
     rows: list[list[Any]] = []
     notes: list[str] = []
-    for name, stage in experiment.stages.items():
-        if not isinstance(stage, ClassifierTraining):
-            continue
+    for name in stages:
         facts = artifacts[name].facts
         held_out = sum(facts["eval_labels"].values())
         metrics = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_auc", "temperature")]
@@ -158,13 +166,11 @@ def classifier_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) 
     return {"title": "Classifiers", "columns": columns, "rows": rows, "notes": notes}
 
 
-def reward_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+def reward_table(stages: Trainings, artifacts: Mapping[str, Artifact]) -> Table | None:
     """Training pairs, held-out metrics and output scale of each reward model."""
     rows: list[list[Any]] = []
     notes: list[str] = []
-    for name, stage in experiment.stages.items():
-        if not isinstance(stage, RewardTraining):
-            continue
+    for name in stages:
         facts = artifacts[name].facts
         metrics = [facts.get(key) for key in ("eval_loss", "eval_accuracy", "eval_margin")]
         scale = [facts["reward_mean"], facts["reward_std"]]
@@ -183,14 +189,12 @@ def reward_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
     return {"title": "Reward models", "columns": columns, "rows": rows, "notes": notes}
 
 
-def policy_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:
+def policy_table(stages: Trainings, artifacts: Mapping[str, Artifact]) -> Table | None:
     """Reward of each RL-trained policy before and after training, with its KL divergence from the reference model."""
     rows: list[list[Any]] = []
     notes: list[str] = []
     with_kl: set[str] = set()
-    for name, stage in experiment.stages.items():
-        if not isinstance(stage, Ppo | Grpo | Rloo):
-            continue
+    for name, stage in stages.items():
         artifact = artifacts[name]
         facts, runtime_stats = artifact.facts, artifact.runtime_stats
         reward = rewards(facts)
@@ -216,9 +220,9 @@ def policy_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> T
 
 
 def _kl_unit(kinds: set[str]) -> str:
-    """PPO sums the KL over a response; TRL's trainers average it over tokens."""
-    by_token = ", ".join(sorted(kinds - {"ppo"}))
-    return ", ".join(["per response (ppo)"] * ("ppo" in kinds) + [f"per token ({by_token})"] * bool(by_token))
+    """For example 'per response (ppo), per token (grpo)'."""
+    named = {unit: ", ".join(sorted(kind for kind in kinds if TRAINERS[kind].kl_unit == unit)) for unit in KL_UNITS}
+    return ", ".join(f"per {unit} ({names})" for unit, names in named.items() if names)
 
 
 def _eos_rate(facts: Mapping[str, Any]) -> float | None:
@@ -370,7 +374,7 @@ def results(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> dict[s
     for name, artifact in artifacts.items():
         stage = experiment.stages[name]
         if isinstance(stage, Training):
-            values[name] = artifact.facts.get(stage.metrics[0])
+            values[name] = artifact.facts.get(next(iter(TRAINERS[stage.kind].metrics), ""))
         elif stage.output_type == "metrics":
             values[name] = artifact.facts.get("results")
     return values

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tunery.pipeline.stage_registry import STAGES
-from tunery.spec import Experiment, Training
+from tunery.spec import STAGE_KINDS, Experiment, Training
 from tunery.spec.graph import with_upstream
 from tunery.training.packed.pack_server import unpackable_reason
 
@@ -46,7 +45,8 @@ def search_unpackable_reason(trial: Experiment, searched: Iterable[str]) -> str:
             return f"{name}: the base model `{model}` differs between trials"
     on_cpu = trial.compute.device == "cpu"
     for name in own:
-        kind = trial.stages[name].kind
-        if name not in trainings and STAGES[kind].needs_ray and not (on_cpu and kind in ("evaluate", "win_rate")):
-            return f"{name}: each trial runs its own {kind} stage, which needs a worker"
+        stage = trial.stages[name]
+        needs_worker = STAGE_KINDS[stage.kind].needs_ray and not (on_cpu and stage.output_type == "metrics")
+        if name not in trainings and needs_worker:
+            return f"{name}: each trial runs its own {stage.kind} stage, which needs a worker"
     return ""

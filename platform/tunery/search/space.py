@@ -10,21 +10,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tunery.spec import (
-    Dimension,
-    Evaluate,
-    Experiment,
-    Ppo,
-    Review,
-    Score,
-    Search,
-    Select,
-    Training,
-    WinRate,
-)
+from tunery.spec import TRAINERS, Dimension, Experiment, Review, Score, Search, Select, Training
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
-from tunery.spec.references import model_name
 from tunery.spec.trainings import data_refs
 
 Point = dict[str, Any]
@@ -138,18 +126,8 @@ def trial_experiment(experiment: Experiment, overrides: Mapping[str, Any]) -> Ex
     trial = with_overrides(experiment, overrides)
     stages = dict(trial.stages)
     for name in metric_stages(search):
-        stage = trial.stages[name]
         named = [metric.split(".")[1:] for metric in search.metrics if metric.split(".")[0] == name]
-        if isinstance(stage, Evaluate):
-            baseline = stage.baseline if any(metric == "forgetting" for *_, metric in named) else None
-            metric_models = {model for model, *_ in named}
-            models = tuple(item for item in stage.models if model_name(item) in metric_models or item == baseline)
-            data = {name: stage.data[name] for name in stage.data if name in {data for _, data, _ in named}}
-            stages[name] = stage.model_copy(update={"models": models, "data": data, "baseline": baseline})
-        if isinstance(stage, WinRate):
-            metric_models = {model for model, *_ in named}
-            models = tuple(item for item in stage.models if model_name(item) in metric_models)
-            stages[name] = stage.model_copy(update={"models": models})
+        stages[name] = trial.stages[name].reduced_to(named)
     return trial.model_copy(
         update={
             "stages": with_upstream(stages, metric_stages(search)),
@@ -191,11 +169,23 @@ def estimate_max_progress(experiment: Experiment, rows: int, tokens_per_row: flo
 
     samples = rows * max(values("epochs", 4.0))
     if search.progress_unit == "steps":
-        responses = max(values("group_size")) * max(values("iterations"))
-        return max(1.0, samples * responses / min(values("global_batch_size", 8.0)))
+        return max(1.0, samples * _max_steps_per_row(stage, name, search) / min(values("global_batch_size", 8.0)))
     max_length = max(values("max_length", 512.0))
-    # PPO reports the maximum number of tokens of its responses (training/ppo/ppo_worker.py).
-    return max(1.0, samples * (max_length if isinstance(stage, Ppo) else min(tokens_per_row, max_length)))
+    tokens = max_length if TRAINERS[stage.kind].counts_max_length else min(tokens_per_row, max_length)
+    return max(1.0, samples * tokens)
+
+
+def _max_steps_per_row(stage: Training[Any], name: str | None, search: Search) -> int:
+    """Return the maximum of steps x global batch size / rows over the searched values of the stage's own fields."""
+
+    def steps_per_row(stage: Training[Any]) -> int:
+        return stage.sequences_per_row * stage.steps_per_batch
+
+    for field in type(stage).model_fields:  # one after another: both factors depend on a field each
+        if (dimension := search.space.get(f"{name}.{field}")) is not None:
+            candidates = [stage.model_copy(update={field: value}) for value in dimension.values]
+            stage = max(candidates, key=steps_per_row)
+    return steps_per_row(stage)
 
 
 def unfiltered_stages(experiment: Experiment, stage: str) -> list[str]:

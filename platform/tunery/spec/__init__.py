@@ -3,21 +3,21 @@
 from tunery.spec.augment import Augment, ChainOfThought, FewShot
 from tunery.spec.experiment import Compute, Experiment, Tracking, Wandb
 from tunery.spec.feedback import (
+    REWARD,
     Dpo,
     Grpo,
     Kl,
     Kto,
+    OnlineRl,
     Ppo,
     Ptx,
-    PythonReward,
-    RewardSource,
     RewardTraining,
     Rloo,
     Sampling,
 )
 from tunery.spec.loader import load, parse
 from tunery.spec.plugins import Plugin
-from tunery.spec.references import AUTO, Pretrained, Scratch
+from tunery.spec.references import AUTO, Pretrained, PythonReward, RewardSource, Scratch
 from tunery.spec.scorer_entry import ByOption, ClassificationSpec, ModelScorerSpec, ScorerEntry, ScorerSpec
 from tunery.spec.scorers import (
     C4,
@@ -37,9 +37,9 @@ from tunery.spec.scorers import (
     Scorer,
 )
 from tunery.spec.search import Budget, Constraint, Dimension, Objective, Search
+from tunery.spec.stage_kinds import STAGE_KINDS, TRAINERS, Stage, StageKind, TrainerSpec
 from tunery.spec.stages import (
     RANDOM,
-    TRAININGS,
     Dataset,
     Diverse,
     Evaluate,
@@ -48,7 +48,6 @@ from tunery.spec.stages import (
     Review,
     Score,
     Select,
-    Stage,
     WinRate,
 )
 from tunery.spec.trainings import (
@@ -81,7 +80,9 @@ __all__ = [
     "C4",
     "LABELS",
     "RANDOM",
-    "TRAININGS",
+    "REWARD",
+    "STAGE_KINDS",
+    "TRAINERS",
     "Augment",
     "Budget",
     "ByOption",
@@ -120,6 +121,7 @@ __all__ = [
     "ModelScorerSpec",
     "NearDuplicates",
     "Objective",
+    "OnlineRl",
     "Perplexity",
     "Plugin",
     "Ppo",
@@ -143,6 +145,8 @@ __all__ = [
     "Select",
     "Sft",
     "Stage",
+    "StageKind",
+    "TrainerSpec",
     "Tracking",
     "Training",
     "Tuner",

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from tunery.spec.references import ROWS, Config, OutputType, StageRef
+from tunery.spec.stage_config import StageConfig
 
 PLAIN = "{question}"
 """The identity template."""
@@ -93,7 +94,7 @@ class ChainOfThought(Config):
     """Share of the variants without cue and reasoning, whose response is the final answer only."""
 
 
-class Augment(Config):
+class Augment(StageConfig):
     """Builds prompts from the rows with templates, few-shot examples and chain of thought, as in FLAN (Wei et al. 2021,
     https://arxiv.org/abs/2109.01652) and the Flan Collection (Longpre et al. 2023,
     https://arxiv.org/abs/2301.13688)."""
@@ -124,6 +125,13 @@ class Augment(Config):
             yield StageRef(("few_shot", "examples"), self.few_shot.examples, ROWS)
         for index, stage in enumerate(self.heldout):
             yield StageRef(("heldout", index), stage, ROWS)
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def estimate_rows(self, rows: int) -> int:
+        return rows * (self.copies + self.originals)
 
     @field_validator("templates", "heldout")
     @classmethod

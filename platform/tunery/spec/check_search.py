@@ -15,33 +15,21 @@ from tunery.spec.check_references import check_references, check_scores
 from tunery.spec.error_messages import error_at, nearest, sentence
 from tunery.spec.experiment import Experiment
 from tunery.spec.overrides import PathError, with_overrides
-from tunery.spec.references import AUTO, model_name
+from tunery.spec.references import AUTO
 from tunery.spec.search import Dimension, Search, as_tuple
-from tunery.spec.stages import Evaluate, WinRate
+from tunery.spec.stage_kinds import STAGE_KINDS
 from tunery.spec.trainings import OVERRIDABLE, Training
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
-METRICS_OF_EVALUATE = ("loss", "perplexity")
-METRICS_OF_WIN_RATE = ("win_rate", "reward")
-
 
 def metrics_of(experiment: Experiment) -> list[str]:
     """Return every metric that a search can optimize or constrain."""
-    names: list[str] = []
-    for name, stage in experiment.stages.items():
-        if isinstance(stage, Training) and stage.eval_data is not None:
-            names += [f"{name}.{metric}" for metric in stage.metrics]
-        if isinstance(stage, Evaluate):
-            sets = [(model_name(model), data) for model in stage.models for data in stage.data]
-            names += [f"{name}.{model}.{data}.{metric}" for model, data in sets for metric in METRICS_OF_EVALUATE]
-            if stage.baseline is not None:
-                before = model_name(stage.baseline)
-                names += [f"{name}.{model}.{data}.forgetting" for model, data in sets if model != before]
-        if isinstance(stage, WinRate):
-            models = [model_name(model) for model in stage.models]
-            names += [f"{name}.{model}.{stage.data}.{metric}" for model in models for metric in METRICS_OF_WIN_RATE]
-    return names
+    return [
+        f"{name}.{path}"
+        for name, stage in experiment.stages.items()
+        for path in stage.metric_paths(STAGE_KINDS[stage.kind].metrics)
+    ]
 
 
 def check_search(experiment: Experiment, source: YamlSource) -> Iterable[SpecError]:

@@ -15,7 +15,7 @@ from tunery.spec.experiment import Experiment
 from tunery.spec.plugins import KindUnion
 from tunery.spec.references import Config
 from tunery.spec.scorers import SCORERS
-from tunery.spec.stages import Stage
+from tunery.spec.stage_kinds import STAGE_KINDS
 from tunery.spec.tuners import ADAPTERS
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
@@ -65,7 +65,7 @@ def _translate(detail: ErrorDetails, source: YamlSource) -> SpecError:
         key = str(detail["loc"][-1])
         return error_at(source, path, f"`{location}` has no `{key}`, which is required", remedy=f"add `{key}: ...`")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = [stage.model_fields["kind"].annotation.__args__[0] for stage in _members(Stage)]
+        kinds = list(STAGE_KINDS)
         if kind == "union_tag_not_found":
             return error_at(source, path, f"`{location}` has no `kind`", remedy=f"one of: {', '.join(kinds)}")
         given = str(detail["ctx"]["tag"])

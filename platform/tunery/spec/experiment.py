@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tunery.spec.references import AUTO, Auto, Config
 from tunery.spec.search import Search
-from tunery.spec.stages import Stage
+from tunery.spec.stage_kinds import Stage
 
 
 class Compute(Config):

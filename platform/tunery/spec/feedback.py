@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from tunery.spec.references import AUTO, ROWS, Auto, Config, Model, OutputType, Pretrained, StageRef
+from tunery.spec.references import (
+    AUTO,
+    ROWS,
+    Auto,
+    Config,
+    Model,
+    ModelRef,
+    OutputType,
+    PythonReward,
+    RewardSource,
+    StageRef,
+    reward_inputs,
+)
 from tunery.spec.trainings import EmptyThinking, PairTruncation, RowsOrMixture, Training
 from tunery.spec.tuners import FULL, Tuner
 
@@ -39,33 +51,6 @@ class Sampling(Config):
             )
 
 
-class PythonReward(Config):
-    """A Python function: `reward(prompts, responses)` gets two lists of texts and returns a list of numbers."""
-
-    python: str
-    """A .py file, relative to the experiment file; its content is part of the cache key."""
-    function: str = "reward"
-    """Name of the function."""
-
-
-def _reward_tag(value: object) -> str:
-    if isinstance(value, PythonReward) or (isinstance(value, dict) and {"python", "function"} & value.keys()):
-        return "python"
-    return "stage" if isinstance(value, str) else "pretrained"
-
-
-RewardSource = Annotated[
-    Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")] | Annotated[PythonReward, Tag("python")],
-    Discriminator(_reward_tag),
-]
-"""A `reward` stage, `{pretrained: ..}` with a sequence-classification model of one output, or `{python: file.py}`."""
-
-
-def reward_inputs(path: tuple[str | int, ...], reward: str | Pretrained | PythonReward) -> Iterator[StageRef]:
-    if isinstance(reward, str):
-        yield StageRef(path, reward, ("classifier",))
-
-
 class RewardTraining(Training[str]):
     """A reward model: a head of one output on a model, trained on preference pairs so that the chosen response gets a
     higher reward than the rejected one (Bradley-Terry; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section
@@ -76,7 +61,6 @@ class RewardTraining(Training[str]):
     """
 
     output_type: ClassVar[OutputType] = "classifier"
-    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
     kind: Literal["reward"]
     model: Model
     """Initial model; a pretrained reward model keeps its head."""
@@ -87,10 +71,13 @@ class RewardTraining(Training[str]):
     https://arxiv.org/abs/2312.09244, use 0.01)."""
 
 
+REWARD = ("reward",)
+"""Labels of a reward model that was trained here."""
+
+
 class Dpo(Training[RowsOrMixture]):
     """Direct preference optimization on preference pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290)."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_margin")
     kind: Literal["dpo"]
     model: Model
     """Initial model and reference."""
@@ -111,6 +98,10 @@ class Dpo(Training[RowsOrMixture]):
     reference_free: bool = False
     """Uses a uniform reference: no second model."""
 
+    @property
+    def num_frozen_models(self) -> int:
+        return 0 if self.reference_free else 1
+
     @model_validator(mode="after")
     def _smoothing_of_sigmoid(self) -> Dpo:
         if self.label_smoothing and self.loss != "sigmoid":
@@ -122,7 +113,6 @@ class Kto(Training[RowsOrMixture]):
     """Kahneman-Tversky optimization on rated responses, or on both sides of preference pairs (Ethayarajh et al. 2024,
     https://arxiv.org/abs/2402.01306)."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_margin")
     kind: Literal["kto"]
     model: Model
     """Initial model and reference."""
@@ -139,6 +129,10 @@ class Kto(Training[RowsOrMixture]):
     undesirable_weight: Positive = 1.0
     """Weight of the loss of undesirable responses. If one kind is rarer, raise its weight: desirable rows x weight
     should be 1 to 4/3 times undesirable rows x weight (section 4.2)."""
+
+    @property
+    def num_frozen_models(self) -> int:
+        return 1
 
     @model_validator(mode="after")
     def _others_in_a_step(self) -> Kto:
@@ -173,12 +167,15 @@ class OnlineRl(Training[str]):
         yield from super().inputs()
         yield from reward_inputs(("reward",), self.reward)
 
+    def model_refs(self) -> Iterator[ModelRef]:
+        yield from super().model_refs()
+        yield ModelRef(("reward",), self.reward, "reward")
+
 
 class GroupRl(OnlineRl):
     """`global_batch_size` counts responses and is a multiple of `group_size`; `epochs` count passes over the
     prompts."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("eval_reward",)
     group_size: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt."""
     iterations: Annotated[int, Field(ge=1)] = 1
@@ -187,6 +184,18 @@ class GroupRl(OnlineRl):
     """Coefficient of the KL divergence to the initial model; 0 needs no second model."""
     clip: Positive = 0.2
     """Clipping range of the probability ratio, which is 1 in the first iteration."""
+
+    @property
+    def sequences_per_row(self) -> int:
+        return self.group_size
+
+    @property
+    def steps_per_batch(self) -> int:
+        return self.iterations
+
+    @property
+    def num_frozen_models(self) -> int:
+        return 1 if self.beta > 0 else 0
 
     @model_validator(mode="after")
     def _whole_groups(self) -> GroupRl:
@@ -258,7 +267,6 @@ class Ppo(OnlineRl):
     over them in `minibatches`, with one optimizer step each. `epochs` count passes over the prompts.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("eval_reward", "eval_kl")
     kind: Literal["ppo"]
     value_init: Literal["reward", "policy"] | Auto = AUTO
     """Initial value model. auto: the reward model if it has the policy's vocabulary (as in InstructGPT), else the
@@ -297,6 +305,14 @@ class Ppo(OnlineRl):
         yield from super().inputs()
         if self.ptx is not None:
             yield StageRef(("ptx", "data"), self.ptx.data, ROWS)
+
+    @property
+    def num_minibatches(self) -> int:
+        return self.minibatches
+
+    @property
+    def num_frozen_models(self) -> int:
+        return 1 if isinstance(self.reward, PythonReward) else 2  # the reference and the reward model
 
     @model_validator(mode="after")
     def _minibatches_are_equal(self) -> Ppo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from tunery.spec.references import Pretrained, Scratch
-from tunery.spec.stages import Stage
+from tunery.spec.stage_kinds import Stage
 
 Root = Pretrained | Scratch
 
@@ -54,7 +54,7 @@ def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str 
     """Yield a model, the model that its training starts from, and so on to one that no stage trains."""
     while isinstance(model, str):
         yield model
-        model = stages[model].model  # type: ignore[union-attr]  # spec.load validates that the stage outputs a model
+        model = stages[model].model  # type: ignore[attr-defined]  # spec.load validates that the stage outputs a model
     yield model
 
 

@@ -1,4 +1,4 @@
-"""Registries of kinds (scorers, adapters, trainers): the builtin entries and those of installed plugins.
+"""Registries of kinds (scorers, adapters, stages): the builtin entries and those of installed plugins.
 
 A plugin is a distribution with an entry point of the group `tunery.plugins` that refers to a `Plugin`:
 
@@ -11,6 +11,7 @@ Entry points are read on first use of a registry, in every process, so that Ray 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +23,12 @@ from pydantic_core import CoreSchema
 from tunery.errors import RequestError
 
 GROUP = "tunery.plugins"
+
+
+def load_object(reference: str) -> Any:
+    """Import what "module:name" refers to."""
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class RegistryEntry(Protocol):
@@ -39,8 +46,8 @@ class Plugin:
     """ScorerEntry objects."""
     adapters: tuple[RegistryEntry, ...] = ()
     """AdapterSpec objects."""
-    trainers: tuple[RegistryEntry, ...] = ()
-    """TrainerSpec objects."""
+    stages: tuple[RegistryEntry, ...] = ()
+    """StageKind objects; a trainer is a TrainerSpec."""
 
 
 @functools.cache
@@ -83,7 +90,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     """
 
     def __init__(
-        self, field: Literal["scorers", "adapters", "trainers"], entry_type: type[Entry], builtin: Iterable[Entry]
+        self, field: Literal["scorers", "adapters", "stages"], entry_type: type[Entry], builtin: Iterable[Entry]
     ) -> None:
         self._field, self._entry_type, self._builtin = field, entry_type, tuple(builtin)
 
@@ -135,8 +142,9 @@ class KindUnion:
 
     members: Callable[[], Mapping[str, Any]]
     """Returns the type of each kind by its tag."""
-    tag: Callable[[Any], str]
-    """Returns the tag of a value. pydantic puts it into the location of an error."""
+    tag: Callable[[Any], str] | str
+    """Returns the tag of a value, or is the key whose value is the tag. pydantic puts the tag into the location of an
+    error."""
 
     def union(self) -> Any:
         """Return the union with the tags as metadata."""

@@ -84,6 +84,46 @@ NewOrModel = Annotated[
 """The same, or `{scratch: tiny}`."""
 
 
+class PythonReward(Config):
+    """A Python function: `reward(prompts, responses)` gets two lists of texts and returns a list of numbers."""
+
+    python: str
+    """A .py file, relative to the experiment file; its content is part of the cache key."""
+    function: str = "reward"
+    """Name of the function."""
+
+
+def _reward_tag(value: object) -> str:
+    if isinstance(value, PythonReward) or (isinstance(value, dict) and {"python", "function"} & value.keys()):
+        return "python"
+    return "stage" if isinstance(value, str) else "pretrained"
+
+
+RewardSource = Annotated[
+    Annotated[str, Tag("stage")] | Annotated[Pretrained, Tag("pretrained")] | Annotated[PythonReward, Tag("python")],
+    Discriminator(_reward_tag),
+]
+"""A `reward` stage, `{pretrained: ..}` with a sequence-classification model of one output, or `{python: file.py}`."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A reference from a stage's field (`path`, within the stage) to a model or a Python function."""
+
+    path: tuple[str | int, ...]
+    model: str | Pretrained | Scratch | PythonReward
+    role: Literal["language_model", "classifier", "reward"]
+    """language_model: its chat template renders the rows. classifier: a model with a classification head, or one that
+    gets such a head; rows are plain text if its tokenizer has no chat template. reward: a classifier with one output,
+    or a Python function."""
+
+
+def reward_inputs(path: tuple[str | int, ...], reward: str | Pretrained | PythonReward) -> Iterator[StageRef]:
+    """Yield the reference to the stage of a reward model, if a stage trains it."""
+    if isinstance(reward, str):
+        yield StageRef(path, reward, ("classifier",))
+
+
 def model_inputs(
     path: tuple[str | int, ...], model: str | Pretrained | Scratch, output: OutputType = "model"
 ) -> Iterator[StageRef]:

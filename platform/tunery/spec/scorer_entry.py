@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tunery.spec.plugins import load_object
 from tunery.spec.references import Config, OutputType, Pretrained, StageRef, model_inputs
 
 
@@ -127,6 +127,5 @@ class ScorerEntry:
         return "low" if self.direction == "minimize" else "high"
 
     def load(self) -> Callable[..., Any]:
-        module, name = self.implementation.split(":")
-        implementation: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        implementation: Callable[..., Any] = load_object(self.implementation)
         return implementation

@@ -1,4 +1,4 @@
-"""Configs of the stages, one class per kind.
+"""Configs of the stages that read, score, select and review rows or evaluate models, one class per kind.
 
 A stage refers to its input stages by name (`inputs`) and has one output type (`output_type`): rows, scored rows,
 selected rows, a model or metrics. All fields change the result and are part of the fingerprint; settings that do not
@@ -7,16 +7,28 @@ selected rows, a model or metrics. All fields change the result and are part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, get_args
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from tunery.spec.augment import Augment
-from tunery.spec.feedback import Dpo, Grpo, Kto, Ppo, RewardSource, RewardTraining, Rloo, Sampling, reward_inputs
-from tunery.spec.references import ROWS, Config, Model, OutputType, Pretrained, StageRef, model_inputs, model_name
-from tunery.spec.scorers import Scorer
-from tunery.spec.trainings import ClassifierTraining, Pretrain, Sft, Training
+from tunery.spec.feedback import Sampling
+from tunery.spec.references import (
+    ROWS,
+    Config,
+    Model,
+    ModelRef,
+    OutputType,
+    Pretrained,
+    RewardSource,
+    StageRef,
+    model_inputs,
+    model_name,
+    reward_inputs,
+)
+from tunery.spec.scorers import SCORERS, Scorer
+from tunery.spec.stage_config import StageConfig
 
 ColumnRole = Literal[
     "text",
@@ -41,7 +53,7 @@ def role_name(name: object) -> str:
     return str(name).strip().casefold()
 
 
-class Dataset(Config):
+class Dataset(StageConfig):
     """Reads rows from files, hub datasets or the builtin corpus into one schema."""
 
     kind: Literal["dataset"]
@@ -86,6 +98,10 @@ class Dataset(Config):
     def inputs(self) -> Iterator[StageRef]:
         return iter(())
 
+    @property
+    def uses_seed(self) -> bool:
+        return self.corrupt_fraction > 0
+
     @field_validator("roles")
     @classmethod
     def _one_meaning_per_role(cls, roles: dict[str, MessageRole] | None) -> dict[str, MessageRole] | None:
@@ -99,7 +115,7 @@ RANDOM = "random"
 """A score that every row has: uniform in [0, 1), from the row's id and the stage's seed."""
 
 
-class Score(Config):
+class Score(StageConfig):
     """Computes scores of all rows and drops none."""
 
     kind: Literal["score"]
@@ -116,6 +132,12 @@ class Score(Config):
         for index, scorer in enumerate(self.by):
             for item in scorer.inputs():
                 yield StageRef(("by", index, *item.path), item.stage, item.accepts)
+
+    def model_refs(self) -> Iterator[ModelRef]:
+        for index, scorer in enumerate(self.by):
+            if scorer.model is not None:
+                is_language_model = SCORERS[scorer.kind()].input_kind == "likelihood"
+                yield ModelRef(("by", index), scorer.model, "language_model" if is_language_model else "classifier")
 
     @field_validator("by")
     @classmethod
@@ -217,7 +239,7 @@ class Diverse(Config):
         return self
 
 
-class Select(Config):
+class Select(StageConfig):
     """Keeps rows by their scores and lists the dropped ones with the rule that dropped them."""
 
     kind: Literal["select"]
@@ -258,8 +280,21 @@ class Select(Config):
             if rule.match_count_of is not None:
                 yield StageRef(("keep", score, "match_count_of"), rule.match_count_of, ROWS)
 
+    @property
+    def uses_seed(self) -> bool:
+        return RANDOM in self.ranked_by or self.diverse is not None
 
-class Review(Config):
+    def estimate_rows(self, rows: int) -> int:
+        shares = [
+            share for rule in self.keep.values() for share in (rule.keep_fraction, rule.keep_fraction_of_rest) if share
+        ]
+        kept = round(rows * min(shares, default=1.0))
+        if self.diverse is None:
+            return kept
+        return min(self.diverse.rows or kept, round(kept * (self.diverse.share or 1)))
+
+
+class Review(StageConfig):
     """Applies a reviewer's decisions about rows near the cut of a `select` stage; they override the filter."""
 
     kind: Literal["review"]
@@ -276,6 +311,10 @@ class Review(Config):
     def inputs(self) -> Iterator[StageRef]:
         yield StageRef(("data",), self.data, ("selected",))
 
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
     @field_validator("decisions")
     @classmethod
     def _known_ending(cls, decisions: str) -> str:
@@ -291,7 +330,11 @@ def _has_unique_names(models: tuple[str | Pretrained, ...]) -> tuple[str | Pretr
     return models
 
 
-class Evaluate(Config):
+FORGETTING = "forgetting"
+"""The metric of an `evaluate` stage that needs its baseline."""
+
+
+class Evaluate(StageConfig):
     """Loss (nats per token; of conversations over the responses only) and perplexity of each model on each set."""
 
     kind: Literal["evaluate"]
@@ -314,6 +357,38 @@ class Evaluate(Config):
         if self.baseline is not None:
             yield from model_inputs(("baseline",), self.baseline)
 
+    def model_refs(self) -> Iterator[ModelRef]:
+        if self.baseline is not None:
+            yield ModelRef(("baseline",), self.baseline, "language_model")
+        for index, model in enumerate(self.models):
+            yield ModelRef(("models", index), model, "language_model")
+
+    def eval_refs(self) -> Iterator[StageRef]:
+        return (item for item in self.inputs() if item.path[0] == "data")
+
+    @property
+    def result_names(self) -> list[str]:
+        return [model_name(model) for model in self.models]
+
+    @property
+    def evaluated_models(self) -> tuple[str | Pretrained, ...]:
+        return self.models
+
+    def metric_paths(self, metrics: Iterable[str]) -> Iterator[str]:
+        pairs = [(model, f"{model_name(model)}.{data}") for model in self.models for data in self.data]
+        absolute = [metric for metric in metrics if metric != FORGETTING]
+        yield from (f"{pair}.{metric}" for _, pair in pairs for metric in absolute)
+        if self.baseline is not None:
+            baseline = model_name(self.baseline)
+            yield from (f"{pair}.{FORGETTING}" for model, pair in pairs if model_name(model) != baseline)
+
+    def reduced_to(self, metrics: Sequence[Sequence[str]]) -> Self:
+        baseline = self.baseline if any(metric == FORGETTING for *_, metric in metrics) else None
+        names, sets = {model for model, *_ in metrics}, {data for _, data, _ in metrics}
+        models = tuple(model for model in self.models if model_name(model) in names or model == baseline)
+        data = {name: stage for name, stage in self.data.items() if name in sets}
+        return self.model_copy(update={"models": models, "data": data, "baseline": baseline})
+
     @model_validator(mode="after")
     def _baseline_is_measured(self) -> Evaluate:
         if self.baseline is not None and self.baseline not in self.models:
@@ -321,7 +396,7 @@ class Evaluate(Config):
         return self
 
 
-class WinRate(Config):
+class WinRate(StageConfig):
     """Compares the responses of several models to the same prompts by a judge's rewards: how often each model beats the
     baseline.
 
@@ -354,44 +429,40 @@ class WinRate(Config):
         yield from reward_inputs(("judge",), self.judge)
         yield StageRef(("data",), self.data, ROWS)
 
+    def model_refs(self) -> Iterator[ModelRef]:
+        yield ModelRef(("judge",), self.judge, "reward")
+        yield ModelRef(("baseline",), self.baseline, "language_model")
+        for index, model in enumerate(self.models):
+            yield ModelRef(("models", index), model, "language_model")
+
+    def eval_refs(self) -> Iterator[StageRef]:
+        return (item for item in self.inputs() if item.path[0] == "data")
+
     @property
-    def candidates(self) -> tuple[str | Pretrained, ...]:
+    def uses_seed(self) -> bool:
+        return True
+
+    @property
+    def result_names(self) -> list[str]:
+        return [*(model_name(model) for model in self.evaluated_models), self.data]
+
+    @property
+    def evaluated_models(self) -> tuple[str | Pretrained, ...]:
         """The baseline and the models compared with it."""
         return self.baseline, *self.models
+
+    def metric_paths(self, metrics: Iterable[str]) -> Iterator[str]:
+        names = [model_name(model) for model in self.models]
+        return (f"{name}.{self.data}.{metric}" for name, metric in itertools.product(names, metrics))
+
+    def reduced_to(self, metrics: Sequence[Sequence[str]]) -> Self:
+        names = {model for model, *_ in metrics}
+        return self.model_copy(update={"models": tuple(model for model in self.models if model_name(model) in names)})
 
     @model_validator(mode="after")
     def _against_another(self) -> WinRate:
         if self.baseline in self.models:
             raise ValueError(f"`{model_name(self.baseline)}` would be compared with itself: remove it from `models`")
-        _has_unique_names(self.candidates)  # results are listed by name
+        _has_unique_names(self.evaluated_models)  # results are listed by name
         self.sampling.validate_lengths(self.max_length)
         return self
-
-
-Stage = Annotated[
-    Dataset
-    | Score
-    | Select
-    | Review
-    | Augment
-    | Pretrain
-    | Sft
-    | ClassifierTraining
-    | RewardTraining
-    | Dpo
-    | Kto
-    | Grpo
-    | Rloo
-    | Ppo
-    | Evaluate
-    | WinRate,
-    Field(discriminator="kind"),
-]
-"""One line a kind; a new kind is added here, in runner.STAGES, and in its room."""
-
-TRAININGS: tuple[str, ...] = tuple(
-    get_args(stage.model_fields["kind"].annotation)[0]
-    for stage in get_args(get_args(Stage)[0])
-    if issubclass(stage, Training)
-)
-"""Kinds of the trainings."""

@@ -3,7 +3,7 @@ in feedback.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -14,6 +14,7 @@ from tunery.spec.references import (
     Auto,
     Config,
     Model,
+    ModelRef,
     NewOrModel,
     OutputType,
     Pretrained,
@@ -21,6 +22,7 @@ from tunery.spec.references import (
     StageRef,
     model_inputs,
 )
+from tunery.spec.stage_config import StageConfig
 from tunery.spec.tuners import FULL, Tuner
 
 
@@ -126,12 +128,10 @@ class ScheduleOverride(Config):
 Data = TypeVar("Data")
 
 
-class Training(Config, Generic[Data]):
+class Training(StageConfig, Generic[Data]):
     """Keys of every training. `Data` is the type of `data`."""
 
     output_type: ClassVar[OutputType] = "model"
-    metrics: ClassVar[tuple[str, ...]] = ("eval_loss",)
-    """Metrics on `eval_data`."""
     data: Data
     """Rows to train on."""
     epochs: Annotated[float, Field(gt=0)] | Auto
@@ -183,6 +183,50 @@ class Training(Config, Generic[Data]):
                     yield StageRef((field, *path), stage, ROWS)
         yield from model_inputs(("model",), self.model)
 
+    def model_refs(self) -> Iterator[ModelRef]:
+        yield ModelRef(("model",), self.model, "classifier" if self.output_type == "classifier" else "language_model")
+
+    def eval_refs(self) -> Iterator[StageRef]:
+        return (item for item in self.inputs() if item.path[0] == "eval_data")
+
+    @property
+    def uses_seed(self) -> bool:
+        return True
+
+    def metric_paths(self, metrics: Iterable[str]) -> Iterator[str]:
+        return iter(()) if self.eval_data is None else iter(metrics)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that a row gives in a step, such as sampled responses."""
+        return 1
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps on each batch of sequences; all of them count as steps of the training."""
+        return 1
+
+    @property
+    def num_minibatches(self) -> int:
+        """Parts of a global batch, each with an optimizer step of its own; one pass over them counts as one step."""
+        return 1
+
+    @property
+    def batch_size_multiple(self) -> int:
+        """The number that the global batch size must be a multiple of."""
+        return self.sequences_per_row * self.num_minibatches
+
+    @property
+    def num_frozen_models(self) -> int:
+        """Frozen models in memory besides the trained ones, each about as large as the initial model. Only with full
+        fine-tuning: adapters share the base model, which is loaded once."""
+        return 0
+
+    @property
+    def plan_note(self) -> str:
+        """Note on how the stage trains, for the plan; "" if there is nothing to add to the experiment file."""
+        return ""
+
 
 class Pretrain(Training[RowsOrMixture]):
     """Next-token prediction on concatenated texts, cut into blocks of `max_length`; on a new or existing model."""
@@ -210,6 +254,11 @@ class Sft(Training[RowsOrMixture]):
     """Whether the empty thinking block that a chat template puts before a response without reasoning (Qwen3's
     `<think></think>`) is trained, or belongs to the prompt."""
 
+    @property
+    def plan_note(self) -> str:
+        turns = "all assistant messages" if self.train_on == "all_turns" else "the last message of each row"
+        return f"trains {turns} (train_on: {self.train_on})"
+
 
 LABELS = ("bad", "good")
 """Labels of a classifier that was trained here, by number."""
@@ -223,7 +272,6 @@ class ClassifierTraining(Training[Labelled]):
     """
 
     output_type: ClassVar[OutputType] = "classifier"
-    metrics: ClassVar[tuple[str, ...]] = ("eval_loss", "eval_accuracy", "eval_auc")
     kind: Literal["classifier"]
     model: Model
     """A language model, causal or not. It gets a head with random weights, unless it has one with two labels."""

@@ -7,7 +7,6 @@ new tuner: its settings, config and entry here, and a function that builds its P
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunery.spec.plugins import KindUnion, Registry
+from tunery.spec.plugins import KindUnion, Registry, load_object
 from tunery.spec.references import AUTO, Auto, Config
 
 FULL: Literal["full"] = "full"
@@ -99,8 +98,7 @@ class AdapterSpec:
         return bool(self.peft_config)
 
     def build_peft_config(self, settings: Any, task: str, new_modules: list[str]) -> Any:
-        module, name = self.peft_config.split(":")
-        return getattr(importlib.import_module(module), name)(settings, task, new_modules)
+        return load_object(self.peft_config)(settings, task, new_modules)
 
 
 def _lora_parameters(lora: Lora, parameters: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tunery.errors import RequestError
 from tunery.models.tokenized_dataset import Integers
-from tunery.spec import AUTO, Grpo, Rloo, Training
+from tunery.spec import AUTO, Training
 from tunery.spec.references import Auto
 
 MAX_AUTO_MICRO_BATCH = 4
@@ -57,24 +57,14 @@ def plan_batches(
     return Batching(steps, global_batch_size, workers, micro_batch_size, share // micro_batch_size)
 
 
-def group_size(stage: Training[Any]) -> int:
-    """Sequences per row in a step: the responses sampled to each prompt (GRPO, RLOO), else 1."""
-    return stage.group_size if isinstance(stage, Grpo | Rloo) else 1
-
-
-def iterations(stage: Training[Any]) -> int:
-    """Optimizer steps per generated batch (GRPO, RLOO), else 1."""
-    return stage.iterations if isinstance(stage, Grpo | Rloo) else 1
-
-
 def plan_training(stage: Training[Any], rows: int, workers: int, micro_batch_size: int | Auto) -> Batching:
     """Plan the batches of a stage without `auto` values. `rows`: examples of an epoch."""
     assert stage.epochs != AUTO, "resolved"
     assert stage.global_batch_size != AUTO, "resolved"
     micro = None if micro_batch_size == AUTO else micro_batch_size
-    sequences = rows * group_size(stage)
+    sequences = rows * stage.sequences_per_row
     batching = plan_batches(sequences, stage.epochs, stage.global_batch_size, workers, micro)
-    return replace(batching, steps=batching.steps * iterations(stage))
+    return replace(batching, steps=batching.steps * stage.steps_per_batch)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from trl.models.utils import unwrap_model_for_generation
 from tunery.models.precision import score_dtype
 from tunery.models.reward_functions import RewardFn, load_reward
 from tunery.models.tokenized_dataset import Integers
-from tunery.spec import Grpo, Rloo, adapter_spec
+from tunery.spec import Grpo, adapter_spec
+from tunery.spec.feedback import GroupRl
 from tunery.training.distributed_eval import DistributedEval
 from tunery.training.job import Job
 from tunery.training.policy import Policy
@@ -39,13 +40,13 @@ FINAL_POINTS = 5
 """Logged values that the final metrics are averaged over."""
 
 
-class GrpoTask:
-    """The trainer adapter of `grpo` and `rloo`."""
+class GroupRlTask:
+    """What the trainer adapters of `grpo` and `rloo` share."""
 
     def __init__(self, job: Job, rank: int) -> None:
         """Raises StageError if no prompt of `data`, or of `eval_data`, leaves room for a response, and TuneryError if
         the reward can't be loaded."""
-        assert isinstance(job.spec, Grpo | Rloo)
+        assert isinstance(job.spec, GroupRl)
         assert job.reward is not None
         self._job, self._spec = job, job.spec
         # TRL 1.16 loads the reference by the name in the model's config, which for a merged adapter is its base.
@@ -73,10 +74,7 @@ class GrpoTask:
             "shuffle_dataset": False,  # already in training order (training/batches.py)
             "disable_dropout": False,  # Policy disables the model's own dropout
         }
-        trainer_class: Any = RlooTrainer
-        config: Any = RLOOConfig(**settings) if isinstance(spec, Rloo) else None
-        if isinstance(spec, Grpo):
-            trainer_class, config = GrpoTrainer, GRPOConfig(**settings, loss_type=spec.loss, scale_rewards=spec.scale)
+        trainer_class, config = self._trl_trainer(settings)
         return trainer_class(
             **self._policy.arguments(),
             data=self._data,
@@ -86,6 +84,10 @@ class GrpoTask:
             train_dataset=Dataset.from_dict({"prompt": order}),
             callbacks=[callback],
         )
+
+    def _trl_trainer(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+        """Return the trainer class and its TRL config with these `settings`."""
+        raise NotImplementedError
 
     def save(self, trainer: Any) -> None:
         self._policy.save(trainer)
@@ -107,6 +109,21 @@ class GrpoTask:
         first = next((point["reward"] for point in history if "reward" in point), None)
         rewards = {"first_reward": first, "eval_reward": trainer.last_eval_metrics.get("eval_reward")}
         return {"tokens": int(trainer.state.num_input_tokens_seen), **final_means, **rewards}
+
+
+class GrpoTask(GroupRlTask):
+    """The trainer adapter of `grpo`."""
+
+    def _trl_trainer(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+        assert isinstance(self._spec, Grpo)
+        return GrpoTrainer, GRPOConfig(**settings, loss_type=self._spec.loss, scale_rewards=self._spec.scale)
+
+
+class RlooTask(GroupRlTask):
+    """The trainer adapter of `rloo`."""
+
+    def _trl_trainer(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+        return RlooTrainer, RLOOConfig(**settings)
 
 
 class PromptIndexTrainer(DistributedEval):

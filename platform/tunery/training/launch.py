@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from tunery.models.load import source_of
 from tunery.models.reward_functions import reward_origin
-from tunery.spec import Compute, PositiveNegative, Ppo, ReviewLabels, Scratch, Training
+from tunery.spec import TRAINERS, Compute, PositiveNegative, ReviewLabels, Scratch, Training
+from tunery.spec.plugins import load_object
 from tunery.spec.trainings import data_refs
 from tunery.store import Artifact, StageContext, StageResult
 from tunery.store.rows import REVIEWED_DIR
@@ -92,11 +93,8 @@ def _row_count(data: Data, inputs: Mapping[str, Artifact]) -> int:
 
 
 def train(job: Job, report: Report) -> None:
-    """Train in each worker, by PPO's own loop or by transformers' Trainer."""
-    if isinstance(job.spec, Ppo):
-        from tunery.training.ppo.ppo_worker import train as loop
-    else:
-        from tunery.training.worker import train as loop
+    """Train in each worker, by the loop of the stage kind."""
+    loop: Callable[[Job, Report], None] = load_object(TRAINERS[job.spec.kind].loop)
     loop(job, report)
 
 

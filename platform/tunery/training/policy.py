@@ -11,7 +11,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from tunery.models.adapters import freeze_untrained, peft_config
 from tunery.models.generate import set_eos_token_ids
 from tunery.models.load import Source, is_adapter, load_model, load_tokenizer, write_base
-from tunery.spec import Dpo, Grpo, Kto, Rloo, adapter_spec
+from tunery.spec import adapter_spec, tuner_of
 from tunery.training.job import Job, save_model, write_once
 
 
@@ -21,9 +21,8 @@ class Policy:
 
     def __init__(self, job: Job, rank: int, as_folder: bool = False) -> None:
         """`as_folder`: the name in the model's config must be a folder that holds the full model."""
-        assert isinstance(job.spec, Dpo | Kto | Grpo | Rloo)
         self._job, self._rank = job, rank
-        self._tuner = job.spec.tuner
+        self._tuner = tuner_of(job.spec)
         needs_merged = as_folder or job.compute.zero_stage == 3
         self.source: Source = merge_adapter(job, rank) if needs_merged and is_adapter(job.model) else job.model
         self.tokenizer: Any = load_tokenizer(self.source)

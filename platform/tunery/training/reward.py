@@ -19,10 +19,10 @@ from trl import RewardConfig, RewardTrainer
 
 from tunery.errors import StageError
 from tunery.models.classifier_inputs import ClassifierEncoder
-from tunery.models.labels import REWARD, RewardNorm
+from tunery.models.labels import RewardNorm
 from tunery.models.metrics import Floats, preference_accuracy, preference_loss
 from tunery.models.tokenized_dataset import Integers
-from tunery.spec import RewardTraining
+from tunery.spec import REWARD, RewardTraining
 from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
 from tunery.training.dpo import PairSet
 from tunery.training.job import Job

@@ -13,23 +13,19 @@ import numpy.typing as npt
 
 from tunery.errors import StageError
 from tunery.events.event_log import EventLog
-from tunery.models.classifier_inputs import NO_LABEL, encode_labelled, encode_reward_pairs, encode_unlabelled
-from tunery.models.encode import Encoded, Encoding, Span, as_prompt, encoding_of
-from tunery.models.encode_preferences import encode_pairs, encode_rated
-from tunery.models.prompts import COLUMNS as PROMPT_COLUMNS
-from tunery.models.prompts import TOO_LONG, encode_prompt_rows
+from tunery.models.encode import Encoded, Encoding, Span, as_prompt
+from tunery.models.prompts import TOO_LONG
+from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
 from tunery.models.tokenized_dataset import (
     Integers,
     RowEncoding,
     TokenCache,
     TokenizedDataset,
     TokenStats,
-    encode_conversations,
-    encode_documents,
 )
-from tunery.spec import Pretrain, Training
+from tunery.spec import Training
 from tunery.spec.trainings import data_refs
-from tunery.store.rows import CONTENT, Row
+from tunery.store.rows import Row
 from tunery.training.batches import SequenceMixture
 from tunery.training.job import Examples, Job, RowSource
 
@@ -207,33 +203,6 @@ class InMemorySequences:
         return self._labels[index]
 
 
-ROW_ENCODINGS = {
-    "pretrain": RowEncoding(encode_documents, tuple(CONTENT), "a text or a conversation"),
-    "sft": RowEncoding(encode_conversations, tuple(CONTENT), "a conversation with a response"),
-    "dpo": RowEncoding(
-        encode_pairs, (*CONTENT, "rejected"), "a preference pair (`chosen` and `rejected`, docs/data.md)"
-    ),
-    "kto": RowEncoding(
-        encode_rated, (*CONTENT, "rejected", "label"), "a rated response (`label`) or a preference pair (docs/data.md)"
-    ),
-    "reward": RowEncoding(
-        encode_reward_pairs,
-        (*CONTENT, "rejected"),
-        "a preference pair (`chosen` and `rejected`, docs/data.md) whose responses differ within max_length",
-    ),
-    "classifier": RowEncoding(encode_labelled, (*CONTENT, "label"), "a text or a conversation with a label"),
-    **dict.fromkeys(
-        ("ppo", "grpo", "rloo"),
-        RowEncoding(encode_prompt_rows, PROMPT_COLUMNS, "a conversation that asks something", keeps_rows=True),
-    ),
-}
-"""By stage kind."""
-LABELLED_BY_STAGE = RowEncoding(encode_unlabelled, tuple(CONTENT), "a text or a conversation")
-"""Encoding of `classifier` rows whose label is given by their stage."""
-NOT_COUNTED = frozenset({NO_LABEL})
-"""Reasons that do not count towards `max_unusable`: a dataset may be partly labelled."""
-
-
 def mixture_of(spec: Training[Any], examples: Examples) -> SequenceMixture | None:
     """Return the mixture of a stage whose `data` maps data stages to weights, else None."""
     if not isinstance(spec.data, dict):
@@ -287,7 +256,7 @@ def read_sequences(
 def read_row_sequences(job: Job, tokenizer: Any, encoding: Encoding | None = None) -> tuple[SequenceSet, SequenceSet]:
     """The same for stage kinds without blocks."""
     data, eval_data = read_sequences(job, tokenizer, encoding)
-    assert isinstance(data, SequenceSet), "only pretrain has blocks"
+    assert isinstance(data, SequenceSet), "the stage kind has no blocks"
     assert isinstance(eval_data, SequenceSet)
     return data, eval_data
 
@@ -296,11 +265,17 @@ def open_sequences(
     job: Job, tokenizer: Any, encoding: Encoding | None = None
 ) -> tuple[TrainingSequences, TrainingSequences]:
     """The same as `read_sequences`, without checking for unusable rows."""
-    encoding, kind = encoding or encoding_of(job.spec), ROW_ENCODINGS[job.spec.kind]
-    data, eval_data = (open_rows(job, rows, tokenizer, encoding, kind) for rows in (job.rows, job.eval_rows))
-    if isinstance(job.spec, Pretrain):
+    encoding, row_encoding = encoding or encoding_of(job.spec), _row_encoding(job)
+    data, eval_data = (open_rows(job, rows, tokenizer, encoding, row_encoding) for rows in (job.rows, job.eval_rows))
+    if row_encoding.in_blocks:
         return BlockSet(data, job.spec.max_length), BlockSet(eval_data, job.spec.max_length)
     return data, eval_data
+
+
+def _row_encoding(job: Job) -> RowEncoding:
+    row_encoding = row_encoding_of(job.spec)
+    assert row_encoding is not None, "every training encodes its rows"
+    return row_encoding
 
 
 def check_sequences(job: Job, data: TrainingSequences, eval_data: TrainingSequences) -> None:
@@ -330,10 +305,10 @@ def open_rows(
 
 
 def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
-    stats, spec, kind = sequences.stats, job.spec, ROW_ENCODINGS[job.spec.kind]
+    stats, spec, row_encoding = sequences.stats, job.spec, _row_encoding(job)
     stage = ", ".join(data_refs(getattr(spec, field)).values())
     if not len(sequences):
-        too_short = isinstance(spec, Pretrain) and stats.num_unusable < stats.rows
+        too_short = row_encoding.in_blocks and stats.num_unusable < stats.rows
         raise StageError(
             job.stage,
             f"none of the {stats.rows:,} rows of `{stage}` ({field}) gives a training sequence",
@@ -342,7 +317,7 @@ def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
             else _reasons(stats.unusable),
             remedy=f"give more rows, or lower max_length (now {spec.max_length})"
             if too_short
-            else f"give rows of which each is {kind.what}, or change {_limits(spec)}",
+            else f"give rows of which each is {row_encoding.what}, or change {_limits(spec)}",
         )
     unusable = Counter({reason: count for reason, count in stats.unusable.items() if reason not in NOT_COUNTED})
     count, rows = unusable.total(), stats.rows

@@ -22,14 +22,6 @@ from tunery.training.training_stats import SKIPPED_STEPS
 Report = Callable[[int, dict[str, float]], None]
 LOGGED_METRICS = ("loss", "learning_rate", "grad_norm")
 """Logged for all trainers, with all evaluation metrics (`eval_..`)."""
-GROUP_RL_METRICS = ("reward", "kl", "entropy", "clip_fraction", "reward_std", "response_length", "clipped_ratio")
-EXTRA_METRICS = {
-    "dpo": ("margin", "accuracy"),
-    "kto": ("margin", "kl"),
-    "grpo": GROUP_RL_METRICS,
-    "rloo": GROUP_RL_METRICS,
-}
-"""Further metrics by stage kind, under the names that its trainer logs."""
 
 
 class TrainingCallback(TrainerCallback):  # type: ignore[misc]

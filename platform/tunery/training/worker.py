@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from typing import Any
@@ -12,7 +11,9 @@ import numpy as np
 from tunery.events.event_log import EventLog
 from tunery.models.precision import pick_dtype
 from tunery.models.preview import COLUMNS, stage_preview
-from tunery.training.batches import Batching, at_even_steps, data_order, group_size, iterations, plan_training
+from tunery.spec import TRAINERS
+from tunery.spec.plugins import load_object
+from tunery.training.batches import Batching, at_even_steps, data_order, plan_training
 from tunery.training.job import Job, Report, TrainerAdapter, rows_of
 from tunery.training.schedule import schedule
 from tunery.training.sequences import mixture_facts, mixture_of
@@ -24,19 +25,6 @@ from tunery.training.training_stats import (
     save_period,
     training_facts,
 )
-
-TRAINERS = {
-    "pretrain": "tunery.training.sft:SftTask",
-    "sft": "tunery.training.sft:SftTask",
-    "classifier": "tunery.training.classifier:ClassifierTask",
-    "reward": "tunery.training.reward:RewardTask",
-    "dpo": "tunery.training.dpo:DpoTask",
-    "kto": "tunery.training.kto:KtoTask",
-    "grpo": "tunery.training.grpo:GrpoTask",
-    "rloo": "tunery.training.grpo:GrpoTask",
-}
-"""By stage kind. Names instead of classes, because transformers' Trainer must not be imported before
-worker_setup.prepare_process has run."""
 
 
 def train(job: Job, report: Report) -> None:
@@ -62,7 +50,7 @@ def train(job: Job, report: Report) -> None:
     )
     from tunery.training.collectives import broadcast_rank0
     from tunery.training.reload_check import check_saved
-    from tunery.training.training_callback import EXTRA_METRICS, TrainingCallback
+    from tunery.training.training_callback import TrainingCallback
 
     rank, world = dist.get_rank(), dist.get_world_size()
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
@@ -76,8 +64,8 @@ def train(job: Job, report: Report) -> None:
     set_seed(job.seed)
     adapter = _load_adapter(job, rank)
     batching = plan_training(spec, len(adapter.examples.lengths), world, compute.micro_batch_size)
-    num_iterations = iterations(spec)
-    size = batching.global_batch_size // group_size(spec)
+    num_iterations = spec.steps_per_batch
+    size = batching.global_batch_size // spec.sequences_per_row
     lengths = adapter.examples.lengths
     mixture = mixture_of(spec, adapter.examples)
     order = data_order(lengths, batching.steps // num_iterations, size, job.seed, mixture)
@@ -100,7 +88,7 @@ def train(job: Job, report: Report) -> None:
         checkpoint_signature(world, compute.zero_stage, dtype),
         report_evaluation,
         job.stage,
-        EXTRA_METRICS.get(spec.kind, ()),
+        TRAINERS[spec.kind].extra_metrics,
         num_iterations,
         job.stop,
         job.checkpoint_dir,
@@ -165,8 +153,8 @@ def train(job: Job, report: Report) -> None:
 
 
 def _load_adapter(job: Job, rank: int) -> TrainerAdapter:
-    module, name = TRAINERS[job.spec.kind].split(":")
-    adapter: TrainerAdapter = getattr(importlib.import_module(module), name)(job, rank)
+    # Imported only now: transformers' Trainer must not be imported before `prepare_process` has run.
+    adapter: TrainerAdapter = load_object(TRAINERS[job.spec.kind].trainer)(job, rank)
     return adapter
 
 

@@ -102,7 +102,7 @@ def test_trial_compares_one_model_with_the_baseline(load_text: LoadText) -> None
     trial = trial_experiment(experiment, {"sft.learning_rate": 1e-4})
     stage = trial.stages["wins"]
     assert isinstance(stage, WinRate)
-    assert stage.candidates == ("base", "sft")
+    assert stage.evaluated_models == ("base", "sft")
     assert "more" not in trial.stages
     facts = {"results": [{"model": "sft", "set": "prompts", "win_rate": 0.625}]}
     assert metric_value(facts, "wins.sft.prompts.win_rate") == 0.625

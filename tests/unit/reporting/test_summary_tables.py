@@ -8,7 +8,14 @@ from typing import Any
 from experiment_text import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.reporting.summary_tables import diversity_table, loss_table, policy_table, results, search_table, win_table
+from tunery.reporting.summary_tables import (
+    diversity_table,
+    loss_table,
+    results,
+    search_table,
+    training_tables,
+    win_table,
+)
 from tunery.search.journal import JournalRecord, TrialStart
 from tunery.search.outcome import search_facts
 from tunery.store import Artifact
@@ -87,8 +94,7 @@ def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
 
 def test_policy_table_has_rewards_and_shared_weights(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
-    table = policy_table(experiment, policies())
-    assert table is not None
+    (table,) = training_tables(experiment, policies())
     assert table["title"] == "Rewards"
     assert table["columns"] == ["policy", "reward before", "reward after", "KL", "EOS rate", "responses", "steps"]
     assert table["rows"] == [
@@ -104,14 +110,13 @@ def test_policy_table_has_rewards_and_shared_weights(load_text: LoadText) -> Non
 
 def test_policy_without_shared_weights_has_no_note(load_text: LoadText) -> None:
     experiment, _ = load_text(POLICIES)
-    table = policy_table(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
-    assert table is not None
+    (table,) = training_tables(experiment, policies(ppo={**PPO_FACTS, "shared_base": False}))
     assert not any("one base" in note for note in table["notes"])
 
 
 def test_no_policy_table_without_policies(load_text: LoadText) -> None:
     experiment, _ = load_text(TEXT)
-    assert policy_table(experiment, artifacts_with()) is None
+    assert training_tables(experiment, artifacts_with()) == []
 
 
 def test_json_results_have_the_first_metric_of_a_training(load_text: LoadText) -> None:

@@ -77,13 +77,13 @@ def test_overrides_do_not_change_the_original() -> None:
         ("sft", "use <stage>.<field>"),
         ("sft.learningrate", "did you mean `learning_rate`?"),
         ("stf.epochs", "did you mean `sft`?"),
-        ("sft.zzz", "`sft` has: data, epochs"),
+        ("sft.zzz", "`sft` has: kind, data, epochs"),
         ("eval.models.2", "`eval.models` has: no fields"),
         ("eval.models.-1", "`eval.models` has: no fields"),
         ("sft.epochs.x", "`sft.epochs` has: no fields"),
         ("clean.keep.perplexity.keep_fractio", "did you mean `keep_fraction`?"),
         ("", "use <stage>.<field>"),
-        ("sft.", "`sft` has: data"),
+        ("sft.", "`sft` has: kind, data"),
     ],
 )
 def test_unknown_path_is_an_error_with_the_nearest_field(path: str, remedy: str) -> None:

@@ -31,7 +31,7 @@ from tunery.models.load import (
 )
 from tunery.pipeline.plan import make_plan
 from tunery.pipeline.validate import validate
-from tunery.reporting.summary_tables import classifier_table
+from tunery.reporting.summary_tables import training_tables
 from tunery.spec import LABELS, Lora, PositiveNegative
 from tunery.spec.check_search import metrics_of
 from tunery.spec.trainings import data_refs
@@ -273,8 +273,7 @@ FACTS = {
 
 def test_run_ends_with_what_each_classifier_learned_from_and_how_well_it_does(load_stage: Any) -> None:
     experiment, _ = load_stage()
-    table = classifier_table(experiment, {"judge": Artifact(Path(), {"facts": FACTS}, {})})
-    assert table is not None
+    (table,) = training_tables(experiment, {"judge": Artifact(Path(), {"facts": FACTS}, {})})
     assert table["rows"] == [["judge", "5", "3", "4", 0.5, 0.75, 0.875, 1.5]]
     assert "2 of 10 rows have no label" in table["notes"][0]
     assert "1 of the held-out rows are also training rows" in table["notes"][1]

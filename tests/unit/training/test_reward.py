@@ -20,7 +20,7 @@ from tunery.events.run_state import StageState
 from tunery.events.stage_summary import outcome
 from tunery.models.adapters import lora_config
 from tunery.models.classifier_inputs import ClassifierEncoder, encode_reward_pairs
-from tunery.models.labels import REWARD, Labels, RewardNorm
+from tunery.models.labels import Labels, RewardNorm
 from tunery.models.load import (
     load_classifier,
     load_own_tokenizer,
@@ -32,9 +32,9 @@ from tunery.models.load import (
 from tunery.models.metrics import preference_accuracy, preference_loss
 from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.pipeline.validate import validate
-from tunery.reporting.summary_tables import reward_table
+from tunery.reporting.summary_tables import training_tables
 from tunery.scoring.scorers.reward_score import RewardScorer
-from tunery.spec import Lora, Reward
+from tunery.spec import REWARD, Lora, Reward
 from tunery.spec.check_search import metrics_of
 from tunery.store import Artifact, Store
 from tunery.store.rows import Row
@@ -256,8 +256,7 @@ FACTS = {
 
 def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_stage: Any) -> None:
     experiment, _ = load_stage()
-    table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": FACTS}, {})})
-    assert table is not None
+    (table,) = training_tables(experiment, {"rm": Artifact(Path(), {"facts": FACTS}, {})})
     assert table["rows"] == [["rm", "9", "4", 0.5, 0.75, 0.875, -0.5, 1.5]]
     assert (
         "3 of 12 rows were skipped (2: both responses have the same tokens; 1: a response is empty)"
@@ -265,8 +264,7 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
     )
     assert "1 of the held-out pairs are also training pairs" in table["notes"][1]
     blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
-    table = reward_table(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
-    assert table is not None
+    (table,) = training_tables(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
     assert table["notes"][0] == "rm: mean and std were computed on 8 training responses"
 
 

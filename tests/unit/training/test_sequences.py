@@ -17,6 +17,7 @@ from tunery.models.classifier_inputs import NO_LABEL, encode_classifier_inputs
 from tunery.models.encode import Encoding, as_prompt, encode_prompts
 from tunery.models.load import load_own_tokenizer, load_tokenizer
 from tunery.models.prompts import NO_QUESTION, TOO_LONG
+from tunery.models.row_encodings import PROMPTS
 from tunery.models.tokenized_dataset import TokenCache
 from tunery.models.truncation import encode
 from tunery.spec import ClassifierTraining, Grpo, Ppo
@@ -24,7 +25,7 @@ from tunery.store import rows as store_rows
 from tunery.store.rows import row_id
 from tunery.training.classifier import ClassifierTask
 from tunery.training.ppo.ptx import load_ptx_data
-from tunery.training.sequences import ROW_ENCODINGS, UNUSABLE, PromptSet, read_row_sequences
+from tunery.training.sequences import UNUSABLE, PromptSet, read_row_sequences
 
 
 def row(*turns: str, **fields: Any) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def test_rows_of_several_shards_and_processes_are_kept_in_order(
 
     def build(at: str) -> list[str]:
         cache = TokenCache(tmp_path / at, tmp_path / "leases")
-        part = cache.open_or_build(found.path, "rows", tokenizer, Encoding(40), ROW_ENCODINGS["ppo"])
+        part = cache.open_or_build(found.path, "rows", tokenizer, Encoding(40), PROMPTS)
         assert [f"{part.row_ids[index]:016x}" for index in range(len(part))] == [
             part.row(index)["id"] for index in range(len(part))
         ]

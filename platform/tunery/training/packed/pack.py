@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
 from tunery.models.batching import token_budget_batches
-from tunery.models.encode import encoding_of
 from tunery.models.fused_nll import fused_nll
 from tunery.models.load import Source, load_model, load_tokenizer
 from tunery.models.nll import head_is_plain
 from tunery.models.packed_attention import install_varlen_attention
 from tunery.models.preview import COLUMNS, stage_preview
+from tunery.models.row_encodings import encoding_of
 from tunery.spec import adapter_spec, settings_of
 from tunery.training.job import Job, Report, rows_of
 from tunery.training.packed.adamw import StepHyperparams

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
 from tunery.models.load import Source
-from tunery.spec import Compute, Sft, Stage, adapter_spec, settings_of
+from tunery.spec import TRAINERS, Compute, Stage, adapter_spec, settings_of, tuner_of
 from tunery.training.job import Job, Report
 
 POLL_SECONDS = 5.0
@@ -35,9 +35,11 @@ def unpackable_reason(stage: Stage, compute: Compute) -> str:
     """Return why a training can't join a pack; "" if it can."""
     if compute.max_packed_trials == 1:
         return "compute.max_packed_trials is 1"
-    if not isinstance(stage, Sft):
-        return f"a {stage.kind} stage has no packed form, sft has"
-    return adapter_spec(stage.tuner).unpackable_reason(settings_of(stage.tuner))
+    if not TRAINERS[stage.kind].packable:
+        packable = ", ".join(kind for kind, spec in TRAINERS.items() if spec.packable)
+        return f"a {stage.kind} stage has no packed form, {packable} has"
+    tuner = tuner_of(stage)
+    return adapter_spec(tuner).unpackable_reason(settings_of(tuner))
 
 
 class PackFull(TuneryError):

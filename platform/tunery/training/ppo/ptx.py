@@ -8,9 +8,10 @@ from typing import Any
 
 from tunery.errors import StageError
 from tunery.models.encode import Encoding
+from tunery.models.row_encodings import CONVERSATIONS
 from tunery.spec import Ppo
 from tunery.training.job import Job
-from tunery.training.sequences import ROW_ENCODINGS, SequenceSet, open_rows
+from tunery.training.sequences import SequenceSet, open_rows
 
 
 class PtxData:
@@ -38,7 +39,7 @@ def load_ptx_data(job: Job, tokenizer: Any) -> PtxData | None:
     if job.spec.ptx is None:
         return None
     encoding = Encoding(job.spec.max_length, "last_turn")
-    sequences = open_rows(job, job.ptx_rows, tokenizer, encoding, ROW_ENCODINGS["sft"])
+    sequences = open_rows(job, job.ptx_rows, tokenizer, encoding, CONVERSATIONS)
     if not len(sequences):
         raise StageError(
             job.stage,
