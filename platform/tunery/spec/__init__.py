@@ -37,7 +37,16 @@ from tunery.spec.scorers import (
     Scorer,
 )
 from tunery.spec.search import Budget, Constraint, Dimension, Objective, Search
-from tunery.spec.stage_kinds import STAGE_KINDS, TRAINERS, Stage, StageKind, TrainerSpec
+from tunery.spec.stage_config import StageConfig
+from tunery.spec.stage_kinds import (
+    STAGE_KINDS,
+    TRAINERS,
+    DataRequirement,
+    EpochRule,
+    Stage,
+    StageKind,
+    TrainerSpec,
+)
 from tunery.spec.stages import (
     RANDOM,
     Dataset,
@@ -97,7 +106,9 @@ __all__ = [
     "OVERRIDABLE",
     "ScheduleOverride",
     "PositiveNegative",
+    "DataRequirement",
     "Dataset",
+    "EpochRule",
     "ReviewLabels",
     "Dimension",
     "Diverse",
@@ -145,6 +156,7 @@ __all__ = [
     "Select",
     "Sft",
     "Stage",
+    "StageConfig",
     "StageKind",
     "TrainerSpec",
     "Tracking",

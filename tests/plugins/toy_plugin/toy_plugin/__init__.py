@@ -1,12 +1,24 @@
-"""A plugin of tunery with a scorer and two tuners, as its folder would be installed: put it on PYTHONPATH."""
+"""A plugin of tunery with a scorer, two tuners and a trainer, as it would be installed: for PYTHONPATH."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunery.spec import AdapterSpec, ByOption, Plugin, ScorerEntry, ScorerSpec, TunerSpec
+from tunery.spec import (
+    AdapterSpec,
+    ByOption,
+    DataRequirement,
+    EpochRule,
+    Plugin,
+    ScorerEntry,
+    ScorerSpec,
+    Sft,
+    TrainerSpec,
+    TunerSpec,
+)
 from tunery.spec.references import Config
 
 
@@ -43,7 +55,35 @@ def ia3_config(ia3: Ia3, task: str, new_modules: list[str]) -> Any:
     )
 
 
+class SmoothedSft(Sft):
+    """Supervised fine-tuning with label smoothing."""
+
+    kind: Literal["smoothed_sft"]
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Weight of the uniform distribution in the target."""
+
+
+def smoothed_sft_summary(facts: Mapping[str, Any]) -> str:
+    return f"smoothed loss {facts['loss']:.2f}, eval loss {facts['eval_loss']:.2f}"
+
+
 PLUGIN = Plugin(
+    stages=(
+        TrainerSpec(
+            config=SmoothedSft,
+            version=1,
+            trainer="toy_plugin.smoothed_sft:SmoothedSftTask",
+            row_encoding="tunery.models.row_encodings:CONVERSATIONS",
+            requirement=DataRequirement(
+                ("conversation",), "conversations", "it smooths the targets of responses", "give conversations"
+            ),
+            summary="toy_plugin:smoothed_sft_summary",
+            extra_metrics=("mean_token_accuracy",),
+            learning_rate=3e-5,
+            learning_rate_reason="label smoothing",
+            epochs=(EpochRule(float("inf"), 1.0, "one pass"),),
+        ),
+    ),
     scorers=(
         ScorerEntry(
             Vowels,
