@@ -46,7 +46,7 @@ ROWS = [
 ]
 
 
-CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation")
+CONVERSATIONS = RowEncoding(encode_conversations, tuple(CONTENT), "a conversation", "conversation")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,9 @@ def test_built_once_and_opened_by_all_others(rows: Path, tokenizer: Any, tmp_pat
 
     def open_it() -> None:
         cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
-        cache.open_or_build(rows, "dataset-1", tokenizer, Encoding(24), RowEncoding(counting, tuple(CONTENT), ""))
+        cache.open_or_build(
+            rows, "dataset-1", tokenizer, Encoding(24), RowEncoding(counting, tuple(CONTENT), "", "conversation")
+        )
 
     threads = [threading.Thread(target=open_it) for _ in range(3)]
     for thread in threads:
@@ -185,7 +187,7 @@ def test_pretraining_takes_all_tokens_of_every_row(rows: Path, tokenizer: Any, t
     cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
     encoding = Encoding(2**31 - 1, "all_tokens")
     actual = cache.open_or_build(
-        rows, "dataset-1", tokenizer, encoding, RowEncoding(encode_documents, tuple(CONTENT), "")
+        rows, "dataset-1", tokenizer, encoding, RowEncoding(encode_documents, tuple(CONTENT), "", "documents")
     )
     assert len(actual) == actual.stats.rows == 42, "a conversation without a response too"
     assert all(actual.loss_tokens(index) == len(actual.ids(index)) - 1 for index in range(len(actual)))
