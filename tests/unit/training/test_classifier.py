@@ -133,7 +133,7 @@ def test_contrast_names_its_two_stages() -> None:
     [
         ({"data": "plain"}, 11, ["`judge.data` needs labelled rows", "none of the first 6 of plain.jsonl"]),
         ({"held_out": "docs"}, 11, ["`judge.eval_data` needs labelled rows", "{good: STAGE, bad: STAGE}"]),
-        ({"data": "checked"}, 11, ["those of `checked` bear no label", "{review: STAGE}"]),
+        ({"data": "checked"}, 11, ["those of `checked` have no label", "{review: STAGE}"]),
         ({"data": "{good: plain}"}, 11, ["`stages.judge.data` has no `bad`"]),
         ({"data": "{good: plain, bad: plain}"}, 11, ["`plain` can't be both good and bad"]),
         ({"data": "{good: plain, bda: docs}"}, 11, ["has no key `bda`", "did you mean `bad`?"]),
