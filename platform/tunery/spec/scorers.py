@@ -450,7 +450,7 @@ SCORERS: Registry[ScorerEntry] = Registry(
             "classification",
             "tunery.scoring.scorers.label_probability:ClassifierScorer",
             direction="maximize",
-            version=2,
+            version=3,
             by_option=ByOption(
                 _model_setting,
                 required="a classifier's folder or hub name: `classifier=./model`",
