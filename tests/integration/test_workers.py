@@ -19,7 +19,10 @@ from run_here import RunsHere
 from workspace import Workspace
 
 from tunery.errors import Stopped, TuneryError
+from tunery.pipeline.diagnose import diagnose
+from tunery.pipeline.execute import RunContext
 from tunery.spec import Compute
+from tunery.store import Store
 from tunery.workers.worker_group import WorkerGroup, WorkersFailed
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -160,6 +163,18 @@ def test_error_of_a_job_is_raised_and_the_next_job_runs(group: WorkerGroup) -> N
     causes = [getattr(error, "_base_exc", error) for error in raised.value.worker_failures.values()]
     assert any(isinstance(error, TuneryError) and error.remedy == "raise max_length" for error in [*errors, *causes])
     assert len(process_ids(group)) == 2
+
+
+def test_error_without_a_message_names_the_line_that_raised_it(group: WorkerGroup, before_sft: Workspace) -> None:
+    def job(argument: None, report: Report) -> None:
+        raise AssertionError  # as an assertion of a library
+
+    with pytest.raises(WorkersFailed) as raised:
+        group.run(job, None, lambda metrics: None, 0)
+    run_context = RunContext(Store(before_sft.store), before_sft.run, before_sft.file)
+    error = diagnose(raised.value, "sft", run_context)
+    assert error.message.startswith("AssertionError: in job (")
+    assert "raise AssertionError" in (before_sft.run / "logs" / "run-sft-error.txt").read_text()
 
 
 def test_stop_keeps_the_workers(group: WorkerGroup) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunery.errors import StageError, TuneryError
+from tunery.workers.worker_group import WorkersFailed
 
 if TYPE_CHECKING:
     from tunery.pipeline.execute import RunContext
@@ -125,7 +126,7 @@ def _cause(chain: list[BaseException], run_context: RunContext) -> tuple[str, st
 
 def _innermost(chain: list[BaseException]) -> tuple[str, str]:
     """Return the message of the error that user or library code raised, and its cause."""
-    errors = [link for link in chain if not _is_of_ray(link) and str(link).strip()]
+    errors = [link for link in chain if not _is_of_ray(link) and (str(link).strip() or hasattr(link, "__notes__"))]
     root_causes = [link for link in errors if not SECONDARY_ERRORS.search(str(link))]
     for link in root_causes or errors:
         # The explicit cause of an error is informative; the exception being handled (__context__) mostly is not.
@@ -159,12 +160,17 @@ def raised_in(text: str) -> str | None:
 
 
 def _is_of_ray(error: BaseException) -> bool:
-    """Whether Ray raised or wrapped the error; the dual class RayTaskError(X) counts as Ray's."""
-    return type(error).__module__.split(".")[0] == "ray"
+    """Whether Ray or the worker group raised or wrapped the error; the dual class RayTaskError(X) counts as Ray's."""
+    return type(error).__module__.split(".")[0] == "ray" or isinstance(error, WorkersFailed)
 
 
 def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {RETRY_NOTE.sub('', str(error)).strip()}"
+    """`Type: message`; where the message is empty (an assertion of a library) the line of code that raised it."""
+    message = RETRY_NOTE.sub("", str(error)).strip()
+    frames = re.findall(r'File "(.*)", (line \d+), in (.*)', "\n".join(getattr(error, "__notes__", ())))
+    if not message and frames:
+        message = "in {2} ({0}, {1})".format(*frames[-1])
+    return f"{type(error).__name__}: {message}"
 
 
 def _split(message: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,4 +76,7 @@ def _run_job(call: Pickled, report: Any) -> bool:
         function(argument, report)
     except Stopped:
         return True
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # pickling loses the traceback
+        raise
     return False

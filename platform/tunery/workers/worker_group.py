@@ -27,8 +27,10 @@ class WorkersFailed(Exception):
     """Workers raised errors or died, more often than `max_failures` allows."""
 
     def __init__(self, worker_failures: dict[int, Exception]) -> None:
-        super().__init__("; ".join(f"rank {rank}: {error}" for rank, error in worker_failures.items()))
+        failures = [f"rank {rank}: {type(error).__name__}: {error}" for rank, error in worker_failures.items()]
+        super().__init__("; ".join(failures))
         self.worker_failures = worker_failures
+        self.__cause__ = next(iter(worker_failures.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WorkersFailed, (self.worker_failures,)
