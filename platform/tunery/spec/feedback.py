@@ -267,6 +267,7 @@ class Ppo(OnlineRl):
     over them in `minibatches`, with one optimizer step each. `epochs` count passes over the prompts.
     """
 
+    warmup_offset: ClassVar[int] = 1
     kind: Literal["ppo"]
     value_init: Literal["reward", "policy"] | Auto = AUTO
     """Initial value model. auto: the reward model if it has the policy's vocabulary (as in InstructGPT), else the

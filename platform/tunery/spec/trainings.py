@@ -132,6 +132,8 @@ class Training(StageConfig, Generic[Data]):
     """Keys of every training. `Data` is the type of `data`."""
 
     output_type: ClassVar[OutputType] = "model"
+    warmup_offset: ClassVar[int] = 0
+    """Steps that the warm-up starts ahead: with 0 its first step has a learning rate of 0 (training/schedule.py)."""
     data: Data
     """Rows to train on."""
     epochs: Annotated[float, Field(gt=0)] | Auto

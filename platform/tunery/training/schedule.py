@@ -1,9 +1,21 @@
-"""Learning rate and weight decay of each step: schedules and `schedule_overrides`."""
+"""Learning rate and weight decay of each optimizer step: the only schedule, used by every training loop.
+
+With T steps, w = round(`warmup` * T) of them for the warm-up, and steps counted from 0:
+
+    lr(t) = peak(t) * (t + offset) / max(1, w + offset)     t < w   (warm-up)
+            peak(t) * 1                                     t >= w, `constant`
+            peak(t) * (T - t) / (T - w)                     t >= w, `linear`
+            peak(t) * (1 + cos(pi (t - w) / (T - w))) / 2   t >= w, `cosine`
+
+peak(t) and the weight decay are those of the training, or of the last of its `schedule_overrides` up to step t.
+
+`offset` (`Training.warmup_offset`) is 0 as in transformers' schedules, so that the first of several warm-up steps has a
+learning rate of 0. It is 1 in PPO: a batch of responses is too expensive to train on with a learning rate of 0.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,15 +31,21 @@ class Schedule:
 
 
 def schedule(spec: Training[Any], steps: int) -> Schedule:
-    """Return the schedule of a training, the same as in transformers' Trainer."""
-    shape = _lr_shape(spec, steps)
-    peaks = values_by_step("learning_rate", spec, steps)
+    """Return the schedule of a training with `steps` optimizer steps (of PPO: steps of one batch of responses)."""
+    peaks = _values_by_step("learning_rate", spec, steps)
     return Schedule(
-        tuple(peak * shape(step) for step, peak in enumerate(peaks)), tuple(values_by_step("weight_decay", spec, steps))
+        tuple(peak * _fraction_of_peak(spec, step, steps) for step, peak in enumerate(peaks)),
+        tuple(_values_by_step("weight_decay", spec, steps)),
     )
 
 
-def values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Training[Any], steps: int) -> list[float]:
+def override_step(after: float, steps: int) -> int:
+    """Return the first step with the values of an override, from 0. It matches `at_even_steps` (training/batches.py):
+    an override after 2 of 5 evaluations starts with the step after the second one."""
+    return math.ceil(round(steps * after, 9))
+
+
+def _values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Training[Any], steps: int) -> list[float]:
     """Value of the field at each step; for the learning rate, the peak of the schedule."""
     value = getattr(spec, field)
     assert value != "auto", "resolved"
@@ -39,20 +57,14 @@ def values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Traini
     return values
 
 
-def override_step(after: float, steps: int) -> int:
-    """Return the first step with the values of an override, from 0. It matches `at_even_steps` (training/batches.py):
-    an override after 2 of 5 evaluations starts with the step after the second one."""
-    return math.ceil(round(steps * after, 9))
-
-
-def _lr_shape(spec: Training[Any], steps: int) -> Callable[[int], float]:
-    """Return transformers' schedule as a function of the step, 1 at the peak."""
-    import torch
-    from transformers import get_scheduler
-
-    schedule = {"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule)
-    dummy_optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    shape: Callable[[int], float] = get_scheduler(
-        schedule, dummy_optimizer, round(spec.warmup * steps), steps
-    ).lr_lambdas[0]
-    return shape
+def _fraction_of_peak(spec: Training[Any], step: int, steps: int) -> float:
+    warmup, offset = round(spec.warmup * steps), spec.warmup_offset
+    if step < warmup:
+        return (step + offset) / max(1, warmup + offset)
+    match spec.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return (steps - step) / (steps - warmup)
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

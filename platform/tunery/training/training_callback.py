@@ -38,15 +38,15 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         checkpoint_signature: str,
         report: Report,
         stage: str,
+        schedule: Schedule,
         extra_metrics: Sequence[str] = (),
         iterations: int = 1,
         stop: Path | None = None,
         checkpoint_dir: Path | None = None,
-        schedule: Schedule | None = None,
     ) -> None:
         """evaluate_at: steps; save_steps: steps between checkpoints; total: steps of the training; iterations:
         optimizer steps per generated batch (no checkpoint is saved within one, since it does not hold the batch);
-        checkpoint_dir: as in a Job; schedule: only for a training with `schedule_overrides`."""
+        checkpoint_dir: as in a Job."""
         self._metrics = {*LOGGED_METRICS, *extra_metrics}
         self._iterations = iterations
         self._stop, self._checkpoint_dir, self._schedule = stop, checkpoint_dir, schedule
@@ -92,13 +92,12 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._learning_rate = self._schedule.learning_rates[state.global_step]
         groups = kwargs["optimizer"].param_groups
-        if self._schedule is not None:
-            for group in groups:
-                group["lr"] = self._schedule.learning_rates[state.global_step]
-            # The second group of transformers holds the parameters without weight decay: biases and norms.
-            groups[0]["weight_decay"] = self._schedule.weight_decays[state.global_step]
-        self._learning_rate = float(groups[0]["lr"])
+        for group in groups:
+            group["lr"] = self._learning_rate
+        # The second group of transformers holds the parameters without weight decay: biases and norms.
+        groups[0]["weight_decay"] = self._schedule.weight_decays[state.global_step]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.time()
@@ -161,8 +160,8 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         values = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if not values:
             return
-        if self._schedule is not None and "learning_rate" in values:  # transformers logs that of its own schedule
-            values["learning_rate"] = self._schedule.learning_rates[state.global_step - 1]
+        if "learning_rate" in values:  # transformers logs the constant rate of its own scheduler
+            values["learning_rate"] = self._learning_rate
         self._record(state.global_step, values)
 
     def on_evaluate(

@@ -88,11 +88,11 @@ def train(job: Job, report: Report) -> None:
         checkpoint_signature(world, compute.zero_stage, dtype),
         report_evaluation,
         job.stage,
+        schedule(spec, batching.steps),
         TRAINERS[spec.kind].extra_metrics,
         num_iterations,
         job.stop,
         job.checkpoint_dir,
-        schedule(spec, batching.steps) if spec.schedule_overrides else None,
     )
     trainer = adapter.trainer(_training_arguments(job, batching, dtype), order, callback)
     if rank == 0:
@@ -170,8 +170,7 @@ def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, A
         "per_device_eval_batch_size": max(8, batching.micro_batch_size),
         "gradient_accumulation_steps": batching.accumulation,
         "learning_rate": spec.learning_rate,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(spec.schedule, spec.schedule),
-        "warmup_steps": round(spec.warmup * batching.steps),
+        "lr_scheduler_type": "constant",  # TrainingCallback sets the learning rate of each step
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
         "bf16": dtype == "bf16",

@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.errors import StageError
-from tunery.spec import Ppo
 from tunery.training.divergence import check_finite
 from tunery.training.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whiten
 from tunery.training.ppo.kl import adapt_kl_coef, apply_eos_penalty, kl_per_token, token_rewards
 from tunery.training.ppo.losses import log_probs_of, policy_loss, value_loss
 from tunery.training.ppo.sanity_checks import MIN_REWARD_SAMPLES, check_kl, check_rewards_differ
-from tunery.training.ppo.trainer import learning_rate_at
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -176,25 +174,6 @@ def test_value_loss_by_hand() -> None:
 
 def test_masked_mean_leaves_out_what_is_masked_even_if_it_is_no_number() -> None:
     assert float(masked_mean(tensor([1.0, 2.0, 3.0], [6.0, torch.nan, torch.inf]), MASK)) == 3
-
-
-# The learning rate.
-
-
-def ppo(**fields: object) -> Ppo:
-    given = {"kind": "ppo", "data": "d", "model": "m", "reward": "r", "epochs": 1.0, "learning_rate": 1.0}
-    return Ppo.model_validate({**given, **fields})
-
-
-def test_first_step_of_a_warm_up_has_a_learning_rate() -> None:
-    rates = [learning_rate_at(step, 10, ppo(warmup=0.3, schedule="linear")) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4:] == pytest.approx([1 - done / 7 for done in range(1, 7)])
-
-
-def test_schedules() -> None:
-    assert learning_rate_at(5, 10, ppo(warmup=0, schedule="cosine")) == pytest.approx(0.5)
-    assert learning_rate_at(9, 10, ppo(warmup=0, schedule="constant")) == 1
 
 
 # Guards.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from tunery.training.ppo.rollouts import (
     shard_by_length,
 )
 from tunery.training.ppo.sanity_checks import check_kl, check_rewards_differ
-from tunery.training.schedule import values_by_step
+from tunery.training.schedule import schedule
 from tunery.training.sequences import PromptSet
 from tunery.training.training_stats import SKIPPED_STEPS
 
@@ -101,6 +101,7 @@ class PpoTrainer:
         self._stage, self._spec, self._seed = stage, spec, seed
         self._models, self._engine, self._reference, self._reward = models, engine, reference, reward
         self._batching, self._minibatch, self._zero_stage = batching, minibatch, zero_stage
+        self._schedule = schedule(spec, batching.steps)
         self._prompts, self._ptx_data, self._tokenizer = prompts, ptx_data, tokenizer
         self._rank, self._workers = dist.get_rank(), dist.get_world_size()
         self._device = torch.device(engine.device)
@@ -128,9 +129,8 @@ class PpoTrainer:
             self._stage, state.least, state.most, step * len(rollouts.rows), step == self._batching.steps
         )
         targets = self.compute_advantages(rollouts, scores)
-        learning_rate = learning_rate_at(state.step, self._batching.steps, spec)
-        weight_decay = values_by_step("weight_decay", spec, self._batching.steps)[state.step]
-        set_hyperparams(self._engine, learning_rate, weight_decay)
+        learning_rate = self._schedule.learning_rates[state.step]
+        set_hyperparams(self._engine, learning_rate, self._schedule.weight_decays[state.step])
         update_metrics = self.update(rollouts, scores, targets, learning_rate)
         check_finite(self._stage, step, learning_rate=learning_rate, **update_metrics)
         mask_bt = rollouts.mask_bt
@@ -375,25 +375,6 @@ class _PhaseTimer:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
-
-
-def learning_rate_at(step: int, steps: int, spec: Ppo) -> float:
-    """Learning rate of `step` (from 0): warm-up, then a decay that would reach zero one step after the last.
-
-    As in transformers, except that the first warm-up step has a non-zero rate: a batch of rollouts is too expensive to
-    train on with a learning rate of 0.
-    """
-    peak = values_by_step("learning_rate", spec, steps)[step]
-    warmup = round(spec.warmup * steps)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    decay: dict[str, Callable[[float], float]] = {
-        "constant": lambda progress: 1.0,
-        "linear": lambda progress: 1 - progress,
-        "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    }
-    return peak * decay[spec.schedule](progress)
 
 
 def _padded_sampler_log_probs(rollouts: Rollouts) -> torch.Tensor:
