@@ -27,11 +27,11 @@ torch.distributed.init_process_group("gloo")
 from tunery.spec import Compute, Ppo
 from tunery.training.job import Job, RowSource
 from tunery.training.ppo import engine
-from tunery.training.ppo import models
+from tunery.models import token_log_probs
 from tunery.training.ppo.ppo_worker import train
 
 told = json.loads(sys.argv[1])
-models.LOGIT_BYTES = 4 * 300 * 3  # three tokens a piece
+token_log_probs.LOGIT_BYTES = 4 * 300 * 3  # three tokens a piece
 plain = engine.deepspeed_config
 
 def config(*arguments):

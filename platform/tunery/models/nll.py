@@ -1,13 +1,12 @@
-"""Negative log-likelihood of tokens under a causal language model, without holding a batch's logits in memory.
+"""Negative log-likelihood of the tokens of many sequences, and of the parts of rows that scorers use.
 
-Three optimizations: sequences of similar length share a forward pass, up to a token budget. They are padded on the
-right without an attention mask, which causal attention does not need and which would disable its fast path. The head,
-the largest matrix of a small model, is applied only to the hidden states that predict scored tokens, in chunks.
+Sequences of similar length share a forward pass, up to a token budget. They are padded on the right without an
+attention mask, which causal attention does not need and which would disable its fast path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,18 +16,13 @@ from tunery.models.batching import BATCH_TOKENS, token_budget_batches
 from tunery.models.encode import Encoded
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
-    Logits = Callable[[torch.Tensor], torch.Tensor]
 
 SpanNll = Literal["response", "all", "alone"]
 """Scored tokens and their context.
 response: tokens of the last response, given all that precedes it (of a text: all tokens);
 all: all tokens but the first;
 alone: tokens of the last response, given only the template's generation prompt."""
-LOGIT_BYTES = 1 << 28
-"""Maximum bytes of fp32 logits per chunk."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,14 @@ class Likelihood:
     """Computes negative log-likelihoods under one model."""
 
     def __init__(self, model: PreTrainedModel, pad: int, batch_tokens: int | None = None) -> None:
-        self._model, self._pad = model, pad
+        from tunery.models.token_log_probs import LOGIT_BYTES, TokenLogProbs
+
+        self._device, self._pad = model.device, pad
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
-        self._vocabulary = model.config.get_text_config().vocab_size
-        self._head: Logits | None = model.get_output_embeddings()
-        if not head_is_plain(model):
-            # Gemma caps its logits, Cohere scales them: use such a model's own logits, with a smaller token budget.
-            self._head = None
-            self._budget = max(1, min(self._budget, LOGIT_BYTES // (4 * self._vocabulary)))
+        self._log_probs = TokenLogProbs(model.requires_grad_(False))
+        if not self._log_probs.has_plain_head:
+            # The logits of all tokens are computed at once.
+            self._budget = max(1, min(self._budget, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)))
 
     def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
         """Return -log p of the scored tokens of each sequence in nats, float32, in the order of `sequences`."""
@@ -70,26 +64,15 @@ class Likelihood:
         # Tokens after the last scored one are not needed.
         needed = [row.ids[: row.scored[-1] + 1] for row in rows]
         max_length = max(map(len, needed))
-        device = self._model.device
-        ids_bt = torch.tensor([[*ids, *[self._pad] * (max_length - len(ids))] for ids in needed], device=device)
+        ids_bt = torch.tensor([[*ids, *[self._pad] * (max_length - len(ids))] for ids in needed], device=self._device)
         # The token at t is predicted from the hidden state at t - 1.
         indices = [b * max_length + t - 1 for b, row in enumerate(rows) for t in row.scored]
-        state_indices_n = torch.tensor(indices, device=device)
+        state_indices_n = torch.tensor(indices, device=self._device)
         targets_n = ids_bt.flatten()[state_indices_n + 1]
         with torch.inference_mode():
-            if self._head is None:
-                logits_bv = self._model(input_ids=ids_bt, use_cache=False).logits.flatten(0, 1)
-                return _nll(logits_bv[state_indices_n], targets_n).cpu().numpy()
-            hidden_bth = self._model.base_model(input_ids=ids_bt, use_cache=False).last_hidden_state
-            hidden_nh = hidden_bth.flatten(0, 1)[state_indices_n]
-            chunk_size = max(1, LOGIT_BYTES // (4 * self._vocabulary))
-            nll_n = torch.cat(
-                [
-                    _nll(self._head(hidden_nh[start : start + chunk_size]), targets_n[start : start + chunk_size])
-                    for start in range(0, len(state_indices_n), chunk_size)
-                ]
-            )
-        return nll_n.cpu().numpy()
+            log_probs_n, _ = self._log_probs({"input_ids": ids_bt}, state_indices_n, targets_n)
+        nll: np.ndarray = (-log_probs_n).cpu().numpy()
+        return nll
 
 
 def response_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tuple[float, int]]:
@@ -139,25 +122,3 @@ def _response_alone(item: Encoded) -> Tokens:
 
 def _sum(values: np.ndarray) -> tuple[float, int]:
     return float(values.sum(dtype=np.float64)), len(values)
-
-
-def _nll(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.nn.functional.cross_entropy(logits_nv.float(), targets_n, reduction="none")
-
-
-def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether applying the output head to the base model's hidden states gives the model's logits."""
-    import torch
-
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits
-        head_logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    return head_logits.shape == logits.shape and torch.allclose(
-        head_logits.float(), logits.float(), rtol=1e-3, atol=1e-4
-    )

@@ -67,4 +67,4 @@ def _fraction_of_peak(spec: Training[Any], step: int, steps: int) -> float:
         case "linear":
             return (steps - step) / (steps - warmup)
         case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+            return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))

@@ -13,7 +13,7 @@ from tunery.errors import StageError
 from tunery.training.divergence import check_finite
 from tunery.training.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whiten
 from tunery.training.ppo.kl import adapt_kl_coef, apply_eos_penalty, kl_per_token, token_rewards
-from tunery.training.ppo.losses import log_probs_of, policy_loss, value_loss
+from tunery.training.ppo.losses import policy_loss, value_loss
 from tunery.training.ppo.sanity_checks import MIN_REWARD_SAMPLES, check_kl, check_rewards_differ
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -129,24 +129,6 @@ def test_explained_variance_is_1_for_the_truth_and_0_for_a_constant() -> None:
 
 
 # Losses.
-
-
-def test_log_probabilities_and_entropy_are_those_of_the_temperature() -> None:
-    torch.manual_seed(0)
-    logits, tokens = torch.randn(4, 7), torch.tensor([0, 6, 3, 3])
-    log_probs, entropy = log_probs_of(logits, tokens, 0.7)
-    distribution = torch.distributions.Categorical(logits=logits / 0.7)
-    torch.testing.assert_close(log_probs, distribution.log_prob(tokens))
-    torch.testing.assert_close(entropy, distribution.entropy())
-
-
-def test_entropy_has_a_gradient_only_where_it_is_asked_for() -> None:
-    logits = torch.randn(2, 5, requires_grad=True)
-    assert not log_probs_of(logits, torch.tensor([0, 1]), 1.0)[1].requires_grad
-    entropy = log_probs_of(logits, torch.tensor([0, 1]), 1.0, entropy_gradient=True)[1].sum()
-    (gradient,) = torch.autograd.grad(entropy, logits)
-    (expected,) = torch.autograd.grad(torch.distributions.Categorical(logits=logits).entropy().sum(), logits)
-    torch.testing.assert_close(gradient, expected)
 
 
 def test_policy_loss_by_hand() -> None:

@@ -166,12 +166,12 @@ def test_logits_a_piece_at_a_time_give_the_same_gradients(
     policy: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients(trained: torch.nn.Module) -> dict[str, torch.Tensor]:
-        told = trained("policy", batch(), 0.8, True)
+        told = trained("policy", batch(), 0.8, "gradient")
         (told["log_probs"].sum() + 0.1 * told["entropy"].sum()).backward()
         return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
 
     whole = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
-    monkeypatch.setattr("tunery.training.ppo.models.LOGIT_BYTES", 4 * 300 * 3)  # three tokens
+    monkeypatch.setattr("tunery.models.token_log_probs.LOGIT_BYTES", 4 * 300 * 3)  # three tokens
     pieces = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
     assert whole.keys() == pieces.keys()
     for name, gradient in whole.items():

@@ -8,16 +8,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from tunery.errors import StageError
 from tunery.models.batching import token_budget_batches
-from tunery.models.fused_nll import fused_nll
 from tunery.models.load import Source, load_model, load_tokenizer
-from tunery.models.nll import head_is_plain
 from tunery.models.packed_attention import install_varlen_attention
 from tunery.models.preview import COLUMNS, stage_preview
 from tunery.models.row_encodings import encoding_of
+from tunery.models.token_log_probs import TokenLogProbs
 from tunery.spec import adapter_spec, settings_of
 from tunery.training.job import Job, Report, rows_of
 from tunery.training.packed.adamw import StepHyperparams
@@ -60,7 +58,7 @@ class Pack:
         self._model = model.to(self._device).requires_grad_(False)
         self._parameters = sum(weight.numel() for weight in model.parameters())
         self._tokenizer: Any = load_tokenizer(source)
-        self._plain_head = head_is_plain(model)
+        self._log_probs = TokenLogProbs(model)
         self._attention = install_varlen_attention(self._model)
         self._budget = budget or MICRO_BATCH_TOKENS[self._device.type]
         self._free = free or free_bytes
@@ -248,12 +246,8 @@ class Pack:
             inputs["position_ids"] = batch.layout.positions_bt().to(self._device)
         state_indices_n, targets_n = batch.state_indices_n.to(self._device), batch.targets_n.to(self._device)
         member_indices_n = torch.tensor(members)[batch.member_indices_n].to(self._device)
-        if not self._plain_head:
-            logits_bv = self._model(**inputs).logits.flatten(0, 1)
-            return cross_entropy(logits_bv[state_indices_n].float(), targets_n, reduction="none"), member_indices_n
-        hidden_bth = self._model.base_model(**inputs).last_hidden_state
-        hidden_nh = hidden_bth.flatten(0, 1).index_select(0, state_indices_n)
-        return fused_nll(hidden_nh, self._model.get_output_embeddings(), targets_n), member_indices_n
+        log_probs_n, _ = self._log_probs(inputs, state_indices_n, targets_n)
+        return -log_probs_n, member_indices_n
 
     def _runtime_stats(self) -> dict[str, Any]:
         gpu = self._device.type == "cuda"

@@ -93,7 +93,7 @@ def build_models(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtyp
             disable_dropout(module)
         for part in module.modules() if module is not None else ():
             if isinstance(part, LanguageModel):
-                part.sharded = job.compute.zero_stage == 3
+                part.log_probs.sharded = job.compute.zero_stage == 3
     return models
 
 

@@ -1,4 +1,4 @@
-"""Clipped PPO losses per token (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7) and entropy.
+"""Clipped PPO losses per token (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7).
 
 Losses are per token and not averaged: the caller sums over micro batches and divides by the number of tokens of the
 minibatch on all workers. TRL averages each micro batch over its own tokens instead, so that a token's weight depends on
@@ -10,23 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-
-def log_probs_of(
-    logits_nv: torch.Tensor, tokens_n: torch.Tensor, temperature: float, entropy_gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token and entropy of its distribution (nats), both (tokens,) in float32.
-
-    logits_nv: (tokens, vocabulary); tokens_n: (tokens,), int64. `temperature` is the sampler's. The sampler's top_p and
-    min_new_tokens are not applied: probability ratios are ratios of the model's own distribution. The entropy has a
-    gradient only with `entropy_gradient`.
-    """
-    logits_nv = logits_nv.float() / temperature
-    norm_n = logits_nv.logsumexp(dim=1)
-    log_probs_n = logits_nv.gather(1, tokens_n[:, None])[:, 0] - norm_n
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy_n = norm_n - ((logits_nv - norm_n[:, None]).exp() * logits_nv).sum(dim=1)
-    return log_probs_n, entropy_n
 
 
 @dataclass(frozen=True)

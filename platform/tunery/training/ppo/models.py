@@ -17,12 +17,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from tunery.models.nll import LOGIT_BYTES, head_is_plain
-from tunery.training.ppo.losses import log_probs_of
+from tunery.models.token_log_probs import Entropy, TokenLogProbs
 from tunery.training.ppo.rollouts import MicroBatch
 
 if TYPE_CHECKING:
@@ -38,46 +35,18 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
-        self.has_plain_head = head_is_plain(model)
-        self.sharded = False
-        """Whether ZeRO-3 shards the weights: all workers must then call the head equally often."""
+        self.model, self.log_probs = model, TokenLogProbs(model)
 
     def forward(
-        self, batch: MicroBatch, temperature: float, entropy_gradient: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probability and entropy of the response tokens, each (tokens,) (losses.log_probs_of)."""
-        if not self.has_plain_head:
-            logits_bsv = self.model(input_ids=batch.ids_bs, use_cache=False).logits
-            logits_nv = logits_bsv.flatten(0, 1)[batch.state_indices_n]
-            return log_probs_of(logits_nv, batch.tokens_n, temperature, entropy_gradient)
-        head = self.model.get_output_embeddings()
-        states_nh, tokens_n = self.states(batch)[batch.state_indices_n], batch.tokens_n
+        self, batch: MicroBatch, temperature: float, entropy: Entropy = "none"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return log-probability and entropy of the response tokens, each (tokens,) float32 in nats.
 
-        def chunk_log_probs(states_nh: torch.Tensor, tokens_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return log_probs_of(head(states_nh), tokens_n, temperature, entropy_gradient)
-
-        num_chunks = self._num_chunks(len(tokens_n), states_nh.device)
-        if num_chunks == 1:
-            return chunk_log_probs(states_nh, tokens_n)
-        # The logits of all tokens would be the largest tensor of a micro batch: compute them in chunks, and recompute
-        # them in the backward pass.
-        outputs = [
-            checkpoint(chunk_log_probs, *chunk, use_reentrant=False)
-            for chunk in zip(states_nh.tensor_split(num_chunks), tokens_n.tensor_split(num_chunks), strict=True)
-        ]
-        log_probs, entropies = zip(*outputs, strict=True)
-        return torch.cat(log_probs), torch.cat(entropies)
-
-    def _num_chunks(self, tokens: int, device: torch.device) -> int:
-        """Number of head calls for `tokens` tokens; under ZeRO-3 the maximum over all workers."""
-        chunk_size = max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
-        num_chunks = math.ceil(tokens / chunk_size)
-        if not self.sharded:
-            return num_chunks
-        max_chunks = torch.tensor(num_chunks, device=device)
-        dist.all_reduce(max_chunks, dist.ReduceOp.MAX)
-        return int(max_chunks.item())
+        `temperature` is the sampler's. The sampler's top_p and min_new_tokens are not applied: probability ratios are
+        ratios of the model's own distribution.
+        """
+        inputs = {"input_ids": batch.ids_bs}
+        return self.log_probs(inputs, batch.state_indices_n, batch.tokens_n, temperature, entropy)
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """Return the last hidden states, (rows x max length, hidden size)."""
@@ -151,14 +120,16 @@ class PolicyAndValue(nn.Module):
         return self.value is None
 
     def forward(
-        self, role: Role, batch: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
+        self, role: Role, batch: MicroBatch, temperature: float = 1.0, entropy: Entropy = "none"
     ) -> dict[str, torch.Tensor]:
-        """Return the outputs of a role. policy: `log_probs`, `entropy` and `values`, each (tokens,); language: the
-        policy's `log_probs` only. With shared weights also reference: `log_probs`; reward: `scores`, (rows,)."""
+        """Return the outputs of a role. policy: `log_probs`, `values` and, if requested, `entropy`, each (tokens,);
+        language: the policy's `log_probs` only. With shared weights also reference: `log_probs`; reward: `scores`,
+        (rows,)."""
         if role == "policy":
             with self.with_adapter(POLICY):
-                log_probs_n, entropy_n = self.policy(batch, temperature, entropy_gradient)
-            return {"log_probs": log_probs_n, "entropy": entropy_n, "values": self._values(batch)}
+                log_probs_n, entropy_n = self.policy(batch, temperature, entropy)
+            outputs = {"log_probs": log_probs_n, "values": self._values(batch)}
+            return outputs if entropy_n is None else {**outputs, "entropy": entropy_n}
         if role in ("language", "reference"):
             with self.with_adapter(POLICY if role == "language" else None):
                 return {"log_probs": self.policy(batch, temperature)[0]}

@@ -186,9 +186,9 @@ class PpoTrainer:
         local = self._shard(range(len(rollouts.rows)), rollouts.lengths)
         reward_inputs = rollouts.with_template_suffix(self._template_suffix)
         with self._timed("score"):
-            factor = SCORING_BATCH_FACTOR if self._models.trained.policy.has_plain_head else 1
+            factor = SCORING_BATCH_FACTOR if self._models.trained.policy.log_probs.has_plain_head else 1
             for batch in self._batches(rollouts, local, self._minibatch.micro_batch_size * factor):
-                batch_outputs = dict(self._engine("policy", batch, self._spec.sampling.temperature))
+                batch_outputs = dict(self._engine("policy", batch, self._spec.sampling.temperature, "value"))
                 batch_outputs["reference"] = self._reference_log_probs(batch)
                 for name, values_n in batch_outputs.items():
                     outputs.setdefault(name, []).append((batch, values_n))
@@ -302,7 +302,8 @@ class PpoTrainer:
         """Return the loss summed over the tokens of a micro batch, and the sums of policy loss, value loss, clipped
         tokens, approximate KL and tokens, (5,) float64."""
         spec = self._spec
-        outputs = self._engine("policy", batch, spec.sampling.temperature, spec.entropy_coefficient > 0)
+        entropy = "gradient" if spec.entropy_coefficient else "none"
+        outputs = self._engine("policy", batch, spec.sampling.temperature, entropy)
         policy = policy_loss(
             outputs["log_probs"], batch.select(scores.log_probs_bt), batch.select(targets.advantages_bt), spec.clip
         )
