@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tunery.models.adapters import freeze_untrained, peft_config
@@ -27,7 +26,6 @@ from tunery.models.load import (
 )
 from tunery.models.metrics import Floats, Integers
 from tunery.spec import Tuner, adapter_spec
-from tunery.training.batches import evaluation_batches
 from tunery.training.job import Job, save_model, write_once
 from tunery.training.reload_check import MAX_SEQUENCES, first_tokens
 from tunery.training.sequences import SequenceSet, read_row_sequences
@@ -123,20 +121,16 @@ def logits_of(
 ) -> Floats:
     """Compute the logits of all rows with the Trainer's current model, (rows, labels) float64, the same on every rank.
 
-    Call on all ranks, which share the work. `lengths`: tokens of each row; `get_row`: returns the row of an index.
+    `trainer`: a DistributedEval; `lengths`: tokens of each row; `get_row`: returns the row of an index. Call on all
+    ranks, which share the work.
     """
-    size, labels = trainer.args.per_device_eval_batch_size, trainer.model.config.num_labels
-    logits_nl = torch.zeros(len(lengths), labels, dtype=torch.float64, device=trainer.args.device)
-    trainer.model.eval()
-    for batch, is_counted in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
+
+    def evaluate_batch(batch: list[int]) -> torch.Tensor:
         inputs = trainer._prepare_inputs(encoder.tensors([get_row(index) for index in batch], device="cpu"))
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            logits_bl = trainer.model_wrapped(**inputs).logits
-        if is_counted:
-            logits_nl[batch] = logits_bl.double()
-    dist.all_reduce(logits_nl)
-    trainer.model.train()
-    logits: Floats = logits_nl.cpu().numpy()
+        logits_bl: torch.Tensor = trainer.model_wrapped(**inputs).logits
+        return logits_bl
+
+    logits: Floats = trainer.evaluate_rows(lengths, trainer.model.config.num_labels, evaluate_batch).cpu().numpy()
     return logits
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tunery.errors import StageError
 from tunery.models.classifier_inputs import NO_LABEL, ClassifierEncoder
@@ -19,6 +18,7 @@ from tunery.models.metrics import Floats, Integers, auc, class_weights, cross_en
 from tunery.spec import LABELS, ClassifierTraining
 from tunery.spec.trainings import data_refs
 from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
+from tunery.training.distributed_eval import FixedOrder
 from tunery.training.job import Job
 from tunery.training.reference_log_probs import index_dataset
 from tunery.training.reload_check import MAX_SEQUENCES
@@ -115,7 +115,7 @@ def _label_counts(sequences: SequenceSet) -> dict[str, int]:
     return {name: int((sequences.row_labels == number).sum()) for number, name in enumerate(LABELS)}
 
 
-class ClassifierTrainer(Trainer):  # type: ignore[misc]  # a subclass of what mypy takes for Any
+class ClassifierTrainer(FixedOrder, Trainer):  # type: ignore[misc]  # a subclass of what mypy takes for Any
     """Trainer with a fixed data order, a weighted loss and an exact evaluation."""
 
     def __init__(
@@ -126,10 +126,6 @@ class ClassifierTrainer(Trainer):  # type: ignore[misc]  # a subclass of what my
         self._weights, self._encoder, self._eval_data = weights, encoder, eval_data
         self.eval_outputs: tuple[Floats, Integers, Floats] | None = None
         """Of the last evaluation: logits (rows, labels), labels (rows,), weights (rows,)."""
-        self.last_eval_metrics: dict[str, float] = {}
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -153,7 +149,4 @@ class ClassifierTrainer(Trainer):  # type: ignore[misc]  # a subclass of what my
             "eval_accuracy": float((logits.argmax(axis=1) == labels).mean()),
             "eval_auc": area,
         }
-        self.last_eval_metrics = metrics
-        self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report_metrics(metrics)

@@ -1,4 +1,5 @@
-"""Evaluation of TRL trainers with results that do not depend on the number of workers."""
+"""Data order and evaluation of the trainers that build on transformers' Trainer: neither depends on the number of
+workers or on the micro batch size."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import SequentialSampler
 from transformers import TrainerControl
 
 from tunery.models.tokenized_dataset import Integers
@@ -14,7 +16,7 @@ from tunery.training.batches import evaluation_batches
 
 
 class DistributedEval:
-    """Mixin for TRL trainers: gather the results of all rows before averaging them."""
+    """Mixin for transformers' and TRL's trainers: gather the results of all rows before averaging them."""
 
     model: Any
     accelerator: Any
@@ -30,13 +32,14 @@ class DistributedEval:
         lengths: Sequence[int] | Integers,
         columns: int,
         evaluate_batch: Callable[[list[int]], torch.Tensor],
-        size: int,
+        size: int | None = None,
     ) -> torch.Tensor:
-        """Return the results of all rows from all ranks, (rows, columns) float64.
+        """Return the results of all rows from all ranks, (rows, columns) float64. Call on all ranks.
 
-        `evaluate_batch` returns (batch, columns) for a batch of at most `size` row indices of similar length. Leaves
-        the model in evaluation mode, until `report_metrics`.
+        `evaluate_batch` returns (batch, columns) for a batch of at most `size` row indices (default: the evaluation
+        batch size of the TrainingArguments) of similar length.
         """
+        size = size or int(self.args.per_device_eval_batch_size)
         results = torch.zeros(len(lengths), columns, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for batch, is_counted in evaluation_batches(lengths, size, dist.get_rank(), dist.get_world_size()):
@@ -45,15 +48,30 @@ class DistributedEval:
             if is_counted:
                 results[batch] = values.to(results)
         dist.all_reduce(results)
+        self.model.train()
         return results
 
-    def report_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+    def report_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Log the metrics of an evaluation, and pass them to the callbacks."""
         self.last_eval_metrics = dict(metrics)
-        self.log(metrics)  # type: ignore[attr-defined]  # in evaluation mode: in training mode TRL would add its running means
+        self.model.eval()  # in training mode TRL would log its running means, and reset them
+        self.log(dict(metrics))  # type: ignore[attr-defined]  # a copy, because TRL adds entries to it
         self.model.train()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
+        return dict(metrics)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: the manifest has more information, and a card would go into every checkpoint."""
+
+
+class FixedOrder(DistributedEval):
+    """Mixin for trainers whose training dataset is the indices of rows in training order (training/batches.py)."""
+
+    train_dataset: Any
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the dataset unchanged: rows are tokenized and truncated already, and the collator reads the tokens."""
+        return dataset

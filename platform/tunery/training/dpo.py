@@ -147,8 +147,7 @@ class DpoTrainer(ReferenceLogProbs, DPOTrainer):  # type: ignore[misc]  # trl sh
         def evaluate_batch(batch: list[int]) -> torch.Tensor:
             return self._losses_and_margins(self.model_wrapped, self._prepare_inputs(self._collate_eval(batch)))
 
-        size = self.args.per_device_eval_batch_size
-        losses, margins = self.evaluate_rows(self._eval_lengths, 2, evaluate_batch, size).unbind(dim=1)
+        losses, margins = self.evaluate_rows(self._eval_lengths, 2, evaluate_batch).unbind(dim=1)
         return self.report_metrics(
             {
                 "eval_loss": losses.mean().item(),

@@ -241,8 +241,7 @@ class KtoTrainer(ReferenceLogProbs, KTOTrainer):  # type: ignore[misc]  # trl sh
                 dim=1,
             )
 
-        size = self.args.per_device_eval_batch_size
-        ratios, others, labels = self.evaluate_rows(self._eval_lengths, 3, evaluate_batch, size).unbind(dim=1)
+        ratios, others, labels = self.evaluate_rows(self._eval_lengths, 3, evaluate_batch).unbind(dim=1)
         wanted = labels > 0
         difference = margin(self._spec.beta * ratios, wanted)
         assert difference is not None, "eval_data has both labels"

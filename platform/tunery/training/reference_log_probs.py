@@ -1,5 +1,4 @@
-"""Shared by the DPO and KTO trainers: batches of responses, their log-probabilities under policy and reference, and the
-fixed data order.
+"""Shared by the DPO and KTO trainers: batches of responses, and their log-probabilities under policy and reference.
 
 The reference is the initial policy: the base model with LoRA, else a second copy, which ZeRO-3 shards like the first.
 """
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import SequentialSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from tunery.models.tokenized_dataset import Integers
-from tunery.training.distributed_eval import DistributedEval
+from tunery.training.distributed_eval import FixedOrder
 
 SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
 """Settings of TRL's configs: rows are tokenized and truncated already, and Policy disables the model's own dropout."""
@@ -41,11 +39,10 @@ def pad_batch(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> dic
     return {name: torch.tensor(rows) for name, rows in columns.items()}
 
 
-class ReferenceLogProbs(DistributedEval):
+class ReferenceLogProbs(FixedOrder):
     """Mixin for TRL trainers with `model`, `ref_model` and a fused head (DPOTrainer, KTOTrainer; TRL 1.16)."""
 
     ref_model: Any
-    train_dataset: Any
     reference_free = False
 
     def log_ratios(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -60,13 +57,6 @@ class ReferenceLogProbs(DistributedEval):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing), without_adapter:
             reference = response_log_probs(self.ref_model or self.model, batch)
         return log_probs - reference
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Return the dataset unchanged: rows are tokenized and truncated already (models/truncation.py)."""
-        return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Do nothing: `precompute_ref_log_probs` is set only to keep TRL from loading a reference model."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from tunery.errors import StageError
@@ -24,6 +23,7 @@ from tunery.models.metrics import Floats, preference_accuracy, preference_loss
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import REWARD, RewardTraining
 from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
+from tunery.training.distributed_eval import FixedOrder
 from tunery.training.dpo import PairSet
 from tunery.training.job import Job
 from tunery.training.reference_log_probs import index_dataset
@@ -143,7 +143,7 @@ def evenly_spaced(count: int, max_samples: int) -> list[int]:
     return [index * count // num_samples for index in range(num_samples)]
 
 
-class PairRewardTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no types
+class PairRewardTrainer(FixedOrder, RewardTrainer):  # type: ignore[misc]  # trl ships no types
     """TRL's RewardTrainer with a fixed data order, a loss in fp32 and an exact evaluation."""
 
     def __init__(self, *, eval_data: PairSet, encoder: ClassifierEncoder, **arguments: Any) -> None:
@@ -151,9 +151,6 @@ class PairRewardTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no ty
         self._eval_data, self._encoder = eval_data, encoder
         self.eval_rewards: Floats | None = None
         """Rewards of the last evaluation, (pairs, 2): chosen, rejected."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, the mean over pairs, from rewards in fp32: bf16 values between 2 and 4 have a spacing of 1/64,
@@ -167,10 +164,6 @@ class PairRewardTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no ty
 
         return super().compute_loss(fp32_model, inputs, *args, **kwargs)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the dataset unchanged: rows are indices, and the collator reads the tokens."""
-        return dataset
-
     def compute_rewards(self, pairs: PairSet, selected: Sequence[int]) -> Floats:
         """Rewards of chosen and rejected response of the selected pairs, (pairs, 2). Call on all ranks."""
         rows = np.array([(2 * pair, 2 * pair + 1) for pair in selected], np.int64).flatten()
@@ -181,10 +174,4 @@ class PairRewardTrainer(RewardTrainer):  # type: ignore[misc]  # trl ships no ty
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute `preference_metrics` of the complete evaluation set."""
         self.eval_rewards = self.compute_rewards(self._eval_data, range(len(self._eval_data)))
-        metrics = preference_metrics(self.eval_rewards)
-        self.log(dict(metrics))  # a copy, because TRL adds entries to it
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no model card: the manifest has more information, and a card would go into every checkpoint."""
+        return self.report_metrics(preference_metrics(self.eval_rewards))

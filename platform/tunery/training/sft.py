@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tunery.models.adapters import freeze_untrained, peft_config
@@ -17,7 +15,7 @@ from tunery.models.scratch import write_scratch_model
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Pretrain, Sft, adapter_spec, tuner_of
 from tunery.store.rows import CONTENT, Row
-from tunery.training.batches import evaluation_batches
+from tunery.training.distributed_eval import FixedOrder
 from tunery.training.job import Job, rows_of, save_model, write_once
 from tunery.training.policy import merge_adapter
 from tunery.training.reference_log_probs import index_dataset, pad_batch
@@ -99,7 +97,7 @@ def _plain_text(row: Row) -> str:
     return row["text"] or "\n".join(message["content"] for message in row["messages"])
 
 
-class SftTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
+class SftTrainer(FixedOrder, SFTTrainer):  # type: ignore[misc]  # trl ships no types
     """TRL's SFTTrainer with a fixed data order (training/batches.py) and an exact evaluation loss."""
 
     def __init__(
@@ -115,31 +113,14 @@ class SftTrainer(SFTTrainer):  # type: ignore[misc]  # trl ships no types
     def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None:
         """Skip TRL's (1.16) check for a label column: rows are indices, and the collator adds the labels."""
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss per loss token of the complete evaluation set, in nats.
+        """Return the mean loss per loss token of the complete evaluation set, in nats."""
 
-        transformers averages the means of batches, which depends on batch size and number of workers. Here the sum of
-        losses and the number of loss tokens are all-reduced.
-        """
-        size = self.args.per_device_eval_batch_size
-        batches = evaluation_batches(self._eval_data.lengths, size, dist.get_rank(), dist.get_world_size())
-        self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch, is_counted in batches:
+        def evaluate_batch(batch: list[int]) -> torch.Tensor:
             inputs = self._prepare_inputs(self._collate_eval(batch))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-            if is_counted:
-                totals += torch.stack([-outputs.log_probs.double().sum(), outputs.label_mask.double().sum()])
-        dist.all_reduce(totals)
-        self.model.train()
-        metrics = {"eval_loss": float(totals[0] / totals[1].clamp(min=1))}
-        self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
+            sums = (-outputs.log_probs.double().sum(dim=1), outputs.label_mask.double().sum(dim=1))
+            return torch.stack(sums, dim=1)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no model card: the manifest has more information, and a card would go into every checkpoint."""
+        nll, tokens = self.evaluate_rows(self._eval_data.lengths, 2, evaluate_batch).sum(dim=0)
+        return self.report_metrics({"eval_loss": float(nll / tokens.clamp(min=1))})
