@@ -103,16 +103,16 @@ def test_packed_trainings_equal_solo_trainings(before_sft: Workspace, tmp_path: 
             pack.leave(members["plain"])
         if step == 14:  # normally in another process
             members["plain"] = pack.join(jobs["plain"], listening("plain"))
-            assert members["plain"].resumed_from == 10
-    for name, item in alone.items():
+            assert members["plain"].loop.resumed_from == 10
+    for name, solo in alone.items():
         if name not in TRAININGS:
             continue
-        theirs, ours = curve(Path(item["path"])), curve(jobs[name].out)
+        theirs, ours = curve(Path(solo["path"])), curve(jobs[name].out)
         assert [sorted(point) for point in ours] == [sorted(point) for point in theirs]
-        for expected, item in zip(theirs, ours, strict=True):
-            assert item == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+        for expected, point in zip(theirs, ours, strict=True):
+            assert point == pytest.approx(expected, rel=1e-5, abs=1e-9), name
         result = json.loads((jobs[name].work / "outcome.json").read_text())["facts"]
-        expected = {key: item["facts"][key] for key in result}
+        expected = {key: solo["facts"][key] for key in result}
         numbers = {key for key, value in expected.items() if isinstance(value, int | float)}
         assert {key: result[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-5)
         assert {key: result[key] for key in result.keys() - numbers} == {
@@ -120,7 +120,7 @@ def test_packed_trainings_equal_solo_trainings(before_sft: Workspace, tmp_path: 
         }
         heard = list(dict.fromkeys(reports[name]))  # the resumed training reports some evaluations again
         assert heard == [point["eval_loss"] for point in ours if "eval_loss" in point][:-1]
-        adapters = [Path(item["path"]) / "adapter", jobs[name].out / "adapter"]
+        adapters = [Path(solo["path"]) / "adapter", jobs[name].out / "adapter"]
         files = [{path.name for path in folder.iterdir()} for folder in adapters]
         assert files[0] == files[1]
         for file in files[0] - {"adapter_model.safetensors"}:
@@ -129,7 +129,7 @@ def test_packed_trainings_equal_solo_trainings(before_sft: Workspace, tmp_path: 
         assert weights.keys() == expected_weights.keys()
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected_weights[key], rtol=1e-3, atol=2e-5)
-        assert (jobs[name].out / "base.json").read_bytes() == (Path(item["path"]) / "base.json").read_bytes()
+        assert (jobs[name].out / "base.json").read_bytes() == (Path(solo["path"]) / "base.json").read_bytes()
 
 
 def test_diverged_pack_member_fails_without_affecting_the_others(before_sft: Workspace, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_model_without_packed_attention_learns_the_same(before_sft: Workspace, t
         members = [pack.join(job, lambda metrics: None) for job in jobs]
         while pack.members:
             pack.step()
-        result[beside] = [member.history for member in members if member is not None]
+        result[beside] = [member.loop.history for member in members if member is not None]
     assert [len(history) for history in result[True]] == [len(history) for history in result[False]]
     for one, other in zip(*result.values(), strict=True):
         for point, same in zip(one, other, strict=True):

@@ -37,6 +37,12 @@ def broadcast_rank0(value: T) -> T:
     return values[0]
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if not _is_single_process():
+        dist.barrier()
+
+
 def _is_single_process() -> bool:
     """Also True without a process group, as in a pack."""
     return not dist.is_initialized() or dist.get_world_size() == 1

@@ -52,11 +52,8 @@ class DistributedEval:
         return results
 
     def report_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Log the metrics of an evaluation, and pass them to the callbacks."""
+        """Pass the metrics of an evaluation to TrainingCallback, which logs and reports them."""
         self.last_eval_metrics = dict(metrics)
-        self.model.eval()  # in training mode TRL would log its running means, and reset them
-        self.log(dict(metrics))  # type: ignore[attr-defined]  # a copy, because TRL adds entries to it
-        self.model.train()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
         return dict(metrics)
 

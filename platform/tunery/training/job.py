@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tunery.events.event_log import EventLog
 from tunery.models.load import Source
 from tunery.models.tokenized_dataset import Integers, TokenStats
 from tunery.spec import Compute, Training
@@ -60,6 +61,20 @@ class Job:
 
 
 Report = Callable[[dict[str, float]], None]
+"""Reports an evaluation to the search."""
+Emit = Callable[..., None]
+"""Writes an event with its fields."""
+
+
+def event_emitter(job: Job, rank: int) -> Emit:
+    """Return the function that writes the events of a training, on rank 0 only."""
+    log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-{rank}.jsonl", stage=job.stage, trial=job.trial)
+
+    def emit(event: str, **values: Any) -> None:
+        if rank == 0:
+            log.write(event, **values)
+
+    return emit
 
 
 class Examples(Protocol):

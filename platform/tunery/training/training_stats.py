@@ -20,9 +20,9 @@ def log_period(steps: int) -> int:
     return max(1, steps // 50)
 
 
-def save_period(compute: Compute, steps: int) -> int:
-    """Steps between checkpoints."""
-    return max(20, steps // 10) if compute.save_steps == "auto" else compute.save_steps
+def save_period(compute: Compute, steps: int, min_steps: int = 20) -> int:
+    """Steps between checkpoints; `auto` is a tenth of all, but at least `min_steps`."""
+    return max(min_steps, steps // 10) if compute.save_steps == "auto" else compute.save_steps
 
 
 def report_of(
@@ -65,6 +65,22 @@ def training_facts(
         "eval_loss": evals[-1]["eval_loss"] if evals else None,
         "skipped_steps": skipped_steps(history),
     }
+
+
+def num_elements(parameter: Any) -> int:
+    """Number of elements; a parameter sharded by ZeRO-3 has its full size as `ds_numel`."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak memory of this worker: of its GPU, or resident memory."""
+    if device == "gpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def skipped_steps(history: Sequence[Mapping[str, float]]) -> int:

@@ -66,7 +66,6 @@ class Pack:
         self._stack = Stack({}, [], self._device, model.dtype)
         self._sequences: dict[Any, tuple[TrainingSequences, TrainingSequences]] = {}
         self.members: list[Member] = []
-        self._reports: dict[str, Report] = {}
         model.train()
 
     def join(self, job: Job, report: Report) -> Member | None:
@@ -78,15 +77,14 @@ class Pack:
             self._sequences[rows] = open_sequences(job, self._tokenizer)
         check_sequences(job, *self._sequences[rows])
         peft_model = with_adapter(self._model, spec.tuner, job.seed)
-        member = Member(job, *self._sequences[rows], self._tokenizer, peft_model, self._parameters)
+        member = Member(job, *self._sequences[rows], self._tokenizer, peft_model, self._parameters, report)
         self._check_adapter(member, peft_model)
-        member.emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), self._tokenizer))
+        member.loop.emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), self._tokenizer))
         if self.members and not self._has_memory([*self.members, member]):
             return None
         self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])
-        self._reports[job.trial] = report
         self._restack([*self.members, member])
-        member.report(report)
+        member.loop.flush_reports()
         return member
 
     def _check_adapter(self, member: Member, peft_model: Any) -> None:
@@ -111,7 +109,7 @@ class Pack:
     def leave(self, member: Member) -> None:
         """Remove a member and write its checkpoint, so that it can resume in this or another pack."""
         self._restack([other for other in self.members if other is not member])
-        if not member.ended and not member.is_saved and not member.guard.last_was_skipped:
+        if not member.ended and not member.loop.is_saved and not member.loop.guard.last_was_skipped:
             member.attempt(member.save)
 
     def step(self) -> None:
@@ -136,15 +134,15 @@ class Pack:
         for member, loss, grad_norm in zip(members, losses, grad_norms, strict=True):
             member.attempt(partial(member.record_step, loss, grad_norm))
         self._retry_with_smaller_budget(
-            lambda: self._evaluate([member for member in members if member.should_evaluate])
+            lambda: self._evaluate([member for member in members if member.loop.should_evaluate])
         )
-        to_save = [member for member in members if member.should_save]
+        to_save = [member for member in members if member.loop.should_save and not member.ended]
         if to_save:
             self._stack.sync_to_adapters()
         for member in to_save:
             member.attempt(member.save)
         for member in members:
-            member.report(self._reports[member.job.trial])
+            member.loop.flush_reports()
         ended = [member for member in members if member.ended]
         probe_losses = {
             member.job.trial: self._probe_losses(index, member) for index, member in enumerate(members) if member.ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,31 @@ from tunery.spec import Compute, Ppo
 from tunery.training.batches import Batching
 from tunery.training.deepspeed_config import deepspeed_config
 from tunery.training.job import Job
+from tunery.training.ppo.build import Models
 from tunery.training.ppo.models import POLICY, PolicyAndValue
 
 TAG = "state"
 """Name of DeepSpeed's own folder in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class PpoEngines:
+    """The models of PPO as they are called: DeepSpeed engines, or a plain frozen model unless ZeRO-3 shards it."""
+
+    trained: Any
+    """The DeepSpeed engine of the policy and the value model."""
+    reference: Any
+    """None if the reference is the base of `trained`."""
+    reward: Any
+    """None if the reward is an adapter of `trained` or a function."""
+
+    @staticmethod
+    def of(models: Models, spec: Ppo, compute: Compute, minibatch: Batching, dtype: str) -> PpoEngines:
+        return PpoEngines(
+            trained_engine(models.trained, spec, compute, minibatch, dtype),
+            frozen_engine(models.reference, compute, dtype),
+            frozen_engine(models.reward, compute, dtype),
+        )
 
 
 def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching: Batching, dtype: str) -> Any:

@@ -22,9 +22,10 @@ from tunery.spec import Ppo
 from tunery.training.batches import Batching
 from tunery.training.collectives import mean_over_ranks
 from tunery.training.divergence import DivergenceGuard, check_finite, step_result
+from tunery.training.job import Job
 from tunery.training.ppo.advantages import explained_variance, generalized_advantages, masked_mean, whiten
 from tunery.training.ppo.build import Models
-from tunery.training.ppo.engine import gathered_policy, set_hyperparams
+from tunery.training.ppo.engine import PpoEngines, gathered_policy, set_hyperparams
 from tunery.training.ppo.kl import adapt_kl_coef, apply_eos_penalty, kl_per_token, token_rewards
 from tunery.training.ppo.losses import policy_loss, value_loss
 from tunery.training.ppo.models import POLICY
@@ -78,45 +79,50 @@ class AdvantageTargets:
     returns_bt: torch.Tensor
 
 
+@dataclass(frozen=True)
+class PpoBatches:
+    """Batch sizes of a step (one batch of responses), and of one of its minibatches (an optimizer step)."""
+
+    step: Batching
+    minibatch: Batching
+
+
+@dataclass(frozen=True)
+class PpoData:
+    """The prompts and the rows of `ptx`, and the tokenizer of both."""
+
+    prompts: PromptSet
+    ptx: PtxData | None
+    tokenizer: Any
+    eos_token_ids: Sequence[int]
+
+
 class PpoTrainer:
     def __init__(
-        self,
-        stage: str,
-        spec: Ppo,
-        seed: int,
-        models: Models,
-        engine: Any,
-        reference: Any,
-        reward: Any,
-        batching: Batching,
-        minibatch: Batching,
-        prompts: PromptSet,
-        ptx_data: PtxData | None,
-        tokenizer: Any,
-        eos_token_ids: Sequence[int],
-        zero_stage: int,
+        self, job: Job, models: Models, engines: PpoEngines, batches: PpoBatches, data: PpoData, guard: DivergenceGuard
     ) -> None:
-        """engine: the DeepSpeed engine of `models.trained`. reference, reward: the models of that name in `models`, or
-        their engines under ZeRO-3. batching, minibatch: batch sizes of a step and of one of its minibatches."""
-        self._stage, self._spec, self._seed = stage, spec, seed
-        self._models, self._engine, self._reference, self._reward = models, engine, reference, reward
-        self._batching, self._minibatch, self._zero_stage = batching, minibatch, zero_stage
-        self._schedule = schedule(spec, batching.steps)
-        self._prompts, self._ptx_data, self._tokenizer = prompts, ptx_data, tokenizer
+        """engines: of `models`."""
+        assert isinstance(job.spec, Ppo)
+        self._stage, self._spec, self._seed, self._zero_stage = job.stage, job.spec, job.seed, job.compute.zero_stage
+        self._models, self._engine = models, engines.trained
+        self._reference, self._reward = engines.reference, engines.reward
+        self._steps, self._minibatch = batches.step.steps, batches.minibatch
+        self._schedule = schedule(job.spec, self._steps)
+        self._prompts, self._ptx_data, self._tokenizer = data.prompts, data.ptx, data.tokenizer
         self._rank, self._workers = dist.get_rank(), dist.get_world_size()
-        self._device = torch.device(engine.device)
-        self._sampler = TransformersEngine(engine.module.policy.model, eos_token_ids)
-        self._eos_token_ids = set(eos_token_ids)
-        self._template_suffix = template_suffix_ids(tokenizer, self._eos_token_ids)
-        self.state = PpoState(kl_coefficient=spec.kl.coefficient)
-        self.guard = DivergenceGuard(stage)
+        self._device = torch.device(self._engine.device)
+        self._sampler = TransformersEngine(self._engine.module.policy.model, data.eos_token_ids)
+        self._eos_token_ids = set(data.eos_token_ids)
+        self._template_suffix = template_suffix_ids(data.tokenizer, self._eos_token_ids)
+        self.state = PpoState(kl_coefficient=job.spec.kl.coefficient)
+        self._guard = guard
         self.phase_stats = PhaseStats()
 
     def step(self, rows: Sequence[int]) -> dict[str, float]:
         """Generate one response to each of the prompts `rows`, train on them and return the metrics of the step."""
         spec, state = self._spec, self.state
         self.phase_stats = PhaseStats()
-        step, skipped_before = state.step + 1, self.guard.skipped_steps
+        step, skipped_before = state.step + 1, self._guard.skipped_steps
         rollouts = self.generate_rollouts(self._prompts, rows, f"step {state.step}")
         scores = self.score_rollouts(self._prompts, rollouts)
         kl_b = self.sequence_kl(rollouts, scores)
@@ -125,9 +131,7 @@ class PpoTrainer:
         check_kl(self._stage, step, kl, spec.kl.max_kl)
         rewards_b = apply_eos_penalty(scores.scores_b, torch.tensor(rollouts.ended), spec.missing_eos_penalty)
         state.least, state.most = min(state.least, float(rewards_b.min())), max(state.most, float(rewards_b.max()))
-        check_rewards_differ(
-            self._stage, state.least, state.most, step * len(rollouts.rows), step == self._batching.steps
-        )
+        check_rewards_differ(self._stage, state.least, state.most, step * len(rollouts.rows), step == self._steps)
         targets = self.compute_advantages(rollouts, scores)
         learning_rate = self._schedule.learning_rates[state.step]
         set_hyperparams(self._engine, learning_rate, self._schedule.weight_decays[state.step])
@@ -149,8 +153,8 @@ class PpoTrainer:
             "sampler_gap": float(masked_mean(sampler_diff_bt, mask_bt)),
             "learning_rate": learning_rate,
         }
-        if self.guard.skipped_steps > skipped_before:
-            metrics[SKIPPED_STEPS] = float(self.guard.skipped_steps)
+        if self._guard.skipped_steps > skipped_before:
+            metrics[SKIPPED_STEPS] = float(self._guard.skipped_steps)
         if spec.kl.target is not None:
             state.kl_coefficient = adapt_kl_coef(
                 state.kl_coefficient, kl, spec.kl.target, spec.kl.horizon, len(rollouts.rows)
@@ -256,7 +260,7 @@ class PpoTrainer:
                         local_sums += parts
                         local_loss += loss.detach()
                     grad_norm, skipped = step_result(self._engine)
-                    if self.guard.check_step(
+                    if self._guard.check_step(
                         self.state.step + 1,
                         loss=mean_over_ranks(float(local_loss)),
                         grad_norm=grad_norm,
