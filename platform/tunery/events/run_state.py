@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, Literal
 
+from tunery.events.ranking import RankKey, objectives, rank_key
 from tunery.spec.overrides import final_values
 
 Status = Literal["pending", "running", "done", "reused", "failed"]
@@ -207,8 +208,7 @@ class SearchState:
     @property
     def objectives(self) -> list[tuple[str, str]]:
         """(metric, mode) of each objective."""
-        first = [(self.metric, self.mode)]
-        return first if self.weighted else [*first, *((item.metric, item.mode) for item in self.further_objectives)]
+        return objectives(self.metric, self.mode, self.further_objectives)
 
     @property
     def value_name(self) -> str:
@@ -234,19 +234,17 @@ class SearchState:
 
     @property
     def ranked(self) -> list[TrialState]:
-        """The trials without replicates, best first. The winner of an ended search is first. Finished trials precede
-        stopped ones, whose value is from less training; then feasible ones; then replicated ones by their mean, since
-        a better single value may be chance. Trials without a value are last."""
-        sign = -1.0 if self.mode == "max" else 1.0
+        """The trials without replicates, best first (events/ranking.py). The winner of an ended search is first."""
         standings = self.standings
 
-        def rank_key(trial: TrialState) -> tuple[bool, bool, bool, bool, bool, float]:
+        def key(trial: TrialState) -> tuple[bool, RankKey]:
             standing = standings.get(trial.name)
-            value = standing.mean if standing else trial.value
-            not_winner, unfinished = trial.name != self.best_name, trial.status != "done"
-            return not_winner, value is None, unfinished, not trial.feasible, standing is None, sign * (value or 0.0)
+            mean = standing.mean if standing else None
+            done = trial.status == "done"
+            rank = rank_key(self.mode, value=trial.value, done=done, feasible=trial.feasible, mean_over_seeds=mean)
+            return trial.name != self.best_name, rank
 
-        return sorted(self.originals, key=rank_key)
+        return sorted(self.originals, key=key)
 
     @property
     def best(self) -> TrialState | None:

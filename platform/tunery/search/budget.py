@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.tune import Stopper
 
+from tunery.events.ranking import feasible
 from tunery.search.journal import Journal
-from tunery.search.ranking import feasible
 from tunery.spec import Search
 
 JOURNAL_INTERVAL_S = 5.0

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from tunery.search.journal import JournalRecord
-from tunery.search.ranking import (
+from tunery.events.ranking import (
     feasible,
     objective_value,
     pareto_front,
-    rank_key,
+    rank_of,
     seed_stats,
     statistical_ties,
 )
+from tunery.search.journal import JournalRecord
 from tunery.spec import Search
 
 
@@ -28,10 +28,10 @@ def search_facts(search: Search, records: Sequence[JournalRecord], ended_by: str
     interval, and the values. ties: trials whose mean does not differ significantly from the winner's. pareto_front: the
     Pareto front. ended_by: why the search ended early.
     """
-    trials = sorted((_trial_facts(search, record) for record in records), key=lambda trial: rank_key(search, trial))
+    trials = sorted((_trial_facts(search, record) for record in records), key=lambda trial: rank_of(search, trial))
     originals = [trial for trial in trials if trial["origin"] != "replicate"]
     replicates = [trial for trial in trials if trial["origin"] == "replicate"]
-    finished = [trial for trial in originals if not rank_key(search, trial)[0]]
+    finished = [trial for trial in originals if rank_of(search, trial).is_finished]
     groups: dict[str, list[float]] = {}
     num_diverged: dict[str, int] = {}
     for trial in finished:

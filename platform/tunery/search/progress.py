@@ -8,9 +8,9 @@ from typing import Any
 from ray.tune import Callback
 
 from tunery.events.event_log import EventLog
+from tunery.events.ranking import feasible, objective_value
 from tunery.pipeline.execute import RunContext
 from tunery.search.journal import PROGRESS, Journal
-from tunery.search.ranking import feasible, objective_value
 from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search
 

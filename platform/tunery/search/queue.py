@@ -11,9 +11,9 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from tunery.events.ranking import objective_value, rank_of
 from tunery.search.journal import Journal, TrialStart
 from tunery.search.population import INITIAL_ORIGINS, Population
-from tunery.search.ranking import objective_value, rank_key
 from tunery.search.space import Point, trial_id
 from tunery.search.steering import SearchControl
 from tunery.search.suggest import Suggester
@@ -131,9 +131,9 @@ class Queue(Searcher):  # type: ignore[misc]
             if record.start.origin != "replicate"
         ]
         ended = [{**trial, "value": objective_value(self._search, trial["values"])} for trial in ended]
-        best = sorted(ended, key=lambda trial: rank_key(self._search, trial))[: self._search.replicate_top_k]
+        best = sorted(ended, key=lambda trial: rank_of(self._search, trial))[: self._search.replicate_top_k]
         for trial in best:
-            if rank_key(self._search, trial)[0]:
+            if not rank_of(self._search, trial).is_finished:
                 continue
             for replicate in range(1, self._search.num_seeds):
                 self._enqueue(self._with_seed(trial["overrides"], replicate), "replicate", trial["trial"])

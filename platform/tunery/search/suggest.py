@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from tunery.search.ranking import objective_value, objectives, violations
+from tunery.events.ranking import objective_value, objectives, violations
 from tunery.search.space import Point, grid, grid_point, random_point, rounded, sample_point, trial_id
 from tunery.spec import Dimension, Search
 
@@ -132,7 +132,7 @@ class OptunaSearch:
 
     @property
     def _objectives(self) -> list[tuple[str, str]]:
-        return objectives(self._search)
+        return objectives(self._search.metric, self._search.mode, self._search.objectives)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Return a sampler for one trial, seeded by its number and not by what was sampled before."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from tunery.errors import StageError
 from tunery.events.event_log import EventLog
+from tunery.events.ranking import objective_value
 from tunery.interrupt import interruptible
 from tunery.pipeline.cache_keys import fingerprints
 from tunery.pipeline.diagnose import diagnose
@@ -23,7 +24,6 @@ from tunery.search.journal import Journal, JournalRecord, TrialStart
 from tunery.search.outcome import search_facts
 from tunery.search.pack_eligibility import pack_size, search_unpackable_reason
 from tunery.search.population import Population
-from tunery.search.ranking import objective_value
 from tunery.search.space import curve_stage, metric_stages, trial_experiment, with_seed
 from tunery.search.steering import SearchControl
 from tunery.search.suggest import suggester

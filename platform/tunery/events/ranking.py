@@ -1,4 +1,7 @@
-"""Ranking of trials: weighted sums, constraints, Pareto fronts and statistics over seeds. No I/O, no Ray."""
+"""Ranking of trials: weighted sums, constraints, Pareto fronts and statistics over seeds. No I/O, no Ray.
+
+Used by the search while it runs, by its artifact, and by the run state that the terminal view and the report show.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, variance
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from tunery.spec import Search
 
@@ -18,11 +21,21 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 """Quantiles of Student's t, two-sided 95%, for 1, 2, .. degrees of freedom; the limit is 1.96."""
 
 
-def objectives(search: Search) -> list[tuple[str, str]]:
-    """Return (metric, mode) of each objective: one if `objectives` has weights, since they form one weighted sum."""
-    first: list[tuple[str, str]] = [(search.metric, search.mode)]
-    weighted = any(item.weight is not None for item in search.objectives)
-    return first if weighted else [*first, *((item.metric, item.mode) for item in search.objectives)]
+class FurtherObjective(Protocol):
+    """A metric of a search besides the first one."""
+
+    @property
+    def metric(self) -> str: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def weight(self) -> float | None: ...
+
+
+def objectives(metric: str, mode: str, further: Sequence[FurtherObjective]) -> list[tuple[str, str]]:
+    """Return (metric, mode) of each objective: one if `further` ones have weights, since they form one weighted sum."""
+    weighted = any(item.weight is not None for item in further)
+    return [(metric, mode), *(() if weighted else ((item.metric, item.mode) for item in further))]
 
 
 def objective_value(search: Search, values: Values) -> float:
@@ -45,24 +58,52 @@ def feasible(search: Search, values: Values) -> bool:
     return all(violation <= 0 for violation in violations(search, values))
 
 
-def rank_key(search: Search, trial: TrialFacts) -> tuple[bool, bool, float]:
-    """Sort key, best first: finished trials (a stopped trial has no model), then feasible ones, then by value."""
-    value = math.nan if trial["value"] is None else float(trial["value"])
-    unfinished = trial["state"] != "done" or math.isnan(value)
-    cost = math.inf if math.isnan(value) else (value if search.mode == "min" else -value)
-    return unfinished, not feasible(search, trial["values"]), cost
+class RankKey(NamedTuple):
+    """Sort key of a trial, best first."""
+
+    has_no_value: bool
+    is_unfinished: bool
+    """Stopped or failed: its value is from less training, and it has no model."""
+    is_infeasible: bool
+    has_one_seed: bool
+    """A trial with several seeds ranks by their mean, before the others, whose better value may be chance."""
+    cost: float
+    """Lower is better."""
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.has_no_value and not self.is_unfinished
+
+
+def rank_key(
+    mode: str, *, value: float | None, done: bool, feasible: bool, mean_over_seeds: float | None = None
+) -> RankKey:
+    """Return the key of a trial of a search with this `mode`."""
+    ranked_value = value if mean_over_seeds is None else mean_over_seeds
+    if ranked_value is None or math.isnan(ranked_value):
+        return RankKey(True, not done, not feasible, mean_over_seeds is None, 0.0)
+    cost = -ranked_value if mode == "max" else ranked_value
+    return RankKey(False, not done, not feasible, mean_over_seeds is None, cost)
+
+
+def rank_of(search: Search, trial: TrialFacts) -> RankKey:
+    """Return the key of a trial by its first seed."""
+    is_feasible = feasible(search, trial["values"])
+    return rank_key(search.mode, value=trial["value"], done=trial["state"] == "done", feasible=is_feasible)
 
 
 def pareto_front(search: Search, trials: Sequence[TrialFacts]) -> set[str]:
     """Return the names of the finished, feasible trials that no other such trial dominates. Empty with one
     objective."""
-    if len(objectives(search)) == 1:
+    metrics = objectives(search.metric, search.mode, search.objectives)
+    if len(metrics) == 1:
         return set()
-    signs = [(metric, 1 if mode == "min" else -1) for metric, mode in objectives(search)]
+    signs = [(metric, 1 if mode == "min" else -1) for metric, mode in metrics]
+    ranks = {trial["trial"]: rank_of(search, trial) for trial in trials}
     points = {
         trial["trial"]: [sign * trial["values"].get(metric, math.nan) for metric, sign in signs]
         for trial in trials
-        if not any(rank_key(search, trial)[:2])
+        if ranks[trial["trial"]].is_finished and not ranks[trial["trial"]].is_infeasible
     }
     return {
         name

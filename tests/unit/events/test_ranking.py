@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tunery.events.ranking import objective_value, pareto_front, seed_stats, statistical_ties, t_quantile
 from tunery.search.journal import JournalRecord, TrialStart
 from tunery.search.outcome import search_facts
-from tunery.search.ranking import objective_value, pareto_front, seed_stats, statistical_ties, t_quantile
 from tunery.spec import Search
 
 
