@@ -40,6 +40,21 @@ class Scale:
         return [tick for tick in ticks if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9) + 1e-12]
 
 
+def padded_scale(values: Sequence[float], start: float, end: float, log: bool = False) -> Scale:
+    """A scale over all values with a margin at both ends."""
+    low, high = min(values), max(values)
+    if log:
+        margin = max((high / low) ** 0.06, 1.001)
+        return Scale(low / margin, high * margin, start, end, True)
+    margin = (high - low) * 0.08 or max(abs(high) * 0.02, 1e-6)
+    return Scale(low - margin, high + margin, start, end)
+
+
+def spans_decades(low: float, high: float, factor: float) -> bool:
+    """Whether an axis is logarithmic by default: values are positive and differ by more than `factor`."""
+    return low > 0 and high / low > factor
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values (1, 2, 2.5 or 5 times a power of ten apart) that cover low to high."""
     if not high > low:

@@ -13,9 +13,11 @@ from tunery.reporting.axes import (
     circle,
     frame,
     line,
+    padded_scale,
     path,
     rect,
     shorten,
+    spans_decades,
     spread,
     svg,
     text,
@@ -190,7 +192,7 @@ def histogram_chart(
     if len(edges) != len(counts) + 1 or not counts:
         return ""
     bad = list(corrupted) if len(corrupted) == len(counts) else [0.0] * len(counts)
-    log = edges[0] > 0 and edges[-1] / edges[0] > 10
+    log = spans_decades(edges[0], edges[-1], 10)
     lanes = _label_lanes(thresholds, Scale(edges[0], edges[-1], 54, WIDTH - 10, log))
     top = 34.0 + 16 * (max(lanes, default=-1) + 1)
     bottom, height = top + 214, top + 262
@@ -239,9 +241,7 @@ def scatter_chart(dots: Sequence[Dot], axis: Axis, y_label: str, *, width: float
     if not dots:
         return ""
     height, bottom, top = 232.0, 186.0, 30.0
-    ys = [dot.y for dot in dots]
-    margin = (max(ys) - min(ys)) * 0.08 or max(abs(ys[0]) * 0.02, 1e-6)
-    y = Scale(min(ys) - margin, max(ys) + margin, bottom, top)
+    y = padded_scale([dot.y for dot in dots], bottom, top)
     x = _dot_scale(dots, axis, width)
     if axis.categories:
         parts = frame(Scale(0, 0, x.start, x.end), y, axis.label, y_label, x_ticks=0)
@@ -260,11 +260,7 @@ def _dot_scale(dots: Sequence[Dot], axis: Axis, width: float) -> Scale:
     start, end = 54.0, width - 12
     if axis.categories:
         return Scale(-0.5, len(axis.categories) - 0.5, start, end)
-    low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
-    if axis.log:
-        return Scale(low / (high / low) ** 0.06 / 1.001, high * (high / low) ** 0.06 * 1.001, start, end, True)
-    margin = (high - low) * 0.06 or max(abs(high) * 0.05, 1e-6)
-    return Scale(low - margin, high + margin, start, end)
+    return padded_scale([dot.x for dot in dots], start, end, axis.log)
 
 
 __all__ = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tunery.events.formatting import count, measure
-from tunery.reporting.axes import Scale, frame, line, rect, svg
+from tunery.reporting.axes import Scale, frame, line, rect, spans_decades, svg
 
 SHADES = 8
 """CSS classes h1 .. h8 of the page."""
@@ -27,7 +27,7 @@ def heatmap_chart(
     if len(x_edges) != len(counts[0] if counts else ()) + 1 or len(y_edges) != len(counts) + 1:
         return ""
     height, bottom, top = width - 40.0, width - 86.0, 34.0
-    logs = [edges[0] > 0 and edges[-1] / edges[0] > 10 for edges in (x_edges, y_edges)]
+    logs = [spans_decades(edges[0], edges[-1], 10) for edges in (x_edges, y_edges)]
     x = Scale(x_edges[0], x_edges[-1], 58, width - 12, logs[0])
     y = Scale(y_edges[0], y_edges[-1], bottom, top, logs[1])
     axis_labels = [label + (" (log scale)" if log else "") for label, log in zip(labels, logs, strict=True)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunery.events.formatting import as_number, plain
-from tunery.reporting.axes import CHARACTER, Scale, circle, line, paths, shorten, svg, text, tick_texts
+from tunery.reporting.axes import CHARACTER, Scale, circle, line, paths, shorten, spans_decades, svg, text, tick_texts
 from tunery.reporting.charts import Axis
 
 WIDTH = 1064.0
@@ -34,7 +34,7 @@ def parameter_axis(name: str, values: Sequence[object], space: str = "") -> Axis
     if numbers and len(numbers) == len(values) and ("uniform" in space or len(set(numbers)) > MAX_CATEGORIES):
         if "uniform" in space:  # logarithmic if it was sampled so
             return Axis(name, log=min(numbers) > 0 and "log" in space)
-        return Axis(name, log=min(numbers) > 0 and max(numbers) / min(numbers) > 30)
+        return Axis(name, log=spans_decades(min(numbers), max(numbers), 30))
     distinct = {plain(value): as_number(value) for value in values}
     return Axis(
         name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from tunery.reporting.axes import WIDTH, Scale, circle, frame, path, svg
+from tunery.reporting.axes import WIDTH, circle, frame, padded_scale, path, spans_decades, svg
 from tunery.reporting.charts import Dot
 
 
@@ -16,8 +16,9 @@ def pareto_chart(dots: Sequence[Dot], labels: tuple[str, str], *, higher: bool =
     if not dots:
         return ""
     height, bottom, top = 320.0, 272.0, 30.0
-    x = _scale([dot.x for dot in dots], 64, WIDTH - 12)
-    y = _scale([dot.y for dot in dots], bottom, top)
+    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
+    x = padded_scale(xs, 64, WIDTH - 12, spans_decades(min(xs), max(xs), 30))
+    y = padded_scale(ys, bottom, top, spans_decades(min(ys), max(ys), 30))
     parts = frame(x, y, labels[0], labels[1])
     front = sorted((dot.x, dot.y) for dot in dots if "front" in dot.style.split())
     if joined and len(front) > 1:
@@ -35,12 +36,3 @@ def _steps(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[fl
     for (x1, y1), (x2, y2) in pairwise(points):
         corners += [(x1, y2) if higher else (x2, y1), (x2, y2)]
     return corners
-
-
-def _scale(values: Sequence[float], start: float, end: float) -> Scale:
-    low, high = min(values), max(values)
-    log = low > 0 and high / low > 30
-    if log:
-        return Scale(low / (high / low) ** 0.06, high * (high / low) ** 0.06, start, end, True)
-    margin = (high - low) * 0.08 or max(abs(high) * 0.02, 1e-6)
-    return Scale(low - margin, high + margin, start, end)

@@ -167,9 +167,7 @@ def trials_table(search: SearchState) -> Table | None:
     if not search.trials:
         return None
     board = leaderboard(search, times=True)
-    trials = table(board.columns, board.rows, highlighted=board.best_row)
-    numeric = [is_numeric or name == "time" for is_numeric, name in zip(trials.numeric, trials.columns, strict=True)]
-    return Table(trials.columns, numeric, trials.rows, [], board.best_row)
+    return table(board.columns, board.rows, highlighted=board.best_row)
 
 
 def summary(search: SearchState) -> str:

@@ -1,7 +1,8 @@
-"""Generic tables and figures of the report. They hold unescaped text: the template escapes it."""
+"""Tables and figures of the report and of the terminal. They hold unescaped text: the HTML template escapes it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,17 +26,34 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric`: which columns are right-aligned; `highlighted`: index of the highlighted row, if any."""
+    """`numeric`: which columns are right-aligned; `highlighted`: index of the highlighted row, if any; `optional`: columns
+    that a narrow table may omit, last one first."""
 
     columns: list[str]
     numeric: list[bool]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     highlighted: int | None = None
+    optional: list[str] = field(default_factory=list)
 
     @property
     def dense(self) -> bool:
         return len(self.columns) > MAX_NORMAL_COLUMNS
+
+    def texts(self, column: int) -> list[str]:
+        """The texts of a column."""
+        return [row[column].text for row in self.rows]
+
+    def without(self, column: str) -> Table:
+        """The table without a column, with the same notes."""
+        at = self.columns.index(column)
+        return dataclasses.replace(
+            self,
+            columns=[*self.columns[:at], *self.columns[at + 1 :]],
+            numeric=[*self.numeric[:at], *self.numeric[at + 1 :]],
+            rows=[[*row[:at], *row[at + 1 :]] for row in self.rows],
+            optional=[name for name in self.optional if name != column],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ def table(
     notes: Sequence[str] = (),
     best: Mapping[int, str] | None = None,
     highlighted: int | None = None,
+    optional: Sequence[str] = (),
 ) -> Table:
     """A table of raw values. `best` maps column indices to 'lowest' or 'highest', the number to mark there."""
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
@@ -81,7 +100,7 @@ def table(
         for row in range(len(padded))
     ]
     numeric = [is_numeric(values) or _looks_numeric(column) for values, column in zip(by_column, texts, strict=True)]
-    return Table(list(columns), numeric, body, list(notes), highlighted)
+    return Table(list(columns), numeric, body, list(notes), highlighted, [name for name in optional if name in columns])
 
 
 def fact(value: object, key: str = "") -> Node:
@@ -134,9 +153,5 @@ def _best_row(column: Sequence[object], how: str) -> int | None:
 
 
 def _looks_numeric(texts: Sequence[str]) -> bool:
-    """Whether all texts are formatted numbers, with a sign, a unit or an interval, such as '+0.12'."""
-    present = [text for text in texts if text]
-    return bool(present) and all(
-        text.replace(" ± ", "").lstrip("+-−–").replace(",", "").replace(".", "").rstrip("%s").isdigit()
-        for text in present
-    )
+    """Whether all texts begin with a number, perhaps with a sign, such as '+0.12', '3 of 5' and '2 min', or are '–'."""
+    return any(texts) and all(text[:1] in "+-−0123456789–" for text in texts)

@@ -17,10 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunery.events.formatting import (
-    cells,
     count,
     duration,
-    is_numeric,
     measure,
     overrides_text,
     plain,
@@ -30,6 +28,7 @@ from tunery.events.formatting import (
 from tunery.events.leaderboard import mean_text, origin
 from tunery.events.run_state import Failure, RunState, SearchState, StageState, TrialState
 from tunery.events.stage_summary import note
+from tunery.reporting import tables
 
 WIDE = 110
 MAX_RUNNING_TRIALS = 4
@@ -69,50 +68,51 @@ def render(state: RunState, width: int, now: float, height: int | None = None) -
 
 def final_table(state: RunState, width: int) -> RenderableType:
     """Render the run's summary tables with their titles."""
-    return Group(*(_titled(title, table, width) for title, table in state.comparisons.items()))
+    return Group(*(_titled(title, summary, width) for title, summary in state.comparisons.items()))
 
 
-def _titled(title: str, table: dict[str, Any], width: int) -> RenderableType:
-    return Group(Text(""), Text(title, style="bold"), _summary_table(table, width))
+def _titled(title: str, summary: dict[str, Any], width: int) -> RenderableType:
+    return Group(Text(""), Text(title, style="bold"), _summary_table(summary, width))
 
 
 def _summary_table(summary: dict[str, Any], width: int) -> RenderableType:
     """One table with its notes. If the columns do not fit, each row becomes a block of lines."""
-    columns: list[str] = summary.get("columns") or []
-    rows: list[list[object]] = summary.get("rows") or []
-    notes: list[str] = list(summary.get("notes") or [])
-    if not columns or not rows:
+    content = tables.table(
+        summary.get("columns") or [],
+        summary.get("rows") or [],
+        notes=summary.get("notes") or [],
+        optional=summary.get("optional") or [],
+    )
+    notes = list(content.notes)
+    if not content.columns or not content.rows:
         return Group(*map(_note, notes))
-    padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
-    by_column = [[row[index] for row in padded] for index in range(len(columns))]
-    texts = [
-        ["" if cell is None else text for cell, text in zip(column, cells(column), strict=True)] for column in by_column
-    ]
-    # Headers wrap between words; cells do not wrap.
-    min_widths = [
-        max([*(len(word) for word in name.split()), *(Text(text).cell_len for text in column)], default=0)
-        for name, column in zip(columns, texts, strict=True)
-    ]
     omitted: list[str] = []
-    optional = [name for name in summary.get("optional") or [] if name in columns]
-    while sum(min_widths) + 3 * len(min_widths) > width and optional:
-        omitted.append(optional.pop())
-        position = columns.index(omitted[-1])
-        columns, texts, by_column, min_widths = (
-            [*items[:position], *items[position + 1 :]] for items in (columns, texts, by_column, min_widths)
-        )
+    while _min_width(content) > width and content.optional:
+        omitted.append(content.optional[-1])
+        content = content.without(omitted[-1])
     if omitted:
         notes.append(f"columns shown only in the report: {', '.join(reversed(omitted))}")
-    if sum(min_widths) + 3 * len(min_widths) > width:
-        return Group(*_blocks(columns, texts), Text(""), *map(_note, notes))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    widths = _column_widths(columns, min_widths, width)
-    for name, column, values, column_width in zip(columns, texts, by_column, widths, strict=True):
-        numeric = is_numeric(values) or all(text[:1] in "+-−0123456789–" for text in column)
-        table.add_column(name, justify="right" if numeric else "left", vertical="bottom", width=column_width)
-    for index in range(len(rows)):
-        table.add_row(*(Text(column[index], no_wrap=True) for column in texts))
-    return Group(table, *map(_note, notes))
+    if _min_width(content) > width:
+        return Group(*_blocks(content), Text(""), *map(_note, notes))
+    rendered = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    widths = _column_widths(content.columns, _min_widths(content), width)
+    for name, numeric, column_width in zip(content.columns, content.numeric, widths, strict=True):
+        rendered.add_column(name, justify="right" if numeric else "left", vertical="bottom", width=column_width)
+    for row in content.rows:
+        rendered.add_row(*(Text(cell.text, no_wrap=True) for cell in row))
+    return Group(rendered, *map(_note, notes))
+
+
+def _min_widths(content: tables.Table) -> list[int]:
+    """Minimum width of each column: headers wrap between words; cells do not wrap."""
+    return [
+        max([*(len(word) for word in name.split()), *(Text(text).cell_len for text in content.texts(index))], default=0)
+        for index, name in enumerate(content.columns)
+    ]
+
+
+def _min_width(content: tables.Table) -> int:
+    return sum(_min_widths(content)) + 3 * len(content.columns)
 
 
 def _column_widths(columns: Sequence[str], min_widths: Sequence[int], width: int) -> list[int]:
@@ -131,14 +131,14 @@ def _note(line: str) -> RenderableType:
     return Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False)
 
 
-def _blocks(columns: Sequence[str], texts: Sequence[Sequence[str]]) -> list[RenderableType]:
-    name_width = max(len(name) for name in columns)
+def _blocks(content: tables.Table) -> list[RenderableType]:
+    name_width = max(len(name) for name in content.columns)
     lines: list[RenderableType] = []
-    for index in range(len(texts[0])):
+    for row in content.rows:
         lines.append(Text(""))
-        for name, column in zip(columns, texts, strict=True):
+        for index, (name, cell) in enumerate(zip(content.columns, row, strict=True)):
             line = Text(f"  {name:<{name_width}}  ", style="dim")
-            lines.append(line.append(column[index], style="bold" if name == columns[0] else "default not dim"))
+            lines.append(line.append(cell.text, style="default not dim" if index else "bold"))
     return lines
 
 

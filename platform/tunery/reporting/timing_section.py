@@ -38,7 +38,7 @@ def overhead(state: RunState) -> Table | None:
             "stage_launch_seconds",
         ):
             rows.append([name.replace("_", " "), plain(seconds, name)])
-    return Table(["overhead", "time"], [False, True], table(["", ""], rows).rows) if rows else None
+    return table(["overhead", "time"], rows) if rows else None
 
 
 def timeline(state: RunState) -> Figure | None:
