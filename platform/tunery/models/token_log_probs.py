@@ -34,8 +34,9 @@ FROZEN_HEAD_LOGIT_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 class TokenLogProbs:
     """Computes log-probabilities, and entropies if requested, of chosen tokens of a batch."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, fuse_frozen_head: bool = True) -> None:
+        """fuse_frozen_head: False rounds as for a trained head, bit by bit."""
+        self._model, self._fuse_frozen_head = model, fuse_frozen_head
         self.has_plain_head = head_is_plain(model)
         """Otherwise (Gemma caps its logits, Cohere scales them) the model computes the logits of all tokens at once."""
         self.sharded = False
@@ -60,8 +61,8 @@ class TokenLogProbs:
         hidden_bth = self._model.base_model(**inputs, use_cache=False).last_hidden_state
         hidden_nh = hidden_bth.flatten(0, 1).index_select(0, state_indices_n)
         head = self._model.get_output_embeddings()
-        is_frozen = not any(weight.requires_grad for weight in head.parameters())
-        if is_frozen and not self.sharded and isinstance(head, nn.Linear):
+        is_fused = self._fuse_frozen_head and not any(weight.requires_grad for weight in head.parameters())
+        if is_fused and not self.sharded and isinstance(head, nn.Linear):
             return frozen_head_log_probs(hidden_nh, head, targets_n, temperature, entropy)
 
         def chunk_log_probs(hidden_mh: torch.Tensor, targets_m: torch.Tensor) -> Any:

@@ -26,8 +26,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric`: which columns are right-aligned; `highlighted`: index of the highlighted row, if any; `optional`: columns
-    that a narrow table may omit, last one first."""
+    """`numeric`: which columns are right-aligned; `highlighted`: index of the highlighted row, if any; `optional`:
+    columns that a narrow table may omit, last one first."""
 
     columns: list[str]
     numeric: list[bool]

@@ -129,7 +129,8 @@ def _separate(
     spec = job.spec
     assert isinstance(spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
-    reference = LanguageModel(_frozen(load_model(job.model, dtype), job, device))
+    # Rounded as the policy, whose head is trained, so that the KL of the initial policy is exactly 0.
+    reference = LanguageModel(_frozen(load_model(job.model, dtype), job, device), fuse_frozen_head=False)
     reward, reward_fn = _load_reward(job, job.reward, takes_token_ids, dtype, device)
     if _value_init(job, reward is not None) == "reward":
         value = _load_scalar_model(job, job.reward, torch.float32)

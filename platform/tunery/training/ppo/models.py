@@ -33,9 +33,9 @@ POLICY, VALUE, REWARD = "default", "value", "reward"
 class LanguageModel(nn.Module):
     """A causal language model that computes log-probabilities and entropies of the response tokens only."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fuse_frozen_head: bool = True) -> None:
         super().__init__()
-        self.model, self.log_probs = model, TokenLogProbs(model)
+        self.model, self.log_probs = model, TokenLogProbs(model, fuse_frozen_head)
 
     def forward(
         self, batch: MicroBatch, temperature: float, entropy: Entropy = "none"
