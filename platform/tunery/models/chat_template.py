@@ -250,10 +250,18 @@ class ChatTemplate(TemplateRenderer):
         return max(start, block[0]) if block else start, end
 
     def _check_complete(self, messages: Sequence[Message], marks: Marks | None) -> None:
-        """Raise RejectedConversation if the template omits the content of a message."""
+        """Raise RejectedConversation if the template omits the content of a message, or does not keep the order."""
         if marks is None:
             return
         for turn, message in enumerate(messages):
+            text_start = marks.get(("content", turn), -1)
+            if message.get("tool_calls") and any(
+                0 <= marks.get(("content", result), -1) < text_start for result in range(turn + 1, len(messages))
+            ):
+                raise RejectedConversation(  # Gemma 4
+                    f"the chat template renders the text of message {turn + 1} (assistant) after the results of its "
+                    "tool calls"
+                )
             if message["content"].strip() and ("content_end", turn) not in marks:
                 beside = "beside the tool calls " if message.get("tool_calls") else ""
                 raise RejectedConversation(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["all_turns", "last_turn", "all_tokens"]
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Increase this when a change produces other tokens or spans for the same rows: tokenised rows, and the models trained
 on them, are then rebuilt."""
 Truncation = Literal["right", "left", "drop", "split"]

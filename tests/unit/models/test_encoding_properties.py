@@ -109,10 +109,6 @@ encodings = st.builds(
 def test_tokens_match_the_rendered_conversation_and_responses_end_with_an_end_token(
     row: dict[str, Any], family: str, encoding: Encoding
 ) -> None:
-    if family.startswith("gemma4") and any(
-        message["content"] and message.get("tool_calls") for message in row["messages"]
-    ):
-        return  # test_tool_result_of_gemma4_has_no_loss
     tokenizer = tokenizer_of(family)
     (actual,) = encode_untruncated([row], tokenizer, encoding)
     if actual.rejected:
@@ -130,20 +126,24 @@ def test_tokens_match_the_rendered_conversation_and_responses_end_with_an_end_to
         assert ends.isdisjoint(actual.ids[start : end - 1])
 
 
-@pytest.mark.xfail(strict=True, reason="the span of a call with text extends over the tool result")
-def test_tool_result_of_gemma4_has_no_loss() -> None:
+def test_text_that_a_template_moves_behind_the_tool_result_rejects_the_row() -> None:
+    """Gemma 4's template renders call, result, text: a span from call to text would train the result."""
     call = '[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]'
     messages = [
         {"role": "user", "content": "Add."},
         {"role": "assistant", "content": "I add.", "tool_calls": call},
         {"role": "tool", "content": "RESULT"},
-        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "Two."},
     ]
     tokenizer = tokenizer_of("gemma4")
-    (actual,) = encode_untruncated([{"messages": messages}], tokenizer, Encoding(10**6))
-    trained = [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans]
-    assert trained
-    assert not any("RESULT" in text for text in trained)
+    rows = [{"messages": messages}, {"messages": messages[:2]}]
+    rows.append({"messages": [messages[0], {**messages[1], "content": ""}, *messages[2:]]})
+    moved, last, without_text = encode_untruncated(rows, tokenizer, Encoding(10**6))
+    assert "after the results of its tool calls" in (moved.rejected or "")
+    for encoded in (last, without_text):
+        trained = [tokenizer.decode(encoded.ids[start:end]) for start, end in encoded.spans]
+        assert trained
+        assert not any("RESULT" in text for text in trained)
 
 
 @fixed
