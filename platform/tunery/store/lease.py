@@ -3,6 +3,9 @@
 A thread of the owner touches the file every `HEARTBEAT` seconds. An owner on this host is dead when its process does
 not exist (a stopped process is alive, however old its heartbeat), an owner on another host when the file has not been
 touched for `EXPIRY` seconds. Check and takeover happen under a file lock, so only one process can take over a lease.
+
+filelock's SoftFileLease (4.2) expires by age on this host too: it is taken over from a stopped process, and from a
+killed process that is not yet reaped only after its duration.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The end of a value is found by matching brackets and strings, and only then is t
 read through a window of a few records, and an invalid value does not affect others. If brackets or quotes don't match,
 reading resumes at the next line that starts like the line of the first record (its indentation and `{`). A file with a
 single line has no such line, and its rest is one quarantined record.
+
+ijson (3.6) parses 330 MB/s instead of 50, but stops at the first invalid value and accepts
+duplicate keys.
 """
 
 from __future__ import annotations
