@@ -5,10 +5,13 @@ READY := .venv/.ready
 STORE ?= .tunery
 SPREAD := -n logical --maxprocesses 8
 
-.PHONY: demo test unit check format docs gpu constraints clean
+.PHONY: demo experiments test unit check format docs gpu constraints clean
 
 demo: $(READY)  ## the main job: one experiment from raw rows to a compared and tracked result
 	$(BIN)/tunery run experiments/quickstart.yaml --store $(STORE)
+
+experiments: $(READY)  ## every experiment, one after another, in one store; prints a table of their results
+	PYTHONPATH=platform $(BIN)/python experiments/run_all.py --store $(STORE)
 
 test: $(READY)  ## all tests, with real Ray, DeepSpeed, TRL and W&B
 	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
@@ -18,15 +21,15 @@ unit: $(READY)  ## the tests that start no Ray, in seconds
 	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
 
 check: $(READY)  ## ruff, mypy, import-linter, and every experiment validates
-	$(BIN)/ruff check platform tests benchmarks
-	$(BIN)/ruff format --check platform tests benchmarks
+	$(BIN)/ruff check platform tests benchmarks experiments
+	$(BIN)/ruff format --check platform tests benchmarks experiments
 	$(BIN)/mypy
 	PYTHONPATH=platform $(BIN)/lint-imports
 	for file in experiments/*.yaml; do $(BIN)/tunery validate $$file || exit 1; done
 
 format: $(READY)
-	$(BIN)/ruff format platform tests benchmarks
-	$(BIN)/ruff check --fix platform tests benchmarks
+	$(BIN)/ruff format platform tests benchmarks experiments
+	$(BIN)/ruff check --fix platform tests benchmarks experiments
 
 docs: $(READY)  ## rebuild the generated pages of docs/
 	PYTHONPATH=platform:tests/support $(BIN)/python tests/support/experiment_reference.py

@@ -18,7 +18,8 @@ from small_classifiers import write_language_model
 
 from tunery.cli import app
 from tunery.pipeline.validate import validate
-from tunery.spec import Compute, load
+from tunery.spec import Compute, Search, load
+from tunery.spec.feedback import RewardSource
 from tunery.spec.stage_kinds import Stage
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
@@ -126,12 +127,20 @@ def test_experiments_of_the_documentation_validate(text: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", [text for _, text in FRAGMENTS], ids=[name for name, _ in FRAGMENTS])
-def test_stages_of_fragments_are_valid(text: str) -> None:
+def test_stages_and_search_keys_of_fragments_are_valid(text: str) -> None:
+    search: dict[str, Any] = {}
     for name, value in read_yaml(text, "fragment").data.items():
         if isinstance(value, dict) and "kind" in value:
             TypeAdapter(Stage).validate_json(json.dumps(value), strict=True)
-        if name == "compute":
+        elif name == "compute":
             Compute.model_validate_json(json.dumps(value), strict=True)
+        elif name == "reward":  # a key of the stages grpo, rloo and ppo
+            TypeAdapter(RewardSource).validate_json(json.dumps(value), strict=True)
+        else:
+            search[name] = value
+    if search:
+        complete = {"metric": "sft.eval_loss", "mode": "min", "trials": 1, "space": {"sft.seed": {"choice": [1]}}}
+        Search.model_validate_json(json.dumps({**complete, **search}), strict=True)
 
 
 # Commands.
