@@ -76,7 +76,8 @@ def execute(
     done: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:
     """Run all stages of `experiment`, whose compute is resolved, except those in `done`. Returns all artifacts by stage
-    name. `launcher(stage name)` returns where a stage trains or scores: by default in this process.
+    name. `launcher(stage name)` returns where a stage trains and scores (training/launch.py): runs pass their workers,
+    trials their own process. The default suits stages without models.
 
     Ray must be running if a stage that needs it is not in the store. Raises StageError after a stage_failed event.
     """

@@ -46,8 +46,8 @@ MODEL_ACTORS: dict[str, type] = {
 }
 """Actor class by input kind of the scorers. Scorers with the same actor class and model share its forward passes."""
 MAX_SHARD_CRASHES = 20
-"""Worker deaths during one shard after which the stage fails. Before that, rows that kill their worker are quarantined
-one after the other (score_shard.py)."""
+"""How many worker deaths during one shard are tolerated; the next one fails the stage. Before that, rows that kill
+their worker are quarantined one after the other (score_shard.py)."""
 MAX_NAME_LENGTH = 100
 """Maximum length of the score names in the folder name of a pass; file systems allow 255 bytes."""
 

@@ -30,7 +30,7 @@ from tunery.store.vectors import is_vectors, vector_column, vectors_of
 
 Array = Any
 """A pyarrow array; the stubs of pyarrow require an element type that is not known here."""
-MAX_CRASHES = 2
+CRASHES_BEFORE_SINGLE_ROWS = 2
 """Number of crashes after which a shard is scored row by row. The first retry is in full batches, because the crash may
 have come from outside, and only the same batches give the same bytes."""
 MAX_CONSECUTIVE_FAILURES = 20
@@ -132,7 +132,7 @@ def _score_rows(
 ) -> list[tuple[Sequence[int], Scored]]:
     """Return (indices, their columns by score) of all rows that can be scored, in one call or row by row. `start` is
     the index in the shard of the first row."""
-    if journal.num_crashes < MAX_CRASHES:
+    if journal.num_crashes < CRASHES_BEFORE_SINGLE_ROWS:
         try:
             return [(indices, score([rows[index] for index in indices], scores))]
         except Exception:  # the row that raised is identified below and quarantined with its error

@@ -42,8 +42,8 @@ class Compute(Config):
     """Optimizer steps between checkpoints, each written at the next step whose loss is logged. auto: a tenth of the
     training, at least 20; in PPO a tenth of its steps, each a batch of responses."""
     max_failures: Annotated[int, Field(ge=0)] = 0
-    """How often a training whose worker died resumes from its last checkpoint before the run fails; not in trials of
-    one worker, which train in their own process."""
+    """How often a training whose worker died or raised an error resumes from its last checkpoint before the run fails.
+    A trial of one worker, which trains in its own process, is retried once instead."""
     max_packed_trials: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Maximum number of LoRA trials of a search that share one copy of their base, and its forward passes, on a worker.
     auto: 4, on a GPU up to 8 as memory allows. 1: each trial has its own copy."""

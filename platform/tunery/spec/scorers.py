@@ -1,7 +1,8 @@
 """Configs of the scorers, and the registry `SCORERS` with everything that other packages need to know about a kind.
 
 A scorer is a mapping whose first key is its kind: `{perplexity: base}`. A new scorer: its config and entry here, and
-its file in scoring/scorers/.
+a file in scoring/scorers/ with the interface of its input kind (scoring/scorers/interfaces.py); docs/extending.md has
+all steps.
 """
 
 from __future__ import annotations

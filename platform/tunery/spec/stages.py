@@ -1,8 +1,9 @@
 """Configs of the stages that read, score, select and review rows or evaluate models, one class per kind.
 
 A stage refers to its input stages by name (`inputs`) and has one output type (`output_type`): rows, scored rows,
-selected rows, a model or metrics. All fields change the result and are part of the fingerprint; settings that do not
-(workers, ZeRO stage, micro batches) are in `Compute`.
+selected rows, a model or metrics. Fields change the result and are part of the fingerprint (exceptions in
+pipeline/cache_keys.py); settings that do not (workers, ZeRO stage, micro batches) are in `Compute`. Stages that train
+are in trainings.py and feedback.py, `augment` in augment.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from tunery.workers.worker_group import Workers
 
 Data = str | PositiveNegative | ReviewLabels | dict[str, float]
 MAX_CRASHES = 3
-"""Worker deaths during one task after which a stage fails, unless it sets its own limit."""
+"""How many worker deaths during one task are tolerated, unless the stage sets its own limit; the next one fails it."""
 
 
 def run_training(context: StageContext) -> StageResult:

@@ -1,4 +1,9 @@
-"""The training loop of each worker: rows, model, trainer, checkpoints; rank 0 writes the artifact."""
+"""What each worker runs for every training except PPO (ppo/ppo_worker.py): build data, model and transformers Trainer,
+train, save and check the model; rank 0 writes the facts. TrainingCallback sets the learning rate of each step.
+
+The loss of `pretrain` and `sft` is the mean over the loss tokens of a step, on all ranks and micro batches; of `dpo`,
+`kto`, `reward` and `classifier` the mean over their pairs or rows; of `grpo` and `rloo` as TRL defines it.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +46,12 @@ def train(job: Job, report: Report) -> None:
     emit("progress", done=0, total=None, unit="steps", detail="loading model and rows")
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
-    adapter = _load_adapter(job, rank)
-    batching = plan_training(spec, len(adapter.examples.lengths), world, compute.micro_batch_size)
+    task = _load_task(job, rank)
+    batching = plan_training(spec, len(task.examples.lengths), world, compute.micro_batch_size)
     num_iterations = spec.steps_per_batch
     size = batching.global_batch_size // spec.sequences_per_row
-    lengths = adapter.examples.lengths
-    mixture = mixture_of(spec, adapter.examples)
+    lengths = task.examples.lengths
+    mixture = mixture_of(spec, task.examples)
     order = data_order(lengths, batching.steps // num_iterations, size, job.seed, mixture)
     cumulative_tokens = np.concatenate([[0], np.cumsum(lengths[order])])
     rows_per_step = size / num_iterations
@@ -65,7 +70,7 @@ def train(job: Job, report: Report) -> None:
         steps_per_batch=num_iterations,
     )
     callback = TrainingCallback(loop, schedule(spec, batching.steps), TRAINERS[spec.kind].extra_metrics)
-    trainer = adapter.trainer(_training_arguments(job, batching, dtype), order, callback)
+    trainer = task.trainer(_training_arguments(job, batching, dtype), order, callback)
     if rank == 0:
         emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), trainer.processing_class, trainer.model))
     trainer.remove_callback(PrinterCallback)
@@ -79,16 +84,16 @@ def train(job: Job, report: Report) -> None:
     seconds = time.time() - begin
     loop.check_end(trainer.model.named_parameters())
     peak_memory = peak_memory_bytes(compute.device)
-    final_metrics = adapter.final_metrics(trainer)
+    final_metrics = task.final_metrics(trainer)
     parameters = sum(map(num_elements, trainer.model.parameters()))
-    probe = adapter.probe(parameters)
+    probe = task.probe(parameters)
     outputs = probe.trained(trainer)
-    adapter.save(trainer)
+    task.save(trainer)
     reload_check = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
     if rank == 0:
         facts = {
-            **adapter.data_stats(),
-            **mixture_facts(spec, adapter.examples, order),
+            **task.data_stats(),
+            **mixture_facts(spec, task.examples, order),
             "tokens": int(cumulative_tokens[-1]),
             **_training_facts(job, batching, trainer, loop.history),
             **final_metrics,
@@ -110,10 +115,10 @@ def train(job: Job, report: Report) -> None:
     dist.barrier()
 
 
-def _load_adapter(job: Job, rank: int) -> TrainerAdapter:
+def _load_task(job: Job, rank: int) -> TrainerAdapter:
     # Imported only now: transformers' Trainer must not be imported before `prepare_process` has run.
-    adapter: TrainerAdapter = load_object(TRAINERS[job.spec.kind].trainer)(job, rank)
-    return adapter
+    task: TrainerAdapter = load_object(TRAINERS[job.spec.kind].trainer)(job, rank)
+    return task
 
 
 def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, Any]:
@@ -135,6 +140,7 @@ def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, A
         "use_cpu": compute.device == "cpu",
         "gradient_checkpointing": compute.gradient_checkpointing,
         "seed": job.seed,
+        "average_tokens_across_devices": True,  # the loss is the mean over the tokens of all ranks
         "logging_nan_inf_filter": False,  # True would log a non-finite loss as 0 (training/divergence.py)
         "logging_strategy": "no",  # LoopControl decides when to log, evaluate and save
         "eval_strategy": "no",

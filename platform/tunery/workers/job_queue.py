@@ -1,7 +1,7 @@
 """The queue between a run and its workers: a Ray actor that hands out jobs and tasks, and collects their results.
 
 A job runs on all workers together (a training); a task runs on one of them (scoring a shard). Workers ask the queue for
-work, so a worker that Ray Train has restarted needs no introduction, and unfinished work is handed out again.
+work: a worker that Ray Train has restarted asks again, and unfinished work is handed out again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Pickled = bytes
 """Functions, arguments and errors pass through as cloudpickle bytes, so the queue imports nothing that they need."""
 
 MAX_IDLE_FAILURES = 3
-"""Failures in a row that interrupt no work, such as a lack of memory while workers start. One more fails all work."""
+"""Failures in a row that interrupt no work, such as a lack of memory while workers start. One more fails the pending
+tasks."""
 MAX_WAIT_SECONDS = 1.0
 """Maximum duration of a call that waits for results; the run handles signals between two calls."""
 
@@ -86,7 +87,7 @@ class JobQueue:
         self._sessions: dict[int, int] = dict.fromkeys(range(num_workers), 0)
         """By rank; increased when a worker starts or fails. Messages of earlier sessions are ignored."""
         self._joined: set[int] = set()
-        """Ranks that wait for work or do some."""
+        """Ranks that are idle or working."""
         self._job: _Job | None = None
         self._job_number = 0
         self._actor_number = 0

@@ -73,7 +73,8 @@ class ProcessState:
         )
 
     def restore(self) -> None:
-        """Reset what a job has left behind, so that the next one runs as in a new process."""
+        """Reset what a job has changed, so that the next one runs as in a new process. The process group is kept, and
+        the random state of GPUs, which each training seeds."""
         import random
 
         import numpy as np

@@ -1,4 +1,4 @@
-"""The loop of a worker: import what its jobs need, then run jobs and tasks until the queue closes."""
+"""The loop of a worker: import the modules that jobs need, then run jobs and tasks until the queue closes."""
 
 from __future__ import annotations
 

@@ -48,12 +48,12 @@ class WorkerGroup:
         self.compute = compute
         self.num_workers = compute.workers
         self._queue: Any = ray.remote(JobQueue).options(num_cpus=0, max_concurrency=1000).remote(self.num_workers)
-        self._fit = BackgroundCall(lambda: self._start(logs, tuple(preload)))
+        self._training = BackgroundCall(lambda: self._start(logs, tuple(preload)))
 
-    def fits(self, compute: Compute) -> bool:
-        """Whether the group is alive and has the resources that `compute` asks for."""
+    def matches(self, compute: Compute) -> bool:
+        """Whether the group is alive and has the resources of `compute`."""
         own = (self.compute.workers, self.compute.device, self.compute.cpus_per_worker)
-        return not self._fit.ended and own == (compute.workers, compute.device, compute.cpus_per_worker)
+        return not self._training.ended and own == (compute.workers, compute.device, compute.cpus_per_worker)
 
     def run(
         self,
@@ -107,14 +107,14 @@ class WorkerGroup:
     def close(self) -> None:
         """Make the workers exit and wait until their resources are free."""
         self._queue.close.remote()
-        self._fit.wait(CLOSE_SECONDS)
+        self._training.wait(CLOSE_SECONDS)
 
     def _call(self, method: Any, *arguments: Any) -> Any:
         """Call a method of the queue. Raises the error of the group if it has ended."""
         import ray
 
-        if self._fit.ended:
-            self._fit.result()
+        if self._training.ended:
+            self._training.result()
             raise RuntimeError("the workers have exited")
         return interruptible(lambda: ray.get(method.remote(*arguments)))
 
@@ -174,7 +174,7 @@ class Workers:
 
     def running(self, compute: Compute) -> WorkerGroup | None:
         """Return the current group if it has the resources of `compute`."""
-        return self._group if self._group is not None and self._group.fits(compute) else None
+        return self._group if self._group is not None and self._group.matches(compute) else None
 
     def close(self) -> None:
         """Free the resources of the group, if there is one."""
