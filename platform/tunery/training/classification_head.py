@@ -55,7 +55,8 @@ class ModelWithHead:
         from peft import get_peft_model
 
         set_seed(self._job.seed)
-        return get_peft_model(model, config)
+        # PEFT (0.20) would cast the adapter of a bf16 base to fp32, but not the head, and ZeRO-3 needs one dtype.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
     def sequences(self) -> tuple[SequenceSet, SequenceSet]:
         """Return the training and the evaluation sequences. Call on all ranks."""
