@@ -119,6 +119,13 @@ def test_reward_model_does_not_depend_on_workers_and_scores_are_normalized(
     assert scores["by_lora"]["unscored"] == 0
 
 
+def test_adapter_and_new_head_train_in_bf16_under_zero_3(before_sft: Workspace, runs_here: RunsHere) -> None:
+    reward_models(before_sft, workers=2, zero_stage=3, precision="bf16")
+    trained = runs_here.execute(before_sft)["lora"]
+    assert (trained.path / "adapter").is_dir()
+    assert trained.runtime_stats["dtype"] == "bf16"
+
+
 def test_training_and_evaluation_read_the_same_output_position(tmp_path: Path) -> None:
     """Rows of many lengths in one step with a learning rate near 0: training and evaluation loss are equal."""
     model = write_language_model(tmp_path / "model")

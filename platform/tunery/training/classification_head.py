@@ -55,7 +55,7 @@ class ModelWithHead:
         from peft import get_peft_model
 
         set_seed(self._job.seed)
-        # PEFT (0.20) would cast the adapter of a bf16 base to fp32, but not the head, and ZeRO-3 needs one dtype.
+        # PEFT (0.21) would cast the adapter of a bf16 base to fp32, but not the head, and ZeRO-3 needs one dtype.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
     def sequences(self) -> tuple[SequenceSet, SequenceSet]:

@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tunery.errors import TuneryError
-from tunery.scoring.score_shard import CHUNK_ROWS, MAX_CONSECUTIVE_FAILURES, MAX_CRASHES, Scored, ScorePass, score_shard
+from tunery.scoring.score_shard import (
+    CHUNK_ROWS,
+    CRASHES_BEFORE_SINGLE_ROWS,
+    MAX_CONSECUTIVE_FAILURES,
+    Scored,
+    ScorePass,
+    score_shard,
+)
 from tunery.store.rows import Row, row_id, shards, write_rows
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import vectors_of
@@ -145,7 +152,7 @@ def test_row_that_crashes_its_worker_is_quarantined_after_max_crashes(
         scored.extend(row["text"] for row in rows)
         return plain(rows, scores)
 
-    for _ in range(MAX_CRASHES + 1):  # the whole unit, then one by one
+    for _ in range(CRASHES_BEFORE_SINGLE_ROWS + 1):  # the whole unit, then one by one
         with pytest.raises(Killed):
             score_shard(shard, job(tmp_path), score)
     assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "cached": 0, "failed": 1}
