@@ -42,9 +42,10 @@ def importances(search: SearchState, paths: Sequence[str], metric: str = "") -> 
     a group is ignored. Shares need not add up to 1. A sampler that concentrates on the best trials and a scheduler
     that stops the worst leave less variance to explain. A conditional field is evaluated on the trials that have it.
 
-    optuna.importance (5.0) leaves out conditional fields. Its fANOVA needs scikit-learn, gives a field without effect
-    0.4 on average over 20 trials, and takes minutes for 1,000 trials. Its PED-ANOVA compares the best tenth of the
-    trials with all of them: a field without effect gets up to 0.23, one that decides everything 0.04 to 0.29.
+    optuna.importance (5.0) has two alternatives. fANOVA needs scikit-learn, omits conditional fields, gives a field
+    without effect 0.4 on average over 20 trials, and takes minutes for 1,000 trials. PED-ANOVA compares the best tenth
+    of the trials with all of them: a field without effect gets up to 0.23, one that decides everything 0.04 to 0.29
+    (0 if it is conditional).
     """
     values = _values(search, metric)
     completed = [trial for trial in search.originals if trial.name in values]
