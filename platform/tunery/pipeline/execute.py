@@ -118,12 +118,13 @@ def _run_stage(
     def emit(event: str, **values: Any) -> None:
         log.write(event, **{"stage": name + trial.label, **values})
 
-    def log_waiting(holder: str) -> None:
+    def wait(holder: str) -> None:
+        launcher.release()  # the other run may need the workers' CPUs or GPUs to build it
         emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} is building it")
 
     emit("stage_started", kind=stage.kind, fingerprint=cache_key, detail="")
     try:
-        with run_context.store.lease(stage.kind, cache_key, log_waiting):
+        with run_context.store.lease(stage.kind, cache_key, wait):
             if (artifact := run_context.store.find(stage.kind, cache_key)) is not None:  # built while this run waited
                 _log_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact

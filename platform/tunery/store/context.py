@@ -31,6 +31,9 @@ class Launcher(Protocol):
     def resume_from(self) -> Path | None:
         """As in training/job.py."""
 
+    def release(self) -> None:
+        """Free CPUs and GPUs that are reserved for the next stages. Called while another run builds the artifact."""
+
     def train(self, job: Any) -> None:
         """Run a training (training/job.py, `Job`) and wait for its end."""
 

@@ -114,6 +114,9 @@ class OnWorkers(_LauncherFields):
     compute: Compute
     is_parallel: ClassVar[bool] = True
 
+    def release(self) -> None:
+        self.workers.close()
+
     def train(self, job: Job) -> None:
         self.workers.group(self.compute).run(train, job, self.report, job.compute.max_failures)
 
@@ -146,6 +149,9 @@ class InProcess(_LauncherFields):
     """
 
     is_parallel: ClassVar[bool] = False
+
+    def release(self) -> None:
+        """Nothing: the CPU or GPU belongs to the trial."""
 
     def train(self, job: Job) -> None:
         from ray.train import RunConfig, ScalingConfig
