@@ -37,9 +37,13 @@ def before_sft(complete_run: Workspace, tmp_path: Path) -> Workspace:
     return bench
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsHere]:
-    """Ray with two CPUs, and two workers that all tests share."""
+    """Ray with two CPUs, and two workers that the tests of a module share.
+
+    Not of the session: beside another Ray on the same machine, Ray's PlacementGroupCleaner (2.60) finds no cluster and
+    does not free the resources of stopped trials with several workers.
+    """
     logs = tmp_path_factory.mktemp("ray")
     session = RaySession(EventLog(logs / "events.jsonl"), logs)
     compute = Compute(workers=2, device="cpu", save_steps=10, max_failures=0)

@@ -1,4 +1,4 @@
-"""Run experiments in the process of the tests, on a Ray and two workers that are started once for all of them."""
+"""Run experiments in the process of the tests, on a Ray and two workers that are started once a module."""
 
 from __future__ import annotations
 
