@@ -16,6 +16,7 @@ from small_classifiers import WORDS, write_language_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workspace import Workspace, facts
 
+from tunery.models.load import load_classifier
 from tunery.store.rows import read_rows
 
 
@@ -124,6 +125,8 @@ def test_adapter_and_new_head_train_in_bf16_under_zero_3(before_sft: Workspace, 
     trained = runs_here.execute(before_sft)["lora"]
     assert (trained.path / "adapter").is_dir()
     assert trained.runtime_stats["dtype"] == "bf16"
+    merged, _ = load_classifier({"artifact": str(trained.path)}, torch.float32)
+    assert all(weight.requires_grad for weight in merged.parameters()), "PPO's value model may start from it"
 
 
 def test_training_and_evaluation_read_the_same_output_position(tmp_path: Path) -> None:

@@ -84,14 +84,14 @@ def load_saved_model(folder: Path, base: Source, dtype: torch.dtype) -> PreTrain
 
     if (folder / "model").is_dir():
         return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-    return _merge_adapter(load_model(base, dtype), folder).requires_grad_(True)  # PEFT (0.21.2) leaves the base frozen
+    return _merge_adapter(load_model(base, dtype), folder)
 
 
 def _merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     merged: PreTrainedModel = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    return merged
+    return merged.requires_grad_(True)  # PEFT (0.21.2) leaves the base frozen
 
 
 def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:

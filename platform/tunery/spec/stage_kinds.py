@@ -293,7 +293,7 @@ STAGE_KINDS: Registry[StageKind] = Registry(
         ),
         _online_rl_spec(
             Ppo,
-            version=3,
+            version=4,
             loop="tunery.training.ppo.ppo_worker:train",
             metrics={"eval_reward": "maximize", "eval_kl": "minimize"},
             kl_unit="response",

@@ -540,7 +540,7 @@ PINNED = {
     "kto": "3e461946f509f8bb",
     "grpo": "d0555088610a69f7",
     "rloo": "adae5fe4de30f92e",
-    "ppo": "1261a1b3a4d0680e",
+    "ppo": "59bd73f59c3a355a",
     "rm": "4e99044b8dd6b658",
     "eval": "645a26b5b812f42f",
     "wins": "4ffba3fe822b58f5",
