@@ -69,10 +69,11 @@ def report_is_new(bench: Workspace, since: float) -> bool:
 
 def left_of(bench: Workspace, group: int) -> list[str]:
     """Return the pids of the processes of the run's process group and its Ray cluster that are still alive."""
-    ray = (bench.run / "logs" / "ray").resolve().parent.name
+    link = bench.run / "logs" / "ray"  # not there before Ray has started
+    patterns = [("-g", str(group)), *([("-f", link.resolve().parent.name)] if link.is_symlink() else ())]
     actual = [
         subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
-        for words in (("-g", str(group)), ("-f", ray))
+        for words in patterns
     ]
     return [pid for pids in actual for pid in pids]
 
