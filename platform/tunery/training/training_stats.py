@@ -73,7 +73,7 @@ def num_elements(parameter: Any) -> int:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Peak memory of this worker: of its GPU, or resident memory."""
+    """Peak memory of this worker since `free_memory` (workers/process_state.py): of its GPU, or resident memory."""
     if device == "gpu":
         import torch
 

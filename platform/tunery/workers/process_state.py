@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -128,12 +130,14 @@ def _destroy_engines() -> None:
 
 
 def free_memory() -> None:
-    """Collect models in reference cycles and return their memory to the device."""
+    """Collect models in reference cycles, return their memory to the device, and restart the count of peak memory."""
     import gc
 
     import torch
 
     gc.collect()
+    with suppress(OSError):  # not permitted in some containers: the peak is then that of the process
+        Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
