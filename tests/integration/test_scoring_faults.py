@@ -126,15 +126,15 @@ class Actor:
             if any(row["text"] == "row 700" for row in rows):
                 os.kill(os.getpid(), 9)
             return {"a": {"score": [1.0] * len(rows)}}
-        told = [score_shard(Path(shard), self.job, score) for shard in batch["shard"]]
-        return {key: [unit[key] for unit in told] for key in told[0]}
+        counts = [score_shard(Path(shard), self.job, score) for shard in batch["shard"]]
+        return {key: [shard[key] for shard in counts] for key in counts[0]}
 
 folder = Path(sys.argv[1])
 ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 job = ScorePass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
-told = list(map_on_cpus(Actor, (job,), units, 2))
-print("told", sum(unit["scored"] for unit in told), sum(unit["failed"] for unit in told))
+counts = list(map_on_cpus(Actor, (job,), units, 2))
+print("rows", sum(shard["scored"] for shard in counts), sum(shard["failed"] for shard in counts))
 """
 
 
@@ -148,7 +148,7 @@ def test_row_that_crashes_its_actor_is_quarantined_and_the_stage_completes(tmp_p
     command = [sys.executable, "-c", KILLER, str(tmp_path)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "told 2499 1" in done.stdout.splitlines()
+    assert "rows 2499 1" in done.stdout.splitlines()
     assert json.loads((tmp_path / "out" / "part-00000.failed.json").read_text()) == {
         "700": "its worker crashed 3 times, the last time on this row alone"
     }

@@ -105,7 +105,7 @@ def generate_responses(
     total = len(models) * sum(batch.rows for batch in batches)
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
-    context.emit("progress", done=done, total=total, unit="responses", detail="starting actors")
+    context.emit("progress", done=done, total=total, unit="responses", detail="waiting for workers")
     results = context.launcher.map_tasks(GenerationActor, arguments, tasks) if tasks else iter(())
     for result in results:
         done += int(result["read"])

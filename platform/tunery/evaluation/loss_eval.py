@@ -95,7 +95,7 @@ def run_evaluate(context: StageContext) -> StageResult:
     expected = {name: count_rows(paths[stage_name]) for name, stage_name in stage.data.items()}
     total = len(stage.models) * sum(expected.values())
     started = time.time()
-    context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
+    context.emit("progress", done=0, total=total, unit="rows", detail="waiting for workers")
     done: list[dict[str, Any]] = []
     for row in context.launcher.map_tasks(EvaluationActor, (stage.max_length, compute), tasks):
         done.append(row)

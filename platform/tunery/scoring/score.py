@@ -63,7 +63,7 @@ def run_scoring(context: StageContext) -> StageResult:
     passes = list(_plan_passes(context, stage, run))
     counts: dict[str, float] = {"scored": 0, "cached": 0, "resumed": 0, "seconds": 0}
     total = len(passes) * int(context.inputs[stage.data].facts["rows"])
-    context.emit("progress", done=0, total=total, unit="rows", detail="starting actors")
+    context.emit("progress", done=0, total=total, unit="rows", detail="waiting for workers")
     done = 0
     for score_pass, actor, arguments in passes:
         for shard_counts in _run_pass(context, score_pass, actor, arguments, files):

@@ -1,4 +1,5 @@
-"""Ray actors that score shards, one per worker: each holds the scorers of a pass and the model they share."""
+"""Classes that score shards, constructed once in each worker, or Ray Data actor for scorers without a model: each holds
+the scorers of a pass and the model they share."""
 
 from __future__ import annotations
 

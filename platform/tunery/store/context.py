@@ -46,7 +46,7 @@ class Launcher(Protocol):
         max_crashes: int = ...,
     ) -> Iterator[dict[str, Any]]:
         """Construct `actor(*arguments)` once per process, call it with a batch {column: [value]} per task, and yield
-        the results in order of completion.
+        the results in order of completion. `actor`: a callable class, as for `map_batches` of Ray Data.
 
         `on_cpu`: for work without a model, which may use all free CPUs of the cluster. `max_crashes`: how often a task
         is repeated whose worker died. Raises the error of the first task that failed.

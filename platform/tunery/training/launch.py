@@ -100,6 +100,8 @@ def train(job: Job, report: Report) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _LauncherFields:
+    """The connection of a trial to its search; without effect for the stages of a file."""
+
     report: Callable[[dict[str, float]], None] = lambda metrics: None
     stop: Path | None = None
     checkpoint_dir: Path | None = None

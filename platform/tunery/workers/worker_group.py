@@ -1,8 +1,9 @@
 """The worker processes of a run: one group of Ray Train workers that stays alive between stages.
 
 Starting a group takes 20 to 40 s on two cores, nearly all of it imports of torch, transformers, TRL and DeepSpeed. The
-group starts in the background while the first stages work, and each further stage begins within a second. After a
-failure Ray Train restarts all workers, and the job continues from its last checkpoint.
+group starts in the background while the first stages work, and further stages find it ready
+(benchmarks/stage_starts.py). After a failure Ray Train restarts all workers, and the job continues from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tunery.workers.pickling import dumps, loads
 from tunery.workers.serve import WorkerConfig, serve
 
 CLOSE_SECONDS = 30.0
+"""How long `close` waits for the workers to finish their current job and exit."""
 Task = dict[str, Any]
 
 
@@ -84,7 +86,7 @@ class WorkerGroup:
 
     def map(self, actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int) -> Iterator[Task]:
         """Construct `actor(*arguments)` once per worker, call it with a batch {column: [value]} per task, and yield the
-        results in order of completion.
+        results in order of completion. `actor`: a callable class, as for `map_batches` of Ray Data.
 
         A task whose worker died is repeated, `max_crashes` times; its column `crashes` has the number. Raises the
         error of the first task that failed.

@@ -131,7 +131,7 @@ def test_policy_reference_value_and_reward_say_what_plain_transformers_says(poli
     models = built(job(policy, {"pretrained": str(reward), "revision": None}))
     assert (models.value_init, models.trained.shared, models.reward_fn) == ("reward", False, None)
     with torch.no_grad():
-        told = models.trained("policy", batch(), 0.8)
+        outputs = models.trained("policy", batch(), 0.8)
         assert models.reference is not None
         reference = models.reference(batch(), 0.8)[0]
         assert models.reward is not None
@@ -146,9 +146,9 @@ def test_policy_reference_value_and_reward_say_what_plain_transformers_says(poli
             expected += logits.log_softmax(1)[range(count), ROLLOUTS.responses[row]].tolist()
             values += judge.score(judge.model(ids).last_hidden_state)[0, -count - 1 : -1, 0].tolist()
             assert float(scores[[2, 0, 1].index(row)]) == pytest.approx(float(judge(ids).logits), abs=1e-5)
-    assert told["log_probs"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert outputs["log_probs"].tolist() == pytest.approx(expected, abs=1e-5)
     assert reference.tolist() == pytest.approx(expected, abs=1e-5)
-    assert told["values"].tolist() == pytest.approx(values, abs=1e-5)
+    assert outputs["values"].tolist() == pytest.approx(values, abs=1e-5)
 
 
 def test_without_a_reward_model_that_reads_tokens_the_value_model_begins_with_the_policy(
@@ -166,8 +166,8 @@ def test_logits_a_piece_at_a_time_give_the_same_gradients(
     policy: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients(trained: torch.nn.Module) -> dict[str, torch.Tensor]:
-        told = trained("policy", batch(), 0.8, "gradient")
-        (told["log_probs"].sum() + 0.1 * told["entropy"].sum()).backward()
+        outputs = trained("policy", batch(), 0.8, "gradient")
+        (outputs["log_probs"].sum() + 0.1 * outputs["entropy"].sum()).backward()
         return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
 
     whole = gradients(built(job(policy, {"pretrained": str(reward), "revision": None})).trained)
@@ -197,7 +197,7 @@ def test_each_model_on_the_base_says_what_one_of_its_own_would(
     trained = shared.trained
     assert (trained.shared, shared.reference, shared.reward, shared.value_init) == (True, None, None, "reward")
     with torch.no_grad():
-        told = trained("policy", batch())
+        outputs = trained("policy", batch())
         plain = AutoModelForCausalLM.from_pretrained(policy)
         alone = built(job(policy, {"artifact": str(reward_artifact)}))
         assert alone.reward is not None
@@ -215,12 +215,12 @@ def test_each_model_on_the_base_says_what_one_of_its_own_would(
                 weight += 2.0 * b @ a  # alpha / rank is 2
         ids = batch().ids_bs
         merged = plain(ids).logits.flatten(0, 1)[batch().state_indices_n].log_softmax(1)
-        torch.testing.assert_close(told["log_probs"], merged[range(7), batch().tokens_n], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["log_probs"], merged[range(7), batch().tokens_n], atol=1e-5, rtol=1e-5)
 
 
 def test_only_policy_and_value_learn_and_one_backward_pass_reaches_both(shared: Models) -> None:
-    told = shared.trained("policy", batch())
-    (told["log_probs"].sum() + told["values"].sum()).backward()
+    outputs = shared.trained("policy", batch())
+    (outputs["log_probs"].sum() + outputs["values"].sum()).backward()
     learning = {name for name, parameter in shared.trained.named_parameters() if parameter.requires_grad}
     with_gradient = {name for name, parameter in shared.trained.named_parameters() if parameter.grad is not None}
     assert with_gradient == learning
@@ -231,8 +231,8 @@ def test_only_policy_and_value_learn_and_one_backward_pass_reaches_both(shared: 
 
 def test_recomputed_layers_use_the_adapter_that_they_used_at_first(shared: Models) -> None:
     def gradients(trained: torch.nn.Module) -> dict[str, torch.Tensor]:
-        told = trained("policy", batch())
-        (told["log_probs"].sum() + 3 * told["values"].sum()).backward()
+        outputs = trained("policy", batch())
+        (outputs["log_probs"].sum() + 3 * outputs["values"].sum()).backward()
         return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
 
     kept = copy.deepcopy(shared.trained).train()
@@ -294,7 +294,7 @@ def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("return [1.0]", "gave 1 rewards for 2 responses"),
         ("return [1.0, float('nan')]", "gave nan for the response 'b'"),
@@ -303,9 +303,9 @@ def test_value_model_can_not_begin_with_a_function(policy: Path, tmp_path: Path)
         ("return 1 / 0", "failed"),
     ],
 )
-def test_function_that_gives_no_rewards_is_told(policy: Path, tmp_path: Path, body: str, told: str) -> None:
+def test_function_that_gives_no_rewards_is_reported(policy: Path, tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "r.py").write_text(f"def reward(prompts, responses):\n    {body}\n")
     models = built(job(policy, {"python": str(tmp_path / "r.py"), "function": "reward"}))
     assert models.reward_fn is not None
-    with pytest.raises(TuneryError, match=told):
+    with pytest.raises(TuneryError, match=message):
         models.reward_fn([{"messages": [{"role": "user", "content": "?"}]}] * 2, ["a", "b"])
