@@ -39,7 +39,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tunery.events.event_log import EventLog
 from tunery.models.encode import encode_prompts
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, execute
+from tunery.pipeline.execute import execute
+from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute, Ppo
 from tunery.spec.loader import parse
 from tunery.spec.yaml_source import read_yaml

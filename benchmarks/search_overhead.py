@@ -34,8 +34,8 @@ def search(folder: Path, trials: int, at_once: int) -> None:
     from ray import tune
 
     from tunery.events.event_log import EventLog
-    from tunery.pipeline.execute import RunContext
     from tunery.pipeline.ray_session import QUIET_ENV
+    from tunery.pipeline.run_context import RunContext
     from tunery.search.budget import BudgetStopper
     from tunery.search.journal import Journal
     from tunery.search.progress import JournalCallback

@@ -22,8 +22,9 @@ from ray import cloudpickle
 
 from tunery.events.event_log import EventLog
 from tunery.pipeline.compute import batch_sizes, resolve_compute
-from tunery.pipeline.execute import RunContext, execute
+from tunery.pipeline.execute import execute
 from tunery.pipeline.ray_session import RaySession
+from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute, load
 from tunery.spec.graph import order, with_upstream
 from tunery.store import Artifact, Store

@@ -18,10 +18,11 @@ from tunery.interrupt import STOP
 from tunery.pipeline.cache_keys import fingerprints
 from tunery.pipeline.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.pipeline.diagnose import RUN, diagnose
-from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.pipeline.execute import TrialContext, execute
 from tunery.pipeline.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
 from tunery.pipeline.ray_address import cluster_address
 from tunery.pipeline.ray_session import RaySession
+from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate import validate
 from tunery.reporting.summary_tables import (
     diversity_table,

@@ -20,7 +20,7 @@ from workspace import Workspace
 
 from tunery.errors import Stopped, TuneryError
 from tunery.pipeline.diagnose import diagnose
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute
 from tunery.store import Store
 from tunery.workers.worker_group import WorkerGroup, WorkersFailed

@@ -12,7 +12,8 @@ from tunery.filter.filter_experiment import ROWS, FilterRequest, generate_experi
 from tunery.filter.outputs import Outputs
 from tunery.ingest.sources import source_identity
 from tunery.pipeline.compute import Hardware, resolve_compute
-from tunery.pipeline.execute import RunContext, execute
+from tunery.pipeline.execute import execute
+from tunery.pipeline.run_context import RunContext
 from tunery.run import validate_experiment
 from tunery.spec import load
 from tunery.store import Store

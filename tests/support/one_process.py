@@ -34,7 +34,8 @@ def _build_stages(file: Path, store: Path, names: tuple[str, ...]) -> dict[str, 
     from tunery.errors import StageError
     from tunery.events.event_log import EventLog
     from tunery.pipeline.compute import Hardware, resolve_compute
-    from tunery.pipeline.execute import RunContext, execute
+    from tunery.pipeline.execute import execute
+    from tunery.pipeline.run_context import RunContext
     from tunery.spec import load
     from tunery.spec.graph import with_upstream
     from tunery.store import Store

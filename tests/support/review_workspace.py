@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from tunery.events.event_log import EventLog
 from tunery.pipeline.cache_keys import fingerprints
-from tunery.pipeline.execute import RunContext, execute
+from tunery.pipeline.execute import execute
+from tunery.pipeline.run_context import RunContext
 from tunery.spec import Experiment, load
 from tunery.spec.graph import with_upstream
 from tunery.spec.yaml_source import YamlSource

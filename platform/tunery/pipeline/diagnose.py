@@ -14,13 +14,10 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunery.errors import StageError, TuneryError
+from tunery.pipeline.run_context import RunContext
 from tunery.workers.worker_group import WorkersFailed
-
-if TYPE_CHECKING:
-    from tunery.pipeline.execute import RunContext
 
 SECONDARY_ERRORS = re.compile(r"Connection (closed|reset) by peer|gloo|NCCL|timed out|Broken pipe", re.IGNORECASE)
 WRAPPED = ("cause", "controller_failure", "_base_exc")

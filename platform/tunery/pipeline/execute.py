@@ -4,13 +4,11 @@ skipped."""
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,42 +17,13 @@ from tunery.events.event_log import EventLog
 from tunery.interrupt import STOP
 from tunery.pipeline.cache_keys import fingerprints, stage_seed
 from tunery.pipeline.diagnose import diagnose
+from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate_models import validate_models_at_start
 from tunery.spec import STAGE_KINDS, Experiment
 from tunery.spec.graph import order
 from tunery.spec.plugins import load_object
-from tunery.store import DEFAULT_STORE, Artifact, Launcher, StageContext, StageResult, Store
+from tunery.store import Artifact, Launcher, StageContext, StageResult
 from tunery.training.launch import InProcess
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """Store, run folder and experiment file of a run; shared by the stages of the file and those of its trials."""
-
-    store: Store
-    run: Path
-    """Folder of the run."""
-    file: Path
-    """The experiment file."""
-
-    @property
-    def folder(self) -> Path:
-        """Directory that relative paths in the experiment file refer to."""
-        return self.file.parent
-
-    def command(self, verb: str, *words: str) -> str:
-        """Return the `tunery` command line for this experiment and store, for the remedy of an error."""
-        default = self.store.root == DEFAULT_STORE.absolute()
-        store = () if default else ("--store", str(self.store.root))
-        return shlex.join(("tunery", verb, str(self.file), *words, *store))
-
-    @property
-    def events(self) -> Path:
-        return self.run / "events"
-
-    @property
-    def logs(self) -> Path:
-        return self.run / "logs"
 
 
 @dataclass(frozen=True)

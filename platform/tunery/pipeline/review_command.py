@@ -12,7 +12,7 @@ from pathlib import Path
 from tunery.errors import RequestError
 from tunery.interrupt import STOP
 from tunery.pipeline.cache_keys import fingerprints, stage_seed
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.review.decisions import DecisionLog, decisions_path, read_decisions
 from tunery.review.filter_results import read_filter_results
 from tunery.review.review_items import ReviewItem, review_items

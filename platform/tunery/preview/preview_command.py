@@ -12,7 +12,7 @@ from tunery.errors import RequestError, SpecErrors
 from tunery.models.preview import ROWS, preview_rows, template_summary, text_summary
 from tunery.models.preview_sequences import PreviewRow
 from tunery.models.template_rendering import UnsupportedTemplate
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate_training import validate_row_formats
 from tunery.preview.inputs import ModelInput, preview_inputs
 from tunery.preview.preview_sources import LoadedTokenizer, PreviewSources

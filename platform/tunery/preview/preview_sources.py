@@ -18,7 +18,7 @@ from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.models.tokenized_dataset import InputFormat
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate_training import root_of, validate_rewards
 from tunery.review.decisions import BadDecisions
 from tunery.spec import Augment, Dataset, Experiment, Pretrained, Review, Scratch, Select

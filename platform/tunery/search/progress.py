@@ -9,7 +9,7 @@ from ray.tune import Callback
 
 from tunery.events.event_log import EventLog
 from tunery.events.ranking import feasible, objective_value
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.search.journal import PROGRESS, Journal
 from tunery.search.trial import FINISHED, error_file
 from tunery.spec import Search

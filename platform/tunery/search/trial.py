@@ -19,7 +19,8 @@ from typing import Any
 from tunery.errors import Stopped
 from tunery.events.event_log import EventLog
 from tunery.pipeline.cache_keys import fingerprints
-from tunery.pipeline.execute import RunContext, TrialContext, execute
+from tunery.pipeline.execute import TrialContext, execute
+from tunery.pipeline.run_context import RunContext
 from tunery.search.pack_eligibility import search_unpackable_reason
 from tunery.search.population import INITIAL_ORIGINS
 from tunery.search.space import curve_stage, metric_value, trial_experiment

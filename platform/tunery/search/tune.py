@@ -19,7 +19,7 @@ from tunery.events.ranking import objective_value
 from tunery.interrupt import interruptible
 from tunery.pipeline.cache_keys import fingerprints
 from tunery.pipeline.diagnose import diagnose
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.search.journal import Journal, JournalRecord, TrialStart
 from tunery.search.outcome import search_facts
 from tunery.search.pack_eligibility import pack_size, search_unpackable_reason

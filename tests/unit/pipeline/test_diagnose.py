@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 
 from tunery.pipeline.diagnose import diagnose
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.store import Store
 
 

@@ -14,7 +14,7 @@ from ray.tune.error import TuneError
 
 from tunery.errors import StageError, TuneryError
 from tunery.pipeline.diagnose import RUN, diagnose
-from tunery.pipeline.execute import RunContext
+from tunery.pipeline.run_context import RunContext
 from tunery.store import Store
 
 NOTE = (

@@ -16,7 +16,8 @@ from tunery.cli import app
 from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.events.event_log import EventLog
 from tunery.models.scratch import write_scratch_model
-from tunery.pipeline.execute import RunContext, execute
+from tunery.pipeline.execute import execute
+from tunery.pipeline.run_context import RunContext
 from tunery.preview.preview_command import Preview, preview
 from tunery.preview.preview_terminal import render
 from tunery.reporting.preview_section import visible
