@@ -18,9 +18,8 @@ from tunery.models.metrics import Floats, Integers, auc, class_weights, cross_en
 from tunery.spec import LABELS, ClassifierTraining
 from tunery.spec.trainings import data_refs
 from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
-from tunery.training.distributed_eval import FixedOrder
+from tunery.training.distributed_eval import FixedOrder, index_dataset
 from tunery.training.job import Job
-from tunery.training.reference_log_probs import index_dataset
 from tunery.training.reload_check import MAX_SEQUENCES
 from tunery.training.sequences import SequenceSet
 

@@ -1,5 +1,5 @@
-"""Data order and evaluation of the trainers that build on transformers' Trainer: neither depends on the number of
-workers or on the micro batch size."""
+"""Data order, batches and evaluation of the trainers that build on transformers' Trainer: neither order nor evaluation
+depends on the number of workers or on the micro batch size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import TrainerControl
 
@@ -72,3 +73,21 @@ class FixedOrder(DistributedEval):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the dataset unchanged: rows are tokenized and truncated already, and the collator reads the tokens."""
         return dataset
+
+
+def index_dataset(order: Sequence[int] | Integers) -> Dataset:
+    """Return a dataset of row indices for a TRL trainer; the collator reads the tokens of a batch."""
+    return Dataset.from_dict({"index": order})
+
+
+def pad_batch(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """Build input_ids, attention_mask and labels from (ids, labels) pairs: (sequences, max length) int64, padded on the
+    right with `pad`; labels are -100 for tokens without a loss."""
+    max_length = max(len(ids) for ids, _ in sequences)
+    padding = [max_length - len(ids) for ids, _ in sequences]
+    columns = {
+        "input_ids": [ids + [pad] * count for (ids, _), count in zip(sequences, padding, strict=True)],
+        "attention_mask": [[1] * len(ids) + [0] * count for (ids, _), count in zip(sequences, padding, strict=True)],
+        "labels": [labels + [-100] * count for (_, labels), count in zip(sequences, padding, strict=True)],
+    }
+    return {name: torch.tensor(rows) for name, rows in columns.items()}

@@ -7,7 +7,6 @@ The implicit reward of a response is beta x (log p under the model - log p under
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,42 +15,15 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tunery.models.metrics import preference_accuracy
-from tunery.models.tokenized_dataset import Integers, TokenStats
+from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Dpo
+from tunery.training.distributed_eval import index_dataset, pad_batch
 from tunery.training.job import Job
+from tunery.training.pairs import PairSet
 from tunery.training.policy import Policy
-from tunery.training.reference_log_probs import SETTINGS, ReferenceLogProbs, index_dataset, pad_batch
+from tunery.training.reference_log_probs import SETTINGS, ReferenceLogProbs
 from tunery.training.reload_check import PROBED, LanguageProbe
-from tunery.training.sequences import SequenceSet, read_row_sequences
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Preference pairs: sequence 2i is the chosen one of pair i, sequence 2i + 1 the rejected one."""
-
-    sequences: SequenceSet
-
-    def __len__(self) -> int:
-        return len(self.sequences) // 2
-
-    @property
-    def lengths(self) -> Integers:
-        """(pairs,) tokens of both sequences."""
-        lengths: Integers = self.sequences.lengths.reshape(-1, 2).sum(axis=1)
-        return lengths
-
-    @property
-    def part_sizes(self) -> list[int]:
-        """Pairs of each data stage."""
-        return [size // 2 for size in self.sequences.part_sizes]
-
-    @property
-    def part_stats(self) -> list[TokenStats]:
-        return self.sequences.part_stats
-
-    def sequence_indices(self, pairs: Sequence[int]) -> list[int]:
-        """Indices of the chosen sequences of `pairs`, followed by those of the rejected ones."""
-        return [*(2 * pair for pair in pairs), *(2 * pair + 1 for pair in pairs)]
+from tunery.training.sequences import read_row_sequences
 
 
 class DpoTask:

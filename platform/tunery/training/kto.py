@@ -26,9 +26,10 @@ from trl import KTOConfig, KTOTrainer
 from tunery.errors import StageError
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Kto
+from tunery.training.distributed_eval import pad_batch
 from tunery.training.job import Job
 from tunery.training.policy import Policy
-from tunery.training.reference_log_probs import SETTINGS, ReferenceLogProbs, pad_batch
+from tunery.training.reference_log_probs import SETTINGS, ReferenceLogProbs
 from tunery.training.reload_check import PROBED, LanguageProbe
 from tunery.training.sequences import SequenceSet, read_row_sequences
 

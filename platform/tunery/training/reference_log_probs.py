@@ -1,11 +1,10 @@
-"""Shared by the DPO and KTO trainers: batches of responses, and their log-probabilities under policy and reference.
+"""Shared by the DPO and KTO trainers: log-probabilities of responses under policy and reference.
 
 The reference is the initial policy: the base model with LoRA, else a second copy, which ZeRO-3 shards like the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,29 +13,10 @@ from datasets import Dataset
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from tunery.models.tokenized_dataset import Integers
 from tunery.training.distributed_eval import FixedOrder
 
 SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
 """Settings of TRL's configs: rows are tokenized and truncated already, and Policy disables the model's own dropout."""
-
-
-def index_dataset(order: Sequence[int] | Integers) -> Dataset:
-    """Return a dataset of row indices for a TRL trainer; the collator reads the tokens of a batch."""
-    return Dataset.from_dict({"index": order})
-
-
-def pad_batch(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    """Build input_ids, attention_mask and labels from (ids, labels) pairs: (sequences, max length) int64, padded on the
-    right with `pad`; labels are -100 for tokens without a loss."""
-    max_length = max(len(ids) for ids, _ in sequences)
-    padding = [max_length - len(ids) for ids, _ in sequences]
-    columns = {
-        "input_ids": [ids + [pad] * count for (ids, _), count in zip(sequences, padding, strict=True)],
-        "attention_mask": [[1] * len(ids) + [0] * count for (ids, _), count in zip(sequences, padding, strict=True)],
-        "labels": [labels + [-100] * count for (_, labels), count in zip(sequences, padding, strict=True)],
-    }
-    return {name: torch.tensor(rows) for name, rows in columns.items()}
 
 
 class ReferenceLogProbs(FixedOrder):

@@ -23,10 +23,9 @@ from tunery.models.metrics import Floats, preference_accuracy, preference_loss
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import REWARD, RewardTraining
 from tunery.training.classification_head import HeadProbe, ModelWithHead, logits_of, num_shared_rows
-from tunery.training.distributed_eval import FixedOrder
-from tunery.training.dpo import PairSet
+from tunery.training.distributed_eval import FixedOrder, index_dataset
 from tunery.training.job import Job
-from tunery.training.reference_log_probs import index_dataset
+from tunery.training.pairs import PairSet
 from tunery.training.reload_check import MAX_SEQUENCES
 
 MAX_NORM_PAIRS = 2000

@@ -15,10 +15,9 @@ from tunery.models.scratch import write_scratch_model
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Pretrain, Sft, adapter_spec, tuner_of
 from tunery.store.rows import CONTENT, Row
-from tunery.training.distributed_eval import FixedOrder
+from tunery.training.distributed_eval import FixedOrder, index_dataset, pad_batch
 from tunery.training.job import Job, rows_of, save_model, write_once
 from tunery.training.policy import merge_adapter
-from tunery.training.reference_log_probs import index_dataset, pad_batch
 from tunery.training.reload_check import PROBED, LanguageProbe
 from tunery.training.sequences import TrainingSequences, read_sequences
 

@@ -26,10 +26,11 @@ from tunery.models.truncation import encode
 from tunery.spec import Dpo, Kto, Lora
 from tunery.spec.trainings import Training
 from tunery.store.rows import row_id
+from tunery.training.distributed_eval import pad_batch
 from tunery.training.dpo import DpoTask, pair_losses
 from tunery.training.job import Job
 from tunery.training.kto import KtoTask, baseline, margin, mismatched, response_losses
-from tunery.training.reference_log_probs import pad_batch, response_log_probs
+from tunery.training.reference_log_probs import response_log_probs
 
 COMMON: dict[str, Any] = {"data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3, "global_batch_size": 4}
 
