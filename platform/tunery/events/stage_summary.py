@@ -117,6 +117,11 @@ def mappings_in(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """Return `value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def dataset_summary(facts: Facts) -> str:
     rows, quarantined = as_number(facts.get("rows")), as_number(facts.get("quarantined"))
     if rows is None:
@@ -152,8 +157,7 @@ def select_summary(facts: Facts) -> str:
 
 
 def review_summary(facts: Facts) -> str:
-    kept, agreed = as_number(facts.get("kept")), facts.get("agreement")
-    agreement = agreed if isinstance(agreed, Mapping) else {}
+    kept, agreement = as_number(facts.get("kept")), as_mapping(facts.get("agreement"))
     reviewed, agreeing = as_number(agreement.get("reviewed")), as_number(agreement.get("agreed"))
     if kept is None or reviewed is None or agreeing is None:
         return ""

@@ -1,4 +1,4 @@
-"""Filters in the report: joint histograms of scores, rows dropped by each rule, sample rows per decile, quarantine."""
+"""Filters in the report: rows dropped by each rule, sample rows per decile, quarantine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from tunery.events.formatting import as_number, count, measure, plain
 from tunery.events.run_state import RunState, StageState
-from tunery.events.stage_summary import mappings_in
-from tunery.reporting.heatmap import heatmap_chart
-from tunery.reporting.tables import Figure, Table, table
+from tunery.events.stage_summary import as_mapping, mappings_in
+from tunery.reporting.score_section import rule_thresholds
+from tunery.reporting.tables import Table, table
 
 
 @dataclass(frozen=True)
@@ -41,75 +41,6 @@ class Filter:
     """Rows dropped by each rule, diversity, and precision and recall if corruption was injected."""
     score: str
     deciles: list[Decile]
-
-
-def auc_tables(state: RunState) -> list[tuple[str, Table]]:
-    """AUC of every score for every kind of injected corruption, as (stage, table) for each score stage with any."""
-    tables = []
-    for stage in state.stages.values():
-        scores = _scores(stage)
-        kinds = sorted({str(kind) for score in scores.values() for kind in _mapping(score.get("auc_by_kind"))})
-        rows = [
-            [name, as_number(score.get("auc")), *(as_number(_mapping(score.get("auc_by_kind")).get(k)) for k in kinds)]
-            for name, score in scores.items()
-            if as_number(score.get("auc")) is not None
-        ]
-        if rows:
-            best = dict.fromkeys(range(1, len(kinds) + 2), "highest")
-            notes = ["AUC: probability that a corrupted row scores worse than an intact row (0.5 is chance)"]
-            tables.append((stage.name, table(["score", "all kinds", *kinds], rows, notes=notes, best=best)))
-    return tables
-
-
-def heatmap_figures(state: RunState) -> list[Figure]:
-    """Joint histograms of the score pairs that the score stages counted."""
-    figures = []
-    for stage in state.stages.values():
-        for pair in mappings_in(stage.facts.get("pairs")):
-            x, y = str(pair.get("x")), str(pair.get("y"))
-            edges = [_numbers(pair.get(key)) for key in ("x_edges", "y_edges")]
-            counts = [_numbers(row) for row in pair.get("counts") or []]
-            thresholds = (_thresholds(state, stage, x), _thresholds(state, stage, y))
-            chart = heatmap_chart(edges[0], edges[1], counts, (x, y), thresholds)
-            if chart:
-                note = "dashed lines: thresholds" if any(thresholds) else ""
-                figures.append(Figure(f"{x} and {y} ({stage.name})", chart, note))
-    return figures
-
-
-def rule_thresholds(rule: Mapping[str, Any]) -> list[float]:
-    """The thresholds of a rule: two for a range."""
-    values = rule.get("thresholds")
-    if not isinstance(values, list | tuple):
-        return []
-    return [number for value in values if (number := as_number(value)) is not None]
-
-
-def is_downstream(state: RunState, stage: StageState, of: StageState) -> bool:
-    """Return whether `stage` reads the output of `of`, directly or through other stages; True for a stage whose inputs
-    are not logged."""
-    pending, visited = list(stage.inputs), {stage.name}
-    if not pending:
-        return True
-    while pending:
-        name = pending.pop()
-        if name == of.name:
-            return True
-        if name not in visited and name in state.stages:
-            visited.add(name)
-            pending += state.stages[name].inputs
-    return False
-
-
-def _thresholds(state: RunState, scored: StageState, score: str) -> list[float]:
-    return [
-        threshold
-        for stage in state.stages.values()
-        if is_downstream(state, stage, scored)
-        for rule in mappings_in(stage.facts.get("rules"))
-        if rule.get("score") == score
-        for threshold in rule_thresholds(rule)
-    ]
 
 
 def filters(state: RunState) -> list[Filter]:
@@ -149,18 +80,18 @@ def _rules(stage: StageState, rules: list[Mapping[str, Any]]) -> Table:
 
 def _diversity(stage: StageState) -> list[Table]:
     """Coverage of the candidates by the selected rows, next to a random subset of the same size."""
-    stats = _mapping(stage.facts.get("diverse"))
+    stats = as_mapping(stage.facts.get("diverse"))
     rows = [
         [label, as_number(coverage.get("radius")), as_number(coverage.get("similarity"))]
         for label, coverage in (
-            (plain(stats.get("rule")), _mapping(stats.get("coverage"))),
-            ("random subset", _mapping(stats.get("random"))),
+            (plain(stats.get("rule")), as_mapping(stats.get("coverage"))),
+            ("random subset", as_mapping(stats.get("random"))),
         )
         if coverage
     ]
     if not rows:
         return []
-    chance = _mapping(stats.get("chance_similarity"))
+    chance = as_mapping(stats.get("chance_similarity"))
     notes = [
         f"kept {count(as_number(stats.get('kept')) or 0)} of {count(as_number(stats.get('candidates')) or 0)} rows; "
         f"coverage computed on {count(as_number(stats.get('coverage_rows')) or 0)} of them",
@@ -176,12 +107,12 @@ def _diversity(stage: StageState) -> list[Table]:
 
 def _quality(stage: StageState) -> list[Table]:
     """Precision and recall on injected corruption, next to a random filter that drops as many rows."""
-    metrics = _mapping(stage.facts.get("injected_corruption"))
+    metrics = as_mapping(stage.facts.get("injected_corruption"))
     values = [as_number(metrics.get(key)) for key in ("precision", "recall", "random_precision", "random_recall")]
     if values[0] is None:
         return []
     rows = [["this filter", *values[:2]], ["random filter", *values[2:]]]
-    by_kind = {str(kind): as_number(recall) for kind, recall in _mapping(metrics.get("recall_by_kind")).items()}
+    by_kind = {str(kind): as_number(recall) for kind, recall in as_mapping(metrics.get("recall_by_kind")).items()}
     columns = ["corrupted rows", "precision", "recall", *(f"recall: {kind}" for kind in by_kind)]
     return [table(columns, [[*rows[0], *by_kind.values()], rows[1]])]
 
@@ -214,7 +145,7 @@ def quarantines(state: RunState) -> list[tuple[str, list[Table]]]:
     """Quarantined rows with their reasons, as (stage, tables) for each dataset and score stage that has any."""
     result = []
     for stage in state.stages.values():
-        quarantine = _mapping(stage.facts.get("quarantine"))
+        quarantine = as_mapping(stage.facts.get("quarantine"))
         reasons = [[row.get("reason"), row.get("rows")] for row in mappings_in(quarantine.get("reasons"))]
         first = [
             [f"{row.get('source')}:{row.get('line')}", row.get("reason"), row.get("text") or ""]
@@ -229,16 +160,3 @@ def quarantines(state: RunState) -> list[tuple[str, list[Table]]]:
             ]
             result.append((stage.name, tables))
     return result
-
-
-def _scores(stage: StageState) -> dict[str, Mapping[str, Any]]:
-    scores = _mapping(stage.facts.get("scores"))
-    return {str(name): score for name, score in scores.items() if isinstance(score, Mapping)}
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _numbers(values: object) -> list[float]:
-    return [as_number(value) or 0.0 for value in values] if isinstance(values, list | tuple) else []

@@ -1,6 +1,7 @@
 """The HTML report of a run: one self-contained file that needs no network and no server.
 
-It is rendered from the event log alone, so it can also be written for a running, interrupted or failed run.
+It is rendered from the event log alone, so it can also be written for a running, interrupted or failed run. It
+omits sections that are empty.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from tunery.reporting import (
     augment_section,
     curves,
     filter_section,
+    funnel_section,
     preview_section,
     report_sections,
     responses,
     review_section,
+    score_section,
     search_report,
     timing_section,
 )
@@ -65,10 +68,10 @@ def report_html(state: RunState, name: str = "") -> str:
         problems=_problems(state),
         comparisons=report_sections.comparisons(state),
         leaderboard=report_sections.leaderboard(state),
-        funnels=report_sections.funnels(state),
-        scores=report_sections.score_figures(state),
-        aucs=filter_section.auc_tables(state),
-        heatmaps=filter_section.heatmap_figures(state),
+        funnels=funnel_section.funnels(state),
+        scores=score_section.score_figures(state),
+        aucs=score_section.auc_tables(state),
+        heatmaps=score_section.heatmap_figures(state),
         filters=filter_section.filters(state),
         quarantines=filter_section.quarantines(state),
         reviews=review_section.reviews(state),

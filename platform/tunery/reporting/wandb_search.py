@@ -18,8 +18,8 @@ from tunery.events.formatting import overrides_text
 from tunery.events.leaderboard import parameters, violations
 from tunery.events.run_state import RunState, SearchState, StageState, TrialStanding, TrialState
 from tunery.events.stage_summary import mappings_in
+from tunery.reporting.funnel_section import funnel_levels
 from tunery.reporting.importance import importances, too_few_trials
-from tunery.reporting.report_sections import funnel_levels
 from tunery.reporting.wandb_values import HistoryValue, WandbTable, table
 
 

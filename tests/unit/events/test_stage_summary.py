@@ -8,7 +8,7 @@ import pytest
 
 from tunery.events.run_state import StageState
 from tunery.events.stage_summary import note
-from tunery.reporting.report_sections import funnel_levels
+from tunery.reporting.funnel_section import funnel_levels
 
 DPO = {"rows": 60, "sequences": 28, "truncated": 27, "unusable": 32, "loss": 0.5, "eval_loss": 0.625}
 

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.events.event_reducer import RunState, replay
-from tunery.reporting.filter_section import auc_tables, filters, heatmap_figures, quarantines, rule_thresholds
+from tunery.reporting.filter_section import filters, quarantines
 from tunery.reporting.heatmap import heatmap_chart
 from tunery.reporting.report import report_html
+from tunery.reporting.score_section import auc_tables, heatmap_figures, rule_thresholds
 from tunery.reporting.wandb_values import flatten
 from tunery.scoring.score_stats import PAIR_BINS, describe_scores
 from tunery.spec.scorers import Gopher, Language, Length
