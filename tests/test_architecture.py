@@ -81,6 +81,9 @@ def test_every_field_of_an_experiment_is_read_outside_its_own_class(
 
 # Imports.
 
+SETS_OF_ALTERNATIVES = [PACKAGE / "scoring" / "scorers"]
+"""Packages whose modules are alternatives of one kind, which have no order: a new one needs no layer."""
+
 
 def test_imports_go_down_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from importlinter.cli import lint_imports
@@ -90,16 +93,16 @@ def test_imports_go_down_only(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert not failed, capsys.readouterr().out
 
 
-def test_every_package_has_a_layer() -> None:
+def test_every_large_package_has_layers() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (contract,) = config["tool"]["importlinter"]["contracts"]
-    layers = {
-        package.strip(" ()").removeprefix("tunery.")
-        for layer in contract["layers"]
-        for package in re.split("[|:]", layer)
+    contracts = config["tool"]["importlinter"]["contracts"]
+    layered = {package for contract in contracts if contract["exhaustive"] for package in contract["containers"]}
+    large = {
+        "tunery" + "".join(f".{part}" for part in folder.relative_to(PACKAGE).parts)
+        for folder in {path.parent for path in SOURCES}
+        if len(list(folder.glob("*.py"))) > 12 and folder not in SETS_OF_ALTERNATIVES
     }
-    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
-    assert packages - {"__init__", "__main__"} == layers
+    assert large - layered == set()
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:
