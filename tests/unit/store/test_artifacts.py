@@ -29,7 +29,7 @@ def manifest(fingerprint: str = "0123", **facts: Any) -> dict[str, Any]:
     return {"kind": "dataset", "fingerprint": fingerprint, "identity": {}, "inputs": {}, "facts": facts}
 
 
-def make(store: Store, fingerprint: str = "0123", content: str = "rows", **facts: Any) -> Artifact:
+def commit_artifact(store: Store, fingerprint: str = "0123", content: str = "rows", **facts: Any) -> Artifact:
     out = store.staging_dir("dataset", fingerprint) / "out"
     out.mkdir(parents=True)
     (out / "rows.txt").write_text(content)
@@ -39,12 +39,12 @@ def make(store: Store, fingerprint: str = "0123", content: str = "rows", **facts
 # Artifacts.
 
 
-def test_committed_artifact_is_found_with_all_that_was_said_about_it(tmp_path: Path) -> None:
+def test_committed_artifact_is_found_with_its_facts_and_runtime_stats(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.find("dataset", "0123") is None
-    made = make(store, rows=3, loss=float("inf"))
+    committed = commit_artifact(store, rows=3, loss=float("inf"))
     found = Store(tmp_path).find("dataset", "0123")
-    assert found == made
+    assert found == committed
     assert found is not None
     assert (found.kind, found.fingerprint) == ("dataset", "0123")
     assert found.facts == {"rows": 3, "loss": float("inf"), "seconds": 1.5}
@@ -52,41 +52,41 @@ def test_committed_artifact_is_found_with_all_that_was_said_about_it(tmp_path: P
     assert not (store.staging_dir("dataset", "0123") / "out").exists()
 
 
-def test_artifacts_of_other_kinds_and_fingerprints_are_others(tmp_path: Path) -> None:
+def test_artifact_is_found_by_kind_and_fingerprint_only(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    make(store, "01")
+    commit_artifact(store, "01")
     assert store.find("dataset", "02") is None
     assert store.find("score", "01") is None
 
 
-def test_manifest_is_the_same_for_everybody_who_makes_the_artifact(tmp_path: Path) -> None:
-    one, other = make(Store(tmp_path / "a"), rows=3), make(Store(tmp_path / "b"), rows=3)
-    assert (one.path / "manifest.json").read_bytes() == (other.path / "manifest.json").read_bytes()
+def test_manifest_does_not_depend_on_the_store(tmp_path: Path) -> None:
+    first, second = commit_artifact(Store(tmp_path / "a"), rows=3), commit_artifact(Store(tmp_path / "b"), rows=3)
+    assert (first.path / "manifest.json").read_bytes() == (second.path / "manifest.json").read_bytes()
 
 
-def test_remains_of_a_half_deleted_artifact_are_replaced(tmp_path: Path) -> None:
+def test_partially_deleted_artifact_is_rebuilt(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    made = make(store, content="old")
-    (made.path / "manifest.json").unlink()
+    old = commit_artifact(store, content="old")
+    (old.path / "manifest.json").unlink()
     assert store.find("dataset", "0123") is None
-    assert (make(store, content="new").path / "rows.txt").read_text() == "new"
+    assert (commit_artifact(store, content="new").path / "rows.txt").read_text() == "new"
 
 
-def make_until(step: str, root: Path) -> None:
-    """Make an artifact and die of SIGKILL inside `step`."""
+def commit_and_die_at(step: str, root: Path) -> None:
+    """Build and commit an artifact; the process kills itself with SIGKILL at `step`."""
 
     def die(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    whole = artifacts_module._write_json
+    write_json = artifacts_module._write_json
 
-    def write_half(path: Path, value: dict[str, Any]) -> None:
+    def write_part(path: Path, value: dict[str, Any]) -> None:
         if path.name == step:
             path.write_text('{"kind": "data')
             die()
-        whole(path, value)
+        write_json(path, value)
 
-    artifacts_module._write_json = write_half
+    artifacts_module._write_json = write_part
     if step == "sync":
         artifacts_module._sync_tree = die
     if step == "rename":
@@ -96,28 +96,30 @@ def make_until(step: str, root: Path) -> None:
         if step == "rows":
             (store.staging_dir("dataset", "0123") / "out").mkdir(parents=True)
             die()
-        make(store, content="half")
+        commit_artifact(store, content="first")
 
 
 @pytest.mark.parametrize("step", ["rows", "runtime_stats.json", "manifest.json", "sync", "rename"])
-def test_maker_killed_at_any_step_leaves_no_artifact_and_the_next_one_makes_it(step: str, tmp_path: Path) -> None:
-    child = FORK.Process(target=make_until, args=(step, tmp_path))
+def test_process_killed_while_committing_leaves_no_artifact_and_the_next_one_builds_it(
+    step: str, tmp_path: Path
+) -> None:
+    child = FORK.Process(target=commit_and_die_at, args=(step, tmp_path))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     store = Store(tmp_path)
     assert store.find("dataset", "0123") is None
-    with store.lease("dataset", "0123"):  # nobody waits for the dead
+    with store.lease("dataset", "0123"):  # not held any more: its owner is dead
         shutil.rmtree(store.staging_dir("dataset", "0123"))
-        make(store, content="whole")
+        commit_artifact(store, content="second")
     found = store.find("dataset", "0123")
     assert found is not None
-    assert (found.path / "rows.txt").read_text() == "whole"
+    assert (found.path / "rows.txt").read_text() == "second"
 
 
-def test_reader_never_sees_a_part_of_an_artifact_while_it_is_committed(tmp_path: Path) -> None:
+def test_concurrent_reader_finds_only_complete_artifacts(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    seen: list[int] = []
+    complete: list[bool] = []
     stop = threading.Event()
 
     def read() -> None:
@@ -126,28 +128,28 @@ def test_reader_never_sees_a_part_of_an_artifact_while_it_is_committed(tmp_path:
             for number in range(20):
                 if (found := reader.find("dataset", f"{number:04d}")) is not None:
                     content = (found.path / "rows.txt").read_text()
-                    seen.append(int(found.facts["size"] == len(content) and "seconds" in found.facts))
+                    complete.append(found.facts["size"] == len(content) and "seconds" in found.facts)
 
     thread = threading.Thread(target=read)
     thread.start()
     for number in range(20):
-        make(store, f"{number:04d}", "x" * 5000, size=5000)
+        commit_artifact(store, f"{number:04d}", "x" * 5000, size=5000)
     time.sleep(0.05)
     stop.set()
     thread.join()
-    assert seen
-    assert all(seen)
+    assert complete
+    assert all(complete)
 
 
-# Is the store writable?
+# Check that the store is writable.
 
 
-def test_new_store_can_be_made_below_a_folder_and_the_question_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_check_of_a_new_store_passes_and_creates_nothing(tmp_path: Path) -> None:
     Store(tmp_path / "a" / "b").check_writable()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_store_below_a_file_is_refused_with_the_file_and_a_remedy(tmp_path: Path) -> None:
+def test_store_below_a_file_is_rejected_with_the_file_and_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for root in (tmp_path / "file", tmp_path / "file" / "store" / "deep"):
         with pytest.raises(StoreError, match="can't be a folder") as caught:
@@ -157,56 +159,56 @@ def test_store_below_a_file_is_refused_with_the_file_and_a_remedy(tmp_path: Path
         assert Store(root).find("dataset", "0123") is None
 
 
-def test_store_on_a_read_only_file_system_is_refused() -> None:
+def test_store_on_a_read_only_file_system_is_rejected() -> None:
     mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    read_only = (Path(where) for _, where, _, options, *_ in mounts if "ro" in options.split(","))
-    place = next((path for path in read_only if path.is_dir() and os.statvfs(path).f_flag & os.ST_RDONLY), None)
-    if place is None:
-        pytest.skip("nothing is mounted read-only here")
+    read_only = (Path(mount_point) for _, mount_point, _, options, *_ in mounts if "ro" in options.split(","))
+    folder = next((path for path in read_only if path.is_dir() and os.statvfs(path).f_flag & os.ST_RDONLY), None)
+    if folder is None:
+        pytest.skip("no read-only mount on this machine")
     with pytest.raises(StoreError, match="can't be written"):
-        Store(place / "store").check_writable()
+        Store(folder / "store").check_writable()
 
 
-@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read only", "closed"])
-def test_store_in_a_folder_without_permission_is_refused(mode: int) -> None:
-    with tempfile.TemporaryDirectory() as above:
-        os.chmod(above, 0o755)
-        closed = Path(above) / "closed"
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read only", "no access"])
+def test_store_in_a_folder_without_permission_is_rejected(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        closed = Path(parent) / "closed"
         (closed / "inner").mkdir(parents=True)
         closed.chmod(mode)
 
-        def ask(answer: Any) -> None:
+        def check(connection: Any) -> None:
             if os.geteuid() == 0:
-                os.setuid(65534)  # root may write anywhere
+                os.setuid(65534)  # nobody; root may write anywhere
             try:
                 Store(closed / "inner" / "store" if mode == 0 else closed / "store").check_writable()
-                answer.send("writable")
+                connection.send("writable")
             except StoreError as error:
-                answer.send(str(error))
+                connection.send(str(error))
 
-        ours, theirs = FORK.Pipe()
-        process = FORK.Process(target=ask, args=(theirs,))
+        receiver, sender = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=check, args=(sender,))
         process.start()
-        theirs.close()
-        said = ours.recv()
+        sender.close()
+        message = receiver.recv()
         process.join()
         closed.chmod(0o755)
-    assert "can't be written" in said
-    assert f"no permission to write in {closed}" in said
+    assert "can't be written" in message
+    assert f"no permission to write in {closed}" in message
 
 
 # Leases.
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let those who wait ask again sooner than once a second."""
+def set_poll_interval(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that sets how often a waiting process tries to acquire a lease, instead of once a second."""
     real = time.sleep
 
-    def set_pause(seconds: float) -> None:
+    def set_seconds(seconds: float) -> None:
         monkeypatch.setattr(lease_module.time, "sleep", lambda _: real(seconds))
 
-    return set_pause
+    return set_seconds
 
 
 def _hold(path: Path, held: Any) -> None:
@@ -217,7 +219,7 @@ def _hold(path: Path, held: Any) -> None:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[int]:
-    """The id of another process that holds the lease tmp_path/lease."""
+    """Start a process that holds the lease tmp_path/lease, and return its pid."""
     held = FORK.Event()
     process = FORK.Process(target=_hold, args=(tmp_path / "lease", held))
     process.start()
@@ -228,14 +230,19 @@ def holder(tmp_path: Path) -> Iterator[int]:
     process.join()
 
 
-def foreign(path: Path, age: float, **owner: Any) -> None:
-    """A lease that somebody took and touched `age` seconds ago."""
-    known = {"token": "t", "host": "elsewhere", "pid": os.getpid(), "start": lease_module._process_start(os.getpid())}
-    path.write_text(json.dumps(known | owner))
+def write_lease(path: Path, age: float, **owner: Any) -> None:
+    """Write a lease whose last heartbeat was `age` seconds ago; `owner` replaces fields of the default owner."""
+    defaults = {
+        "token": "t",
+        "host": "elsewhere",
+        "pid": os.getpid(),
+        "start": lease_module._process_start(os.getpid()),
+    }
+    path.write_text(json.dumps(defaults | owner))
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_lease_is_given_back_after_use_and_after_an_error(tmp_path: Path) -> None:
+def test_lease_is_released_after_use_and_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "leases" / "lease"
     with Lease(path):
         assert path.exists()
@@ -246,69 +253,71 @@ def test_lease_is_given_back_after_use_and_after_an_error(tmp_path: Path) -> Non
         pass
 
 
-def test_living_holder_keeps_out_others_and_is_named(holder: int, tmp_path: Path) -> None:
+def test_lease_of_a_live_process_is_held_and_names_it(holder: int, tmp_path: Path) -> None:
     with pytest.raises(LeaseHeld) as caught, Lease(tmp_path / "lease"):
         pass
     assert caught.value.holder == f"process {holder} on {lease_module._host()}"
 
 
-def test_second_holder_waits_until_the_first_gives_back(tmp_path: Path, quick: Callable[[float], None]) -> None:
-    quick(0.01)
-    told: list[str] = []
+def test_second_holder_waits_until_the_first_releases_the_lease(
+    tmp_path: Path, set_poll_interval: Callable[[float], None]
+) -> None:
+    set_poll_interval(0.01)
+    owners: list[str] = []
     first = Lease(tmp_path / "lease")
     first.__enter__()
 
-    def wait(who: str) -> None:
-        told.append(who)
-        if len(told) == 3:
+    def wait(owner: str) -> None:
+        owners.append(owner)
+        if len(owners) == 3:
             first.__exit__(None, None, None)
 
     with Lease(tmp_path / "lease", wait):
-        assert len(told) == 3
-    assert str(os.getpid()) in told[0]
+        assert len(owners) == 3
+    assert str(os.getpid()) in owners[0]
 
 
-def test_waiting_can_be_given_up(holder: int, tmp_path: Path) -> None:
-    def give_up(who: str) -> None:
+def test_wait_for_a_lease_can_be_interrupted(holder: int, tmp_path: Path) -> None:
+    def interrupt(owner: str) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Lease(tmp_path / "lease", give_up):
+    with pytest.raises(KeyboardInterrupt), Lease(tmp_path / "lease", interrupt):
         pass
     with pytest.raises(LeaseHeld), Lease(tmp_path / "lease"):
         pass
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
-def test_lease_of_a_killed_process_is_taken_over_at_once(holder: int, reaped: bool, tmp_path: Path) -> None:
+def test_lease_of_a_killed_process_is_taken_over_immediately(holder: int, reaped: bool, tmp_path: Path) -> None:
     os.kill(holder, signal.SIGKILL)
     os.waitid(os.P_PID, holder, os.WEXITED | (0 if reaped else os.WNOWAIT))
     with Lease(tmp_path / "lease"):
         pass
 
 
-def test_stopped_process_keeps_its_lease_however_long_it_sleeps(holder: int, tmp_path: Path) -> None:
-    os.kill(holder, signal.SIGSTOP)  # as a laptop does that is closed over night
+def test_stopped_process_keeps_its_lease_beyond_the_expiry(holder: int, tmp_path: Path) -> None:
+    os.kill(holder, signal.SIGSTOP)  # like a laptop that is suspended overnight
     os.utime(tmp_path / "lease", (time.time() - 10 * EXPIRY,) * 2)
     with pytest.raises(LeaseHeld), Lease(tmp_path / "lease"):
         pass
 
 
 def test_reused_process_id_is_not_taken_for_the_former_owner(tmp_path: Path) -> None:
-    foreign(tmp_path / "lease", 0, host=lease_module._host(), pid=os.getpid(), start="1")
+    write_lease(tmp_path / "lease", 0, host=lease_module._host(), pid=os.getpid(), start="1")
     with Lease(tmp_path / "lease"):
         pass
 
 
 def test_heartbeat_of_another_host_counts_until_it_expires(tmp_path: Path) -> None:
-    foreign(tmp_path / "lease", EXPIRY - 10)
+    write_lease(tmp_path / "lease", EXPIRY - 10)
     with pytest.raises(LeaseHeld, match="on elsewhere"), Lease(tmp_path / "lease"):
         pass
-    foreign(tmp_path / "lease", EXPIRY + 10)
+    write_lease(tmp_path / "lease", EXPIRY + 10)
     with Lease(tmp_path / "lease"):
         pass
 
 
-def test_holder_touches_its_lease_while_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holder_updates_the_heartbeat_of_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT", 0.01)
     with Lease(tmp_path / "lease"):
         os.utime(tmp_path / "lease", (0, 0))
@@ -318,9 +327,9 @@ def test_holder_touches_its_lease_while_it_works(tmp_path: Path, monkeypatch: py
         assert time.time() - (tmp_path / "lease").stat().st_mtime < 5
 
 
-def test_holder_that_lost_its_lease_leaves_the_new_holders_alone(tmp_path: Path) -> None:
+def test_release_of_a_lease_that_was_taken_over_does_not_delete_it(tmp_path: Path) -> None:
     with Lease(tmp_path / "lease"):
-        foreign(tmp_path / "lease", 0)
+        write_lease(tmp_path / "lease", 0)
     assert json.loads((tmp_path / "lease").read_text())["host"] == "elsewhere"
 
 
@@ -330,40 +339,40 @@ def test_unreadable_lease_is_taken_over(tmp_path: Path) -> None:
         pass
 
 
-def _contend(path: Path, start: Any, done: Any, won: Any) -> None:
+def _compete(path: Path, start: Any, done: Any, results: Any) -> None:
     start.wait()
     try:
         with Lease(path):
-            won.put(os.getpid())
-            done.wait()  # hold it until all have tried
+            results.put(os.getpid())
+            done.wait()  # hold the lease until all processes have tried
     except LeaseHeld:
-        won.put(None)
+        results.put(None)
         done.wait()
 
 
-@pytest.mark.parametrize("how", ["dead", "free", "expired"])
-def test_exactly_one_of_many_contenders_wins(how: str, tmp_path: Path) -> None:
-    contenders, rounds = 4, 4
-    for number in range(rounds):
+@pytest.mark.parametrize("lease", ["of a dead process", "absent", "expired"])
+def test_exactly_one_of_several_concurrent_processes_gets_the_lease(lease: str, tmp_path: Path) -> None:
+    num_processes = 4
+    for number in range(4):
         path = tmp_path / f"lease{number}"
-        if how == "dead":
-            foreign(path, 0, host=lease_module._host(), pid=os.getpid(), start="1")
-        elif how == "expired":
-            foreign(path, EXPIRY + 1)
-        start, done, won = FORK.Barrier(contenders), FORK.Event(), FORK.Queue()
-        processes = [FORK.Process(target=_contend, args=(path, start, done, won)) for _ in range(contenders)]
+        if lease == "of a dead process":
+            write_lease(path, 0, host=lease_module._host(), pid=os.getpid(), start="1")
+        elif lease == "expired":
+            write_lease(path, EXPIRY + 1)
+        start, done, results = FORK.Barrier(num_processes), FORK.Event(), FORK.Queue()
+        processes = [FORK.Process(target=_compete, args=(path, start, done, results)) for _ in range(num_processes)]
         for process in processes:
             process.start()
-        outcomes = [won.get(timeout=30) for _ in processes]
+        outcomes = [results.get(timeout=30) for _ in processes]
         done.set()
         for process in processes:
             process.join()
-        assert len([winner for winner in outcomes if winner is not None]) == 1
+        assert len([pid for pid in outcomes if pid is not None]) == 1
 
 
-def _count(path: Path, counter: Path, times: int) -> None:
-    pause = time.sleep
-    lease_module.time.sleep = lambda _: pause(0.002)
+def _increment(path: Path, counter: Path, times: int) -> None:
+    real = time.sleep
+    lease_module.time.sleep = lambda _: real(0.002)
     for _ in range(times):
         with Lease(path, lambda holder: None):
             counter.write_text(str(int(counter.read_text()) + 1))
@@ -372,7 +381,7 @@ def _count(path: Path, counter: Path, times: int) -> None:
 def test_holders_never_overlap(tmp_path: Path) -> None:
     counter = tmp_path / "counter"
     counter.write_text("0")
-    processes = [FORK.Process(target=_count, args=(tmp_path / "lease", counter, 15)) for _ in range(3)]
+    processes = [FORK.Process(target=_increment, args=(tmp_path / "lease", counter, 15)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,29 +22,29 @@ from tunery.store import rows as store
 from tunery.store.rows import Row, read_rows, row_id, shards, write_rows, write_tables
 
 
-def turns(*contents: str) -> list[dict[str, Any]]:
-    return [{"role": ("user", "assistant")[index % 2], "content": said} for index, said in enumerate(contents)]
+def messages(*contents: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"text": "a text"}, "e524906c052d8514"),
-        ({"messages": turns("q", "a")}, "2dbc5682d0d34079"),
-        ({"messages": turns("q", "a"), "rejected": turns("b")}, "eae1114ebd9d6e51"),
+        ({"messages": messages("q", "a")}, "2dbc5682d0d34079"),
+        ({"messages": messages("q", "a"), "rejected": messages("b")}, "eae1114ebd9d6e51"),
     ],
 )
-def test_row_of_no_newer_column_keeps_its_id_for_ever(row: Row, expected: str) -> None:
+def test_row_ids_do_not_change_when_columns_are_added(row: Row, expected: str) -> None:
     assert row_id(row) == expected
     nulls = {"label": None, "tools": None, "messages": None, "rejected": None, **row}
-    nulls["messages"] = nulls["messages"] and [{**turn, "tool_calls": None} for turn in nulls["messages"]]
+    nulls["messages"] = nulls["messages"] and [{**message, "tool_calls": None} for message in nulls["messages"]]
     assert row_id(nulls) == expected
 
 
-def test_label_tools_and_tool_calls_belong_to_the_id() -> None:
-    row: Row = {"messages": turns("q", "a")}
-    calling = [turns("q")[0], {"role": "assistant", "content": "a", "tool_calls": "[]"}]
-    others = [{**row, "label": True}, {**row, "label": False}, {**row, "tools": "[]"}, {"messages": calling}]
+def test_row_id_covers_label_tools_and_tool_calls() -> None:
+    row: Row = {"messages": messages("q", "a")}
+    with_calls = [messages("q")[0], {"role": "assistant", "content": "a", "tool_calls": "[]"}]
+    others = [{**row, "label": True}, {**row, "label": False}, {**row, "tools": "[]"}, {"messages": with_calls}]
     assert len({row_id(other) for other in [row, *others]}) == 5
 
 
@@ -56,24 +57,24 @@ def sizes(folder: Path) -> list[int]:
     return [pq.read_metadata(path).num_rows for path in shards(folder)]
 
 
-def test_shards_grow_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_size_grows_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SHARD", 2)
     assert write_rows(texts(64 * 2 + 64 * 8 + 70), tmp_path) == 64 * 2 + 64 * 8 + 70
     assert sizes(tmp_path) == [2] * 64 + [8] * 64 + [32, 32, 6]
     assert [row["line"] for row in read_rows(tmp_path)] == list(range(1, 64 * 2 + 64 * 8 + 71))
 
 
-def test_shard_ends_at_its_bytes_and_a_larger_row_has_one_of_its_own(
+def test_shard_size_is_bounded_in_bytes_and_a_larger_row_has_its_own_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "SHARD_BYTES", 100)
     lengths = [40, 40, 20, 1, 500, 60, 50, 100, 100]
-    rows = [{"id": "0" * 16, "messages": turns("ä" * (length // 2), "x" * (length % 2))} for length in lengths]
+    rows = [{"id": "0" * 16, "messages": messages("ä" * (length // 2), "x" * (length % 2))} for length in lengths]
     write_rows(rows, tmp_path)
     assert sizes(tmp_path) == [3, 1, 1, 1, 1, 1, 1]
 
 
-def test_no_row_is_one_empty_shard(tmp_path: Path) -> None:
+def test_no_rows_are_one_empty_shard(tmp_path: Path) -> None:
     assert write_rows([], tmp_path / "a") == write_tables([], tmp_path / "b") == 0
     assert sizes(tmp_path / "a") == sizes(tmp_path / "b") == [0]
     assert pq.read_schema(shards(tmp_path / "b")[0]).names == store.SCHEMA.names
@@ -81,19 +82,17 @@ def test_no_row_is_one_empty_shard(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 120), max_size=12), st.data())
 @settings(max_examples=20, derandomize=True)
-def test_same_rows_make_the_same_files_whatever_tables_they_come_in(lengths: list[int], data: st.DataObject) -> None:
+def test_files_do_not_depend_on_how_rows_are_split_into_tables(lengths: list[int], data: st.DataObject) -> None:
     rows = [{"id": f"{n:016x}", "text": "x" * length, "line": n} for n, length in enumerate(lengths)]
-    whole = pa.Table.from_pylist([{name: row.get(name) for name in store.SCHEMA.names} for row in rows], store.SCHEMA)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in store.SCHEMA.names} for row in rows], store.SCHEMA)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
-    pieces = [whole.slice(start, end - start) for start, end in itertools.pairwise([0, *cuts, len(rows)])]
+    tables = [table.slice(start, end - start) for start, end in itertools.pairwise([0, *cuts, len(rows)])]
     with pytest.MonkeyPatch.context() as patch:
-        import tempfile
-
         patch.setattr(store, "SHARD", 3)
         patch.setattr(store, "SHARD_BYTES", 100)
         with tempfile.TemporaryDirectory() as folder:
             one, two = Path(folder) / "one", Path(folder) / "two"
-            assert write_rows(rows, one) == write_tables(pieces, two) == len(rows)
+            assert write_rows(rows, one) == write_tables(tables, two) == len(rows)
             assert [path.read_bytes() for path in shards(one)] == [path.read_bytes() for path in shards(two)]
             assert [row["line"] for row in read_rows(one)] == list(range(len(rows)))
 
@@ -101,8 +100,6 @@ def test_same_rows_make_the_same_files_whatever_tables_they_come_in(lengths: lis
 @given(st.lists(st.integers(0, 60) | st.integers(2**64 - 9, 2**64 - 1), max_size=80))
 @settings(max_examples=20, derandomize=True)
 def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) -> None:
-    import tempfile
-
     for in_memory in (7, 1000):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
             patch.setattr(duplicate_count, "MAX_PENDING_IDS", in_memory)
@@ -113,7 +110,7 @@ def test_duplicates_are_counted_exactly_in_memory_and_on_disk(ids: list[int]) ->
             assert not (Path(folder) / "ids").exists()
 
 
-def test_id_of_a_long_run_of_combining_marks_is_made_in_linear_time() -> None:
+def test_row_id_of_many_combining_marks_takes_linear_time() -> None:
     begin = time.perf_counter()
     row_id({"text": "a" + "\u0301\u0316" * 500_000})
     assert time.perf_counter() - begin < 5
