@@ -1,4 +1,4 @@
-"""Rules of the code base: what may import what, which fields are used, and that what is shipped works."""
+"""Rules of the code base: imports between packages, unused fields, shipped experiments, file list, and terms."""
 
 from __future__ import annotations
 
@@ -27,56 +27,59 @@ EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.y*ml"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-# Fields: each is read somewhere, or it is a promise that nobody keeps.
+# Fields: a field that no code reads has no effect.
 
 
-def models_of_the_spec() -> list[type[Config]]:
+def config_classes() -> list[type[Config]]:
     modules = [
-        importlib.import_module(f"tunery.spec.{found.name}") for found in pkgutil.iter_modules(tunery.spec.__path__)
+        importlib.import_module(f"tunery.spec.{info.name}") for info in pkgutil.iter_modules(tunery.spec.__path__)
     ]
-    found = {
+    classes = {
         value
         for module in modules
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Config) and value is not Config
     }
-    return sorted(found, key=lambda model: (model.__module__, model.__name__))
+    return sorted(classes, key=lambda model: (model.__module__, model.__name__))
 
 
 def declared_fields() -> list[tuple[str, str]]:
-    """(class, field) of every field, at the class that declares it."""
+    """Return (class, field) of every field, with the class that declares it."""
     return [
         (model.__name__, field)
-        for model in models_of_the_spec()
+        for model in config_classes()
         for field in model.__annotations__
-        # The first field of a scorer or tuner is its key and is read as such (ScorerSpec.kind, TunerSpec.kind).
+        # The first field of a scorer or tuner is its key and is read as one (ScorerSpec.kind, TunerSpec.kind).
         if field in model.model_fields and not (issubclass(model, ScorerSpec | TunerSpec) and field == model.kind())
     ]
 
 
-def names_read(tree: ast.AST, inside: str = "") -> set[tuple[str, str]]:
-    """(name of an attribute that is read, class around it), of `x.name` and of getattr(x, "name")."""
-    found: set[tuple[str, str]] = set()
+def attributes_read(tree: ast.AST, class_name: str = "") -> set[tuple[str, str]]:
+    """Return (attribute, enclosing class) of every `x.name` and getattr(x, "name") that is read.
+
+    `class_name` is the class around `tree`.
+    """
+    attributes: set[tuple[str, str]] = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            found.add((node.attr, inside))
+            attributes.add((node.attr, class_name))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            found |= {(arg.value, inside) for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
-        found |= names_read(node, node.name if isinstance(node, ast.ClassDef) else inside)
-    return found
+            attributes |= {(arg.value, class_name) for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+        attributes |= attributes_read(node, node.name if isinstance(node, ast.ClassDef) else class_name)
+    return attributes
 
 
 @pytest.fixture(scope="module")
 def reads() -> set[tuple[str, str]]:
-    return set().union(*(names_read(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES))
+    return set().union(*(attributes_read(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES))
 
 
 @pytest.mark.parametrize(("model", "field"), declared_fields())
 def test_every_field_of_an_experiment_is_read_outside_its_own_class(
     model: str, field: str, reads: set[tuple[str, str]]
 ) -> None:
-    # By name: a field that shares its name with another attribute is taken for read when that one is.
-    assert [around for name, around in reads if name == field and around != model], f"nothing reads {model}.{field}"
+    # Fields are compared by name only: one that shares its name with another attribute counts as read if that one is.
+    assert [reader for name, reader in reads if name == field and reader != model], f"nothing reads {model}.{field}"
 
 
 # Imports.
@@ -106,7 +109,7 @@ def test_every_large_package_has_layers() -> None:
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:
-    # One without __init__.py imports from a checkout, and is left out of what is installed.
+    # A folder without __init__.py can be imported in a checkout but is not installed.
     assert [str(path.parent) for path in SOURCES if not (path.parent / "__init__.py").is_file()] == []
 
 
@@ -114,7 +117,7 @@ def test_source_root_does_not_shadow_pythons_platform() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
 
 
-LIGHT = [
+LIGHT_MODULES = [
     "tunery",
     "tunery.spec",
     "tunery.store",
@@ -122,31 +125,31 @@ LIGHT = [
     "tunery.models.row_encodings",
     "tunery.cli",
 ]
-HEAVY = ["torch", "ray", "transformers", "trl", "deepspeed", "datasets", "wandb"]
+HEAVY_PACKAGES = ["torch", "ray", "transformers", "trl", "deepspeed", "datasets", "wandb"]
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_planning_loads_neither_torch_nor_ray(module: str) -> None:
-    code = f"import {module}, sys; print(*[name for name in {HEAVY} if name in sys.modules])"
-    found = subprocess.run(
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_planning_imports_no_heavy_package(module: str) -> None:
+    code = f"import {module}, sys; print(*[name for name in {HEAVY_PACKAGES} if name in sys.modules])"
+    result = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(ROOT / "platform")},
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.split() == []
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
 
 
-# What is shipped.
+# Shipped experiments and the file list.
 
 
-def test_there_are_experiments() -> None:
+def test_experiments_are_shipped() -> None:
     assert EXPERIMENTS
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_shipped_experiment_is_right(path: Path, tmp_path: Path) -> None:
+def test_shipped_experiment_is_valid(path: Path, tmp_path: Path) -> None:
     experiment, source = load(path)
     workers, trial_workers = experiment.compute.workers, experiment.compute.workers_per_trial
     validate(
@@ -159,24 +162,27 @@ def test_shipped_experiment_is_right(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_shipped_experiment_opens_with_its_question(path: Path) -> None:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith("# ")
-    assert "?" in first
+def test_shipped_experiment_starts_with_its_question(path: Path) -> None:
+    first_line = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first_line.startswith("# ")
+    assert "?" in first_line
 
 
 def listed_files(page: str) -> list[str]:
-    """Paths of the tree in docs/architecture.md, relative to the package: two spaces a level, a folder ends in `/`."""
+    """Return the paths of the tree in docs/architecture.md, relative to the package.
+
+    Each level is indented by two spaces, and a folder ends in `/`.
+    """
     tree = page.split("<!-- files -->")[1].split("<!-- end of files -->")[0]
     folders: list[str] = []
-    found = []
+    paths = []
     for indent, name in re.findall(r"^((?:  )+)(\S+?),?(?:\s|$)", tree, flags=re.M):
         del folders[len(indent) // 2 - 1 :]
         if name.endswith("/"):
             folders.append(name)
         else:
-            found.append("".join([*folders, name]))
-    return found
+            paths.append("".join([*folders, name]))
+    return paths
 
 
 def test_architecture_page_has_a_line_for_every_source_file() -> None:
@@ -190,23 +196,23 @@ def test_architecture_page_has_a_line_for_every_source_file() -> None:
 @pytest.mark.parametrize(
     "path", [path for path in SOURCES if path.name != "__main__.py"], ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_module_opens_with_what_it_is_for(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 # Language.
 
-COINED = (
+REPLACED_TERMS = (
     "afresh|anew|bears|breeding|descent|goes on|house|lays|passengers?|seats?|spoilt|told|unfit|wished|wishes|worded"
 )
 """Words of earlier versions for which the field has a term (CONTRIBUTING.md). The list grows as they are replaced."""
-WRITTEN = [*SOURCES, *EXPERIMENTS, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+TEXT_FILES = [*SOURCES, *EXPERIMENTS, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TEXT_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_text_uses_the_terms_of_the_field(path: Path) -> None:
     # `_` and digits separate words, so that identifiers are checked too.
-    words = re.compile(rf"(?<![a-z])({COINED})(?![a-z])", re.IGNORECASE)
+    words = re.compile(rf"(?<![a-z])({REPLACED_TERMS})(?![a-z])", re.IGNORECASE)
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
     assert [f"{number}: {line.strip()}" for number, line in lines if words.search(line)] == []
 
