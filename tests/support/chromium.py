@@ -29,7 +29,7 @@ class Chromium:
     """A browser process. `open` opens a page."""
 
     def __init__(self, profile: Path) -> None:
-        assert CHROMIUM is not None, "the caller looked"
+        assert CHROMIUM is not None, "the caller checks that Chromium is installed"
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
@@ -49,17 +49,17 @@ class Chromium:
         """Call a DevTools method and return its result. Raises AssertionError with the browser's error, or after 30
         seconds."""
         self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": values}
+        request: dict[str, Any] = {"id": self._number, "method": method, "params": values}
         if session is not None:
-            message["sessionId"] = session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+            request["sessionId"] = session
+        os.write(self._write, json.dumps(request).encode() + b"\0")
         end = time.time() + 30
         while True:
-            answer = self._receive(end - time.time())
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return dict(answer["result"])
-            self.events.append(answer)
+            message = self._receive(end - time.time())
+            if message.get("id") == self._number:
+                assert "error" not in message, f"{method}: {message['error']}"
+                return dict(message["result"])
+            self.events.append(message)
 
     def open(self, url: str) -> Page:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -79,10 +79,10 @@ class Chromium:
     def _receive(self, seconds: float) -> dict[str, Any]:
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._read], [], [], max(0.0, seconds))
-            assert ready, "the browser did not answer"
-            piece = os.read(self._read, 1 << 16)
-            assert piece, "the browser is gone"
-            self._rest += piece
+            assert ready, "the browser did not respond"
+            chunk = os.read(self._read, 1 << 16)
+            assert chunk, "the browser has exited"
+            self._rest += chunk
         message, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(message))
 
@@ -114,11 +114,11 @@ class Page:
 
     def wait(self, expression: str, seconds: float = 15) -> None:
         end = time.time() + seconds
-        while not self._holds(expression):
-            assert time.time() < end, f"never came true: {expression}\n{self.run('document.body.innerText')}"
+        while not self._is_true(expression):
+            assert time.time() < end, f"not true in {seconds} s: {expression}\n{self.run('document.body.innerText')}"
             time.sleep(0.02)
 
-    def _holds(self, expression: str) -> bool:
+    def _is_true(self, expression: str) -> bool:
         try:
             return bool(self.run(f"Boolean({expression})"))
         except AssertionError:  # while a new document loads, nothing can be evaluated
@@ -128,10 +128,10 @@ class Page:
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def press(self, key: str) -> None:
-        """Press a key, as a keyboard does; the focused element receives it."""
-        told: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": NAMED.get(key, ord(key[0].upper()))}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=key if len(key) == 1 else "", **told)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **told)
+        """Press and release a key; the focused element receives it."""
+        event: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": NAMED.get(key, ord(key[0].upper()))}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=key if len(key) == 1 else "", **event)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def click(self, selector: str) -> None:
         box = self.run(
@@ -155,16 +155,16 @@ class Page:
     @property
     def errors(self) -> list[str]:
         """Errors of this page: uncaught exceptions and errors in the browser's log."""
-        found = []
+        messages = []
         for event in self._browser.events:
             if event.get("sessionId") != self._session:
                 continue
             values = event.get("params", {})
             if event["method"] == "Runtime.exceptionThrown":
-                found.append(str(values["exceptionDetails"]))
+                messages.append(str(values["exceptionDetails"]))
             if event["method"] == "Log.entryAdded" and values["entry"]["level"] == "error":
-                found.append(values["entry"]["text"])
-        return found
+                messages.append(values["entry"]["text"])
+        return messages
 
     @property
     def requested(self) -> list[str]:

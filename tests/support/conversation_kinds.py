@@ -107,5 +107,5 @@ def row_of(kind: str) -> dict[str, Any]:
 
 @functools.cache
 def encoded_kinds(family: str) -> dict[str, Encoded]:
-    found = encode_untruncated([row_of(kind) for kind in KINDS], tokenizer_of(family), Encoding(10**6))
-    return dict(zip(KINDS, found, strict=True))
+    items = encode_untruncated([row_of(kind) for kind in KINDS], tokenizer_of(family), Encoding(10**6))
+    return dict(zip(KINDS, items, strict=True))

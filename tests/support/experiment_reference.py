@@ -93,7 +93,7 @@ STAGE_REFERENCES = {
 }
 """Fields whose strings are names of stages."""
 
-OWN = ("kind", "data", "model")
+PER_KIND = ("kind", "data", "model")
 """Keys of a training whose type depends on its kind."""
 TYPES = {
     "stages": "mapping of name to [stage](#stages)",
@@ -126,18 +126,18 @@ def link(title: str) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    found = []
+    bounds = []
     for item in metadata:
         for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
             if isinstance(bound, annotated_types.Ge):
-                found.append(f"≥ {bound.ge:g}")
+                bounds.append(f"≥ {bound.ge:g}")
             elif isinstance(bound, annotated_types.Gt):
-                found.append(f"> {bound.gt:g}")
+                bounds.append(f"> {bound.gt:g}")
             elif isinstance(bound, annotated_types.Le):
-                found.append(f"≤ {bound.le:g}")
+                bounds.append(f"≤ {bound.le:g}")
             elif isinstance(bound, annotated_types.Lt):
-                found.append(f"< {bound.lt:g}")
-    return " " + ", ".join(found) if found else ""
+                bounds.append(f"< {bound.lt:g}")
+    return " " + ", ".join(bounds) if bounds else ""
 
 
 def type_text(annotation: Any, stage: bool = False) -> str:
@@ -203,10 +203,10 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def table(model: type[BaseModel], leave_out: Iterable[str] = ()) -> list[str]:
+def table(model: type[BaseModel], exclude: Iterable[str] = ()) -> list[str]:
     lines = ["| key | type | default | description |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        if name in leave_out:
+        if name in exclude:
             continue
         kind = TYPES.get(name) or type_text(field, (model, name) in STAGE_REFERENCES)
         cells = (f"`{field.alias or name}`", kind, default_text(field), _one_line(field.description or ""))
@@ -220,13 +220,13 @@ def described(model: type[BaseModel]) -> list[str]:
     return [inspect.cleandoc(text), ""] if text else []
 
 
-COMMON = [name for name in Training.__annotations__ if name in Training.model_fields and name not in OWN]
+COMMON = [name for name in Training.__annotations__ if name in Training.model_fields and name not in PER_KIND]
 """Keys that all kinds of training have, with the same meaning."""
 
 
 def _stage_section(kind: str, model: type[BaseModel]) -> list[str]:
-    leave_out = ["kind", *(COMMON if issubclass(model, Training) else ())]
-    lines = [f"### {kind}", "", *described(model), *table(model, leave_out), ""]
+    exclude = ["kind", *(COMMON if issubclass(model, Training) else ())]
+    lines = [f"### {kind}", "", *described(model), *table(model, exclude), ""]
     if issubclass(model, Training):
         lines[-1:] = ["", f"and the {link('keys of every training')}.", ""]
         metrics = (f"`{name}` ({direction})" for name, direction in TRAINERS[kind].metrics.items())
@@ -252,7 +252,7 @@ def page() -> str:
     lines += ["## Stages", "", "Each stage has a `kind`:", "", kinds, ""]
     for kind, model in STAGES.items():
         lines += _stage_section(kind, model)
-    lines += ["### Keys of every training", "", *table(Training, OWN), ""]
+    lines += ["### Keys of every training", "", *table(Training, PER_KIND), ""]
     lines += ["## Scores", "", "An entry of `by` in a [score](#score) stage is a mapping whose first key names it:", ""]
     lines += [scores, ""]
     for scorer in SCORERS.values():

@@ -22,13 +22,12 @@ from tunery.store.rows import Row
 
 @dataclass(frozen=True)
 class Hostile:
-    """A file with its expected rows (`good`: the content of each), number of quarantined records, and reason of the
-    first."""
+    """A file with the expected contents of its rows, the number of quarantined records, and the reason of the first."""
 
     name: str
     content: bytes
-    good: list[str] = field(default_factory=list)
-    bad: int = 0
+    contents: list[str] = field(default_factory=list)
+    num_quarantined: int = 0
     reason: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -38,15 +37,15 @@ def response_of(row: Row) -> str:
     return str(row["text"] if row.get("text") else row["messages"][-1]["content"])
 
 
-def qa(*answers: str) -> list[str]:
-    return [json.dumps({"question": f"q{index}", "answer": answer}) for index, answer in enumerate(answers)]
+def qa(*responses: str) -> list[str]:
+    return [json.dumps({"question": f"q{index}", "answer": response}) for index, response in enumerate(responses)]
 
 
 def lines(*records: str | bytes, end: bytes = b"\n") -> bytes:
     return end.join(record if isinstance(record, bytes) else record.encode() for record in records)
 
 
-def packed(content: bytes, codec: Any) -> bytes:
+def compressed(content: bytes, codec: Any) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, codec) as stream:
         stream.write(content)
@@ -65,7 +64,7 @@ def workbook(*sheets: list[list[Any]], change: Callable[[Any], None] = lambda bo
     return out.getvalue()
 
 
-def with_cached(content: bytes, value: str) -> bytes:
+def with_cached_value(content: bytes, value: str) -> bytes:
     """Return the workbook with a cached value for its formulas, which Excel stores and openpyxl does not."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
@@ -92,19 +91,14 @@ def arrow(table: pa.Table, stream: bool = True, rows: int | None = None) -> byte
     return bytes(out.getvalue().to_pybytes())
 
 
-def broken(content: bytes, at: float, with_: bytes = b"\xff" * 40) -> bytes:
-    place = int(len(content) * at)
-    return content[:place] + with_ + content[place + len(with_) :]
-
-
-def table(*answers: Any) -> pa.Table:
-    return pa.table({"question": [f"q{n}" for n in range(len(answers))], "answer": list(answers)})
+def table(*responses: Any) -> pa.Table:
+    return pa.table({"question": [f"q{n}" for n in range(len(responses))], "answer": list(responses)})
 
 
 NOT_UTF8 = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary()).view(pa.string())
-MANY = [f"answer {n} {n * n % 977}" for n in range(3000)]
+RESPONSES = [f"response {n} {n * n % 977}" for n in range(3000)]
 HEAD = ["question", "answer"]
-TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 JSON_LINES = [
     Hostile("bom.jsonl", codecs.BOM_UTF8 + lines(*qa("a", "b")), ["a", "b"]),
@@ -151,7 +145,7 @@ JSON_LINES = [
     Hostile("null-turns.jsonl", lines('{"messages": null}', *qa("b")), ["b"], 1, "not a list of messages"),
     Hostile(
         "null-tool-calls.jsonl",
-        lines(json.dumps({"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]})),
+        lines(json.dumps({"messages": [{**message, "tool_calls": None, "name": None} for message in CONVERSATION]})),
         ["a"],
     ),
     Hostile("unused-nulls.jsonl", lines('{"text": "a", "meta": {"x": [null, {"y": null}]}}'), ["a"]),
@@ -190,7 +184,7 @@ JSON_LINES = [
     ),
     Hostile(
         "mixed-shapes.jsonl",
-        lines('{"text": "a"}', *qa("b"), json.dumps({"messages": TURNS}), '{"x": 1}'),
+        lines('{"text": "a"}', *qa("b"), json.dumps({"messages": CONVERSATION}), '{"x": 1}'),
         ["a", "b", "a"],
         1,
         "no row format matches",
@@ -234,21 +228,21 @@ JSON_LINES = [
     ),
     Hostile(
         "bad-tools.jsonl",
-        lines(json.dumps({"messages": TURNS, "tools": "call me"}), *qa("b")),
+        lines(json.dumps({"messages": CONVERSATION, "tools": "call me"}), *qa("b")),
         ["b"],
         1,
         "tools is not JSON",
     ),
     Hostile(
         "bad-label.jsonl",
-        lines(json.dumps({"messages": TURNS, "label": "fine"}), *qa("b")),
+        lines(json.dumps({"messages": CONVERSATION, "label": "fine"}), *qa("b")),
         ["b"],
         1,
         "label is 'fine'",
     ),
     Hostile(
         "rated-question.jsonl",
-        lines(json.dumps({"messages": TURNS[:1], "label": True}), *qa("b")),
+        lines(json.dumps({"messages": CONVERSATION[:1], "label": True}), *qa("b")),
         ["b"],
         1,
         "has no response",
@@ -375,8 +369,8 @@ TABLES = [
     Hostile("carriage-returns.csv", b"question,answer\rq,a\r", [], 1, "not CSV"),
     Hostile(
         "quotes-are-text.tsv",
-        lines("question\tanswer", 'q\t"Yes" he response_of', 'q\t"open', "q\tb"),
-        ['"Yes" he response_of', '"open', "b"],
+        lines("question\tanswer", 'q\t"Yes" he said', 'q\t"open', "q\tb"),
+        ['"Yes" he said', '"open', "b"],
     ),
     Hostile("quoted.tsv", lines("question\tanswer", 'q\t"a\tb"'), ["a\tb"]),
     Hostile("commas.tsv", lines("question\tanswer", "q\ta, b; c"), ["a, b; c"]),
@@ -431,7 +425,7 @@ WORKBOOKS = [
         ["a", "b", "c", "d"],
     ),
     Hostile("formula.xlsx", workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), ["b"], 1, "formula in B2 has no cached value"),
-    Hostile("computed.xlsx", with_cached(workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), "2"), ["2", "b"]),
+    Hostile("computed.xlsx", with_cached_value(workbook([HEAD, ["q", "=1+1"], ["q", "b"]]), "2"), ["2", "b"]),
     Hostile("error.xlsx", workbook([HEAD, ["q", "#N/A"], ["q", "b"]]), ["b"], 1, "the error #N/A in B2"),
     Hostile(
         "gaps.xlsx",
@@ -444,7 +438,7 @@ WORKBOOKS = [
     Hostile("not-a-zip.xlsx", b"PK\x03\x04 but no", [], 1, "the whole file"),
     Hostile("empty-file.xlsx", b"", [], 1, "the whole file"),
     Hostile("cut-off.xlsx", workbook([HEAD, ["q", "a"]])[:-900], [], 1, "not a readable Excel workbook"),
-    Hostile("packed.xlsx.gz", packed(workbook([HEAD, ["q", "a"]]), "gzip"), ["a"]),
+    Hostile("compressed.xlsx.gz", compressed(workbook([HEAD, ["q", "a"]]), "gzip"), ["a"]),
 ]
 
 COLUMNS = [
@@ -453,7 +447,11 @@ COLUMNS = [
     Hostile("dates.parquet", parquet(table(datetime.date(2026, 11, 23), None)), ["2026-11-23"], 1, "missing"),
     Hostile("bytes.parquet", parquet(table(b"x", b"y")), [], 2, "response is bytes"),
     Hostile(
-        "nested.parquet", parquet(pa.table({"messages": [TURNS, None, [], [None]]})), ["a"], 3, "not a list|no role"
+        "nested.parquet",
+        parquet(pa.table({"messages": [CONVERSATION, None, [], [None]]})),
+        ["a"],
+        3,
+        "not a list|no role",
     ),
     Hostile("not-utf-8.parquet", parquet(pa.table({"text": NOT_UTF8})), ["one", "three"], 1, "text can't be read"),
     Hostile(
@@ -465,17 +463,17 @@ COLUMNS = [
         "unused-images.parquet", parquet(pa.table({"text": ["a"], "image": [{"bytes": b"\xff", "path": None}]})), ["a"]
     ),
     Hostile("no-rows.parquet", parquet(table("a").slice(0, 0))),
-    Hostile("many-groups.parquet", parquet(table(*MANY), row_group_size=7), MANY),
+    Hostile("many-groups.parquet", parquet(table(*RESPONSES), row_group_size=7), RESPONSES),
     Hostile("cut-off.parquet", parquet(table("a"))[:-10], [], 1, "not a readable Parquet file"),
     Hostile("text.parquet", b"question,answer\nq,a\n", [], 1, "not a readable Parquet file"),
     Hostile("empty.parquet", b"", [], 1, "not a readable Parquet file"),
-    Hostile("packed.parquet.zst", packed(parquet(table("a")), "zstd"), ["a"]),
+    Hostile("compressed.parquet.zst", compressed(parquet(table("a")), "zstd"), ["a"]),
     Hostile("stream.arrow", arrow(table("a", "b")), ["a", "b"]),
     Hostile("file.arrow", arrow(table("a", "b"), stream=False), ["a", "b"]),
     Hostile(
         "cut-off.arrow",
-        arrow(table(*MANY), rows=1000)[: -len(arrow(table(*MANY[:1000])))],
-        MANY[:2000],
+        arrow(table(*RESPONSES), rows=1000)[: -len(arrow(table(*RESPONSES[:1000])))],
+        RESPONSES[:2000],
         1,
         "from this line on",
     ),
@@ -489,7 +487,7 @@ COLUMNS = [
     ),
 ]
 
-PACKED = lines(*qa(*MANY), b"")
+LINES = lines(*qa(*RESPONSES), b"")
 TEXTS = [
     Hostile("lines.txt", lines("one", "", "  ", "two", end=b"\r\n"), ["one", "two"]),
     Hostile("bom.txt", codecs.BOM_UTF8 + b"one", ["one"]),
@@ -498,20 +496,20 @@ TEXTS = [
     Hostile("paragraphs.txt", b"\n\na\r\nb\r\n \r\nc\n\n\n", ["a\nb", "c"], fields={"sample_by": "paragraph"}),
     Hostile("document.txt", b"\na\n\nb\n\n", ["a\n\nb"], fields={"sample_by": "document"}),
     Hostile("long-line.txt", b"z" * 5_000_000, ["z" * 5_000_000]),
-    Hostile("whole.jsonl.gz", packed(PACKED, "gzip"), MANY),
-    Hostile("two-members.jsonl.gz", packed(PACKED, "gzip") * 2, MANY * 2),
+    Hostile("complete.jsonl.gz", compressed(LINES, "gzip"), RESPONSES),
+    Hostile("two-members.jsonl.gz", compressed(LINES, "gzip") * 2, RESPONSES * 2),
     Hostile(
         "rest-of-gz.jsonl.gz",
-        packed(PACKED, "gzip") + b"garbage",
-        MANY,
+        compressed(LINES, "gzip") + b"garbage",
+        RESPONSES,
         1,
         "from this line on: the compressed file is corrupt",
     ),
-    Hostile("rest-of-zst.jsonl.zst", packed(PACKED, "zstd") + b"garbage", MANY, 1, "from this line on"),
-    Hostile("not-packed.jsonl.gz", PACKED, [], 1, "the whole file"),
-    Hostile("not-packed.csv.zst", b"question,answer\nq,a\n", [], 1, "the whole file"),
+    Hostile("rest-of-zst.jsonl.zst", compressed(LINES, "zstd") + b"garbage", RESPONSES, 1, "from this line on"),
+    Hostile("not-compressed.jsonl.gz", LINES, [], 1, "the whole file"),
+    Hostile("not-compressed.csv.zst", b"question,answer\nq,a\n", [], 1, "the whole file"),
     Hostile("nothing.jsonl.gz", b""),
-    Hostile("packed.csv.GZ", packed(b"question,answer\nq,a\n", "gzip"), ["a"]),
+    Hostile("compressed.csv.GZ", compressed(b"question,answer\nq,a\n", "gzip"), ["a"]),
 ]
 
-HAND_MADE = [*JSON_LINES, *JSON_FILES, *TABLES, *WORKBOOKS, *COLUMNS, *TEXTS]
+FILES = [*JSON_LINES, *JSON_FILES, *TABLES, *WORKBOOKS, *COLUMNS, *TEXTS]

@@ -20,12 +20,12 @@ class Page(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         self.scripts += tag == "script"
         if tag == "section":
-            self.sections.append(given.get("id") or "")
+            self.sections.append(attributes.get("id") or "")
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        self.references += re.findall(r"url\(([^)]*)\)", given.get("style") or "")
+        self.references += re.findall(r"url\(([^)]*)\)", attributes.get("style") or "")
         if tag not in self.VOID:
             self.open.append(tag)
 

@@ -17,21 +17,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def checkpoints(bench: Workspace) -> list[Path]:
-    return list(bench.store.glob("work/sft-*/checkpoints/checkpoint-*/whole"))
+def checkpoints(workspace: Workspace) -> list[Path]:
+    return list(workspace.store.glob("work/sft-*/checkpoints/checkpoint-*/whole"))
 
 
-def raylet_pid(bench: Workspace) -> int | None:
+def raylet_pid(workspace: Workspace) -> int | None:
     """Return the pid of the raylet that the run of the workspace has started, None if it has ended."""
-    session = (bench.run / "logs" / "ray").resolve().parent.name
-    found = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=False)
-    return int(found.stdout.split()[0]) if found.stdout else None
+    session = (workspace.run / "logs" / "ray").resolve().parent.name
+    result = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=False)
+    return int(result.stdout.split()[0]) if result.stdout else None
 
 
-def worker_pids(bench: Workspace) -> list[int]:
-    """Return the pids of the workers of the run, found by the process title that Ray sets."""
-    raylet = raylet_pid(bench)
-    found = subprocess.run(
+def worker_pids(workspace: Workspace) -> list[int]:
+    """Return the pids of the workers of the run, by the process title that Ray sets."""
+    raylet = raylet_pid(workspace)
+    result = subprocess.run(
         ["pgrep", "-P", str(raylet or 1), "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False
     )
-    return [int(line) for line in found.stdout.split()]
+    return [int(line) for line in result.stdout.split()]

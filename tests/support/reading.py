@@ -23,15 +23,15 @@ def read(
     folder: Path, content: bytes | str, name: str = "a.jsonl", **fields: Any
 ) -> tuple[list[Row], list[Quarantined]]:
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    bad: list[Quarantined] = []
-    return list(read_source(dataset(name, **fields), folder, bad.append)), bad
+    quarantined: list[Quarantined] = []
+    return list(read_source(dataset(name, **fields), folder, quarantined.append)), quarantined
 
 
 def content(row: Row) -> Row:
     return {key: row[key] for key in ("text", "messages", "rejected") if row.get(key) is not None}
 
 
-def make(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageResult, Path]:
+def build_dataset(folder: Path, out: str, stage: Dataset, seed: int = 0) -> tuple[StageResult, Path]:
     path = folder / out / "out"
     path.mkdir(parents=True)
     context = stage_context(stage, {}, path.parent, name="docs", seed=seed, folder=folder, out=path)

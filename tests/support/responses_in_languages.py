@@ -116,14 +116,14 @@ SENTENCES = {
 }
 
 
-def answers(language: str, count: int) -> list[str]:
+def responses(language: str, count: int) -> list[str]:
     """Return `count` distinct responses of nine sentences in two paragraphs."""
-    chosen = random.Random(7)
+    rng = random.Random(7)
     end = " " if language not in ("zh", "ja") else ""
     result: list[str] = []
     while len(result) < count:
-        some = chosen.sample(SENTENCES[language], 9)
-        answer = end.join(some[:4]) + "\n\n" + end.join(some[4:])
-        if answer not in result:
-            result.append(answer)
+        sentences = rng.sample(SENTENCES[language], 9)
+        response = end.join(sentences[:4]) + "\n\n" + end.join(sentences[4:])
+        if response not in result:
+            result.append(response)
     return result

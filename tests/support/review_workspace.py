@@ -1,4 +1,4 @@
-"""A store with scored and selected rows, built without a model: only the scores are given, everything else is real."""
+"""A store with scored and selected rows, built without a model: a function computes the scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ name: small
 seed: 17
 stages:
   questions: {kind: dataset, source: %s}
-  scored:  {kind: score, data: questions, by: [{perplexity: {pretrained: nobody/loads-this}}]}
+  scored:  {kind: score, data: questions, by: [{perplexity: {pretrained: no/such-model}}]}
   clean:   {kind: select, data: scored, keep: {perplexity: {keep_fraction: 0.5}}}
   checked: {kind: review, data: clean, rows: 12, decisions: decisions/checked.jsonl}
 """
@@ -61,13 +61,13 @@ class ReviewWorkspace:
 
     def build(self, *names: str) -> dict[str, Artifact]:
         experiment, _ = self.load()
-        wanted = experiment.model_copy(update={"stages": with_upstream(experiment.stages, names)})
-        return execute(wanted, self.context, EventLog(self.context.events / "driver.jsonl"))
+        subset = experiment.model_copy(update={"stages": with_upstream(experiment.stages, names)})
+        return execute(subset, self.context, EventLog(self.context.events / "driver.jsonl"))
 
-    def decide(self, decided: dict[str, str | None]) -> None:
+    def decide(self, decisions: dict[str, str | None]) -> None:
         self.decisions.parent.mkdir(exist_ok=True)
         with self.decisions.open("a") as file:
-            for id, decision in decided.items():
+            for id, decision in decisions.items():
                 file.write(json.dumps({"id": id, "decision": decision}) + "\n")
 
 

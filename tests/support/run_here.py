@@ -1,4 +1,4 @@
-"""Run experiments in the process of the tests, on a Ray and two workers that are started once a module."""
+"""Run experiments in the test process, on a Ray session and two workers that are started once per module."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RunsHere:
     compute: Compute
     """Two workers on the CPU."""
 
-    def execute(self, bench: Workspace, **compute: Any) -> dict[str, Artifact]:
+    def execute(self, workspace: Workspace, **compute: Any) -> dict[str, Artifact]:
         """Run the stages of an experiment without a search on the workers; `compute` changes its compute settings."""
-        experiment, _ = load(bench.file)
+        experiment, _ = load(workspace.file)
         changed = experiment.compute.model_copy(update=compute)
         resolved, _ = resolve_compute(changed, self.session.hardware, batch_sizes(experiment))
-        run_context = RunContext(Store(bench.store), bench.run, bench.file)
+        run_context = RunContext(Store(workspace.store), workspace.run, workspace.file)
         return execute(
             experiment.model_copy(update={"compute": resolved}),
             run_context,

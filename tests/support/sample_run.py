@@ -51,7 +51,7 @@ SPACE = {
 
 def sample_events() -> list[Event]:
     """Return the complete log: interrupted once, resumed, with a search, comparison and end."""
-    return _Story().whole()
+    return _EventGenerator().complete()
 
 
 def events_until(fraction: float) -> list[Event]:
@@ -61,13 +61,13 @@ def events_until(fraction: float) -> list[Event]:
 
 
 def failed_events() -> list[Event]:
-    """Return the log of a run whose `sft` ran out of GPU memory, with cause and remedy. `raw` and `eval` never ran."""
-    story = _Story()
-    story.opening()
-    story.until_clean(resumed=False)
-    story.tell("stage_started", stage="sft", kind="sft", fingerprint="f-sft", detail="LoRA rank 16")
-    story.curve("sft", steps=40, planned=320, start=3.9, floor=3.1)
-    story.tell(
+    """Return the log of a run whose `sft` ran out of GPU memory, before `raw` and `eval` started."""
+    log = _EventGenerator()
+    log.run_started()
+    log.until_clean(resumed=False)
+    log.emit("stage_started", stage="sft", kind="sft", fingerprint="f-sft", detail="LoRA rank 16")
+    log.curve("sft", steps=40, planned=320, start=3.9, floor=3.1)
+    log.emit(
         "stage_failed",
         stage="sft",
         kind="sft",
@@ -76,32 +76,32 @@ def failed_events() -> list[Event]:
         remedy="set compute.micro_batch_size to 32 or to auto",
         log="logs/sft/rank1.log",
     )
-    story.tell("run_finished", state="failed", seconds=story.now - START, message="stage sft failed")
-    return story.events
+    log.emit("run_finished", state="failed", seconds=log.now - START, message="stage sft failed")
+    return log.events
 
 
 def rewarded_events() -> list[Event]:
     """Return the log of a run of policies: `ppo` with held-out prompts, `grpo` without; `wins` compares their
     responses."""
-    story = _Story()
+    log = _EventGenerator()
     stages = [
         {"name": "prompts", "kind": "dataset", "inputs": []},
         {"name": "ppo", "kind": "ppo", "inputs": ["prompts"]},
         {"name": "grpo", "kind": "grpo", "inputs": ["prompts"]},
         {"name": "wins", "kind": "win_rate", "inputs": ["ppo", "grpo", "prompts"]},
     ]
-    story.tell("run_started", run="rewarded", file="rewarded.yaml", text="# Which policy?", stages=stages)
-    story.dataset("prompts", rows=1_000, quarantined=0, injected_corruption={})
-    story.policy("ppo", 32, story.ppo_step, PPO_FACTS, evaluated=True)
-    story.policy("grpo", 20, story.grpo_step, GRPO_FACTS, evaluated=False)
-    answers = {
+    log.emit("run_started", run="rewarded", file="rewarded.yaml", text="# Which policy?", stages=stages)
+    log.dataset("prompts", rows=1_000, quarantined=0, injected_corruption={})
+    log.policy("ppo", 32, log.ppo_step, PPO_FACTS, evaluated=True)
+    log.policy("grpo", 20, log.grpo_step, GRPO_FACTS, evaluated=False)
+    responses = {
         "base": {"response": "No idea.", "reward": 0.25},
         "ppo": {"response": "It is a <b>string</b>.", "reward": 4.0},
         "grpo": {"response": "A string.", "reward": 3.5},
     }
-    story.finish("wins", "win_rate", 4.0, {"responses": [{"prompt": "What is `str`?", "responses": answers}]})
-    story.tell("run_finished", state="done", seconds=story.now - START, message="")
-    return story.events
+    log.finish("wins", "win_rate", 4.0, {"responses": [{"prompt": "What is `str`?", "responses": responses}]})
+    log.emit("run_finished", state="done", seconds=log.now - START, message="")
+    return log.events
 
 
 PPO_FACTS: dict[str, Any] = {
@@ -151,7 +151,7 @@ def write_run(folder: Path, events: list[Event]) -> Path:
     return folder
 
 
-class _Story:
+class _EventGenerator:
     """Generates the events of a run one after the other; `now` is the simulated time."""
 
     def __init__(self) -> None:
@@ -159,23 +159,23 @@ class _Story:
         self.events: list[Event] = []
         self.random = random.Random(17)
 
-    def tell(self, event: str, *, after: float = 0.2, **values: Any) -> None:
+    def emit(self, event: str, *, after: float = 0.2, **values: Any) -> None:
         self.now += after
         self.events.append({"t": round(self.now, 3), "event": event, **values})
 
-    def whole(self) -> list[Event]:
-        self.opening()
+    def complete(self) -> list[Event]:
+        self.run_started()
         self.until_clean(resumed=True)
         sft_facts = self.train("sft", rows=3_200, steps=320, start=3.9, floor=3.05)
         raw_facts = self.train("raw", rows=4_000, steps=400, start=3.95, floor=3.28)
         assert sft_facts["eval_loss"] < raw_facts["eval_loss"]
         self.evaluate()
         self.search()
-        self.closing()
+        self.run_finished()
         return self.events
 
-    def opening(self) -> None:
-        self.tell(
+    def run_started(self) -> None:
+        self.emit(
             "run_started",
             run="quickstart",
             file="experiments/quickstart.yaml",
@@ -190,7 +190,7 @@ class _Story:
             },
             command="tunery search experiments/quickstart.yaml",
         )
-        self.tell("ray_started", after=4.1, seconds=4.1)
+        self.emit("ray_started", after=4.1, seconds=4.1)
 
     def until_clean(self, *, resumed: bool) -> None:
         self.dataset(
@@ -200,15 +200,15 @@ class _Story:
             injected_corruption={"": 3_200, "shuffled": 400, "swapped": 250, "cut": 150},
         )
         self.dataset("general", rows=1_000, quarantined=0, injected_corruption={})
-        self.tell("stage_started", stage="base", kind="pretrain", fingerprint="f-base", detail="tiny, from scratch")
+        self.emit("stage_started", stage="base", kind="pretrain", fingerprint="f-base", detail="tiny, from scratch")
         if resumed:
             self.curve("base", steps=130, planned=250, start=9.1, floor=3.6)
-            self.tell("run_finished", state="interrupted", seconds=self.now - START, message="Ctrl-C")
+            self.emit("run_finished", state="interrupted", seconds=self.now - START, message="Ctrl-C")
             self.now += 600
-            self.opening()
+            self.run_started()
             for name, rows in (("docs", 4_000), ("general", 1_000)):
                 facts = next(e for e in self.events if e["event"] == "stage_finished" and e["stage"] == name)["facts"]
-                self.tell(
+                self.emit(
                     "stage_finished",
                     stage=name,
                     kind="dataset",
@@ -218,7 +218,7 @@ class _Story:
                     facts=facts,
                 )
                 assert facts["rows"] == rows
-            self.tell("stage_started", stage="base", kind="pretrain", fingerprint="f-base", detail="from step 100")
+            self.emit("stage_started", stage="base", kind="pretrain", fingerprint="f-base", detail="from step 100")
         self.curve("base", first=100 if resumed else 0, steps=250, planned=250, start=9.1, floor=3.6)
         self.finish(
             "base",
@@ -230,9 +230,9 @@ class _Story:
         self.select()
 
     def dataset(self, name: str, *, rows: int, quarantined: int, injected_corruption: dict[str, int]) -> None:
-        self.tell("stage_started", stage=name, kind="dataset", fingerprint=f"f-{name}", detail="python-docs")
+        self.emit("stage_started", stage=name, kind="dataset", fingerprint=f"f-{name}", detail="python-docs")
         for done in range(500, rows + 1, 500):
-            self.tell("progress", after=0.4, stage=name, done=done, total=rows, unit="rows")
+            self.emit("progress", after=0.4, stage=name, done=done, total=rows, unit="rows")
         facts = {
             "rows": rows,
             "quarantined": quarantined,
@@ -254,7 +254,7 @@ class _Story:
         first: int = 0,
         trial: str = "",
     ) -> None:
-        where = {"stage": stage, **({"trial": trial} if trial else {})}
+        source = {"stage": stage, **({"trial": trial} if trial else {})}
         for step in range(first + 10, steps + 1, 10):
             loss = floor + (start - floor) * math.exp(-step / (planned / 5)) + self.random.gauss(0, 0.04)
             values = {
@@ -265,16 +265,16 @@ class _Story:
                 "tokens_per_second": 48_000 + self.random.gauss(0, 900),
                 "grad_norm": 0.8 + 0.1 * self.random.random(),
             }
-            self.tell("metrics", after=3.1, step=step, values=values, **where)
-            self.tell("progress", after=0.01, done=step, total=planned, unit="steps", **where)
+            self.emit("metrics", after=3.1, step=step, values=values, **source)
+            self.emit("progress", after=0.01, done=step, total=planned, unit="steps", **source)
             if step % 50 == 0:
                 held_out = floor + 0.13 + (start - floor) * math.exp(-step / (planned / 5))
-                self.tell(
+                self.emit(
                     "metrics",
                     after=0.6,
                     step=step,
                     values={"eval_loss": held_out, "rows": step * 32},
-                    **where,
+                    **source,
                 )
 
     def training_facts(self, rows: int, steps: int, loss: float, eval_loss: float, **more: Any) -> dict[str, Any]:
@@ -309,7 +309,7 @@ class _Story:
         }
 
     def finish(self, stage: str, kind: str, seconds: float, facts: dict[str, Any], **more: Any) -> None:
-        self.tell(
+        self.emit(
             "stage_finished",
             stage=stage,
             kind=kind,
@@ -322,7 +322,7 @@ class _Story:
         )
 
     def score(self) -> None:
-        self.tell(
+        self.emit(
             "stage_started",
             stage="scored",
             kind="score",
@@ -330,7 +330,7 @@ class _Story:
             detail="perplexity under base",
         )
         for done in range(400, 4_001, 400):
-            self.tell("progress", after=0.7, stage="scored", done=done, total=4_000, unit="rows")
+            self.emit("progress", after=0.7, stage="scored", done=done, total=4_000, unit="rows")
         facts = {
             "rows_in": 4_000,
             "rows_out": 4_000,
@@ -344,24 +344,24 @@ class _Story:
     def histogram(self) -> dict[str, Any]:
         bins, low, high = 32, math.log(12), math.log(900)
         edges = [math.exp(low + (high - low) * i / bins) for i in range(bins + 1)]
-        counts, planted = [0] * bins, [0] * bins
-        for centre, width, rows, bad in ((3.75, 0.42, 3_200, False), (5.2, 0.5, 800, True)):
+        counts, corrupted = [0] * bins, [0] * bins
+        for centre, width, rows, is_corrupted in ((3.75, 0.42, 3_200, False), (5.2, 0.5, 800, True)):
             for _ in range(rows):
-                place = int((self.random.gauss(centre, width) - low) / (high - low) * bins)
-                place = min(max(place, 0), bins - 1)
-                counts[place] += 1
-                planted[place] += bad
+                index = int((self.random.gauss(centre, width) - low) / (high - low) * bins)
+                index = min(max(index, 0), bins - 1)
+                counts[index] += 1
+                corrupted[index] += is_corrupted
         by_kind = {"shuffled": 0.991, "swapped": 0.874, "cut": 0.803}
         return {
-            "histogram": {"edges": edges, "counts": counts, "corrupted": planted},
+            "histogram": {"edges": edges, "counts": counts, "corrupted": corrupted},
             "median": 48.3,
             "auc": 0.927,
             "auc_by_kind": by_kind,
         }
 
     def select(self) -> None:
-        self.tell("stage_started", stage="clean", kind="select", fingerprint="f-clean", detail="")
-        planted = {
+        self.emit("stage_started", stage="clean", kind="select", fingerprint="f-clean", detail="")
+        quality = {
             "total": 800,
             "dropped": 604,
             "precision": 0.755,
@@ -371,11 +371,11 @@ class _Story:
             "random_recall": 0.2,
         }
         rules = [{"score": "perplexity", "rule": "keep_fraction 0.8", "thresholds": [105.0], "dropped": 800}]
-        facts = {"rows_in": 4_000, "kept": 3_200, "dropped": 800, "rules": rules, "injected_corruption": planted}
+        facts = {"rows_in": 4_000, "kept": 3_200, "dropped": 800, "rules": rules, "injected_corruption": quality}
         self.finish("clean", "select", 0.6, facts)
 
     def train(self, stage: str, *, rows: int, steps: int, start: float, floor: float) -> dict[str, Any]:
-        self.tell(
+        self.emit(
             "stage_started",
             after=1.1,
             stage=stage,
@@ -383,28 +383,28 @@ class _Story:
             fingerprint=f"f-{stage}",
             detail="LoRA rank 16",
         )
-        begun = self.now
+        began = self.now
         self.curve(stage, steps=steps, planned=steps, start=start, floor=floor)
         facts = self.training_facts(rows, steps, floor + 0.01, floor + 0.14)
-        self.finish(stage, "sft", self.now - begun, facts)
+        self.finish(stage, "sft", self.now - began, facts)
         return facts
 
     def policy(
         self,
         stage: str,
         steps: int,
-        told: Callable[[float], dict[str, float]],
+        metrics_at: Callable[[float], dict[str, float]],
         facts: dict[str, Any],
         *,
         evaluated: bool,
     ) -> None:
-        self.tell("stage_started", stage=stage, kind=stage, fingerprint=f"f-{stage}", detail="")
-        begun = self.now
+        self.emit("stage_started", stage=stage, kind=stage, fingerprint=f"f-{stage}", detail="")
+        began = self.now
         for step in range(steps + 1):
             done, rows = step / steps, float(step * 32)
             if step:
-                self.tell("metrics", after=5.0, stage=stage, step=step, values={**told(done), "rows": rows})
-                self.tell("progress", after=0.01, stage=stage, done=step, total=steps, unit="steps")
+                self.emit("metrics", after=5.0, stage=stage, step=step, values={**metrics_at(done), "rows": rows})
+                self.emit("progress", after=0.01, stage=stage, done=step, total=steps, unit="steps")
             if evaluated and step % 8 == 0:
                 values = {
                     "eval_reward": 0.97 + 3.64 * done,
@@ -413,8 +413,8 @@ class _Story:
                     "eval_eos_rate": 0.4 + 0.4 * done,
                     "rows": rows,
                 }
-                self.tell("metrics", after=1.0, stage=stage, step=step, values=values)
-        self.finish(stage, stage, self.now - begun, dict(facts))  # a copy, since tests modify what they receive
+                self.emit("metrics", after=1.0, stage=stage, step=step, values=values)
+        self.finish(stage, stage, self.now - began, dict(facts))  # a copy, since tests modify what they receive
 
     def ppo_step(self, done: float) -> dict[str, float]:
         """Return the metrics of a PPO step; `done` is the fraction of the training."""
@@ -447,7 +447,7 @@ class _Story:
         return {**own, "entropy": 6.3, "clip_fraction": 0.02, "response_length": 40.0}
 
     def evaluate(self) -> None:
-        self.tell("stage_started", stage="eval", kind="evaluate", fingerprint="f-eval", detail="3 models on 2 sets")
+        self.emit("stage_started", stage="eval", kind="evaluate", fingerprint="f-eval", detail="3 models on 2 sets")
         losses = {"base": (3.742, 4.105), "sft": (3.191, 3.987), "raw": (3.421, 4.012)}
         results = [
             {
@@ -464,7 +464,7 @@ class _Story:
         self.finish("eval", "evaluate", 9.8, {"results": results})
 
     def search(self) -> None:
-        self.tell(
+        self.emit(
             "search_started",
             metric=METRIC,
             mode="min",
@@ -485,7 +485,7 @@ class _Story:
                 best = (value, trial, overrides)
         self.now = max(lanes)
         self.events.sort(key=lambda event: event["t"])
-        self.tell("search_finished", best=best[1], best_overrides=best[2], value=best[0], seconds=480.0)
+        self.emit("search_finished", best=best[1], best_overrides=best[2], value=best[0], seconds=480.0)
 
     def trial(self, number: int) -> tuple[str, dict[str, Any], float | None]:
         """Generate one trial. Returns its name, overrides and value; the value is None unless the trial is done."""
@@ -495,19 +495,19 @@ class _Story:
             "sft.learning_rate": 10 ** self.random.uniform(-4, -2.52),
             "clean.keep.perplexity.keep_fraction": quantile,
         }
-        off = abs(math.log10(overrides["sft.learning_rate"]) + 3.1)
-        floor = 3.0 + 0.4 * off + 0.12 * abs(quantile - 0.8) + 0.05 / overrides["sft.epochs"]
+        distance = abs(math.log10(overrides["sft.learning_rate"]) + 3.1)
+        floor = 3.0 + 0.4 * distance + 0.12 * abs(quantile - 0.8) + 0.05 / overrides["sft.epochs"]
         state = "failed" if number == 7 else "stopped" if floor > 3.21 else "done"
         value = None if state == "failed" else floor + 0.13
-        self.tell("trial_started", trial=trial, overrides=overrides)
-        begun, kept = self.now, int(4_000 * quantile)
+        self.emit("trial_started", trial=trial, overrides=overrides)
+        began, kept = self.now, int(4_000 * quantile)
         cut = {0.5: 48.3, 0.8: 105.0, 1.0: 900.0}[quantile]
         rules = [
             {"score": "perplexity", "rule": f"keep_fraction {quantile}", "thresholds": [cut], "dropped": 4_000 - kept}
         ]
         facts = {"rows_in": 4_000, "kept": kept, "dropped": 4_000 - kept, "rules": rules, "injected_corruption": None}
         self.finish("clean", "select", 0.4, facts, trial=trial)
-        self.tell(
+        self.emit(
             "stage_started",
             after=0.8,
             trial=trial,
@@ -527,7 +527,7 @@ class _Story:
                 "remedy": "",
                 "log": "",
             }
-            self.tell("stage_failed", trial=trial, stage="sft", kind="sft", **failure)
+            self.emit("stage_failed", trial=trial, stage="sft", kind="sft", **failure)
         elif state == "done":
             self.finish(
                 "sft",
@@ -536,17 +536,17 @@ class _Story:
                 self.training_facts(kept, steps, floor, floor + 0.13),
                 trial=trial,
             )
-        told: dict[str, Any] = {
+        outcome: dict[str, Any] = {
             "overrides": overrides,
             "state": state,
             "value": value,
-            "seconds": self.now - begun,
+            "seconds": self.now - began,
             "error": error,
         }
-        self.tell("trial_finished", trial=trial, **told)
+        self.emit("trial_finished", trial=trial, **outcome)
         return trial, overrides, value if state == "done" else None
 
-    def closing(self) -> None:
+    def run_finished(self) -> None:
         columns = ["model", "rows", "domain loss", "domain perplexity", "general loss", "against raw"]
         rows = [
             ["base", 4_000, 3.742, 42.18, 4.105, "+0.321"],
@@ -557,13 +557,13 @@ class _Story:
             "one seed: a difference under 0.02 is noise",
             "W&B (offline): wandb sync runs/quickstart/wandb",
         ]
-        self.tell("comparison", columns=columns, rows=rows, notes=notes)
-        self.tell(
+        self.emit("comparison", columns=columns, rows=rows, notes=notes)
+        self.emit(
             "overhead",
             first_step_seconds=14.2,
             ray_start_seconds=4.1,
             between_stages_seconds=[0.4, 0.2, 0.3, 1.1, 1.1, 0.2],
             stage_launch_seconds={"base": 5.2, "sft": 4.9, "raw": 4.8},
         )
-        begun = [event["t"] for event in self.events if event["event"] == "run_started"][-1]
-        self.tell("run_finished", state="done", seconds=self.now - begun, message="")
+        began = [event["t"] for event in self.events if event["event"] == "run_started"][-1]
+        self.emit("run_finished", state="done", seconds=self.now - began, message="")

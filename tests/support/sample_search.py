@@ -22,7 +22,7 @@ SPACE = {
     WARMUP: "uniform [0.0, 0.3] when sft.schedule is linear",
     SHARE: "choice [0.5, 0.8, 1.0]",
 }
-REPEATED = ("t00", "t01")
+REPLICATED = ("t00", "t01")
 
 
 def event(name: str, at: float, **values: Any) -> Event:
@@ -53,10 +53,10 @@ def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
     ]
     for number in range(trials):
         events += trial_events(f"t{number:02d}", 10.0 * (number + 1), overrides_of(number), origin_of(number))
-    for number, name in enumerate(REPEATED):
+    for number, name in enumerate(REPLICATED):
         overrides = {**overrides_of(number), "sft.seed": 1017}
         events += trial_events(f"r{number:02d}", 500.0 + number, overrides, {"origin": "replicate", "of": name})
-    standings = [{"trial": name, "mean": 3.1, "ci_half_width": 0.0123, "values": [3.1, 3.11]} for name in REPEATED]
+    standings = [{"trial": name, "mean": 3.1, "ci_half_width": 0.0123, "values": [3.1, 3.11]} for name in REPLICATED]
     end = {"best": "t00", "best_overrides": overrides_of(0), "value": 3.1, "seconds": 500.0, "ended_by": ""}
     end |= {"standings": standings, "ties": ["t01"], "pareto_front": ["t00", "t03"], **finished}
     return [*events, event("search_finished", 600, **end), event("run_finished", 601, state="done", seconds=601.0)]
@@ -64,10 +64,10 @@ def searched_events(trials: int = 16, **finished: Any) -> list[Event]:
 
 def overrides_of(number: int) -> dict[str, Any]:
     """Return the overrides of a trial. The first two are near the best learning rate, the others are random."""
-    chance = random.Random(number)
-    rate = 10 ** (-3 + 0.01 * number) if number < 2 else 10 ** chance.uniform(-4, -2)
+    rng = random.Random(number)
+    rate = 10 ** (-3 + 0.01 * number) if number < 2 else 10 ** rng.uniform(-4, -2)
     schedule = "linear" if number % 2 == 0 else "constant"
-    warmup = {WARMUP: round(chance.uniform(0, 0.3), 3)} if schedule == "linear" else {}
+    warmup = {WARMUP: round(rng.uniform(0, 0.3), 3)} if schedule == "linear" else {}
     return {RATE: rate, SCHEDULE: schedule, **warmup, SHARE: [0.8, 0.5, 1.0][number % 3]}
 
 
@@ -77,7 +77,7 @@ def origin_of(number: int) -> dict[str, str]:
     )
 
 
-def trial_events(name: str, at: float, overrides: dict[str, Any], came: dict[str, str]) -> list[Event]:
+def trial_events(name: str, at: float, overrides: dict[str, Any], origin: dict[str, str]) -> list[Event]:
     loss = 3.1 + 0.5 * abs(math.log10(overrides[RATE]) + 3) + (0.01 if "sft.seed" in overrides else 0.0)
     values = {LOSS: loss, FORGETTING: 0.02 if overrides[RATE] < 2e-3 else 0.2}
     kept = round(1000 * overrides[SHARE])
@@ -88,7 +88,7 @@ def trial_events(name: str, at: float, overrides: dict[str, Any], came: dict[str
     outcome |= {"steps": 40.0, "tokens": 40_000.0, "rows": 320.0, "seconds": 9.0, "error": ""}
     clean = {"stage": "clean", "kind": "select", "fingerprint": f"f-{overrides[SHARE]}", "reused": False}
     return [
-        event("trial_started", at, trial=name, overrides=overrides, **came),
+        event("trial_started", at, trial=name, overrides=overrides, **origin),
         event("stage_finished", at + 1, trial=name, seconds=0.1, artifact="", facts=facts, **clean),
         event("trial_finished", at + 9, trial=name, overrides=overrides, **outcome),
     ]

@@ -19,9 +19,9 @@ def text_row(text: str) -> Row:
     return with_id({"text": text, "messages": None, "rejected": None})
 
 
-def answer_row(answer: str, question: str = "Why?") -> Row:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return with_id({"text": None, "messages": turns, "rejected": None})
+def answer_row(response: str, question: str = "Why?") -> Row:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return with_id({"text": None, "messages": messages, "rejected": None})
 
 
 def prompt_row(question: str) -> Row:
@@ -56,22 +56,26 @@ hostile_rows = st.one_of(
 )
 
 
-def across(
-    scorer: CorpusScorer, rows: list[Row], folder: Path, shard: int = 7, killed: int = 0
+def score_corpus(
+    scorer: CorpusScorer, rows: list[Row], folder: Path, shard: int = 7, abandoned: int = 0
 ) -> dict[str, list[Any]]:
-    """Run a corpus scorer on shards of rows and return all its columns, concatenated over the shards. `killed`: resolve
-    this many shards first and abandon them, as if the process had been killed."""
+    """Run a corpus scorer on shards of rows and return all its columns, concatenated over the shards.
+
+    `abandoned`: resolve this many shards first and discard them, as if the process had been killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards = [rows[start : start + shard] for start in range(0, len(rows), shard)]
-    sketches = []
-    for number, some in enumerate(shards):
-        sketches.append(folder / f"sketch-{number:05d}.parquet")
-        pq.write_table(pa.table({"id": [row["id"] for row in some], **scorer.compute_signatures(some)}), sketches[-1])
-    joined: Columns = {}
-    list(islice(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"), killed))
-    resolved = list(scorer.resolve(RowSignatures(tuple(sketches)), folder / "work"))
-    assert [len(columns["score"]) for columns in resolved] == [len(some) for some in shards]
+    signatures = []
+    for number, shard_rows in enumerate(shards):
+        signatures.append(folder / f"signatures-{number:05d}.parquet")
+        pq.write_table(
+            pa.table({"id": [row["id"] for row in shard_rows], **scorer.compute_signatures(shard_rows)}), signatures[-1]
+        )
+    all_columns: Columns = {}
+    list(islice(scorer.resolve(RowSignatures(tuple(signatures)), folder / "work"), abandoned))
+    resolved = list(scorer.resolve(RowSignatures(tuple(signatures)), folder / "work"))
+    assert [len(columns["score"]) for columns in resolved] == [len(shard_rows) for shard_rows in shards]
     for columns in resolved:
         for name, values in columns.items():
-            joined.setdefault(name, []).extend(values)
-    return joined
+            all_columns.setdefault(name, []).extend(values)
+    return all_columns

@@ -47,14 +47,14 @@ TITLES = {
 
 
 def cells(family: str) -> list[str]:
-    tokenizer, found = tokenizer_of(family), encoded_kinds(family)
+    tokenizer, items = tokenizer_of(family), encoded_kinds(family)
     profile = chat_template_of(tokenizer).profile
 
-    def works(kind: str) -> str:
-        return "no" if found[kind].rejected else "yes"
+    def is_supported(kind: str) -> str:
+        return "no" if items[kind].rejected else "yes"
 
     def texts(kind: str) -> list[str]:
-        return [str(tokenizer.decode(found[kind].ids[start:end])) for start, end in found[kind].spans]
+        return [str(tokenizer.decode(items[kind].ids[start:end])) for start, end in items[kind].spans]
 
     (result,) = encode_untruncated(
         [row_of("tool call last") | {"messages": KINDS["tool call"]}], tokenizer, Encoding(10**6)
@@ -67,29 +67,31 @@ def cells(family: str) -> list[str]:
     else:
         earlier = "turn masked" if len(several) == 1 else "left out"
     return [
-        works("system turn"),
-        works("tool call last"),
-        works("parallel tool calls") if works("tool call") == "yes" else _both(found),
+        is_supported("system turn"),
+        is_supported("tool call last"),
+        is_supported("parallel tool calls") if is_supported("tool call") == "yes" else _parallel_calls(items),
         "no" if result.rejected else "yes",
         "no" if definitions.rejected else "yes",
         reasoning,
         earlier,
         _prompt(family),
-        " ".join(f"`{token}`" for token in (_ending(texts("single")[0], profile.end_tokens), *_others(family))),
+        " ".join(
+            f"`{token}`" for token in (_end_token(texts("single")[0], profile.end_tokens), *_tool_call_ends(family))
+        ),
         "; ".join(_notes(family, texts)),
     ]
 
 
-def _both(found: dict[str, Any]) -> str:
-    """Whether several calls in one message work, for a template that does not render tool definitions."""
-    return "no" if found["tool call last"].rejected else "yes"
+def _parallel_calls(items: dict[str, Any]) -> str:
+    """Return "yes" if a template without tool definitions supports several calls in one message, else "no"."""
+    return "no" if items["tool call last"].rejected else "yes"
 
 
-def _ending(text: str, ends: tuple[str, ...]) -> str:
+def _end_token(text: str, ends: tuple[str, ...]) -> str:
     return next(token for token in ends if text.endswith(token))
 
 
-def _others(family: str) -> list[str]:
+def _tool_call_ends(family: str) -> list[str]:
     """Return the end token of messages with tool calls if it differs from that of other messages."""
     tokenizer = tokenizer_of(family)
     item = encoded_kinds(family)["tool call last"]
@@ -119,13 +121,13 @@ def _reopens_turn(family: str) -> bool:
 
 
 def _notes(family: str, texts: Any) -> list[str]:
-    found, source = encoded_kinds(family), source_of(family)
+    items, source = encoded_kinds(family), source_of(family)
     notes = []
     if chat_template_of(tokenizer_of(family)).profile.generation_blocks:
         notes.append("has generation blocks")
-    if found["two user turns"].rejected:
+    if items["two user turns"].rejected:
         notes.append("user and assistant turns must alternate")
-    if not found["tool call last"].rejected and found["text beside a tool call"].rejected:
+    if not items["tool call last"].rejected and items["text beside a tool call"].rejected:
         notes.append("no text beside a tool call")
     if "\n Paris" not in texts("outer white space")[0]:
         notes.append("strips responses")
@@ -149,13 +151,13 @@ def table() -> str:
     rows, training, same = [], [], []
     for family in FAMILIES:
         original = family.removesuffix("_training")
-        mine = cells(family)
+        row = cells(family)
         if original == family:
-            rows.append([TITLES.get(family, family), *mine])
-        elif cells(original)[:-1] == mine[:-1]:
+            rows.append([TITLES.get(family, family), *row])
+        elif cells(original)[:-1] == row[:-1]:
             same.append(family)
         else:
-            training.append([family, *mine])
+            training.append([family, *row])
     rows.sort(key=lambda row: ("*" in row[0] or "tunery" in row[0], row[0]))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows + training]
@@ -166,8 +168,8 @@ def table() -> str:
 def page() -> str:
     text = PATH.read_text(encoding="utf-8")
     before, _, rest = text.partition("<!-- table -->\n")
-    _, _, behind = rest.partition("<!-- end of table -->\n")
-    return f"{before}<!-- table -->\n{table()}\n<!-- end of table -->\n{behind}"
+    _, _, after = rest.partition("<!-- end of table -->\n")
+    return f"{before}<!-- table -->\n{table()}\n<!-- end of table -->\n{after}"
 
 
 if __name__ == "__main__":

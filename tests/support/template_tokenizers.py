@@ -58,15 +58,15 @@ _EOS = {
 def _turns(system: str, user: str, assistant: str, prompt: str, start: str = "") -> str:
     """Return a template that renders each message by its role; `C` stands for the content."""
 
-    def written(text: str) -> str:
-        before, _, behind = text.partition("C")
-        return f"{{{{- {before!r} + message['content'] + {behind!r} }}}}"
+    def render(text: str) -> str:
+        before, _, after = text.partition("C")
+        return f"{{{{- {before!r} + message['content'] + {after!r} }}}}"
 
     return (
         f"{{{{- {start!r} }}}}{{% for message in messages %}}"
-        f"{{% if message['role'] == 'system' %}}{system if system.startswith('{') else written(system)}"
-        f"{{% elif message['role'] == 'user' %}}{written(user)}"
-        f"{{% elif message['role'] == 'assistant' %}}{written(assistant)}"
+        f"{{% if message['role'] == 'system' %}}{system if system.startswith('{') else render(system)}"
+        f"{{% elif message['role'] == 'user' %}}{render(user)}"
+        f"{{% elif message['role'] == 'assistant' %}}{render(assistant)}"
         "{% else %}{{ raise_exception('a turn of an unknown role: ' + message['role']) }}{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{- {prompt!r} }}}}{{% endif %}}"
     )

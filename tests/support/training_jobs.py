@@ -16,7 +16,7 @@ def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) 
     `fields` has them."""
     if "out" not in fields:
         (folder / "out").mkdir(exist_ok=True)
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "stage": "tuned",
         "trial": "",
         "spec": spec,
@@ -34,7 +34,7 @@ def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) 
         "workers": 1,
         "started": 0.0,
     }
-    return Job(**{**given, **fields})
+    return Job(**{**defaults, **fields})
 
 
 def rows_at(folder: Path, rows: list[dict[str, Any]], label: bool | None = None) -> RowSource:

@@ -22,22 +22,22 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.history: dict[str, list[dict[str, Any]]] = {}
         """History rows by run id."""
-        self.begun: set[str] = set()
+        self.started: set[str] = set()
 
     @property
     def environment(self) -> dict[str, str]:
         address = f"http://127.0.0.1:{self.server_port}"
         return {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
 
-    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+    def respond(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         name = str(variables.get("name"))
         rows = self.history.setdefault(name, [])
         if "query RunResumeStatus" in query:
-            bucket = self._resumed(name, rows) if name in self.begun else None
+            bucket = self._resumed(name, rows) if name in self.started else None
             return {"model": {**PROJECT, "bucket": bucket}}
         if "mutation UpsertBucket" in query:
-            new = name not in self.begun
-            self.begun.add(name)
+            new = name not in self.started
+            self.started.add(name)
             bucket = {"id": name, "name": name, "displayName": name, "config": "{}", "historyLineCount": len(rows)}
             return {"upsertBucket": {"bucket": {**bucket, "project": PROJECT}, "inserted": new}}
         if "CreateRunFiles" in query:
@@ -67,15 +67,15 @@ class Handler(BaseHTTPRequestHandler):
             chunk = (body.get("files") or {}).get("wandb-history.jsonl", {"offset": len(rows), "content": []})
             begin = chunk["offset"]
             rows[begin : begin + len(chunk["content"])] = map(json.loads, chunk["content"])
-            answer: dict[str, Any] = {}
+            response: dict[str, Any] = {}
         else:
-            answer = {"data": self.server.answer(body.get("query", ""), body.get("variables") or {})}
-        told = json.dumps(answer).encode()
+            response = {"data": self.server.respond(body.get("query", ""), body.get("variables") or {})}
+        content = json.dumps(response).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(told)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(told)
+        self.wfile.write(content)
 
 
 @contextmanager

@@ -54,9 +54,9 @@ class Workspace:
     def run(self) -> Path:
         return self.store / "runs" / "small"
 
-    def write(self, change: Callable[[dict], None] = lambda experiment: None) -> Path:
+    def write(self, edit: Callable[[dict], None] = lambda experiment: None) -> Path:
         experiment = yaml.safe_load(TEXT.replace("e-3", ".0e-3"))  # PyYAML's loader reads 2e-3 as a string
-        change(experiment)
+        edit(experiment)
         self.file.write_text(yaml.safe_dump(experiment, sort_keys=False))
         return self.file
 
@@ -103,13 +103,13 @@ class Workspace:
 
 
 def wait_for(
-    happened: Callable[[], object], seconds: float = 120, process: subprocess.Popen[str] | None = None
+    condition: Callable[[], object], seconds: float = 120, process: subprocess.Popen[str] | None = None
 ) -> None:
     end = time.time() + seconds
-    while not happened():
+    while not condition():
         if process is not None and process.poll() is not None:
-            raise AssertionError(f"ended too early:\n{process.stdout.read()}\n{process.stderr.read()}")
-        assert time.time() < end, "waited too long"
+            raise AssertionError(f"the process ended too early:\n{process.stdout.read()}\n{process.stderr.read()}")
+        assert time.time() < end, f"the condition was not met after {seconds} s"
         time.sleep(0.05)
 
 

@@ -19,8 +19,8 @@ from tunery.store.rows import Row
 
 
 def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
-    bad: list[Quarantined] = []
-    return list(read_source(Dataset(kind="dataset", source=name), folder, bad.append)), bad
+    quarantined: list[Quarantined] = []
+    return list(read_source(Dataset(kind="dataset", source=name), folder, quarantined.append)), quarantined
 
 
 TOOLS = [
@@ -49,8 +49,8 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_null_fields_added_by_arrow_are_removed(ending: str, tmp_path: Path) -> None:
     write(tmp_path / f"a.{ending}", [RECORD])
-    (row,), bad = read(tmp_path, f"a.{ending}")
-    assert not bad
+    (row,), quarantined = read(tmp_path, f"a.{ending}")
+    assert not quarantined
     assert json.loads(row["tools"]) == TOOLS
     assert json.loads(row["messages"][1]["tool_calls"]) == CALLS
     assert row["messages"][1]["weight"] == 0.0
@@ -77,17 +77,17 @@ def test_nulls_in_json_text_are_kept(tmp_path: Path) -> None:
 
 def test_arrow_map_becomes_an_object(tmp_path: Path) -> None:
     function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
-    turn = pa.struct(
+    message = pa.struct(
         [("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(pa.struct([("function", function)])))]
     )
-    twice = [("x", "1"), ("x", "2")]
+    duplicate_keys = [("x", "1"), ("x", "2")]
     messages = [
         [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
-        for arguments in ([("x", "1")], twice)
+        for arguments in ([("x", "1")], duplicate_keys)
     ]
-    table = pa.Table.from_pydict({"messages": messages}, pa.schema([("messages", pa.list_(turn))]))
+    table = pa.Table.from_pydict({"messages": messages}, pa.schema([("messages", pa.list_(message))]))
     pq.write_table(table, tmp_path / "a.parquet")
-    (row,), bad = read(tmp_path, "a.parquet")
+    (row,), quarantined = read(tmp_path, "a.parquet")
     assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": "1"}
-    assert [line.line for line in bad] == [2]
-    assert bad[0].reason.startswith("messages can't be read: ")
+    assert [line.line for line in quarantined] == [2]
+    assert quarantined[0].reason.startswith("messages can't be read: ")

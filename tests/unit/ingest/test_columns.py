@@ -17,12 +17,12 @@ from tunery.store.rows import Row, row_format
 
 SYSTEM = {"role": "system", "content": "s"}
 Q, A, B = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
-HUMAN, GPT, OTHER = ({"from": who, "value": text} for who, text in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
+HUMAN, GPT, OTHER = ({"from": role, "value": text} for role, text in (("human", "q"), ("gpt", "a"), ("gpt", "b")))
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-CALLING = {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}
-CALLING_1 = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id": "1", **CALL}])}
-RESULT, ANSWER = {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"}
+TOOL_CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALL_MESSAGE = {"role": "assistant", "content": "", "tool_calls": json.dumps([TOOL_CALL])}
+CALL_MESSAGE_WITH_ID = {"role": "assistant", "content": "", "tool_calls": json.dumps([{"id": "1", **TOOL_CALL}])}
+TOOL_RESULT, FINAL_RESPONSE = {"role": "tool", "content": "2"}, {"role": "assistant", "content": "two"}
 PAIR: Row = {"messages": [Q, A], "rejected": [B]}
 
 RECORDS: dict[str, tuple[dict[str, Any], Row, str]] = {
@@ -42,7 +42,7 @@ RECORDS: dict[str, tuple[dict[str, Any], Row, str]] = {
             ],
             "tools": json.dumps(TOOLS),
         },
-        {"messages": [Q, CALLING, RESULT, ANSWER], "tools": json.dumps(TOOLS)},
+        {"messages": [Q, CALL_MESSAGE, TOOL_RESULT, FINAL_RESPONSE], "tools": json.dumps(TOOLS)},
         "conversation",
     ),
     "OpenAI with tools": (
@@ -62,7 +62,10 @@ RECORDS: dict[str, tuple[dict[str, Any], Row, str]] = {
             ],
             "tools": TOOLS,
         },
-        {"messages": [SYSTEM, Q, CALLING_1, {**RESULT, "tool_call_id": "1"}, ANSWER], "tools": json.dumps(TOOLS)},
+        {
+            "messages": [SYSTEM, Q, CALL_MESSAGE_WITH_ID, {**TOOL_RESULT, "tool_call_id": "1"}, FINAL_RESPONSE],
+            "tools": json.dumps(TOOLS),
+        },
         "conversation",
     ),
     "messages as JSON text": ({"messages": json.dumps([Q, A])}, {"messages": [Q, A]}, "conversation"),
@@ -117,7 +120,7 @@ def read(record: dict[str, Any], folder: Path, **fields: Any) -> Row:
     return row
 
 
-def everything(row: Row) -> Row:
+def all_content(row: Row) -> Row:
     return {**content(row), **{name: row[name] for name in ("label", "tools") if row.get(name) is not None}}
 
 
@@ -125,7 +128,7 @@ def everything(row: Row) -> Row:
 def test_record_is_converted_to_the_row_schema(name: str, tmp_path: Path) -> None:
     record, row, expected_format = RECORDS[name]
     converted = read(record, tmp_path)
-    assert everything(converted) == row
+    assert all_content(converted) == row
     assert row_format(converted) == expected_format
 
 
@@ -145,7 +148,7 @@ def test_record_is_converted_to_the_row_schema(name: str, tmp_path: Path) -> Non
     ],
 )
 def test_every_column_role_can_be_configured(columns: Any, record: Any, row: Row, tmp_path: Path) -> None:
-    assert everything(read(record, tmp_path, columns=columns)) == row
+    assert all_content(read(record, tmp_path, columns=columns)) == row
 
 
 @pytest.mark.parametrize(

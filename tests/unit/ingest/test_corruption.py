@@ -36,7 +36,7 @@ WORDS = [
 ]
 
 
-MakeRows = Callable[[int], list[Row]]
+RowFactory = Callable[[int], list[Row]]
 
 
 def sentence(number: int, length: int = 14) -> str:
@@ -67,8 +67,8 @@ def content(row: Row) -> str:
     return text
 
 
-def of_kind(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
-    """(original, corrupted) contents of the rows with this kind of corruption."""
+def corrupted_pairs(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
+    """Corrupt all rows; return (original, corrupted) contents of those with this kind of corruption."""
     corrupted = corrupt(rows, 1.0, seed=3)
     return [
         (content(old), content(new))
@@ -77,13 +77,13 @@ def of_kind(kind: str, rows: list[Row]) -> list[tuple[str, str]]:
     ]
 
 
-BOTH = pytest.mark.parametrize("make", [text_rows, chat_rows])
+TEXTS_AND_CHATS = pytest.mark.parametrize("make_rows", [text_rows, chat_rows])
 
 
-@BOTH
+@TEXTS_AND_CHATS
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.333, 1.0])
-def test_share_is_exact_and_planted_marks_the_corrupted_rows(make: MakeRows, share: float) -> None:
-    rows = make(101)
+def test_share_is_exact_and_corrupted_rows_are_marked(make_rows: RowFactory, share: float) -> None:
+    rows = make_rows(101)
     corrupted = corrupt(rows, share, seed=0)
     assert len(corrupted) == len(rows)
     assert sum(row["injected_corruption"] != "" for row in corrupted) == round(share * 101)
@@ -92,21 +92,21 @@ def test_share_is_exact_and_planted_marks_the_corrupted_rows(make: MakeRows, sha
         assert new["injected_corruption"] in ("", *KINDS)
 
 
-@BOTH
-def test_kinds_get_equal_shares(make: MakeRows) -> None:
-    kinds = Counter(row["injected_corruption"] for row in corrupt(make(203), 0.5, seed=1))
+@TEXTS_AND_CHATS
+def test_kinds_get_equal_shares(make_rows: RowFactory) -> None:
+    kinds = Counter(row["injected_corruption"] for row in corrupt(make_rows(203), 0.5, seed=1))
     counts = [kinds[kind] for kind in KINDS]
     assert max(counts) - min(counts) <= 1
 
 
-def test_single_damaged_row_is_not_always_of_the_same_kind() -> None:
+def test_kind_of_a_single_corrupted_row_depends_on_the_seed() -> None:
     kinds = {row["injected_corruption"] for seed in range(40) for row in corrupt(text_rows(10), 0.1, seed)}
     assert kinds == {"", *KINDS}
 
 
-@BOTH
-def test_only_the_content_changes(make: MakeRows) -> None:
-    rows = make(60)
+@TEXTS_AND_CHATS
+def test_only_the_content_changes(make_rows: RowFactory) -> None:
+    rows = make_rows(60)
     for old, new in zip(rows, corrupt(rows, 0.6, seed=5), strict=True):
         assert set(new) == {*old, "injected_corruption"}
         assert new["group"] == old["group"]
@@ -115,15 +115,15 @@ def test_only_the_content_changes(make: MakeRows) -> None:
             assert new["messages"][-1]["role"] == "assistant"
 
 
-@BOTH
-def test_given_rows_are_not_changed(make: MakeRows) -> None:
-    rows = make(60)
+@TEXTS_AND_CHATS
+def test_input_rows_are_not_modified(make_rows: RowFactory) -> None:
+    rows = make_rows(60)
     before = copy.deepcopy(rows)
     corrupt(rows, 1.0, seed=5)
     assert rows == before
 
 
-def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+def test_corruption_depends_on_the_seed_only() -> None:
     rows = chat_rows(80)
     assert corrupt(rows, 0.3, seed=7) == corrupt(rows, 0.3, seed=7)
     assert corrupt(rows, 0.3, seed=7) != corrupt(rows, 0.3, seed=8)
@@ -156,38 +156,38 @@ def test_result_does_not_depend_on_the_hash_seed() -> None:
     assert json.loads(results[0]) == corrupt(rows, 0.5, 11)
 
 
-@BOTH
-def test_shuffled_rows_have_the_same_words_and_the_same_layout(make: MakeRows) -> None:
-    rows = make(80)
-    pairs = of_kind("shuffled", rows)
+@TEXTS_AND_CHATS
+def test_shuffled_rows_have_the_same_words_and_the_same_layout(make_rows: RowFactory) -> None:
+    rows = make_rows(80)
+    pairs = corrupted_pairs("shuffled", rows)
     assert pairs
     for old, new in pairs:
         assert sorted(old.split()) == sorted(new.split())
     lines = [{"text": f" one {number}\n\n  two three\n- four five\n"} for number in range(40)]
-    for old, new in of_kind("shuffled", lines):
+    for old, new in corrupted_pairs("shuffled", lines):
         assert re.findall(r"\s+", old) == re.findall(r"\s+", new)
 
 
 def test_swapped_responses_come_from_another_row() -> None:
     rows = chat_rows(80)
     responses = {content(row) for row in rows}
-    pairs = of_kind("swapped", rows)
+    pairs = corrupted_pairs("swapped", rows)
     assert pairs
     assert all(new in responses and new != old for old, new in pairs)
 
 
-def test_swapped_texts_keep_their_first_half_and_end_as_another_row_does() -> None:
+def test_swapped_texts_keep_their_first_half_and_end_like_another_row() -> None:
     rows = text_rows(80)
-    pairs = of_kind("swapped", rows)
+    pairs = corrupted_pairs("swapped", rows)
     assert pairs
     for old, new in pairs:
         assert new.startswith(old[: len(old) * 3 // 10])
         assert any(new.endswith(content(row)[-20:]) for row in rows if content(row) != old)
 
 
-@BOTH
-def test_cut_rows_stop_within_a_word_at_a_fifth_to_three_fifths(make: MakeRows) -> None:
-    pairs = of_kind("cut", make(80))
+@TEXTS_AND_CHATS
+def test_cut_rows_stop_within_a_word_at_a_fifth_to_three_fifths(make_rows: RowFactory) -> None:
+    pairs = corrupted_pairs("cut", make_rows(80))
     assert pairs
     for old, new in pairs:
         assert old.startswith(new)
@@ -196,9 +196,9 @@ def test_cut_rows_stop_within_a_word_at_a_fifth_to_three_fifths(make: MakeRows) 
         assert old[len(new)].isalnum()
 
 
-@BOTH
-def test_repeated_rows_repeat_one_phrase_up_to_about_the_original_length(make: MakeRows) -> None:
-    pairs = of_kind("repeated", make(80))
+@TEXTS_AND_CHATS
+def test_repeated_rows_repeat_one_phrase_up_to_about_the_original_length(make_rows: RowFactory) -> None:
+    pairs = corrupted_pairs("repeated", make_rows(80))
     assert pairs
     for old, new in pairs:
         words = new.split()
@@ -208,7 +208,7 @@ def test_repeated_rows_repeat_one_phrase_up_to_about_the_original_length(make: M
         assert 0.9 * len(old) <= len(new) <= 2 * len(old)
 
 
-def test_rows_too_short_for_a_kind_get_one_that_fits() -> None:
+def test_rows_too_short_for_a_kind_get_another_kind() -> None:
     rows: list[Row] = [{"messages": [{"role": "assistant", "content": word}]} for word in ("y", "n") * 20]
     corrupted = corrupt(rows, 1.0, seed=2)
     kinds = Counter(row["injected_corruption"] for row in corrupted)

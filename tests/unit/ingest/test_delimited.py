@@ -12,8 +12,8 @@ from tunery.store.rows import Row
 
 
 def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
-    bad: list[Quarantined] = []
-    return list(read_source(Dataset(kind="dataset", source=name), folder, bad.append)), bad
+    quarantined: list[Quarantined] = []
+    return list(read_source(Dataset(kind="dataset", source=name), folder, quarantined.append)), quarantined
 
 
 @pytest.mark.parametrize("delimiter", [";", ",", "\t", "|", "^", "~", "§"])
@@ -27,17 +27,17 @@ def test_first_line_may_set_the_delimiter(delimiter: str, hint: str, ending: str
     if delimiter in ",;":
         lines[-1] = f'q{delimiter}"a,;"'
     (tmp_path / f"a.{ending}").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
-    (row,), bad = read(tmp_path, f"a.{ending}")
-    assert not bad
-    assert [turn["content"] for turn in row["messages"]] == ["q", "a,;"]
+    (row,), quarantined = read(tmp_path, f"a.{ending}")
+    assert not quarantined
+    assert [message["content"] for message in row["messages"]] == ["q", "a,;"]
     assert row["line"] == 3
 
 
 def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('sep=;\n\nquestion;answer\nq;"two\nlines"\nq;\nq;a\n')
-    rows, bad = read(tmp_path, "a.csv")
+    rows, quarantined = read(tmp_path, "a.csv")
     assert [row["line"] for row in rows] == [4, 7]
-    assert [(line.line, line.reason) for line in bad] == [(6, "response is missing")]
+    assert [(line.line, line.reason) for line in quarantined] == [(6, "response is missing")]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,6 @@ def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> No
 )
 def test_delimiter_is_detected_from_the_header_otherwise(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(content)
-    (row,), bad = read(tmp_path, "a.csv")
-    assert not bad
+    (row,), quarantined = read(tmp_path, "a.csv")
+    assert not quarantined
     assert row["messages"][1]["content"] == "sep=,"

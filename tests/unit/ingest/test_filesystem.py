@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from reading import dataset, make
+from reading import build_dataset, dataset
 
 from tunery.errors import RequestError, StageError
 from tunery.ingest import filesystem
@@ -27,8 +27,8 @@ from tunery.ingest.sources import BadSource, source_identity
 from tunery.store.rows import read_rows
 
 
-def row(answer: str) -> str:
-    return json.dumps({"question": "q", "answer": answer}) + "\n"
+def row(response: str) -> str:
+    return json.dumps({"question": "q", "answer": response}) + "\n"
 
 
 def write_files(folder: Path, *names: str) -> None:
@@ -86,7 +86,7 @@ def test_configured_format_overrides_the_ending(tmp_path: Path) -> None:
 
 def test_many_files_are_one_dataset(tmp_path: Path) -> None:
     write_files(tmp_path, *(f"data/{n:04}.jsonl" for n in range(600)))
-    result, out = make(tmp_path, "out", dataset("data/*.jsonl"))
+    result, out = build_dataset(tmp_path, "out", dataset("data/*.jsonl"))
     assert result.facts["rows"] == 600
     assert [row["source"] for row in read_rows(out)] == [f"data/{n:04}.jsonl" for n in range(600)]
 
@@ -107,19 +107,19 @@ def test_file_without_read_permission_is_an_error_before_the_run(
 def test_disk_error_while_reading_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, "a.jsonl")
 
-    class Failing:
+    class FailingFile:
         def read(self, size: int) -> bytes:
             raise OSError(5, "Input/output error")
 
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(filesystem, "_open_raw", lambda file: Failing())
+    monkeypatch.setattr(filesystem, "_open_raw", lambda file: FailingFile())
     with pytest.raises(StageError, match="Input/output error"):
-        make(tmp_path, "out", dataset())
+        build_dataset(tmp_path, "out", dataset())
 
 
-# Saved by Hugging Face's datasets.
+# Datasets saved with Hugging Face's library.
 
 
 def test_saved_dataset_is_read_in_order(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_saved_dataset_with_several_splits_requires_hub_split(tmp_path: Path) ->
     assert test_row["text"] == "test"
 
 
-# S3, from a server with the part of its API that reading needs.
+# S3, from a server that implements the part of its API that reading uses.
 
 
 class Bucket(BaseHTTPRequestHandler):
@@ -215,9 +215,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Bucket]]:
     server.server_close()
 
 
-def as_parquet(*answers: str) -> bytes:
+def as_parquet(*responses: str) -> bytes:
     out = pa.BufferOutputStream()
-    pq.write_table(pa.table({"question": ["q"] * len(answers), "answer": list(answers)}), out)
+    pq.write_table(pa.table({"question": ["q"] * len(responses), "answer": list(responses)}), out)
     return bytes(out.getvalue().to_pybytes())
 
 
@@ -256,7 +256,7 @@ def test_remote_file_without_permission_fails_the_stage(bucket: type[Bucket], tm
     with pytest.raises(BadSource, match=r"s3://b/one.jsonl"):
         validate_source(dataset("s3://b/one.jsonl"), tmp_path)
     with pytest.raises(StageError, match=r"s3://b/one.jsonl"):
-        make(tmp_path, "out", dataset("s3://b/one.jsonl"))
+        build_dataset(tmp_path, "out", dataset("s3://b/one.jsonl"))
 
 
 def test_unreachable_server_is_an_error_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_unreachable_server_is_an_error_within_seconds(tmp_path: Path, monkeypat
         source_identity(dataset("s3://b/one.jsonl"), tmp_path)
 
 
-def test_google_cloud_storage_is_read_through_its_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_google_cloud_storage_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, "bucket/a.jsonl", "bucket/deep/b.jsonl")
     local = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
     monkeypatch.setattr(filesystem, "_remote_filesystem", {"gs://": local}.__getitem__)
@@ -279,12 +279,13 @@ def test_google_cloud_storage_is_read_through_its_file_system(tmp_path: Path, mo
     assert [file.name for file in find("gs://bucket/*.jsonl", tmp_path)] == ["gs://bucket/a.jsonl"]
 
 
-# The hub.
+# Hugging Face hub.
 
 
 def test_hub_dataset_is_read_by_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.TORCH_AVAILABLE", False)  # else it imports torch, for five seconds
+    # Otherwise the library imports torch, which takes five seconds.
+    monkeypatch.setattr("datasets.config.TORCH_AVAILABLE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # The library accepts a folder instead of a hub name: the same code without a network.
     write_files(tmp_path, "rows/train.jsonl", "rows/test.jsonl")
@@ -307,7 +308,7 @@ def test_hub_without_a_network_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RequestError, match="hub:org/name"):
         source_identity(stage, tmp_path)
     with pytest.raises(StageError, match="hub:org/name"):
-        make(tmp_path, "out", stage)
+        build_dataset(tmp_path, "out", stage)
 
 
 def test_identity_of_a_hub_dataset_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,18 +24,18 @@ from tunery.store.rows import (
 )
 
 QUESTION = {"role": "user", "content": "q"}
-ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}
-CALLS = json.dumps([{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}])
+RESPONSE: dict[str, Any] = {"role": "assistant", "content": "a"}
+TOOL_CALLS = json.dumps([{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}])
 FULL: list[dict[str, Any]] = [
     {**QUESTION, "name": "ann"},
-    {**ANSWER, "content": "", "tool_calls": CALLS, "reasoning_content": "think", "weight": 0.0},
+    {**RESPONSE, "content": "", "tool_calls": TOOL_CALLS, "reasoning_content": "think", "weight": 0.0},
     {"role": "tool", "content": "", "name": "f", "tool_call_id": "c1"},
-    {**ANSWER, "reasoning_content": "because", "weight": 0.5},
+    {**RESPONSE, "reasoning_content": "because", "weight": 0.5},
 ]
 
 
-def without_nulls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+def without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 def test_all_message_fields_survive_the_store(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_all_message_fields_survive_the_store(tmp_path: Path) -> None:
 
 
 def test_optional_fields_change_the_row_id_and_nulls_do_not() -> None:
-    plain: Row = {"messages": [QUESTION, ANSWER]}
+    plain: Row = {"messages": [QUESTION, RESPONSE]}
     fields: list[dict[str, Any]] = [
         {"reasoning_content": "because"},
         {"weight": 0},
@@ -56,24 +56,24 @@ def test_optional_fields_change_the_row_id_and_nulls_do_not() -> None:
         {"name": "x"},
         {"tool_call_id": "x"},
     ]
-    ids = {row_id(plain), *(row_id({"messages": [QUESTION, {**ANSWER, **more}]}) for more in fields)}
+    ids = {row_id(plain), *(row_id({"messages": [QUESTION, {**RESPONSE, **field}]}) for field in fields)}
     assert len(ids) == 7
-    nulls = {"messages": [{**turn, **dict.fromkeys(OPTIONAL_MESSAGE_FIELDS)} for turn in (QUESTION, ANSWER)]}
+    nulls = {"messages": [{**message, **dict.fromkeys(OPTIONAL_MESSAGE_FIELDS)} for message in (QUESTION, RESPONSE)]}
     assert row_id(nulls) == row_id(plain) == "2dbc5682d0d34079"
 
 
-def test_id_is_the_same_before_and_after_the_store(tmp_path: Path) -> None:
-    row: Row = {"messages": [QUESTION, {**ANSWER, "weight": 1, "reasoning_content": "be\u0301cause \n"}]}
+def test_row_id_is_unchanged_by_the_store(tmp_path: Path) -> None:
+    row: Row = {"messages": [QUESTION, {**RESPONSE, "weight": 1, "reasoning_content": "be\u0301cause \n"}]}
     write_rows([row], tmp_path)
     (read,) = read_rows(tmp_path)
     assert row_id(read) == row_id(row)
-    composed = {"messages": [QUESTION, {**ANSWER, "weight": 1, "reasoning_content": "b\u00e9cause"}]}
+    composed = {"messages": [QUESTION, {**RESPONSE, "weight": 1, "reasoning_content": "b\u00e9cause"}]}
     assert row_id(composed) == row_id(row)
 
 
-def test_reasoning_counts_for_the_size_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_bytes_include_reasoning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SHARD_BYTES", 100)
-    rows = [{"id": "0" * 16, "messages": [QUESTION, {**ANSWER, "reasoning_content": "x" * 60}]} for _ in range(3)]
+    rows = [{"id": "0" * 16, "messages": [QUESTION, {**RESPONSE, "reasoning_content": "x" * 60}]} for _ in range(3)]
     write_rows(rows, tmp_path)
     assert [pq.read_metadata(path).num_rows for path in shards(tmp_path)] == [1, 1, 1]
 
@@ -81,12 +81,12 @@ def test_reasoning_counts_for_the_size_of_a_shard(tmp_path: Path, monkeypatch: p
 def test_tables_without_the_optional_fields_can_be_written(tmp_path: Path) -> None:
     older = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())]))
     fields = [pa.field(field.name, older if field.type == MESSAGES else field.type) for field in store.SCHEMA]
-    table = pa.Table.from_pylist([{"id": "0" * 16, "messages": [QUESTION, ANSWER]}], pa.schema(fields))
+    table = pa.Table.from_pylist([{"id": "0" * 16, "messages": [QUESTION, RESPONSE]}], pa.schema(fields))
     assert write_tables([table], tmp_path) == 1
 
 
 def test_corrupted_response_keeps_its_other_fields() -> None:
-    answer = {**ANSWER, "content": "one two three four five six", "reasoning_content": "because", "weight": 0.5}
-    (row,) = corrupt([{"messages": [QUESTION, answer]}], 1.0, 0)
+    response = {**RESPONSE, "content": "one two three four five six", "reasoning_content": "because", "weight": 0.5}
+    (row,) = corrupt([{"messages": [QUESTION, response]}], 1.0, 0)
     assert row["injected_corruption"]
-    assert row["messages"][-1] == {**answer, "content": row["messages"][-1]["content"]}
+    assert row["messages"][-1] == {**response, "content": row["messages"][-1]["content"]}

@@ -9,7 +9,7 @@ from typing import Any
 import openpyxl
 import pytest
 from pydantic import ValidationError
-from reading import make
+from reading import build_dataset
 
 from tunery.errors import SpecErrors
 from tunery.ingest.formats.record import InvalidRow
@@ -28,10 +28,10 @@ FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 def read(folder: Path, *records: dict[str, Any], **fields: Any) -> tuple[list[Row], list[str], dict[str, int]]:
     """Return the rows, the reasons in the quarantine, and the counts of ignored columns."""
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    bad: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     counts = ReadCounts()
-    rows = list(read_source(Dataset(kind="dataset", source="a.jsonl", **fields), folder, bad.append, counts))
-    return rows, [f"{line.line}: {line.reason}" for line in bad], dict(counts.ignored)
+    rows = list(read_source(Dataset(kind="dataset", source="a.jsonl", **fields), folder, quarantined.append, counts))
+    return rows, [f"{line.line}: {line.reason}" for line in quarantined], dict(counts.ignored)
 
 
 def read_messages(*given: dict[str, Any]) -> list[Any]:
@@ -39,8 +39,8 @@ def read_messages(*given: dict[str, Any]) -> list[Any]:
 
 
 def calls_of(**message: Any) -> list[Any]:
-    (turn,) = read_messages({"role": "assistant", **message})
-    calls: list[Any] = json.loads(turn["tool_calls"])
+    (result,) = read_messages({"role": "assistant", **message})
+    calls: list[Any] = json.loads(result["tool_calls"])
     return calls
 
 
@@ -49,18 +49,18 @@ def calls_of(**message: Any) -> list[Any]:
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("form", [("role", "assistant", "content"), ("from", "gpt", "value")])
-def test_reasoning_of_an_assistant_is_kept_under_each_of_its_names(key: str, form: tuple[str, str, str]) -> None:
+def test_reasoning_is_read_from_each_of_its_keys(key: str, form: tuple[str, str, str]) -> None:
     role, name, content = form
-    (turn,) = read_messages({role: name, key: "because", content: "a"})
-    assert turn == {**A, "reasoning_content": "because"}
+    (message,) = read_messages({role: name, key: "because", content: "a"})
+    assert message == {**A, "reasoning_content": "because"}
 
 
 def test_message_may_have_reasoning_and_tool_calls_without_content() -> None:
     call = {"name": "f", "arguments": {}}
     for content in ({}, {"content": None}, {"content": " "}):
-        (turn,) = read_messages({"role": "assistant", "reasoning": "because", "tool_calls": [call], **content})
-        assert (turn["content"], turn["reasoning_content"]) == ("", "because")
-        assert json.loads(turn["tool_calls"]) == [{"type": "function", "function": call}]
+        (message,) = read_messages({"role": "assistant", "reasoning": "because", "tool_calls": [call], **content})
+        assert (message["content"], message["reasoning_content"]) == ("", "because")
+        assert json.loads(message["tool_calls"]) == [{"type": "function", "function": call}]
     assert read_messages({"role": "assistant", "reasoning": "because", "content": ""})[0]["content"] == ""
 
 
@@ -104,8 +104,8 @@ def test_reasoning_column_is_added_to_the_response(tmp_path: Path) -> None:
     ],
 )
 def test_weight_of_an_assistant_message_is_kept(given: dict[str, Any], weight: float | None) -> None:
-    (turn,) = read_messages({**A, **given})
-    assert turn.get("weight") == weight
+    (message,) = read_messages({**A, **given})
+    assert message.get("weight") == weight
 
 
 @pytest.mark.parametrize("weight", ["x", "1", -1, float("nan"), float("inf"), 10**400, [1]])
@@ -139,27 +139,33 @@ def test_nonzero_weight_of_other_messages_is_ignored_and_counted(tmp_path: Path)
 )
 def test_history_is_added_before_the_prompt_in_order(history: Any, tmp_path: Path) -> None:
     contents = ["q1", "a1", "q2", "a2", "q"]
-    rows, bad, ignored = read(
+    rows, quarantined, ignored = read(
         tmp_path,
         {"instruction": "q", "input": "", "output": "a", "system": "s", "history": history},
         {"prompt": "q", "completion": "a", "system": "s", "history": history},
         {"prompt": "q", "chosen": "a", "rejected": "b", "system": "s", "history": history},
         {"prompt": "q", "system": "s", "history": history},
     )
-    assert not bad
+    assert not quarantined
     assert not ignored
-    for row, answer in zip(rows, (["a"], ["a"], ["a"], []), strict=True):
-        assert [turn["content"] for turn in row["messages"]] == ["s", *contents, *answer]
-        assert [turn["role"] for turn in row["messages"][1:6]] == ["user", "assistant", "user", "assistant", "user"]
+    for row, response in zip(rows, (["a"], ["a"], ["a"], []), strict=True):
+        assert [message["content"] for message in row["messages"]] == ["s", *contents, *response]
+        assert [message["role"] for message in row["messages"][1:6]] == [
+            "user",
+            "assistant",
+            "user",
+            "assistant",
+            "user",
+        ]
 
 
 def test_empty_history_is_omitted_and_a_malformed_one_makes_the_row_invalid(tmp_path: Path) -> None:
     alpaca = {"instruction": "q", "output": "a"}
-    nothing: list[Any] = [None, [], "", "[]"]
-    wrong: list[Any] = [[["q1"]], [["q1", "a1"], "q2"], [["q1", " "]], [["q1", 5]], {"q1": "a1"}, "earlier"]
-    rows, bad, _ = read(tmp_path, *({**alpaca, "history": history} for history in [*nothing, *wrong]))
+    empty: list[Any] = [None, [], "", "[]"]
+    malformed: list[Any] = [[["q1"]], [["q1", "a1"], "q2"], [["q1", " "]], [["q1", 5]], {"q1": "a1"}, "earlier"]
+    rows, quarantined, _ = read(tmp_path, *({**alpaca, "history": history} for history in [*empty, *malformed]))
     assert [row["messages"] for row in rows] == [[Q, A]] * 4
-    assert bad == [
+    assert quarantined == [
         "5: history[0] is not (prompt, response)",
         "6: history[1] is not (prompt, response)",
         "7: the response of history[0] is empty",
@@ -194,9 +200,9 @@ def test_empty_user_or_assistant_message_makes_the_row_invalid(role: str, calls:
 
 
 @pytest.mark.parametrize("name", [name for name, role in ROLES.items() if role != "function_call"])
-def test_known_role_is_recognised_whatever_its_case_and_white_space(name: str) -> None:
-    for messages in (name, name.upper(), f" {name.title()}\n"):
-        assert read_messages({"role": messages, "content": "x"}) == [{"role": ROLES[name], "content": "x"}]
+def test_known_role_is_recognized_in_any_case_and_with_white_space(name: str) -> None:
+    for spelling in (name, name.upper(), f" {name.title()}\n"):
+        assert read_messages({"role": spelling, "content": "x"}) == [{"role": ROLES[name], "content": "x"}]
 
 
 def test_unknown_role_is_an_error_that_names_the_field_to_set(tmp_path: Path) -> None:
@@ -221,8 +227,8 @@ def test_configured_keys_replace_the_usual_ones(tmp_path: Path) -> None:
         "roles": {"customer": "user", "agent": "assistant"},
         "message_keys": {"role": "speaker", "content": "text", "reasoning_content": "why"},
     }
-    (row,), bad, ignored = read(tmp_path, record, **fields)
-    assert (bad, ignored) == ([], {})
+    (row,), quarantined, ignored = read(tmp_path, record, **fields)
+    assert (quarantined, ignored) == ([], {})
     assert row["messages"] == [Q, {**A, "reasoning_content": "because"}]
 
 
@@ -246,7 +252,7 @@ def test_invalid_roles_and_keys_are_rejected_with_their_line(line: str, message:
 
 
 @pytest.mark.parametrize("field", ["roles", "message_keys"])
-def test_builtin_source_has_no_roles_to_name(field: str, tmp_path: Path) -> None:
+def test_roles_and_keys_of_a_builtin_source_are_rejected(field: str, tmp_path: Path) -> None:
     value = {"roles": {"bob": "user"}, "message_keys": {"role": "speaker"}}[field]
     stage = Dataset(kind="dataset", source=BUILTIN, subset="questions", **{field: value})  # type: ignore[arg-type]
     with pytest.raises(BadSource, match=field):
@@ -281,17 +287,17 @@ def test_tool_call_arguments_become_an_object_if_possible(arguments: Any, expect
     assert calls_of(tool_calls=[{"function": {"name": "f", "arguments": arguments}}]) == [call]
     assert calls_of(tool_calls={"name": "f", "arguments": arguments}) == [call]
     assert calls_of(content=None, function_call={"name": "f", "arguments": arguments}) == [call]
-    (turn,) = read_messages({"from": "function_call", "value": json.dumps({"name": "f", "arguments": arguments})})
-    assert json.loads(turn["tool_calls"]) == [call]
+    (message,) = read_messages({"from": "function_call", "value": json.dumps({"name": "f", "arguments": arguments})})
+    assert json.loads(message["tool_calls"]) == [call]
 
 
 def test_tool_result_keeps_its_name_and_tool_call_id() -> None:
     calls = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    calling, result = read_messages(
+    call_message, result = read_messages(
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "2"},
     )
-    assert json.loads(calling["tool_calls"])[0]["id"] == "c1"
+    assert json.loads(call_message["tool_calls"])[0]["id"] == "c1"
     assert result == {"role": "tool", "content": "2", "name": "f", "tool_call_id": "c1"}
 
 
@@ -302,8 +308,8 @@ def test_function_call_format_is_read(tmp_path: Path) -> None:
         {"role": "function", "name": "f", "content": "2"},
         A,
     ]
-    (row,), bad, ignored = read(tmp_path, {"messages": messages, "functions": [FUNCTION]})
-    assert (bad, ignored) == ([], {})
+    (row,), quarantined, ignored = read(tmp_path, {"messages": messages, "functions": [FUNCTION]})
+    assert (quarantined, ignored) == ([], {})
     assert row["messages"][2] == {"role": "tool", "content": "2", "name": "f"}
     assert json.loads(row["tools"]) == [{"type": "function", "function": FUNCTION}]
 
@@ -336,10 +342,10 @@ def test_bare_function_is_wrapped_as_a_tool() -> None:
 def test_multimodal_row_is_quarantined_and_a_file_of_such_rows_is_rejected(
     record: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows, bad, _ = read(tmp_path, record, {"messages": [Q, A]})
+    rows, quarantined, _ = read(tmp_path, record, {"messages": [Q, A]})
     assert len(rows) == 1
-    assert len(bad) == 1
-    assert "images, videos or audio are not supported" in bad[0]
+    assert len(quarantined) == 1
+    assert "images, videos or audio are not supported" in quarantined[0]
     read(tmp_path, record, record)
     with pytest.raises(BadSource, match="has multimodal rows") as caught:
         validate_source(Dataset(kind="dataset", source="a.jsonl"), tmp_path)
@@ -357,8 +363,8 @@ def test_multimodal_row_is_quarantined_and_a_file_of_such_rows_is_rejected(
     ],
 )
 def test_text_row_is_kept_despite_media_columns(record: dict[str, Any], tmp_path: Path) -> None:
-    rows, bad, _ = read(tmp_path, record)
-    assert (len(rows), bad) == (1, [])
+    rows, quarantined, _ = read(tmp_path, record)
+    assert (len(rows), quarantined) == (1, [])
 
 
 def test_configured_columns_read_the_text_of_rows_with_images(tmp_path: Path) -> None:
@@ -372,7 +378,7 @@ def test_configured_columns_read_the_text_of_rows_with_images(tmp_path: Path) ->
 
 
 def test_ignored_columns_and_keys_are_counted_by_rows(tmp_path: Path) -> None:
-    rows, bad, ignored = read(
+    rows, quarantined, ignored = read(
         tmp_path,
         {"messages": [{**Q, "lang": "en"}, {**A, "lang": "en"}], "topic": "x", "note": None},
         {"messages": [Q, A], "topic": "y", "note": "", "tags": []},
@@ -380,7 +386,7 @@ def test_ignored_columns_and_keys_are_counted_by_rows(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": "t"}, Q, A], "system": "s"},
         {"messages": [Q, {**A, "tool_calls": [{"index": 0, "function": {"name": "f"}}]}]},
     )
-    assert (len(rows), len(bad)) == (4, 1)
+    assert (len(rows), len(quarantined)) == (4, 1)
     assert ignored == {
         "topic": 2,
         "messages[].lang": 1,
@@ -416,7 +422,7 @@ def test_columns_without_a_name_are_counted(form: str, tmp_path: Path) -> None:
 def test_facts_list_a_bounded_number_of_ignored_columns(tmp_path: Path) -> None:
     records = [{"text": "t", "topic": "x", f"key {number}": 1} for number in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    result, _ = make(tmp_path, "out", Dataset(kind="dataset", source="a.jsonl"))
+    result, _ = build_dataset(tmp_path, "out", Dataset(kind="dataset", source="a.jsonl"))
     ignored = result.facts["ignored_columns"]
     assert ignored["topic"] == 300
     assert len(ignored) <= 101
@@ -426,8 +432,8 @@ def test_facts_list_a_bounded_number_of_ignored_columns(tmp_path: Path) -> None:
 # Review.
 
 
-def without_nulls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+def without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 @pytest.fixture
@@ -440,17 +446,17 @@ def full() -> list[Any]:
     )
 
 
-def test_reviewer_sees_the_reasoning_and_the_calls(full: list[Any], tmp_path: Path) -> None:
+def test_review_item_has_reasoning_and_tool_calls(full: list[Any], tmp_path: Path) -> None:
     write_rows([{"id": "0" * 16, "messages": full}], tmp_path)
     (row,) = read_rows(tmp_path)
     assert without_nulls(row["messages"]) == full
     assert set(row["messages"][0]) == {"role", "content", *OPTIONAL_MESSAGE_FIELDS}
     messages = ReviewItem("0" * 16, row, RowOutcome(True, {}, {})).messages
-    assert [turn["content"] for turn in messages] == [
+    assert [message["content"] for message in messages] == [
         "q",
         "Reasoning:\nt\n\nCalls f: {}",
         "",
         "Reasoning:\nbecause\n\na",
     ]
-    assert [turn["judged"] for turn in messages] == [False, False, False, True]
+    assert [message["judged"] for message in messages] == [False, False, False, True]
     assert set(messages[0]) == {"role", "content", "judged"}

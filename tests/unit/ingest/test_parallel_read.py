@@ -61,36 +61,36 @@ ReadOutcome = tuple[list[bytes], list[Quarantined], ReadCounts]
 
 
 def read_sequentially(stage: Dataset, folder: Path) -> ReadOutcome:
-    bad: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     counts = ReadCounts()
-    write_tables(as_tables(read_source(stage, folder, bad.append, counts), counts), folder / "one")
-    return [path.read_bytes() for path in shards(folder / "one")], bad, counts
+    write_tables(as_tables(read_source(stage, folder, quarantined.append, counts), counts), folder / "one")
+    return [path.read_bytes() for path in shards(folder / "one")], quarantined, counts
 
 
 def read_in_tasks(stage: Dataset, folder: Path) -> ReadOutcome:
-    bad: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     counts = ReadCounts()
     shutil.rmtree(folder / "many", ignore_errors=True)
-    write_tables(read_in_parallel(context(stage, folder), stage, bad.append, counts), folder / "many")
-    return [path.read_bytes() for path in shards(folder / "many")], bad, counts
+    write_tables(read_in_parallel(context(stage, folder), stage, quarantined.append, counts), folder / "many")
+    return [path.read_bytes() for path in shards(folder / "many")], quarantined, counts
 
 
 @given(
     st.lists(LINES, max_size=8), st.booleans(), st.booleans(), st.integers(3, 60), st.sampled_from(["jsonl", "text"])
 )
-@example([b'{"text": "a"}', b'{"text": "b"}'], True, False, 14, "jsonl")  # a span ends with a line
+@example([b'{"text": "a"}', b'{"text": "b"}'], True, False, 14, "jsonl")  # a range ends with a line
 @example([b"", b"", b""], True, False, 1, "jsonl")
 @settings(max_examples=20, derandomize=True)
 def test_byte_ranges_of_a_file_give_the_rows_of_the_file(
-    lines: list[bytes], ended: bool, marked: bool, span: int, form: str
+    lines: list[bytes], final_newline: bool, bom: bool, range_bytes: int, file_format: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
-        patch.setattr(parallel_read, "RANGE_BYTES", span)
+        patch.setattr(parallel_read, "RANGE_BYTES", range_bytes)
         folder = Path(name)
-        content = (b"\xef\xbb\xbf" if marked else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
+        content = (b"\xef\xbb\xbf" if bom else b"") + b"\n".join(lines) + (b"\n" if final_newline else b"")
         (folder / "a").write_bytes(content)
-        stage = dataset("a", format=form)
-        assert len(read_tasks(resolve_sources(stage, folder), stage)) == max(1, -(-len(content) // span))
+        stage = dataset("a", format=file_format)
+        assert len(read_tasks(resolve_sources(stage, folder), stage)) == max(1, -(-len(content) // range_bytes))
         assert read_in_tasks(stage, folder) == read_sequentially(stage, folder)
 
 
@@ -125,13 +125,13 @@ def test_finished_tasks_are_not_read_again(tmp_path: Path, monkeypatch: pytest.M
     run_read_task = parallel_read.run_read_task
     started: list[str] = []
 
-    def dies(task: Any, stage: Dataset, out: Path) -> int:
+    def interrupt_second_task(task: Any, stage: Dataset, out: Path) -> int:
         started.append(out.name)
         if len(started) == 2:
             raise KeyboardInterrupt
         return run_read_task(task, stage, out)
 
-    monkeypatch.setattr(parallel_read, "run_read_task", dies)
+    monkeypatch.setattr(parallel_read, "run_read_task", interrupt_second_task)
     with pytest.raises(KeyboardInterrupt):
         read_in_tasks(stage, tmp_path)
     outcome = read_in_tasks(stage, tmp_path)
@@ -142,8 +142,8 @@ def test_finished_tasks_are_not_read_again(tmp_path: Path, monkeypatch: pytest.M
 def test_unavailable_file_is_reported_by_the_actor(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     stage = dataset("a.jsonl")
-    gone = dataclasses.replace(local_file(tmp_path / "a.jsonl", tmp_path), path=str(tmp_path / "b.jsonl"))
-    results = ReadActor(stage)({"task": [pickle.dumps(gone)], "out": [str(tmp_path / "task")]})
+    missing = dataclasses.replace(local_file(tmp_path / "a.jsonl", tmp_path), path=str(tmp_path / "b.jsonl"))
+    results = ReadActor(stage)({"task": [pickle.dumps(missing)], "out": [str(tmp_path / "task")]})
     assert results["rows"] == [0]
     assert "No such file" in results["failed"][0]
     assert not (tmp_path / "task").exists()
@@ -153,19 +153,19 @@ def test_line_numbers_count_from_the_start_of_the_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(parallel_read, "RANGE_BYTES", 16)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}')
     stage = dataset("a.jsonl")
-    bad: list[Quarantined] = []
-    tables = list(read_in_parallel(context(stage, tmp_path), stage, bad.append, ReadCounts()))
+    quarantined: list[Quarantined] = []
+    tables = list(read_in_parallel(context(stage, tmp_path), stage, quarantined.append, ReadCounts()))
     assert pa.concat_tables(tables)["line"].to_pylist() == [1, 3, 5]
-    assert [line.line for line in bad] == [4]
+    assert [line.line for line in quarantined] == [4]
 
 
 def test_failed_task_raises_unavailable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     stage = dataset("a.jsonl")
 
-    def fails(*_: Any) -> int:
+    def fail(*_: Any) -> int:
         raise UnavailableFile("`a.jsonl`: no network")
 
-    monkeypatch.setattr(parallel_read, "run_read_task", fails)
+    monkeypatch.setattr(parallel_read, "run_read_task", fail)
     with pytest.raises(UnavailableFile, match="no network"):
         read_in_tasks(stage, tmp_path)

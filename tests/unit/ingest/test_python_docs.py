@@ -60,23 +60,23 @@ def test_rows_do_not_depend_on_the_hash_seed_or_the_environment(tmp_path: Path) 
         "print(digest.hexdigest())"
     )
     folder = str(tmp_path)
-    elsewhere = {"HOME": folder, "TMPDIR": folder, "LANG": "C", "TZ": "Asia/Tokyo", "COLUMNS": "40"}
+    environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C", "TZ": "Asia/Tokyo", "COLUMNS": "40"}
     digest = hashlib.sha256()
     for subset in SUBSETS:
         for row in all_rows(subset):
             digest.update(json.dumps(row).encode())
     assert run_python(code, PYTHONHASHSEED="1") == digest.hexdigest()
-    assert run_python(code, PYTHONHASHSEED="2", **elsewhere) == digest.hexdigest()
+    assert run_python(code, PYTHONHASHSEED="2", **environment) == digest.hexdigest()
 
 
 def test_corpus_has_thousands_of_objects_and_the_language_reference() -> None:
-    objects = [thing for thing in documented_objects() if thing.kind != "topic"]
-    topics = [thing for thing in documented_objects() if thing.kind == "topic"]
+    objects = [item for item in documented_objects() if item.kind != "topic"]
+    topics = [item for item in documented_objects() if item.kind == "topic"]
     assert len(objects) > 3000
-    assert sum(len(thing.doc) for thing in objects) > 600_000
+    assert sum(len(item.doc) for item in objects) > 600_000
     assert len(topics) > 60
     assert sum(len(topic.doc) for topic in topics) > 300_000
-    kinds = Counter(thing.kind for thing in objects)
+    kinds = Counter(item.kind for item in objects)
     assert set(kinds) == {"module", "class", "function", "method", "property"}
     assert min(kinds.values()) > 100
 
@@ -95,25 +95,25 @@ def test_corpus_has_thousands_of_objects_and_the_language_reference() -> None:
     ],
 )
 def test_objects_have_their_usual_names(name: str, kind: str, signature: str | None) -> None:
-    thing = next(thing for thing in documented_objects() if thing.name == name)
-    assert thing.kind == kind
-    assert signature is None or thing.signature == signature
+    item = next(item for item in documented_objects() if item.name == name)
+    assert item.kind == kind
+    assert signature is None or item.signature == signature
 
 
 def test_names_are_public_and_unique() -> None:
-    names = [thing.name for thing in documented_objects()]
+    names = [item.name for item in documented_objects()]
     assert names == sorted(set(names))
     parts = [part for name in names if not name.startswith("topic:") for part in name.split(".")]
     assert not [part for part in parts if part.startswith("_") and not part.endswith("__")]
 
 
 def test_no_two_objects_share_a_docstring() -> None:
-    docs = Counter(normalised(thing.doc) for thing in documented_objects())
+    docs = Counter(normalised(item.doc) for item in documented_objects())
     assert docs.most_common(1)[0][1] == 1
 
 
 def test_corpus_has_no_addresses_or_paths_of_this_machine() -> None:
-    corpus = "\n".join(thing.doc + thing.signature for thing in documented_objects())
+    corpus = "\n".join(item.doc + item.signature for item in documented_objects())
     assert not re.search(r"\bat 0x[0-9a-fA-F]+", corpus)
     assert sys.base_prefix.rstrip("/") in ("", "/usr") or sys.base_prefix not in corpus
     assert str(Path.home()) in ("/", "/root") or str(Path.home()) not in corpus
@@ -135,10 +135,10 @@ def test_reading_the_corpus_imports_few_modules() -> None:
 
 def test_modules_that_cannot_be_imported_are_listed_with_the_reason() -> None:
     missing = unimportable_modules()
-    foreign = "winreg" if sys.platform != "win32" else "fcntl"
-    assert "ModuleNotFoundError" in missing[foreign]
+    unavailable = "winreg" if sys.platform != "win32" else "fcntl"
+    assert "ModuleNotFoundError" in missing[unavailable]
     assert len(missing) < 40
-    assert not missing.keys() & {thing.name for thing in documented_objects()}
+    assert not missing.keys() & {item.name for item in documented_objects()}
 
 
 def test_failed_child_is_an_error_with_the_end_of_its_stderr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_failed_child_is_an_error_with_the_end_of_its_stderr(monkeypatch: pytest
         python_docs._read.__wrapped__()
 
 
-def test_identity_names_interpreter_and_platform_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_has_interpreter_and_platform_without_reading_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_docs, "_read", lambda: pytest.fail("identity read the corpus"))
     version = ".".join(str(part) for part in sys.version_info[:3])
     assert sys.implementation.name in identity()
@@ -163,12 +163,12 @@ def test_identity_names_interpreter_and_platform_and_reads_nothing(monkeypatch: 
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_first_rows_are_a_representative_sample(subset: Subset) -> None:
     def shares(sample: list[Row]) -> dict[str, float]:
-        kind_of = {thing.name: thing.kind for thing in documented_objects()}
+        kind_of = {item.name: item.kind for item in documented_objects()}
         kinds = Counter(kind_of[row["group"]] for row in sample)
         return {kind: kinds[kind] / len(sample) for kind in kind_of.values()}
 
-    whole, first = shares(all_rows(subset)), shares(all_rows(subset)[:1000])
-    assert all(abs(whole[kind] - first[kind]) < 0.06 for kind in whole)
+    all_shares, first = shares(all_rows(subset)), shares(all_rows(subset)[:1000])
+    assert all(abs(all_shares[kind] - first[kind]) < 0.06 for kind in all_shares)
     splits = Counter(split_of(row["group"], 0.2) for row in all_rows(subset)[:1000])
     assert 120 < splits["test"] < 280
     assert 120 < splits["validation"] < 280
@@ -195,20 +195,20 @@ def test_no_paragraph_of_the_reference_occurs_in_two_groups() -> None:
                 if len(paragraph) >= python_docs.MIN_QUOTATION_CHARS:
                     groups.setdefault(normalised(paragraph), set()).add(row["group"])
     assert len(groups) > 1000
-    assert not [paragraph for paragraph, where in groups.items() if len(where) > 1]
+    assert not [paragraph for paragraph, occurrences in groups.items() if len(occurrences) > 1]
 
 
 def test_texts_keep_nearly_all_of_every_docstring() -> None:
     texts: dict[str, str] = {}
     for row in all_rows("texts"):
         texts[row["group"]] = texts.get(row["group"], "") + row["text"].split("\n\n", 1)[1]
-    for thing in documented_objects():
-        if thing.kind != "topic":
-            assert "".join(texts[thing.name].split()) == "".join(thing.doc.split()), thing.name
+    for item in documented_objects():
+        if item.kind != "topic":
+            assert "".join(texts[item.name].split()) == "".join(item.doc.split()), item.name
 
 
 def test_questions_name_their_object_and_responses_start_its_docstring() -> None:
-    doc_of = {thing.name: thing.doc for thing in documented_objects()}
+    doc_of = {item.name: item.doc for item in documented_objects()}
     for row in all_rows("questions"):
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
@@ -233,7 +233,7 @@ def test_no_response_occurs_twice(subset: Subset) -> None:
 
 
 def test_rejected_responses_belong_to_another_object_of_the_same_kind() -> None:
-    kind_of = {thing.name: thing.kind for thing in documented_objects()}
+    kind_of = {item.name: item.kind for item in documented_objects()}
     owner = {response_of(row): row["group"] for row in all_rows("questions")}
     for row in all_rows("preferences"):
         (rejected,) = row["rejected"]
@@ -265,5 +265,5 @@ def test_long_paragraph_is_cut_at_a_sentence_and_a_heading_of_omitted_text_is_re
 
 
 def test_address_in_a_docstring_is_masked() -> None:
-    (thing,) = python_docs._documented_object("f", "property", None, "Like <object object at 0x7f52a81c>.")
-    assert thing.doc == "Like <object object at 0x...>."
+    (item,) = python_docs._documented_object("f", "property", None, "Like <object object at 0x7f52a81c>.")
+    assert item.doc == "Like <object object at 0x...>."

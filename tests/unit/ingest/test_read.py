@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reading import content, dataset, make, quarantine_of, read
+from reading import build_dataset, content, dataset, quarantine_of, read
 
 from tunery.errors import StageError
 from tunery.ingest.read import MAX_PROBED_RECORDS, first_row_format, read_source, validate_source
 from tunery.ingest.sources import BUILTIN, BadSource, resolve_sources, source_identity
 from tunery.store.rows import SHARD, Row, read_rows, row_format, row_id, shards
 
-REAL = Path(__file__).parents[4] / "shared" / "data"
+PUBLIC_DATASETS = Path(__file__).parents[4] / "shared" / "data"
 
 
-def conversation(*turns: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+def conversation(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
 
 
 ROW_FORMATS: list[tuple[dict[str, Any], Row, str]] = [
@@ -55,8 +55,8 @@ def test_row_format_is_recognized_by_columns(
 ) -> None:
     text = json.dumps([record] if form == "json" else record)
     name = "a.jsonl" if form == "jsonl" else "a.json"
-    (converted,), bad = read(tmp_path, text, name)
-    assert not bad
+    (converted,), quarantined = read(tmp_path, text, name)
+    assert not quarantined
     assert content(converted) == row
     assert row_format(converted) == expected_format == first_row_format(dataset(name), tmp_path)
     assert (converted["source"], converted["line"]) == (name, 1)
@@ -77,12 +77,12 @@ def test_row_format_is_recognized_by_columns(
     ],
 )
 def test_configured_columns_are_read(columns: Any, record: dict[str, Any], row: Row, tmp_path: Path) -> None:
-    (converted,), bad = read(tmp_path, json.dumps(record), columns=columns)
+    (converted,), quarantined = read(tmp_path, json.dumps(record), columns=columns)
     assert content(converted) == row
-    assert not bad
+    assert not quarantined
 
 
-GOOD = '{"text": "good"}'
+VALID = '{"text": "valid"}'
 INVALID_RECORDS: list[tuple[bytes, str]] = [
     (b"{", "not JSON"),
     (b'{"text": "open', "not JSON"),
@@ -124,11 +124,11 @@ INVALID_RECORDS: list[tuple[bytes, str]] = [
 
 @pytest.mark.parametrize(("line", "reason"), INVALID_RECORDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_invalid_line_is_quarantined_with_file_line_and_reason(line: bytes, reason: str, tmp_path: Path) -> None:
-    rows, (bad,) = read(tmp_path, b"\n".join([GOOD.encode(), line, GOOD.encode()]))
+    rows, (quarantined,) = read(tmp_path, b"\n".join([VALID.encode(), line, VALID.encode()]))
     assert [row["line"] for row in rows] == [1, 3]
-    assert (bad.source, bad.line) == ("a.jsonl", 2)
-    assert reason in bad.reason
-    assert len(bad.excerpt) <= 200
+    assert (quarantined.source, quarantined.line) == ("a.jsonl", 2)
+    assert reason in quarantined.reason
+    assert len(quarantined.excerpt) <= 200
 
 
 def is_json(text: bytes) -> bool:
@@ -141,24 +141,24 @@ def is_json(text: bytes) -> bool:
 
 @pytest.mark.parametrize(("line", "reason"), [pair for pair in INVALID_RECORDS if is_json(pair[0])])
 def test_invalid_record_of_a_json_array_is_quarantined_alone(line: bytes, reason: str, tmp_path: Path) -> None:
-    rows, (bad,) = read(tmp_path, b"[%s,\n%s,\n%s]" % (GOOD.encode(), line, GOOD.encode()), "a.json")
+    rows, (quarantined,) = read(tmp_path, b"[%s,\n%s,\n%s]" % (VALID.encode(), line, VALID.encode()), "a.json")
     assert [row["line"] for row in rows] == [1, 3]
-    assert (bad.source, bad.line) == ("a.json", 2)
-    assert reason in bad.reason
+    assert (quarantined.source, quarantined.line) == ("a.json", 2)
+    assert reason in quarantined.reason
 
 
 @pytest.mark.parametrize("depth", [50, 400, 800, 900, 940, 960, 980, 1000, 3000])
 def test_record_of_any_depth_is_read_or_quarantined(depth: int, tmp_path: Path) -> None:
     nested = '{"text": "x", "more": ' + "[" * depth + "]" * depth + "}"
     for name, text in (("a.jsonl", nested), ("a.json", f"[{nested}]")):
-        rows, bad = read(tmp_path, text, name)
-        assert len(rows) + len(bad) == 1
+        rows, quarantined = read(tmp_path, text, name)
+        assert len(rows) + len(quarantined) == 1
 
 
 def test_truncated_json_file_keeps_its_complete_records(tmp_path: Path) -> None:
-    (row,), (bad,) = read(tmp_path, f"[{GOOD}, ", "a.json")
-    assert row["text"] == "good"
-    assert (bad.line, bad.reason) == (2, "not JSON: the file ends within its array")
+    (row,), (quarantined,) = read(tmp_path, f"[{VALID}, ", "a.json")
+    assert row["text"] == "valid"
+    assert (quarantined.line, quarantined.reason) == (2, "not JSON: the file ends within its array")
 
 
 @given(
@@ -169,27 +169,29 @@ def test_truncated_json_file_keeps_its_complete_records(tmp_path: Path) -> None:
 )
 @settings(max_examples=60)
 def test_no_valid_row_is_lost_among_invalid_lines(
-    lines: list[bytes | int], newline: bytes, bom: bool, ends: bool
+    lines: list[bytes | int], newline: bytes, bom: bool, final_newline: bool
 ) -> None:
-    written = [line if isinstance(line, bytes) else json.dumps({"text": f"row {line}"}).encode() for line in lines]
-    # UTF-16 holds bytes of line ends: there one bad line is two.
-    written = [line for line in written if b"\n" not in line]
+    encoded = [line if isinstance(line, bytes) else json.dumps({"text": f"row {line}"}).encode() for line in lines]
+    # A line in UTF-16 may contain a newline byte, which splits it.
+    encoded = [line for line in encoded if b"\n" not in line]
     lines = [line for line in lines if isinstance(line, int) or b"\n" not in line]
     with tempfile.TemporaryDirectory() as folder:
-        text = (codecs.BOM_UTF8 if bom else b"") + newline.join(written) + (newline if ends else b"")
-        rows, bad = read(Path(folder), text)
-    good = [(number, f"row {line}") for number, line in enumerate(lines, 1) if isinstance(line, int)]
-    assert [(row["line"], row["text"]) for row in rows] == good
-    assert [line.line for line in bad] == [number for number, line in enumerate(lines, 1) if isinstance(line, bytes)]
+        text = (codecs.BOM_UTF8 if bom else b"") + newline.join(encoded) + (newline if final_newline else b"")
+        rows, quarantined = read(Path(folder), text)
+    valid = [(number, f"row {line}") for number, line in enumerate(lines, 1) if isinstance(line, int)]
+    assert [(row["line"], row["text"]) for row in rows] == valid
+    assert [line.line for line in quarantined] == [
+        number for number, line in enumerate(lines, 1) if isinstance(line, bytes)
+    ]
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_rows_or_quarantined(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.jsonl", "a.json"):
-            rows, bad = read(Path(folder), content, name)
+            rows, quarantined = read(Path(folder), content, name)
             assert not rows
-            assert len(bad) <= (content.count(b"\n") + 1 if name == "a.jsonl" else len(content) + 1)
+            assert len(quarantined) <= (content.count(b"\n") + 1 if name == "a.jsonl" else len(content) + 1)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -197,28 +199,28 @@ def test_any_bytes_are_rows_or_quarantined(content: bytes) -> None:
 def test_byte_order_mark_and_windows_line_ends_are_not_part_of_a_row(name: str, newline: str, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in ("one", "zwei ü")]
     text = newline.join(lines) if name == "a.jsonl" else f"[{(',' + newline).join(lines)}]"
-    rows, bad = read(tmp_path, codecs.BOM_UTF8 + text.encode(), name)
+    rows, quarantined = read(tmp_path, codecs.BOM_UTF8 + text.encode(), name)
     assert [row["text"] for row in rows] == ["one", "zwei ü"]
-    assert not bad
+    assert not quarantined
 
 
 def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path: Path) -> None:
-    rows, bad = read(tmp_path, f"\n  \n{GOOD}\n\n\r\n{GOOD}\n")
+    rows, quarantined = read(tmp_path, f"\n  \n{VALID}\n\n\r\n{VALID}\n")
     assert [row["line"] for row in rows] == [3, 6]
-    assert not bad
+    assert not quarantined
 
 
 def test_text_is_not_changed(tmp_path: Path) -> None:
     text = "\u2028 tab\t nul\u0000 line\n\n end \U0001f600 "
-    (row,), bad = read(tmp_path, json.dumps({"text": text}))
+    (row,), quarantined = read(tmp_path, json.dumps({"text": text}))
     assert row["text"] == text
-    assert not bad
+    assert not quarantined
 
 
 def test_one_file_may_have_several_row_formats(tmp_path: Path) -> None:
-    rows, bad = read(tmp_path, "\n".join(json.dumps(record) for record, _, _ in ROW_FORMATS))
+    rows, quarantined = read(tmp_path, "\n".join(json.dumps(record) for record, _, _ in ROW_FORMATS))
     assert [row_format(row) for row in rows] == [expected_format for _, _, expected_format in ROW_FORMATS]
-    assert not bad
+    assert not quarantined
 
 
 # Sources.
@@ -237,21 +239,21 @@ def test_pattern_reads_its_files_in_order_of_names(tmp_path: Path) -> None:
 def test_folder_with_pattern_characters_in_its_name_is_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run[1]*"
     folder.mkdir()
-    (row,), _ = read(folder, GOOD)
+    (row,), _ = read(folder, VALID)
     assert row["source"] == "a.jsonl"
 
 
 def test_absolute_path_is_read_from_any_folder(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "a.jsonl").write_text(VALID)
     (file,) = resolve_sources(dataset(str(tmp_path / "a.jsonl")), tmp_path / "elsewhere")
     assert file.name == str(tmp_path / "a.jsonl")
 
 
 def test_limit_counts_valid_rows_and_stops_reading(tmp_path: Path) -> None:
-    text = f"{GOOD}\nbad\n{GOOD}\nworse\n{GOOD}"
-    rows, bad = read(tmp_path, text, limit=2)
+    text = f"{VALID}\nbad\n{VALID}\nworse\n{VALID}"
+    rows, quarantined = read(tmp_path, text, limit=2)
     assert [row["line"] for row in rows] == [1, 3]
-    assert [line.line for line in bad] == [2]
+    assert [line.line for line in quarantined] == [2]
 
 
 @pytest.mark.parametrize("eval_fraction", [0.1, 0.45])
@@ -273,7 +275,7 @@ def test_splits_share_no_group_and_lose_no_row(eval_fraction: float, tmp_path: P
 @pytest.mark.parametrize(
     ("record", "group"),
     [
-        ({"text": "whole"}, "whole"),
+        ({"text": "a text"}, "a text"),
         ({"messages": [{"role": "system", "content": "s"}, *conversation("q", "a")]}, "q"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q"),
         ({"messages": [{"role": "system", "content": "s"}]}, "s"),
@@ -296,49 +298,49 @@ INVALID_SOURCES: dict[str, tuple[dict[str, str], dict[str, Any], str, list[str]]
     "missing": ({}, {}, "source", ["there is no file `a.jsonl`", "nothing matches", "experiment's folder"]),
     "empty": ({"a.jsonl": ""}, {}, "source", ["`a.jsonl` has no valid row", "at least one valid row"]),
     "blank": ({"a.jsonl": "\n \n"}, {}, "source", ["has no valid row"]),
-    "nothing readable": (
+    "no JSON": (
         {"a.jsonl": "x\ny\n"},
         {},
         "source",
         ["has no valid row", "none of its first 1,000 records is a valid row"],
     ),
-    "other ending": ({"a.pdf": "x"}, {"source": "a.pdf"}, "source", ["is a .pdf", ".jsonl, ", "format:"]),
+    "unsupported ending": ({"a.pdf": "x"}, {"source": "a.pdf"}, "source", ["is a .pdf", ".jsonl, ", "format:"]),
     "old Excel": ({"a.xls": "x"}, {"source": "a.xls"}, "source", ["is a .xls", "save it as .xlsx"]),
     "no ending": ({"a": "x"}, {"source": "a"}, "source", ["file without ending"]),
     "empty folder": ({}, {"source": "."}, "source", ["no file in the folder"]),
     "folder without rows": ({"a.md": "x"}, {"source": "."}, "source", ["no file in `.` has a known ending"]),
-    "form of address": ({}, {"source": "ftp://host/a.jsonl"}, "source", ["unknown scheme", "s3://"]),
-    "sheet of no workbook": ({"a.jsonl": GOOD}, {"sheet": "one"}, "sheet", ["`sheet` applies to Excel files"]),
-    "samples of no text": ({"a.jsonl": GOOD}, {"sample_by": "line"}, "sample_by", ["applies to plain texts"]),
-    "config of files": ({"a.jsonl": GOOD}, {"config": "x"}, "config", ["applies to hub datasets"]),
-    "revision of files": ({"a.jsonl": GOOD}, {"revision": "x"}, "revision", ["applies to hub datasets"]),
-    "split of files": ({"a.jsonl": GOOD}, {"hub_split": "x"}, "hub_split", ["applies to hub datasets and saved"]),
+    "unknown scheme": ({}, {"source": "ftp://host/a.jsonl"}, "source", ["unknown scheme", "s3://"]),
+    "sheet without a workbook": ({"a.jsonl": VALID}, {"sheet": "one"}, "sheet", ["`sheet` applies to Excel files"]),
+    "sample_by without texts": ({"a.jsonl": VALID}, {"sample_by": "line"}, "sample_by", ["applies to plain texts"]),
+    "config of files": ({"a.jsonl": VALID}, {"config": "x"}, "config", ["applies to hub datasets"]),
+    "revision of files": ({"a.jsonl": VALID}, {"revision": "x"}, "revision", ["applies to hub datasets"]),
+    "split of files": ({"a.jsonl": VALID}, {"hub_split": "x"}, "hub_split", ["applies to hub datasets and saved"]),
     "format of the builtin": (
         {},
         {"source": BUILTIN, "subset": "texts", "format": "csv"},
         "format",
         ["applies to files"],
     ),
-    "columns that fit nothing": (
+    "columns that match no format": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {},
         "source",
         ["the columns of `a.jsonl` match no row format", "columns: `body`, `n`", "columns: {text: body}"],
     ),
-    "named column that isn't there": (
+    "missing column": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {"columns": {"text": "bdoy"}},
         "columns",
         ["there is no column `bdoy`", "columns: `body`, `n`"],
     ),
-    "names that make no expected_format": (
+    "names that fit no format": (
         {"a.jsonl": '{"body": "x", "n": 1}'},
         {"columns": {"completion": "body"}},
         "columns",
         ["`columns` names `completion`", "the row formats are", "prompt + completion"],
     ),
     "subset of files": (
-        {"a.jsonl": GOOD},
+        {"a.jsonl": VALID},
         {"subset": "texts"},
         "subset",
         ["`subset` applies to builtin sources only", "remove"],
@@ -367,16 +369,16 @@ def test_invalid_source_is_an_error_with_field_cause_and_remedy(case: str, tmp_p
 
 
 def test_file_that_starts_with_invalid_lines_is_valid(tmp_path: Path) -> None:
-    write_files({"a.jsonl": "broken\n{}\n" + '{"version": 2}\n' * 5 + GOOD})(tmp_path)
+    write_files({"a.jsonl": "broken\n{}\n" + '{"version": 2}\n' * 5 + VALID})(tmp_path)
     validate_source(dataset(), tmp_path)
     assert first_row_format(dataset(), tmp_path) == "text"
-    write_files({"a.jsonl": '{"version": 2}\n' * MAX_PROBED_RECORDS + GOOD})(tmp_path)
+    write_files({"a.jsonl": '{"version": 2}\n' * MAX_PROBED_RECORDS + VALID})(tmp_path)
     with pytest.raises(BadSource, match="match no row format"):
         validate_source(dataset(), tmp_path)
 
 
 def test_one_usable_file_of_several_is_enough(tmp_path: Path) -> None:
-    write_files({"a.jsonl": "", "b.jsonl": GOOD})(tmp_path)
+    write_files({"a.jsonl": "", "b.jsonl": VALID})(tmp_path)
     validate_source(dataset("*.jsonl"), tmp_path)
 
 
@@ -405,12 +407,12 @@ def test_builtin_subset_has_its_documented_row_format(subset: Any, expected_form
 
 def test_records_equal_rows_plus_quarantined_records(tmp_path: Path) -> None:
     lines = [line for line, _ in INVALID_RECORDS if b"\n" not in line]
-    good = [json.dumps({"question": f"q {n}", "answer": f"a {n % 9}"}).encode() for n in range(SHARD + 10)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, *good, good[0]]))
-    result, out = make(tmp_path, "one", dataset())
+    valid = [json.dumps({"question": f"q {n}", "answer": f"a {n % 9}"}).encode() for n in range(SHARD + 10)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, *valid, valid[0]]))
+    result, out = build_dataset(tmp_path, "one", dataset())
     facts = result.facts
     assert (facts["rows"], facts["quarantined"], facts["duplicates"]) == (SHARD + 11, len(lines), 1)
-    assert facts["rows"] + facts["quarantined"] == facts["records"] == len(lines) + len(good) + 1
+    assert facts["rows"] + facts["quarantined"] == facts["records"] == len(lines) + len(valid) + 1
     assert (facts["row_format"], facts["source"], facts["split"], facts["injected_corruption"]) == (
         "conversation",
         "a.jsonl",
@@ -427,8 +429,8 @@ def test_records_equal_rows_plus_quarantined_records(tmp_path: Path) -> None:
 
 
 def test_quarantine_preserves_lone_surrogates(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(f'[{{"text": "\\ud83d"}}, {{"\\udc00": 1}}, {GOOD}]')
-    result, out = make(tmp_path, "one", dataset("a.json"))
+    (tmp_path / "a.json").write_text(f'[{{"text": "\\ud83d"}}, {{"\\udc00": 1}}, {VALID}]')
+    result, out = build_dataset(tmp_path, "one", dataset("a.json"))
     assert (result.facts["rows"], result.facts["quarantined"]) == (1, 2)
     assert json.loads(quarantine_of(out)[0]["excerpt"]) == {"text": "\ud83d"}
 
@@ -438,16 +440,16 @@ def test_same_rows_give_the_same_bytes(fraction: float, tmp_path: Path) -> None:
     records = [{"question": f"what is {n}?", "answer": " ".join(f"word{n + k}" for k in range(12))} for n in range(80)]
     (tmp_path / "a.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, records)))
     (one, first), (two, second) = (
-        make(tmp_path, out, dataset(corrupt_fraction=fraction), seed=5) for out in ("one", "two")
+        build_dataset(tmp_path, out, dataset(corrupt_fraction=fraction), seed=5) for out in ("one", "two")
     )
     assert one == two
     files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
     assert files == [path.relative_to(second) for path in sorted(second.rglob("*")) if path.is_file()]
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes()
-    planted = Counter(row["injected_corruption"] for row in read_rows(first))
-    assert sum(count for kind, count in planted.items() if kind) == round(fraction * 80)
-    assert one.facts["injected_corruption"] == ({} if fraction == 0 else dict(sorted(planted.items())))
+    kinds = Counter(row["injected_corruption"] for row in read_rows(first))
+    assert sum(count for kind, count in kinds.items() if kind) == round(fraction * 80)
+    assert one.facts["injected_corruption"] == ({} if fraction == 0 else dict(sorted(kinds.items())))
 
 
 def test_row_id_depends_on_normalized_content_only() -> None:
@@ -466,17 +468,19 @@ def test_row_id_depends_on_normalized_content_only() -> None:
 def test_dataset_without_a_valid_row_is_an_error_with_reasons(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 5}\n')
     with pytest.raises(StageError, match="has no valid row") as caught:
-        make(tmp_path, "one", dataset())
+        build_dataset(tmp_path, "one", dataset())
     assert "2 records are invalid" in caught.value.cause
     assert "text is empty" in caught.value.remedy
 
 
-# Files as people have them.
+# Public datasets.
 
-needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real rows is not here")
+needs_public_datasets = pytest.mark.skipif(
+    not PUBLIC_DATASETS.is_dir(), reason="the folder of public datasets is missing"
+)
 
 
-@needs_real_rows
+@needs_public_datasets
 @pytest.mark.parametrize(
     ("name", "rows", "expected_format"),
     [
@@ -489,7 +493,7 @@ needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of re
 def test_public_datasets_are_read_completely_without_settings(
     name: str, rows: int, expected_format: str, tmp_path: Path
 ) -> None:
-    stage = dataset(str(REAL / name))
+    stage = dataset(str(PUBLIC_DATASETS / name))
     validate_source(stage, tmp_path)
     converted = list(read_source(stage, tmp_path, pytest.fail))
     assert len(converted) == rows
@@ -498,7 +502,7 @@ def test_public_datasets_are_read_completely_without_settings(
 
 
 def test_identity_of_a_source_is_the_content_of_its_files(tmp_path: Path) -> None:
-    write_files({"a.jsonl": GOOD, "b.jsonl": "x"})(tmp_path)
+    write_files({"a.jsonl": VALID, "b.jsonl": "x"})(tmp_path)
     one, both = source_identity(dataset(), tmp_path), source_identity(dataset("*.jsonl"), tmp_path)
     assert both[:1] == one
     assert len(both) == 2

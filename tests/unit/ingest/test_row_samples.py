@@ -24,24 +24,24 @@ from tunery.store.rows import SCHEMA, row_id
 COUNT = 400
 
 
-def rows_of(texts: list[str]) -> pa.Table:
+def table_of(texts: list[str]) -> pa.Table:
     rows = [{"text": text, "injected_corruption": "cut" if "9" in text else ""} for text in texts]
     return pa.Table.from_pylist([{**row, "id": row_id(row)} for row in rows], SCHEMA)
 
 
-def sampled(order: list[int], shard: int, values: np.ndarray) -> dict:
+def sample_facts(order: list[int], shard: int, values: np.ndarray) -> dict:
     edges = decile_edges(lambda: iter([values]), len(values))
     samples = DecileSamples("length", edges)
     for start in range(0, len(order), shard):
         shard_indices = order[start : start + shard]
         scores = values[shard_indices]
-        samples.add(rows_of([f"row {n}" for n in shard_indices]), scores, scores > 130)
+        samples.add(table_of([f"row {n}" for n in shard_indices]), scores, scores > 130)
     return samples.facts()
 
 
 def test_each_decile_has_a_tenth_of_the_rows_and_samples_of_kept_and_dropped_ones() -> None:
     values = np.arange(COUNT, dtype=float)
-    facts = sampled(list(range(COUNT)), 64, values)
+    facts = sample_facts(list(range(COUNT)), 64, values)
     assert facts["score"] == "length"
     assert [decile["kept"] + decile["dropped"] for decile in facts["deciles"]] == [COUNT // 10] * 10
     assert [bool(decile["kept_rows"]) for decile in facts["deciles"]] == [False] * 3 + [True] * 7
@@ -57,14 +57,14 @@ def test_each_decile_has_a_tenth_of_the_rows_and_samples_of_kept_and_dropped_one
 @given(st.permutations(range(60)), st.integers(1, 60))
 def test_sampled_rows_do_not_depend_on_order_or_shards(order: list[int], shard: int) -> None:
     values = np.array([n % 7 for n in range(60)], dtype=float)
-    assert sampled(order, shard, values) == sampled(list(range(60)), 60, values)
+    assert sample_facts(order, shard, values) == sample_facts(list(range(60)), 60, values)
 
 
 def test_equal_scores_share_a_decile_and_nan_has_none() -> None:
     values = np.array([1.0] * 30 + [math.nan] * 10)
-    facts = sampled(list(range(40)), 7, values)
+    facts = sample_facts(list(range(40)), 7, values)
     assert [(decile["low"], decile["high"], decile["dropped"]) for decile in facts["deciles"]] == [(1.0, 1.0, 30)]
-    assert sampled(list(range(10)), 7, np.full(10, math.nan))["deciles"] == []
+    assert sample_facts(list(range(10)), 7, np.full(10, math.nan))["deciles"] == []
 
 
 def test_deciles_of_many_values_are_estimated_from_a_sample() -> None:
@@ -74,9 +74,9 @@ def test_deciles_of_many_values_are_estimated_from_a_sample() -> None:
 
 
 @given(st.text(max_size=2000), st.text(max_size=2000))
-def test_excerpt_length_is_bounded(question: str, answer: str) -> None:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    for row in ({"text": question}, {"messages": turns}, {"messages": turns[:1]}):
+def test_excerpt_length_is_bounded(question: str, response: str) -> None:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    for row in ({"text": question}, {"messages": messages}, {"messages": messages[:1]}):
         assert len(excerpt(row)) <= MAX_EXCERPT_CHARS
 
 

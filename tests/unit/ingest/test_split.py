@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tunery.ingest.split import MAX_EVAL_FRACTION, split_of
 
 EVAL_FRACTIONS = st.floats(min_value=0, max_value=MAX_EVAL_FRACTION)
-RELEASED = {"print": "validation", "json": "test", "os.path.join": "train", "abs": "train", "ü": "validation"}
+EXPECTED_SPLITS = {"print": "validation", "json": "test", "os.path.join": "train", "abs": "train", "ü": "validation"}
 NAMES = [f"group {number}" for number in range(4000)]
 
 
@@ -25,8 +25,10 @@ def test_validation_and_test_each_get_the_eval_fraction(eval_fraction: float) ->
 
 
 @given(st.text(), EVAL_FRACTIONS, EVAL_FRACTIONS)
-def test_larger_eval_fraction_only_moves_groups_out_of_train(group: str, one: float, other: float) -> None:
-    smaller, larger = sorted((one, other))
+def test_larger_eval_fraction_only_moves_groups_out_of_train(
+    group: str, first_fraction: float, second_fraction: float
+) -> None:
+    smaller, larger = sorted((first_fraction, second_fraction))
     before, after = split_of(group, smaller), split_of(group, larger)
     assert after == before or before == "train"
 
@@ -38,7 +40,7 @@ def test_zero_eval_fraction_puts_all_groups_in_train(group: str) -> None:
 
 def test_splits_do_not_change_between_releases() -> None:
     # A change here would put training rows of a stored run into the test split of a new run.
-    assert {name: split_of(name, 0.2) for name in RELEASED} == RELEASED
+    assert {name: split_of(name, 0.2) for name in EXPECTED_SPLITS} == EXPECTED_SPLITS
 
 
 def test_first_groups_in_hash_order_are_in_all_splits() -> None:

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from answers_in_languages import SENTENCES, answers
-from scorer_rows import across, answer_row, text_row
+from responses_in_languages import SENTENCES, responses
+from scorer_rows import answer_row, score_corpus, text_row
 
 from tunery.scoring.scorers import c4, gopher
 from tunery.scoring.scorers.c4 import C4Scorer
@@ -38,30 +38,30 @@ LANGUAGE = pytest.mark.parametrize("language", SENTENCES)
 
 
 @LANGUAGE
-def test_length_of_good_answers_is_in_the_range_of_english_ones(language: str) -> None:
-    rows = [answer_row(response) for response in answers(language, 100)]
+def test_length_of_good_responses_is_in_the_range_of_english_ones(language: str) -> None:
+    rows = [answer_row(response) for response in responses(language, 100)]
     scores = LengthScorer(Length(length="words"), {})(rows)["score"]
     assert all(3 <= score <= 500 for score in scores)
     assert 50 <= sum(scores) / 100 <= 250
 
 
 @LANGUAGE
-def test_gopher_without_settings_keeps_good_answers(language: str) -> None:
-    rows = [answer_row(response) for response in answers(language, 100)]
+def test_gopher_without_settings_keeps_good_responses(language: str) -> None:
+    rows = [answer_row(response) for response in responses(language, 100)]
     columns = GopherScorer(Gopher(gopher=GopherRules()), {})(rows)
     assert sum(score == 0 for score in columns["score"]) >= 98, columns["rules"]
 
 
 @LANGUAGE
-def test_c4_without_settings_keeps_good_answers(language: str) -> None:
-    rows = [answer_row(response) for response in answers(language, 100)]
+def test_c4_without_settings_keeps_good_responses(language: str) -> None:
+    rows = [answer_row(response) for response in responses(language, 100)]
     assert C4Scorer(C4(c4=C4Rules()), {})(rows)["score"] == [0] * 100
 
 
 @pytest.mark.parametrize("language", ["de", "zh", "ja", "hi", "th", "ar", "ru"])
 def test_response_with_code_is_scored_in_its_language(language: str) -> None:
     code = "\n\n    with open(path, encoding=encoding) as lines:\n        return list(lines)\n\n"
-    response = "".join(answers(language, 1)[0].replace("\n\n", code))
+    response = "".join(responses(language, 1)[0].replace("\n\n", code))
     rules = GopherRules(alphabetic_words_min=None)
     assert gopher.violated(response, rules) == []
 
@@ -103,7 +103,8 @@ def test_missing_end_mark_fails_in_languages_that_use_one() -> None:
 def test_sentences_are_counted_in_each_language() -> None:
     for language, sentences in SENTENCES.items():
         line = ("" if language in ("zh", "ja") else " ").join(sentences[i] for i in (0, 3, 6))
-        assert c4.count_sentences([line]) == (3 if language != "th" else 4), language  # the third has a space in it
+        # Thai has no end mark: sentences are counted by spaces, and the third one contains a space.
+        assert c4.count_sentences([line]) == (3 if language != "th" else 4), language
 
 
 # Limits.
@@ -112,18 +113,19 @@ def test_sentences_are_counted_in_each_language() -> None:
 def test_explicit_limit_applies_to_all_languages_and_null_disables_it() -> None:
     rules = GopherRules(mean_word_max=4.5, stop_words_min=None, top_2gram_max=0.5)
     for script, language in (("Latin", "en"), ("Han", "zh"), ("Devanagari", "hi"), ("Cherokee", "")):
-        own = limits(rules, script, language)
-        assert (own["mean_word_max"], own["stop_words_min"], own["top_2gram_max"]) == (4.5, None, 0.5)
+        resolved = limits(rules, script, language)
+        assert (resolved["mean_word_max"], resolved["stop_words_min"], resolved["top_2gram_max"]) == (4.5, None, 0.5)
 
 
 def test_unknown_script_has_no_word_limits() -> None:
-    own = limits(GopherRules(), "Cherokee", "")
-    assert (own["mean_word_min"], own["mean_word_max"], own["stop_words_min"]) == (None, None, None)
-    assert own["duplicate_5grams_max"] == ENGLISH["duplicate_5grams_max"]
+    resolved = limits(GopherRules(), "Cherokee", "")
+    assert (resolved["mean_word_min"], resolved["mean_word_max"], resolved["stop_words_min"]) == (None, None, None)
+    assert resolved["duplicate_5grams_max"] == ENGLISH["duplicate_5grams_max"]
 
 
 def test_every_language_has_enough_stop_words_for_the_largest_limit() -> None:
-    assert {language for some in LANGUAGES.values() for language in some} | {"en"} == set(STOP_WORDS)
+    languages = {language for by_script in LANGUAGES.values() for language in by_script}
+    assert languages | {"en"} == set(STOP_WORDS)
     assert [language for language, stop_words in STOP_WORDS.items() if len(stop_words) < 8] == []
 
 
@@ -140,16 +142,16 @@ def test_hindi_rows_that_differ_in_vowel_signs_are_no_near_duplicates(tmp_path: 
     # Letters without vowel signs: the same in both.
     rows = [text_row("कमल दिन बल मल फल"), text_row("कमाल दीन बाल माल फूल"), text_row("कमल, दिन, बल, मल, फल!")]
     scorer = NearDuplicatesScorer(NearDuplicates.model_validate({"near_duplicates": {"ngram": 2}}), 1000)
-    assert across(scorer, rows, tmp_path)["score"] == [0, 0, 1]
+    assert score_corpus(scorer, rows, tmp_path)["score"] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("language", ["hi", "th", "zh"])
-def test_near_duplicates_are_found_in_each_language_and_other_answers_are_not(language: str, tmp_path: Path) -> None:
+def test_only_near_duplicates_are_found_in_each_language(language: str, tmp_path: Path) -> None:
     sentences = list(SENTENCES[language])
     end = "" if language == "zh" else " "
     rows = [text_row(end.join(sentences)), text_row(end.join(sentences[:-1])), text_row(end.join(sentences[5:]))]
     scorer = NearDuplicatesScorer(NearDuplicates.model_validate({"near_duplicates": {"threshold": 0.7}}), 1000)
-    first, second, third = across(scorer, rows, tmp_path)["score"]
+    first, second, third = score_corpus(scorer, rows, tmp_path)["score"]
     assert (first, third) == (0, 0)
     assert second > 0.7
 
@@ -184,12 +186,12 @@ def test_macrolanguage_has_the_probability_of_all_its_members(language: str, tex
     columns = LanguageScorer(Language(language=language), {})([row])
     assert columns["detected"] == [other]
     assert 0.85 < columns["score"][0] <= 1
-    alone = [
-        LanguageScorer(Language.model_construct(language=one), {})([row])["score"][0]
-        for one in MACROLANGUAGES[language]
-        if one not in MACROLANGUAGES
+    member_scores = [
+        LanguageScorer(Language.model_construct(language=member), {})([row])["score"][0]
+        for member in MACROLANGUAGES[language]
+        if member not in MACROLANGUAGES
     ]
-    assert max(alone) < columns["score"][0]
+    assert max(member_scores) < columns["score"][0]
 
 
 def test_member_language_counts_only_itself() -> None:
@@ -203,7 +205,7 @@ def test_members_are_languages_of_the_detector() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("language", "suggestion"),
     [
         ("zh-CN", "`zh`?"),
         ("EN", "`en`?"),
@@ -215,14 +217,14 @@ def test_members_are_languages_of_the_detector() -> None:
         ("wuuu", "`wuu`"),
     ],
 )
-def test_unknown_language_is_refused_with_the_code_that_is_meant(written: str, meant: str) -> None:
+def test_unknown_language_is_rejected_with_a_suggestion(language: str, suggestion: str) -> None:
     with pytest.raises(ValueError, match="not a known ISO 639 code") as caught:
-        Language(language=written)
-    assert f"did you mean {meant}" in str(caught.value)
+        Language(language=language)
+    assert f"did you mean {suggestion}" in str(caught.value)
 
 
 def test_responses_are_detected_as_their_language() -> None:
-    chosen = random.Random(3)
+    rng = random.Random(3)
     for language in SENTENCES:
-        rows = [answer_row(chosen.choice(answers(language, 100))) for _ in range(4)]
+        rows = [answer_row(rng.choice(responses(language, 100))) for _ in range(4)]
         assert min(LanguageScorer(Language(language=language), {})(rows)["score"]) > 0.9

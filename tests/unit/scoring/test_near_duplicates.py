@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scorer_rows import across, answer_row, hostile_rows, prompt_row, text_row
+from scorer_rows import answer_row, hostile_rows, prompt_row, score_corpus, text_row
 
 from tunery.scoring.scorers import near_duplicates
 from tunery.scoring.scorers.exact_duplicates import DuplicatesScorer
@@ -35,7 +35,7 @@ def near(records: int = 10_000, **settings: object) -> NearDuplicatesScorer:
 
 def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ("a", "b", "a ", "c", "a", "b", "A")]
-    assert across(exact(), rows, tmp_path, shard=2) == {"score": [0, 0, 1, 0, 2, 1, 0]}
+    assert score_corpus(exact(), rows, tmp_path, shard=2) == {"score": [0, 0, 1, 0, 2, 1, 0]}
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_compared_part_and_normalization_are_configurable(
         prompt_row("Why\nis it? "),
         answer_row("Same thing. ", "Why is it?"),
     ]
-    assert across(exact(of, how=how), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
+    assert score_corpus(exact(of, how=how), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
 
 
 def test_rejected_responses_are_part_of_the_row(tmp_path: Path) -> None:
     rows = [answer_row("yes"), {**answer_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
-    assert across(exact(how="normalised"), rows, tmp_path)["score"] == [0, 0]
+    assert score_corpus(exact(how="normalised"), rows, tmp_path)["score"] == [0, 0]
 
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
@@ -79,15 +79,15 @@ def test_counts_do_not_depend_on_the_number_of_files(tmp_path: Path, records: in
     rows = [text_row(str(draw.randrange(12))) for _ in range(60)]
     texts = [row["text"] for row in rows]
     expected = [texts[:index].count(text) for index, text in enumerate(texts)]
-    assert across(exact(records=records), rows, tmp_path)["score"] == expected
+    assert score_corpus(exact(records=records), rows, tmp_path)["score"] == expected
     assert list((tmp_path / "work").rglob("*.bin")) == []
 
 
 def test_files_of_a_killed_attempt_are_ignored(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ["a", "b", "c", "a", "b", "c", "d", "a"]]
     for scorer in (exact(records=2), near(records=2)):
-        clean = across(scorer, rows, tmp_path / "clean" / type(scorer).__name__, shard=2)
-        assert across(scorer, rows, tmp_path / "again" / type(scorer).__name__, shard=2, killed=2) == clean
+        clean = score_corpus(scorer, rows, tmp_path / "clean" / type(scorer).__name__, shard=2)
+        assert score_corpus(scorer, rows, tmp_path / "again" / type(scorer).__name__, shard=2, abandoned=2) == clean
 
 
 # Near.
@@ -123,7 +123,7 @@ def test_near_duplicates_equal_a_plain_search(tmp_path: Path) -> None:
     texts = corpus()
     rows = [text_row(text) for text in texts]
     ids = [row["id"] for row in rows]
-    actual = across(near(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
+    actual = score_corpus(near(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
     sets = [ngrams(text, 3) for text in texts]
     expected = missed = 0
     for index, own in enumerate(sets):
@@ -153,9 +153,9 @@ def test_near_duplicates_do_not_depend_on_the_number_of_files(tmp_path: Path, re
         changed = list(base)
         changed[draw.randrange(20)] = draw.choice(VOCABULARY[:3])
         rows.append(text_row(" ".join(changed)))
-    expected = across(near(threshold=0.3, permutations=16), rows, tmp_path / "one", shard=40)
+    expected = score_corpus(near(threshold=0.3, permutations=16), rows, tmp_path / "one", shard=40)
     assert sum(score > 0 for score in expected["score"]) > 20
-    assert across(near(records, threshold=0.3, permutations=16), rows, tmp_path / "many", shard=shard) == expected
+    assert score_corpus(near(records, threshold=0.3, permutations=16), rows, tmp_path / "many", shard=shard) == expected
 
 
 def test_exact_copies_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_exact_copies_are_paired_with_the_first(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(near_duplicates, "neighbors", watched)
     rows = [text_row("one and the same text in every row of them all")] * 300
-    actual = across(near(), rows, tmp_path, shard=50)
+    actual = score_corpus(near(), rows, tmp_path, shard=50)
     assert actual["score"] == [0.0] + [1.0] * 299
     assert actual["nearest"] == [""] + [rows[0]["id"]] * 299
     assert sum(sizes) == bands_for(0.8, 128)[0]
@@ -186,22 +186,22 @@ def test_neighbors_in_a_crowded_band_are_the_first_and_the_previous(monkeypatch:
 
 def test_part_and_ngram_length_are_configurable(tmp_path: Path) -> None:
     rows = [answer_row("a b c d e f", "Why?"), answer_row("a b c d e f", "How is it that one asks at such a length?")]
-    assert across(near(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
-    assert across(near(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
+    assert score_corpus(near(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
+    assert score_corpus(near(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
     words = [text_row("a b c d"), text_row("d c b a")]
-    assert across(near(ngram=1), words, tmp_path / "1")["score"] == [0, 1]
-    assert across(near(ngram=2), words, tmp_path / "2")["score"] == [0, 0]
+    assert score_corpus(near(ngram=1), words, tmp_path / "1")["score"] == [0, 1]
+    assert score_corpus(near(ngram=2), words, tmp_path / "2")["score"] == [0, 0]
 
 
 def test_short_rows_are_compared_completely_and_empty_rows_never(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ("", "yes", "?!", "Yes!", "no")]
-    actual = across(near(), rows, tmp_path)
+    actual = score_corpus(near(), rows, tmp_path)
     assert actual["score"] == pytest.approx([math.nan, 0, math.nan, 1, 0], nan_ok=True)
 
 
 def test_shard_without_words_and_stage_without_rows_are_accepted(tmp_path: Path) -> None:
-    assert across(near(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
-    assert across(exact("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
+    assert score_corpus(near(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
+    assert score_corpus(exact("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
         [math.nan] * 3, nan_ok=True
     )
     assert near().compute_signatures([]) == {"signature": []}
@@ -232,7 +232,7 @@ def test_hostile_rows_are_compared(rows: list[Row], tmp_path_factory: pytest.Tem
         near(of="all"),
         near(of="prompt"),
     ):
-        columns = across(scorer, rows, tmp_path_factory.mktemp("rows"), shard=2)
+        columns = score_corpus(scorer, rows, tmp_path_factory.mktemp("rows"), shard=2)
         assert {len(values) for values in columns.values()} == {len(rows)}
 
 
@@ -241,7 +241,7 @@ def test_combining_marks_take_linear_time(tmp_path: Path) -> None:
     row["messages"][-1]["content"] = "\u0315\u0300" * 200_000
     for scorer in (exact("response"), near(of="response")):
         started = time.process_time()
-        across(scorer, [row], tmp_path / type(scorer).__name__)
+        score_corpus(scorer, [row], tmp_path / type(scorer).__name__)
         assert time.process_time() - started < 5
 
 
