@@ -32,7 +32,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 def config_classes() -> list[type[Config]]:
     modules = [
-        importlib.import_module(f"tunery.spec.{info.name}") for info in pkgutil.iter_modules(tunery.spec.__path__)
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(tunery.spec.__path__, prefix="tunery.spec.")
     ]
     classes = {
         value

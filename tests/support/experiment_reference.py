@@ -38,7 +38,8 @@ from tunery.spec import (
     Wandb,
 )
 from tunery.spec.feedback import Kl, Ptx
-from tunery.spec.scorers import SCORERS, ContaminationSettings, NearDuplicatesSettings
+from tunery.spec.scorers import SCORERS
+from tunery.spec.scorers.corpus_scorers import ContaminationSettings, NearDuplicatesSettings
 from tunery.spec.search import Budget, Constraint, Dimension, Objective
 from tunery.spec.stages import Diverse, Keep, Quota
 from tunery.spec.trainings import PositiveNegative, ReviewLabels, ScheduleOverride

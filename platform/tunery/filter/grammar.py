@@ -16,8 +16,8 @@ from typing import Any
 
 from tunery.errors import RequestError
 from tunery.spec.error_messages import nearest
-from tunery.spec.scorer_entry import ByOption
 from tunery.spec.scorers import SCORERS
+from tunery.spec.scorers.scorer_entry import ByOption
 from tunery.spec.yaml_source import read_yaml
 
 Scorer = dict[str, Any]

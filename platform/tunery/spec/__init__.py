@@ -18,24 +18,11 @@ from tunery.spec.feedback import (
 from tunery.spec.loader import load, parse
 from tunery.spec.plugins import Plugin
 from tunery.spec.references import AUTO, Pretrained, PythonReward, RewardSource, Scratch
-from tunery.spec.scorer_entry import ByOption, ClassificationSpec, ModelScorerSpec, ScorerEntry, ScorerSpec
-from tunery.spec.scorers import (
-    C4,
-    C4Rules,
-    Classifier,
-    Contamination,
-    Duplicates,
-    Embedding,
-    Gopher,
-    GopherRules,
-    Ifd,
-    Language,
-    Length,
-    NearDuplicates,
-    Perplexity,
-    Reward,
-    Scorer,
-)
+from tunery.spec.scorers import Scorer
+from tunery.spec.scorers.corpus_scorers import Contamination, Duplicates, NearDuplicates
+from tunery.spec.scorers.model_scorers import Classifier, Embedding, Ifd, Perplexity, Reward
+from tunery.spec.scorers.rule_scorers import C4, C4Rules, Gopher, GopherRules, Language, Length
+from tunery.spec.scorers.scorer_entry import ByOption, ClassificationSpec, ModelScorerSpec, ScorerEntry, ScorerSpec
 from tunery.spec.search import Budget, Constraint, Dimension, Objective, Search
 from tunery.spec.stage_config import StageConfig
 from tunery.spec.stage_kinds import (

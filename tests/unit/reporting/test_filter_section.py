@@ -17,7 +17,7 @@ from tunery.reporting.report import report_html
 from tunery.reporting.score_section import auc_tables, heatmap_figures, rule_thresholds
 from tunery.reporting.wandb_values import flatten
 from tunery.scoring.score_stats import PAIR_BINS, describe_scores
-from tunery.spec.scorers import Gopher, Language, Length
+from tunery.spec import Gopher, Language, Length
 from tunery.store.rows import write_rows
 
 HOSTILE = '<script>alert("x")</script> & more'

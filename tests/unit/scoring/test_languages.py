@@ -27,8 +27,8 @@ from tunery.spec import (
     Length,
     NearDuplicates,
 )
-from tunery.spec.scorers import LANGUAGES as DETECTED
-from tunery.spec.scorers import MACROLANGUAGES
+from tunery.spec.scorers.language_codes import LANGUAGES as DETECTED
+from tunery.spec.scorers.language_codes import MACROLANGUAGES
 from tunery.store.rows import write_rows
 
 LANGUAGE = pytest.mark.parametrize("language", SENTENCES)

@@ -18,7 +18,7 @@ from tunery.scoring.scorers.interfaces import RowScorer
 from tunery.scoring.scorers.language import LanguageScorer
 from tunery.scoring.scorers.length import LengthScorer
 from tunery.spec import C4, C4Rules, Gopher, GopherRules, Language, Length
-from tunery.spec.scorers import LANGUAGES
+from tunery.spec.scorers.language_codes import LANGUAGES
 from tunery.store.rows import Row
 
 # Length.

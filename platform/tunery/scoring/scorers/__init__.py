@@ -1,1 +1,1 @@
-"""Scorers: one module per algorithm; spec/scorers.py has the registry."""
+"""Scorers: one module per algorithm; spec/scorers/ has their configs and the registry."""

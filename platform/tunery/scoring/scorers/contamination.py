@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from tunery.scoring.scorers.interfaces import Columns
 from tunery.scoring.scorers.ngrams import Hashes, Integers, Words
-from tunery.scoring.scorers.texts import RowPart, select_text
+from tunery.scoring.scorers.texts import select_text
 from tunery.spec import Contamination
+from tunery.spec.scorers.scorer_entry import RowPart
 from tunery.store.rows import Row, read_rows
 
 MIN_SHARED_WORDS = 8

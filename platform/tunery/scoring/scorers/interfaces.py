@@ -1,4 +1,4 @@
-"""The interface of each input kind of scorers (`InputKind`, spec/scorer_entry.py).
+"""The interface of each input kind of scorers (`InputKind`, spec/scorers/scorer_entry.py).
 
 `ScorerEntry.load` returns the implementation, a callable that builds a scorer from its config:
 

@@ -20,13 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
 
 from icu4py.breakers import WordBreaker
 
+from tunery.spec.scorers.scorer_entry import RowPart
 from tunery.store.rows import Row, nfc
-
-RowPart = Literal["response", "prompt", "all"]
 
 
 def _characters(categories: str, *blocks: tuple[int, int]) -> str:

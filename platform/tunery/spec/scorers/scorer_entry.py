@@ -1,4 +1,4 @@
-"""Base configs of scorers, and the entry of a kind in the registry `SCORERS` (scorers.py)."""
+"""Base configs of scorers, field types that several share, and the entry of a kind in the registry `SCORERS`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pydantic import Field
 
 from tunery.spec.plugins import load_object
 from tunery.spec.references import Config, OutputType, Pretrained, StageRef, model_inputs
+
+Count = Annotated[int, Field(ge=1)]
+ResponseOrAll = Literal["response", "all"]
+RowPart = Literal["response", "prompt", "all"]
+"""Part of a row that is scored. response: the last message of a conversation; prompt: its user messages; all: all its
+messages. For a text, response and all are the text, and there is no prompt. Rejected responses are not scored."""
 
 
 class ScorerSpec(Config):
