@@ -218,7 +218,7 @@ def _missing_stages(experiment: Experiment, run_context: RunContext) -> list[str
     """Return the stages that are not in the store."""
     return [
         name
-        for name, (cache_key, _, _) in fingerprints(experiment, run_context.folder).items()
+        for name, cache_key in fingerprints(experiment, run_context.folder).items()
         if run_context.store.find(experiment.stages[name].kind, cache_key) is None
     ]
 

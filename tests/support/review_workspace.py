@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunery.events.event_log import EventLog
-from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.cache_keys import cache_keys
 from tunery.pipeline.execute import execute
 from tunery.pipeline.run_context import RunContext
 from tunery.spec import Experiment, load
@@ -91,8 +91,8 @@ def review_workspace(
     workspace.file.write_text(text % source)
     rows = workspace.build("questions")["questions"]
     experiment, _ = workspace.load()
-    key, identity, inputs = fingerprints(experiment, folder)["scored"]
-    out = workspace.store.staging_dir("score", key) / "out"
+    key = cache_keys(experiment, folder)["scored"]
+    out = workspace.store.staging_dir("score", key.fingerprint) / "out"
     (out / "rows").mkdir(parents=True)
     (out / "scores").mkdir()
     index = 0
@@ -105,6 +105,6 @@ def review_workspace(
         pq.write_table(pa.table({"id": ids, "perplexity": pa.array(values, pa.float64())}), out / "scores" / shard.name)
     count = sum(1 for _ in read_rows(rows.path, ["id"]))
     facts = {"rows": count, "rows_in": count, "rows_out": count, "scores": {}}
-    manifest = {"kind": "score", "fingerprint": key, "identity": identity, "inputs": inputs, "facts": facts}
+    manifest = {"kind": "score", **asdict(key), "facts": facts}
     workspace.store.commit(out, manifest, {"seconds": 0.0})
     return workspace

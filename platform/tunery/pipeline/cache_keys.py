@@ -1,9 +1,13 @@
-"""Fingerprints (cache keys) of the stages of an experiment, computed before anything runs."""
+"""Cache keys of the stages of an experiment, computed before anything runs.
+
+A stage is built if the store has no artifact of its kind with its fingerprint.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from tunery.spec import (
     Pretrained,
     PythonReward,
     Review,
+    Score,
     Scratch,
     Stage,
     Training,
@@ -25,6 +30,7 @@ from tunery.spec import (
 )
 from tunery.spec.graph import order
 from tunery.spec.references import StageRef
+from tunery.spec.scorers import SCORERS
 from tunery.store import fingerprint
 from tunery.store.fingerprint import folder_digest
 
@@ -34,14 +40,27 @@ IGNORED_FIELDS = ("max_unusable",)
 """Fields that can make a stage fail but do not change its result."""
 
 
+@dataclass(frozen=True)
+class CacheKey:
+    """The cache key of a stage, and what it is computed from. The manifest of an artifact has the same fields."""
+
+    fingerprint: str
+    """The key itself: a hash of the stage's kind and the other two fields."""
+    identity: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    """Fingerprints of the stages that it reads, by the path of the field that names them."""
+
+
 def stage_seed(stage: Stage, experiment: Experiment) -> int:
     own: int | None = getattr(stage, "seed", None)
     return experiment.seed if own is None else own
 
 
 def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Return everything about a stage that changes its result: its fields without the names of other stages, the seed
-    if it is random, the external content that it reads, and the version of its implementation."""
+    """Return everything about a stage that changes its result, except its inputs: its fields without the names of other
+    stages, the seed if it is random, the content of the files, folders and hub datasets that it reads, and the versions
+    of its implementation. Of a model on the hub it has the name and revision, not the content.
+    """
     fields = _without_omitted(stage.model_dump(mode="json", exclude={"kind", "seed", *IGNORED_FIELDS}))
     mixture = _mixture(stage)
     for item in stage.inputs():
@@ -56,6 +75,8 @@ def identity(stage: Stage, experiment: Experiment, folder: Path) -> dict[str, An
         result["encoding_version"] = ENCODING_VERSION
         if (tuner_version := adapter_spec(tuner_of(stage)).version) > 1:
             result["tuner_version"] = tuner_version
+    if isinstance(stage, Score):
+        result["scorer_versions"] = {spec.kind(): SCORERS[spec.kind()].version for spec in stage.by}
     if isinstance(stage, Dataset):
         result["content"] = source_identity(stage, folder)
     if isinstance(stage, Review):
@@ -86,15 +107,20 @@ def model_folder(model: Pretrained, folder: Path) -> Path:
     return (folder / Path(model.pretrained).expanduser()).resolve()
 
 
-def fingerprints(experiment: Experiment, folder: Path) -> dict[str, tuple[str, dict[str, Any], dict[str, str]]]:
-    """Return (fingerprint, identity, fingerprints of inputs by field path) by stage, in topological order."""
-    result: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {}
+def cache_keys(experiment: Experiment, folder: Path) -> dict[str, CacheKey]:
+    """Return the cache keys by stage, in topological order. `folder`: directory that relative paths refer to."""
+    keys: dict[str, CacheKey] = {}
     for name in order(experiment.stages):
         stage = experiment.stages[name]
         own = identity(stage, experiment, folder)
-        inputs = {_input_key(stage, item): result[item.stage][0] for item in stage.inputs()}
-        result[name] = (fingerprint(stage.kind, own, inputs), own, inputs)
-    return result
+        inputs = {_input_key(stage, item): keys[item.stage].fingerprint for item in stage.inputs()}
+        keys[name] = CacheKey(fingerprint(stage.kind, own, inputs), own, inputs)
+    return keys
+
+
+def fingerprints(experiment: Experiment, folder: Path) -> dict[str, str]:
+    """Return the fingerprints by stage, in topological order."""
+    return {name: key.fingerprint for name, key in cache_keys(experiment, folder).items()}
 
 
 def _mixture(stage: Stage) -> dict[str, float]:

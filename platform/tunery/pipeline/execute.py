@@ -8,14 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
 from tunery.events.event_log import EventLog
 from tunery.interrupt import STOP
-from tunery.pipeline.cache_keys import fingerprints, stage_seed
+from tunery.pipeline.cache_keys import CacheKey, cache_keys, stage_seed
 from tunery.pipeline.diagnose import diagnose
 from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate_models import validate_models_at_start
@@ -50,20 +50,16 @@ def execute(
 
     Ray must be running if a stage that needs it is not in the store. Raises StageError after a stage_failed event.
     """
-    keys = fingerprints(experiment, run_context.folder)
+    keys = cache_keys(experiment, run_context.folder)
     artifacts = dict(done)
     for name in order(experiment.stages):
         if name in done:
             continue
         STOP.check()
         stage = experiment.stages[name]
-        cache_key, identity, inputs = keys[name]
-        artifact = run_context.store.find(stage.kind, cache_key)
+        artifact = run_context.store.find(stage.kind, keys[name].fingerprint)
         if artifact is None:
-            key_inputs = {"identity": identity, "inputs": inputs}
-            artifact = _run_stage(
-                name, experiment, run_context, log, launcher(name), trial, cache_key, key_inputs, artifacts
-            )
+            artifact = _run_stage(name, experiment, run_context, log, launcher(name), trial, keys[name], artifacts)
         elif not trial.label:
             _log_finished(log, name, artifact, reused=True, seconds=0.0)
         artifacts[name] = artifact
@@ -77,8 +73,7 @@ def _run_stage(
     log: EventLog,
     launcher: Launcher,
     trial: TrialContext,
-    cache_key: str,
-    key_inputs: Mapping[str, Any],
+    key: CacheKey,
     artifacts: Mapping[str, Artifact],
 ) -> Artifact:
     stage = experiment.stages[name]
@@ -91,14 +86,16 @@ def _run_stage(
         launcher.release()  # the other run may need the workers' CPUs or GPUs to build it
         emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} is building it")
 
-    emit("stage_started", kind=stage.kind, fingerprint=cache_key, detail="")
+    emit("stage_started", kind=stage.kind, fingerprint=key.fingerprint, detail="")
     try:
-        with run_context.store.lease(stage.kind, cache_key, wait):
-            if (artifact := run_context.store.find(stage.kind, cache_key)) is not None:  # built while this run waited
+        with run_context.store.lease(stage.kind, key.fingerprint, wait):
+            if (
+                artifact := run_context.store.find(stage.kind, key.fingerprint)
+            ) is not None:  # built while this run waited
                 _log_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
             validate_models_at_start(name, stage, experiment, run_context.folder)
-            staging_dir = run_context.store.staging_dir(stage.kind, cache_key)
+            staging_dir = run_context.store.staging_dir(stage.kind, key.fingerprint)
             out = staging_dir / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
@@ -118,7 +115,7 @@ def _run_stage(
                 compute=experiment.compute,
                 launcher=launcher,
                 emit=emit,
-                identity=key_inputs["identity"],
+                identity=key.identity,
                 command=run_context.command,
             )
             run_stage: Callable[[StageContext], StageResult] = load_object(STAGE_KINDS[stage.kind].run)
@@ -126,7 +123,7 @@ def _run_stage(
             seconds = time.time() - started
             artifact = run_context.store.commit(
                 out,
-                {"kind": stage.kind, "fingerprint": cache_key, **key_inputs, "facts": result.facts},
+                {"kind": stage.kind, **asdict(key), "facts": result.facts},
                 {**result.runtime_stats, "seconds": seconds},
             )
             shutil.rmtree(staging_dir, ignore_errors=True)

@@ -21,7 +21,7 @@ from tunery.ingest.read import first_row_format, read_source
 from tunery.models.model_folder import count_parameters
 from tunery.models.row_encodings import row_encoding_of
 from tunery.models.scratch import SHAPES
-from tunery.pipeline.cache_keys import difference, fingerprints, model_folder
+from tunery.pipeline.cache_keys import CacheKey, cache_keys, difference, model_folder
 from tunery.pipeline.compute import batch_sizes, local_hardware, resolve_compute
 from tunery.pipeline.validate import notes
 from tunery.pipeline.validate_templates import template_notes
@@ -92,19 +92,18 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
     folder = Path(source.file).parent
     hardware = local_hardware()
     compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
-    cache_keys = fingerprints(experiment, folder)
+    keys = cache_keys(experiment, folder)
     before = _last_run(store, experiment.name)
     estimate = _Estimates(experiment, folder, compute)
     models: dict[str, Path] = {}
     stages = []
     for name in order(experiment.stages):
         stage = experiment.stages[name]
-        cache_key, identity, inputs = cache_keys[name]
-        artifact = store.find(stage.kind, cache_key)
-        reason = "" if artifact else _rebuild_reason(name, identity, inputs, before)
+        artifact = store.find(stage.kind, keys[name].fingerprint)
+        reason = "" if artifact else _rebuild_reason(name, keys[name], before)
         if artifact is not None and isinstance(stage, Training):
             models[name] = artifact.path
-        stages.append(estimate.stage(name, stage, cache_key, artifact, reason, before.get(name)))
+        stages.append(estimate.stage(name, stage, keys[name].fingerprint, artifact, reason, before.get(name)))
     compute_fields = compute.model_dump(exclude_defaults=False)
     plan_notes = [f"`{stage}`: {note}" for stage, note in template_notes(experiment, folder, models).items()]
     plan_notes += [
@@ -134,14 +133,12 @@ def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
     return manifests
 
 
-def _rebuild_reason(
-    name: str, identity: dict[str, Any], inputs: dict[str, str], before: dict[str, dict[str, Any]]
-) -> str:
+def _rebuild_reason(name: str, key: CacheKey, before: dict[str, dict[str, Any]]) -> str:
     last = before.get(name)
     if last is None:
         return "never built"
-    changed = difference(last["identity"], json.loads(json.dumps(identity)))
-    changed += [f"{path} changed" for path in inputs if last["inputs"].get(path) != inputs[path]]
+    changed = difference(last["identity"], json.loads(json.dumps(key.identity)))
+    changed += [f"{path} changed" for path, value in key.inputs.items() if last["inputs"].get(path) != value]
     return ", ".join(changed) or "its artifact was removed"
 
 

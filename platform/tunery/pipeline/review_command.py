@@ -53,7 +53,7 @@ def find_review(experiment: Experiment, source: YamlSource, store: Store, name: 
         )
     # Only the upstream stages: the files of other stages need not exist to review these rows.
     needed = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [stage.data])})
-    selection = store.find("select", fingerprints(needed, context.folder)[stage.data][0])
+    selection = store.find("select", fingerprints(needed, context.folder)[stage.data])
     if selection is None:
         raise RequestError(
             f"the rows of `{stage.data}` aren't selected yet, so there is nothing to review",

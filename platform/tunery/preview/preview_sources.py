@@ -90,7 +90,7 @@ class PreviewSources:
             except BadSource as error:
                 raise self._error(name, error.field, error) from None
         try:
-            return {name: result[0] for name, result in fingerprints(needed, self.context.folder).items()}
+            return fingerprints(needed, self.context.folder)
         except BadDecisions as error:
             raise RequestError(error.message, cause=error.cause, remedy=error.remedy) from None
 

@@ -79,9 +79,7 @@ def plan_search(experiment: Experiment, store: Store, folder: Path, workers: int
     assert search is not None, "called for experiments with a search"
     points = _expected_points(search, experiment.seed)
     trials = {trial_id(overrides): trial_experiment(experiment, overrides) for overrides in points}
-    cache_keys = {
-        name: {stage: item[0] for stage, item in fingerprints(trial, folder).items()} for name, trial in trials.items()
-    }
+    cache_keys = {name: fingerprints(trial, folder) for name, trial in trials.items()}
     kinds = {stage: experiment.stages[stage].kind for keys in cache_keys.values() for stage in keys}
     distinct = {stage: {keys[stage] for keys in cache_keys.values() if stage in keys} for stage in kinds}
     searched = {path.split(".")[0] for path in search.space}
@@ -141,8 +139,7 @@ def _device_hours(
     )
     if name is None:
         return None
-    cache_keys = fingerprints(experiment, folder)
-    artifact = store.find(experiment.stages[name].kind, cache_keys[name][0])
+    artifact = store.find(experiment.stages[name].kind, fingerprints(experiment, folder)[name])
     own = experiment.stages[name]
     if artifact is None or not isinstance(own, Training):
         return None

@@ -120,7 +120,7 @@ class TrialFunction:
         )
 
     def _is_cached(self, experiment: Experiment, stage: str) -> bool:
-        cache_key = fingerprints(experiment, self.run_context.folder)[stage][0]
+        cache_key = fingerprints(experiment, self.run_context.folder)[stage]
         return self.run_context.store.find(experiment.stages[stage].kind, cache_key) is not None
 
 

@@ -90,15 +90,10 @@ def run_search(
         standings=artifact.facts["standings"],
         ties=artifact.facts["ties"],
         pareto_front=artifact.facts["pareto_front"],
-        best_fingerprints=_stage_cache_keys(experiment, run_context, best["overrides"]),
+        # A run whose search is cached executes no trial that would log them.
+        best_fingerprints=fingerprints(with_overrides(experiment, best["overrides"]), run_context.folder),
     )
     return artifact
-
-
-def _stage_cache_keys(experiment: Experiment, run_context: RunContext, overrides: dict[str, Any]) -> dict[str, str]:
-    """Cache keys by stage. A run whose search is cached executes no trial that would log them."""
-    keys = fingerprints(with_overrides(experiment, overrides), run_context.folder)
-    return {name: cache_key for name, (cache_key, _, _) in keys.items()}
 
 
 def search_fingerprint(experiment: Experiment, run_context: RunContext) -> tuple[str, dict[str, Any]]:
@@ -108,13 +103,13 @@ def search_fingerprint(experiment: Experiment, run_context: RunContext) -> tuple
     assert search is not None, "called for experiments with a search"
     folder = run_context.folder
     required = experiment.model_copy(update={"stages": with_upstream(experiment.stages, metric_stages(search))})
-    inputs = {name: item[0] for name, item in fingerprints(required, folder).items()}
+    inputs = fingerprints(required, folder)
     for path, dimension in search.space.items():
         for value in dimension.choice or dimension.grid or ():  # a value may select other stages, files or models
             with suppress(ValueError):  # a value that is valid only together with another one (`when`)
                 trial = trial_experiment(experiment, {path: value})
-                for name, item in fingerprints(trial, folder).items():
-                    inputs[f"{path}={value}: {name}"] = item[0]
+                for name, cache_key in fingerprints(trial, folder).items():
+                    inputs[f"{path}={value}: {name}"] = cache_key
     identity = {"version": VERSION, "seed": experiment.seed, **search.model_dump(mode="json")}
     if search.warm_start:
         identity["earlier"] = [trial["trial"] for trial in earlier_trials(search, run_context.store)]
@@ -198,7 +193,7 @@ def _remove_staging_dirs(experiment: Experiment, run_context: RunContext, record
         if record.outcome is not None and record.outcome["state"] != "stopped":
             continue
         trial = trial_experiment(experiment, record.start.overrides)
-        for name, (cache_key, _, _) in fingerprints(trial, run_context.folder).items():
+        for name, cache_key in fingerprints(trial, run_context.folder).items():
             kind = trial.stages[name].kind
             with suppress(LeaseHeld), run_context.store.lease(kind, cache_key):  # another run may be building it
                 shutil.rmtree(run_context.store.staging_dir(kind, cache_key), ignore_errors=True)

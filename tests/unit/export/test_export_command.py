@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tunery.events.event_log import EventLog
 from tunery.export.export_command import export_model, render
 from tunery.models.adapters import lora_config
 from tunery.models.load import load_classifier, load_model, load_with_new_head, write_base, write_head
-from tunery.pipeline.cache_keys import fingerprints
+from tunery.pipeline.cache_keys import cache_keys
 from tunery.search.space import trial_experiment, trial_id
 from tunery.spec import Experiment, Lora, load
 from tunery.store import Artifact, Store
@@ -96,16 +97,15 @@ class ExportWorkspace:
     def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
         """Return the artifacts of all stages; write those that do not exist yet."""
         artifacts: dict[str, Artifact] = {}
-        for name, (model_fingerprint, own, inputs) in fingerprints(experiment, self.folder).items():
+        for name, key in cache_keys(experiment, self.folder).items():
             kind = experiment.stages[name].kind
-            artifact = self.store.find(kind, model_fingerprint)
+            artifact = self.store.find(kind, key.fingerprint)
             if artifact is None:
-                out = self.store.staging_dir(kind, model_fingerprint) / "out"
+                out = self.store.staging_dir(kind, key.fingerprint) / "out"
                 out.mkdir(parents=True)
                 weights(name, artifacts, self.folder, out, seed=len(list(self.store.root.rglob("manifest.json"))))
-                described = {"kind": kind, "fingerprint": model_fingerprint, "identity": own, "inputs": inputs}
-                facts = {"facts": facts_of(name, kind)}
-                artifact = self.store.commit(out, {**described, **facts}, {"workers": 1, "device": "cpu"})
+                manifest = {"kind": kind, **asdict(key), "facts": facts_of(name, kind)}
+                artifact = self.store.commit(out, manifest, {"workers": 1, "device": "cpu"})
             artifacts[name] = artifact
         return artifacts
 

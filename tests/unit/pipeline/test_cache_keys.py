@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.pipeline import cache_keys as identity_module
-from tunery.pipeline.cache_keys import IGNORED_FIELDS, difference, fingerprints, identity, stage_seed
+from tunery.pipeline.cache_keys import IGNORED_FIELDS, cache_keys, difference, fingerprints, identity, stage_seed
 from tunery.spec import ADAPTERS, STAGE_KINDS, Compute, Evaluate, Experiment, Training, WinRate
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
+from tunery.spec.scorers import SCORERS
 from tunery.store.fingerprint import HEX_DIGITS, file_digest, fingerprint, folder_digest
 
 STAGES_OF_FILE: dict[str, dict[str, Any]] = {
@@ -298,10 +299,6 @@ def experiment_of(stages: dict[str, dict[str, Any]], **values: Any) -> Experimen
 EXPERIMENT = experiment_of(STAGES_OF_FILE)
 
 
-def prints(experiment: Experiment, folder: Path) -> dict[str, str]:
-    return {name: item[0] for name, item in fingerprints(experiment, folder).items()}
-
-
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if before[name] != after[name]}
@@ -327,11 +324,11 @@ def test_cases_cover_every_field_of_every_stage_kind() -> None:
 def test_changed_field_changes_the_fingerprints_of_its_stage_and_downstream_stages_only(
     stage: str, field: str, folder: Path
 ) -> None:
-    before = prints(EXPERIMENT, folder)
+    before = fingerprints(EXPERIMENT, folder)
     observed = {before[stage]}
     for value in OTHER_VALUES[stage, field]:
         trial = with_overrides(EXPERIMENT, {f"{stage}.{field}": value})
-        after = prints(trial, folder)
+        after = fingerprints(trial, folder)
         assert changed(before, after) == users_of(trial, stage)
         assert after[stage] not in observed, "two values have the same fingerprint"
         observed.add(after[stage])
@@ -358,7 +355,7 @@ def test_fingerprint_depends_on_the_stage_kind(folder: Path) -> None:
     # Same fields, another trainer.
     sft = {"kind": "sft", "data": "docs", "model": "base", "epochs": 1, "learning_rate": 1e-4}
     stages = {name: STAGES_OF_FILE[name] for name in ("docs", "base")}
-    actual = prints(experiment_of(stages | {"a": sft, "b": {**sft, "kind": "pretrain"}}), folder)
+    actual = fingerprints(experiment_of(stages | {"a": sft, "b": {**sft, "kind": "pretrain"}}), folder)
     assert actual["a"] != actual["b"]
 
 
@@ -381,12 +378,12 @@ COMPUTE: dict[str, list[Any]] = {
 
 def test_compute_settings_do_not_change_fingerprints(folder: Path) -> None:
     assert COMPUTE.keys() == Compute.model_fields.keys()
-    before = prints(EXPERIMENT, folder)
+    before = fingerprints(EXPERIMENT, folder)
     for field, values in COMPUTE.items():
         for value in values:
             other = experiment_of(STAGES_OF_FILE, compute={field: value})
             assert getattr(other.compute, field) != getattr(EXPERIMENT.compute, field)
-            assert prints(other, folder) == before, field
+            assert fingerprints(other, folder) == before, field
 
 
 @pytest.mark.parametrize(
@@ -399,7 +396,7 @@ def test_compute_settings_do_not_change_fingerprints(folder: Path) -> None:
     ids=lambda values: next(iter(values)),
 )
 def test_name_tracking_and_search_do_not_change_fingerprints(values: dict[str, Any], folder: Path) -> None:
-    assert prints(experiment_of(STAGES_OF_FILE, **values), folder) == prints(EXPERIMENT, folder)
+    assert fingerprints(experiment_of(STAGES_OF_FILE, **values), folder) == fingerprints(EXPERIMENT, folder)
 
 
 def renamed(old: str, new: str) -> Experiment:
@@ -419,7 +416,7 @@ def renamed(old: str, new: str) -> Experiment:
 @pytest.mark.parametrize("old", STAGES_OF_FILE)
 def test_renaming_a_stage_changes_only_evaluations_that_list_its_name(old: str, folder: Path) -> None:
     other = renamed(old, "fresh")
-    after = prints(other, folder)
+    after = fingerprints(other, folder)
     after[old] = after.pop("fresh")
     bearers = {
         name
@@ -427,13 +424,13 @@ def test_renaming_a_stage_changes_only_evaluations_that_list_its_name(old: str, 
         if (isinstance(stage, Evaluate) and old in stage.models)
         or (isinstance(stage, WinRate) and old in (*stage.evaluated_models, stage.data))
     }
-    assert changed(prints(EXPERIMENT, folder), after) == bearers
+    assert changed(fingerprints(EXPERIMENT, folder), after) == bearers
 
 
 @pytest.mark.parametrize("names", [sorted(STAGES_OF_FILE), list(reversed(STAGES_OF_FILE))], ids=["sorted", "reversed"])
 def test_stage_order_does_not_change_fingerprints(names: list[str], folder: Path) -> None:
     moved = experiment_of({name: STAGES_OF_FILE[name] for name in names})
-    assert prints(moved, folder) == prints(EXPERIMENT, folder)
+    assert fingerprints(moved, folder) == fingerprints(EXPERIMENT, folder)
 
 
 def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Path) -> None:
@@ -442,7 +439,7 @@ def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Pat
     for name in ("a.jsonl", "b.jsonl", "checked.jsonl", "reward.py"):
         shutil.copy(folder / name, elsewhere)
     shutil.copytree(folder / "model", elsewhere / "model")
-    assert prints(EXPERIMENT, elsewhere) == prints(EXPERIMENT, folder)
+    assert fingerprints(EXPERIMENT, elsewhere) == fingerprints(EXPERIMENT, folder)
 
 
 @pytest.mark.parametrize(
@@ -457,18 +454,18 @@ def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Pat
 def test_file_content_changes_the_fingerprints_of_stages_that_read_it(
     file: str, readers: list[str], folder: Path
 ) -> None:
-    before = prints(EXPERIMENT, folder)
+    before = fingerprints(EXPERIMENT, folder)
     text = (folder / file).read_bytes()
     (folder / file).write_bytes(text.swapcase())
-    assert changed(before, prints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *readers)
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *readers)
     (folder / file).write_bytes(text)
-    assert prints(EXPERIMENT, folder) == before
+    assert fingerprints(EXPERIMENT, folder) == before
 
 
 def test_review_fingerprint_depends_on_decisions_but_not_on_their_file_format(folder: Path) -> None:
     def with_lines(*lines: str) -> dict[str, str]:
         (folder / "checked.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        return prints(EXPERIMENT, folder)
+        return fingerprints(EXPERIMENT, folder)
 
     keep, drop = '{"id": "a", "decision": "keep", "t": 1}', '{"id": "a", "decision": "drop"}'
     other, none = '{"id": "b", "decision": "keep"}', '{"id": "b", "decision": null, "undo": true}'
@@ -477,21 +474,21 @@ def test_review_fingerprint_depends_on_decisions_but_not_on_their_file_format(fo
     assert changed(before, with_lines(keep, other)) == {"checked"}
     assert with_lines(drop, other, none, keep) == before, "the last decision on each row is the same"
     (folder / "checked.jsonl").unlink()
-    assert prints(EXPERIMENT, folder) == with_lines(), "no file, no decisions"
+    assert fingerprints(EXPERIMENT, folder) == with_lines(), "no file, no decisions"
 
 
 def test_new_file_that_matches_a_glob_changes_the_dataset(folder: Path) -> None:
     pattern = experiment_of({"docs": {"kind": "dataset", "source": "*.jsonl"}})
-    before = prints(pattern, folder)
+    before = fingerprints(pattern, folder)
     (folder / "c.jsonl").write_text('{"text": "three"}\n')
-    assert changed(before, prints(pattern, folder)) == {"docs"}
+    assert changed(before, fingerprints(pattern, folder)) == {"docs"}
 
 
 def test_experiment_seed_changes_only_random_stages(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
     # Injected corruption, trainings without their own seed, `random`, review samples, prompts.
     by_chance = {"more", "base", "other", "clean", "checked", "prompts", "wins"}
-    assert changed(prints(EXPERIMENT, folder), prints(other, folder)) == users_of(EXPERIMENT, *by_chance)
+    assert changed(fingerprints(EXPERIMENT, folder), fingerprints(other, folder)) == users_of(EXPERIMENT, *by_chance)
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
 
@@ -499,28 +496,37 @@ def test_experiment_seed_changes_only_random_stages(folder: Path) -> None:
 def test_seed_of_a_training_overrides_the_experiment_seed(folder: Path) -> None:
     assert [stage_seed(EXPERIMENT.stages[name], EXPERIMENT) for name in ("base", "sft", "judge")] == [17, 3, 3]
     explicit = with_overrides(EXPERIMENT, {"base.seed": 17})
-    assert prints(explicit, folder) == prints(EXPERIMENT, folder), "the same seed, given explicitly"
+    assert fingerprints(explicit, folder) == fingerprints(EXPERIMENT, folder), "the same seed, given explicitly"
 
 
 @pytest.mark.parametrize("kind", STAGE_KINDS)
 def test_new_stage_version_changes_the_stage_and_downstream_stages(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = prints(EXPERIMENT, folder)
+    before = fingerprints(EXPERIMENT, folder)
     newer = dataclasses.replace(STAGE_KINDS[kind], version=STAGE_KINDS[kind].version + 1)
     monkeypatch.setattr(identity_module, "STAGE_KINDS", {**STAGE_KINDS, kind: newer})
     of_kind = [name for name, stage in EXPERIMENT.stages.items() if stage.kind == kind]
-    assert changed(before, prints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *of_kind)
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *of_kind)
+
+
+def test_new_version_of_a_scorer_rebuilds_the_scores_and_downstream_stages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprints(EXPERIMENT, folder)
+    newer = dataclasses.replace(SCORERS["reward"], version=SCORERS["reward"].version + 1)
+    monkeypatch.setattr(SCORERS, "_entries", {**SCORERS, "reward": newer})
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, "again")
 
 
 def test_new_version_of_a_tuner_changes_the_fingerprints_of_its_trainings(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = experiment_of({**STAGES_OF_FILE, "sft": {**STAGES_OF_FILE["sft"], "tuner": {"lora": {}}}})
-    before = prints(lora, folder)
+    before = fingerprints(lora, folder)
     newer = dataclasses.replace(ADAPTERS["lora"], version=2)
     monkeypatch.setattr(ADAPTERS, "_entries", {**ADAPTERS, "lora": newer})
-    assert changed(before, prints(lora, folder)) == users_of(lora, "sft")
+    assert changed(before, fingerprints(lora, folder)) == users_of(lora, "sft")
 
 
 PINNED = {
@@ -528,13 +534,13 @@ PINNED = {
     "more": "b1323a11fe2448a3",
     "base": "ca0aa89dd6d5365d",
     "other": "4310871dd3dbcfb6",
-    "scored": "a0d27b0b10ffba04",
-    "again": "0a8ed8d8861d482b",
-    "clean": "79099816d55a3a68",
-    "strict": "cf84fa6197f44fc3",
-    "checked": "bb1594ff151efeb3",
-    "prompts": "4a6127196c787227",
-    "sft": "fb400e1d610abe94",
+    "scored": "4d40ca2d80a6fa23",
+    "again": "477bd6d764726527",
+    "clean": "a7d491b57c17a85b",
+    "strict": "f9a09d571918eda6",
+    "checked": "bef2de086eda1c0c",
+    "prompts": "85379ffd8085fe75",
+    "sft": "07b87ddf09efa317",
     "judge": "d35602b0a8a2434f",
     "dpo": "2639087291ef56f2",
     "kto": "3e461946f509f8bb",
@@ -542,20 +548,20 @@ PINNED = {
     "rloo": "adae5fe4de30f92e",
     "ppo": "59bd73f59c3a355a",
     "rm": "4e99044b8dd6b658",
-    "eval": "645a26b5b812f42f",
-    "wins": "4ffba3fe822b58f5",
+    "eval": "76cf103be1287b9c",
+    "wins": "cc2c2b426dd8d7b3",
 }
 """Change a value only with the version of its kind: another fingerprint rebuilds artifacts of the same result."""
 
 
 def test_fingerprints_are_those_of_earlier_versions(folder: Path) -> None:
-    assert prints(EXPERIMENT, folder) == PINNED
+    assert fingerprints(EXPERIMENT, folder) == PINNED
 
 
 def test_identity_survives_a_json_round_trip(folder: Path) -> None:
-    for name, (own, described, inputs) in fingerprints(EXPERIMENT, folder).items():
-        kept = json.loads(json.dumps(described))
-        assert fingerprint(EXPERIMENT.stages[name].kind, kept, inputs) == own
+    for name, key in cache_keys(EXPERIMENT, folder).items():
+        loaded = json.loads(json.dumps(key.identity))
+        assert fingerprint(EXPERIMENT.stages[name].kind, loaded, key.inputs) == key.fingerprint
 
 
 @pytest.mark.parametrize("name", [name for name, stage in EXPERIMENT.stages.items() if isinstance(stage, Training)])
