@@ -3,11 +3,11 @@
     python benchmarks/filtering_helps.py [--shares 0.8 0.5] [--seeds 17 18 19] [--epochs 1] [--scores perplexity ..]
                                          [--device cpu] [--store DIR]
 
-The data is the quickstart's: 1,200 questions about Python's library, a fifth of them damaged on purpose, and a small
+The data is the quickstart's: 1,200 questions about Python's library, a fifth of them corrupted, and a small
 model that is pre-trained on the documentation. Training sets:
 
     all       the 1,200 rows
-    intact    the 960 that were not damaged: what a perfect filter would keep
+    intact    the 960 that were not corrupted: what a perfect filter would keep
     random    a share of them, drawn without a look
     others    the best share by one score
 

@@ -2,11 +2,11 @@
 
     python benchmarks/finding_bad_rows.py [--store .tunery] [--seeds 17 18 19]
 
-A fifth of 1,200 question rows is damaged on purpose, in four ways. For each score: AUC against all damaged rows and
+A fifth of 1,200 question rows is corrupted in four ways. For each score: AUC against all corrupted rows and
 against each kind (0.5 is chance), and recall when exactly the worst fifth is dropped. Beside them a random order, and
 two ways to combine scores: `mean rank` (of those whose AUC is above 0.55 on the first seed), and `rules` (the filter
 `together` of the experiment: rules that must all pass), whose recall is at the share that it drops. Several seeds:
-other damage and another base model; means are printed, and the spread of the AUC.
+other corruption and another base model; means are printed, and the spread of the AUC.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from tunery.store import Artifact, Store
 from tunery.training.launch import OnWorkers
 
 LORA = {"lora": {"rank": 4}}
-ROWS = {"texts": ("texts", 120), "questions": ("questions", 80), "pairs": ("damaged", 64), "prompts": ("prompts", 32)}
+ROWS = {"texts": ("texts", 120), "questions": ("questions", 80), "pairs": ("corrupted", 64), "prompts": ("prompts", 32)}
 TRAIN = {"epochs": 1, "learning_rate": 1.0e-3, "global_batch_size": 8}
 ONLINE = {
     **TRAIN,

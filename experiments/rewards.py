@@ -13,7 +13,7 @@ def count_the(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [float(min(MAX_COUNT, len(re.findall(r"\bthe\b", response, re.IGNORECASE)))) for response in responses]
 
 
-def undamaged(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def is_uncorrupted(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Return the share of three-word sequences that occur for the first time, plus 1 if the last sentence ends.
 
     Repeated and cut responses score low. It can't see shuffled words or the response to another question.

@@ -40,7 +40,7 @@ STAGES: dict[str, dict[str, Any]] = {
         **SHORT,
     },
 }
-SOURCES = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prompts": "prompts"}
+SOURCES = {"texts": "texts", "questions": "questions", "pairs": "corrupted", "prompts": "prompts"}
 
 
 def write_experiment(folder: Path, compute: dict[str, Any], **changed: Any) -> Path:

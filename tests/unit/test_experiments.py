@@ -91,7 +91,7 @@ def test_missing_decisions_are_no_failure(tmp_path: Path) -> None:
 
 def test_rewards_have_the_values_of_their_description() -> None:
     assert rewards.count_the(["", ""], ["The cat, the dog; then", "the " * 9]) == [2.0, 5.0]
-    assert rewards.undamaged([""] * 4, ["It returns a new list.", "It returns a", "a b c a b c .", ""]) == [
+    assert rewards.is_uncorrupted([""] * 4, ["It returns a new list.", "It returns a", "a b c a b c .", ""]) == [
         2,
         1,
         1.8,

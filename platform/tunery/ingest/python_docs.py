@@ -31,7 +31,7 @@ from typing import Any, Literal, TextIO
 
 logger = logging.getLogger(__name__)
 
-Subset = Literal["texts", "questions", "preferences", "damaged", "prompts"]
+Subset = Literal["texts", "questions", "preferences", "corrupted", "prompts"]
 Row = dict[str, Any]
 
 CORPUS_VERSION = 1
@@ -155,7 +155,7 @@ def rows(subset: Subset, is_included: Callable[[str], bool] = lambda group: True
     - questions: `messages`, a user's question about an object and the assistant's response
     - preferences: `messages` as in questions, and `rejected`, the response for another included object of the same
       kind (so that a split never contains responses of another split)
-    - damaged: `messages` as in questions, and `rejected`, the same response with injected corruption
+    - corrupted: `messages` as in questions, and `rejected`, the same response with injected corruption
       (ingest/corruption.py). Which response is better is visible in the response alone, which a small model can learn
     - prompts: `messages`, only the question
 
@@ -165,7 +165,7 @@ def rows(subset: Subset, is_included: Callable[[str], bool] = lambda group: True
         "texts": _texts,
         "questions": _questions,
         "preferences": lambda: _preferences(is_included),
-        "damaged": lambda: _damaged(is_included),
+        "corrupted": lambda: _corrupted(is_included),
         "prompts": _prompts,
     }
     if subset not in builders:
@@ -221,7 +221,7 @@ def _preferences(is_included: Callable[[str], bool]) -> Iterator[Row]:
             }
 
 
-def _damaged(is_included: Callable[[str], bool]) -> Iterator[Row]:
+def _corrupted(is_included: Callable[[str], bool]) -> Iterator[Row]:
     from tunery.ingest.corruption import corrupt  # not at module level: this file is also run as a script
 
     rows = [row for row in _questions() if is_included(row["group"])]

@@ -288,7 +288,7 @@ def first_row_format(stage: Dataset, folder: Path) -> RowFormat:
         formats: dict[str, RowFormat] = {
             "texts": "text",
             "preferences": "preference",
-            "damaged": "preference",
+            "corrupted": "preference",
             "prompts": "prompt",
         }
         return formats.get(stage.subset or "", "conversation")

@@ -145,7 +145,7 @@ def validate_source_fields(stage: Dataset, parts: list[SourcePart]) -> None:
     files = [part for part in parts if isinstance(part, File)]
     formats = {format_of(file, stage) for file in files}
     if builtin and stage.subset is None:
-        remedy = "add `subset:` texts, questions, preferences, damaged or prompts"
+        remedy = "add `subset:` texts, questions, preferences, corrupted or prompts"
         raise BadSource("source", f"`{BUILTIN}` needs a subset", remedy=remedy)
     for field in ("columns", "roles", "message_keys"):
         if builtin and getattr(stage, field) is not None:

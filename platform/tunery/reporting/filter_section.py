@@ -101,7 +101,9 @@ def _diversity(stage: StageState) -> list[Table]:
     if median is not None and high is not None:
         notes.append(f"cosine of random pairs: median {measure(median)}, 95th percentile {measure(high)}")
     if (similar := as_number(stats.get("too_similar"))) is not None:
-        notes.append(f"{count(similar)} rows were too similar to a kept row (above {plain(stats.get('similarity'))})")
+        notes.append(
+            f"{count(similar)} rows were too similar to a kept row (above {plain(stats.get('max_similarity'))})"
+        )
     return [table(["subset", "radius", "similarity"], rows, notes=notes)]
 
 

@@ -94,7 +94,7 @@ def _shortfall_reason(stats: Mapping[str, Any]) -> str:
         return "all other rows have the same embedding as a kept row"
     chance = stats["chance_similarity"]
     median = "" if chance is None else f" (median of random pairs: {chance['median']:.2f})"
-    return f"all other rows have a similarity above {stats['similarity']:g} to a kept row{median}"
+    return f"all other rows have a similarity above {stats['max_similarity']:g} to a kept row{median}"
 
 
 def review_table(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Table | None:

@@ -97,11 +97,13 @@ def select_diverse(
     try:
         candidates, is_candidate = _write_candidates(folder, context.seed, spec, table, shards, directions)
         count = candidates.count
-        max_selected = min(count, spec.rows or (max(1, round(spec.share * count)) if spec.share else count))
+        max_selected = min(
+            count, spec.rows or (max(1, round(spec.keep_fraction * count)) if spec.keep_fraction else count)
+        )
         is_selected: Bools = candidates.column("kept", np.bool_, False)
         facts = {
             "method": spec.method,
-            "by": spec.by,
+            "embedding": spec.embedding,
             "rule": describe_diverse(spec),
             "candidates": count,
             "missing": int(len(is_candidate) - is_candidate.sum()),
@@ -120,8 +122,8 @@ def select_diverse(
 
 def describe_diverse(spec: Diverse) -> str:
     """Return the selection as text, such as "k_center 500 by embedding"."""
-    budget = [f"{spec.rows:,}"] if spec.rows else [f"share {spec.share:g}"] if spec.share else []
-    return " ".join([spec.method, *budget, "by", spec.by])
+    budget = [f"{spec.rows:,}"] if spec.rows else [f"fraction {spec.keep_fraction:g}"] if spec.keep_fraction else []
+    return " ".join([spec.method, *budget, "by", spec.embedding])
 
 
 def _write_candidates(
@@ -143,7 +145,7 @@ def _write_candidates(
         for shard, (scores, kept, _) in zip(table.files, shards, strict=True):
             if not len(kept):
                 continue
-            vectors_nh, has_vector = round_vectors(table.vectors(shard, spec.by)[kept])
+            vectors_nh, has_vector = round_vectors(table.vectors(shard, spec.embedding)[kept])
             candidates = candidates or Candidates(folder, vectors_nh.shape[1])
             badness = np.zeros(int(kept.sum()))
             if spec.score is not None:
@@ -174,7 +176,7 @@ def _select(
             lambda done: context.emit("progress", done=done, total=max_selected, unit="rows", detail="k-center"),
         )
     else:
-        similarity = DEFAULT_SIMILARITY if spec.similarity is None else spec.similarity
+        similarity = DEFAULT_SIMILARITY if spec.max_similarity is None else spec.max_similarity
         diversity.greedy = score_first(
             candidates,
             max_selected,
@@ -183,7 +185,7 @@ def _select(
             lambda done: context.emit("progress", done=done, total=candidates.count, unit="rows", detail="comparing"),
         )
         selected = diversity.greedy.selected
-        diversity.facts |= {"similarity": similarity, "too_similar": _count_too_similar(diversity.greedy)}
+        diversity.facts |= {"max_similarity": similarity, "too_similar": _count_too_similar(diversity.greedy)}
     return np.sort(np.array(selected, np.int64))
 
 

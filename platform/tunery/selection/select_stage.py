@@ -135,10 +135,12 @@ def _fit_quota(
     for shard, (scores, kept, _) in zip(table.files, filtered, strict=True):
         groups = to_str_list(pq.read_table(shard, columns=[stage.quota.group_by])[0].filter(pa.array(kept)))
         indices = [start + int(index) for index in np.flatnonzero(kept)]
-        if stage.quota.by is None:
+        if stage.quota.sort_by is None:
             badness = np.zeros(len(indices))
         else:
-            badness = scores[stage.quota.by][kept] * (1.0 if directions.get(stage.quota.by, "low") == "low" else -1.0)
+            badness = scores[stage.quota.sort_by][kept] * (
+                1.0 if directions.get(stage.quota.sort_by, "low") == "low" else -1.0
+            )
         quota.add(groups, badness, indices)
         start += len(kept)
     quota.finalize()

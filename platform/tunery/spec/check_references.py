@@ -102,8 +102,8 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
     scores = [scorer.score for scorer in scorers if not scorer.returns_embeddings]
     vectors = [scorer.score for scorer in scorers if scorer.returns_embeddings]
     used: list[tuple[KeyPath, str]] = [(("keep", score), score) for score in stage.keep]
-    if stage.quota is not None and stage.quota.by is not None:
-        used.append((("quota", "by"), stage.quota.by))
+    if stage.quota is not None and stage.quota.sort_by is not None:
+        used.append((("quota", "sort_by"), stage.quota.sort_by))
     if stage.diverse is not None and stage.diverse.score is not None:
         used.append((("diverse", "score"), stage.diverse.score))
     for path, score in used:
@@ -113,7 +113,7 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
                 source,
                 at,
                 f"`{name}.{path[0]}` uses `{score}`, which is not a score",
-                cause=f"without `reference` an embedding stores vectors, which are used by `{name}.diverse.by`",
+                cause=f"without `reference` an embedding stores vectors, which are used by `{name}.diverse.embedding`",
                 remedy=f"set its `reference` in `{stage.data}`, or use another score: {', '.join([*scores, RANDOM])}",
             )
         elif score not in (*scores, RANDOM):
@@ -124,17 +124,17 @@ def _check_scores_of(name: str, stage: Select, experiment: Experiment, source: Y
                 cause="" if scores else f"`{stage.data}` is a {scored.kind} stage, which computes no scores",
                 remedy=nearest(score, [*scores, RANDOM]),
             )
-    if stage.diverse is not None and stage.diverse.by not in vectors:
-        by = stage.diverse.by
+    if stage.diverse is not None and stage.diverse.embedding not in vectors:
+        embedding = stage.diverse.embedding
         cause = (
             f"it is a {scored.kind} stage" if not scorers else "only an embedding without `reference` stores vectors"
         )
         yield error_at(
             source,
-            ("stages", name, "diverse", "by"),
-            f"`{name}.diverse` uses the vectors of `{by}`, which `{stage.data}` does not store",
+            ("stages", name, "diverse", "embedding"),
+            f"`{name}.diverse` uses the vectors of `{embedding}`, which `{stage.data}` does not store",
             cause=cause,
-            remedy=nearest(by, vectors)
+            remedy=nearest(embedding, vectors)
             if vectors
             else "add an embedding to a score stage: `by: [{embedding: <model>}]`",
         )

@@ -76,7 +76,7 @@ class Dataset(StageConfig):
     """Split of a hub dataset or of a saved DatasetDict; optional if it has only one."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset; the main branch when not given. The cache key contains the commit."""
-    subset: Literal["texts", "questions", "preferences", "damaged", "prompts"] | None = None
+    subset: Literal["texts", "questions", "preferences", "corrupted", "prompts"] | None = None
     """Subset of the builtin corpus; not for files."""
     split: Literal["train", "validation", "test", "all"] = "all"
     """Split by a hash of the row's group: the first user message, or the text (in the builtin corpus: the documented
@@ -198,14 +198,14 @@ class Quota(Config):
     """source: file or dataset; group: see `split` of a dataset."""
     rows: Annotated[int, Field(gt=0)]
     """Maximum number of rows of each."""
-    by: str | None = None
+    sort_by: str | None = None
     """Score to sort by, best first; the order of the data when not given."""
 
 
 class Diverse(Config):
     """Selects a diverse subset by the cosine similarity of embeddings."""
 
-    by: str
+    embedding: str
     """Name of an `embedding` score without `reference`, which stores the rows' vectors."""
     method: Literal["k_center", "score_first"]
     """k_center: repeatedly the row farthest from the kept ones (Gonzalez 1985,
@@ -216,24 +216,24 @@ class Diverse(Config):
     rows: Annotated[int, Field(gt=0)] | None = None
     """Maximum number of rows. Fewer if all others equal a kept row (k_center) or are too similar to one
     (score_first)."""
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The same as a share of the rows that pass `keep` and `quota`."""
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The same as a fraction of the rows that pass `keep` and `quota`."""
     score: str | None = None
     """Score to sort by in score_first; required there. `random` is always available."""
     prefer: Literal["low", "high"] | None = None
     """Which direction of `score` is better; the scorer's own when not given."""
-    similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
+    max_similarity: Annotated[float, Field(gt=-1, le=1)] | None = None
     """Cosine above which rows are too similar, in score_first; 0.9 (DEITA's) when not given. Which value is high
     depends on the model; the run reports the similarity of random rows."""
 
     @model_validator(mode="after")
     def _fields_of_its_method(self) -> Diverse:
-        if self.rows is not None and self.share is not None:
-            raise ValueError("set one of `rows`, `share`")
+        if self.rows is not None and self.keep_fraction is not None:
+            raise ValueError("set one of `rows`, `keep_fraction`")
         if self.method == "k_center":
-            if self.rows is None and self.share is None:
-                raise ValueError("k_center needs `rows` or `share`")
-            if given := [name for name in ("score", "prefer", "similarity") if getattr(self, name) is not None]:
+            if self.rows is None and self.keep_fraction is None:
+                raise ValueError("k_center needs `rows` or `keep_fraction`")
+            if given := [name for name in ("score", "prefer", "max_similarity") if getattr(self, name) is not None]:
                 raise ValueError(f"k_center uses distances only: remove `{given[0]}`, or use score_first")
         elif self.score is None:
             raise ValueError("score_first needs a `score`; `random` is always available")
@@ -272,7 +272,7 @@ class Select(StageConfig):
     @property
     def ranked_by(self) -> tuple[str, ...]:
         """Names of the scores that the stage uses, without duplicates."""
-        others = (self.quota and self.quota.by, self.diverse and self.diverse.score)
+        others = (self.quota and self.quota.sort_by, self.diverse and self.diverse.score)
         return tuple(dict.fromkeys([*self.keep, *(score for score in others if score)]))
 
     def inputs(self) -> Iterator[StageRef]:
@@ -292,7 +292,7 @@ class Select(StageConfig):
         kept = round(rows * min(shares, default=1.0))
         if self.diverse is None:
             return kept
-        return min(self.diverse.rows or kept, round(kept * (self.diverse.share or 1)))
+        return min(self.diverse.rows or kept, round(kept * (self.diverse.keep_fraction or 1)))
 
 
 class Review(StageConfig):

@@ -59,7 +59,7 @@ STAGES = {
     "win_rate": f"models: [MODEL], baseline: {{pretrained: ./llama}}, judge: {{pretrained: ./judge}}, data: prompts, "
     f"max_length: 64, {SAMPLED}",
 }
-SUBSETS = {"texts": "texts", "questions": "questions", "pairs": "damaged", "prompts": "prompts"}
+SUBSETS = {"texts": "texts", "questions": "questions", "pairs": "corrupted", "prompts": "prompts"}
 TUNED = "{kind: sft, data: questions, epochs: 1, learning_rate: 1e-4, model: "
 SCORERS = ["{perplexity: MODEL}", "{ifd: MODEL}", "{embedding: MODEL}", "{reward: {pretrained: ./head}}"]
 

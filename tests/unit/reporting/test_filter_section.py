@@ -115,7 +115,7 @@ def test_diverse_selection_is_shown_next_to_a_random_one() -> None:
         "random": {"radius": 0.5, "similarity": 0.97},
         "chance_similarity": {"median": 0.82, "high": 0.94},
         "too_similar": 3,
-        "similarity": 0.9,
+        "max_similarity": 0.9,
     }
     (actual,) = filters(state(diverse=result))
     assert len(actual.tables) == 2

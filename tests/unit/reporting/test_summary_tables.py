@@ -27,7 +27,7 @@ stages:
   rows: {kind: dataset, source: a.jsonl}
   scored: {kind: score, data: rows, by: [{embedding: {pretrained: org/name}}, {length: words}]}
   long: {kind: select, data: scored, keep: {length: {top_k: 9}}}
-  spread: {kind: select, data: scored, diverse: {by: embedding, method: k_center, rows: 9}}
+  spread: {kind: select, data: scored, diverse: {embedding: embedding, method: k_center, rows: 9}}
 """
 
 
@@ -53,7 +53,7 @@ def test_diversity_table_compares_with_a_random_subset(load_text: LoadText) -> N
         ["random subset", "9 of 1,200", 0.5, 0.97],
     ]
     assert len(table["notes"]) == 1
-    score_first = {"method": "score_first", "similarity": 0.9, "chance_similarity": {"median": 0.82, "high": 0.94}}
+    score_first = {"method": "score_first", "max_similarity": 0.9, "chance_similarity": {"median": 0.82, "high": 0.94}}
     table = diversity_table(experiment, artifacts_with(**{**result, "requested": 20, **score_first}))
     assert table is not None
     assert table["notes"][0] == (

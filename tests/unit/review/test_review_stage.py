@@ -366,7 +366,7 @@ def test_item_shows_the_messages_and_marks_the_judged_one(tmp_path: Path) -> Non
         "keep: {perplexity: {top_k: 30}, random: {keep_fraction: 0.5}}",
         "keep: {perplexity: {top_k: 30}, random: {keep_fraction: 0.5}}, combine: any",
         "keep: {perplexity: {match_count_of: few}}",
-        "keep: {perplexity: {threshold: 60, prefer: high}}, quota: {group_by: source, rows: 11, by: random}",
+        "keep: {perplexity: {threshold: 60, prefer: high}}, quota: {group_by: source, rows: 11, sort_by: random}",
     ],
 )
 def test_every_kind_of_rule_can_be_reviewed(rules: str, tmp_path: Path) -> None:

@@ -254,12 +254,12 @@ def some_vectors(count: int = ROWS) -> np.ndarray:
 @pytest.mark.parametrize(
     "diverse",
     [
-        Diverse(by="vec", method="k_center", rows=7),
-        Diverse(by="vec", method="k_center", share=0.5),
-        Diverse(by="vec", method="score_first", rows=7, score="length"),
-        Diverse(by="vec", method="score_first", score="random", similarity=0.3),
+        Diverse(embedding="vec", method="k_center", rows=7),
+        Diverse(embedding="vec", method="k_center", keep_fraction=0.5),
+        Diverse(embedding="vec", method="score_first", rows=7, score="length"),
+        Diverse(embedding="vec", method="score_first", score="random", max_similarity=0.3),
     ],
-    ids=lambda diverse: f"{diverse.method} {diverse.rows or diverse.share}",
+    ids=lambda diverse: f"{diverse.method} {diverse.rows or diverse.keep_fraction}",
 )
 def test_every_row_is_kept_or_listed_independent_of_shards(tmp_path: Path, diverse: Diverse) -> None:
     spec = select(diverse=diverse, keep={"length": Keep(range=(3, None))})
@@ -275,13 +275,13 @@ def test_every_row_is_kept_or_listed_independent_of_shards(tmp_path: Path, diver
     assert all(other == results[0] for other in results)
     if diverse.rows:
         assert len(results[0][1]) == diverse.rows
-    elif diverse.share:
-        assert len(results[0][1]) == round(diverse.share * (ROWS - 3))
+    elif diverse.keep_fraction:
+        assert len(results[0][1]) == round(diverse.keep_fraction * (ROWS - 3))
 
 
 def test_too_similar_row_is_listed_with_its_neighbor(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", directions(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
-    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=2))
+    spec = select(diverse=Diverse(embedding="vec", method="score_first", score="length", prefer="low", rows=2))
     result, kept, dropped = run(tmp_path, data, spec)
     ids = [f"{n * 7919:016x}" for n in range(4)]
     assert kept == [ids[0], ids[2]]
@@ -291,7 +291,7 @@ def test_too_similar_row_is_listed_with_its_neighbor(tmp_path: Path) -> None:
 
 def test_summary_table_explains_a_shortfall(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", directions(0, 1, 90, 91), [2], scores=[1, 2, 3, 4])
-    spec = select(diverse=Diverse(by="vec", method="score_first", score="length", prefer="low", rows=3))
+    spec = select(diverse=Diverse(embedding="vec", method="score_first", score="length", prefer="low", rows=3))
     result, kept, _ = run(tmp_path, data, spec)
     assert len(kept) == 2
     experiment = Experiment.model_construct(stages={"few": spec})
@@ -304,10 +304,10 @@ def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: P
     vectors = some_vectors(6)
     vectors[2] = NAN
     for name, spec, lacking in (
-        ("k", Diverse(by="vec", method="k_center", share=1.0), {2: "no embedding"}),
+        ("k", Diverse(embedding="vec", method="k_center", keep_fraction=1.0), {2: "no embedding"}),
         (
             "s",
-            Diverse(by="vec", method="score_first", score="length", similarity=1.0),
+            Diverse(embedding="vec", method="score_first", score="length", max_similarity=1.0),
             {2: "no embedding or no length", 4: "no embedding or no length"},
         ),
     ):
@@ -319,8 +319,8 @@ def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: P
 
 def test_diversity_is_applied_after_rules_and_quota(tmp_path: Path) -> None:
     data = scored(tmp_path / "scored", some_vectors(), [20])
-    diverse = Diverse(by="vec", method="k_center", rows=5)
-    keep, quota = {"length": Keep(threshold=10.0)}, Quota(group_by="source", rows=4, by="length")
+    diverse = Diverse(embedding="vec", method="k_center", rows=5)
+    keep, quota = {"length": Keep(threshold=10.0)}, Quota(group_by="source", rows=4, sort_by="length")
     result, kept, dropped = run(tmp_path, data, select(keep=keep, quota=quota, diverse=diverse))
     assert len(kept) == 5
     assert result.facts["diverse"]["candidates"] == 12
@@ -331,7 +331,7 @@ def test_diversity_is_applied_after_rules_and_quota(tmp_path: Path) -> None:
 def test_facts_compare_coverage_with_a_random_selection(tmp_path: Path) -> None:
     # Nine tenths of the rows are similar, so a random selection has little else.
     vectors = np.vstack([directions(*np.linspace(0, 5, 54)), directions(90, 120, 150, 180, 240, 300)])
-    spec = select(diverse=Diverse(by="vec", method="k_center", rows=7))
+    spec = select(diverse=Diverse(embedding="vec", method="k_center", rows=7))
     result = run(tmp_path / "a", scored(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
     assert result["coverage_rows"] == 60
     assert result["coverage"]["radius"] < 0.1 < 0.5 < result["random"]["radius"]
@@ -342,7 +342,7 @@ def test_facts_compare_coverage_with_a_random_selection(tmp_path: Path) -> None:
 
 
 def test_selection_among_no_rows_reports_what_dropped_them(tmp_path: Path) -> None:
-    spec = select(keep={"length": Keep(threshold=1000.0)}, diverse=Diverse(by="vec", method="k_center", rows=2))
+    spec = select(keep={"length": Keep(threshold=1000.0)}, diverse=Diverse(embedding="vec", method="k_center", rows=2))
     with pytest.raises(StageError, match="no row of 40 passes") as caught:
         run(tmp_path, scored(tmp_path / "scored", some_vectors(), [20]), spec)
     assert "`length threshold 1000` dropped 40" in caught.value.cause
@@ -352,7 +352,7 @@ def test_review_of_a_diverse_selection_samples_near_the_rule_threshold(tmp_path:
     artifacts = tmp_path / "artifacts"
     data = scored(artifacts / "score-f", some_vectors(), [20])
     spec = select(
-        keep={"length": Keep(keep_fraction_of_rest=0.5)}, diverse=Diverse(by="vec", method="k_center", rows=5)
+        keep={"length": Keep(keep_fraction_of_rest=0.5)}, diverse=Diverse(embedding="vec", method="k_center", rows=5)
     )
     result, kept, _ = run(tmp_path, data, spec)
     (artifacts / "score-f" / "manifest.json").write_text(json.dumps(data.manifest))
@@ -373,13 +373,16 @@ def test_review_of_a_diverse_selection_samples_near_the_rule_threshold(tmp_path:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"method": "k_center"}, "needs `rows` or `share`"),
+        ({"method": "k_center"}, "needs `rows` or `keep_fraction`"),
         ({"method": "k_center", "rows": 3, "score": "length"}, "remove `score`"),
-        ({"method": "k_center", "rows": 3, "similarity": 0.5}, "remove `similarity`"),
+        ({"method": "k_center", "rows": 3, "max_similarity": 0.5}, "remove `max_similarity`"),
         ({"method": "score_first", "rows": 3}, "needs a `score`"),
-        ({"method": "score_first", "score": "length", "rows": 3, "share": 0.5}, "one of `rows`, `share`"),
+        (
+            {"method": "score_first", "score": "length", "rows": 3, "keep_fraction": 0.5},
+            "one of `rows`, `keep_fraction`",
+        ),
     ],
 )
 def test_fields_of_the_other_method_are_rejected(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        Diverse(by="vec", **fields)
+        Diverse(embedding="vec", **fields)

@@ -302,19 +302,29 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         ["with `combine: any` use `keep_fraction`"],
     ),
     "diversity by a score": (
-        [("{keep_fraction: 0.8}}", "{keep_fraction: 0.8}}, diverse: {by: perplexity, method: k_center, rows: 9}")],
+        [
+            (
+                "{keep_fraction: 0.8}}",
+                "{keep_fraction: 0.8}}, diverse: {embedding: perplexity, method: k_center, rows: 9}",
+            )
+        ],
         13,
         ["`clean.diverse` uses the vectors of `perplexity`", "does not store", "`by: [{embedding: <model>}]`"],
     ),
     "diversity of rows without scores": (
-        [("scored, keep: {perplexity: {keep_fraction: 0.8}}", "docs, diverse: {by: e, method: k_center, rows: 9}")],
+        [
+            (
+                "scored, keep: {perplexity: {keep_fraction: 0.8}}",
+                "docs, diverse: {embedding: e, method: k_center, rows: 9}",
+            )
+        ],
         13,
         ["`clean.diverse` uses the vectors of `e`, which `docs` does not store", "it is a dataset stage"],
     ),
     "diversity by misspelled vectors": (
         [
             ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
-            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embeddings, method: k_center, rows: 9}"),
+            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {embedding: embeddings, method: k_center, rows: 9}"),
         ],
         13,
         ["of `embeddings`", "did you mean `embedding`?"],
@@ -324,7 +334,7 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
             (
                 "keep: {perplexity: {keep_fraction: 0.8}}",
-                "diverse: {by: embedding, method: score_first, score: perplexiti}",
+                "diverse: {embedding: embedding, method: score_first, score: perplexiti}",
             ),
         ],
         13,
@@ -339,14 +349,14 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         ["`clean.keep` uses `embedding`, which is not a score", "set its `reference` in `scored`"],
     ),
     "unknown diversity method": (
-        [("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embedding, method: kcenter, rows: 9}")],
+        [("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {embedding: embedding, method: kcenter, rows: 9}")],
         13,
         ['`stages.clean.diverse.method` can\'t be "kcenter"', "'k_center' or 'score_first'"],
     ),
     "review of a selection without a threshold": (
         [
             ("by: [{perplexity: base}]", "by: [{embedding: base}]"),
-            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {by: embedding, method: k_center, rows: 9}"),
+            ("keep: {perplexity: {keep_fraction: 0.8}}", "diverse: {embedding: embedding, method: k_center, rows: 9}"),
             ("  eval:", "  checked: {kind: review, data: clean, decisions: a.jsonl}\n  eval:"),
         ],
         15,
@@ -363,7 +373,7 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
             ("by: [{perplexity: base}]", "by: [{perplexity: base}, {embedding: base}]"),
             (
                 "keep: {perplexity: {keep_fraction: 0.8}}",
-                "diverse: {by: embedding, method: score_first, score: perplexity}",
+                "diverse: {embedding: embedding, method: score_first, score: perplexity}",
             ),
             ("sft.learning_rate: {loguniform: [1e-5, 1e-3]}", "clean.diverse.score: {choice: [random, ifd]}"),
         ],
