@@ -208,7 +208,7 @@ def evaluate_summary(facts: Facts) -> str:
     if not results:
         return ""
     first = [result for result in results if result.get("set") == results[0].get("set")]
-    best = min(first, key=lambda result: as_number(result.get("loss")) or 0.0)
+    best = min(first, key=lambda result: STAGE_KINDS["evaluate"].cost("loss", result["loss"]))
     lead = f"best {best.get('model', '')}: " if len(first) > 1 else f"{best.get('model', '')}: "
     return f"{lead}loss {measure(best['loss'])} on {best.get('set', '')}"
 
@@ -217,7 +217,7 @@ def win_rate_summary(facts: Facts) -> str:
     results = [result for result in mappings_in(facts.get("results")) if as_number(result.get("win_rate")) is not None]
     if not results:
         return ""
-    best = max(results, key=lambda result: as_number(result.get("win_rate")) or 0.0)
+    best = min(results, key=lambda result: STAGE_KINDS["win_rate"].cost("win_rate", result["win_rate"]))
     against = best.get("baseline")
     baseline = against.get("model", "") if isinstance(against, Mapping) else ""
     lead = "best " if len(results) > 1 else ""

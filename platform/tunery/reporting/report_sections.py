@@ -9,9 +9,8 @@ from tunery.events.formatting import as_number, count, plain, strings
 from tunery.events.run_state import RunState
 from tunery.events.stage_summary import mappings_in
 from tunery.reporting.tables import Table, table
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "auc", "win_rate", "reward"})
+from tunery.spec import STAGE_KINDS
+from tunery.spec.stage_kinds import Direction
 
 
 def comparisons(state: RunState) -> list[tuple[str, Table]]:
@@ -25,35 +24,36 @@ def comparisons(state: RunState) -> list[tuple[str, Table]]:
 
 def leaderboard(state: RunState) -> Table | None:
     """Evaluation metrics as a table of models by sets, with the best value of each column marked."""
-    results = _distinct_results(state)
+    kinds_and_results = _distinct_results(state)
+    results = [result for _, result in kinds_and_results]
     models = list(dict.fromkeys(str(result.get("model", "")) for result in results))
     sets = list(dict.fromkeys(str(result.get("set", "")) for result in results))
     values: dict[tuple[str, str, str], object] = {}
-    for result in results:
+    directions: dict[str, Direction] = {}
+    for kind, result in kinds_and_results:
         for key, value in result.items():
             if key not in ("model", "set", "tokens", "rows") and as_number(value) is not None:
                 values[str(result.get("model", "")), str(result.get("set", "")), str(key)] = value
+                # The kind may be of a plugin that is not installed here.
+                if kind in STAGE_KINDS and (direction := STAGE_KINDS[kind].direction(key)) is not None:
+                    directions[key] = direction
     metrics = list(dict.fromkeys(key for _, _, key in values))
     columns = [(name, key) for name in sets for key in metrics if any((model, name, key) in values for model in models)]
     if not columns:
         return None
-    best = {
-        index: "lowest" if key in LOWER_IS_BETTER else "highest"
-        for index, (_, key) in enumerate(columns, start=1)
-        if key in LOWER_IS_BETTER | HIGHER_IS_BETTER
-    }
     rows = [[model, *(values.get((model, name, key)) for name, key in columns)] for model in models]
     return table(
         ["model", *(f"{name} {key.replace('_', ' ')}" for name, key in columns)],
         rows,
-        best=best,
+        best={index: directions[key] for index, (_, key) in enumerate(columns, start=1) if key in directions},
         notes=_set_sizes(results),
     )
 
 
-def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
-    """Results of all evaluations. If two stages of a kind have different results for a model of the same name (such as
-    the file's values and the best trial's), the later result's label includes its stage."""
+def _distinct_results(state: RunState) -> list[tuple[str, Mapping[str, Any]]]:
+    """Results of all evaluations, with the kind of their stage. If two stages of a kind have different results for a
+    model of the same name (such as the file's values and the best trial's), the later result's label includes its
+    stage."""
     results: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for stage in state.stages.values():
         for result in mappings_in(stage.facts.get("results")):
@@ -62,7 +62,7 @@ def _distinct_results(state: RunState) -> list[Mapping[str, Any]]:
             if earlier != result:
                 label = f"{model}, {stage.name}"
                 results[stage.kind, label, name] = {**result, "model": label}
-    return list(results.values())
+    return [(kind, result) for (kind, _, _), result in results.items()]
 
 
 def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:

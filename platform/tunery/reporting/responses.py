@@ -13,6 +13,7 @@ from typing import Any
 from tunery.events.formatting import as_number, measure
 from tunery.events.run_state import StageState
 from tunery.events.stage_summary import mappings_in
+from tunery.spec import STAGE_KINDS
 
 RESPONSES = "responses"
 """Name of the fact."""
@@ -22,7 +23,7 @@ MAX_EXPANDED = 3
 
 @dataclass(frozen=True)
 class PreviewedResponse:
-    """`label`: before, after, or the model's name. `best`: it has the highest reward for the prompt, without ties."""
+    """`label`: before, after, or the model's name. `best`: it has the best reward for the prompt, without ties."""
 
     label: str
     text: str
@@ -85,7 +86,8 @@ def _responses(entry: Mapping[str, Any]) -> list[PreviewedResponse]:
             (str(name), one.get("response"), one.get("reward")) for name, one in models.items() if _is_response(one)
         ]
         rewards = [reward for _, _, value in items if (reward := as_number(value)) is not None]
-        best = max(rewards) if len(rewards) > 1 and rewards.count(max(rewards)) == 1 else None  # None for a tie
+        ranked = sorted(rewards, key=lambda reward: STAGE_KINDS["win_rate"].cost("reward", reward))
+        best = ranked[0] if len(ranked) > 1 and ranked[0] != ranked[1] else None  # None for a tie
         return [
             PreviewedResponse(name, str(text), (reward := as_number(value)), best is not None and reward == best)
             for name, text, value in items

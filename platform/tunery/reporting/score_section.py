@@ -11,6 +11,7 @@ from tunery.events.stage_summary import as_mapping, mappings_in
 from tunery.reporting.charts import ThresholdLine, histogram_chart
 from tunery.reporting.heatmap import heatmap_chart
 from tunery.reporting.tables import Figure, Table, table
+from tunery.spec import STAGE_KINDS
 
 MAX_THRESHOLDS = 5
 """Threshold lines in a histogram: thresholds of trials are added up to this number."""
@@ -81,7 +82,7 @@ def auc_tables(state: RunState) -> list[tuple[str, Table]]:
             if as_number(score.get("auc")) is not None
         ]
         if rows:
-            best = dict.fromkeys(range(1, len(kinds) + 2), "highest")
+            best = dict.fromkeys(range(1, len(kinds) + 2), STAGE_KINDS["score"].other_metrics["auc"])
             notes = ["AUC: probability that a corrupted row scores worse than an intact row (0.5 is chance)"]
             tables.append((stage.name, table(["score", "all kinds", *kinds], rows, notes=notes, best=best)))
     return tables

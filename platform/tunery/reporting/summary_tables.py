@@ -14,6 +14,7 @@ from tunery.events.leaderboard import leaderboard, winner_summary
 from tunery.events.run_state import SearchState
 from tunery.events.stage_summary import rewards
 from tunery.spec import (
+    STAGE_KINDS,
     TRAINERS,
     Evaluate,
     Experiment,
@@ -253,7 +254,7 @@ def loss_table(experiment: Experiment, artifacts: Mapping[str, Artifact], best: 
                 rows.append(_loss_row(result, f"{result['model']} (best trial)", experiment, best))
     if not rows:
         return None
-    rows.sort(key=lambda row: (row[1], row[2]))
+    rows.sort(key=lambda row: (row[1], STAGE_KINDS["evaluate"].cost("loss", row[2])))
     columns = ["model", "held-out set", "loss", "perplexity", "forgetting", "training rows", "steps"]
     if all(row[FORGETTING] is None for row in rows):
         del columns[FORGETTING]
@@ -276,7 +277,7 @@ def filter_effects(experiment: Experiment, artifacts: Mapping[str, Artifact]) ->
         if isinstance(stage, Evaluate)
         for result in artifacts[name].facts["results"]
     }
-    notes = []
+    cost, notes = STAGE_KINDS["evaluate"].cost, []
     for (filtered, data), loss in losses.items():
         for (other, other_data), other_loss in losses.items():
             if data == other_data and _is_matched_baseline(stages.get(filtered), stages.get(other), stages):
@@ -284,9 +285,9 @@ def filter_effects(experiment: Experiment, artifacts: Mapping[str, Artifact]) ->
                     continue
                 effect = (
                     "helped"
-                    if loss < other_loss - SEED_STD
+                    if cost("loss", loss) < cost("loss", other_loss) - SEED_STD
                     else "hurt"
-                    if loss > other_loss + SEED_STD
+                    if cost("loss", loss) > cost("loss", other_loss) + SEED_STD
                     else "made no difference that one seed can show"
                 )
                 notes.append(
@@ -349,7 +350,7 @@ def win_table(experiment: Experiment, artifacts: Mapping[str, Artifact], best: M
                 )
     if not rows:
         return None
-    rows.sort(key=lambda row: (row[2], row[3], -row[4]))
+    rows.sort(key=lambda row: (row[2], row[3], STAGE_KINDS["win_rate"].cost("win_rate", row[4])))
     columns = ["model", "baseline", "prompts", "judge", "win rate", "95% interval", "reward", "baseline reward"]
     columns += ["tokens per response"]
     return {"title": "Win rates", "columns": columns, "rows": rows, "notes": notes}

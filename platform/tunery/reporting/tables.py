@@ -9,6 +9,7 @@ from typing import Any
 
 from tunery.events.formatting import cells, is_numeric, plain
 from tunery.events.stage_summary import mappings_in
+from tunery.spec.stage_kinds import Direction
 
 OWN_SECTION = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
 """Facts that have their own section in the report, and are omitted from the list of a stage's facts."""
@@ -83,18 +84,18 @@ def table(
     rows: Sequence[Sequence[object]],
     *,
     notes: Sequence[str] = (),
-    best: Mapping[int, str] | None = None,
+    best: Mapping[int, Direction] | None = None,
     highlighted: int | None = None,
     optional: Sequence[str] = (),
 ) -> Table:
-    """A table of raw values. `best` maps column indices to 'lowest' or 'highest', the number to mark there."""
+    """A table of raw values. `best` maps the indices of columns whose best number is marked to its direction."""
     padded = [[*row, *[None] * (len(columns) - len(row))][: len(columns)] for row in rows]
     by_column = [[row[index] for row in padded] for index in range(len(columns))]
     texts = [
         ["" if value is None else text for value, text in zip(column, cells(column), strict=True)]
         for column in by_column
     ]
-    best_rows = {index: _best_row(by_column[index], how) for index, how in (best or {}).items()}
+    best_rows = {index: _best_row(by_column[index], direction) for index, direction in (best or {}).items()}
     body = [
         [Cell(texts[column][row], best=best_rows.get(column) == row) for column in range(len(columns))]
         for row in range(len(padded))
@@ -145,11 +146,11 @@ def _label(name: str, value: object) -> str:
     return _title(name.removesuffix("_bytes").removesuffix("_seconds") if has_unit else name)
 
 
-def _best_row(column: Sequence[object], how: str) -> int | None:
+def _best_row(column: Sequence[object], direction: Direction) -> int | None:
     numbers = [(float(value), index) for index, value in enumerate(column) if isinstance(value, int | float)]
     if len(numbers) < 2:
         return None
-    return (min if how == "lowest" else max)(numbers)[1]
+    return (min if direction == "minimize" else max)(numbers)[1]
 
 
 def _looks_numeric(texts: Sequence[str]) -> bool:

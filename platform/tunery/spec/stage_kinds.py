@@ -53,13 +53,24 @@ class StageKind:
     """RowEncoding (models/tokenized_dataset.py) of the rows in `data`; "" if they are not encoded, or differently for
     each model."""
     metrics: Mapping[str, Direction] = field(default_factory=dict)
-    """Metrics that a search can optimize. The first one of a trainer is its result in JSON output."""
+    """Metrics that a search can optimize, and which of their values are better. The first one of a trainer is its
+    result in JSON output."""
+    other_metrics: Mapping[str, Direction] = field(default_factory=dict)
+    """Further metrics in the facts of an artifact that the report compares, and which of their values are better."""
 
     @property
     def kind(self) -> str:
         """The name of the kind in an experiment."""
         name: str = get_args(self.config.model_fields["kind"].annotation)[0]
         return name
+
+    def direction(self, metric: str) -> Direction | None:
+        """Return which values of the metric are better; None for what is no metric, such as a number of rows."""
+        return self.metrics.get(metric) or self.other_metrics.get(metric)
+
+    def cost(self, metric: str, value: float) -> float:
+        """Return the value of a metric with the sign that makes lower better. Raises KeyError for an unknown metric."""
+        return value if {**self.other_metrics, **self.metrics}[metric] == "minimize" else -value
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,7 @@ STAGE_KINDS: Registry[StageKind] = Registry(
             version=4,
             needs_ray=True,
             summary="tunery.events.stage_summary:score_summary",
+            other_metrics={"auc": "maximize"},
         ),
         StageKind(
             config=Select,
