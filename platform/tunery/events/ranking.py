@@ -38,15 +38,19 @@ def objectives(metric: str, mode: str, further: Sequence[FurtherObjective]) -> l
     return [(metric, mode), *(() if weighted else ((item.metric, item.mode) for item in further))]
 
 
+def cost(mode: str, value: float) -> float:
+    """Return the value of a metric with the sign that makes lower better."""
+    return -value if mode == "max" else value
+
+
 def objective_value(search: Search, values: Values) -> float:
     """Return the first metric or the weighted sum, to be optimised in the first metric's `mode`. NaN if a metric is
     missing."""
-    sign = 1 if search.mode == "min" else -1
-    total = sign * values.get(search.metric, math.nan)
+    total = cost(search.mode, values.get(search.metric, math.nan))
     for item in search.objectives:
         if item.weight is not None:
-            total += item.weight * (1 if item.mode == "min" else -1) * values.get(item.metric, math.nan)
-    return sign * total
+            total += item.weight * cost(item.mode, values.get(item.metric, math.nan))
+    return cost(search.mode, total)
 
 
 def violations(search: Search, values: Values) -> list[float]:
@@ -82,8 +86,7 @@ def rank_key(
     ranked_value = value if mean_over_seeds is None else mean_over_seeds
     if ranked_value is None or math.isnan(ranked_value):
         return RankKey(True, not done, not feasible, mean_over_seeds is None, 0.0)
-    cost = -ranked_value if mode == "max" else ranked_value
-    return RankKey(False, not done, not feasible, mean_over_seeds is None, cost)
+    return RankKey(False, not done, not feasible, mean_over_seeds is None, cost(mode, ranked_value))
 
 
 def rank_of(search: Search, trial: TrialFacts) -> RankKey:
@@ -98,10 +101,9 @@ def pareto_front(search: Search, trials: Sequence[TrialFacts]) -> set[str]:
     metrics = objectives(search.metric, search.mode, search.objectives)
     if len(metrics) == 1:
         return set()
-    signs = [(metric, 1 if mode == "min" else -1) for metric, mode in metrics]
     ranks = {trial["trial"]: rank_of(search, trial) for trial in trials}
     points = {
-        trial["trial"]: [sign * trial["values"].get(metric, math.nan) for metric, sign in signs]
+        trial["trial"]: [cost(mode, trial["values"].get(metric, math.nan)) for metric, mode in metrics]
         for trial in trials
         if ranks[trial["trial"]].is_finished and not ranks[trial["trial"]].is_infeasible
     }

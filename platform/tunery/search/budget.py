@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
-from tunery.events.ranking import feasible
+from tunery.events.ranking import cost, feasible
 from tunery.search.journal import Journal
 from tunery.spec import Search
 
@@ -57,4 +57,4 @@ class BudgetStopper(Stopper):  # type: ignore[misc]
         return ""
 
     def _reached(self, value: float, target: float) -> bool:
-        return value <= target if self._search.mode == "min" else value >= target
+        return cost(self._search.mode, value) <= cost(self._search.mode, target)

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from tunery.events.ranking import (
+    cost,
     feasible,
     objective_value,
     pareto_front,
@@ -66,9 +67,7 @@ def _best(
     top = [trial for trial in top if trial["feasible"]] or top
     if not top or any(trial["trial"] not in groups for trial in top):
         return next(iter(finished), None)
-    sign = 1 if search.mode == "min" else -1
-
-    return min(top, key=lambda trial: (num_diverged[trial["trial"]], sign * mean(groups[trial["trial"]])))
+    return min(top, key=lambda trial: (num_diverged[trial["trial"]], cost(search.mode, mean(groups[trial["trial"]]))))
 
 
 def _trial_facts(search: Search, record: JournalRecord) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunery.events.ranking import cost
 from tunery.search.journal import JournalRecord
 from tunery.search.space import Point, curve_stage, rounded, seeded_sampler, trial_id
 from tunery.spec import OVERRIDABLE, Dimension, Experiment, Search
@@ -173,7 +174,7 @@ class Population:
         """The metric with the sign that makes lower better; infinity for NaN."""
         if math.isnan(point.value):
             return math.inf
-        return point.value if self._search.mode == "min" else -point.value
+        return cost(self._search.mode, point.value)
 
     def _perturb(self, point: Point, generation: int, slot: int, rng: random.Random) -> Point:
         sample = seeded_sampler(self._seed, generation * 1_000_000 + slot)
