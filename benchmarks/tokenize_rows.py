@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from tunery.ingest.read import read_source
 from tunery.models.encode import Encoding
 from tunery.models.row_encodings import CONVERSATIONS
-from tunery.models.tokenized_dataset import TokenCache
+from tunery.models.token_cache import TokenCache
 from tunery.spec import Dataset
 from tunery.store.rows import row_id, write_rows
 

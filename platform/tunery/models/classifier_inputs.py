@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from tunery.models.encode import Encoded, Encoding, encode_untruncated
 from tunery.models.encode_preferences import check_pair, encode_responses, rejected_side
+from tunery.models.encode_rows import TokenizedRow
 from tunery.models.meta_model import position_limit
-from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunery.models.encode import Encoded, Encoding, encode_untruncated
-from tunery.models.tokenized_dataset import TokenizedRow
+from tunery.models.encode_rows import TokenizedRow
 from tunery.models.truncation import cut_prompt, cut_right, without_oldest_turns
 from tunery.store.rows import Row
 

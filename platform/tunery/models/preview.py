@@ -22,6 +22,7 @@ from tunery.models.encode_preferences import (
     encode_untruncated_responses,
     rejected_side,
 )
+from tunery.models.encode_rows import InputFormat
 from tunery.models.preview_sequences import PreviewRow, PreviewSequence, TokenGroup, token_groups
 from tunery.models.preview_truncation import (
     Untruncated,
@@ -33,7 +34,6 @@ from tunery.models.preview_truncation import (
 )
 from tunery.models.prompts import TOO_LONG, encode_prompt_rows
 from tunery.models.row_encodings import encoding_of, row_encoding_of
-from tunery.models.tokenized_dataset import InputFormat
 from tunery.models.truncation import encode_sequences
 from tunery.store.rows import CONTENT, Row
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tunery.models.encode import Encoding, as_prompt, encode_prompts
-from tunery.models.tokenized_dataset import TokenizedRow
+from tunery.models.encode_rows import TokenizedRow
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:

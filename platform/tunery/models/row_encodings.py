@@ -7,9 +7,9 @@ from typing import Any
 from tunery.models.classifier_inputs import NO_LABEL, encode_labelled, encode_reward_pairs, encode_unlabelled
 from tunery.models.encode import NO_LIMIT, Encoding
 from tunery.models.encode_preferences import encode_pairs, encode_rated
+from tunery.models.encode_rows import RowEncoding, encode_conversations, encode_documents
 from tunery.models.prompts import COLUMNS as PROMPT_COLUMNS
 from tunery.models.prompts import encode_prompt_rows
-from tunery.models.tokenized_dataset import RowEncoding, encode_conversations, encode_documents
 from tunery.spec import STAGE_KINDS
 from tunery.spec.plugins import load_object
 from tunery.store.rows import CONTENT

@@ -16,11 +16,11 @@ from tunery.errors import SpecError
 from tunery.ingest.read import first_rows
 from tunery.ingest.sources import BadSource
 from tunery.models.chat_template import chat_template_of
+from tunery.models.encode_rows import EncodeRows, TokenizedRow
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
 from tunery.models.template_rendering import UnsupportedTemplate
-from tunery.models.tokenized_dataset import EncodeRows, TokenizedRow
 from tunery.pipeline.cache_keys import model_folder
 from tunery.pipeline.validate_training import root_of
 from tunery.spec import TRAINERS, Dataset, Experiment, PositiveNegative, Pretrained, ReviewLabels, Training

@@ -8,9 +8,9 @@ from typing import Any
 
 from tunery.errors import RequestError
 from tunery.models.encode import Encoding
+from tunery.models.encode_rows import InputFormat
 from tunery.models.preview import training_input
 from tunery.models.row_encodings import encoding_of
-from tunery.models.tokenized_dataset import InputFormat
 from tunery.spec import (
     Evaluate,
     Experiment,

@@ -13,10 +13,10 @@ from tunery.errors import RequestError, SpecError, SpecErrors
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source, source_label
 from tunery.ingest.sources import BadSource, resolve_sources, unavailable_source
+from tunery.models.encode_rows import InputFormat
 from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, source_of, weightless_model_with_head
 from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
-from tunery.models.tokenized_dataset import InputFormat
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
 from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate_training import root_of, validate_rewards

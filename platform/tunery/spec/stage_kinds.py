@@ -50,7 +50,7 @@ class StageKind:
     requirement: DataRequirement | None = None
     """None: it accepts every row format."""
     row_encoding: str = ""
-    """RowEncoding (models/tokenized_dataset.py) of the rows in `data`; "" if they are not encoded, or differently for
+    """RowEncoding (models/encode_rows.py) of the rows in `data`; "" if they are not encoded, or differently for
     each model."""
     metrics: Mapping[str, Direction] = field(default_factory=dict)
     """Metrics that a search can optimize, and which of their values are better. The first one of a trainer is its

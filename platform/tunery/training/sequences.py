@@ -14,15 +14,11 @@ import numpy.typing as npt
 from tunery.errors import StageError
 from tunery.events.event_log import EventLog
 from tunery.models.encode import Encoded, Encoding, Span, as_prompt
+from tunery.models.encode_rows import RowEncoding
 from tunery.models.prompts import TOO_LONG
 from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
-from tunery.models.tokenized_dataset import (
-    Integers,
-    RowEncoding,
-    TokenCache,
-    TokenizedDataset,
-    TokenStats,
-)
+from tunery.models.token_cache import TokenCache
+from tunery.models.tokenized_dataset import Integers, TokenizedDataset, TokenStats
 from tunery.spec import Training
 from tunery.spec.trainings import data_refs
 from tunery.store.rows import Row

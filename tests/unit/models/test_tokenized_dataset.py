@@ -13,17 +13,12 @@ import numpy as np
 import pytest
 from small_classifiers import write_language_model
 
-from tunery.models import tokenized_dataset
+from tunery.models import token_cache
 from tunery.models.encode import Encoding
+from tunery.models.encode_rows import RowEncoding, encode_conversations, encode_documents
 from tunery.models.load import load_tokenizer
-from tunery.models.tokenized_dataset import (
-    RowEncoding,
-    TokenCache,
-    TokenizedDataset,
-    cache_key,
-    encode_conversations,
-    encode_documents,
-)
+from tunery.models.token_cache import TokenCache, cache_key
+from tunery.models.tokenized_dataset import TokenizedDataset
 from tunery.models.truncation import encode_sequences
 from tunery.store import rows as store_rows
 from tunery.store.rows import CONTENT, write_rows
@@ -97,8 +92,8 @@ def test_multiple_processes_write_the_same_files_as_one(
     rows: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = build(tmp_path / "one", rows, tokenizer, Encoding(24))
-    monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(tokenized_dataset, "available_cpus", lambda: 2)
+    monkeypatch.setattr(token_cache, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(token_cache, "available_cpus", lambda: 2)
     recorded: list[tuple[int, int]] = []
     two = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *now: recorded.append(now))
     files = sorted(path.name for path in one.folder.iterdir())
@@ -174,7 +169,7 @@ def test_template_with_the_date_has_a_key_per_day(
             def today(cls) -> date:
                 return date(2026, 11, day)
 
-        monkeypatch.setattr(tokenized_dataset, "date", Day)
+        monkeypatch.setattr(token_cache, "date", Day)
         tokenizer = load_tokenizer(source)
         tokenizer.chat_template = template + tokenizer.chat_template
         return cache_key(rows, "a", tokenizer, Encoding(64), encode_conversations)

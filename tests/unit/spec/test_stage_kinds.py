@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from tunery.models.tokenized_dataset import RowEncoding
+from tunery.models.encode_rows import RowEncoding
 from tunery.spec import STAGE_KINDS, TRAINERS
 from tunery.spec.plugins import load_object
 from tunery.spec.stage_kinds import StageKind, TrainerSpec

@@ -20,6 +20,7 @@ from tunery.events.run_state import StageState
 from tunery.events.stage_summary import outcome
 from tunery.models.adapters import lora_config
 from tunery.models.classifier_inputs import ClassifierEncoder, encode_reward_pairs
+from tunery.models.encode_rows import TokenizedRow
 from tunery.models.labels import Labels, RewardNorm
 from tunery.models.load import (
     load_classifier,
@@ -30,7 +31,6 @@ from tunery.models.load import (
     write_head,
 )
 from tunery.models.metrics import preference_accuracy, preference_loss
-from tunery.models.tokenized_dataset import TokenizedRow
 from tunery.pipeline.validate import validate
 from tunery.reporting.summary_tables import training_tables
 from tunery.scoring.scorers.reward_score import RewardScorer

@@ -12,13 +12,13 @@ from small_classifiers import write_encoder, write_language_model
 from training_jobs import rows_at, training_job
 
 from tunery.errors import StageError
-from tunery.models import tokenized_dataset
+from tunery.models import token_cache
 from tunery.models.classifier_inputs import NO_LABEL, encode_classifier_inputs
 from tunery.models.encode import Encoding, as_prompt, encode_prompts
 from tunery.models.load import load_own_tokenizer, load_tokenizer
 from tunery.models.prompts import NO_QUESTION, TOO_LONG
 from tunery.models.row_encodings import PROMPTS
-from tunery.models.tokenized_dataset import TokenCache
+from tunery.models.token_cache import TokenCache
 from tunery.models.truncation import encode
 from tunery.spec import ClassifierTraining, Grpo, Ppo
 from tunery.store import rows as store_rows
@@ -88,7 +88,7 @@ def test_rows_of_several_shards_and_processes_are_kept_in_order(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_rows, "SHARD", 7)
-    monkeypatch.setattr(tokenized_dataset, "BATCH_ROWS", 3)
+    monkeypatch.setattr(token_cache, "BATCH_ROWS", 3)
     rows = [row(f"what is row {number}") if number % 4 else row("how " * 60, str(number)) for number in range(30)]
     found = rows_at(tmp_path, rows)
 
@@ -102,8 +102,8 @@ def test_rows_of_several_shards_and_processes_are_kept_in_order(
 
     expected = [f"what is row {number}" for number in range(30) if number % 4]
     assert build("one") == expected
-    monkeypatch.setattr(tokenized_dataset, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(tokenized_dataset, "available_cpus", lambda: 2)
+    monkeypatch.setattr(token_cache, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(token_cache, "available_cpus", lambda: 2)
     assert build("two") == expected
 
 

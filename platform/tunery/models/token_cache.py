@@ -1,0 +1,280 @@
+"""The cache of tokenised rows in the store: rows are encoded once for all workers, trials and stages.
+
+The cache key covers the rows (the artifact's manifest and the sizes of its shards), the content of the tokenizer with
+its chat template, the `Encoding`, the version of the encoding (`ENCODING_VERSION`, and the versions of the libraries
+that render and tokenise), and today's date if the chat template uses it. Shards are encoded in parallel; the files do
+not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunery.errors import TuneryError
+from tunery.models.encode import ENCODING_VERSION, Encoding, Span
+from tunery.models.encode_rows import EncodeRows, RowEncoding
+from tunery.models.tokenized_dataset import TokenizedDataset, TokenStats
+from tunery.store import Lease
+from tunery.store.rows import shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2
+"""Version of the file format, part of the cache key."""
+PARALLEL_ROWS = 20_000
+"""Rows from which worker processes are used; they take about 5 s to import transformers."""
+POLL_SECONDS = 0.2
+BATCH_ROWS = 1000
+"""Rows per encoding batch."""
+_NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The cache of tokenised datasets in the store."""
+
+    folder: Path
+    leases: Path
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with the number of encoded rows and of all rows."""
+    waiting: Callable[[str], None] = lambda holder: None
+    """Called with the name of another process that builds the dataset."""
+
+    def path(self, key: str) -> Path:
+        return self.folder / key
+
+    def open_or_build(
+        self,
+        rows: Path,
+        rows_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        encoding: Encoding,
+        kind: RowEncoding,
+    ) -> TokenizedDataset:
+        """Return the tokenised rows of an artifact (at `rows`; `rows_name` in the cache key). One process builds them,
+        others wait for it."""
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
+        if not (final / "stats.json").is_file():
+            with Lease(self.leases / f"tokenized-{final.name}", self.waiting):
+                if not (final / "stats.json").is_file():
+                    self._build(rows, final, _Encoder(tokenizer, encoding, kind))
+        return TokenizedDataset(final)
+
+    def wait_for(
+        self,
+        rows: Path,
+        rows_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        encoding: Encoding,
+        kind: RowEncoding,
+    ) -> TokenizedDataset:
+        """Wait until another process has built the dataset, and return it. A collective of all ranks would time out
+        while a large dataset is built; if the process that builds it fails, Ray Train stops this one too."""
+        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
+        while not (final / "stats.json").is_file():
+            time.sleep(POLL_SECONDS)
+        return TokenizedDataset(final)
+
+    def _build(self, rows: Path, final: Path, encoder: _Encoder) -> None:
+        for stale in final.parent.glob(f"{final.name}.staging-*"):  # of an interrupted build
+            shutil.rmtree(stale, ignore_errors=True)
+        staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex[:8]}")
+        staging.mkdir(parents=True)
+        files = shards(rows)
+        counts = [int(pq.read_metadata(file).num_rows) for file in files]
+        total, done = sum(counts), 0
+        parts = [staging / f"part-{number:05d}" for number in range(len(files))]
+        processes = min(available_cpus(), len(files)) if total >= PARALLEL_ROWS else 1
+        with ExitStack() as stack:
+            if processes > 1:
+                # Not forked: this process may have threads or CUDA contexts.
+                pool = stack.enter_context(
+                    ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encoder,))
+                )
+                results: Iterator[TokenStats] = pool.map(_encode_shard, files, parts)
+            else:
+                results = map(encoder, files, parts)
+            stats = TokenStats()
+            try:
+                for count, shard_stats in zip(counts, results, strict=True):
+                    stats.add(shard_stats)
+                    done += count
+                    self.progress(done, total)
+            except BrokenProcessPool as error:
+                raise TuneryError(
+                    f"a process that tokenizes rows died after {done:,} of {total:,} rows",
+                    cause="it was killed, usually because the machine ran out of memory",
+                    remedy="free memory, or allow fewer CPUs to this process: each takes about 400 MiB",
+                ) from error
+        _merge(parts, staging)
+        (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)  # has no stats.json: an interrupted build
+        staging.rename(final)
+
+
+def cache_key(
+    rows: Path, rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows
+) -> str:
+    """Return the cache key of an artifact's tokenised rows: 16 hex digits."""
+    uses_date = "strftime_now" in json.dumps(tokenizer.chat_template)
+    inputs = [
+        FORMAT,
+        ENCODING_VERSION,
+        [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+        rows_name,
+        _rows_key(rows),
+        tokenizer_key(tokenizer),
+        asdict(encoding),
+        encode_rows.__name__,
+        date.today().isoformat() if uses_date else "",
+    ]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rows_key(rows: Path) -> list[Any]:
+    """Return a key of an artifact's content. The artifact's name does not suffice: scores may differ between devices,
+    and so may the rows that a filter keeps."""
+    manifests = [path for path in (rows / "manifest.json", rows.parent / "manifest.json") if path.is_file()]
+    manifest = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
+    return [manifest, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]
+
+
+def available_cpus() -> int:
+    """CPUs available to this process, by its affinity and its container's quota (cgroup v2)."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that determines a text's tokens, so that models with equal tokenizers share tokenised rows."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any = dict(tokenizer.get_vocab()) if backend is None else json.loads(backend.to_str())
+    for name in ("truncation", "padding"):  # set by the last call, not by the model
+        content.pop(name, None)
+    inputs = [type(tokenizer).__name__, content, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes shards, in this process or another one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoding: Encoding
+    kind: RowEncoding
+
+    def __call__(self, shard: Path, part: Path) -> TokenStats:
+        columns = [*self.kind.columns, "id", "source", "line"]
+        table = pq.read_table(shard, columns=list(dict.fromkeys(columns)))
+        stats = TokenStats()
+        lengths: list[int] = []
+        span_counts: list[int] = []
+        spans: list[Span] = []
+        row_ids: list[int] = []
+        labels: list[int] = []
+        part.mkdir()
+        with ExitStack() as stack:
+            tokens, types = (stack.enter_context((part / f"{name}.bin").open("wb")) for name in ("tokens", "types"))
+            unusable_file = stack.enter_context((part / "unusable.jsonl").open("w", encoding="utf-8"))
+            rows_file = None
+            if self.kind.keeps_rows:
+                rows_file = stack.enter_context(pa.ipc.new_file(str(part / "rows.arrow"), table.schema))
+            for start in range(0, table.num_rows, BATCH_ROWS):
+                batch = table.slice(start, BATCH_ROWS)
+                rows, usable = batch.to_pylist(), []
+                for row, encoded in zip(rows, self.kind.encode_rows(rows, self.tokenizer, self.encoding), strict=True):
+                    stats.rows += 1
+                    usable.append(not encoded.unusable)
+                    stats.dropped_reasoning += sum(item.dropped_reasoning for item in encoded.sequences)
+                    stats.escaped_tokens += sum(item.escaped_tokens for item in encoded.sequences)
+                    if encoded.unusable:
+                        stats.unusable[encoded.unusable] += 1
+                        origin = {name: row[name] for name in ("id", "source", "line")}
+                        unusable_file.write(
+                            json.dumps({**origin, "reason": encoded.unusable}, ensure_ascii=False) + "\n"
+                        )
+                        continue
+                    stats.truncated += any(item.truncated for item in encoded.sequences)
+                    for number, item in enumerate(encoded.sequences):
+                        tokens.write(np.asarray(item.ids, np.uint32).tobytes())
+                        types.write(bytes(item.token_types or ()))
+                        lengths.append(len(item.ids))
+                        span_counts.append(len(item.spans))
+                        spans += item.spans
+                        row_ids.append(int(row["id"], 16))
+                        labels.append(encoded.labels[number] if encoded.labels else _NO_LABEL)
+                        stats.loss_tokens += item.num_loss_tokens
+                if rows_file is not None:
+                    rows_file.write_table(batch.filter(pa.array(usable)).combine_chunks())
+        stats.sequences, stats.tokens = len(lengths), sum(lengths)
+        np.save(part / "lengths.npy", np.array(lengths, np.int64))
+        np.save(part / "span_counts.npy", np.array(span_counts, np.int64))
+        np.save(part / "spans.npy", np.array(spans, np.int32).reshape(-1, 2))
+        np.save(part / "row_ids.npy", np.array(row_ids, np.uint64))
+        np.save(part / "labels.npy", np.array(labels, np.int8))
+        return stats
+
+
+_process_encoder: _Encoder | None = None
+
+
+def _start_process(encoder: _Encoder) -> None:
+    """Initialize a process of the pool. Each has one core, so the tokenizer's own threads are disabled."""
+    global _process_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _process_encoder = encoder
+
+
+def _encode_shard(shard: Path, part: Path) -> TokenStats:
+    assert _process_encoder is not None, "set when the process started"
+    return _process_encoder(shard, part)
+
+
+def _merge(parts: Sequence[Path], target: Path) -> None:
+    """Concatenate the parts and remove them. Holds per-sequence numbers in memory, but no tokens."""
+    for name in ("tokens.bin", "types.bin", "unusable.jsonl"):
+        with (target / name).open("wb") as stream:
+            for part in parts:
+                with (part / name).open("rb") as file:
+                    shutil.copyfileobj(file, stream, 1 << 20)
+    if parts and (parts[0] / "rows.arrow").is_file():
+        readers = [pa.ipc.open_file(pa.memory_map(str(part / "rows.arrow"))) for part in parts]
+        with pa.ipc.new_file(str(target / "rows.arrow"), readers[0].schema) as writer:
+            for reader in readers:
+                for number in range(reader.num_record_batches):
+                    writer.write_batch(reader.get_batch(number))
+
+    def concatenated(name: str) -> npt.NDArray[Any]:
+        return np.concatenate([np.load(part / f"{name}.npy") for part in parts])
+
+    for name, target_name in (("lengths", "offsets"), ("span_counts", "span_offsets")):
+        np.save(target / f"{target_name}.npy", np.concatenate([[0], np.cumsum(concatenated(name))]).astype(np.int64))
+    for name in ("spans", "labels", "row_ids"):
+        np.save(target / f"{name}.npy", concatenated(name))
+    for part in parts:
+        shutil.rmtree(part)
