@@ -19,7 +19,7 @@ from tunery.store.rows import Row, write_rows
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 
 
-def scorer(tmp_path: Path, sets: dict[str, list[Row]], **settings: object) -> ContaminationScorer:
+def contamination_scorer(tmp_path: Path, sets: dict[str, list[Row]], **settings: object) -> ContaminationScorer:
     for name, rows in sets.items():
         write_rows(rows, tmp_path / name)
     spec = Contamination.model_validate({"contamination": {"sets": tuple(sets), **settings}})
@@ -32,13 +32,13 @@ def words(start: int, end: int) -> str:
 
 def test_score_is_the_fraction_of_ngrams_that_occur_in_a_set(tmp_path: Path) -> None:
     # Words 0 to 20 of the row have eight 13-grams; words 3 to 18 of the set have three of them.
-    columns = scorer(tmp_path, {"test": [text_row(words(3, 18))]})([text_row(words(0, 20)), text_row(words(12, 26))])
-    assert columns == {"score": [3 / 8, 0.0], "set": ["test", ""]}
+    scorer = contamination_scorer(tmp_path, {"test": [text_row(words(3, 18))]})
+    assert scorer([text_row(words(0, 20)), text_row(words(12, 26))]) == {"score": [3 / 8, 0.0], "set": ["test", ""]}
 
 
 def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
-    held = scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="response")
-    assert held([answer_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
+    scorer = contamination_scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="response")
+    assert scorer([answer_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -51,36 +51,37 @@ def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
     ],
 )
 def test_short_row_is_a_single_ngram(tmp_path: Path, row: str, score: float) -> None:
-    held = scorer(tmp_path, {"test": [text_row(words(0, 5)), text_row(words(6, 24))]})
-    assert held([text_row(row)])["score"] == [score]
+    scorer = contamination_scorer(tmp_path, {"test": [text_row(words(0, 5)), text_row(words(6, 24))]})
+    assert scorer([text_row(row)])["score"] == [score]
 
 
 def test_short_text_of_a_set_is_found_in_a_longer_row(tmp_path: Path) -> None:
-    held = scorer(tmp_path, {"test": [text_row(words(4, 13))]})
+    scorer = contamination_scorer(tmp_path, {"test": [text_row(words(4, 13))]})
     # Words 4 to 13 are in the n-grams that start at 0 to 4, of eight.
-    assert held([text_row(words(0, 20))])["score"] == [5 / 8]
-    assert scorer(tmp_path / "few", {"test": [text_row(words(4, 11))]})([text_row(words(0, 20))])["score"] == [0.0]
+    assert scorer([text_row(words(0, 20))])["score"] == [5 / 8]
+    scorer = contamination_scorer(tmp_path / "few", {"test": [text_row(words(4, 11))]})
+    assert scorer([text_row(words(0, 20))])["score"] == [0.0]
 
 
 def test_matches_of_all_sets_are_combined_and_the_best_set_is_named(tmp_path: Path) -> None:
-    held = scorer(tmp_path, {"one": [text_row(words(0, 14))], "two": [text_row(words(2, 18))]})
-    assert held([text_row(words(0, 20))]) == {"score": [6 / 8], "set": ["two"]}
+    scorer = contamination_scorer(tmp_path, {"one": [text_row(words(0, 14))], "two": [text_row(words(2, 18))]})
+    assert scorer([text_row(words(0, 20))]) == {"score": [6 / 8], "set": ["two"]}
 
 
 @pytest.mark.parametrize(("of", "score"), [("prompt", 1.0), ("response", 0.0)])
 def test_same_part_of_rows_and_sets_is_compared(tmp_path: Path, of: str, score: float) -> None:
-    held = scorer(tmp_path, {"test": [answer_row("yes", "What is it?")]}, of=of)
-    assert held([answer_row("no", "What is it?")])["score"] == [score]
+    scorer = contamination_scorer(tmp_path, {"test": [answer_row("yes", "What is it?")]}, of=of)
+    assert scorer([answer_row("no", "What is it?")])["score"] == [score]
 
 
 def test_characters_of_scripts_without_spaces_are_words(tmp_path: Path) -> None:
     text = "该函数返回目录中所有文件的列表如果值为负数"
-    held = scorer(tmp_path, {"test": [text_row(text)]})
-    assert held([text_row("前言" + text[:13])])["score"] == [pytest.approx(1 / 3)]
+    scorer = contamination_scorer(tmp_path, {"test": [text_row(text)]})
+    assert scorer([text_row("前言" + text[:13])])["score"] == [pytest.approx(1 / 3)]
 
 
 def test_row_without_words_has_no_score(tmp_path: Path) -> None:
-    columns = scorer(tmp_path, {"test": [text_row("")]})([text_row("?!"), text_row("word")])
+    columns = contamination_scorer(tmp_path, {"test": [text_row("")]})([text_row("?!"), text_row("word")])
     assert math.isnan(columns["score"][0])
     assert columns["score"][1] == 0
 
@@ -88,36 +89,39 @@ def test_row_without_words_has_no_score(tmp_path: Path) -> None:
 @settings(max_examples=20)
 @given(rows=st.lists(hostile_rows, max_size=4))
 def test_hostile_rows_are_scored(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
-    held = scorer(tmp_path_factory.mktemp("sets"), {"test": rows})
-    columns = held(rows)
+    scorer = contamination_scorer(tmp_path_factory.mktemp("sets"), {"test": rows})
+    columns = scorer(rows)
     assert [len(values) for values in columns.values()] == [len(rows)] * 2
     assert all(score == 1 or math.isnan(score) for score in columns["score"])
 
 
-def naive(text: str, known: list[str], n: int) -> list[bool]:
-    def within(gram: str) -> bool:
-        return any(gram in one for one in known)
+def brute_force(text: str, set_texts: list[str], n: int) -> list[bool]:
+    """Return whether each n-gram of a text occurs in a set; every character stands for a word."""
+
+    def in_a_set(ngram: str) -> bool:
+        return any(ngram in set_text for set_text in set_texts)
 
     if len(text) < n:
-        return [text in known or (len(text) >= min(MIN_SHARED_WORDS, n) and within(text))]
-    short = [one for one in known if MIN_SHARED_WORDS <= len(one) < n]
-    grams = [text[start : start + n] for start in range(len(text) - n + 1)]
-    return [within(gram) or any(one in gram for one in short) for gram in grams]
+        return [text in set_texts or (len(text) >= min(MIN_SHARED_WORDS, n) and in_a_set(text))]
+    short = [set_text for set_text in set_texts if MIN_SHARED_WORDS <= len(set_text) < n]
+    ngrams = [text[start : start + n] for start in range(len(text) - n + 1)]
+    return [in_a_set(ngram) or any(set_text in ngram for set_text in short) for ngram in ngrams]
 
 
-def test_matches_equal_a_plain_search() -> None:
-    draw = random.Random(0)
+def test_matches_equal_a_brute_force_search() -> None:
+    rng = random.Random(0)
 
-    def piece() -> str:
+    def random_text() -> str:
         # Texts of many a's and a few b's, so that texts of a set sometimes occur in rows.
-        start = draw.randint(0, 12)
-        return "aaabaaaaaaaabaaaaaaaaaaaaabaa"[start : start + draw.randint(1, 17)]
+        start = rng.randint(0, 12)
+        return "aaabaaaaaaaabaaaaaaaaaaaaabaa"[start : start + rng.randint(1, 17)]
 
     for _ in range(1500):
-        n = draw.choice([3, 9, 10, 13])
-        texts, known = [piece() for _ in range(draw.randint(1, 3))], [piece() for _ in range(draw.randint(0, 4))]
-        rows = Words.of([" ".join(one) for one in texts])
-        hits = NgramIndex(n, [Words.of([" ".join(one)]) for one in known]).match(rows)
-        for number, one in enumerate(texts):
-            assert hits[(rows.text == number) & rows.starts(n)].tolist() == naive(one, known, n)
+        n = rng.choice([3, 9, 10, 13])
+        texts = [random_text() for _ in range(rng.randint(1, 3))]
+        set_texts = [random_text() for _ in range(rng.randint(0, 4))]
+        rows = Words.of([" ".join(text) for text in texts])
+        hits = NgramIndex(n, [Words.of([" ".join(text)]) for text in set_texts]).match(rows)
+        for number, text in enumerate(texts):
+            assert hits[(rows.text == number) & rows.starts(n)].tolist() == brute_force(text, set_texts, n)
         assert not hits[~rows.starts(n)].any()

@@ -47,13 +47,13 @@ def pretrained(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def plain(folder: Path) -> tuple[Any, Any]:
+def load_transformers(folder: Path) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 
-def plain_embedding(folder: Path, row: Row) -> np.ndarray:
-    """Computed with transformers: the mean over all tokens, normalized to length 1."""
-    tokenizer, model = plain(folder)
+def expected_embedding(folder: Path, row: Row) -> np.ndarray:
+    """Return the embedding computed with transformers: the mean over all tokens, normalized to length 1."""
+    tokenizer, model = load_transformers(folder)
     options: dict[str, Any] = {"return_tensors": "pt"}
     if not row["messages"]:
         tokens = tokenizer(row["text"], **options)
@@ -61,7 +61,7 @@ def plain_embedding(folder: Path, row: Row) -> np.ndarray:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         tokens = tokenizer(text, add_special_tokens=False, **options)
     else:
-        tokens = tokenizer(*([turn["content"]] for turn in row["messages"]), **options)
+        tokens = tokenizer(*([message["content"]] for message in row["messages"]), **options)
     with torch.inference_mode():
         mean: np.ndarray = model(**tokens).last_hidden_state[0].mean(0).numpy()
     return mean / float(np.linalg.norm(mean))
@@ -69,8 +69,8 @@ def plain_embedding(folder: Path, row: Row) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["encoder", "causal"])
 def test_embedding_is_the_mean_hidden_state_independent_of_the_batch(name: str, folder: Path) -> None:
-    expected = np.stack([plain_embedding(folder / name, row) for row in ROWS])
-    assert np.ptp(expected[:, 0]) > 0.1, "otherwise the test is vacuous"
+    expected = np.stack([expected_embedding(folder / name, row) for row in ROWS])
+    assert np.ptp(expected[:, 0]) > 0.1, "the embeddings of the rows must differ"
     for budget in (1, 40, 100_000):
         actual = embedder(pretrained(folder / name), budget)(ROWS)
         np.testing.assert_allclose(actual.vectors, expected, atol=1e-5)
@@ -79,8 +79,8 @@ def test_embedding_is_the_mean_hidden_state_independent_of_the_batch(name: str, 
 
 def test_stage_model_and_its_folder_give_equal_embeddings(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "causal", tmp_path / "artifact" / "model")
-    ours = embedder({"artifact": str(tmp_path / "artifact")})(ROWS).vectors
-    np.testing.assert_array_equal(ours, embedder(pretrained(folder / "causal"))(ROWS).vectors)
+    vectors = embedder({"artifact": str(tmp_path / "artifact")})(ROWS).vectors
+    np.testing.assert_array_equal(vectors, embedder(pretrained(folder / "causal"))(ROWS).vectors)
 
 
 def test_score_is_the_cosine_with_the_nearest_reference_row() -> None:
@@ -93,17 +93,17 @@ def test_score_is_the_cosine_with_the_nearest_reference_row() -> None:
 
 def test_reference_sample_is_independent_of_row_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [text_row(f"row {n}") for n in range(40)]
-    for name, some in (("a", rows), ("b", rows[::-1])):
-        write_rows([{**row, "injected_corruption": ""} for row in some], tmp_path / name)
+    for name, ordered in (("a", rows), ("b", rows[::-1])):
+        write_rows([{**row, "injected_corruption": ""} for row in ordered], tmp_path / name)
     assert len(reference_rows(tmp_path / "a")) == 40
     monkeypatch.setattr(embedding_module, "MAX_REFERENCES", 7)
-    taken = [row["id"] for row in reference_rows(tmp_path / "a")]
-    assert len(taken) == 7
-    assert taken == [row["id"] for row in reference_rows(tmp_path / "b")]
-    assert taken != [row["id"] for row in rows[:7]]
+    sampled = [row["id"] for row in reference_rows(tmp_path / "a")]
+    assert len(sampled) == 7
+    assert sampled == [row["id"] for row in reference_rows(tmp_path / "b")]
+    assert sampled != [row["id"] for row in rows[:7]]
 
 
-def near(folder: Path, rows: list[Row], fingerprint: str) -> Artifact:
+def reference_artifact(folder: Path, rows: list[Row], fingerprint: str) -> Artifact:
     write_rows([{**row, "injected_corruption": ""} for row in rows], folder / fingerprint)
     manifest = {"kind": "dataset", "fingerprint": fingerprint, "facts": {"rows": len(rows)}}
     return Artifact(folder / fingerprint, manifest, {})
@@ -112,39 +112,39 @@ def near(folder: Path, rows: list[Row], fingerprint: str) -> Artifact:
 def test_scores_are_recomputed_when_the_references_change(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./encoder"}, "reference": "near"}]
     references = [answer_row("it is blue", "how"), ROWS[3]]
-    both = near(tmp_path, references, "a")
+    both = reference_artifact(tmp_path, references, "a")
     result = make(folder, tmp_path, "one", by, near=both)
     assert (result.facts["rows_in"], result.facts["rows_out"]) == (len(ROWS), len(ROWS))
     assert result.facts["scores"]["embedding"]["good"] == "high"
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard).to_pydict()
-    similar = (
-        np.stack([plain_embedding(folder / "encoder", row) for row in ROWS])
-        @ np.stack([plain_embedding(folder / "encoder", row) for row in references]).T
+    similarities = (
+        np.stack([expected_embedding(folder / "encoder", row) for row in ROWS])
+        @ np.stack([expected_embedding(folder / "encoder", row) for row in references]).T
     )
-    np.testing.assert_allclose(table["embedding"], similar.max(axis=1), atol=1e-5)
-    assert table["embedding_nearest"] == [references[at]["id"] for at in similar.argmax(axis=1)]
+    np.testing.assert_allclose(table["embedding"], similarities.max(axis=1), atol=1e-5)
+    assert table["embedding_nearest"] == [references[index]["id"] for index in similarities.argmax(axis=1)]
     assert table["embedding"][3] == pytest.approx(1.0, abs=1e-5), "it is among the references"
     assert make(folder, tmp_path, "again", by, near=both).runtime_stats["rows_scored"] == 0
-    other = make(folder, tmp_path, "other", by, near=near(tmp_path, references[:1], "b"))
+    other = make(folder, tmp_path, "other", by, near=reference_artifact(tmp_path, references[:1], "b"))
     assert other.runtime_stats["rows_scored"] == len(ROWS)
 
 
 def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}}]
-    nothing = text_row("")
-    result = make(folder, tmp_path, "one", by, rows=[*ROWS, nothing])
+    empty_row = text_row("")
+    result = make(folder, tmp_path, "one", by, rows=[*ROWS, empty_row])
     assert result.facts["vectors"] == {"embedding": {"rows": len(ROWS), "missing": 1, "dimensions": 16}}
     assert result.facts["scores"] == {}
     assert result.facts["tokens"] > 0
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
     table = pq.read_table(shard)
     assert np.isnan(table["embedding"].to_numpy()).all()
-    expected = np.stack([plain_embedding(folder / "causal", row) for row in ROWS])
+    expected = np.stack([expected_embedding(folder / "causal", row) for row in ROWS])
     vectors = vectors_of(table["embedding_vector"])
     np.testing.assert_allclose(vectors[:-1], expected, atol=1e-3)
     assert np.isnan(vectors[-1]).all()
-    assert make(folder, tmp_path, "again", by, rows=[*ROWS, nothing]).runtime_stats["rows_scored"] == 0
+    assert make(folder, tmp_path, "again", by, rows=[*ROWS, empty_row]).runtime_stats["rows_scored"] == 0
     (again,) = (tmp_path / "again" / "out" / "scores").iterdir()
     np.testing.assert_array_equal(vectors_of(pq.read_table(again)["embedding_vector"]), vectors)
 
@@ -152,4 +152,4 @@ def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path
 def test_references_without_tokens_are_an_error(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}, "reference": "near"}]
     with pytest.raises(TuneryError, match=r"no row of `near` can serve as reference\ncause: all"):
-        make(folder, tmp_path, "empty", by, near=near(tmp_path, [text_row("")], "a"))
+        make(folder, tmp_path, "empty", by, near=reference_artifact(tmp_path, [text_row("")], "a"))

@@ -22,11 +22,11 @@ from tunery.spec import Duplicates, NearDuplicates
 from tunery.store.rows import Row, nfc
 
 
-def exact(of: str = "row", records: int = 1000, how: str = "exact") -> DuplicatesScorer:
-    return DuplicatesScorer(Duplicates.model_validate({"duplicates": how, "of": of}), records)
+def exact_scorer(of: str = "row", records: int = 1000, comparison: str = "exact") -> DuplicatesScorer:
+    return DuplicatesScorer(Duplicates.model_validate({"duplicates": comparison, "of": of}), records)
 
 
-def near(records: int = 10_000, **settings: object) -> NearDuplicatesScorer:
+def near_scorer(records: int = 10_000, **settings: object) -> NearDuplicatesScorer:
     return NearDuplicatesScorer(NearDuplicates.model_validate({"near_duplicates": settings}), records)
 
 
@@ -35,11 +35,11 @@ def near(records: int = 10_000, **settings: object) -> NearDuplicatesScorer:
 
 def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ("a", "b", "a ", "c", "a", "b", "A")]
-    assert score_corpus(exact(), rows, tmp_path, shard=2) == {"score": [0, 0, 1, 0, 2, 1, 0]}
+    assert score_corpus(exact_scorer(), rows, tmp_path, shard=2) == {"score": [0, 0, 1, 0, 2, 1, 0]}
 
 
 @pytest.mark.parametrize(
-    ("how", "of", "scores"),
+    ("comparison", "of", "scores"),
     [
         ("exact", "row", [0, 0, 0, 0, 0]),
         ("exact", "prompt", [0, 0, 0, 1, 0]),
@@ -50,7 +50,7 @@ def test_score_counts_the_earlier_rows_with_the_same_content(tmp_path: Path) -> 
     ],
 )
 def test_compared_part_and_normalization_are_configurable(
-    tmp_path: Path, how: str, of: str, scores: list[float]
+    tmp_path: Path, comparison: str, of: str, scores: list[float]
 ) -> None:
     rows = [
         answer_row("Same thing.", "Why\nis it?"),
@@ -59,12 +59,14 @@ def test_compared_part_and_normalization_are_configurable(
         prompt_row("Why\nis it? "),
         answer_row("Same thing. ", "Why is it?"),
     ]
-    assert score_corpus(exact(of, how=how), rows, tmp_path)["score"] == pytest.approx(scores, nan_ok=True)
+    assert score_corpus(exact_scorer(of, comparison=comparison), rows, tmp_path)["score"] == pytest.approx(
+        scores, nan_ok=True
+    )
 
 
 def test_rejected_responses_are_part_of_the_row(tmp_path: Path) -> None:
     rows = [answer_row("yes"), {**answer_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
-    assert score_corpus(exact(how="normalised"), rows, tmp_path)["score"] == [0, 0]
+    assert score_corpus(exact_scorer(comparison="normalised"), rows, tmp_path)["score"] == [0, 0]
 
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
@@ -75,38 +77,38 @@ def test_composed_and_decomposed_letters_are_the_same() -> None:
 
 @pytest.mark.parametrize("records", [1, 3, 50])
 def test_counts_do_not_depend_on_the_number_of_files(tmp_path: Path, records: int) -> None:
-    draw = random.Random(3)
-    rows = [text_row(str(draw.randrange(12))) for _ in range(60)]
+    rng = random.Random(3)
+    rows = [text_row(str(rng.randrange(12))) for _ in range(60)]
     texts = [row["text"] for row in rows]
     expected = [texts[:index].count(text) for index, text in enumerate(texts)]
-    assert score_corpus(exact(records=records), rows, tmp_path)["score"] == expected
+    assert score_corpus(exact_scorer(records=records), rows, tmp_path)["score"] == expected
     assert list((tmp_path / "work").rglob("*.bin")) == []
 
 
 def test_files_of_a_killed_attempt_are_ignored(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ["a", "b", "c", "a", "b", "c", "d", "a"]]
-    for scorer in (exact(records=2), near(records=2)):
+    for scorer in (exact_scorer(records=2), near_scorer(records=2)):
         clean = score_corpus(scorer, rows, tmp_path / "clean" / type(scorer).__name__, shard=2)
         assert score_corpus(scorer, rows, tmp_path / "again" / type(scorer).__name__, shard=2, abandoned=2) == clean
 
 
 # Near.
 
-DRAW = random.Random(5)
+RNG = random.Random(5)
 VOCABULARY = [f"word{number}" for number in range(4000)]
 
 
 def corpus(bases: int = 60, copies: int = 4) -> list[str]:
-    """Texts of 60 words and copies of them with 0 to 12 words changed, in a random order."""
+    """Return texts of 60 words, and copies of them with 0 to 12 words changed, in a random order."""
     texts = []
     for _ in range(bases):
-        base = [DRAW.choice(VOCABULARY) for _ in range(60)]
+        base = [RNG.choice(VOCABULARY) for _ in range(60)]
         for copy in range(copies):
-            changed = list(base)
-            for index in DRAW.sample(range(60), DRAW.choice([0, 1, 2, 12]) if copy else 0):
-                changed[index] = DRAW.choice(VOCABULARY)
-            texts.append(" ".join(changed))
-    DRAW.shuffle(texts)
+            words = list(base)
+            for index in RNG.sample(range(60), RNG.choice([0, 1, 2, 12]) if copy else 0):
+                words[index] = RNG.choice(VOCABULARY)
+            texts.append(" ".join(words))
+    RNG.shuffle(texts)
     return texts
 
 
@@ -119,24 +121,24 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def test_near_duplicates_equal_a_plain_search(tmp_path: Path) -> None:
+def test_near_duplicates_equal_a_brute_force_search(tmp_path: Path) -> None:
     texts = corpus()
     rows = [text_row(text) for text in texts]
     ids = [row["id"] for row in rows]
-    actual = score_corpus(near(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
+    actual = score_corpus(near_scorer(threshold=0.7, ngram=3), rows, tmp_path, shard=16)
     sets = [ngrams(text, 3) for text in texts]
     expected = missed = 0
-    for index, own in enumerate(sets):
-        truth = max((jaccard(own, other) for other in sets[:index]), default=0.0)
+    for index, row_ngrams in enumerate(sets):
+        similarity = max((jaccard(row_ngrams, other) for other in sets[:index]), default=0.0)
         score, nearest = actual["score"][index], actual["nearest"][index]
-        if truth >= 0.8:
+        if similarity >= 0.8:
             expected += 1
             missed += score == 0
-        if truth < 0.55:
+        if similarity < 0.55:
             assert score == 0
         if score:
             assert score >= 0.7
-            assert abs(score - jaccard(own, sets[ids.index(nearest)])) < 0.2
+            assert abs(score - jaccard(row_ngrams, sets[ids.index(nearest)])) < 0.2
             assert ids.index(nearest) < index
         else:
             assert nearest == ""
@@ -146,29 +148,30 @@ def test_near_duplicates_equal_a_plain_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("records", "shard"), [(1, 16), (64, 5), (64, 100), (10_000, 16)])
 def test_near_duplicates_do_not_depend_on_the_number_of_files(tmp_path: Path, records: int, shard: int) -> None:
-    draw = random.Random(11)
-    base = [draw.choice(VOCABULARY) for _ in range(20)]
+    rng = random.Random(11)
+    base = [rng.choice(VOCABULARY) for _ in range(20)]
     rows = []
     for _ in range(40):
-        changed = list(base)
-        changed[draw.randrange(20)] = draw.choice(VOCABULARY[:3])
-        rows.append(text_row(" ".join(changed)))
-    expected = score_corpus(near(threshold=0.3, permutations=16), rows, tmp_path / "one", shard=40)
+        words = list(base)
+        words[rng.randrange(20)] = rng.choice(VOCABULARY[:3])
+        rows.append(text_row(" ".join(words)))
+    expected = score_corpus(near_scorer(threshold=0.3, permutations=16), rows, tmp_path / "one", shard=40)
     assert sum(score > 0 for score in expected["score"]) > 20
-    assert score_corpus(near(records, threshold=0.3, permutations=16), rows, tmp_path / "many", shard=shard) == expected
+    scorer = near_scorer(records, threshold=0.3, permutations=16)
+    assert score_corpus(scorer, rows, tmp_path / "many", shard=shard) == expected
 
 
 def test_exact_copies_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 300 equal rows only the first may reach the bands, or there would be thousands of pairs.
+    # Only the first of 300 equal rows is added to the bands; otherwise there would be thousands of pairs.
     sizes = []
 
-    def watched(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> object:
+    def record_size(keys: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> object:
         sizes.append(len(keys))
         return neighbors(keys)
 
-    monkeypatch.setattr(near_duplicates, "neighbors", watched)
+    monkeypatch.setattr(near_duplicates, "neighbors", record_size)
     rows = [text_row("one and the same text in every row of them all")] * 300
-    actual = score_corpus(near(), rows, tmp_path, shard=50)
+    actual = score_corpus(near_scorer(), rows, tmp_path, shard=50)
     assert actual["score"] == [0.0] + [1.0] * 299
     assert actual["nearest"] == [""] + [rows[0]["id"]] * 299
     assert sum(sizes) == bands_for(0.8, 128)[0]
@@ -186,26 +189,25 @@ def test_neighbors_in_a_crowded_band_are_the_first_and_the_previous(monkeypatch:
 
 def test_part_and_ngram_length_are_configurable(tmp_path: Path) -> None:
     rows = [answer_row("a b c d e f", "Why?"), answer_row("a b c d e f", "How is it that one asks at such a length?")]
-    assert score_corpus(near(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
-    assert score_corpus(near(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
-    words = [text_row("a b c d"), text_row("d c b a")]
-    assert score_corpus(near(ngram=1), words, tmp_path / "1")["score"] == [0, 1]
-    assert score_corpus(near(ngram=2), words, tmp_path / "2")["score"] == [0, 0]
+    assert score_corpus(near_scorer(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
+    assert score_corpus(near_scorer(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
+    rows = [text_row("a b c d"), text_row("d c b a")]
+    assert score_corpus(near_scorer(ngram=1), rows, tmp_path / "1")["score"] == [0, 1]
+    assert score_corpus(near_scorer(ngram=2), rows, tmp_path / "2")["score"] == [0, 0]
 
 
 def test_short_rows_are_compared_completely_and_empty_rows_never(tmp_path: Path) -> None:
     rows = [text_row(text) for text in ("", "yes", "?!", "Yes!", "no")]
-    actual = score_corpus(near(), rows, tmp_path)
+    actual = score_corpus(near_scorer(), rows, tmp_path)
     assert actual["score"] == pytest.approx([math.nan, 0, math.nan, 1, 0], nan_ok=True)
 
 
 def test_shard_without_words_and_stage_without_rows_are_accepted(tmp_path: Path) -> None:
-    assert score_corpus(near(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
-    assert score_corpus(exact("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)["score"] == pytest.approx(
-        [math.nan] * 3, nan_ok=True
-    )
-    assert near().compute_signatures([]) == {"signature": []}
-    assert list(near().resolve(RowSignatures(()), tmp_path / "none")) == []
+    assert score_corpus(near_scorer(), [text_row("")] * 3, tmp_path / "empty", shard=2)["nearest"] == [""] * 3
+    exact = score_corpus(exact_scorer("response"), [text_row("")] * 3, tmp_path / "exact", shard=2)
+    assert exact["score"] == pytest.approx([math.nan] * 3, nan_ok=True)
+    assert near_scorer().compute_signatures([]) == {"signature": []}
+    assert list(near_scorer().resolve(RowSignatures(()), tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0])
@@ -217,7 +219,8 @@ def test_bands_reach_the_recall_at_the_threshold(threshold: float) -> None:
 
 def test_signature_is_the_same_in_every_process() -> None:
     # If this fails after an update of rensa, increase the version of the scorer.
-    (signature,) = near(permutations=16).compute_signatures([text_row("a row that does not change")])["signature"]
+    rows = [text_row("a row that does not change")]
+    (signature,) = near_scorer(permutations=16).compute_signatures(rows)["signature"]
     assert signature.hex().startswith("69c80ea2e210dad0404f46f17a74f6d1a5910cc7c1db67d8")
 
 
@@ -225,12 +228,12 @@ def test_signature_is_the_same_in_every_process() -> None:
 @given(rows=st.lists(hostile_rows, min_size=1, max_size=6))
 def test_hostile_rows_are_compared(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
     for scorer in (
-        exact(),
-        exact("prompt"),
-        exact("response"),
-        exact(how="normalised"),
-        near(of="all"),
-        near(of="prompt"),
+        exact_scorer(),
+        exact_scorer("prompt"),
+        exact_scorer("response"),
+        exact_scorer(comparison="normalised"),
+        near_scorer(of="all"),
+        near_scorer(of="prompt"),
     ):
         columns = score_corpus(scorer, rows, tmp_path_factory.mktemp("rows"), shard=2)
         assert {len(values) for values in columns.values()} == {len(rows)}
@@ -239,7 +242,7 @@ def test_hostile_rows_are_compared(rows: list[Row], tmp_path_factory: pytest.Tem
 def test_combining_marks_take_linear_time(tmp_path: Path) -> None:
     row = answer_row("")
     row["messages"][-1]["content"] = "\u0315\u0300" * 200_000
-    for scorer in (exact("response"), near(of="response")):
+    for scorer in (exact_scorer("response"), near_scorer(of="response")):
         started = time.process_time()
         score_corpus(scorer, [row], tmp_path / type(scorer).__name__)
         assert time.process_time() - started < 5
@@ -254,7 +257,7 @@ def test_partitions_preserve_records_and_order(tmp_path: Path) -> None:
         values = np.arange(start, start + 2, dtype=np.uint64)
         partitions.append((values % 3).astype(np.int64), value=values)
     assert partitions.read(1)["value"].tolist() == [1, 4, 7]
-    assert [piece["value"].tolist() for piece in partitions.read_chunks(0, 3)] == [[0, 3, 6], [9]]
+    assert [chunk["value"].tolist() for chunk in partitions.read_chunks(0, 3)] == [[0, 3, 6], [9]]
     assert partitions.read(5)["value"].tolist() == []
 
 

@@ -15,9 +15,9 @@ from tunery.scoring.order_statistics import kth_smallest
 @given(st.lists(st.floats(), min_size=1, max_size=40), st.data())
 def test_kth_smallest_equals_sorting(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(0, len(values) - 1))
-    at = data.draw(st.integers(0, len(values)))
+    middle = data.draw(st.integers(0, len(values)))
     array = np.array(values)
-    actual = kth_smallest(lambda: iter([array[:at], array[at:]]), k)
+    actual = kth_smallest(lambda: iter([array[:middle], array[middle:]]), k)
     expected = np.sort(array)[k]  # numpy puts NaN last
     assert (math.isnan(actual) and math.isnan(expected)) or actual == expected
 

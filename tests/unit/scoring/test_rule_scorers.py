@@ -25,7 +25,7 @@ from tunery.store.rows import Row
 
 
 @pytest.mark.parametrize(
-    ("unit", "row", "score", "question"),
+    ("unit", "row", "score", "prompt_length"),
     [
         ("words", answer_row("two  words", "Why is that?"), 2, 3),
         ("chars", answer_row("né\n", "Why?"), 3, 4),
@@ -36,17 +36,17 @@ from tunery.store.rows import Row
     ],
 )
 def test_length_scores_the_response_and_lists_the_prompt_length(
-    unit: str, row: Row, score: float, question: float
+    unit: str, row: Row, score: float, prompt_length: float
 ) -> None:
     columns = LengthScorer(Length.model_validate({"length": unit}), {})([row])
     assert columns == {
         "score": [pytest.approx(score, nan_ok=True)],
-        "prompt": [pytest.approx(question, nan_ok=True)],
+        "prompt": [pytest.approx(prompt_length, nan_ok=True)],
     }
 
 
 @pytest.mark.parametrize(("of", "words"), [("response", 1), ("prompt", 2), ("all", 3)])
-def test_length_is_of_the_part_that_is_asked_for(of: str, words: int) -> None:
+def test_length_is_of_the_requested_part(of: str, words: int) -> None:
     spec = Length.model_validate({"length": "words", "of": of})
     assert LengthScorer(spec, {})([answer_row("three", "one two")])["score"] == [words]
 
@@ -81,17 +81,17 @@ PAPER = {
 }
 
 
-def test_english_limits_are_those_of_the_paper() -> None:
+def test_english_limits_equal_those_of_the_paper() -> None:
     assert limits(GopherRules(), "Latin", "en") == PAPER
 
 
-def run_twice(n: int) -> str:
-    """n words of one letter, another word, and the n words again."""
+def repeated_letters(n: int) -> str:
+    """Return n words of one letter, another word, and the n words again."""
     letters = " ".join("abcdefghij"[:n])
     return f"{letters} x {letters}"
 
 
-MEASURES = [
+RULE_VALUES = [
     ("words_min", "one two three", 3),
     ("words_max", "one two three", 3),
     ("mean_word_min", "ab abc", 2.5),
@@ -107,17 +107,17 @@ MEASURES = [
     ("duplicate_line_chars_max", "aaa\nb\nb", 0.2),
     ("duplicate_paragraph_chars_max", "aaa\n\nb\n\nb", 0.2),
     ("top_2gram_max", "a b x y z a b", 4 / 7),
-    ("top_2gram_max", "aa bb x aa bb y c d z c d", 8 / 15),  # of two that are as frequent, the longer
-    ("top_2gram_max", "c d c d c d aa bbbb aa bbbb", 6 / 18),  # of the most frequent, not of the longest
+    ("top_2gram_max", "aa bb x aa bb y c d z c d", 8 / 15),  # of two equally frequent 2-grams, the longer
+    ("top_2gram_max", "c d c d c d aa bbbb aa bbbb", 6 / 18),  # of the most frequent 2-gram, not of the longest
     ("top_2gram_max", "a a a bbbbbb", 4 / 9),  # (a a) twice
-    ("top_3gram_max", run_twice(3), 6 / 7),
-    ("top_4gram_max", run_twice(4), 8 / 9),
-    *((f"duplicate_{n}grams_max", run_twice(n), n / (2 * n + 1)) for n in range(5, 11)),
-    ("duplicate_5grams_max", run_twice(6), 6 / 13),  # two 5-grams that overlap
+    ("top_3gram_max", repeated_letters(3), 6 / 7),
+    ("top_4gram_max", repeated_letters(4), 8 / 9),
+    *((f"duplicate_{n}grams_max", repeated_letters(n), n / (2 * n + 1)) for n in range(5, 11)),
+    ("duplicate_5grams_max", repeated_letters(6), 6 / 13),  # two 5-grams that overlap
 ]
 
 
-@pytest.mark.parametrize(("rule", "text", "value"), MEASURES)
+@pytest.mark.parametrize(("rule", "text", "value"), RULE_VALUES)
 def test_gopher_rule_is_violated_above_its_limit_only(rule: str, text: str, value: float) -> None:
     def names(limit: float | None) -> list[str] | None:
         return gopher.violated(text, GopherRules.model_validate({**OFF, rule: limit}))
@@ -129,7 +129,7 @@ def test_gopher_rule_is_violated_above_its_limit_only(rule: str, text: str, valu
 
 
 def test_every_gopher_rule_has_a_case() -> None:
-    assert {rule for rule, _, _ in MEASURES} == set(OFF)
+    assert {rule for rule, _, _ in RULE_VALUES} == set(OFF)
 
 
 def test_fraction_of_overlapping_occurrences_is_at_most_one() -> None:
@@ -141,7 +141,7 @@ def test_unique_words_are_not_a_repetition() -> None:
     assert gopher.violated("a b c d e f g", GopherRules.model_validate(limits)) == []
 
 
-def test_ordinary_page_passes_and_a_repetitive_one_violates_all_repetition_rules() -> None:
+def test_ordinary_text_passes_and_a_repetitive_one_violates_all_repetition_rules() -> None:
     page = (
         "The reader opens a file and returns every line of it in turn. It closes the file when there are no more lines,"
         " or when somebody stops asking.\nErrors that the system reports are raised as they are, with the name of the"
@@ -199,16 +199,16 @@ def test_c4_rule_is_violated_only_by_the_bad_text(rule: str, on: object, good: s
 
 def test_sentences_are_counted_in_lines_that_pass_the_line_rules() -> None:
     text = "This line is long enough. It has three sentences. Here.\nToo short."
-    enough = {**C4_OFF, "line_words_min": 5, "sentences_min": 4}
-    assert c4.violated(text, C4Rules.model_validate(enough)) == ["sentences_min"]
-    assert c4.violated(text, C4Rules.model_validate({**enough, "line_words_min": None})) == []
+    fields = {**C4_OFF, "line_words_min": 5, "sentences_min": 4}
+    assert c4.violated(text, C4Rules.model_validate(fields)) == ["sentences_min"]
+    assert c4.violated(text, C4Rules.model_validate({**fields, "line_words_min": None})) == []
 
 
 def test_fraction_of_failing_lines_is_configurable() -> None:
     text = "This line does end.\nThis one does not"
-    one = {**C4_OFF, "terminal_punctuation": True}
-    assert c4.violated(text, C4Rules.model_validate(one)) == []
-    assert c4.violated(text, C4Rules.model_validate({**one, "failing_lines_max": 0})) == ["terminal_punctuation"]
+    fields = {**C4_OFF, "terminal_punctuation": True}
+    assert c4.violated(text, C4Rules.model_validate(fields)) == []
+    assert c4.violated(text, C4Rules.model_validate({**fields, "failing_lines_max": 0})) == ["terminal_punctuation"]
 
 
 def test_c4_scores_the_requested_part_and_names_the_rules() -> None:
@@ -235,7 +235,7 @@ def english() -> LanguageScorer:
         ("يفتح الملف ويقرأه سطرا بسطر.", "ar", 0, 0.1),
     ],
 )
-def test_language_gives_the_probability_and_what_was_detected(
+def test_score_is_the_probability_and_the_detected_language_is_listed(
     english: LanguageScorer, text: str, detected: str, low: float, high: float
 ) -> None:
     columns = english([answer_row(text)])

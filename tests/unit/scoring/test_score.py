@@ -21,7 +21,7 @@ RULES: list[dict[str, Any]] = [{"length": "words"}, {"duplicates": "exact"}, {"n
 
 
 def rows_of(count: int) -> list[Row]:
-    """Every tenth row equals the one before it."""
+    """Return rows of which every tenth equals the one before it."""
     rows: list[Row] = [{"text": " ".join(f"w{n}x{m}" for m in range(5 + n % 7)), "line": n} for n in range(count)]
     for n in range(9, count, 10):
         rows[n] = {**rows[n - 1], "line": n}
@@ -65,9 +65,9 @@ def test_rule_scorers_share_a_pass_and_keep_their_own_scores(tmp_path: Path) -> 
     ]
     assert actual["id"] == [row["id"] for row in rows]
     assert actual["length"] == [float(len(row["text"].split())) for row in rows]
-    again = [n % 10 == 9 for n in range(30)]
-    assert actual["duplicates"] == [float(twice) for twice in again]
-    assert [similar == 1.0 for similar in actual["near_duplicates"]] == again
+    is_copy = [n % 10 == 9 for n in range(30)]
+    assert actual["duplicates"] == [float(copy) for copy in is_copy]
+    assert [value == 1.0 for value in actual["near_duplicates"]] == is_copy
     assert [path.name for path in (tmp_path / "work" / "passes").iterdir()] == ["length+duplicates+near_duplicates"]
     assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 30, 0)
     assert result.runtime_stats["rows_scored"] == 30
@@ -80,8 +80,8 @@ def test_only_per_row_scores_are_cached(tmp_path: Path) -> None:
 
 def test_missing_row_is_an_error(tmp_path: Path) -> None:
     score(tmp_path, rows_of(30))
-    (unit,) = (tmp_path / "work" / "passes").glob("*/part-*.parquet")
-    pq.write_table(pq.read_table(unit).slice(0, 29), unit)
+    (part,) = (tmp_path / "work" / "passes").glob("*/part-*.parquet")
+    pq.write_table(pq.read_table(part).slice(0, 29), part)
     (tmp_path / "artifact").rename(tmp_path / "first")
     with pytest.raises(RowCountError, match="30 input rows; 30 output rows, 29 rows with scores, 0 in quarantine"):
         score(tmp_path, rows_of(30))
@@ -90,14 +90,14 @@ def test_missing_row_is_an_error(tmp_path: Path) -> None:
 def test_unscorable_row_is_quarantined_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunery.scoring.scorers.length import LengthScorer
 
-    whole = LengthScorer.__call__
+    score_rows = LengthScorer.__call__
 
-    def strange(self: LengthScorer, rows: Sequence[Row]) -> Any:
+    def fail_on_line_4(self: LengthScorer, rows: Sequence[Row]) -> Any:
         if any(row["line"] == 4 for row in rows):
             raise ValueError("a strange row")
-        return whole(self, rows)
+        return score_rows(self, rows)
 
-    monkeypatch.setattr(LengthScorer, "__call__", strange)
+    monkeypatch.setattr(LengthScorer, "__call__", fail_on_line_4)
     rows = rows_of(30)
     result, out = score(tmp_path, rows)
     assert (result.facts["rows_in"], result.facts["rows"], result.facts["quarantined"]) == (30, 29, 1)
@@ -108,9 +108,9 @@ def test_unscorable_row_is_quarantined_and_the_others_are_kept(tmp_path: Path, m
 
 
 def test_many_scores_with_long_names_fit_a_file_system(tmp_path: Path) -> None:
-    by = [{"length": "words", "name": f"length_of_the_answer_in_words_number_{n}"} for n in range(20)]
+    by = [{"length": "words", "name": f"length_of_the_response_in_words_number_{n}"} for n in range(20)]
     _, out = score(tmp_path, rows_of(3), by)
-    assert set(scores_of(out)) > {f"length_of_the_answer_in_words_number_{n}" for n in range(20)}
+    assert set(scores_of(out)) > {f"length_of_the_response_in_words_number_{n}" for n in range(20)}
     (folder,) = (tmp_path / "work" / "passes").iterdir()
     assert len(folder.name) < MAX_NAME_LENGTH + 30
 

@@ -1,4 +1,4 @@
-"""Scoring of a shard: cached scores are reused, rows that crash the process are found, and no other row is lost."""
+"""Scoring of a shard: cached scores are reused, rows that crash the worker are quarantined, others kept."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import vectors_of
 
 
-class Killed(BaseException):
-    """Simulates the death of a process in a test."""
+class WorkerKilled(BaseException):
+    """Simulates the death of a worker process."""
 
 
 def rows_of(count: int) -> list[Row]:
@@ -44,8 +44,8 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=[CHUNK_ROWS, 4], ids=["in one piece", "in three pieces"])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[CHUNK_ROWS, 4], ids=["one chunk", "three chunks"])
+def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunery.scoring.score_shard.CHUNK_ROWS", request.param)
 
 
@@ -54,7 +54,7 @@ def job(folder: Path, run: str = "1", scores: tuple[str, ...] = ("a",), **tables
     return ScorePass(scores, folder / "out", run, tables)
 
 
-def plain(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+def score_rows(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
     values = [float(row["text"].split()[1]) for row in rows]
     return {score: {"score": values, "why": [row["text"] for row in rows]} for score in scores}
 
@@ -69,7 +69,7 @@ def test_shard_result_has_one_line_per_row_and_corruption_is_hidden(shard: Path,
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         recorded.extend(rows)
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
     assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 10, "cached": 0, "failed": 0}
     actual = result(tmp_path, shard)
@@ -80,20 +80,20 @@ def test_shard_result_has_one_line_per_row_and_corruption_is_hidden(shard: Path,
     assert [path.name for path in (tmp_path / "out").iterdir()] == [shard.name], "only the result remains"
 
 
-def test_cached_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: None) -> None:
-    score_shard(shard, job(tmp_path), plain)
-    built = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
-    table = built.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = table.append_column("id", [ids_to_uint64(built["id"].to_pylist())])
-    ScoreCache(tmp_path / "kept").add("r", [kept.select(["id", "score", "why"])], 2)
+def test_cached_rows_are_not_scored_again(shard: Path, tmp_path: Path, chunk_size: None) -> None:
+    score_shard(shard, job(tmp_path), score_rows)
+    scored_table = pq.read_table(tmp_path / "out" / shard.name).take([1, 4])
+    table = scored_table.select(["a", "a:why"]).rename_columns(["score", "why"])
+    cached = table.append_column("id", [ids_to_uint64(scored_table["id"].to_pylist())])
+    ScoreCache(tmp_path / "cache").add("r", [cached.select(["id", "score", "why"])], 2)
     requests: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         requests.extend(row["text"] for row in rows)
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
     before = result(tmp_path, shard)
-    output = score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)
+    output = score_shard(shard, job(tmp_path, "2", a=tmp_path / "cache"), score)
     assert output == {"rows": 10, "scored": 8, "cached": 2, "failed": 0}
     assert requests == [f"row {n}" for n in range(10) if n not in (1, 4)]
     after = result(tmp_path, shard)
@@ -101,11 +101,11 @@ def test_cached_rows_are_not_scored_again(shard: Path, tmp_path: Path, pieces: N
     assert {name: after[name] for name in ("id", "a", "a:why")} == {name: before[name] for name in ("id", "a", "a:why")}
 
 
-def test_row_that_raises_is_quarantined_with_its_reason(shard: Path, tmp_path: Path, pieces: None) -> None:
+def test_row_that_raises_is_quarantined_with_its_reason(shard: Path, tmp_path: Path, chunk_size: None) -> None:
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(row["text"] == "row 3" for row in rows):
             raise ValueError("a strange row")
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
     assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "cached": 0, "failed": 1}
     actual = result(tmp_path, shard)
@@ -142,18 +142,18 @@ def test_out_of_memory_is_raised_unchanged(tmp_path: Path) -> None:
 
 
 def test_row_that_crashes_its_worker_is_quarantined_after_max_crashes(
-    shard: Path, tmp_path: Path, pieces: None
+    shard: Path, tmp_path: Path, chunk_size: None
 ) -> None:
     scored: list[str] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(row["text"] == "row 6" for row in rows):
-            raise Killed
+            raise WorkerKilled
         scored.extend(row["text"] for row in rows)
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
-    for _ in range(CRASHES_BEFORE_SINGLE_ROWS + 1):  # the whole unit, then one by one
-        with pytest.raises(Killed):
+    for _ in range(CRASHES_BEFORE_SINGLE_ROWS + 1):  # first all rows, then single rows
+        with pytest.raises(WorkerKilled):
             score_shard(shard, job(tmp_path), score)
     assert score_shard(shard, job(tmp_path), score) == {"rows": 10, "scored": 9, "cached": 0, "failed": 1}
     assert result(tmp_path, shard)["failed"] == [n == 6 for n in range(10)]
@@ -161,17 +161,17 @@ def test_row_that_crashes_its_worker_is_quarantined_after_max_crashes(
 
 
 def test_crashes_of_other_runs_do_not_count(shard: Path, tmp_path: Path) -> None:
-    def killed(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
-        raise Killed
+    def crash(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+        raise WorkerKilled
 
     for run in ("1", "2", "3", "4"):
-        with pytest.raises(Killed):
-            score_shard(shard, job(tmp_path, run), killed)
+        with pytest.raises(WorkerKilled):
+            score_shard(shard, job(tmp_path, run), crash)
     batches: list[int] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         batches.append(len(rows))
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
     assert score_shard(shard, job(tmp_path, "5"), score)["failed"] == 0
     assert batches == [10], "in one batch, because no row is suspected"
@@ -185,29 +185,29 @@ def test_chunk_whose_rows_all_failed_keeps_its_position(
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         if any(4 <= row["line"] < 8 for row in rows):
             raise ValueError("a strange row")
-        return {"a": {"score": [1.0] * len(rows), "sketch": [b"x"] * len(rows)}}
+        return {"a": {"score": [1.0] * len(rows), "signature": [b"x"] * len(rows)}}
 
     assert score_shard(shard, job(tmp_path), score)["failed"] == 4
     actual = result(tmp_path, shard)
     assert actual["failed"] == [4 <= n < 8 for n in range(10)]
-    assert actual["a:sketch"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
+    assert actual["a:signature"] == [None if 4 <= n < 8 else b"x" for n in range(10)]
     assert set(json.loads((tmp_path / "out" / f"{shard.stem}.failed.json").read_text())) == {"4", "5", "6", "7"}
 
 
 def test_rows_that_miss_the_same_scores_are_scored_together(shard: Path, tmp_path: Path) -> None:
-    score_shard(shard, job(tmp_path), plain)
-    built = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
-    kept = built.select(["a", "a:why"]).rename_columns(["score", "why"])
-    kept = kept.append_column("id", [ids_to_uint64(built["id"].to_pylist())]).select(["id", "score", "why"])
-    ScoreCache(tmp_path / "kept").add("r", [kept], 6)
+    score_shard(shard, job(tmp_path), score_rows)
+    scored_table = pq.read_table(tmp_path / "out" / shard.name).slice(0, 6)
+    cached = scored_table.select(["a", "a:why"]).rename_columns(["score", "why"])
+    cached = cached.append_column("id", [ids_to_uint64(scored_table["id"].to_pylist())]).select(["id", "score", "why"])
+    ScoreCache(tmp_path / "cache").add("r", [cached], 6)
     requests: list[tuple[int, tuple[str, ...]]] = []
 
     def score(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         requests.append((len(rows), tuple(scores)))
-        return plain(rows, scores)
+        return score_rows(rows, scores)
 
     (tmp_path / "both").mkdir()
-    both = ScorePass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "kept"})
+    both = ScorePass(("a", "b"), tmp_path / "both", "2", {"a": tmp_path / "cache"})
     score_shard(shard, both, score)
     assert sorted(requests) == [(4, ("a", "b")), (6, ("b",))]
     actual = pq.read_table(tmp_path / "both" / shard.name).to_pydict()
@@ -223,14 +223,14 @@ def test_vectors_are_merged_for_cached_new_and_failed_rows(shard: Path, tmp_path
         return {name: {"score": [math.nan] * len(rows), "vector": vectors} for name in scores}
 
     score_shard(shard, job(tmp_path), score)
-    built = pq.read_table(tmp_path / "out" / shard.name)
+    scored_table = pq.read_table(tmp_path / "out" / shard.name)
     expected = [[math.nan] * 3 if n == 3 else [n, 0.5, -n] for n in range(10)]
-    assert str(built["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
-    np.testing.assert_array_equal(vectors_of(built["a:vector"]), expected)
-    kept = built.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
-    kept = kept.append_column("id", [ids_to_uint64(built.take([1, 4])["id"].to_pylist())])
-    ScoreCache(tmp_path / "kept").add("r", [kept], 2)
-    assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "kept"), score)["cached"] == 2
+    assert str(scored_table["a:vector"].type) == "fixed_size_list<element: halffloat>[3]"
+    np.testing.assert_array_equal(vectors_of(scored_table["a:vector"]), expected)
+    cached = scored_table.select(["a", "a:vector"]).rename_columns(["score", "vector"]).take([1, 4])
+    cached = cached.append_column("id", [ids_to_uint64(scored_table.take([1, 4])["id"].to_pylist())])
+    ScoreCache(tmp_path / "cache").add("r", [cached], 2)
+    assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "cache"), score)["cached"] == 2
     again = pq.read_table(tmp_path / "out" / shard.name)
     assert again["cached:a"].to_pylist() == [n in (1, 4) for n in range(10)]
     np.testing.assert_array_equal(vectors_of(again["a:vector"]), expected)
@@ -239,13 +239,13 @@ def test_vectors_are_merged_for_cached_new_and_failed_rows(shard: Path, tmp_path
 def test_first_crash_does_not_change_the_batches(shard: Path, tmp_path: Path) -> None:
     batches: list[int] = []
 
-    def dies_once(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
+    def crash_once(rows: Sequence[Row], scores: Sequence[str]) -> Scored:
         batches.append(len(rows))
         if len(batches) == 1:
-            raise Killed
-        return plain(rows, scores)
+            raise WorkerKilled
+        return score_rows(rows, scores)
 
-    with pytest.raises(Killed):
-        score_shard(shard, job(tmp_path), dies_once)
-    assert score_shard(shard, job(tmp_path), dies_once)["failed"] == 0
+    with pytest.raises(WorkerKilled):
+        score_shard(shard, job(tmp_path), crash_once)
+    assert score_shard(shard, job(tmp_path), crash_once)["failed"] == 0
     assert batches == [10, 10]

@@ -38,28 +38,28 @@ from tunery.store.vectors import vector_column
 NAN = math.nan
 
 
-def directions(*degrees: float) -> np.ndarray:
-    """Vectors of length 1 in the plane."""
+def vectors_at(*degrees: float) -> np.ndarray:
+    """Return unit vectors in the plane at these angles, in degrees."""
     angles = np.radians(degrees)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
 
 
 @contextmanager
-def gathered(vectors: np.ndarray, badness: Sequence[float] | None = None) -> Iterator[tuple[Candidates, Path]]:
+def candidates_of(vectors: np.ndarray, badness: Sequence[float] | None = None) -> Iterator[tuple[Candidates, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         actual = Candidates(Path(folder), vectors.shape[1])
-        whole, there = round_vectors(vectors)
-        assert there.all()
+        rounded, is_valid = round_vectors(vectors)
+        assert is_valid.all()
         count = len(vectors)
-        by = np.zeros(count) if badness is None else np.array(badness, float)
-        actual.add(whole, np.arange(count, dtype=np.uint64), np.arange(count) / max(count, 1), by)
+        scores = np.zeros(count) if badness is None else np.array(badness, float)
+        actual.add(rounded, np.arange(count, dtype=np.uint64), np.arange(count) / max(count, 1), scores)
         actual.close()
         yield actual, Path(folder)
 
 
 @contextmanager
-def small_pieces() -> Iterator[None]:
-    """Few rows in memory and in a block, so that a few dozen rows take many of them."""
+def small_blocks() -> Iterator[None]:
+    """Use small blocks and batches, so that a few dozen rows need many of them."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (candidates_module, k_center_module):
             patch.setattr(module, "BLOCK_SIZE", 7)
@@ -72,64 +72,67 @@ def small_pieces() -> Iterator[None]:
 
 
 VECTORS = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(1, 40), st.integers(0, 2**32 - 1))
-"""Rows, dimensions, how many of the rows differ, seed."""
+"""Rows, dimensions, number of distinct rows, seed."""
 
 
 def random_vectors(shape: tuple[int, int, int, int]) -> np.ndarray:
-    rows, dimensions, different, seed = shape
-    draw = np.random.default_rng(seed)
-    vectors = draw.standard_normal((different, dimensions))
+    rows, dimensions, distinct, seed = shape
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((distinct, dimensions))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors[draw.integers(0, different, rows)].astype(np.float16)
+    return vectors[rng.integers(0, distinct, rows)].astype(np.float16)
 
 
-# k-center
+# k-center.
 
 
 def test_k_center_by_hand() -> None:
     # The mean points to 41 degrees: 20 is nearest to it, 180 farthest from that, then 100, then 0.
-    with gathered(directions(0, 10, 20, 100, 180)) as (candidates, _):
-        assert [k_center(candidates, wanted)[0] for wanted in (1, 2, 3, 4)] == [[2], [2, 4], [2, 4, 3], [2, 4, 3, 0]]
+    with candidates_of(vectors_at(0, 10, 20, 100, 180)) as (candidates, _):
+        assert [k_center(candidates, num_rows)[0] for num_rows in (1, 2, 3, 4)] == [
+            [2],
+            [2, 4],
+            [2, 4, 3],
+            [2, 4, 3, 0],
+        ]
 
 
-def plain_k_center(candidates: Candidates, first: int, wanted: int) -> tuple[list[int], np.ndarray]:
-    """Gonzalez' greedy choice as it is written, in whole numbers."""
+def greedy_k_center(candidates: Candidates, first: int, num_rows: int) -> tuple[list[int], np.ndarray]:
+    """Gonzalez' greedy algorithm without optimizations, in integers."""
     vectors = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
-    near = ((vectors - vectors[first]) ** 2).sum(axis=1)
-    chosen = [first]
-    while len(chosen) < wanted and near.max() > 0:
-        chosen.append(int(near.argmax()))
-        near = np.minimum(near, ((vectors - vectors[chosen[-1]]) ** 2).sum(axis=1))
-    return chosen, near
+    squared_distances = ((vectors - vectors[first]) ** 2).sum(axis=1)
+    selected = [first]
+    while len(selected) < num_rows and squared_distances.max() > 0:
+        selected.append(int(squared_distances.argmax()))
+        squared_distances = np.minimum(squared_distances, ((vectors - vectors[selected[-1]]) ** 2).sum(axis=1))
+    return selected, squared_distances
 
 
 @settings(max_examples=30)
 @given(VECTORS, st.integers(1, 60))
-def test_k_center_selects_what_the_plain_greedy_algorithm_selects(
-    shape: tuple[int, int, int, int], wanted: int
-) -> None:
-    with small_pieces(), gathered(random_vectors(shape)) as (candidates, _):
-        chosen, near = k_center(candidates, min(wanted, candidates.count))
-        expected, distances = plain_k_center(candidates, chosen[0], min(wanted, candidates.count))
-        assert chosen == expected
-        assert near.tolist() == distances.tolist()
+def test_k_center_equals_the_greedy_algorithm(shape: tuple[int, int, int, int], num_rows: int) -> None:
+    with small_blocks(), candidates_of(random_vectors(shape)) as (candidates, _):
+        selected, squared_distances = k_center(candidates, min(num_rows, candidates.count))
+        expected, distances = greedy_k_center(candidates, selected[0], min(num_rows, candidates.count))
+        assert selected == expected
+        assert squared_distances.tolist() == distances.tolist()
 
 
 def test_k_center_stops_if_all_rows_equal_a_selected_one() -> None:
-    with gathered(directions(0, 90, 0, 90, 0)) as (candidates, _):
+    with candidates_of(vectors_at(0, 90, 0, 90, 0)) as (candidates, _):
         assert len(k_center(candidates, 4)[0]) == 2
 
 
 @pytest.mark.parametrize("dimensions", [2, 64, MAX_DIMENSIONS])
 def test_products_are_exact_in_any_summation_order(dimensions: int) -> None:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     extreme = np.vstack([np.ones((1, dimensions)), -np.ones((1, dimensions)), np.eye(2, dimensions)])
-    vectors = np.vstack([extreme, draw.standard_normal((20, dimensions))])
-    whole, _ = round_vectors((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
-    floats, integers = whole.astype(np.float32), whole.astype(np.int64)
+    vectors = np.vstack([extreme, rng.standard_normal((20, dimensions))])
+    rounded, _ = round_vectors((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
+    floats, integers = rounded.astype(np.float32), rounded.astype(np.int64)
     exact = integers @ integers.T
     assert (floats @ floats.T).tolist() == exact.tolist()
-    order = draw.permutation(dimensions)
+    order = rng.permutation(dimensions)
     assert (floats[:, order] @ floats[:, order].T).tolist() == exact.tolist()
     assert [float(floats[0] @ row) for row in floats] == exact[0].tolist()
     squares = np.diag(exact)
@@ -143,7 +146,7 @@ def test_products_are_exact_in_any_summation_order(dimensions: int) -> None:
 
 def test_score_first_by_hand() -> None:
     # 10 degrees has the best score; 25 and 0 are too similar to it (20 degrees: a cosine of 0.94), 90 is not.
-    with gathered(directions(0, 10, 25, 90), badness=[3, 1, 2, 4]) as (candidates, work):
+    with candidates_of(vectors_at(0, 10, 25, 90), badness=[3, 1, 2, 4]) as (candidates, work):
         selection = score_first(candidates, 4, 0.94, work)
         assert selection.selected == [1, 3]
         assert selection.nearest_selected.tolist() == [1, -1, 1, -1]
@@ -154,45 +157,45 @@ def test_score_first_by_hand() -> None:
 
 @settings(max_examples=30)
 @given(VECTORS, st.integers(1, 60), st.sampled_from([-0.5, 0.0, 0.5, 0.9, 1.0]), st.integers(1, 5))
-def test_score_first_selects_what_a_plain_loop_selects(
-    shape: tuple[int, int, int, int], wanted: int, similarity: float, levels: int
+def test_score_first_equals_a_plain_loop(
+    shape: tuple[int, int, int, int], num_rows: int, similarity: float, levels: int
 ) -> None:
     vectors = random_vectors(shape)
     badness = np.random.default_rng(shape[3]).integers(0, levels, len(vectors)).astype(float)
-    with small_pieces(), gathered(vectors, badness.tolist()) as (candidates, work):
-        selection = score_first(candidates, wanted, similarity, work)
-        whole = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
-        squares = (whole**2).sum(axis=1)
-        cosines = (whole @ whole.T) / np.sqrt(np.multiply.outer(squares, squares))
-        chosen: list[int] = []
-        for place in sorted(range(len(badness)), key=lambda place: (badness[place], place)):
-            if len(chosen) == wanted:
+    with small_blocks(), candidates_of(vectors, badness.tolist()) as (candidates, work):
+        selection = score_first(candidates, num_rows, similarity, work)
+        vectors_int = candidates.vectors(slice(0, candidates.count)).astype(np.int64)
+        squares = (vectors_int**2).sum(axis=1)
+        cosines = (vectors_int @ vectors_int.T) / np.sqrt(np.multiply.outer(squares, squares))
+        selected: list[int] = []
+        for index in sorted(range(len(badness)), key=lambda index: (badness[index], index)):
+            if len(selected) == num_rows:
                 break
-            if all(cosines[place, other] <= similarity + 1e-9 for other in chosen):
-                chosen.append(place)
+            if all(cosines[index, other] <= similarity + 1e-9 for other in selected):
+                selected.append(index)
                 continue
-            rival = int(selection.nearest_selected[place])
-            assert rival in chosen
-            assert cosines[place, rival] == pytest.approx(max(cosines[place, other] for other in chosen))
-        assert selection.selected == chosen
-        assert not set(chosen) & set(np.flatnonzero(np.asarray(selection.nearest_selected) >= 0).tolist())
-        apart = cosines[np.ix_(chosen, chosen)][np.triu_indices(len(chosen), 1)]
-        assert (apart <= similarity + 1e-9).all(), "two kept rows are too similar"
+            nearest = int(selection.nearest_selected[index])
+            assert nearest in selected
+            assert cosines[index, nearest] == pytest.approx(max(cosines[index, other] for other in selected))
+        assert selection.selected == selected
+        assert not set(selected) & set(np.flatnonzero(np.asarray(selection.nearest_selected) >= 0).tolist())
+        pairwise = cosines[np.ix_(selected, selected)][np.triu_indices(len(selected), 1)]
+        assert (pairwise <= similarity + 1e-9).all(), "two kept rows are too similar"
 
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 1e300, math.inf, -math.inf]), max_size=60))
 def test_external_sort_equals_a_stable_sort(badness: list[float]) -> None:
-    with small_pieces(), tempfile.TemporaryDirectory() as work:
-        actual = [int(place) for piece in sort_by_score(np.array(badness), Path(work)) for place in piece]
-    assert actual == sorted(range(len(badness)), key=lambda place: badness[place])
+    with small_blocks(), tempfile.TemporaryDirectory() as work:
+        actual = [int(index) for chunk in sort_by_score(np.array(badness), Path(work)) for index in chunk]
+    assert actual == sorted(range(len(badness)), key=lambda index: badness[index])
 
 
 # Coverage.
 
 
 def test_coverage_by_hand() -> None:
-    with gathered(directions(0, 60, 180)) as (candidates, _):
+    with candidates_of(vectors_at(0, 60, 180)) as (candidates, _):
         result = coverage(candidates, np.arange(3), np.array([0]))
         assert result["radius"] == pytest.approx(2.0, abs=1e-3)
         assert result["similarity"] == pytest.approx((1 + 0.5 - 1) / 3, abs=1e-3)
@@ -206,8 +209,10 @@ def test_coverage_by_hand() -> None:
 ROWS = 40
 
 
-def scored(folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Sequence[float] | None = None) -> Artifact:
-    """A score artifact whose shards end at `splits`."""
+def score_artifact(
+    folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Sequence[float] | None = None
+) -> Artifact:
+    """Return a score artifact whose shards end at `splits`."""
     for name in ("rows", "scores"):
         (folder / name).mkdir(parents=True)
     ids = [f"{n * 7919 % 2**32:016x}" for n in range(len(vectors))]
@@ -230,7 +235,7 @@ def scored(folder: Path, vectors: np.ndarray, splits: Sequence[int], scores: Seq
 
 
 def run(folder: Path, data: Artifact, spec: Select, seed: int = 0) -> tuple[StageResult, list[str], dict[str, str]]:
-    """Facts, kept ids in order, and the rule that dropped each other id."""
+    """Return facts, kept ids in order, and the rule that dropped each other id."""
     out = folder / "out"
     out.mkdir(parents=True)
     context = stage_context(
@@ -246,7 +251,7 @@ def select(**fields: Any) -> Select:
     return Select(kind="select", data="scored", **fields)
 
 
-def some_vectors(count: int = ROWS) -> np.ndarray:
+def unit_vectors(count: int = ROWS) -> np.ndarray:
     vectors = np.random.default_rng(5).standard_normal((count, 8))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
@@ -266,7 +271,7 @@ def test_every_row_is_kept_or_listed_independent_of_shards(tmp_path: Path, diver
     results = []
     for number, splits in enumerate(([], [13], [1, 2, 2, 30])):
         folder = tmp_path / str(number)
-        result, kept, dropped = run(folder, scored(folder / "scored", some_vectors(), splits), spec)
+        result, kept, dropped = run(folder, score_artifact(folder / "scored", unit_vectors(), splits), spec)
         assert len(kept) + len(dropped) == ROWS
         assert not set(kept) & set(dropped)
         assert len(kept) == result.facts["kept"] == result.facts["diverse"]["kept"]
@@ -280,7 +285,7 @@ def test_every_row_is_kept_or_listed_independent_of_shards(tmp_path: Path, diver
 
 
 def test_too_similar_row_is_listed_with_its_neighbor(tmp_path: Path) -> None:
-    data = scored(tmp_path / "scored", directions(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
+    data = score_artifact(tmp_path / "scored", vectors_at(0, 10, 90, 95), [2], scores=[1, 2, 3, 4])
     spec = select(diverse=Diverse(embedding="vec", method="score_first", score="length", prefer="low", rows=2))
     result, kept, dropped = run(tmp_path, data, spec)
     ids = [f"{n * 7919:016x}" for n in range(4)]
@@ -290,7 +295,7 @@ def test_too_similar_row_is_listed_with_its_neighbor(tmp_path: Path) -> None:
 
 
 def test_summary_table_explains_a_shortfall(tmp_path: Path) -> None:
-    data = scored(tmp_path / "scored", directions(0, 1, 90, 91), [2], scores=[1, 2, 3, 4])
+    data = score_artifact(tmp_path / "scored", vectors_at(0, 1, 90, 91), [2], scores=[1, 2, 3, 4])
     spec = select(diverse=Diverse(embedding="vec", method="score_first", score="length", prefer="low", rows=3))
     result, kept, _ = run(tmp_path, data, spec)
     assert len(kept) == 2
@@ -301,9 +306,9 @@ def test_summary_table_explains_a_shortfall(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: Path) -> None:
-    vectors = some_vectors(6)
+    vectors = unit_vectors(6)
     vectors[2] = NAN
-    for name, spec, lacking in (
+    for name, spec, missing in (
         ("k", Diverse(embedding="vec", method="k_center", keep_fraction=1.0), {2: "no embedding"}),
         (
             "s",
@@ -311,46 +316,46 @@ def test_rows_without_a_vector_or_a_score_do_not_pass_and_are_listed(tmp_path: P
             {2: "no embedding or no length", 4: "no embedding or no length"},
         ),
     ):
-        data = scored(tmp_path / name / "scored", vectors, [3], scores=[0, 1, 2, 3, NAN, 5])
+        data = score_artifact(tmp_path / name / "scored", vectors, [3], scores=[0, 1, 2, 3, NAN, 5])
         result, kept, dropped = run(tmp_path / name, data, select(diverse=spec))
-        assert dropped == {f"{n * 7919:016x}": f"{spec.method}: {why}" for n, why in lacking.items()}
-        assert (len(kept), result.facts["diverse"]["missing"]) == (6 - len(lacking), len(lacking))
+        assert dropped == {f"{n * 7919:016x}": f"{spec.method}: {reason}" for n, reason in missing.items()}
+        assert (len(kept), result.facts["diverse"]["missing"]) == (6 - len(missing), len(missing))
 
 
 def test_diversity_is_applied_after_rules_and_quota(tmp_path: Path) -> None:
-    data = scored(tmp_path / "scored", some_vectors(), [20])
+    data = score_artifact(tmp_path / "scored", unit_vectors(), [20])
     diverse = Diverse(embedding="vec", method="k_center", rows=5)
     keep, quota = {"length": Keep(threshold=10.0)}, Quota(group_by="source", rows=4, sort_by="length")
     result, kept, dropped = run(tmp_path, data, select(keep=keep, quota=quota, diverse=diverse))
     assert len(kept) == 5
     assert result.facts["diverse"]["candidates"] == 12
     reasons = list(dropped.values())
-    assert [reasons.count(why) for why in ("length threshold 10", "quota", "k_center 5 by vec")] == [10, 18, 7]
+    assert [reasons.count(reason) for reason in ("length threshold 10", "quota", "k_center 5 by vec")] == [10, 18, 7]
 
 
 def test_facts_compare_coverage_with_a_random_selection(tmp_path: Path) -> None:
-    # Nine tenths of the rows are similar, so a random selection has little else.
-    vectors = np.vstack([directions(*np.linspace(0, 5, 54)), directions(90, 120, 150, 180, 240, 300)])
+    # Nine tenths of the rows are similar, so a random selection has few others.
+    vectors = np.vstack([vectors_at(*np.linspace(0, 5, 54)), vectors_at(90, 120, 150, 180, 240, 300)])
     spec = select(diverse=Diverse(embedding="vec", method="k_center", rows=7))
-    result = run(tmp_path / "a", scored(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
+    result = run(tmp_path / "a", score_artifact(tmp_path / "a/scored", vectors, [30]), spec, seed=1)[0].facts["diverse"]
     assert result["coverage_rows"] == 60
     assert result["coverage"]["radius"] < 0.1 < 0.5 < result["random"]["radius"]
     assert result["coverage"]["similarity"] > result["random"]["similarity"]
-    other = run(tmp_path / "b", scored(tmp_path / "b/scored", vectors, [30]), spec, seed=2)[0].facts["diverse"]
+    other = run(tmp_path / "b", score_artifact(tmp_path / "b/scored", vectors, [30]), spec, seed=2)[0].facts["diverse"]
     assert other["random"] != result["random"], "the random selection depends on the seed"
     assert other["coverage"] == result["coverage"]
 
 
-def test_selection_among_no_rows_reports_what_dropped_them(tmp_path: Path) -> None:
+def test_selection_without_candidates_reports_what_dropped_all_rows(tmp_path: Path) -> None:
     spec = select(keep={"length": Keep(threshold=1000.0)}, diverse=Diverse(embedding="vec", method="k_center", rows=2))
     with pytest.raises(StageError, match="no row of 40 passes") as caught:
-        run(tmp_path, scored(tmp_path / "scored", some_vectors(), [20]), spec)
+        run(tmp_path, score_artifact(tmp_path / "scored", unit_vectors(), [20]), spec)
     assert "`length threshold 1000` dropped 40" in caught.value.cause
 
 
 def test_review_of_a_diverse_selection_samples_near_the_rule_threshold(tmp_path: Path) -> None:
     artifacts = tmp_path / "artifacts"
-    data = scored(artifacts / "score-f", some_vectors(), [20])
+    data = score_artifact(artifacts / "score-f", unit_vectors(), [20])
     spec = select(
         keep={"length": Keep(keep_fraction_of_rest=0.5)}, diverse=Diverse(embedding="vec", method="k_center", rows=5)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -25,15 +26,15 @@ from tunery.store.rows import SHARD, read_rows, shards, write_rows
 
 NAN, INF = math.nan, math.inf
 FEW_VALUES = st.sampled_from([0.0, 1.0, 1.5, 2.0, -3.0, 1e300, INF])
-"""Few, so that ties are many."""
+"""Few values, so that many scores are tied."""
 SCORES = st.lists(FEW_VALUES | st.floats(allow_nan=False), min_size=1, max_size=40)
 QUANTILES = st.floats(0.001, 1.0)
 
 
-# passing
+# Rules.
 
 
-def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndarray, float]:
+def apply_rule(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndarray, float]:
     """Fit and apply the threshold of a rule in chunks, like the stage."""
     middle = len(badness) // 2
     chunks = lambda: iter([badness[:middle], badness[middle:]])  # noqa: E731
@@ -44,32 +45,32 @@ def passing(badness: np.ndarray, rule: Keep, good: str = "low") -> tuple[np.ndar
 @given(SCORES, QUANTILES)
 def test_keep_fraction_keeps_exactly_the_rounded_share_of_finite_scores(scores: list[float], quantile: float) -> None:
     badness = np.array([score if math.isfinite(score) else 1e308 for score in scores])
-    passed, cut = passing(badness, Keep(keep_fraction=quantile))
+    passed, threshold = apply_rule(badness, Keep(keep_fraction=quantile))
     assert passed.sum() == round(quantile * len(scores))
     if passed.any():
-        assert cut == badness[passed].max()
-        assert (badness[~passed] >= cut).all(), "a dropped row is better than a kept one"
+        assert threshold == badness[passed].max()
+        assert (badness[~passed] >= threshold).all(), "a dropped row is better than a kept one"
     else:
-        assert cut == -INF
+        assert threshold == -INF
 
 
 @given(SCORES, QUANTILES)
 def test_ties_at_the_threshold_go_to_the_first_rows(scores: list[float], quantile: float) -> None:
     badness = np.array(scores)
-    passed, cut = passing(badness, Keep(keep_fraction=min(quantile, 0.999)))
-    at_cut = passed[badness == cut]
-    assert not (np.diff(at_cut.astype(int)) > 0).any()
+    passed, threshold = apply_rule(badness, Keep(keep_fraction=min(quantile, 0.999)))
+    passed_at_threshold = passed[badness == threshold]
+    assert not (np.diff(passed_at_threshold.astype(int)) > 0).any()
 
 
 @given(SCORES, QUANTILES, QUANTILES)
 def test_smaller_keep_fraction_keeps_a_subset(scores: list[float], one: float, other: float) -> None:
-    few, _ = passing(np.array(scores), Keep(keep_fraction=min(one, other)))
-    many, _ = passing(np.array(scores), Keep(keep_fraction=max(one, other)))
+    few, _ = apply_rule(np.array(scores), Keep(keep_fraction=min(one, other)))
+    many, _ = apply_rule(np.array(scores), Keep(keep_fraction=max(one, other)))
     assert (few <= many).all()
 
 
 @pytest.mark.parametrize(
-    ("scores", "rule", "passed", "cut"),
+    ("scores", "rule", "passed", "threshold"),
     [
         ([3, 1, 2, 4], Keep(keep_fraction=0.5), [0, 1, 1, 0], 2),
         ([1, 1, 1, 1], Keep(keep_fraction=0.5), [1, 1, 0, 0], 1),
@@ -84,17 +85,17 @@ def test_smaller_keep_fraction_keeps_a_subset(scores: list[float], one: float, o
         ([1, 2], Keep(threshold=0.5), [0, 0], 0.5),
     ],
 )
-def test_rows_that_pass_by_hand(scores: list[float], rule: Keep, passed: list[int], cut: float) -> None:
-    actual, at = passing(np.array(scores, dtype=float), rule)
+def test_rows_that_pass_by_hand(scores: list[float], rule: Keep, passed: list[int], threshold: float) -> None:
+    actual, actual_threshold = apply_rule(np.array(scores, dtype=float), rule)
     assert actual.tolist() == [bool(value) for value in passed]
-    assert at == cut
+    assert actual_threshold == threshold
 
 
 @given(st.lists(FEW_VALUES | st.just(NAN), min_size=1), st.floats(0.01, 0.99), st.sampled_from([0.0, 1.5, 1e301]))
 def test_row_without_a_score_never_passes(scores: list[float], quantile: float, threshold: float) -> None:
     badness = np.array(scores)
     for rule in (Keep(keep_fraction=quantile), Keep(threshold=threshold)):
-        assert not (passing(badness, rule)[0] & np.isnan(badness)).any()
+        assert not (apply_rule(badness, rule)[0] & np.isnan(badness)).any()
 
 
 def test_rule_is_described_as_it_was_written() -> None:
@@ -102,33 +103,30 @@ def test_rule_is_described_as_it_was_written() -> None:
     assert describe("perplexity", Keep(threshold=12.5)) == "perplexity threshold 12.5"
 
 
-# auc
+# AUC.
 
 
-def pair_count(badness: list[float], bad: list[bool]) -> float:
-    pairs = [
-        (b, g)
-        for b, is_bad in zip(badness, bad, strict=True)
-        if is_bad
-        for g, other in zip(badness, bad, strict=True)
-        if not other
-    ]
-    return sum(1.0 if b > g else 0.5 if b == g else 0.0 for b, g in pairs) / len(pairs)
+def ordered_pairs(badness: list[float], corrupted: list[bool]) -> float:
+    """Return the fraction of (corrupted, clean) pairs whose corrupted row has the higher badness; ties count half."""
+    positives = [value for value, is_corrupted in zip(badness, corrupted, strict=True) if is_corrupted]
+    negatives = [value for value, is_corrupted in zip(badness, corrupted, strict=True) if not is_corrupted]
+    pairs = list(itertools.product(positives, negatives))
+    return sum(1.0 if high > low else 0.5 if high == low else 0.0 for high, low in pairs) / len(pairs)
 
 
 @given(st.lists(st.tuples(FEW_VALUES | st.floats(allow_nan=False), st.booleans()), min_size=1, max_size=30))
-def test_auc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[float, bool]]) -> None:
-    badness, bad = [score for score, _ in rows], [is_bad for _, is_bad in rows]
-    actual = auc(np.array(badness), np.array(bad))
-    if all(bad) or not any(bad):
+def test_auc_is_the_fraction_of_correctly_ordered_pairs(rows: list[tuple[float, bool]]) -> None:
+    badness, corrupted = [score for score, _ in rows], [is_corrupted for _, is_corrupted in rows]
+    actual = auc(np.array(badness), np.array(corrupted))
+    if all(corrupted) or not any(corrupted):
         assert actual is None
     else:
-        assert actual == pytest.approx(pair_count(badness, bad))
-        assert auc(np.array(badness), ~np.array(bad)) == pytest.approx(1 - actual)
+        assert actual == pytest.approx(ordered_pairs(badness, corrupted))
+        assert auc(np.array(badness), ~np.array(corrupted)) == pytest.approx(1 - actual)
 
 
 @pytest.mark.parametrize(
-    ("badness", "bad", "value"),
+    ("badness", "corrupted", "value"),
     [
         ([1, 2, 3, 4], [0, 0, 1, 1], 1.0),
         ([1, 2, 3, 4], [1, 1, 0, 0], 0.0),
@@ -136,8 +134,8 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(rows: list[tuple[float, bo
         ([1, 2, 2, 3], [0, 0, 1, 1], 0.875),
     ],
 )
-def test_auc_by_hand(badness: list[float], bad: list[int], value: float) -> None:
-    assert auc(np.array(badness, dtype=float), np.array(bad, dtype=bool)) == value
+def test_auc_by_hand(badness: list[float], corrupted: list[int], value: float) -> None:
+    assert auc(np.array(badness, dtype=float), np.array(corrupted, dtype=bool)) == value
 
 
 def test_auc_of_a_corruption_kind_excludes_other_kinds() -> None:
@@ -147,15 +145,15 @@ def test_auc_of_a_corruption_kind_excludes_other_kinds() -> None:
     assert auc_by_kind(badness, [""] * 5) == {}
 
 
-# filter_quality
+# Quality of a filter.
 
 
 def test_quality_of_a_filter_by_hand() -> None:
     # Ten rows, four of them corrupted. The filter drops five, three of them corrupted.
-    planted = ["", "cut", "", "cut", "", "swapped", "", "swapped", "", ""]
+    corruption = ["", "cut", "", "cut", "", "swapped", "", "swapped", "", ""]
     dropped = np.array([1, 1, 0, 1, 0, 1, 0, 0, 1, 0], dtype=bool)
     badness = np.array([7, 8, 1, 9, 2, 10, 3, 4, 6, 5], dtype=float)
-    quality = filter_quality(dropped, badness, planted)
+    quality = filter_quality(dropped, badness, corruption)
     assert quality == {
         "total": 4,
         "dropped": 3,
@@ -169,25 +167,25 @@ def test_quality_of_a_filter_by_hand() -> None:
     }
 
 
-def test_quality_is_none_without_corruption_dropped_rows_or_a_single_score() -> None:
-    none = filter_quality(np.array([True, False]), np.array([1.0, 2.0]), ["", ""])
-    assert (none["recall"], none["auc"], none["precision"], none["random_precision"]) == (None, None, 0.0, 0.0)
+def test_undefined_quality_metrics_are_none() -> None:
+    clean = filter_quality(np.array([True, False]), np.array([1.0, 2.0]), ["", ""])
+    assert (clean["recall"], clean["auc"], clean["precision"], clean["random_precision"]) == (None, None, 0.0, 0.0)
     kept = filter_quality(np.array([False, False]), None, ["", "cut"])
     assert (kept["precision"], kept["recall"], kept["auc"]) == (None, 0.0, None)
 
 
-# histogram
+# Histogram.
 
 
 @given(st.lists(st.floats(1e-6, 1e300) | st.sampled_from([0.0, -1.0, NAN, INF]), max_size=50), st.randoms())
 def test_histogram_counts_every_finite_number_once(values: list[float], random: Any) -> None:
-    bad = np.array([random.random() < 0.5 for _ in values], dtype=bool)
-    actual = histogram(lambda: iter([(np.array(values, dtype=float), bad)]), bins=10)
-    usable = np.array([math.isfinite(value) for value in values], dtype=bool)
-    assert sum(actual["counts"]) == usable.sum()
-    assert sum(actual["corrupted"]) == (usable & bad).sum()
+    corrupted = np.array([random.random() < 0.5 for _ in values], dtype=bool)
+    actual = histogram(lambda: iter([(np.array(values, dtype=float), corrupted)]), bins=10)
+    is_finite = np.array([math.isfinite(value) for value in values], dtype=bool)
+    assert sum(actual["counts"]) == is_finite.sum()
+    assert sum(actual["corrupted"]) == (is_finite & corrupted).sum()
     assert all(part <= count for part, count in zip(actual["corrupted"], actual["counts"], strict=True))
-    if usable.any():
+    if is_finite.any():
         assert len(actual["edges"]) == len(actual["counts"]) + 1 == 11
         assert actual["edges"] == sorted(actual["edges"])
 
@@ -206,7 +204,7 @@ def select(
     folder: Path,
     scores: list[float],
     keep: dict[str, Keep],
-    planted: list[str | None],
+    corruption: list[str | None],
     length: list[float] | None = None,
 ) -> tuple[StageResult, Path]:
     scored, out = folder / "scored", folder / "out"
@@ -214,7 +212,7 @@ def select(
     write_rows(
         (
             {"id": f"{n:016x}", "text": f"row {n}", "line": n, "injected_corruption": kind}
-            for n, kind in enumerate(planted)
+            for n, kind in enumerate(corruption)
         ),
         scored,
     )
@@ -234,7 +232,7 @@ def select(
     return run_select(context), out
 
 
-def test_selection_keeps_the_best_in_their_order_and_lists_the_others(tmp_path: Path) -> None:
+def test_selected_rows_keep_their_order_and_dropped_rows_are_listed(tmp_path: Path) -> None:
     count = SHARD + 100  # two shards
     scores = [float((n * 37) % count) for n in range(count)]
     scores[5] = NAN
@@ -293,11 +291,13 @@ def test_dropped_rows_are_attributed_to_the_first_rule(tmp_path: Path) -> None:
 
 
 def test_selection_is_evaluated_only_if_all_corruption_is_known(tmp_path: Path) -> None:
-    planted: list[str | None] = ["", "", "cut", "cut"]
-    result, _ = select(tmp_path / "known", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, planted)
+    corruption: list[str | None] = ["", "", "cut", "cut"]
+    result, _ = select(tmp_path / "known", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, corruption)
     quality = result.facts["injected_corruption"]
     assert (quality["total"], quality["dropped"], quality["precision"], quality["auc"]) == (2, 1, 0.5, 0.5)
-    result, _ = select(tmp_path / "unknown", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, [*planted[:3], None])
+    result, _ = select(
+        tmp_path / "unknown", [1, 2, 3, 0.5], {"perplexity": Keep(threshold=1.5)}, [*corruption[:3], None]
+    )
     assert result.facts["injected_corruption"] is None
 
 
