@@ -29,8 +29,8 @@ from tunery.store.rows import Row, read_rows, row_format, row_id, write_rows
 COT = {"separator": "####", "cue": "Think!"}
 
 
-def turns(*contents: str, system: str = "") -> list[dict[str, Any]]:
-    """Messages of user and assistant, alternating, after the system message."""
+def conversation(*contents: str, system: str = "") -> list[dict[str, Any]]:
+    """Return alternating messages of user and assistant, after a system message if there is one."""
     actual = [{"role": "system", "content": system}] if system else []
     return actual + [
         {"role": role, "content": content}
@@ -39,8 +39,14 @@ def turns(*contents: str, system: str = "") -> list[dict[str, Any]]:
 
 
 def row(*contents: str, group: str | None = "", **fields: Any) -> Row:
-    """A conversation; its group defaults to the first question."""
-    built: Row = {"messages": turns(*contents), "source": "a.jsonl", "line": 1, "injected_corruption": "", **fields}
+    """Return a row with a conversation; its group defaults to the first question."""
+    built: Row = {
+        "messages": conversation(*contents),
+        "source": "a.jsonl",
+        "line": 1,
+        "injected_corruption": "",
+        **fields,
+    }
     built["group"] = contents[0] if group == "" else group
     return {**built, "id": row_id(built)}
 
@@ -59,11 +65,11 @@ def pool_of(rows: Sequence[Row], separator: str | None = None) -> FewShotPool:
 
 
 def roles_and_contents(row: Row) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"]) for turn in row["messages"]]
+    return [(message["role"], message["content"]) for message in row["messages"]]
 
 
-def one_variant(given: Row, pool: FewShotPool | None = None, **fields: Any) -> Row:
-    built = variants(given, augment(**fields), pool or FewShotPool(), 17)
+def first_variant(original: Row, pool: FewShotPool | None = None, **fields: Any) -> Row:
+    built = variants(original, augment(**fields), pool or FewShotPool(), 17)
     assert not isinstance(built, str)
     return built[0].row
 
@@ -72,8 +78,8 @@ def one_variant(given: Row, pool: FewShotPool | None = None, **fields: Any) -> R
 
 
 def test_template_renders_the_last_question_and_keeps_other_fields() -> None:
-    given = row("first", "one", "second", "two", tools="[]", label=True, injected_corruption="cut", line=7)
-    built = one_variant(given, templates=["Briefly: {question}!"])
+    original = row("first", "one", "second", "two", tools="[]", label=True, injected_corruption="cut", line=7)
+    built = first_variant(original, templates=["Briefly: {question}!"])
     assert roles_and_contents(built) == [
         ("user", "first"),
         ("assistant", "one"),
@@ -81,21 +87,21 @@ def test_template_renders_the_last_question_and_keeps_other_fields() -> None:
         ("assistant", "two"),
     ]
     kept = ("group", "source", "line", "injected_corruption", "label", "tools")
-    assert {name: built[name] for name in kept} == {name: given[name] for name in kept}
-    assert built["id"] == row_id(built) != given["id"]
-    assert roles_and_contents(given)[2] == ("user", "second"), "the row itself is unchanged"
+    assert {name: built[name] for name in kept} == {name: original[name] for name in kept}
+    assert built["id"] == row_id(built) != original["id"]
+    assert roles_and_contents(original)[2] == ("user", "second"), "the row itself is unchanged"
 
 
 @given(st.text(alphabet="{}{question}\\ %x", min_size=1).filter(str.strip))
 def test_braces_in_a_question_are_kept(question: str) -> None:
-    built = one_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
+    built = first_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
     assert roles_and_contents(built)[0] == ("user", f"{{x}} {question} {{question}}")
 
 
 def test_braces_in_examples_and_their_format_are_kept() -> None:
     pool = pool_of([row("{q}", "{answer} {0}")])
     few_shot = {"shots": 1, "layout": "prompt", "example": "{{{question}}} {{answer}} -> {answer} {{answer}}"}
-    built = one_variant(row("{own}", "a"), pool, few_shot=few_shot)
+    built = first_variant(row("{own}", "a"), pool, few_shot=few_shot)
     assert roles_and_contents(built)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
 
 
@@ -132,11 +138,11 @@ def test_rows_without_a_question_have_no_variants() -> None:
 
 
 def test_examples_are_messages_after_the_system_message_in_the_template_of_the_row() -> None:
-    given = row("own", "mine")
-    given["messages"] = turns("own", "mine", system="be brief")
-    other = {**row("other", "theirs"), "messages": turns("other", "theirs", system="be brief")}
-    unlike = row("unlike", "under no system")
-    built = one_variant(given, pool_of([other, unlike]), templates=["Q {question}"], few_shot={"shots": 2})
+    original = row("own", "mine")
+    original["messages"] = conversation("own", "mine", system="be brief")
+    other = {**row("other", "theirs"), "messages": conversation("other", "theirs", system="be brief")}
+    without_system = row("unlike", "under no system")
+    built = first_variant(original, pool_of([other, without_system]), templates=["Q {question}"], few_shot={"shots": 2})
     assert roles_and_contents(built) == [
         ("system", "be brief"),
         ("user", "Q other"),
@@ -148,50 +154,50 @@ def test_examples_are_messages_after_the_system_message_in_the_template_of_the_r
 
 def test_examples_in_the_prompt_end_before_the_answer_position() -> None:
     few_shot = {"shots": 1, "layout": "prompt"}
-    built = one_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
+    built = first_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
     assert roles_and_contents(built) == [("user", "Q: other\nA: theirs\n\nQ: own\nA:"), ("assistant", "mine")]
-    zero = one_variant(row("own", "mine"), few_shot={**few_shot, "shots": 0}, templates=["T {question}"])
-    assert roles_and_contents(zero)[0] == ("user", "T own"), "a zero-shot prompt is not in the example format"
+    zero_shot = first_variant(row("own", "mine"), few_shot={**few_shot, "shots": 0}, templates=["T {question}"])
+    assert roles_and_contents(zero_shot)[0] == ("user", "T own"), "a zero-shot prompt is not in the example format"
 
 
 def test_examples_exclude_the_row_and_its_group_and_have_distinct_groups() -> None:
-    given = row("own", "mine", group="g")
+    original = row("own", "mine", group="g")
     sibling = row("sibling", "x", group="G ")
     twins = [row("twin 1", "x", group="t"), row("twin 2", "x", group="t")]
-    built = one_variant(given, pool_of([given, sibling, *twins]), few_shot={"shots": 4})
+    built = first_variant(original, pool_of([original, sibling, *twins]), few_shot={"shots": 4})
     assert len(built["messages"]) == 4
     assert roles_and_contents(built)[0][1].startswith("twin")
     ungrouped = [row("a", "b", group=None), row("c", "d", group=None)]
-    alone = one_variant(ungrouped[0], pool_of(ungrouped), few_shot={"shots": 2})
-    assert [content for _, content in roles_and_contents(alone)] == ["c", "d", "a", "b"], (
+    without_group = first_variant(ungrouped[0], pool_of(ungrouped), few_shot={"shots": 2})
+    assert [content for _, content in roles_and_contents(without_group)] == ["c", "d", "a", "b"], (
         "rows without a group do not share one"
     )
 
 
 def test_multi_turn_rows_neither_get_nor_become_examples() -> None:
     pool = pool_of([row("other", "theirs")])
-    for longer, reason in (
+    for multi_turn, reason in (
         (row("one", "1", "two", "2"), "several turns"),
         (row("q", "a", tools='[{"function": {"name": "f"}}]'), "tools"),
     ):
-        built = variants(longer, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
+        built = variants(multi_turn, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
         assert not isinstance(built, str)
         assert (built[0].shots, built[0].fewer) == (0, reason)
         assert roles_and_contents(built[0].row)[-2][1].startswith("T ")
-        assert qa_pair_of(longer, None) == reason
+        assert qa_pair_of(multi_turn, None) == reason
     assert qa_pair_of(row("q"), None) == "no answer"
     assert qa_pair_of(row("q", "bad", label=False), None) == "rated as bad"
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(20, 200), st.sampled_from(["turns", "prompt"]))
-def test_examples_never_make_a_row_longer_than_max_chars(lengths: list[int], most: int, layout: str) -> None:
+def test_examples_never_make_a_row_longer_than_max_chars(lengths: list[int], max_chars: int, layout: str) -> None:
     pool = pool_of([row(f"{number}" * length, "a") for number, length in enumerate(lengths)])
-    given = row("own", "mine")
-    few_shot = {"shots": 8, "max_chars": most, "layout": layout}
-    built = variants(given, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
+    original = row("own", "mine")
+    few_shot = {"shots": 8, "max_chars": max_chars, "layout": layout}
+    built = variants(original, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
     assert not isinstance(built, str)
     length = sum(len(content) for _, content in roles_and_contents(built[0].row))
-    assert length <= most
+    assert length <= max_chars
     assert (built[0].fewer == "") == (built[0].shots == 8)
 
 
@@ -215,47 +221,47 @@ def test_pool_is_bounded_and_independent_of_row_order(tmp_path: Path, monkeypatc
 
 
 def test_reasoned_form_has_the_cue_and_direct_form_drops_the_reasoning() -> None:
-    given = row("2 + 2?", "Two and two #### no,\nare\n#### 4 ")
-    reasoned = one_variant(given, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 0})
+    original = row("2 + 2?", "Two and two #### no,\nare\n#### 4 ")
+    reasoned = first_variant(original, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 0})
     assert roles_and_contents(reasoned) == [
         ("user", "Sum: 2 + 2?\nThink!"),
         ("assistant", "Two and two #### no,\nare\n#### 4 "),
     ]
-    direct = one_variant(given, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 1})
+    direct = first_variant(original, templates=["Sum: {question}"], chain_of_thought={**COT, "direct": 1})
     assert roles_and_contents(direct) == [("user", "Sum: 2 + 2?"), ("assistant", "4")]
 
 
-@pytest.mark.parametrize("answer", ["4", "#### 4", "reasons ####", "reasons #### \n"])
-def test_response_without_reasoning_or_final_answer_is_unchanged(answer: str) -> None:
-    built = variants(row("q", answer), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
+@pytest.mark.parametrize("response", ["4", "#### 4", "reasons ####", "reasons #### \n"])
+def test_response_without_reasoning_or_final_answer_is_unchanged(response: str) -> None:
+    built = variants(row("q", response), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
     assert not isinstance(built, str)
     assert built[0].form == "whole"
-    assert roles_and_contents(built[0].row) == [("user", "q"), ("assistant", answer)]
+    assert roles_and_contents(built[0].row) == [("user", "q"), ("assistant", response)]
 
 
 def test_judged_responses_keep_their_reasoning_and_prompts_get_the_cue() -> None:
-    thought = {**COT, "direct": 1}
-    rated = one_variant(row("q", "so #### 4", label=False), chain_of_thought=thought)
+    fields = {**COT, "direct": 1}
+    rated = first_variant(row("q", "so #### 4", label=False), chain_of_thought=fields)
     rejected = [{"role": "assistant", "content": "no #### 5"}]
-    pair = one_variant(row("q", "so #### 4", rejected=rejected), chain_of_thought=thought)
+    pair = first_variant(row("q", "so #### 4", rejected=rejected), chain_of_thought=fields)
     for item in (rated, pair):
         assert roles_and_contents(item) == [("user", "q\nThink!"), ("assistant", "so #### 4")]
     assert (rated["label"], pair["rejected"]) == (False, rejected)
     assert (row_format(rated), row_format(pair)) == ("rated", "preference")
-    assert roles_and_contents(one_variant(row("q"), chain_of_thought={**COT, "direct": 0})) == [("user", "q\nThink!")]
-    assert roles_and_contents(one_variant(row("q"), chain_of_thought=thought)) == [("user", "q")]
+    assert roles_and_contents(first_variant(row("q"), chain_of_thought={**COT, "direct": 0})) == [("user", "q\nThink!")]
+    assert roles_and_contents(first_variant(row("q"), chain_of_thought=fields)) == [("user", "q")]
 
 
 def test_examples_have_reasoning_exactly_if_the_row_has() -> None:
     pool = pool_of([row("1 + 1?", "one and one #### 2"), row("hello?", "hi")], "####")
-    given = row("2 + 2?", "two and two #### 4")
+    original = row("2 + 2?", "two and two #### 4")
     fields = {"few_shot": {"shots": 2}, "templates": ["T {question}"]}
-    reasoned = one_variant(given, pool, chain_of_thought={**COT, "direct": 0}, **fields)
+    reasoned = first_variant(original, pool, chain_of_thought={**COT, "direct": 0}, **fields)
     assert roles_and_contents(reasoned)[:2] == [("user", "T 1 + 1?\nThink!"), ("assistant", "one and one #### 2")]
-    direct = one_variant(given, pool, chain_of_thought={**COT, "direct": 1}, **fields)
+    direct = first_variant(original, pool, chain_of_thought={**COT, "direct": 1}, **fields)
     assert roles_and_contents(direct)[:2] == [("user", "T 1 + 1?"), ("assistant", "2")]
-    plain = one_variant(row("bye?", "bye"), pool, chain_of_thought=COT, **fields)
-    assert roles_and_contents(plain)[:2] == [("user", "T hello?"), ("assistant", "hi")]
+    without_reasoning = first_variant(row("bye?", "bye"), pool, chain_of_thought=COT, **fields)
+    assert roles_and_contents(without_reasoning)[:2] == [("user", "T hello?"), ("assistant", "hi")]
 
 
 # Random numbers.
@@ -300,7 +306,7 @@ def run(folder: Path, rows: list[Row], heldout: list[Row] | None = None, seed: i
 
 
 GROUPED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=4, max_size=30)
-"""(Group, question within it.) Few, so that rows and groups repeat."""
+"""(Group, question within it): few values, so that rows and groups repeat."""
 
 
 @settings(max_examples=25)
@@ -308,7 +314,7 @@ GROUPED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=4, 
 def test_held_out_rows_and_groups_are_dropped_and_every_row_is_counted(
     tmp_path_factory: pytest.TempPathFactory,
     keys: list[tuple[int, int]],
-    held: set[int],
+    heldout_groups: set[int],
     copies: int,
     originals: bool,
     shots: int,
@@ -316,33 +322,35 @@ def test_held_out_rows_and_groups_are_dropped_and_every_row_is_counted(
     folder = tmp_path_factory.mktemp("augment")
     rows = [row(f"q{group}.{number}", f"a{group}.{number}", group=f"Group {group}") for group, number in keys]
     # Other rows of the held-out groups, with differently written group names.
-    heldout = [row(f"held{group}", "x", group=f" group  {group}") for group in held]
+    heldout = [row(f"held{group}", "x", group=f" group  {group}") for group in heldout_groups]
     fields = {"templates": ["A {question}", "B {question}"], "few_shot": {"shots": [0, shots]}, "copies": copies}
-    if len({group for group, _ in keys} - held) < 1 or (shots == 0 and copies > 2):
+    if len({group for group, _ in keys} - heldout_groups) < 1 or (shots == 0 and copies > 2):
         return
     facts = run(folder, rows, heldout, originals=originals, **fields).facts
     built = list(read_rows(folder / "out"))
     dropped = [json.loads(line) for line in (folder / "out" / "dropped.jsonl").read_text().splitlines()]
-    free = [key for key in keys if key[0] not in held]
-    assert len(dropped) == facts["heldout"] == len(keys) - len(free)
-    assert facts["augmented"] == len(free)
-    assert len(built) == facts["rows"] == len(free) * (copies + originals) - facts["repeated"]
+    augmented = [key for key in keys if key[0] not in heldout_groups]
+    assert len(dropped) == facts["heldout"] == len(keys) - len(augmented)
+    assert facts["augmented"] == len(augmented)
+    assert len(built) == facts["rows"] == len(augmented) * (copies + originals) - facts["repeated"]
     for one in built:
         own = int(one["group"].removeprefix("Group "))
-        displayed = [
-            int(turn["content"].split("q")[-1].split(".")[0]) for turn in one["messages"] if turn["role"] == "user"
+        groups = [
+            int(message["content"].split("q")[-1].split(".")[0])
+            for message in one["messages"]
+            if message["role"] == "user"
         ]
-        assert displayed[-1] == own
-        assert not set(displayed) & held
-        assert len(set(displayed)) == len(displayed), "no example of the row's group, and no two of the same group"
+        assert groups[-1] == own
+        assert not set(groups) & heldout_groups
+        assert len(set(groups)) == len(groups), "no example of the row's group, and no two of the same group"
         assert one["id"] == row_id(one)
 
 
-def some_rows() -> list[Row]:
+def reasoning_rows() -> list[Row]:
     return [row(f"question {number}", f"because #### {number}") for number in range(40)]
 
 
-def all_of(**fields: Any) -> dict[str, Any]:
+def all_fields(**fields: Any) -> dict[str, Any]:
     return {
         "templates": ["A {question}", "B {question}"],
         "few_shot": {"shots": [0, 2]},
@@ -355,22 +363,22 @@ def all_of(**fields: Any) -> dict[str, Any]:
 def test_output_bytes_depend_only_on_the_seed(tmp_path: Path) -> None:
     contents = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        run(tmp_path / name, some_rows(), seed=seed, **all_of())
+        run(tmp_path / name, reasoning_rows(), seed=seed, **all_fields())
         contents.append((tmp_path / name / "out" / "rows" / "part-00000.parquet").read_bytes())
     assert contents[0] == contents[1] != contents[2]
 
 
 def test_variants_do_not_depend_on_the_row_position(tmp_path: Path) -> None:
     ids = []
-    for name, rows in (("one", some_rows()), ("turned", some_rows()[::-1])):
-        run(tmp_path / name, rows, **all_of())
+    for name, rows in (("one", reasoning_rows()), ("reversed", reasoning_rows()[::-1])):
+        run(tmp_path / name, rows, **all_fields())
         ids.append(sorted(one["id"] for one in read_rows(tmp_path / name / "out")))
     assert ids[0] == ids[1]
 
 
 def test_facts_count_the_variants(tmp_path: Path) -> None:
-    rows = [*some_rows(), {"text": "plain", "id": "ab" * 8, "group": "plain", "source": "t.txt", "line": 3}]
-    facts = run(tmp_path, rows, [rows[0]], originals=True, **all_of()).facts
+    rows = [*reasoning_rows(), {"text": "plain", "id": "ab" * 8, "group": "plain", "source": "t.txt", "line": 3}]
+    facts = run(tmp_path, rows, [rows[0]], originals=True, **all_fields()).facts
     built = list(read_rows(tmp_path / "out"))
     assert (facts["rows_in"], facts["augmented"], facts["heldout"]) == (41, 39, 1)
     assert facts["unchanged"] == {"no question": 1}
@@ -386,7 +394,7 @@ def test_facts_count_the_variants(tmp_path: Path) -> None:
 
 
 def test_duplicate_variants_are_omitted_and_counted(tmp_path: Path) -> None:
-    # Of a rated row both variants keep the reasoning, so they are one.
+    # Both variants of a rated row keep the reasoning, so they are equal.
     rows = [row("q", "so #### 4", label=True)]
     facts = run(tmp_path, rows, chain_of_thought={**COT, "direct": 0.5}, copies=2).facts
     assert (facts["rows"], facts["repeated"]) == (1, 1)
@@ -395,9 +403,9 @@ def test_duplicate_variants_are_omitted_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("heldout", "fields", "words"),
     [
-        (some_rows(), {"templates": ["A {question}"]}, ["no row of 40 can be augmented", "held out: 40"]),
+        (reasoning_rows(), {"templates": ["A {question}"]}, ["no row of 40 can be augmented", "held out: 40"]),
         ([], {"chain_of_thought": {"separator": "=>"}}, ["no response contains reasoning, `=>`", "separator"]),
-        (some_rows(), {"few_shot": {"shots": 1}}, ["no row of `rows` can serve as an example", "held out: 40"]),
+        (reasoning_rows(), {"few_shot": {"shots": 1}}, ["no row of `rows` can serve as an example", "held out: 40"]),
         ([], {"few_shot": {"shots": 1, "max_chars": 3}}, ["serve as an example", "longer than max_chars: 40"]),
     ],
 )
@@ -405,13 +413,13 @@ def test_augmentation_without_effect_is_an_error(
     tmp_path: Path, heldout: list[Row], fields: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(StageError) as caught:
-        run(tmp_path, some_rows(), heldout, **fields)
+        run(tmp_path, reasoning_rows(), heldout, **fields)
     assert caught.value.remedy
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_lost_row_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_row_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_module, "write_rows", lambda rows, folder: write_rows(list(rows)[1:], folder))
     with pytest.raises(RowCountError, match="40 rows were built, 39 written"):
-        run(tmp_path, some_rows(), templates=["A {question}"])
+        run(tmp_path, reasoning_rows(), templates=["A {question}"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -304,8 +303,8 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def users_of(experiment: Experiment, *names: str) -> set[str]:
-    """`names` and all stages downstream of them."""
+def with_downstream(experiment: Experiment, *names: str) -> set[str]:
+    """Return `names` and all stages downstream of them."""
     return {user for user in experiment.stages if with_upstream(experiment.stages, [user]).keys() & set(names)}
 
 
@@ -325,13 +324,13 @@ def test_changed_field_changes_the_fingerprints_of_its_stage_and_downstream_stag
     stage: str, field: str, folder: Path
 ) -> None:
     before = fingerprints(EXPERIMENT, folder)
-    observed = {before[stage]}
+    distinct = {before[stage]}
     for value in OTHER_VALUES[stage, field]:
         trial = with_overrides(EXPERIMENT, {f"{stage}.{field}": value})
         after = fingerprints(trial, folder)
-        assert changed(before, after) == users_of(trial, stage)
-        assert after[stage] not in observed, "two values have the same fingerprint"
-        observed.add(after[stage])
+        assert changed(before, after) == with_downstream(trial, stage)
+        assert after[stage] not in distinct, "two values have the same fingerprint"
+        distinct.add(after[stage])
 
 
 def test_fields_added_later_do_not_change_fingerprints_if_unset(folder: Path) -> None:
@@ -345,8 +344,8 @@ def test_fields_added_later_do_not_change_fingerprints_if_unset(folder: Path) ->
         "keep": {
             score: dict.fromkeys(("top_k", "match_count_of", "threshold", "range", "prefer"))
             | {"keep_fraction": None}
-            | own
-            for score, own in (("perplexity", {"keep_fraction": 0.8}), ("random", {"top_k": 9}))
+            | rule
+            for score, rule in (("perplexity", {"keep_fraction": 0.8}), ("random", {"top_k": 9}))
         },
     }
 
@@ -400,37 +399,38 @@ def test_name_tracking_and_search_do_not_change_fingerprints(values: dict[str, A
 
 
 def renamed(old: str, new: str) -> Experiment:
+    """Return the experiment with a stage renamed, also in the stages that refer to it."""
     data = EXPERIMENT.model_dump(mode="json")
     for name, stage in EXPERIMENT.stages.items():
         for item in stage.inputs():
             if item.stage == old:
                 *parents, last = item.path
-                here = data["stages"][name]
+                parent = data["stages"][name]
                 for key in parents:
-                    here = here[key]
-                here[last] = new
+                    parent = parent[key]
+                parent[last] = new
     data["stages"] = {new if name == old else name: stage for name, stage in data["stages"].items()}
     return Experiment.model_validate_json(json.dumps(data))
 
 
 @pytest.mark.parametrize("old", STAGES_OF_FILE)
 def test_renaming_a_stage_changes_only_evaluations_that_list_its_name(old: str, folder: Path) -> None:
-    other = renamed(old, "fresh")
+    other = renamed(old, "renamed")
     after = fingerprints(other, folder)
-    after[old] = after.pop("fresh")
-    bearers = {
+    after[old] = after.pop("renamed")
+    expected = {
         name
         for name, stage in EXPERIMENT.stages.items()
         if (isinstance(stage, Evaluate) and old in stage.models)
         or (isinstance(stage, WinRate) and old in (*stage.evaluated_models, stage.data))
     }
-    assert changed(fingerprints(EXPERIMENT, folder), after) == bearers
+    assert changed(fingerprints(EXPERIMENT, folder), after) == expected
 
 
 @pytest.mark.parametrize("names", [sorted(STAGES_OF_FILE), list(reversed(STAGES_OF_FILE))], ids=["sorted", "reversed"])
 def test_stage_order_does_not_change_fingerprints(names: list[str], folder: Path) -> None:
-    moved = experiment_of({name: STAGES_OF_FILE[name] for name in names})
-    assert fingerprints(moved, folder) == fingerprints(EXPERIMENT, folder)
+    reordered = experiment_of({name: STAGES_OF_FILE[name] for name in names})
+    assert fingerprints(reordered, folder) == fingerprints(EXPERIMENT, folder)
 
 
 def test_same_experiment_in_another_folder_has_the_same_fingerprints(folder: Path) -> None:
@@ -457,7 +457,7 @@ def test_file_content_changes_the_fingerprints_of_stages_that_read_it(
     before = fingerprints(EXPERIMENT, folder)
     text = (folder / file).read_bytes()
     (folder / file).write_bytes(text.swapcase())
-    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *readers)
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == with_downstream(EXPERIMENT, *readers)
     (folder / file).write_bytes(text)
     assert fingerprints(EXPERIMENT, folder) == before
 
@@ -470,7 +470,7 @@ def test_review_fingerprint_depends_on_decisions_but_not_on_their_file_format(fo
     keep, drop = '{"id": "a", "decision": "keep", "t": 1}', '{"id": "a", "decision": "drop"}'
     other, none = '{"id": "b", "decision": "keep"}', '{"id": "b", "decision": null, "undo": true}'
     before = with_lines(keep)
-    assert changed(before, with_lines(drop)) == users_of(EXPERIMENT, "checked")
+    assert changed(before, with_lines(drop)) == with_downstream(EXPERIMENT, "checked")
     assert changed(before, with_lines(keep, other)) == {"checked"}
     assert with_lines(drop, other, none, keep) == before, "the last decision on each row is the same"
     (folder / "checked.jsonl").unlink()
@@ -487,8 +487,10 @@ def test_new_file_that_matches_a_glob_changes_the_dataset(folder: Path) -> None:
 def test_experiment_seed_changes_only_random_stages(folder: Path) -> None:
     other = experiment_of(STAGES_OF_FILE, seed=18)
     # Injected corruption, trainings without their own seed, `random`, review samples, prompts.
-    by_chance = {"more", "base", "other", "clean", "checked", "prompts", "wins"}
-    assert changed(fingerprints(EXPERIMENT, folder), fingerprints(other, folder)) == users_of(EXPERIMENT, *by_chance)
+    random_stages = {"more", "base", "other", "clean", "checked", "prompts", "wins"}
+    assert changed(fingerprints(EXPERIMENT, folder), fingerprints(other, folder)) == with_downstream(
+        EXPERIMENT, *random_stages
+    )
     for name in ("docs", "scored", "eval"):
         assert "seed" not in identity(EXPERIMENT.stages[name], EXPERIMENT, folder)
 
@@ -507,7 +509,7 @@ def test_new_stage_version_changes_the_stage_and_downstream_stages(
     newer = dataclasses.replace(STAGE_KINDS[kind], version=STAGE_KINDS[kind].version + 1)
     monkeypatch.setattr(identity_module, "STAGE_KINDS", {**STAGE_KINDS, kind: newer})
     of_kind = [name for name, stage in EXPERIMENT.stages.items() if stage.kind == kind]
-    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, *of_kind)
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == with_downstream(EXPERIMENT, *of_kind)
 
 
 def test_new_version_of_a_scorer_rebuilds_the_scores_and_downstream_stages(
@@ -516,7 +518,7 @@ def test_new_version_of_a_scorer_rebuilds_the_scores_and_downstream_stages(
     before = fingerprints(EXPERIMENT, folder)
     newer = dataclasses.replace(SCORERS["reward"], version=SCORERS["reward"].version + 1)
     monkeypatch.setattr(SCORERS, "_entries", {**SCORERS, "reward": newer})
-    assert changed(before, fingerprints(EXPERIMENT, folder)) == users_of(EXPERIMENT, "again")
+    assert changed(before, fingerprints(EXPERIMENT, folder)) == with_downstream(EXPERIMENT, "again")
 
 
 def test_new_version_of_a_tuner_changes_the_fingerprints_of_its_trainings(
@@ -526,7 +528,7 @@ def test_new_version_of_a_tuner_changes_the_fingerprints_of_its_trainings(
     before = fingerprints(lora, folder)
     newer = dataclasses.replace(ADAPTERS["lora"], version=2)
     monkeypatch.setattr(ADAPTERS, "_entries", {**ADAPTERS, "lora": newer})
-    assert changed(before, fingerprints(lora, folder)) == users_of(lora, "sft")
+    assert changed(before, fingerprints(lora, folder)) == with_downstream(lora, "sft")
 
 
 PINNED = {
@@ -573,7 +575,7 @@ def test_difference_lists_changed_fields(name: str, folder: Path) -> None:
     assert difference({"a": 1}, {"b": 2}) == ["a 1 -> absent", "b absent -> 2"]
 
 
-# The hash itself.
+# Hashing.
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -602,7 +604,7 @@ def test_fingerprint_depends_on_kind_identity_and_each_input_by_field() -> None:
         fingerprint("sft", {"a": 1}, {"data": "1"}),
         fingerprint("sft", {}, {"a": "1", "data": "1", "model": "2"}),
     ]
-    assert all(one != other for one, other in itertools.combinations(actual, 2))
+    assert len(set(actual)) == len(actual)
 
 
 def test_fingerprints_are_unchanged_since_earlier_releases() -> None:
@@ -611,7 +613,7 @@ def test_fingerprints_are_unchanged_since_earlier_releases() -> None:
 
 
 def test_folder_digest_depends_on_content_names_and_depth_but_not_on_times(tmp_path: Path) -> None:
-    def make(name: str, files: dict[str, bytes]) -> Path:
+    def write_folder(name: str, files: dict[str, bytes]) -> Path:
         for file, content in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -619,8 +621,8 @@ def test_folder_digest_depends_on_content_names_and_depth_but_not_on_times(tmp_p
         return tmp_path / name
 
     base = {"config.json": b"{}", "model.safetensors": b"w"}
-    same = folder_digest(make("a", base))
-    assert folder_digest(make("b", base)) == same
+    same = folder_digest(write_folder("a", base))
+    assert folder_digest(write_folder("b", base)) == same
     for number, other in enumerate(
         [
             {**base, "model.safetensors": b"x"},
@@ -629,7 +631,7 @@ def test_folder_digest_depends_on_content_names_and_depth_but_not_on_times(tmp_p
             {"config.json": b"{}w", "model.safetensors": b""},
         ]
     ):
-        assert folder_digest(make(f"other{number}", other)) != same
+        assert folder_digest(write_folder(f"other{number}", other)) != same
 
 
 @pytest.mark.parametrize("at", [0, 1 << 20, (1 << 21) - 1, (3 << 20) - 1])

@@ -18,7 +18,7 @@ from tunery.pipeline.validate import validate
 from tunery.spec import Compute
 from tunery.store import Store
 
-GOOD = """\
+VALID = """\
 name: x
 seed: 1
 stages:
@@ -62,9 +62,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edited(*replacements: tuple[str, str]) -> str:
-    text = GOOD
+    text = VALID
     for old, new in replacements:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the good file"
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in the valid file"
         text = text.replace(old, new)
     return text
 
@@ -76,7 +76,9 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     ]
 
 
-def ask(load_text: LoadText, folder: Path, text: str = GOOD, workers: int = 2, trial_workers: int = 1) -> None:
+def validate_text(
+    load_text: LoadText, folder: Path, text: str = VALID, workers: int = 2, trial_workers: int = 1
+) -> None:
     """Validate the experiment, and check that validation writes nothing."""
     experiment, source = load_text(text)
     before = listing(folder)
@@ -87,7 +89,7 @@ def ask(load_text: LoadText, folder: Path, text: str = GOOD, workers: int = 2, t
 
 
 def test_valid_experiment_passes_and_nothing_is_written(load_text: LoadText, folder: Path) -> None:
-    ask(load_text, folder)
+    validate_text(load_text, folder)
 
 
 def shard(folder: Path) -> None:
@@ -96,13 +98,13 @@ def shard(folder: Path) -> None:
     (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def nothing(folder: Path) -> None:
+def no_change(folder: Path) -> None:
     pass
 
 
 # Change of the files, edit of the experiment, workers, workers per trial, line of the error, message.
-Mistake = tuple[Callable[[Path], Any], list[tuple[str, str]], tuple[int, int], int, list[str]]
-MISTAKES: dict[str, Mistake] = {
+InvalidCase = tuple[Callable[[Path], Any], list[tuple[str, str]], tuple[int, int], int, list[str]]
+INVALID: dict[str, InvalidCase] = {
     "missing file": (
         lambda folder: (folder / "pairs.jsonl").unlink(),
         [],
@@ -117,7 +119,7 @@ MISTAKES: dict[str, Mistake] = {
         7,
         ["docs: `pairs.jsonl` has no valid row", "at least one valid row"],
     ),
-    "columns that fit nothing": (
+    "columns that match no format": (
         lambda folder: (folder / "pairs.jsonl").write_text('{"q": "q", "a": "a"}\n'),
         [],
         (2, 1),
@@ -128,8 +130,8 @@ MISTAKES: dict[str, Mistake] = {
             "columns: {prompt: q, completion: a}",
         ],
     ),
-    "named column that isn't there": (
-        nothing,
+    "missing column": (
+        no_change,
         [
             (
                 "    source: pairs.jsonl\n",
@@ -141,14 +143,14 @@ MISTAKES: dict[str, Mistake] = {
         ["there is no column `anser`", "columns: `question`, `answer`"],
     ),
     "subset of files": (
-        nothing,
+        no_change,
         [("    source: pairs.jsonl\n", "    source: pairs.jsonl\n    subset: questions\n")],
         (2, 1),
         8,
         ["`subset` applies to builtin sources only"],
     ),
-    "model folder that isn't there": (
-        nothing,
+    "missing model folder": (
+        no_change,
         [("./model", "./modle")],
         (2, 1),
         9,
@@ -183,14 +185,14 @@ MISTAKES: dict[str, Mistake] = {
         ["has no tokenizer", "it contains: config.json, model.safetensors"],
     ),
     "global batch that can't be split": (
-        nothing,
+        no_change,
         [],
         (16, 1),
         19,
         ["sft: global_batch_size 8 can't be split over 16 workers", "a multiple of 16, or fewer workers"],
     ),
     "micro batch that does not divide": (
-        nothing,
+        no_change,
         [
             ("seed: 1", "seed: 1\ncompute: {micro_batch_size: 3}"),
             ("model: {scratch: tiny}", "model: {scratch: tiny}, global_batch_size: 6"),
@@ -201,21 +203,21 @@ MISTAKES: dict[str, Mistake] = {
         ["micro_batch_size 3 does not divide a worker's share of 4", "global_batch_size 8 over 2 workers"],
     ),
     "global batch of a trial": (
-        nothing,
+        no_change,
         [("{choice: [8, 16]}", "{choice: [8, 9]}")],
         (2, 2),
         26,
         ["a trial with {'sft.epochs': 1, 'sft.global_batch_size': 9}", "global_batch_size 9 can't be split over 2"],
     ),
     "global batch within a range of a trial": (
-        nothing,
+        no_change,
         [("{choice: [8, 16]}", "{int: [8, 16]}")],
         (2, 2),
         26,
         ["global_batch_size 9 can't be split over 2"],
     ),
     "workers of a trial for a batch that is not searched": (
-        nothing,
+        no_change,
         [
             (
                 "    sft.epochs: {choice: [1, 2]}\n    sft.global",
@@ -228,14 +230,14 @@ MISTAKES: dict[str, Mistake] = {
         ["a trial is not valid: sft: global_batch_size 8 can't be split over 3 workers"],
     ),
     "file that only a trial reads": (
-        nothing,
+        no_change,
         [("    sft.epochs: {choice: [1, 2]}", "    docs.source: {choice: [pairs.jsonl, paris.jsonl]}")],
         (2, 1),
         25,
         ["a trial with {'docs.source': 'paris.jsonl'}", "there is no file `paris.jsonl`"],
     ),
-    "values that do not go together": (
-        nothing,
+    "values that are not valid together": (
+        no_change,
         [
             ("search:", "  eval: {kind: evaluate, models: [base, sft], data: {d: docs}}\nsearch:"),
             ("metric: sft.eval_loss", "metric: eval.sft.d.loss"),
@@ -247,14 +249,14 @@ MISTAKES: dict[str, Mistake] = {
         ["no trial can have {'eval.models.0': 'other', 'eval.models.1': 'other'} together", "other occurs twice"],
     ),
     "sft on texts": (
-        nothing,
+        no_change,
         [("    data: clean\n", "    data: texts\n")],
         (2, 1),
         14,
         ["`sft.data` needs conversations with answers, but `texts.jsonl` holds texts", "`kind: pretrain`"],
     ),
     "evaluation of sft on texts": (
-        nothing,
+        no_change,
         [("eval_data: docs", "eval_data: texts")],
         (2, 1),
         18,
@@ -263,15 +265,15 @@ MISTAKES: dict[str, Mistake] = {
     "sft on prompts, through score and select": (
         lambda folder: (folder / "prompts.jsonl").write_text('{"prompt": "q"}\n'),
         [
-            ("data: docs, by:", "data: asked, by:"),
-            ("  scored:", "  asked: {kind: dataset, source: prompts.jsonl}\n  scored:"),
+            ("data: docs, by:", "data: prompts, by:"),
+            ("  scored:", "  prompts: {kind: dataset, source: prompts.jsonl}\n  scored:"),
         ],
         (2, 1),
         15,
         ["`sft.data` needs conversations with answers, but `prompts.jsonl` holds prompts"],
     ),
     "sft on a builtin subset of texts": (
-        nothing,
+        no_change,
         [
             ("source: texts.jsonl", "source: 'builtin:python-docs', subset: texts"),
             ("eval_data: docs", "eval_data: texts"),
@@ -283,12 +285,12 @@ MISTAKES: dict[str, Mistake] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_error_has_its_line_and_nothing_is_written(mistake: str, load_text: LoadText, folder: Path) -> None:
-    break_it, replacements, (workers, trial_workers), line, words = MISTAKES[mistake]
-    break_it(folder)
+@pytest.mark.parametrize("case", INVALID)
+def test_error_has_its_line_and_nothing_is_written(case: str, load_text: LoadText, folder: Path) -> None:
+    change_files, replacements, (workers, trial_workers), line, words = INVALID[case]
+    change_files(folder)
     with pytest.raises(SpecErrors) as caught:
-        ask(load_text, folder, edited(*replacements), workers, trial_workers)
+        validate_text(load_text, folder, edited(*replacements), workers, trial_workers)
     (error,) = caught.value.errors
     assert str(error).startswith(f"{folder / 'exp.yaml'}:{line}: ")
     for word in words:
@@ -298,19 +300,19 @@ def test_error_has_its_line_and_nothing_is_written(mistake: str, load_text: Load
 def test_complete_sharded_model_passes(load_text: LoadText, folder: Path) -> None:
     shard(folder)
     (folder / "model" / "two.safetensors").write_bytes(b"")
-    ask(load_text, folder)
+    validate_text(load_text, folder)
 
 
 def test_hub_names_are_not_searched_on_disk(load_text: LoadText, folder: Path) -> None:
-    ask(load_text, folder, edited(("./model", "org/name")))
+    validate_text(load_text, folder, edited(("./model", "org/name")))
 
 
 def test_auto_batch_size_is_rejected_only_if_no_value_fits(load_text: LoadText, folder: Path) -> None:
     auto = edited(("    global_batch_size: 8\n", ""), ("    sft.global_batch_size: {choice: [8, 16]}\n", ""))
     for workers in (1, 2, 8, 64):
-        ask(load_text, folder, auto, workers)
+        validate_text(load_text, folder, auto, workers)
     with pytest.raises(SpecErrors) as caught:
-        ask(load_text, folder, auto, workers=3)
+        validate_text(load_text, folder, auto, workers=3)
     assert [error.line for error in caught.value.errors] == [8, 9, 12]
 
 
@@ -318,20 +320,20 @@ def test_all_errors_are_reported_together(load_text: LoadText, folder: Path) -> 
     for name in ("pairs.jsonl", "texts.jsonl", "model/tokenizer.json"):
         (folder / name).unlink()
     with pytest.raises(SpecErrors) as caught:
-        ask(load_text, folder)
+        validate_text(load_text, folder)
     assert [error.line for error in caught.value.errors] == [4, 7, 9]
 
 
 def test_trial_omits_stages_that_the_metric_does_not_need(load_text: LoadText, folder: Path) -> None:
-    aside = (
-        "  aside: {kind: sft, data: docs, model: base, epochs: 1, learning_rate: 1, global_batch_size: 9}\nsearch:\n"
+    unused_stage = (
+        "  unused: {kind: sft, data: docs, model: base, epochs: 1, learning_rate: 1, global_batch_size: 9}\nsearch:\n"
     )
-    text = edited(("search:\n", aside))
-    ask(load_text, folder, text, workers=1, trial_workers=2)
+    text = edited(("search:\n", unused_stage))
+    validate_text(load_text, folder, text, workers=1, trial_workers=2)
 
 
 def test_unwritable_store_is_rejected_by_name(load_text: LoadText, folder: Path) -> None:
-    experiment, source = load_text(GOOD)
+    experiment, source = load_text(VALID)
     before = listing(folder)
     with pytest.raises(StoreError) as caught:
         validate(experiment, source, Store(folder / "texts.jsonl" / "store"), 1, 1)
@@ -348,7 +350,7 @@ def hardware(cpus: int, gpus: int = 0) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("given", "machine", "device", "workers", "per_trial"),
+    ("fields", "machine", "device", "workers", "per_trial"),
     [
         ({}, hardware(16), "cpu", 2, 1),
         ({}, hardware(1), "cpu", 1, 1),
@@ -360,17 +362,17 @@ def hardware(cpus: int, gpus: int = 0) -> Hardware:
     ],
 )
 def test_auto_resolves_to_the_available_hardware(
-    given: dict[str, Any], machine: Hardware, device: str, workers: int, per_trial: int
+    fields: dict[str, Any], machine: Hardware, device: str, workers: int, per_trial: int
 ) -> None:
-    resolved, rules = resolve_compute(Compute(**given), machine)
+    resolved, rules = resolve_compute(Compute(**fields), machine)
     assert (resolved.device, resolved.workers, resolved.workers_per_trial) == (device, workers, per_trial)
-    assert rules.keys() == {"device", "workers", "workers_per_trial"} - given.keys()
+    assert rules.keys() == {"device", "workers", "workers_per_trial"} - fields.keys()
     assert all(rules.values())
     assert resolve_compute(resolved, machine) == (resolved, {})
 
 
 @pytest.mark.parametrize(
-    ("given", "machine", "words"),
+    ("fields", "machine", "words"),
     [
         ({"workers": 4}, hardware(2), ["needs 4 workers x 1 CPU; this machine has 2 CPUs", "{workers: 2}"]),
         ({"workers": 8}, hardware(64, 4), ["needs 8 workers x GPU; this machine has 4 GPUs", "{workers: 4}"]),
@@ -382,17 +384,17 @@ def test_auto_resolves_to_the_available_hardware(
     ],
 )
 def test_excessive_workers_are_rejected_with_a_number_that_fits(
-    given: dict[str, Any], machine: Hardware, words: list[str]
+    fields: dict[str, Any], machine: Hardware, words: list[str]
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        resolve_compute(Compute(**given), machine)
+        resolve_compute(Compute(**fields), machine)
     for word in words:
         assert word in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("given", "machine", "trials"),
+    ("fields", "machine", "trials"),
     [
         ({}, hardware(8), 8),
         ({"cpus_per_worker": 3}, hardware(8), 2),
@@ -401,11 +403,11 @@ def test_excessive_workers_are_rejected_with_a_number_that_fits(
         ({"workers_per_trial": 3}, hardware(64, 8), 2),
     ],
 )
-def test_concurrent_trials_fit_the_machine(given: dict[str, Any], machine: Hardware, trials: int) -> None:
-    resolved, _ = resolve_compute(Compute(**given), machine)
-    count, why = concurrent_trials(resolved, machine)
+def test_concurrent_trials_fit_the_machine(fields: dict[str, Any], machine: Hardware, trials: int) -> None:
+    resolved, _ = resolve_compute(Compute(**fields), machine)
+    count, reason = concurrent_trials(resolved, machine)
     assert count == trials
-    assert "per trial" in why
+    assert "per trial" in reason
 
 
 @pytest.mark.parametrize(

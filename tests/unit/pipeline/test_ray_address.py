@@ -1,4 +1,4 @@
-"""RAY_ADDRESS: an invalid address is refused before anything starts, an unreachable one is reported within seconds."""
+"""RAY_ADDRESS: an invalid address is rejected before anything starts, an unreachable one is reported within seconds."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_invalid_address_is_rejected_with_a_valid_one(
     address: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError) as caught:
         cluster_address()
-    assert address in refused.value.message
+    assert address in caught.value.message
     for part in [*expected, "unset RAY_ADDRESS"]:
-        assert part in str(refused.value)
+        assert part in str(caught.value)
 
 
 @pytest.fixture
@@ -65,19 +65,20 @@ def http_port() -> Iterator[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def unreachable(address: str) -> TuneryError:
+    """Return the error that the check raises, within ten seconds."""
     begin = time.monotonic()
-    with pytest.raises(TuneryError) as failed:
+    with pytest.raises(TuneryError) as caught:
         check_reachable(address)
     assert time.monotonic() - begin < 10
-    assert f"RAY_ADDRESS={address}" in failed.value.message
-    assert "unset RAY_ADDRESS" in failed.value.remedy
-    return failed.value
+    assert f"RAY_ADDRESS={address}" in caught.value.message
+    assert "unset RAY_ADDRESS" in caught.value.remedy
+    return caught.value
 
 
 def test_closed_port_fails_immediately() -> None:
@@ -89,9 +90,9 @@ def test_unknown_host_name_is_reported() -> None:
 
 
 def test_http_server_is_not_mistaken_for_a_head(http_port: int) -> None:
-    failed = unreachable(f"127.0.0.1:{http_port}")
-    assert "not the head of a Ray cluster" in failed.cause
-    assert "8265" in failed.remedy
+    error = unreachable(f"127.0.0.1:{http_port}")
+    assert "not the head of a Ray cluster" in error.cause
+    assert "8265" in error.remedy
 
 
 def test_silent_server_is_not_mistaken_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,15 +107,15 @@ def test_unresponsive_host_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        waiting = [socket.socket() for _ in range(8)]
-        for one in waiting:
-            one.setblocking(False)
-            one.connect_ex(full.getsockname())
+        clients = [socket.socket() for _ in range(8)]
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
         try:
             assert "did not answer within 1 s" in unreachable(f"127.0.0.1:{full.getsockname()[1]}").cause
         finally:
-            for one in waiting:
-                one.close()
+            for client in clients:
+                client.close()
 
 
 def test_grpc_server_is_accepted_as_head() -> None:
@@ -142,9 +143,9 @@ def test_session_logs_that_it_connects(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_cause_has_the_complete_message_of_ray() -> None:
-    failed = connection_failed("auto", ConnectionError("Could not find any running Ray instance.\nPlease specify it."))
-    assert failed.cause == "Could not find any running Ray instance.; Please specify it."
-    assert "ray start --head" in failed.remedy
+    error = connection_failed("auto", ConnectionError("Could not find any running Ray instance.\nPlease specify it."))
+    assert error.cause == "Could not find any running Ray instance.; Please specify it."
+    assert "ray start --head" in error.remedy
 
 
 def test_cause_is_the_handled_error_without_its_traceback() -> None:

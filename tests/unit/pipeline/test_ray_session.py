@@ -19,23 +19,23 @@ folder = Path(sys.argv[1])
 (folder / "events").mkdir()
 with redirect_output(folder / "driver.log") as out:
     with Terminal(Console(file=out, force_terminal=True), "quiet", folder, EventReader(folder / "events")):
-        print("chatter on stdout")
-        print("chatter on stderr", file=sys.stderr)
+        print("library output on stdout")
+        print("library output on stderr", file=sys.stderr)
 """
 
 
 def test_printed_lines_are_redirected_to_the_log(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    done = subprocess.run(
+    controller, terminal = pty.openpty()
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        stdout=theirs,
-        stderr=theirs,
+        stdout=terminal,
+        stderr=terminal,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3] / "platform")},
         check=False,
     )
-    os.close(theirs)
-    displayed = os.read(ours, 100_000).decode()
-    assert done.returncode == 0, displayed
-    assert "quiet" in displayed
-    assert "chatter" not in displayed
-    assert (tmp_path / "driver.log").read_text().count("chatter") == 2
+    os.close(terminal)
+    output = os.read(controller, 100_000).decode()
+    assert process.returncode == 0, output
+    assert "quiet" in output
+    assert "library output" not in output
+    assert (tmp_path / "driver.log").read_text().count("library output") == 2

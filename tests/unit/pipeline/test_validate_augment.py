@@ -20,12 +20,12 @@ from tunery.spec import Dataset
 from tunery.spec.graph import lineage
 from tunery.store import Store
 
-GOOD = """\
+VALID = """\
 name: x
 seed: 1
 stages:
   texts: {kind: dataset, source: texts.jsonl}
-  asked: {kind: dataset, source: asked.jsonl}
+  questions: {kind: dataset, source: questions.jsonl}
   other: {kind: dataset, source: copy.jsonl}
   train: {kind: dataset, source: pairs.jsonl, split: train}
   val: {kind: dataset, source: pairs.jsonl, split: validation}
@@ -43,23 +43,24 @@ stages:
   sft: {kind: sft, data: prompts, model: base, epochs: 1, learning_rate: 1e-3, eval_data: val}
   eval: {kind: evaluate, models: [sft], data: {held: held, rewritten: rewritten}}
 """
-TEMPLATE, FEW_SHOT, HELDOUT, WORDED, SFT = 15, 16, 17, 18, 20
-"""Lines."""
+TEMPLATE, FEW_SHOT, HELDOUT, REWRITTEN, SFT = 15, 16, 17, 18, 20
+"""Line numbers in `VALID`."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
-    (tmp_path / "asked.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "q"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "copy.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     return tmp_path
 
 
 def errors(load_text: LoadText, folder: Path, *replacements: tuple[str, str]) -> list[SpecError]:
-    text = GOOD
+    """Return the errors of the valid experiment after these replacements."""
+    text = VALID
     for old, new in replacements:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the good file"
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in the valid file"
         text = text.replace(old, new)
     try:
         experiment, source = load_text(text)
@@ -75,7 +76,7 @@ def test_disjoint_splits_need_not_be_held_out(load_text: LoadText, folder: Path)
 
 
 # Edit, line of the error, message.
-FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
+MISSING_HELDOUT: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "the same file without splits": (
         [("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")],
         HELDOUT,
@@ -115,12 +116,12 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         HELDOUT + 1,
         ["`eval.data.held`"],
     ),
-    "rows that a training measures on": (
+    "eval_data of a training": (
         [("    heldout: [val]\n", ""), ("split: validation", "split: train")],
         10,
         ["evaluation rows of `sft.eval_data`", "name `val` in `prompts.heldout`"],
     ),
-    "rows behind a score and a selection": (
+    "rows of a selection": (
         [
             ("  base:", "  best: {kind: select, data: val, keep: {random: {top_k: 9}}}\n  base:"),
             ("eval_data: val", "eval_data: best"),
@@ -143,12 +144,12 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         FEW_SHOT,
         ["can get into `prompts`, from `held`", "name `held` in `prompts.heldout`"],
     ),
-    "examples of prompts to measure on from those": (
+    "examples of evaluation prompts from the same rows": (
         [("few_shot: {shots: 1, examples: other}", "few_shot: {shots: 1}")],
-        WORDED,
+        REWRITTEN,
         ["can get into `rewritten`, from `held`", "name other rows in `few_shot.examples`"],
     ),
-    "a loss on the very rows": (
+    "a loss on the augmented rows themselves": (
         [("data: {held: held, rewritten: rewritten}", "data: {train: prompts}")],
         HELDOUT,
         ["evaluation rows of `eval.data.train` can get into `prompts`", "evaluate on rows that it does not output"],
@@ -156,9 +157,9 @@ FORGOTTEN: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", FORGOTTEN)
+@pytest.mark.parametrize("case", MISSING_HELDOUT)
 def test_evaluation_rows_must_be_listed_in_heldout(case: str, load_text: LoadText, folder: Path) -> None:
-    replacements, line, words = FORGOTTEN[case]
+    replacements, line, words = MISSING_HELDOUT[case]
     (error,) = errors(load_text, folder, *replacements)
     assert (error.file, error.line) == (str(folder / "exp.yaml"), line)
     for word in words:
@@ -209,38 +210,44 @@ def test_datasets_share_rows_if_sources_and_splits_overlap(
 def test_search_that_makes_splits_overlap_is_rejected(load_text: LoadText, folder: Path) -> None:
     search = "search:\n  metric: sft.eval_loss\n  mode: min\n  trials: 1\n  space:\n    val.split: {choice: [%s]}\n"
     end = ("rewritten: rewritten}}\n", "rewritten: rewritten}}\n" + search)
-    forgotten = ("    heldout: [val]\n", "")
-    assert errors(load_text, folder, forgotten, (end[0], end[1] % "validation, test")) == []
-    (error,) = errors(load_text, folder, forgotten, (end[0], end[1] % "validation, all"))
+    no_heldout = ("    heldout: [val]\n", "")
+    assert errors(load_text, folder, no_heldout, (end[0], end[1] % "validation, test")) == []
+    (error,) = errors(load_text, folder, no_heldout, (end[0], end[1] % "validation, all"))
     assert "a trial is not valid: evaluation rows of `sft.eval_data` can get into `prompts`" in error.message
 
 
 def test_held_out_stage_covers_its_downstream_stages(load_text: LoadText, folder: Path) -> None:
-    whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: pairs.jsonl}")
-    assert len(errors(load_text, folder, whole)) == 1
+    replacement = (
+        "train: {kind: dataset, source: pairs.jsonl, split: train}",
+        "train: {kind: dataset, source: pairs.jsonl}",
+    )
+    assert len(errors(load_text, folder, replacement)) == 1
     # `rewritten` is derived from `held`.
-    assert errors(load_text, folder, whole, ("heldout: [val]", "heldout: [val, held]")) == []
+    assert errors(load_text, folder, replacement, ("heldout: [val]", "heldout: [val, held]")) == []
 
 
 def test_review_can_restore_rows_that_its_filter_dropped(load_text: LoadText, folder: Path) -> None:
     reviewed = (
         "  base:",
         "  few: {kind: select, data: val, keep: {random: {top_k: 9}}}\n"
-        "  seen: {kind: review, data: few, decisions: seen.jsonl}\n  base:",
+        "  reviewed: {kind: review, data: few, decisions: reviewed.jsonl}\n  base:",
     )
-    rest = [reviewed, ("eval_data: val", "eval_data: seen"), ("split: validation", "split: all")]
-    (error,) = errors(load_text, folder, *rest, ("heldout: [val]", "heldout: [few, held]"))
-    assert "name `seen` in `prompts.heldout`" in error.remedy
-    assert errors(load_text, folder, *rest, ("heldout: [val]", "heldout: [seen, held]")) == []
+    replacements = [reviewed, ("eval_data: val", "eval_data: reviewed"), ("split: validation", "split: all")]
+    (error,) = errors(load_text, folder, *replacements, ("heldout: [val]", "heldout: [few, held]"))
+    assert "name `reviewed` in `prompts.heldout`" in error.remedy
+    assert errors(load_text, folder, *replacements, ("heldout: [val]", "heldout: [reviewed, held]")) == []
 
 
 def test_different_files_are_assumed_to_have_different_rows(load_text: LoadText, folder: Path) -> None:
-    whole = ("train: {kind: dataset, source: pairs.jsonl, split: train}", "train: {kind: dataset, source: copy.jsonl}")
-    assert errors(load_text, folder, whole) == []
+    replacement = (
+        "train: {kind: dataset, source: pairs.jsonl, split: train}",
+        "train: {kind: dataset, source: copy.jsonl}",
+    )
+    assert errors(load_text, folder, replacement) == []
 
 
 # Edit, line of the error, message.
-MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
+INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
     "template without the question": (
         [('"Briefly: {question}"', '"Briefly."')],
         TEMPLATE,
@@ -269,49 +276,49 @@ MISTAKES: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         FEW_SHOT,
         ["{answer} must occur once, after {question}"],
     ),
-    "range that runs down": ([("[0, 2]", "[2, 0]")], FEW_SHOT, ["the lower bound 2 is above the upper bound 0"]),
-    "range of one": ([("[0, 2]", "[2]")], FEW_SHOT, ["`stages.prompts.few_shot.shots` can't be [2]"]),
+    "descending range": ([("[0, 2]", "[2, 0]")], FEW_SHOT, ["the lower bound 2 is above the upper bound 0"]),
+    "range of one value": ([("[0, 2]", "[2]")], FEW_SHOT, ["`stages.prompts.few_shot.shots` can't be [2]"]),
     "more copies than can differ": (
         [("few_shot: {shots: [0, 2]}", "copies: 3")],
         10,
         ["3 copies can't all differ with 2 templates and without examples"],
     ),
-    "nothing to change": (
+    "no effect": (
         [('templates: ["Say: {question}"], few_shot: {shots: 1, examples: other}', "copies: 1")],
-        WORDED,
+        REWRITTEN,
         ["it has no effect"],
     ),
     "texts": (
         [("data: held, templates", "data: texts, templates")],
-        WORDED,
+        REWRITTEN,
         ["`rewritten.data` needs conversations or prompts, but `texts.jsonl` has texts"],
     ),
     "prompts as examples": (
-        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: asked}")],
+        [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: questions}")],
         FEW_SHOT,
-        ["`prompts.few_shot` needs examples with responses, but `asked.jsonl` has prompts"],
+        ["`prompts.few_shot` needs examples with responses, but `questions.jsonl` has prompts"],
     ),
     "examples that are a model": (
         [("few_shot: {shots: [0, 2]}", "few_shot: {shots: 2, examples: base}")],
         FEW_SHOT,
         ["`prompts.few_shot.examples` needs rows", "a pretrain stage outputs a model"],
     ),
-    "held-out stage that isn't there": (
+    "unknown held-out stage": (
         [("heldout: [val]", "heldout: [vla]")],
         HELDOUT,
         ["`prompts.heldout.0` refers to the stage `vla`", "did you mean `val`?"],
     ),
     "sft on augmented prompts": (
-        [("    data: train\n", "    data: asked\n"), ("few_shot: {shots: [0, 2]}", "copies: 2")],
+        [("    data: train\n", "    data: questions\n"), ("few_shot: {shots: [0, 2]}", "copies: 2")],
         SFT,
-        ["`sft.data` needs conversations with answers, but `asked.jsonl` holds prompts"],
+        ["`sft.data` needs conversations with answers, but `questions.jsonl` holds prompts"],
     ),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_error_is_reported_at_its_line(mistake: str, load_text: LoadText, folder: Path) -> None:
-    replacements, line, words = MISTAKES[mistake]
+@pytest.mark.parametrize("case", INVALID)
+def test_error_is_reported_at_its_line(case: str, load_text: LoadText, folder: Path) -> None:
+    replacements, line, words = INVALID[case]
     (error,) = errors(load_text, folder, *replacements)
     assert error.line == line
     for word in words:
@@ -319,7 +326,7 @@ def test_error_is_reported_at_its_line(mistake: str, load_text: LoadText, folder
 
 
 def test_lineage_ends_at_the_dataset(load_text: LoadText, folder: Path) -> None:
-    experiment, _ = load_text(GOOD)
+    experiment, _ = load_text(VALID)
     assert lineage(experiment.stages, "rewritten") == ("rewritten", "held")
     assert lineage(experiment.stages, "held") == ("held",)
 
@@ -351,7 +358,7 @@ def state(facts: dict[str, Any]) -> RunState:
     )
 
 
-def test_the_report_shows_rows_before_and_after_and_escapes_them() -> None:
+def test_report_has_rows_before_and_after_augmentation_and_escapes_them() -> None:
     page = report_html(state(FACTS))
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") == 4, "two in the sample, a template here and among the facts"

@@ -18,7 +18,7 @@ from tunery.store import Store
 
 SYSTEM = {"role": "system", "content": "be brief"}
 QUESTION = {"role": "user", "content": "where"}
-ANSWER = {"role": "assistant", "content": "in Paris"}
+RESPONSE = {"role": "assistant", "content": "in Paris"}
 
 
 @pytest.fixture
@@ -53,36 +53,36 @@ def notes(load_text: LoadText, text: str, folder: Path) -> dict[str, str]:
 
 
 def test_rejected_rows_are_estimated(load_text: LoadText, write: Any, tmp_path: Path) -> None:
-    text = write("gemma", [[SYSTEM, QUESTION, ANSWER], [QUESTION, ANSWER]])
+    text = write("gemma", [[SYSTEM, QUESTION, RESPONSE], [QUESTION, RESPONSE]])
     assert notes(load_text, text, tmp_path) == {
         "sft": "of the first 2 rows: 50% unusable (1 x the chat template fails: System role not supported), "
         "more than max_unusable (0.1): the stage would fail"
     }
 
 
-def test_rows_used_unchanged_are_not_mentioned(load_text: LoadText, write: Any, tmp_path: Path) -> None:
-    assert notes(load_text, write("qwen3", [[QUESTION, ANSWER]]), tmp_path) == {}
+def test_usable_rows_have_no_note(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    assert notes(load_text, write("qwen3", [[QUESTION, RESPONSE]]), tmp_path) == {}
 
 
 def test_template_that_rejects_every_row_is_an_error(load_text: LoadText, write: Any, tmp_path: Path) -> None:
-    with pytest.raises(SpecErrors) as wrong:
-        notes(load_text, write("gemma", [[SYSTEM, QUESTION, ANSWER]]), tmp_path)
-    assert "none of the 1 rows of `rows` can be used with `./model`" in str(wrong.value)
-    assert "1 row: the chat template fails: System role not supported" in str(wrong.value)
+    with pytest.raises(SpecErrors) as caught:
+        notes(load_text, write("gemma", [[SYSTEM, QUESTION, RESPONSE]]), tmp_path)
+    assert "none of the 1 rows of `rows` can be used with `./model`" in str(caught.value)
+    assert "1 row: the chat template fails: System role not supported" in str(caught.value)
 
 
-def test_rows_that_are_too_long_are_not_blamed_on_the_template(load_text: LoadText, write: Any, tmp_path: Path) -> None:
-    text = write("qwen3", [[QUESTION, {**ANSWER, "content": "in Paris " * 80}]], ", truncate: drop")
-    with pytest.raises(SpecErrors) as wrong:
+def test_error_for_too_long_rows_names_max_length(load_text: LoadText, write: Any, tmp_path: Path) -> None:
+    text = write("qwen3", [[QUESTION, {**RESPONSE, "content": "in Paris " * 80}]], ", truncate: drop")
+    with pytest.raises(SpecErrors) as caught:
         notes(load_text, text, tmp_path)
-    assert "longer than max_length (64 tokens)" in str(wrong.value)
-    assert "raise max_length (now 64)" in str(wrong.value)
+    assert "longer than max_length (64 tokens)" in str(caught.value)
+    assert "raise max_length (now 64)" in str(caught.value)
 
 
 def test_generation_prompt_that_opens_thinking_is_noted_for_rows_without_it(
     load_text: LoadText, write: Any, tmp_path: Path
 ) -> None:
-    plain = notes(load_text, write("deepseek_r1_distill", [[QUESTION, ANSWER]]), tmp_path)
-    assert "which rows without reasoning do not have in training" in plain["sft"]
-    reasoned = [[QUESTION, {**ANSWER, "reasoning_content": "because"}]]
+    without_reasoning = notes(load_text, write("deepseek_r1_distill", [[QUESTION, RESPONSE]]), tmp_path)
+    assert "which rows without reasoning do not have in training" in without_reasoning["sft"]
+    reasoned = [[QUESTION, {**RESPONSE, "reasoning_content": "because"}]]
     assert notes(load_text, write("deepseek_r1_distill", reasoned), tmp_path) == {}

@@ -32,7 +32,7 @@ def context(tmp_path: Path) -> RunContext:
 
 
 def raised(error: Exception) -> tuple[Exception, str]:
-    """An error as a worker raises it: with a traceback, also as text."""
+    """Return the error as a worker raises it, with its traceback, and the traceback as text."""
     try:
         raise error
     except Exception as caught:
@@ -63,7 +63,7 @@ def test_error_of_a_ray_data_task_is_shown_without_the_note_on_retries(context: 
 
 
 def test_error_that_cannot_be_pickled_is_read_from_the_traceback(context: RunContext) -> None:
-    class Local(Exception):  # of a class that the driver can't import
+    class Local(Exception):  # the driver can't import this class
         def __reduce__(self) -> tuple:
             raise TypeError("cannot pickle")
 
@@ -122,35 +122,35 @@ def test_tunery_error_keeps_cause_and_remedy_and_gets_the_stage(context: RunCont
     )
 
 
-def test_first_line_is_the_message_and_the_others_the_cause(context: RunContext) -> None:
+def test_first_line_is_the_message_and_other_lines_are_the_cause(context: RunContext) -> None:
     actual = diagnosed(OSError("can't load the model\nit has no config.json\nsee the docs"), context)
     assert actual.message == "OSError: can't load the model"
     assert actual.cause == "it has no config.json; see the docs"
 
 
-def caught(reason: Exception, *, given: bool) -> Exception:
-    """A ValueError raised while `reason` was handled, and `from` it if `given`."""
+def chained(reason: Exception, *, explicit: bool) -> Exception:
+    """Return a ValueError that was raised while `reason` was handled, and `from` it if `explicit`."""
     try:
         try:
             raise reason
         except Exception as handled:
-            if given:
+            if explicit:
                 raise ValueError("the row has 3 labels") from handled
             raise ValueError("the row has 3 labels")  # noqa: B904
     except ValueError as error:
         return error
 
 
-def test_handled_exception_does_not_replace_the_raised_one(context: RunContext) -> None:
-    actual = diagnosed(caught(KeyError("tokens"), given=False), context)
+def test_implicitly_chained_exception_is_not_the_cause(context: RunContext) -> None:
+    actual = diagnosed(chained(KeyError("tokens"), explicit=False), context)
     assert (actual.message, actual.cause) == (MESSAGE, "")
 
 
-def test_reason_that_a_library_gives_is_the_cause(context: RunContext) -> None:
-    actual = diagnosed(caught(OSError("connection refused"), given=True), context)
+def test_explicitly_chained_exception_is_the_cause(context: RunContext) -> None:
+    actual = diagnosed(chained(OSError("connection refused"), explicit=True), context)
     assert (actual.message, actual.cause) == (MESSAGE, "OSError: connection refused")
 
 
 def test_tunery_error_outside_of_stages_has_no_stage(context: RunContext) -> None:
-    actual = diagnose(TuneryError("no cluster answers"), RUN, context)
+    actual = diagnose(TuneryError("no cluster responds"), RUN, context)
     assert type(actual) is TuneryError

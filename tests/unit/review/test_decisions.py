@@ -17,7 +17,7 @@ from tunery.review.decisions import BadDecisions, DecisionLog, read_decisions, r
 from tunery.review.review_items import ReviewItem, RowOutcome
 from tunery.review.workbook import MAX_CELL_CHARS, write_workbook
 
-# .jsonl
+# JSON lines.
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -93,42 +93,42 @@ STEPS = st.lists(st.tuples(st.sampled_from(["keep", "drop", "undo"]), st.sampled
 
 
 @given(STEPS, st.integers(0, 30))
-def test_undo_is_stepwise_and_survives_a_restart(
+def test_undo_reverts_one_decision_at_a_time_also_after_a_restart(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]], restart_at: int
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "d.jsonl"
     log = DecisionLog(path)
-    past: list[dict[str, str]] = [{}]
-    for number, (what, id) in enumerate(steps):
+    history: list[dict[str, str]] = [{}]
+    for number, (action, id) in enumerate(steps):
         if number == restart_at:
             log.close()
             log = DecisionLog(path)
-        if what == "undo":
+        if action == "undo":
             undone = log.undo()
-            assert (undone is None) == (len(past) == 1)
-            past = past[:-1] or past
+            assert (undone is None) == (len(history) == 1)
+            history = history[:-1] or history
         else:
-            log.decide(id, what)  # type: ignore[arg-type]
-            past.append({**past[-1], id: what})
-        assert log.decisions == past[-1]
-        assert read_decisions(path) == past[-1]
+            log.decide(id, action)  # type: ignore[arg-type]
+            history.append({**history[-1], id: action})
+        assert log.decisions == history[-1]
+        assert read_decisions(path) == history[-1]
     log.close()
-    assert replay(path, path.read_bytes())[0] == past[-1]
+    assert replay(path, path.read_bytes())[0] == history[-1]
 
 
 def test_failed_write_leaves_no_partial_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = DecisionLog(tmp_path / "d.jsonl")
     log.decide("a", "keep")
-    whole = os.write
+    write_all = os.write
 
-    def half(file: int, data: Any) -> int:
-        whole(file, bytes(data)[:10])
+    def write_part(file: int, data: Any) -> int:
+        write_all(file, bytes(data)[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", half)
-    for act in (lambda: log.decide("b", "drop"), log.undo):
+    monkeypatch.setattr(os, "write", write_part)
+    for action in (lambda: log.decide("b", "drop"), log.undo):
         with pytest.raises(OSError, match="No space"):
-            act()
+            action()
     monkeypatch.undo()
     assert log.decisions == {"a": "keep"}
     log.decide("c", "drop")
@@ -148,13 +148,13 @@ def test_decision_is_synced_when_decide_returns(tmp_path: Path, monkeypatch: pyt
     log.close()
 
 
-# .xlsx
+# Workbooks.
 
 
-def item(id: str, question: str, answer: str, keep: bool = True, score: float = 3.5) -> ReviewItem:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def item(id: str, question: str, response: str, keep: bool = True, score: float = 3.5) -> ReviewItem:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return ReviewItem(
-        id, {"text": None, "messages": turns, "rejected": None}, RowOutcome(keep, {"perplexity": score}, {})
+        id, {"text": None, "messages": messages, "rejected": None}, RowOutcome(keep, {"perplexity": score}, {})
     )
 
 
@@ -165,7 +165,7 @@ def test_workbook_decisions_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "w.xlsx"
     rows = [item(f"{n:016d}", text, text) for n, text in enumerate(HOSTILE)]
     write_workbook(path, rows, {"0000000000000001": "drop"}, show_filter=False)
-    assert read_decisions(path) == {"0000000000000001": "drop"}, "ids of digits alone stay text"
+    assert read_decisions(path) == {"0000000000000001": "drop"}, "ids that have only digits stay text"
     book = load_workbook(path)
     sheet = book["review"]
     header = [cell.value for cell in sheet[1]]
@@ -197,7 +197,7 @@ def test_long_cell_text_is_truncated_with_a_note_and_controls_are_replaced(tmp_p
     assert len(sheet["C2"].value) < 32_767
 
 
-def test_workbook_offers_keep_and_drop_and_stays_readable(tmp_path: Path) -> None:
+def test_workbook_has_a_choice_of_decisions_and_a_readable_layout(tmp_path: Path) -> None:
     write_workbook(tmp_path / "w.xlsx", [item("a", "Why?", "Because.\n" * 40)] * 3, {}, show_filter=False)
     sheet = load_workbook(tmp_path / "w.xlsx")["review"]
     (choice,) = sheet.data_validations.dataValidation
@@ -261,7 +261,7 @@ def sheet_of(path: Path, rows: list[list[Any]], title: str = "review") -> Path:
     return path
 
 
-BAD_SHEETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+INVALID_WORKBOOKS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "no decision": (
         lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["b", "perhaps"]]),
         ["sheet `review`, row 3: `perhaps` is not a decision", "keep or drop"],
@@ -278,7 +278,7 @@ BAD_SHEETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         lambda path: sheet_of(path, [["id", "decision"], ["a", "keep"], ["a", "drop"]]),
         ["row 3: `drop` contradicts `keep` above, for the row a"],
     ),
-    "column gone": (
+    "missing column": (
         lambda path: sheet_of(path, [["id", "outcome"]], "other"),
         ["sheet `other`, row 1: there is no column `decision`", "id, outcome"],
     ),
@@ -287,14 +287,14 @@ BAD_SHEETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_SHEETS)
+@pytest.mark.parametrize("case", INVALID_WORKBOOKS)
 def test_invalid_workbook_is_reported_with_sheet_row_and_value(case: str, tmp_path: Path) -> None:
-    make, wanted = BAD_SHEETS[case]
-    path = make(tmp_path / "d.xlsx")
+    create, expected = INVALID_WORKBOOKS[case]
+    path = create(tmp_path / "d.xlsx")
     with pytest.raises(BadDecisions) as caught:
         read_decisions(path)
     assert str(path) in str(caught.value)
-    for words in wanted:
+    for words in expected:
         assert words in str(caught.value)
 
 

@@ -33,7 +33,7 @@ def workspace(tmp_path: Path) -> ReviewWorkspace:
 
 
 def ids_of(workspace: ReviewWorkspace) -> list[str]:
-    """In the order of the scores."""
+    """Return the row ids in the order of the scores."""
     return [row["id"] for row in read_rows(workspace.build("scored")["scored"].path, ["id"])]
 
 
@@ -81,11 +81,11 @@ def test_workbook_and_lines_give_the_same_rows(workspace: ReviewWorkspace) -> No
     assert "write `decisions: w.xlsx` in the stage `checked`" in lines[1]
     book = load_workbook(workspace.folder / "w.xlsx")
     column = [cell.value for cell in book["review"][1]].index("decision") + 1
-    wanted = {id: "keep" if index % 3 else "drop" for index, id in enumerate(ids)}
+    decisions = {id: "keep" if index % 3 else "drop" for index, id in enumerate(ids)}
     for index in range(len(ids)):
-        book["review"].cell(index + 2, column).value = wanted[book["review"].cell(index + 2, 1).value]
+        book["review"].cell(index + 2, column).value = decisions[book["review"].cell(index + 2, 1).value]
     book.save(workspace.folder / "w.xlsx")
-    workspace.decide(wanted)
+    workspace.decide(decisions)
     by_lines = workspace.build("checked")["checked"]
     workspace.file.write_text(workspace.file.read_text().replace("decisions/checked.jsonl", "w.xlsx"))
     by_workbook = workspace.build("checked")["checked"]
@@ -98,7 +98,7 @@ def test_existing_workbook_is_not_overwritten(workspace: ReviewWorkspace) -> Non
     workspace.build("clean")
     experiment, source = workspace.load()
     pending = find_review(experiment, source, workspace.store, "checked")
-    (workspace.folder / "w.xlsx").write_text("precious")
+    (workspace.folder / "w.xlsx").write_text("existing")
     with pytest.raises(RequestError, match="exists"):
         write_review(pending, workspace.folder / "w.xlsx", show_filter=False, print_line=print)
     with pytest.raises(RequestError, match="is not a workbook's file name"):
@@ -110,21 +110,21 @@ def test_existing_workbook_is_not_overwritten(workspace: ReviewWorkspace) -> Non
 
 def test_best_threshold_separates_the_decisions(workspace: ReviewWorkspace) -> None:
     ids = ids_of(workspace)
-    requested = sampled_ids(workspace)
-    workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in requested})  # scores up to 24
+    sampled = sampled_ids(workspace)
+    workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in sampled})  # scores up to 24
     facts = workspace.build("checked")["checked"].facts
     (actual,) = facts["thresholds"]
     assert (actual["score"], actual["current_threshold"]) == ("perplexity", 20.0)
-    below = max(ids.index(id) + 1 for id in requested if ids.index(id) < 24)
-    above = min(ids.index(id) + 1 for id in requested if ids.index(id) >= 24)
+    below = max(ids.index(id) + 1 for id in sampled if ids.index(id) < 24)
+    above = min(ids.index(id) + 1 for id in sampled if ids.index(id) >= 24)
     assert below <= actual["threshold"] < above
     assert actual["agreement"] == 1.0
-    wrong = sum(20 <= ids.index(id) < 24 for id in requested)
-    assert actual["current_agreement"] == facts["agreement"]["share"] == pytest.approx(1 - wrong / len(requested))
+    wrong = sum(20 <= ids.index(id) < 24 for id in sampled)
+    assert actual["current_agreement"] == facts["agreement"]["share"] == pytest.approx(1 - wrong / len(sampled))
     assert (facts["sampled"], facts["sampled_decided"]) == (12, 12)
 
 
-def test_strata_show_where_the_filter_errs(workspace: ReviewWorkspace) -> None:
+def test_strata_have_the_agreement_of_each_side_and_band(workspace: ReviewWorkspace) -> None:
     workspace.decide(dict.fromkeys(sampled_ids(workspace), "keep"))
     strata = workspace.build("checked")["checked"].facts["strata"]
     assert [stratum["name"] for stratum in strata] == [
@@ -134,7 +134,7 @@ def test_strata_show_where_the_filter_errs(workspace: ReviewWorkspace) -> None:
     assert all(stratum["decided"] == stratum["sampled"] == 2 for stratum in strata)
 
 
-def test_decided_rows_outside_the_sample_and_decisions_about_other_rows_are_counted(workspace: ReviewWorkspace) -> None:
+def test_decisions_on_unsampled_and_unknown_rows_are_counted(workspace: ReviewWorkspace) -> None:
     ids = ids_of(workspace)
     outside = next(id for id in ids if id not in sampled_ids(workspace))
     workspace.decide({outside: "keep", "0" * 16: "drop"})
@@ -160,13 +160,13 @@ def test_injected_corruption_is_evaluated_but_not_shown_to_the_reviewer(tmp_path
     pending = find_review(experiment, source, workspace.store, "checked")
     for item in pending.rows:
         assert item.row.keys() == set(REVIEWED_COLUMNS) == {"id", "text", "messages", "rejected"}
-    damaged = {row["id"] for row in read_rows(workspace.build("scored")["scored"].path) if row["injected_corruption"]}
-    workspace.decide({item.id: "drop" if item.id in damaged else "keep" for item in pending.rows})
+    corrupted = {row["id"] for row in read_rows(workspace.build("scored")["scored"].path) if row["injected_corruption"]}
+    workspace.decide({item.id: "drop" if item.id in corrupted else "keep" for item in pending.rows})
     built = workspace.build("clean", "checked")
     before, after = built["clean"].facts["injected_corruption"], built["checked"].facts["injected_corruption"]
-    assert after["total"] == before["total"] == len(damaged)
+    assert after["total"] == before["total"] == len(corrupted)
     assert after["dropped"] == before["dropped"] + sum(
-        item.id in damaged and item.outcome.keep for item in pending.rows
+        item.id in corrupted and item.outcome.keep for item in pending.rows
     )
     assert [row[0] for row in filter_table(experiment, built)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
 
@@ -182,7 +182,7 @@ def test_run_without_decisions_stops_with_the_review_command(workspace: ReviewWo
     assert workspace.store.find("select", workspace.build("clean")["clean"].fingerprint)
 
 
-def test_decisions_on_other_rows_only_are_not_a_review(workspace: ReviewWorkspace) -> None:
+def test_decisions_on_unknown_rows_only_are_an_error(workspace: ReviewWorkspace) -> None:
     workspace.decide({"0" * 16: "keep"})
     with pytest.raises(StageError, match="none of its 12 sampled rows has a decision") as caught:
         workspace.build("checked")
@@ -203,13 +203,13 @@ def test_decisions_changed_during_a_run_are_not_used_with_the_old_fingerprint(
     workspace.decide({ids[0]: "keep"})
     from tunery.review import review_stage as module
 
-    whole = module.run_review
+    run_review = module.run_review
 
-    def later(context: StageContext) -> object:
+    def decide_and_run(context: StageContext) -> object:
         workspace.decide({ids[1]: "keep"})
-        return whole(context)
+        return run_review(context)
 
-    monkeypatch.setattr(module, "run_review", later)
+    monkeypatch.setattr(module, "run_review", decide_and_run)
     with pytest.raises(StageError, match="has changed since this run began"):
         workspace.build("checked")
 
@@ -217,17 +217,17 @@ def test_decisions_changed_during_a_run_are_not_used_with_the_old_fingerprint(
 def test_new_decisions_rebuild_only_the_review(workspace: ReviewWorkspace) -> None:
     ids = ids_of(workspace)
     workspace.decide({ids[0]: "keep"})
-    one = workspace.build("checked")
+    before = workspace.build("checked")
     workspace.decide({ids[1]: "drop"})
-    other = workspace.build("checked")
-    assert {name for name in one if one[name].path != other[name].path} == {"checked"}
+    after = workspace.build("checked")
+    assert {name for name in before if before[name].path != after[name].path} == {"checked"}
     workspace.decide({ids[1]: None})
-    assert workspace.build("checked")["checked"].path == one["checked"].path
+    assert workspace.build("checked")["checked"].path == before["checked"].path
 
 
 def test_removed_scored_rows_are_reported(workspace: ReviewWorkspace) -> None:
     built = workspace.build("clean")
-    built["scored"].path.rename(workspace.folder / "gone")
+    built["scored"].path.rename(workspace.folder / "removed")
     with pytest.raises(StoreError, match="no longer exists"):
         read_filter_results(built["clean"])
 
@@ -264,11 +264,11 @@ def test_sample_does_not_read_invalid_decision_files_of_other_stages(workspace: 
     workspace.build("clean")
     experiment, source = workspace.load()
     workspace.decisions.parent.mkdir()
-    workspace.decisions.write_text("nonsense\n")
+    workspace.decisions.write_text("invalid\n")
     assert len(find_review(experiment, source, workspace.store, "checked").rows) == 12
 
 
-# Checks and plans.
+# Validation and plans.
 
 
 def test_missing_decisions_are_noted_but_valid(workspace: ReviewWorkspace) -> None:
@@ -291,7 +291,7 @@ def test_invalid_decisions_are_reported_with_the_line_of_the_experiment(workspac
     assert f"{workspace.file}:9: checked: {workspace.decisions}:1: " in str(caught.value)
 
 
-def test_ending_and_kind_of_data_are_checked_with_the_text(tmp_path: Path) -> None:
+def test_file_ending_and_kind_of_data_are_validated_when_the_file_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     path = tmp_path / "x.yaml"
     path.write_text((TEXT % "rows.jsonl").replace("checked.jsonl", "checked.csv"))
@@ -325,14 +325,14 @@ def test_report_terminal_and_comparison_have_agreement_and_threshold(workspace: 
     workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in sampled_ids(workspace)[:10]})
     built = workspace.build("clean", "checked")
     experiment, _ = workspace.load()
-    agreed = built["checked"].facts["agreement"]["share"]
+    agreement = built["checked"].facts["agreement"]["share"]
     actual = review_table(experiment, built)
     assert actual is not None
-    assert actual["rows"][0][:3] == ["clean in checked", "10", agreed]
+    assert actual["rows"][0][:3] == ["clean in checked", "10", agreement]
     assert len(actual["columns"]) == len(actual["rows"][0])
     assert any("2 rows are not reviewed yet" in note for note in actual["notes"])
     state = replay(read_events(workspace.context.events))
-    assert outcome(state.stages["checked"]).startswith(f"agrees on {agreed:.0%} of 10 reviewed")
+    assert outcome(state.stages["checked"]).startswith(f"agrees on {agreement:.0%} of 10 reviewed")
     ((name, (tables, strata)),) = reviews(state)
     assert name == "checked"
     assert tables[0].rows[0][0].text == "filter kept"
@@ -344,14 +344,14 @@ def test_report_terminal_and_comparison_have_agreement_and_threshold(workspace: 
     assert "best threshold" in page
 
 
-def test_item_shows_the_messages_and_marks_the_judged_one(tmp_path: Path) -> None:
+def test_item_has_the_messages_and_marks_the_judged_one(tmp_path: Path) -> None:
     lines = [{"text": "t"}, {"question": "q", "answer": "a"}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
     workspace = review_workspace(tmp_path, lines)
     workspace.build("clean")
     experiment, source = workspace.load()
     rows: dict[str, Row] = {}
     for item in find_review(experiment, source, workspace.store, "checked").rows:
-        rows[item.messages[0]["content"]] = {turn["role"]: turn["judged"] for turn in item.messages}
+        rows[item.messages[0]["content"]] = {message["role"]: message["judged"] for message in item.messages}
     assert rows == {
         "t": {"text": True},
         "q": {"user": False, "assistant": True},
@@ -378,7 +378,7 @@ def test_every_kind_of_rule_can_be_reviewed(rules: str, tmp_path: Path) -> None:
     assert kept == [row["id"] for row in read_rows(workspace.build("clean")["clean"].path)]
     assert 0 < len(kept) < 120
     assert ((filtered.distance < 0) == filtered.kept).all()
-    requested = sampled_ids(workspace)
-    workspace.decide(dict.fromkeys(requested, "keep"))
+    sampled = sampled_ids(workspace)
+    workspace.decide(dict.fromkeys(sampled, "keep"))
     facts = workspace.build("checked")["checked"].facts
-    assert facts["kept"] == len({*kept, *requested})
+    assert facts["kept"] == len({*kept, *sampled})

@@ -17,7 +17,7 @@ from tunery.spec import Keep
 
 
 def distances(kept: int, dropped: int) -> np.ndarray:
-    """Of rows in the order of their scores: -0.5 is the last one kept."""
+    """Return the distances of rows in the order of their scores; -0.5 is that of the last kept row."""
     return np.arange(kept + dropped) - kept + 0.5
 
 
@@ -29,13 +29,13 @@ def sample_of(kept: int, dropped: int, rows: int, seed: int = 17, sources: list[
 
 
 @given(st.dictionaries(st.integers(0, 20), st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 100))
-def test_allocation_is_as_even_as_capacities_allow(room: dict[int, int], total: int) -> None:
-    shares = allocate_evenly(room, total)
-    assert sum(shares.values()) == min(total, sum(room.values()))
-    assert all(shares[key] <= room[key] for key in room)
+def test_allocation_is_as_even_as_capacities_allow(capacities: dict[int, int], total: int) -> None:
+    shares = allocate_evenly(capacities, total)
+    assert sum(shares.values()) == min(total, sum(capacities.values()))
+    assert all(shares[key] <= capacities[key] for key in capacities)
     # Keys with remaining capacity got the maximum allocation, up to a remainder of one.
-    open_ = [shares[key] for key in room if shares[key] < room[key]]
-    assert not open_ or min(open_) >= max(shares.values()) - 1
+    unfilled = [shares[key] for key in capacities if shares[key] < capacities[key]]
+    assert not unfilled or min(unfilled) >= max(shares.values()) - 1
 
 
 def test_allocation_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_sample_has_the_requested_number_of_distinct_rows_or_all(kept: int, drop
         assert (row.stratum.side == "kept") == (row.index < kept)
         assert row.id == f"{row.index:016x}"
     requested = Counter(row.stratum for row in sample.rows)
-    assert all(requested[stratum] <= there for stratum, there in sample.available.items())
+    assert all(requested[stratum] <= available for stratum, available in sample.available.items())
 
 
 def test_both_sides_and_all_bands_are_sampled_evenly() -> None:
@@ -64,22 +64,22 @@ def test_both_sides_and_all_bands_are_sampled_evenly() -> None:
 
 def test_sampled_rows_are_near_the_threshold_in_large_data() -> None:
     large = sample_of(70_000, 30_000, 60)
-    far = max(abs(distances(70_000, 30_000)[row.index]) for row in large.rows)
-    assert 6_000 < far <= 15_000, "within 15% of all rows, and not only at the threshold"
+    max_distance = max(abs(distances(70_000, 30_000)[row.index]) for row in large.rows)
+    assert 6_000 < max_distance <= 15_000, "sampled rows must be within 15% of all rows, but not only at the threshold"
     small = sample_of(60, 40, 30)
     assert max(abs(distances(60, 40)[row.index]) for row in small.rows) <= 35
 
 
 def test_bands_have_increasing_distances() -> None:
     sample = sample_of(600, 400, 60)
-    away = {
+    distances_by_band = {
         band: [abs(distances(600, 400)[row.index]) for row in sample.rows if row.stratum.band == band] for band in BANDS
     }
-    assert max(away["nearest"]) < min(away["near"])
-    assert max(away["near"]) < min(away["farther"])
+    assert max(distances_by_band["nearest"]) < min(distances_by_band["near"])
+    assert max(distances_by_band["near"]) < min(distances_by_band["farther"])
 
 
-def test_small_side_passes_its_share_to_the_other() -> None:
+def test_rows_that_a_small_side_lacks_are_sampled_from_the_other() -> None:
     sample = sample_of(195, 5, 40)
     assert Counter(row.stratum.side for row in sample.rows) == {"kept": 35, "dropped": 5}
 
@@ -93,15 +93,15 @@ def test_every_source_is_sampled() -> None:
 
 def test_sample_depends_only_on_arguments_and_seed() -> None:
     assert sample_of(600, 400, 60) == sample_of(600, 400, 60)
-    one, other = ({row.id for row in sample_of(600, 400, 60, seed).rows} for seed in (17, 18))
-    assert one != other
+    first, second = ({row.id for row in sample_of(600, 400, 60, seed).rows} for seed in (17, 18))
+    assert first != second
     assert [row.id for row in sample_of(600, 400, 60).rows] != sorted(row.id for row in sample_of(600, 400, 60).rows)
 
 
 def test_order_mixes_the_sides() -> None:
     sides = [row.stratum.side for row in sample_of(600, 400, 60).rows]
-    turns = sum(one != other for one, other in itertools.pairwise(sides))
-    assert turns > 15, "the position of a row reveals its outcome"
+    changes = sum(side != following for side, following in itertools.pairwise(sides))
+    assert changes > 15, "the position of a row reveals its outcome"
 
 
 def test_copies_of_a_row_are_sampled_once() -> None:

@@ -49,21 +49,21 @@ class Client:
     server: ReviewServer
     path: Path
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> HttpResponse:
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> HttpResponse:
         connection = http.client.HTTPConnection(*self.server.server_address[:2], timeout=10)
         try:
-            sent = {"Content-Type": "application/json"} if body is not None else {}
-            connection.request(method, path, None if body is None else json.dumps(body), {**sent, **headers})
+            content_type = {"Content-Type": "application/json"} if body is not None else {}
+            connection.request(method, path, None if body is None else json.dumps(body), {**content_type, **headers})
             response = connection.getresponse()
             return HttpResponse(response.status, dict(response.getheaders()), response.read())
         finally:
             connection.close()
 
     def get(self, path: str = "", **headers: str) -> HttpResponse:
-        return self.ask("GET", f"/{self.server.token}/{path}", **headers)
+        return self.request("GET", f"/{self.server.token}/{path}", **headers)
 
     def post(self, path: str, body: Any, **headers: str) -> HttpResponse:
-        return self.ask("POST", f"/{self.server.token}/{path}", body, **headers)
+        return self.request("POST", f"/{self.server.token}/{path}", body, **headers)
 
     def decide(self, id: str, decision: str) -> HttpResponse:
         return self.post("decide", {"id": id, "decision": decision})
@@ -100,7 +100,7 @@ def test_server_listens_on_localhost_only(client: Client) -> None:
 @pytest.mark.parametrize("path", ["/", "/x/", "/state", "/%(token)sx/state", "/x/%(token)s/", ""])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_request_without_the_token_is_rejected(method: str, path: str, client: Client) -> None:
-    response = client.ask(method, path % {"token": client.server.token}, {} if method == "POST" else None)
+    response = client.request(method, path % {"token": client.server.token}, {} if method == "POST" else None)
     assert response.status == 403
     assert client.server.token.encode() not in response.body
     assert b"checked" not in response.body
@@ -156,13 +156,13 @@ def test_page_has_no_external_address(client: Client) -> None:
         assert "http:" not in text
         assert "https:" not in text
         assert "innerHTML =" not in text
-        assert "<script>" not in text, "the policy lets no inline script run"
+        assert "<script>" not in text, "the policy forbids inline scripts"
 
 
 @pytest.mark.parametrize(
     "path", ["../decisions.py", "..%2fserver.py", "%2e%2e/server.py", "rows/", "rows/zzz", "rows/a/b", "x"]
 )
-def test_nothing_else_is_served(path: str, client: Client) -> None:
+def test_other_paths_are_not_found(path: str, client: Client) -> None:
     assert client.get(path).status == 404
 
 
@@ -212,7 +212,7 @@ def test_decision_is_in_the_file_when_the_response_arrives(client: Client) -> No
         ({"id": "a", "decision": "perhaps"}, 400),
         ({"id": "a", "decision": None}, 400),
         ({"id": ["a"], "decision": "keep"}, 400),
-        ({"id": "nobody", "decision": "keep"}, 404),
+        ({"id": "unknown", "decision": "keep"}, 404),
         ({}, 400),
         ([], 400),
         ({"id": "a" * 5000, "decision": "keep"}, 413),
@@ -230,12 +230,12 @@ def test_body_without_json_or_length_is_rejected(client: Client) -> None:
         "Content-Length: -1\r\n\r\n",
         "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ):
-        with socket.create_connection(client.server.server_address[:2], timeout=10) as raw:
+        with socket.create_connection(client.server.server_address[:2], timeout=10) as connection:
             start = (
                 f"POST /{client.server.token}/decide HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             )
-            raw.sendall((start + head).encode())
-            assert raw.recv(100).split()[1] in (b"400", b"413")
+            connection.sendall((start + head).encode())
+            assert connection.recv(100).split()[1] in (b"400", b"413")
     assert client.get("state").status == 200
 
 
@@ -271,10 +271,10 @@ def test_decision_on_a_row_of_another_sample_is_not_undone(tmp_path: Path) -> No
 
 
 def test_full_disk_is_reported_and_the_row_stays_undecided(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: DecisionLog, line: Any) -> None:
+    def fail(self: DecisionLog, line: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DecisionLog, "_append", full)
+    monkeypatch.setattr(DecisionLog, "_append", fail)
     response = client.decide("a", "keep")
     assert (response.status, b"No space left" in response.body) == (507, True)
     monkeypatch.undo()
