@@ -28,15 +28,15 @@ with report_abrupt_exit("exited abruptly"):
     ],
 )
 def test_message_is_printed_only_after_an_abrupt_exit(exit_code: str, has_message: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", CODE, exit_code], capture_output=True, text=True, timeout=20)
-    assert ("exited abruptly" in done.stderr) == has_message
+    process = subprocess.run([sys.executable, "-c", CODE, exit_code], capture_output=True, text=True, timeout=20)
+    assert ("exited abruptly" in process.stderr) == has_message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_process_group_prints_no_message(number: signal.Signals) -> None:
     """The scheduler of a cluster and Ctrl-C in a terminal signal every process of the group, including the fork."""
     # Including SIGINT, which a shell ignores in background processes.
-    handlers = "\n".join(f"signal.signal({one}, signal.default_int_handler)" for one in (2, 15))
+    handlers = "\n".join(f"signal.signal({signal_number}, signal.default_int_handler)" for signal_number in (2, 15))
     code = CODE.replace("import os, sys", f"import os, signal, sys, time\n{handlers}")
     run = subprocess.Popen(
         [sys.executable, "-c", code, "print(1, flush=True); time.sleep(20)"],
@@ -48,7 +48,7 @@ def test_signal_to_the_process_group_prints_no_message(number: signal.Signals) -
     assert run.stdout is not None
     assert run.stdout.readline() == "1\n"
     os.killpg(run.pid, number)
-    _, err = run.communicate(timeout=20)
-    assert "KeyboardInterrupt" in err
-    assert "BrokenPipeError" not in err
-    assert "exited abruptly" not in err
+    _, stderr = run.communicate(timeout=20)
+    assert "KeyboardInterrupt" in stderr
+    assert "BrokenPipeError" not in stderr
+    assert "exited abruptly" not in stderr

@@ -42,13 +42,13 @@ def prose(path: Path) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub names them."""
-    found: dict[str, int] = {}
+    """Return the anchors that GitHub generates for the headings of a page."""
+    counts: dict[str, int] = {}
     result = set()
     for heading in re.findall(r"^#+ (.*)$", prose(path), flags=re.M):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        result.add(slug if slug not in found else f"{slug}-{found[slug]}")
-        found[slug] = found.get(slug, 0) + 1
+        result.add(slug if slug not in counts else f"{slug}-{counts[slug]}")
+        counts[slug] = counts.get(slug, 0) + 1
     return result
 
 
@@ -79,11 +79,11 @@ def test_every_benchmark_is_described() -> None:
     assert described == scripts
 
 
-def test_readme_is_an_overview() -> None:
+def test_readme_has_at_most_200_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
-def test_reference_is_what_the_schema_says() -> None:
+def test_experiment_reference_is_up_to_date() -> None:
     assert REFERENCE.read_text(encoding="utf-8") == page(), "out of date: run `make docs`"
 
 
@@ -95,7 +95,7 @@ def test_every_key_of_the_reference_has_a_description() -> None:
 
 
 def yaml_blocks() -> list[tuple[str, str, str]]:
-    """(page and number, info string, text) of each YAML block."""
+    """Return (page and number, info string, text) of each YAML block."""
     return [
         (f"{name_of(path)}-{number}", block["info"].strip(), block["text"])
         for path in PAGES
@@ -147,18 +147,18 @@ def test_stages_and_search_keys_of_fragments_are_valid(text: str) -> None:
 
 
 def commands_of(path: Path) -> Iterator[str]:
-    """`tunery ..` in code: lines of blocks, and inline."""
+    """Yield the `tunery` commands in code blocks and inline code."""
     text = path.read_text(encoding="utf-8")
     lines = [line for block in FENCE.finditer(text) for line in block["text"].splitlines()]
     lines += re.findall(r"^    (\S.*)$", prose(path), flags=re.M)
     lines += re.findall(r"`([^`\n]+)`", prose(path))
     for line in lines:
-        if found := re.match(r"(?:\S*/)?tunery ([a-z].*)", line):
-            yield found[1]
+        if match := re.match(r"(?:\S*/)?tunery ([a-z].*)", line):
+            yield match[1]
 
 
 @each_page
-def test_commands_have_the_subcommands_and_options_that_are_named(path: Path) -> None:
+def test_commands_and_options_of_the_documentation_exist(path: Path) -> None:
     unknown = []
     for line in commands_of(path):
         name, *words = shlex.split(line.replace("\\|", "|"), comments=True)
@@ -175,13 +175,15 @@ def test_readme_lists_every_command() -> None:
     assert sorted(listed) == sorted(COMMANDS)
 
 
-def test_names_of_the_code_on_the_page_about_extending_exist() -> None:
+def test_names_and_paths_of_the_extending_page_exist() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    sources = [*(ROOT / "platform" / "tunery").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    package = ROOT / "platform" / "tunery"
+    sources = list(package.rglob("*.py"))
+    files = [*sources, *(ROOT / "tests").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
     names = set(re.findall(r"`([A-Za-z_]\w{3,})`", page))
     assert sorted(name for name in names if not re.search(rf"\b{name}\b", code)) == []
-    modules = {str(path.relative_to(ROOT / "platform" / "tunery")) for path in sources if "tests" not in path.parts}
+    modules = {str(path.relative_to(package)) for path in sources}
     paths = set(re.findall(r"(?<![\w/.-])((?:[a-z_]+/)+[a-z_]+\.py)", page))
     missing = [path for path in paths if path not in modules and not (ROOT / path).is_file()]
     assert sorted(path for path in missing if not any(module.endswith(f"/{path}") for module in modules)) == []

@@ -48,12 +48,12 @@ def test_run_has_the_name_of_its_file() -> None:
 
 def test_every_reported_column_is_in_a_summary_table() -> None:
     source = Path(summary_tables.__file__).read_text(encoding="utf-8")
-    words = [
+    names = [
         *run_all.FIGURES,
         run_all.SEARCH_TABLE,
         *(column for columns in run_all.FIGURES.values() for column in columns),
     ]
-    assert [word for word in words if f'"{word}"' not in source] == []
+    assert [name for name in names if f'"{name}"' not in source] == []
 
 
 def state_of(*events: dict[str, Any]) -> RunState:
@@ -78,7 +78,7 @@ def failed_at(kind: str) -> RunState:
     )
 
 
-def test_missing_decisions_are_no_failure(tmp_path: Path) -> None:
+def test_missing_review_decisions_are_not_a_failure(tmp_path: Path) -> None:
     file = tmp_path / "review.yaml"
     file.write_text((FOLDER / "review.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     assert run_all.awaits_review(file, failed_at("review"))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a stop request that cannot be lost, and that does not interrupt the end of a run."""
+"""SIGINT and SIGTERM: a stop request takes effect in any case, and does not interrupt the end of a run."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_interrupt_dropped_by_a_destructor_is_raised_again(number: signal.Signals) -> None:
     """Python drops exceptions of destructors, so Ctrl-C would have no effect."""
     code = f"""
-class Swallows:
+class RaisesInDestructor:
     def __del__(self):
         kill({int(number)})
 with STOP.handled():
     try:
-        Swallows()
-        print("lost")
+        RaisesInDestructor()
+        print("dropped")
         time.sleep(10)
     except KeyboardInterrupt:
         print("raised again")
 """
-    done = python(code)
-    assert done.stdout.split("\n")[:2] == ["lost", "raised again"], done.stderr
+    process = python(code)
+    assert process.stdout.split("\n")[:2] == ["dropped", "raised again"], process.stderr
 
 
 def test_dropped_interrupt_is_raised_by_the_next_check() -> None:
@@ -87,7 +87,7 @@ with STOP.handled():
 
 
 def test_handler_replaced_by_c_code_is_restored_during_a_background_call() -> None:
-    """Ray's C++ code replaces it in ray.init and ray.shutdown, in another thread."""
+    """Ray's C++ code replaces the handler in ray.init and ray.shutdown, in another thread."""
     code = """
 def replace():
     libc = ctypes.CDLL(None)
@@ -115,9 +115,9 @@ with STOP.handled(), STOP.held():
     kill()
     print("not reached", flush=True)
 """
-    done = python(code)
-    assert done.stdout.splitlines() == ["True False", "True True"], "the third one exits the process"
-    assert done.returncode == 130
+    process = python(code)
+    assert process.stdout.splitlines() == ["True False", "True True"], "the third signal exits the process"
+    assert process.returncode == 130
 
 
 def test_third_signal_exits_with_one_message() -> None:
@@ -127,10 +127,10 @@ with STOP.handled(), report_abrupt_exit("the run was killed"), STOP.held():
     for _ in range(3):
         kill()
 """
-    done = python(code)
-    assert done.returncode == 130
-    assert "stopped immediately" in done.stderr
-    assert "killed" not in done.stderr
+    process = python(code)
+    assert process.returncode == 130
+    assert "stopped immediately" in process.stderr
+    assert "killed" not in process.stderr
 
 
 def test_signals_in_quick_succession_count_as_one() -> None:
@@ -175,16 +175,16 @@ def test_previous_handlers_are_restored() -> None:
 def test_handlers_are_not_installed_in_other_threads() -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop = StopSignals()
-    seen = []
+    handlers = []
 
     def run() -> None:
         with stop.handled():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert handlers == [before]
 
 
 def test_background_call_returns_or_raises() -> None:
@@ -205,13 +205,13 @@ def test_wait_for_a_background_call_has_a_timeout() -> None:
 
 def test_thread_of_a_background_call_is_kept_alive_until_released() -> None:
     """Ray's processes die with the thread that started them."""
-    keep = threading.Event()
-    call = BackgroundCall(threading.current_thread, keep)
+    release = threading.Event()
+    call = BackgroundCall(threading.current_thread, release)
     assert call.wait(5)
     thread = call.result()
     time.sleep(0.05)
     assert thread.is_alive()
-    keep.set()
+    release.set()
     thread.join(5)
     assert not thread.is_alive()
 
@@ -227,8 +227,8 @@ cli._load_and_validate = validate
 sys.argv = ["tunery", "validate", "x.yaml"]
 cli.main()
 """
-    done = python(code)
-    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    process = python(code)
+    assert (process.returncode, process.stderr) == (130, "stopped\n")
 
 
 def test_signal_at_exit_does_not_change_the_exit_code() -> None:
@@ -237,12 +237,12 @@ import atexit
 from tunery import cli
 cli._load_and_validate = lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device", "/x"))
 sys.argv = ["tunery", "validate", "x.yaml"]
-class Last:
+class SignalsAtExit:
     def __del__(self):
         os.kill(os.getpid(), 15)
-keep = Last()
+at_exit = SignalsAtExit()
 cli.main()
 """
-    done = python(code)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: /x: No space left on device\nremedy: free some space")
+    process = python(code)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: /x: No space left on device\nremedy: free some space")

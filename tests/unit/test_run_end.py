@@ -23,9 +23,9 @@ exec(sys.argv[1])
 sys.argv = ["tunery", "run", "e.yaml", "--store", "store"]
 cli.main()
 """
-REPORT_FAILS = 'os.symlink("/dev/full", run / f".report.{os.getpid()}.html")'
-WANDB_FAILS = '(run / "wandb").write_text("a file where W&B wants a folder")'
-ALL_FAILS = "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
+FAIL_REPORT = 'os.symlink("/dev/full", run / f".report.{os.getpid()}.html")'
+FAIL_WANDB = '(run / "wandb").write_text("a file where W&B wants a folder")'
+FAIL_ALL_WRITES = "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
 
 
 @pytest.fixture
@@ -48,47 +48,47 @@ def run(folder: Path, before: str, *, fails: bool, wandb: bool = False, **popen:
 
 
 def test_error_of_a_stage_is_shown_when_the_report_cannot_be_written(folder: Path) -> None:
-    done = run(folder, REPORT_FAILS, fails=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
-    assert "report: not written (No space left on device)" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    process = run(folder, FAIL_REPORT, fails=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
+    assert "report: not written (No space left on device)" in process.stdout
+    assert "Traceback" not in process.stdout + process.stderr
     assert "Traceback" in (folder / "store/runs/r/logs/driver.log").read_text(), "the log has the traceback"
 
 
-def test_run_whose_report_cannot_be_written_fails_and_names_the_remedy(folder: Path) -> None:
-    done = run(folder, REPORT_FAILS, fails=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[:2] == [
+def test_run_whose_report_cannot_be_written_fails_with_a_remedy(folder: Path) -> None:
+    process = run(folder, FAIL_REPORT, fails=False)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[:2] == [
         "error: the run is done, but its report could not be written",
         "cause: No space left on device",
     ]
-    assert "tunery report" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "tunery report" in process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
 
 
 def test_error_of_a_stage_is_shown_when_wandb_fails(folder: Path) -> None:
-    done = run(folder, WANDB_FAILS, fails=True, wandb=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
-    assert "W&B: " in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    process = run(folder, FAIL_WANDB, fails=True, wandb=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
+    assert "W&B: " in process.stdout
+    assert "Traceback" not in process.stdout + process.stderr
 
 
 def test_run_on_a_full_disk_ends_without_a_traceback(folder: Path) -> None:
-    done = run(folder, ALL_FAILS, fails=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stdout + done.stderr
+    process = run(folder, FAIL_ALL_WRITES, fails=False)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert "Traceback" not in process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_stdout_on_a_full_disk_does_not_change_the_run(folder: Path, fails: bool) -> None:
     with Path("/dev/full").open("w") as full:
-        done = run(folder, "", fails=fails, stdout=full)
-    assert done.returncode == (1 if fails else 0)
-    assert done.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n" if fails else "")
-    assert "Traceback" not in done.stderr
+        process = run(folder, "", fails=fails, stdout=full)
+    assert process.returncode == (1 if fails else 0)
+    assert process.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n" if fails else "")
+    assert "Traceback" not in process.stderr
     assert (folder / "store/runs/r/report.html").is_file()
 
 
@@ -111,10 +111,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 log.write("last")
 """
     path = tmp_path / "events" / "driver.jsonl"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=20, check=False
     )
-    assert done.stdout.split() == ["cut", "missing"], done.stderr
+    assert process.stdout.split() == ["cut", "missing"], process.stderr
     assert [event["event"] for event in read_events(path.parent)] == ["first", "last"]
     EventLog(path).write("of a later run")
     assert [event["event"] for event in read_events(path.parent)] == ["first", "last", "of a later run"]
