@@ -24,15 +24,7 @@ from tunery.pipeline.ray_address import cluster_address
 from tunery.pipeline.ray_session import RaySession
 from tunery.pipeline.run_context import RunContext
 from tunery.pipeline.validate import validate
-from tunery.reporting.summary_tables import (
-    diversity_table,
-    filter_table,
-    loss_table,
-    review_table,
-    search_table,
-    training_tables,
-    win_table,
-)
+from tunery.reporting.summary_tables import summary_tables
 from tunery.search.population import max_children
 from tunery.search.search_plan import plan_search
 from tunery.search.space import curve_stage, estimate_max_progress, metric_stages, unfiltered_stages
@@ -163,17 +155,8 @@ def _run(
         search_artifact = run_search(experiment, run_context, log, capacity, max_progress)
         artifacts = execute(experiment, run_context, log, launcher, done=artifacts)
         best = _evaluate_best_trial(experiment, run_context, log, launcher, search_artifact)
-    for table in (
-        filter_table(experiment, artifacts),
-        diversity_table(experiment, artifacts),
-        review_table(experiment, artifacts),
-        *training_tables(experiment, artifacts),
-        loss_table(experiment, artifacts, best),
-        win_table(experiment, artifacts, best),
-        search_table(experiment, search_artifact),
-    ):
-        if table is not None:
-            log.write("comparison", **table)
+    for table in summary_tables(experiment, artifacts, best, search_artifact):
+        log.write("comparison", **table)
     log.write("overhead", **overhead(read_events(run_context.events)))
     return Outcome(artifacts, search_artifact)
 

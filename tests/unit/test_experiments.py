@@ -11,7 +11,7 @@ import pytest
 
 from tunery.events.event_reducer import replay
 from tunery.events.run_state import RunState
-from tunery.reporting import summary_tables
+from tunery.reporting import evaluation_tables, filter_tables, summary_tables, training_tables
 from tunery.spec import Search, load
 from tunery.spec.stage_kinds import STAGE_KINDS
 
@@ -47,7 +47,8 @@ def test_run_has_the_name_of_its_file() -> None:
 
 
 def test_every_reported_column_is_in_a_summary_table() -> None:
-    source = Path(summary_tables.__file__).read_text(encoding="utf-8")
+    modules = (evaluation_tables, filter_tables, summary_tables, training_tables)
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     names = [
         *run_all.FIGURES,
         run_all.SEARCH_TABLE,

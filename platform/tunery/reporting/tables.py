@@ -11,6 +11,8 @@ from tunery.events.formatting import cells, is_numeric, plain
 from tunery.events.stage_summary import mappings_in
 from tunery.spec.stage_kinds import Direction
 
+SummaryTable = dict[str, Any]
+"""A table that a run logs at its end, in the event `comparison`: title, columns, rows, notes."""
 OWN_SECTION = frozenset({"histogram", "pairs", "samples", "quarantine", "responses"})
 """Facts that have their own section in the report, and are omitted from the list of a stage's facts."""
 

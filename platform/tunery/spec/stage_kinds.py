@@ -137,7 +137,7 @@ class TrainerSpec(StageKind):
     """Function from the facts to further sentences of that card."""
     table: str = ""
     """Function from the trainings of all kinds with this table, and their artifacts, to a table that is printed at the
-    end of a run (reporting/summary_tables.py)."""
+    end of a run (reporting/training_tables.py)."""
 
     @property
     def model_form(self) -> Literal["causal", "classifier"]:
@@ -174,7 +174,7 @@ def _online_rl_spec(config: type[Training[Any]], **fields: Any) -> TrainerSpec:
         row_encoding="tunery.models.row_encodings:PROMPTS",
         primary_metric="reward",
         summary="tunery.events.stage_summary:policy_summary",
-        table="tunery.reporting.summary_tables:policy_table",
+        table="tunery.reporting.training_tables:policy_table",
         **fields,
     )
 
@@ -248,7 +248,7 @@ STAGE_KINDS: Registry[StageKind] = Registry(
             fits_temperature=True,
             model_name="text classifier",
             card_remarks="tunery.export.card:classifier_remarks",
-            table="tunery.reporting.summary_tables:classifier_table",
+            table="tunery.reporting.training_tables:classifier_table",
         ),
         TrainerSpec(
             config=RewardTraining,
@@ -261,7 +261,7 @@ STAGE_KINDS: Registry[StageKind] = Registry(
             labels=REWARD,
             model_name="reward model",
             card_remarks="tunery.export.card:reward_remarks",
-            table="tunery.reporting.summary_tables:reward_table",
+            table="tunery.reporting.training_tables:reward_table",
         ),
         _policy_spec(
             Dpo,

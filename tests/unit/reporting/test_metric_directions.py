@@ -11,10 +11,10 @@ from experiment_text import LoadText
 
 from tunery.events.event_reducer import RunState, replay
 from tunery.events.stage_summary import evaluate_summary, win_rate_summary
+from tunery.reporting.evaluation_tables import loss_table, win_table
 from tunery.reporting.report_sections import leaderboard
 from tunery.reporting.responses import prompt_responses
 from tunery.reporting.score_section import auc_tables
-from tunery.reporting.summary_tables import loss_table, win_table
 from tunery.spec import STAGE_KINDS
 from tunery.spec.stage_kinds import Direction
 from tunery.store import Artifact

@@ -8,14 +8,10 @@ from typing import Any
 from experiment_text import LoadText
 from sample_run import GRPO_FACTS, PPO_FACTS
 
-from tunery.reporting.summary_tables import (
-    diversity_table,
-    loss_table,
-    results,
-    search_table,
-    training_tables,
-    win_table,
-)
+from tunery.reporting.evaluation_tables import loss_table, win_table
+from tunery.reporting.filter_tables import diversity_table
+from tunery.reporting.summary_tables import results, search_table
+from tunery.reporting.training_tables import training_tables
 from tunery.search.journal import JournalRecord, TrialStart
 from tunery.search.outcome import search_facts
 from tunery.store import Artifact

@@ -17,9 +17,9 @@ from tunery.events.stage_summary import outcome
 from tunery.pipeline.plan import make_plan
 from tunery.pipeline.review_command import find_review, write_review
 from tunery.pipeline.validate import pending_reviews, validate
+from tunery.reporting.filter_tables import filter_table, review_table
 from tunery.reporting.report import report_html
 from tunery.reporting.review_section import reviews
-from tunery.reporting.summary_tables import filter_table, review_table
 from tunery.review.filter_results import REVIEWED_COLUMNS, read_filter_results
 from tunery.spec import load
 from tunery.store import StageContext

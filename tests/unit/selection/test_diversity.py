@@ -20,7 +20,7 @@ from in_process import stage_context
 from pydantic import ValidationError
 
 from tunery.errors import StageError
-from tunery.reporting.summary_tables import diversity_table
+from tunery.reporting.filter_tables import diversity_table
 from tunery.review.filter_results import read_filter_results
 from tunery.selection import candidates as candidates_module
 from tunery.selection import k_center as k_center_module

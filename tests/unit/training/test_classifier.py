@@ -31,7 +31,7 @@ from tunery.models.load import (
 )
 from tunery.pipeline.plan import make_plan
 from tunery.pipeline.validate import validate
-from tunery.reporting.summary_tables import training_tables
+from tunery.reporting.training_tables import training_tables
 from tunery.spec import LABELS, Lora, PositiveNegative
 from tunery.spec.check_search import metrics_of
 from tunery.spec.trainings import data_refs

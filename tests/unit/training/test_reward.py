@@ -32,7 +32,7 @@ from tunery.models.load import (
 )
 from tunery.models.metrics import preference_accuracy, preference_loss
 from tunery.pipeline.validate import validate
-from tunery.reporting.summary_tables import training_tables
+from tunery.reporting.training_tables import training_tables
 from tunery.scoring.scorers.reward_score import RewardScorer
 from tunery.spec import REWARD, Lora, Reward
 from tunery.spec.check_search import metrics_of
