@@ -1,4 +1,4 @@
-"""The event log: events that one process writes are read completely and in order by another one."""
+"""The event log: events of one process are read completely and in order by another one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_partial_line_is_skipped_and_the_next_event_is_read(tmp_path: Path) -> N
 def test_line_truncated_by_a_full_disk_does_not_corrupt_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, write, space = EventLog(tmp_path / "driver.jsonl"), os.write, [10]
+    log, write, writable_bytes = EventLog(tmp_path / "driver.jsonl"), os.write, [10]
 
     def until_full(descriptor: int, data: bytes) -> int:
-        if not space:
+        if not writable_bytes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, data[: space.pop()])
+        return write(descriptor, data[: writable_bytes.pop()])
 
     monkeypatch.setattr(os, "write", until_full)
     with pytest.raises(OSError, match="No space left"):
@@ -42,13 +42,13 @@ def test_line_truncated_by_a_full_disk_does_not_corrupt_the_next_one(
 
 
 def test_log_is_synced_periodically_and_not_at_every_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forced: list[int] = []
-    monkeypatch.setattr(os, "fsync", forced.append)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
     monkeypatch.setattr(event_log, "SYNC_SECONDS", 0.05)
     log, end = EventLog(tmp_path / "driver.jsonl"), time.monotonic() + 0.3
     while time.monotonic() < end:
         log.write("progress", done=1)
-    assert 1 <= len(forced) <= 6
+    assert 1 <= len(synced) <= 6
 
 
 def test_incomplete_line_is_read_once_it_is_complete(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def started(stage: str = "sft", at: float = 0.0, fingerprint: str = "f") -> Even
 def test_resumed_run_keeps_the_later_value_of_each_step() -> None:
     first = [event("metrics", step=step, values={"loss": 9.0}, stage="sft") for step in (10, 20, 30)]
     again = [event("metrics", step=step, values={"loss": 5.0}, stage="sft") for step in (20, 30, 40)]
-    opening = event("run_started", stages=[{"name": "sft", "kind": "sft", "inputs": []}])
-    state = replay([opening, started(), *first, opening, started(), *again])
+    start = event("run_started", stages=[{"name": "sft", "kind": "sft", "inputs": []}])
+    state = replay([start, started(), *first, start, started(), *again])
     curve = state.stages["sft"].curve
     assert [(point.step, point.values["loss"]) for point in curve] == [
         (10, 9.0),
@@ -113,16 +113,16 @@ def test_best_trial_is_the_best_completed_one() -> None:
     state = replay([event("search_started", metric="m", mode="min", trials=4), *ended])
     assert state.search is not None
     assert state.search.best is state.search.trials["b"]
-    assert [one.name for one in state.search.ranked] == ["b", "a", "c", "d"]
+    assert [item.name for item in state.search.ranked] == ["b", "a", "c", "d"]
     state.search.mode = "max"
     assert state.search.best is state.search.trials["a"]
 
 
 def test_resumed_search_keeps_its_finished_trials() -> None:
-    opening = event("search_started", metric="m", mode="min", trials=3, space={"a.b": "one of 1, 2"})
+    start = event("search_started", metric="m", mode="min", trials=3, space={"a.b": "one of 1, 2"})
     done = event("trial_finished", trial="t0", overrides={"a.b": 1}, state="done", value=2.0, seconds=4)
     cut_off = event("trial_started", trial="t1", overrides={"a.b": 2})
-    state = replay([opening, done, cut_off, event("run_started", stages=[]), opening])
+    state = replay([start, done, cut_off, event("run_started", stages=[]), start])
     assert state.search is not None
     assert {name: trial.status for name, trial in state.search.trials.items()} == {
         "t0": "done",
@@ -131,11 +131,11 @@ def test_resumed_search_keeps_its_finished_trials() -> None:
 
 
 def test_time_left_of_a_search_is_divided_by_concurrency() -> None:
-    opening = event("search_started", metric="m", mode="min", trials=5, max_concurrent=2)
+    start = event("search_started", metric="m", mode="min", trials=5, max_concurrent=2)
     done = event("trial_finished", 10, trial="t0", overrides={}, state="done", value=2.0, seconds=10)
     second = event("trial_finished", 10, trial="t2", overrides={}, state="done", value=2.0, seconds=10)
     running = event("trial_started", 10, trial="t1", overrides={})
-    state = replay([opening, done, second, running])
+    state = replay([start, done, second, running])
     assert state.search is not None
     assert state.search.time_left(START + 14) == pytest.approx((6 + 2 * 10) / 2)
 
@@ -190,10 +190,10 @@ def test_search_state_has_origins_values_standings_ties_and_pareto_front() -> No
 
 
 def test_replayed_search_keeps_its_origins() -> None:
-    result = [one for one in searched_events() if one["event"] != "trial_started"]
-    for one in result:
-        if one["event"] == "trial_finished" and one["trial"] == "r00":
-            one.update(origin="replicate", of="t00")
+    result = [item for item in searched_events() if item["event"] != "trial_started"]
+    for item in result:
+        if item["event"] == "trial_finished" and item["trial"] == "r00":
+            item.update(origin="replicate", of="t00")
     search = replay(result).search
     assert search is not None
     assert search.trials["r00"] not in search.originals
@@ -205,10 +205,10 @@ def test_infeasible_trial_is_best_only_if_no_trial_is_feasible() -> None:
         end = {"overrides": {}, "state": "done", "value": value, "feasible": feasible}
         return event("trial_finished", trial=name, **end)
 
-    opening = event("search_started", metric="m", mode="min", trials=2)
-    only = replay([opening, trial("broken", 1.0, False)]).search
-    both = replay([opening, trial("broken", 1.0, False), trial("kept", 2.0, True)]).search
-    assert only is not None
-    assert only.best is only.trials["broken"]
+    start = event("search_started", metric="m", mode="min", trials=2)
+    infeasible_only = replay([start, trial("broken", 1.0, False)]).search
+    both = replay([start, trial("broken", 1.0, False), trial("kept", 2.0, True)]).search
+    assert infeasible_only is not None
+    assert infeasible_only.best is infeasible_only.trials["broken"]
     assert both is not None
     assert both.best is both.trials["kept"]

@@ -46,9 +46,9 @@ def test_ranking_is_replicated_then_single_then_infeasible_trials() -> None:
 
 def test_table_has_violated_constraints_and_origins() -> None:
     search = search_of(searched_events())
-    breaks, origins = column(search, "violations"), column(search, "origin")
+    violations, origins = column(search, "violations"), column(search, "origin")
     for trial in search.originals:
-        assert breaks[trial.name] == (None if trial.feasible else "forgetting > 0.1")
+        assert violations[trial.name] == (None if trial.feasible else "forgetting > 0.1")
     assert (origins["t00"], origins["t02"], origins["t03"]) == (None, "initial", "cloned from t00")
 
 
@@ -71,9 +71,9 @@ def test_tie_is_described_in_the_summary() -> None:
 
 def test_winner_without_replicates_is_by_one_seed() -> None:
     events = [
-        one for one in searched_events(standings=[], ties=[], pareto_front=[]) if one.get("origin") != "replicate"
+        item for item in searched_events(standings=[], ties=[], pareto_front=[]) if item.get("origin") != "replicate"
     ]
-    events = [one for one in events if not str(one.get("trial", "")).startswith("r")]
+    events = [item for item in events if not str(item.get("trial", "")).startswith("r")]
     (line,) = winner_summary(search_of(events))
     assert "by one seed" in line
 
@@ -85,13 +85,13 @@ def test_reason_for_an_early_end_is_reported() -> None:
 
 def test_infeasible_winner_is_reported() -> None:
     end = {"state": "done", "value": 2.0, "values": {LOSS: 2.0, FORGETTING: 0.5}, "feasible": False}
-    opening = next(one for one in searched_events() if one["event"] == "search_started")
-    lines = winner_summary(search_of([opening, event("trial_finished", 9, trial="t", overrides={}, **end)]))
+    start = next(item for item in searched_events() if item["event"] == "search_started")
+    lines = winner_summary(search_of([start, event("trial_finished", 9, trial="t", overrides={}, **end)]))
     assert lines[1] == "no trial satisfies the constraints: t has forgetting > 0.1"
 
 
 def test_running_search_reports_the_best_so_far_with_its_replicates() -> None:
-    events = [one for one in searched_events() if one["event"] not in ("search_finished", "run_finished")]
+    events = [item for item in searched_events() if item["event"] not in ("search_finished", "run_finished")]
     search = search_of(events)
     assert winner_summary(search)[0].startswith("best so far: t00, eval loss 3.105 over 2 seeds")
 
@@ -106,8 +106,8 @@ def test_log_without_origins_and_values_still_gives_a_table() -> None:
 
 def test_weighted_sum_has_a_column_next_to_its_metrics() -> None:
     events = searched_events()
-    opening = next(one for one in events if one["event"] == "search_started")
-    opening["objectives"] = [{"metric": FORGETTING, "mode": "min", "weight": 2.0}]
+    start = next(item for item in events if item["event"] == "search_started")
+    start["objectives"] = [{"metric": FORGETTING, "mode": "min", "weight": 2.0}]
     search = search_of(events)
     assert {"weighted sum", "eval_loss", "forgetting"} <= set(leaderboard(search).columns)
     assert search.objectives == [(LOSS, "min")]

@@ -35,10 +35,10 @@ def test_overhead_has_first_step_launches_and_gaps_without_the_search() -> None:
     }
 
 
-def test_tokenization_is_not_a_training_step() -> None:
+def test_tokenization_does_not_count_as_a_training_step() -> None:
     begin = next(index for index, event in enumerate(EVENTS) if event["event"] == "stage_started")
-    tokenised = at(21, "progress", stage="base", done=300, unit="rows", preparing=True)
-    assert overhead([*EVENTS[: begin + 1], tokenised, *EVENTS[begin + 1 :]]) == overhead(EVENTS)
+    tokenized = at(21, "progress", stage="base", done=300, unit="rows", preparing=True)
+    assert overhead([*EVENTS[: begin + 1], tokenized, *EVENTS[begin + 1 :]]) == overhead(EVENTS)
 
 
 def test_only_the_last_invocation_counts() -> None:

@@ -30,60 +30,60 @@ def test_ranking_is_by_completion_then_feasibility_then_value() -> None:
     result = search(constraints=[{"metric": "b", "max": 0.02}])
     records = [
         record("stopped", "stopped", a=0.1, b=0.0),
-        record("broken", a=0.2, b=0.03),
+        record("infeasible", a=0.2, b=0.03),
         record("unknown", a=0.25),
         record("worse", a=0.5, b=0.02),
         record("better", a=0.4, b=-1.0),
-        record("nothing", a=math.nan, b=0.0),
+        record("diverged", a=math.nan, b=0.0),
     ]
     facts = search_facts(result, records, "")
-    assert [trial["trial"] for trial in facts["trials"][:4]] == ["better", "worse", "broken", "unknown"]
+    assert [trial["trial"] for trial in facts["trials"][:4]] == ["better", "worse", "infeasible", "unknown"]
     assert facts["best"]["trial"] == "better"
     assert [trial["feasible"] for trial in facts["trials"][:4]] == [True, True, False, False]
     assert search_facts(result, records[:1], "")["best"] is None
 
 
 def test_weighted_sum_has_the_direction_of_the_first_metric() -> None:
-    also = [{"metric": "b", "mode": "max", "weight": 2.0}]
-    assert objective_value(search(objectives=also), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
-    assert objective_value(search(objectives=also, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
-    assert math.isnan(objective_value(search(objectives=also), {"a": 1.0}))
+    objectives = [{"metric": "b", "mode": "max", "weight": 2.0}]
+    assert objective_value(search(objectives=objectives), {"a": 1.0, "b": 0.25}) == pytest.approx(0.5)
+    assert objective_value(search(objectives=objectives, mode="max"), {"a": 1.0, "b": 0.25}) == pytest.approx(1.5)
+    assert math.isnan(objective_value(search(objectives=objectives), {"a": 1.0}))
 
 
 def test_pareto_front_has_every_nondominated_trial() -> None:
     result = search(objectives=[{"metric": "b", "mode": "max"}])
-    chance = random.Random(0)
+    rng = random.Random(0)
     trials = [
-        {"trial": str(i), "state": "done", "values": {"a": chance.randrange(6), "b": chance.randrange(6)}, "value": 1.0}
+        {"trial": str(i), "state": "done", "values": {"a": rng.randrange(6), "b": rng.randrange(6)}, "value": 1.0}
         for i in range(40)
     ]
     expected = set()
-    for one in trials:
+    for trial in trials:
         better = [
             other
             for other in trials
-            if other["values"]["a"] <= one["values"]["a"]  # type: ignore[index]
-            and other["values"]["b"] >= one["values"]["b"]  # type: ignore[index]
-            and other["values"] != one["values"]
+            if other["values"]["a"] <= trial["values"]["a"]  # type: ignore[index]
+            and other["values"]["b"] >= trial["values"]["b"]  # type: ignore[index]
+            and other["values"] != trial["values"]
         ]
         if not better:
-            expected.add(one["trial"])
+            expected.add(trial["trial"])
     assert pareto_front(result, trials) == expected != set()
     assert pareto_front(search(), trials) == set()
 
 
 def test_intervals_have_nominal_coverage_and_ties_are_detected() -> None:
-    chance = random.Random(1)
-    held = ties = 0
+    rng = random.Random(1)
+    covered = ties = 0
     for _ in range(2000):
-        groups = {name: [chance.gauss(0, 1) for _ in range(3)] for name in "abc"}
+        groups = {name: [rng.gauss(0, 1) for _ in range(3)] for name in "abc"}
         actual = seed_stats(groups)
-        held += sum(abs(item.mean) <= item.ci_half_width for item in actual)  # type: ignore[operator]
+        covered += sum(abs(item.mean) <= item.ci_half_width for item in actual)  # type: ignore[operator]
         ties += len(statistical_ties(actual[0], actual[1:2], {name: groups[name] for name in "abc"}))
-    assert 0.93 < held / 6000 < 0.97
+    assert 0.93 < covered / 6000 < 0.97
     assert 0.93 < ties / 2000 < 0.97
-    far = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
-    assert statistical_ties(seed_stats(far)[0], seed_stats(far), far) == []
+    distant = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}
+    assert statistical_ties(seed_stats(distant)[0], seed_stats(distant), distant) == []
     assert seed_stats({"a": [1.0]})[0].ci_half_width is None
 
 
@@ -96,20 +96,20 @@ def test_student_t_converges_to_the_normal_distribution() -> None:
 
 def test_winner_has_the_best_mean_over_seeds() -> None:
     records = [
-        record("lucky", a=1.0),
+        record("single", a=1.0),
         record("good", a=1.1),
         record("third", a=3.0),
-        record("lucky-1", of="lucky", a=2.0),
-        record("lucky-2", of="lucky", a=2.0),
+        record("single-1", of="single", a=2.0),
+        record("single-2", of="single", a=2.0),
         record("good-1", of="good", a=1.1),
         record("good-2", of="good", a=1.2),
     ]
     facts = search_facts(search(num_seeds=3, replicate_top_k=2), records, "")
     assert facts["best"]["trial"] == "good"
     assert {item["trial"]: item["mean"] for item in facts["standings"]} == pytest.approx(
-        {"lucky": 5 / 3, "good": 3.4 / 3}
+        {"single": 5 / 3, "good": 3.4 / 3}
     )
-    assert facts["ties"] == ["lucky"]
+    assert facts["ties"] == ["single"]
     assert [trial["origin"] for trial in facts["trials"]] == ["sampled"] * 3 + ["replicate"] * 4
 
 
@@ -128,7 +128,7 @@ def test_diverged_seed_counts_against_its_trial() -> None:
 
 
 def test_trial_does_not_win_because_only_it_was_replicated() -> None:
-    """The budget was spent while the repetitions ran, or those of the best one failed."""
+    """Replicates are missing if the budget was spent, or if those of the best trial failed."""
     records = [record("one", a=1.0), record("two", a=2.0), record("two-1", of="two", a=2.1)]
     assert search_facts(search(num_seeds=2, replicate_top_k=2), records, "")["best"]["trial"] == "one"
     records.append(record("one-1", "failed", of="one"))

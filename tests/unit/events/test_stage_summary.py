@@ -57,8 +57,8 @@ def test_funnel_of_a_training_continues_after_its_filter() -> None:
 def test_funnel_omits_trainings_that_use_all_rows_or_only_evaluate_on_them() -> None:
     validation = stage("validation", "dataset", [], rows=60)
     assert len(levels(validation, stage("policy", "dpo", ["pairs", "validation"], **DPO))) == 1
-    whole = {**DPO, "unusable": 0, "truncated": 0}
-    assert len(levels(validation, stage("policy", "dpo", ["validation"], **whole))) == 1
+    all_used = {**DPO, "unusable": 0, "truncated": 0}
+    assert len(levels(validation, stage("policy", "dpo", ["validation"], **all_used))) == 1
 
 
 def test_funnels_of_the_sources_of_a_mixture_end_with_their_own_used_rows() -> None:

@@ -87,7 +87,7 @@ def test_plain_lines_omit_unreliable_time_left() -> None:
         apply(state, event)
         printed += lines.lines(state, event)
     displayed = [" left" in line for line in printed]
-    assert displayed == sorted(displayed), "shown from then on"
+    assert displayed == sorted(displayed), "once shown, it is shown in every line"
     assert not displayed[1], printed[1]
     assert displayed[-1]
     assert "h " not in "".join(printed)

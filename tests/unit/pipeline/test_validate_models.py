@@ -1,5 +1,5 @@
-"""Requests that a model cannot fulfil are refused before a run: more tokens than positions, adapters on layers that do
-not exist or have tied weights."""
+"""Requests that a model cannot fulfill are rejected before a run: more tokens than positions, adapters on layers that
+do not exist or have tied weights."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ from tunery.pipeline.validate_models import validate_models_at_start
 from tunery.spec import ADAPTERS
 from tunery.store import Store
 
-SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+DIMENSIONS = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_head": 2}
-TRAINED = "model: MODEL, epochs: 1, learning_rate: 1e-4, max_length: 64"
-SAMPLED = "sampling: {max_new_tokens: 8}"
+TRAINING = "model: MODEL, epochs: 1, learning_rate: 1e-4, max_length: 64"
+SAMPLING = "sampling: {max_new_tokens: 8}"
 STAGES = {
-    "pretrain": f"data: texts, {TRAINED}",
-    "sft": f"data: questions, {TRAINED}",
-    "classifier": f"data: {{good: questions, bad: texts}}, {TRAINED}",
-    "reward": f"data: pairs, {TRAINED}",
-    "dpo": f"data: pairs, {TRAINED}",
-    "kto": f"data: pairs, {TRAINED}",
-    "grpo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINED}, {SAMPLED}",
-    "rloo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINED}, {SAMPLED}",
-    "ppo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINED}, {SAMPLED}",
+    "pretrain": f"data: texts, {TRAINING}",
+    "sft": f"data: questions, {TRAINING}",
+    "classifier": f"data: {{good: questions, bad: texts}}, {TRAINING}",
+    "reward": f"data: pairs, {TRAINING}",
+    "dpo": f"data: pairs, {TRAINING}",
+    "kto": f"data: pairs, {TRAINING}",
+    "grpo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINING}, {SAMPLING}",
+    "rloo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINING}, {SAMPLING}",
+    "ppo": f"data: prompts, reward: {{pretrained: ./judge}}, {TRAINING}, {SAMPLING}",
     "evaluate": "models: [MODEL], data: {set: questions}, max_length: 64",
     "win_rate": f"models: [MODEL], baseline: {{pretrained: ./llama}}, judge: {{pretrained: ./judge}}, data: prompts, "
-    f"max_length: 64, {SAMPLED}",
+    f"max_length: 64, {SAMPLING}",
 }
 SUBSETS = {"texts": "texts", "questions": "questions", "pairs": "corrupted", "prompts": "prompts"}
 TUNED = "{kind: sft, data: questions, epochs: 1, learning_rate: 1e-4, model: "
@@ -85,7 +85,7 @@ def text_of(stages: str) -> str:
     return f"name: x\nseed: 1\nstages:\n{data}{stages}"
 
 
-def checked(load_text: LoadText, models: Path, stages: str) -> list[str]:
+def errors_of(load_text: LoadText, models: Path, stages: str) -> list[str]:
     """Return the error messages."""
     experiment, source = load_text(text_of(stages))
     try:
@@ -106,12 +106,12 @@ def test_max_length_above_the_positions_is_rejected_in_every_stage(
     base = f"  base: {TUNED}{{pretrained: ./gpt2}}, max_length: 32}}\n"
     model = "base" if through_a_stage else "{pretrained: ./gpt2}"
     stages = (base if through_a_stage else "") + f"  s: {{kind: {kind}, {STAGES[kind].replace('MODEL', model)}}}\n"
-    (wrong,) = checked(load_text, models, stages)
+    (error,) = errors_of(load_text, models, stages)
     line = 8 + through_a_stage
     name = "base" if through_a_stage else "gpt2"
-    assert f"exp.yaml:{line}: s: `max_length` is 64, and `{name}` has positions for 32 tokens" in wrong
-    assert "set `max_length: 32` or less" in wrong
-    assert checked(load_text, models, stages.replace("max_length: 64", "max_length: 32")) == []
+    assert f"exp.yaml:{line}: s: `max_length` is 64, and `{name}` has positions for 32 tokens" in error
+    assert "set `max_length: 32` or less" in error
+    assert errors_of(load_text, models, stages.replace("max_length: 64", "max_length: 32")) == []
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -120,16 +120,18 @@ def test_scorer_with_too_few_positions_is_rejected(load_text: LoadText, models: 
         scorers = f"    by:\n    - {{length: words}}\n    - {scorer.replace('MODEL', '{pretrained: ./gpt2}')}\n"
         return f"  s:\n    kind: score\n    data: questions\n{scorers}    max_length: {length}\n"
 
-    (wrong,) = checked(load_text, models, stages(64))
-    assert "exp.yaml:14: s: `max_length` is 64, and" in wrong
-    assert checked(load_text, models, stages(32)) == []
+    (error,) = errors_of(load_text, models, stages(64))
+    assert "exp.yaml:14: s: `max_length` is 64, and" in error
+    assert errors_of(load_text, models, stages(32)) == []
 
 
 def test_classifier_truncates_to_its_positions_by_default(load_text: LoadText, models: Path) -> None:
-    given = "  s:\n    kind: score\n    data: questions\n    by:\n"
-    assert checked(load_text, models, f"{given}    - {{reward: {{pretrained: ./head}}}}\n") == []
-    (wrong,) = checked(load_text, models, f"{given}    - {{perplexity: {{pretrained: ./gpt2}}}}\n")
-    assert "exp.yaml:12: s: `max_length` is 512, and" in wrong  # no line of its own: the model's
+    start = "  s:\n    kind: score\n    data: questions\n    by:\n"
+    assert errors_of(load_text, models, f"{start}    - {{reward: {{pretrained: ./head}}}}\n") == []
+    (error,) = errors_of(load_text, models, f"{start}    - {{perplexity: {{pretrained: ./gpt2}}}}\n")
+    assert (
+        "exp.yaml:12: s: `max_length` is 512, and" in error
+    )  # max_length is not in the file: the line is that of the model
 
 
 def test_searched_max_length_above_the_positions_is_rejected(load_text: LoadText, models: Path) -> None:
@@ -137,8 +139,8 @@ def test_searched_max_length_above_the_positions_is_rejected(load_text: LoadText
         f"  s: {TUNED}{{pretrained: ./gpt2}}, max_length: 31, eval_data: questions}}\n"
         "search: {metric: s.eval_loss, mode: min, trials: 2, space: {s.max_length: {choice: [32, 48]}}}\n"
     )
-    (wrong,) = checked(load_text, models, stages)
-    assert "`max_length` is 48, and `gpt2` has positions for 32 tokens" in wrong
+    (error,) = errors_of(load_text, models, stages)
+    assert "`max_length` is 48, and `gpt2` has positions for 32 tokens" in error
 
 
 def test_rope_beyond_the_trained_positions_is_noted_but_allowed(load_text: LoadText, models: Path) -> None:
@@ -148,7 +150,7 @@ def test_rope_beyond_the_trained_positions_is_noted_but_allowed(load_text: LoadT
         f"  b: {TUNED}{{pretrained: ./llama}}, max_length: 300}}\n"
         f"  c: {TUNED}{{pretrained: ./llama}}, max_length: 256}}\n"
     )
-    assert checked(load_text, models, stages) == []
+    assert errors_of(load_text, models, stages) == []
     first, second = notes(*load_text(text_of(stages)))
     assert first.startswith("`a` reads up to 1,025 tokens (max_length), and `base` was trained on 1,024 positions")
     assert second.startswith("`b` reads up to 300 tokens (max_length), and `llama` was trained on 256 positions")
@@ -166,12 +168,12 @@ def test_stage_with_too_few_positions_fails_before_its_workers_start(load_text: 
     [
         (lambda: GPT2LMHeadModel(GPT2Config(**GPT2, n_positions=32)), (32, True)),
         (
-            lambda: OPTModel(OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=40, word_embed_proj_dim=16)),
+            lambda: OPTModel(OPTConfig(**DIMENSIONS, ffn_dim=32, max_position_embeddings=40, word_embed_proj_dim=16)),
             (40, True),
         ),
-        (lambda: RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=66, pad_token_id=1)), (64, True)),
+        (lambda: RobertaModel(RobertaConfig(**DIMENSIONS, max_position_embeddings=66, pad_token_id=1)), (64, True)),
         (lambda: GPTJModel(GPTJConfig(**GPT2, n_positions=48, rotary_dim=4)), (48, True)),
-        (lambda: LlamaModel(LlamaConfig(**SMALL, max_position_embeddings=48)), (48, False)),
+        (lambda: LlamaModel(LlamaConfig(**DIMENSIONS, max_position_embeddings=48)), (48, False)),
     ],
     ids=["gpt2", "opt", "roberta", "gptj", "llama"],
 )
@@ -179,14 +181,14 @@ def test_positions_of_architectures(model: Any, limit: tuple[int, bool]) -> None
     with torch.device("meta"):
         built = model()
     assert position_limit(built) == PositionLimit(*limit)
-    # Beyond it, an embedding table has no row, while RoPE computes positions.
-    real = model().eval()
-    real(input_ids=torch.full((1, limit[0]), 7))
+    # Beyond the limit, an embedding table has no row, while RoPE computes positions.
+    initialized = model().eval()
+    initialized(input_ids=torch.full((1, limit[0]), 7))
     if limit[1]:
         with pytest.raises((IndexError, RuntimeError)):
-            real(input_ids=torch.full((1, limit[0] + 1), 7))
+            initialized(input_ids=torch.full((1, limit[0] + 1), 7))
     else:
-        real(input_ids=torch.full((1, limit[0] + 1), 7))
+        initialized(input_ids=torch.full((1, limit[0] + 1), 7))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_positions_of_architectures(model: Any, limit: tuple[int, bool]) -> None
 def test_scaled_rope_has_more_positions(scaling: dict[str, Any], tokens: int) -> None:
     rope = {"rope_theta": 10000.0, **scaling}
     with torch.device("meta"):
-        model = LlamaModel(LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=rope))
+        model = LlamaModel(LlamaConfig(**DIMENSIONS, max_position_embeddings=64, rope_parameters=rope))
     assert position_limit(model) == PositionLimit(tokens, False)
 
 
@@ -232,50 +234,50 @@ def sft(targets: str, model: str = "{pretrained: ./llama}", kind: str = "sft", d
 def test_unknown_layer_name_is_rejected_with_the_valid_names(load_text: LoadText, models: Path, model: str) -> None:
     base = "  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}\n"
     base = base if model == "base" else ""
-    (wrong,) = checked(load_text, models, base + sft("[q_proj, nosuch]", model))
-    assert f"exp.yaml:{17 + bool(base)}: s: `nosuch` matches no layer of the model" in wrong
-    assert "valid names: " in wrong
-    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in wrong
-    assert checked(load_text, models, base + sft("[q_proj, layers.1.mlp.up_proj]", model)) == []
+    (error,) = errors_of(load_text, models, base + sft("[q_proj, nosuch]", model))
+    assert f"exp.yaml:{17 + bool(base)}: s: `nosuch` matches no layer of the model" in error
+    assert "valid names: " in error
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in error
+    assert errors_of(load_text, models, base + sft("[q_proj, layers.1.mlp.up_proj]", model)) == []
 
 
-def test_adapter_that_can_not_be_merged_is_refused(
+def test_adapter_that_cannot_be_merged_is_rejected(
     load_text: LoadText, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unmergeable = dataclasses.replace(ADAPTERS["lora"], mergeable=False)
     monkeypatch.setattr(ADAPTERS, "_entries", {**ADAPTERS, "lora": unmergeable})
-    (wrong,) = checked(load_text, models, sft("auto"))
-    assert "the adapter of LoRA can't be merged into its base" in wrong
+    (error,) = errors_of(load_text, models, sft("auto"))
+    assert "the adapter of LoRA can't be merged into its base" in error
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp", "proj"])
 def test_layer_that_lora_cannot_adapt_is_rejected(load_text: LoadText, models: Path, name: str) -> None:
-    (wrong,) = checked(load_text, models, sft(f"[q_proj, {name}]"))
-    assert f"`{name}` matches no layer of the model that LoRA can adapt" in wrong
+    (error,) = errors_of(load_text, models, sft(f"[q_proj, {name}]"))
+    assert f"`{name}` matches no layer of the model that LoRA can adapt" in error
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "model.embed_tokens"])
 def test_embedding_of_a_tied_model_is_rejected(load_text: LoadText, models: Path, name: str) -> None:
     base = "  base: {kind: pretrain, data: texts, model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3}\n"
-    (wrong,) = checked(load_text, models, base + sft(f"[q_proj, {name}]", "base"))
-    assert f"`{name}` is the" in wrong
-    assert "tie_word_embeddings" in wrong
-    assert "embed_tokens" not in wrong.rpartition("valid names:")[2]
+    (error,) = errors_of(load_text, models, base + sft(f"[q_proj, {name}]", "base"))
+    assert f"`{name}` is the" in error
+    assert "tie_word_embeddings" in error
+    assert "embed_tokens" not in error.rpartition("valid names:")[2]
 
 
 def test_untied_embedding_can_be_adapted_and_the_head_cannot(load_text: LoadText, models: Path) -> None:
-    assert checked(load_text, models, sft("[q_proj, embed_tokens]")) == []
-    (wrong,) = checked(load_text, models, sft("[q_proj, lm_head]"))
-    assert "`lm_head` is the output head, and an adapter on it would not be trained" in wrong
+    assert errors_of(load_text, models, sft("[q_proj, embed_tokens]")) == []
+    (error,) = errors_of(load_text, models, sft("[q_proj, lm_head]"))
+    assert "`lm_head` is the output head, and an adapter on it would not be trained" in error
 
 
 def test_classifier_heads_are_not_tied(load_text: LoadText, models: Path) -> None:
     write_encoder(models / "bert", ["one"])
     stages = sft("[query, word_embeddings]", "{pretrained: ./bert}", "reward", "pairs")
-    assert checked(load_text, models, stages) == []
-    (wrong,) = checked(load_text, models, sft("[q_proj]", "{pretrained: ./bert}", "reward", "pairs"))
-    assert "`q_proj` matches no layer" in wrong
-    assert "query" in wrong.rpartition("valid names:")[2]
+    assert errors_of(load_text, models, stages) == []
+    (error,) = errors_of(load_text, models, sft("[q_proj]", "{pretrained: ./bert}", "reward", "pairs"))
+    assert "`q_proj` matches no layer" in error
+    assert "query" in error.rpartition("valid names:")[2]
 
 
 def test_conv1d_layers_of_gpt2_accept_lora(models: Path) -> None:

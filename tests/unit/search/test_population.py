@@ -24,7 +24,7 @@ SPACE: dict[str, Any] = {
     "sft.weight_decay": {"choice": [0.0, 0.01, 0.1]},
     "sft.tuner.lora.rank": {"choice": [4, 8]},
 }
-EVALUATIONS, STEPS, SIZE = 5, 50, 8
+NUM_EVALS, STEPS, SIZE = 5, 50, 8
 
 
 def search(**fields: Any) -> Search:
@@ -33,39 +33,42 @@ def search(**fields: Any) -> Search:
 
 
 def population(**fields: Any) -> Population:
-    return Population(search(**fields), "sft", EVALUATIONS, seed=7)
+    return Population(search(**fields), "sft", NUM_EVALS, seed=7)
 
 
 def report(point: Point, generation: int) -> dict[str, float]:
-    """Loss of a trial: lower the closer its learning rates are to 1e-3."""
+    """Return the metrics of a trial, whose loss is lower the closer its learning rates are to 1e-3."""
     rates = [point["sft.learning_rate"]]
     for change in point.get("sft.schedule_overrides", ()):
-        rates += [change["learning_rate"]] * (change["after"] < generation / EVALUATIONS)
+        rates += [change["learning_rate"]] * (change["after"] < generation / NUM_EVALS)
     loss = sum(abs(math.log10(rate) + 3) for rate in rates) / len(rates)
-    step = at_even_steps(STEPS, EVALUATIONS)[generation - 1]
+    step = at_even_steps(STEPS, NUM_EVALS)[generation - 1]
     return {"sft.eval_loss": loss, "steps": float(step), "share": step / STEPS}
 
 
-def lived(pbt: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
-    """Train all members to the end; in each iteration one that can continue reports."""
-    points = {trial_id(point): point for point in starts()}
+def train_all(pbt: Population, order: Callable[[list[str]], list[str]]) -> list[Exploit]:
+    """Train all members to the end. In each iteration one active member, the first in `order`, reports."""
+    points = {trial_id(point): point for point in initial_points()}
     for name, point in points.items():
         pbt.add_member(name, point)
-    ahead = dict.fromkeys(points, 1)
+    next_generation = dict.fromkeys(points, 1)
     results: list[Exploit] = []
-    while going := order([name for name in ahead if name not in pbt.replaced and ahead[name] < EVALUATIONS]):
-        name = going[0]
-        pbt.record(name, report(points[name], ahead[name]))
-        ahead[name] += 1
-        for exploit in due(pbt):
+    while active := order(
+        [name for name in next_generation if name not in pbt.replaced and next_generation[name] < NUM_EVALS]
+    ):
+        name = active[0]
+        pbt.record(name, report(points[name], next_generation[name]))
+        next_generation[name] += 1
+        for exploit in decide(pbt):
             results.append(exploit)
             child = trial_id(exploit.overrides)
             points[child] = exploit.overrides
-            ahead[child] = round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * EVALUATIONS) + 1
+            next_generation[child] = round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * NUM_EVALS) + 1
     return results
 
 
-def due(pbt: Population) -> list[Exploit]:
+def decide(pbt: Population) -> list[Exploit]:
+    """Let the population decide; return its exploits and clear them."""
     pbt.decide()
     actual, pbt.pending_children = pbt.pending_children, []
     assert [exploit.member for exploit in actual] == pbt.to_stop
@@ -73,27 +76,29 @@ def due(pbt: Population) -> list[Exploit]:
     return actual
 
 
-def starts() -> list[Point]:
+def initial_points() -> list[Point]:
     return [random_point(search().space, 7, number, {}) for number in range(SIZE)]
 
 
-def shuffled(seed: int) -> Callable[[list[str]], list[str]]:
-    chance = random.Random(seed)
-    return lambda names: chance.sample(names, len(names))
+def in_random_order(seed: int) -> Callable[[list[str]], list[str]]:
+    rng = random.Random(seed)
+    return lambda names: rng.sample(names, len(names))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_replacements_do_not_depend_on_trial_speed(seed: int) -> None:
-    in_step = lived(population(), lambda names: names)
-    assert len(in_step) == (EVALUATIONS - 1) * SIZE // 4
-    assert lived(population(), shuffled(seed)) == in_step
+    expected = train_all(population(), lambda names: names)
+    assert len(expected) == (NUM_EVALS - 1) * SIZE // 4
+    assert train_all(population(), in_random_order(seed)) == expected
 
 
 def test_worst_quarter_is_replaced_by_perturbed_copies_of_the_best() -> None:
     pbt = population()
-    first = {trial_id(point): point for point in starts()}
+    first = {trial_id(point): point for point in initial_points()}
     actual = [
-        exploit for exploit in lived(pbt, lambda names: names) if len(exploit.overrides["sft.schedule_overrides"]) == 1
+        exploit
+        for exploit in train_all(pbt, lambda names: names)
+        if len(exploit.overrides["sft.schedule_overrides"]) == 1
     ]
     actual = [exploit for exploit in actual if exploit.overrides["sft.schedule_overrides"][0]["after"] == 0.2]
     losses = {name: report(point, 1)["sft.eval_loss"] for name, point in first.items()}
@@ -114,12 +119,12 @@ def test_worst_quarter_is_replaced_by_perturbed_copies_of_the_best() -> None:
 
 
 def test_child_is_a_training_whose_override_starts_after_the_evaluation() -> None:
-    (change,) = lived(population(), lambda names: names)[0].overrides["sft.schedule_overrides"]
-    assert change["after"] == 1 / EVALUATIONS
+    (change,) = train_all(population(), lambda names: names)[0].overrides["sft.schedule_overrides"]
+    assert change["after"] == 1 / NUM_EVALS
     for evaluations in range(2, 13):
         for steps in (12, 50, 51, 99, 300):
-            evaluated = at_even_steps(steps, evaluations)[:-1]
-            assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluated
+            evaluation_steps = at_even_steps(steps, evaluations)[:-1]
+            assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluation_steps
     fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
     spec = Sft.model_validate_json(json.dumps({**fields, "warmup": 0, "schedule_overrides": [change]}))
     rates = schedule(spec, STEPS).learning_rates
@@ -128,15 +133,15 @@ def test_child_is_a_training_whose_override_starts_after_the_evaluation() -> Non
 
 def test_journal_restores_the_population(tmp_path: Path) -> None:
     journal, pbt = Journal(tmp_path / "journal.jsonl"), population()
-    points = {trial_id(point): point for point in starts()}
+    points = {trial_id(point): point for point in initial_points()}
     for number, (name, point) in enumerate(points.items()):
         journal.begin(TrialStart(name, number, point, "sampled"))
         pbt.add_member(name, point)
     for name, point in points.items():
-        for generation in (1, 2):  # nobody waits for the decision
+        for generation in (1, 2):  # members do not wait for the decision
             journal.report(name, report(point, generation))
             pbt.record(name, report(point, generation))
-    actual = due(pbt)
+    actual = decide(pbt)
     for exploit in actual[:1]:  # the search was killed before the other one started
         journal.begin(
             TrialStart(
@@ -144,98 +149,98 @@ def test_journal_restores_the_population(tmp_path: Path) -> None:
             )
         )
         journal.end(exploit.member, state="stopped", values={}, seconds=1.0, error="")
-    again = population()
-    again.replay(Journal(tmp_path / "journal.jsonl").records.values())
-    assert again.pending_children == actual
-    assert again.to_stop == [exploit.member for exploit in actual]
-    assert again.replaced == pbt.replaced
+    restored = population()
+    restored.replay(Journal(tmp_path / "journal.jsonl").records.values())
+    assert restored.pending_children == actual
+    assert restored.to_stop == [exploit.member for exploit in actual]
+    assert restored.replaced == pbt.replaced
 
 
 def test_failed_members_are_skipped_and_members_without_a_value_are_replaced() -> None:
     pbt = population()
-    points = {trial_id(point): point for point in starts()}
+    points = {trial_id(point): point for point in initial_points()}
     for name, point in points.items():
         pbt.add_member(name, point)
     failed, diverged, *others = points
     pbt.record(diverged, {**report(points[diverged], 1), "sft.eval_loss": math.nan})
     for name in others:
         pbt.record(name, report(points[name], 1))
-    assert due(pbt) == [], "one member has neither reported nor ended"
+    assert decide(pbt) == [], "one member has neither reported nor ended"
     assert pbt.awaits_decision(diverged)
     pbt.mark_ended(failed)
-    leaving = {exploit.member for exploit in due(pbt)}
-    assert diverged in leaving
-    assert failed not in leaving
+    replaced = {exploit.member for exploit in decide(pbt)}
+    assert diverged in replaced
+    assert failed not in replaced
     assert not pbt.awaits_decision(others[0])
     assert pbt.stale_checkpoints() == [], "the children have not started yet"
 
 
-def test_retried_member_is_awaited() -> None:
+def test_decision_waits_for_a_retried_member() -> None:
     pbt = population()
-    points = {trial_id(point): point for point in starts()}
+    points = {trial_id(point): point for point in initial_points()}
     for name, point in points.items():
         pbt.add_member(name, point)
-    tried, *others = points
+    retried, *others = points
     for name in others:
         pbt.record(name, report(points[name], 1))
         pbt.record(name, report(points[name], 2))
-    pbt.mark_ended(tried)
-    pbt.mark_running(tried)
-    assert due(pbt) == []
+    pbt.mark_ended(retried)
+    pbt.mark_running(retried)
+    assert decide(pbt) == []
     assert pbt.is_far_ahead(others[0])
-    pbt.record(tried, report(points[tried], 1))
-    assert len(due(pbt)) == 2
+    pbt.record(retried, report(points[retried], 1))
+    assert len(decide(pbt)) == 2
     assert not pbt.is_far_ahead(others[0])
 
 
 def test_children_have_distinct_values() -> None:
     space = {"sft.learning_rate": {"choice": [1e-5, 1e-4, 1e-3]}, "sft.tuner.lora.rank": {"int": [1, 64]}}
     for seed in range(30):
-        pbt = Population(search(space=space, trials=8), "sft", EVALUATIONS, seed)
+        pbt = Population(search(space=space, trials=8), "sft", NUM_EVALS, seed)
         points = {f"trial-{number}": {"sft.learning_rate": 1e-4, "sft.tuner.lora.rank": number} for number in range(8)}
         for index, (name, point) in enumerate(points.items()):
             pbt.add_member(name, point)
             pbt.record(name, {"sft.eval_loss": index, "steps": 10.0, "share": 0.2})
-        names = [trial_id(exploit.overrides) for exploit in due(pbt)]
+        names = [trial_id(exploit.overrides) for exploit in decide(pbt)]
         assert len(set(names)) == len(names)
 
 
 def test_population_is_complete_when_all_members_exist_or_none_can_be_added() -> None:
     pbt = population(trials=SIZE + 1)
-    for point in starts():
+    for point in initial_points():
         pbt.add_member(trial_id(point), point)
         pbt.record(trial_id(point), report(point, 1))
-    assert due(pbt) == []
+    assert decide(pbt) == []
     pbt.mark_complete()
-    assert len(due(pbt)) == 2
+    assert len(decide(pbt)) == 2
 
 
-@pytest.mark.parametrize("pause", [1, 4])
-def test_member_with_few_steps_does_not_block_the_others(pause: int) -> None:
-    """`pause`: the other members report this many times as often."""
+@pytest.mark.parametrize("interval", [1, 4])
+def test_member_with_few_steps_does_not_block_the_others(interval: int) -> None:
+    """`interval`: the other members report this many times as often."""
     pbt = population(trials=4)
-    points = {trial_id(point): point for point in starts()[:4]}
+    points = {trial_id(point): point for point in initial_points()[:4]}
     for name, point in points.items():
         pbt.add_member(name, point)
     short, *others = points
-    steps = at_even_steps(3, EVALUATIONS)
+    steps = at_even_steps(3, NUM_EVALS)
     assert steps == [1, 2, 3]
-    pending = {name: list(range(1, EVALUATIONS)) for name in others}
-    ahead = [{"sft.eval_loss": 0.5, "steps": float(step), "share": step / 3} for step in steps[:-1]]
-    for turn in range(40):
-        if ahead and not pbt.is_far_ahead(short) and turn % pause == 0:
-            pbt.record(short, ahead.pop(0))
+    pending = {name: list(range(1, NUM_EVALS)) for name in others}
+    reports = [{"sft.eval_loss": 0.5, "steps": float(step), "share": step / 3} for step in steps[:-1]]
+    for iteration in range(40):
+        if reports and not pbt.is_far_ahead(short) and iteration % interval == 0:
+            pbt.record(short, reports.pop(0))
         for name in others:
             if pending[name] and not pbt.is_far_ahead(name) and name not in pbt.replaced:
                 pbt.record(name, report(points[name], pending[name].pop(0)))
-        for exploit in due(pbt):
+        for exploit in decide(pbt):
             others.append(trial_id(exploit.overrides))
             points[others[-1]] = exploit.overrides
             pending[others[-1]] = list(
-                range(round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, EVALUATIONS)
+                range(round(exploit.overrides["sft.schedule_overrides"][-1]["after"] * 5) + 1, NUM_EVALS)
             )
         if pbt.is_far_ahead(short):
-            assert pbt.awaits_decision(short), "otherwise it is paused, resumed and paused again"
-        elif not ahead:
+            assert pbt.awaits_decision(short), "a paused member must wait for a decision"
+        elif not reports:
             pbt.mark_ended(short)
     assert not [name for name in others if pending[name] and name not in pbt.replaced]

@@ -1,4 +1,4 @@
-"""Decisions of schedulers on reported metrics. Does not run Ray Tune."""
+"""Decisions of schedulers on reported metrics, without running Ray Tune."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def test_scheduler_restores_trials_that_ended_before_a_kill(name: str, tmp_path:
             journal.report(f"ended{number}", report(100.0 * part, 1.0))
         journal.end(f"ended{number}", state="done", values={"sft.eval_loss": 1.0}, seconds=1.0, error="")
     scheduler: Any = build_scheduler(search(name), 900.0, journal)
-    for trial, loss, entry in (
+    for trial, loss, decision in (
         (Trial("worse"), 2.0, TrialScheduler.STOP),
         (Trial("better"), 0.5, TrialScheduler.CONTINUE),
     ):
         scheduler.on_trial_add(None, trial)
-        assert scheduler.on_trial_result(None, trial, report(110.0, loss)) == entry
-    again = Trial("again", "replicate")
-    scheduler.on_trial_add(None, again)
-    assert scheduler.on_trial_result(None, again, report(110.0, 2.0)) == TrialScheduler.CONTINUE
+        assert scheduler.on_trial_result(None, trial, report(110.0, loss)) == decision
+    replicate = Trial("replicate", "replicate")
+    scheduler.on_trial_add(None, replicate)
+    assert scheduler.on_trial_result(None, replicate, report(110.0, 2.0)) == TrialScheduler.CONTINUE
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
-def test_trial_with_nan_metric_is_stopped(name: str, tmp_path: Path) -> None:
+def test_trial_with_a_nan_metric_is_stopped(name: str, tmp_path: Path) -> None:
     scheduler: Any = build_scheduler(search(name), 900.0, Journal(tmp_path / "journal.jsonl"))
     trial = Trial("diverged")
     scheduler.on_trial_add(None, trial)

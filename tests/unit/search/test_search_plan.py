@@ -38,7 +38,7 @@ search:
 """
 
 
-def planned(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware | None = None) -> Any:
+def plan_of(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware | None = None) -> Any:
     experiment, _ = load_text(text)
     compute, _ = resolve_compute(experiment.compute, hardware or Hardware(2, 0, "here"))
     resolved: Experiment = experiment.model_copy(update={"compute": compute})
@@ -46,11 +46,11 @@ def planned(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware |
 
 
 def test_plan_lists_shared_stages_differing_stages_and_packs(load_text: LoadText, tmp_path: Path) -> None:
-    plan = planned(TEXT, load_text, tmp_path)
+    plan = plan_of(TEXT, load_text, tmp_path)
     assert plan.shared == ["docs", "base", "rows", "held", "scored"]
     assert plan.per_trial == {"clean": 2, "sft": 2 * 3 * 2}
     assert (plan.packed, plan.pack_size, plan.max_concurrent) == (6, 4, 8)
-    assert {why: count for why, count in plan.unpacked.items() if count} == {
+    assert {reason: count for reason, count in plan.unpacked.items() if count} == {
         "sft: full fine-tuning changes the base that a pack shares": 6,
         "sft: LoRA's dropout would be drawn for all members together": 6,
     }
@@ -58,19 +58,19 @@ def test_plan_lists_shared_stages_differing_stages_and_packs(load_text: LoadText
     assert any("unknown" in line for line in plan.lines())
 
 
-ALONE: dict[str, tuple[str, str, str]] = {
+UNPACKED: dict[str, tuple[str, str, str]] = {
     "switched off": ("search:", "compute: {max_packed_trials: 1}\nsearch:", "sft: compute.max_packed_trials is 1"),
     "several workers": ("search:", "compute: {workers_per_trial: 2}\nsearch:", "a trial has 2 workers"),
-    "another base each": ("sft.epochs", "base.epochs", "base: a pretrain stage has no packed form, sft has"),
+    "different base models": ("sft.epochs", "base.epochs", "base: a pretrain stage has no packed form, sft has"),
 }
 
 
-@pytest.mark.parametrize(("old", "new", "why"), ALONE.values(), ids=ALONE)
-def test_plan_explains_unpacked_trials(old: str, new: str, why: str, load_text: LoadText, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new", "reason"), UNPACKED.values(), ids=UNPACKED)
+def test_plan_explains_unpacked_trials(old: str, new: str, reason: str, load_text: LoadText, tmp_path: Path) -> None:
     text = TEXT.replace("[full, {lora: {rank: 8}}, {lora: {rank: 8, dropout: 0.1}}]", "[{lora: {rank: 8}}]")
-    assert planned(text, load_text, tmp_path).unpacked == {}
-    actual = planned(text.replace(old, new, 1), load_text, tmp_path)
-    assert list(actual.unpacked) == [why]
+    assert plan_of(text, load_text, tmp_path).unpacked == {}
+    actual = plan_of(text.replace(old, new, 1), load_text, tmp_path)
+    assert list(actual.unpacked) == [reason]
     assert actual.packed == 0
 
 
@@ -80,10 +80,10 @@ def test_dimensions_of_the_documentation_are_valid(load_text: LoadText) -> None:
     assert example is not None
     space = read_yaml(example[0], "search.md").data["space"]
     text = TEXT[: TEXT.index("  space:")].replace("algorithm: grid", "algorithm: random")
-    fitting = {path.replace("perplexity", "length"): dimension for path, dimension in space.items()}
-    experiment, _ = load_text(text + f"  space: {fitting}\n".replace("'", '"'))
+    dimensions = {path.replace("perplexity", "length"): dimension for path, dimension in space.items()}
+    experiment, _ = load_text(text + f"  space: {dimensions}\n".replace("'", '"'))
     assert experiment.search is not None
-    assert set(experiment.search.space) == set(fitting)
+    assert set(experiment.search.space) == set(dimensions)
 
 
 @pytest.mark.parametrize(("scheduler", "expected"), [("hyperband", True), ("asha", False)])
@@ -91,5 +91,5 @@ def test_algorithm_that_cannot_learn_is_noted(
     scheduler: str, expected: bool, load_text: LoadText, tmp_path: Path
 ) -> None:
     text = TEXT.replace("algorithm: grid", f"algorithm: tpe\n  scheduler: {scheduler}")
-    lines = planned(text, load_text, tmp_path).lines()
+    lines = plan_of(text, load_text, tmp_path).lines()
     assert any("tpe cannot learn from results: hyperband starts all trials" in line for line in lines) == expected

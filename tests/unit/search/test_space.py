@@ -68,20 +68,20 @@ def test_values_are_within_their_dimension_and_respect_conditions() -> None:
 def test_sampled_values_depend_only_on_the_trial_number() -> None:
     space = search().space
     assert sampled_point(5, space) == sampled_point(5, space) != sampled_point(6, space)
-    fewer = {path: dimension for path, dimension in space.items() if path != "sft.epochs"}
-    assert sampled_point(5, fewer) == {
+    without_epochs = {path: dimension for path, dimension in space.items() if path != "sft.epochs"}
+    assert sampled_point(5, without_epochs) == {
         path: value for path, value in sampled_point(5, space).items() if path != "sft.epochs"
     }
 
 
 def test_grid_points_cycle_and_a_complete_grid_has_each_trial_once() -> None:
     space = search().space
-    counted = Counter(tuple(grid_point(space, number).values()) for number in range(40))
-    assert set(counted.values()) == {10}
-    assert len(counted) == 4
-    whole = {path: dimension for path, dimension in space.items() if path != "sft.learning_rate"}
-    points = list(grid(whole))
-    # full, or 4 ranks, of which two have 6 dropouts; times 4 of the grids
+    counts = Counter(tuple(grid_point(space, number).values()) for number in range(40))
+    assert set(counts.values()) == {10}
+    assert len(counts) == 4
+    without_rate = {path: dimension for path, dimension in space.items() if path != "sft.learning_rate"}
+    points = list(grid(without_rate))
+    # Full fine-tuning, or 4 ranks, of which two have 6 dropouts each; times 4 points of the grids.
     assert len(points) == (1 + 2 + 2 * 6) * 4
     assert len({json.dumps(item) for item in points}) == len(points)
 
@@ -118,8 +118,8 @@ def test_trial_has_exactly_the_stages_that_its_metrics_need(load_text: LoadText)
 def test_stages_that_the_search_does_not_change_are_built_before_it(load_text: LoadText) -> None:
     experiment, _ = load_text(EXPERIMENT)
     assert list(before_search(experiment).stages) == ["docs", "base", "rows", "held"]
-    alone = experiment.model_copy(update={"search": None})
-    assert before_search(alone) is alone
+    without_search = experiment.model_copy(update={"search": None})
+    assert before_search(without_search) is without_search
     searched, _ = load_text(EXPERIMENT.replace("sft.learning_rate:", "base.learning_rate:"))
     assert list(before_search(searched).stages) == ["docs", "rows", "held"]
 
@@ -130,64 +130,72 @@ def test_replicate_seed_applies_to_searched_trainings(load_text: LoadText) -> No
     assert with_seed(experiment, {"sft.learning_rate": 1e-4}, 2) == {"sft.learning_rate": 1e-4, "sft.seed": 2003}
 
 
-EVALUATED = EXPERIMENT[EXPERIMENT.index("seed: 3}") : EXPERIMENT.index("search:")] + "search:"
+SFT_AND_EVALUATION = EXPERIMENT[EXPERIMENT.index("seed: 3}") : EXPERIMENT.index("search:")] + "search:"
 INVALID: dict[str, tuple[str, str, list[str]]] = {
-    "field that does not exist": ("sft.learning_rate: {choice", "sft.lerning_rate: {choice", ["did you mean"]),
-    "range upside down": ("{choice: [1e-3, 1e-4]}", "{uniform: [2e-3, 1e-3]}", ["is empty"]),
-    "logarithm of nothing": ("{choice: [1e-3, 1e-4]}", "{loguniform: [0, 1e-3]}", ["starts at 0"]),
-    "step too long": ("{choice: [1e-3, 1e-4]}", "{uniform: [1e-4, 1e-3], step: 1}", ["larger than the range"]),
+    "unknown field": ("sft.learning_rate: {choice", "sft.lerning_rate: {choice", ["did you mean"]),
+    "descending range": ("{choice: [1e-3, 1e-4]}", "{uniform: [2e-3, 1e-3]}", ["is empty"]),
+    "logarithm of zero": ("{choice: [1e-3, 1e-4]}", "{loguniform: [0, 1e-3]}", ["starts at 0"]),
+    "step larger than the range": (
+        "{choice: [1e-3, 1e-4]}",
+        "{uniform: [1e-4, 1e-3], step: 1}",
+        ["larger than the range"],
+    ),
     "step of a choice": ("{choice: [1e-3, 1e-4]}", "{choice: [1e-3], step: 1}", ["not for `choice`"]),
-    "metric that nobody logs": ("eval.sft.a.forgetting", "eval.sft.c.forgetting", ["no stage logs", "did you mean"]),
-    "weights of some": (
+    "metric that is not logged": ("eval.sft.a.forgetting", "eval.sft.c.forgetting", ["no stage logs", "did you mean"]),
+    "weights of some metrics only": (
         "  space:",
         "  objectives: [{metric: eval.sft.a.loss, mode: min, weight: 1},"
         " {metric: eval.sft.b.loss, mode: min}]\n  space:",
         ["set it for all or none"],
     ),
-    "bounds that nothing meets": ("max: 0.02", "max: 0.02, min: 1", ["`min` 1 is above `max` 0.02"]),
-    "scheduler of an end": ("metric: sft.eval_loss", "scheduler: median\n  metric: eval.sft.a.loss", ["once, after"]),
-    "scheduler with nothing to judge by": (
-        EVALUATED,
-        EVALUATED.replace("3}", "3, num_evals: 1}") + "\n  scheduler: asha",
+    "contradictory bounds": ("max: 0.02", "max: 0.02, min: 1", ["`min` 1 is above `max` 0.02"]),
+    "scheduler by a metric after the training": (
+        "metric: sft.eval_loss",
+        "scheduler: median\n  metric: eval.sft.a.loss",
+        ["once, after"],
+    ),
+    "scheduler with a single evaluation": (
+        SFT_AND_EVALUATION,
+        SFT_AND_EVALUATION.replace("3}", "3, num_evals: 1}") + "\n  scheduler: asha",
         ["evaluates once, at its end (`num_evals: 1`)", "increase `num_evals`"],
     ),
-    "population with nothing to change": (
+    "population without a dimension to change": (
         "sft.learning_rate: {choice: [1e-3, 1e-4]}",
         "sft.epochs: {choice: [1, 2]}\n  scheduler: pbt",
         ["pbt has no dimension", "`sft.learning_rate`"],
     ),
     "population of one": ("  trials: 4", "  scheduler: pbt\n  trials: 1", ["no other trial to copy"]),
-    "population that changes when it evaluates": (
+    "population with searched num_evals": (
         "  space:",
         "  scheduler: pbt\n  space:\n    sft.num_evals: {choice: [2, 3]}",
         ["can't search `sft.num_evals`"],
     ),
-    "population with a rate that is there in some": (
+    "population with a rate that may be auto": (
         "1e-4]}",
         "auto]}\n  scheduler: pbt",
         ["pbt can't change `sft.learning_rate`", "`auto` is not a number"],
     ),
-    "condition on no dimension": (
+    "condition on an unknown dimension": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}",
         ["depends on `sft.epochs`, which is not a dimension"],
     ),
-    "condition on a value that is not there": (
+    "condition on a value outside the dimension": (
         "1e-4]}",
         "1e-4]}\n    sft.epochs: {choice: [1, 2], when: {sft.learning_rate: 5}}",
         ["to be 5, which is not in its dimension", "choice [0.001, 0.0001]"],
     ),
-    "conditions in a circle": (
+    "cyclic conditions": (
         "1e-4]}",
         "1e-4], when: {sft.epochs: 1}}\n    sft.epochs: {choice: [1, 2], when: {sft.learning_rate: 1e-3}}",
         ["depends on itself"],
     ),
-    "first point outside": (
+    "initial point outside its dimension": (
         "  space:",
         "  initial_points: [{sft.learning_rate: 1}]\n  space:",
         ["can't be 1", "choice"],
     ),
-    "first point of no dimension": (
+    "initial point of an unknown dimension": (
         "  space:",
         "  initial_points: [{sft.epochs: 1}]\n  space:",
         ["is not a dimension"],
@@ -202,15 +210,15 @@ def test_errors_are_reported_with_their_line(old: str, new: str, expected: list[
         load_text(EXPERIMENT.replace(old, new))
     text = str(caught.value)
     assert "exp.yaml:" in text
-    for part in expected:
-        assert part in text
+    for words in expected:
+        assert words in text
 
 
 # Algorithms and the queue.
 
 
-def quality(point: dict[str, Any]) -> float:
-    """Best at a learning rate of 1e-3, without a tuner."""
+def loss_of(point: dict[str, Any]) -> float:
+    """Return a loss that is lowest at a learning rate of 1e-3 without a tuner."""
     return abs(point["sft.learning_rate"] - 1e-3) * 100 + (point["sft.tuner"] != "full")
 
 
@@ -244,7 +252,7 @@ class QueueHarness:
         return self.queue.suggest(f"tune{self.number}"), f"tune{self.number}"
 
     def end(self, config: dict[str, Any], tune_id: str, state: str = "done") -> None:
-        value = quality(config["overrides"])
+        value = loss_of(config["overrides"])
         values = dict.fromkeys(self.search.metrics, value)
         self.journal.end(config["trial"], state=state, values=values, seconds=1.0, error="")
         self.queue.on_trial_complete(tune_id)
@@ -265,19 +273,19 @@ class QueueHarness:
 @pytest.mark.parametrize("algorithm", ["random", "tpe", "nsga2"])
 def test_resumed_search_continues_as_without_the_kill(algorithm: str, tmp_path: Path) -> None:
     result = search(algorithm=algorithm, trials=24)
-    whole = QueueHarness(tmp_path / "whole", result).all()
+    uninterrupted = QueueHarness(tmp_path / "uninterrupted", result).all()
     killed = QueueHarness(tmp_path / "killed", result).all(kill_at=13)
-    assert killed == whole
-    assert len({json.dumps(item) for item in whole}) == 24, "no trial is sampled twice"
-    assert Counter((item["sft.epochs"], item["sft.schedule"]) for item in whole).most_common()[-1][1] == 6
+    assert killed == uninterrupted
+    assert len({json.dumps(item) for item in uninterrupted}) == 24, "no trial is sampled twice"
+    assert Counter((item["sft.epochs"], item["sft.schedule"]) for item in uninterrupted).most_common()[-1][1] == 6
 
 
 def test_tpe_learns_and_random_search_does_not(tmp_path: Path) -> None:
-    def late(algorithm: str) -> float:
+    def median_of_second_half(algorithm: str) -> float:
         actual = QueueHarness(tmp_path / algorithm, search(algorithm=algorithm, trials=60)).all()[30:]
-        return sorted(map(quality, actual))[15]
+        return sorted(map(loss_of, actual))[15]
 
-    assert late("tpe") < late("random") / 3
+    assert median_of_second_half("tpe") < median_of_second_half("random") / 3
 
 
 def test_initial_points_come_first_and_a_grid_is_exhausted(tmp_path: Path) -> None:
@@ -322,18 +330,18 @@ def test_full_disk_leaves_no_partial_journal_line(tmp_path: Path) -> None:
     journal.begin(TrialStart("a", 0, {"x": 1}, "sampled"))
     before = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limit[1]))
         with pytest.raises(OSError, match="too large"):
             journal.report("a", {"loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
+        signal.signal(signal.SIGXFSZ, previous_handler)
     assert path.read_bytes() == before
 
 
-LONGEST: dict[str, tuple[dict[str, Any], float]] = {
+MAX_PROGRESS: dict[str, tuple[dict[str, Any], float]] = {
     "tokens": ({"sft.learning_rate": {"choice": [1e-3]}}, 100 * 2 * 400),
     "longer rows": ({"sft.max_length": {"choice": [64, 1024]}}, 100 * 2 * 400),
     "shorter rows": ({"sft.max_length": {"choice": [64, 128]}}, 100 * 2 * 128),
@@ -341,16 +349,16 @@ LONGEST: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("case", LONGEST)
+@pytest.mark.parametrize("case", MAX_PROGRESS)
 def test_max_progress_uses_the_longest_rows_and_most_epochs(case: str, load_text: LoadText) -> None:
     experiment, _ = load_text(EXPERIMENT)
     sft: Any = experiment.stages["sft"].model_copy(update={"epochs": 2.0, "max_length": 2048})
-    space, expected = LONGEST[case]
+    space, expected = MAX_PROGRESS[case]
     assert experiment.search is not None
     result = experiment.search.model_copy(
         update={
             "metric": "sft.eval_loss",
-            "space": {path: Dimension.model_validate_json(json.dumps(given)) for path, given in space.items()},
+            "space": {path: Dimension.model_validate_json(json.dumps(dimension)) for path, dimension in space.items()},
         }
     )
     changed = experiment.model_copy(update={"stages": {**experiment.stages, "sft": sft}, "search": result})
@@ -376,26 +384,26 @@ def test_best_trials_are_replicated_after_all_have_ended(tmp_path: Path) -> None
     harness = QueueHarness(tmp_path, search(trials=5, num_seeds=3, replicate_top_k=2))
     actual = harness.all(kill_at=6)
     assert len(actual) == 5 + 2 * 2
-    best = sorted(actual[:5], key=quality)[:2]
-    assert [{**one, "sft.seed": seed} for one in best for seed in (1, 2)] == actual[5:]
+    best = sorted(actual[:5], key=loss_of)[:2]
+    assert [{**overrides, "sft.seed": seed} for overrides in best for seed in (1, 2)] == actual[5:]
 
 
 def test_requested_trials_run_and_stopped_ones_do_not(tmp_path: Path) -> None:
     harness = QueueHarness(tmp_path, search(trials=2))
-    one, two = harness.next(), harness.next()
+    first, second = harness.next(), harness.next()
     assert harness.next()[0] is None, "two concurrent trials"
-    harness.end(*one)
-    harness.control.add_trial({"sft.learning_rate": 0.5}, "cloned", one[0]["trial"])
+    harness.end(*first)
+    harness.control.add_trial({"sft.learning_rate": 0.5}, "cloned", first[0]["trial"])
     harness.control.add_trial({"sft.learning_rate": 0.6})
     requested = harness.next()
     assert (requested[0]["overrides"], requested[0]["origin"]) == ({"sft.learning_rate": 0.5}, "cloned")
-    waiting = harness.journal.open_trials[-1]
-    assert waiting.overrides == {"sft.learning_rate": 0.6}
-    harness.control.request_stop(waiting.trial)
+    pending = harness.journal.open_trials[-1]
+    assert pending.overrides == {"sft.learning_rate": 0.6}
+    harness.control.request_stop(pending.trial)
     harness.queue._running.clear()
     assert harness.next()[0] == "FINISHED"
-    assert harness.journal.records[waiting.trial].outcome["state"] == "stopped"  # type: ignore[index]
-    assert two[0]["trial"] != one[0]["trial"]
+    assert harness.journal.records[pending.trial].outcome["state"] == "stopped"  # type: ignore[index]
+    assert second[0]["trial"] != first[0]["trial"]
 
 
 def test_outdated_request_fails_and_the_search_continues(tmp_path: Path) -> None:
@@ -427,8 +435,8 @@ def test_partial_journal_line_is_truncated(tmp_path: Path) -> None:
     journal.report("a", {"loss": 1.0})
     with path.open("a") as file:
         file.write('{"event": "ended", "tri')
-    again = Journal(path)
-    assert [started.trial for started in again.open_trials] == ["a"]
-    again.end("a", state="done", values={"loss": 0.5}, seconds=1.0, error="")
+    reopened = Journal(path)
+    assert [started.trial for started in reopened.open_trials] == ["a"]
+    reopened.end("a", state="done", values={"loss": 0.5}, seconds=1.0, error="")
     assert Journal(path).records["a"].outcome == {"state": "done", "values": {"loss": 0.5}, "seconds": 1.0, "error": ""}
     assert Journal(path).records["a"].reports == [{"loss": 1.0}]

@@ -52,15 +52,15 @@ class Workspace:
         self.folder = self.store.run("small")
         self.control = SearchControl(self.folder)
 
-    def begin(self, text: str = TEXT, *, search: bool = True) -> Workspace:
+    def run_started(self, text: str = TEXT, *, search: bool = True) -> Workspace:
         stages = [{"name": name, "kind": "sft"} for name in ("rows", "held", "base", "sft")]
         self.write("run_started", run="small", file="small.yaml", text=text, stages=stages)
         if search:
             self.write("search_started", metric="sft.eval_loss", mode="min", trials=4, space={}, max_concurrent=2)
         return self
 
-    def go(self) -> Workspace:
-        self.begin()
+    def with_trials(self) -> Workspace:
+        self.run_started()
         for name, values in zip(NAMES, VALUES, strict=True):
             self.write("trial_started", trial=name, overrides=values, origin="sampled", of="")
             self.write("stage_started", name, stage="sft", kind="sft", fingerprint="f")
@@ -68,7 +68,7 @@ class Workspace:
             for step, loss in ((2, 4.0), (4, 3.5)):
                 self.write("metrics", name, stage="sft", step=step, values={"eval_loss": loss, "loss": 1.0})
         self.finish(0, state="done", value=3.25)
-        self.finish(1, state="failed", value=None, error="Traceback\nValueError: too hot\n")
+        self.finish(1, state="failed", value=None, error="Traceback\nValueError: diverged\n")
         return self
 
     def finish(self, index: int, **fields: Any) -> None:
@@ -90,21 +90,21 @@ class Workspace:
         assert isinstance(result, TrialCommand)
         return result
 
-    def refused(self, *words: str, **options: Any) -> RequestError:
-        before = self.written()
+    def error_of(self, *words: str, **options: Any) -> RequestError:
+        before = self.command_files()
         with pytest.raises(RequestError) as caught:
             trials("small", self.store, words, **options)
-        assert self.written() == before
+        assert self.command_files() == before
         assert caught.value.remedy
         return caught.value
 
-    def written(self) -> list[Path]:
+    def command_files(self) -> list[Path]:
         return sorted((self.folder / "steering").glob("*"))
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path).go()
+    return Workspace(tmp_path).with_trials()
 
 
 @pytest.fixture
@@ -156,18 +156,18 @@ def test_every_trial_is_listed_with_values_and_error(running: Workspace, width: 
     assert f"cloned of {NAMES[0]}" in text
     assert "6/10 steps" in text
     assert "learning_rate=2e-3" in text
-    assert "ValueError: too hot" in text
+    assert "ValueError: diverged" in text
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_run_without_a_search_says_so(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path).begin(TEXT.partition("search:")[0], search=False)
-    assert "has no search" in workspace.refused().message
-    assert workspace.refused("abc", stop=True).exit_code == 2
+def test_run_without_a_search_is_rejected(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path).run_started(TEXT.partition("search:")[0], search=False)
+    assert "has no search" in workspace.error_of().message
+    assert workspace.error_of("abc", stop=True).exit_code == 2
 
 
 def test_trials_of_an_edited_file_are_not_listed(running: Workspace) -> None:
-    running.begin(TEXT.replace("seed: 5", "seed: 6"))
+    running.run_started(TEXT.replace("seed: 5", "seed: 6"))
     assert running.list().trials == ()
 
 
@@ -190,12 +190,12 @@ def test_stop_is_written_for_the_requested_trial(running: Workspace, shorten: An
 
 
 def test_stop_of_an_ended_or_unknown_trial_is_rejected(running: Workspace) -> None:
-    result = running.refused(NAMES[2], NAMES[0], stop=True)
+    result = running.error_of(NAMES[2], NAMES[0], stop=True)
     assert "has ended" in result.message
     assert result.cause == "it is done"
     assert NAMES[2] in result.remedy
-    assert NAMES[2] in running.refused(NAMES[2][:-1] + "x", stop=True).remedy
-    assert "matches 4 trials" in running.refused("trial-", stop=True).message
+    assert NAMES[2] in running.error_of(NAMES[2][:-1] + "x", stop=True).remedy
+    assert "matches 4 trials" in running.error_of("trial-", stop=True).message
 
 
 def test_stop_is_kept_if_the_search_is_not_running(workspace: Workspace) -> None:
@@ -212,14 +212,14 @@ def test_search_reads_the_added_trial(running: Workspace) -> None:
     result = running.command("sft.learning_rate=5e-3", "sft.tuner={lora: {rank: 8}}", add=True)
     values = {"sft.learning_rate": 5e-3, "sft.tuner": {"lora": {"rank": 8}}}
     assert SearchControl(running.folder).new_trials() == [{"overrides": values, "origin": "added", "of": ""}]
-    waits = running.list().find(result.trials[0])
-    assert (waits.state, waits.origin, waits.overrides) == ("pending", "added", values)
+    added = running.list().find(result.trials[0])
+    assert (added.state, added.origin, added.overrides) == ("pending", "added", values)
 
 
 def test_cloned_trial_has_the_original_values_and_the_changes(running: Workspace) -> None:
     running.command("sft.epochs=2", clone=NAMES[3].removeprefix("trial-"))
-    (wish,) = SearchControl(running.folder).new_trials()
-    assert wish == {"overrides": {"sft.learning_rate": 4e-3, "sft.epochs": 2}, "origin": "cloned", "of": NAMES[3]}
+    (trial,) = SearchControl(running.folder).new_trials()
+    assert trial == {"overrides": {"sft.learning_rate": 4e-3, "sft.epochs": 2}, "origin": "cloned", "of": NAMES[3]}
 
 
 def test_stopped_added_trial_does_not_start(running: Workspace) -> None:
@@ -230,7 +230,7 @@ def test_stopped_added_trial_does_not_start(running: Workspace) -> None:
 
 def test_path_outside_the_space_is_allowed_if_the_metric_depends_on_it(running: Workspace) -> None:
     running.command("rows.limit=10", "sft.max_length=64", add=True)
-    result = running.refused("other.epochs=2", add=True)
+    result = running.error_of("other.epochs=2", add=True)
     assert result.message == "`other.epochs` can't change `sft.eval_loss`"
 
 
@@ -249,33 +249,33 @@ def test_path_outside_the_space_is_allowed_if_the_metric_depends_on_it(running: 
     ],
 )
 def test_invalid_values_are_rejected(running: Workspace, words: list[str], expected: str) -> None:
-    assert expected in str(running.refused(*words, add=True))
+    assert expected in str(running.error_of(*words, add=True))
 
 
-def test_batches_are_checked_for_a_trials_workers(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path).begin(TEXT + "compute: {workers_per_trial: 2}\n")
+def test_batch_size_is_validated_for_the_workers_of_a_trial(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path).run_started(TEXT + "compute: {workers_per_trial: 2}\n")
     workspace.command("sft.global_batch_size=6", add=True)
-    assert "sft.global_batch_size" in workspace.refused("sft.global_batch_size=7", add=True).message
+    assert "sft.global_batch_size" in workspace.error_of("sft.global_batch_size=7", add=True).message
 
 
 @pytest.mark.parametrize("epochs", ["1", "1.0"])
 def test_values_of_an_existing_trial_are_rejected(running: Workspace, epochs: str) -> None:
-    result = running.refused("sft.learning_rate=2e-3", f"sft.epochs={epochs}", add=True)
+    result = running.error_of("sft.learning_rate=2e-3", f"sft.epochs={epochs}", add=True)
     assert result.message == f"{NAMES[1]} has these values already"
     running.command("sft.epochs=2", add=True)
-    assert "already" in running.refused("sft.epochs=2", add=True).message
+    assert "already" in running.error_of("sft.epochs=2", add=True).message
 
 
 def test_ended_search_rejects_commands(workspace: Workspace) -> None:
     workspace.finish(2, state="stopped", value=3.5)
     workspace.write("search_finished", best=NAMES[0], value=3.25, seconds=20.0)
     assert "the search has ended" in rendered(workspace.list(), 80)
-    assert "has ended" in workspace.refused("sft.epochs=2", add=True).message
-    assert "has ended" in workspace.refused(NAMES[3], stop=True).message
+    assert "has ended" in workspace.error_of("sft.epochs=2", add=True).message
+    assert "has ended" in workspace.error_of(NAMES[3], stop=True).message
 
 
 def test_command_before_the_search_starts_is_kept(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path).begin(search=False)
+    workspace = Workspace(tmp_path).run_started(search=False)
     with Lease(workspace.folder / "lease"):
         assert "the search has not started" in rendered(workspace.command("sft.epochs=2", add=True), 200)
         assert [trial.state for trial in workspace.list().trials] == ["pending"]
@@ -300,13 +300,13 @@ def test_command_accepts_values_after_options(
     assert sorted(states.values()) == ["done", "failed", "pending", "pending", "stopping", "stopping"]
     assert NAMES[0] in command()
     for words in (["sft.epochs=2"], ["--add", "--stop", "x"], ["--stop", "zz"]):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             command(*words)
-        assert ended.value.code == 2
+        assert caught.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_values_that_change_the_evaluation_data_are_noted(running: Workspace) -> None:
+def test_values_that_change_the_evaluation_data_have_a_note(running: Workspace) -> None:
     assert running.command("sft.epochs=2", add=True).notes == ()
     for path in ("sft.max_length", "held.limit"):
         (note,) = running.command(f"{path}=30", add=True).notes
@@ -330,6 +330,6 @@ def test_weighted_sum_is_named_and_has_no_intermediate_value() -> None:
         {"event": "trial_started", "t": 2.0, "trial": "two", "overrides": {}},
         {"event": "trial_finished", "t": 4.0, "trial": "two", "overrides": {}, "state": "done", "value": 5.5},
     ]
-    result = list_trials(replay(events), events, [], lambda trial: False, "somebody", 5.0)
+    result = list_trials(replay(events), events, [], lambda trial: False, "process 1 on host", 5.0)
     assert result.metric == "weighted sum"
     assert {trial.name: trial.value for trial in result.trials} == {"one": None, "two": 5.5}
