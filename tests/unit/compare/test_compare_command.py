@@ -54,7 +54,7 @@ VALUES: list[dict[str, Any]] = [
 ]
 NAMES = [trial_id(values) for values in VALUES]
 ROWS = [{"text": " ".join(["word"] * count), "source": "words.txt", "line": count} for count in range(1, 11)]
-"""The first has one word, the last ten."""
+"""Rows of 1 to 10 words."""
 
 
 class Run:
@@ -113,7 +113,7 @@ class Run:
 
     def fingerprint_of(self, experiment: Experiment, name: str) -> str:
         own = {"name": name, "content": self.content, "seed": 0 if name in ("rows", "held") else experiment.seed}
-        return fingerprint("made", {**own, "fields": experiment.stages[name].model_dump(mode="json")}, {})
+        return fingerprint("test", {**own, "fields": experiment.stages[name].model_dump(mode="json")}, {})
 
     def write(self, writer: str, event: str, **values: Any) -> None:
         trial = writer if writer.startswith("trial") else ""
@@ -144,7 +144,7 @@ def write_output(name: str, experiment: Experiment, out: Path) -> dict[str, Any]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """`one` keeps rows of 3 to 6 words, `other` of 4 to 9, `all` does not filter."""
+    """Return a store with three runs: `one` keeps rows of 3 to 6 words, `other` of 4 to 9, `all` does not filter."""
     store = Store(tmp_path / "store")
     Run(store, "one").finish_stages()
     Run(store, "other", TEXT.replace("[3, 6]", "[4, 9]").replace("seed: 5", "seed: 6")).finish_stages()
@@ -191,12 +191,12 @@ def test_exclusive_rows_of_the_unfiltered_side_have_the_scores_of_the_filter(sto
 
 
 def test_training_without_rows_is_noted_and_an_unfinished_one_is_compared(store: Store) -> None:
-    Run(store, "begun").finish_stages(without=("sft", "eval"))
-    assert [rows.stage for rows in compare("begun", "one", store).rows] == ["base", "sft"]
-    Run(store, "barely").finish_stages(without=("clean", "sft", "eval"))
-    comparison = compare("barely", "one", store)
+    Run(store, "unfinished").finish_stages(without=("sft", "eval"))
+    assert [rows.stage for rows in compare("unfinished", "one", store).rows] == ["base", "sft"]
+    Run(store, "started").finish_stages(without=("clean", "sft", "eval"))
+    comparison = compare("started", "one", store)
     assert [rows.stage for rows in comparison.rows] == ["base"]
-    assert comparison.notes == ["sft: its rows are not built in barely"]
+    assert comparison.notes == ["sft: its rows are not built in started"]
 
 
 def test_removed_rows_are_an_error(store: Store) -> None:
@@ -231,7 +231,7 @@ def test_run_with_a_search_selects_its_best_trial_and_the_mean_over_seeds(store:
     assert comparison.rows[1].both == 2
 
 
-def test_trials_of_a_run_and_the_files_own_values_are_compared(store: Store) -> None:
+def test_trials_of_a_run_and_the_values_of_its_file_are_compared(store: Store) -> None:
     Run(store, "searched", TEXT + SEARCH).finish_stages().search()
     comparison = compare(f"searched/{NAMES[0]}", f"searched/{NAMES[1].removeprefix('trial-')[:6]}", store)
     assert [(field.path, field.left, field.right) for field in comparison.fields.differ] == [
@@ -292,8 +292,8 @@ def test_run_does_not_differ_from_itself(store: Store) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_output_fits_the_terminal_width(store: Store, width: int) -> None:
     text = rendered(compare("one", "other", store), width)
-    for text_part in ("clean.keep.length.range", "[3.0, 6.0]", "sft: 3 rows only in other", "median length 8"):
-        assert text_part in text
+    for words in ("clean.keep.length.range", "[3.0, 6.0]", "sft: 3 rows only in other", "median length 8"):
+        assert words in text
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -310,7 +310,7 @@ def test_command_prints_json_or_tables_and_exits_with_2_for_an_unknown_run(
     assert output["rows"][1]["right"]["scores"]["length"]["only"] == 8.0
     assert output["metrics"][0].keys() == {"name", "left", "right", "difference"}
     assert "Fields that differ" in command("one", "other")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         command("one", "nothing")
-    assert ended.value.code == 2
+    assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")

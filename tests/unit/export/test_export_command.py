@@ -1,5 +1,5 @@
 """`tunery export` of models: exported models load without tunery and are unchanged, the model card states their origin,
-and invalid requests are refused. Weights are real but tiny; artifacts are written by hand."""
+and invalid requests are rejected. Weights are real but tiny; artifacts are written by hand."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TEXT = """
 name: small
 seed: 5
 stages:
-  rows:   {kind: dataset, source: "PLACE/rows.jsonl", limit: 20}
-  held:   {kind: dataset, source: "PLACE/held.jsonl"}
+  rows:   {kind: dataset, source: "FOLDER/rows.jsonl", limit: 20}
+  held:   {kind: dataset, source: "FOLDER/held.jsonl"}
   scored: {kind: score, data: rows, by: [{length: words}]}
   clean:  {kind: select, data: scored, keep: {length: {range: [1, 9]}}}
   base:   {kind: pretrain, data: rows, model: {scratch: tiny}, epochs: 1, learning_rate: auto}
@@ -46,8 +46,8 @@ stages:
   more:   {kind: sft, data: rows, model: sft, epochs: 1, learning_rate: 1e-3}
   judge:  {kind: classifier, data: {good: rows, bad: held}, model: base, tuner: {lora: {rank: 2}}, epochs: 1,
            learning_rate: 1e-3}
-  rm:     {kind: reward, data: rows, model: {pretrained: PLACE/encoder}, epochs: 1, learning_rate: 1e-3}
-  local:  {kind: sft, data: rows, model: {pretrained: PLACE/llama}, tuner: {lora: {rank: 2}}, epochs: 1,
+  rm:     {kind: reward, data: rows, model: {pretrained: FOLDER/encoder}, epochs: 1, learning_rate: 1e-3}
+  local:  {kind: sft, data: rows, model: {pretrained: FOLDER/llama}, tuner: {lora: {rank: 2}}, epochs: 1,
            learning_rate: 1e-3}
   hub:    {kind: sft, data: rows, model: {pretrained: org/llama, revision: abc}, tuner: {lora: {rank: 2}}, epochs: 1,
            learning_rate: 1e-3}
@@ -89,7 +89,7 @@ class ExportWorkspace:
         write_language_model(folder / "llama", seed=7)
         write_encoder(folder / "encoder", ["reward"])
         self.file = folder / "small.yaml"
-        self.file.write_text(TEXT.replace("PLACE", str(folder)))
+        self.file.write_text(TEXT.replace("FOLDER", str(folder)))
         self.experiment, _ = load(self.file)
         self.values = [{"sft.learning_rate": rate} for rate in (3e-3, 5e-3)]
         self.trials = [trial_id(values) for values in self.values]
@@ -161,7 +161,7 @@ class RunLog:
 def weights(name: str, artifacts: dict[str, Artifact], folder: Path, out: Path, seed: int) -> None:
     """Write the output of the stage `name` to `out`: random weights that depend on the seed."""
     set_seed(seed)
-    outside = {"local": folder / "llama", "hub": folder / "llama"}
+    external = {"local": folder / "llama", "hub": folder / "llama"}
     lora = Lora(rank=2)
     if name in ("base", "more"):
         model = write_language_model(out / "model", seed)
@@ -169,8 +169,8 @@ def weights(name: str, artifacts: dict[str, Artifact], folder: Path, out: Path, 
         add_local_path(model / "tokenizer_config.json", "name_or_path", folder)
     elif name == "rm":
         write_encoder(out / "model", ["reward"], positions=32 + seed)
-    elif name in ("sft", *outside):
-        source = {"artifact": str(artifacts["base"].path)} if name == "sft" else {"pretrained": str(outside[name])}
+    elif name in ("sft", *external):
+        source = {"artifact": str(artifacts["base"].path)} if name == "sft" else {"pretrained": str(external[name])}
         base = load_model({"revision": None, **source}, torch.float32)
         save_adapter(get_peft_model(base, lora_config(lora, "CAUSAL_LM")), out, artifacts["base"].path / "model")
         hub = {"pretrained": "org/llama", "revision": "abc"}
@@ -211,7 +211,7 @@ def facts_of(name: str, kind: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> ExportWorkspace:
     """A finished run whose second trial is the best. Its artifacts must not be changed."""
-    workspace = ExportWorkspace(tmp_path_factory.mktemp("secret-place"))
+    workspace = ExportWorkspace(tmp_path_factory.mktemp("private-folder"))
     workspace.log().run_started().stages_finished(workspace.experiment).search().search_finished(best=1).run_finished()
     return workspace
 
@@ -233,7 +233,7 @@ def model_of(workspace: ExportWorkspace, name: str, values: dict[str, Any] | Non
 # Selection of the model.
 
 
-def test_best_trials_model_loads_without_tunery_and_has_the_same_logits(
+def test_model_of_the_best_trial_loads_without_tunery_and_has_the_same_logits(
     workspace: ExportWorkspace, tmp_path: Path
 ) -> None:
     out = workspace.export(tmp_path / "out")
@@ -245,12 +245,12 @@ def test_best_trials_model_loads_without_tunery_and_has_the_same_logits(
 
 def test_tokenizer_is_exported_with_its_chat_template(workspace: ExportWorkspace, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(workspace.export(tmp_path / "out"))
-    turns = [{"role": "user", "content": "why"}]
-    assert "why" in tokenizer.apply_chat_template(turns, tokenize=False)
+    messages = [{"role": "user", "content": "why"}]
+    assert "why" in tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize("trial", [0, "file"])
-def test_selected_trial_or_the_files_own_values_are_exported(
+def test_model_of_a_selected_trial_or_of_the_file_is_exported(
     workspace: ExportWorkspace, tmp_path: Path, trial: int | str
 ) -> None:
     trial_name, values = ("file", None) if trial == "file" else (workspace.trials[0], workspace.values[0])
@@ -259,7 +259,9 @@ def test_selected_trial_or_the_files_own_values_are_exported(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(expected))
 
 
-def test_stage_that_the_search_does_not_change_has_the_files_values(workspace: ExportWorkspace, tmp_path: Path) -> None:
+def test_stage_that_the_search_does_not_change_has_the_values_of_the_file(
+    workspace: ExportWorkspace, tmp_path: Path
+) -> None:
     exported = export_model("small", tmp_path / "out", workspace.store, stage="base")
     assert exported.target.trial is None
     assert exported.target.trained_with == ""
@@ -267,7 +269,7 @@ def test_stage_that_the_search_does_not_change_has_the_files_values(workspace: E
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(expected))
 
 
-def test_stage_that_trials_do_not_train_has_the_files_values_with_a_note(
+def test_stage_that_trials_do_not_train_has_the_values_of_the_file_and_a_note(
     workspace: ExportWorkspace, tmp_path: Path
 ) -> None:
     exported = export_model("small", tmp_path / "out", workspace.store, stage="more")
@@ -311,7 +313,7 @@ def test_best_model_of_a_reused_search_is_exported(workspace: ExportWorkspace, t
     assert "another run" in error_of(workspace, tmp_path / "out", "older").cause
 
 
-def test_trials_of_an_edited_file_are_not_mixed_up(workspace: ExportWorkspace, tmp_path: Path) -> None:
+def test_trials_of_different_versions_of_a_file_are_distinguished(workspace: ExportWorkspace, tmp_path: Path) -> None:
     edited = workspace.experiment.model_copy(update={"seed": 6})
     other = workspace.file.read_text().replace("seed: 5", "seed: 6")
     log = workspace.log("edited").run_started().stages_finished(workspace.experiment).search().search_finished(best=0)
@@ -334,8 +336,8 @@ def test_adapter_loads_on_the_exported_base(
     workspace.export(tmp_path / "base", stage="base", trial=workspace.trials[1])
     assert not (tmp_path / "out" / "model.safetensors").exists()
     monkeypatch.chdir(tmp_path)  # the base is named relative to where the adapter is loaded
-    named = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), "out")
+    base_name = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_name), "out")
     merged = load_model(model_of(workspace, "sft", workspace.values[1]), torch.float32)
     assert torch.allclose(logits(model), logits(merged), atol=1e-5)
 
@@ -438,12 +440,12 @@ def test_card_has_question_training_data_scores_and_search(workspace: ExportWork
 
 def test_card_has_win_rates_as_model_and_as_baseline(workspace: ExportWorkspace, tmp_path: Path) -> None:
     model_fingerprint = workspace.artifacts(workspace.experiment)["more"].fingerprint
-    result = {"set": "asked", "win_rate": 0.75, "interval": [0.6, 0.9], "rows": 8}
-    for field, names, beaten in (("models.0", ["base", "more"], "base"), ("baseline", ["more", "hub"], "more")):
+    result = {"set": "prompts", "win_rate": 0.75, "interval": [0.6, 0.9], "rows": 8}
+    for field, names, baseline in (("models.0", ["base", "more"], "base"), ("baseline", ["more", "hub"], "more")):
         out = workspace.store.staging_dir("win_rate", field) / "out"
         out.mkdir(parents=True)
-        facts = {"results": [{"model": names[1], "baseline": {"model": beaten}, **result}]}
-        identity = {"names": [*names, "asked"], "judge": {"python": "/home/me/rate.py", "function": "rate"}}
+        facts = {"results": [{"model": names[1], "baseline": {"model": baseline}, **result}]}
+        identity = {"names": [*names, "prompts"], "judge": {"python": "/home/me/rate.py", "function": "rate"}}
         manifest = {
             "kind": "win_rate",
             "fingerprint": field,
@@ -452,8 +454,8 @@ def test_card_has_win_rates_as_model_and_as_baseline(workspace: ExportWorkspace,
         }
         workspace.store.commit(out, {**manifest, "facts": facts}, {})
     card = (workspace.export(tmp_path / "out", stage="more") / "README.md").read_text()
-    assert "| **more** | base | asked (8) | rate.py | 0.750 | 0.600–0.900 |" in card
-    assert "| hub | **more** | asked (8) | rate.py | 0.750 | 0.600–0.900 |" in card
+    assert "| **more** | base | prompts (8) | rate.py | 0.750 | 0.600–0.900 |" in card
+    assert "| hub | **more** | prompts (8) | rate.py | 0.750 | 0.600–0.900 |" in card
 
 
 def test_lineage_has_the_manifests_from_dataset_to_model(workspace: ExportWorkspace, tmp_path: Path) -> None:
@@ -469,7 +471,7 @@ def test_lineage_has_the_manifests_from_dataset_to_model(workspace: ExportWorksp
     [(stage, False) for stage in ("base", "sft", "judge", "rm", "local")]
     + [(stage, True) for stage in ("sft", "judge", "local", "hub")],
 )
-def test_no_path_of_this_machine_and_no_row_is_in_any_file(
+def test_exported_files_have_no_local_path_and_no_row(
     workspace: ExportWorkspace, tmp_path: Path, stage: str, adapter: bool
 ) -> None:
     out = workspace.export(tmp_path / "out", stage=stage, adapter=adapter)
@@ -532,9 +534,11 @@ def test_unfinished_search_is_an_error_except_for_models_that_do_not_need_it(
 
 
 def test_unfinished_model_and_empty_run_are_errors(workspace: ExportWorkspace, tmp_path: Path) -> None:
-    workspace.log("half").run_started().stages_finished(workspace.experiment, without="more").run_finished("failed")
-    error = error_of(workspace, tmp_path / "out", "half", stage="more", trial="file")
-    assert "`more` of the run `half` isn't finished" in error.message
+    workspace.log("unfinished").run_started().stages_finished(workspace.experiment, without="more").run_finished(
+        "failed"
+    )
+    error = error_of(workspace, tmp_path / "out", "unfinished", stage="more", trial="file")
+    assert "`more` of the run `unfinished` isn't finished" in error.message
     assert "the run is failed, the stage pending" in error.cause
     (workspace.store.run("empty") / "events").mkdir(parents=True)
     assert "has no model" in error_of(workspace, tmp_path / "out", "empty").message
@@ -543,14 +547,14 @@ def test_unfinished_model_and_empty_run_are_errors(workspace: ExportWorkspace, t
 def test_removed_artifacts_are_an_error(workspace: ExportWorkspace, tmp_path: Path) -> None:
     experiment = workspace.experiment.model_copy(update={"seed": 99})
     text = workspace.file.read_text().replace("seed: 5", "seed: 99")
-    workspace.log("gone").run_started(text).stages_finished(experiment)
+    workspace.log("removed").run_started(text).stages_finished(experiment)
     artifacts = workspace.artifacts(experiment)
     for stage, removed, message in (
         ("more", "more", "the model of `more` is no longer"),
         ("judge", "base", "no longer exists"),
     ):
         artifacts[removed].path.rename(tmp_path / removed)
-        assert message in error_of(workspace, tmp_path / "out", "gone", stage=stage, trial="file").message
+        assert message in error_of(workspace, tmp_path / "out", "removed", stage=stage, trial="file").message
 
 
 def test_edited_file_is_an_error(workspace: ExportWorkspace, tmp_path: Path) -> None:
@@ -561,16 +565,16 @@ def test_edited_file_is_an_error(workspace: ExportWorkspace, tmp_path: Path) -> 
     assert "tunery run" in error.remedy
 
 
-def not_empty(out: Path) -> None:
+def folder_with_a_file(out: Path) -> None:
     out.mkdir()
     (out / "mine.txt").touch()
 
 
-@pytest.mark.parametrize("occupy", [not_empty, Path.touch], ids=["not empty", "a file"])
+@pytest.mark.parametrize("create", [folder_with_a_file, Path.touch], ids=["not empty", "a file"])
 def test_existing_files_are_not_overwritten(
-    workspace: ExportWorkspace, tmp_path: Path, occupy: Callable[[Path], None]
+    workspace: ExportWorkspace, tmp_path: Path, create: Callable[[Path], None]
 ) -> None:
-    occupy(tmp_path / "out")
+    create(tmp_path / "out")
     error_of(workspace, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -610,7 +614,7 @@ def test_command_prints_json_or_text_and_exits_with_2_for_an_invalid_request(
     assert (output["stage"], output["trial"], output["format"]) == ("sft", workspace.trials[1], "model")
     command("small", str(tmp_path / "adapter"), "--adapter")
     assert f"trained by {workspace.trials[1]}, the best trial" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         command("small", str(tmp_path / "out"))
-    assert ended.value.code == 2
+    assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")

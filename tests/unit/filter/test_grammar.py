@@ -60,7 +60,7 @@ def test_any_text_is_a_rule_or_an_error(text: str) -> None:
         ("length highest 12.5%", {"keep_fraction": 0.125, "prefer": "high"}),
     ],
 )
-def test_rules(text: str, rule: dict[str, Any]) -> None:
+def test_rule_is_parsed(text: str, rule: dict[str, Any]) -> None:
     assert parse_keep(text) == ("length", rule)
 
 
@@ -103,7 +103,7 @@ def test_invalid_rule_is_an_error_with_cause_and_syntax(text: str, cause: str) -
         ("{length: chars, of: all, name: all}", {"length": "chars", "of": "all", "name": "all"}),
     ],
 )
-def test_scores(text: str, scorer: dict[str, Any]) -> None:
+def test_score_is_parsed(text: str, scorer: dict[str, Any]) -> None:
     assert parse_by(text) == scorer
     TypeAdapter(Scorer).validate_json(json.dumps(scorer), strict=True)
 

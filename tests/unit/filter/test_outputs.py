@@ -370,7 +370,7 @@ def test_row_that_does_not_fit_into_a_workbook_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write("in.jsonl", json.dumps({"text": words(3), "long": "a" * 32_768}) + "\n" + json.dumps({"text": "b"}) + "\n")
-    Path("good.xlsx").write_text("an earlier one")
+    Path("good.xlsx").write_text("an earlier output")
     with pytest.raises(RequestError, match="32,768 characters") as caught:
         run_filter_in_process("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
     assert ".parquet" in caught.value.remedy
@@ -378,7 +378,7 @@ def test_row_that_does_not_fit_into_a_workbook_is_an_error(
     write("in.jsonl", json.dumps({"text": words(3)}) + "\n" + json.dumps({"text": words(4)}) + "\n")
     with pytest.raises(RequestError, match="rows don't fit"):
         run_filter_in_process("in.jsonl", out="good.xlsx", dropped="bad.csv", keep=KEEP)
-    assert Path("good.xlsx").read_text() == "an earlier one"
+    assert Path("good.xlsx").read_text() == "an earlier output"
     assert sorted(path.name for path in Path().glob("*.*")) == ["good.xlsx", "good.yaml", "in.jsonl"]
     assert not list(Path().glob(".*"))
 
@@ -440,11 +440,11 @@ def test_dropped_file_has_all_records_and_reasons_if_no_row_passes(ending: str) 
 
 def test_earlier_output_is_kept_if_no_row_passes() -> None:
     write("in.csv", f"text\n=1 {words(9)}\n")
-    write("good.csv", "an earlier one")
+    write("good.csv", "an earlier output")
     with pytest.raises(TuneryError, match="no row of 1 passes"):
         run_filter_in_process("in.csv", out="good.csv", dropped="bad.jsonl", keep=("random >= 2",))
     assert json_lines("bad.jsonl")[0]["dropped_reason"] == "not among the random rows"
-    assert read("good.csv") == "an earlier one"
+    assert read("good.csv") == "an earlier output"
 
 
 def test_rows_of_a_hub_dataset_keep_their_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

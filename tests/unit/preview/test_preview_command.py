@@ -26,7 +26,7 @@ from tunery.spec.graph import with_upstream
 from tunery.store import Store
 
 EXPERIMENT = """
-name: look
+name: preview
 seed: 1
 stages:
   chats: {kind: dataset, source: chats.jsonl}
@@ -70,7 +70,7 @@ def file(tmp_path: Path, model: Path) -> Path:
     for name, rows in (("chats", CHATS), ("pairs", PAIRS)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    path = tmp_path / "look.yaml"
+    path = tmp_path / "preview.yaml"
     path.write_text(EXPERIMENT, encoding="utf-8")
     return path
 
@@ -83,12 +83,12 @@ def preview_of(file: Path, tmp_path: Path) -> Callable[..., Preview]:
 def build(file: Path, store: Store, *names: str) -> None:
     experiment, _ = load(file)
     stages = with_upstream(experiment.stages, names)
-    wanted = experiment.model_copy(update={"stages": stages, "compute": Compute(workers=1)})
-    where = RunContext(store, store.run(experiment.name), file)
-    execute(wanted, where, EventLog(where.events / "driver.jsonl"))
+    subset = experiment.model_copy(update={"stages": stages, "compute": Compute(workers=1)})
+    run_context = RunContext(store, store.run(experiment.name), file)
+    execute(subset, run_context, EventLog(run_context.events / "driver.jsonl"))
 
 
-def printed(preview: Preview, width: int, *, colours: bool, ids: bool = False) -> str:
+def rendered(preview: Preview, width: int, *, colours: bool, ids: bool = False) -> str:
     console = Console(file=StringIO(), width=width, force_terminal=colours, highlight=False)
     console.print(render(preview, colours=colours, ids=ids), soft_wrap=not colours)
     assert isinstance(console.file, StringIO)
@@ -189,21 +189,21 @@ def test_row_is_found_by_id_prefix(preview_of: Callable[..., Preview]) -> None:
         preview_of("sft", offset=2)
 
 
-def test_row_of_one_of_several_sets_is_previewed_alone(preview_of: Callable[..., Preview]) -> None:
-    wanted = preview_of("eval").sections[1].rows[0]
-    (section,) = preview_of("eval", row_id=wanted.id).sections
-    assert (section.input.title, section.rows) == ("pages", (wanted,))
+def test_row_selected_by_id_hides_the_other_sets(preview_of: Callable[..., Preview]) -> None:
+    row = preview_of("eval").sections[1].rows[0]
+    (section,) = preview_of("eval", row_id=row.id).sections
+    assert (section.input.title, section.rows) == ("pages", (row,))
 
 
 def test_missing_reward_file_is_reported_with_file_and_line(file: Path, preview_of: Callable[..., Preview]) -> None:
     ppo = "kind: ppo, data: chats, model: sft, reward: rm"
     text = EXPERIMENT.replace(ppo, ppo.replace("rm", "{python: none.py}")).replace("models: [dpo]", "models: [ppo]")
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(SpecErrors, match=r"look\.yaml:\d+: `ppo\.reward`: `none\.py` can't be read"):
+    with pytest.raises(SpecErrors, match=r"preview\.yaml:\d+: `ppo\.reward`: `none\.py` can't be read"):
         preview_of("wins")
 
 
-def test_record_that_cannot_be_used_is_named_with_its_line(file: Path, preview_of: Callable[..., Preview]) -> None:
+def test_invalid_record_is_reported_with_its_line(file: Path, preview_of: Callable[..., Preview]) -> None:
     path = file.with_name("chats.jsonl")
     path.write_text("{broken\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     text = preview_of("sft").sections[0].rows_from
@@ -215,7 +215,7 @@ def test_missing_source_is_reported_with_file_and_line(file: Path, preview_of: C
     preview_of("more", count=1)
     with pytest.raises((SpecError, SpecErrors)) as caught:
         preview_of("sft")
-    assert re.match(r".*look\.yaml:5: chats: ", str(caught.value))
+    assert re.match(r".*preview\.yaml:5: chats: ", str(caught.value))
 
 
 def test_rows_of_an_unsupported_format_are_rejected(file: Path, preview_of: Callable[..., Preview]) -> None:
@@ -267,7 +267,7 @@ def test_piped_output_has_brackets_and_no_escape_codes(file: Path, tmp_path: Pat
 
 def test_plain_text_is_the_same_at_every_width(preview_of: Callable[..., Preview]) -> None:
     result = preview_of("more")
-    assert printed(result, 80, colours=False) == printed(result, 200, colours=False)
+    assert rendered(result, 80, colours=False) == rendered(result, 200, colours=False)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -278,18 +278,18 @@ def test_terminal_output_fits_and_has_the_complete_text(
     from rich.cells import cell_len
 
     result = preview_of(stage)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed(result, width, colours=True))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", rendered(result, width, colours=True))
     assert max(map(cell_len, plain.splitlines())) <= width
-    squeezed = re.sub(r"\s|«[^»]*»", "", plain)
+    compact = re.sub(r"\s|«[^»]*»", "", plain)
     for section in result.sections:
         for row in section.rows:
             for sequence in row.sequences:
                 text = visible("".join(group.text for group in sequence.groups))
-                assert re.sub(r"\s", "", text) in squeezed
+                assert re.sub(r"\s", "", text) in compact
 
 
 def test_trained_tokens_are_highlighted_and_masked_ones_dimmed(preview_of: Callable[..., Preview]) -> None:
-    text = printed(preview_of("sft", count=1), 120, colours=True)
+    text = rendered(preview_of("sft", count=1), 120, colours=True)
     assert "\x1b[1;32m北京" in text
     assert "\x1b[2mCapital" in text
     assert "⟦" not in text
@@ -297,7 +297,7 @@ def test_trained_tokens_are_highlighted_and_masked_ones_dimmed(preview_of: Calla
 
 def test_ids_are_printed_with_their_text(preview_of: Callable[..., Preview]) -> None:
     result = preview_of("sft", count=1)
-    text = printed(result, 120, colours=False, ids=True)
+    text = rendered(result, 120, colours=False, ids=True)
     (sequence,) = result.sections[0].rows[0].sequences
     for group in sequence.groups:
         assert f"{'+'.join(map(str, group.ids))}:{group.text}".strip("\n") in text

@@ -17,7 +17,7 @@ def metrics_events(values: dict[str, float], kind: str = "ppo", step: int = 1, s
 
 
 def details_of(events: list[Event]) -> dict[str, Details]:
-    return {one.title.split()[0]: one for one in curve_details(replay(events))}
+    return {item.title.split()[0]: item for item in curve_details(replay(events))}
 
 
 def panels(details: Details) -> dict[str, list[str]]:
@@ -47,13 +47,13 @@ def test_panels_are_grouped_by_topic() -> None:
     assert len(ppo["speed and memory"]) == 4
 
 
-def test_every_logged_metric_is_drawn_once() -> None:
-    values = {"reward": 1.0, "eval_reward": 1.0, "eval_kl": 2.0, "never heard of": 3.0, "rows": 32.0}
-    everything = {name: 1.0 for row in METRIC_GROUPS.values() for name in row} | values
-    state = replay(metrics_events(everything))
-    sampled = [title for row in panels(curve_details(state)[0]).values() for title in row]
-    assert len(sampled) == len(set(sampled)) == sum(len(row) for row in METRIC_GROUPS.values()) + 1
-    assert panels(curve_details(state)[0])[OTHER_METRICS] == ["never heard of"]
+def test_every_logged_metric_is_plotted_once() -> None:
+    values = {"reward": 1.0, "eval_reward": 1.0, "eval_kl": 2.0, "unknown metric": 3.0, "rows": 32.0}
+    all_metrics = {name: 1.0 for row in METRIC_GROUPS.values() for name in row} | values
+    state = replay(metrics_events(all_metrics))
+    titles = [title for row in panels(curve_details(state)[0]).values() for title in row]
+    assert len(titles) == len(set(titles)) == sum(len(row) for row in METRIC_GROUPS.values()) + 1
+    assert panels(curve_details(state)[0])[OTHER_METRICS] == ["unknown metric"]
     assert not NOT_CURVES & {name for row in METRIC_GROUPS.values() for name in row}
 
 
@@ -75,10 +75,10 @@ def test_trainings_of_one_kind_share_their_panels_and_keep_their_colours() -> No
 
 
 def test_reward_charts_show_all_values_and_loss_charts_clip_the_start() -> None:
-    falls = Series("s train", [(float(step), 1.0 if step else 100.0) for step in range(100)])
-    assert "initial values up to" in line_chart([falls], "steps", "loss")
-    assert "initial values up to" not in line_chart([falls], "steps", "reward", full_range=True)
-    assert "initial values up to" not in line_chart([falls], "steps", "entropy", small=True)
+    falling = Series("s train", [(float(step), 1.0 if step else 100.0) for step in range(100)])
+    assert "initial values up to" in line_chart([falling], "steps", "loss")
+    assert "initial values up to" not in line_chart([falling], "steps", "reward", full_range=True)
+    assert "initial values up to" not in line_chart([falling], "steps", "entropy", small=True)
 
 
 def test_small_chart_with_many_curves_has_tooltips_only() -> None:
@@ -88,7 +88,7 @@ def test_small_chart_with_many_curves_has_tooltips_only() -> None:
     assert line_chart(many, "steps", "kl").count('class="end') == 12
 
 
-def test_partial_training_is_drawn() -> None:
+def test_partial_training_is_plotted() -> None:
     started = [event for event in rewarded_events() if event.get("stage") == "ppo"][:2]
     assert [figure.title for figure in curve_figures(replay(started))] == ["ppo: reward"]
     assert curve_figures(replay(events_until(0.02))) == []

@@ -119,8 +119,8 @@ def test_diverse_selection_is_shown_next_to_a_random_one() -> None:
     }
     (actual,) = filters(state(diverse=result))
     assert len(actual.tables) == 2
-    (alone,) = filters(state(diverse=result, rules=[]))
-    (table,) = alone.tables
+    (without_rules,) = filters(state(diverse=result, rules=[]))
+    (table,) = without_rules.tables
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["score_first 7 by vec", "0.3", "0.98"],
         ["random subset", "0.5", "0.97"],
@@ -177,5 +177,5 @@ def test_rows_are_counted_by_two_scores_at_once(tmp_path: Path) -> None:
     assert np.allclose(ratios, ratios[0]), "spaced by the logarithm"
     for value in range(5):
         row = int(np.clip(np.searchsorted(pair["y_edges"], value, side="right") - 1, 0, PAIR_BINS - 1))
-        usable = np.isfinite(columns["length"])
-        assert counts[row].sum() == (columns["gopher"][usable] == value).sum()
+        is_finite = np.isfinite(columns["length"])
+        assert counts[row].sum() == (columns["gopher"][is_finite] == value).sum()

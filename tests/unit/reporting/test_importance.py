@@ -14,37 +14,37 @@ from tunery.reporting.importance import MIN_TRIALS, Importance, importances, too
 
 
 def search_of(trials: list[tuple[dict[str, Any], float]], **more: Any) -> SearchState:
-    built = {
+    trials_by_name = {
         f"t{index}": TrialState(f"t{index}", overrides, status="done", value=value)
         for index, (overrides, value) in enumerate(trials)
     }
-    return SearchState(metric="m", trials=built, **more)
+    return SearchState(metric="m", trials=trials_by_name, **more)
 
 
 def by_path(search: SearchState, *paths: str, metric: str = "") -> dict[str, Importance]:
-    return {one.path: one for one in importances(search, paths, metric)}
+    return {item.path: item for item in importances(search, paths, metric)}
 
 
-def test_field_that_decides_the_metric_explains_nearly_all_and_another_nearly_nothing() -> None:
-    chance = random.Random(1)
-    points = [{"a": chance.random(), "b": chance.random()} for _ in range(60)]
+def test_importance_is_high_for_a_field_that_determines_the_metric_and_low_for_others() -> None:
+    rng = random.Random(1)
+    points = [{"a": rng.random(), "b": rng.random()} for _ in range(60)]
     actual = by_path(search_of([(point, (point["a"] - 0.5) ** 2) for point in points]), "b", "a")
     assert next(iter(actual)) == "a", "the largest share first"
     assert actual["a"].share is not None
-    assert actual["a"].share > 0.6, "also where the best values lie in the middle"
+    assert actual["a"].share > 0.6, "also if the best values are in the middle"
     assert actual["a"].significant
     assert not actual["b"].significant
 
 
 def test_noise_has_importance_near_zero_and_nominal_false_positives() -> None:
-    chance = random.Random(2)
-    shares, beyond = [], 0
+    rng = random.Random(2)
+    shares, false_positives = [], 0
     for _ in range(400):
-        actual = by_path(search_of([({"a": chance.random()}, chance.random()) for _ in range(20)]), "a")["a"]
+        actual = by_path(search_of([({"a": rng.random()}, rng.random()) for _ in range(20)]), "a")["a"]
         shares.append(actual.share or 0.0)
-        beyond += actual.significant
+        false_positives += actual.significant
     assert fmean(shares) < 0.08
-    assert 5 <= beyond <= 32
+    assert 5 <= false_positives <= 32
 
 
 def test_one_diverged_trial_does_not_hide_the_others() -> None:
@@ -79,8 +79,8 @@ def test_stopped_failed_and_replicate_trials_are_excluded() -> None:
 
 
 def test_constant_fields_and_constant_metrics_have_no_importance() -> None:
-    same = search_of([({"a": 1, "b": index}, 2.0) for index in range(12)])
-    actual = by_path(same, "a", "b")
+    constant = search_of([({"a": 1, "b": index}, 2.0) for index in range(12)])
+    actual = by_path(constant, "a", "b")
     assert (actual["a"].share, actual["b"].share) == (None, 0.0)
 
 
@@ -94,7 +94,7 @@ def test_importance_is_computed_per_metric() -> None:
 
 
 def test_pbt_child_counts_with_its_final_values() -> None:
-    """All began with the same rate."""
+    """All children started with the same rate."""
     points = [
         ({"sft.learning_rate": 1.0, "sft.schedule_overrides": [{"after": 0.2, "learning_rate": rate}]}, rate)
         for rate in (float(index) for index in range(2, 26))

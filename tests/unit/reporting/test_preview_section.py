@@ -71,26 +71,26 @@ def test_report_escapes_user_text_in_previews() -> None:
     assert Page(html).open == []
 
 
-def test_row_that_is_not_used_says_why() -> None:
+def test_unused_row_has_the_reason() -> None:
     assert "not used: System role not supported" in section(
         events_with(record(num_tokens=0, reason="System role not supported"))
     )
 
 
-def test_report_without_previews_has_no_such_section() -> None:
+def test_report_without_previews_has_no_preview_section() -> None:
     assert section(sample_events()) == ""
 
 
 def test_entries_of_unknown_format_are_skipped() -> None:
-    assert section(events_with({"sequences": [{"segments": ["odd", ["trained"], ["odd", "x", 0]]}]}))
-    assert section(events_with({"sequences": "odd"}))
+    assert section(events_with({"sequences": [{"segments": ["unknown", ["trained"], ["unknown", "x", 0]]}]}))
+    assert section(events_with({"sequences": "unknown"}))
 
 
 def test_preview_of_a_reused_stage_is_kept() -> None:
     events = events_with(record(["trained", "Paris.", 0]))
-    again = next(event for event in events if event["event"] == "run_started")
+    run_started = next(event for event in events if event["event"] == "run_started")
     later = max(event["t"] for event in events) + 1
-    assert "Paris." in section([*events, {**again, "t": later}])
+    assert "Paris." in section([*events, {**run_started, "t": later}])
 
 
 def test_preview_of_another_artifact_is_dropped() -> None:
@@ -100,5 +100,5 @@ def test_preview_of_another_artifact_is_dropped() -> None:
     assert section([*events, started]) == ""
 
 
-def test_control_characters_are_made_visible() -> None:
+def test_control_characters_are_visible() -> None:
     assert visible("a\x1b\r\t\n\x7f\x9b\u202eb👨‍👩") == "a␛␍⇥\t⏎\n␡<U+009B><U+202E>b👨‍👩"

@@ -46,30 +46,36 @@ def test_report_is_the_only_file_written(tmp_path: Path) -> None:
 
 
 def test_user_text_is_escaped_everywhere() -> None:
-    evil = "<script>alert(1)</script>\"'&"
+    hostile = "<script>alert(1)</script>\"'&"
     events = sample_events()
     clean_scripts = Page(page_of(events)).scripts
     for event in events:
         if event["event"] == "run_started":
-            event.update(text=f"# {evil}\nname: {evil}", run=evil, file=evil, command=evil, versions={evil: evil})
+            event.update(
+                text=f"# {hostile}\nname: {hostile}",
+                run=hostile,
+                file=hostile,
+                command=hostile,
+                versions={hostile: hostile},
+            )
         if event["event"] in ("trial_started", "trial_finished"):
-            event["overrides"] = {evil: evil, "sft.epochs": 1}
-            event["error"] = evil
+            event["overrides"] = {hostile: hostile, "sft.epochs": 1}
+            event["error"] = hostile
         if event["event"] == "search_started":
-            event.update(metric=evil, space={evil: evil}, reason=evil)
+            event.update(metric=hostile, space={hostile: hostile}, reason=hostile)
         if event["event"] == "comparison":
-            event.update(columns=[evil, "b"], rows=[[evil, 1.0]], notes=[evil])
+            event.update(columns=[hostile, "b"], rows=[[hostile, 1.0]], notes=[hostile])
         if event["event"] == "stage_finished" and "rules" in event["facts"]:
-            event["facts"]["rules"][0]["rule"] = evil
+            event["facts"]["rules"][0]["rule"] = hostile
         if event["event"] == "stage_finished":
-            event["facts"]["source"] = event["facts"][evil] = evil
+            event["facts"]["source"] = event["facts"][hostile] = hostile
     html = page_of(events)
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert Page(html).scripts == clean_scripts == 1
 
 
-def test_threshold_of_a_select_is_drawn_in_its_score_histogram() -> None:
+def test_threshold_of_a_select_is_in_its_score_histogram() -> None:
     html = page_of(sample_events())
     assert 'class="threshold"' in html
     assert "clean: keep_fraction 0.8, threshold 105.0" in html
@@ -79,10 +85,10 @@ def test_threshold_of_a_select_is_drawn_in_its_score_histogram() -> None:
 
 def test_threshold_line_is_at_its_value() -> None:
     def x_of(value: float) -> float:
-        sampled = histogram_chart(
+        svg = histogram_chart(
             [1.0, 10.0, 100.0, 1000.0], [1, 2, 3], [0, 0, 0], [ThresholdLine(value, "cut")], "perplexity"
         )
-        actual = re.search(r'<line x1="([\d.]+)"[^>]*class="threshold"', sampled)
+        actual = re.search(r'<line x1="([\d.]+)"[^>]*class="threshold"', svg)
         assert actual
         return float(actual[1])
 
@@ -91,10 +97,10 @@ def test_threshold_line_is_at_its_value() -> None:
 
 
 def test_corrupted_rows_are_highlighted_only_if_known() -> None:
-    known = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 2], [], "x")
-    unknown = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 0], [], "x")
-    assert "bar bad" in known
-    assert "bar bad" not in unknown
+    with_corruption = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 2], [], "x")
+    without_corruption = histogram_chart([1.0, 2.0, 3.0], [5, 5], [0, 0], [], "x")
+    assert "bar bad" in with_corruption
+    assert "bar bad" not in without_corruption
 
 
 def test_best_of_each_column_is_marked_in_the_leaderboard() -> None:
@@ -133,26 +139,26 @@ def test_report_is_written_without_events_of_a_kind(kind: str) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
-def test_report_is_written_at_any_moment(fraction: float) -> None:
+def test_report_is_written_at_any_point_of_a_run(fraction: float) -> None:
     assert Page(page_of(events_until(fraction))).open == []
 
 
 def test_facts_of_any_structure_are_shown() -> None:
-    odd = {
+    nested = {
         "nested": {"a": [1, {"b": None}]},
         "rows": [{"x": 1}, {"y": [2]}],
         "none": None,
         "text": "words",
         "nan": float("nan"),
     }
-    strange = {
+    invalid = {
         "rows": "many",
         "injected_corruption": 3,
         "scores": {"perplexity": {"histogram": None}},
         "results": [{"model": "m"}],
     }
     reviewed = {"agreement": {"share": "most"}, "strata": [{}], "thresholds": [{"score": 1}, 2], "sampled": "x"}
-    for facts in (odd, strange, reviewed, {"rules": [3], "rows_in": 1, "kept": None}, {}):
+    for facts in (nested, invalid, reviewed, {"rules": [3], "rows_in": 1, "kept": None}, {}):
         for kind in ("ppo", "dataset", "score", "select", "review", "sft", "evaluate"):
             finished: Event = {
                 "t": 1.0,
@@ -164,7 +170,7 @@ def test_facts_of_any_structure_are_shown() -> None:
             assert Page(page_of([finished])).open == []
 
 
-def test_curve_that_ends_in_nan_is_drawn_as_far_as_it_goes() -> None:
+def test_curve_is_plotted_up_to_its_first_nan() -> None:
     points: list[Event] = [
         {"t": float(s), "event": "metrics", "stage": "sft", "step": s, "values": {"loss": loss}}
         for s, loss in enumerate([3.0, 2.0, float("nan")])
@@ -188,9 +194,9 @@ def test_ticks_are_round_and_within_the_axis() -> None:
 
 
 def test_spread_keeps_order_and_gap() -> None:
-    placed = spread([50, 10, 51, 52], 15, 0, 100)
-    assert placed[1] < placed[0] < placed[2] < placed[3]
-    assert min(b - a for a, b in pairwise(sorted(placed))) >= 14.5
+    positions = spread([50, 10, 51, 52], 15, 0, 100)
+    assert positions[1] < positions[0] < positions[2] < positions[3]
+    assert min(b - a for a, b in pairwise(sorted(positions))) >= 14.5
 
 
 def test_long_curves_are_downsampled_and_keep_their_end() -> None:
@@ -215,14 +221,17 @@ def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
         return {"t": 1.0, "event": "stage_finished", "stage": kind, "kind": kind, "fingerprint": kind,
                 "reused": False, "seconds": 1.0, "artifact": "", "facts": {"results": results}}  # fmt: skip
 
-    def won(model: str, rate: float) -> dict[str, object]:
+    def win_result(model: str, rate: float) -> dict[str, object]:
         return {"model": model, "set": "heldout", "win_rate": rate, "interval": [0.1, 0.9], "reward": 1.5, "rows": 3,
                 "outcomes": {"wins": 2, "ties": 0, "losses": 1}, "baseline": {"model": "base", "reward": 0.5},
                 "left_out": {"too_long": 1, "unusable": 0}}  # fmt: skip
 
     losses = [{"model": model, "set": "heldout", "loss": 2.5, "rows": 4} for model in ("base", "sft", "ppo")]
     state = replay(
-        [evaluation_event("evaluate", *losses), evaluation_event("win_rate", won("sft", 0.6), won("ppo", 0.75))]
+        [
+            evaluation_event("evaluate", *losses),
+            evaluation_event("win_rate", win_result("sft", 0.6), win_result("ppo", 0.75)),
+        ]
     )
     table = report_sections.leaderboard(state)
     assert table is not None

@@ -13,7 +13,7 @@ from tunery.events.run_state import StageState
 from tunery.reporting.report import report_html
 from tunery.reporting.responses import prompt_responses, responses, responses_table
 
-EVIL = "</p></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+HOSTILE = "</p></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
 def section(events: list[Event]) -> str:
@@ -25,8 +25,8 @@ def test_prompt_and_both_responses_are_shown_with_rewards() -> None:
     html = section(rewarded_events())
     first = html[: html.index("</details>")]
     order = ["What is `str`?", "reward 0.50 → 4.00", "<b>before<", "str str (", "<b>after<", "str is a class."]
-    places = [first.index(line) for line in order]
-    assert places == sorted(places)
+    positions = [first.index(line) for line in order]
+    assert positions == sorted(positions)
 
 
 def test_first_prompts_are_expanded_and_others_collapsed() -> None:
@@ -44,13 +44,19 @@ def test_responses_are_labelled_by_model_and_the_best_is_marked() -> None:
 
 
 def test_hostile_responses_prompts_and_model_names_are_escaped() -> None:
-    of_training = {"prompt": EVIL, "before": EVIL, "after": EVIL, "reward_before": EVIL, "reward_after": 1.0}
-    of_models = {"prompt": EVIL, "responses": {EVIL: {"response": EVIL, "reward": EVIL}}}
+    training_responses = {
+        "prompt": HOSTILE,
+        "before": HOSTILE,
+        "after": HOSTILE,
+        "reward_before": HOSTILE,
+        "reward_after": 1.0,
+    }
+    model_responses = {"prompt": HOSTILE, "responses": {HOSTILE: {"response": HOSTILE, "reward": HOSTILE}}}
     clean = report_html(replay(rewarded_events()))
     events = rewarded_events()
     for event in events:
         if event["event"] == "stage_finished" and "responses" in event["facts"]:
-            event["facts"]["responses"] = [of_training, of_models]
+            event["facts"]["responses"] = [training_responses, model_responses]
     html = report_html(replay(events))
     assert "<img" not in html
     assert html.count("<script") == clean.count("<script") == 1
@@ -81,15 +87,15 @@ def test_missing_response_leaves_its_cells_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "value",
     [None, "text", [3], [{}], [{"prompt": "p"}], [{"prompt": "p", "responses": {"a": 1, "b": {"reward": 1.0}}}]],
 )
-def test_fact_of_unknown_format_is_skipped(odd: Any) -> None:
-    assert prompt_responses({"responses": odd}) == []
-    assert responses_table({"responses": odd})[1] == []
+def test_fact_of_unknown_format_is_skipped(value: Any) -> None:
+    assert prompt_responses({"responses": value}) == []
+    assert responses_table({"responses": value})[1] == []
 
 
 def test_tied_responses_are_not_marked_as_best() -> None:
     same = {"response": "x", "reward": 1.0}
-    (one,) = prompt_responses({"responses": [{"prompt": "p", "responses": {"a": same, "b": same}}]})
-    assert not any(response.best for response in one.responses)
+    (item,) = prompt_responses({"responses": [{"prompt": "p", "responses": {"a": same, "b": same}}]})
+    assert not any(response.best for response in item.responses)

@@ -44,17 +44,17 @@ def test_every_trial_is_a_line_and_the_best_is_on_top() -> None:
 def test_line_of_a_trial_without_a_field_has_a_gap() -> None:
     figure = search_report.parallel(search_of(searched_events()))
     assert figure is not None
-    pieces = [line.count("M") for line in lines_of(figure.svg, "curve quiet")]
+    num_segments = [line.count("M") for line in lines_of(figure.svg, "curve quiet")]
     search = search_of(searched_events())
     without = sum(WARMUP not in trial.overrides for trial in search.originals)
-    assert pieces.count(2) == without == 8
+    assert num_segments.count(2) == without == 8
     assert "gaps" in figure.note
 
 
 def test_value_between_two_gaps_is_a_dot() -> None:
     axes = [Axis(name, categories=["a", "b"]) for name in "xyz"]
-    sampled = parallel_chart(axes, [Line([None, "b", None], "quiet", ""), Line(["a", "a", "b"], "quiet", "")])
-    assert sampled.count('class="dot-quiet"') == 1
+    svg = parallel_chart(axes, [Line([None, "b", None], "quiet", ""), Line(["a", "a", "b"], "quiet", "")])
+    assert svg.count('class="dot-quiet"') == 1
 
 
 def test_values_are_at_their_axis_position() -> None:
@@ -77,8 +77,8 @@ def test_pareto_front_is_marked_and_joined_by_steps() -> None:
     dots = [Dot(1.0, 3.0, "", "best front"), Dot(2.0, 1.0, "", "done front"), Dot(2.5, 3.5, "", "done")]
 
     def corner(higher: bool) -> tuple[float, float]:
-        (sampled,) = lines_of(pareto_chart(dots, ("x", "y"), higher=higher), "front-line")
-        first, middle, last = (tuple(map(float, point.split())) for point in sampled[1:].split("L"))
+        (svg,) = lines_of(pareto_chart(dots, ("x", "y"), higher=higher), "front-line")
+        first, middle, last = (tuple(map(float, point.split())) for point in svg[1:].split("L"))
         assert first != last
         return (middle[0] - first[0], middle[1] - first[1])
 
@@ -114,25 +114,25 @@ def test_search_report_is_complete_with_any_part_missing() -> None:
     events = searched_events()
     keys = {key for one in events for key in one if key not in ("t", "event", "trial", "stage")}
     for key in sorted(keys):
-        for wrong in (None, "word", 3, [1], {"a": [None]}):
-            changed = [{**one, key: wrong} if key in one else one for one in events]
-            assert Page(report_html(replay(changed))).open == [], (key, wrong)
+        for invalid in (None, "word", 3, [1], {"a": [None]}):
+            changed = [{**one, key: invalid} if key in one else one for one in events]
+            assert Page(report_html(replay(changed))).open == [], (key, invalid)
 
 
 def test_user_text_is_escaped_in_all_charts() -> None:
-    evil = "<script>x</script>\"'&"
+    hostile = "<script>x</script>\"'&"
     events = searched_events()
     for one in events:
         if "overrides" in one:
-            one["overrides"] = {f"{evil}.{path}": f"{evil}{value}" for path, value in one["overrides"].items()}
+            one["overrides"] = {f"{hostile}.{path}": f"{hostile}{value}" for path, value in one["overrides"].items()}
         if "values" in one:
-            one["values"] = {f"{name}{evil}": value for name, value in one["values"].items()}
+            one["values"] = {f"{name}{hostile}": value for name, value in one["values"].items()}
         if one["event"] == "search_started":
-            one.update(metric=LOSS + evil, metrics=[LOSS + evil, FORGETTING + evil], space={})
-            one["objectives"] = [{"metric": FORGETTING + evil, "mode": "min"}]
-            one["constraints"] = [{"metric": FORGETTING + evil, "max": 0.1}]
+            one.update(metric=LOSS + hostile, metrics=[LOSS + hostile, FORGETTING + hostile], space={})
+            one["objectives"] = [{"metric": FORGETTING + hostile, "mode": "min"}]
+            one["constraints"] = [{"metric": FORGETTING + hostile, "max": 0.1}]
         if one["event"] == "search_finished":
-            one.update(ended_by=evil, ties=[evil], pareto_front=["t00", evil])
+            one.update(ended_by=hostile, ties=[hostile], pareto_front=["t00", hostile])
     html = report_html(replay(events))
     assert "<script>x" not in html
     page = Page(html)

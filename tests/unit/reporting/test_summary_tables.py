@@ -77,12 +77,12 @@ stages:
 
 def policies(**more: dict[str, Any]) -> dict[str, Artifact]:
     result = {"rows": {}, "base": {"eval_loss": 2.5}, "ppo": PPO_FACTS, "grpo": GRPO_FACTS, "eval": {"results": [1]}}
-    measured = ("weights_bytes", "weights_bytes_separate")
+    runtime_stats = ("weights_bytes", "weights_bytes_separate")
     return {
         name: Artifact(
             Path(name),
-            {"facts": {key: value for key, value in facts.items() if key not in measured}, "kind": name},
-            {key: value for key, value in facts.items() if key in measured},
+            {"facts": {key: value for key, value in facts.items() if key not in runtime_stats}, "kind": name},
+            {key: value for key, value in facts.items() if key in runtime_stats},
         )
         for name, facts in {**result, **more}.items()
     }
@@ -135,7 +135,7 @@ search: {metric: wins.sft.rows.win_rate, mode: max, trials: 2, space: {sft.epoch
 """
 
 
-def won(rate: float, too_long: int = 0) -> Artifact:
+def win_artifact(rate: float, too_long: int = 0) -> Artifact:
     result = {
         "model": "sft",
         "set": "rows",
@@ -151,7 +151,7 @@ def won(rate: float, too_long: int = 0) -> Artifact:
     return Artifact(Path("wins"), {"facts": {"results": [result]}}, {})
 
 
-def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
+def loss_artifacts(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
     results = [
         {"model": model, "set": "held", "loss": loss, "perplexity": 9.0}
         | ({} if forgetting is None else {"forgetting": forgetting})
@@ -163,7 +163,7 @@ def lost(*losses: tuple[str, float, float | None]) -> dict[str, Artifact]:
 
 def test_win_table_has_intervals_rewards_lengths_and_skipped_rows(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED)
-    table = win_table(experiment, {"wins": won(0.6, too_long=10)}, {})
+    table = win_table(experiment, {"wins": win_artifact(0.6, too_long=10)}, {})
     assert table is not None
     assert dict(zip(table["columns"], table["rows"][0], strict=True)) == {
         "model": "sft",
@@ -184,7 +184,7 @@ def test_win_table_has_intervals_rewards_lengths_and_skipped_rows(load_text: Loa
 
 def test_win_table_has_the_best_trial_next_to_the_file(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED + SEARCHED)
-    table = win_table(experiment, {"wins": won(0.6)}, {"wins": won(0.7)})
+    table = win_table(experiment, {"wins": win_artifact(0.6)}, {"wins": win_artifact(0.7)})
     assert table is not None
     assert [(row[0], row[4]) for row in table["rows"]] == [("sft (best trial)", 0.7), ("sft", 0.6)]
     assert table["notes"] == []
@@ -192,10 +192,10 @@ def test_win_table_has_the_best_trial_next_to_the_file(load_text: LoadText) -> N
 
 def test_forgetting_has_a_column_if_computed(load_text: LoadText) -> None:
     experiment, _ = load_text(MEASURED)
-    table = loss_table(experiment, lost(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
+    table = loss_table(experiment, loss_artifacts(("base", 2.0, 0.0), ("sft", 2.25, 0.125)), {})
     assert table is not None
     assert [row[table["columns"].index("forgetting")] for row in table["rows"]] == ["+0.0%", "+12.5%"]
-    table = loss_table(experiment, lost(("base", 2.0, None), ("sft", 2.25, None)), {})
+    table = loss_table(experiment, loss_artifacts(("base", 2.0, None), ("sft", 2.25, None)), {})
     assert table is not None
     assert table["columns"] == ["model", "held-out set", "loss", "perplexity", "training rows", "steps"]
     assert table["rows"][0] == ["base", "held", 2.0, 9.0, 9, 3]
@@ -221,7 +221,7 @@ search:
 """
 
 
-def ended(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
+def record(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
     overrides = {"sft.learning_rate": value / 1000, "sft.schedule": "constant"}
     result = {"state": "done", "values": {"sft.eval_loss": value}, "tokens": 900.0, "seconds": 1.0, "error": ""}
     return JournalRecord(TrialStart(name, 0, overrides, "replicate" if of else "sampled", of), [], {**result, **more})
@@ -230,8 +230,8 @@ def ended(name: str, value: float, of: str = "", **more: Any) -> JournalRecord:
 def test_search_table_has_means_violations_and_ties(load_text: LoadText) -> None:
     experiment, _ = load_text(SEARCH)
     assert experiment.search is not None
-    records = [ended("a", 2.0), ended("b", 2.1), ended("broken", 0.5), ended("c", 3.0, state="stopped")]
-    records += [ended("a2", 2.3, "a"), ended("a3", 2.2, "a"), ended("b2", 2.0, "b"), ended("b3", 2.1, "b")]
+    records = [record("a", 2.0), record("b", 2.1), record("broken", 0.5), record("c", 3.0, state="stopped")]
+    records += [record("a2", 2.3, "a"), record("a3", 2.2, "a"), record("b2", 2.0, "b"), record("b3", 2.1, "b")]
     facts = search_facts(experiment.search, records, "the budget of 1 hours is spent")
     table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
     assert table is not None
@@ -261,7 +261,7 @@ def test_search_table_has_means_violations_and_ties(load_text: LoadText) -> None
 def test_table_of_a_long_search_has_the_best_trials_and_refers_to_the_report(load_text: LoadText) -> None:
     experiment, _ = load_text(SEARCH)
     assert experiment.search is not None
-    facts = search_facts(experiment.search, [ended(f"t{number}", 2.0 + number) for number in range(30)], "")
+    facts = search_facts(experiment.search, [record(f"t{number}", 2.0 + number) for number in range(30)], "")
     table = search_table(experiment, Artifact(Path("search"), {"facts": facts}, {}))
     assert table is not None
     assert [row[0] for row in table["rows"]] == [f"t{number}" for number in range(20)]

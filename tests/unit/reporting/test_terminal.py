@@ -21,11 +21,11 @@ from tunery.events.stage_summary import latest, note
 from tunery.reporting.terminal import PlainLines, Terminal, final_table, render
 
 
-def rendered_lines(picture: RenderableType, width: int) -> list[str]:
+def rendered_lines(renderable: RenderableType, width: int) -> list[str]:
     # Wider than requested, so that the console does not wrap a line that is too long.
     console = Console(width=width + 200, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
-        console.print(picture)
+        console.print(renderable)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -110,8 +110,8 @@ def test_failure_is_shown_with_cause_and_remedy() -> None:
 
 def test_view_of_many_stages_fits_a_low_terminal_and_keeps_the_running_one() -> None:
     stages = [{"name": f"s{index:02d}", "kind": "dataset", "inputs": []} for index in range(40)]
-    opening: Event = {"t": 1.0, "event": "run_started", "run": "r", "stages": stages}
-    state = replay([opening, {"t": 2.0, "event": "stage_started", "stage": "s30", "kind": "dataset"}])
+    start: Event = {"t": 1.0, "event": "run_started", "run": "r", "stages": stages}
+    state = replay([start, {"t": 2.0, "event": "stage_started", "stage": "s30", "kind": "dataset"}])
     lines = rendered_lines(render(state, 80, 3.0, height=15), 80)
     assert len(lines) < 15
     assert any("s30" in line for line in lines)
@@ -126,8 +126,8 @@ def test_summary_table_is_aligned_and_has_notes() -> None:
     assert any("noise" in line for line in lines)
 
 
-def test_wide_summary_table_loses_nothing() -> None:
-    columns = ["model", *(f"measure_number_{index}" for index in range(12))]
+def test_wide_summary_table_has_all_columns() -> None:
+    columns = ["model", *(f"metric_number_{index}" for index in range(12))]
     row: list[Any] = ["sft", *(1000.5 + index for index in range(12))]
     state = replay([{"t": 1.0, "event": "comparison", "columns": columns, "rows": [row], "notes": []}])
     lines = rendered_lines(final_table(state, 60), 60)
@@ -136,13 +136,13 @@ def test_wide_summary_table_loses_nothing() -> None:
 
 
 def follow(folder: Path, events: list[Event], console: Console) -> None:
-    """Write `events` while a Terminal follows, as if the run went on now."""
+    """Write `events` while a Terminal follows, with times shifted to now."""
     shift = time.time() - events[0]["t"]
     log = folder / "events" / "driver.jsonl"
     log.parent.mkdir(parents=True)
     with Terminal(console, "quickstart", folder, EventReader(log.parent)):
-        moved = [json.dumps({**event, "t": event["t"] + shift}) for event in events]
-        log.write_text("\n".join(moved) + "\n")
+        lines = [json.dumps({**event, "t": event["t"] + shift}) for event in events]
+        log.write_text("\n".join(lines) + "\n")
 
 
 def test_without_a_terminal_there_are_plain_lines_and_no_escape_codes(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_without_a_terminal_there_are_plain_lines_and_no_escape_codes(tmp_path: 
 
 def test_plain_progress_is_limited_to_every_30_seconds() -> None:
     def progress_lines(every: float) -> list[str]:
-        opening: Event = {"t": 0.0, "event": "stage_started", "stage": "sft", "kind": "sft"}
+        start: Event = {"t": 0.0, "event": "stage_started", "stage": "sft", "kind": "sft"}
         steps: list[Event] = [
             {
                 "t": step * every,
@@ -169,7 +169,7 @@ def test_plain_progress_is_limited_to_every_30_seconds() -> None:
             }
             for step in range(1, 101)
         ]
-        state, lines = replay([opening, *steps]), PlainLines(since=0.0)
+        state, lines = replay([start, *steps]), PlainLines(since=0.0)
         return [line for step in steps for line in lines.lines(state, step)]
 
     assert len(progress_lines(every=3.0)) == 10

@@ -60,9 +60,9 @@ def test_interrupted_file_is_completed() -> None:
 
 
 def test_stage_without_a_file_is_sent_again_only_after_a_kill() -> None:
-    killed = [START, *training(1, 3), END]
-    assert ids(Translator("quickstart", {}).before(killed)) == [STAGE]
-    assert Translator("quickstart", {}).before([*killed, event("run_finished", state="done")]) == []
+    without_end = [START, *training(1, 3), END]
+    assert ids(Translator("quickstart", {}).before(without_end)) == [STAGE]
+    assert Translator("quickstart", {}).before([*without_end, event("run_finished", state="done")]) == []
 
 
 def test_retried_stage_keeps_its_curve() -> None:
@@ -79,7 +79,7 @@ def trial(fingerprint: str, first: int, last: int) -> list[Event]:
 
 
 def test_trial_of_an_edited_experiment_gets_a_new_run_that_resumes() -> None:
-    """A trial is named by its overrides; a field outside them, edited, gives another curve under the same name."""
+    """A trial is named by its overrides: if another field is edited, the same name gets another curve."""
     translator = Translator("quickstart", {})
     (first,) = ids(translator.translate(trial("f", 1, 3)))
     (edited,) = ids(translator.translate(trial("g", 1, 3)))
@@ -89,7 +89,7 @@ def test_trial_of_an_edited_experiment_gets_a_new_run_that_resumes() -> None:
     actions = resumed.translate(trial("g", 3, 5))
     assert ids(actions) == [edited]
     steps = [action.values["sft/step"] for action in actions if isinstance(action, Log)]
-    assert steps == [1, 2, 3, 3, 4, 5], "nothing of the first curve"
+    assert steps == [1, 2, 3, 3, 4, 5], "no point of the first curve"
 
 
 def test_each_metric_of_a_step_is_written_once_with_increasing_steps() -> None:
@@ -112,9 +112,9 @@ def test_metrics_with_a_slash_belong_to_the_step_of_their_row() -> None:
 
 def test_online_rows_are_resumed_from_the_server_count() -> None:
     stored = [row(step, loss=1.0) for step in range(10)]
-    behind = History(stored, uploaded=6)  # 4 rows were in the file and never arrived
+    behind = History(stored, uploaded=6)  # 4 rows of the file were not uploaded
     written = [behind.add({"step": step, "rows": 4.0 * step, "loss": 1.0}) for step in range(12)]
     assert [item and item[0] for item in written] == [None] * 6 + [*range(6, 12)]
-    ahead = History(stored, uploaded=11)  # a row arrived and was never in the file
+    ahead = History(stored, uploaded=11)  # one uploaded row is not in the file
     written = [ahead.add({"step": step, "rows": 4.0 * step, "loss": 1.0}) for step in range(12)]
     assert [item and item[0] for item in written] == [None] * 11 + [11]

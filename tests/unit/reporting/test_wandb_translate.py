@@ -32,7 +32,7 @@ EXPERIMENT = {
         "clean": {"kind": "select", "keep": {"perplexity": {"keep_fraction": 0.8}}},
     },
 }
-WHOLE = run_id("quickstart")
+EXPERIMENT_RUN = run_id("quickstart")
 
 
 def event(name: str, at: float = 0.0, **values: Any) -> Event:
@@ -44,12 +44,12 @@ def translated(events: list[Event], **more: Any) -> list[Any]:
     return list(plan(events, run, EXPERIMENT, **more))
 
 
-def of(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
+def of_type(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
     return [action for action in actions if isinstance(action, kind) and (id is None or action.id == id)]
 
 
 def opened(actions: list[Any], name: str) -> Open:
-    (actual,) = {action.id: action for action in of(Open, actions) if action.name == name}.values()
+    (actual,) = {action.id: action for action in of_type(Open, actions) if action.name == name}.values()
     assert isinstance(actual, Open)
     return actual
 
@@ -72,7 +72,7 @@ def training(stage: str = "sft", **more: Any) -> list[Event]:
 
 
 def test_one_run_per_stage_trial_and_experiment() -> None:
-    runs = of(Open, translated(sample_events()))
+    runs = of_type(Open, translated(sample_events()))
     assert Counter(run.job_type for run in runs) == {
         "pretrain": 1, "score": 1, "select": 1, "sft": 2, "evaluate": 1, "trial": 12, "comparison": 1
     }  # fmt: skip
@@ -81,16 +81,18 @@ def test_one_run_per_stage_trial_and_experiment() -> None:
 
 def test_every_run_is_opened_once_and_finished_last() -> None:
     actions = translated(sample_events())
-    for run in of(Open, actions):
+    for run in of_type(Open, actions):
         own = [action for action in actions if action.id == run.id]
         assert own[0] is run
         assert isinstance(own[-1], Finish)
-        assert len(of(Open, own)) == len(of(Finish, own)) == 1
+        assert len(of_type(Open, own)) == len(of_type(Finish, own)) == 1
 
 
 def test_ids_are_deterministic_and_distinct() -> None:
     events = sample_events()
-    assert [run.id for run in of(Open, translated(events))] == [run.id for run in of(Open, translated(events))]
+    assert [run.id for run in of_type(Open, translated(events))] == [
+        run.id for run in of_type(Open, translated(events))
+    ]
     ids = {run_id("a"), run_id("b"), run_id("a", "s"), run_id("a", "s", "t"), run_id("a", "s", "t", "f")}
     assert len(ids) == 5
     assert all(id.isalnum() and len(id) <= 32 for id in ids)
@@ -111,16 +113,16 @@ def test_actions_do_not_depend_on_read_boundaries(size: int) -> None:
 def test_curve_of_an_interrupted_stage_is_sent_completely() -> None:
     events = sample_events()
     base = opened(translated(events), "quickstart/base")
-    assert [log.values for log in of(Log, translated(events), base.id)] == points(events, "base")
+    assert [log.values for log in of_type(Log, translated(events), base.id)] == points(events, "base")
 
 
 def test_points_have_step_and_time() -> None:
     events = sample_events()
     actions = translated(events)
     sft = opened(actions, "quickstart/sft")
-    assert of(WandbAxis, actions, sft.id) == [WandbAxis(sft.id, "")]
+    assert of_type(WandbAxis, actions, sft.id) == [WandbAxis(sft.id, "")]
     times = [e["t"] for e in events if e["event"] == "metrics" and e["stage"] == "sft" and "trial" not in e]
-    assert [log.time for log in of(Log, actions, sft.id)] == times
+    assert [log.time for log in of_type(Log, actions, sft.id)] == times
 
 
 def test_trial_curves_have_the_stage_name() -> None:
@@ -128,8 +130,8 @@ def test_trial_curves_have_the_stage_name() -> None:
     actions = translated(events)
     for name in ("t00", "t07"):
         trial = opened(actions, name)
-        assert of(WandbAxis, actions, trial.id) == [WandbAxis(trial.id, "sft/")]
-        assert [log.values for log in of(Log, actions, trial.id)] == points(events, "sft", name)
+        assert of_type(WandbAxis, actions, trial.id) == [WandbAxis(trial.id, "sft/")]
+        assert [log.values for log in of_type(Log, actions, trial.id)] == points(events, "sft", name)
 
 
 def test_trial_has_overrides_metric_and_outcome() -> None:
@@ -139,10 +141,12 @@ def test_trial_has_overrides_metric_and_outcome() -> None:
     for name, end in ends.items():
         trial = opened(actions, name)
         assert trial.config == end["overrides"]
-        summary = {key: value for action in of(Summarize, actions, trial.id) for key, value in action.values.items()}
+        summary = {
+            key: value for action in of_type(Summarize, actions, trial.id) for key, value in action.values.items()
+        }
         assert summary["state"] == end["state"]
         assert summary.get(METRIC) == end["value"]
-        assert of(Finish, actions, trial.id) == [Finish(trial.id, 1 if end["state"] == "failed" else 0)]
+        assert of_type(Finish, actions, trial.id) == [Finish(trial.id, 1 if end["state"] == "failed" else 0)]
 
 
 def test_replayed_search_opens_no_trials_but_has_its_table() -> None:
@@ -150,8 +154,8 @@ def test_replayed_search_opens_no_trials_but_has_its_table() -> None:
     space = {"sft.epochs": "one of 1, 2"}
     search = event("search_started", 1, metric=METRIC, mode="min", trials=1, space=space)
     actions = translated([event("run_started", stages=[]), search, again])
-    assert [run.job_type for run in of(Open, actions)] == ["comparison"]
-    (log,) = of(Log, actions)
+    assert [run.job_type for run in of_type(Open, actions)] == ["comparison"]
+    (log,) = of_type(Log, actions)
     (row,) = log.values["leaderboard"].rows
     cells = dict(zip(log.values["leaderboard"].columns, row, strict=True))
     assert [cells[name] for name in ("trial", "state", METRIC, "sft.epochs", "seconds")] == ["t1", "done", 1.5, 2, 3.0]
@@ -161,10 +165,10 @@ def test_stage_built_by_another_run_has_no_run() -> None:
     events = [
         event("run_started", stages=[]),
         event("stage_started", stage="docs", kind="dataset", fingerprint="f"),
-        event("progress", stage="docs", done=0, total=None, unit="", detail="waiting: host:1 makes it"),
+        event("progress", stage="docs", done=0, total=None, unit="", detail="waiting: host:1 builds it"),
         event("stage_finished", stage="docs", kind="dataset", fingerprint="f", reused=True, facts={}),
     ]
-    assert [run.name for run in of(Open, translated(events))] == ["quickstart"]
+    assert [run.name for run in of_type(Open, translated(events))] == ["quickstart"]
 
 
 def test_curve_of_a_reused_stage_is_not_sent_again() -> None:
@@ -172,7 +176,7 @@ def test_curve_of_a_reused_stage_is_not_sent_again() -> None:
     again = event("metrics", stage="base", step=1, values={"loss": 1.0})
     end = event("stage_finished", stage="base", kind="pretrain", fingerprint="f", reused=True, facts={})
     actions = translator.translate([event("run_started", stages=[]), again, end])
-    assert [run.name for run in of(Open, actions)] == ["quickstart"]
+    assert [run.name for run in of_type(Open, actions)] == ["quickstart"]
     assert translator.late == 0
 
 
@@ -181,22 +185,22 @@ def test_point_after_the_end_of_its_stage_is_counted() -> None:
     end = event("stage_finished", 3, stage="sft", kind="sft", fingerprint="f", reused=False, facts={})
     late = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0})
     actions = translator.translate([*training(), end, late])
-    assert len(of(Log, actions)) == 1
+    assert len(of_type(Log, actions)) == 1
     assert translator.late == 1
 
 
 def test_failed_stage_ends_with_its_error() -> None:
     actions = translated(failed_events())
     sft = opened(actions, "quickstart/sft")
-    (summary,) = of(Summarize, actions, sft.id)
+    (summary,) = of_type(Summarize, actions, sft.id)
     assert summary.values["error.message"] == "rank 1 ran out of GPU memory at step 40"
     assert summary.values["error.remedy"] == "set compute.micro_batch_size to 32 or to auto"
-    assert of(Finish, actions) [-2:] == [Finish(sft.id, 1), Finish(WHOLE, 1)]  # fmt: skip
+    assert of_type(Finish, actions) [-2:] == [Finish(sft.id, 1), Finish(EXPERIMENT_RUN, 1)]  # fmt: skip
 
 
 def test_open_runs_are_marked_as_interrupted() -> None:
-    finished = of(Finish, translated(training()))
-    assert [(action.id == WHOLE, action.exit_code) for action in finished] == [
+    finished = of_type(Finish, translated(training()))
+    assert [(action.id == EXPERIMENT_RUN, action.exit_code) for action in finished] == [
         (False, INTERRUPTED),
         (True, INTERRUPTED),
     ]
@@ -216,14 +220,14 @@ def test_stage_of_the_best_trial_is_configured_by_its_values() -> None:
     start, *rest = training("sft (best trial)")
     sft = opened(translated([start, *best, *rest]), "quickstart/sft (best trial)")
     assert sft.config["tuner"] == {"lora": {"rank": 4}}
-    assert EXPERIMENT["stages"]["sft"]["tuner"] == {"lora": {"rank": 16}}, "the experiment itself is left alone"  # type: ignore[index]
+    assert EXPERIMENT["stages"]["sft"]["tuner"] == {"lora": {"rank": 16}}, "the experiment is not modified"  # type: ignore[index]
 
 
 def test_run_summary_has_the_tables_and_their_numbers() -> None:
     events = sample_events()
     actions = translated(events)
     comparison = next(e for e in events if e["event"] == "comparison")
-    (log,) = of(Log, actions, WHOLE)
+    (log,) = of_type(Log, actions, EXPERIMENT_RUN)
     assert log.values["result"] == WandbTable(comparison["columns"], comparison["rows"])
     assert len(log.values["leaderboard"].rows) == 12
     counts = next(
@@ -232,26 +236,26 @@ def test_run_summary_has_the_tables_and_their_numbers() -> None:
         if e.get("stage") == "scored" and "facts" in e
     )
     assert log.values["scored.scores.perplexity.histogram"].counts == counts
-    (summary,) = of(Summarize, actions, WHOLE)
+    (summary,) = of_type(Summarize, actions, EXPERIMENT_RUN)
     assert summary.values["result.sft.domain loss"] == 3.191
     assert summary.values["clean.kept"] == 3_200
-    assert summary.values["docs.rows"] == 4_000, "reused stages are facts of the whole as well"
-    assert summary.values["eval.sft.domain.loss"] == 3.191, "as a search names it"
+    assert summary.values["docs.rows"] == 4_000, "facts of reused stages are included"
+    assert summary.values["eval.sft.domain.loss"] == 3.191, "the name that a search uses"
     assert summary.values["search.trials.failed"] == 1
 
 
 def test_responses_are_a_table_and_not_summary_values() -> None:
     actions = translated(rewarded_events())
-    ppo, wins, whole = (opened(actions, f"rewarded{name}") for name in ("/ppo", "/wins", ""))
-    *_, responses = of(Log, actions, ppo.id)
+    ppo, wins, experiment_run = (opened(actions, f"rewarded{name}") for name in ("/ppo", "/wins", ""))
+    *_, responses = of_type(Log, actions, ppo.id)
     assert list(responses.values) == ["responses"]
     built = responses.values["responses"]
     assert built.columns == ["prompt", "before", "after", "reward before", "reward after"]
     assert [row[0] for row in built.rows] == [one["prompt"] for one in PPO_FACTS["responses"]]
-    (of_models,) = of(Log, actions, wins.id)
-    assert of_models.values["responses"].columns[:4] == ["prompt", "base", "ppo", "grpo"]
-    for run in (ppo, wins, whole):
-        (summary,) = of(Summarize, actions, run.id)
+    (model_responses,) = of_type(Log, actions, wins.id)
+    assert model_responses.values["responses"].columns[:4] == ["prompt", "base", "ppo", "grpo"]
+    for run in (ppo, wins, experiment_run):
+        (summary,) = of_type(Summarize, actions, run.id)
         assert not any("responses" in name.split(".") for name in summary.values)
 
 
@@ -260,21 +264,21 @@ def test_policy_curves_are_complete_with_speed_by_phase() -> None:
     actions = translated(events)
     for name in ("ppo", "grpo"):
         stage = opened(actions, f"rewarded/{name}")
-        curve = [log.values for log in of(Log, actions, stage.id) if "responses" not in log.values]
+        curve = [log.values for log in of_type(Log, actions, stage.id) if "responses" not in log.values]
         assert curve == points(events, name)
-    ppo = {key for log in of(Log, actions, opened(actions, "rewarded/ppo").id) for key in log.values}
+    ppo = {key for log in of_type(Log, actions, opened(actions, "rewarded/ppo").id) for key in log.values}
     assert {"rollout_tokens_per_second", "score_tokens_per_second", "update_tokens_per_second", "memory_gb"} <= ppo
 
 
 def test_rows_of_the_same_name_have_separate_values() -> None:
     row = event("comparison", title="Loss", columns=["model", "loss"], rows=[["a", 1.0], ["a", 2.0]], notes=[])
-    (summary,) = of(Summarize, translated([event("run_started", stages=[]), row]), WHOLE)
+    (summary,) = of_type(Summarize, translated([event("run_started", stages=[]), row]), EXPERIMENT_RUN)
     assert (summary.values["loss.a.loss"], summary.values["loss.a.1.loss"]) == (1.0, 2.0)
 
 
 def test_diverged_loss_stays_in_the_curve() -> None:
     nan = event("metrics", 3, stage="sft", step=2, values={"loss": math.nan, "note": "x", "best": None})
-    last = of(Log, translated([*training(), nan]))[-1]
+    last = of_type(Log, translated([*training(), nan]))[-1]
     assert set(last.values) == {"step", "loss"}
     assert math.isnan(last.values["loss"])
 
@@ -289,7 +293,7 @@ def test_facts_become_flat_names() -> None:
         "best": -math.inf,
         "done": True,
         "none": None,
-        "nested": {"rate": {"value": 1e-3, "rule": "why"}},
+        "nested": {"rate": {"value": 1e-3, "rule": "reason"}},
         "results": [{"model": "sft", "set": "domain", "loss": 2.0}, {"model": "sft", "set": "general", "loss": 3.0}],
         "rules": [{"score": "perplexity", "rule": "keep_fraction 0.8", "dropped": 8}],
         "injected_corruption": {"": 3, "cut": 1},
@@ -306,7 +310,7 @@ def test_facts_become_flat_names() -> None:
         "best": "-Infinity",
         "done": True,
         "nested.rate.value": 1e-3,
-        "nested.rate.rule": "why",
+        "nested.rate.rule": "reason",
         "sft.domain.loss": 2.0,
         "sft.general.loss": 3.0,
         "rules.perplexity.rule": "keep_fraction 0.8",
@@ -326,9 +330,9 @@ def test_facts_become_flat_names() -> None:
 
 
 def test_histograms_are_found_at_any_depth_and_empty_ones_skipped() -> None:
-    sampled = {"edges": [1.0, 2.0, 3.0], "counts": [4, 5], "corrupted": [0, 1]}
+    full = {"edges": [1.0, 2.0, 3.0], "counts": [4, 5], "corrupted": [0, 1]}
     empty = {"edges": [], "counts": [], "corrupted": []}
-    actual = histograms({"scores": {"perplexity": {"histogram": sampled}, "other": {"histogram": empty}}}, "scored.")
+    actual = histograms({"scores": {"perplexity": {"histogram": full}, "other": {"histogram": empty}}}, "scored.")
     assert actual == {
         "scored.scores.perplexity.histogram": Histogram([1.0, 2.0, 3.0], [4, 5]),
         "scored.scores.perplexity.histogram_corrupted": Histogram([1.0, 2.0, 3.0], [0, 1]),
@@ -341,7 +345,7 @@ def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "environment", "mode"),
+    ("configured", "environment", "mode"),
     [
         ("auto", {}, "auto"),
         ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
@@ -353,8 +357,10 @@ def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
         ("disabled", {"WANDB_MODE": "online"}, "disabled"),
     ],
 )
-def test_wandb_mode_applies_if_the_file_sets_auto(named: str, environment: dict[str, str], mode: str) -> None:
-    assert requested_mode(named, environment) == mode
+def test_wandb_mode_of_the_environment_applies_if_the_file_sets_auto(
+    configured: str, environment: dict[str, str], mode: str
+) -> None:
+    assert requested_mode(configured, environment) == mode
 
 
 def test_notes_have_the_sync_command_and_missing_records() -> None:
@@ -381,7 +387,7 @@ def test_origin_of_unsampled_trials_is_a_tag_and_in_the_config() -> None:
 
 def test_trials_have_distinct_stable_run_ids() -> None:
     def ids() -> list[str]:
-        return [run.id for run in of(Open, translated(searched_events(98))) if run.job_type == "trial"]
+        return [run.id for run in of_type(Open, translated(searched_events(98))) if run.job_type == "trial"]
 
     assert len(set(ids())) == 100
     assert ids() == ids()
@@ -396,13 +402,13 @@ def test_resumed_trial_continues_its_run() -> None:
 
 def test_trial_summary_has_all_metrics_and_feasibility() -> None:
     actions = translated(searched_events())
-    summaries = of(Summarize, actions, opened(actions, "t00").id)
+    summaries = of_type(Summarize, actions, opened(actions, "t00").id)
     values = {key: value for summary in summaries for key, value in summary.values.items()}
     assert (values[LOSS], values[FORGETTING], values["feasible"], values["tokens"]) == (3.1, 0.02, True, 40_000.0)
 
 
 def rows_of(actions: list[Any], name: str) -> list[dict[str, Any]]:
-    (log,) = of(Log, actions, run_id("searched"))
+    (log,) = of_type(Log, actions, run_id("searched"))
     return [dict(zip(log.values[name].columns, row, strict=True)) for row in log.values[name].rows]
 
 
@@ -428,7 +434,7 @@ def test_importance_is_a_table_unless_there_are_too_few_trials() -> None:
     first = next(row for row in rows if row["metric"] == LOSS)
     assert (first["field"], first["significant"]) == ("sft.learning_rate", True)
     assert len(rows) == 8
-    (log,) = of(Log, translated(searched_events(5)), run_id("searched"))
+    (log,) = of_type(Log, translated(searched_events(5)), run_id("searched"))
     assert "importance" not in log.values
 
 
@@ -456,12 +462,12 @@ def test_unsearched_filter_has_no_samples() -> None:
             one["fingerprint"] = "f-same"
         if one["event"] == "search_started":
             one["space"] = {path: line for path, line in one["space"].items() if path != SHARE}
-    (log,) = of(Log, translated(events), run_id("searched"))
+    (log,) = of_type(Log, translated(events), run_id("searched"))
     assert "filter_samples" not in log.values
 
 
 def test_search_summary_has_winner_ties_and_end_reason() -> None:
-    (summary,) = of(Summarize, translated(searched_events(ended_by="the budget is spent")), run_id("searched"))
+    (summary,) = of_type(Summarize, translated(searched_events(ended_by="the budget is spent")), run_id("searched"))
     assert summary.values["search.best.trial"] == "t00"
     assert summary.values["search.best.seeds"] == 2
     assert summary.values["search.ties"] == ["t01"]
@@ -476,5 +482,5 @@ def test_late_step_of_a_stopped_trial_is_not_missing(state: str, late: int) -> N
     point = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0}, trial="t")
     opening, *rest = training(trial="t")
     actions = translator.translate([opening, start, *rest, end, point])
-    assert len(of(Log, actions)) == 1
+    assert len(of_type(Log, actions)) == 1
     assert translator.late == late

@@ -572,9 +572,9 @@ def test_errors_are_pickled_with_all_attributes(error: TuneryError) -> None:
     assert type(copy) is type(error)
     assert str(copy) == str(error)
     assert copy.exit_code == error.exit_code
-    plain = {key: value for key, value in vars(error).items() if key != "errors"}
-    assert {key: vars(copy)[key] for key in plain} == plain
-    assert [vars(one) for one in getattr(copy, "errors", [])] == [vars(one) for one in getattr(error, "errors", [])]
+    attributes = {key: value for key, value in vars(error).items() if key != "errors"}
+    assert {key: vars(copy)[key] for key in attributes} == attributes
+    assert [vars(item) for item in getattr(copy, "errors", [])] == [vars(item) for item in getattr(error, "errors", [])]
 
 
 @pytest.mark.parametrize(
@@ -592,10 +592,10 @@ def test_errors_of_packages_can_be_pickled(error: Exception) -> None:
 
 
 def test_all_error_classes_are_tested_for_pickling() -> None:
-    def below(cls: type[TuneryError]) -> set[type[TuneryError]]:
-        return {cls}.union(*(below(sub) for sub in cls.__subclasses__() if sub.__module__ == "tunery.errors"))
+    def subclasses(cls: type[TuneryError]) -> set[type[TuneryError]]:
+        return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__() if sub.__module__ == "tunery.errors"))
 
-    assert below(TuneryError) == {type(error) for error in ERRORS}
+    assert subclasses(TuneryError) == {type(error) for error in ERRORS}
 
 
 def test_errors_of_load_are_pickled_with_file_and_line(load_text: LoadText, tmp_path: Path) -> None:

@@ -116,9 +116,11 @@ MODEL = {"m": Dataset(kind="dataset", source="a.jsonl")}
 def graphs(draw: st.DrawFn) -> dict[str, Stage]:
     """Acyclic graphs in any file order."""
     size = draw(st.integers(1, 8))
-    reads = {f"s{index}": [f"s{earlier}" for earlier in range(index) if draw(st.booleans())] for index in range(size)}
-    names = draw(st.permutations(list(reads)))
-    return MODEL | {name: stage_reading(reads[name]) for name in names}
+    dependencies = {
+        f"s{index}": [f"s{earlier}" for earlier in range(index) if draw(st.booleans())] for index in range(size)
+    }
+    names = draw(st.permutations(list(dependencies)))
+    return MODEL | {name: stage_reading(dependencies[name]) for name in names}
 
 
 @given(graphs())
@@ -139,13 +141,13 @@ def test_topological_file_order_is_kept(stages: dict[str, Stage]) -> None:
 @given(graphs(), st.data())
 def test_with_upstream_is_the_smallest_complete_subset(stages: dict[str, Stage], data: st.DataObject) -> None:
     names = data.draw(st.sets(st.sampled_from(sorted(stages)), min_size=1))
-    needed = with_upstream(stages, names)
-    assert names <= needed.keys()
-    assert list(needed) == [name for name in stages if name in needed]
-    used = {name for stage in needed.values() for name in inputs_of(stage)}
-    assert used <= needed.keys()
-    assert needed.keys() - names <= used
-    assert with_upstream(stages, needed) == needed
+    subset = with_upstream(stages, names)
+    assert names <= subset.keys()
+    assert list(subset) == [name for name in stages if name in subset]
+    used = {name for stage in subset.values() for name in inputs_of(stage)}
+    assert used <= subset.keys()
+    assert subset.keys() - names <= used
+    assert with_upstream(stages, subset) == subset
 
 
 @given(graphs())
@@ -157,19 +159,19 @@ def test_acyclic_graph_has_no_cycle(stages: dict[str, Stage]) -> None:
 def test_cycle_follows_references_to_its_start(stages: dict[str, Stage], data: st.DataObject) -> None:
     user = data.draw(st.sampled_from([name for name in stages if name != "m"]))
     used = data.draw(st.sampled_from(sorted(with_upstream(stages, [user]).keys() - {"m"})))
-    closed = {**stages, used: stage_reading([*inputs_of(stages[used]), user])}
-    cycle = find_cycle(closed)
+    cyclic = {**stages, used: stage_reading([*inputs_of(stages[used]), user])}
+    cycle = find_cycle(cyclic)
     assert cycle is not None
     assert cycle[0] == cycle[-1]
     assert len(cycle) > 1
     for reader, read in itertools.pairwise(cycle):
-        assert read in inputs_of(closed[reader])
+        assert read in inputs_of(cyclic[reader])
 
 
 def test_reference_to_an_unknown_stage_is_not_a_cycle() -> None:
     assert find_cycle({"a": stage_reading(["nowhere"])}) is None
 
 
-def test_inputs_are_unique_and_in_field_order() -> None:
-    both = Evaluate(kind="evaluate", models=("base", "sft"), data={"a": "docs", "b": "docs", "c": "more"})
-    assert inputs_of(both) == ("base", "sft", "docs", "more")
+def test_inputs_are_unique_and_in_the_order_of_the_fields() -> None:
+    evaluation = Evaluate(kind="evaluate", models=("base", "sft"), data={"a": "docs", "b": "docs", "c": "more"})
+    assert inputs_of(evaluation) == ("base", "sft", "docs", "more")

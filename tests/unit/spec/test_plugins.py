@@ -28,10 +28,10 @@ Install = Callable[[str, str], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Put a distribution with one module, whose name is the distribution's, on the path."""
+    """Return a function that installs a distribution with one module of the same name."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def put(name: str, code: str) -> None:
+    def install_distribution(name: str, code: str) -> None:
         (tmp_path / f"{name}.py").write_text(code)
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
@@ -40,7 +40,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         installed_plugins.cache_clear()
 
     installed_plugins.cache_clear()
-    yield put
+    yield install_distribution
     for path in tmp_path.glob("*.py"):
         sys.modules.pop(path.stem, None)
     installed_plugins.cache_clear()
@@ -61,7 +61,7 @@ def scorers(*builtin: Kind) -> Registry[Kind]:
 
 @pytest.fixture
 def kind_as_builtin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the modules of the plugins import `Kind` from a name that does not depend on how pytest imports tests."""
+    """Make `Kind` importable by plugin modules, independent of how pytest imports tests."""
     monkeypatch.setattr("builtins.Kind", Kind, raising=False)
 
 
@@ -80,7 +80,7 @@ def test_entries_of_an_installed_plugin_follow_the_builtin_ones(install: Install
 
 @pytest.mark.usefixtures("kind_as_builtin")
 @pytest.mark.parametrize("entry", ["builtins.Kind('a')", "builtins.Kind('toy'), builtins.Kind('toy')"])
-def test_name_that_is_registered_twice_is_refused_with_both_owners(install: Install, entry: str) -> None:
+def test_duplicate_name_is_rejected_with_both_owners(install: Install, entry: str) -> None:
     install("toy_two", plugin_with(entry))
     with pytest.raises(RequestError, match=r"registered twice among the scorers: by (tunery|toy_two) and by toy_two"):
         list(scorers(Kind("a")))
@@ -96,30 +96,30 @@ def test_name_that_is_registered_twice_is_refused_with_both_owners(install: Inst
         (plugin_with("'gopher'"), "its `scorers` hold a str", "hold Kind objects"),
     ],
 )
-def test_unusable_plugin_is_refused_with_its_distribution_and_what_to_do(
+def test_unusable_plugin_is_rejected_with_its_distribution_and_a_remedy(
     install: Install, code: str, message: str, cause: str
 ) -> None:
     install("toy_bad", code)
     registry = scorers()
-    for _ in range(2):  # a failed import is not taken for an empty registry later
-        with pytest.raises(RequestError) as refused:
+    for _ in range(2):  # a failed import must not leave an empty registry
+        with pytest.raises(RequestError) as caught:
             len(registry)
-        assert message in refused.value.message
-        assert cause in refused.value.cause
-        assert "pip uninstall toy_bad" in refused.value.remedy
-    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+        assert message in caught.value.message
+        assert cause in caught.value.cause
+        assert "pip uninstall toy_bad" in caught.value.remedy
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_plugins_are_not_imported_with_tunery(install: Install, tmp_path: Path) -> None:
     install("toy_late", "raise RuntimeError('too early')")
     code = "import tunery.spec, tunery.cli, tunery.pipeline.validate, tunery.scoring.score"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": f"{PLATFORM}:{tmp_path}"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_plugin_without_entries_is_allowed() -> None:

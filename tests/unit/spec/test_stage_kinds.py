@@ -26,19 +26,19 @@ def test_kinds_are_in_the_order_of_the_documentation() -> None:
     assert list(TRAINERS) == trainers
 
 
-def test_kind_that_does_not_train_is_no_trainer() -> None:
+def test_kinds_without_training_are_not_trainers() -> None:
     assert "evaluate" not in TRAINERS
     assert TRAINERS.get("evaluate") is None
 
 
 @pytest.mark.parametrize(("kind", "field"), REFERENCES)
 def test_reference_of_an_entry_exists(kind: str, field: str) -> None:
-    found = load_object(getattr(STAGE_KINDS[kind], field))
-    assert isinstance(found, RowEncoding) if field == "row_encoding" else callable(found)
+    item = load_object(getattr(STAGE_KINDS[kind], field))
+    assert isinstance(item, RowEncoding) if field == "row_encoding" else callable(item)
 
 
 @pytest.mark.parametrize("spec", TRAINERS.values(), ids=list(TRAINERS))
-def test_trainer_says_how_it_trains_its_rows(spec: TrainerSpec) -> None:
+def test_trainer_declares_row_encoding_metrics_and_loop(spec: TrainerSpec) -> None:
     assert spec.row_encoding
     assert spec.metrics
     assert bool(spec.trainer) == (spec.loop == TrainerSpec.loop), "the default loop needs a trainer, others have none"
@@ -46,6 +46,6 @@ def test_trainer_says_how_it_trains_its_rows(spec: TrainerSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", STAGE_KINDS.values(), ids=list(STAGE_KINDS))
-def test_stage_without_a_model_as_output_names_its_metrics_if_it_measures(spec: StageKind) -> None:
+def test_evaluations_declare_their_metrics(spec: StageKind) -> None:
     if not isinstance(spec, TrainerSpec):
         assert bool(spec.metrics) == (spec.config.output_type == "metrics")
