@@ -25,7 +25,6 @@ from tunery.pipeline.cache_keys import CacheKey, cache_keys, difference, model_f
 from tunery.pipeline.compute import batch_sizes, local_hardware, resolve_compute
 from tunery.pipeline.validate import notes
 from tunery.pipeline.validate_templates import template_notes
-from tunery.pipeline.validate_training import root_of
 from tunery.spec import (
     TRAINERS,
     Compute,
@@ -40,7 +39,7 @@ from tunery.spec import (
     settings_of,
     tuner_of,
 )
-from tunery.spec.graph import order
+from tunery.spec.graph import order, root_dataset
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
@@ -209,7 +208,9 @@ class _Estimates:
         if spec.sequences_per_format:
             sequences = sum(
                 self._rows[data]
-                * spec.sequences_per_format.get(first_row_format(root_of(self._experiment, data), self._folder), 1)
+                * spec.sequences_per_format.get(
+                    first_row_format(root_dataset(self._experiment.stages, data), self._folder), 1
+                )
                 for data in data_refs(stage.data).values()
             )
         workers = self._compute.workers

@@ -16,10 +16,9 @@ from tunery.ingest.filesystem import File
 from tunery.ingest.formats.hub import HubDataset
 from tunery.ingest.read import first_row_format, source_label
 from tunery.ingest.sources import BadSource, Builtin, SourcePart, resolve_sources
-from tunery.pipeline.validate_training import root_of
 from tunery.spec import Augment, Dataset, Experiment, Review, Training
 from tunery.spec.error_messages import error_at
-from tunery.spec.graph import lineage
+from tunery.spec.graph import lineage, root_dataset
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
@@ -40,7 +39,7 @@ def _check_shapes(
     name: str, stage: Augment, experiment: Experiment, source: YamlSource, folder: Path
 ) -> Iterator[SpecError]:
     at: KeyPath = ("stages", name)
-    data = root_of(experiment, stage.data)
+    data = root_dataset(experiment.stages, stage.data)
     shape = first_row_format(data, folder)
     if shape == "text":
         yield error_at(
@@ -53,7 +52,7 @@ def _check_shapes(
         return
     if stage.few_shot is not None and stage.few_shot.counts[-1]:
         given = stage.few_shot.examples
-        examples = root_of(experiment, given or stage.data)
+        examples = root_dataset(experiment.stages, given or stage.data)
         shape = first_row_format(examples, folder)
         if shape in ("text", "prompt"):
             yield error_at(
@@ -84,7 +83,7 @@ def _check_heldout(
         if _covering(line, experiment) & named:
             continue
         for field, used, otherwise in uses:
-            shared = _shared(root_of(experiment, used), root_of(experiment, evaluated), folder)
+            shared = _shared(root_dataset(experiment.stages, used), root_dataset(experiment.stages, evaluated), folder)
             remedy = f"name `{evaluated}` in `{name}.heldout`, or give them splits that don't overlap"
             if is_evaluation_data or name in line:
                 remedy = otherwise

@@ -22,10 +22,9 @@ from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
 from tunery.models.template_rendering import UnsupportedTemplate
 from tunery.pipeline.cache_keys import model_folder
-from tunery.pipeline.validate_training import root_of
 from tunery.spec import TRAINERS, Dataset, Experiment, PositiveNegative, Pretrained, ReviewLabels, Training
 from tunery.spec.error_messages import error_at
-from tunery.spec.graph import model_chain, root_model
+from tunery.spec.graph import model_chain, root_dataset, root_model
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store.rows import Row
@@ -150,7 +149,7 @@ def check_rows(stage: Any, experiment: Experiment, folder: Path, tokenizer: PreT
     check = TemplateCheck(max_unusable=getattr(stage, "max_unusable", 1.0))
     data = [item.stage for item in stage.inputs() if item.path[0] == "data"]
     try:
-        roots = [root_of(experiment, name) for name in data]
+        roots = [root_dataset(experiment.stages, name) for name in data]
         rows = [row for root in roots for row in first_rows(root, folder, min(SAMPLE, root.limit or SAMPLE))]
     except BadSource:  # reported for the dataset
         return check

@@ -14,9 +14,9 @@ from tunery.ingest.sources import BUILTIN, BadSource, sources_of
 from tunery.models.labels import Labels, labels_of_folder
 from tunery.models.model_folder import BadModel
 from tunery.pipeline.cache_keys import model_folder
-from tunery.spec import STAGE_KINDS, TRAINERS, Dataset, Experiment, Pretrained, PythonReward, Training
+from tunery.spec import STAGE_KINDS, TRAINERS, Experiment, Pretrained, PythonReward, Training
 from tunery.spec.error_messages import error_at
-from tunery.spec.graph import lineage
+from tunery.spec.graph import root_dataset
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 
@@ -32,7 +32,7 @@ def validate_row_formats(
         if requirement is None or not isinstance(data, str | dict):
             continue
         for path, rows in data_refs(data).items():
-            root = root_of(experiment, rows)
+            root = root_dataset(experiment.stages, rows)
             try:
                 shape = first_row_format(root, folder)
             except BadSource:  # reported for the dataset
@@ -55,13 +55,6 @@ _PLURALS = {
     "preference": "preference pairs",
     "rated": "rated answers",
 }
-
-
-def root_of(experiment: Experiment, name: str) -> Dataset:
-    """Return the dataset that the rows of a stage come from."""
-    stage = experiment.stages[lineage(experiment.stages, name)[-1]]
-    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
-    return stage
 
 
 def validate_rewards(

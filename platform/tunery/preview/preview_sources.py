@@ -19,11 +19,11 @@ from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
 from tunery.pipeline.run_context import RunContext
-from tunery.pipeline.validate_training import root_of, validate_rewards
+from tunery.pipeline.validate_training import validate_rewards
 from tunery.review.decisions import BadDecisions
 from tunery.spec import Augment, Dataset, Experiment, Pretrained, Review, Scratch, Select
 from tunery.spec.error_messages import error_at
-from tunery.spec.graph import lineage, model_chain, with_upstream
+from tunery.spec.graph import lineage, model_chain, root_dataset, with_upstream
 from tunery.spec.references import model_name
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact
@@ -112,7 +112,7 @@ class PreviewSources:
                 origin = f"rows of `{name}`, from the store{self._not_applied(skipped)}"
                 return RowStream(read_rows(folder), origin, [])
             skipped.append(name)
-        root = root_of(self.experiment, data)
+        root = root_dataset(self.experiment.stages, data)
         origin = f"rows of {source_label(root)}, read from the source{self._not_applied(skipped)}"
         unusable: list[Quarantined] = []
         return RowStream(self._read(root, skipped[-1], unusable), origin, unusable)

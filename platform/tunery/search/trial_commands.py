@@ -19,7 +19,7 @@ from rich.text import Text
 from tunery.errors import RequestError, SpecError
 from tunery.events.formatting import overrides_text
 from tunery.pipeline.run_record import RunRecord, read_run
-from tunery.pipeline.validate import check_trial
+from tunery.pipeline.validate_space import check_trial
 from tunery.search.space import curve_stage, metric_stages, trial_experiment, trial_id
 from tunery.search.steering import SearchControl
 from tunery.search.trials import OPEN, TrialRow, Trials, list_trials

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tunery.spec.references import Pretrained, Scratch
 from tunery.spec.stage_kinds import Stage
+from tunery.spec.stages import Dataset
 
 Root = Pretrained | Scratch
 
@@ -48,6 +49,13 @@ def lineage(stages: Mapping[str, Stage], name: str) -> tuple[str, ...]:
     while isinstance(data := getattr(stages[names[-1]], "data", None), str):
         names.append(data)
     return tuple(names)
+
+
+def root_dataset(stages: Mapping[str, Stage], name: str) -> Dataset:
+    """Return the dataset that the rows of a stage come from."""
+    stage = stages[lineage(stages, name)[-1]]
+    assert isinstance(stage, Dataset), "checked by spec.load: only these give rows"
+    return stage
 
 
 def model_chain(stages: Mapping[str, Stage], model: str | Root) -> Iterator[str | Root]:
