@@ -142,17 +142,14 @@ def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
         spec=spec,
         seed=1,
         model={"pretrained": str(folder / "model"), "revision": None},
-        rows=(RowSource(folder / "rows"),),
-        eval_rows=(),
-        reward=None,
-        ptx_rows=(),
+        data=(RowSource(folder / "rows"),),
+        eval_data=(),
         out=work / "out",
-        work=work,
+        staging_dir=work,
         store=work,
         events=work / "events",
         compute=compute,
-        workers=1,
-        started=time.time(),
+        started_at=time.time(),
     )
 
 

@@ -236,17 +236,15 @@ def train_ours(told: dict[str, Any], out: Path) -> None:
             spec=spec,
             seed=told["seed"],
             model={"pretrained": told["policy"], "revision": None},
-            rows=(RowSource(Path(told["rows"])),),
-            eval_rows=(),
+            data=(RowSource(Path(told["rows"])),),
+            eval_data=(),
             reward={"python": str(out.parent / "count.py"), "function": "reward"},
-            ptx_rows=(),
             out=work / "out",
-            work=work,
+            staging_dir=work,
             store=work,
             events=work / "events",
             compute=Compute(workers=1, device="cpu", zero_stage=0, cpus_per_worker=told["threads"]),
-            workers=1,
-            started=time.time(),
+            started_at=time.time(),
         )
         ppo_worker.train(job, lambda metrics: None)
     out.write_text(json.dumps({"steps": steps}))

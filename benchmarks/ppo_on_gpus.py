@@ -203,12 +203,11 @@ def work(told: dict[str, Any]) -> None:
         spec=spec,
         seed=17,
         model={"pretrained": str(folder / "policy"), "revision": None},
-        rows=(RowSource(folder / "prompts"),),
-        eval_rows=(),
+        data=(RowSource(folder / "prompts"),),
+        eval_data=(),
         reward=reward if lora else {"pretrained": str(folder / "reward"), "revision": None},
-        ptx_rows=(),
         out=out,
-        work=out,
+        staging_dir=out,
         store=out,
         events=out / "events",
         compute=Compute(
@@ -219,8 +218,7 @@ def work(told: dict[str, Any]) -> None:
             save_steps=1000,
             gradient_checkpointing=True,
         ),
-        workers=told["workers"],
-        started=time.time(),
+        started_at=time.time(),
     )
     run = ppo_worker.PpoRun(job, lambda metrics: None)
     for _ in range(told["steps"]):

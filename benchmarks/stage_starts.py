@@ -28,7 +28,7 @@ from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute, load
 from tunery.spec.graph import order, with_upstream
 from tunery.store import Artifact, Store
-from tunery.training.launch import OnWorkers
+from tunery.training.launch import WorkersLauncher
 
 LORA = {"lora": {"rank": 4}}
 ROWS = {"texts": ("texts", 120), "questions": ("questions", 80), "pairs": ("corrupted", 64), "prompts": ("prompts", 32)}
@@ -95,7 +95,7 @@ def _run(folder: Path, compute: Compute) -> None:
         own = experiment.model_copy(update={"stages": with_upstream(experiment.stages, [name])})
         done = {stage: artifact for stage, artifact in artifacts.items() if stage in own.stages}
         begin = time.time()
-        artifacts |= execute(own, run_context, log, lambda stage: OnWorkers(session.workers, compute), done=done)
+        artifacts |= execute(own, run_context, log, lambda stage: WorkersLauncher(session.workers, compute), done=done)
         seconds = time.time() - begin
         if experiment.stages[name].kind == "dataset":
             continue

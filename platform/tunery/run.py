@@ -34,7 +34,7 @@ from tunery.spec.overrides import with_overrides
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Launcher, Store
 from tunery.store.rows import read_rows
-from tunery.training.launch import OnWorkers
+from tunery.training.launch import WorkersLauncher
 
 SAMPLE_SIZE = 1000
 """Number of rows that the mean row length is estimated from."""
@@ -140,7 +140,7 @@ def _run(
     best: dict[str, Artifact] = {}
 
     def launcher(stage: str) -> Launcher:
-        return OnWorkers(session.workers, experiment.compute)
+        return WorkersLauncher(session.workers, experiment.compute)
 
     first_stages = before_search(experiment)
     if session.hardware is not None and (modules := _modules_of_missing_stages(first_stages, run_context)):

@@ -64,17 +64,14 @@ def job_of(bench: Workspace, name: str, folder: Path, **changed: Any) -> Job:
         spec=spec,
         seed=spec.seed or 17,
         model={"artifact": str(bench.only("pretrain"))},
-        rows=(RowSource(bench.only("select")),),
-        eval_rows=(RowSource(measured),),
-        reward=None,
-        ptx_rows=(),
+        data=(RowSource(bench.only("select")),),
+        eval_data=(RowSource(measured),),
         out=work / "out",
-        work=work,
+        staging_dir=work,
         store=work,
         events=folder / "events",
         compute=Compute(workers=1, device="cpu", save_steps=8),
-        workers=1,
-        started=time.time(),
+        started_at=time.time(),
     )
 
 

@@ -49,11 +49,11 @@ spec = Ppo.model_validate({
 })
 train(Job(
     stage="ppo", trial="", spec=spec, seed=17, model={"pretrained": told["policy"], "revision": None},
-    rows=(RowSource(Path(told["rows"])),), eval_rows=(), ptx_rows=(),
-    reward={"python": told["reward"], "function": "reward"}, out=out, work=out.parent,
+    data=(RowSource(Path(told["rows"])),), eval_data=(),
+    reward={"python": told["reward"], "function": "reward"}, out=out, staging_dir=out.parent,
     store=out.parent, events=out.parent / "events",
     compute=Compute(workers=told["workers"], device="cpu", zero_stage=told["zero"], micro_batch_size=1),
-    workers=told["workers"], started=time.time(),
+    started_at=time.time(),
 ), lambda metrics: None)
 """
 

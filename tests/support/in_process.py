@@ -10,7 +10,7 @@ from typing import Any
 from tunery.spec import Compute, Stage
 from tunery.spec.references import Config
 from tunery.store import Artifact, StageContext
-from tunery.training.launch import InProcess
+from tunery.training.launch import InProcessLauncher
 
 
 def stage_context(spec: Stage, inputs: Mapping[str, Artifact], root: Path, **fields: Any) -> StageContext:
@@ -24,7 +24,7 @@ def stage_context(spec: Stage, inputs: Mapping[str, Artifact], root: Path, **fie
         "inputs": inputs,
         "seed": 5,
         "compute": Compute(workers=1, device="cpu"),
-        "launcher": InProcess(),
+        "launcher": InProcessLauncher(),
         "emit": lambda *_, **__: None,
     }
     return StageContext(**{**defaults, **fields})

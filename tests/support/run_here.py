@@ -14,7 +14,7 @@ from tunery.pipeline.ray_session import RaySession
 from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute, load
 from tunery.store import Artifact, Store
-from tunery.training.launch import OnWorkers
+from tunery.training.launch import WorkersLauncher
 
 
 @dataclass
@@ -33,5 +33,5 @@ class RunsHere:
             experiment.model_copy(update={"compute": resolved}),
             run_context,
             EventLog(run_context.events / "driver.jsonl"),
-            lambda stage: OnWorkers(self.session.workers, resolved),
+            lambda stage: WorkersLauncher(self.session.workers, resolved),
         )

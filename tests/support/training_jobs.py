@@ -13,7 +13,7 @@ from tunery.training.job import Job, RowSource
 
 def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) -> Job:
     """Return a job that trains the pretrained model in the folder `model` with one worker; without rows, unless
-    `fields` has them."""
+    `fields` has them. `fields`: replace those of the job."""
     if "out" not in fields:
         (folder / "out").mkdir(exist_ok=True)
     defaults: dict[str, Any] = {
@@ -22,17 +22,14 @@ def training_job(folder: Path, spec: Training[Any], model: Path, **fields: Any) 
         "spec": spec,
         "seed": 1,
         "model": {"pretrained": str(model), "revision": None},
-        "rows": (),
-        "eval_rows": (),
-        "reward": None,
-        "ptx_rows": (),
+        "data": (),
+        "eval_data": (),
         "out": folder / "out",
-        "work": folder / "work",
+        "staging_dir": folder / "work",
         "store": folder,
         "events": folder / "events",
         "compute": Compute(),
-        "workers": 1,
-        "started": 0.0,
+        "started_at": 0.0,
     }
     return Job(**{**defaults, **fields})
 

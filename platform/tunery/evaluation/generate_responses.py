@@ -106,14 +106,14 @@ def generate_responses(
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
     arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="responses", detail="waiting for workers")
-    results = context.launcher.map_tasks(GenerationActor, arguments, tasks) if tasks else iter(())
+    results = context.launcher.map_tasks(ResponseGenerator, arguments, tasks) if tasks else iter(())
     for result in results:
         done += int(result["read"])
         context.emit("progress", done=done, total=total, unit="responses")
     return files
 
 
-class GenerationActor:
+class ResponseGenerator:
     """Generates responses to batches with one model at a time, and scores them with the judge."""
 
     def __init__(self, judge: str, seed: int, sampling: Sampling, encoding: Encoding, compute: Compute) -> None:

@@ -23,7 +23,7 @@ from tunery.store import StageContext, StageResult
 from tunery.store.rows import CONTENT, count_rows, shards
 
 
-class EvaluationActor:
+class LossEvaluator:
     """Sums the negative log-likelihood of shards, with one model at a time."""
 
     def __init__(self, max_length: int, compute: Compute) -> None:
@@ -97,7 +97,7 @@ def run_evaluate(context: StageContext) -> StageResult:
     started = time.time()
     context.emit("progress", done=0, total=total, unit="rows", detail="waiting for workers")
     done: list[dict[str, Any]] = []
-    for row in context.launcher.map_tasks(EvaluationActor, (stage.max_length, compute), tasks):
+    for row in context.launcher.map_tasks(LossEvaluator, (stage.max_length, compute), tasks):
         done.append(row)
         context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
     done.sort(key=lambda row: int(row["index"]))  # so that sums don't depend on the order in which actors finish

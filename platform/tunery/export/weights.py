@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tunery.models.load import Source, is_adapter, load_classifier, load_model, load_own_tokenizer, load_tokenizer
+from tunery.models.load import Source, is_adapter, load_classifier, load_model, load_original_tokenizer, load_tokenizer
 
 
 def write_model(artifact: Path, folder: Path, *, classifier: bool) -> None:
@@ -61,7 +61,7 @@ def adapter_settings(artifact: Path) -> dict[str, Any]:
 
 def _write_tokenizer(source: Source, folder: Path, *, classifier: bool) -> None:
     """A classifier keeps its original tokenizer: without a chat template its rows are encoded as a pair of texts."""
-    tokenizer = load_own_tokenizer(source) if classifier else load_tokenizer(source)
+    tokenizer = load_original_tokenizer(source) if classifier else load_tokenizer(source)
     tokenizer.save_pretrained(folder)
 
 

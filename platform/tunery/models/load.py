@@ -39,7 +39,7 @@ def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path)
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load a tokenizer; a missing padding token or chat template is replaced by tunery's default."""
-    tokenizer = load_own_tokenizer(source)
+    tokenizer = load_original_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -47,7 +47,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_own_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_original_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load a tokenizer without changes."""
     from transformers import AutoTokenizer
 
@@ -205,7 +205,7 @@ def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
         problem_type="single_label_classification" if len(labels) > 1 else None,
     )
     text = config.get_text_config()
-    tokenizer = load_own_tokenizer(source)
+    tokenizer = load_original_tokenizer(source)
     # Some configs have an invalid token id, such as -1.
     if text.pad_token_id is None or not 0 <= text.pad_token_id < len(tokenizer):
         text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

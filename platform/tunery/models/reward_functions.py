@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunery.errors import TuneryError
-from tunery.models.load import load_classifier, load_own_tokenizer, source_of
+from tunery.models.load import load_classifier, load_original_tokenizer, source_of
 from tunery.models.model_folder import BadModel
 from tunery.spec import Pretrained, PythonReward
 from tunery.store.rows import Row
@@ -49,7 +49,7 @@ def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, 
         labels.check_single(name)
     except BadModel as error:
         raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
-    classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(origin), max_length)
+    classifier = SequenceClassifier(model.to(device).eval(), load_original_tokenizer(origin), max_length)
 
     def reward_fn(prompts: Sequence[Row], responses: Sequence[str]) -> list[float]:
         rows = [

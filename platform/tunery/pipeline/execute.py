@@ -23,7 +23,7 @@ from tunery.spec import STAGE_KINDS, Experiment
 from tunery.spec.graph import order
 from tunery.spec.plugins import load_object
 from tunery.store import Artifact, Launcher, StageContext, StageResult
-from tunery.training.launch import InProcess
+from tunery.training.launch import InProcessLauncher
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def execute(
     experiment: Experiment,
     run_context: RunContext,
     log: EventLog,
-    launcher: Callable[[str], Launcher] = lambda stage: InProcess(),
+    launcher: Callable[[str], Launcher] = lambda stage: InProcessLauncher(),
     trial: TrialContext = TrialContext(),
     done: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:

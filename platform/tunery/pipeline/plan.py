@@ -44,7 +44,7 @@ from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
 from tunery.store.rows import read_rows
-from tunery.training.auto import resolve
+from tunery.training.auto import resolve_auto
 from tunery.training.batches import plan_training
 from tunery.training.deepspeed_config import frozen_bytes, model_state_bytes
 
@@ -199,7 +199,7 @@ class _Estimates:
         before: dict[str, Any] | None,
     ) -> PlannedStage:
         rows = self._rows_read(stage.data)
-        resolved, rules = resolve(stage, rows)
+        resolved, rules = resolve_auto(stage, rows)
         spec, sequences = TRAINERS[stage.kind], rows
         row_encoding = row_encoding_of(stage)
         if row_encoding is not None and row_encoding.in_blocks:

@@ -17,7 +17,7 @@ from tunery.interrupt import STOP, BackgroundCall
 from tunery.pipeline.compute import Hardware
 from tunery.pipeline.ray_address import CONNECT_SECONDS, check_reachable, cluster_address, connection_failed
 from tunery.spec import Compute
-from tunery.workers.worker_group import Workers
+from tunery.workers.worker_group import CurrentWorkerGroup
 
 QUIET_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would print the output of all workers, 1,600 lines in a short run
@@ -52,7 +52,7 @@ class RaySession:
         self._hardware: Hardware | None = None
         self._starting: BackgroundCall[Any] | None = None
         self._ended = threading.Event()
-        self.workers = Workers(logs)
+        self.workers = CurrentWorkerGroup(logs)
         """The workers of the run; usable once Ray has been started."""
 
     @property

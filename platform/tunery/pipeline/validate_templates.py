@@ -17,7 +17,7 @@ from tunery.ingest.read import first_rows
 from tunery.ingest.sources import BadSource
 from tunery.models.chat_template import chat_template_of
 from tunery.models.encode_rows import EncodeRows, TokenizedRow
-from tunery.models.load import Source, load_own_tokenizer, load_tokenizer
+from tunery.models.load import Source, load_original_tokenizer, load_tokenizer
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.models.row_encodings import LABELLED_BY_STAGE, NOT_COUNTED, encoding_of, row_encoding_of
 from tunery.models.template_rendering import UnsupportedTemplate
@@ -134,7 +134,7 @@ def template_notes(experiment: Experiment, folder: Path, artifacts: Mapping[str,
             continue
         try:
             has_head = TRAINERS[stage.kind].model_form == "classifier"
-            load = load_own_tokenizer if has_head else load_tokenizer
+            load = load_original_tokenizer if has_head else load_tokenizer
             tokenizer = _tokenizer(stage.model, experiment, folder, artifacts or {}, load)
             if tokenizer is not None and (note := check_rows(stage, experiment, folder, tokenizer).note):
                 notes[name] = note

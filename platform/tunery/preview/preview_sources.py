@@ -14,7 +14,7 @@ from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source, source_label
 from tunery.ingest.sources import BadSource, resolve_sources, unavailable_source
 from tunery.models.encode_rows import InputFormat
-from tunery.models.load import Source, load_own_tokenizer, load_tokenizer, source_of, weightless_model_with_head
+from tunery.models.load import Source, load_original_tokenizer, load_tokenizer, source_of, weightless_model_with_head
 from tunery.models.meta_model import weightless_model
 from tunery.models.model_folder import BadModel, check_model_folder
 from tunery.pipeline.cache_keys import fingerprints, model_folder, pretrained_models
@@ -181,7 +181,7 @@ class PreviewSources:
         return None
 
     def _load(self, source: Source, origin: str, input_format: InputFormat, embeds: bool) -> LoadedTokenizer:
-        own = load_own_tokenizer(source)
+        own = load_original_tokenizer(source)
         if input_format not in ("classifier", "reward_pair"):
             return LoadedTokenizer(load_tokenizer(source), origin, own.chat_template is not None, None)
         # Some architectures of embedding models have no class with a classification head.

@@ -64,7 +64,7 @@ class ClassificationActor:
         import torch
 
         from tunery.models.classify import SequenceClassifier
-        from tunery.models.load import load_classifier, load_own_tokenizer
+        from tunery.models.load import load_classifier, load_original_tokenizer
 
         torch.set_num_threads(compute.cpus_per_worker)
         self._pass = score_pass
@@ -77,7 +77,7 @@ class ClassificationActor:
         except BadModel as error:  # local folders were validated before the run; hub models are only checked here
             raise TuneryError(error.message, cause=error.cause, remedy=error.remedy) from None
         device = "cuda" if compute.device == "gpu" else "cpu"
-        self._classifier = SequenceClassifier(model.to(device).eval(), load_own_tokenizer(source), max_length)
+        self._classifier = SequenceClassifier(model.to(device).eval(), load_original_tokenizer(source), max_length)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _score_shards(batch, self._pass, self._score)
@@ -103,13 +103,13 @@ class EmbeddingActor:
         import torch
 
         from tunery.models.embed import Embedder
-        from tunery.models.load import load_encoder, load_own_tokenizer
+        from tunery.models.load import load_encoder, load_original_tokenizer
 
         torch.set_num_threads(compute.cpus_per_worker)
         device = "cuda" if compute.device == "gpu" else "cpu"
         model = load_encoder(source, score_dtype(compute)).to(device).eval()
         self._pass = score_pass
-        self._embedder = Embedder(model, load_own_tokenizer(source), max_length)
+        self._embedder = Embedder(model, load_original_tokenizer(source), max_length)
         self._scorers: dict[str, EmbeddingFn] = {
             spec.score: SCORERS[spec.kind()].load()(spec, inputs, lambda rows: self._embedder(rows).vectors)
             for spec in specs

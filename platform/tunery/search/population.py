@@ -130,7 +130,7 @@ class Population:
         ]
 
     def _eval_number(self, report: Mapping[str, Any]) -> int:
-        """Number of the evaluation, from 1 (training/batches.py, `at_even_steps`)."""
+        """Number of the evaluation, from 1 (training/batches.py, `evenly_spaced_steps`)."""
         return math.floor(float(report["share"]) * self._num_evals + 1e-9)
 
     def _ready(self) -> bool:

@@ -27,8 +27,8 @@ from tunery.search.space import curve_stage, metric_value, trial_experiment
 from tunery.search.steering import SearchControl
 from tunery.spec import Experiment
 from tunery.store import Artifact, Launcher
-from tunery.training.launch import InPack, InProcess, OnWorkers
-from tunery.workers.worker_group import Workers
+from tunery.training.launch import InProcessLauncher, PackLauncher, WorkersLauncher
+from tunery.workers.worker_group import CurrentWorkerGroup
 
 FINISHED = "finished"
 """Key in the final report of a trial that was not stopped."""
@@ -64,17 +64,17 @@ class TrialFunction:
 
         log = EventLog(self.run_context.events / f"{identifier}.jsonl", trial=identifier)
         start_time = time.time()
-        workers = Workers(self.run_context.logs)
+        workers = CurrentWorkerGroup(self.run_context.logs)
         compute = trial_spec.compute
-        stop = SearchControl(self.run_context.run).stop_file(identifier)
+        stop_file = SearchControl(self.run_context.run).stop_file(identifier)
 
         def launcher(stage: str) -> Launcher:
-            fields: dict[str, Any] = {"report": partial(report, stage), "stop": stop}
+            fields: dict[str, Any] = {"report": partial(report, stage), "stop_file": stop_file}
             if stage == curve:
                 fields |= self._checkpoints(config)
             if not self.unpackable_reason(overrides):
-                return InPack(self.pack_scheduler, **fields)
-            return InProcess(**fields) if compute.workers == 1 else OnWorkers(workers, compute, **fields)
+                return PackLauncher(self.pack_scheduler, **fields)
+            return InProcessLauncher(**fields) if compute.workers == 1 else WorkersLauncher(workers, compute, **fields)
 
         was_cached = curve is not None and self._is_cached(trial_spec, curve)
         try:

@@ -221,7 +221,7 @@ def _run_tuner(
     from tunery.search.progress import JournalCallback
     from tunery.search.queue import Queue
     from tunery.search.schedulers import build_scheduler
-    from tunery.training.packed.pack_server import get_pack_scheduler
+    from tunery.training.packed.pack_server import start_pack_scheduler
 
     os.environ.update(TUNE_ENV)
     shutil.rmtree(staging_dir / "tune", ignore_errors=True)
@@ -230,7 +230,7 @@ def _run_tuner(
     compute = experiment.compute
     reasons = _unpackable_reasons(experiment)
     size = _effective_pack_size(experiment, reasons)
-    pack_scheduler = get_pack_scheduler(capacity.workers, size, compute) if size > 1 else None
+    pack_scheduler = start_pack_scheduler(capacity.workers, size, compute) if size > 1 else None
     checkpoint_dir = staging_dir / "kept" if search.scheduler == "pbt" else None
     # Tune changes the working directory of a trial, so the path of the experiment must be absolute.
     function = TrialFunction(

@@ -107,7 +107,7 @@ class TrainerSpec(StageKind):
     loop: str = "tunery.training.worker:train"
     """Training loop of each worker, a function of Job and Report (training/job.py)."""
     trainer: str = ""
-    """TrainerAdapter class (training/job.py) that the default loop uses."""
+    """TrainingTask class (training/job.py) that the default loop uses."""
     packable: bool = False
     """Whether LoRA trainings of this kind can train in packs (training/packed)."""
     extra_metrics: tuple[str, ...] = ()

@@ -20,8 +20,8 @@ class Launcher(Protocol):
         """Whether there are several processes."""
 
     @property
-    def stop(self) -> Path | None:
-        """A training raises Stopped when this file exists."""
+    def stop_file(self) -> Path | None:
+        """As in training/job.py."""
 
     @property
     def checkpoint_dir(self) -> Path | None:
@@ -39,17 +39,17 @@ class Launcher(Protocol):
 
     def map_tasks(
         self,
-        actor: type,
-        arguments: tuple[Any, ...],
+        callable_class: type,
+        constructor_args: tuple[Any, ...],
         tasks: list[dict[str, Any]],
         on_cpu: bool = False,
         max_crashes: int = ...,
     ) -> Iterator[dict[str, Any]]:
-        """Construct `actor(*arguments)` once per process, call it with a batch {column: [value]} per task, and yield
-        the results in order of completion. `actor`: a callable class, as for `map_batches` of Ray Data.
+        """Construct `callable_class(*constructor_args)` once per process, call it with a batch {column: [value]} per
+        task, and yield the results in order of completion. It is a callable class as for `map_batches` of Ray Data.
 
-        `on_cpu`: for work without a model, which may use all free CPUs of the cluster. `max_crashes`: how often a task
-        is repeated whose worker died. Raises the error of the first task that failed.
+        on_cpu: for work without a model, which may use all free CPUs of the cluster. max_crashes: how often a task is
+        repeated whose worker died. Raises the error of the first task that failed.
         """
 
 

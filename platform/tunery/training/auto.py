@@ -1,4 +1,5 @@
-"""Resolve `auto` values of training stages, with the rule that was applied. Pure; used by the plan and the training."""
+"""Resolve the `auto` values of training stages, with the rule that was applied. Pure functions, used by the plan of a
+run and by the trainings."""
 
 from __future__ import annotations
 
@@ -9,27 +10,27 @@ from typing import Any
 from tunery.spec import AUTO, TRAINERS, Scratch, Training, adapter_spec, tuner_of
 
 GLOBAL_BATCH_SIZES = (8, 16, 64, 128)
-"""All values of `auto`, so that a size that never fits is reported before the rows are counted."""
+"""All values that `global_batch_size: auto` can have. They are validated before the rows are counted."""
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """The resolved value of a field and the rule that gave it."""
+class ResolvedField:
+    """A field that was `auto`, its value, and the rule that gave the value."""
 
     field: str
     value: Any
     rule: str
 
 
-def resolve(stage: Training[Any], rows: int) -> tuple[Training[Any], list[Resolved]]:
-    """Return the stage with all `auto` values resolved for `rows` training sequences, and the resolved fields."""
-    resolved: list[Resolved] = []
+def resolve_auto(stage: Training[Any], rows: int) -> tuple[Training[Any], list[ResolvedField]]:
+    """Return the stage with all `auto` values resolved for `rows` training rows, and the resolved fields."""
+    resolved: list[ResolvedField] = []
     if stage.epochs == AUTO:
-        resolved.append(Resolved("epochs", *_epochs(stage, rows)))
+        resolved.append(ResolvedField("epochs", *_epochs(stage, rows)))
     if stage.learning_rate == AUTO:
-        resolved.append(Resolved("learning_rate", *_learning_rate(stage)))
+        resolved.append(ResolvedField("learning_rate", *_learning_rate(stage)))
     if stage.global_batch_size == AUTO:
-        resolved.append(Resolved("global_batch_size", *_global_batch_size(stage, rows)))
+        resolved.append(ResolvedField("global_batch_size", *_global_batch_size(stage, rows)))
     return stage.model_copy(update={item.field: item.value for item in resolved}), resolved
 
 
@@ -48,7 +49,8 @@ def _learning_rate(stage: Training[Any]) -> tuple[float, str]:
 
 
 def global_batch_sizes(stage: Training[Any]) -> tuple[int, ...]:
-    """Return the possible global batch sizes of a stage: the given one, or all values of `auto`, in complete groups."""
+    """Return the possible global batch sizes of a stage: the given one, or all values of `auto`, rounded up to a
+    multiple of `batch_size_multiple`."""
     if stage.global_batch_size != AUTO:
         return (stage.global_batch_size,)
     multiple = stage.batch_size_multiple

@@ -10,40 +10,41 @@ from pathlib import Path
 
 HISTORY = "history.jsonl"
 COMPLETE = "whole"
-"""File that is written last; it holds the checkpoint's signature."""
+"""Name of the file that marks a checkpoint as complete. It is written last and contains the checkpoint's signature."""
 
 
 def checkpoint_signature(workers: int, zero_stage: int, dtype: str) -> str:
-    """Return the settings that must match to load a DeepSpeed checkpoint: workers, ZeRO stage and precision."""
+    """Return the signature of a DeepSpeed checkpoint: the settings that must match to load it."""
     return f"{workers} workers, ZeRO-{zero_stage}, {dtype}"
 
 
-def mark_complete(checkpoints: Path, step: int, checkpoint_signature: str) -> None:
-    """Mark a checkpoint as complete and remove all older ones."""
-    (checkpoints / f"checkpoint-{step}" / COMPLETE).write_text(checkpoint_signature)
+def mark_complete(checkpoints: Path, step: int, signature: str) -> None:
+    """Mark the checkpoint of `step` as complete and remove all older ones."""
+    (checkpoints / f"checkpoint-{step}" / COMPLETE).write_text(signature)
     for older in checkpoints.glob("checkpoint-*"):
         if step_of(older) < step:
             shutil.rmtree(older)
 
 
-def remove_incompatible(checkpoints: Path, checkpoint_signature: str) -> None:
-    """Remove incomplete checkpoints and those of other settings, which may have the names of new ones."""
+def remove_incompatible(checkpoints: Path, signature: str) -> None:
+    """Remove checkpoints that are incomplete or have another signature. New ones may get the same names."""
     for path in checkpoints.glob("checkpoint-*"):
-        if not (path / COMPLETE).is_file() or (path / COMPLETE).read_text() != checkpoint_signature:
+        if not (path / COMPLETE).is_file() or (path / COMPLETE).read_text() != signature:
             shutil.rmtree(path)
 
 
-def last_checkpoint(checkpoints: Path, checkpoint_signature: str) -> Path | None:
+def last_checkpoint(checkpoints: Path, signature: str) -> Path | None:
     """Return the newest complete checkpoint with this signature, or None."""
     complete = [
         path
         for path in checkpoints.glob("checkpoint-*")
-        if (path / COMPLETE).is_file() and (path / COMPLETE).read_text() == checkpoint_signature
+        if (path / COMPLETE).is_file() and (path / COMPLETE).read_text() == signature
     ]
     return max(complete, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint, from its name `checkpoint-<step>`."""
     return int(checkpoint.name.split("-")[1])
 
 
@@ -56,14 +57,14 @@ def read_history(checkpoint: Path) -> list[dict[str, float]]:
 
 
 def seed_from(checkpoint: Path, checkpoints: Path) -> None:
-    """Copy another training's checkpoint into `checkpoints`, if it has no complete one. If the other checkpoint no
-    longer exists, the training starts from step 0, with the same result."""
+    """Copy the checkpoint of another training into `checkpoints`, unless a complete one is there. If it no longer
+    exists, do nothing: the training then starts from step 0, with the same result."""
     if checkpoint.is_dir() and not any(checkpoints.glob(f"checkpoint-*/{COMPLETE}")):
         hardlink_copy(checkpoint, checkpoints)
 
 
 def hardlink_copy(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint into another folder, atomically. Files are hard-linked where the file system supports it, since
+    """Copy a checkpoint into another folder, atomically. Files are hard-linked where the file system supports it:
     checkpoint files are never modified."""
     target, temporary = folder / checkpoint.name, folder / f".{checkpoint.name}"
     for old in (target, temporary):

@@ -1,4 +1,5 @@
-"""Collectives on Python values, so that all ranks take the same decisions. Call them on all ranks, at the same step."""
+"""Collectives on Python values, by which all ranks take the same decisions. Call them on all ranks, at the same
+step."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def mean_over_ranks(value: float) -> float:
-    """Return the mean over all ranks; not finite if any rank's value is not."""
+    """Return the mean over all ranks; not finite if the value of any rank is not."""
     if _is_single_process():
         return value
     total = torch.tensor(value, dtype=torch.float64, device=_device())
@@ -29,7 +30,7 @@ def mean_over_ranks(value: float) -> float:
 
 
 def broadcast_rank0(value: T) -> T:
-    """Return rank 0's value, e.g. of what is on a shared file system, which other hosts may see differently."""
+    """Return the value of rank 0. Use it for the state of a shared file system, which hosts may see differently."""
     if _is_single_process():
         return value
     values = [value]
@@ -44,10 +45,10 @@ def barrier() -> None:
 
 
 def _is_single_process() -> bool:
-    """Also True without a process group, as in a pack."""
+    """Whether there is one rank, or no process group, as in a pack."""
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def _device() -> int | str:
-    """Device of the tensors that are communicated."""
+    """Return the device of tensors that the backend communicates."""
     return torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"

@@ -6,8 +6,12 @@ from typing import Any
 
 
 def deepspeed_config(zero_stage: int, offload: str = "none") -> dict[str, Any]:
-    """Build the configuration, see https://www.deepspeed.ai/docs/config-json/. ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054),
-    offload: Ren et al. 2021 (https://arxiv.org/abs/2101.06840)."""
+    """Return the configuration (https://www.deepspeed.ai/docs/config-json/) of a ZeRO stage, 0 to 3 (Rajbhandari et al.
+    2020, https://arxiv.org/abs/1910.02054).
+
+    offload: "none", "optimizer", or "all" (optimizer and, in stage 3, weights), to host memory (Ren et al. 2021,
+    https://arxiv.org/abs/2101.06840).
+    """
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage in (1, 2):
         zero |= {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 5e7}
@@ -35,10 +39,11 @@ def deepspeed_config(zero_stage: int, offload: str = "none") -> dict[str, Any]:
 
 
 def model_state_bytes(parameters: int, trainable: int, zero_stage: int, workers: int, bf16: bool) -> int:
-    """Bytes per rank for weights, gradients and AdamW states, without activations.
+    """Return the bytes per rank for weights, gradients and AdamW states, without activations.
 
-    Bytes per parameter in fp32: 4 (weight) + 4 (gradient) + 8 (AdamW); in bf16: 2 + 2 + 12 (AdamW with an fp32 copy).
-    ZeRO shards AdamW states from stage 1, gradients from stage 2, weights from stage 3 (table 1 of the paper).
+    parameters, trainable: number of parameters, and of those that are trained. Bytes per parameter in fp32: 4 (weight)
+    + 4 (gradient) + 8 (AdamW); in bf16: 2 + 2 + 12 (AdamW with an fp32 copy). ZeRO shards AdamW states from stage 1,
+    gradients from stage 2 and weights from stage 3 (table 1 of the paper).
     """
     weight, gradient, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
     shards = [workers if zero_stage >= stage else 1 for stage in (3, 2, 1)]
@@ -46,5 +51,5 @@ def model_state_bytes(parameters: int, trainable: int, zero_stage: int, workers:
 
 
 def frozen_bytes(parameters: int, zero_stage: int, workers: int, bf16: bool) -> int:
-    """Bytes per rank for a frozen model such as the reference: its weights only, sharded by ZeRO-3."""
+    """Return the bytes per rank for the weights of a frozen model, such as the reference; ZeRO-3 shards them."""
     return parameters * (2 if bf16 else 4) // (workers if zero_stage == 3 else 1)

@@ -1,7 +1,8 @@
 """`dpo`: direct preference optimization on pairs (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), by TRL's
 DPOTrainer.
 
-The implicit reward of a response is beta x (log p under the model - log p under the reference), summed over its tokens.
+The implicit reward of a response is beta x (log p under the policy - log p under the reference), summed over its
+tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from tunery.training.distributed_eval import index_dataset, pad_batch
 from tunery.training.job import Job
 from tunery.training.pairs import PairSet
 from tunery.training.policy import Policy
-from tunery.training.reference_log_probs import SETTINGS, ReferenceLogProbs
-from tunery.training.reload_check import PROBED, LanguageProbe
+from tunery.training.reference_log_probs import TRL_SETTINGS, ReferenceLogProbsMixin
+from tunery.training.reload_check import NUM_PROBE_CANDIDATES, LanguageProbe
 from tunery.training.sequences import read_row_sequences
 
 
 class DpoTask:
-    """The trainer adapter of `dpo`."""
+    """The training task of `dpo`."""
 
     def __init__(self, job: Job, rank: int) -> None:
         """Raises StageError if no pair of `data`, or of `eval_data`, is usable."""
@@ -38,16 +39,16 @@ class DpoTask:
         self._data, self._eval_data = PairSet(data), PairSet(eval_data)
         self.examples = self._data
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> DpoTrainer:
-        # Before the models are loaded: under ZeRO-3 the arguments make transformers shard them while they load.
-        # TRL 1.16 has no reference_free any more; it loads no reference if log-probabilities are precomputed.
+    def build_trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> DpoTrainer:
+        # Construct the arguments before loading the models: under ZeRO-3 they make transformers shard them.
+        # TRL 1.16 has no `reference_free`, but loads no reference model if its log-probabilities are precomputed.
         reference_free = self._spec.reference_free
-        settings = DPOConfig(**arguments, **SETTINGS, beta=self._spec.beta, precompute_ref_log_probs=reference_free)
+        config = DPOConfig(**arguments, **TRL_SETTINGS, beta=self._spec.beta, precompute_ref_log_probs=reference_free)
         return DpoTrainer(
-            **self._policy.arguments(),
+            **self._policy.trainer_arguments(),
             spec=self._spec,
             ref_model=None if reference_free else self._policy.reference_model(),
-            args=settings,
+            args=config,
             train_dataset=index_dataset(order),
             data_collator=lambda rows: self._collate(self._data, [row["index"] for row in rows]),
             eval_lengths=self._eval_data.lengths,
@@ -58,8 +59,9 @@ class DpoTask:
     def save(self, trainer: DpoTrainer) -> None:
         self._policy.save(trainer)
 
-    def probe(self, parameters: int) -> LanguageProbe:
-        return LanguageProbe(self._job, self._data.sequences.first(2 * PROBED)[::2], parameters)
+    def probe(self, num_parameters: int) -> LanguageProbe:
+        chosen = self._data.sequences.first(2 * NUM_PROBE_CANDIDATES)[::2]
+        return LanguageProbe(self._job, chosen, num_parameters)
 
     def data_stats(self) -> dict[str, Any]:
         eval_stats = self._eval_data.sequences.stats
@@ -71,23 +73,23 @@ class DpoTask:
         }
 
     def final_metrics(self, trainer: DpoTrainer) -> dict[str, Any]:
-        """eval_accuracy and eval_margin of the last evaluation."""
+        """Return eval_accuracy and eval_margin of the last evaluation."""
         return {name: trainer.last_eval_metrics.get(name) for name in ("eval_accuracy", "eval_margin")}
 
     def _collate(self, pairs: PairSet, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Batch of the chosen sequences, followed by the rejected ones."""
+        """Return the padded chosen sequences of a batch of pairs, followed by the rejected ones."""
         data = pairs.sequences
         return pad_batch(
-            [(data.ids(row), data.labels(row)) for row in pairs.sequence_indices(batch)],
+            [(data.ids(index), data.labels(index)) for index in pairs.sequence_indices(batch)],
             self._policy.tokenizer.pad_token_id,
         )
 
 
-class DpoTrainer(ReferenceLogProbs, DPOTrainer):  # type: ignore[misc]  # trl ships no types
-    """TRL's DPOTrainer with a fixed data order, its own per-pair losses and an exact evaluation.
+class DpoTrainer(ReferenceLogProbsMixin, DPOTrainer):  # type: ignore[misc]  # trl ships no types
+    """TRL's DPOTrainer with a fixed data order, losses per pair and an exact evaluation.
 
-    Losses are computed here because TRL 1.16 ignores `label_smoothing` for the sigmoid loss and returns only means of
-    batches.
+    It computes the losses itself, because TRL 1.16 ignores `label_smoothing` for the sigmoid loss and returns only the
+    means of batches.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class DpoTrainer(ReferenceLogProbs, DPOTrainer):  # type: ignore[misc]  # trl sh
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Mean loss over pairs, which does not depend on the micro batch size or the number of workers."""
+        """Return the mean loss over pairs. It does not depend on the micro batch size or the number of workers."""
         losses, margins = self._losses_and_margins(model, inputs).unbind(dim=1)
         margins = self.accelerator.gather(margins.detach())
         self._metrics["train"]["margin"].append(margins.mean().item())
@@ -113,8 +115,11 @@ class DpoTrainer(ReferenceLogProbs, DPOTrainer):  # type: ignore[misc]  # trl sh
         return losses.mean()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the complete set: eval_loss (nats per pair), eval_accuracy (fraction of pairs whose chosen response
-        has the larger implicit reward, ties count half), eval_margin (mean difference of the two rewards)."""
+        """Return the metrics of the complete evaluation set.
+
+        eval_loss: mean loss per pair, in nats; eval_accuracy: fraction of pairs whose chosen response has the larger
+        implicit reward, where ties count half; eval_margin: mean difference of the two rewards.
+        """
 
         def evaluate_batch(batch: list[int]) -> torch.Tensor:
             return self._losses_and_margins(self.model_wrapped, self._prepare_inputs(self._collate_eval(batch)))
@@ -129,30 +134,35 @@ class DpoTrainer(ReferenceLogProbs, DPOTrainer):  # type: ignore[misc]  # trl sh
         )
 
     def _losses_and_margins(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Loss and margin of each pair, (pairs, 2)."""
-        chosen, rejected = self.log_ratios(model, inputs).chunk(2)
-        tokens = (inputs["labels"][:, 1:] != -100).sum(dim=1).chunk(2)
-        losses = pair_losses(self._spec, chosen, rejected, *tokens)
-        return torch.stack([losses, self._spec.beta * (chosen - rejected)], dim=1)
+        """Return loss and margin of each pair, (pairs, 2)."""
+        chosen_ratios, rejected_ratios = self.log_ratios(model, inputs).chunk(2)
+        num_tokens = (inputs["labels"][:, 1:] != -100).sum(dim=1).chunk(2)
+        losses = pair_losses(self._spec, chosen_ratios, rejected_ratios, *num_tokens)
+        return torch.stack([losses, self._spec.beta * (chosen_ratios - rejected_ratios)], dim=1)
 
 
 def pair_losses(
     spec: Dpo,
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    chosen_tokens: torch.Tensor,
-    rejected_tokens: torch.Tensor,
+    chosen_ratios: torch.Tensor,
+    rejected_ratios: torch.Tensor,
+    num_chosen_tokens: torch.Tensor,
+    num_rejected_tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """DPO losses in nats, (pairs,), from the log ratios and the token counts of both responses, (pairs,) each.
+    """DPO losses, (pairs,), from the log ratios (in nats) and the token counts of both responses, (pairs,) each.
 
-    sigmoid, with label smoothing e: -(1 - e) log s(b d) - e log s(-b d), d = chosen - rejected (cDPO:
-    https://ericmitchell.ai/cdpo.pdf). hinge: max(0, 1 - b d). ipo: (d - 1 / 2b)^2 with ratios per token, as its authors
-    confirmed to TRL.
+    With d = chosen ratio - rejected ratio and label smoothing e:
+
+        sigmoid: -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d), in nats; e > 0: conservative DPO
+            (https://ericmitchell.ai/cdpo.pdf)
+        hinge: max(0, 1 - beta d) (SLiC, https://arxiv.org/abs/2305.10425)
+        ipo: (d - 1 / (2 beta))^2 with ratios per token, as its authors confirmed to TRL (Azar et al. 2023,
+            https://arxiv.org/abs/2310.12036)
     """
-    margins = spec.beta * (chosen - rejected)
+    margins = spec.beta * (chosen_ratios - rejected_ratios)
     if spec.loss == "hinge":
         return torch.relu(1 - margins)
     if spec.loss == "ipo":
-        return (chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * spec.beta)) ** 2
+        differences = chosen_ratios / num_chosen_tokens - rejected_ratios / num_rejected_tokens
+        return (differences - 1 / (2 * spec.beta)) ** 2
     smoothing = spec.label_smoothing
     return -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)

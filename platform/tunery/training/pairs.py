@@ -1,4 +1,4 @@
-"""Preference pairs of a training, as two token sequences each: `dpo` and `reward` learn from them."""
+"""Preference pairs as two token sequences each, for `dpo` and `reward`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tunery.training.sequences import SequenceSet
 
 @dataclass(frozen=True)
 class PairSet:
-    """Preference pairs: sequence 2i is the chosen one of pair i, sequence 2i + 1 the rejected one."""
+    """Preference pairs. Pair i consists of sequence 2i with the chosen response and sequence 2i + 1 with the rejected
+    one."""
 
     sequences: SequenceSet
 
@@ -20,13 +21,13 @@ class PairSet:
 
     @property
     def lengths(self) -> Integers:
-        """(pairs,) tokens of both sequences."""
+        """(pairs,) int64, number of tokens of both sequences."""
         lengths: Integers = self.sequences.lengths.reshape(-1, 2).sum(axis=1)
         return lengths
 
     @property
     def part_sizes(self) -> list[int]:
-        """Pairs of each data stage."""
+        """Number of pairs of each data stage."""
         return [size // 2 for size in self.sequences.part_sizes]
 
     @property
@@ -34,5 +35,5 @@ class PairSet:
         return self.sequences.part_stats
 
     def sequence_indices(self, pairs: Sequence[int]) -> list[int]:
-        """Indices of the chosen sequences of `pairs`, followed by those of the rejected ones."""
+        """Return the indices of the chosen sequences of `pairs`, followed by those of the rejected ones."""
         return [*(2 * pair for pair in pairs), *(2 * pair + 1 for pair in pairs)]

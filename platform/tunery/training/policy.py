@@ -16,19 +16,23 @@ from tunery.training.job import Job, save_model, write_once
 
 
 class Policy:
-    """Loads and saves the policy. The model's own dropout is disabled, so that log-probabilities are deterministic;
-    LoRA dropout stays as configured (TRL's `disable_dropout` would disable that too)."""
+    """Loads and saves the policy.
 
-    def __init__(self, job: Job, rank: int, as_folder: bool = False) -> None:
-        """`as_folder`: the name in the model's config must be a folder that holds the full model."""
+    The model's own dropout is disabled, so that log-probabilities are deterministic. LoRA dropout stays as configured;
+    TRL's `disable_dropout` would disable it too.
+    """
+
+    def __init__(self, job: Job, rank: int, requires_model_folder: bool = False) -> None:
+        """Call on all ranks. requires_model_folder: the name in the model's config must be a folder with the full
+        model, so an adapter is merged into its base first."""
         self._job, self._rank = job, rank
         self._tuner = tuner_of(job.spec)
-        needs_merged = as_folder or job.compute.zero_stage == 3
-        self.source: Source = merge_adapter(job, rank) if needs_merged and is_adapter(job.model) else job.model
+        requires_merged = requires_model_folder or job.compute.zero_stage == 3
+        self.source: Source = merge_adapter(job, rank) if requires_merged and is_adapter(job.model) else job.model
         self.tokenizer: Any = load_tokenizer(self.source)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return a TRL trainer's arguments: model, tokenizer and PEFT config (None without adapter)."""
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Load the model; return arguments of a TRL trainer: model, tokenizer, PEFT config (None without adapter)."""
         model = self._load()
         freeze_untrained(model, self._tuner)
         return {
@@ -38,7 +42,8 @@ class Policy:
         }
 
     def reference_model(self) -> Any:
-        """Load the reference model, a copy of the initial policy; None with an adapter, where it is the base."""
+        """Load the reference model, a copy of the initial policy. None with an adapter: the reference is then its
+        base."""
         return None if self._has_adapter else self._load()
 
     def save(self, trainer: Any) -> None:
@@ -63,11 +68,13 @@ class Policy:
 
 
 def merge_adapter(job: Job, rank: int) -> Source:
-    """Merge an adapter into its base on rank 0 and return the merged model's source. Under ZeRO-3 the base would load
-    sharded, and PEFT (0.21) can merge only complete weights."""
+    """Merge an adapter into its base on rank 0, and return the source of the merged model. Call on all ranks.
+
+    Under ZeRO-3 transformers loads sharded weights, and PEFT (0.21) can merge only complete ones.
+    """
 
     def write(folder: Path) -> None:
         load_model(job.model, torch.float32).save_pretrained(folder)
         load_tokenizer(job.model).save_pretrained(folder)
 
-    return write_once(job.work / "merged", rank, write)
+    return write_once(job.staging_dir / "merged", rank, write)

@@ -1,4 +1,4 @@
-"""Shared by the DPO and KTO trainers: log-probabilities of responses under policy and reference.
+"""Log-probabilities of responses under the policy and the reference, for the DPO and KTO trainers.
 
 The reference is the initial policy: the base model with LoRA, else a second copy, which ZeRO-3 shards like the first.
 """
@@ -13,20 +13,24 @@ from datasets import Dataset
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from tunery.training.distributed_eval import FixedOrder
+from tunery.training.distributed_eval import FixedOrderMixin
 
-SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
-"""Settings of TRL's configs: rows are tokenized and truncated already, and Policy disables the model's own dropout."""
+TRL_SETTINGS = {"max_length": None, "disable_dropout": False, "remove_unused_columns": False}
+"""Settings of DPOConfig and KTOConfig: rows are tokenized and truncated already, and Policy disables the model's own
+dropout."""
 
 
-class ReferenceLogProbs(FixedOrder):
-    """Mixin for TRL trainers with `model`, `ref_model` and a fused head (DPOTrainer, KTOTrainer; TRL 1.16)."""
+class ReferenceLogProbsMixin(FixedOrderMixin):
+    """Mixin for TRL's DPOTrainer and KTOTrainer (1.16), which have `model`, `ref_model` and a fused head."""
 
     ref_model: Any
+    """None with an adapter: the reference is then the base of `model`."""
     reference_free = False
+    """Whether log p under the reference counts as 0."""
 
     def log_ratios(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """log p under the policy minus log p under the reference of each response, (sequences,) float32, in nats."""
+        """Return log p under the policy minus log p under the reference of each response, (sequences,) float32 in nats.
+        The reference has no gradient."""
         log_probs = response_log_probs(model, batch)
         if self.reference_free:
             return log_probs
@@ -39,12 +43,14 @@ class ReferenceLogProbs(FixedOrder):
         return log_probs - reference
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Do nothing: `precompute_ref_log_probs` is set only to keep TRL from loading a reference model."""
+        """Return the dataset unchanged: `precompute_ref_log_probs` is set only to keep TRL from loading a reference
+        model."""
         return dataset
 
 
 def response_log_probs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the log-probabilities of response tokens, (sequences,) float32, in nats, by TRL's fused head."""
+    """Return the sum of the log-probabilities of each response's tokens, (sequences,) float32 in nats, by TRL's fused
+    head."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     log_probs: torch.Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum(dim=1)
     return log_probs

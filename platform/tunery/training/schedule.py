@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of each optimizer step: the only schedule, used by every training loop.
+"""Learning rate and weight decay of each optimizer step, for all training loops.
 
 With T steps, w = round(`warmup` * T) of them for the warm-up, and steps counted from 0:
 
@@ -7,10 +7,11 @@ With T steps, w = round(`warmup` * T) of them for the warm-up, and steps counted
             peak(t) * (T - t) / (T - w)                     t >= w, `linear`
             peak(t) * (1 + cos(pi (t - w) / (T - w))) / 2   t >= w, `cosine`
 
-peak(t) and the weight decay are those of the training, or of the last of its `schedule_overrides` up to step t.
+peak(t) and the weight decay are those of the stage, or of the last of its `schedule_overrides` that starts at or before
+step t.
 
-`offset` (`Training.warmup_offset`) is 0 as in transformers' schedules, so that the first of several warm-up steps has a
-learning rate of 0. It is 1 in PPO: a batch of responses is too expensive to train on with a learning rate of 0.
+`offset` (`Training.warmup_offset`) is 0 as in transformers' schedules, where the first warm-up step has a learning rate
+of 0. It is 1 in PPO, since a batch of responses is too expensive for a step without an update.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from tunery.spec import Training
 
 @dataclass(frozen=True)
 class Schedule:
-    """Values by step, from 0."""
+    """Hyperparameters of each step, by its index from 0."""
 
     learning_rates: tuple[float, ...]
     weight_decays: tuple[float, ...]
 
 
-def schedule(spec: Training[Any], steps: int) -> Schedule:
-    """Return the schedule of a training with `steps` optimizer steps (of PPO: steps of one batch of responses)."""
+def build_schedule(spec: Training[Any], steps: int) -> Schedule:
+    """Return the schedule of a training with `steps` optimizer steps (in PPO: batches of responses)."""
     peaks = _values_by_step("learning_rate", spec, steps)
     return Schedule(
         tuple(peak * _fraction_of_peak(spec, step, steps) for step, peak in enumerate(peaks)),
@@ -40,13 +41,13 @@ def schedule(spec: Training[Any], steps: int) -> Schedule:
 
 
 def override_step(after: float, steps: int) -> int:
-    """Return the first step with the values of an override, from 0. It matches `at_even_steps` (training/batches.py):
-    an override after 2 of 5 evaluations starts with the step after the second one."""
+    """Return the index of the first step with the values of an override. It matches `evenly_spaced_steps`
+    (training/batches.py): an override after 2 of 5 evaluations starts with the step after the second one."""
     return math.ceil(round(steps * after, 9))
 
 
 def _values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Training[Any], steps: int) -> list[float]:
-    """Value of the field at each step; for the learning rate, the peak of the schedule."""
+    """Return the value of the field at each step, with its overrides; for the learning rate, the peak."""
     value = getattr(spec, field)
     assert value != "auto", "resolved"
     values: list[float] = [value] * steps
@@ -58,6 +59,7 @@ def _values_by_step(field: Literal["learning_rate", "weight_decay"], spec: Train
 
 
 def _fraction_of_peak(spec: Training[Any], step: int, steps: int) -> float:
+    """Return lr(step) / peak(step)."""
     warmup, offset = round(spec.warmup * steps), spec.warmup_offset
     if step < warmup:
         return (step + offset) / max(1, warmup + offset)

@@ -262,7 +262,7 @@ def open_sequences(
 ) -> tuple[TrainingSequences, TrainingSequences]:
     """The same as `read_sequences`, without checking for unusable rows."""
     encoding, row_encoding = encoding or encoding_of(job.spec), _row_encoding(job)
-    data, eval_data = (open_rows(job, rows, tokenizer, encoding, row_encoding) for rows in (job.rows, job.eval_rows))
+    data, eval_data = (open_rows(job, rows, tokenizer, encoding, row_encoding) for rows in (job.data, job.eval_data))
     if row_encoding.in_blocks:
         return BlockSet(data, job.spec.max_length), BlockSet(eval_data, job.spec.max_length)
     return data, eval_data

@@ -1,4 +1,5 @@
-"""`pretrain` and `sft`: language modelling on blocks of text, or on responses of conversations, by TRL's SFTTrainer."""
+"""`pretrain` and `sft`: language modelling on blocks of text, or on the responses of conversations, by TRL's
+SFTTrainer."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from tunery.models.scratch import write_scratch_model
 from tunery.models.tokenized_dataset import Integers
 from tunery.spec import Pretrain, Sft, adapter_spec, tuner_of
 from tunery.store.rows import CONTENT, Row
-from tunery.training.distributed_eval import FixedOrder, index_dataset, pad_batch
+from tunery.training.distributed_eval import FixedOrderMixin, index_dataset, pad_batch
 from tunery.training.job import Job, rows_of, save_model, write_once
 from tunery.training.policy import merge_adapter
-from tunery.training.reload_check import PROBED, LanguageProbe
+from tunery.training.reload_check import NUM_PROBE_CANDIDATES, LanguageProbe
 from tunery.training.sequences import TrainingSequences, read_sequences
 
 
 class SftTask:
-    """Train a causal language model, pretrained or from scratch, fully or with LoRA."""
+    """The training task of `pretrain` and `sft`: a causal language model, pretrained or from scratch."""
 
     def __init__(self, job: Job, rank: int) -> None:
         """Raises StageError if no row of `data`, or of `eval_data`, is usable."""
@@ -39,9 +40,9 @@ class SftTask:
         self._data, self._eval_data = read_sequences(job, self._tokenizer)
         self.examples = self._data
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> SftTrainer:
-        # Before the model is loaded: under ZeRO-3 they make transformers shard it while it loads.
-        settings = SFTConfig(
+    def build_trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> SftTrainer:
+        # Construct the arguments before loading the model: under ZeRO-3 they make transformers shard it.
+        config = SFTConfig(
             **arguments,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -53,7 +54,7 @@ class SftTask:
         freeze_untrained(model, tuner)
         return SftTrainer(
             model=model,
-            args=settings,
+            args=config,
             train_dataset=index_dataset(order),
             data_collator=lambda rows: self._collate(self._data, [row["index"] for row in rows]),
             eval_data=self._eval_data,
@@ -64,39 +65,42 @@ class SftTask:
         )
 
     def save(self, trainer: SftTrainer) -> None:
-        adapter = adapter_spec(tuner_of(self._spec)).has_adapter
+        has_adapter = adapter_spec(tuner_of(self._spec)).has_adapter
         trainer.model.config.use_cache = True
-        save_model(trainer, self._job.out / ("adapter" if adapter else "model"), self._tokenizer, self._rank)
-        if adapter and self._rank == 0:
+        save_model(trainer, self._job.out / ("adapter" if has_adapter else "model"), self._tokenizer, self._rank)
+        if has_adapter and self._rank == 0:
             write_base(self._job.out, self._job.model)
 
-    def probe(self, parameters: int) -> LanguageProbe:
-        return LanguageProbe(self._job, self._data.first(PROBED), parameters)
+    def probe(self, num_parameters: int) -> LanguageProbe:
+        return LanguageProbe(self._job, self._data.first(NUM_PROBE_CANDIDATES), num_parameters)
 
     def data_stats(self) -> dict[str, Any]:
-        trains = (
-            {"train_on": self._spec.train_on, "truncate": self._spec.truncate} if isinstance(self._spec, Sft) else {}
-        )
-        return {**self._data.facts(), **trains, "eval_rows": self._eval_data.stats.rows}
+        settings = {}
+        if isinstance(self._spec, Sft):
+            settings = {"train_on": self._spec.train_on, "truncate": self._spec.truncate}
+        return {**self._data.facts(), **settings, "eval_rows": self._eval_data.stats.rows}
 
     def final_metrics(self, trainer: SftTrainer) -> dict[str, Any]:
         return {}
 
     def _collate(self, sequences: TrainingSequences, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        return pad_batch([(sequences.ids(row), sequences.labels(row)) for row in batch], self._tokenizer.pad_token_id)
+        pad_token_id = self._tokenizer.pad_token_id
+        return pad_batch([(sequences.ids(index), sequences.labels(index)) for index in batch], pad_token_id)
 
 
 def _scratch_model(job: Job, rank: int) -> Source:
-    texts = (_plain_text(row) for row in rows_of(job.rows, CONTENT))
-    name = job.model["scratch"]
-    return write_once(job.work / "new", rank, lambda folder: write_scratch_model(folder, name, texts, job.seed))
+    """Write a new model with a tokenizer trained on the rows of `data`, and return its source. Call on all ranks."""
+    texts = (_plain_text(row) for row in rows_of(job.data, CONTENT))
+    name, folder = job.model["scratch"], job.staging_dir / "scratch"
+    return write_once(folder, rank, lambda folder: write_scratch_model(folder, name, texts, job.seed))
 
 
 def _plain_text(row: Row) -> str:
+    """Return a text, or the contents of a conversation's messages."""
     return row["text"] or "\n".join(message["content"] for message in row["messages"])
 
 
-class SftTrainer(FixedOrder, SFTTrainer):  # type: ignore[misc]  # trl ships no types
+class SftTrainer(FixedOrderMixin, SFTTrainer):  # type: ignore[misc]  # trl ships no types
     """TRL's SFTTrainer with a fixed data order (training/batches.py) and an exact evaluation loss."""
 
     def __init__(
@@ -110,16 +114,17 @@ class SftTrainer(FixedOrder, SFTTrainer):  # type: ignore[misc]  # trl ships no 
         self._eval_data, self._collate_eval = eval_data, collate_eval
 
     def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None:
-        """Skip TRL's (1.16) check for a label column: rows are indices, and the collator adds the labels."""
+        """Skip TRL's (1.16) check for a label column: the dataset consists of indices, and the collator adds the
+        labels."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss per loss token of the complete evaluation set, in nats."""
+        """Return eval_loss: the mean over all loss tokens of the complete evaluation set, in nats."""
 
         def evaluate_batch(batch: list[int]) -> torch.Tensor:
             inputs = self._prepare_inputs(self._collate_eval(batch))
             outputs = self.model_wrapped(**inputs, use_cache=False, fused_lm_head=True)
-            sums = (-outputs.log_probs.double().sum(dim=1), outputs.label_mask.double().sum(dim=1))
-            return torch.stack(sums, dim=1)
+            nll_and_tokens = (-outputs.log_probs.double().sum(dim=1), outputs.label_mask.double().sum(dim=1))
+            return torch.stack(nll_and_tokens, dim=1)
 
-        nll, tokens = self.evaluate_rows(self._eval_data.lengths, 2, evaluate_batch).sum(dim=0)
-        return self.report_metrics({"eval_loss": float(nll / tokens.clamp(min=1))})
+        nll, num_tokens = self.evaluate_rows(self._eval_data.lengths, 2, evaluate_batch).sum(dim=0)
+        return self.report_metrics({"eval_loss": float(nll / num_tokens.clamp(min=1))})

@@ -1,4 +1,4 @@
-"""The callback by which LoopControl drives transformers' Trainer."""
+"""The TrainerCallback by which LoopControl controls transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ LOGGED_METRICS = ("loss", "learning_rate", "grad_norm")
 
 
 class TrainingCallback(TrainerCallback):  # type: ignore[misc]
-    """Set the learning rate, check each step, and let `loop` decide when to log, evaluate, save and stop."""
+    """Sets learning rate and weight decay of each step and checks its loss. LoopControl decides when to log, evaluate,
+    save and stop."""
 
     def __init__(self, loop: LoopControl, schedule: Schedule, extra_metrics: Sequence[str] = ()) -> None:
+        """extra_metrics: metrics to log besides LOGGED_METRICS, under the trainer's names."""
         self._loop, self._schedule = loop, schedule
         self._metrics = {*LOGGED_METRICS, *extra_metrics}
         self._trainer: Any = None
         self._loss: torch.Tensor | float = 0.0
-        """Loss of this rank, summed over the micro batches of the current step."""
+        """Loss of this rank, summed over the micro batches of the current step. transformers scales each so that the
+        sum is the loss of the step."""
         self._learning_rate = 0.0
         """Learning rate of the current step."""
 
     def attach(self, trainer: Any) -> None:
-        """Record the loss of every micro batch: transformers (5.23) does not pass it to callbacks."""
+        """Wrap `trainer.training_step` to record the loss of every micro batch, which transformers (5.23) does not pass
+        to callbacks. Call before training."""
         self._trainer, training_step = trainer, trainer.training_step
 
         def record_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,7 +51,7 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         groups = kwargs["optimizer"].param_groups
         for group in groups:
             group["lr"] = self._learning_rate
-        # The second group of transformers holds the parameters without weight decay: biases and norms.
+        # transformers has two groups. The second one holds the parameters without weight decay: biases and norms.
         groups[0]["weight_decay"] = self._schedule.weight_decays[state.global_step]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -71,7 +75,7 @@ class TrainingCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         metrics = {name: value for name, value in (logs or {}).items() if name in self._metrics}
-        if "learning_rate" in metrics:  # transformers logs the constant rate of its own scheduler
+        if "learning_rate" in metrics:  # transformers logs the constant learning rate of its own scheduler
             metrics["learning_rate"] = self._learning_rate
         self._loop.log(metrics)
 

@@ -1,8 +1,8 @@
-"""What each worker runs for every training except PPO (ppo/ppo_worker.py): build data, model and transformers Trainer,
-train, save and check the model; rank 0 writes the facts. TrainingCallback sets the learning rate of each step.
+"""The training loop of each worker for all stage kinds but PPO (ppo/ppo_worker.py): load data and model, train with a
+transformers Trainer, save the model and check it. Rank 0 writes the facts.
 
-The loss of `pretrain` and `sft` is the mean over the loss tokens of a step, on all ranks and micro batches; of `dpo`,
-`kto`, `reward` and `classifier` the mean over their pairs or rows; of `grpo` and `rloo` as TRL defines it.
+The loss of a step is the mean over its loss tokens in `pretrain` and `sft`, over its pairs or rows in `dpo`, `kto`,
+`reward` and `classifier`, and as TRL defines it in `grpo` and `rloo`. The mean is over all ranks and micro batches.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from tunery.models.preview import COLUMNS, stage_preview
 from tunery.spec import TRAINERS
 from tunery.spec.plugins import load_object
 from tunery.training.batches import Batching, data_order, plan_training
-from tunery.training.job import Job, Report, TrainerAdapter, event_emitter, rows_of
-from tunery.training.schedule import schedule
+from tunery.training.job import Job, Report, TrainingTask, event_emitter, rows_of
+from tunery.training.schedule import build_schedule
 from tunery.training.sequences import mixture_facts, mixture_of
-from tunery.training.training_stats import log_period, num_elements, peak_memory_bytes, save_period, training_facts
+from tunery.training.training_stats import logging_steps, num_elements, peak_memory_bytes, save_steps, training_facts
 
 
 def train(job: Job, report: Report) -> None:
-    """Train in each worker; all ranks call it. Writes `out/` (model or adapter), then `work/outcome.json`.
+    """Train in each worker; all ranks call it. Write the model or adapter to `job.out`, then outcome.json to
+    `job.staging_dir`.
 
-    Raises StageError if the training diverges, or if the saved model is not the trained one.
+    Raises StageError if the rows are unusable, if the training diverges, or if the saved model is not the trained one.
     """
     from tunery.workers.process_state import prepare_process
 
@@ -41,69 +42,71 @@ def train(job: Job, report: Report) -> None:
     from tunery.training.reload_check import check_saved
     from tunery.training.training_callback import TrainingCallback
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     emit = event_emitter(job, rank)
     emit("progress", done=0, total=None, unit="steps", detail="loading model and rows")
     dtype = pick_dtype(compute.precision, compute.device)
     set_seed(job.seed)
     task = _load_task(job, rank)
-    batching = plan_training(spec, len(task.examples.lengths), world, compute.micro_batch_size)
-    num_iterations = spec.steps_per_batch
-    size = batching.global_batch_size // spec.sequences_per_row
     lengths = task.examples.lengths
+    batching = plan_training(spec, len(lengths), world_size, compute.micro_batch_size)
+    # GRPO and RLOO: a row stands for a group of sequences, and several steps train on the same batch.
+    rows_per_batch = batching.global_batch_size // spec.sequences_per_row
+    rows_per_step = rows_per_batch / spec.steps_per_batch
     mixture = mixture_of(spec, task.examples)
-    order = data_order(lengths, batching.steps // num_iterations, size, job.seed, mixture)
+    order = data_order(lengths, batching.steps // spec.steps_per_batch, rows_per_batch, job.seed, mixture)
     cumulative_tokens = np.concatenate([[0], np.cumsum(lengths[order])])
-    rows_per_step = size / num_iterations
     loop = LoopControl(
         job,
         batching.steps,
         emit,
-        has_eval_data=bool(job.eval_rows),
-        log_period=log_period(batching.steps),
-        save_period=save_period(compute, batching.steps),
-        signature=checkpoint_signature(world, compute.zero_stage, dtype),
+        has_eval_data=bool(job.eval_data),
+        logging_steps=logging_steps(batching.steps),
+        save_steps=save_steps(compute, batching.steps),
+        signature=checkpoint_signature(world_size, compute.zero_stage, dtype),
         rows_per_step=rows_per_step,
         tokens_at=lambda step: int(cumulative_tokens[round(step * rows_per_step)]),
         report=report,
         rank=rank,
-        steps_per_batch=num_iterations,
+        steps_per_batch=spec.steps_per_batch,
     )
-    callback = TrainingCallback(loop, schedule(spec, batching.steps), TRAINERS[spec.kind].extra_metrics)
-    trainer = task.trainer(_training_arguments(job, batching, dtype), order, callback)
+    callback = TrainingCallback(loop, build_schedule(spec, batching.steps), TRAINERS[spec.kind].extra_metrics)
+    trainer = task.build_trainer(_training_arguments(job, batching, dtype), order, callback)
     if rank == 0:
-        emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), trainer.processing_class, trainer.model))
+        emit("preview", **stage_preview(spec, rows_of(job.data, COLUMNS), trainer.processing_class, trainer.model))
     trainer.remove_callback(PrinterCallback)
-    # Unused here, and transformers (5.23) iterates over all parameters for it at each step.
+    # transformers (5.23) iterates over all parameters for it at each step, and the result is not used here.
     trainer.floating_point_ops = lambda inputs: 0
     callback.attach(trainer)
     checkpoint = loop.resume()
     loop.flush_reports()
-    begin = time.time()
+    start_time = time.time()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.time() - begin
+    train_seconds = time.time() - start_time
     loop.check_end(trainer.model.named_parameters())
     peak_memory = peak_memory_bytes(compute.device)
     final_metrics = task.final_metrics(trainer)
-    parameters = sum(map(num_elements, trainer.model.parameters()))
-    probe = task.probe(parameters)
-    outputs = probe.trained(trainer)
+    num_parameters = sum(map(num_elements, trainer.model.parameters()))
+    probe = task.probe(num_parameters)
+    trained_outputs = probe.trained_outputs(trainer)
     task.save(trainer)
-    reload_check = check_saved(job, rank, dtype, parameters, outputs, probe.saved, probe.what)
+    reload_check = check_saved(
+        job, rank, dtype, num_parameters, trained_outputs, probe.saved_outputs, probe.output_name
+    )
     if rank == 0:
         facts = {
             **task.data_stats(),
             **mixture_facts(spec, task.examples, order),
             "tokens": int(cumulative_tokens[-1]),
-            **_training_facts(job, batching, trainer, loop.history),
+            **_common_facts(job, batching, trainer, loop.history),
             **final_metrics,
         }
         runtime_stats = {
-            "train_seconds": seconds,
-            "tokens_per_second": facts["tokens"] * (1 - loop.resumed_from / batching.steps) / seconds,
-            "first_step_seconds": (loop.first_step_at or time.time()) - job.started,
+            "train_seconds": train_seconds,
+            "tokens_per_second": facts["tokens"] * (1 - loop.resumed_from / batching.steps) / train_seconds,
+            "first_step_seconds": (loop.first_step_at or time.time()) - job.started_at,
             "resumed_from": loop.resumed_from,
-            "workers": world,
+            "workers": world_size,
             "zero_stage": compute.zero_stage,
             "dtype": dtype,
             "device": torch.cuda.get_device_name() if compute.device == "gpu" else "cpu",
@@ -115,9 +118,9 @@ def train(job: Job, report: Report) -> None:
     dist.barrier()
 
 
-def _load_task(job: Job, rank: int) -> TrainerAdapter:
-    # Imported only now: transformers' Trainer must not be imported before `prepare_process` has run.
-    task: TrainerAdapter = load_object(TRAINERS[job.spec.kind].trainer)(job, rank)
+def _load_task(job: Job, rank: int) -> TrainingTask:
+    # The task's module imports transformers' Trainer, which must not be imported before `prepare_process` has run.
+    task: TrainingTask = load_object(TRAINERS[job.spec.kind].trainer)(job, rank)
     return task
 
 
@@ -127,11 +130,11 @@ def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, A
 
     spec, compute = job.spec, job.compute
     return {
-        "output_dir": str(job.work / "checkpoints"),
+        "output_dir": str(job.staging_dir / "checkpoints"),
         "max_steps": batching.steps,
         "per_device_train_batch_size": batching.micro_batch_size,
         "per_device_eval_batch_size": max(8, batching.micro_batch_size),
-        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
         "learning_rate": spec.learning_rate,
         "lr_scheduler_type": "constant",  # TrainingCallback sets the learning rate of each step
         "weight_decay": spec.weight_decay,
@@ -152,8 +155,9 @@ def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, A
     }
 
 
-def _training_facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:
+def _common_facts(job: Job, batching: Batching, trainer: Any, history: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the facts that all stage kinds share (training_stats.py)."""
     sizes = [(num_elements(parameter), parameter.requires_grad) for parameter in trainer.model.parameters()]
-    parameters = sum(size for size, _ in sizes)
-    trainable = sum(size for size, requires_grad in sizes if requires_grad)
-    return training_facts(job.spec, batching, history, parameters, trainable)
+    num_parameters = sum(size for size, _ in sizes)
+    num_trainable = sum(size for size, requires_grad in sizes if requires_grad)
+    return training_facts(job.spec, batching, history, num_parameters, num_trainable)

@@ -160,7 +160,7 @@ def _failure_callback(queue: Any) -> Any:
     return FailureCallback()
 
 
-class Workers:
+class CurrentWorkerGroup:
     """The current worker group of a process: started when it is first needed, replaced when other resources are."""
 
     def __init__(self, logs: Path) -> None:

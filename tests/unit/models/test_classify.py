@@ -31,7 +31,7 @@ from tunery.models.classifier_inputs import ClassifierEncoder
 from tunery.models.classify import SequenceClassifier
 from tunery.models.encode import Encoded
 from tunery.models.labels import Labels, labels_of
-from tunery.models.load import load_classifier, load_own_tokenizer
+from tunery.models.load import load_classifier, load_original_tokenizer
 from tunery.models.model_folder import BadModel
 from tunery.models.truncation import encode
 from tunery.pipeline.validate import validate
@@ -67,7 +67,7 @@ def source(folder: Path) -> dict[str, Any]:
 
 def classifier(folder: Path, max_length: int = 512, batch_tokens: int | None = None) -> SequenceClassifier:
     model, _ = load_classifier(source(folder), torch.float32)
-    return SequenceClassifier(model.eval(), load_own_tokenizer(source(folder)), max_length, batch_tokens)
+    return SequenceClassifier(model.eval(), load_original_tokenizer(source(folder)), max_length, batch_tokens)
 
 
 def test_encoder_distinguishes_first_and_second_text(folder: Path) -> None:
@@ -132,7 +132,7 @@ def test_reward_model_gets_the_rendered_conversation(name: str, folder: Path) ->
 
 def test_without_pairs_or_template_turns_are_joined_by_a_blank_line(folder: Path) -> None:
     model, _ = load_classifier(source(folder / "three"), torch.float32)
-    tokenizer = load_own_tokenizer(source(folder / "three"))
+    tokenizer = load_original_tokenizer(source(folder / "three"))
     tokenizer.chat_template = None
     actual = SequenceClassifier(model.eval(), tokenizer, 512)([answer_row("yes", "why")])
     np.testing.assert_allclose(actual.logits[0], plain_logits(folder / "three", "why\n\nyes"), atol=1e-5)
@@ -152,7 +152,7 @@ def test_logits_do_not_depend_on_the_batch(name: str, folder: Path) -> None:
 def test_padding_of_a_model_without_pad_token_masks_no_token(folder: Path) -> None:
     ids = [[5, 2, 0], [1], [2, 9, 2, 7], [0, 0]]  # ends with 0, 1, 7: 2 pads, though rows have it before their end
     model, _ = load_classifier(source(folder / "three"), torch.float32)
-    reader = ClassifierEncoder(model.eval(), load_own_tokenizer(source(folder / "three")), 64)
+    reader = ClassifierEncoder(model.eval(), load_original_tokenizer(source(folder / "three")), 64)
     inputs = reader.tensors([Encoded(row, ()) for row in ids])
     assert inputs["input_ids"].tolist() == [[5, 2, 0, 2], [1, 2, 2, 2], [2, 9, 2, 7], [0, 0, 2, 2]]
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "three").eval()
@@ -364,15 +364,15 @@ REWARD: dict[str, Any] = {"reward": {"pretrained": "./reward"}}
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each model was loaded."""
-    counted: Counter[str] = Counter()
+    loads: Counter[str] = Counter()
     before = load_module.load_classifier
 
     def counting(source: dict[str, Any], dtype: Any) -> Any:
-        counted[Path(source["pretrained"]).name] += 1
+        loads[Path(source["pretrained"]).name] += 1
         return before(source, dtype)
 
     monkeypatch.setattr(load_module, "load_classifier", counting)
-    return counted
+    return loads
 
 
 def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path: Path, loads: Counter[str]) -> None:

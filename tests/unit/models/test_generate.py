@@ -128,8 +128,8 @@ def test_pending_prompts_replace_finished_rows(model: torch.nn.Module) -> None:
     end, sampling = list(range(0, 300, 12)), Sampling(max_new_tokens=40)
     prompts = [[5 + row] * (1 + row % 7) for row in range(30)]
     uniform = numbers(30, 40)
-    counted = Counting(model)
-    joined = TransformersEngine(counted, end, batch_tokens=10 * 47)(prompts, uniform, sampling)
+    counting_model = Counting(model)
+    joined = TransformersEngine(counting_model, end, batch_tokens=10 * 47)(prompts, uniform, sampling)
     alone = [
         TransformersEngine(model, end)([prompt], uniform[[row]], sampling)[0] for row, prompt in enumerate(prompts)
     ]
@@ -137,9 +137,11 @@ def test_pending_prompts_replace_finished_rows(model: torch.nn.Module) -> None:
     for one, other in zip(joined, alone, strict=True):
         torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
     lengths = sorted((len(response.tokens) for response in alone), reverse=True)
-    assert max(counted.rows) == 10
-    assert len(counted.rows) < sum(lengths[:3]), "three batches of ten, at least as long as their longest responses"
-    assert sum(counted.rows) < 1.35 * sum(lengths), "few places are empty"
+    assert max(counting_model.rows) == 10
+    assert len(counting_model.rows) < sum(lengths[:3]), (
+        "three batches of ten, at least as long as their longest responses"
+    )
+    assert sum(counting_model.rows) < 1.35 * sum(lengths), "few places are empty"
 
 
 def test_batch_with_unsupported_caches_is_not_merged() -> None:

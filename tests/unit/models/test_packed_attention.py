@@ -162,10 +162,12 @@ def test_blocks_have_each_row_once_within_budget_and_little_padding(budget: int)
 @pytest.mark.parametrize("beside", [True, False])
 def test_packed_batch_maps_loss_tokens_to_their_predictions_and_rows(beside: bool) -> None:
     ids = rows_of(LENGTHS)
-    counted = [
+    labels = [
         [[token if index % 2 else IGNORED_LABEL for index, token in enumerate(row)] for row in own] for own in ids
     ]
-    chosen = [(InMemorySequences(own, labels), list(range(len(own)))) for own, labels in zip(ids, counted, strict=True)]
+    chosen = [
+        (InMemorySequences(own, own_labels), list(range(len(own)))) for own, own_labels in zip(ids, labels, strict=True)
+    ]
     batch = build_packed_batch(chosen, beside)
     flat_n = batch.ids_bt.flatten()
     result = sorted(

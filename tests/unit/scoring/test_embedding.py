@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from tunery.errors import TuneryError
 from tunery.models.embed import Embedder
-from tunery.models.load import load_encoder, load_own_tokenizer
+from tunery.models.load import load_encoder, load_original_tokenizer
 from tunery.scoring.scorers import embedding as embedding_module
 from tunery.scoring.scorers.embedding import EmbeddingScorer, reference_rows
 from tunery.store import Artifact
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedder(source: dict[str, Any], batch_tokens: int | None = None) -> Embedder:
     model = load_encoder(source, torch.float32).eval()
-    return Embedder(model, load_own_tokenizer(source), 64, batch_tokens)
+    return Embedder(model, load_original_tokenizer(source), 64, batch_tokens)
 
 
 def pretrained(folder: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from tunery.search.population import Exploit, Population, overridable_paths
 from tunery.search.space import Point, random_point, trial_id
 from tunery.spec import Search, Sft
 from tunery.spec.overrides import final_values
-from tunery.training.batches import at_even_steps
-from tunery.training.schedule import override_step, schedule
+from tunery.training.batches import evenly_spaced_steps
+from tunery.training.schedule import build_schedule, override_step
 
 SPACE: dict[str, Any] = {
     "sft.learning_rate": {"loguniform": [1e-5, 1e-2]},
@@ -42,7 +42,7 @@ def report(point: Point, generation: int) -> dict[str, float]:
     for change in point.get("sft.schedule_overrides", ()):
         rates += [change["learning_rate"]] * (change["after"] < generation / NUM_EVALS)
     loss = sum(abs(math.log10(rate) + 3) for rate in rates) / len(rates)
-    step = at_even_steps(STEPS, NUM_EVALS)[generation - 1]
+    step = evenly_spaced_steps(STEPS, NUM_EVALS)[generation - 1]
     return {"sft.eval_loss": loss, "steps": float(step), "share": step / STEPS}
 
 
@@ -123,11 +123,11 @@ def test_child_is_a_training_whose_override_starts_after_the_evaluation() -> Non
     assert change["after"] == 1 / NUM_EVALS
     for evaluations in range(2, 13):
         for steps in (12, 50, 51, 99, 300):
-            evaluation_steps = at_even_steps(steps, evaluations)[:-1]
+            evaluation_steps = evenly_spaced_steps(steps, evaluations)[:-1]
             assert [override_step(g / evaluations, steps) for g in range(1, evaluations)] == evaluation_steps
     fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 1e-3, "schedule": "constant"}
     spec = Sft.model_validate_json(json.dumps({**fields, "warmup": 0, "schedule_overrides": [change]}))
-    rates = schedule(spec, STEPS).learning_rates
+    rates = build_schedule(spec, STEPS).learning_rates
     assert rates == (1e-3,) * 10 + (change["learning_rate"],) * 40
 
 
@@ -223,7 +223,7 @@ def test_member_with_few_steps_does_not_block_the_others(interval: int) -> None:
     for name, point in points.items():
         pbt.add_member(name, point)
     short, *others = points
-    steps = at_even_steps(3, NUM_EVALS)
+    steps = evenly_spaced_steps(3, NUM_EVALS)
     assert steps == [1, 2, 3]
     pending = {name: list(range(1, NUM_EVALS)) for name in others}
     reports = [{"sft.eval_loss": 0.5, "steps": float(step), "share": step / 3} for step in steps[:-1]]

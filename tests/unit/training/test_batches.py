@@ -1,4 +1,4 @@
-"""Steps, batches and data order; resolving `auto`; configuration and memory of DeepSpeed."""
+"""Number of steps, batch sizes and data order; resolved `auto` values; DeepSpeed's configuration and memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tunery.errors import RequestError
 from tunery.spec import Compute, Lora, Pretrain, Pretrained, Scratch, Sft, Training
 from tunery.spec.tuners import LoraTuner
-from tunery.training.auto import GLOBAL_BATCH_SIZES, resolve
-from tunery.training.batches import MAX_AUTO_MICRO_BATCH, at_even_steps, data_order, plan_batches
+from tunery.training.auto import GLOBAL_BATCH_SIZES, resolve_auto
+from tunery.training.batches import MAX_AUTO_MICRO_BATCH, data_order, evenly_spaced_steps, plan_batches
 from tunery.training.deepspeed_config import deepspeed_config, model_state_bytes
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -25,12 +25,18 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
-def test_global_batch_is_workers_times_micro_batch_times_accumulation(workers: int, micro: int, times: int) -> None:
-    size = workers * micro * times
-    given_micro = plan_batches(100, 1, size, workers, micro)
-    assert (given_micro.micro_batch_size, given_micro.accumulation) == (micro, times)
-    picked = plan_batches(100, 1, size, workers, None)
-    assert picked.workers * picked.micro_batch_size * picked.accumulation == size == picked.global_batch_size
+def test_global_batch_is_workers_times_micro_batch_times_accumulation(
+    workers: int, micro: int, accumulation: int
+) -> None:
+    size = workers * micro * accumulation
+    explicit = plan_batches(100, 1, size, workers, micro)
+    assert (explicit.micro_batch_size, explicit.gradient_accumulation_steps) == (micro, accumulation)
+    automatic = plan_batches(100, 1, size, workers, None)
+    assert (
+        automatic.workers * automatic.micro_batch_size * automatic.gradient_accumulation_steps
+        == size
+        == automatic.global_batch_size
+    )
 
 
 @given(st.integers(1, 8), st.integers(1, 64))
@@ -54,25 +60,25 @@ def test_micro_batch_is_the_largest_that_divides_a_workers_share(workers: int, s
         (1000, 2, 1000, 2),
     ],
 )
-def test_steps_see_the_rows_as_often_as_asked(rows: int, epochs: float, size: int, steps: int) -> None:
+def test_steps_cover_the_rows_for_the_requested_epochs(rows: int, epochs: float, size: int, steps: int) -> None:
     assert plan_batches(rows, epochs, size, 1, None).steps == steps
 
 
-def test_steps_do_not_depend_on_how_they_are_computed() -> None:
+def test_number_of_steps_does_not_depend_on_workers_and_micro_batches() -> None:
     assert {plan_batches(100, 2, 24, workers, micro).steps for workers in (1, 2, 3, 4) for micro in (None, 1, 2)} == {9}
 
 
-def test_global_batch_that_cannot_be_split_over_the_workers_is_refused() -> None:
+def test_global_batch_that_cannot_be_split_over_the_workers_is_rejected() -> None:
     with pytest.raises(RequestError) as caught:
         plan_batches(100, 1, 8, 3, None)
     assert caught.value.message == "global_batch_size 8 can't be split over 3 workers"
     assert "a multiple of 3, or fewer workers" in caught.value.remedy
 
 
-def test_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
+def test_micro_batch_that_does_not_divide_a_workers_share_is_rejected() -> None:
     with pytest.raises(RequestError) as caught:
         plan_batches(100, 1, 16, 2, 3)
-    assert caught.value.message == "micro_batch_size 3 does not divide a worker's share of 8 sequences a step"
+    assert caught.value.message == "micro_batch_size 3 does not divide a worker's share of 8 sequences per step"
     assert caught.value.cause == "global_batch_size 16 over 2 workers"
     assert "micro_batch_size: auto" in caught.value.remedy
 
@@ -90,55 +96,55 @@ def test_each_epoch_covers_every_row_exactly_once(lengths: list[int], epochs: in
 
 
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 16), st.integers(0, 9))
-def test_rows_are_seen_equally_often_up_to_the_last_epoch(lengths: list[int], steps: int, size: int, seed: int) -> None:
+def test_rows_occur_equally_often_up_to_the_last_epoch(lengths: list[int], steps: int, size: int, seed: int) -> None:
     order = data_order(lengths, steps, size, seed)
     assert len(order) == steps * size
     counts = Counter(order)
-    times = [counts[row] for row in range(len(lengths))]
-    assert max(times) - min(times) <= 1
+    occurrences = [counts[row] for row in range(len(lengths))]
+    assert max(occurrences) - min(occurrences) <= 1
 
 
 @given(LENGTHS, st.integers(1, 6), st.integers(1, 16))
 def test_longest_rows_of_a_step_come_first(lengths: list[int], steps: int, size: int) -> None:
     order = data_order(lengths, steps, size, 0)
     for step in range(steps):
-        inside = [lengths[row] for row in order[step * size : (step + 1) * size]]
-        assert inside == sorted(inside, reverse=True)
+        step_lengths = [lengths[row] for row in order[step * size : (step + 1) * size]]
+        assert step_lengths == sorted(step_lengths, reverse=True)
 
 
 @given(LENGTHS, st.integers(1, 4), st.integers(0, 9))
 def test_rows_of_a_step_do_not_depend_on_how_many_steps_follow(lengths: list[int], size: int, seed: int) -> None:
-    long = data_order(lengths, 8, size, seed)
-    assert data_order(lengths, 3, size, seed).tolist() == long[: 3 * size].tolist()
+    eight_steps = data_order(lengths, 8, size, seed)
+    assert data_order(lengths, 3, size, seed).tolist() == eight_steps[: 3 * size].tolist()
 
 
-def test_order_depends_on_the_seed_and_on_nothing_else() -> None:
+def test_order_depends_on_the_seed_and_differs_between_epochs() -> None:
     lengths = [(n * 7) % 13 for n in range(50)]
     assert data_order(lengths, 10, 5, 1).tolist() == data_order(lengths, 10, 5, 1).tolist()
     assert data_order(lengths, 10, 5, 1).tolist() != data_order(lengths, 10, 5, 2).tolist()
     first, second = (data_order(lengths, 20, 5, 1)[start : start + 50].tolist() for start in (0, 50))
-    assert first != second, "each epoch is shuffled anew"
+    assert first != second, "each epoch is shuffled differently"
 
 
 # Evaluations.
 
 
 @given(st.integers(1, 500), st.integers(1, 30))
-def test_even_steps_are_as_many_as_asked_and_end_at_the_end(steps: int, times: int) -> None:
-    at = at_even_steps(steps, times)
-    assert at[-1] == steps
-    assert len(at) == min(steps, times)
-    assert at == sorted(set(at))
-    assert at[0] >= 1
-    gaps = [after - before for before, after in zip([0, *at], at, strict=False)]
+def test_evenly_spaced_steps_have_the_requested_count_and_include_the_last(steps: int, count: int) -> None:
+    spaced = evenly_spaced_steps(steps, count)
+    assert spaced[-1] == steps
+    assert len(spaced) == min(steps, count)
+    assert spaced == sorted(set(spaced))
+    assert spaced[0] >= 1
+    gaps = [after - before for before, after in zip([0, *spaced], spaced, strict=False)]
     assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize(
-    ("steps", "times", "at"), [(100, 4, [25, 50, 75, 100]), (10, 3, [4, 7, 10]), (2, 5, [1, 2]), (7, 1, [7])]
+    ("steps", "count", "expected"), [(100, 4, [25, 50, 75, 100]), (10, 3, [4, 7, 10]), (2, 5, [1, 2]), (7, 1, [7])]
 )
-def test_even_steps_by_hand(steps: int, times: int, at: list[int]) -> None:
-    assert at_even_steps(steps, times) == at
+def test_evenly_spaced_steps_by_hand(steps: int, count: int, expected: list[int]) -> None:
+    assert evenly_spaced_steps(steps, count) == expected
 
 
 # auto
@@ -156,7 +162,7 @@ TINY = Scratch(scratch="tiny")
 
 
 @pytest.mark.parametrize(
-    ("stage", "rows", "epochs", "rate", "size"),
+    ("stage", "rows", "epochs", "learning_rate", "size"),
     [
         (pretrain(TINY), 999, 4.0, 2e-3, 8),
         (pretrain(TINY), 1_000, 4.0, 2e-3, 16),
@@ -168,29 +174,31 @@ TINY = Scratch(scratch="tiny")
         (sft(tuner=LoraTuner(lora=Lora())), 100_000, 1.0, 2e-4, 128),
     ],
 )
-def test_auto_becomes_what_the_rules_say(stage: Training, rows: int, epochs: float, rate: float, size: int) -> None:
-    resolved, said = resolve(stage, rows)
-    assert (resolved.epochs, resolved.learning_rate, resolved.global_batch_size) == (epochs, rate, size)
-    assert [(item.field, item.value) for item in said] == [
+def test_auto_is_resolved_by_the_documented_rules(
+    stage: Training, rows: int, epochs: float, learning_rate: float, size: int
+) -> None:
+    resolved, fields = resolve_auto(stage, rows)
+    assert (resolved.epochs, resolved.learning_rate, resolved.global_batch_size) == (epochs, learning_rate, size)
+    assert [(item.field, item.value) for item in fields] == [
         ("epochs", epochs),
-        ("learning_rate", rate),
+        ("learning_rate", learning_rate),
         ("global_batch_size", size),
     ]
-    assert all(item.rule for item in said)
+    assert all(item.rule for item in fields)
     assert resolved.global_batch_size in GLOBAL_BATCH_SIZES
 
 
-def test_what_is_given_stays_and_is_not_told() -> None:
+def test_explicit_values_are_kept_and_not_listed_as_resolved() -> None:
     stage = sft(epochs=7.0, learning_rate=0.5, global_batch_size=3)
-    assert resolve(stage, 10) == (stage, [])
-    resolved, said = resolve(sft(epochs=7.0), 10)
+    assert resolve_auto(stage, 10) == (stage, [])
+    resolved, fields = resolve_auto(sft(epochs=7.0), 10)
     assert resolved.epochs == 7.0
-    assert [item.field for item in said] == ["learning_rate", "global_batch_size"]
+    assert [item.field for item in fields] == ["learning_rate", "global_batch_size"]
 
 
 @pytest.mark.parametrize("stage", [pretrain(TINY), sft()], ids=["pretrain", "sft"])
 def test_no_auto_is_left_in_any_field(stage: Training) -> None:
-    resolved, _ = resolve(stage, 500)
+    resolved, _ = resolve_auto(stage, 500)
     left = {field for field in type(resolved).model_fields if getattr(resolved, field) == "auto"}
     assert left == set()
 
@@ -199,7 +207,7 @@ def test_no_auto_is_left_in_any_field(stage: Training) -> None:
 
 
 @pytest.mark.parametrize("zero_stage", get_args(Compute.model_fields["zero_stage"].annotation))
-def test_configuration_is_json_with_the_zero_stage_and_leaves_batches_to_transformers(zero_stage: int) -> None:
+def test_configuration_is_json_and_leaves_batch_sizes_to_transformers(zero_stage: int) -> None:
     config = deepspeed_config(zero_stage)
     assert json.loads(json.dumps(config)) == config
     zero = config["zero_optimization"]
@@ -214,7 +222,7 @@ BILLION = 10**9
 @pytest.mark.parametrize(
     ("zero_stage", "workers", "bf16", "gigabytes"),
     [
-        # Full fine-tuning of 1 B parameters: bf16 2 + 2 + 12 bytes a parameter, fp32 4 + 4 + 8.
+        # Full fine-tuning of 1 B parameters: bf16 2 + 2 + 12 bytes per parameter, fp32 4 + 4 + 8.
         (0, 4, True, 16),
         (1, 4, True, 2 + 2 + 3),
         (2, 4, True, 2 + 0.5 + 3),
@@ -226,11 +234,11 @@ BILLION = 10**9
         (3, 8, False, 0.5 + 0.5 + 1),
     ],
 )
-def test_memory_of_a_full_fine_tuning_by_hand(zero_stage: int, workers: int, bf16: bool, gigabytes: float) -> None:
+def test_memory_of_full_fine_tuning_by_hand(zero_stage: int, workers: int, bf16: bool, gigabytes: float) -> None:
     assert model_state_bytes(BILLION, BILLION, zero_stage, workers, bf16) == gigabytes * BILLION
 
 
-def test_memory_of_lora_is_the_frozen_weights_and_the_states_of_the_few() -> None:
+def test_memory_of_lora_is_the_frozen_weights_and_the_state_of_the_trained_ones() -> None:
     # 1 B frozen in bf16 are 2 GB; 10 M trained ones take 14 bytes each for gradients and AdamW.
     assert model_state_bytes(BILLION, 10**7, 0, 1, True) == 2 * BILLION + 14 * 10**7
     assert model_state_bytes(BILLION, 10**7, 3, 4, True) == math.floor((2 * BILLION + 14 * 10**7) / 4)
@@ -238,5 +246,5 @@ def test_memory_of_lora_is_the_frozen_weights_and_the_states_of_the_few() -> Non
 
 @given(st.integers(1, 10**9), st.integers(1, 64), st.booleans())
 def test_higher_zero_stage_never_needs_more_memory(parameters: int, workers: int, bf16: bool) -> None:
-    needed = [model_state_bytes(parameters, parameters, stage, workers, bf16) for stage in range(4)]
-    assert needed == sorted(needed, reverse=True)
+    bytes_by_stage = [model_state_bytes(parameters, parameters, stage, workers, bf16) for stage in range(4)]
+    assert bytes_by_stage == sorted(bytes_by_stage, reverse=True)

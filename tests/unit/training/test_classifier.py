@@ -1,4 +1,4 @@
-"""The `classifier` stage before it trains: sources of labels, errors, and the initial head."""
+"""The `classifier` stage before it trains: labels, validation errors, and the initial head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunery.models.adapters import lora_config
 from tunery.models.classify import SequenceClassifier
 from tunery.models.load import (
     load_classifier,
-    load_own_tokenizer,
+    load_original_tokenizer,
     load_with_new_head,
     weightless_model_with_head,
     write_base,
@@ -38,7 +38,7 @@ from tunery.spec.trainings import data_refs
 from tunery.store import Artifact, Store
 from tunery.store.rows import REVIEWED_DIR, read_rows
 from tunery.training.batches import evaluation_batches
-from tunery.training.classification_head import with_model_padding
+from tunery.training.classification_head import set_padding_token
 
 TEXT = """\
 name: x
@@ -80,16 +80,14 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 @pytest.mark.parametrize(
     ("data", "rows"), [("rated", 6), ("{good: plain, bad: docs}", 9), ("{review: checked}", 7)], ids=str
 )
-def test_labels_may_come_from_rows_from_two_stages_or_from_a_review(
-    load_stage: Any, tmp_path: Path, data: str, rows: int
-) -> None:
+def test_labels_come_from_rows_two_stages_or_a_review(load_stage: Any, tmp_path: Path, data: str, rows: int) -> None:
     experiment, source = load_stage(data)
     planned = {stage.name: stage for stage in make_plan(experiment, source, Store(tmp_path / "store")).stages}
     assert (planned["judge"].rows, planned["judge"].steps) == (rows, -(-rows * 2 // 4))
     assert planned["judge"].memory_bytes == planned["base"].memory_bytes
 
 
-def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_path: Path) -> None:
+def test_reviewed_rows_have_the_decision_as_their_label(tmp_path: Path) -> None:
     workspace = review_workspace(tmp_path, [*questions(40), *questions(1)])
     ids = [row["id"] for row in read_rows(workspace.build("scored")["scored"].path, ["id"])]
     workspace.decide({ids[0]: "drop", ids[39]: "keep", "elsewhere": "drop"})
@@ -99,7 +97,7 @@ def test_review_leaves_the_decided_rows_with_the_decision_for_their_label(tmp_pa
     assert checked.facts["decided"] == 2
 
 
-def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Path) -> None:
+def test_review_of_randomly_sampled_rows_gives_labels(tmp_path: Path) -> None:
     text = TEXT_OF_REVIEW.replace("data: scored, keep: {perplexity:", "data: questions, keep: {random:")
     workspace = review_workspace(tmp_path, questions(40), text=text)
     ids = [row["id"] for row in read_rows(workspace.build("questions")["questions"].path, ["id"])]
@@ -108,28 +106,28 @@ def test_review_of_rows_that_were_only_drawn_at_random_gives_labels(tmp_path: Pa
     assert [row["label"] for row in read_rows(checked.path / REVIEWED_DIR)] == [False, True]
 
 
-def test_every_held_out_row_counts_once_and_every_worker_has_as_many_batches() -> None:
+def test_every_eval_row_is_evaluated_once_and_workers_have_equally_many_batches() -> None:
     lengths = [5, 1, 9, 2, 7, 3, 3]
     for workers in (1, 2, 3):
         shares = [evaluation_batches(lengths, 2, rank, workers) for rank in range(workers)]
         assert {len(share) for share in shares} == {-(-4 // workers)}
-        counted = [index for share in shares for batch, counts in share if counts for index in batch]
-        assert sorted(counted) == list(range(7))
+        evaluated = [index for share in shares for batch, is_padding in share if not is_padding for index in batch]
+        assert sorted(evaluated) == list(range(7))
 
 
-def test_search_may_aim_at_what_is_measured_of_a_classifier(load_stage: Any) -> None:
+def test_search_metrics_of_a_classifier(load_stage: Any) -> None:
     assert metrics_of(load_stage()[0]) == ["judge.eval_loss", "judge.eval_accuracy", "judge.eval_auc"]
 
 
-def test_contrast_names_its_two_stages() -> None:
+def test_positive_and_negative_stage_are_data_references() -> None:
     assert data_refs(PositiveNegative(good="a", bad="b")) == {("good",): "a", ("bad",): "b"}
 
 
-# What is refused, at its line.
+# Validation errors, with their line.
 
 
 @pytest.mark.parametrize(
-    ("change", "line", "told"),
+    ("change", "line", "messages"),
     [
         ({"data": "plain"}, 11, ["`judge.data` needs labelled rows", "none of the first 6 of plain.jsonl"]),
         ({"held_out": "docs"}, 11, ["`judge.eval_data` needs labelled rows", "{good: STAGE, bad: STAGE}"]),
@@ -152,18 +150,18 @@ def test_contrast_names_its_two_stages() -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_learned_or_scored_is_told_before_anything_runs(
-    load_stage: Any, change: dict[str, str], line: int, told: list[str]
+def test_invalid_data_and_scorers_are_rejected_before_a_run(
+    load_stage: Any, change: dict[str, str], line: int, messages: list[str]
 ) -> None:
-    with pytest.raises(SpecErrors) as found:
+    with pytest.raises(SpecErrors) as caught:
         load_stage(**change)
-    (error,) = found.value.errors
+    (error,) = caught.value.errors
     assert error.line == line
-    for words in told:
-        assert words in str(error)
+    for message in messages:
+        assert message in str(error)
 
 
-def test_temperature_auto_is_fine_where_there_is_eval_data(load_stage: Any) -> None:
+def test_temperature_auto_is_valid_with_eval_data(load_stage: Any) -> None:
     load_stage(scorer="{classifier: judge, label: bad, temperature: auto}")
 
 
@@ -171,7 +169,7 @@ def test_temperature_auto_is_fine_where_there_is_eval_data(load_stage: Any) -> N
 
 
 def write_masked_model(folder: Path) -> Path:
-    """An encoder without a pooler, as masked language models are: both pooler and head will be new."""
+    """Write a masked language model. It has no pooler, so a classifier gets a new pooler and a new head."""
     write_encoder(folder, ["a", "b"])
     config = json.loads((folder / "config.json").read_text())
     shape = {key: config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
@@ -185,26 +183,26 @@ def source(folder: Path) -> dict[str, Any]:
 
 
 ROWS = [
-    {"messages": [{"role": "user", "content": "what is the row"}, {"role": "assistant", "content": words}]}
-    for words in ("green", "blue one two", "the model")
+    {"messages": [{"role": "user", "content": "what is the row"}, {"role": "assistant", "content": content}]}
+    for content in ("green", "blue one two", "the model")
 ]
 
 
 @pytest.mark.parametrize("write", [write_language_model, write_masked_model])
-def test_adapter_with_its_head_loads_as_it_was_trained(write: Any, tmp_path: Path) -> None:
+def test_loaded_adapter_and_head_have_the_trained_logits(write: Any, tmp_path: Path) -> None:
     base = source(write(tmp_path / "base"))
-    tokenizer = load_own_tokenizer(base)
-    model, new = load_with_new_head(base, LABELS, torch.float32)
-    tuned = get_peft_model(model, lora_config(Lora(rank=2), "SEQ_CLS", new))
-    with torch.no_grad():  # as training would: B of LoRA is zero at first
+    tokenizer = load_original_tokenizer(base)
+    model, new_modules = load_with_new_head(base, LABELS, torch.float32)
+    tuned = get_peft_model(model, lora_config(Lora(rank=2), "SEQ_CLS", new_modules))
+    with torch.no_grad():  # LoRA's B matrices are initialized with zeros
         for weight in tuned.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * 0.1)
     trained = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
-    for module in new:
+    for module in new_modules:
         assert any(module in name and "modules_to_save" in name for name in trained), module
     tuned.eval()
-    wanted = SequenceClassifier(tuned.base_model.model, tokenizer, 64)(ROWS).logits
+    expected = SequenceClassifier(tuned.base_model.model, tokenizer, 64)(ROWS).logits
     artifact = tmp_path / "classifier-1"
     tuned.save_pretrained(artifact / "adapter")
     tokenizer.save_pretrained(artifact / "adapter")
@@ -213,41 +211,45 @@ def test_adapter_with_its_head_loads_as_it_was_trained(write: Any, tmp_path: Pat
     (artifact / "manifest.json").write_text(json.dumps({"facts": {"temperature": 1.5}}))
     loaded, labels = load_classifier({"artifact": str(artifact)}, torch.float32)
     assert (labels.names, labels.independent, labels.temperature) == (LABELS, False, 1.5)
-    found = SequenceClassifier(loaded.eval(), tokenizer, 64)(ROWS).logits
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    logits = SequenceClassifier(loaded.eval(), tokenizer, 64)(ROWS).logits
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_whole_model_with_a_new_head_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_full_model_with_a_new_head_loads_with_transformers(tmp_path: Path) -> None:
     base = source(write_language_model(tmp_path / "base"))
-    model, new = load_with_new_head(base, LABELS, torch.float32)
-    assert new == ["score"]
-    model.save_pretrained(tmp_path / "whole")
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    model, new_modules = load_with_new_head(base, LABELS, torch.float32)
+    assert new_modules == ["score"]
+    model.save_pretrained(tmp_path / "model")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert plain.config.id2label == {0: "bad", 1: "good"}
-    assert plain.config.pad_token_id == load_own_tokenizer(base).pad_token_id, "batches of rows need it"
+    assert plain.config.pad_token_id == load_original_tokenizer(base).pad_token_id, "required for batches"
 
 
-def test_head_of_as_many_labels_is_kept_and_of_others_replaced(tmp_path: Path) -> None:
-    two, three = (write_encoder(tmp_path / str(n), [str(n) for n in range(n)]) for n in (2, 3))
-    kept, new = load_with_new_head(source(two), LABELS, torch.float32)
-    assert new == []
-    before = AutoModelForSequenceClassification.from_pretrained(two)
+def test_existing_head_is_kept_only_if_it_has_the_same_number_of_labels(tmp_path: Path) -> None:
+    two_labels, three_labels = (write_encoder(tmp_path / str(n), [str(n) for n in range(n)]) for n in (2, 3))
+    kept, new_modules = load_with_new_head(source(two_labels), LABELS, torch.float32)
+    assert new_modules == []
+    before = AutoModelForSequenceClassification.from_pretrained(two_labels)
     assert torch.equal(kept.classifier.weight, before.classifier.weight)
-    assert load_with_new_head(source(three), LABELS, torch.float32)[1] == ["classifier"]
+    assert load_with_new_head(source(three_labels), LABELS, torch.float32)[1] == ["classifier"]
 
 
-@pytest.mark.parametrize(("named", "used"), [(7, 7), (None, 0), (-1, 0), (10_000, 0)])
-def test_rows_are_padded_with_what_the_model_names_where_there_is_such_a_token(
-    tmp_path: Path, named: int | None, used: int
+@pytest.mark.parametrize(("configured", "expected"), [(7, 7), (None, 0), (-1, 0), (10_000, 0)])
+def test_rows_are_padded_with_the_configured_token_if_it_is_valid(
+    tmp_path: Path, configured: int | None, expected: int
 ) -> None:
     base = source(write_language_model(tmp_path / "base"))
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": named}))
-    outline = weightless_model_with_head(base, LABELS)
-    assert with_model_padding(outline, load_own_tokenizer(base)).pad_token_id == outline.config.pad_token_id == used
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": configured}))
+    meta_model = weightless_model_with_head(base, LABELS)
+    assert (
+        set_padding_token(load_original_tokenizer(base), meta_model).pad_token_id
+        == meta_model.config.pad_token_id
+        == expected
+    )
 
 
-def test_model_whose_body_is_missing_is_refused(tmp_path: Path) -> None:
+def test_model_with_missing_weights_is_rejected(tmp_path: Path) -> None:
     folder = write_encoder(tmp_path / "base", ["a", "b"])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
@@ -255,7 +257,7 @@ def test_model_whose_body_is_missing_is_refused(tmp_path: Path) -> None:
         load_with_new_head(source(folder), LABELS, torch.float32)
 
 
-# What is told.
+# Reporting
 
 FACTS = {
     "rows": 10,
@@ -271,7 +273,7 @@ FACTS = {
 }
 
 
-def test_run_ends_with_what_each_classifier_learned_from_and_how_well_it_does(load_stage: Any) -> None:
+def test_summary_table_of_classifiers(load_stage: Any) -> None:
     experiment, _ = load_stage()
     (table,) = training_tables(experiment, {"judge": Artifact(Path(), {"facts": FACTS}, {})})
     assert table["rows"] == [["judge", "5", "3", "4", 0.5, 0.75, 0.875, 1.5]]
@@ -279,6 +281,6 @@ def test_run_ends_with_what_each_classifier_learned_from_and_how_well_it_does(lo
     assert "1 of the held-out rows are also training rows" in table["notes"][1]
 
 
-def test_line_of_a_classifier_tells_losses_and_auc() -> None:
+def test_summary_line_of_a_classifier() -> None:
     stage = StageState("judge", kind="classifier", facts=FACTS)
     assert outcome(stage) == "loss 0.250 → eval 0.500, AUC 0.88"

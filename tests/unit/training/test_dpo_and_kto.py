@@ -1,4 +1,4 @@
-"""`dpo` and `kto`: tokens, losses against hand-worked values and plain torch, row counts, errors."""
+"""`dpo` and `kto`: tokens, losses against values computed by hand and by torch, row counts, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tunery.store.rows import row_id
 from tunery.training.distributed_eval import pad_batch
 from tunery.training.dpo import DpoTask, pair_losses
 from tunery.training.job import Job
-from tunery.training.kto import KtoTask, baseline, margin, mismatched, response_losses
+from tunery.training.kto import KtoTask, kl_estimate, mismatch, response_losses, reward_margin
 from tunery.training.reference_log_probs import response_log_probs
 
 COMMON: dict[str, Any] = {"data": "rows", "model": "base", "epochs": 1, "learning_rate": 1e-3, "global_batch_size": 4}
@@ -51,9 +51,9 @@ def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
     return {**row, "id": row_id(row)}
 
 
-def rated(question: str, answer: str, label: bool | None) -> dict[str, Any]:
+def rated(question: str, response: str, label: bool | None) -> dict[str, Any]:
     row = {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": response}],
         "label": label,
     }
     return {**row, "id": row_id(row)}
@@ -75,78 +75,80 @@ def tokenizer(model_folder: Path) -> Any:
 
 @pytest.fixture
 def job_of(model_folder: Path, tmp_path: Path) -> Any:
-    def make(spec: Training[Any], rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Job:
-        sources = rows_at(tmp_path, rows), rows_at(tmp_path, held_out or [])
-        evaluated = () if held_out is None else sources[1:]
-        return training_job(tmp_path, spec, model_folder, rows=sources[:1], eval_rows=evaluated)
+    def build(spec: Training[Any], rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None = None) -> Job:
+        sources = rows_at(tmp_path, rows), rows_at(tmp_path, eval_rows or [])
+        eval_data = () if eval_rows is None else sources[1:]
+        return training_job(tmp_path, spec, model_folder, data=sources[:1], eval_data=eval_data)
 
-    return make
+    return build
 
 
 # Tokens.
 
 
-def test_both_answers_have_the_tokens_that_sft_would_see(tokenizer: Any) -> None:
+def test_both_responses_have_the_tokens_of_sft(tokenizer: Any) -> None:
     rows = [{**row, "tools": None, "text": None} for row in PAIRS]
-    pairs = [found.sequences for found in encode_pairs(rows, tokenizer, Encoding(64))]
+    pairs = [row.sequences for row in encode_pairs(rows, tokenizer, Encoding(64))]
     for side in (0, 1):
-        alone = encode([rejected_side(row) if side else row for row in rows], tokenizer, 64)
-        assert [pair[side] for pair in pairs] == alone
-    first, other = pairs[0]
-    start = other.response[0]
-    assert first.ids[: first.response[0]] == other.ids[:start], "the same prompt before both"
-    assert tokenizer.decode(other.ids[start:]) == "no<|end|>"
+        encoded = encode([rejected_side(row) if side else row for row in rows], tokenizer, 64)
+        assert [pair[side] for pair in pairs] == encoded
+    chosen, rejected = pairs[0]
+    start = rejected.response[0]
+    assert chosen.ids[: chosen.response[0]] == rejected.ids[:start], "both have the same prompt"
+    assert tokenizer.decode(rejected.ids[start:]) == "no<|end|>"
 
 
-def test_padded_answers_count_by_their_own_tokens_alone() -> None:
-    batch = pad_batch([([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])], pad=0)
+def test_padding_has_no_attention_and_no_label() -> None:
+    batch = pad_batch([([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
 
-def test_log_probabilities_of_answers_are_those_of_plain_transformers(model_folder: Path, tokenizer: Any) -> None:
-    sequences = [item for found in encode_pairs(PAIRS, tokenizer, Encoding(64)) for item in found.sequences]
+def test_log_probabilities_of_responses_equal_those_of_transformers(model_folder: Path, tokenizer: Any) -> None:
+    sequences = [item for row in encode_pairs(PAIRS, tokenizer, Encoding(64)) for item in row.sequences]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    wanted = []
+    expected = []
     with torch.no_grad():
         for item in sequences:
             log_probs = model(torch.tensor([item.ids])).logits[0].log_softmax(dim=-1)
-            wanted.append(sum(log_probs[place - 1, item.ids[place]] for place in item.loss_indices))
+            expected.append(sum(log_probs[index - 1, item.ids[index]] for index in item.loss_indices))
         add_fused_lm_head(model)
-        found = response_log_probs(
+        actual = response_log_probs(
             model, pad_batch([(item.ids, item.labels) for item in sequences], tokenizer.pad_token_id)
         )
-    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-4, rtol=1e-5)
 
 
-def test_rejected_answers_are_handed_to_other_prompts_within_a_step(job_of: Any) -> None:
-    answers = KtoTask(job_of(kto(), PAIRS), 0).responses
-    assert answers.sequences.row_labels.tolist() == [1, 0, 1, 0]
-    partners = answers.partners([0, 1, 2, 3], group=4)
-    assert sorted(partners) == [0, 1, 2, 3], "each answer is used once"
-    own = [answers.sequence(index)[0] for index in range(4)]
-    for index, other in enumerate(partners):
-        (start, _), *_ = answers.sequences.spans(index)
-        ids, labels = answers.mismatched_sequence(index, other)
-        assert ids[:start] == own[index][:start]
-        assert ids not in own, "no answer to the prompt itself"
-        first = answers.sequences.spans(other)[0][0]
-        assert ids[start:] == [label for label in labels if label != -100] == own[other][first:]
+def test_each_response_is_mismatched_once_with_another_prompt_of_the_step(job_of: Any) -> None:
+    responses = KtoTask(job_of(kto(), PAIRS), 0).responses
+    assert responses.sequences.row_labels.tolist() == [1, 0, 1, 0]
+    mismatches = responses.mismatches([0, 1, 2, 3], batch_size=4)
+    assert sorted(mismatches) == [0, 1, 2, 3], "each response is used once"
+    matched = [responses.sequence(index)[0] for index in range(4)]
+    for index, other in enumerate(mismatches):
+        (start, _), *_ = responses.sequences.spans(index)
+        ids, labels = responses.mismatched_sequence(index, other)
+        assert ids[:start] == matched[index][:start]
+        assert ids not in matched, "never the response of the prompt itself"
+        first = responses.sequences.spans(other)[0][0]
+        assert ids[start:] == [label for label in labels if label != -100] == matched[other][first:]
 
 
-def test_answers_are_only_handed_on_within_a_step_and_cut_to_length(job_of: Any) -> None:
-    answers = KtoTask(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).responses
-    partners = answers.partners([0, 2, 1, 3], group=2)
-    assert partners[:2] == answers.partners([0, 2], group=2) == [2, 0]
-    assert max(len(answers.mismatched_sequence(*pair)[0]) for pair in zip([0, 2, 1, 3], partners, strict=True)) == 14
+def test_mismatched_responses_are_of_the_same_step_and_truncated(job_of: Any) -> None:
+    responses = KtoTask(job_of(kto(max_length=14, truncate="right"), PAIRS), 0).responses
+    mismatches = responses.mismatches([0, 2, 1, 3], batch_size=2)
+    assert mismatches[:2] == responses.mismatches([0, 2], batch_size=2) == [2, 0]
+    assert (
+        max(len(responses.mismatched_sequence(*pair)[0]) for pair in zip([0, 2, 1, 3], mismatches, strict=True)) == 14
+    )
 
 
-def test_long_prompt_is_cut_from_the_left_alike_for_both_sides(tokenizer: Any) -> None:
+def test_long_prompt_is_truncated_equally_for_both_responses(tokenizer: Any) -> None:
     long = pair("why how " * 40, "because", "so it is")
-    (found,) = encode_pairs([long], tokenizer, Encoding(40, truncate="left"))
-    chosen, rejected = found.sequences
-    assert not found.unusable
+    (row,) = encode_pairs([long], tokenizer, Encoding(40, truncate="left"))
+    chosen, rejected = row.sequences
+    assert not row.unusable
     assert max(len(chosen.ids), len(rejected.ids)) == 40
     assert chosen.ids[: chosen.response[0]] == rejected.ids[: rejected.response[0]]
     assert [tokenizer.decode(item.ids[slice(*item.response)]) for item in (chosen, rejected)] == [
@@ -158,17 +160,17 @@ def test_long_prompt_is_cut_from_the_left_alike_for_both_sides(tokenizer: Any) -
 
 
 @pytest.mark.parametrize(
-    ("prompts", "partners"),
+    ("prompts", "expected"),
     [("ab", [1, 0]), ("aabb", [2, 3, 0, 1]), ("abc", [2, 0, 1]), ("aab", [2, 0, 1]), ("aa", [1, 0]), ("a", [0])],
 )
-def test_prompts_are_handed_answers_of_others_where_they_can(prompts: str, partners: list[int]) -> None:
-    assert mismatched(prompts) == partners
+def test_prompts_get_responses_of_different_prompts_if_possible(prompts: str, expected: list[int]) -> None:
+    assert mismatch(prompts) == expected
 
 
 # Losses.
 
 
-def test_losses_of_pairs_by_hand() -> None:
+def test_dpo_losses_by_hand() -> None:
     chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([-1.0, 1.0])
     tokens = torch.tensor([4, 2]), torch.tensor([2, 1])
 
@@ -183,24 +185,24 @@ def test_losses_of_pairs_by_hand() -> None:
     assert losses(loss="ipo") == pytest.approx([(0.5 + 0.5 - 1) ** 2, (-0.5 - 1 - 1) ** 2])
 
 
-def test_losses_of_rated_answers_by_hand() -> None:
-    ratios, wanted = torch.tensor([3.0, -1.0, 1.0]), torch.tensor([True, True, False])
+def test_kto_losses_by_hand() -> None:
+    ratios, desirable = torch.tensor([3.0, -1.0, 1.0]), torch.tensor([True, True, False])
     spec = kto(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
-    found = response_losses(spec, ratios, wanted, torch.tensor(1.0)).tolist()
-    assert found == pytest.approx([2 * (1 - 1 / (1 + math.exp(-1))), 2 * (1 - 1 / (1 + math.exp(1))), 1.5])
+    losses = response_losses(spec, ratios, desirable, torch.tensor(1.0)).tolist()
+    assert losses == pytest.approx([2 * (1 - 1 / (1 + math.exp(-1))), 2 * (1 - 1 / (1 + math.exp(1))), 1.5])
 
 
-def test_baseline_is_never_negative_and_margin_needs_both_kinds() -> None:
-    assert baseline(torch.tensor([1.0, 3.0])).item() == 2.0
-    assert baseline(torch.tensor([1.0, -3.0])).item() == 0.0
-    assert margin(torch.tensor([1.0, 3.0, 1.0]), torch.tensor([True, True, False])) == 1.0
-    assert margin(torch.tensor([1.0]), torch.tensor([True])) is None
+def test_kl_estimate_is_never_negative_and_margin_requires_both_kinds() -> None:
+    assert kl_estimate(torch.tensor([1.0, 3.0])).item() == 2.0
+    assert kl_estimate(torch.tensor([1.0, -3.0])).item() == 0.0
+    assert reward_margin(torch.tensor([1.0, 3.0, 1.0]), torch.tensor([True, True, False])) == 1.0
+    assert reward_margin(torch.tensor([1.0]), torch.tensor([True])) is None
 
 
 # The model.
 
 
-def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Path, tmp_path: Path) -> None:
+def test_merged_adapter_has_no_frozen_weights(model_folder: Path, tmp_path: Path) -> None:
     source = {"pretrained": str(model_folder), "revision": None}
     tuned = get_peft_model(load_model(source, torch.float32), lora_config(Lora(rank=2), "CAUSAL_LM"))
     tuned.save_pretrained(tmp_path / "sft-1" / "adapter")
@@ -209,63 +211,63 @@ def test_adapter_that_is_trained_on_whole_has_no_frozen_weights(model_folder: Pa
     assert all(weight.requires_grad for weight in merged.parameters())
 
 
-# What is counted, and what is refused.
+# Row counts and errors.
 
 
-def test_pairs_that_nothing_can_be_learned_from_are_counted(job_of: Any) -> None:
-    same_when_cut = pair("what", "the model the model the model one", "the model the model the model two")
-    rows = [*PAIRS, pair("what", "", "no"), RATED[0], same_when_cut, pair("why how " * 20, "a", "b")]
-    recipe = DpoTask(
+def test_unusable_pairs_are_counted(job_of: Any) -> None:
+    same_after_truncation = pair("what", "the model the model the model one", "the model the model the model two")
+    rows = [*PAIRS, pair("what", "", "no"), RATED[0], same_after_truncation, pair("why how " * 20, "a", "b")]
+    task = DpoTask(
         job_of(dpo(eval_data="held_out", max_length=20, max_unusable=1, truncate="right"), rows, PAIRS[:1]), 0
     )
-    counted = recipe.data_stats()
-    assert counted["rows"] == 6
-    assert counted["sequences"] + counted["unusable"] == 6
-    assert counted["sequences"] == len(recipe.examples.lengths) == 2, "an empty answer teaches nothing"
-    assert counted["eval_rows"] == 1
+    stats = task.data_stats()
+    assert stats["rows"] == 6
+    assert stats["sequences"] + stats["unusable"] == 6
+    assert stats["sequences"] == len(task.examples.lengths) == 2, "an empty response is unusable"
+    assert stats["eval_rows"] == 1
 
 
-def test_rated_rows_and_both_sides_of_pairs_are_learned_from(job_of: Any) -> None:
-    counted = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).data_stats()
+def test_kto_trains_on_rated_rows_and_both_responses_of_pairs(job_of: Any) -> None:
+    stats = KtoTask(job_of(kto(max_unusable=0.2), [*RATED, *PAIRS]), 0).data_stats()
     expected = {"rows": 5, "sequences": 6, "wanted": 3, "unwanted": 3, "truncated": 0, "unusable": 1, "eval_rows": 0}
-    assert {name: counted[name] for name in expected} == expected
-    assert counted["unusable_because"] == {"it has no label": 1}
+    assert {name: stats[name] for name in expected} == expected
+    assert stats["unusable_because"] == {"it has no label": 1}
 
 
-def test_rows_without_pairs_are_refused(job_of: Any) -> None:
-    with pytest.raises(StageError, match=r"none of the 3 rows of `rows` \(data\)") as found:
+def test_rows_without_pairs_are_rejected(job_of: Any) -> None:
+    with pytest.raises(StageError, match=r"none of the 3 rows of `rows` \(data\)") as caught:
         DpoTask(job_of(dpo(), RATED), 0)
-    assert found.value.cause == "3 rows: it is not a preference pair"
-    assert "`chosen` and `rejected`" in found.value.remedy
+    assert caught.value.cause == "3 rows: it is not a preference pair"
+    assert "`chosen` and `rejected`" in caught.value.remedy
     with pytest.raises(StageError, match=r"none of the 3 rows of `held_out` \(eval_data\)"):
         DpoTask(job_of(dpo(eval_data="held_out"), PAIRS, RATED), 0)
 
 
 def test_more_unusable_rows_than_allowed_end_the_stage_with_an_example(job_of: Any) -> None:
     rows = [*PAIRS, {**RATED[0], "source": "pairs.jsonl", "line": 7}]
-    with pytest.raises(StageError, match=r"1 of 3 rows of `rows` \(data\) can't be trained on: 33%") as found:
+    with pytest.raises(StageError, match=r"1 of 3 rows of `rows` \(data\) can't be trained on: 33%") as caught:
         DpoTask(job_of(dpo(), rows), 0)
-    assert "max_unusable is 0.1" in found.value.message
-    assert "pairs.jsonl:7" in found.value.cause
+    assert "max_unusable is 0.1" in caught.value.message
+    assert "pairs.jsonl:7" in caught.value.cause
     assert len(DpoTask(job_of(dpo(max_unusable=0.5), rows), 0).examples) == 2
 
 
-def test_one_kind_of_answers_alone_is_refused(job_of: Any) -> None:
-    with pytest.raises(StageError, match="the 2 rows of `data` give 1 wanted and 0 unwanted responses") as found:
+def test_responses_of_one_kind_only_are_rejected(job_of: Any) -> None:
+    with pytest.raises(StageError, match="the 2 rows of `data` give 1 desirable and 0 undesirable responses") as caught:
         KtoTask(job_of(kto(max_unusable=0.5), [RATED[0], RATED[2]]), 0)
-    assert "1 rows are unusable" in found.value.cause
+    assert "1 rows are unusable" in caught.value.cause
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ("kind: dpo, loss: ipo, label_smoothing: 0.1", "`label_smoothing` requires `loss: sigmoid`, but `loss` is ipo"),
         ("kind: dpo, label_smoothing: 0.5", "less than 0.5"),
         ("kind: kto, global_batch_size: 1", "responses are compared with those to other prompts of the step"),
     ],
 )
-def test_fields_that_do_not_fit_are_refused(load_text: LoadText, fields: str, told: str) -> None:
-    with pytest.raises(SpecErrors, match=told.replace("(", r"\(")):
+def test_invalid_fields_are_rejected(load_text: LoadText, fields: str, message: str) -> None:
+    with pytest.raises(SpecErrors, match=message.replace("(", r"\(")):
         load_text(
             "name: x\nseed: 1\nstages:\n"
             "  rows: {kind: dataset, source: rows.jsonl}\n"
@@ -273,10 +275,10 @@ def test_fields_that_do_not_fit_are_refused(load_text: LoadText, fields: str, to
         )
 
 
-# What is told.
+# Reporting
 
 
-def test_lines_of_the_kinds_tell_loss_and_what_matters() -> None:
+def test_summary_lines_of_dpo_and_kto() -> None:
     facts = {"loss": 0.5, "eval_loss": 0.625, "eval_accuracy": 0.75, "eval_margin": 1.25}
     assert outcome(StageState("a", kind="dpo", facts=facts)) == "loss 0.500 → eval 0.625, accuracy 0.75"
     assert outcome(StageState("a", kind="kto", facts=facts)) == "loss 0.500 → eval 0.625, margin 1.25"

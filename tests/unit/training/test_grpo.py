@@ -1,4 +1,4 @@
-"""`grpo` and `rloo` before they train: rewards of models and functions, prompts, groups of responses in a step."""
+"""`grpo` and `rloo` before they train: reward models and functions, prompts, batches of groups."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tunery.pipeline.plan import make_plan
 from tunery.pipeline.validate import validate
 from tunery.spec import Grpo
 from tunery.store import Store
-from tunery.training.auto import resolve
+from tunery.training.auto import resolve_auto
 from tunery.training.batches import plan_training
 
 
-def row(*turns: str, **columns: Any) -> dict[str, Any]:
-    """Turns of user and assistant, one after the other."""
+def row(*contents: str, **columns: Any) -> dict[str, Any]:
+    """Return a conversation of alternating user and assistant messages."""
     roles = ("user", "assistant")
-    said = [{"role": roles[n % 2], "content": text, "tool_calls": None} for n, text in enumerate(turns)]
-    return {"messages": said, "tools": None, **columns}
+    messages = [{"role": roles[n % 2], "content": text, "tool_calls": None} for n, text in enumerate(contents)]
+    return {"messages": messages, "tools": None, **columns}
 
 
 PROMPTS = [row("what is the row"), row("why", "because", "how")]
-ANSWERS = ["green", "the model"]
+RESPONSES = ["green", "the model"]
 
 
-def function(tmp_path: Path, body: str) -> RewardFn:
+def python_reward(tmp_path: Path, body: str) -> RewardFn:
     path = tmp_path / "reward.py"
     path.write_text(f"def reward(prompts, responses):\n    {body}\n")
     return load_reward({"python": str(path), "function": "reward"}, torch.float32, torch.device("cpu"), 64)
@@ -46,19 +46,19 @@ def function(tmp_path: Path, body: str) -> RewardFn:
 # Rewards.
 
 
-def test_function_gets_texts_and_gives_a_number_each(tmp_path: Path) -> None:
-    asked = function(tmp_path, "return [len(p) + len(a) for p, a in zip(prompts, responses)]")
-    assert asked(PROMPTS, ANSWERS) == [15 + 5, len("how") + 9], "of several turns the last question"
+def test_python_reward_maps_texts_to_numbers(tmp_path: Path) -> None:
+    reward_fn = python_reward(tmp_path, "return [len(p) + len(a) for p, a in zip(prompts, responses)]")
+    assert reward_fn(PROMPTS, RESPONSES) == [15 + 5, len("how") + 9], "the prompt is the last user message"
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
-    assert function(tmp_path, "import numpy; return numpy.array([0.5, 1])")(PROMPTS, ANSWERS) == [0.5, 1.0]
-    assert function(tmp_path, "import torch; return torch.tensor([0.5, 1])")(PROMPTS, ANSWERS) == [0.5, 1.0]
-    assert function(tmp_path, "return [True, 2]")(PROMPTS, ANSWERS) == [1.0, 2.0]
+def test_python_reward_may_return_numpy_and_torch_values(tmp_path: Path) -> None:
+    assert python_reward(tmp_path, "import numpy; return numpy.array([0.5, 1])")(PROMPTS, RESPONSES) == [0.5, 1.0]
+    assert python_reward(tmp_path, "import torch; return torch.tensor([0.5, 1])")(PROMPTS, RESPONSES) == [0.5, 1.0]
+    assert python_reward(tmp_path, "return [True, 2]")(PROMPTS, RESPONSES) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("return [1.0]", "gave 1 rewards for 2 responses"),
         ("return None", "gave a NoneType"),
@@ -69,40 +69,38 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
         ("return 1 / 0", "failed\ncause: ZeroDivisionError: division by zero, at line 2"),
     ],
 )
-def test_what_a_function_must_not_return_is_told_with_value_cause_and_remedy(
-    tmp_path: Path, body: str, told: str
-) -> None:
-    with pytest.raises(TuneryError) as found:
-        function(tmp_path, body)(PROMPTS, ANSWERS)
-    assert told in str(found.value)
-    assert found.value.message.startswith("the reward `reward` of reward.py")
-    assert found.value.remedy
+def test_invalid_return_value_is_an_error_with_value_cause_and_remedy(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(TuneryError) as caught:
+        python_reward(tmp_path, body)(PROMPTS, RESPONSES)
+    assert message in str(caught.value)
+    assert caught.value.message.startswith("the reward `reward` of reward.py")
+    assert caught.value.remedy
 
 
-def test_file_that_fails_when_it_is_loaded_is_told(tmp_path: Path) -> None:
+def test_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "reward.py"
     path.write_text("import nowhere_to_be_found\ndef reward(prompts, responses): ...\n")
     with pytest.raises(TuneryError, match=r"can't be loaded\ncause: ModuleNotFoundError: .* at line 1"):
         load_reward({"python": str(path), "function": "reward"}, torch.float32, torch.device("cpu"), 64)
 
 
-def test_reward_model_sees_conversations_as_its_own_tokenizer_and_template_have_them(tmp_path: Path) -> None:
+def test_reward_model_gets_conversations_by_its_own_tokenizer_and_template(tmp_path: Path) -> None:
     folder = write_reward_model(tmp_path / "rm")
-    found = load_reward({"pretrained": str(folder), "revision": None}, torch.float32, torch.device("cpu"), 64)(
-        PROMPTS, ANSWERS
+    rewards = load_reward({"pretrained": str(folder), "revision": None}, torch.float32, torch.device("cpu"), 64)(
+        PROMPTS, RESPONSES
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    wanted = []
-    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+    expected = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt["messages"]]
-        ids = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], return_dict=False)
+        ids = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], return_dict=False)
         with torch.no_grad():
-            wanted.append(model(torch.tensor([ids])).logits.item())
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
+            expected.append(model(torch.tensor([ids])).logits.item())
+    np.testing.assert_allclose(rewards, expected, atol=1e-4)
 
 
-def test_classifier_of_two_labels_is_no_reward(tmp_path: Path) -> None:
+def test_classifier_with_two_labels_is_rejected(tmp_path: Path) -> None:
     folder = write_reward_model(tmp_path / "two", labels=2)
     with pytest.raises(TuneryError, match="is not a reward model: it has 2 labels"):
         load_reward({"pretrained": str(folder), "revision": None}, torch.float32, torch.device("cpu"), 64)
@@ -111,11 +109,11 @@ def test_classifier_of_two_labels_is_no_reward(tmp_path: Path) -> None:
 # Prompts.
 
 
-def test_generation_begins_where_training_finds_the_answer(tmp_path: Path) -> None:
+def test_prompt_ends_where_the_response_starts_in_training(tmp_path: Path) -> None:
     tokenizer = load_tokenizer({"pretrained": str(write_language_model(tmp_path / "base")), "revision": None})
-    whole = row("what is the row", "the model", "why", "because")
-    (encoded,) = encode([whole], tokenizer, 100)
-    (prompt,) = encode_prompts([as_prompt(whole)], tokenizer)
+    conversation = row("what is the row", "the model", "why", "because")
+    (encoded,) = encode([conversation], tokenizer, 100)
+    (prompt,) = encode_prompts([as_prompt(conversation)], tokenizer)
     assert prompt.ids == encoded.ids[: encoded.response[0]]
 
 
@@ -127,17 +125,17 @@ def grpo(**fields: Any) -> Grpo:
     return Grpo.model_validate({"kind": "grpo", **common, **fields})
 
 
-def test_batch_counts_answers_and_epochs_count_prompts() -> None:
+def test_batch_size_counts_responses_and_epochs_count_prompts() -> None:
     batching = plan_training(grpo(epochs=2, group_size=4, global_batch_size=16), 10, 2, "auto")
-    assert (batching.steps, batching.micro_batch_size, batching.accumulation) == (5, 4, 2)
+    assert (batching.steps, batching.micro_batch_size, batching.gradient_accumulation_steps) == (5, 4, 2)
     twice = plan_training(grpo(epochs=2, group_size=4, global_batch_size=16, iterations=2), 10, 2, "auto")
     assert twice.steps == 10
 
 
-def test_auto_batch_holds_whole_groups() -> None:
-    resolved, (said,) = resolve(grpo(group_size=6), 100)
+def test_auto_batch_size_is_a_multiple_of_the_group_size() -> None:
+    resolved, (field,) = resolve_auto(grpo(group_size=6), 100)
     assert resolved.global_batch_size == 12
-    assert said.rule == "fewer than 1,000 rows, a multiple of 6"
+    assert field.rule == "fewer than 1,000 rows, a multiple of 6"
 
 
 TEXT = """\
@@ -166,7 +164,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ("group_size: 4, global_batch_size: 6,", "`global_batch_size` (6) counts responses: it must be a multiple of"),
         ("sampling: {temperature: 0},", "must be above 0"),
@@ -174,13 +172,13 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
         ("loss: bnpo,", 'can\'t be "bnpo"'),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(load_stage: Any, fields: str, told: str) -> None:
-    with pytest.raises(SpecErrors) as found:
+def test_invalid_sampling_fields_are_rejected(load_stage: Any, fields: str, message: str) -> None:
+    with pytest.raises(SpecErrors) as caught:
         load_stage("grpo", REWARD + fields)
-    assert told in str(found.value)
+    assert message in str(caught.value)
 
 
-def test_batch_that_workers_cannot_share_is_refused(load_stage: Any) -> None:
+def test_batch_that_cannot_be_split_over_the_workers_is_rejected(load_stage: Any) -> None:
     with pytest.raises(SpecErrors, match="global_batch_size 6 can't be split over 4 workers"):
         load_stage("rloo", REWARD + "group_size: 3, global_batch_size: 6,", workers=4)
 
@@ -196,7 +194,7 @@ def test_batch_that_workers_cannot_share_is_refused(load_stage: Any) -> None:
         ("grpo", REWARD + "beta: 0.1,", 1),
     ],
 )
-def test_plan_counts_the_reference_where_it_is_a_second_copy(
+def test_plan_includes_the_memory_of_a_separate_reference_model(
     load_stage: Any, tmp_path: Path, kind: str, fields: str, copies: int
 ) -> None:
     def memory(kind: str, fields: str) -> int:
@@ -209,7 +207,7 @@ def test_plan_counts_the_reference_where_it_is_a_second_copy(
     assert memory(kind, fields) - memory("sft", same_tuner) == copies * 4 * 1_066_112
 
 
-def test_plan_counts_both_answers_of_a_pair_that_kto_learns_from(load_stage: Any, tmp_path: Path) -> None:
+def test_plan_counts_both_responses_of_a_pair_in_kto(load_stage: Any, tmp_path: Path) -> None:
     steps = {}
     for kind in ("dpo", "kto"):
         experiment, source = load_stage(kind, "global_batch_size: 2,")

@@ -18,7 +18,7 @@ STEPS = 20
 
 
 class Loop:
-    """A training without a model: every step has a loss, every evaluation a metric, every checkpoint one file."""
+    """A training loop without a model: each step has a loss and each evaluation a metric; checkpoints are empty."""
 
     def __init__(self, folder: Path, *, steps_per_batch: int = 1, **job_fields: Any) -> None:
         fields = {"kind": "sft", "data": "d", "model": "m", "epochs": 1, "learning_rate": 1e-3, "num_evals": 4}
@@ -31,8 +31,8 @@ class Loop:
             STEPS,
             event_emitter(job, 0),
             has_eval_data=True,
-            log_period=2,
-            save_period=3,
+            logging_steps=2,
+            save_steps=3,
             signature="one",
             rows_per_step=4,
             tokens_at=lambda step: 100 * step,
@@ -56,15 +56,15 @@ class Loop:
                 control.complete_checkpoint()
             control.flush_reports()
 
-    def logged(self, metric: str) -> list[int]:
-        return [int(point["step"]) for point in self.control.history if metric in point]
+    def logged_at(self, metric: str) -> list[int]:
+        return [int(entry["step"]) for entry in self.control.history if metric in entry]
 
 
-def test_checkpoints_are_saved_at_logged_steps_and_never_at_the_last(tmp_path: Path) -> None:
+def test_checkpoints_are_saved_at_logged_steps_but_not_at_the_last(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.run()
-    assert loop.logged("loss") == [1, *range(2, STEPS + 1, 2)]
-    assert loop.logged("eval_loss") == [5, 10, 15, 20]
+    assert loop.logged_at("loss") == [1, *range(2, STEPS + 1, 2)]
+    assert loop.logged_at("eval_loss") == [5, 10, 15, 20]
     assert loop.saved_at == [4, 8, 12, 16]
     (last,) = (tmp_path / "work" / "checkpoints").iterdir()
     assert last.name == "checkpoint-16", "older ones are removed"
@@ -75,10 +75,10 @@ def test_no_checkpoint_is_saved_within_a_generated_batch_or_after_a_skipped_step
     loop = Loop(tmp_path, steps_per_batch=4)
     loop.run(skipped=8)
     assert loop.saved_at == [4, 12, 16]
-    assert loop.logged("skipped_steps") == [8]
+    assert loop.logged_at("skipped_steps") == [8]
 
 
-def test_the_evaluation_of_the_last_step_is_not_reported(tmp_path: Path) -> None:
+def test_evaluation_of_the_last_step_is_not_reported(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.run()
     assert [(report["steps"], report["rows"], report["tokens"]) for report in loop.reports] == [
@@ -89,15 +89,15 @@ def test_the_evaluation_of_the_last_step_is_not_reported(tmp_path: Path) -> None
     assert loop.reports[0]["tuned.eval_loss"] == pytest.approx(0.4)
 
 
-def test_values_that_are_not_finite_and_speeds_stay_out_of_the_history(tmp_path: Path) -> None:
+def test_history_omits_non_finite_values_and_runtime_metrics(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.run(until=2)
     assert loop.control.history[-1] == {"step": 2.0, "loss": 0.5, "rows": 8.0}
 
 
-def test_a_resumed_training_has_the_same_history_and_reports_earlier_evaluations_again(tmp_path: Path) -> None:
-    undisturbed, first = Loop(tmp_path / "a"), Loop(tmp_path / "b")
-    undisturbed.run()
+def test_resumed_training_has_the_same_history_and_reports_earlier_evaluations_again(tmp_path: Path) -> None:
+    uninterrupted, first = Loop(tmp_path / "a"), Loop(tmp_path / "b")
+    uninterrupted.run()
     first.run(until=14)
     second = Loop(tmp_path / "b")
     checkpoint = second.control.resume()
@@ -105,37 +105,37 @@ def test_a_resumed_training_has_the_same_history_and_reports_earlier_evaluations
     assert (checkpoint.name, second.control.step, second.control.resumed_from) == ("checkpoint-12", 12, 12)
     second.control.flush_reports()
     second.run()
-    assert second.control.history == undisturbed.control.history
-    assert second.reports == undisturbed.reports
+    assert second.control.history == uninterrupted.control.history
+    assert second.reports == uninterrupted.reports
 
 
-def test_a_checkpoint_with_other_settings_is_removed(tmp_path: Path) -> None:
+def test_checkpoint_with_another_signature_is_removed(tmp_path: Path) -> None:
     Loop(tmp_path).run(until=5)
     (tmp_path / "work" / "checkpoints" / "checkpoint-4" / COMPLETE).write_text("another")
     assert Loop(tmp_path).control.resume() is None
     assert not (tmp_path / "work" / "checkpoints" / "checkpoint-4").exists()
 
 
-def test_a_population_keeps_a_checkpoint_of_every_evaluation_before_it_is_reported(tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    loop = Loop(tmp_path, checkpoint_dir=kept)
+def test_population_member_keeps_the_checkpoint_of_every_evaluation(tmp_path: Path) -> None:
+    checkpoint_dir = tmp_path / "checkpoint_dir"
+    checkpoint_dir.mkdir()
+    loop = Loop(tmp_path, checkpoint_dir=checkpoint_dir)
     loop.run()
-    assert sorted(path.name for path in kept.iterdir()) == ["checkpoint-10", "checkpoint-15", "checkpoint-5"]
-    assert {5, 15} <= set(loop.logged("loss")), "a checkpoint does not hold the losses since the last log"
+    assert sorted(path.name for path in checkpoint_dir.iterdir()) == ["checkpoint-10", "checkpoint-15", "checkpoint-5"]
+    assert {5, 15} <= set(loop.logged_at("loss")), "a checkpoint does not contain the losses since the last log"
 
 
-def test_a_stop_request_ends_the_training(tmp_path: Path) -> None:
-    stop = tmp_path / "stop"
-    loop = Loop(tmp_path, stop=stop)
+def test_stop_file_ends_the_training(tmp_path: Path) -> None:
+    stop_file = tmp_path / "stop"
+    loop = Loop(tmp_path, stop_file=stop_file)
     loop.run(until=3)
-    stop.touch()
+    stop_file.touch()
     loop.control._last_progress = 0.0
     with pytest.raises(Stopped, match="step 4"):
         loop.run()
 
 
-def test_an_evaluation_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
+def test_non_finite_evaluation_ends_the_training(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.run(until=3)
     with pytest.raises(StageError, match="eval loss nan"):

@@ -1,4 +1,4 @@
-"""The `reward` stage: training rows, metrics, reward scale, and errors before it trains."""
+"""The `reward` stage: training rows, metrics, reward normalization, and validation errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tunery.models.encode_rows import TokenizedRow
 from tunery.models.labels import Labels, RewardNorm
 from tunery.models.load import (
     load_classifier,
-    load_own_tokenizer,
+    load_original_tokenizer,
     load_with_new_head,
     weightless_model_with_head,
     write_base,
@@ -40,7 +40,7 @@ from tunery.store import Artifact, Store
 from tunery.store.rows import Row
 from tunery.training.reward import evenly_spaced, preference_metrics, reward_norm
 
-# What it learns from.
+# Training rows.
 
 
 @pytest.fixture(scope="module")
@@ -48,39 +48,39 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"pretrained": str(write_language_model(tmp_path_factory.mktemp("model"))), "revision": None}
 
 
-def reader(model: dict[str, Any], max_length: int = 64) -> ClassifierEncoder:
-    return ClassifierEncoder(weightless_model_with_head(model, REWARD), load_own_tokenizer(model), max_length)
+def encoder_of(model: dict[str, Any], max_length: int = 64) -> ClassifierEncoder:
+    return ClassifierEncoder(weightless_model_with_head(model, REWARD), load_original_tokenizer(model), max_length)
 
 
-def said(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, "tool_calls": None, **more}
+def message(role: str, content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, "tool_calls": None, **fields}
 
 
 def pair_row(chosen: str, rejected: str) -> Row:
-    turns = [said("system", "yes and no"), said("user", "why is it red"), said("assistant", chosen)]
-    row = {"id": f"{chosen}-{rejected}", "messages": turns, "rejected": [said("assistant", rejected)]}
+    turns = [message("system", "yes and no"), message("user", "why is it red"), message("assistant", chosen)]
+    row = {"id": f"{chosen}-{rejected}", "messages": turns, "rejected": [message("assistant", rejected)]}
     return {**row, "text": None, "tools": None}
 
 
-def found_in(rows: list[Row], read: ClassifierEncoder, model: dict[str, Any]) -> list[TokenizedRow]:
-    return list(encode_reward_pairs(rows, load_own_tokenizer(model), read.encoding))
+def encode_rows(rows: list[Row], encoder: ClassifierEncoder, model: dict[str, Any]) -> list[TokenizedRow]:
+    return list(encode_reward_pairs(rows, load_original_tokenizer(model), encoder.encoding))
 
 
-def test_tokens_of_both_sides_are_those_that_the_scorer_is_shown(model: dict[str, Any]) -> None:
+def test_both_responses_have_the_tokens_of_the_scorer(model: dict[str, Any]) -> None:
     rows = [pair_row("it is the model", "no"), pair_row("blue", "green and one of three")]
     tokenizer = AutoTokenizer.from_pretrained(model["pretrained"])
-    for row, found in zip(rows, found_in(rows, reader(model), model), strict=True):
-        start = row["messages"][:-1]
-        conversations = (row["messages"], [*start, *row["rejected"]])
-        assert found.sequences == reader(model)([{"messages": turns} for turns in conversations])
-        for side, turns in zip(found.sequences, conversations, strict=True):
+    for row, encoded in zip(rows, encode_rows(rows, encoder_of(model), model), strict=True):
+        prompt = row["messages"][:-1]
+        conversations = (row["messages"], [*prompt, *row["rejected"]])
+        assert encoded.sequences == encoder_of(model)([{"messages": turns} for turns in conversations])
+        for side, turns in zip(encoded.sequences, conversations, strict=True):
             plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
             text = tokenizer.apply_chat_template(plain, tokenize=False)
             assert side.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert not found.unusable
+        assert not encoded.unusable
 
 
-def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None:
+def test_unusable_rows_have_a_reason(model: dict[str, Any]) -> None:
     call = json.dumps([{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}])
     rows = [
         pair_row("yes", "no"),
@@ -88,12 +88,12 @@ def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None
         {**pair_row("yes", "no"), "messages": None, "text": "a text"},
         pair_row(" \n", "no"),
         pair_row("yes", ""),
-        {**pair_row("yes", ""), "rejected": [said("assistant", "", tool_calls=call)]},
+        {**pair_row("yes", ""), "rejected": [message("assistant", "", tool_calls=call)]},
         pair_row("one " * 40 + "two", "one " * 40 + "three"),
         pair_row("one " * 40 + "two", "no"),
     ]
-    found = found_in(rows, reader(model, 48), model)
-    assert [item.unusable for item in found] == [
+    encoded = encode_rows(rows, encoder_of(model, 48), model)
+    assert [item.unusable for item in encoded] == [
         "",
         "it is not a preference pair",
         "it is not a preference pair",
@@ -103,25 +103,25 @@ def test_rows_that_cannot_be_learned_from_say_why(model: dict[str, Any]) -> None
         "both responses have the same tokens after truncation",
         "",
     ]
-    cut = [any(side.truncated for side in item.sequences) for item in found if not item.unusable]
-    assert cut == [False, True, True], "the call, which the chat template renders, and the long response"
+    truncated = [any(side.truncated for side in item.sequences) for item in encoded if not item.unusable]
+    assert truncated == [False, True, True], "the call, which the chat template renders, and the long response"
 
 
-def test_places_of_a_sample_lie_at_even_distances() -> None:
+def test_sampled_indices_are_evenly_spaced() -> None:
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
     assert evenly_spaced(10, 2000) == list(range(10))
 
 
-# What is measured.
+# Metrics and normalization.
 
 
 def test_loss_accuracy_and_margin_by_hand() -> None:
     rewards_p2 = np.array([[2.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [5.0, 3.0]])  # margins 1, 0, -3, 2
     losses = [math.log(1 + math.exp(-margin)) for margin in (1, 0, -3, 2)]
-    told = preference_metrics(rewards_p2)
-    assert told["eval_loss"] == pytest.approx(sum(losses) / 4)
-    assert told["eval_accuracy"] == 2.5 / 4
-    assert told["eval_margin"] == 0
+    metrics = preference_metrics(rewards_p2)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 4)
+    assert metrics["eval_accuracy"] == 2.5 / 4
+    assert metrics["eval_margin"] == 0
 
 
 def test_loss_of_wide_margins_does_not_overflow() -> None:
@@ -130,48 +130,49 @@ def test_loss_of_wide_margins_does_not_overflow() -> None:
     assert preference_accuracy(np.array([0.0])) == 0.5
 
 
-def test_scale_is_mean_and_standard_deviation_of_all_answers() -> None:
-    scale = reward_norm(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
-    assert (scale.mean, scale.std) == (4, pytest.approx(math.sqrt(5)))
-    assert scale(4 + 2 * math.sqrt(5)) == pytest.approx(2)
+def test_norm_is_mean_and_standard_deviation_of_all_responses() -> None:
+    norm = reward_norm(np.array([[1.0, 3.0], [5.0, 7.0]]), "rm")
+    assert (norm.mean, norm.std) == (4, pytest.approx(math.sqrt(5)))
+    assert norm(4 + 2 * math.sqrt(5)) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("outputs", [[1.0, 1.0], [1.0, math.nan], [1.0, math.inf]])
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_outputs_without_a_scale_end_the_stage(outputs: list[float]) -> None:
-    with pytest.raises(StageError, match="stage rm: the reward model has no scale: its outputs for 2 answers"):
+def test_outputs_that_cannot_be_normalized_end_the_stage(outputs: list[float]) -> None:
+    with pytest.raises(StageError, match="the outputs of the reward model can't be normalized: for 2 responses"):
         reward_norm(np.array([outputs]), "rm")
 
 
-def test_scorer_gives_rewards_on_the_scale_of_a_model_that_has_one() -> None:
+def test_scorer_normalizes_rewards_if_the_model_has_a_norm() -> None:
     logits_nl = np.array([[1.0], [np.nan], [4.0]], np.float32)
     spec = Reward(reward="rm")
-    scaled = RewardScorer(spec, Labels(REWARD, True, reward_norm=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
-    assert [scaled[0], scaled[2]] == [-2, 4]
-    assert math.isnan(scaled[1])
+    normalized = RewardScorer(spec, Labels(REWARD, True, reward_norm=RewardNorm(2.0, 0.5)), "rm")(logits_nl)["score"]
+    assert [normalized[0], normalized[2]] == [-2, 4]
+    assert math.isnan(normalized[1])
     assert RewardScorer(spec, Labels(REWARD, True), "outside")(logits_nl)["score"][::2] == [1, 4]
 
 
-# What is kept.
+# Artifacts.
 
 
-def test_scale_is_found_with_a_whole_model_and_with_an_adapter(model: dict[str, Any], tmp_path: Path) -> None:
+def test_norm_is_loaded_with_a_full_model_and_with_an_adapter(model: dict[str, Any], tmp_path: Path) -> None:
     facts = {"facts": {"reward_mean": 0.25, "reward_std": 1.5}}
-    whole, adapter = tmp_path / "reward-1", tmp_path / "reward-2"
-    headed, new = load_with_new_head(model, REWARD, torch.float32)
-    headed.save_pretrained(whole / "model")
-    get_peft_model(headed, lora_config(Lora(rank=2), "SEQ_CLS", new)).save_pretrained(adapter / "adapter")
+    full, adapter = tmp_path / "reward-1", tmp_path / "reward-2"
+    model_with_head, new_modules = load_with_new_head(model, REWARD, torch.float32)
+    model_with_head.save_pretrained(full / "model")
+    config = lora_config(Lora(rank=2), "SEQ_CLS", new_modules)
+    get_peft_model(model_with_head, config).save_pretrained(adapter / "adapter")
     write_base(adapter, model)
     write_head(adapter, REWARD)
-    for artifact in (whole, adapter):
+    for artifact in (full, adapter):
         (artifact / "manifest.json").write_text(json.dumps(facts))
         _, labels = load_classifier({"artifact": str(artifact)}, torch.float32)
         assert labels == Labels(REWARD, True, None, RewardNorm(0.25, 1.5))
-    _, outside = load_classifier({"pretrained": str(whole / "model"), "revision": None}, torch.float32)
-    assert outside == Labels(REWARD, True)
+    _, pretrained = load_classifier({"pretrained": str(full / "model"), "revision": None}, torch.float32)
+    assert pretrained == Labels(REWARD, True)
 
 
-# What is refused, at its line.
+# Validation errors, with their line.
 
 TEXT = """\
 name: x
@@ -202,7 +203,7 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "line", "told"),
+    ("change", "line", "messages"),
     [
         ({"data": "plain"}, 7, ["`rm.data` needs preference pairs", "holds conversations", "`chosen` and `rejected`"]),
         ({"held_out": "plain"}, 7, ["`rm.eval_data` needs preference pairs"]),
@@ -219,22 +220,22 @@ def load_stage(tmp_path: Path, load_text: LoadText) -> Any:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_learned_or_scored_is_told_before_anything_runs(
-    load_stage: Any, change: dict[str, str], line: int, told: list[str]
+def test_invalid_data_and_scorers_are_rejected_before_a_run(
+    load_stage: Any, change: dict[str, str], line: int, messages: list[str]
 ) -> None:
-    with pytest.raises(SpecErrors) as found:
+    with pytest.raises(SpecErrors) as caught:
         load_stage(**change)
-    (error,) = found.value.errors
+    (error,) = caught.value.errors
     assert error.line == line
-    for words in told:
-        assert words in str(error)
+    for message in messages:
+        assert message in str(error)
 
 
-def test_search_may_aim_at_what_is_measured_of_a_reward_model(load_stage: Any) -> None:
+def test_search_metrics_of_a_reward_model(load_stage: Any) -> None:
     assert metrics_of(load_stage()[0]) == ["rm.eval_loss", "rm.eval_accuracy", "rm.eval_margin"]
 
 
-# What is told.
+# Reporting.
 
 FACTS = {
     "rows": 12,
@@ -254,7 +255,7 @@ FACTS = {
 }
 
 
-def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_stage: Any) -> None:
+def test_summary_table_of_reward_models(load_stage: Any) -> None:
     experiment, _ = load_stage()
     (table,) = training_tables(experiment, {"rm": Artifact(Path(), {"facts": FACTS}, {})})
     assert table["rows"] == [["rm", "9", "4", 0.5, 0.75, 0.875, -0.5, 1.5]]
@@ -263,11 +264,11 @@ def test_run_ends_with_what_each_reward_model_learned_from_and_its_scale(load_st
         in table["notes"][0]
     )
     assert "1 of the held-out pairs are also training pairs" in table["notes"][1]
-    blind = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
-    (table,) = training_tables(experiment, {"rm": Artifact(Path(), {"facts": blind}, {})})
+    without_eval = {**FACTS, "unusable": 0, "eval_rows_trained_on": 0, "eval_pairs": 0, "scale_from": "data"}
+    (table,) = training_tables(experiment, {"rm": Artifact(Path(), {"facts": without_eval}, {})})
     assert table["notes"][0] == "rm: mean and std were computed on 8 training responses"
 
 
-def test_line_of_a_reward_model_tells_losses_and_accuracy() -> None:
+def test_summary_line_of_a_reward_model() -> None:
     stage = StageState("rm", kind="reward", facts=FACTS)
     assert outcome(stage) == "loss 0.250 → eval 0.500, accuracy 0.75, 9 of 12 rows (3 unusable)"

@@ -18,10 +18,10 @@ from tunery.training.batches import data_order, plan_training
 from tunery.training.job import Job, Report, event_emitter
 from tunery.training.loop_control import LoopControl
 from tunery.training.packed.weightless_base import adapter_of
-from tunery.training.reload_check import PROBED, LanguageProbe, check_saved
-from tunery.training.schedule import schedule
+from tunery.training.reload_check import NUM_PROBE_CANDIDATES, LanguageProbe, check_saved
+from tunery.training.schedule import build_schedule
 from tunery.training.sequences import TrainingSequences, mixture_facts, mixture_of
-from tunery.training.training_stats import log_period, save_period, training_facts
+from tunery.training.training_stats import logging_steps, save_steps, training_facts
 
 CHECKPOINT_SIGNATURE = "a pack"
 """Signature of a pack's checkpoints: any pack can load them, DeepSpeed can't."""
@@ -60,21 +60,21 @@ class Member:
         self._batching = plan_training(job.spec, len(data), 1, "auto")
         self._size, steps = self._batching.global_batch_size, self._batching.steps
         self._order = data_order(data.lengths, steps, self._size, job.seed, mixture_of(job.spec, data))
-        self._schedule = schedule(job.spec, steps)
+        self._schedule = build_schedule(job.spec, steps)
         self.adapter = adapter_of(peft_model)
         self.error: StageError | None = None
         """The error that ended this training; the other members continue."""
         self._losses: list[float] = []
         """Of the steps since the last log."""
         self._started_at, self._session_tokens = time.time(), 0
-        self.probe = LanguageProbe(job, data.first(PROBED), base_parameters)
+        self.probe = LanguageProbe(job, data.first(NUM_PROBE_CANDIDATES), base_parameters)
         self.loop = LoopControl(
             job,
             steps,
             event_emitter(job, 0),
             has_eval_data=len(eval_data) > 0,
-            log_period=log_period(steps),
-            save_period=save_period(job.compute, steps),
+            logging_steps=logging_steps(steps),
+            save_steps=save_steps(job.compute, steps),
             signature=CHECKPOINT_SIGNATURE,
             rows_per_step=self._size,
             tokens_at=lambda step: int(data.lengths[self._order[: step * self._size]].sum()),
@@ -162,7 +162,7 @@ class Member:
         self._tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
         write_base(job.out, job.model)
-        reload_check = check_saved(job, 0, pack_stats["dtype"], self._base_parameters, losses, self.probe.saved)
+        reload_check = check_saved(job, 0, pack_stats["dtype"], self._base_parameters, losses, self.probe.saved_outputs)
         trainable = sum(matrix.numel() for pair in self.adapter.weights.values() for matrix in pair)
         facts = {
             **self.data.facts(),
@@ -179,7 +179,7 @@ class Member:
         runtime_stats = {
             "train_seconds": seconds,
             "tokens_per_second": self._session_tokens / seconds,
-            "first_step_seconds": (self.loop.first_step_at or time.time()) - job.started,
+            "first_step_seconds": (self.loop.first_step_at or time.time()) - job.started_at,
             "resumed_from": self.loop.resumed_from,
             "workers": 1,
             **pack_stats,

@@ -72,14 +72,14 @@ class Pack:
         """Add a training to the pack. Returns None if the device has no memory for its adapter and AdamW state. Raises
         StageError if it has no usable rows."""
         spec: Any = job.spec
-        rows = (job.rows, job.eval_rows, encoding_of(spec))
+        rows = (job.data, job.eval_data, encoding_of(spec))
         if rows not in self._sequences:
             self._sequences[rows] = open_sequences(job, self._tokenizer)
         check_sequences(job, *self._sequences[rows])
         peft_model = with_adapter(self._model, spec.tuner, job.seed)
         member = Member(job, *self._sequences[rows], self._tokenizer, peft_model, self._parameters, report)
         self._check_adapter(member, peft_model)
-        member.loop.emit("preview", **stage_preview(spec, rows_of(job.rows, COLUMNS), self._tokenizer))
+        member.loop.emit("preview", **stage_preview(spec, rows_of(job.data, COLUMNS), self._tokenizer))
         if self.members and not self._has_memory([*self.members, member]):
             return None
         self._layers |= install(self._model, [name for name in member.adapter.weights if name not in self._layers])

@@ -283,7 +283,7 @@ class PackScheduler:
         return pack
 
 
-def get_pack_scheduler(packs: int, size: int, compute: Compute) -> Any:
+def start_pack_scheduler(packs: int, size: int, compute: Compute) -> Any:
     """Start the pack scheduler of a search. It and its packs end with the process that holds the handle."""
     import ray
 
@@ -303,7 +303,7 @@ def train_packed(job: Job, scheduler: Any, report: Report) -> None:
 
 
 def _raise_if_stopped(job: Job) -> None:
-    if job.stop is not None and job.stop.exists():
+    if job.stop_file is not None and job.stop_file.exists():
         raise Stopped("stopped while it trained")
 
 

@@ -20,7 +20,7 @@ from tunery.models.load import (
     is_adapter,
     load_classifier,
     load_model,
-    load_own_tokenizer,
+    load_original_tokenizer,
     load_reward_norm,
 )
 from tunery.models.model_folder import BadModel
@@ -106,7 +106,7 @@ def reward_takes_token_ids(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool
     assert job.reward is not None, "every ppo stage has one"
     if "python" in job.reward:
         return False
-    reward_tokenizer = load_own_tokenizer(job.reward)
+    reward_tokenizer = load_original_tokenizer(job.reward)
     if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
         # With another chat template it was trained on other token sequences, so it gets texts.
         return bool(reward_tokenizer.chat_template == tokenizer.chat_template)

@@ -53,7 +53,7 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
     config = deepspeed_config(compute.zero_stage, compute.offload) | {
         "train_batch_size": batching.global_batch_size,
         "train_micro_batch_size_per_gpu": batching.micro_batch_size,
-        "gradient_accumulation_steps": batching.accumulation,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
         "gradient_clipping": spec.max_grad_norm,
         "bf16": {"enabled": dtype == "bf16"},
     }

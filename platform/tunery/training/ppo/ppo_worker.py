@@ -11,7 +11,7 @@ from tunery.models.precision import pick_dtype
 from tunery.spec import Ppo
 from tunery.training.batches import data_order, plan_batches
 from tunery.training.job import Job, Report, event_emitter, rows_of
-from tunery.training.training_stats import num_elements, peak_memory_bytes, save_period, skipped_steps
+from tunery.training.training_stats import num_elements, peak_memory_bytes, save_steps, skipped_steps
 from tunery.workers.process_state import prepare_process
 
 NUM_EXAMPLE_RESPONSES = 8
@@ -81,9 +81,9 @@ class PpoRun:
         self.dtype = pick_dtype(compute.precision, compute.device)
         set_seed(job.seed)
         self.tokenizer = load_tokenizer(job.model)
-        emit("preview", **stage_preview(spec, rows_of(job.rows, PREVIEW_COLUMNS), self.tokenizer))
+        emit("preview", **stage_preview(spec, rows_of(job.data, PREVIEW_COLUMNS), self.tokenizer))
         data, eval_data = read_row_sequences(job, self.tokenizer)
-        self.prompts, self.eval_prompts = PromptSet(data), PromptSet(eval_data) if job.eval_rows else None
+        self.prompts, self.eval_prompts = PromptSet(data), PromptSet(eval_data) if job.eval_data else None
         size = spec.global_batch_size
         micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
         if micro is None:
@@ -101,8 +101,8 @@ class PpoRun:
             steps,
             emit,
             has_eval_data=self.eval_prompts is not None,
-            log_period=1,
-            save_period=save_period(compute, steps, min_steps=1),
+            logging_steps=1,
+            save_steps=save_steps(compute, steps, min_steps=1),
             signature=checkpoint_signature(self.workers, compute.zero_stage, self.dtype),
             rows_per_step=size,
             # An upper bound: the lengths of responses before a resumed step are not known.
@@ -197,16 +197,16 @@ class PpoRun:
     def finish(self) -> None:
         """Save the policy, check the saved model, and write history and outcome."""
         from tunery.training.ppo.engine import save_policy
-        from tunery.training.reload_check import PROBED, LanguageProbe, check_saved
+        from tunery.training.reload_check import NUM_PROBE_CANDIDATES, LanguageProbe, check_saved
 
         self.loop.check_end(self.engine.module.named_parameters())
         if not self.after or self.eval_prompts is None:
             self.evaluate()
         parameters = sum(map(num_elements, self.engine.module.policy.parameters()))
-        probe = LanguageProbe(self.job, self.prompts.sequences.first(PROBED), parameters)
+        probe = LanguageProbe(self.job, self.prompts.sequences.first(NUM_PROBE_CANDIDATES), parameters)
         losses = [self.trainer.sequence_loss(ids) for ids in probe.sequences]
         save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
-        reload_check = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved)
+        reload_check = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved_outputs)
         if self.rank == 0:
             self.loop.write_outcome(self._facts(), {**self._runtime_stats(), **reload_check})
 
@@ -256,7 +256,7 @@ class PpoRun:
             "tokens_per_second_by_phase": {
                 phase: self.tokens[phase] / seconds for phase, seconds in self.seconds.items()
             },
-            "first_step_seconds": (self.loop.first_step_at or time.time()) - self.job.started,
+            "first_step_seconds": (self.loop.first_step_at or time.time()) - self.job.started_at,
             "resumed_from": self.loop.resumed_from,
             "workers": self.workers,
             "zero_stage": self.job.compute.zero_stage,

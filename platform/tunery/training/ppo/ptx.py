@@ -39,7 +39,7 @@ def load_ptx_data(job: Job, tokenizer: Any) -> PtxData | None:
     if job.spec.ptx is None:
         return None
     encoding = Encoding(job.spec.max_length, "last_turn")
-    sequences = open_rows(job, job.ptx_rows, tokenizer, encoding, CONVERSATIONS)
+    sequences = open_rows(job, job.ptx_data, tokenizer, encoding, CONVERSATIONS)
     if not len(sequences):
         raise StageError(
             job.stage,

@@ -42,7 +42,7 @@ from tunery.training.ppo.rollouts import (
     shard_by_length,
 )
 from tunery.training.ppo.sanity_checks import check_kl, check_rewards_differ
-from tunery.training.schedule import schedule
+from tunery.training.schedule import build_schedule
 from tunery.training.sequences import PromptSet
 from tunery.training.training_stats import SKIPPED_STEPS
 
@@ -107,7 +107,7 @@ class PpoTrainer:
         self._models, self._engine = models, engines.trained
         self._reference, self._reward = engines.reference, engines.reward
         self._steps, self._minibatch = batches.step.steps, batches.minibatch
-        self._schedule = schedule(job.spec, self._steps)
+        self._schedule = build_schedule(job.spec, self._steps)
         self._prompts, self._ptx_data, self._tokenizer = data.prompts, data.ptx, data.tokenizer
         self._rank, self._workers = dist.get_rank(), dist.get_world_size()
         self._device = torch.device(self._engine.device)
@@ -252,7 +252,7 @@ class PpoTrainer:
                     for batch in self._batches(rollouts, local, self._minibatch.micro_batch_size):
                         loss, parts = self._loss(batch, scores, targets)
                         # DeepSpeed averages over micro batches and workers: undo that, and divide the sum by `tokens`.
-                        loss = loss / tokens * self._minibatch.accumulation * self._workers
+                        loss = loss / tokens * self._minibatch.gradient_accumulation_steps * self._workers
                         if ptx_losses is not None:
                             loss = loss + next(ptx_losses)
                         self._engine.backward(loss)
@@ -333,7 +333,7 @@ class PpoTrainer:
         assert self._spec.ptx is not None, "there are PTX rows"
         size, coefficient = len(prompts), self._spec.ptx.coefficient
         rows = Rollouts(list(range(size)), prompts, responses, [True] * size, [])
-        scale = coefficient / sum(map(len, responses)) * self._minibatch.accumulation * self._workers
+        scale = coefficient / sum(map(len, responses)) * self._minibatch.gradient_accumulation_steps * self._workers
         local = self._shard(range(size), rows.lengths)
         for batch in self._batches(rows, local, self._minibatch.micro_batch_size):
             yield -self._engine("language", batch)["log_probs"].sum() * scale

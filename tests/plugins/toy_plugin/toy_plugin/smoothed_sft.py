@@ -19,8 +19,8 @@ class SmoothedSftTask(SftTask):
         super().__init__(job, rank)
         self._smoothing = job.spec.smoothing
 
-    def trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> SftTrainer:
-        trainer = super().trainer(arguments, order, callback)
+    def build_trainer(self, arguments: dict[str, Any], order: Integers, callback: TrainerCallback) -> SftTrainer:
+        trainer = super().build_trainer(arguments, order, callback)
         trainer.compute_loss_func = partial(smoothed_loss, smoothing=self._smoothing)
         return trainer
 
