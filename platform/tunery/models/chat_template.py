@@ -16,12 +16,12 @@ The behaviour of a template is determined once, by rendering small conversations
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from tunery.models.template_input import inline_reasoning, template_input, unescape
 from tunery.models.template_profile import alternating, profile_of
 from tunery.models.template_rendering import (
     Marks,
@@ -31,19 +31,11 @@ from tunery.models.template_rendering import (
     UnsupportedTemplate,
     any_of,
     last_match,
-    number_calls,
 )
 from tunery.store.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ESCAPED = re.compile("\ufdd2([0-9]+)\ufdd3")
-"""An escaped special token in a message's text: an index into `ChatTemplate.control_tokens`."""
-_TEXT_FIELDS = ("content", "reasoning_content", "name", "tool_call_id")
-"""Text fields of a message, besides its tool calls."""
-_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
-_THINKING = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class RenderedConversation:
     """A conversation rendered by a chat template."""
 
     text: str
-    """Special tokens in the text of messages are `ESCAPED`."""
+    """Special tokens in the text of messages are escaped (models/template_input.py)."""
     spans: tuple[ResponseSpan, ...]
     """In order, one for each assistant message that is rendered completely."""
     dropped_reasoning: int
@@ -103,13 +95,15 @@ class ChatTemplate(TemplateRenderer):
     def conversation(self, row: Row, mask_empty_thinking: bool = True) -> RenderedConversation:
         """Render a row with `messages`. `mask_empty_thinking`: count an empty thinking block before a response as part
         of the prompt, although the model would generate it. Raises RejectedConversation."""
-        messages, tools, escaped = self._prepared(row)
-        return replace(self._spans(messages, tools, mask_empty_thinking), escaped_tokens=escaped)
+        prepared = template_input(row, self, self._delimiters)
+        rendered = self._spans(prepared.messages, prepared.tools, mask_empty_thinking)
+        return replace(rendered, escaped_tokens=prepared.escaped_tokens)
 
     def prompt(self, row: Row) -> RenderedConversation:
         """Render a prompt with the generation prompt: the same characters as `conversation` has before the response,
         with the spans of earlier responses. Raises RejectedConversation."""
-        messages, tools, escaped = self._prepared(row)
+        prepared = template_input(row, self, self._delimiters)
+        messages, tools = prepared.messages, prepared.tools
         text, marks = self.marked(messages, tools, generation_prompt=True)
         self._check_complete(messages, marks)
         spans: tuple[ResponseSpan, ...] = ()
@@ -117,87 +111,11 @@ class ChatTemplate(TemplateRenderer):
             rendered = self._spans(messages, tools, mask_empty_thinking=True)
             common = self.shared_prefix(text, rendered.text)
             spans = tuple(span for span in rendered.spans if span.end <= common)
-        return RenderedConversation(text, spans, 0, escaped)
+        return RenderedConversation(text, spans, 0, prepared.escaped_tokens)
 
     def unescape(self, text: str) -> str:
-        """Replace `ESCAPED` tokens by their text."""
-        return ESCAPED.sub(lambda match: self.control_tokens[int(match[1])], text)
-
-    # Rows as template input
-
-    def _prepared(self, row: Row) -> tuple[list[Message], Any, int]:
-        """Return messages, tools, and the number of special tokens in their text."""
-        turns = row["messages"]
-        message_text = "".join(str(turn.get(name) or "") for turn in turns for name in _TEXT_FIELDS)
-        tools = (json.loads(row["tools"]) if row.get("tools") else None) or None
-        if _NONCHARACTERS.search(message_text) or (
-            tools and _NONCHARACTERS.search(json.dumps(tools, ensure_ascii=False))
-        ):
-            raise RejectedConversation("it contains Unicode noncharacters (U+FDD0 to U+FDEF)")
-        self._check_supported(turns, tools)
-        messages = [self._message(turn) for turn in turns]
-        if self.profile.call_ids:
-            number_calls(messages)
-        escaped = 0
-        if self.control.search(message_text) or any(turn.get("tool_calls") for turn in turns):
-            for message in messages:
-                pattern = self._delimiters if message["role"] == "assistant" else self.control
-                escaped += self._escape(message, pattern)
-        if tools is not None:
-            tools, count = self._escaped(tools, self.control)
-            escaped += count
-        return messages, tools, escaped
-
-    def _check_supported(self, turns: Sequence[Mapping[str, Any]], tools: Any) -> None:
-        if not self.profile.tool_calls and any(turn.get("tool_calls") for turn in turns):
-            raise RejectedConversation("the chat template does not render tool calls")
-        if not self.profile.tool_results and any(turn["role"] == "tool" for turn in turns):
-            raise RejectedConversation("the chat template does not render tool results")
-        if tools and not self.profile.tools:
-            raise RejectedConversation("the chat template does not render the definitions of tools")
-
-    def _message(self, turn: Mapping[str, Any]) -> Message:
-        content = turn["content"] or ""
-        message: Message = {"role": turn["role"], "content": content}
-        for name in ("name", "tool_call_id"):
-            if turn.get(name):
-                message[name] = turn[name]
-        reasoning = turn.get("reasoning_content") or ""
-        reasoning = reasoning if reasoning.strip() else ""
-        if not reasoning and self.profile.reasoning and turn["role"] == "assistant":
-            reasoning, message["content"] = inline_reasoning(content) or ("", content)
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if turn.get("tool_calls"):
-            message["tool_calls"] = [self.call(call) for call in json.loads(turn["tool_calls"])]
-            if _NONCHARACTERS.search(json.dumps(message["tool_calls"], ensure_ascii=False)):
-                raise RejectedConversation("a tool call contains Unicode noncharacters (U+FDD0 to U+FDEF)")
-        return message
-
-    def _escape(self, message: Message, pattern: re.Pattern[str]) -> int:
-        """Escape special tokens in place; return their number."""
-        count = 0
-        for name in (*_TEXT_FIELDS, "tool_calls"):
-            if name in message:
-                message[name], escaped = self._escaped(message[name], pattern)
-                count += escaped
-        return count
-
-    def _escaped(self, value: Any, pattern: re.Pattern[str]) -> tuple[Any, int]:
-        """Escape special tokens in all strings of a JSON value; return the value and their number."""
-        if isinstance(value, str):
-            return pattern.subn(lambda match: f"\ufdd2{self.control_tokens.index(match[0])}\ufdd3", value)
-        if isinstance(value, list):
-            items = [self._escaped(item, pattern) for item in value]
-            return [item for item, _ in items], sum(count for _, count in items)
-        if isinstance(value, dict):
-            keys = [self._escaped(key, pattern) for key in value]
-            items = [self._escaped(item, pattern) for item in value.values()]
-            count = sum(count for _, count in (*keys, *items))
-            return dict(zip((key for key, _ in keys), (item for item, _ in items), strict=True)), count
-        return value, 0
-
-    # Spans
+        """Replace escaped special tokens by their text."""
+        return unescape(text, self.control_tokens)
 
     def _spans(self, messages: list[Message], tools: Any, mask_empty_thinking: bool) -> RenderedConversation:
         text, marks = self.marked(messages, tools)
@@ -418,12 +336,6 @@ class ChatTemplate(TemplateRenderer):
     def _lacks_end(self, text: str, end: int, message: Message) -> bool:
         ending = self.profile.call_end if message.get("tool_calls") else self.profile.appended_end
         return bool(ending) and not any(text.endswith(token, 0, end) for token in self.profile.end_tokens)
-
-
-def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """Split `<think>reasoning</think>response` into reasoning and response; None for other content."""
-    match = _THINKING.fullmatch(content)
-    return None if match is None else (match["reasoning"].strip("\n"), match["content"].lstrip("\n"))
 
 
 def _has_content(message: Message) -> bool:

@@ -7,7 +7,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from tunery.models.chat_template import ESCAPED, ChatTemplate
+from tunery.models.chat_template import ChatTemplate
+from tunery.models.template_input import ESCAPED
 from tunery.models.template_rendering import last_match
 
 if TYPE_CHECKING:
