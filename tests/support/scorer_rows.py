@@ -19,7 +19,7 @@ def text_row(text: str) -> Row:
     return with_id({"text": text, "messages": None, "rejected": None})
 
 
-def answer_row(response: str, question: str = "Why?") -> Row:
+def response_row(response: str, question: str = "Why?") -> Row:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return with_id({"text": None, "messages": messages, "rejected": None})
 
@@ -49,7 +49,7 @@ HOSTILE = [
 hostile_texts = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=200))
 hostile_rows = st.one_of(
     hostile_texts.map(text_row),
-    st.builds(answer_row, hostile_texts, hostile_texts),
+    st.builds(response_row, hostile_texts, hostile_texts),
     hostile_texts.map(prompt_row),
     st.just(with_id({"text": None, "messages": [], "rejected": None})),
     st.just(with_id({"text": None, "messages": None, "rejected": None})),

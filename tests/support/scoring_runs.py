@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from in_process import dataset, parsed, stage_context
-from scorer_rows import answer_row, prompt_row, text_row
+from scorer_rows import prompt_row, response_row, text_row
 
 from tunery.scoring.score import run_scoring
 from tunery.spec import Score
@@ -15,17 +15,17 @@ from tunery.store import Artifact, StageResult
 from tunery.store.rows import Row, write_rows
 
 ROWS: list[Row] = [
-    answer_row("it is because the row is red", "why is it red"),
-    answer_row("yes", "is the model a model"),
-    answer_row("", "what is two and three"),
+    response_row("it is because the row is red", "why is it red"),
+    response_row("yes", "is the model a model"),
+    response_row("", "what is two and three"),
     text_row("the model is one of three"),
     text_row("blue"),
     prompt_row("how so"),
-    *(answer_row("green and blue " * n, "why " * (9 - n)) for n in range(1, 8)),
+    *(response_row("green and blue " * n, "why " * (9 - n)) for n in range(1, 8)),
 ]
 
 
-def make(
+def run_score_stage(
     folder: Path,
     tmp_path: Path,
     name: str,

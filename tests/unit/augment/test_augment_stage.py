@@ -40,15 +40,15 @@ def conversation(*contents: str, system: str = "") -> list[dict[str, Any]]:
 
 def row(*contents: str, group: str | None = "", **fields: Any) -> Row:
     """Return a row with a conversation; its group defaults to the first question."""
-    built: Row = {
+    result: Row = {
         "messages": conversation(*contents),
         "source": "a.jsonl",
         "line": 1,
         "injected_corruption": "",
         **fields,
     }
-    built["group"] = contents[0] if group == "" else group
-    return {**built, "id": row_id(built)}
+    result["group"] = contents[0] if group == "" else group
+    return {**result, "id": row_id(result)}
 
 
 def augment(**fields: Any) -> Augment:
@@ -57,8 +57,8 @@ def augment(**fields: Any) -> Augment:
 
 def pool_of(rows: Sequence[Row], separator: str | None = None) -> FewShotPool:
     pool = FewShotPool()
-    for one in rows:
-        example = qa_pair_of(one, separator)
+    for item in rows:
+        example = qa_pair_of(item, separator)
         assert not isinstance(example, str)
         pool.add(example)
     return pool
@@ -69,9 +69,9 @@ def roles_and_contents(row: Row) -> list[tuple[str, str]]:
 
 
 def first_variant(original: Row, pool: FewShotPool | None = None, **fields: Any) -> Row:
-    built = variants(original, augment(**fields), pool or FewShotPool(), 17)
-    assert not isinstance(built, str)
-    return built[0].row
+    result = variants(original, augment(**fields), pool or FewShotPool(), 17)
+    assert not isinstance(result, str)
+    return result[0].row
 
 
 # Templates.
@@ -79,48 +79,50 @@ def first_variant(original: Row, pool: FewShotPool | None = None, **fields: Any)
 
 def test_template_renders_the_last_question_and_keeps_other_fields() -> None:
     original = row("first", "one", "second", "two", tools="[]", label=True, injected_corruption="cut", line=7)
-    built = first_variant(original, templates=["Briefly: {question}!"])
-    assert roles_and_contents(built) == [
+    result = first_variant(original, templates=["Briefly: {question}!"])
+    assert roles_and_contents(result) == [
         ("user", "first"),
         ("assistant", "one"),
         ("user", "Briefly: second!"),
         ("assistant", "two"),
     ]
     kept = ("group", "source", "line", "injected_corruption", "label", "tools")
-    assert {name: built[name] for name in kept} == {name: original[name] for name in kept}
-    assert built["id"] == row_id(built) != original["id"]
+    assert {name: result[name] for name in kept} == {name: original[name] for name in kept}
+    assert result["id"] == row_id(result) != original["id"]
     assert roles_and_contents(original)[2] == ("user", "second"), "the row itself is unchanged"
 
 
 @given(st.text(alphabet="{}{question}\\ %x", min_size=1).filter(str.strip))
 def test_braces_in_a_question_are_kept(question: str) -> None:
-    built = first_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
-    assert roles_and_contents(built)[0] == ("user", f"{{x}} {question} {{question}}")
+    result = first_variant(row(question, "a"), templates=["{{x}} {question} {{question}}"])
+    assert roles_and_contents(result)[0] == ("user", f"{{x}} {question} {{question}}")
 
 
 def test_braces_in_examples_and_their_format_are_kept() -> None:
     pool = pool_of([row("{q}", "{answer} {0}")])
     few_shot = {"shots": 1, "layout": "prompt", "example": "{{{question}}} {{answer}} -> {answer} {{answer}}"}
-    built = first_variant(row("{own}", "a"), pool, few_shot=few_shot)
-    assert roles_and_contents(built)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
+    result = first_variant(row("{own}", "a"), pool, few_shot=few_shot)
+    assert roles_and_contents(result)[0][1] == "{{q}} {answer} -> {answer} {0} {answer}\n\n{{own}} {answer} ->"
 
 
 def test_copies_use_all_template_and_shot_combinations_before_repeating() -> None:
     fields = {"templates": ["A {question}", "B {question}"], "few_shot": {"shots": [0, 2]}, "copies": 6}
     pool = pool_of([row(f"q{number}", "a") for number in range(9)])
-    built = variants(row("own", "a"), augment(**fields), pool, 17)
-    assert not isinstance(built, str)
-    assert sorted((variant.template, variant.shots) for variant in built) == [(t, s) for t in (0, 1) for s in (0, 1, 2)]
-    assert [variant.template for variant in built] in ([0, 1] * 3, [1, 0] * 3)
+    result = variants(row("own", "a"), augment(**fields), pool, 17)
+    assert not isinstance(result, str)
+    assert sorted((variant.template, variant.shots) for variant in result) == [
+        (t, s) for t in (0, 1) for s in (0, 1, 2)
+    ]
+    assert [variant.template for variant in result] in ([0, 1] * 3, [1, 0] * 3)
 
 
 def test_one_copy_per_template_in_an_order_that_depends_on_the_row() -> None:
     templates = [f"{letter} {{question}}" for letter in "abcd"]
     orders = set()
     for number in range(20):
-        built = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), FewShotPool(), 17)
-        assert not isinstance(built, str)
-        orders.add(tuple(variant.template for variant in built))
+        result = variants(row(f"q{number}", "a"), augment(templates=templates, copies=4), FewShotPool(), 17)
+        assert not isinstance(result, str)
+        orders.add(tuple(variant.template for variant in result))
         assert sorted(orders.copy().pop()) == [0, 1, 2, 3]
     assert len(orders) > 5
 
@@ -142,8 +144,10 @@ def test_examples_are_messages_after_the_system_message_in_the_template_of_the_r
     original["messages"] = conversation("own", "mine", system="be brief")
     other = {**row("other", "theirs"), "messages": conversation("other", "theirs", system="be brief")}
     without_system = row("unlike", "under no system")
-    built = first_variant(original, pool_of([other, without_system]), templates=["Q {question}"], few_shot={"shots": 2})
-    assert roles_and_contents(built) == [
+    result = first_variant(
+        original, pool_of([other, without_system]), templates=["Q {question}"], few_shot={"shots": 2}
+    )
+    assert roles_and_contents(result) == [
         ("system", "be brief"),
         ("user", "Q other"),
         ("assistant", "theirs"),
@@ -154,8 +158,8 @@ def test_examples_are_messages_after_the_system_message_in_the_template_of_the_r
 
 def test_examples_in_the_prompt_end_before_the_answer_position() -> None:
     few_shot = {"shots": 1, "layout": "prompt"}
-    built = first_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
-    assert roles_and_contents(built) == [("user", "Q: other\nA: theirs\n\nQ: own\nA:"), ("assistant", "mine")]
+    result = first_variant(row("own", "mine"), pool_of([row("other", "theirs")]), few_shot=few_shot)
+    assert roles_and_contents(result) == [("user", "Q: other\nA: theirs\n\nQ: own\nA:"), ("assistant", "mine")]
     zero_shot = first_variant(row("own", "mine"), few_shot={**few_shot, "shots": 0}, templates=["T {question}"])
     assert roles_and_contents(zero_shot)[0] == ("user", "T own"), "a zero-shot prompt is not in the example format"
 
@@ -164,9 +168,9 @@ def test_examples_exclude_the_row_and_its_group_and_have_distinct_groups() -> No
     original = row("own", "mine", group="g")
     sibling = row("sibling", "x", group="G ")
     twins = [row("twin 1", "x", group="t"), row("twin 2", "x", group="t")]
-    built = first_variant(original, pool_of([original, sibling, *twins]), few_shot={"shots": 4})
-    assert len(built["messages"]) == 4
-    assert roles_and_contents(built)[0][1].startswith("twin")
+    result = first_variant(original, pool_of([original, sibling, *twins]), few_shot={"shots": 4})
+    assert len(result["messages"]) == 4
+    assert roles_and_contents(result)[0][1].startswith("twin")
     ungrouped = [row("a", "b", group=None), row("c", "d", group=None)]
     without_group = first_variant(ungrouped[0], pool_of(ungrouped), few_shot={"shots": 2})
     assert [content for _, content in roles_and_contents(without_group)] == ["c", "d", "a", "b"], (
@@ -180,10 +184,10 @@ def test_multi_turn_rows_neither_get_nor_become_examples() -> None:
         (row("one", "1", "two", "2"), "several turns"),
         (row("q", "a", tools='[{"function": {"name": "f"}}]'), "tools"),
     ):
-        built = variants(multi_turn, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
-        assert not isinstance(built, str)
-        assert (built[0].shots, built[0].fewer) == (0, reason)
-        assert roles_and_contents(built[0].row)[-2][1].startswith("T ")
+        result = variants(multi_turn, augment(few_shot={"shots": 1}, templates=["T {question}"]), pool, 1)
+        assert not isinstance(result, str)
+        assert (result[0].shots, result[0].fewer) == (0, reason)
+        assert roles_and_contents(result[0].row)[-2][1].startswith("T ")
         assert qa_pair_of(multi_turn, None) == reason
     assert qa_pair_of(row("q"), None) == "no answer"
     assert qa_pair_of(row("q", "bad", label=False), None) == "rated as bad"
@@ -194,11 +198,11 @@ def test_examples_never_make_a_row_longer_than_max_chars(lengths: list[int], max
     pool = pool_of([row(f"{number}" * length, "a") for number, length in enumerate(lengths)])
     original = row("own", "mine")
     few_shot = {"shots": 8, "max_chars": max_chars, "layout": layout}
-    built = variants(original, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
-    assert not isinstance(built, str)
-    length = sum(len(content) for _, content in roles_and_contents(built[0].row))
+    result = variants(original, augment(few_shot=few_shot, templates=["{question}?"]), pool, 5)
+    assert not isinstance(result, str)
+    length = sum(len(content) for _, content in roles_and_contents(result[0].row))
     assert length <= max_chars
-    assert (built[0].fewer == "") == (built[0].shots == 8)
+    assert (result[0].fewer == "") == (result[0].shots == 8)
 
 
 def test_pool_is_bounded_and_independent_of_row_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,10 +237,10 @@ def test_reasoned_form_has_the_cue_and_direct_form_drops_the_reasoning() -> None
 
 @pytest.mark.parametrize("response", ["4", "#### 4", "reasons ####", "reasons #### \n"])
 def test_response_without_reasoning_or_final_answer_is_unchanged(response: str) -> None:
-    built = variants(row("q", response), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
-    assert not isinstance(built, str)
-    assert built[0].form == "whole"
-    assert roles_and_contents(built[0].row) == [("user", "q"), ("assistant", response)]
+    result = variants(row("q", response), augment(chain_of_thought={**COT, "direct": 1}), FewShotPool(), 1)
+    assert not isinstance(result, str)
+    assert result[0].form == "whole"
+    assert roles_and_contents(result[0].row) == [("user", "q"), ("assistant", response)]
 
 
 def test_judged_responses_keep_their_reasoning_and_prompts_get_the_cue() -> None:
@@ -327,23 +331,23 @@ def test_held_out_rows_and_groups_are_dropped_and_every_row_is_counted(
     if len({group for group, _ in keys} - heldout_groups) < 1 or (shots == 0 and copies > 2):
         return
     facts = run(folder, rows, heldout, originals=originals, **fields).facts
-    built = list(read_rows(folder / "out"))
+    result = list(read_rows(folder / "out"))
     dropped = [json.loads(line) for line in (folder / "out" / "dropped.jsonl").read_text().splitlines()]
     augmented = [key for key in keys if key[0] not in heldout_groups]
     assert len(dropped) == facts["heldout"] == len(keys) - len(augmented)
     assert facts["augmented"] == len(augmented)
-    assert len(built) == facts["rows"] == len(augmented) * (copies + originals) - facts["repeated"]
-    for one in built:
-        own = int(one["group"].removeprefix("Group "))
+    assert len(result) == facts["rows"] == len(augmented) * (copies + originals) - facts["repeated"]
+    for item in result:
+        group = int(item["group"].removeprefix("Group "))
         groups = [
             int(message["content"].split("q")[-1].split(".")[0])
-            for message in one["messages"]
+            for message in item["messages"]
             if message["role"] == "user"
         ]
-        assert groups[-1] == own
+        assert groups[-1] == group
         assert not set(groups) & heldout_groups
         assert len(set(groups)) == len(groups), "no example of the row's group, and no two of the same group"
-        assert one["id"] == row_id(one)
+        assert item["id"] == row_id(item)
 
 
 def reasoning_rows() -> list[Row]:
@@ -372,22 +376,22 @@ def test_variants_do_not_depend_on_the_row_position(tmp_path: Path) -> None:
     ids = []
     for name, rows in (("one", reasoning_rows()), ("reversed", reasoning_rows()[::-1])):
         run(tmp_path / name, rows, **all_fields())
-        ids.append(sorted(one["id"] for one in read_rows(tmp_path / name / "out")))
+        ids.append(sorted(item["id"] for item in read_rows(tmp_path / name / "out")))
     assert ids[0] == ids[1]
 
 
 def test_facts_count_the_variants(tmp_path: Path) -> None:
     rows = [*reasoning_rows(), {"text": "plain", "id": "ab" * 8, "group": "plain", "source": "t.txt", "line": 3}]
     facts = run(tmp_path, rows, [rows[0]], originals=True, **all_fields()).facts
-    built = list(read_rows(tmp_path / "out"))
+    result = list(read_rows(tmp_path / "out"))
     assert (facts["rows_in"], facts["augmented"], facts["heldout"]) == (41, 39, 1)
     assert facts["unchanged"] == {"no question": 1}
     assert facts["variants"] == sum(facts["shots"].values()) == sum(facts["response_forms"].values())
-    assert facts["rows"] == len(built) == 39 + 1 + facts["variants"]
+    assert facts["rows"] == len(result) == 39 + 1 + facts["variants"]
     assert facts["variants"] + facts["repeated"] == 3 * 39
     assert abs(facts["response_forms"]["direct"] - facts["response_forms"]["reasoned"]) <= 39
     assert facts["examples"] == {"usable": 39, "pool_size": 39, "unusable": {"held out": 1, "no answer": 1}}
-    assert [one["text"] for one in built if one["text"]] == ["plain"]
+    assert [item["text"] for item in result if item["text"]] == ["plain"]
     assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text())["rule"] == "held out"
     assert len(facts["samples"]["rows"]) == 3
     assert "user: " in facts["samples"]["rows"][0]["after"]

@@ -112,8 +112,8 @@ class Run:
             shutil.rmtree(path)
 
     def fingerprint_of(self, experiment: Experiment, name: str) -> str:
-        own = {"name": name, "content": self.content, "seed": 0 if name in ("rows", "held") else experiment.seed}
-        return fingerprint("test", {**own, "fields": experiment.stages[name].model_dump(mode="json")}, {})
+        identity = {"name": name, "content": self.content, "seed": 0 if name in ("rows", "held") else experiment.seed}
+        return fingerprint("test", {**identity, "fields": experiment.stages[name].model_dump(mode="json")}, {})
 
     def write(self, writer: str, event: str, **values: Any) -> None:
         trial = writer if writer.startswith("trial") else ""
@@ -240,9 +240,9 @@ def test_trials_of_a_run_and_the_values_of_its_file_are_compared(store: Store) -
     ]
     assert comparison.names == (NAMES[0], NAMES[1])
     assert (comparison.rows[1].both, comparison.rows[1].left.only, comparison.rows[1].right.only) == (0, 4, 5)
-    own = compare("searched/file", f"searched/{NAMES[0]}", store)
-    assert own.names == ("file", NAMES[0])
-    assert ("sft.learning_rate", "0.002 (auto)", 3e-3) in [(f.path, f.left, f.right) for f in own.fields.differ]
+    comparison = compare("searched/file", f"searched/{NAMES[0]}", store)
+    assert comparison.names == ("file", NAMES[0])
+    assert ("sft.learning_rate", "0.002 (auto)", 3e-3) in [(f.path, f.left, f.right) for f in comparison.fields.differ]
 
 
 def test_unknown_runs_and_trials_are_errors(store: Store) -> None:

@@ -23,9 +23,9 @@ def started(stage: str = "sft", at: float = 0.0, fingerprint: str = "f") -> Even
 
 def test_resumed_run_keeps_the_later_value_of_each_step() -> None:
     first = [event("metrics", step=step, values={"loss": 9.0}, stage="sft") for step in (10, 20, 30)]
-    again = [event("metrics", step=step, values={"loss": 5.0}, stage="sft") for step in (20, 30, 40)]
+    resumed = [event("metrics", step=step, values={"loss": 5.0}, stage="sft") for step in (20, 30, 40)]
     start = event("run_started", stages=[{"name": "sft", "kind": "sft", "inputs": []}])
-    state = replay([start, started(), *first, start, started(), *again])
+    state = replay([start, started(), *first, start, started(), *resumed])
     curve = state.stages["sft"].curve
     assert [(point.step, point.values["loss"]) for point in curve] == [
         (10, 9.0),
@@ -179,11 +179,11 @@ def test_note_of_an_unknown_kind_shows_its_first_facts() -> None:
 def test_search_state_has_origins_values_standings_ties_and_pareto_front() -> None:
     search = replay(searched_events(ended_by="the budget is spent")).search
     assert search is not None
-    first, again = search.trials["t00"], search.trials["r00"]
-    assert (first.origin, first.values[LOSS], first.feasible, first.tokens) == ("sampled", 3.1, True, 40_000)
-    assert (again.origin, again.of) == ("replicate", "t00")
-    assert search.standings.get(first.name) == TrialStanding(pytest.approx(3.105), 0.0123, 2)
-    assert search.standings.get(again.name) is None
+    trial, replicate = search.trials["t00"], search.trials["r00"]
+    assert (trial.origin, trial.values[LOSS], trial.feasible, trial.tokens) == ("sampled", 3.1, True, 40_000)
+    assert (replicate.origin, replicate.of) == ("replicate", "t00")
+    assert search.standings.get(trial.name) == TrialStanding(pytest.approx(3.105), 0.0123, 2)
+    assert search.standings.get(replicate.name) is None
     assert (search.ties, search.pareto_front, search.ended_by) == (["t01"], ["t00", "t03"], "the budget is spent")
     assert search.objectives == [(LOSS, "min"), (FORGETTING, "min")]
     assert search.constraints == [ConstraintState(FORGETTING, None, 0.1)]

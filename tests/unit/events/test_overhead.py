@@ -42,9 +42,9 @@ def test_tokenization_does_not_count_as_a_training_step() -> None:
 
 
 def test_only_the_last_invocation_counts() -> None:
-    again = [*EVENTS, at(200, "run_started"), at(201, "stage_finished", stage="base", reused=True)]
-    assert overhead(again)["first_step_seconds"] is None
-    assert overhead(again)["between_stages_seconds"] == []
+    two_invocations = [*EVENTS, at(200, "run_started"), at(201, "stage_finished", stage="base", reused=True)]
+    assert overhead(two_invocations)["first_step_seconds"] is None
+    assert overhead(two_invocations)["between_stages_seconds"] == []
 
 
 def test_first_step_of_a_policy_is_its_first_update() -> None:

@@ -201,11 +201,11 @@ def facts_of(name: str, kind: str) -> dict[str, Any]:
         losses = {"base": 4.0, "sft": 3.25}
         common = {"set": "held", "perplexity": 9.0, "rows": 20}
         return {"results": [{"model": model, "loss": loss, **common} for model, loss in losses.items()]}
-    own = FACTS.get(kind, {})
+    facts = FACTS.get(kind, {})
     if kind in ("dataset", "score", "select"):
-        return own
+        return facts
     auto = {"learning_rate": {"value": 2e-3, "rule": "a small model from scratch"}} if name == "base" else {}
-    return {**TRAINED, **own, "resolved": auto}
+    return {**TRAINED, **facts, "resolved": auto}
 
 
 @pytest.fixture(scope="module")
@@ -402,8 +402,8 @@ def front_matter(out: Path) -> dict[str, Any]:
 
 
 def test_front_matter_follows_the_hub_format(workspace: ExportWorkspace, tmp_path: Path) -> None:
-    own = front_matter(workspace.export(tmp_path / "own"))
-    assert own == {
+    sft = front_matter(workspace.export(tmp_path / "sft"))
+    assert sft == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tunery", "sft", "lora"],
@@ -431,8 +431,8 @@ def test_card_has_question_training_data_scores_and_search(workspace: ExportWork
     ):
         assert text in card
     assert "| held | 20 | 3.250 | 9.000 |" not in card  # the loss with the file's own values
-    own = (workspace.export(tmp_path / "own", trial="file") / "README.md").read_text()
-    assert "| held | 20 | 3.250 | 9.000 |" in own
+    file_card = (workspace.export(tmp_path / "file", trial="file") / "README.md").read_text()
+    assert "| held | 20 | 3.250 | 9.000 |" in file_card
     base = (workspace.export(tmp_path / "base", stage="base") / "README.md").read_text()
     assert "| learning_rate | 2e-3 (auto: a small model from scratch) |" in base
     assert "## Hyperparameter search" not in base

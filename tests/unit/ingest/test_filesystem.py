@@ -229,11 +229,11 @@ def test_files_patterns_and_folders_of_s3_are_read(bucket: type[Bucket], tmp_pat
         "b/x/notes.md": b"# notes",
         "b/xy/other.jsonl": row("e").encode(),
     }
-    one, two, three = "s3://b/x/one.jsonl", "s3://b/x/two.jsonl.gz", "s3://b/x/deep/three.parquet"
-    assert sources(tmp_path, one) == [one] * 3
-    assert sources(tmp_path, "s3://b/x/*.jsonl*") == [one] * 3 + [two]
-    assert sources(tmp_path, "s3://b/x/**/*.parquet") == [three] * 2
-    assert sources(tmp_path, "s3://b/x") == sources(tmp_path, "s3://b/x/") == [three] * 2 + [one] * 3 + [two]
+    first, second, third = "s3://b/x/one.jsonl", "s3://b/x/two.jsonl.gz", "s3://b/x/deep/three.parquet"
+    assert sources(tmp_path, first) == [first] * 3
+    assert sources(tmp_path, "s3://b/x/*.jsonl*") == [first] * 3 + [second]
+    assert sources(tmp_path, "s3://b/x/**/*.parquet") == [third] * 2
+    assert sources(tmp_path, "s3://b/x") == sources(tmp_path, "s3://b/x/") == [third] * 2 + [first] * 3 + [second]
     validate_source(dataset("s3://b/x"), tmp_path)
     assert first_row_format(dataset("s3://b/x/*/three.parquet"), tmp_path) == "conversation"
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from experiment_text import LoadText
-from scorer_rows import answer_row, text_row
-from scoring_runs import ROWS, make
+from scorer_rows import response_row, text_row
+from scoring_runs import ROWS, run_score_stage
 from small_classifiers import write_encoder, write_language_model, write_reward_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -104,15 +104,15 @@ def test_encoder_gets_prompt_and_response_as_a_pair_and_other_rows_as_one_text(f
 
 
 def test_token_types_distinguish_the_texts_of_a_pair(folder: Path) -> None:
-    pair, swapped = classifier(folder / "colours")([answer_row("red", "why"), answer_row("why", "red")]).logits
+    pair, swapped = classifier(folder / "colours")([response_row("red", "why"), response_row("why", "red")]).logits
     assert np.abs(pair - swapped).max() > 0.01
     alone = classifier(folder / "colours")([text_row("why red")]).logits
     assert np.abs(pair - alone).max() > 0.01
 
 
 def test_earlier_messages_precede_the_response(folder: Path) -> None:
-    row = answer_row("yes", "why")
-    row["messages"] = [*answer_row("no", "how")["messages"], *row["messages"]]
+    row = response_row("yes", "why")
+    row["messages"] = [*response_row("no", "how")["messages"], *row["messages"]]
     expected = plain_logits(folder / "colours", "how\n\nno\n\nwhy", "yes")
     np.testing.assert_allclose(classifier(folder / "colours")([row]).logits[0], expected, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_without_pairs_or_template_turns_are_joined_by_a_blank_line(folder: Path
     model, _ = load_classifier(source(folder / "three"), torch.float32)
     tokenizer = load_original_tokenizer(source(folder / "three"))
     tokenizer.chat_template = None
-    actual = SequenceClassifier(model.eval(), tokenizer, 512)([answer_row("yes", "why")])
+    actual = SequenceClassifier(model.eval(), tokenizer, 512)([response_row("yes", "why")])
     np.testing.assert_allclose(actual.logits[0], plain_logits(folder / "three", "why\n\nyes"), atol=1e-5)
 
 
@@ -170,9 +170,9 @@ def test_batches_hold_each_sequence_once_within_the_budget() -> None:
 
 
 def test_long_rows_are_truncated_at_the_end_and_counted(folder: Path) -> None:
-    long = answer_row("red green " * 20, "why")
+    long = response_row("red green " * 20, "why")
     for name, limit in (("colours", 12), ("reward", 12)):
-        actual = classifier(folder / name, max_length=limit)([long, answer_row("yes", "so")])
+        actual = classifier(folder / name, max_length=limit)([long, response_row("yes", "so")])
         assert actual.truncated == [True, False]
         assert actual.tokens[0] == limit
     expected = plain_logits(folder / "colours", *turns(long), truncation=True, max_length=12)
@@ -376,7 +376,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path: Path, loads: Counter[str]) -> None:
-    result = make(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
+    result = run_score_stage(folder, tmp_path, "one", [GREEN, RED, REWARD], max_length=LIMIT)
     assert loads == {"colours": 1, "reward": 1}
     assert (result.facts["rows_in"], result.facts["rows_out"]) == (len(ROWS), len(ROWS))
     cut = [classifier(folder / name, LIMIT)(ROWS).truncated for name in ("colours", "reward")]
@@ -397,7 +397,7 @@ def test_stage_scores_every_row_and_loads_each_model_once(folder: Path, tmp_path
 
 def test_scores_are_cached_by_model_label_and_temperature(folder: Path, tmp_path: Path) -> None:
     def fresh(name: str, *by: dict[str, Any], max_length: int = 64) -> int:
-        return int(make(folder, tmp_path, name, list(by), max_length).runtime_stats["rows_scored"])
+        return int(run_score_stage(folder, tmp_path, name, list(by), max_length).runtime_stats["rows_scored"])
 
     assert fresh("first", GREEN) == len(ROWS)
     assert fresh("again", GREEN) == 0

@@ -179,8 +179,8 @@ def test_stage_with_too_few_positions_fails_before_its_workers_start(load_text: 
 )
 def test_positions_of_architectures(model: Any, limit: tuple[int, bool]) -> None:
     with torch.device("meta"):
-        built = model()
-    assert position_limit(built) == PositionLimit(*limit)
+        meta_model = model()
+    assert position_limit(meta_model) == PositionLimit(*limit)
     # Beyond the limit, an embedding table has no row, while RoPE computes positions.
     initialized = model().eval()
     initialized(input_ids=torch.full((1, limit[0]), 7))

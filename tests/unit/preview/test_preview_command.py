@@ -118,7 +118,7 @@ def test_every_stage_kind_with_model_inputs_can_be_previewed(
     result = preview_of(stage, count=1)
     assert [section.input.title for section in result.sections] == titles
     assert [section.input.input_format for section in result.sections] == formats
-    assert all(one.ids for section in result.sections for row in section.rows for one in row.sequences)
+    assert all(item.ids for section in result.sections for row in section.rows for item in row.sequences)
 
 
 @pytest.mark.parametrize("stage", ["chats", "clean", "lengths", "nothing"])
@@ -246,7 +246,7 @@ def test_json_has_ids_tokens_mask_and_special_flags_of_equal_length(file: Path, 
     assert (output["stage"], output["kind"]) == ("sft", "sft")
     (sequence,) = output["sections"][0]["rows"][0]["sequences"]
     lists = [sequence[name] for name in ("ids", "tokens", "trained", "special")]
-    assert {len(one) for one in lists} == {sequence["num_tokens"]}
+    assert {len(item) for item in lists} == {sequence["num_tokens"]}
     assert "".join(sequence["tokens"]) == (
         "<|user|>Capital of China? 中国<|end|><|assistant|>北京 🏯.\nIt is [bold]large[/bold].<|end|>"
     )
@@ -278,9 +278,9 @@ def test_terminal_output_fits_and_has_the_complete_text(
     from rich.cells import cell_len
 
     result = preview_of(stage)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", rendered(result, width, colours=True))
-    assert max(map(cell_len, plain.splitlines())) <= width
-    compact = re.sub(r"\s|«[^»]*»", "", plain)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", rendered(result, width, colours=True))
+    assert max(map(cell_len, output.splitlines())) <= width
+    compact = re.sub(r"\s|«[^»]*»", "", output)
     for section in result.sections:
         for row in section.rows:
             for sequence in row.sequences:

@@ -95,8 +95,10 @@ def test_pareto_chart_shows_front_and_violated_constraints() -> None:
         not trial.feasible for trial in search_of(searched_events()).originals
     )
     assert ("infeasible-dot", "violates forgetting ≤ 0.1") in figure.keys
-    one = [{**entry, "objectives": []} if entry["event"] == "search_started" else entry for entry in searched_events()]
-    assert search_report.pareto(search_of(one)) is None
+    events = [
+        {**entry, "objectives": []} if entry["event"] == "search_started" else entry for entry in searched_events()
+    ]
+    assert search_report.pareto(search_of(events)) is None
 
 
 def test_importance_is_drawn_for_each_metric_or_notes_too_few_trials() -> None:
@@ -112,27 +114,29 @@ def test_importance_is_drawn_for_each_metric_or_notes_too_few_trials() -> None:
 
 def test_search_report_is_complete_with_any_part_missing() -> None:
     events = searched_events()
-    keys = {key for one in events for key in one if key not in ("t", "event", "trial", "stage")}
+    keys = {key for entry in events for key in entry if key not in ("t", "event", "trial", "stage")}
     for key in sorted(keys):
         for invalid in (None, "word", 3, [1], {"a": [None]}):
-            changed = [{**one, key: invalid} if key in one else one for one in events]
+            changed = [{**entry, key: invalid} if key in entry else entry for entry in events]
             assert Page(report_html(replay(changed))).open == [], (key, invalid)
 
 
 def test_user_text_is_escaped_in_all_charts() -> None:
     hostile = "<script>x</script>\"'&"
     events = searched_events()
-    for one in events:
-        if "overrides" in one:
-            one["overrides"] = {f"{hostile}.{path}": f"{hostile}{value}" for path, value in one["overrides"].items()}
-        if "values" in one:
-            one["values"] = {f"{name}{hostile}": value for name, value in one["values"].items()}
-        if one["event"] == "search_started":
-            one.update(metric=LOSS + hostile, metrics=[LOSS + hostile, FORGETTING + hostile], space={})
-            one["objectives"] = [{"metric": FORGETTING + hostile, "mode": "min"}]
-            one["constraints"] = [{"metric": FORGETTING + hostile, "max": 0.1}]
-        if one["event"] == "search_finished":
-            one.update(ended_by=hostile, ties=[hostile], pareto_front=["t00", hostile])
+    for entry in events:
+        if "overrides" in entry:
+            entry["overrides"] = {
+                f"{hostile}.{path}": f"{hostile}{value}" for path, value in entry["overrides"].items()
+            }
+        if "values" in entry:
+            entry["values"] = {f"{name}{hostile}": value for name, value in entry["values"].items()}
+        if entry["event"] == "search_started":
+            entry.update(metric=LOSS + hostile, metrics=[LOSS + hostile, FORGETTING + hostile], space={})
+            entry["objectives"] = [{"metric": FORGETTING + hostile, "mode": "min"}]
+            entry["constraints"] = [{"metric": FORGETTING + hostile, "max": 0.1}]
+        if entry["event"] == "search_finished":
+            entry.update(ended_by=hostile, ties=[hostile], pareto_front=["t00", hostile])
     html = report_html(replay(events))
     assert "<script>x" not in html
     page = Page(html)
@@ -143,8 +147,8 @@ def test_user_text_is_escaped_in_all_charts() -> None:
 
 def test_field_without_trials_has_no_axis() -> None:
     events = searched_events()
-    for one in events:
-        one.get("overrides", {}).pop(WARMUP, None)
+    for entry in events:
+        entry.get("overrides", {}).pop(WARMUP, None)
     figure = search_report.parallel(search_of(events))
     assert figure is not None
     assert ">warmup<" not in figure.svg

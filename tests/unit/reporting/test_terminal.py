@@ -207,9 +207,9 @@ def test_ascii_log_file_gets_its_lines(tmp_path: Path) -> None:
 def test_final_state_is_rendered_on_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     follow(tmp_path, sample_events(), Console(file=out, width=100, height=40, force_terminal=True))
-    displayed = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert "12 of 12 trials" in displayed
-    assert "domain perplexity" in displayed
+    output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "12 of 12 trials" in output
+    assert "domain perplexity" in output
 
 
 def test_narrow_leaderboard_omits_and_names_columns() -> None:
@@ -233,10 +233,10 @@ def test_narrow_leaderboard_omits_and_names_columns() -> None:
 
 def test_replicate_names_its_trial() -> None:
     events = searched_events()
-    started = next(i for i, one in enumerate(events) if one["event"] == "trial_started" and one["trial"] == "r01")
+    started = next(i for i, entry in enumerate(events) if entry["event"] == "trial_started" and entry["trial"] == "r01")
     state = replay(events[: started + 1])
     assert any("r01  replicate of t01" in line for line in rendered_lines(render(state, 120, START + 501), 120))
-    ended = next(one for one in events if one["event"] == "trial_finished" and one["trial"] == "r01")
+    ended = next(entry for entry in events if entry["event"] == "trial_finished" and entry["trial"] == "r01")
     (line,) = PlainLines(since=0.0).lines(replay([*events[: started + 1], ended]), ended)
     assert "(replicate of t01)" in line
 

@@ -82,10 +82,10 @@ def test_one_run_per_stage_trial_and_experiment() -> None:
 def test_every_run_is_opened_once_and_finished_last() -> None:
     actions = translated(sample_events())
     for run in of_type(Open, actions):
-        own = [action for action in actions if action.id == run.id]
-        assert own[0] is run
-        assert isinstance(own[-1], Finish)
-        assert len(of_type(Open, own)) == len(of_type(Finish, own)) == 1
+        run_actions = [action for action in actions if action.id == run.id]
+        assert run_actions[0] is run
+        assert isinstance(run_actions[-1], Finish)
+        assert len(of_type(Open, run_actions)) == len(of_type(Finish, run_actions)) == 1
 
 
 def test_ids_are_deterministic_and_distinct() -> None:
@@ -150,10 +150,10 @@ def test_trial_has_overrides_metric_and_outcome() -> None:
 
 
 def test_replayed_search_opens_no_trials_but_has_its_table() -> None:
-    again = event("trial_finished", 2, trial="t1", overrides={"sft.epochs": 2}, state="done", value=1.5, seconds=3.0)
+    trial = event("trial_finished", 2, trial="t1", overrides={"sft.epochs": 2}, state="done", value=1.5, seconds=3.0)
     space = {"sft.epochs": "one of 1, 2"}
     search = event("search_started", 1, metric=METRIC, mode="min", trials=1, space=space)
-    actions = translated([event("run_started", stages=[]), search, again])
+    actions = translated([event("run_started", stages=[]), search, trial])
     assert [run.job_type for run in of_type(Open, actions)] == ["comparison"]
     (log,) = of_type(Log, actions)
     (row,) = log.values["leaderboard"].rows
@@ -173,9 +173,9 @@ def test_stage_built_by_another_run_has_no_run() -> None:
 
 def test_curve_of_a_reused_stage_is_not_sent_again() -> None:
     translator = Translator("quickstart", EXPERIMENT)
-    again = event("metrics", stage="base", step=1, values={"loss": 1.0})
+    point = event("metrics", stage="base", step=1, values={"loss": 1.0})
     end = event("stage_finished", stage="base", kind="pretrain", fingerprint="f", reused=True, facts={})
-    actions = translator.translate([event("run_started", stages=[]), again, end])
+    actions = translator.translate([event("run_started", stages=[]), point, end])
     assert [run.name for run in of_type(Open, actions)] == ["quickstart"]
     assert translator.late == 0
 
@@ -249,9 +249,9 @@ def test_responses_are_a_table_and_not_summary_values() -> None:
     ppo, wins, experiment_run = (opened(actions, f"rewarded{name}") for name in ("/ppo", "/wins", ""))
     *_, responses = of_type(Log, actions, ppo.id)
     assert list(responses.values) == ["responses"]
-    built = responses.values["responses"]
-    assert built.columns == ["prompt", "before", "after", "reward before", "reward after"]
-    assert [row[0] for row in built.rows] == [one["prompt"] for one in PPO_FACTS["responses"]]
+    responses_table = responses.values["responses"]
+    assert responses_table.columns == ["prompt", "before", "after", "reward before", "reward after"]
+    assert [row[0] for row in responses_table.rows] == [entry["prompt"] for entry in PPO_FACTS["responses"]]
     (model_responses,) = of_type(Log, actions, wins.id)
     assert model_responses.values["responses"].columns[:4] == ["prompt", "base", "ppo", "grpo"]
     for run in (ppo, wins, experiment_run):
@@ -340,8 +340,8 @@ def test_histograms_are_found_at_any_depth_and_empty_ones_skipped() -> None:
 
 
 def test_rows_of_a_table_are_as_long_as_its_columns() -> None:
-    built = table(["a", "b"], [[1], [1, 2, 3], [math.nan, {"x": 1}]])
-    assert built.rows == [[1, None], [1, 2], ["NaN", '{"x": 1}']]
+    result = table(["a", "b"], [[1], [1, 2, 3], [math.nan, {"x": 1}]])
+    assert result.rows == [[1, None], [1, 2], ["NaN", '{"x": 1}']]
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,11 @@ def test_notes_have_the_sync_command_and_missing_records() -> None:
 
 def test_origin_of_unsampled_trials_is_a_tag_and_in_the_config() -> None:
     actions = translated(searched_events())
-    sampled, cloned, again = (opened(actions, name) for name in ("t00", "t03", "r01"))
+    sampled, cloned, replicate = (opened(actions, name) for name in ("t00", "t03", "r01"))
     assert (sampled.tags, sampled.config["origin"]) == ((), "sampled")
     assert (cloned.tags, cloned.config["of"]) == (("cloned",), "t00")
-    assert again.tags == ("replicate",)
-    assert (again.config["of"], again.config["sft.seed"]) == ("t01", 1017)
+    assert replicate.tags == ("replicate",)
+    assert (replicate.config["of"], replicate.config["sft.seed"]) == ("t01", 1017)
     assert "of" not in sampled.config
 
 
@@ -395,7 +395,7 @@ def test_trials_have_distinct_stable_run_ids() -> None:
 
 def test_resumed_trial_continues_its_run() -> None:
     events = searched_events()
-    cut = next(i for i, one in enumerate(events) if one["event"] == "trial_finished" and one["trial"] == "t04")
+    cut = next(i for i, entry in enumerate(events) if entry["event"] == "trial_finished" and entry["trial"] == "t04")
     actions = translated([*events[:cut], *events[:4], events[cut - 2], *events[cut:]])
     assert opened(actions, "t04").id == opened(translated(events), "t04").id
 
@@ -456,12 +456,12 @@ def test_tables_compare_the_best_and_the_worst_trial() -> None:
 
 def test_unsearched_filter_has_no_samples() -> None:
     events = searched_events()
-    for one in events:
-        one.get("overrides", {}).pop(SHARE, None)
-        if one.get("stage") == "clean":
-            one["fingerprint"] = "f-same"
-        if one["event"] == "search_started":
-            one["space"] = {path: line for path, line in one["space"].items() if path != SHARE}
+    for entry in events:
+        entry.get("overrides", {}).pop(SHARE, None)
+        if entry.get("stage") == "clean":
+            entry["fingerprint"] = "f-same"
+        if entry["event"] == "search_started":
+            entry["space"] = {path: line for path, line in entry["space"].items() if path != SHARE}
     (log,) = of_type(Log, translated(events), run_id("searched"))
     assert "filter_samples" not in log.values
 
@@ -477,10 +477,10 @@ def test_search_summary_has_winner_ties_and_end_reason() -> None:
 @pytest.mark.parametrize(("state", "late"), [("stopped", 0), ("done", 1)])
 def test_late_step_of_a_stopped_trial_is_not_missing(state: str, late: int) -> None:
     translator = Translator("quickstart", EXPERIMENT)
-    start = event("trial_started", 0.5, trial="t", overrides={"sft.epochs": 1})
+    trial_started = event("trial_started", 0.5, trial="t", overrides={"sft.epochs": 1})
     end = event("trial_finished", 3, trial="t", overrides={"sft.epochs": 1}, state=state, value=2.0)
     point = event("metrics", 4, stage="sft", step=2, values={"loss": 1.0}, trial="t")
-    opening, *rest = training(trial="t")
-    actions = translator.translate([opening, start, *rest, end, point])
+    run_started, *rest = training(trial="t")
+    actions = translator.translate([run_started, trial_started, *rest, end, point])
     assert len(of_type(Log, actions)) == 1
     assert translator.late == late

@@ -44,9 +44,9 @@ def test_kappa_of_equal_opposite_and_constant_raters() -> None:
 
 @given(BOOLS)
 def test_agreement_is_symmetric(pairs: list[tuple[bool, bool]]) -> None:
-    one, other = (np.array(values, dtype=bool) for values in zip(*pairs, strict=True))
-    forward, backward = agreement(one, other), agreement(other, one)
-    assert forward["share"] == backward["share"] == np.mean(one == other)
+    first, second = (np.array(values, dtype=bool) for values in zip(*pairs, strict=True))
+    forward, backward = agreement(first, second), agreement(second, first)
+    assert forward["share"] == backward["share"] == np.mean(first == second)
     assert forward["kappa"] == backward["kappa"]
     assert forward["kappa"] is None or -1 <= forward["kappa"] <= 1
 
@@ -100,8 +100,8 @@ def test_best_threshold_that_keeps_nothing_is_below_the_minimum() -> None:
 
 
 @given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300))
-def test_number_between_two_values_separates_them(one: float, other: float) -> None:
-    low, high = sorted((one, other))
+def test_number_between_two_values_separates_them(first: float, second: float) -> None:
+    low, high = sorted((first, second))
     if low < high:
         assert low <= between(low, high) < high
     assert between(-math.inf, high) < high

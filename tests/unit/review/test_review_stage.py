@@ -49,13 +49,13 @@ def sampled_ids(workspace: ReviewWorkspace) -> list[str]:
 def test_decisions_override_the_filter_and_other_rows_are_unchanged(workspace: ReviewWorkspace) -> None:
     ids = ids_of(workspace)
     workspace.decide({ids[19]: "drop", ids[20]: "keep", ids[0]: "keep", ids[39]: "drop"})
-    built = workspace.build("checked")["checked"]
-    assert [row["id"] for row in read_rows(built.path)] == [*ids[:19], ids[20]], "in input order"
-    dropped = [json.loads(line) for line in (built.path / "dropped.jsonl").read_text().splitlines()]
+    artifact = workspace.build("checked")["checked"]
+    assert [row["id"] for row in read_rows(artifact.path)] == [*ids[:19], ids[20]], "in input order"
+    dropped = [json.loads(line) for line in (artifact.path / "dropped.jsonl").read_text().splitlines()]
     assert [(line["id"], line["rule"]) for line in dropped] == [
         (id, "review" if id in (ids[19], ids[39]) else "perplexity keep_fraction 0.5") for id in [ids[19], *ids[21:]]
     ]
-    facts = built.facts
+    facts = artifact.facts
     assert (facts["rows_in"], facts["rows"], facts["kept"], facts["dropped"]) == (40, 20, 20, 20)
     assert (facts["restored"], facts["removed"]) == (1, 1)
     assert facts["agreement"]["reviewed"] == 4
@@ -67,9 +67,9 @@ def test_decision_applies_to_all_copies_of_a_row(tmp_path: Path) -> None:
     ids = ids_of(workspace)
     assert ids[:4] == ids[4:]
     workspace.decide({ids[0]: "drop", ids[1]: "keep"})
-    built = workspace.build("checked")["checked"]
-    assert [row["id"] for row in read_rows(built.path)] == [ids[1], ids[2], ids[3], ids[1]]
-    assert built.facts["agreement"]["reviewed"] == 2
+    artifact = workspace.build("checked")["checked"]
+    assert [row["id"] for row in read_rows(artifact.path)] == [ids[1], ids[2], ids[3], ids[1]]
+    assert artifact.facts["agreement"]["reviewed"] == 2
 
 
 def test_workbook_and_lines_give_the_same_rows(workspace: ReviewWorkspace) -> None:
@@ -119,8 +119,8 @@ def test_best_threshold_separates_the_decisions(workspace: ReviewWorkspace) -> N
     above = min(ids.index(id) + 1 for id in sampled if ids.index(id) >= 24)
     assert below <= actual["threshold"] < above
     assert actual["agreement"] == 1.0
-    wrong = sum(20 <= ids.index(id) < 24 for id in sampled)
-    assert actual["current_agreement"] == facts["agreement"]["share"] == pytest.approx(1 - wrong / len(sampled))
+    disagreements = sum(20 <= ids.index(id) < 24 for id in sampled)
+    assert actual["current_agreement"] == facts["agreement"]["share"] == pytest.approx(1 - disagreements / len(sampled))
     assert (facts["sampled"], facts["sampled_decided"]) == (12, 12)
 
 
@@ -162,13 +162,13 @@ def test_injected_corruption_is_evaluated_but_not_shown_to_the_reviewer(tmp_path
         assert item.row.keys() == set(REVIEWED_COLUMNS) == {"id", "text", "messages", "rejected"}
     corrupted = {row["id"] for row in read_rows(workspace.build("scored")["scored"].path) if row["injected_corruption"]}
     workspace.decide({item.id: "drop" if item.id in corrupted else "keep" for item in pending.rows})
-    built = workspace.build("clean", "checked")
-    before, after = built["clean"].facts["injected_corruption"], built["checked"].facts["injected_corruption"]
+    artifacts = workspace.build("clean", "checked")
+    before, after = artifacts["clean"].facts["injected_corruption"], artifacts["checked"].facts["injected_corruption"]
     assert after["total"] == before["total"] == len(corrupted)
     assert after["dropped"] == before["dropped"] + sum(
         item.id in corrupted and item.outcome.keep for item in pending.rows
     )
-    assert [row[0] for row in filter_table(experiment, built)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
+    assert [row[0] for row in filter_table(experiment, artifacts)["rows"]][::2] == ["clean", "checked"]  # type: ignore[index]
 
 
 # Errors.
@@ -226,19 +226,19 @@ def test_new_decisions_rebuild_only_the_review(workspace: ReviewWorkspace) -> No
 
 
 def test_removed_scored_rows_are_reported(workspace: ReviewWorkspace) -> None:
-    built = workspace.build("clean")
-    built["scored"].path.rename(workspace.folder / "removed")
+    artifacts = workspace.build("clean")
+    artifacts["scored"].path.rename(workspace.folder / "removed")
     with pytest.raises(StoreError, match="no longer exists"):
-        read_filter_results(built["clean"])
+        read_filter_results(artifacts["clean"])
 
 
 def test_selection_inconsistent_with_its_rules_is_reported(workspace: ReviewWorkspace) -> None:
-    built = workspace.build("clean")
-    manifest = json.loads((built["clean"].path / "manifest.json").read_text())
+    artifacts = workspace.build("clean")
+    manifest = json.loads((artifacts["clean"].path / "manifest.json").read_text())
     manifest["identity"]["keep"] = {"perplexity": {"keep_fraction": 0.25}}
-    built["clean"].manifest.update(manifest)
+    artifacts["clean"].manifest.update(manifest)
     with pytest.raises(StoreError, match="does not have the rows"):
-        read_filter_results(built["clean"])
+        read_filter_results(artifacts["clean"])
 
 
 # The command, before the server starts.
@@ -323,10 +323,10 @@ def test_plan_has_the_rows_of_a_review_and_reports_changed_decisions(workspace: 
 def test_report_terminal_and_comparison_have_agreement_and_threshold(workspace: ReviewWorkspace) -> None:
     ids = ids_of(workspace)
     workspace.decide({id: "keep" if ids.index(id) < 24 else "drop" for id in sampled_ids(workspace)[:10]})
-    built = workspace.build("clean", "checked")
+    artifacts = workspace.build("clean", "checked")
     experiment, _ = workspace.load()
-    agreement = built["checked"].facts["agreement"]["share"]
-    actual = review_table(experiment, built)
+    agreement = artifacts["checked"].facts["agreement"]["share"]
+    actual = review_table(experiment, artifacts)
     assert actual is not None
     assert actual["rows"][0][:3] == ["clean in checked", "10", agreement]
     assert len(actual["columns"]) == len(actual["rows"][0])

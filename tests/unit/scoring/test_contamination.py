@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scorer_rows import answer_row, hostile_rows, text_row
+from scorer_rows import hostile_rows, response_row, text_row
 
 from tunery.scoring.scorers.contamination import MIN_SHARED_WORDS, ContaminationScorer, NgramIndex
 from tunery.scoring.scorers.ngrams import Words
@@ -37,8 +37,8 @@ def test_score_is_the_fraction_of_ngrams_that_occur_in_a_set(tmp_path: Path) -> 
 
 
 def test_case_and_punctuation_do_not_hide_a_copy(tmp_path: Path) -> None:
-    scorer = contamination_scorer(tmp_path, {"test": [answer_row(words(0, 13))]}, of="response")
-    assert scorer([answer_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
+    scorer = contamination_scorer(tmp_path, {"test": [response_row(words(0, 13))]}, of="response")
+    assert scorer([response_row(words(0, 13).upper().replace(" ", ", ") + "!")])["score"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_matches_of_all_sets_are_combined_and_the_best_set_is_named(tmp_path: Pa
 
 @pytest.mark.parametrize(("of", "score"), [("prompt", 1.0), ("response", 0.0)])
 def test_same_part_of_rows_and_sets_is_compared(tmp_path: Path, of: str, score: float) -> None:
-    scorer = contamination_scorer(tmp_path, {"test": [answer_row("yes", "What is it?")]}, of=of)
-    assert scorer([answer_row("no", "What is it?")])["score"] == [score]
+    scorer = contamination_scorer(tmp_path, {"test": [response_row("yes", "What is it?")]}, of=of)
+    assert scorer([response_row("no", "What is it?")])["score"] == [score]
 
 
 def test_characters_of_scripts_without_spaces_are_words(tmp_path: Path) -> None:

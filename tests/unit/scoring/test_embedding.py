@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scorer_rows import answer_row, text_row
-from scoring_runs import ROWS, make
+from scorer_rows import response_row, text_row
+from scoring_runs import ROWS, run_score_stage
 from small_classifiers import write_encoder, write_language_model
 from transformers import AutoModel, AutoTokenizer
 
@@ -111,9 +111,9 @@ def reference_artifact(folder: Path, rows: list[Row], fingerprint: str) -> Artif
 
 def test_scores_are_recomputed_when_the_references_change(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./encoder"}, "reference": "near"}]
-    references = [answer_row("it is blue", "how"), ROWS[3]]
+    references = [response_row("it is blue", "how"), ROWS[3]]
     both = reference_artifact(tmp_path, references, "a")
-    result = make(folder, tmp_path, "one", by, near=both)
+    result = run_score_stage(folder, tmp_path, "one", by, near=both)
     assert (result.facts["rows_in"], result.facts["rows_out"]) == (len(ROWS), len(ROWS))
     assert result.facts["scores"]["embedding"]["good"] == "high"
     (shard,) = (tmp_path / "one" / "out" / "scores").iterdir()
@@ -125,15 +125,15 @@ def test_scores_are_recomputed_when_the_references_change(folder: Path, tmp_path
     np.testing.assert_allclose(table["embedding"], similarities.max(axis=1), atol=1e-5)
     assert table["embedding_nearest"] == [references[index]["id"] for index in similarities.argmax(axis=1)]
     assert table["embedding"][3] == pytest.approx(1.0, abs=1e-5), "it is among the references"
-    assert make(folder, tmp_path, "again", by, near=both).runtime_stats["rows_scored"] == 0
-    other = make(folder, tmp_path, "other", by, near=reference_artifact(tmp_path, references[:1], "b"))
+    assert run_score_stage(folder, tmp_path, "again", by, near=both).runtime_stats["rows_scored"] == 0
+    other = run_score_stage(folder, tmp_path, "other", by, near=reference_artifact(tmp_path, references[:1], "b"))
     assert other.runtime_stats["rows_scored"] == len(ROWS)
 
 
 def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}}]
     empty_row = text_row("")
-    result = make(folder, tmp_path, "one", by, rows=[*ROWS, empty_row])
+    result = run_score_stage(folder, tmp_path, "one", by, rows=[*ROWS, empty_row])
     assert result.facts["vectors"] == {"embedding": {"rows": len(ROWS), "missing": 1, "dimensions": 16}}
     assert result.facts["scores"] == {}
     assert result.facts["tokens"] > 0
@@ -144,7 +144,7 @@ def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path
     vectors = vectors_of(table["embedding_vector"])
     np.testing.assert_allclose(vectors[:-1], expected, atol=1e-3)
     assert np.isnan(vectors[-1]).all()
-    assert make(folder, tmp_path, "again", by, rows=[*ROWS, empty_row]).runtime_stats["rows_scored"] == 0
+    assert run_score_stage(folder, tmp_path, "again", by, rows=[*ROWS, empty_row]).runtime_stats["rows_scored"] == 0
     (again,) = (tmp_path / "again" / "out" / "scores").iterdir()
     np.testing.assert_array_equal(vectors_of(pq.read_table(again)["embedding_vector"]), vectors)
 
@@ -152,4 +152,4 @@ def test_vectors_without_references_are_stored_and_cached(folder: Path, tmp_path
 def test_references_without_tokens_are_an_error(folder: Path, tmp_path: Path) -> None:
     by = [{"embedding": {"pretrained": "./causal"}, "reference": "near"}]
     with pytest.raises(TuneryError, match=r"no row of `near` can serve as reference\ncause: all"):
-        make(folder, tmp_path, "empty", by, near=reference_artifact(tmp_path, [text_row("")], "a"))
+        run_score_stage(folder, tmp_path, "empty", by, near=reference_artifact(tmp_path, [text_row("")], "a"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from responses_in_languages import SENTENCES, responses
-from scorer_rows import answer_row, score_corpus, text_row
+from scorer_rows import response_row, score_corpus, text_row
 
 from tunery.scoring.scorers import c4, gopher
 from tunery.scoring.scorers.c4 import C4Scorer
@@ -39,7 +39,7 @@ LANGUAGE = pytest.mark.parametrize("language", SENTENCES)
 
 @LANGUAGE
 def test_length_of_good_responses_is_in_the_range_of_english_ones(language: str) -> None:
-    rows = [answer_row(response) for response in responses(language, 100)]
+    rows = [response_row(response) for response in responses(language, 100)]
     scores = LengthScorer(Length(length="words"), {})(rows)["score"]
     assert all(3 <= score <= 500 for score in scores)
     assert 50 <= sum(scores) / 100 <= 250
@@ -47,14 +47,14 @@ def test_length_of_good_responses_is_in_the_range_of_english_ones(language: str)
 
 @LANGUAGE
 def test_gopher_without_settings_keeps_good_responses(language: str) -> None:
-    rows = [answer_row(response) for response in responses(language, 100)]
+    rows = [response_row(response) for response in responses(language, 100)]
     columns = GopherScorer(Gopher(gopher=GopherRules()), {})(rows)
     assert sum(score == 0 for score in columns["score"]) >= 98, columns["rules"]
 
 
 @LANGUAGE
 def test_c4_without_settings_keeps_good_responses(language: str) -> None:
-    rows = [answer_row(response) for response in responses(language, 100)]
+    rows = [response_row(response) for response in responses(language, 100)]
     assert C4Scorer(C4(c4=C4Rules()), {})(rows)["score"] == [0] * 100
 
 
@@ -182,7 +182,7 @@ def test_contamination_is_found_in_each_language(language: str, tmp_path: Path) 
     ],
 )
 def test_macrolanguage_has_the_probability_of_all_its_members(language: str, text: str, other: str) -> None:
-    row = answer_row(text)
+    row = response_row(text)
     columns = LanguageScorer(Language(language=language), {})([row])
     assert columns["detected"] == [other]
     assert 0.85 < columns["score"][0] <= 1
@@ -195,7 +195,7 @@ def test_macrolanguage_has_the_probability_of_all_its_members(language: str, tex
 
 
 def test_member_language_counts_only_itself() -> None:
-    row = answer_row("该函数返回目录中所有文件的列表。")
+    row = response_row("该函数返回目录中所有文件的列表。")
     for member in ("yue", "wuu", "hr", "id", "nn"):
         assert LanguageScorer(Language(language=member), {})([row])["score"][0] < 0.3
 
@@ -226,5 +226,5 @@ def test_unknown_language_is_rejected_with_a_suggestion(language: str, suggestio
 def test_responses_are_detected_as_their_language() -> None:
     rng = random.Random(3)
     for language in SENTENCES:
-        rows = [answer_row(rng.choice(responses(language, 100))) for _ in range(4)]
+        rows = [response_row(rng.choice(responses(language, 100))) for _ in range(4)]
         assert min(LanguageScorer(Language(language=language), {})(rows)["score"]) > 0.9

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scorer_rows import answer_row, hostile_rows, prompt_row, score_corpus, text_row
+from scorer_rows import hostile_rows, prompt_row, response_row, score_corpus, text_row
 
 from tunery.scoring.scorers import near_duplicates
 from tunery.scoring.scorers.exact_duplicates import DuplicatesScorer
@@ -53,11 +53,11 @@ def test_compared_part_and_normalization_are_configurable(
     tmp_path: Path, comparison: str, of: str, scores: list[float]
 ) -> None:
     rows = [
-        answer_row("Same thing.", "Why\nis it?"),
-        answer_row("Other.", "why is  IT?"),
-        answer_row("same  thing. ", "How?"),
+        response_row("Same thing.", "Why\nis it?"),
+        response_row("Other.", "why is  IT?"),
+        response_row("same  thing. ", "How?"),
         prompt_row("Why\nis it? "),
-        answer_row("Same thing. ", "Why is it?"),
+        response_row("Same thing. ", "Why is it?"),
     ]
     assert score_corpus(exact_scorer(of, comparison=comparison), rows, tmp_path)["score"] == pytest.approx(
         scores, nan_ok=True
@@ -65,7 +65,7 @@ def test_compared_part_and_normalization_are_configurable(
 
 
 def test_rejected_responses_are_part_of_the_row(tmp_path: Path) -> None:
-    rows = [answer_row("yes"), {**answer_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
+    rows = [response_row("yes"), {**response_row("yes"), "rejected": [{"role": "assistant", "content": "no"}]}]
     assert score_corpus(exact_scorer(comparison="normalised"), rows, tmp_path)["score"] == [0, 0]
 
 
@@ -117,8 +117,8 @@ def ngrams(text: str, n: int) -> set[str]:
     return {" ".join(words[start : start + n]) for start in range(len(words) - n + 1)}
 
 
-def jaccard(one: set[str], other: set[str]) -> float:
-    return len(one & other) / len(one | other)
+def jaccard(first: set[str], second: set[str]) -> float:
+    return len(first & second) / len(first | second)
 
 
 def test_near_duplicates_equal_a_brute_force_search(tmp_path: Path) -> None:
@@ -188,7 +188,10 @@ def test_neighbors_in_a_crowded_band_are_the_first_and_the_previous(monkeypatch:
 
 
 def test_part_and_ngram_length_are_configurable(tmp_path: Path) -> None:
-    rows = [answer_row("a b c d e f", "Why?"), answer_row("a b c d e f", "How is it that one asks at such a length?")]
+    rows = [
+        response_row("a b c d e f", "Why?"),
+        response_row("a b c d e f", "How is it that one asks at such a length?"),
+    ]
     assert score_corpus(near_scorer(of="response"), rows, tmp_path / "response")["score"] == [0, 1]
     assert score_corpus(near_scorer(of="all"), rows, tmp_path / "all")["score"] == [0, 0]
     rows = [text_row("a b c d"), text_row("d c b a")]
@@ -240,7 +243,7 @@ def test_hostile_rows_are_compared(rows: list[Row], tmp_path_factory: pytest.Tem
 
 
 def test_combining_marks_take_linear_time(tmp_path: Path) -> None:
-    row = answer_row("")
+    row = response_row("")
     row["messages"][-1]["content"] = "\u0315\u0300" * 200_000
     for scorer in (exact_scorer("response"), near_scorer(of="response")):
         started = time.process_time()

@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scorer_rows import answer_row, hostile_rows, prompt_row, text_row
+from scorer_rows import hostile_rows, prompt_row, response_row, text_row
 
 from tunery.scoring.scorers import c4, gopher
 from tunery.scoring.scorers.c4 import C4Scorer
@@ -27,11 +27,11 @@ from tunery.store.rows import Row
 @pytest.mark.parametrize(
     ("unit", "row", "score", "prompt_length"),
     [
-        ("words", answer_row("two  words", "Why is that?"), 2, 3),
-        ("chars", answer_row("né\n", "Why?"), 3, 4),
-        ("lines", answer_row("a\n\n  \nb c\n", "x"), 2, 1),
+        ("words", response_row("two  words", "Why is that?"), 2, 3),
+        ("chars", response_row("né\n", "Why?"), 3, 4),
+        ("lines", response_row("a\n\n  \nb c\n", "x"), 2, 1),
         ("words", text_row("a plain text"), 3, math.nan),
-        ("words", answer_row("", "Why?"), 0, 1),
+        ("words", response_row("", "Why?"), 0, 1),
         ("words", prompt_row("Why is that?"), math.nan, 3),
     ],
 )
@@ -48,7 +48,7 @@ def test_length_scores_the_response_and_lists_the_prompt_length(
 @pytest.mark.parametrize(("of", "words"), [("response", 1), ("prompt", 2), ("all", 3)])
 def test_length_is_of_the_requested_part(of: str, words: int) -> None:
     spec = Length.model_validate({"length": "words", "of": of})
-    assert LengthScorer(spec, {})([answer_row("three", "one two")])["score"] == [words]
+    assert LengthScorer(spec, {})([response_row("three", "one two")])["score"] == [words]
 
 
 # Gopher.
@@ -149,7 +149,7 @@ def test_ordinary_text_passes_and_a_repetitive_one_violates_all_repetition_rules
         " which the disk prefers; set another one where you know better."
     )
     columns = GopherScorer(Gopher(gopher=GopherRules()), {})(
-        [answer_row(page), answer_row("what is it that asks " * 40)]
+        [response_row(page), response_row("what is it that asks " * 40)]
     )
     assert columns["score"][0] == 0
     assert columns["rules"][0] == ""
@@ -157,7 +157,7 @@ def test_ordinary_text_passes_and_a_repetitive_one_violates_all_repetition_rules
 
 
 def test_complete_row_is_scored_if_requested() -> None:
-    row = answer_row("one two three", "four five six")
+    row = response_row("one two three", "four five six")
     for of, violations in (("response", 1), ("all", 0)):
         rules = GopherRules.model_validate({**OFF, "words_min": 4, "of": of})
         assert GopherScorer(Gopher(gopher=rules), {})([row])["score"] == [violations]
@@ -212,7 +212,7 @@ def test_fraction_of_failing_lines_is_configurable() -> None:
 
 
 def test_c4_scores_the_requested_part_and_names_the_rules() -> None:
-    row = answer_row("The first. The second of them. And a third sentence.", "What does {} do?")
+    row = response_row("The first. The second of them. And a third sentence.", "What does {} do?")
     for of, names in (("response", ""), ("all", "braces")):
         columns = C4Scorer(C4(c4=C4Rules.model_validate({"of": of})), {})([row])
         assert columns == {"score": [float(bool(names))], "rules": [names]}
@@ -238,13 +238,13 @@ def english() -> LanguageScorer:
 def test_score_is_the_probability_and_the_detected_language_is_listed(
     english: LanguageScorer, text: str, detected: str, low: float, high: float
 ) -> None:
-    columns = english([answer_row(text)])
+    columns = english([response_row(text)])
     assert columns["detected"] == [detected]
     assert low <= columns["score"][0] <= high
 
 
 def test_text_without_letters_has_no_language(english: LanguageScorer) -> None:
-    columns = english([answer_row(text) for text in ("", "1 + 1 = 2", "😀", " \n")])
+    columns = english([response_row(text) for text in ("", "1 + 1 = 2", "😀", " \n")])
     assert columns["detected"] == [""] * 4
     assert all(map(math.isnan, columns["score"]))
 
@@ -277,13 +277,13 @@ def test_hostile_rows_are_scored_by_every_rule(scorers: list[RowScorer], rows: l
 
 @pytest.mark.parametrize("index", [1, 2, 3])
 def test_unscorable_rows_have_no_score(scorers: list[RowScorer], index: int) -> None:
-    rows = [answer_row(""), answer_row(" \n\t"), prompt_row("Why?")]
+    rows = [response_row(""), response_row(" \n\t"), prompt_row("Why?")]
     assert all(map(math.isnan, scorers[index](rows)["score"]))
 
 
 @pytest.mark.parametrize("text", ["same words over and over ", "\u0315\u0300", "x.", "\n- "])
 def test_megabyte_of_text_takes_linear_time(scorers: list[RowScorer], text: str) -> None:
-    row = answer_row("")
+    row = response_row("")
     row["messages"][-1]["content"] = text * (1_000_000 // len(text))
     for scorer in scorers:
         started = time.process_time()

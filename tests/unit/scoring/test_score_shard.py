@@ -231,9 +231,9 @@ def test_vectors_are_merged_for_cached_new_and_failed_rows(shard: Path, tmp_path
     cached = cached.append_column("id", [ids_to_uint64(scored_table.take([1, 4])["id"].to_pylist())])
     ScoreCache(tmp_path / "cache").add("r", [cached], 2)
     assert score_shard(shard, job(tmp_path, "2", a=tmp_path / "cache"), score)["cached"] == 2
-    again = pq.read_table(tmp_path / "out" / shard.name)
-    assert again["cached:a"].to_pylist() == [n in (1, 4) for n in range(10)]
-    np.testing.assert_array_equal(vectors_of(again["a:vector"]), expected)
+    rescored = pq.read_table(tmp_path / "out" / shard.name)
+    assert rescored["cached:a"].to_pylist() == [n in (1, 4) for n in range(10)]
+    np.testing.assert_array_equal(vectors_of(rescored["a:vector"]), expected)
 
 
 def test_first_crash_does_not_change_the_batches(shard: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scorer_rows import answer_row
+from scorer_rows import response_row
 
 from tunery.scoring.scorers.length import LengthScorer
 from tunery.scoring.scorers.texts import has_words, script, terms, words
@@ -47,7 +47,7 @@ SENTENCES = [
 @pytest.mark.parametrize(("language", "sentence", "count"), SENTENCES)
 def test_number_of_words_by_language(language: str, sentence: str, count: int) -> None:
     assert len(words(sentence)) == count
-    assert LengthScorer(Length(length="words"), {})([answer_row(sentence)])["score"] == [count]
+    assert LengthScorer(Length(length="words"), {})([response_row(sentence)])["score"] == [count]
 
 
 @pytest.mark.parametrize(("language", "sentence", "count"), SENTENCES)
@@ -133,7 +133,7 @@ def test_script_is_that_of_most_letters(text: str, name: str) -> None:
 
 def test_length_of_an_empty_response_is_zero_in_every_unit() -> None:
     for unit in ("words", "chars", "lines"):
-        scores = LengthScorer(Length.model_validate({"length": unit}), {})([answer_row("")])["score"]
+        scores = LengthScorer(Length.model_validate({"length": unit}), {})([response_row("")])["score"]
         assert scores == [0]
         assert not math.isnan(scores[0])
 

@@ -63,9 +63,11 @@ def test_ties_at_the_threshold_go_to_the_first_rows(scores: list[float], quantil
 
 
 @given(SCORES, QUANTILES, QUANTILES)
-def test_smaller_keep_fraction_keeps_a_subset(scores: list[float], one: float, other: float) -> None:
-    few, _ = apply_rule(np.array(scores), Keep(keep_fraction=min(one, other)))
-    many, _ = apply_rule(np.array(scores), Keep(keep_fraction=max(one, other)))
+def test_smaller_keep_fraction_keeps_a_subset(
+    scores: list[float], first_quantile: float, second_quantile: float
+) -> None:
+    few, _ = apply_rule(np.array(scores), Keep(keep_fraction=min(first_quantile, second_quantile)))
+    many, _ = apply_rule(np.array(scores), Keep(keep_fraction=max(first_quantile, second_quantile)))
     assert (few <= many).all()
 
 

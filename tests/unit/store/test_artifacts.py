@@ -43,12 +43,12 @@ def test_committed_artifact_is_found_with_its_facts_and_runtime_stats(tmp_path: 
     store = Store(tmp_path)
     assert store.find("dataset", "0123") is None
     committed = commit_artifact(store, rows=3, loss=float("inf"))
-    found = Store(tmp_path).find("dataset", "0123")
-    assert found == committed
-    assert found is not None
-    assert (found.kind, found.fingerprint) == ("dataset", "0123")
-    assert found.facts == {"rows": 3, "loss": float("inf"), "seconds": 1.5}
-    assert (found.path / "rows.txt").read_text() == "rows"
+    artifact = Store(tmp_path).find("dataset", "0123")
+    assert artifact == committed
+    assert artifact is not None
+    assert (artifact.kind, artifact.fingerprint) == ("dataset", "0123")
+    assert artifact.facts == {"rows": 3, "loss": float("inf"), "seconds": 1.5}
+    assert (artifact.path / "rows.txt").read_text() == "rows"
     assert not (store.staging_dir("dataset", "0123") / "out").exists()
 
 
@@ -112,9 +112,9 @@ def test_process_killed_while_committing_leaves_no_artifact_and_the_next_one_bui
     with store.lease("dataset", "0123"):  # not held any more: its owner is dead
         shutil.rmtree(store.staging_dir("dataset", "0123"))
         commit_artifact(store, content="second")
-    found = store.find("dataset", "0123")
-    assert found is not None
-    assert (found.path / "rows.txt").read_text() == "second"
+    artifact = store.find("dataset", "0123")
+    assert artifact is not None
+    assert (artifact.path / "rows.txt").read_text() == "second"
 
 
 def test_concurrent_reader_finds_only_complete_artifacts(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_concurrent_reader_finds_only_complete_artifacts(tmp_path: Path) -> None
         reader = Store(tmp_path)
         while not stop.is_set():
             for number in range(20):
-                if (found := reader.find("dataset", f"{number:04d}")) is not None:
-                    content = (found.path / "rows.txt").read_text()
-                    complete.append(found.facts["size"] == len(content) and "seconds" in found.facts)
+                if (artifact := reader.find("dataset", f"{number:04d}")) is not None:
+                    content = (artifact.path / "rows.txt").read_text()
+                    complete.append(artifact.facts["size"] == len(content) and "seconds" in artifact.facts)
 
     thread = threading.Thread(target=read)
     thread.start()

@@ -91,10 +91,12 @@ def test_files_do_not_depend_on_how_rows_are_split_into_tables(lengths: list[int
         patch.setattr(store, "SHARD", 3)
         patch.setattr(store, "SHARD_BYTES", 100)
         with tempfile.TemporaryDirectory() as folder:
-            one, two = Path(folder) / "one", Path(folder) / "two"
-            assert write_rows(rows, one) == write_tables(tables, two) == len(rows)
-            assert [path.read_bytes() for path in shards(one)] == [path.read_bytes() for path in shards(two)]
-            assert [row["line"] for row in read_rows(one)] == list(range(len(rows)))
+            from_rows, from_tables = Path(folder) / "rows", Path(folder) / "tables"
+            assert write_rows(rows, from_rows) == write_tables(tables, from_tables) == len(rows)
+            assert [path.read_bytes() for path in shards(from_rows)] == [
+                path.read_bytes() for path in shards(from_tables)
+            ]
+            assert [row["line"] for row in read_rows(from_rows)] == list(range(len(rows)))
 
 
 @given(st.lists(st.integers(0, 60) | st.integers(2**64 - 9, 2**64 - 1), max_size=80))
