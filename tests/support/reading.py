@@ -19,12 +19,18 @@ def dataset(source: str = "a.jsonl", **fields: Any) -> Dataset:
     return Dataset(kind="dataset", source=source, **fields)
 
 
+def read_file(folder: Path, name: str, **fields: Any) -> tuple[list[Row], list[Quarantined]]:
+    """Return the rows and the quarantined records of a file."""
+    quarantined: list[Quarantined] = []
+    return list(read_source(dataset(name, **fields), folder, quarantined.append)), quarantined
+
+
 def read(
     folder: Path, content: bytes | str, name: str = "a.jsonl", **fields: Any
 ) -> tuple[list[Row], list[Quarantined]]:
+    """Write a file and return its rows and quarantined records."""
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    quarantined: list[Quarantined] = []
-    return list(read_source(dataset(name, **fields), folder, quarantined.append)), quarantined
+    return read_file(folder, name, **fields)
 
 
 def content(row: Row) -> Row:

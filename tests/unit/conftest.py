@@ -12,7 +12,7 @@ from hypothesis import settings
 from tunery.spec import Experiment, load
 from tunery.spec.yaml_source import YamlSource
 
-# A slow example says that the machine is busy, not that the code is wrong.
+# No deadline: an example may be slow because the machine is busy.
 settings.register_profile("quick", deadline=None, max_examples=30)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

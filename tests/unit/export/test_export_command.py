@@ -137,7 +137,7 @@ class RunLog:
         return self
 
     def search(self, states: tuple[str, str] = ("done", "done"), *, with_stages: bool = True) -> RunLog:
-        """Log two trials; without their stages, as if the search was found in the store by a second run."""
+        """Log two trials; without their stages, as if a second run reused the search from the store."""
         self._write("driver", "search_started", metric="sft.eval_loss", mode="min", trials=2, space={})
         for trial, values, state in zip(self.workspace.trials, self.workspace.values, states, strict=True):
             if with_stages and state == "done":

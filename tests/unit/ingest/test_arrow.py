@@ -11,17 +11,9 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from reading import read_file
 
 from tunery.ingest.formats.hub import streamed
-from tunery.ingest.read import Quarantined, read_source
-from tunery.spec import Dataset
-from tunery.store.rows import Row
-
-
-def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
-    quarantined: list[Quarantined] = []
-    return list(read_source(Dataset(kind="dataset", source=name), folder, quarantined.append)), quarantined
-
 
 TOOLS = [
     {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}},
@@ -49,7 +41,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_null_fields_added_by_arrow_are_removed(ending: str, tmp_path: Path) -> None:
     write(tmp_path / f"a.{ending}", [RECORD])
-    (row,), quarantined = read(tmp_path, f"a.{ending}")
+    (row,), quarantined = read_file(tmp_path, f"a.{ending}")
     assert not quarantined
     assert json.loads(row["tools"]) == TOOLS
     assert json.loads(row["messages"][1]["tool_calls"]) == CALLS
@@ -70,7 +62,7 @@ def test_nulls_in_json_text_are_kept(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", [record])
     (tmp_path / "a.jsonl").write_text(json.dumps({**record, "tools": tools}))
     for name in ("a.parquet", "a.jsonl"):
-        (row,), _ = read(tmp_path, name)
+        (row,), _ = read_file(tmp_path, name)
         assert json.loads(row["tools"]) == tools
         assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": None}
 
@@ -87,7 +79,7 @@ def test_arrow_map_becomes_an_object(tmp_path: Path) -> None:
     ]
     table = pa.Table.from_pydict({"messages": messages}, pa.schema([("messages", pa.list_(message))]))
     pq.write_table(table, tmp_path / "a.parquet")
-    (row,), quarantined = read(tmp_path, "a.parquet")
+    (row,), quarantined = read_file(tmp_path, "a.parquet")
     assert json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"] == {"x": "1"}
     assert [line.line for line in quarantined] == [2]
     assert quarantined[0].reason.startswith("messages can't be read: ")

@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from tunery.ingest.read import Quarantined, read_source
-from tunery.spec import Dataset
-from tunery.store.rows import Row
-
-
-def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
-    quarantined: list[Quarantined] = []
-    return list(read_source(Dataset(kind="dataset", source=name), folder, quarantined.append)), quarantined
+from reading import read_file
 
 
 @pytest.mark.parametrize("delimiter", [";", ",", "\t", "|", "^", "~", "§"])
@@ -27,7 +19,7 @@ def test_first_line_may_set_the_delimiter(delimiter: str, hint: str, ending: str
     if delimiter in ",;":
         lines[-1] = f'q{delimiter}"a,;"'
     (tmp_path / f"a.{ending}").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
-    (row,), quarantined = read(tmp_path, f"a.{ending}")
+    (row,), quarantined = read_file(tmp_path, f"a.{ending}")
     assert not quarantined
     assert [message["content"] for message in row["messages"]] == ["q", "a,;"]
     assert row["line"] == 3
@@ -35,7 +27,7 @@ def test_first_line_may_set_the_delimiter(delimiter: str, hint: str, ending: str
 
 def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('sep=;\n\nquestion;answer\nq;"two\nlines"\nq;\nq;a\n')
-    rows, quarantined = read(tmp_path, "a.csv")
+    rows, quarantined = read_file(tmp_path, "a.csv")
     assert [row["line"] for row in rows] == [4, 7]
     assert [(line.line, line.reason) for line in quarantined] == [(6, "response is missing")]
 
@@ -45,6 +37,6 @@ def test_line_numbers_below_the_hint_are_those_of_the_file(tmp_path: Path) -> No
 )
 def test_delimiter_is_detected_from_the_header_otherwise(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(content)
-    (row,), quarantined = read(tmp_path, "a.csv")
+    (row,), quarantined = read_file(tmp_path, "a.csv")
     assert not quarantined
     assert row["messages"][1]["content"] == "sep=,"

@@ -10,16 +10,9 @@ from typing import Any
 
 import openpyxl
 import pytest
+from reading import read_file
 
-from tunery.ingest.read import Quarantined, read_source
 from tunery.review.decisions import read_decisions
-from tunery.spec import Dataset
-from tunery.store.rows import Row
-
-
-def read(folder: Path, name: str) -> tuple[list[Row], list[Quarantined]]:
-    quarantined: list[Quarantined] = []
-    return list(read_source(Dataset(kind="dataset", source=name), folder, quarantined.append)), quarantined
 
 
 def workbook(path: Path, lines: list[list[Any]], dimension: str, title: str = "Sheet", merged: str = "") -> None:
@@ -50,7 +43,7 @@ DIMENSIONS = ["A1:B51", "A1:B10", "A1", "A1:A51", "B3:B10", "A1:B1048576", "A1:X
 @pytest.mark.parametrize("dimension", DIMENSIONS)
 def test_all_rows_of_a_sheet_are_read_despite_a_wrong_dimension(dimension: str, tmp_path: Path) -> None:
     workbook(tmp_path / "a.xlsx", [["question", "answer"], *([f"q{n}", f"a{n}"] for n in range(50))], dimension)
-    rows, quarantined = read(tmp_path, "a.xlsx")
+    rows, quarantined = read_file(tmp_path, "a.xlsx")
     assert not quarantined
     assert [row["messages"][1]["content"] for row in rows] == [f"a{n}" for n in range(50)]
     assert [row["line"] for row in rows] == list(range(2, 52))
@@ -67,7 +60,7 @@ def test_decisions_are_read_beyond_a_wrong_dimension(dimension: str, tmp_path: P
 def test_short_row_has_missing_cells_and_is_not_read_as_another_format(dimension: str, tmp_path: Path) -> None:
     lines = [["prompt", "completion"], ["q1", "a1"], ["q2"], ["q3", "a3"]]
     workbook(tmp_path / "a.xlsx", lines, dimension)
-    rows, quarantined = read(tmp_path, "a.xlsx")
+    rows, quarantined = read_file(tmp_path, "a.xlsx")
     assert [row["line"] for row in rows] == [2, 4]
     assert [(line.line, line.reason) for line in quarantined] == [(3, "response is missing")]
 
@@ -76,7 +69,7 @@ def test_short_row_has_missing_cells_and_is_not_read_as_another_format(dimension
 def test_value_merged_over_rows_applies_to_rows_without_the_cells(dimension: str, tmp_path: Path) -> None:
     lines = [["question", "answer"], ["q1", "a"], ["q2"], ["q3"]]
     workbook(tmp_path / "a.xlsx", lines, dimension, merged="B2:B4")
-    rows, quarantined = read(tmp_path, "a.xlsx")
+    rows, quarantined = read_file(tmp_path, "a.xlsx")
     assert not quarantined
     assert [row["messages"][1]["content"] for row in rows] == ["a", "a", "a"]
 
@@ -86,6 +79,6 @@ def test_formula_without_a_cached_value_beyond_a_wrong_dimension_makes_its_row_i
     dimension: str, tmp_path: Path
 ) -> None:
     workbook(tmp_path / "a.xlsx", [["question", "answer"], ["q1", "a1"], ["q2", "a2"], ["q3", "=1+1"]], dimension)
-    rows, quarantined = read(tmp_path, "a.xlsx")
+    rows, quarantined = read_file(tmp_path, "a.xlsx")
     assert len(rows) == 2
     assert [(line.line, "the formula in B4 has no cached value" in line.reason) for line in quarantined] == [(4, True)]

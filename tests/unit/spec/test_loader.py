@@ -232,9 +232,9 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         ["`base.data` refers to the stage `dosc`, which does not exist", "did you mean `docs`?"],
     ),
     "reference in a list": (
-        [("models: [base, sft]", "models: [base, nobody]")],
+        [("models: [base, sft]", "models: [base, unknown]")],
         15,
-        ["`eval.models.1` refers to the stage `nobody`", "known: docs, more, base, scored, clean, sft"],
+        ["`eval.models.1` refers to the stage `unknown`", "known: docs, more, base, scored, clean, sft"],
     ),
     "stage with the wrong output type": (
         [("data: clean, model", "data: base, model")],

@@ -287,7 +287,7 @@ def test_wait_for_a_lease_can_be_interrupted(holder: int, tmp_path: Path) -> Non
         pass
 
 
-@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
+@pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "zombie"])
 def test_lease_of_a_killed_process_is_taken_over_immediately(holder: int, reaped: bool, tmp_path: Path) -> None:
     os.kill(holder, signal.SIGKILL)
     os.waitid(os.P_PID, holder, os.WEXITED | (0 if reaped else os.WNOWAIT))
