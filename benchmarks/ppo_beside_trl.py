@@ -291,7 +291,10 @@ def digits(bench: Bench) -> None:
     room_b = ends_b < width
     behind_bt[room_b, ends_b[room_b]] = behind_b[room_b]
     kl_bt = kl_per_token(log_probs_bt, reference_bt, "k1")
-    rewards_bt = token_rewards(scores_b, kl_bt, mask_bt, 0.05, late=True)
+    # TRL puts the score one position after the last token, or on the last token if the row is full.
+    score_index_b = mask_bt.sum(dim=1).clamp(max=mask_bt.shape[1] - 1)
+    penalties_bt = torch.where(mask_bt, -0.05 * kl_bt, 0.0)
+    rewards_bt = penalties_bt.scatter_add(1, score_index_b[:, None], scores_b[:, None].to(penalties_bt))
     raw_bt, returns_bt = generalized_advantages(rewards_bt, behind_bt, later_bt, 1.0, 0.95)
     advantages_bt = whiten(raw_bt, mask_bt)
     found = {

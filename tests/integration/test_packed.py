@@ -16,7 +16,7 @@ from workspace import Workspace, facts
 from tunery.errors import StageError
 from tunery.spec import Compute, Sft
 from tunery.training.job import Job, RowSource
-from tunery.training.packed.pack import STATE_BYTES, Pack
+from tunery.training.packed.pack import ADAPTER_STATE_BYTES, Pack
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -167,7 +167,7 @@ def test_pack_size_is_limited_by_memory(before_sft: Workspace, tmp_path: Path) -
         for name, module in Pack(jobs["plain"].model, "cpu", "fp32")._model.named_modules()
         if name.endswith("_proj")
     )
-    pack = Pack(jobs["plain"].model, "cpu", "fp32", free=lambda device: 2.5 * numbers * STATE_BYTES)
+    pack = Pack(jobs["plain"].model, "cpu", "fp32", free_memory=lambda device: 2.5 * numbers * ADAPTER_STATE_BYTES)
     members = {name: pack.join(job, lambda metrics: None) for name, job in jobs.items()}
     assert members["plain"] is not None
     assert members["large_batches"] is not None

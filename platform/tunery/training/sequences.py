@@ -1,4 +1,5 @@
-"""The training sequences of a stage: tokenised rows from the store's cache, with one index over all data stages."""
+"""The token sequences of a training, read from the store's cache, with one index over all data stages. Also the prompts
+of RL trainings, blocks of documents, mixtures of data stages, and the limit `max_unusable`."""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ UNUSABLE = "unusable.jsonl"
 
 
 class SequenceSet:
-    """The concatenation of several tokenised datasets."""
+    """The concatenation of several tokenised datasets, its parts: one per data stage."""
 
     def __init__(self, parts: Sequence[TokenizedDataset], labels: Sequence[bool | None] = ()) -> None:
-        """labels: for each dataset, a label that replaces the labels of its rows, or None."""
+        """labels: for each part, a label that replaces the labels of its rows, or None."""
         self.parts = list(parts)
         part_labels = labels or [None] * len(parts)
         self.row_labels: Integers = np.concatenate(
@@ -43,11 +44,12 @@ class SequenceSet:
             ]
             or [np.zeros(0)]
         ).astype(np.int64)
-        """(sequences,) label of the row of each sequence: 1, 0, or -1 without a label."""
+        """(sequences,) int64, label of the row of each sequence: 1, 0, or -1 without a label."""
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self.lengths: Integers = np.concatenate([part.lengths for part in parts] or [np.zeros(0, np.int64)])
-        """(sequences,) number of tokens of each."""
+        """(sequences,) int64, number of tokens of each sequence."""
         self.stats = TokenStats()
+        """Row, sequence and token counts of all parts."""
         for part in parts:
             self.stats.add(part.stats)
 
@@ -64,24 +66,27 @@ class SequenceSet:
         return [part.stats for part in self.parts]
 
     def _locate(self, index: int) -> tuple[TokenizedDataset, int]:
-        """Return the dataset of a sequence, and its index in that dataset."""
+        """Return the part that contains a sequence, and the index of the sequence in that part."""
         part_index = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part_index], int(index - self._starts[part_index])
 
     def ids(self, index: int) -> list[int]:
+        """Return the token ids of a sequence."""
         part, local_index = self._locate(index)
         return part.ids(local_index)
 
     def labels(self, index: int) -> list[int]:
-        """`ids`, with -100 for tokens without a loss."""
+        """Return the token ids of a sequence, with -100 for tokens without a loss."""
         part, local_index = self._locate(index)
         return part.labels(local_index)
 
     def spans(self, index: int) -> list[Span]:
+        """Return the spans of tokens that have a loss."""
         part, local_index = self._locate(index)
         return part.spans(local_index)
 
     def loss_tokens(self, index: int) -> int:
+        """Return the number of tokens that have a loss."""
         part, local_index = self._locate(index)
         return part.loss_tokens(local_index)
 
@@ -90,26 +95,25 @@ class SequenceSet:
         return Encoded(part.ids(local_index), tuple(part.spans(local_index)), token_types=part.token_types(local_index))
 
     def row(self, index: int) -> Row:
-        """The row of a sequence, for stage kinds that keep their rows."""
+        """Return the row of a sequence. Only for stage kinds whose RowEncoding keeps rows."""
         part, local_index = self._locate(index)
         return part.row(local_index)
 
     def row_ids(self) -> npt.NDArray[np.uint64]:
-        """(sequences,) ids of the rows."""
+        """Return the id of each sequence's row, (sequences,)."""
         return np.concatenate([part.row_ids for part in self.parts] or [np.zeros(0, np.uint64)])
 
     def first(self, count: int) -> list[list[int]]:
-        """The ids of the first sequences."""
+        """Return the token ids of the first `count` sequences."""
         return [self.ids(index) for index in range(min(count, len(self)))]
 
     def facts(self) -> dict[str, Any]:
-        """Row, sequence and token counts for the facts."""
+        """Return row, sequence and token counts for the facts of the stage."""
         stats = self.stats
-        reasons = dict(stats.unusable.most_common(5))
         return {
             **_row_counts(stats),
             "sequences": len(self),
-            "unusable_because": reasons,
+            "unusable_because": dict(stats.unusable.most_common(5)),
             "loss_tokens": stats.loss_tokens,
             "escaped_tokens": stats.escaped_tokens,
             "dropped_reasoning": stats.dropped_reasoning,
@@ -117,9 +121,9 @@ class SequenceSet:
 
 
 class BlockSet:
-    """The tokens of each part of a SequenceSet, concatenated and split into blocks of `length`; an incomplete last
-    block is dropped. Documents in a block attend to each other, as in GPT-3 (https://arxiv.org/abs/2005.14165,
-    section 2.2)."""
+    """The tokens of a SequenceSet as blocks of `length` tokens: the sequences of each part are concatenated and split,
+    and an incomplete last block is dropped. Documents in a block attend to each other, as in GPT-3 (Brown et al. 2020,
+    https://arxiv.org/abs/2005.14165, section 2.2)."""
 
     def __init__(self, sequences: SequenceSet, length: int) -> None:
         self._sequences, self._length = sequences, length
@@ -156,7 +160,7 @@ TrainingSequences = SequenceSet | BlockSet
 
 
 class PromptSet:
-    """Prompts that a training generates responses to."""
+    """The prompts of a training that generates responses."""
 
     def __init__(self, sequences: SequenceSet) -> None:
         self.sequences = sequences
@@ -170,11 +174,11 @@ class PromptSet:
         return self.sequences.ids(index)
 
     def row(self, index: int) -> Row:
-        """The input of a reward function: the conversation up to the response."""
+        """Return the conversation up to the response, as reward functions take it."""
         return as_prompt(self.sequences.row(index))
 
     def facts(self) -> dict[str, Any]:
-        """Row, sequence and token counts for the facts."""
+        """Return row and prompt counts for the facts of the stage."""
         stats = self.sequences.stats
         too_long = stats.unusable[TOO_LONG]
         return {
@@ -186,7 +190,7 @@ class PromptSet:
 
 
 class InMemorySequences:
-    """Sequences in memory. Without `labels` every token has a loss."""
+    """Token sequences in memory. Without `labels` every token has a loss."""
 
     def __init__(self, ids: Sequence[list[int]], labels: Sequence[list[int]] | None = None) -> None:
         self._ids, self._labels = ids, labels or ids
@@ -200,7 +204,7 @@ class InMemorySequences:
 
 
 def mixture_of(spec: Training[Any], examples: Examples) -> SequenceMixture | None:
-    """Return the mixture of a stage whose `data` maps data stages to weights, else None."""
+    """Return the mixture of a stage whose `data` maps data stages to weights; None for any other stage."""
     if not isinstance(spec.data, dict):
         return None
     part_sizes = examples.part_sizes
@@ -211,23 +215,23 @@ def mixture_of(spec: Training[Any], examples: Examples) -> SequenceMixture | Non
 
 
 def mixture_facts(spec: Training[Any], examples: Examples, order: Integers) -> dict[str, Any]:
-    """Return, for each data stage of a mixture, its row counts, the sequences and tokens that are trained on, and its
-    fraction of all tokens."""
+    """Return the fact `mixture`: for each data stage of a mixture, its row counts, the number of sequences and tokens
+    that are trained on, and its fraction of all tokens. {} without a mixture."""
     if not isinstance(spec.data, dict):
         return {}
     part_sizes, lengths = examples.part_sizes, examples.lengths
-    parts = np.searchsorted(np.cumsum(part_sizes), order, side="right")
-    tokens = np.bincount(parts, weights=lengths[order], minlength=len(part_sizes))
-    counts = np.bincount(parts, minlength=len(part_sizes))
+    part_indices = np.searchsorted(np.cumsum(part_sizes), order, side="right")
+    tokens = np.bincount(part_indices, weights=lengths[order], minlength=len(part_sizes))
+    counts = np.bincount(part_indices, minlength=len(part_sizes))
     return {
         "mixture": {
             stage: {
-                **_row_counts(part),
+                **_row_counts(stats),
                 "sequences": int(count),
                 "tokens": int(part_tokens),
                 "share": float(part_tokens / tokens.sum()),
             }
-            for stage, part, count, part_tokens in zip(spec.data, examples.part_stats, counts, tokens, strict=True)
+            for stage, stats, count, part_tokens in zip(spec.data, examples.part_stats, counts, tokens, strict=True)
         }
     }
 
@@ -239,10 +243,10 @@ def _row_counts(stats: TokenStats) -> dict[str, int]:
 def read_sequences(
     job: Job, tokenizer: Any, encoding: Encoding | None = None
 ) -> tuple[TrainingSequences, TrainingSequences]:
-    """Return the sequences of `data` and `eval_data`. Call on all ranks: rank 0 tokenises what is not cached.
+    """Return the sequences of `data` and `eval_data`. Call on all ranks: rank 0 tokenises rows that are not cached.
 
-    `encoding`: replaces the stage's encoding if it depends on the model. Raises StageError if more rows are unusable
-    than `max_unusable` allows, or if no row is usable.
+    `encoding`: replaces the encoding of the stage, for encodings that depend on the model. Raises StageError if no row
+    is usable, or if more rows are unusable than `max_unusable` allows.
     """
     data, eval_data = open_sequences(job, tokenizer, encoding)
     check_sequences(job, data, eval_data)
@@ -250,7 +254,7 @@ def read_sequences(
 
 
 def read_row_sequences(job: Job, tokenizer: Any, encoding: Encoding | None = None) -> tuple[SequenceSet, SequenceSet]:
-    """The same for stage kinds without blocks."""
+    """The same as `read_sequences`, for stage kinds that do not split documents into blocks (all but `pretrain`)."""
     data, eval_data = read_sequences(job, tokenizer, encoding)
     assert isinstance(data, SequenceSet), "the stage kind has no blocks"
     assert isinstance(eval_data, SequenceSet)
@@ -260,9 +264,11 @@ def read_row_sequences(job: Job, tokenizer: Any, encoding: Encoding | None = Non
 def open_sequences(
     job: Job, tokenizer: Any, encoding: Encoding | None = None
 ) -> tuple[TrainingSequences, TrainingSequences]:
-    """The same as `read_sequences`, without checking for unusable rows."""
+    """The same as `read_sequences`, without the check for unusable rows."""
     encoding, row_encoding = encoding or encoding_of(job.spec), _row_encoding(job)
-    data, eval_data = (open_rows(job, rows, tokenizer, encoding, row_encoding) for rows in (job.data, job.eval_data))
+    data, eval_data = (
+        open_rows(job, sources, tokenizer, encoding, row_encoding) for sources in (job.data, job.eval_data)
+    )
     if row_encoding.in_blocks:
         return BlockSet(data, job.spec.max_length), BlockSet(eval_data, job.spec.max_length)
     return data, eval_data
@@ -275,7 +281,8 @@ def _row_encoding(job: Job) -> RowEncoding:
 
 
 def check_sequences(job: Job, data: TrainingSequences, eval_data: TrainingSequences) -> None:
-    """Raise StageError as `read_sequences` does; rank 0 writes the unusable rows to the artifact."""
+    """Raise StageError if no row is usable, or if more are unusable than `max_unusable` allows. Otherwise rank 0 lists
+    the unusable rows in the artifact."""
     for field, sequences in (("data", data), ("eval_data", eval_data)):
         if sequences.parts:
             _check_usable(job, sequences, field)
@@ -287,17 +294,18 @@ def check_sequences(job: Job, data: TrainingSequences, eval_data: TrainingSequen
 
 
 def open_rows(
-    job: Job, rows: Sequence[RowSource], tokenizer: Any, encoding: Encoding, kind: RowEncoding
+    job: Job, sources: Sequence[RowSource], tokenizer: Any, encoding: Encoding, row_encoding: RowEncoding
 ) -> SequenceSet:
-    """Open the tokenised sequences of `rows`. Call on all ranks."""
+    """Open the token sequences of row sources, one part per source. Call on all ranks: rank 0 tokenises rows that are
+    not cached, and the others wait for it."""
     cache = TokenCache(job.store / "tokenized", job.store / "leases", *_progress_callbacks(job))
+    open_part = cache.open_or_build if _rank() == 0 else cache.wait_for
     parts = []
-    for source in rows:
+    for source in sources:
         name = os.path.relpath(source.path, job.store / "artifacts")
-        get = cache.open_or_build if _rank() == 0 else cache.wait_for
-        row_encoding = kind if source.label is None else LABELLED_BY_STAGE
-        parts.append(get(source.path, name, tokenizer, encoding, row_encoding))
-    return SequenceSet(parts, [source.label for source in rows])
+        part_encoding = row_encoding if source.label is None else LABELLED_BY_STAGE
+        parts.append(open_part(source.path, name, tokenizer, encoding, part_encoding))
+    return SequenceSet(parts, [source.label for source in sources])
 
 
 def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
@@ -308,7 +316,7 @@ def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
         raise StageError(
             job.stage,
             f"none of the {stats.rows:,} rows of `{stage}` ({field}) gives a training sequence",
-            cause=f"all texts together have fewer than max_length ({spec.max_length}) tokens"
+            cause=f"all texts have fewer than max_length ({spec.max_length}) tokens in total"
             if too_short
             else _reasons(stats.unusable),
             remedy=f"give more rows, or lower max_length (now {spec.max_length})"
@@ -323,19 +331,20 @@ def _check_usable(job: Job, sequences: TrainingSequences, field: str) -> None:
             f"{count:,} of {rows:,} rows of `{stage}` ({field}) can't be trained on: {count / rows:.0%}, "
             f"and max_unusable is {spec.max_unusable:g}",
             cause=_reasons(unusable) + _example(sequences),
-            remedy="repair or filter these rows (`tunery preview` shows rows as they are trained), change "
-            f"{_limits(spec)} where they are too long, or allow more with `max_unusable`",
+            remedy="repair or filter these rows (`tunery preview` shows rows as the model gets them), change "
+            f"{_limits(spec)} if they are too long, or raise `max_unusable`",
         )
 
 
 def _limits(spec: Training[Any]) -> str:
-    """Name the fields that limit the length of a sequence, with their values."""
+    """Return the fields that limit the length of a sequence, with their values, for a message."""
     limits = f"max_length (now {spec.max_length})"
     sampling = getattr(spec, "sampling", None)
     return limits if sampling is None else f"{limits} or sampling.max_new_tokens (now {sampling.max_new_tokens})"
 
 
 def _reasons(unusable: Counter[str]) -> str:
+    """Return the most common reasons with their counts, for a message."""
     return "; ".join(
         f"{count:,} {'row' if count == 1 else 'rows'}: {reason}" for reason, count in unusable.most_common(3)
     )
@@ -352,6 +361,7 @@ def _unusable_rows(sequences: TrainingSequences) -> Iterator[dict[str, Any]]:
 
 
 def _progress_callbacks(job: Job) -> tuple[Callable[[int, int], None], Callable[[str], None]]:
+    """Return the callbacks of a TokenCache, which emit progress events."""
     log = EventLog(job.events / f"{job.trial or 'stage'}-{job.stage}-0.jsonl", stage=job.stage, trial=job.trial)
 
     def progress(done: int, total: int) -> None:

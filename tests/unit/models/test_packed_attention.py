@@ -146,7 +146,7 @@ def test_blocks_have_each_row_once_within_budget_and_little_padding(budget: int)
             assert padded <= budget or (len(own) == 1 and len(block.rows[0]) == 1)
             assert len(set(map(len, block.rows))) == 1
             below += [(member, row) for member, rows in own for row in rows]
-        for block in microbatches(lengths, budget, fixed=50):
+        for block in microbatches(lengths, budget, fixed_cost=50):
             own = [*zip(block.members, block.rows, strict=True)]
             totals = [sum(lengths[member][row] for row in rows) for member, rows in own]
             padded = max(totals) * len(totals)

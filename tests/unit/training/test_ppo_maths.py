@@ -1,4 +1,4 @@
-"""PPO losses, advantages and KL against hand-worked cases and autograd."""
+"""KL, advantages, losses and sanity checks of PPO, against values computed by hand and by autograd."""
 
 from __future__ import annotations
 
@@ -33,31 +33,26 @@ def test_kl_estimators_by_hand() -> None:
     torch.testing.assert_close(kl_per_token(log_probs, reference, "k3"), expected)
 
 
-def test_both_kl_estimators_mean_the_divergence_and_near_the_reference_k3_varies_less() -> None:
+def test_both_kl_estimators_are_unbiased_and_k3_has_less_variance() -> None:
     torch.manual_seed(0)
     policy = torch.randn(8).log_softmax(0)
     reference = (policy + 0.2 * torch.randn(8)).log_softmax(0)
     exact = float((policy.exp() * (policy - reference)).sum())
-    drawn = torch.multinomial(policy.exp(), 200_000, replacement=True)
-    k1, k3 = (kl_per_token(policy[drawn], reference[drawn], name) for name in ("k1", "k3"))
+    samples = torch.multinomial(policy.exp(), 200_000, replacement=True)
+    k1, k3 = (kl_per_token(policy[samples], reference[samples], name) for name in ("k1", "k3"))
     assert float(k1.mean()) == pytest.approx(exact, abs=0.002)
     assert float(k3.mean()) == pytest.approx(exact, abs=0.002)
     assert k3.min() >= 0
     assert k3.std() < k1.std()
 
 
-def test_score_stands_on_the_last_token_and_the_penalty_on_all() -> None:
+def test_score_is_on_the_last_token_and_the_kl_penalty_on_all() -> None:
     kl = tensor([1.0, 2.0, 3.0], [4.0, 9.0, 9.0])
     rewards = token_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.1)
     torch.testing.assert_close(rewards, tensor([-0.1, -0.2, 9.7], [19.6, 0.0, 0.0]))
 
 
-def test_late_score_stands_one_place_further_where_there_is_one() -> None:
-    rewards = token_rewards(torch.tensor([10.0, 20.0]), torch.zeros(2, 3), MASK, 0.1, late=True)
-    torch.testing.assert_close(rewards, tensor([0.0, 0.0, 10.0], [0.0, 20.0, 0.0]))
-
-
-def test_answers_that_were_cut_off_lose_the_penalty() -> None:
+def test_eos_penalty_applies_to_truncated_responses_only() -> None:
     scores = apply_eos_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.25)
     assert scores.tolist() == [1.0, 0.75]
 
@@ -66,7 +61,7 @@ def test_answers_that_were_cut_off_lose_the_penalty() -> None:
     ("kl", "expected"),
     [(6.0, 0.1), (6.6, 0.1 * math.exp(0.1 * 0.1)), (60.0, 0.1 * math.exp(0.02)), (0.0, 0.1 * math.exp(-0.02))],
 )
-def test_coefficient_moves_towards_the_target_by_at_most_a_fifth_a_horizon(kl: float, expected: float) -> None:
+def test_kl_coefficient_changes_by_at_most_a_fifth_per_horizon(kl: float, expected: float) -> None:
     assert adapt_kl_coef(0.1, kl, target=6.0, horizon=1000, num_responses=100) == pytest.approx(expected)
 
 
@@ -75,7 +70,7 @@ def test_coefficient_moves_towards_the_target_by_at_most_a_fifth_a_horizon(kl: f
 
 def test_advantages_by_hand() -> None:
     rewards, values = tensor([0.0, 0.0, 1.0], [2.0, 7.0, 7.0]), tensor([0.5, 0.25, 0.75], [1.0, 7.0, 7.0])
-    advantages, returns = generalized_advantages(rewards, values, MASK, gamma=0.9, lam=0.5)
+    advantages, returns = generalized_advantages(rewards, values, MASK, gamma=0.9, gae_lambda=0.5)
     last = 1.0 - 0.75
     middle = 0.9 * 0.75 - 0.25 + 0.45 * last
     first = 0.9 * 0.25 - 0.5 + 0.45 * middle
@@ -84,44 +79,46 @@ def test_advantages_by_hand() -> None:
 
 
 @given(st.integers(0, 10_000))
-def test_with_lambda_1_the_return_is_the_discounted_sum_of_rewards(seed: int) -> None:
+def test_returns_with_lambda_1_are_discounted_sums_of_rewards(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rewards, values = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = torch.arange(5)[None, :] < torch.randint(1, 6, (3, 1), generator=generator)
-    _, returns = generalized_advantages(rewards, values, mask, gamma=0.9, lam=1.0)
+    _, returns = generalized_advantages(rewards, values, mask, gamma=0.9, gae_lambda=1.0)
     for row in range(3):
         length = int(mask[row].sum())
         expected = [sum(0.9 ** (k - t) * float(rewards[row, k]) for k in range(t, length)) for t in range(length)]
         assert returns[row, :length].tolist() == pytest.approx(expected)
 
 
-def test_padding_changes_no_advantage() -> None:
+def test_padding_does_not_change_advantages() -> None:
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 3), torch.randn(2, 3)
-    wide = torch.cat([MASK, torch.zeros(2, 2, dtype=torch.bool)], 1)
-    junk = torch.full((2, 2), torch.nan)
-    narrow = generalized_advantages(rewards, values, MASK, 0.9, 0.8)
-    padded = generalized_advantages(torch.cat([rewards, junk], 1), torch.cat([values, junk], 1), wide, 0.9, 0.8)
-    for one, other in zip(narrow, padded, strict=True):
-        torch.testing.assert_close(one, other[:, :3])
-        assert not other[:, 3:].any()
+    padded_mask = torch.cat([MASK, torch.zeros(2, 2, dtype=torch.bool)], 1)
+    padding = torch.full((2, 2), torch.nan)
+    unpadded = generalized_advantages(rewards, values, MASK, 0.9, 0.8)
+    padded = generalized_advantages(
+        torch.cat([rewards, padding], 1), torch.cat([values, padding], 1), padded_mask, 0.9, 0.8
+    )
+    for expected, actual in zip(unpadded, padded, strict=True):
+        torch.testing.assert_close(expected, actual[:, :3])
+        assert not actual[:, 3:].any()
 
 
-def test_whitened_has_mean_0_and_deviation_1_over_the_mask_alone() -> None:
+def test_whitened_values_have_mean_0_and_standard_deviation_1_over_the_mask() -> None:
     values = tensor([1.0, 2.0, 6.0], [3.0, 1e9, -1e9])
-    white = whiten(values, MASK)
-    assert float(white[MASK].mean()) == pytest.approx(0, abs=1e-6)
-    assert float(white[MASK].std()) == pytest.approx(1, abs=1e-5)
-    assert white[1, 1:].tolist() == [0, 0]
-    kept = whiten(values, MASK, shift=False)
-    assert float(kept[MASK].mean()) == pytest.approx(3, abs=1e-5)
+    whitened = whiten(values, MASK)
+    assert float(whitened[MASK].mean()) == pytest.approx(0, abs=1e-6)
+    assert float(whitened[MASK].std()) == pytest.approx(1, abs=1e-5)
+    assert whitened[1, 1:].tolist() == [0, 0]
+    unshifted = whiten(values, MASK, shift=False)
+    assert float(unshifted[MASK].mean()) == pytest.approx(3, abs=1e-5)
 
 
 def test_one_token_can_be_whitened() -> None:
     assert whiten(tensor([4.0]), torch.tensor([[True]])).tolist() == [[0.0]]
 
 
-def test_explained_variance_is_1_for_the_truth_and_0_for_a_constant() -> None:
+def test_explained_variance_is_1_for_perfect_and_0_for_constant_predictions() -> None:
     returns = tensor([1.0, 2.0, 4.0], [8.0, 0.0, 0.0])
     assert explained_variance(returns + 0.5, returns, MASK) == pytest.approx(1)
     assert explained_variance(torch.full((2, 3), 3.0), returns, MASK) == pytest.approx(0)
@@ -132,15 +129,15 @@ def test_explained_variance_is_1_for_the_truth_and_0_for_a_constant() -> None:
 
 
 def test_policy_loss_by_hand() -> None:
-    old = torch.zeros(4)
+    old_log_probs = torch.zeros(4)
     log_probs = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    told = policy_loss(log_probs, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
-    torch.testing.assert_close(told.loss, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
-    assert told.clipped.tolist() == [1, 0, 0, 1]
-    torch.testing.assert_close(told.approximate_kl, 0.5 * log_probs**2)
+    result = policy_loss(log_probs, old_log_probs, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2)
+    torch.testing.assert_close(result.loss, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
+    assert result.clipped.tolist() == [1, 0, 0, 1]
+    torch.testing.assert_close(result.approximate_kl, 0.5 * log_probs**2)
 
 
-def test_gradient_of_the_policy_loss_is_the_policy_gradient_where_nothing_is_clipped_and_none_where_it_is() -> None:
+def test_gradient_of_the_policy_loss_is_the_policy_gradient_or_0_where_clipped() -> None:
     log_probs = torch.tensor([0.0, math.log(1.5), math.log(1.5)], requires_grad=True)
     advantages = torch.tensor([2.0, 2.0, -2.0])
     (gradient,) = torch.autograd.grad(policy_loss(log_probs, torch.zeros(3), advantages, 0.2).loss.sum(), log_probs)
@@ -148,35 +145,39 @@ def test_gradient_of_the_policy_loss_is_the_policy_gradient_where_nothing_is_cli
 
 
 def test_value_loss_by_hand() -> None:
-    values, old, returns = torch.tensor([1.0, 1.0, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([2.0, 1.0, 1.0])
+    values, old_values, returns = (
+        torch.tensor([1.0, 1.0, 0.1]),
+        torch.tensor([0.0, 0.0, 0.0]),
+        torch.tensor([2.0, 1.0, 1.0]),
+    )
     # Clipped to 0.2, 0.2 and 0.1: errors of 1.8, 0.8 and 0.9, against 1, 0 and 0.9.
-    torch.testing.assert_close(value_loss(values, old, returns, 0.2), torch.tensor([1.62, 0.32, 0.405]))
-    torch.testing.assert_close(value_loss(values, old, returns, None), torch.tensor([0.5, 0.0, 0.405]))
+    torch.testing.assert_close(value_loss(values, old_values, returns, 0.2), torch.tensor([1.62, 0.32, 0.405]))
+    torch.testing.assert_close(value_loss(values, old_values, returns, None), torch.tensor([0.5, 0.0, 0.405]))
 
 
-def test_masked_mean_leaves_out_what_is_masked_even_if_it_is_no_number() -> None:
+def test_masked_mean_ignores_masked_values_even_nan() -> None:
     assert float(masked_mean(tensor([1.0, 2.0, 3.0], [6.0, torch.nan, torch.inf]), MASK)) == 3
 
 
-# Guards.
+# Sanity checks.
 
 
-def test_a_value_that_is_no_number_ends_the_training_and_is_named() -> None:
+def test_nan_ends_the_training_with_an_error_that_names_the_value() -> None:
     check_finite("ppo", 3, reward=1.0)
     with pytest.raises(StageError, match="diverged at step 3: value loss nan"):
         check_finite("ppo", 3, policy_loss=1.0, value_loss=math.nan)
 
 
-def test_kl_beyond_the_bound_ends_the_training() -> None:
+def test_kl_above_max_kl_ends_the_training() -> None:
     check_kl("ppo", 3, 9.0, 10.0)
     with pytest.raises(StageError, match=r"KL to the reference is 11.0 nats per response at step 3, above max_kl = 10"):
         check_kl("ppo", 3, 11.0, 10.0)
 
 
-def test_rewards_that_never_differ_end_the_training_and_those_that_did_once_do_not() -> None:
-    check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES - 1, last=False)
+def test_constant_rewards_end_the_training() -> None:
+    check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES - 1, is_last_step=False)
     with pytest.raises(StageError, match="all 512 responses so far got the same reward, 1"):
-        check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES, last=False)
+        check_rewards_differ("ppo", 1.0, 1.0, MIN_REWARD_SAMPLES, is_last_step=False)
     with pytest.raises(StageError, match="all 16 responses"):
-        check_rewards_differ("ppo", 1.0, 1.0, 16, last=True)
-    check_rewards_differ("ppo", 1.0, 2.0, MIN_REWARD_SAMPLES, last=True)
+        check_rewards_differ("ppo", 1.0, 1.0, 16, is_last_step=True)
+    check_rewards_differ("ppo", 1.0, 2.0, MIN_REWARD_SAMPLES, is_last_step=True)

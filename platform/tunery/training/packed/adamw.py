@@ -1,4 +1,4 @@
-"""AdamW for several trainings at once: each row of a tensor belongs to one training."""
+"""AdamW for all members of a pack at once: each row of a tensor belongs to one member."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class StepHyperparams:
-    """Hyperparameters of one step of each member, all (members,) float64 on the CPU."""
+    """Hyperparameters of one step, each (members,) float64 on the CPU."""
 
     learning_rate: torch.Tensor
     weight_decay: torch.Tensor
@@ -31,16 +31,17 @@ def update(
     exp_avg_sq_kn: torch.Tensor,
     hyperparams: StepHyperparams,
 ) -> torch.Tensor:
-    """Clip each member's gradients to its own `max_norm`, then take an AdamW step (Loshchilov & Hutter 2017,
-    https://arxiv.org/abs/1711.05101). All tensors are (members, numbers) and updated in place. Returns the gradient
-    norms before clipping, (members,).
+    """Clip the gradients of each member to its own `max_norm`, then take an AdamW step (Loshchilov & Hutter 2017,
+    https://arxiv.org/abs/1711.05101). Return the gradient norms before clipping, (members,).
 
-    If a member's gradient norm is not finite, its weights and moments stay unchanged, as DeepSpeed skips such a step.
+    All tensors are (members, parameters) float32 and updated in place. If the gradient norm of a member is not finite,
+    its weights and moments stay unchanged, as DeepSpeed skips such a step.
     """
     norms_k: torch.Tensor = torch.linalg.vector_norm(grads_kn, dim=1)
     norms = norms_k.double().cpu()
-    skipped = [index for index, finite in enumerate(torch.isfinite(norms).tolist()) if not finite]
-    before = [state_kn[skipped].clone() for state_kn in (weights_kn, exp_avg_kn, exp_avg_sq_kn)] if skipped else []
+    skipped = [index for index, is_finite in enumerate(torch.isfinite(norms).tolist()) if not is_finite]
+    states = (weights_kn, exp_avg_kn, exp_avg_sq_kn)
+    skipped_states = [state_kn[skipped].clone() for state_kn in states] if skipped else []
 
     def column(values_k: torch.Tensor) -> torch.Tensor:
         return values_k.to(weights_kn)[:, None]
@@ -55,6 +56,7 @@ def update(
     weights_kn.sub_(
         exp_avg_kn.div(denominator_kn).mul_(column(hyperparams.learning_rate / (1 - beta1**hyperparams.step)))
     )
-    for state_kn, before_kn in zip((weights_kn, exp_avg_kn, exp_avg_sq_kn), before, strict=bool(skipped)):
-        state_kn[skipped] = before_kn
+    if skipped:
+        for state_kn, skipped_state_kn in zip(states, skipped_states, strict=True):
+            state_kn[skipped] = skipped_state_kn
     return norms_k

@@ -1,4 +1,4 @@
-"""One training of a pack: its progress, its next batch, its checkpoints and its artifact."""
+"""A member of a pack: one training, with its progress, next batch, checkpoints and artifact."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from tunery.training.sequences import TrainingSequences, mixture_facts, mixture_
 from tunery.training.training_stats import logging_steps, save_steps, training_facts
 
 CHECKPOINT_SIGNATURE = "a pack"
-"""Signature of a pack's checkpoints: any pack can load them, DeepSpeed can't."""
+"""Signature of a member's checkpoints, which any pack can load, but not DeepSpeed."""
 STATE = "state.pt"
+"""File in a checkpoint with the adapter's weights and AdamW moments, and the losses since the last log."""
 
 
 @dataclass(frozen=True)
 class MemberBatch:
-    """A member's batch and hyperparameters for one step of the pack."""
+    """The batch and hyperparameters of one member for one step."""
 
-    rows: list[int]
-    """Indices of its sequences, by descending length."""
+    indices: list[int]
+    """Indices of the batch's sequences, by descending length."""
     learning_rate: float
     weight_decay: float
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
 
 
 class Member:
-    """A training and its adapter, `peft_model` (weightless_base.with_adapter). Resumes from its last checkpoint."""
+    """A training in a pack. The constructor resumes it from its last checkpoint."""
 
     def __init__(
         self,
@@ -53,20 +54,24 @@ class Member:
         base_parameters: int,
         report: Report,
     ) -> None:
+        """peft_model: the adapter on a weightless base (weightless_base.py, `with_adapter`); base_parameters: number of
+        parameters of the base."""
         assert isinstance(job.spec, Sft)
         self.job, self.data, self.eval_data = job, data, eval_data
         self.spec: Sft = job.spec
         self._tokenizer, self._peft_model, self._base_parameters = tokenizer, peft_model, base_parameters
         self._batching = plan_training(job.spec, len(data), 1, "auto")
-        self._size, steps = self._batching.global_batch_size, self._batching.steps
-        self._order = data_order(data.lengths, steps, self._size, job.seed, mixture_of(job.spec, data))
+        self._batch_size, steps = self._batching.global_batch_size, self._batching.steps
+        self._order = data_order(data.lengths, steps, self._batch_size, job.seed, mixture_of(job.spec, data))
         self._schedule = build_schedule(job.spec, steps)
         self.adapter = adapter_of(peft_model)
         self.error: StageError | None = None
         """The error that ended this training; the other members continue."""
         self._losses: list[float] = []
-        """Of the steps since the last log."""
-        self._started_at, self._session_tokens = time.time(), 0
+        """Losses of the steps since the last log."""
+        self._started_at = time.time()
+        self._tokens_since_start = 0
+        """Tokens trained on since this object was constructed, without those before a resumed step."""
         self.probe = LanguageProbe(job, data.first(NUM_PROBE_CANDIDATES), base_parameters)
         self.loop = LoopControl(
             job,
@@ -76,8 +81,8 @@ class Member:
             logging_steps=logging_steps(steps),
             save_steps=save_steps(job.compute, steps),
             signature=CHECKPOINT_SIGNATURE,
-            rows_per_step=self._size,
-            tokens_at=lambda step: int(data.lengths[self._order[: step * self._size]].sum()),
+            rows_per_step=self._batch_size,
+            tokens_at=lambda step: int(data.lengths[self._order[: step * self._batch_size]].sum()),
             report=report,
         )
         if (checkpoint := self.loop.resume()) is not None:
@@ -85,45 +90,50 @@ class Member:
 
     @property
     def ended(self) -> bool:
+        """Whether the training has taken its last step or has failed."""
         return self.loop.is_last_step or self.error is not None
 
-    def attempt(self, work: Callable[[], None]) -> None:
-        """Run `work`; an error ends this member only."""
+    def attempt(self, function: Callable[[], None]) -> None:
+        """Call `function` unless this member has failed. A StageError ends this member only."""
         if self.error is None:
             try:
-                work()
+                function()
             except StageError as error:
                 self.error = error
 
     def next_batch(self) -> MemberBatch:
+        """Return the batch of the next step."""
         step = self.loop.step
         return MemberBatch(
-            self._order[step * self._size : (step + 1) * self._size].tolist(),
+            self._order[step * self._batch_size : (step + 1) * self._batch_size].tolist(),
             self._schedule.learning_rates[step],
             self._schedule.weight_decays[step],
             step + 1,
         )
 
     def record_step(self, loss: float, grad_norm: float) -> None:
-        """Record a finished step: `loss` in nats per loss token, `grad_norm` before clipping. Raises StageError if the
-        training has diverged."""
+        """Record a finished step, and log its metrics if due. Raises StageError if the training has diverged.
+
+        loss: in nats per loss token; grad_norm: before clipping.
+        """
         batch = self.next_batch()
-        self._session_tokens += int(self.data.lengths[batch.rows].sum())
+        self._tokens_since_start += int(self.data.lengths[batch.indices].sum())
         self.loop.end_step(batch.step)
         skipped = not math.isfinite(grad_norm)  # adamw.update skips such a step
         self.loop.check_step(loss=loss, grad_norm=grad_norm, learning_rate=batch.learning_rate, skipped=skipped)
         self._losses.append(loss)
         if self.loop.should_log:
-            mean = sum(self._losses) / len(self._losses)
+            mean_loss = sum(self._losses) / len(self._losses)
             self._losses = []
-            self.loop.log({"loss": mean, "grad_norm": grad_norm, "learning_rate": batch.learning_rate})
+            self.loop.log({"loss": mean_loss, "grad_norm": grad_norm, "learning_rate": batch.learning_rate})
 
     def record_evaluation(self, loss: float) -> None:
-        """Record an evaluation: `loss` in nats per loss token of `eval_data`. Raises StageError if it is not finite."""
+        """Record an evaluation. Raises StageError if the loss, in nats per loss token, is not finite."""
         self.loop.record_evaluation({"eval_loss": loss}, self._schedule.learning_rates[self.loop.step - 1])
 
     def save(self) -> None:
-        """Write a complete checkpoint. Call Stack.sync_to_adapters before."""
+        """Write a complete checkpoint. Call Stack.sync_to_adapters first. Raises StageError if a weight is not
+        finite."""
         self.loop.check_weights(self._peft_model.named_parameters())
         self.loop.checkpoint.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter
@@ -150,10 +160,10 @@ class Member:
         self._losses = list(state["losses"])
 
     def finish(self, losses: Sequence[float], pack_stats: dict[str, Any]) -> None:
-        """Write the artifact, the same as that of a training of its own. Call Stack.sync_to_adapters first.
+        """Write the artifact, the same as outside a pack. Call Stack.sync_to_adapters first.
 
-        `losses`: of the sequences of `probe`. Raises StageError if the training has diverged, or if the saved adapter
-        is not the trained one.
+        losses: of the sequences of `probe`, under the trained adapter; pack_stats: runtime stats of the pack. Raises
+        StageError if the training has diverged, or if the saved adapter is not the trained one.
         """
         self.loop.check_end(self._peft_model.named_parameters())
         job = self.job
@@ -175,10 +185,10 @@ class Member:
                 self.spec, self._batching, self.loop.history, self._base_parameters + trainable, trainable
             ),
         }
-        seconds = time.time() - self._started_at
+        train_seconds = time.time() - self._started_at
         runtime_stats = {
-            "train_seconds": seconds,
-            "tokens_per_second": self._session_tokens / seconds,
+            "train_seconds": train_seconds,
+            "tokens_per_second": self._tokens_since_start / train_seconds,
             "first_step_seconds": (self.loop.first_step_at or time.time()) - job.started_at,
             "resumed_from": self.loop.resumed_from,
             "workers": 1,
@@ -189,7 +199,7 @@ class Member:
 
 
 def group_by_eval_data(members: Sequence[Member]) -> dict[int, list[Member]]:
-    """Group members that have the same evaluation data, so that one batch evaluates all of them."""
+    """Return groups of members with the same evaluation data, so that one batch can evaluate all of a group."""
     groups: dict[int, list[Member]] = {}
     for member in members:
         groups.setdefault(id(member.eval_data), []).append(member)

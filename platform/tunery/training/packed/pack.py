@@ -1,4 +1,4 @@
-"""A pack: the frozen base model on a device, its members, and optimizer steps of all members."""
+"""A pack: a frozen base model on a device, its members, and optimizer steps of all members at once."""
 
 from __future__ import annotations
 
@@ -28,17 +28,21 @@ from tunery.training.sequences import InMemorySequences, TrainingSequences, chec
 
 T = TypeVar("T")
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Padded tokens per micro batch. Few on a CPU, so that activations stay in the caches."""
-FIXED_TOKENS = {"cpu": 100, "cuda": 4096}
-"""Constant cost of a forward and backward pass, in tokens that take as long (on a GPU: kernel launches)."""
+"""Tokens per micro batch, including padding. Few on a CPU, so that activations stay in its caches."""
+FIXED_COST_TOKENS = {"cpu": 100, "cuda": 4096}
+"""Constant cost of a forward and backward pass (on a GPU: kernel launches), as the number of tokens that take as
+long."""
 EVAL_BATCH_FACTOR = 4
 """Evaluation batches have this many times the tokens of a micro batch, since they keep no activations."""
 MIN_BUDGET = 512
-"""Padded tokens per micro batch below which an out-of-memory error is raised."""
+"""Tokens per micro batch below which a GPU out-of-memory error is raised instead of retried."""
+ADAPTER_STATE_BYTES = 5 * 4
+"""Bytes per adapter parameter in a stack: weight, gradient and two moments in float32, and the copy that the layers use
+(in bf16 with its gradient)."""
 
 
 class Pack:
-    """`budget`: padded tokens per micro batch. `free`: returns the free bytes of a device."""
+    """Trains several LoRA adapters on one copy of their base model."""
 
     def __init__(
         self,
@@ -47,8 +51,10 @@ class Pack:
         dtype: str,
         gradient_checkpointing: bool = False,
         budget: int | None = None,
-        free: Callable[[torch.device], float] | None = None,
+        free_memory: Callable[[torch.device], float] | None = None,
     ) -> None:
+        """source: the base model; device: "cpu" or "gpu"; dtype: "fp32" or "bf16"; budget: tokens per micro batch,
+        including padding; free_memory: returns the free bytes of a device."""
         self._dtype = dtype
         self._device = torch.device("cuda" if device == "gpu" else "cpu")
         model: Any = load_model(source, torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -56,12 +62,12 @@ class Pack:
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = model.to(self._device).requires_grad_(False)
-        self._parameters = sum(weight.numel() for weight in model.parameters())
+        self._num_parameters = sum(weight.numel() for weight in model.parameters())
         self._tokenizer: Any = load_tokenizer(source)
         self._log_probs = TokenLogProbs(model)
         self._attention = install_varlen_attention(self._model)
         self._budget = budget or MICRO_BATCH_TOKENS[self._device.type]
-        self._free = free or free_bytes
+        self._free_memory = free_memory or free_bytes
         self._layers: dict[str, StackedLinear] = {}
         self._stack = Stack({}, [], self._device, model.dtype)
         self._sequences: dict[Any, tuple[TrainingSequences, TrainingSequences]] = {}
@@ -69,15 +75,15 @@ class Pack:
         model.train()
 
     def join(self, job: Job, report: Report) -> Member | None:
-        """Add a training to the pack. Returns None if the device has no memory for its adapter and AdamW state. Raises
-        StageError if it has no usable rows."""
+        """Add a training to the pack. Return None if the device has no memory for its adapter and AdamW state. Raises
+        StageError if too few rows are usable, or if its adapter can't be trained in a pack."""
         spec: Any = job.spec
-        rows = (job.data, job.eval_data, encoding_of(spec))
-        if rows not in self._sequences:
-            self._sequences[rows] = open_sequences(job, self._tokenizer)
-        check_sequences(job, *self._sequences[rows])
+        key = (job.data, job.eval_data, encoding_of(spec))
+        if key not in self._sequences:
+            self._sequences[key] = open_sequences(job, self._tokenizer)
+        check_sequences(job, *self._sequences[key])
         peft_model = with_adapter(self._model, spec.tuner, job.seed)
-        member = Member(job, *self._sequences[rows], self._tokenizer, peft_model, self._parameters, report)
+        member = Member(job, *self._sequences[key], self._tokenizer, peft_model, self._num_parameters, report)
         self._check_adapter(member, peft_model)
         member.loop.emit("preview", **stage_preview(spec, rows_of(job.data, COLUMNS), self._tokenizer))
         if self.members and not self._has_memory([*self.members, member]):
@@ -88,11 +94,12 @@ class Pack:
         return member
 
     def _check_adapter(self, member: Member, peft_model: Any) -> None:
+        """Raise StageError if the adapter includes the output head, or modules other than linear layers."""
         tuner, head = member.spec.tuner, self._model.get_output_embeddings()
-        names = {name for name, module in self._model.named_modules() if module is head}
-        stacked = sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair)
-        trained = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
-        if names & member.adapter.weights.keys() or stacked != trained:
+        head_names = {name for name, module in self._model.named_modules() if module is head}
+        num_stacked = sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair)
+        num_trainable = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
+        if head_names & member.adapter.weights.keys() or num_stacked != num_trainable:
             raise StageError(
                 member.job.stage,
                 "an adapter on the head or on an embedding can't be trained in a pack",
@@ -101,10 +108,13 @@ class Pack:
             )
 
     def _has_memory(self, members: Sequence[Member]) -> bool:
-        """Whether memory suffices for a new stack of all members, while the old stack still exists, and for the
-        activations of a step, estimated by the peak so far. If a first step needs more, its micro batches shrink."""
-        largest = max(sum(matrix.numel() for pair in m.adapter.weights.values() for matrix in pair) for m in members)
-        return STATE_BYTES * largest * len(members) + _activation_bytes(self._device) < self._free(self._device)
+        """Whether the free memory suffices for a new stack of all members, beside the old one, and for the activations
+        of a step, estimated by their peak so far. If a step needs more, `_retry_with_smaller_budget` handles it."""
+        largest = max(
+            sum(matrix.numel() for pair in member.adapter.weights.values() for matrix in pair) for member in members
+        )
+        stack_bytes = ADAPTER_STATE_BYTES * largest * len(members)
+        return stack_bytes + _activation_bytes(self._device) < self._free_memory(self._device)
 
     def leave(self, member: Member) -> None:
         """Remove a member and write its checkpoint, so that it can resume in this or another pack."""
@@ -117,7 +127,7 @@ class Pack:
         that ended or failed (`error`)."""
         members = self.members
         batches = [member.next_batch() for member in members]
-        losses = self._retry_with_smaller_budget(lambda: self._backward(members, [batch.rows for batch in batches]))
+        losses = self._retry_with_smaller_budget(lambda: self._backward(members, [batch.indices for batch in batches]))
         grad_norms = self._stack.step(
             StepHyperparams(
                 *(
@@ -152,12 +162,12 @@ class Pack:
         for member in ended:
             member.attempt(partial(member.finish, probe_losses[member.job.trial], self._runtime_stats()))
 
-    def _retry_with_smaller_budget(self, work: Callable[[], T]) -> T:
-        """Run `work`; on a GPU out-of-memory error halve the micro batch budget for good, and run it again from its
-        start."""
+    def _retry_with_smaller_budget(self, function: Callable[[], T]) -> T:
+        """Call `function`. On a GPU out-of-memory error halve the budget of this and all later micro batches, and call
+        it again."""
         while True:
             try:
-                return work()
+                return function()
             except torch.OutOfMemoryError:
                 if self._budget < MIN_BUDGET:
                     raise
@@ -165,30 +175,33 @@ class Pack:
                 torch.cuda.empty_cache()
 
     def _restack(self, members: Sequence[Member]) -> None:
+        """Replace the stack and `members` by those of `members`."""
         self._stack.sync_to_adapters()
         self._stack = Stack(self._layers, [member.adapter for member in members], self._device, self._model.dtype)
         self.members = list(members)
 
-    def _backward(self, members: Sequence[Member], rows: Sequence[list[int]]) -> list[float]:
-        """Compute the gradients of a step in the stack; return each member's loss, the mean over its loss tokens."""
+    def _backward(self, members: Sequence[Member], batches: Sequence[list[int]]) -> list[float]:
+        """Compute the gradients of a step, in the stack. Return the loss of each member, the mean over its loss tokens.
+        `batches`: indices of the sequences of each member."""
         self._stack.zero_grad()
         counts = [
-            sum(member.data.loss_tokens(row) for row in batch) for member, batch in zip(members, rows, strict=True)
+            sum(member.data.loss_tokens(index) for index in batch)
+            for member, batch in zip(members, batches, strict=True)
         ]
         sums_k = torch.zeros(len(members), device=self._device, dtype=torch.float64)
         weights_k = torch.tensor([1 / max(1, count) for count in counts], device=self._device)
         lengths = [
-            [int(member.data.lengths[row]) for row in batch] for member, batch in zip(members, rows, strict=True)
+            [int(member.data.lengths[index]) for index in batch] for member, batch in zip(members, batches, strict=True)
         ]
         micro_batches = (
             padded_microbatches(lengths, self._budget)
             if self._attention is None
-            else microbatches(lengths, self._budget, FIXED_TOKENS[self._device.type])
+            else microbatches(lengths, self._budget, FIXED_COST_TOKENS[self._device.type])
         )
         for micro_batch in micro_batches:
             selection = [
-                (members[member].data, [rows[member][index] for index in indices])
-                for member, indices in zip(micro_batch.members, micro_batch.rows, strict=True)
+                (members[member].data, [batches[member][row] for row in rows])
+                for member, rows in zip(micro_batch.members, micro_batch.rows, strict=True)
             ]
             self._stack.activate(micro_batch.members)
             packed_batch = build_packed_batch(selection, self._attention is not None)
@@ -223,7 +236,7 @@ class Pack:
 
     @torch.no_grad()
     def _probe_losses(self, index: int, member: Member) -> list[float]:
-        """Losses of the sequences that check the saved adapter (training/reload_check.py). `index`: in the stack."""
+        """Return the losses of the member's probe (training/reload_check.py). `index`: of the member in the stack."""
         self._model.eval()
         self._stack.activate([index])
         losses = []
@@ -234,9 +247,10 @@ class Pack:
         return losses
 
     def _nll(self, batch: PackedBatch, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return -log p of each loss token in nats, (n,) float32, and its member, (n,). `members`: of the batch.
+        """Return -log p of each loss token in nats, (n,) float32, and the member of each, (n,) int64.
 
-        Right padding needs no attention mask under causal attention.
+        members: the numbers to return for the members of the batch. Causal attention needs no attention mask for
+        padding on the right.
         """
         inputs = {"input_ids": batch.ids_bt.to(self._device)}
         if self._attention is not None and batch.layout is not None:
@@ -256,13 +270,9 @@ class Pack:
         }
 
 
-STATE_BYTES = 5 * 4
-"""Bytes per adapter parameter in a stack: weight, gradient and two moments in float32, and the copy that the layers use
-(in bf16 with its gradient)."""
-
-
 def free_bytes(device: torch.device) -> float:
-    """Free memory, including unused memory in torch's cache. Unlimited on a CPU: adapters are small beside the base."""
+    """Return the free GPU memory in bytes, including unused memory in torch's cache; infinity on a CPU, where adapters
+    are small beside the base."""
     if device.type == "cpu":
         return math.inf
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -270,7 +280,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _activation_bytes(device: torch.device) -> int:
-    """Peak memory of activations so far."""
+    """Return the peak memory of activations so far, in bytes; 0 on a CPU."""
     if device.type == "cpu":
         return 0
     return int(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))

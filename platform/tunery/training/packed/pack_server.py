@@ -1,7 +1,7 @@
-"""Packs as Ray actors, and the scheduler that assigns each training to a pack.
+"""Packs as Ray actors, and the scheduler, another actor, that assigns each training to a pack.
 
-A trial's own process requests the training and reserves no CPU or GPU; the pack has those. The process polls the pack
-until its training ends. A training that is no longer polled is removed from its pack.
+The process of a trial asks the scheduler for a pack, and polls the pack until its training ends. It reserves no CPU or
+GPU; the pack has those. A pack removes a training that is no longer polled.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tunery.training.job import Job, Report
 POLL_SECONDS = 5.0
 """Maximum duration of one poll."""
 IDLE_SECONDS = 5.0
-"""A pack without members exits after this long, which frees its resources for trials that are not packed."""
+"""A pack without members exits after this time, which frees its resources for trials that are not packed."""
 POLL_TIMEOUT_SECONDS = 30.0
-"""A trial that has not polled for this long was stopped, or its process was killed."""
+"""If a trial has not polled for this time, it was stopped, or its process was killed."""
 RETRY_SECONDS = 0.5
-"""Between two attempts to join a pack, while all are full."""
+"""Time between two attempts to join a pack, while all are full."""
 MAX_CONCURRENT_CALLS = 256
-"""Concurrent calls of a pack actor; nearly all of them are polls that wait."""
+"""Maximum number of concurrent calls of a pack actor. Nearly all of them are polls, which wait."""
 
 
 def unpackable_reason(stage: Stage, compute: Compute) -> str:
@@ -43,20 +43,22 @@ def unpackable_reason(stage: Stage, compute: Compute) -> str:
 
 
 class PackFull(TuneryError):
-    """A training is not in its pack: the device has no memory for it, or it was not polled in time. It joins a pack
-    again and resumes from its checkpoint."""
+    """A training is not in its pack: the device has no memory for it, or it was not polled in time. `train_packed` then
+    joins a pack again, and the training resumes from its checkpoint."""
 
 
 @dataclass
 class _PackedJob:
-    """A training in a pack, and its reports that were not polled yet."""
+    """A training in a pack, as its actor sees it."""
 
     job: Job
     reports: list[dict[str, float]] = field(default_factory=list)
+    """Reports that were not polled yet."""
     ended: bool = False
     error: Exception | None = None
+    """The error that ended it."""
     last_poll: float = field(default_factory=time.monotonic)
-    """A monotonic time, which does not advance while the machine sleeps."""
+    """Monotonic time, which does not advance while the machine sleeps."""
     leave_requested: bool = False
 
     @property
@@ -65,18 +67,18 @@ class _PackedJob:
 
 
 class PackActor:
-    """One pack in its own process. A thread takes training steps as long as the pack has members."""
+    """Ray actor of one pack. A thread takes training steps as long as the pack has members."""
 
     def __init__(self, source: Source, compute: Compute) -> None:
         self._source, self._compute = source, compute
         self._jobs: dict[str, _PackedJob] = {}
         self._full = False
-        """A training was rejected for lack of memory, and no member has left since."""
+        """Whether a training was rejected for lack of memory, and no member has left since."""
         self._changed = threading.Condition()
         threading.Thread(target=self._train_loop, name="pack", daemon=True).start()
 
     def join(self, job: Job) -> None:
-        """Add a training; the training thread takes it up before its next step."""
+        """Add a training, before the next step of the training thread."""
         with self._changed:
             self._jobs[job.trial] = _PackedJob(job)
             self._changed.notify_all()
@@ -86,7 +88,7 @@ class PackActor:
         with self._changed:
             if (packed_job := self._jobs.get(trial)) is None:
                 return
-            if packed_job.ended:  # the training thread is done with it
+            if packed_job.ended:  # the training thread does not use it any more
                 del self._jobs[trial]
             else:
                 packed_job.leave_requested = True
@@ -94,7 +96,8 @@ class PackActor:
                 self._changed.wait_for(lambda: self._jobs.get(trial) is not packed_job)
 
     def poll(self, trial: str) -> tuple[list[dict[str, float]], bool]:
-        """Wait for reports; return those since the last poll, and whether the training has ended. Raises its error."""
+        """Wait for reports, at most POLL_SECONDS. Return those since the last poll, and whether the training has ended.
+        Raises the error that ended it, or PackFull if it is not in this pack."""
         with self._changed:
             packed_job = self._jobs.get(trial)
             if packed_job is None:
@@ -118,12 +121,13 @@ class PackActor:
     # Called by the training thread.
 
     def _train_loop(self) -> None:
+        """Take steps while there are members; exit after IDLE_SECONDS without any."""
         pack: Any = None
         members: dict[str, tuple[_PackedJob, Any]] = {}
         while True:
             with self._changed:
                 if not self._changed.wait_for(self._has_work, IDLE_SECONDS):
-                    # Trainings that ended and are no longer polled: the process of the trial was killed.
+                    # These have ended but are no longer polled: the process of the trial was killed.
                     stale = [trial for trial, job in self._jobs.items() if job.should_leave]
                     for trial in stale:
                         del self._jobs[trial]
@@ -136,7 +140,7 @@ class PackActor:
                 self._admit_and_evict(pack, members, jobs)
                 if pack.members:
                     pack.step()
-            except Exception as error:  # an error in a step ends all trainings
+            except Exception as error:  # any error in a step ends all trainings of the pack
                 traceback.print_exception(error)
                 _clear_tracebacks(error)
                 for trial in [*members] or [*jobs]:
@@ -188,7 +192,7 @@ class PackActor:
                         self._end(trial, PackFull(f"no memory for {trial} in a pack with {len(members)} members"))
                     else:
                         members[trial] = (packed_job, member)
-                except Exception as error:  # ends this training only
+                except Exception as error:  # any error ends this training only
                     self._end(trial, error)
 
     def _add_report(self, packed_job: _PackedJob, metrics: dict[str, float]) -> None:
@@ -197,6 +201,7 @@ class PackActor:
             self._changed.notify_all()
 
     def _end(self, trial: str, error: Exception | None = None) -> None:
+        """Mark a training as ended; its next poll returns or raises `error`."""
         with self._changed:
             if (packed_job := self._jobs.get(trial)) is not None:
                 packed_job.ended, packed_job.error = True, error
@@ -204,7 +209,7 @@ class PackActor:
 
 
 def _clear_tracebacks(error: BaseException) -> None:
-    """Drop the tracebacks of an error and its contexts: their frames keep the pack and the tensors of a step alive."""
+    """Remove the tracebacks of an error and its contexts, whose frames would keep the pack and its tensors alive."""
     current: BaseException | None = error
     while current is not None:
         current.__traceback__ = None
@@ -222,11 +227,12 @@ def _free_memory() -> None:
 
 
 class PackScheduler:
-    """Assigns each training to the emptiest pack of its base model that has room, or to a new pack. All packs end with
-    this actor."""
+    """Ray actor that assigns each training to the pack of its base model with the fewest members, or to a new pack. All
+    packs end with this actor."""
 
-    def __init__(self, packs: int, size: int, compute: Compute) -> None:
-        self._max_packs, self._size, self._compute = packs, size, compute
+    def __init__(self, max_packs: int, max_members: int, compute: Compute) -> None:
+        """max_members: maximum number of trainings per pack; compute: resources of each pack."""
+        self._max_packs, self._max_members, self._compute = max_packs, max_members, compute
         self._packs: list[tuple[Source, Any]] = []
 
     def assign(self, job: Job) -> Any:
@@ -237,30 +243,34 @@ class PackScheduler:
         for source, pack in list(self._packs):
             try:
                 states.append((source, pack, ray.get(pack.members.remote())))
-            except ray.exceptions.RayActorError:  # it was idle and exited, or was killed
+            except ray.exceptions.RayActorError:  # the pack was idle and has exited, or was killed
                 self._packs.remove((source, pack))
         for _, pack, (members, _) in states:
             if job.trial in members:  # an earlier attempt, whose process was killed
                 ray.get(pack.leave.remote(job.trial))
-        sizes = [(source, pack, self._size if full else len(members)) for source, pack, (members, full) in states]
-        open_packs = [(count, pack) for source, pack, count in sizes if source == job.model and count < self._size]
-        if not open_packs and len(self._packs) < self._max_packs and not self._has_device():
-            return None  # an unpacked trial or another search uses it; a call to a pending actor would block
-        if len(self._packs) == self._max_packs and not open_packs:
-            empty = [(source, pack) for source, pack, count in sizes if not count]
+        counts = [
+            (source, pack, self._max_members if full else len(members)) for source, pack, (members, full) in states
+        ]
+        available = [
+            (count, pack) for source, pack, count in counts if source == job.model and count < self._max_members
+        ]
+        if not available and len(self._packs) < self._max_packs and not self._has_free_device():
+            return None  # a trial outside a pack or another search uses it; a call to a pending actor would block
+        if len(self._packs) == self._max_packs and not available:
+            empty = [(source, pack) for source, pack, count in counts if not count]
             if not empty:
                 return None
             ray.kill(empty[0][1])
             self._packs.remove(empty[0])
-        emptiest = min((count for count, _ in open_packs), default=self._size)
-        if len(self._packs) < self._max_packs and emptiest > 0 and (not open_packs or self._has_device()):
+        fewest = min((count for count, _ in available), default=self._max_members)
+        if len(self._packs) < self._max_packs and fewest > 0 and (not available or self._has_free_device()):
             pack = self._create_pack(job.model)
         else:
-            pack = next(pack for count, pack in open_packs if count == emptiest)
+            pack = next(pack for count, pack in available if count == fewest)
         ray.get(pack.join.remote(job))
         return pack
 
-    def _has_device(self) -> bool:
+    def _has_free_device(self) -> bool:
         """Whether the cluster has free resources for a new pack."""
         import ray
 
@@ -283,17 +293,18 @@ class PackScheduler:
         return pack
 
 
-def start_pack_scheduler(packs: int, size: int, compute: Compute) -> Any:
-    """Start the pack scheduler of a search. It and its packs end with the process that holds the handle."""
+def start_pack_scheduler(max_packs: int, max_members: int, compute: Compute) -> Any:
+    """Start a PackScheduler and return its handle. The scheduler and its packs end with the process that has the
+    handle."""
     import ray
 
     actor: Any = ray.remote(PackScheduler)
-    return actor.options(num_cpus=0).remote(packs, size, compute)
+    return actor.options(num_cpus=0).remote(max_packs, max_members, compute)
 
 
 def train_packed(job: Job, scheduler: Any, report: Report) -> None:
-    """Join a pack and wait until the training has ended; leave the pack if interrupted. Raises Stopped, and the
-    training's own errors."""
+    """Train in a pack and wait for the end; leave the pack if interrupted. Raises Stopped, and the errors of the
+    training. `scheduler`: handle of the PackScheduler."""
     while True:
         while (pack := _call(scheduler.assign, job)) is None:
             _raise_if_stopped(job)
@@ -317,13 +328,13 @@ def _poll_until_done(job: Job, pack: Any, report: Report) -> None:
                 report(metrics)
     except PackFull:
         raise
-    except BaseException:  # including SystemExit, by which Tune stops a trial: the pack would continue training it
+    except BaseException:  # including SystemExit, by which Tune stops a trial; the pack would continue the training
         pack.leave.remote(job.trial)
         raise
 
 
 def _call(method: Any, *arguments: Any) -> Any:
-    """Call a method of an actor; raise the original error instead of Ray's RayTaskError."""
+    """Call a method of an actor and wait for its result. Raises the original error instead of Ray's RayTaskError."""
     import ray
 
     try:

@@ -1,4 +1,4 @@
-"""The tokens of one forward pass of a pack."""
+"""The token ids and labels of one forward pass of a pack."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The same number of tokens of each member, including padding, one member after another. On the CPU."""
+    """Rows of several members, one member after another, with the same number of tokens for each, including padding.
+    Tensors are int64 on the CPU; n is the number of loss tokens."""
 
     ids_bt: torch.Tensor
+    """(sequences, tokens), token ids."""
     state_indices_n: torch.Tensor
-    """Index of the hidden state that predicts each loss token, in the flattened batch."""
+    """Index in the flattened `ids_bt` of the token before each loss token, whose hidden state predicts it."""
     targets_n: torch.Tensor
-    """The loss tokens."""
+    """Ids of the loss tokens."""
     member_indices_n: torch.Tensor
-    """Member of each loss token, as an index into the batch's members."""
+    """Member of each loss token, as an index into the members of the batch."""
     layout: Layout | None
-    """None if each row of the batch is one sequence."""
+    """Boundaries of concatenated rows; None if each sequence is one row."""
 
 
 def build_packed_batch(
     selection: Sequence[tuple[TrainingSequences | InMemorySequences, Sequence[int]]], concatenate: bool
 ) -> PackedBatch:
-    """Build a batch from the selected rows of each member. `concatenate`: a member's rows form one sequence
-    (models/packed_attention.py) instead of one sequence per row.
+    """Build a batch from the selected rows of each member.
 
-    Padding is token 0; it is never attended to and has no loss.
+    selection: for each member its data and row indices. concatenate: the rows of a member form one sequence
+    (models/packed_attention.py) instead of one sequence per row. Padding is token 0; it is never attended to and has no
+    loss.
     """
     lengths = [[int(data.lengths[row]) for row in rows] for data, rows in selection]
     if concatenate:
@@ -65,7 +68,7 @@ def build_packed_batch(
 
 
 def _without_first_label(labels: Sequence[int]) -> list[int]:
-    """Ignore the first label: no hidden state of the row predicts its first token."""
+    """Return the labels without the first one: no hidden state of the row predicts its first token."""
     return [IGNORED_LABEL, *labels[1:]]
 
 

@@ -1,4 +1,4 @@
-"""The stacked adapters of a pack, and the linear layers that apply them."""
+"""The adapters of all members of a pack in stacked tensors, and the linear layers that apply them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import nn
 from tunery.training.packed.adamw import StepHyperparams, update
 
 Matrices = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""LoRA matrices by name of the linear layer: A (rank, in) and B (out, rank), float32."""
+"""LoRA matrices by name of the linear layer: A (rank, in features) and B (out features, rank), float32."""
 
 
 @dataclass
 class Adapter:
-    """The adapter of one training and its AdamW moments, on the CPU."""
+    """The LoRA adapter of one training with its AdamW moments, on the CPU."""
 
     weights: Matrices
     scale: float
     """alpha / rank."""
     exp_avg: Matrices = field(default_factory=dict)
+    """First moments; zeros if not given."""
     exp_avg_sq: Matrices = field(default_factory=dict)
+    """Second moments; zeros if not given."""
 
     def __post_init__(self) -> None:
         for moments in (self.exp_avg, self.exp_avg_sq):
@@ -31,7 +33,7 @@ class Adapter:
 
 
 class StackedLinear(nn.Module):
-    """A frozen linear layer (or an equivalent, such as GPT-2's Conv1D) with the adapters of all members."""
+    """A frozen linear layer (or an equivalent one, such as GPT-2's Conv1D) with the adapters of all members."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -41,12 +43,13 @@ class StackedLinear(nn.Module):
         self.b_kor: nn.Parameter | None = None
         """B matrices, (members, out, rank)."""
         self.active: list[int] | None = None
-        """Members whose rows are in the batch, in order, with equally many tokens each. None: all members."""
+        """Members whose rows are in the batch, in order and with equally many tokens each; None for all members."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, tokens, in) -> (rows, tokens, out).
+        """Return base(x) plus the output of the adapter of each row, (rows, tokens, out features). x: (rows, tokens, in
+        features).
 
-        Only three matrix products, because on a GPU a step of a small batch is bound by kernel launches.
+        There are only three matrix products, because on a GPU a step of a small batch is bound by kernel launches.
         """
         base_output: torch.Tensor = self.base(x)
         if self.a_kri is None or self.b_kor is None:
@@ -55,16 +58,19 @@ class StackedLinear(nn.Module):
         b_kor: torch.Tensor = self.b_kor
         if self.active is not None:
             a_kri, b_kor = a_kri[self.active], b_kor[self.active]
-        k = len(a_kri)
-        low_knr = torch.bmm(x.reshape(k, -1, x.shape[-1]), a_kri.mT)
-        return torch.baddbmm(base_output.view(k, -1, base_output.shape[-1]), low_knr, b_kor.mT).view_as(base_output)
+        num_members = len(a_kri)
+        projected_knr = torch.bmm(x.reshape(num_members, -1, x.shape[-1]), a_kri.mT)
+        base_output_kno = base_output.view(num_members, -1, base_output.shape[-1])
+        return torch.baddbmm(base_output_kno, projected_knr, b_kor.mT).view_as(base_output)
 
 
 class Stack:
-    """Weights, gradients and AdamW moments of all adapters, each as one float32 tensor (members, numbers), so that an
-    AdamW step of all members takes few operations. The layers use a copy of the weights in their own `dtype`. Adapters
-    are padded with zeros to the highest rank and to all adapted layers: where both A and B are zero, gradients are zero
-    too, so the padding stays zero."""
+    """Weights, gradients and AdamW moments of all adapters. Each is one float32 tensor (members, parameters), so that
+    an AdamW step of all members takes few operations.
+
+    The layers use a copy of the weights in their own `dtype`. Adapters are padded with zeros to the highest rank and to
+    all adapted layers. Where both A and B are zero, gradients are zero too, so the padding stays zero.
+    """
 
     def __init__(
         self,
@@ -78,7 +84,7 @@ class Stack:
         self._shapes = {
             name: (pair[0].shape[1], pair[1].shape[0]) for adapter in adapters for name, pair in adapter.weights.items()
         }
-        # All A matrices before all B matrices, so that scaling A is one operation.
+        # All A matrices come before all B matrices, so that scaling A is one operation.
         self._b_start = rank * sum(in_features for in_features, _ in self._shapes.values())
         size = self._b_start + rank * sum(out_features for _, out_features in self._shapes.values())
         self._weights, self._grads, self._exp_avg, self._exp_avg_sq = (
@@ -97,6 +103,7 @@ class Stack:
         self._bind_layers()
 
     def _load_adapters(self) -> None:
+        """Copy weights and moments of the adapters into the stacked tensors."""
         for stacked, matrices in self._stacked_tensors():
             for index, adapter in enumerate(self._adapters):
                 for name, pair in matrices(adapter).items():
@@ -120,7 +127,7 @@ class Stack:
         self._copy[:, self._b_start :].copy_(self._weights[:, self._b_start :])
 
     def activate(self, members: Sequence[int]) -> None:
-        """Set the members whose rows are in the next batch."""
+        """Set the members whose rows are in the next batch, as indices into the adapters."""
         active = None if list(members) == list(range(len(self._adapters))) else list(members)
         for name in self._shapes:
             self._layers[name].active = active
@@ -132,14 +139,14 @@ class Stack:
 
     @torch.no_grad()
     def accumulate_grads(self) -> None:
-        """Add the gradients of a backward pass to the float32 gradients. Call after each backward pass."""
+        """Add the gradients in `dtype` to those in float32. Call after each backward pass."""
         if self._copy_grads is not self._grads:
             self._grads.add_(self._copy_grads)
             self._copy_grads.zero_()
 
     @torch.no_grad()
     def step(self, hyperparams: StepHyperparams) -> list[float]:
-        """Take an AdamW step; return each member's gradient norm before clipping."""
+        """Take an AdamW step; return the gradient norm of each member before clipping."""
         self._grads[:, : self._b_start].mul_(self._scales_k1)
         norms: list[float] = update(self._weights, self._grads, self._exp_avg, self._exp_avg_sq, hyperparams).tolist()
         self._refresh_copy()
@@ -147,7 +154,7 @@ class Stack:
 
     @torch.no_grad()
     def sync_to_adapters(self) -> None:
-        """Copy weights and moments back into the adapters."""
+        """Copy weights and moments from the stacked tensors back into the adapters."""
         for stacked, matrices in self._stacked_tensors():
             for index, adapter in enumerate(self._adapters):
                 for name, pair in matrices(adapter).items():
@@ -155,7 +162,7 @@ class Stack:
                         matrix.copy_(view[index, : matrix.shape[0], : matrix.shape[1]])
 
     def _stacked_tensors(self) -> list[tuple[torch.Tensor, Callable[[Adapter], Matrices]]]:
-        """Each stacked tensor with a function that returns an adapter's part of it."""
+        """Return each stacked tensor with a function that returns the matrices of an adapter that belong to it."""
         return [
             (self._weights, lambda adapter: adapter.weights),
             (self._exp_avg, lambda adapter: adapter.exp_avg),
@@ -163,20 +170,21 @@ class Stack:
         ]
 
     def _views(self, stacked_kn: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of a layer's A, (k, r, in), and B, (k, out, r), in a stacked tensor."""
+        """Return views of a layer's A, (members, rank, in features), and B, (members, out features, rank), in a stacked
+        tensor."""
         a_slice, b_slice, rank = self._slices[name]
         in_features, out_features = self._shapes[name]
-        count = len(self._adapters)
-        return stacked_kn[:, a_slice].view(count, rank, in_features), stacked_kn[:, b_slice].view(
-            count, out_features, rank
-        )
+        num_members = len(self._adapters)
+        a_kri = stacked_kn[:, a_slice].view(num_members, rank, in_features)
+        b_kor = stacked_kn[:, b_slice].view(num_members, out_features, rank)
+        return a_kri, b_kor
 
 
 def install(model: nn.Module, names: Sequence[str]) -> dict[str, StackedLinear]:
-    """Replace these linear layers of a frozen model with StackedLinear layers; return those by name."""
+    """Replace the linear layers `names` of a frozen model by StackedLinear layers; return the new layers by name."""
     layers = {}
     for name in names:
-        parent, _, last = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         layers[name] = StackedLinear(model.get_submodule(name))
-        setattr(model.get_submodule(parent), last, layers[name])
+        setattr(model.get_submodule(parent), attribute, layers[name])
     return layers

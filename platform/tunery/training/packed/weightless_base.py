@@ -1,6 +1,7 @@
 """A PEFT adapter on a base model whose weights take no memory.
 
-PEFT thereby initializes, saves and loads a pack's adapters as in a training of its own, without a second base model.
+With it, PEFT initializes, saves and loads the adapters of a pack in the same way as outside a pack, without a second
+base model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ PREFIX = "base_model.model."
 
 
 def weightless_base(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of `model` whose weights take no memory. They are not on the meta device: PEFT (0.21) would create
-    the adapter on it too, without data."""
+    """Return a copy of `model` whose weights take no memory: each is a single zero, expanded to its shape. The copy is
+    not on the meta device, because PEFT (0.21) would create the adapter there too, without data."""
     with torch.device("meta"):
         base: PreTrainedModel = type(model)(copy.deepcopy(model.config))
     for module in base.modules():
@@ -36,7 +37,7 @@ def weightless_base(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_adapter(model: PreTrainedModel, tuner: Tuner, seed: int) -> Any:
-    """Return a PeftModel on a weightless copy of `model`, with its adapter initialized from `seed`, on the CPU."""
+    """Return a PeftModel on a weightless copy of `model`, on the CPU. `seed` determines the initial adapter."""
     from peft import get_peft_model
 
     base = weightless_base(model)
@@ -45,7 +46,8 @@ def with_adapter(model: PreTrainedModel, tuner: Tuner, seed: int) -> Any:
 
 
 def adapter_of(peft_model: Any) -> Adapter:
-    """Return the adapter of `peft_model`. It shares memory, so that saving the PeftModel saves the trained weights."""
+    """Return the adapter of `peft_model`. It shares its memory, so that saving the PeftModel saves the trained
+    weights."""
     weights: Matrices = {}
     scale = 1.0
     for name, module in peft_model.named_modules():

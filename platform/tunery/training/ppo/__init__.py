@@ -5,5 +5,5 @@ its distribution over workers), models.py (policy, value, reference and reward m
 trainer.py (one step), ppo_worker.py (the training loop).
 
 Implementation details follow Huang et al. 2023, "The N Implementation Details of RLHF with PPO"
-(https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo); a comment marks each difference.
+(https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo); comments mark the differences.
 """

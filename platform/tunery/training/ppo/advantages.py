@@ -1,7 +1,7 @@
 """Generalized advantage estimation, whitening and batch statistics. Pure functions.
 
-Tensors are (rows, tokens): one response per row, padded on the right, without its prompt. Masks are True on response
-tokens; padding never counts.
+Tensors are (responses, tokens): one response per row, without its prompt and padded on the right. Masks are True on
+response tokens. Values on padding are ignored.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 
 
 def generalized_advantages(
-    rewards_bt: torch.Tensor, values_bt: torch.Tensor, mask_bt: torch.Tensor, gamma: float, lam: float
+    rewards_bt: torch.Tensor, values_bt: torch.Tensor, mask_bt: torch.Tensor, gamma: float, gae_lambda: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages by GAE (Schulman et al. 2015, https://arxiv.org/abs/1506.02438, eq. 16), and the returns that the
-    value model learns (advantage + value). Both (rows, tokens), 0 outside the mask.
+    """Return advantages by GAE (Schulman et al. 2015, https://arxiv.org/abs/1506.02438, eq. 16), and returns, which are
+    the targets of the value model (advantage + value). Both are (responses, tokens), 0 outside the mask.
 
-    values_bt: values of the states before each token. The value after the last token is 0, for truncated responses too,
-    because their reward is given there.
+    rewards_bt: rewards of each token; values_bt: values of the states before each token. The value after the last token
+    is 0, for truncated responses too, because the last token has the reward of the response.
     """
     values_bt = torch.where(mask_bt, values_bt, 0.0)
     rewards_bt = torch.where(mask_bt, rewards_bt, 0.0)
@@ -25,21 +25,22 @@ def generalized_advantages(
     next_value_b = torch.zeros_like(values_bt[:, 0])
     for time in reversed(range(values_bt.shape[1])):
         delta_b = rewards_bt[:, time] + gamma * next_value_b - values_bt[:, time]
-        advantage_b = delta_b + gamma * lam * advantage_b
+        advantage_b = delta_b + gamma * gae_lambda * advantage_b
         advantages_bt[:, time] = advantage_b
         next_value_b = values_bt[:, time]
     return advantages_bt, advantages_bt + values_bt
 
 
 def masked_mean(values_bt: torch.Tensor, mask_bt: torch.Tensor) -> torch.Tensor:
-    """Mean over the mask; a scalar."""
+    """Return the mean over the mask, a scalar."""
     return torch.where(mask_bt, values_bt, 0.0).sum() / mask_bt.sum()
 
 
 def whiten(values_bt: torch.Tensor, mask_bt: torch.Tensor, *, shift: bool = True) -> torch.Tensor:
-    """Scale values to standard deviation 1 over the mask and, with `shift`, to mean 0; 0 outside the mask.
+    """Scale values to standard deviation 1 over the mask and, with `shift`, to mean 0. Return (responses, tokens), 0
+    outside the mask.
 
-    Pass the complete batch of all workers (rollouts.py), so that the statistics are not those of one worker's share.
+    Pass the complete batch of all workers (rollouts.py), so that the statistics do not depend on the number of workers.
     """
     mean = masked_mean(values_bt, mask_bt)
     # Bessel's correction (n - 1), as in torch.var and TRL.
@@ -49,8 +50,8 @@ def whiten(values_bt: torch.Tensor, mask_bt: torch.Tensor, *, shift: bool = True
 
 
 def explained_variance(values_bt: torch.Tensor, returns_bt: torch.Tensor, mask_bt: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for perfect predictions, 0 for a constant prediction. 0 if all
-    returns are equal."""
+    """Return 1 - Var(returns - values) / Var(returns) over the mask: 1 for perfect predictions, 0 for a constant
+    prediction, and 0 if all returns are equal."""
     returns, residuals = returns_bt[mask_bt].double(), (returns_bt - values_bt)[mask_bt].double()
     variance = returns.var(correction=0)
     return float(1 - residuals.var(correction=0) / variance) if variance > 0 else 0.0

@@ -43,64 +43,65 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NO_REWARD_NORM = RewardNorm(0.0, 1.0)
+"""Leaves rewards unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The models of PPO. A model that is None is an adapter (or the base) of `trained`."""
+    """The models of PPO."""
 
     trained: PolicyAndValue
     reference: LanguageModel | None
+    """None if the reference is the base of `trained`, without adapters."""
     reward: ScalarModel | None
+    """None if the reward model is an adapter of `trained`, or if there is a `reward_fn`."""
     reward_fn: RewardFn | None
-    """Computes rewards from texts: a user's function, or a reward model with its own tokenizer or chat template. Then
-    `reward` is None."""
+    """Computes rewards from texts: a user's function, or a reward model with its own tokenizer or chat template."""
     value_init: str
-    """"policy" or "reward"."""
+    """What the value model was initialized from: "policy" or "reward"."""
     is_adapter_weight: Callable[[str], bool]
-    """Whether a parameter belongs to an adapter, by its name."""
+    """Whether the parameter with this name belongs to an adapter."""
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, in their current dtypes: measure after DeepSpeed has cast them."""
+        """Bytes of all weights in their current dtypes. Read it after DeepSpeed has cast them."""
         modules = [module for module in (self.trained, self.reference, self.reward) if module is not None]
-        return parameter_bytes(weights for module in modules for weights in module.parameters())
+        return parameter_bytes(weight for module in modules for weight in module.parameters())
 
     @property
     def unshared_weight_bytes(self) -> int:
-        """The same if no models shared weights."""
+        """Bytes that the weights would take if the models shared none."""
         if not self.trained.shared:
             return self.weight_bytes
-        base = [weights for name, weights in self.trained.policy.named_parameters() if not self.is_adapter_weight(name)]
-        return (3 if self.reward_fn is not None else 4) * parameter_bytes(base)
+        base = [weight for name, weight in self.trained.policy.named_parameters() if not self.is_adapter_weight(name)]
+        num_models = 3 if self.reward_fn is not None else 4
+        return num_models * parameter_bytes(base)
 
 
 def build_models(job: Job, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device) -> Models:
     """Load all models: trained weights in fp32 on the CPU (DeepSpeed moves and casts them), frozen ones in `dtype` on
-    `device`. Raises StageError if the reward model does not fit the policy."""
+    `device`. Raises StageError if the reward model is incompatible with the policy or with `value_init`."""
     spec = job.spec
     assert isinstance(spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
     takes_token_ids = reward_takes_token_ids(job, tokenizer)
     policy = load_model(job.model, torch.float32)
     policy.config.use_cache = False
-    if adapter_spec(spec.tuner).has_adapter:
-        models = _shared(job, policy, takes_token_ids, dtype, device)
-    else:
-        models = _separate(job, policy, takes_token_ids, dtype, device)
-    for module in (models.trained, models.reference, models.reward):
-        if module is not None:
-            disable_dropout(module)
-        for part in module.modules() if module is not None else ():
-            if isinstance(part, LanguageModel):
-                part.log_probs.sharded = job.compute.zero_stage == 3
+    load = _load_on_shared_base if adapter_spec(spec.tuner).has_adapter else _load_separately
+    models = load(job, policy, takes_token_ids, dtype, device)
+    for model in (models.trained, models.reference, models.reward):
+        if model is not None:
+            disable_dropout(model)
+        for module in model.modules() if model is not None else ():
+            if isinstance(module, LanguageModel):
+                module.log_probs.sharded = job.compute.zero_stage == 3
     return models
 
 
 def reward_takes_token_ids(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward is a model that takes the policy's token ids unchanged.
+    """Return whether the reward is a model that takes the policy's token ids unchanged.
 
-    Raises StageError if it has another tokenizer and `allow_retokenize` is not set.
+    Raises StageError if it is a model with another tokenizer and `allow_retokenize` is not set.
     """
     assert isinstance(job.spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
@@ -108,7 +109,7 @@ def reward_takes_token_ids(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool
         return False
     reward_tokenizer = load_original_tokenizer(job.reward)
     if reward_tokenizer.get_vocab() == tokenizer.get_vocab():
-        # With another chat template it was trained on other token sequences, so it gets texts.
+        # A reward model with another chat template was trained on other token sequences, so it gets texts.
         return bool(reward_tokenizer.chat_template == tokenizer.chat_template)
     if not job.spec.allow_retokenize:
         name = job.reward.get("pretrained") or Path(job.reward["artifact"]).name
@@ -122,14 +123,14 @@ def reward_takes_token_ids(job: Job, tokenizer: PreTrainedTokenizerBase) -> bool
     return False
 
 
-def _separate(
+def _load_separately(
     job: Job, policy: PreTrainedModel, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
 ) -> Models:
-    """Load separate models, for tuners without adapter."""
+    """Load one model per role, for tuners without adapter."""
     spec = job.spec
     assert isinstance(spec, Ppo)
     assert job.reward is not None, "every ppo stage has one"
-    # Rounded as the policy, whose head is trained, so that the KL of the initial policy is exactly 0.
+    # The reference rounds like the policy, whose head is trained, so that the KL of the initial policy is exactly 0.
     reference = LanguageModel(_frozen(load_model(job.model, dtype), job, device), fuse_frozen_head=False)
     reward, reward_fn = _load_reward(job, job.reward, takes_token_ids, dtype, device)
     if _value_init(job, reward is not None) == "reward":
@@ -145,10 +146,10 @@ def _separate(
     return Models(trained, reference, reward, reward_fn, value_init, _is_adapter_weight(job))
 
 
-def _shared(
+def _load_on_shared_base(
     job: Job, policy: PreTrainedModel, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
 ) -> Models:
-    """Load one base with an adapter per model, for tuners with adapters."""
+    """Load one base with an adapter per role, for tuners with adapters."""
     from peft import get_peft_model
 
     assert job.reward is not None, "every ppo stage has one"
@@ -157,37 +158,37 @@ def _shared(
     is_adapter_weight = _is_adapter_weight(job)
     model = get_peft_model(policy, config, adapter_name=POLICY)
     heads: dict[str, ScalarHead] = {}
-    on_same_base = takes_token_ids and _is_adapter_of(job.reward, job.model, config)
-    width = _hidden_size(policy)
+    reward_on_base = takes_token_ids and _is_adapter_of(job.reward, job.model, config)
+    hidden_size = _hidden_size(policy)
     reward, reward_fn = None, None
-    if on_same_base:
-        heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), width, is_adapter_weight)
+    if reward_on_base:
+        heads[REWARD] = _add_reward_adapter(model, REWARD, Path(job.reward["artifact"]), hidden_size, is_adapter_weight)
     else:
         reward, reward_fn = _load_reward(job, job.reward, takes_token_ids, dtype, device)
-    value_init = _value_init(job, on_same_base)
+    value_init = _value_init(job, reward_on_base)
     if value_init == "reward":
-        heads[VALUE] = _add_reward_adapter(model, VALUE, Path(job.reward["artifact"]), width, is_adapter_weight)
+        heads[VALUE] = _add_reward_adapter(model, VALUE, Path(job.reward["artifact"]), hidden_size, is_adapter_weight)
     else:
         model.add_adapter(VALUE, config)
-        heads[VALUE] = ScalarHead(width)
+        heads[VALUE] = ScalarHead(hidden_size)
     trained = PolicyAndValue(LanguageModel(model.get_base_model()), None, heads)
     for name, parameter in trained.named_parameters():
-        # ...lora_A.<adapter>.weight, and heads.value.linear.weight
-        trained_adapter = is_adapter_weight(name) and bool({POLICY, VALUE} & set(name.split(".")[-2:]))
-        parameter.requires_grad_(trained_adapter or name.startswith(f"heads.{VALUE}."))
+        # Names are such as `...lora_A.<adapter>.weight` and `heads.value.linear.weight`.
+        is_trained_adapter = is_adapter_weight(name) and bool({POLICY, VALUE} & set(name.split(".")[-2:]))
+        parameter.requires_grad_(is_trained_adapter or name.startswith(f"heads.{VALUE}."))
     return Models(trained, None, reward, reward_fn, value_init, is_adapter_weight)
 
 
 def _is_adapter_weight(job: Job) -> Callable[[str], bool]:
-    """Return the predicate on names of parameters that belong to an adapter of the stage's tuner."""
+    """Return a function that tells by its name whether a parameter belongs to an adapter of the stage's tuner."""
     assert isinstance(job.spec, Ppo)
     spec = adapter_spec(job.spec.tuner)
     return partial(spec.trains, settings_of(job.spec.tuner)) if spec.has_adapter else lambda name: False
 
 
 def _is_adapter_of(reward: RewardOrigin, model: Source, config: Any) -> bool:
-    """Whether the reward model is an adapter on the policy's base, of the policy's PEFT type: one model can't hold
-    adapters of different types."""
+    """Whether the reward model is an adapter on the base `model`, of the same PEFT type as the policy's: a model can't
+    have adapters of different types."""
     from peft import PeftConfig
 
     if not is_adapter(reward) or base_of(artifact := Path(reward["artifact"])) != model:
@@ -196,38 +197,38 @@ def _is_adapter_of(reward: RewardOrigin, model: Source, config: Any) -> bool:
 
 
 def _add_reward_adapter(
-    model: Any, name: str, artifact: Path, width: int, is_adapter_weight: Callable[[str], bool]
+    model: Any, name: str, artifact: Path, hidden_size: int, is_adapter_weight: Callable[[str], bool]
 ) -> ScalarHead:
-    """Add the adapter of a `reward` stage to the model under `name`; return its head with its reward normalization."""
+    """Add the adapter of a `reward` stage to `model` under `name`; return its head, which normalizes rewards."""
     from peft import PeftConfig
     from peft.utils import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     config = PeftConfig.from_pretrained(artifact / "adapter")
-    # The head is not part of the language model; it is returned separately.
+    # The language model has no classification head.
     config.modules_to_save, config.exclude_modules, config.task_type = None, None, "CAUSAL_LM"
     model.add_adapter(name, config)
     weights = load_file(artifact / "adapter" / "adapter_model.safetensors")
     set_peft_model_state_dict(model, {key: value for key, value in weights.items() if is_adapter_weight(key)}, name)
     head = next(value for key, value in weights.items() if key.endswith("score.weight"))
-    linear = nn.Linear(width, 1, bias=False)
+    linear = nn.Linear(hidden_size, 1, bias=False)
     linear.weight.data = head.float()
     norm = load_reward_norm(artifact) or NO_REWARD_NORM
-    return ScalarHead(width).load_from(linear, norm.mean, norm.std)
+    return ScalarHead(hidden_size).load_from(linear, norm.mean, norm.std)
 
 
 def _load_reward(
     job: Job, origin: RewardOrigin, takes_token_ids: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[ScalarModel | None, RewardFn | None]:
-    """Load the reward as a model that takes token ids, or else as a function of texts."""
+    """Load the reward as a model that takes token ids if possible, otherwise as a function of texts."""
     if takes_token_ids and (model := _load_scalar_model(job, origin, dtype)) is not None:
         return _frozen(model, job, device), None
     return None, load_reward(origin, dtype, device, NO_LIMIT)
 
 
 def _load_scalar_model(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> ScalarModel | None:
-    """Load a reward model as a backbone with a head that returns normalized rewards. None if it is not a causal model
-    (those call their head `score` and apply it to the last token)."""
+    """Load a reward model as a backbone with a head that returns normalized rewards. Return None if it is not a causal
+    model: only those name their head `score` and apply it to the last token."""
     try:
         model, labels = load_classifier(origin, dtype)
         labels.check_single(str(origin.get("pretrained", origin.get("artifact"))))
@@ -240,11 +241,12 @@ def _load_scalar_model(job: Job, origin: RewardOrigin, dtype: torch.dtype) -> Sc
     return ScalarModel(model.base_model, ScalarHead(head.in_features).load_from(head, norm.mean, norm.std))
 
 
-def _value_init(job: Job, reward_fits: bool) -> str:
-    """Resolve `value_init`. Raises StageError if the reward model can't initialize the value model."""
+def _value_init(job: Job, reward_is_compatible: bool) -> str:
+    """Return `value_init` with `auto` resolved. Raises StageError if it is `reward` and the reward model can't
+    initialize the value model."""
     assert isinstance(job.spec, Ppo)
     adapter = adapter_spec(job.spec.tuner)
-    if job.spec.value_init == "reward" and not reward_fits:
+    if job.spec.value_init == "reward" and not reward_is_compatible:
         raise StageError(
             job.stage,
             "the value model can't be initialized from this reward",
@@ -254,16 +256,17 @@ def _value_init(job: Job, reward_fits: bool) -> str:
             remedy="set `value_init: policy`, or omit it",
         )
     if job.spec.value_init == "auto":
-        return "reward" if reward_fits else "policy"
+        return "reward" if reward_is_compatible else "policy"
     return job.spec.value_init
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
-    """Size of the last hidden states, read from the head: configs do not all store it under the same name."""
+    """Return the size of the last hidden states, from the output head: its name in the config differs between
+    models."""
     return int(model.get_output_embeddings().weight.shape[1])
 
 
 def _frozen(module: Any, job: Job, device: torch.device) -> Any:
-    """Freeze a model and move it to `device`; under ZeRO-3 DeepSpeed moves it."""
+    """Freeze a model and move it to `device` (under ZeRO-3 DeepSpeed moves it); return it."""
     module = module.requires_grad_(False).eval()
     return module if job.compute.zero_stage == 3 else module.to(device)

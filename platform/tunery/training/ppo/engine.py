@@ -1,5 +1,5 @@
-"""DeepSpeed for PPO: the training engine, engines of frozen models under ZeRO-3, gathered weights for generation,
-checkpoints, and saving the trained policy."""
+"""DeepSpeed for PPO: the engine of the trained models, engines of frozen models under ZeRO-3, gathered weights for
+generation, checkpoints, and saving the policy."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from tunery.training.ppo.build import Models
 from tunery.training.ppo.models import POLICY, PolicyAndValue
 
 TAG = "state"
-"""Name of DeepSpeed's own folder in a checkpoint."""
+"""DeepSpeed's tag of a checkpoint: the name of its folder within the checkpoint."""
 
 
 @dataclass(frozen=True)
 class PpoEngines:
-    """The models of PPO as they are called: DeepSpeed engines, or a plain frozen model unless ZeRO-3 shards it."""
+    """The models of PPO, ready for forward passes."""
 
     trained: Any
-    """The DeepSpeed engine of the policy and the value model."""
+    """DeepSpeed engine of the policy and the value model."""
     reference: Any
-    """None if the reference is the base of `trained`."""
+    """Reference model, as an engine under ZeRO-3; None if the reference is the base of `trained`."""
     reward: Any
-    """None if the reward is an adapter of `trained` or a function."""
+    """Reward model, as an engine under ZeRO-3; None if the reward is an adapter of `trained` or a function."""
 
     @staticmethod
-    def of(models: Models, spec: Ppo, compute: Compute, minibatch: Batching, dtype: str) -> PpoEngines:
+    def from_models(models: Models, spec: Ppo, compute: Compute, minibatch: Batching, dtype: str) -> PpoEngines:
+        """minibatch: batch sizes of an optimizer step; dtype: "fp32" or "bf16"."""
         return PpoEngines(
             trained_engine(models.trained, spec, compute, minibatch, dtype),
             frozen_engine(models.reference, compute, dtype),
@@ -45,7 +46,8 @@ class PpoEngines:
 
 
 def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching: Batching, dtype: str) -> Any:
-    """Build the DeepSpeed engine of the policy and the value model, with torch's AdamW. `batching`: of a minibatch."""
+    """Build the DeepSpeed engine of the policy and the value model, with torch's AdamW. `batching`: batch sizes of an
+    optimizer step."""
     import deepspeed
 
     if compute.zero_stage == 3 and not model.shared:
@@ -58,7 +60,7 @@ def trained_engine(model: PolicyAndValue, spec: Ppo, compute: Compute, batching:
         "bf16": {"enabled": dtype == "bf16"},
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Huang et al., detail "Adam's epsilon": they use 1e-5; we use torch's default, as all our trainers and TRL do.
+    # Huang et al., detail "Adam's epsilon", use 1e-5. This is torch's default, as in all other trainers and in TRL.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=spec.weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, optimizer=optimizer, config=config)
     engine.train()  # models load in eval mode, in which transformers does no gradient checkpointing
@@ -99,10 +101,10 @@ def frozen_engine(model: nn.Module | None, compute: Compute, dtype: str) -> Any:
 
 @contextmanager
 def gathered_policy(engine: Any, zero_stage: int) -> Iterator[None]:
-    """Under ZeRO-3, gather all policy weights once for the whole generation instead of once per token.
+    """A context in which ZeRO-3 has gathered all policy weights: once per generation instead of once per token.
 
-    DeepSpeed's hooks would shard each layer again after its forward pass, so they are removed meanwhile, by TRL's
-    functions, which follow DeepSpeed's internals.
+    DeepSpeed's hooks would shard each layer again after its forward pass. TRL's functions, which follow DeepSpeed's
+    internals, remove the hooks in this context.
     """
     if zero_stage < 3:
         yield
@@ -133,6 +135,7 @@ def save_policy(trained: PolicyAndValue, job: Job, tokenizer: Any, rank: int) ->
 
 
 def _gathered(module: nn.Module, zero_stage: int) -> AbstractContextManager[Any]:
+    """Return a context in which ZeRO-3 has gathered the weights of `module`."""
     if zero_stage < 3:
         return nullcontext()
     import deepspeed
@@ -154,12 +157,13 @@ def _save_adapter(model: Any, folder: Path) -> None:
 
 
 def save_state(engine: Any, folder: Path, shared: bool) -> None:
-    """Save trained weights, optimizer state and counters; each worker saves its part. `shared`: the frozen base of the
-    adapters is left out."""
+    """Save trained weights, optimizer state and counters; each worker saves its part. Call on all ranks. `shared`:
+    whether the models are adapters, whose frozen base is not saved."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=shared)
 
 
 def load_state(engine: Any, folder: Path, shared: bool) -> None:
+    """Load what `save_state` has saved. Call on all ranks."""
     path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not shared)
     assert path is not None, f"{folder} is marked as complete"
 

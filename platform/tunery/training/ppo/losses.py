@@ -1,8 +1,8 @@
 """Clipped PPO losses per token (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7).
 
 Losses are per token and not averaged: the caller sums over micro batches and divides by the number of tokens of the
-minibatch on all workers. TRL averages each micro batch over its own tokens instead, so that a token's weight depends on
-the batching; with one worker and one micro batch per minibatch the two are equal.
+minibatch on all workers. TRL averages each micro batch over its own tokens instead, so the weight of a token depends on
+the micro batches. With one worker and one micro batch per minibatch both are equal.
 """
 
 from __future__ import annotations
@@ -14,29 +14,37 @@ import torch
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Per-token tensors in the shape of the arguments of `policy_loss`."""
+    """One value per token, in the shape of the arguments of `policy_loss`."""
 
     loss: torch.Tensor
     clipped: torch.Tensor
-    """1 where the clipped loss is larger, so that the token has no gradient."""
+    """1.0 where the clipped loss is larger, so that the token has no gradient; otherwise 0.0."""
     approximate_kl: torch.Tensor
-    """KL between old and new policy: half the squared log-ratio (k2)."""
+    """KL between old and new policy: half the squared log-ratio (k2 in http://joschu.net/blog/kl-approx.html)."""
 
 
-def policy_loss(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip: float) -> PolicyLoss:
-    """Clipped policy loss; all tensors have one value per token. `old`: log-probabilities under the sampling policy."""
-    log_ratio = log_probs - old
+def policy_loss(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, clip: float
+) -> PolicyLoss:
+    """Return the clipped policy loss of each token. All tensors have one value per token.
+
+    old_log_probs: log-probabilities under the policy that sampled the tokens; clip: maximum change of the probability
+    ratio.
+    """
+    log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return PolicyLoss(torch.maximum(unclipped, clipped), (clipped > unclipped).float(), 0.5 * log_ratio.detach() ** 2)
 
 
-def value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float | None) -> torch.Tensor:
-    """Half the squared error of each token's value. With `clip`, the larger of it and the error of the value clipped to
-    within `clip` of its old value."""
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None
+) -> torch.Tensor:
+    """Return half the squared error of the value of each token. With `clip`, the value is also clipped to within `clip`
+    of its old value, and the larger of both errors counts."""
     loss = (values - returns) ** 2
     if clip is not None:
-        clipped_values = old + (values - old).clamp(-clip, clip)
+        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
         loss = torch.maximum(loss, (clipped_values - returns) ** 2)
     return 0.5 * loss

@@ -1,10 +1,9 @@
-"""The PPO training loop of each worker: models, steps, evaluations, checkpoints; rank 0 writes the artifact."""
+"""The training loop of each worker for PPO: models, steps, evaluations and checkpoints. Rank 0 writes the artifact."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from typing import Any
 
 from tunery.models.precision import pick_dtype
@@ -15,9 +14,9 @@ from tunery.training.training_stats import num_elements, peak_memory_bytes, save
 from tunery.workers.process_state import prepare_process
 
 NUM_EXAMPLE_RESPONSES = 8
-"""Prompts whose responses before and after training are kept in the artifact's facts."""
+"""Number of prompts whose responses before and after the training are facts of the artifact."""
 MAX_EXAMPLE_CHARS = 600
-"""Characters kept of each prompt and response."""
+"""Maximum characters of each prompt and response in the facts."""
 MAX_AUTO_MICRO_BATCH = {"cpu": 4, "gpu": 16}
 """The largest micro batch size that `auto` picks. Small on a CPU, so that responses, sorted by length, need little
 padding (benchmarks/ppo_beside_trl.py: an update with 4 takes 0.83 of the time with 8); larger on a GPU, where small
@@ -25,7 +24,11 @@ batches are bound by kernel launches."""
 
 
 def train(job: Job, report: Report) -> None:
-    """Train in each worker; all ranks call it. Writes `out/` (model or adapter), then `work/outcome.json`."""
+    """Train in each worker; all ranks call it. Write the model or adapter to `job.out`, then outcome.json to
+    `job.staging_dir`.
+
+    Raises StageError if the training diverges, if a sanity check fails, or if the saved model is not the trained one.
+    """
     prepare_process(job.compute.device, job.compute.cpus_per_worker)
     import torch.distributed as dist
 
@@ -51,7 +54,7 @@ def train(job: Job, report: Report) -> None:
 
 
 class PpoRun:
-    """One PPO training in one worker."""
+    """A PPO training, as one worker sees it."""
 
     def __init__(self, job: Job, report: Report) -> None:
         import torch
@@ -72,8 +75,8 @@ class PpoRun:
 
         spec, compute = job.spec, job.compute
         assert isinstance(spec, Ppo)
-        assert spec.epochs != "auto", "resolved by the launcher"
-        assert spec.global_batch_size != "auto", "resolved by the launcher"
+        assert spec.epochs != "auto", "resolved before the job starts"
+        assert spec.global_batch_size != "auto", "resolved before the job starts"
         self.job, self.spec = job, spec
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         emit = event_emitter(job, self.rank)
@@ -84,18 +87,19 @@ class PpoRun:
         emit("preview", **stage_preview(spec, rows_of(job.data, PREVIEW_COLUMNS), self.tokenizer))
         data, eval_data = read_row_sequences(job, self.tokenizer)
         self.prompts, self.eval_prompts = PromptSet(data), PromptSet(eval_data) if job.eval_data else None
-        size = spec.global_batch_size
-        micro = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
-        if micro is None:
-            share = size // spec.minibatches // self.workers
-            largest = min(share, MAX_AUTO_MICRO_BATCH[compute.device])
-            micro = max(count for count in range(1, largest + 1) if share % count == 0)
+        batch_size = spec.global_batch_size
+        minibatch_size = batch_size // spec.minibatches
+        micro_batch_size = None if compute.micro_batch_size == "auto" else compute.micro_batch_size
+        if micro_batch_size is None:
+            worker_batch_size = minibatch_size // self.workers
+            largest = min(worker_batch_size, MAX_AUTO_MICRO_BATCH[compute.device])
+            micro_batch_size = max(size for size in range(1, largest + 1) if worker_batch_size % size == 0)
         self.batches = PpoBatches(
-            plan_batches(len(self.prompts), spec.epochs, size, self.workers, None),
-            plan_batches(1, 1, size // spec.minibatches, self.workers, micro),
+            plan_batches(len(self.prompts), spec.epochs, batch_size, self.workers, None),
+            plan_batches(1, 1, minibatch_size, self.workers, micro_batch_size),
         )
         steps = self.batches.step.steps
-        self.order = data_order(self.prompts.lengths, steps, size, job.seed)
+        self.order = data_order(self.prompts.lengths, steps, batch_size, job.seed)
         self.loop = LoopControl(
             job,
             steps,
@@ -104,9 +108,9 @@ class PpoRun:
             logging_steps=1,
             save_steps=save_steps(compute, steps, min_steps=1),
             signature=checkpoint_signature(self.workers, compute.zero_stage, self.dtype),
-            rows_per_step=size,
+            rows_per_step=batch_size,
             # An upper bound: the lengths of responses before a resumed step are not known.
-            tokens_at=lambda step: step * size * spec.max_length,
+            tokens_at=lambda step: step * batch_size * spec.max_length,
             report=report,
             rank=self.rank,
         )
@@ -117,18 +121,20 @@ class PpoRun:
         if compute.gradient_checkpointing:
             self.models.trained.checkpoint_gradients()
         eos_ids = eos_token_ids(self.models.trained.policy.model, self.tokenizer)
-        engines = PpoEngines.of(self.models, spec, compute, self.batches.minibatch, self.dtype)
+        engines = PpoEngines.from_models(self.models, spec, compute, self.batches.minibatch, self.dtype)
         self.engine = engines.trained
         ppo_data = PpoData(self.prompts, load_ptx_data(job, self.tokenizer), self.tokenizer, eos_ids)
         self.trainer = PpoTrainer(job, self.models, engines, self.batches, ppo_data, self.loop.guard)
         self.weight_bytes = self.models.weight_bytes
         self.unshared_weight_bytes = self.models.unshared_weight_bytes
-        self.before: list[dict[str, Any]] = []
-        """Example responses of the initial model."""
-        self.after: list[dict[str, Any]] = []
+        self.initial_responses: list[dict[str, Any]] = []
+        """Example responses of the initial policy."""
+        self.latest_responses: list[dict[str, Any]] = []
         """Example responses of the latest evaluation."""
         self.seconds: dict[str, float] = {}
+        """Seconds of each phase, over all steps since the start or the last resume."""
         self.tokens: dict[str, int] = {}
+        """Tokens of each phase, over the same steps."""
         self.started_at = time.time()
 
     def resume(self) -> None:
@@ -141,29 +147,30 @@ class PpoRun:
         if checkpoint is not None:
             load_state(self.engine, checkpoint, self.models.trained.shared)
             saved = json.loads((checkpoint / "ppo.json").read_text())
-            self.trainer.state, self.before = PpoState(**saved["state"]), saved["before"]
+            self.trainer.state, self.initial_responses = PpoState.from_json(saved["state"]), saved["before"]
 
     def step(self) -> None:
         """Run one PPO step and log its metrics."""
-        size, state = self.batches.step.global_batch_size, self.trainer.state
-        metrics = self.trainer.step(self.order[state.step * size : (state.step + 1) * size].tolist())
+        batch_size, state = self.batches.step.global_batch_size, self.trainer.state
+        metrics = self.trainer.step(self.order[state.step * batch_size : (state.step + 1) * batch_size].tolist())
         self.loop.end_step(state.step)
-        for phase, seconds in self.trainer.phase_stats.seconds.items():
+        stats = self.trainer.phase_stats
+        for phase, seconds in stats.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-            self.tokens[phase] = self.tokens.get(phase, 0) + self.trainer.phase_stats.tokens[phase]
+            self.tokens[phase] = self.tokens.get(phase, 0) + stats.tokens[phase]
         speeds = {
-            f"{phase}_tokens_per_second": self.trainer.phase_stats.tokens[phase] / seconds
-            for phase, seconds in self.trainer.phase_stats.seconds.items()
+            f"{phase}_tokens_per_second": stats.tokens[phase] / seconds for phase, seconds in stats.seconds.items()
         }
         self.loop.log(metrics, {**speeds, "memory_gb": peak_memory_bytes(self.job.compute.device) / 1e9})
 
     def evaluate(self) -> None:
-        """Sample responses to the held-out prompts, with the same random numbers each time, and log their rewards."""
+        """Sample responses to the evaluation prompts, with the same random numbers each time, and record their metrics.
+        Without `eval_data`, sample only the example responses, to the first training prompts."""
         prompts = self.eval_prompts or self.prompts
         indices = list(range(len(prompts) if self.eval_prompts else min(NUM_EXAMPLE_RESPONSES, len(prompts))))
         rollouts = self.trainer.generate_rollouts(prompts, indices, "evaluation")
         scores = self.trainer.score_rollouts(prompts, rollouts)
-        self.after = [
+        self.latest_responses = [
             {
                 "prompt": (prompts.row(index)["messages"][-1]["content"] or "")[:MAX_EXAMPLE_CHARS],
                 "response": self.trainer.decode(rollouts.responses[index])[:MAX_EXAMPLE_CHARS],
@@ -172,7 +179,7 @@ class PpoRun:
             for index in range(min(NUM_EXAMPLE_RESPONSES, len(indices)))
         ]
         if self.loop.step == 0:
-            self.before = self.after
+            self.initial_responses = self.latest_responses
         if self.eval_prompts is None:
             return
         self.loop.record_evaluation(
@@ -185,12 +192,13 @@ class PpoRun:
         )
 
     def save_checkpoint(self) -> None:
+        """Write a complete checkpoint. Raises StageError if a weight is not finite."""
         from tunery.training.ppo.engine import save_state
 
         self.loop.check_weights(self.engine.module.named_parameters())
         save_state(self.engine, self.loop.checkpoint, self.models.trained.shared)
         if self.rank == 0:
-            state = {"state": asdict(self.trainer.state), "before": self.before}
+            state = {"state": self.trainer.state.as_json(), "before": self.initial_responses}
             (self.loop.checkpoint / "ppo.json").write_text(json.dumps(state))
         self.loop.complete_checkpoint()
 
@@ -200,20 +208,20 @@ class PpoRun:
         from tunery.training.reload_check import NUM_PROBE_CANDIDATES, LanguageProbe, check_saved
 
         self.loop.check_end(self.engine.module.named_parameters())
-        if not self.after or self.eval_prompts is None:
+        if not self.latest_responses or self.eval_prompts is None:
             self.evaluate()
-        parameters = sum(map(num_elements, self.engine.module.policy.parameters()))
-        probe = LanguageProbe(self.job, self.prompts.sequences.first(NUM_PROBE_CANDIDATES), parameters)
+        num_parameters = sum(map(num_elements, self.engine.module.policy.parameters()))
+        probe = LanguageProbe(self.job, self.prompts.sequences.first(NUM_PROBE_CANDIDATES), num_parameters)
         losses = [self.trainer.sequence_loss(ids) for ids in probe.sequences]
         save_policy(self.engine.module, self.job, self.tokenizer, self.rank)
-        reload_check = check_saved(self.job, self.rank, self.dtype, parameters, losses, probe.saved_outputs)
+        reload_check = check_saved(self.job, self.rank, self.dtype, num_parameters, losses, probe.saved_outputs)
         if self.rank == 0:
             self.loop.write_outcome(self._facts(), {**self._runtime_stats(), **reload_check})
 
     def _facts(self) -> dict[str, Any]:
-        steps = [point for point in self.loop.history if "reward" in point]
-        evals = [point for point in self.loop.history if "eval_reward" in point]
-        last = steps[-5:]
+        steps = [entry for entry in self.loop.history if "reward" in entry]
+        evals = [entry for entry in self.loop.history if "eval_reward" in entry]
+        last_steps = steps[-5:]
         sizes = [(num_elements(weight), weight.requires_grad) for weight in self.engine.module.policy.parameters()]
         return {
             **self.prompts.facts(),
@@ -228,7 +236,10 @@ class PpoRun:
             "skipped_steps": skipped_steps(self.loop.history),
             "value_init": self.models.value_init,
             "shared_base": self.models.trained.shared,
-            **{name: sum(point[name] for point in last) / len(last) for name in ("reward", "kl", "eos_rate")},
+            **{
+                name: sum(entry[name] for entry in last_steps) / len(last_steps)
+                for name in ("reward", "kl", "eos_rate")
+            },
             "first_reward": steps[0]["reward"],
             "kl_coefficient": self.trainer.state.kl_coefficient,
             "eval_reward": evals[-1]["eval_reward"] if evals else None,
@@ -236,13 +247,13 @@ class PpoRun:
             "eval_reward_before": evals[0]["eval_reward"] if evals else None,
             "responses": [
                 {
-                    "prompt": before["prompt"],
-                    "before": before["response"],
-                    "after": after["response"],
-                    "reward_before": before["reward"],
-                    "reward_after": after["reward"],
+                    "prompt": initial["prompt"],
+                    "before": initial["response"],
+                    "after": latest["response"],
+                    "reward_before": initial["reward"],
+                    "reward_after": latest["reward"],
                 }
-                for before, after in zip(self.before, self.after, strict=True)
+                for initial, latest in zip(self.initial_responses, self.latest_responses, strict=True)
             ],
         }
 

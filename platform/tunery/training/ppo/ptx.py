@@ -1,4 +1,4 @@
-"""PPO-ptx: add a language-modelling loss on `ptx.data` to PPO's loss, against forgetting (Ouyang et al. 2022,
+"""PPO-ptx: a language-modelling loss on `ptx.data` is added to the loss of PPO, against forgetting (Ouyang et al. 2022,
 https://arxiv.org/abs/2203.02155, eq. 2)."""
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from tunery.training.sequences import SequenceSet, open_rows
 
 
 class PtxData:
-    """The sequences of `ptx.data`, shuffled once and repeated without end."""
+    """The sequences of `ptx.data`, shuffled once and repeated indefinitely."""
 
     def __init__(self, sequences: SequenceSet, seed: int) -> None:
         self._sequences, self._order = sequences, list(range(len(sequences)))
         random.Random(seed).shuffle(self._order)
 
     def __call__(self, start: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Return `count` sequences from position `start` on: the tokens before the loss tokens, and the loss tokens."""
+        """Return prompts and responses of `count` sequences from position `start` on: the tokens before the loss
+        tokens, and the loss tokens."""
         prompts, responses = [], []
         for position in range(start, start + count):
             index = self._order[position % len(self._order)]
@@ -34,7 +35,8 @@ class PtxData:
 
 
 def load_ptx_data(job: Job, tokenizer: Any) -> PtxData | None:
-    """Return the tokenized rows of `ptx.data`, or None without `ptx`. Raises StageError if no row has a loss token."""
+    """Return the sequences of `ptx.data`, or None without `ptx`. Raises StageError if no row has a loss token. Call on
+    all ranks."""
     assert isinstance(job.spec, Ppo)
     if job.spec.ptx is None:
         return None
