@@ -1,11 +1,11 @@
-"""Generates the responses of several models to the same prompts and scores them with a judge, on Ray actors.
+"""Generate the responses of several models to the same prompts and score them with a judge, on the workers of the run.
 
-All models share one pool of actors, as in loss_eval.py. A task is a (model, batch of a shard); tasks are ordered by
-model, and an actor holds the judge and one model at a time. The responses of a task are written to the work directory
-of the stage, so an interrupted comparison resumes with the missing tasks.
+A task is one model and one batch of prompts. Tasks are ordered by model, and a worker has the judge and one model in
+memory at a time. The responses of a task are written to the staging directory of the stage, so an interrupted
+comparison resumes with the missing tasks.
 
-The random numbers used for sampling depend only on the seed and the row id: every model gets the same numbers for a
-prompt, and the number of workers, the shards and the order of rows change only rounding.
+The random numbers for sampling depend only on the seed and the row id. Every model gets the same numbers for a prompt,
+and the number of workers, the shards and the order of rows change results only by rounding.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tunery.store import StageContext
 from tunery.store.rows import shards
 
 BATCH_ROWS = 256
-"""Number of rows per task: a full batch on a GPU at 512 tokens (BATCH_TOKENS in models/generate.py), and small enough
-to distribute some hundred prompts over several workers."""
+"""Rows per task: a full batch on a GPU at 512 tokens (BATCH_TOKENS in models/generate.py), and few enough to distribute
+some hundred prompts over several workers."""
 
 Response = dict[str, Any]
-"""row (row number in the data), id, prompt (messages), response, reward, tokens (including the EOS token), ended (False
-if the response was truncated)."""
+"""A response with its prompt: row (number of the row in the data), id, prompt (messages), response (text), reward,
+tokens (number, including the EOS token), ended (False if the response was truncated)."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +42,56 @@ class PromptBatch:
     """At most BATCH_ROWS rows of a shard."""
 
     shard: Path
-    first: int
-    """Row number in the data of the first row of the shard."""
+    shard_start: int
+    """Number in the data of the first row of the shard."""
     start: int
     """Index in the shard of the first row of the batch."""
     rows: int
+    """Number of rows."""
 
 
 @dataclass(frozen=True)
 class BatchResponses:
-    """The responses of one model to one batch, and how many of the rows read were left out."""
+    """The responses of one model to one batch."""
 
     read: int
+    """Number of rows that were read."""
     too_long: int
+    """Number of rows that were skipped because their prompt is too long."""
     unusable: int
+    """Number of rows that were skipped for another reason."""
     responses: list[Response]
 
 
 def prompt_batches(artifact: Path) -> list[PromptBatch]:
-    """Split the shards into batches; the split depends only on the rows."""
+    """Split the rows of an artifact into batches. The split depends only on its shards."""
     batches: list[PromptBatch] = []
-    first = 0
+    shard_start = 0
     for shard in shards(artifact):
         rows = int(pq.read_metadata(shard).num_rows)
         batches += [
-            PromptBatch(shard, first, start, min(BATCH_ROWS, rows - start)) for start in range(0, rows, BATCH_ROWS)
+            PromptBatch(shard, shard_start, start, min(BATCH_ROWS, rows - start))
+            for start in range(0, rows, BATCH_ROWS)
         ]
-        first += rows
+        shard_start += rows
     return batches
 
 
 def generate_responses(
     context: StageContext, artifacts: dict[str, Path], batches: Sequence[PromptBatch]
 ) -> list[list[Path]]:
-    """Return for each batch one file per model (see `read_responses`). Existing files are not generated again."""
+    """Generate all responses. Return for each batch one file per model (see `read_responses`). Tasks whose file exists
+    are skipped.
+
+    artifacts: by stage name; batches: of the stage's `data`.
+    """
     stage = context.spec
     assert isinstance(stage, WinRate)
     folder = context.staging_dir / "responses"
     folder.mkdir(parents=True, exist_ok=True)
     models = stage.evaluated_models
     files = [
-        [folder / f"{model_index}-{batch.first + batch.start}.jsonl" for model_index in range(len(models))]
+        [folder / f"{model_index}-{batch.shard_start + batch.start}.jsonl" for model_index in range(len(models))]
         for batch in batches
     ]
     tasks: list[dict[str, Any]] = []
@@ -97,16 +106,16 @@ def generate_responses(
                 {
                     "source": source,
                     "shard": str(batch.shard),
-                    "first": batch.first,
+                    "shard_start": batch.shard_start,
                     "start": batch.start,
                     "file": str(batch_files[model_index]),
                 }
             )
     total = len(models) * sum(batch.rows for batch in batches)
     judge = json.dumps(reward_origin(stage.judge, artifacts, context.folder))
-    arguments = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
+    constructor_args = (judge, context.seed, stage.sampling, encoding_of(stage), context.compute)
     context.emit("progress", done=done, total=total, unit="responses", detail="waiting for workers")
-    results = context.launcher.map_tasks(ResponseGenerator, arguments, tasks) if tasks else iter(())
+    results = context.launcher.map_tasks(ResponseGenerator, constructor_args, tasks) if tasks else iter(())
     for result in results:
         done += int(result["read"])
         context.emit("progress", done=done, total=total, unit="responses")
@@ -114,18 +123,20 @@ def generate_responses(
 
 
 class ResponseGenerator:
-    """Generates responses to batches with one model at a time, and scores them with the judge."""
+    """Callable class for `Launcher.map_tasks` that generates responses to batches of prompts, with one model in memory
+    at a time, and scores them with the judge."""
 
     def __init__(self, judge: str, seed: int, sampling: Sampling, encoding: Encoding, compute: Compute) -> None:
         """judge: a RewardOrigin as JSON."""
         import torch
 
         torch.set_num_threads(compute.cpus_per_worker)
-        self._origin, self._seed, self._sampling, self._encoding = judge, seed, sampling, encoding
+        self._judge_origin, self._seed, self._sampling, self._encoding = judge, seed, sampling, encoding
         self._dtype = score_dtype(compute)
         self._device = torch.device("cuda" if compute.device == "gpu" else "cpu")
         self._judge: Any = None
         self._loaded: tuple[str, Any, Any, list[int]] = ("", None, None, [])
+        """Source as JSON, engine, tokenizer and EOS token ids of the model in memory."""
 
     def _load(self, source: str) -> tuple[Any, Any, list[int]]:
         """Return the engine, tokenizer and EOS token ids of a model."""
@@ -142,44 +153,44 @@ class ResponseGenerator:
         return self._loaded[1:]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        columns = (batch["source"], batch["shard"], batch["first"], batch["start"], batch["file"])
+        columns = (batch["source"], batch["shard"], batch["shard_start"], batch["start"], batch["file"])
         read = [
-            self._generate(str(source), str(shard), int(first), int(start), Path(str(file)))
-            for source, shard, first, start, file in zip(*columns, strict=True)
+            self._generate(str(source), str(shard), int(shard_start), int(start), Path(str(file)))
+            for source, shard, shard_start, start, file in zip(*columns, strict=True)
         ]
         return {"read": read}
 
-    def _generate(self, source: str, shard: str, first: int, start: int, file: Path) -> int:
-        """Write the responses to a batch; return the number of rows read."""
+    def _generate(self, source: str, shard: str, shard_start: int, start: int, file: Path) -> int:
+        """Write the responses to a batch of prompts to `file`; return the number of rows read."""
         from tunery.models.generate import decode_response
         from tunery.models.reward_functions import load_reward
         from tunery.models.sampling import uniform_numbers
 
         if self._judge is None:
-            # Not in __init__: Ray reports only the text of an error there, without its cause and remedy.
-            self._judge = load_reward(json.loads(self._origin), self._dtype, self._device, NO_LIMIT)
+            # Not in __init__, where Ray would report only the text of an error, without its cause and remedy.
+            self._judge = load_reward(json.loads(self._judge_origin), self._dtype, self._device, NO_LIMIT)
         engine, tokenizer, eos_ids = self._load(source)
         table = pq.read_table(shard, columns=list(COLUMNS)).slice(start, BATCH_ROWS).to_pylist()
-        numbered = [{**row, "row": first + start + index} for index, row in enumerate(table)]
-        encoded = list(encode_prompt_rows(numbered, tokenizer, self._encoding))
-        usable = [(as_prompt(row), item) for row, item in zip(numbered, encoded, strict=True) if not item.unusable]
-        prompts = [row for row, _ in usable]
-        keys = [(int(row["id"], 16),) for row in prompts]
+        rows = [{**row, "row": shard_start + start + index} for index, row in enumerate(table)]
+        encoded = list(encode_prompt_rows(rows, tokenizer, self._encoding))
+        usable = [(as_prompt(row), item) for row, item in zip(rows, encoded, strict=True) if not item.unusable]
+        prompts = [prompt for prompt, _ in usable]
+        keys = [(int(prompt["id"], 16),) for prompt in prompts]
         uniform_bt = uniform_numbers(self._seed, "win_rate", keys, self._sampling.max_new_tokens)
-        generated = engine([item.sequences[0].ids for _, item in usable], uniform_bt, self._sampling)
-        texts = [decode_response(response.tokens, eos_ids, tokenizer) for response in generated]
+        responses = engine([item.sequences[0].ids for _, item in usable], uniform_bt, self._sampling)
+        texts = [decode_response(response.tokens, eos_ids, tokenizer) for response in responses]
         rewards = self._judge(prompts, texts) if texts else []
         too_long = sum(item.unusable == TOO_LONG for item in encoded)
         unusable = len(encoded) - len(usable) - too_long
         lines: list[dict[str, Any]] = [{"read": len(encoded), "too_long": too_long, "unusable": unusable}]
-        for row, response, text, reward in zip(prompts, generated, texts, rewards, strict=True):
+        for prompt, response, text, reward in zip(prompts, responses, texts, rewards, strict=True):
             messages = [
-                {key: value for key, value in message.items() if value is not None} for message in row["messages"]
+                {key: value for key, value in message.items() if value is not None} for message in prompt["messages"]
             ]
             lines.append(
                 {
-                    "row": row["row"],
-                    "id": row["id"],
+                    "row": prompt["row"],
+                    "id": prompt["id"],
                     "prompt": messages,
                     "response": text,
                     "reward": reward,
@@ -187,13 +198,14 @@ class ResponseGenerator:
                     "ended": response.ended,
                 }
             )
-        temporary = file.with_suffix(".part")  # renamed when complete, because existing files are not generated again
+        temporary = file.with_suffix(".part")  # renamed when complete, because tasks whose file exists are skipped
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         temporary.replace(file)
         return len(encoded)
 
 
 def read_responses(file: Path) -> BatchResponses:
+    """Read a file of `generate_responses`: a line of counts, and a line per response."""
     with file.open(encoding="utf-8") as stream:
         lines: Iterator[Response] = map(json.loads, stream)
         counts = next(lines)

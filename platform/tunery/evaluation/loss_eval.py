@@ -1,7 +1,6 @@
-"""The `evaluate` stage: loss and perplexity of each model on each set, on Ray actors.
+"""The `evaluate` stage: loss and perplexity of each model on each evaluation set, on the workers of the run.
 
-All models share one pool of actors, so actors start and import torch once. A task is a (model, shard of a set); tasks
-are ordered by model, and an actor holds one model at a time.
+A task is one model and one shard of a set. Tasks are ordered by model, and a worker has one model in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from tunery.store.rows import CONTENT, count_rows, shards
 
 
 class LossEvaluator:
-    """Sums the negative log-likelihood of shards, with one model at a time."""
+    """Callable class for `Launcher.map_tasks` that sums the negative log-likelihood of shards, with one model in memory
+    at a time."""
 
     def __init__(self, max_length: int, compute: Compute) -> None:
         import torch
@@ -34,8 +34,10 @@ class LossEvaluator:
         self._device = "cuda" if compute.device == "gpu" else "cpu"
         self._max_length = max_length
         self._loaded: tuple[str, Any, Any] = ("", None, None)
+        """Source as JSON, Likelihood and tokenizer of the model in memory."""
 
     def _load(self, source: str) -> tuple[Any, Any]:
+        """Return Likelihood and tokenizer of a model."""
         from tunery.models.load import load_model, load_tokenizer
         from tunery.models.nll import Likelihood
 
@@ -72,15 +74,16 @@ class LossEvaluator:
 
 
 def run_evaluate(context: StageContext) -> StageResult:
-    """Write results.json.
+    """Compute the losses and write results.json.
 
-    Facts: results, one entry per model and set: loss (nats per token), perplexity, tokens, rows, the number of unusable
-    rows (no response, or rejected by the chat template) and, with a baseline, forgetting.
+    Facts: `results`, one entry per model and set: loss (nats per loss token), perplexity, tokens, rows, unusable
+    (number of rows without a response, or rejected by the chat template) and, with a baseline, forgetting. Raises
+    RowCountError if a row was not evaluated.
     """
     stage, compute = context.spec, context.compute
     assert isinstance(stage, Evaluate)
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
-    unnumbered_tasks = [
+    shard_tasks = [
         {
             "model": model_name(model),
             "set": name,
@@ -91,17 +94,18 @@ def run_evaluate(context: StageContext) -> StageResult:
         for name, stage_name in stage.data.items()
         for shard in shards(paths[stage_name])
     ]
-    tasks: list[dict[str, Any]] = [{"index": index, **task} for index, task in enumerate(unnumbered_tasks)]
+    tasks: list[dict[str, Any]] = [{"index": index, **task} for index, task in enumerate(shard_tasks)]
     expected = {name: count_rows(paths[stage_name]) for name, stage_name in stage.data.items()}
     total = len(stage.models) * sum(expected.values())
-    started = time.time()
+    start_time = time.time()
     context.emit("progress", done=0, total=total, unit="rows", detail="waiting for workers")
-    done: list[dict[str, Any]] = []
-    for row in context.launcher.map_tasks(LossEvaluator, (stage.max_length, compute), tasks):
-        done.append(row)
-        context.emit("progress", done=sum(int(item["rows"]) for item in done), total=total, unit="rows")
-    done.sort(key=lambda row: int(row["index"]))  # so that sums don't depend on the order in which actors finish
-    results = [_aggregate(done, model_name(model), name) for model in stage.models for name in stage.data]
+    shard_results: list[dict[str, Any]] = []
+    for result in context.launcher.map_tasks(LossEvaluator, (stage.max_length, compute), tasks):
+        shard_results.append(result)
+        num_rows = sum(int(finished["rows"]) for finished in shard_results)
+        context.emit("progress", done=num_rows, total=total, unit="rows")
+    shard_results.sort(key=lambda result: int(result["index"]))  # sums must not depend on the order of completion
+    results = [_aggregate(shard_results, model_name(model), name) for model in stage.models for name in stage.data]
     for result in results:
         if result["rows"] != expected[result["set"]]:
             raise RowCountError(
@@ -111,13 +115,13 @@ def run_evaluate(context: StageContext) -> StageResult:
     if stage.baseline is not None:
         results = with_forgetting(results, model_name(stage.baseline))
     (context.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return StageResult({"results": results}, {"seconds": time.time() - started})
+    return StageResult({"results": results}, {"seconds": time.time() - start_time})
 
 
 def with_forgetting(results: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Add "forgetting" to each result: the relative increase of its loss over that of `baseline` on the same set.
+    """Add `forgetting` to each result: the relative increase of its loss over that of `baseline` on the same set.
 
-    0.1 is 10% more loss, negative values are an improvement; NaN if the loss of the baseline is 0 or NaN.
+    0.1 is 10% more loss, and negative values are an improvement. It is NaN if the loss of the baseline is 0 or NaN.
     """
     baseline_loss = {result["set"]: result["loss"] for result in results if result["model"] == baseline}
     return [
@@ -131,10 +135,11 @@ def with_forgetting(results: Sequence[dict[str, Any]], baseline: str) -> list[di
     ]
 
 
-def _aggregate(done: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
-    shard_results = [row for row in done if row["model"] == model and row["set"] == name]
-    nll = math.fsum(float(row["nll"]) for row in shard_results)
-    tokens = sum(int(row["tokens"]) for row in shard_results)
+def _aggregate(shard_results: list[dict[str, Any]], model: str, name: str) -> dict[str, Any]:
+    """Return the result of one model on the set `name`."""
+    selected = [result for result in shard_results if result["model"] == model and result["set"] == name]
+    nll = math.fsum(float(result["nll"]) for result in selected)
+    tokens = sum(int(result["tokens"]) for result in selected)
     loss = nll / tokens if tokens else math.nan
     return {
         "model": model,
@@ -142,6 +147,6 @@ def _aggregate(done: list[dict[str, Any]], model: str, name: str) -> dict[str, A
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
         "tokens": tokens,
-        "rows": sum(int(row["rows"]) for row in shard_results),
-        "unusable": sum(int(row["unusable"]) for row in shard_results),
+        "rows": sum(int(result["rows"]) for result in selected),
+        "unusable": sum(int(result["unusable"]) for result in selected),
     }

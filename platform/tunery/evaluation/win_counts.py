@@ -12,27 +12,30 @@ Z = 1.96
 
 @dataclass(frozen=True)
 class WinCounts:
+    """Outcomes of the comparisons of a model with the baseline, one per prompt."""
+
     wins: int
     ties: int
     losses: int
 
     @property
     def rate(self) -> float:
-        """Win rate, with ties counted half; NaN if nothing was compared."""
+        """Win rate, where ties count half; NaN without comparisons."""
         rows = self.wins + self.ties + self.losses
         return (self.wins + self.ties / 2) / rows if rows else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the win rate."""
         return wilson_interval(self.rate, self.wins + self.ties + self.losses)
 
 
 def compare(pairs: Iterable[tuple[float, float, bool]]) -> WinCounts:
-    """Count wins of the model. `pairs`: (reward of the model's response, reward of the baseline's response, whether
-    both responses are equal).
+    """Count the outcomes. `pairs`: (reward of the model's response, reward of the baseline's response, whether both
+    responses are equal).
 
-    Equal responses are a tie whatever their rewards, because a judge scores the same text differently in another batch,
-    by rounding.
+    Equal responses are a tie whatever their rewards: by rounding, the judge's rewards of the same text differ between
+    batches.
     """
     wins = ties = losses = 0
     for reward, baseline_reward, is_equal in pairs:
@@ -46,12 +49,12 @@ def compare(pairs: Iterable[tuple[float, float, bool]]) -> WinCounts:
 
 
 def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
-    """Return the 95% Wilson score interval of a rate over independent rows; (0, 1) without rows.
+    """Return the 95% Wilson score interval of a rate over independent rows; (0, 1) without rows (Wilson 1927,
+    https://doi.org/10.1080/01621459.1927.10502953).
 
-    Unlike the normal (Wald) interval, it has a width near rates of 0 and 1 (Wilson 1927,
-    https://doi.org/10.1080/01621459.1927.10502953). It assumes a variance of p(1 - p) per row. Ties counted half have
-    less variance, so with ties the interval is conservative. It covers the sampling of prompts, not the choice of judge
-    or the variance between training runs.
+    Unlike the normal (Wald) interval, its width is not 0 at rates of 0 and 1. It assumes a variance of p(1 - p) per
+    row. Ties that count half have less variance, so with ties the interval is conservative. It covers the sampling of
+    prompts, not the choice of the judge or the variance between trainings.
     """
     if not rows:
         return 0.0, 1.0

@@ -1,7 +1,7 @@
-"""The `win_rate` stage: win rate of each model against a baseline, as scored by a judge.
+"""The `win_rate` stage: win rate of each model against a baseline, by the rewards of a judge.
 
-Each model is compared with the baseline on the prompts that fit both of them, independent of the other models, because
-the length of a prompt depends on the tokenizer.
+Each model is compared with the baseline on the prompts that are short enough for both of them, whatever the other
+models, because the length of a prompt depends on the tokenizer.
 """
 
 from __future__ import annotations
@@ -40,19 +40,22 @@ missing."""
 
 @dataclass
 class ResponsePairs:
-    """The responses of one model and of the baseline to the prompts that fit both."""
+    """Statistics of the responses of one model and of the baseline to the prompts that are short enough for both."""
 
     rewards: list[tuple[float, float, bool]] = field(default_factory=list)
-    """Reward of the model, reward of the baseline, and whether the responses are equal."""
+    """For each prompt, reward of the model, reward of the baseline, and whether the responses are equal."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
-    """Total of the model, total of the baseline."""
+    """Total number of tokens of the model, and of the baseline."""
     ended: list[int] = field(default_factory=lambda: [0, 0])
+    """Number of responses that ended with EOS, of the model and of the baseline."""
 
-    def add(self, response: Response, baseline: Response) -> None:
-        self.rewards.append((response["reward"], baseline["reward"], response["response"] == baseline["response"]))
-        for side, one in enumerate((response, baseline)):
-            self.tokens[side] += one["tokens"]
-            self.ended[side] += one["ended"]
+    def add(self, response: Response, baseline_response: Response) -> None:
+        """Add the responses to one prompt."""
+        is_equal = response["response"] == baseline_response["response"]
+        self.rewards.append((response["reward"], baseline_response["reward"], is_equal))
+        for side, side_response in enumerate((response, baseline_response)):
+            self.tokens[side] += side_response["tokens"]
+            self.ended[side] += side_response["ended"]
 
     def means(self, side: int) -> dict[str, float]:
         """Return the means of the model (side 0) or the baseline (side 1): reward, response_length (tokens, including
@@ -65,7 +68,7 @@ class ResponsePairs:
         }
 
 
-def by_prompt(batch: Sequence[BatchResponses]) -> list[PromptResponses]:
+def group_by_prompt(batch: Sequence[BatchResponses]) -> list[PromptResponses]:
     """Group the responses of all models to a batch by prompt, in row order."""
     by_row: dict[int, PromptResponses] = {}
     for model_index, model_responses in enumerate(batch):
@@ -75,21 +78,25 @@ def by_prompt(batch: Sequence[BatchResponses]) -> list[PromptResponses]:
 
 
 class ResponseStats:
-    """Accumulates the statistics of all responses, batch by batch."""
+    """Statistics of all responses, accumulated batch by batch."""
 
     def __init__(self, num_models: int) -> None:
+        """num_models: including the baseline."""
         self.pairs = [ResponsePairs() for _ in range(1, num_models)]
         """One entry per model except the baseline."""
-        self.read, self.unusable, self.lost = 0, 0, 0
+        self.read, self.unusable = 0, 0
+        """Number of rows that were read, and of those that are no usable prompt."""
+        self.unaccounted = 0
+        """Number of rows that have neither a response nor a reason to be skipped, summed over models; should be 0."""
         self._num_models = num_models
         self._samples: dict[str, PromptResponses] = {}
 
     def add(self, batch: Sequence[BatchResponses], prompts: Sequence[PromptResponses]) -> None:
-        """`batch`: the responses of each model; `prompts`: the same responses grouped by prompt."""
+        """Add a batch of prompts. `batch`: the responses of each model; `prompts`: the same responses by prompt."""
         read = batch[0].read
         self.read += read
         self.unusable += batch[0].unusable
-        self.lost += sum(abs(read - one.too_long - one.unusable - len(one.responses)) for one in batch)
+        self.unaccounted += sum(abs(read - model.too_long - model.unusable - len(model.responses)) for model in batch)
         for responses in prompts:
             for model_index, pairs in enumerate(self.pairs, start=1):
                 if responses.keys() >= {0, model_index}:
@@ -98,8 +105,8 @@ class ResponseStats:
         self._samples = {id: self._samples[id] for id in heapq.nsmallest(NUM_SAMPLES, self._samples)}
 
     def samples(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the prompts with the smallest ids that all models responded to. The sample is independent of the row
-        order and of the responses."""
+        """Return the prompts with the smallest ids that all models responded to, with all responses. The sample does
+        not depend on the order of rows or on the responses. `names`: of the models."""
         return [
             {
                 "prompt": responses[0]["prompt"][-1]["content"][:MAX_SAMPLE_CHARS],
@@ -116,11 +123,13 @@ class ResponseStats:
 
 
 def run_win_rate(context: StageContext) -> StageResult:
-    """Write results.json, and responses.jsonl with the responses and rewards of all models to every prompt.
+    """Compute the win rates. Write results.json, and responses.jsonl with the responses and rewards of all models to
+    every prompt.
 
-    Facts: results, one entry per model (see `_result`); responses, a sample of prompts with all responses.
+    Facts: `results`, one entry per model (see `_result`); `responses`, a sample of prompts with all responses. Raises
+    RowCountError if a row was lost, and StageError if no prompt is usable.
     """
-    stage, started = context.spec, time.time()
+    stage, start_time = context.spec, time.time()
     assert isinstance(stage, WinRate)
     artifacts = {name: artifact.path for name, artifact in context.inputs.items()}
     names = [model_name(model) for model in stage.evaluated_models]
@@ -128,16 +137,16 @@ def run_win_rate(context: StageContext) -> StageResult:
     with (context.out / "responses.jsonl").open("w", encoding="utf-8") as target:
         for files in generate_responses(context, artifacts, prompt_batches(artifacts[stage.data])):
             batch = [read_responses(file) for file in files]
-            prompts = by_prompt(batch)
+            prompts = group_by_prompt(batch)
             stats.add(batch, prompts)
             target.writelines(
                 json.dumps(_output_entry(responses, names), ensure_ascii=False) + "\n" for responses in prompts
             )
     expected = count_rows(artifacts[stage.data])
-    if stats.read != expected or stats.lost:
+    if stats.read != expected or stats.unaccounted:
         raise RowCountError(
             context.name,
-            f"`data` has {expected} rows, {stats.read} were read; {stats.lost} of these have neither "
+            f"`data` has {expected} rows, {stats.read} were read; {stats.unaccounted} of these have neither "
             "a response nor a reason to be skipped",
         )
     results = []
@@ -156,15 +165,15 @@ def run_win_rate(context: StageContext) -> StageResult:
         left_out = {"too_long": too_long, "unusable": stats.unusable}
         results.append({"model": name, "set": stage.data, **_result(pairs, names[0]), "left_out": left_out})
     (context.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return StageResult({"results": results, "responses": stats.samples(names)}, {"seconds": time.time() - started})
+    return StageResult({"results": results, "responses": stats.samples(names)}, {"seconds": time.time() - start_time})
 
 
 def _result(pairs: ResponsePairs, baseline: str) -> dict[str, Any]:
-    """Return the entry of one model in the results.
+    """Return the result of one model.
 
-    win_rate: fraction of the prompts on which the model got the higher reward, ties counted half; interval: its 95%
-    confidence interval (win_counts.py); the means of the model, and under `baseline` those of the baseline on the same
-    prompts.
+    win_rate: fraction of the prompts on which the model has the higher reward, where ties count half; interval: its 95%
+    confidence interval (win_counts.py); the means of the model (ResponsePairs.means), and under `baseline` those of the
+    baseline on the same prompts.
     """
     counts = compare(pairs.rewards)
     return {
@@ -178,6 +187,7 @@ def _result(pairs: ResponsePairs, baseline: str) -> dict[str, Any]:
 
 
 def _output_entry(responses: PromptResponses, names: Sequence[str]) -> dict[str, Any]:
+    """Return the line of a prompt in responses.jsonl."""
     first = next(iter(responses.values()))
     keys = ("response", "reward", "tokens", "ended")
     by_model = {names[index]: {key: responses[index][key] for key in keys} for index in sorted(responses)}

@@ -1,7 +1,7 @@
 """The queue between a run and its workers: a Ray actor that hands out jobs and tasks, and collects their results.
 
-A job runs on all workers together (a training); a task runs on one of them (scoring a shard). Workers ask the queue for
-work: a worker that Ray Train has restarted asks again, and unfinished work is handed out again.
+A job, such as a training, runs on all workers at once. A task, such as scoring a shard, runs on one of them. Workers
+ask the queue for work. A worker that Ray Train has restarted asks again, and unfinished work is handed out again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ Pickled = bytes
 """Functions, arguments and errors pass through as cloudpickle bytes, so the queue imports nothing that they need."""
 
 MAX_IDLE_FAILURES = 3
-"""Failures in a row that interrupt no work, such as a lack of memory while workers start. One more fails the pending
+"""Consecutive failures that interrupt no work, such as a lack of memory while workers start. One more fails the pending
 tasks."""
 MAX_WAIT_SECONDS = 1.0
-"""Maximum duration of a call that waits for results; the run handles signals between two calls."""
+"""Maximum duration of a call that waits for results. The run handles signals between two calls."""
 
 
 @dataclass
 class _Job:
     number: int
     call: Pickled
+    """(function, argument)."""
     max_failures: int
     failures: int = 0
     finished: set[int] = field(default_factory=set)
@@ -40,70 +41,84 @@ class _Job:
 
 @dataclass
 class _Task:
-    batch: int
+    submission: int
+    """Number of the `submit_tasks` call."""
     index: int
+    """Index among the tasks of that call."""
     values: dict[str, Any]
+    """Columns of the task."""
     crashes: int = 0
+    """How many workers have died while they ran it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does next."""
+    """A job or a task for one worker."""
 
     kind: Literal["job", "task"]
     number: int
-    """Of the job, or of the actor that runs the task."""
+    """Number of the job, or of the callable class that runs the task. A worker keeps its instance of the class while
+    the number is the same."""
     call: Pickled
-    """(function, argument) of a job; (class, arguments) of the actor that runs a task."""
+    """(function, argument) of a job; (callable class, constructor arguments) of a task."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Columns of a task."""
+    """Columns of the task."""
     crashes: int = 0
-    """How many workers died while they ran this task."""
+    """How many workers have died while they ran this task."""
 
 
 @dataclass(frozen=True)
 class JobUpdate:
+    """State of the current job, and its reports since the last update."""
+
     state: Literal["open", "done", "stopped", "failed"]
     failures: int
+    """Number of failures so far."""
     reports: list[dict[str, float]]
     errors: Pickled
+    """{rank: exception} of the last failure."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
+    """Result or error of one task."""
+
     index: int
+    """Index among the submitted tasks."""
     result: Pickled
     error: Pickled
     """An exception, or {rank: exception} if workers died; empty if there is a result."""
 
 
 class JobQueue:
-    """An asynchronous actor: calls that wait do not block others."""
+    """An asynchronous Ray actor: calls that wait do not block others."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._changed = asyncio.Condition()
         self._closed = False
         self._sessions: dict[int, int] = dict.fromkeys(range(num_workers), 0)
-        """By rank; increased when a worker starts or fails. Messages of earlier sessions are ignored."""
+        """Number of the session of each rank. It increases when a worker starts or fails, and messages of earlier
+        sessions are ignored."""
         self._joined: set[int] = set()
-        """Ranks that are idle or working."""
+        """Ranks of the workers that are running."""
         self._job: _Job | None = None
         self._job_number = 0
-        self._actor_number = 0
-        self._actor: Pickled = b""
-        self._batch = 0
+        self._callable_class: Pickled = b""
+        """(callable class, constructor arguments) of the submitted tasks."""
+        self._callable_class_number = 0
+        self._submission = 0
         self._max_crashes = 0
         self._pending: deque[_Task] = deque()
         self._running: dict[int, _Task] = {}
-        """By rank."""
+        """Task of each rank that runs one."""
         self._results: list[TaskResult] = []
         self._idle_failures = 0
 
     # Called by workers.
 
     async def join(self, rank: int) -> int:
-        """Register a worker that has started; return its session."""
+        """Register a worker that has started; return the number of its session."""
         async with self._changed:
             self._sessions[rank] += 1
             self._joined.add(rank)
@@ -112,28 +127,29 @@ class JobQueue:
             return self._sessions[rank]
 
     async def next(self, rank: int, session: int, last_job: int) -> Work | None:
-        """Wait for work; None means exit. `last_job`: number of the last job that this worker has run."""
+        """Wait for work and return it; None means exit. `last_job`: number of the last job that this worker has run."""
 
-        def work() -> Work | None:
+        def find_work() -> Work | None:
             job = self._job
             if job is not None and job.state == "open" and job.number > last_job:
                 return Work("job", job.number, job.call) if len(self._joined) == self._num_workers else None
             if self._pending:
                 task = self._running[rank] = self._pending.popleft()
-                return Work("task", self._actor_number, self._actor, task.values, task.crashes)
+                return Work("task", self._callable_class_number, self._callable_class, task.values, task.crashes)
             return None
 
-        return await self._wait_for(work, lambda: self._closed or self._sessions[rank] != session)
+        return await self._wait_for(find_work, lambda: self._closed or self._sessions[rank] != session)
 
     async def report(self, rank: int, session: int, metrics: dict[str, float]) -> None:
-        """Pass metrics of the current job on to the run."""
+        """Pass metrics of the current job to the run."""
         async with self._changed:
             if self._sessions[rank] == session and self._job is not None:
                 self._job.reports.append(metrics)
                 self._changed.notify_all()
 
     async def finish_job(self, rank: int, session: int, stopped: bool) -> None:
-        """Register that a worker has finished its part of the job, or has raised Stopped, as all ranks do."""
+        """Register that a worker has finished its part of the job. `stopped`: whether it has raised Stopped; either all
+        ranks do or none."""
         async with self._changed:
             job = self._job
             if self._sessions[rank] != session or job is None:
@@ -145,15 +161,17 @@ class JobQueue:
             self._changed.notify_all()
 
     async def finish_task(self, rank: int, session: int, result: Pickled, error: Pickled) -> None:
+        """Register the result or the error of the task that a worker was given last."""
         async with self._changed:
             if self._sessions[rank] == session and (task := self._running.pop(rank, None)) is not None:
                 self._idle_failures = 0
                 self._add_result(task, result, error)
 
-    # Called by the controller of Ray Train.
+    # Called by Ray Train's controller.
 
     async def fail(self, ranks: list[int], errors: Pickled) -> None:
-        """Register that these ranks have raised an error or died. Ray Train then restarts all workers."""
+        """Register that these ranks have raised an error or died, after which Ray Train restarts all workers. `errors`:
+        {rank: exception}."""
         async with self._changed:
             job = self._job
             is_job_open = job is not None and job.state == "open"
@@ -181,71 +199,77 @@ class JobQueue:
     # Called by the run.
 
     async def submit_job(self, call: Pickled, max_failures: int) -> None:
+        """Replace the current job. `call`: (function, argument)."""
         async with self._changed:
             self._job_number += 1
             self._job = _Job(self._job_number, call, max_failures)
             self._changed.notify_all()
 
     async def job_update(self, failures: int) -> JobUpdate:
-        """Wait for reports, a new failure (`failures` are known), or the end of the job, up to MAX_WAIT_SECONDS."""
+        """Wait for reports, for a failure beyond the `failures` that the caller knows, or for the end of the job, at
+        most MAX_WAIT_SECONDS. Return the update."""
         job = self._job
         assert job is not None, "called after submit_job"
 
-        def update() -> JobUpdate | None:
+        def find_update() -> JobUpdate | None:
             if not job.reports and job.state == "open" and job.failures == failures:
                 return None
             reports, job.reports = job.reports, []
             return JobUpdate(job.state, job.failures, reports, job.errors)
 
-        return await self._wait_for(update, seconds=MAX_WAIT_SECONDS) or JobUpdate("open", failures, [], b"")
+        return await self._wait_for(find_update, seconds=MAX_WAIT_SECONDS) or JobUpdate("open", failures, [], b"")
 
-    async def submit_tasks(self, actor: Pickled, tasks: list[dict[str, Any]], max_crashes: int) -> None:
-        """Replace all tasks. Workers keep their actor if `actor` is the same as before."""
+    async def submit_tasks(self, callable_class: Pickled, tasks: list[dict[str, Any]], max_crashes: int) -> None:
+        """Replace all tasks. `callable_class`: (callable class, constructor arguments). Workers keep their instance of
+        the class if it is the same as before."""
         async with self._changed:
-            if actor != self._actor:
-                self._actor, self._actor_number = actor, self._actor_number + 1
-            self._batch += 1
+            if callable_class != self._callable_class:
+                self._callable_class, self._callable_class_number = callable_class, self._callable_class_number + 1
+            self._submission += 1
             self._max_crashes = max_crashes
-            self._pending = deque(_Task(self._batch, index, values) for index, values in enumerate(tasks))
+            self._pending = deque(_Task(self._submission, index, values) for index, values in enumerate(tasks))
             self._results.clear()
             self._changed.notify_all()
 
     async def task_results(self) -> list[TaskResult]:
-        """Wait for finished tasks, up to MAX_WAIT_SECONDS."""
+        """Wait for results, at most MAX_WAIT_SECONDS. Return those since the last call."""
 
-        def results() -> list[TaskResult] | None:
-            finished, self._results = self._results, []
-            return finished or None
+        def take_results() -> list[TaskResult] | None:
+            results, self._results = self._results, []
+            return results or None
 
-        return await self._wait_for(results, seconds=MAX_WAIT_SECONDS) or []
+        return await self._wait_for(take_results, seconds=MAX_WAIT_SECONDS) or []
 
     async def close(self) -> None:
-        """Make the workers exit after what they are doing."""
+        """Make the workers exit after their current job or task."""
         async with self._changed:
             self._closed = True
             self._pending.clear()
             self._changed.notify_all()
 
     def _add_result(self, task: _Task, result: Pickled, error: Pickled) -> None:
-        if task.batch == self._batch:
+        """Add a result, unless its task has been replaced."""
+        if task.submission == self._submission:
             self._results.append(TaskResult(task.index, result, error))
             self._changed.notify_all()
 
     def _requeue(self, rank: int) -> None:
+        """Make the unfinished task of a worker pending again, unless it has been replaced."""
         task = self._running.pop(rank, None)
-        if task is not None and task.batch == self._batch:
+        if task is not None and task.submission == self._submission:
             self._pending.appendleft(task)
 
     async def _wait_for(
-        self, value: Callable[[], T | None], ended: Callable[[], bool] = lambda: False, seconds: float | None = None
+        self, get: Callable[[], T | None], should_end: Callable[[], bool] = lambda: False, seconds: float | None = None
     ) -> T | None:
-        """Wait until `value` returns something else than None; return None if `ended`, or after `seconds`."""
-        end = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        """Wait until `get` returns a value other than None, and return it. Return None when `should_end` returns True,
+        or after `seconds`."""
+        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
         async with self._changed:
-            while not ended():
-                if (result := value()) is not None:
-                    return result
-                remaining = None if end is None else end - asyncio.get_running_loop().time()
+            while not should_end():
+                if (value := get()) is not None:
+                    return value
+                remaining = None if deadline is None else deadline - asyncio.get_running_loop().time()
                 if remaining is not None and remaining <= 0:
                     return None
                 try:

@@ -1,4 +1,4 @@
-"""Run tasks in this process, or on Ray Data actors that need no model and no GPU."""
+"""Run tasks in this process, or, if they need neither a model nor a GPU, on Ray Data actors."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 from tunery.errors import TuneryError
 
 Task = dict[str, Any]
+"""Columns of a task, or of its result."""
 
 
-def map_in_process(actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task]) -> Iterator[Task]:
-    """Construct `actor(*arguments)`, call it with a batch {column: [value]} per task, and yield the results."""
-    local_actor = actor(*arguments)
+def map_in_process(callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task]) -> Iterator[Task]:
+    """Construct `callable_class(*constructor_args)`, call it with a batch {column: [value]} per task, and yield the
+    results in order."""
+    function = callable_class(*constructor_args)
     for task in tasks:
-        results = local_actor({key: [value] for key, value in task.items()})
-        yield {key: values[0] for key, values in results.items()}
+        results = function({column: [value] for column, value in task.items()})
+        yield {column: values[0] for column, values in results.items()}
 
 
 def map_on_cpus(
-    actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], num_actors: int, num_cpus: int = 1
+    callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], num_actors: int, num_cpus: int = 1
 ) -> Iterator[Task]:
-    """Like map_in_process, on actors of Ray Data that reserve `num_cpus` each, in order of completion.
+    """The same on at most `num_actors` Ray Data actors that reserve `num_cpus` CPUs each, in order of completion.
 
-    A TuneryError raised in an actor is raised here unchanged.
+    A TuneryError that an actor raises is raised here unchanged.
     """
     import ray.data
     import ray.exceptions
@@ -32,8 +34,8 @@ def map_on_cpus(
     # which is then lost, since pickling drops __cause__.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map_batches(
-        actor,
-        fn_constructor_args=arguments,
+        callable_class,
+        fn_constructor_args=constructor_args,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(tasks))),
         num_cpus=num_cpus,

@@ -1,4 +1,4 @@
-"""Pickle functions and errors for other processes, functions of scripts included (cloudpickle, as Ray does)."""
+"""Pickle functions and errors for other processes, by Ray's cloudpickle, which also pickles functions of scripts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 
 def dumps(value: Any) -> bytes:
+    """Pickle a value."""
     from ray import cloudpickle
 
     pickled: bytes = cloudpickle.dumps(value)
@@ -14,15 +15,16 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(pickled: bytes) -> Any:
+    """Unpickle what `dumps` returned."""
     from ray import cloudpickle
 
     return cloudpickle.loads(pickled)
 
 
 def dump_error(error: Exception) -> bytes:
-    """Pickle an error with its traceback as a note, since pickling loses the traceback."""
+    """Pickle an error. Its traceback is added as a note, since pickling drops it."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         return dumps(error)
-    except Exception:  # an error of a library with attributes that cannot be pickled
+    except Exception:  # libraries raise errors with attributes that cannot be pickled
         return dumps(RuntimeError("".join(traceback.format_exception_only(error)).strip()))

@@ -1,4 +1,4 @@
-"""Set up the process of a worker for DeepSpeed on its device, and reset it between two trainings."""
+"""The process of a worker: set up for DeepSpeed on its device, and reset between two trainings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 def prepare_process(device: str, threads: int) -> None:
     """Set up environment, threads and torch.distributed. Call before transformers' Trainer is imported.
 
-    On a CPU DeepSpeed 0.19 would compile its shared-memory all-reduce at first use, which takes 74 s and a C compiler.
-    gloo does the same, so the op is marked as incompatible before its first use.
+    device: "cpu" or "gpu"; threads: number of torch's threads. On a CPU, DeepSpeed (0.19) would compile its
+    shared-memory all-reduce at first use, which takes 74 s and a C compiler. gloo has the same operation, so
+    DeepSpeed's is marked as incompatible before its first use.
     """
     os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,7 +28,7 @@ def prepare_process(device: str, threads: int) -> None:
 
     deepspeed.logger.setLevel("WARNING")
     __compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # an in-process trial has no launcher
+    if "RANK" not in os.environ:  # a trial in its own process was not started by Ray Train
         os.environ |= SINGLE_PROCESS_ENV
     if device == "gpu":
         # Ray Train makes all GPUs of a host visible to each worker, which must select its own.
@@ -38,8 +39,8 @@ def prepare_process(device: str, threads: int) -> None:
         backend = "nccl" if device == "gpu" else "gloo"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if not comm.is_initialized():
-        # transformers would initialise it with the GPU's backend; ZeRO-3 on CPU then fails with
-        # "train_batch_size 4 != 2*1*1" (DeepSpeed 0.19.8, transformers 5.23).
+        # transformers (5.23) would initialize it with the backend for GPUs, and ZeRO-3 on a CPU would fail with
+        # "train_batch_size 4 != 2*1*1" (DeepSpeed 0.19.8).
         comm.init_distributed("nccl" if device == "gpu" else "gloo")
 
 
@@ -55,7 +56,7 @@ SINGLE_PROCESS_ENV = {
 
 @dataclass(frozen=True)
 class ProcessState:
-    """The state of a worker process before a job."""
+    """The state of a worker process that jobs may change."""
 
     environment: Mapping[str, str]
     threads: int
@@ -65,6 +66,7 @@ class ProcessState:
 
     @classmethod
     def capture(cls) -> ProcessState:
+        """Return the current state."""
         import random
 
         import numpy as np
@@ -75,8 +77,8 @@ class ProcessState:
         )
 
     def restore(self) -> None:
-        """Reset what a job has changed, so that the next one runs as in a new process. The process group is kept, and
-        the random state of GPUs, which each training seeds."""
+        """Reset the process to this state, so that the next job runs as in a new process. The process group is kept,
+        and so is the random state of GPUs, which each training seeds."""
         import random
 
         import numpy as np
@@ -94,8 +96,8 @@ class ProcessState:
 
 
 def reset_global_state() -> None:
-    """Reset the state that accelerate and transformers keep in module globals, and free the memory of models. After
-    ZeRO-3, every model loaded later would be sharded otherwise.
+    """Reset the global state of accelerate and transformers, and free the memory of models. Otherwise every model that
+    is loaded after a ZeRO-3 training would be sharded.
 
     The process group is kept: DeepSpeed stores groups in many places (deepspeed.utils.groups, 0.19.8).
     """
@@ -112,8 +114,8 @@ def reset_global_state() -> None:
 def _destroy_engines() -> None:
     """Destroy all DeepSpeed engines of this process, which would otherwise never be freed (0.19.8).
 
-    Their hooks on gradient accumulation refer to the model from C++, where the garbage collector sees no cycle. Under
-    ZeRO-3 a global stack keeps modules, and a cached method keeps the object that gathers their parameters.
+    Their hooks on gradient accumulation refer to the model from C++, where the garbage collector detects no cycle.
+    Under ZeRO-3 a global stack refers to modules, and a cached method to the object that gathers their parameters.
     """
     import functools
     import gc
@@ -130,13 +132,13 @@ def _destroy_engines() -> None:
 
 
 def free_memory() -> None:
-    """Collect models in reference cycles, return their memory to the device, and restart the count of peak memory."""
+    """Free models in reference cycles and torch's cached GPU memory, and reset the peak memory."""
     import gc
 
     import torch
 
     gc.collect()
-    with suppress(OSError):  # not permitted in some containers: the peak is then that of the process
+    with suppress(OSError):  # not permitted in some containers; the peak is then that of the whole process
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

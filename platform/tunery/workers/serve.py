@@ -1,4 +1,4 @@
-"""The loop of a worker: import the modules that jobs need, then run jobs and tasks until the queue closes."""
+"""The loop of a worker: import the modules that jobs need, then run jobs and tasks until the queue is closed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from tunery.workers.process_state import ProcessState, free_memory, prepare_proc
 
 @dataclass(frozen=True)
 class WorkerConfig:
+    """Arguments of a worker."""
+
     queue: Any
     """Handle of the JobQueue."""
     device: str
+    """"cpu" or "gpu"."""
     threads: int
+    """Number of torch's threads."""
     preload: Sequence[str]
-    """Modules to import before the first job arrives."""
+    """Modules to import before the first job."""
 
 
 def serve(train_loop_config: dict[str, WorkerConfig]) -> None:
-    """Train function of Ray Train, called once in each worker process. An error of a job is raised, which makes Ray
-    Train restart all workers; an error of a task is returned to the run."""
+    """Run jobs and tasks: the `train_loop_per_worker` of Ray Train, called once in each worker process.
+
+    An error of a job is raised, which makes Ray Train restart all workers. An error of a task is passed to the run.
+    """
     import ray
     import ray.train
 
@@ -37,7 +43,8 @@ def serve(train_loop_config: dict[str, WorkerConfig]) -> None:
     queue, rank = config.queue, ray.train.get_context().get_world_rank()
     state = ProcessState.capture()
     session = ray.get(queue.join.remote(rank))
-    last_job, actor_number, actor = 0, 0, None
+    last_job = 0
+    callable_class_number, function = 0, None  # the instance that runs tasks, and the number of its class
 
     def report(metrics: dict[str, float]) -> None:
         if rank == 0:
@@ -48,35 +55,35 @@ def serve(train_loop_config: dict[str, WorkerConfig]) -> None:
         if work is None:
             return
         if work.kind == "job":
-            actor, actor_number, last_job = None, 0, work.number
+            function, callable_class_number, last_job = None, 0, work.number
             free_memory()
             stopped = _run_job(work.call, report)
             state.restore()
             ray.get(queue.finish_job.remote(rank, session, stopped))
             continue
-        if work.number != actor_number:
-            actor = None
+        if work.number != callable_class_number:
+            function = None
             free_memory()
         result, error = b"", b""
         try:
-            if actor is None:
-                actor_class, arguments = loads(work.call)
-                actor, actor_number = actor_class(*arguments), work.number
-            batch = {key: [value] for key, value in {**work.values, "crashes": work.crashes}.items()}
-            result = dumps({key: values[0] for key, values in actor(batch).items()})
-        except Exception as raised:
-            error = dump_error(raised)
+            if function is None:
+                callable_class, constructor_args = loads(work.call)
+                function, callable_class_number = callable_class(*constructor_args), work.number
+            batch = {column: [value] for column, value in {**work.values, "crashes": work.crashes}.items()}
+            result = dumps({column: values[0] for column, values in function(batch).items()})
+        except Exception as task_error:
+            error = dump_error(task_error)
         ray.get(queue.finish_task.remote(rank, session, result, error))
 
 
 def _run_job(call: Pickled, report: Any) -> bool:
-    """Run a job; return whether it was stopped. A function of its own, so that its variables are freed with it."""
+    """Run a job; return whether it was stopped. It is a function of its own, so that its variables are freed."""
     function, argument = loads(call)
     try:
         function(argument, report)
     except Stopped:
         return True
     except Exception as error:
-        error.add_note(traceback.format_exc())  # pickling loses the traceback
+        error.add_note(traceback.format_exc())  # pickling drops the traceback
         raise
     return False

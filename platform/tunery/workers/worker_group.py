@@ -1,8 +1,8 @@
 """The worker processes of a run: one group of Ray Train workers that stays alive between stages.
 
-Starting a group takes 20 to 40 s on two cores, nearly all of it imports of torch, transformers, TRL and DeepSpeed. The
-group starts in the background while the first stages work, and further stages find it ready
-(benchmarks/stage_starts.py). After a failure Ray Train restarts all workers, and the job continues from its last
+Starting a group takes 20 to 40 s on two cores, nearly all of it for imports of torch, transformers, TRL and DeepSpeed.
+The group starts in the background while the first stages run, and later stages use the same group
+(benchmarks/stage_starts.py). After a failure Ray Train restarts all workers, and the job resumes from its last
 checkpoint.
 """
 
@@ -17,16 +17,16 @@ from tunery.errors import Stopped
 from tunery.interrupt import BackgroundCall, interruptible
 from tunery.spec import Compute
 from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
+from tunery.workers.map_tasks import Task
 from tunery.workers.pickling import dumps, loads
 from tunery.workers.serve import WorkerConfig, serve
 
 CLOSE_SECONDS = 30.0
-"""How long `close` waits for the workers to finish their current job and exit."""
-Task = dict[str, Any]
+"""How long `close` waits for the workers to finish their current job or task and exit."""
 
 
 class WorkersFailed(Exception):
-    """Workers raised errors or died, more often than `max_failures` allows."""
+    """Workers raised errors or died, more often than allowed. `worker_failures`: the last error of each rank."""
 
     def __init__(self, worker_failures: dict[int, Exception]) -> None:
         failures = [f"rank {rank}: {type(error).__name__}: {error}" for rank, error in worker_failures.items()]
@@ -42,20 +42,23 @@ class WorkerGroup:
     """`compute.workers` processes, each with its CPUs and, if `compute.device` is gpu, one GPU."""
 
     def __init__(self, compute: Compute, logs: Path, preload: Sequence[str] = ()) -> None:
-        """Start the workers in the background. `logs`: where Ray Train keeps its state; `preload`: modules that the
-        workers import first."""
+        """Start the workers in the background.
+
+        compute: resources, without `auto`; logs: folder for the state of Ray Train; preload: modules that the workers
+        import first.
+        """
         import ray
 
         assert compute.workers != "auto", "resolved"
         self.compute = compute
         self.num_workers = compute.workers
         self._queue: Any = ray.remote(JobQueue).options(num_cpus=0, max_concurrency=1000).remote(self.num_workers)
-        self._training = BackgroundCall(lambda: self._start(logs, tuple(preload)))
+        self._workers = BackgroundCall(lambda: self._run_workers(logs, tuple(preload)))
 
     def matches(self, compute: Compute) -> bool:
         """Whether the group is alive and has the resources of `compute`."""
-        own = (self.compute.workers, self.compute.device, self.compute.cpus_per_worker)
-        return not self._training.ended and own == (compute.workers, compute.device, compute.cpus_per_worker)
+        resources = (self.compute.workers, self.compute.device, self.compute.cpus_per_worker)
+        return not self._workers.ended and resources == (compute.workers, compute.device, compute.cpus_per_worker)
 
     def run(
         self,
@@ -64,11 +67,11 @@ class WorkerGroup:
         report: Callable[[dict[str, float]], None],
         max_failures: int,
     ) -> None:
-        """Call `function(argument, report)` on all workers and wait for its end. What rank 0 reports is passed to
+        """Call `function(argument, report)` on all workers and wait for its end. The reports of rank 0 are passed to
         `report` in this process.
 
-        If a worker dies or raises, all restart and call the function again, up to `max_failures` times. Raises
-        WorkersFailed after that, and Stopped if the workers have raised it.
+        If a worker dies or raises an error, all workers restart and call the function again, up to `max_failures`
+        times. Raises WorkersFailed after that, and Stopped if the workers have raised it.
         """
         self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
         failures = 0
@@ -84,14 +87,16 @@ class WorkerGroup:
             if update.state == "done":
                 return
 
-    def map(self, actor: type, arguments: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int) -> Iterator[Task]:
-        """Construct `actor(*arguments)` once per worker, call it with a batch {column: [value]} per task, and yield the
-        results in order of completion. `actor`: a callable class, as for `map_batches` of Ray Data.
+    def map(
+        self, callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int
+    ) -> Iterator[Task]:
+        """Construct `callable_class(*constructor_args)` once per worker, call it with a batch {column: [value]} per
+        task, and yield the results in order of completion. It is a callable class as for `map_batches` of Ray Data.
 
-        A task whose worker died is repeated, `max_crashes` times; its column `crashes` has the number. Raises the
-        error of the first task that failed.
+        A task whose worker died is repeated up to `max_crashes` times; its column `crashes` has the number of deaths.
+        Raises the error of the first task that failed.
         """
-        self._call(self._queue.submit_tasks, dumps((actor, arguments)), list(tasks), max_crashes)
+        self._call(self._queue.submit_tasks, dumps((callable_class, constructor_args)), list(tasks), max_crashes)
         remaining = len(tasks)
         try:
             while remaining:
@@ -103,24 +108,26 @@ class WorkerGroup:
                         raise WorkersFailed(error) if isinstance(error, dict) else error
                     yield loads(result.result)
         finally:
-            if remaining:
+            if remaining:  # the caller has stopped early, or a task has failed
                 self._queue.submit_tasks.remote(b"", [], 0)
 
     def close(self) -> None:
         """Make the workers exit and wait until their resources are free."""
         self._queue.close.remote()
-        self._training.wait(CLOSE_SECONDS)
+        self._workers.wait(CLOSE_SECONDS)
 
     def _call(self, method: Any, *arguments: Any) -> Any:
-        """Call a method of the queue. Raises the error of the group if it has ended."""
+        """Call a method of the queue and wait for its result. If the workers have exited, raise the error that ended
+        them."""
         import ray
 
-        if self._training.ended:
-            self._training.result()
+        if self._workers.ended:
+            self._workers.result()
             raise RuntimeError("the workers have exited")
         return interruptible(lambda: ray.get(method.remote(*arguments)))
 
-    def _start(self, logs: Path, preload: tuple[str, ...]) -> None:
+    def _run_workers(self, logs: Path, preload: tuple[str, ...]) -> None:
+        """Start the workers and wait for their end."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -136,10 +143,10 @@ class WorkerGroup:
                 resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if gpu else {}),
             ),
             run_config=RunConfig(
-                # A reused name would make Ray resume from its own state; our checkpoints are in the store.
+                # With an existing name, Ray Train would resume from its own state. Our checkpoints are in the store.
                 name=f"workers-{time.time_ns()}",
                 storage_path=str(logs / "ray-train"),
-                # The queue counts the failures of each job.
+                # No limit here: the queue counts the failures of each job.
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
                 callbacks=[_failure_callback(self._queue)],
             ),
@@ -148,7 +155,7 @@ class WorkerGroup:
 
 
 def _failure_callback(queue: Any) -> Any:
-    """Return a callback of Ray Train's controller that passes the errors of workers to the queue."""
+    """Return a callback for Ray Train's controller that passes the errors of workers to the queue."""
     from ray.train import UserCallback
 
     class FailureCallback(UserCallback):  # type: ignore[misc]
@@ -161,21 +168,23 @@ def _failure_callback(queue: Any) -> Any:
 
 
 class CurrentWorkerGroup:
-    """The current worker group of a process: started when it is first needed, replaced when other resources are."""
+    """The worker group of a process. It starts when it is first needed, and is replaced when other resources are
+    needed."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._group: WorkerGroup | None = None
 
     def group(self, compute: Compute, preload: Sequence[str] = ()) -> WorkerGroup:
-        """Return a group with the resources of `compute`; it may still be starting. `preload` is for a new one."""
+        """Return a group with the resources of `compute`, which may still be starting. `preload`: modules that the
+        workers of a new group import first."""
         if (group := self.running(compute)) is None:
             self.close()
             group = self._group = WorkerGroup(compute, self._logs, preload)
         return group
 
     def running(self, compute: Compute) -> WorkerGroup | None:
-        """Return the current group if it has the resources of `compute`."""
+        """Return the current group if it is alive and has the resources of `compute`, else None."""
         return self._group if self._group is not None and self._group.matches(compute) else None
 
     def close(self) -> None:

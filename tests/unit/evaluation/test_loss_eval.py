@@ -1,4 +1,4 @@
-"""Forgetting of models relative to a baseline, and its use in a search together with win rates."""
+"""Forgetting relative to a baseline, and forgetting and win rates as metrics of a search."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def result(model: str, name: str, loss: float) -> dict[str, Any]:
 
 
 def test_forgetting_is_the_relative_loss_increase_over_the_baseline() -> None:
-    table = [result("base", "a", 2.0), result("base", "b", 4.0), result("sft", "a", 2.5), result("sft", "b", 3.0)]
-    assert [entry["forgetting"] for entry in with_forgetting(table, "base")] == [0, 0, 0.25, -0.25]
+    results = [result("base", "a", 2.0), result("base", "b", 4.0), result("sft", "a", 2.5), result("sft", "b", 3.0)]
+    assert [entry["forgetting"] for entry in with_forgetting(results, "base")] == [0, 0, 0.25, -0.25]
 
 
 def test_forgetting_is_nan_without_a_baseline_loss() -> None:
-    output = with_forgetting([result("base", "a", math.nan), result("sft", "a", 2.0)], "base")
-    assert all(math.isnan(one["forgetting"]) for one in output)
-    output = with_forgetting([result("base", "a", 0.0), result("sft", "a", 2.0)], "base")
-    assert all(math.isnan(one["forgetting"]) for one in output)
+    results = with_forgetting([result("base", "a", math.nan), result("sft", "a", 2.0)], "base")
+    assert all(math.isnan(entry["forgetting"]) for entry in results)
+    results = with_forgetting([result("base", "a", 0.0), result("sft", "a", 2.0)], "base")
+    assert all(math.isnan(entry["forgetting"]) for entry in results)
 
 
 @pytest.mark.parametrize("baseline", [None, {"pretrained": "./base"}])
@@ -62,14 +62,14 @@ def test_results_have_forgetting_if_there_is_a_baseline(baseline: dict[str, str]
     models = [{"pretrained": f"./{name}"} for name in ("base", "sft")]
     spec = {"kind": "evaluate", "models": models, "data": {"set": "data"}, "baseline": baseline}
     context = stage_context(parsed(Evaluate, spec), {"data": dataset(tmp_path / "data")}, tmp_path)
-    before, after = run_evaluate(context).facts["results"]
+    base, tuned = run_evaluate(context).facts["results"]
     if baseline is None:
-        assert "forgetting" not in before | after
+        assert "forgetting" not in base | tuned
     else:
-        assert (before["forgetting"], after["forgetting"]) == (0, after["loss"] / before["loss"] - 1)
+        assert (base["forgetting"], tuned["forgetting"]) == (0, tuned["loss"] / base["loss"] - 1)
 
 
-def aiming_at(load_text: LoadText, metric: str) -> Experiment:
+def experiment_with_metric(load_text: LoadText, metric: str) -> Experiment:
     return load_text(TEXT.replace("eval.sft.general.loss", metric))[0]
 
 
@@ -89,7 +89,7 @@ def test_search_metrics_can_be_forgetting_and_win_rates(load_text: LoadText) -> 
 def test_trial_evaluates_the_baseline_for_forgetting(
     metric: str, models: tuple[str, ...], baseline: str | None, load_text: LoadText
 ) -> None:
-    experiment = aiming_at(load_text, f"eval.sft.general.{metric}")
+    experiment = experiment_with_metric(load_text, f"eval.sft.general.{metric}")
     trial = trial_experiment(experiment, {"sft.learning_rate": 1e-4})
     stage = trial.stages["eval"]
     assert isinstance(stage, Evaluate)
@@ -98,7 +98,7 @@ def test_trial_evaluates_the_baseline_for_forgetting(
 
 
 def test_trial_compares_one_model_with_the_baseline(load_text: LoadText) -> None:
-    experiment = aiming_at(load_text, "wins.sft.prompts.win_rate")
+    experiment = experiment_with_metric(load_text, "wins.sft.prompts.win_rate")
     trial = trial_experiment(experiment, {"sft.learning_rate": 1e-4})
     stage = trial.stages["wins"]
     assert isinstance(stage, WinRate)

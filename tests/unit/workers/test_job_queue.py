@@ -1,4 +1,4 @@
-"""The queue between a run and its workers, called directly: what each worker gets, and what a failure changes."""
+"""The queue between a run and its workers, called without Ray: jobs, tasks, restarts and failures."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def run(call: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(call, 20))
 
 
-async def joined(queue: JobQueue, workers: int = 2) -> list[int]:
+async def join_all(queue: JobQueue, workers: int = 2) -> list[int]:
     return [await queue.join(rank) for rank in range(workers)]
 
 
 async def is_waiting(call: Coroutine[Any, Any, Any]) -> bool:
     task = asyncio.ensure_future(call)
     await asyncio.sleep(0.01)
-    waiting = not task.done()
+    is_pending = not task.done()
     task.cancel()
-    return waiting
+    return is_pending
 
 
 def test_job_goes_to_each_worker_once_and_is_done_when_all_have_finished() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        sessions = await joined(queue)
+        sessions = await join_all(queue)
         await queue.submit_job(b"train", 0)
         for rank, session in enumerate(sessions):
             assert await queue.next(rank, session, 0) == Work("job", 1, b"train")
@@ -51,11 +51,11 @@ def test_job_waits_until_all_workers_have_started() -> None:
         queue = JobQueue(2)
         session = await queue.join(0)
         await queue.submit_job(b"train", 0)
-        first = asyncio.ensure_future(queue.next(0, session, 0))
+        pending = asyncio.ensure_future(queue.next(0, session, 0))
         await asyncio.sleep(0.01)
-        assert not first.done()
+        assert not pending.done()
         await queue.join(1)
-        assert (await first).call == b"train"
+        assert (await pending).call == b"train"
 
     run(scenario())
 
@@ -63,7 +63,7 @@ def test_job_waits_until_all_workers_have_started() -> None:
 def test_stopped_job_is_reported_as_stopped() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        sessions = await joined(queue)
+        sessions = await join_all(queue)
         await queue.submit_job(b"train", 0)
         for rank, session in enumerate(sessions):
             await queue.finish_job(rank, session, stopped=True)
@@ -79,7 +79,7 @@ def test_job_is_repeated_on_restarted_workers_up_to_max_failures(max_failures: i
         await queue.submit_job(b"train", max_failures)
         for failures in range(max_failures + 1):
             assert (await queue.job_update(failures - 1)).state == "open"
-            for rank, session in enumerate(await joined(queue)):
+            for rank, session in enumerate(await join_all(queue)):
                 assert (await queue.next(rank, session, 0)).call == b"train"
             await queue.fail([1], b"errors")
         update = await queue.job_update(max_failures)
@@ -88,14 +88,14 @@ def test_job_is_repeated_on_restarted_workers_up_to_max_failures(max_failures: i
     run(scenario())
 
 
-def test_messages_of_processes_from_before_a_failure_are_ignored() -> None:
+def test_messages_of_earlier_sessions_are_ignored() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        old = await joined(queue)
+        old = await join_all(queue)
         await queue.submit_job(b"train", 1)
         await queue.fail([0], b"errors")
         assert await queue.next(1, old[1], 0) is None, "a process that is about to be killed gets no work"
-        new = await joined(queue)
+        new = await join_all(queue)
         await queue.finish_job(1, old[1], stopped=False)
         await queue.report(0, old[0], {"loss": 2.0})
         await queue.finish_job(0, new[0], stopped=False)
@@ -108,10 +108,10 @@ def test_messages_of_processes_from_before_a_failure_are_ignored() -> None:
 def test_tasks_go_to_free_workers_and_results_have_their_index() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        sessions = await joined(queue)
+        sessions = await join_all(queue)
         await queue.submit_tasks(b"scorer", [{"shard": n} for n in range(3)], 0)
-        given = [await queue.next(rank, session, 0) for rank, session in enumerate(sessions)]
-        assert [work.values["shard"] for work in given] == [0, 1]
+        work = [await queue.next(rank, session, 0) for rank, session in enumerate(sessions)]
+        assert [item.values["shard"] for item in work] == [0, 1]
         await queue.finish_task(1, sessions[1], b"one", b"")
         assert (await queue.next(1, sessions[1], 0)).values == {"shard": 2}
         await queue.finish_task(1, sessions[1], b"", b"error")
@@ -126,56 +126,56 @@ def test_tasks_go_to_free_workers_and_results_have_their_index() -> None:
     run(scenario())
 
 
-def test_crash_counts_for_the_task_of_the_dead_worker_only() -> None:
+def test_crash_counts_only_for_the_task_of_the_dead_worker() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        sessions = await joined(queue)
+        sessions = await join_all(queue)
         await queue.submit_tasks(b"scorer", [{"shard": 0}, {"shard": 1}], 1)
         for rank, session in enumerate(sessions):
             await queue.next(rank, session, 0)
         await queue.fail([0], b"died")
-        again = [await queue.next(rank, session, 0) for rank, session in enumerate(await joined(queue))]
-        assert {work.values["shard"]: work.crashes for work in again} == {0: 1, 1: 0}
+        repeated = [await queue.next(rank, session, 0) for rank, session in enumerate(await join_all(queue))]
+        assert {work.values["shard"]: work.crashes for work in repeated} == {0: 1, 1: 0}
 
     run(scenario())
 
 
-def test_task_fails_after_more_crashes_than_allowed_and_the_others_go_on() -> None:
+def test_task_fails_after_more_than_max_crashes_and_the_others_continue() -> None:
     async def scenario() -> None:
         queue = JobQueue(1)
         await queue.submit_tasks(b"scorer", [{"shard": 0}, {"shard": 1}], 1)
         for _ in range(2):
-            (session,) = await joined(queue, 1)
+            (session,) = await join_all(queue, 1)
             assert (await queue.next(0, session, 0)).values == {"shard": 0}
             await queue.fail([0], b"died")
         (result,) = await queue.task_results()
         assert (result.index, result.error) == (0, b"died")
-        (session,) = await joined(queue, 1)
+        (session,) = await join_all(queue, 1)
         assert (await queue.next(0, session, 0)).values == {"shard": 1}
 
     run(scenario())
 
 
-def test_tasks_fail_when_workers_die_again_and_again_before_they_run_one() -> None:
+def test_tasks_fail_if_workers_repeatedly_die_before_they_run_one() -> None:
     async def scenario() -> None:
         queue = JobQueue(1)
         await queue.submit_tasks(b"scorer", [{"shard": 0}, {"shard": 1}], 1)
         for failure in range(MAX_IDLE_FAILURES + 1):
             assert not queue._results, failure
-            await joined(queue, 1)
+            await join_all(queue, 1)
             await queue.fail([0], b"died")
         assert [(item.index, item.error) for item in await queue.task_results()] == [(0, b"died"), (1, b"died")]
 
     run(scenario())
 
 
-def test_workers_keep_their_actor_for_the_same_call_only() -> None:
+def test_number_of_the_callable_class_changes_only_with_the_class() -> None:
     async def scenario() -> None:
         queue = JobQueue(1)
-        (session,) = await joined(queue, 1)
+        (session,) = await join_all(queue, 1)
         numbers = []
-        for actor in (b"a", b"a", b"b"):
-            await queue.submit_tasks(actor, [{"shard": 0}], 0)
+        for callable_class in (b"a", b"a", b"b"):
+            await queue.submit_tasks(callable_class, [{"shard": 0}], 0)
             numbers.append((await queue.next(0, session, 0)).number)
             await queue.finish_task(0, session, b"done", b"")
         assert numbers[0] == numbers[1] != numbers[2]
@@ -186,7 +186,7 @@ def test_workers_keep_their_actor_for_the_same_call_only() -> None:
 def test_results_of_replaced_tasks_are_dropped() -> None:
     async def scenario() -> None:
         queue = JobQueue(1)
-        (session,) = await joined(queue, 1)
+        (session,) = await join_all(queue, 1)
         await queue.submit_tasks(b"a", [{"shard": 0}, {"shard": 1}], 0)
         await queue.next(0, session, 0)
         await queue.submit_tasks(b"a", [{"shard": 2}], 0)
@@ -198,13 +198,13 @@ def test_results_of_replaced_tasks_are_dropped() -> None:
     run(scenario())
 
 
-def test_close_makes_waiting_workers_exit() -> None:
+def test_close_makes_idle_workers_exit() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
-        sessions = await joined(queue)
-        waiting = [asyncio.ensure_future(queue.next(rank, session, 0)) for rank, session in enumerate(sessions)]
+        sessions = await join_all(queue)
+        pending = [asyncio.ensure_future(queue.next(rank, session, 0)) for rank, session in enumerate(sessions)]
         await asyncio.sleep(0.01)
         await queue.close()
-        assert await asyncio.gather(*waiting) == [None, None]
+        assert await asyncio.gather(*pending) == [None, None]
 
     run(scenario())

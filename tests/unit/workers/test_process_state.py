@@ -8,11 +8,11 @@ from tunery.workers.process_state import free_memory
 SIZE = 200_000_000
 
 
-def test_peak_memory_of_a_training_does_not_include_those_before_it() -> None:
+def test_peak_memory_does_not_include_earlier_trainings() -> None:
     free_memory()  # imports torch
     earlier = bytes([1]) * SIZE
-    with_earlier = peak_memory_bytes("cpu")
+    peak_with_earlier = peak_memory_bytes("cpu")
     assert len(earlier) == SIZE
     del earlier
     free_memory()
-    assert peak_memory_bytes("cpu") < with_earlier - SIZE // 2
+    assert peak_memory_bytes("cpu") < peak_with_earlier - SIZE // 2
